@@ -1,0 +1,50 @@
+"""Errors that are the user's to mend: one clear line, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input: the message says what was expected, what came and what to do.
+
+    The command line prints the message on one line and ends with `exit_code`; library users catch it
+    as an ordinary exception.
+
+    Example:
+        >>> str(UserError("eps must be positive, got -1: pass for example 2/255"))
+        'eps must be positive, got -1: pass for example 2/255'
+    """
+
+    exit_code = 2
+
+
+class MissingExtra(UserError):
+    """An optional package is needed; the message holds the command that installs it.
+
+    Example:
+        >>> str(MissingExtra("webdataset", extra="wds"))
+        "this needs the package 'webdataset': pip install 'robustvlm[wds]'"
+    """
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        super().__init__(f"this needs the package '{package}': pip install 'robustvlm[{extra}]'")
+
+
+def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """Return a hint naming the known names nearest to `name`, or all of a short list.
+
+    Example:
+        >>> nearest("tinny", ["tiny", "ViT-B-32"])
+        "did you mean 'tiny'?"
+        >>> nearest("zzz", ["a", "b"])
+        "known: 'a', 'b'"
+    """
+    names = sorted(set(known))
+    folded = {candidate.lower(): candidate for candidate in names}
+    close = [folded[key] for key in difflib.get_close_matches(name.lower(), list(folded), n=limit, cutoff=0.5)]
+    if close:
+        return "did you mean " + " or ".join(f"'{candidate}'" for candidate in close) + "?"
+    shown = ", ".join(f"'{candidate}'" for candidate in names[:12])
+    return f"known: {shown}" + (", ..." if len(names) > 12 else "")
