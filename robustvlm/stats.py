@@ -1,0 +1,120 @@
+"""Rates with exact intervals, and exact paired tests: every proportion the program shows comes from here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+CLOPPER_PEARSON = "Clopper-Pearson"
+
+
+class Rate(BaseModel):
+    """A proportion `successes / total` with its two-sided confidence interval `[low, high]`.
+
+    With nothing counted (`total` 0) there is no value, and the interval is all of [0, 1].
+
+    Example:
+        >>> Rate(successes=0, total=0, value=None, low=0.0, high=1.0).value is None
+        True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    successes: int
+    total: int
+    value: float | None
+    low: float
+    high: float
+    confidence: float = 0.95
+    method: str = CLOPPER_PEARSON
+
+
+def rate(successes: int, total: int, confidence: float = 0.95) -> Rate:
+    """Return `successes / total` with its exact binomial interval, which covers the true rate at least at `confidence`.
+
+    Raises ValueError unless 0 <= successes <= total and 0 < confidence < 1.
+    Source: Clopper and Pearson, Biometrika 26 (1934), equal-tailed, by statsmodels.
+
+    Example:
+        >>> r = rate(8, 10)
+        >>> (r.value, round(r.low, 4), round(r.high, 4))
+        (0.8, 0.4439, 0.9748)
+    """
+    if not 0 <= successes <= total:
+        raise ValueError(f"need 0 <= successes <= total, got {successes} of {total}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+    if total == 0:
+        return Rate(successes=0, total=0, value=None, low=0.0, high=1.0, confidence=confidence)
+    low, high = proportion_confint(successes, total, alpha=1 - confidence, method="beta")
+    return Rate(
+        successes=int(successes),
+        total=int(total),
+        value=successes / total,
+        low=float(low),
+        high=float(high),
+        confidence=confidence,
+    )
+
+
+class PairedTest(BaseModel):
+    """Two yes/no outcomes of the same cases, cross-counted, with the p-value of "both are equally often yes".
+
+    Example:
+        >>> mcnemar_exact([True, True, False], [True, False, False]).only_first
+        1
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p_value: float
+
+    @property
+    def total(self) -> int:
+        """Number of cases compared."""
+        return self.both + self.only_first + self.only_second + self.neither
+
+
+def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
+    """Test whether two systems succeed equally often on the same cases; `first[i]` and `second[i]` are case i.
+
+    Only the discordant cases carry evidence: under the null they split as a fair coin. Raises ValueError when the
+    lengths differ. Source: McNemar, Psychometrika 12 (1947), in its exact (binomial) form, two-sided, by statsmodels.
+
+    Example:
+        >>> mcnemar_exact([True] * 6, [False] * 6).p_value
+        0.03125
+    """
+    if len(first) != len(second):
+        raise ValueError(f"paired outcomes must have one length, got {len(first)} and {len(second)}")
+    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+    both, only_first = pairs.count((True, True)), pairs.count((True, False))
+    only_second, neither = pairs.count((False, True)), pairs.count((False, False))
+    p_value = float(mcnemar([[both, only_first], [only_second, neither]], exact=True).pvalue)
+    # The doubled binomial tail passes 1 when the discordant cases split evenly.
+    return PairedTest(
+        both=both, only_first=only_first, only_second=only_second, neither=neither, p_value=min(1.0, p_value)
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted for having been tested together, in the order given; none in, none out.
+
+    Rejecting those at or below a level keeps the chance of any false rejection in the family at that level.
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979), by statsmodels.
+
+    Example:
+        >>> [round(p, 4) for p in holm([0.01, 0.04, 0.03])]
+        [0.03, 0.06, 0.06]
+    """
+    if not p_values:
+        return []
+    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]

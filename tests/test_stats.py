@@ -1,0 +1,114 @@
+"""Intervals and paired tests against closed forms, second implementations and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from scipy.stats import beta, binom
+
+from robustvlm.stats import Rate, holm, mcnemar_exact, rate
+
+
+@st.composite
+def counts(draw: st.DrawFn) -> tuple[int, int]:
+    total = draw(st.integers(1, 400))
+    return draw(st.integers(0, total)), total
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts(), st.sampled_from([0.8, 0.95, 0.999]))
+def test_interval_is_the_beta_quantiles(count: tuple[int, int], confidence: float) -> None:
+    k, n = count
+    tail = (1 - confidence) / 2
+    low = 0.0 if k == 0 else beta.ppf(tail, k, n - k + 1)
+    high = 1.0 if k == n else beta.isf(tail, k + 1, n - k)
+    result = rate(k, n, confidence)
+    assert result.low == pytest.approx(low, abs=1e-12)
+    assert result.high == pytest.approx(high, abs=1e-12)
+    assert result.low <= result.value <= result.high
+
+
+def test_limits_of_none_and_all_have_closed_forms() -> None:
+    n = 30
+    assert rate(0, n).low == 0.0
+    assert rate(0, n).high == pytest.approx(1 - 0.025 ** (1 / n), abs=1e-12)
+    assert rate(n, n).high == 1.0
+    assert rate(n, n).low == pytest.approx(0.025 ** (1 / n), abs=1e-12)
+
+
+def test_nothing_counted_has_no_value_and_the_whole_interval() -> None:
+    result = rate(0, 0)
+    assert (result.value, result.low, result.high) == (None, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.2, 0.5, 0.93])
+def test_coverage_is_at_least_nominal_exactly(p: float) -> None:
+    """Sum the binomial probabilities of every count whose interval holds p: no simulation error."""
+    n = 60
+    covered = sum(binom.pmf(k, n, p) for k in range(n + 1) if rate(k, n).low <= p <= rate(k, n).high)
+    assert 0.95 <= covered < 0.9999
+
+
+def test_coverage_by_simulation() -> None:
+    draws = np.random.default_rng(0).binomial(40, 0.3, size=4000)
+    table = [rate(k, 40) for k in range(41)]
+    covered = np.mean([table[k].low <= 0.3 <= table[k].high for k in draws])
+    assert covered > 0.95 - 3 * math.sqrt(0.05 * 0.95 / 4000)
+
+
+@pytest.mark.parametrize(("k", "n", "confidence"), [(-1, 3, 0.95), (4, 3, 0.95), (1, 3, 0.0), (1, 3, 1.0)])
+def test_impossible_input_is_refused(k: int, n: int, confidence: float) -> None:
+    with pytest.raises(ValueError, match=r"need|confidence"):
+        rate(k, n, confidence)
+
+
+def test_rate_is_frozen_and_survives_json() -> None:
+    result = rate(3, 7)
+    assert Rate.model_validate_json(result.model_dump_json()) == result
+    with pytest.raises(ValidationError):
+        result.total = 8  # type: ignore[misc]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
+def test_mcnemar_is_the_two_sided_sign_test(pairs: list[tuple[bool, bool]]) -> None:
+    test = mcnemar_exact([a for a, _ in pairs], [b for _, b in pairs])
+    discordant = test.only_first + test.only_second
+    fewer = min(test.only_first, test.only_second)
+    expected = min(1.0, 2 * sum(math.comb(discordant, i) for i in range(fewer + 1)) / 2**discordant)
+    assert test.p_value == pytest.approx(expected)
+    assert test.total == len(pairs)
+    assert test.only_first == sum(a and not b for a, b in pairs)
+    assert test.both == sum(a and b for a, b in pairs)
+
+
+def test_mcnemar_rarely_rejects_when_nothing_differs() -> None:
+    rng = np.random.default_rng(1)
+    rejections = [
+        mcnemar_exact(list(rng.random(40) < 0.6), list(rng.random(40) < 0.6)).p_value <= 0.05 for _ in range(400)
+    ]
+    assert np.mean(rejections) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def test_mcnemar_refuses_unequal_lengths() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        mcnemar_exact([True], [True, False])
+
+
+def _closed_testing(p_values: list[float]) -> list[float]:
+    """Holm by its definition: Bonferroni closed over every family that holds the hypothesis."""
+    indices = range(len(p_values))
+    families = [f for size in range(1, len(p_values) + 1) for f in itertools.combinations(indices, size)]
+    return [max(min(1.0, len(f) * min(p_values[j] for j in f)) for f in families if i in f) for i in indices]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_holm_is_bonferroni_closed(p_values: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(_closed_testing(p_values))
