@@ -1,0 +1,1 @@
+"""Where images come from: sources, prompts, class names and class trees."""

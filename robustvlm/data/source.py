@@ -1,0 +1,154 @@
+"""What every data source is: named classes and a stream of samples with stable ids."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from robustvlm.errors import UserError
+
+if TYPE_CHECKING:
+    from robustvlm.data.taxonomy import Forest
+
+UNKNOWN = -1
+"""Label of an image whose class is none of `class_names` (open-set images)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded image (RGB, 8 bit); `label` indexes the source's class names, -1 is an unknown class."""
+
+    id: str
+    image: Image.Image
+    label: int
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be decoded and why; it is recorded and skipped, never raised."""
+
+    id: str
+    reason: str
+
+
+class DataSource(ABC):
+    """Images with stable ids and labels, streamed in source order; at most a few images are in memory at once.
+
+    A source implements `_stream` and, where it can be known without decoding, `ids`.
+
+    Example:
+        >>> class Dots(DataSource):
+        ...     def ids(self):
+        ...         return [f"dot-{i}" for i in range(4)]
+        ...     def _stream(self, keep):
+        ...         for i, name in enumerate(self.ids()):
+        ...             if keep(name):
+        ...                 yield Sample(name, Image.new("RGB", (2, 2)), i % 2)
+        >>> [sample.label for sample in Dots("dots", ["even", "odd"]).samples()]
+        [0, 1, 0, 1]
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        tree: Forest | None = None,
+    ) -> None:
+        self.spec = spec
+        self.class_names: tuple[str, ...] = tuple(class_names)
+        self.templates: tuple[str, ...] = tuple(templates)
+        self.tree = tree
+
+    def ids(self) -> list[str] | None:
+        """Return the stable ids in source order, or None when only streaming can tell."""
+        return None
+
+    @abstractmethod
+    def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+        """Yield the items whose id is kept, in source order, calling `keep` exactly once per id before decoding."""
+
+    def samples(
+        self, *, limit: int | None = None, keep: Callable[[str], bool] | None = None
+    ) -> Iterator[Sample | Unreadable]:
+        """Yield samples in source order: of the `limit` selected ids (see `select`), those that `keep` accepts.
+
+        Which ids are selected depends on `limit` alone, so a resumed run that skips finished ids sees the same set.
+        """
+        if limit is not None and limit < 1:
+            raise UserError(f"the limit must be at least 1 image, got {limit}")
+        wanted = keep or _everything
+        ids = self.ids() if limit is not None else None
+        if limit is None:
+            yield from self._stream(wanted)
+        elif ids is not None:
+            chosen = frozenset(select(ids, limit))
+            yield from self._stream(lambda name: name in chosen and wanted(name))
+        else:
+            yield from self._first(limit, wanted)
+
+    def _first(self, limit: int, wanted: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+        """Yield what `wanted` accepts among the first `limit` ids of a stream, then stop reading."""
+        seen = 0
+
+        def gate(name: str) -> bool:
+            nonlocal seen
+            if seen == limit:
+                raise _LimitReached
+            seen += 1
+            return wanted(name)
+
+        try:
+            for item in self._stream(gate):
+                yield item
+                if seen == limit:
+                    return
+        except _LimitReached:
+            return
+
+    def fingerprint(self) -> str:
+        """Return a hex digest of what the source holds: its kind, class names and content identity."""
+        kind = self.spec.partition(":")[0].partition("?")[0]
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (kind, *self.class_names, "|", *self._identity()):
+            text = part.encode("utf-8", "surrogateescape")
+            digest.update(len(text).to_bytes(8, "big") + text)
+        return digest.hexdigest()
+
+    def _identity(self) -> Iterable[str]:
+        """Return texts that change when the content does; the ids unless a source knows better."""
+        return self.ids() or (self.spec,)
+
+
+class _LimitReached(Exception):
+    """Raised inside `keep` to end a stream whose remaining ids are not wanted."""
+
+
+def _everything(_: str) -> bool:
+    return True
+
+
+def select(ids: Iterable[str], limit: int | None) -> list[str]:
+    """Return the `limit` ids with the smallest BLAKE2b hash, in hash order; all ids when `limit` is None.
+
+    The choice ignores classes and order, and is nested: the ids for limit 100 are among those for limit 200.
+
+    Example:
+        >>> ids = [f"image-{i}" for i in range(50)]
+        >>> select(ids, 5) == select(reversed(ids), 20)[:5]
+        True
+    """
+    if limit is None:
+        return sorted(ids, key=_rank)
+    return heapq.nsmallest(limit, ids, key=_rank)
+
+
+def _rank(name: str) -> tuple[bytes, str]:
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest(), name
