@@ -1,0 +1,118 @@
+"""The one interface to every vision-language model: pixels in [0, 1] or texts in, unit features out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robustvlm.errors import UserError, nearest
+from robustvlm.models.fingerprint import fingerprint
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+class VLM(nn.Module, ABC):
+    """An image and a text encoder with one feature space; resizing and normalisation are inside.
+
+    A subclass implements `_image_features` (pixels [B, 3, S, S] in [0, 1], S = `image_size`) and `_text_features`;
+    both may return features of any length, which are scaled to unit norm here. `logit_scale` is the factor on cosine
+    similarities (the inverse of the softmax temperature).
+
+    Example:
+        >>> class Mean(VLM):
+        ...     def _image_features(self, pixels): return pixels.mean((2, 3))
+        ...     def _text_features(self, texts): return torch.eye(3)[: len(texts)]
+        >>> vlm = Mean(spec="mean", image_size=4, logit_scale=10.0)
+        >>> vlm.encode_image(torch.ones(2, 3, 8, 8)).square().sum(dim=-1)
+        tensor([1.0000, 1.0000])
+    """
+
+    _anchor: torch.Tensor
+
+    def __init__(self, *, spec: str, image_size: int, logit_scale: float, interpolation: str = "bicubic") -> None:
+        super().__init__()
+        if interpolation not in INTERPOLATIONS:
+            hint = nearest(interpolation, INTERPOLATIONS)
+            raise UserError(f"model '{spec}' asks for the unknown interpolation '{interpolation}'; {hint}")
+        self.spec = spec
+        self.image_size = image_size
+        self.interpolation = interpolation
+        self.logit_scale = logit_scale
+        # Follows .to(device) even where a model has no tensor of its own.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
+        self._known_fingerprint: tuple[object, str] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        return self._anchor.device
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return unit features [B, D] of square `pixels` [B, 3, H, H] in [0, 1]; differentiable in `pixels`.
+
+        Raises UserError on any other shape or on integers.
+        """
+        _check_pixels(pixels)
+        return F.normalize(self._image_features(resize(pixels, self.image_size, self.interpolation)).float(), dim=-1)
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return unit features [N, D] of `texts`, encoded as one batch. Raises UserError when there is no text."""
+        if isinstance(texts, str) or not texts:
+            raise UserError(f"encode_text takes a list of at least one text, got {texts!r}")
+        return F.normalize(self._text_features(list(texts)).float(), dim=-1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Same as `encode_image`."""
+        return self.encode_image(pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the weights and of all else that decides the features; hashed again only after a change."""
+        state = self.state_dict()
+        # An in-place update (an optimiser's step) raises a tensor's version; a new tensor has a new address.
+        stamp = tuple((t.data_ptr(), t._version) for t in state.values() if isinstance(t, torch.Tensor))
+        if self._known_fingerprint is None or self._known_fingerprint[0] != stamp:
+            extra = (str(self.image_size), self.interpolation, repr(self.logit_scale), *self._identity())
+            self._known_fingerprint = (stamp, fingerprint(state, extra))
+        return self._known_fingerprint[1]
+
+    @abstractmethod
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return features [B, D] of pixels [B, 3, S, S] in [0, 1] at the model's own size."""
+
+    @abstractmethod
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        """Return features [N, D] of at least one text."""
+
+    def _identity(self) -> Iterable[str]:
+        """Return texts naming what the state dict does not hold (architecture, tokenizer, source code)."""
+        return ()
+
+
+def resize(pixels: torch.Tensor, size: int, interpolation: str = "bicubic") -> torch.Tensor:
+    """Return `pixels` [B, 3, H, H] in [0, 1] at `size`, antialiased as Pillow does; differentiable.
+
+    Bicubic overshoot is clamped to [0, 1], where an 8-bit image would be clipped too.
+
+    Example:
+        >>> resize(torch.ones(1, 3, 32, 32), 8).shape
+        torch.Size([1, 3, 8, 8])
+    """
+    if pixels.shape[-1] == size:
+        return pixels
+    scaled = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True, align_corners=False)
+    return scaled.clamp(0.0, 1.0)
+
+
+def _check_pixels(pixels: torch.Tensor) -> None:
+    shape = tuple(pixels.shape)
+    if pixels.ndim != 4 or shape[1] != 3:
+        raise UserError(f"pixels must have the shape [batch, 3, height, width], got {list(shape)}")
+    if shape[2] != shape[3]:
+        raise UserError(f"images must be square, got {shape[2]}x{shape[3]}: crop them (robustvlm.data.to_pixels does)")
+    if not pixels.is_floating_point():
+        raise UserError(f"pixels must be floats in [0, 1], got {pixels.dtype}: divide 8-bit images by 255")
