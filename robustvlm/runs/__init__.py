@@ -1,0 +1,1 @@
+"""Runs on disk: manifest, result rows, and the summary made from them."""

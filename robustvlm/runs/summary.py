@@ -1,0 +1,212 @@
+"""The content of `summary.json`: the one place where a run's rows become the numbers that are shown."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from robustvlm.runs.verdicts import ImageVerdict, Outcome, Rows, Verdicts, columns, verdicts
+from robustvlm.stats import Rate, rate
+
+Level = Literal["ok", "note", "warning", "fault"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Images(_Record):
+    """How many images were evaluated, could not be read, and were classified right unperturbed."""
+
+    evaluated: int
+    unreadable: int
+    clean_correct: int
+
+
+class AttackSummary(_Record):
+    """One attack at one eps: images it ran on, fooled, broke on; accuracy left after it and all stages before it."""
+
+    attack: str
+    attacked: int
+    fooled: int
+    failed: int
+    robust_accuracy_after: Rate
+    steps: int
+    passes: int
+
+
+class GroupSummary(_Record):
+    """A class or superclass at one eps; the rate is over its images that were right when clean and decided."""
+
+    name: str
+    images: int
+    clean_correct: int
+    fooled: int
+    attack_success_rate: Rate
+
+
+class EpsSummary(_Record):
+    """The worst case over the attacks at one eps.
+
+    `robust_accuracy` is over all evaluated images, `attack_success_rate` over those right when clean. Images on which
+    an attack broke and none succeeded (`undecided`) count as not robust, and are left out of the success rate.
+    """
+
+    eps: float
+    eps_text: str
+    fooled: int
+    robust: int
+    undecided: int
+    robust_accuracy: Rate
+    attack_success_rate: Rate
+    per_attack: list[AttackSummary]
+    per_class: list[GroupSummary]
+    per_superclass: list[GroupSummary]
+
+
+class Cost(_Record):
+    """Encoder passes (one image through the encoder once) and wall time; `model_seconds` is the part inside it."""
+
+    forward_passes: int = 0
+    backward_passes: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    passes_per_second: float = 0.0
+
+
+class Check(_Record):
+    """A check of the evaluation itself, with its finding in words."""
+
+    name: str
+    level: Level
+    message: str
+
+
+class UnreadableImage(_Record):
+    """An image that could not be decoded, and why."""
+
+    id: str
+    reason: str
+
+
+class Summary(_Record):
+    """Everything that tables, reports and exit codes are made of."""
+
+    norm: str
+    images: Images
+    clean_accuracy: Rate
+    per_eps: list[EpsSummary]
+    cost: Cost
+    checks: list[Check]
+    unreadable: list[UnreadableImage]
+
+
+def summarise(
+    rows: Rows,
+    manifest: Mapping[str, Any],
+    *,
+    cost: Cost | None = None,
+    checks: Sequence[Check] = (),
+    unreadable: Sequence[UnreadableImage] = (),
+) -> Summary:
+    """Return the summary of result rows (an Arrow table or a list of dicts) under their manifest.
+
+    Every rate has its exact 95 % interval. Classes without an image are left out.
+
+    Example:
+        >>> manifest = {"config": {"norm": "Linf", "eps": [0.1], "eps_text": ["0.1"], "attack": ["pgd"]},
+        ...             "data": {"class_names": ["cat", "dog"], "superclasses": None}}
+        >>> row = {"index": 0, "image_id": "a", "label": 1, "clean_prediction": 1, "attack": "pgd", "eps": 0.1,
+        ...        "outcome": "fooled", "steps": 3, "passes": 4}
+        >>> summarise([row], manifest).per_eps[0].attack_success_rate.value
+        1.0
+    """
+    config = manifest["config"]
+    table = verdicts(rows, eps=config["eps"], attacks=config["attack"])
+    texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
+    work = _work(rows)
+    correct = sum(image.clean_correct for image in table.images)
+    return Summary(
+        norm=config["norm"],
+        images=Images(evaluated=len(table.images), unreadable=len(unreadable), clean_correct=correct),
+        clean_accuracy=rate(correct, len(table.images)),
+        per_eps=[
+            _at_eps(table, i, text=texts.get(eps, f"{eps:g}"), work=work, data=manifest["data"])
+            for i, eps in enumerate(table.eps)
+        ],
+        cost=cost or Cost(),
+        checks=list(checks),
+        unreadable=list(unreadable),
+    )
+
+
+def _work(rows: Rows) -> dict[tuple[float, str], Counter[str]]:
+    """Count, per eps and attack, the rows of each outcome and the steps and passes they took."""
+    work: dict[tuple[float, str], Counter[str]] = defaultdict(Counter)
+    for eps, attack, outcome, steps, passes in columns(rows, "eps", "attack", "outcome", "steps", "passes"):
+        work[float(eps), attack].update({outcome: 1, "steps": steps, "passes": passes})
+    return work
+
+
+def _at_eps(
+    table: Verdicts, index: int, *, text: str, work: Mapping[tuple[float, str], Counter[str]], data: Mapping[str, Any]
+) -> EpsSummary:
+    outcomes = [(image, table.after(image, index)) for image in table.images]
+    count = Counter(outcome for _, outcome in outcomes)
+    names: list[str] = data["class_names"]
+    superclasses: Mapping[str, str] = data.get("superclasses") or {}
+    return EpsSummary(
+        eps=table.eps[index],
+        eps_text=text,
+        fooled=count["fooled"],
+        robust=count["robust"],
+        undecided=count["undecided"],
+        robust_accuracy=rate(count["robust"], len(outcomes)),
+        attack_success_rate=_success_rate(count),
+        per_attack=[_attack(table, index, j, work[table.eps[index], name]) for j, name in enumerate(table.attacks)],
+        per_class=_groups(outcomes, lambda image: names[image.label]),
+        per_superclass=_groups(outcomes, lambda image: superclasses.get(names[image.label])),
+    )
+
+
+def _attack(table: Verdicts, eps_index: int, attack_index: int, done: Counter[str]) -> AttackSummary:
+    held = sum(table.after(image, eps_index, attack_index) == "robust" for image in table.images)
+    return AttackSummary(
+        attack=table.attacks[attack_index],
+        attacked=done["fooled"] + done["robust"] + done["failed"],
+        fooled=done["fooled"],
+        failed=done["failed"],
+        robust_accuracy_after=rate(held, len(table.images)),
+        steps=done["steps"],
+        passes=done["passes"],
+    )
+
+
+def _groups(
+    outcomes: Sequence[tuple[ImageVerdict, Outcome]], name_of: Callable[[ImageVerdict], str | None]
+) -> list[GroupSummary]:
+    """Summarise the images of each name, names in alphabetical order; images without a name are left out."""
+    counts: dict[str, Counter[Outcome]] = defaultdict(Counter)
+    for image, outcome in outcomes:
+        name = name_of(image)
+        if name is not None:
+            counts[name][outcome] += 1
+    return [_group(name, counts[name]) for name in sorted(counts)]
+
+
+def _group(name: str, count: Counter[Outcome]) -> GroupSummary:
+    images = count.total()
+    return GroupSummary(
+        name=name,
+        images=images,
+        clean_correct=images - count["clean_wrong"],
+        fooled=count["fooled"],
+        attack_success_rate=_success_rate(count),
+    )
+
+
+def _success_rate(count: Counter[Outcome]) -> Rate:
+    return rate(count["fooled"], count["fooled"] + count["robust"])
