@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class VLM(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """Digest of the weights and of all else that decides the features; hashed again only after a change."""
-        state = self.state_dict()
+        state = self._state()
         # An in-place update (an optimiser's step) raises a tensor's version; a new tensor has a new address.
         stamp = tuple((t.data_ptr(), t._version) for t in state.values() if isinstance(t, torch.Tensor))
         if self._known_fingerprint is None or self._known_fingerprint[0] != stamp:
@@ -87,6 +87,10 @@ class VLM(nn.Module, ABC):
     @abstractmethod
     def _text_features(self, texts: list[str]) -> torch.Tensor:
         """Return features [N, D] of at least one text."""
+
+    def _state(self) -> Mapping[str, object]:
+        """Return the weights that the fingerprint covers."""
+        return self.state_dict()
 
     def _identity(self) -> Iterable[str]:
         """Return texts naming what the state dict does not hold (architecture, tokenizer, source code)."""

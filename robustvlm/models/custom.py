@@ -1,0 +1,157 @@
+"""The user's own encoder, named `module:callable`, behind the same interface as every other model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from robustvlm.errors import UserError, nearest
+from robustvlm.models.hub import brief
+from robustvlm.models.vlm import VLM
+
+
+class Encoder(Protocol):
+    """What the callable of a `module:callable` spec has to return; normalisation is the encoder's own business.
+
+    `logit_scale` is the factor on cosine similarities (CLIP's learnt parameter after exp, 100 for most). An optional
+    attribute `interpolation` ("bicubic" by default, or "bilinear") says how images are resized to `image_size`.
+    """
+
+    image_size: int
+    logit_scale: float
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return features [B, D] of pixels [B, 3, image_size, image_size] in [0, 1]; differentiable."""
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        """Return features [N, D] of N texts."""
+
+
+_MEMBERS = ("encode_image", "encode_text", "image_size", "logit_scale")
+
+
+class CustomVLM(VLM):
+    """A user's encoder; its features are scaled to unit norm, its weights frozen, its source part of its identity."""
+
+    def __init__(self, encoder: Any, *, spec: str) -> None:
+        super().__init__(
+            spec=spec,
+            image_size=encoder.image_size,
+            logit_scale=float(encoder.logit_scale),
+            interpolation=getattr(encoder, "interpolation", "bicubic"),
+        )
+        self.encoder = encoder
+        self.eval().requires_grad_(False)
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.encoder.encode_image(pixels)
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        return self.encoder.encode_text(texts)
+
+    def _state(self) -> Mapping[str, object]:
+        if isinstance(self.encoder, nn.Module):
+            return self.state_dict()
+        state: dict[str, object] = {}
+        for name, value in vars(self.encoder).items() if hasattr(self.encoder, "__dict__") else ():
+            if isinstance(value, nn.Module):
+                state.update({f"{name}.{key}": tensor for key, tensor in value.state_dict().items()})
+            elif isinstance(value, torch.Tensor):
+                state[name] = value
+        return state
+
+    def _identity(self) -> Iterable[str]:
+        kind = type(self.encoder)
+        file = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
+        source = Path(file).read_bytes() if file and Path(file).is_file() else b""
+        return self.spec, kind.__qualname__, hashlib.blake2b(source, digest_size=16).hexdigest()
+
+
+def load_custom(spec: str, device: torch.device) -> CustomVLM:
+    """Return the model that `module:callable` makes; the module is sought in the current folder first.
+
+    The encoder is tried on two images and two texts. Raises UserError when the module or callable is not there or
+    fails, an attribute is missing, or features have a wrong shape or are not finite.
+    """
+    encoder = _call(spec)
+    missing = [name for name in _MEMBERS if not hasattr(encoder, name)]
+    if missing:
+        has = f"{type(encoder).__name__} has no {' and no '.join(missing)}"
+        raise UserError(f"'{spec}' must return an object with {', '.join(_MEMBERS)}: {has}")
+    size, scale = encoder.image_size, encoder.logit_scale
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"'{spec}': image_size must be a positive whole number (images are square), got {size!r}")
+    if not isinstance(scale, (int, float, torch.Tensor)) or not 0 < float(scale) < math.inf:
+        raise UserError(f"'{spec}': logit_scale must be a positive number (100 for most CLIPs), got {scale!r}")
+    if not isinstance(encoder, nn.Module) and callable(getattr(encoder, "to", None)):
+        encoder = encoder.to(device) or encoder
+    vlm = CustomVLM(encoder, spec=spec).to(device)
+    _try_out(vlm)
+    return vlm
+
+
+def _call(spec: str) -> Any:
+    module_name, _, attribute = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        # The installed command does not have the current folder on its path, as `python script.py` would.
+        sys.path.insert(0, os.getcwd())
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            where = "neither in this folder nor among the installed packages"
+            raise UserError(f"'{spec}': no module '{error.name}', {where}") from error
+        raise UserError(f"'{spec}': importing {module_name} needs '{error.name}', which is not installed") from error
+    except Exception as error:  # the user's module may fail in any way
+        raise UserError(f"'{spec}': importing {module_name} failed: {type(error).__name__}: {brief(error)}") from error
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            hint = nearest(part, [name for name in dir(target) if not name.startswith("_")])
+            raise UserError(f"'{spec}': {module_name} has no '{part}'; {hint}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise UserError(f"'{spec}' is a {type(target).__name__}, not a callable that returns the encoder")
+    try:
+        return target()
+    except Exception as error:  # the user's factory may fail in any way
+        raise UserError(f"'{spec}' failed: {type(error).__name__}: {brief(error)}") from error
+
+
+def _try_out(vlm: CustomVLM) -> None:
+    pixels = torch.linspace(0, 1, 2 * 3 * vlm.image_size**2, device=vlm.device).view(2, 3, vlm.image_size, -1)
+    texts = ["a photo of a cat", "a photo of a dog"]
+    with torch.no_grad():
+        widths = [
+            _width(vlm, "encode_image", lambda: vlm.encoder.encode_image(pixels), f"pixels {list(pixels.shape)}"),
+            _width(vlm, "encode_text", lambda: vlm.encoder.encode_text(texts), "2 texts"),
+        ]
+    if widths[0] != widths[1]:
+        sizes = f"image features have {widths[0]} dimensions, text features {widths[1]}"
+        raise UserError(f"'{vlm.spec}': {sizes}; they must share one space")
+
+
+def _width(vlm: CustomVLM, name: str, run: Any, given: str) -> int:
+    wanted = f"'{vlm.spec}': {name} of {given} must return finite features [2, D]"
+    try:
+        features = run()
+    except Exception as error:  # the user's encoder may fail in any way
+        raise UserError(f"{wanted}, it raised {type(error).__name__}: {brief(error)}") from error
+    if not isinstance(features, torch.Tensor):
+        raise UserError(f"{wanted}, got a {type(features).__name__}")
+    if features.ndim != 2 or len(features) != 2 or not features.is_floating_point():
+        raise UserError(f"{wanted}, got {features.dtype} {list(features.shape)}")
+    if not torch.isfinite(features).all():
+        raise UserError(f"{wanted}, got NaN or infinite values")
+    if not features.norm(dim=-1).all():
+        raise UserError(f"{wanted} that are not all zero, got a row of zeros")
+    return features.shape[1]

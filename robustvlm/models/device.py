@@ -1,0 +1,31 @@
+"""Which device to run on."""
+
+from __future__ import annotations
+
+import torch
+
+from robustvlm.errors import UserError
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device named, or for "auto" the best there is: cuda, else mps, else cpu.
+
+    Raises UserError when there is no such device.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{device}': pass auto, cpu, cuda, cuda:0 or mps") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"the device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("the device 'mps' is not there: pass auto or cpu")
+    return found

@@ -1,0 +1,126 @@
+"""A classifier from class names alone: each class is the mean of its prompts' embeddings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robustvlm.errors import UserError
+from robustvlm.models.embedding_cache import cache_key, load_embeddings, save_embeddings
+from robustvlm.models.vlm import VLM
+
+_TEXTS_PER_BATCH = 256
+
+
+class ZeroShotClassifier(nn.Module):
+    """A VLM with one unit embedding per class: logits = logit_scale * cosine(image, class), [B, K].
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> classifier = zero_shot(load_model("tiny"), ["apple", "dog"], ["a drawing of {}"], cache=False)
+        >>> classifier(torch.rand(3, 3, 64, 64)).shape
+        torch.Size([3, 2])
+    """
+
+    class_embeddings: torch.Tensor
+
+    def __init__(self, vlm: VLM, class_names: Sequence[str], class_embeddings: torch.Tensor) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.class_names = tuple(class_names)
+        self.register_buffer("class_embeddings", class_embeddings.to(vlm.device))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return logits [B, K] in float32 of square pixels [B, 3, H, H] in [0, 1]."""
+        features = self.vlm.encode_image(pixels)
+        # Under autocast the encoder may run in bfloat16; the last product would lose the margins attacks turn on.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.vlm.logit_scale * features.float() @ self.class_embeddings.T
+
+
+def zero_shot(
+    vlm: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True
+) -> ZeroShotClassifier:
+    """Return the zero-shot classifier of `class_names`, each put in place of the {} of every template.
+
+    A class's embedding is the normalised mean of its prompts' normalised embeddings (Radford et al. 2021,
+    arXiv 2103.00020, section 3.1.4). With `cache`, embeddings are kept in memory and in the user's cache folder.
+    Raises UserError for fewer than 2 or repeated classes, and for a template without {}.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> zero_shot(load_model("tiny"), ["apple"], ["{}"])
+        Traceback (most recent call last):
+        robustvlm.errors.UserError: a classifier needs at least 2 classes, got 1: 'apple'
+    """
+    _check_names(class_names)
+    _check_templates(templates)
+    embeddings = _embeddings(vlm, class_names, templates, cache=cache)
+    if not torch.isfinite(embeddings).all():
+        raise UserError(f"the text encoder of '{vlm.spec}' gives NaN or infinite values for these classes")
+    return ZeroShotClassifier(vlm, class_names, embeddings).eval()
+
+
+def class_embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    """Return unit embeddings [K, D], encoding a bounded number of prompts at a time.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> class_embeddings(load_model("tiny"), ["apple", "dog"], ["{}", "a {}"]).norm(dim=-1).round(decimals=4)
+        tensor([1., 1.])
+    """
+    per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(class_names), per_batch):
+            names = class_names[start : start + per_batch]
+            prompts = [template.replace("{}", name) for name in names for template in templates]
+            # One class may have more templates than a batch holds.
+            features = torch.cat(
+                [vlm.encode_text(prompts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(prompts), _TEXTS_PER_BATCH)]
+            )
+            rows.append(F.normalize(features.view(len(names), len(templates), -1).mean(dim=1), dim=-1))
+    return torch.cat(rows)
+
+
+def _embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool) -> torch.Tensor:
+    if not cache:
+        return class_embeddings(vlm, class_names, templates)
+    # The first class is always computed: should anything but the weights have changed what the text tower does
+    # (a library, the device, the encoder's own files), its bits differ, and so does the key.
+    first = class_embeddings(vlm, class_names[:1], templates)
+    probe = first.cpu().numpy().tobytes().hex()
+    key = cache_key([vlm.fingerprint, probe, str(len(class_names)), *class_names, *templates])
+    known = load_embeddings(key, len(class_names))
+    if known is None:
+        known = class_embeddings(vlm, class_names, templates)
+        if torch.isfinite(known).all():
+            save_embeddings(key, known)
+    return known
+
+
+def _check_names(class_names: Sequence[str]) -> None:
+    if isinstance(class_names, str):
+        raise UserError(f"class names must be a list, got the one text '{class_names}'")
+    if len(class_names) < 2:
+        shown = "".join(f": '{name}'" for name in class_names)
+        raise UserError(f"a classifier needs at least 2 classes, got {len(class_names)}{shown}")
+    counts = Counter(" ".join(name.split()) for name in class_names)
+    if "" in counts:
+        raise UserError(f"class {[name.strip() for name in class_names].index('')} has an empty name")
+    repeated = [f"'{name}'" for name, count in counts.items() if count > 1]
+    if repeated:
+        more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
+        raise UserError(f"class names must differ, repeated: {', '.join(repeated[:3])}{more}")
+
+
+def _check_templates(templates: Sequence[str]) -> None:
+    if isinstance(templates, str) or not templates:
+        raise UserError(f"prompt templates must be a list of at least one text, got {templates!r}")
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"the prompt template '{template}' has no {{}} for the class name")

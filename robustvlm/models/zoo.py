@@ -1,0 +1,153 @@
+"""From a spec string to a model: bundled, open_clip, hub, folder, or the user's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustvlm.errors import UserError, nearest
+from robustvlm.models.clip import ClipVLM, build_clip
+from robustvlm.models.custom import load_custom
+from robustvlm.models.device import resolve_device
+from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES, hub_file, tag_file
+from robustvlm.models.vlm import VLM
+from robustvlm.models.weights import SUFFIXES
+
+BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
+SPEC_FORMS = (
+    ("tiny", "the bundled model (EmojiStyles, 64 px)"),
+    ("NAME/TAG", "an open_clip model with published weights, as ViT-B-32/laion2b_s34b_b79k"),
+    ("NAME/FILE", "an open_clip architecture with a local checkpoint, as ViT-B-32/runs/best.safetensors"),
+    ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
+    ("FOLDER", f"a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
+    ("MODULE:CALLABLE", "your own encoder (see docs/models.md)"),
+)
+_HUB = "hf-hub:"
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that can be named without owning a file: its spec, and where its weights come from."""
+
+    spec: str
+    source: str
+
+
+def list_models() -> list[KnownModel]:
+    """Return every bundled model and every pretrained model that open_clip knows.
+
+    Example:
+        >>> list_models()[0]
+        KnownModel(spec='tiny', source='bundled')
+    """
+    import open_clip
+
+    bundled = [KnownModel(name, "bundled") for name in BUNDLED]
+    return bundled + [KnownModel(f"{name}/{tag}", "open_clip") for name, tag in open_clip.list_pretrained()]
+
+
+def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
+    """Return the model that `spec` names (see `SPEC_FORMS`): frozen, in evaluation mode, in float32, on `device`.
+
+    Raises UserError when there is no such model, its weights cannot be had or do not fit, or the device is not there.
+
+    Example:
+        >>> vlm = load_model("tiny")
+        >>> vlm.encode_text(["a cat", "a dog"]).shape[0]
+        2
+    """
+    place = resolve_device(device)
+    if spec in BUNDLED:
+        return _from_folder(BUNDLED[spec], spec).to(place)
+    if spec.startswith(_HUB):
+        return _from_hub(spec.removeprefix(_HUB), spec).to(place)
+    if Path(spec).expanduser().is_dir():
+        return _from_folder(Path(spec).expanduser(), spec).to(place)
+    if re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec):
+        return load_custom(spec, place)
+    return _from_name(spec).to(place)
+
+
+def _from_folder(folder: Path, spec: str) -> ClipVLM:
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(_why_no_model(folder, spec))
+    present = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]
+    if not present:
+        raise UserError(f"the folder '{spec}' has {CONFIG_NAME} but no weights: put {WEIGHT_NAMES[0]} beside it")
+    return build_clip(f"local-dir:{folder}", present[0], spec=spec)
+
+
+def _why_no_model(folder: Path, spec: str) -> str:
+    wanted = f"{CONFIG_NAME} and {WEIGHT_NAMES[0]}"
+    try:
+        kind = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"the folder '{spec}' holds no model: expected {wanted}"
+    return f"'{spec}' is a run of `robustvlm {kind}` and holds no model: pass the model that it was run on"
+
+
+def _from_hub(repo: str, spec: str) -> ClipVLM:
+    advice = "check the network and the name, or pass a local folder with its files"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"a hub model is named hf-hub:ORG/REPO, got '{spec}'")
+    config = hub_file(repo, [CONFIG_NAME], advice=advice)
+    weights = hub_file(repo, WEIGHT_NAMES, advice=advice)
+    text = json.loads(config.read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
+    # A tokenizer of transformers is named by the hub config, not stored beside the two files fetched here.
+    tokenizer = spec if text.get("hf_tokenizer_name") else None
+    return build_clip(f"local-dir:{config.parent}", weights, spec=spec, tokenizer_source=tokenizer)
+
+
+def _from_name(spec: str) -> ClipVLM:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    name, rest = _split(spec, open_clip.list_models())
+    if not rest:
+        example = f"'{name}/{next(iter(_tags(name)), 'FILE')}'"
+        raise UserError(f"'{name}' is an architecture: say which weights, as {example}, or give a checkpoint file")
+    tag = get_pretrained_cfg(name, rest)
+    if tag:
+        weights = tag_file(tag, advice=f"check the network, or pass a local file as '{name}/FILE.safetensors'")
+        # Which activation the weights were trained with is the tag's to say; open_clip only warns about it.
+        return build_clip(name, weights, spec=spec, preprocess=tag, quick_gelu=bool(tag.get("quick_gelu")))
+    path = Path(rest).expanduser()
+    if not path.exists() and path.suffix not in SUFFIXES:
+        hint = nearest(rest, _tags(name)) if _tags(name) else "open_clip has no published weights for it"
+        raise UserError(f"'{name}' has no weights '{rest}', and there is no such file; {hint}")
+    return build_clip(name, path, spec=spec, preprocess=_shared_preprocess(name))
+
+
+def _split(spec: str, architectures: list[str]) -> tuple[str, str]:
+    """Split NAME/WEIGHTS; the name may be written with a slash of its own, as OpenAI's ViT-B/32."""
+    parts = spec.split("/")
+    for count in range(1, len(parts) + 1):
+        name = "-".join(parts[:count])
+        if name in architectures:
+            return name, "/".join(parts[count:])
+    if Path(spec).suffix in SUFFIXES:
+        raise UserError(f"a checkpoint needs its architecture before it, as 'ViT-B-32/{spec}'")
+    if spec.startswith((".", "/", "~")):
+        raise UserError(f"no model folder at '{spec}'")
+    hint = nearest(parts[0], [*BUNDLED, *architectures])
+    raise UserError(f"unknown model '{spec}'; {hint} (`robustvlm models` lists all)")
+
+
+def _tags(name: str) -> list[str]:
+    import open_clip
+
+    return list(open_clip.pretrained.list_pretrained_tags_by_model(name))
+
+
+def _shared_preprocess(name: str) -> dict[str, Any] | None:
+    """Return what all published weights of an architecture agree on, so that a local SigLIP gets SigLIP's mean."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    found = [{key: get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in _tags(name)]
+    return found[0] if found and all(other == found[0] for other in found) else None
