@@ -1,0 +1,45 @@
+"""Attacks: threat models, objectives, PGD and APGD, and the lanes that run them.
+
+Imports nothing of the package but errors and seeds: any module from pixels in [0, 1] to logits can be attacked.
+"""
+
+from __future__ import annotations
+
+from robustvlm.attacks.apgd import APGD
+from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.jobs import FAILED, FOOLED, ROBUST, Job, Result
+from robustvlm.attacks.lanes import LaneEngine
+from robustvlm.attacks.objectives import OBJECTIVES, Objective, margin, objective, target_classes
+from robustvlm.attacks.oracle import PRECISIONS, Oracle
+from robustvlm.attacks.pgd import PGD
+from robustvlm.attacks.plan import ATTACKS, parse_attacks
+from robustvlm.attacks.probe import Probe, probe
+from robustvlm.attacks.threat import NORMS, ThreatModel, parse_eps, parse_norm, project
+
+__all__ = [
+    "APGD",
+    "ATTACKS",
+    "FAILED",
+    "FOOLED",
+    "NORMS",
+    "OBJECTIVES",
+    "PGD",
+    "PRECISIONS",
+    "ROBUST",
+    "Job",
+    "LaneAttack",
+    "LaneEngine",
+    "Objective",
+    "Oracle",
+    "Probe",
+    "Result",
+    "ThreatModel",
+    "margin",
+    "objective",
+    "parse_attacks",
+    "parse_eps",
+    "parse_norm",
+    "probe",
+    "project",
+    "target_classes",
+]

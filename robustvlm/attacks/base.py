@@ -1,0 +1,57 @@
+"""The contract between an attack and the lanes that run it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks.objectives import Objective
+from robustvlm.attacks.threat import ThreatModel
+
+# Everything an attack remembers of its lanes: named tensors with the lane as first dimension. "x0" is the clean
+# image and "x" the point to evaluate next; the rest is the attack's own.
+State = dict[str, Tensor]
+
+DONE = "done"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneAttack(ABC):
+    """An iterative attack, written as two functions of per-lane state.
+
+    A job (one image) consists of `n_runs` sub-runs (restarts or targets); a sub-run evaluates its start and then
+    `n_iter` further points. The engine evaluates all lanes in one batched pass, records successes and the best
+    iterate, and calls `advance`. Both functions must treat lanes independently of each other.
+    """
+
+    name: str
+    n_iter: int
+    n_restarts: int = 1
+    objective: Objective
+
+    def n_runs(self, n_classes: int) -> int:
+        """Return how many sub-runs one image gets."""
+        del n_classes
+        return self.n_restarts
+
+    def target_rank(self, run: int) -> int:
+        """Return which of the job's target classes sub-run `run` aims at (0 = the likeliest wrong class)."""
+        del run
+        return 0
+
+    @abstractmethod
+    def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator) -> State:
+        """Return the state of one lane (leading dimension 1) at the start of a sub-run, with "x0" and "x"."""
+
+    @abstractmethod
+    def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
+        """Return the next state, after `state["x"]` was evaluated to `loss` [L] and `grad` [L, C, H, W].
+
+        Args:
+            step: how many steps each lane's sub-run has made before this one, int64 [L].
+
+        A bool tensor under `DONE` ends the sub-runs of the lanes where it is true.
+        """

@@ -1,0 +1,59 @@
+"""What goes into the lanes and what comes out: one job and one result per image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+FOOLED, ROBUST, FAILED = "fooled", "robust", "failed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to attack.
+
+    Args:
+        image_id: stable name; with the run's seed it determines every random draw made for this image.
+        index: position in the data set, carried through to the result.
+        pixels: clean image [3, H, W] in [0, 1].
+        label: true class.
+        targets: wrong classes for targeted sub-runs, the likeliest first.
+    """
+
+    image_id: str
+    index: int
+    pixels: Tensor = field(repr=False)
+    label: int
+    targets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer for one image.
+
+    Args:
+        outcome: "fooled", "robust", or "failed" when the model's output was not finite.
+        prediction: class predicted at the recorded point.
+        confidence: softmax probability of that class.
+        margin: z_y - max other logit there; the lowest met unless the image was fooled at once.
+        steps: gradient steps made over all sub-runs.
+        passes: encoder passes spent on this image, forward and backward counted as one each.
+        run: sub-run (restart or target) that holds the recorded point.
+        linf, l2: norms of the recorded perturbation in pixel units.
+        seconds: the image's share of the wall time of the batches it rode in.
+        adversarial: recorded point [3, H, W], the first success or the point of lowest margin.
+    """
+
+    job: Job
+    outcome: str
+    prediction: int
+    confidence: float
+    margin: float
+    steps: int
+    passes: int
+    run: int
+    linf: float
+    l2: float
+    seconds: float
+    adversarial: Tensor = field(repr=False)

@@ -1,0 +1,95 @@
+"""Questions put to a model before the attack: is it finite, repeatable, and does it treat each image on its own?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks.objectives import objective
+from robustvlm.attacks.oracle import Oracle
+
+# Rounding between batch shapes moves a logit by about 1e-6 of its size; batch statistics move it by percents.
+_COUPLED = 1e-3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model's answers to one batch of images say about it.
+
+    Args:
+        finite: all logits are finite.
+        repeat_change: largest change of a logit when the same batch is asked again, relative to the logits' spread.
+        batch_change: largest relative change of an image's logits when its neighbours in the batch are replaced.
+        zero_gradients: share of images whose cross-entropy gradient is exactly zero.
+        rungs: batch sizes, descending from the full one, whose rows equal those of the full batch to the bit.
+    """
+
+    finite: bool
+    repeat_change: float
+    batch_change: float
+    zero_gradients: float
+    rungs: tuple[int, ...]
+
+    @property
+    def random(self) -> bool:
+        """Whether two identical queries differ by more than rounding."""
+        return self.repeat_change > _COUPLED
+
+    @property
+    def coupled(self) -> bool:
+        """Whether an image's logits depend on the other images of its batch (a random model cannot be told)."""
+        return not self.random and self.batch_change > _COUPLED
+
+
+def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
+    """Ask the model about a full batch of images [L, 3, H, W], its repetition, and the same rows among others.
+
+    Example:
+        >>> oracle = Oracle(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)))
+        >>> report = probe(oracle, torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))
+        >>> report.finite, report.random, report.coupled
+        (True, False, False)
+    """
+    images, label = images.to(oracle.device, oracle.dtype), label.to(oracle.device)
+    ce = objective("ce")
+    logits, _, grad = oracle.gradient(images, ce, label, label)
+    again = oracle.gradient(images, ce, label, label)[0]
+    finite = bool(logits.isfinite().all())
+    repeat = _relative_change(again, logits)
+    return Probe(
+        finite=finite,
+        repeat_change=repeat,
+        batch_change=_neighbour_change(oracle, images, oracle.confirm(images)),
+        zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
+        rungs=_rungs(oracle, images, label, logits, grad) if finite and repeat == 0 else (len(images),),
+    )
+
+
+def _neighbour_change(oracle: Oracle, images: Tensor, logits: Tensor) -> float:
+    """Replace all but the first row by flipped, darkened copies and see whether the first row's logits notice."""
+    if len(images) < 2:
+        return 0.0
+    others = images.flip(-1) * 0.5
+    others[0] = images[0]
+    return _relative_change(oracle.confirm(others)[:1], logits[:1], spread=logits)
+
+
+def _relative_change(new: Tensor, old: Tensor, *, spread: Tensor | None = None) -> float:
+    scale = (old if spread is None else spread).double().std().clamp_min(1e-12)
+    change = ((new - old).double().abs().max() / scale).item()
+    return change if change == change else 0.0
+
+
+def _rungs(oracle: Oracle, images: Tensor, label: Tensor, logits: Tensor, grad: Tensor) -> tuple[int, ...]:
+    """Halve the batch as long as logits and gradients of its rows stay the same to the bit."""
+    rungs, size = [len(images)], len(images) // 2
+    while size >= 1:
+        rows = torch.arange(size, device=images.device)
+        z, _, g = oracle.gradient(images[rows], objective("ce"), label[rows], label[rows])
+        if not (torch.equal(z, logits[rows]) and torch.equal(g, grad[rows])):
+            break
+        rungs.append(size)
+        size //= 2
+    return tuple(rungs)

@@ -1,0 +1,161 @@
+"""Threat models: which perturbations an attacker may add to an image with pixels in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from robustvlm.errors import UserError, nearest
+
+NORMS = ("Linf", "L2")
+_ALIASES = {"linf": "Linf", "inf": "Linf", "l_inf": "Linf", "l∞": "Linf", "l2": "L2", "2": "L2", "l_2": "L2"}
+_FRACTION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
+
+# Rounding in float32 may push the norm of a projected perturbation past eps; aiming this much below keeps it inside.
+_L2_SHRINK = 1.0 - 2.0**-20
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """All perturbations of norm at most `eps` that keep pixels in [0, 1].
+
+    Args:
+        norm: "Linf" or "L2", taken over all pixels and channels of one image.
+        eps: radius in pixel units (the scale on which an image lies in [0, 1]).
+
+    Raises:
+        UserError: for an unknown norm, or an eps that is not a positive finite number (for Linf: at most 1).
+
+    Example:
+        >>> ThreatModel("Linf", 4 / 255)
+        ThreatModel(norm='Linf', eps=0.01568...)
+    """
+
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise UserError(f"unknown norm '{self.norm}': {nearest(self.norm, NORMS)}")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise UserError(f"eps must be a positive number, got {self.eps}: pass for example 2/255")
+        if self.norm == "Linf" and self.eps > 1:
+            raise UserError(
+                f"eps {self.eps:g} is larger than the pixel range [0, 1]: "
+                f"for {self.eps:g} grey levels pass {self.eps:g}/255"
+            )
+
+
+def parse_norm(text: str) -> str:
+    """Return "Linf" or "L2" for the usual spellings.
+
+    Example:
+        >>> parse_norm("linf"), parse_norm("L2")
+        ('Linf', 'L2')
+    """
+    norm = _ALIASES.get(text.strip().lower())
+    if norm is None:
+        raise UserError(f"unknown norm '{text}': expected Linf or L2")
+    return norm
+
+
+def parse_eps(text: str) -> list[tuple[str, float]]:
+    """Return (text, value) pairs, ascending and without repeats, for `4/255`, `0.5` or a list `1/255,2/255`.
+
+    Example:
+        >>> parse_eps("2/255, 1/255")
+        [('1/255', 0.0039...), ('2/255', 0.0078...)]
+    """
+    pairs: dict[float, str] = {}
+    for part in text.split(","):
+        if not part.strip():
+            raise UserError(f"empty value in eps '{text}': expected numbers such as 2/255 separated by commas")
+        pairs.setdefault(_eps_value(part), part.strip())
+    return [(pairs[value], value) for value in sorted(pairs)]
+
+
+def _eps_value(text: str) -> float:
+    fraction = _FRACTION.match(text)
+    try:
+        if fraction:
+            value = float(Fraction(fraction.group(1)) / Fraction(fraction.group(2)))
+        else:
+            value = float(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"eps '{text.strip()}' is no number: expected a value such as 2/255 or 0.5") from None
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"eps must be a positive number, got '{text.strip()}': pass for example 2/255")
+    return value
+
+
+def pixel_box(x0: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the tightest floats (low, high) of {x : |x - x0| <= eps, 0 <= x <= 1}, exact for the dtype of `x0`.
+
+    The bounds are computed in float64 and rounded towards `x0`, so that a clamped image is inside the ball in
+    exact arithmetic and not only up to rounding.
+
+    Example:
+        >>> low, high = pixel_box(torch.tensor([0.0, 0.5]), 0.25)
+        >>> low.tolist(), high.tolist()
+        ([0.0, 0.25], [0.25, 0.75])
+    """
+    exact = x0.double()
+    low, high = (exact - eps).clamp(0, 1), (exact + eps).clamp(0, 1)
+    low_rounded, high_rounded = low.to(x0.dtype), high.to(x0.dtype)
+    low_rounded = torch.where(low_rounded.double() < low, torch.nextafter(low_rounded, x0), low_rounded)
+    high_rounded = torch.where(high_rounded.double() > high, torch.nextafter(high_rounded, x0), high_rounded)
+    return low_rounded, high_rounded
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape [B] values so that they broadcast over the images `like` [B, ...]."""
+    return values.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def l2_norms(delta: Tensor) -> Tensor:
+    """Return the L2 norm of every image's perturbation, [B, ...] -> [B]."""
+    return delta.flatten(1).norm(dim=1)
+
+
+def project(x: Tensor, x0: Tensor, threat: ThreatModel, box: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Project images [B, C, H, W] onto the ball around `x0` and into [0, 1].
+
+    For L2 the ball comes first and the clamp second: as `x0` lies in the box, clamping only shortens the
+    perturbation, so the result lies in both. `box` is `pixel_box(x0, eps)` where the caller has it already.
+
+    Example:
+        >>> x0 = torch.full((1, 1, 1, 1), 0.5)
+        >>> project(x0 + 0.4, x0, ThreatModel("Linf", 0.25)).item()
+        0.75
+    """
+    if threat.norm == "Linf":
+        low, high = box if box is not None else pixel_box(x0, threat.eps)
+        return torch.minimum(torch.maximum(x, low), high)
+    delta = x - x0
+    scale = (threat.eps * _L2_SHRINK / l2_norms(delta).clamp_min(1e-30)).clamp_max(1.0)
+    return (x0 + delta * per_image(scale, delta)).clamp(0, 1)
+
+
+def random_start(x0: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
+    """Draw a starting point for one image [1, C, H, W]: uniform in the Linf ball, or a random direction of length eps.
+
+    The draw is made on the CPU, so that it is the same on every device.
+    """
+    shape = x0.shape
+    if threat.norm == "Linf":
+        noise = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * threat.eps
+    else:
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = noise * per_image(threat.eps / l2_norms(noise), noise)
+    return project(x0 + noise.to(x0), x0, threat)
+
+
+def perturbation_norms(x: Tensor, x0: Tensor) -> tuple[float, float]:
+    """Return (Linf, L2) of one image's perturbation, measured in float64."""
+    delta = x.double() - x0.double()
+    return delta.abs().max().item(), delta.norm().item()
