@@ -1,0 +1,103 @@
+"""Class sets with a name: their classes, and the templates and tree that come with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from robustvlm.data import prompts
+from robustvlm.data.names import name_key
+from robustvlm.data.taxonomy import Forest
+from robustvlm.data.tree_files import load_forest
+
+CIFAR10: tuple[str, ...] = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+# open_clip's list gives two names to two classes each; these two get the name WordNet gives them first.
+_IMAGENET_RENAMED = {744: "projectile", 836: "sunglass"}
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """A named class set: how many classes, its bundled tree and its templates."""
+
+    name: str
+    size: int
+    templates: tuple[str, ...]
+
+    @property
+    def tree_path(self) -> Path:
+        """The bundled tree, whose leaves are the classes."""
+        return Path(str(files("robustvlm") / "assets" / "trees" / f"{self.name}.json"))
+
+
+KNOWN: tuple[KnownSet, ...] = (
+    KnownSet("cifar10", 10, prompts.CIFAR),
+    KnownSet("cifar100", 100, prompts.CIFAR),
+    KnownSet("imagenet1k", 1000, prompts.IMAGENET),
+)
+
+
+def recognise(class_names: Sequence[str]) -> KnownSet | None:
+    """Return the known set these classes are, whatever their order, case and separators; None if they are none.
+
+    Example:
+        >>> recognise(CIFAR10).name
+        'cifar10'
+    """
+    keys = {name_key(name) for name in class_names}
+    for known in KNOWN:
+        if len(keys) == len(class_names) == known.size and keys == _leaf_keys(known.name):
+            return known
+    return None
+
+
+def known_forest(known: KnownSet, class_names: Sequence[str]) -> Forest:
+    """Return the bundled tree of a known set over its classes, in their order and spelling."""
+    return load_forest(known.tree_path, class_names)
+
+
+def cifar100_names() -> tuple[str, ...]:
+    """Return the CIFAR-100 classes in label order, which is alphabetical."""
+    return tuple(sorted(leaf["name"] for leaf in _leaves("cifar100")))
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Return the ImageNet-1k classes in label order: open_clip's names, made distinct."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return tuple(_IMAGENET_RENAMED.get(i, name) for i, name in enumerate(IMAGENET_CLASSNAMES))
+
+
+@cache
+def wordnet_names() -> dict[str, str]:
+    """Return the class name of each of ImageNet's WordNet ids, the folder names of its usual layout.
+
+    Example:
+        >>> wordnet_names()["n01440764"]
+        'tench'
+    """
+    return {leaf["wnid"]: leaf["name"] for leaf in _leaves("imagenet1k")}
+
+
+@cache
+def _leaf_keys(name: str) -> frozenset[str]:
+    return frozenset(name_key(leaf["name"]) for leaf in _leaves(name))
+
+
+@cache
+def _leaves(name: str) -> tuple[dict[str, str], ...]:
+    """Return the leaves of a bundled tree."""
+    path = next(known.tree_path for known in KNOWN if known.name == name)
+    stack, leaves = [json.loads(path.read_text(encoding="utf-8"))], []
+    while stack:
+        node = stack.pop()
+        stack.extend(node.get("children", ()))
+        if "children" not in node:
+            leaves.append(node)
+    return tuple(leaves)
