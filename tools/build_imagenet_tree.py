@@ -8,7 +8,7 @@ WordNet's noun file is taken from Debian's package wordnet-base (`apt-get downlo
 WordNet's graph is reduced in two steps, both deterministic:
 1. of several hypernyms the first one listed is followed, which gives a tree of 5 to 19 levels;
 2. of its nodes those stay that some cut selects: the topmost with at most `most` classes, if they have at least
-   `least`. Four cuts, each finer than the one before, give six levels: 1000 classes, 137, 101, 44 and 8 groups, the root.
+   `least`. Four cuts, each finer than the one before, give six levels: 1000 classes, 137, 101, 44, 8 groups, the root.
 """
 
 from __future__ import annotations

@@ -1,1 +1,23 @@
 """Where images come from: sources, prompts, class names and class trees."""
+
+from __future__ import annotations
+
+from robustvlm.data.pixels import to_pixels
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
+from robustvlm.data.specs import open_data
+from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.data.tree_files import load_forest, load_tree
+
+__all__ = [
+    "UNKNOWN",
+    "DataSource",
+    "Forest",
+    "Sample",
+    "Tree",
+    "Unreadable",
+    "load_forest",
+    "load_tree",
+    "open_data",
+    "select",
+    "to_pixels",
+]

@@ -35,14 +35,6 @@ def decode(name: str, data: bytes | bytearray | memoryview | Path, label: int) -
         return Unreadable(name, str(error))
 
 
-def convert(name: str, image: Image.Image, label: int) -> Sample | Unreadable:
-    """Return a sample from an image some library has opened already."""
-    try:
-        return Sample(name, _converted(image), label)
-    except DecodeError as error:
-        return Unreadable(name, str(error))
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image as RGB, 8 bit: transparency over white, 16-bit grey scaled by 257, EXIF orientation applied.
 
@@ -102,7 +94,7 @@ def _decoded(file: IO[bytes]) -> Image.Image:
         except DecodeError:
             raise
         except Exception as error:  # the header parsers raise nearly anything on hostile bytes
-            raise DecodeError(f"damaged image: {_one_line(error)}") from None
+            raise DecodeError(f"damaged image: {one_line(error)}") from None
 
 
 def _converted(image: Image.Image) -> Image.Image:
@@ -114,7 +106,7 @@ def _converted(image: Image.Image) -> Image.Image:
     except MemoryError:
         raise DecodeError(f"too large to decode: {image.width} x {image.height} pixels") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise DecodeError(f"damaged image: {_one_line(error)}") from None
+        raise DecodeError(f"damaged image: {one_line(error)}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -139,6 +131,7 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
+    """Return the text of an error on one line of at most 160 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

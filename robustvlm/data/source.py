@@ -87,12 +87,16 @@ class DataSource(ABC):
         wanted = keep or _everything
         ids = self.ids() if limit is not None else None
         if limit is None:
-            yield from self._stream(wanted)
+            items = self._stream(wanted)
         elif ids is not None:
             chosen = frozenset(select(ids, limit))
-            yield from self._stream(lambda name: name in chosen and wanted(name))
+            items = self._stream(lambda name: name in chosen and wanted(name))
         else:
-            yield from self._first(limit, wanted)
+            items = self._first(limit, wanted)
+        for item in items:
+            if isinstance(item, Sample):
+                self.check_label(item.label, item.id)
+            yield item
 
     def _first(self, limit: int, wanted: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         """Yield what `wanted` accepts among the first `limit` ids of a stream, then stop reading."""
@@ -112,6 +116,18 @@ class DataSource(ABC):
                     return
         except _LimitReached:
             return
+
+    def check(self) -> None:
+        """Refuse content that does not fit `class_names`; called once the names are settled, before any streaming."""
+        return
+
+    def check_label(self, label: int, where: str) -> None:
+        """Refuse a label without a class name."""
+        if not UNKNOWN <= label < len(self.class_names):
+            raise UserError(
+                f"'{self.spec}' has label {label} ({where}) but {len(self.class_names)} class names, "
+                f"for labels 0 to {len(self.class_names) - 1}: pass --classes FILE with a name for every label"
+            )
 
     def fingerprint(self) -> str:
         """Return a hex digest of what the source holds: its kind, class names and content identity."""

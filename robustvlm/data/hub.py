@@ -1,0 +1,150 @@
+"""Data sets of the Hugging Face hub, or local folders in its formats: `hf:NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from robustvlm.data.decode import decode, one_line
+from robustvlm.data.parquet_schema import IMAGE_COLUMNS, LABEL_COLUMNS
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.data.specs import Spec
+from robustvlm.errors import MissingExtra, UserError, nearest
+
+_OPTIONS = ("split", "config", "revision", "image", "label", "streaming")
+
+
+class HubSource(DataSource):
+    """A split of a hub data set; ids are `SPLIT/INDEX`.
+
+    The split is downloaded to the library's cache and read from there, so a limit selects ids evenly. With
+    `streaming` nothing is stored, but a limit takes the first images, whatever their class.
+
+    Raises:
+        UserError: the package `datasets` is missing, no such data set, split or column, or a column of another type.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        split: str = "test",
+        config: str | None = None,
+        revision: str | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        streaming: bool = False,
+        spec: str | None = None,
+    ) -> None:
+        self.name, self.split, self.streaming = name, split, streaming
+        data = _load(name, config=config, split=split, revision=revision, streaming=streaming)
+        features = dict(data.features or data._resolve_features().features)
+        self._image = _column(features, image, IMAGE_COLUMNS, _is_image, "image", name)
+        self._label = _column(features, label, LABEL_COLUMNS, _is_label, "label", name)
+        names = getattr(features[self._label], "names", None) or ()
+        # Decoding is ours, so that a damaged image is a recorded fault and not the end of the run.
+        self._data = data.select_columns([self._image, self._label])
+        if _kind(features[self._image]) == "Image":
+            self._data = self._data.cast_column(self._image, _datasets().Image(decode=False))
+        super().__init__(spec or f"hf:{name}", tuple(names))
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> HubSource:
+        """Open `hf:NAME[?split=&config=&revision=&image=&label=&streaming=1]`."""
+        spec.check_options(*_OPTIONS)
+        if not spec.rest:
+            raise UserError("'hf' names no data set: write hf:NAME, for example hf:uoft-cs/cifar10")
+        options = {name: value for name, value in spec.options.items() if name != "streaming"}
+        return cls(spec.rest, streaming=spec.flag("streaming"), spec=spec.text, **options)
+
+    def ids(self) -> list[str] | None:
+        """Return `SPLIT/INDEX` for every image, or None when streaming."""
+        return None if self.streaming else [f"{self.split}/{i}" for i in range(len(self._data))]
+
+    def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+        if self.streaming:
+            for i, row in enumerate(self._data):
+                if keep(f"{self.split}/{i}"):
+                    yield self._sample(f"{self.split}/{i}", row)
+            return
+        for i in range(len(self._data)):
+            if keep(f"{self.split}/{i}"):
+                yield self._sample(f"{self.split}/{i}", self._data[i])
+
+    def _sample(self, name: str, row: dict[str, Any]) -> Sample | Unreadable:
+        value, label = row[self._image], row[self._label]
+        data = value
+        if isinstance(value, dict):
+            # Local image folders hold paths; data from the hub holds the bytes.
+            data = value["bytes"] if value.get("bytes") is not None else value.get("path") and Path(value["path"])
+        if not data:
+            return Unreadable(name, "no image bytes in this row")
+        return decode(name, data, UNKNOWN if label is None else int(label))
+
+    def _identity(self) -> Iterable[str]:
+        yield f"{self.split} {self._image} {self._label}"
+        if self.streaming:
+            yield self.name
+            return
+        yield str(len(self._data))
+        for batch in self._data.select_columns([self._label]).iter(batch_size=4096):
+            yield repr(batch[self._label])
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtra("datasets", extra="hub") from None
+    return datasets
+
+
+def _load(name: str, *, config: str | None, split: str, revision: str | None, streaming: bool) -> Any:
+    library = _datasets()
+    path = Path(name).expanduser()
+    try:
+        if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+            return library.load_from_disk(str(path))
+        if (path / "dataset_dict.json").is_file():
+            splits = library.load_from_disk(str(path))
+            if split not in splits:
+                raise UserError(f"'{name}' has no split '{split}': {nearest(split, splits)}")
+            return splits[split]
+        target = str(path) if path.exists() else name
+        return library.load_dataset(target, config, split=split, revision=revision, streaming=streaming)
+    except UserError:
+        raise
+    except Exception as error:  # network, hub and format faults come in many types
+        raise UserError(f"cannot open the data set '{name}' (split {split}): {one_line(error)}") from None
+
+
+def _kind(feature: Any) -> str:
+    return type(feature).__name__
+
+
+def _is_image(feature: Any) -> bool:
+    return _kind(feature) == "Image" or getattr(feature, "dtype", "") in {"binary", "large_binary"}
+
+
+def _is_label(feature: Any) -> bool:
+    return _kind(feature) == "ClassLabel" or "int" in str(getattr(feature, "dtype", ""))
+
+
+def _column(
+    features: dict[str, Any],
+    named: str | None,
+    usual: tuple[str, ...],
+    fits: Callable[[Any], bool],
+    what: str,
+    name: str,
+) -> str:
+    if named is not None and named not in features:
+        raise UserError(f"'{name}' has no column '{named}': {nearest(named, features)}")
+    if named is not None and not fits(features[named]):
+        raise UserError(f"the column '{named}' of '{name}' does not hold {what}s: it is {features[named]}")
+    order = [named] if named is not None else [*(key for key in usual if key in features), *features]
+    found = next((key for key in order if fits(features[key])), None)
+    if found is None:
+        raise UserError(f"'{name}' has no {what} column: name one with ?{what}=NAME ({', '.join(features)})")
+    return found

@@ -1,0 +1,152 @@
+"""Images in Parquet files, in the format of the Hugging Face hub: `parquet:FILE`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from robustvlm.data.decode import decode
+from robustvlm.data.parquet_schema import Columns, find_columns
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.data.specs import Spec
+from robustvlm.errors import UserError
+
+_BATCH = 32
+"""Rows decoded from Parquet at once; images are held one batch at a time."""
+
+
+class ParquetSource(DataSource):
+    """Rows of one Parquet file, or of a folder of them; ids are `STEM/ROW`.
+
+    The image column holds bytes or a struct with `bytes`; the label column integers, or text that names the class.
+    Class names come from the schema's metadata (ClassLabel) where it has them. A null label is an unknown class.
+
+    Raises:
+        UserError: no such file, not Parquet, no such column, a column of another type, a label without a class name.
+    """
+
+    def __init__(
+        self, path: Path, *, image: str | None = None, label: str | None = None, spec: str | None = None
+    ) -> None:
+        self._paths = _paths(path)
+        opened = [_open(file) for file in self._paths]
+        found = [
+            find_columns(file.schema_arrow, image, label, str(at)) for file, at in zip(opened, self._paths, strict=True)
+        ]
+        self._columns: Columns = found[0]
+        for other, at in zip(found, self._paths, strict=True):
+            if (other.image, other.label, other.text_labels) != (found[0].image, found[0].label, found[0].text_labels):
+                raise UserError(f"{at} has other columns than {self._paths[0]}: a folder must hold files of one schema")
+        self._rows = [file.metadata.num_rows for file in opened]
+        if not sum(self._rows):
+            raise UserError(f"{path} holds no row")
+        self._labels = sorted(self._distinct_labels())
+        self._label_of = {name: i for i, name in enumerate(self._labels)} if self._columns.text_labels else {}
+        super().__init__(spec or f"parquet:{path}", self._columns.class_names or tuple(self._label_of))
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> ParquetSource:
+        """Open `parquet:FILE[?image=COLUMN&label=COLUMN]`."""
+        spec.check_options("image", "label")
+        options = spec.options
+        return cls(spec.path("file"), image=options.get("image"), label=options.get("label"), spec=spec.text)
+
+    def ids(self) -> list[str]:
+        """Return `STEM/ROW` for every row, in file order."""
+        return [self._id(n, row) for n, rows in enumerate(self._rows) for row in range(rows)]
+
+    def check(self) -> None:
+        """Refuse labels that have no class name."""
+        if self._labels and not self._columns.text_labels:
+            for label in (self._labels[0], self._labels[-1]):
+                self.check_label(label, f"column '{self._columns.label}'")
+
+    def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+        for number, path in enumerate(self._paths):
+            file, start = _open(path), 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                kept = [keep(self._id(number, start + row)) for row in range(rows)]
+                if any(kept):
+                    yield from self._group(file, group, [self._id(number, start + row) for row in range(rows)], kept)
+                start += rows
+
+    def _group(
+        self, file: pq.ParquetFile, group: int, ids: list[str], kept: list[bool]
+    ) -> Iterator[Sample | Unreadable]:
+        """Yield the kept rows of a row group, batch by batch; a damaged group leaves a reason for each other row."""
+        done = 0
+        try:
+            for batch in file.iter_batches(
+                _BATCH, row_groups=[group], columns=[self._columns.image, self._columns.label], use_threads=False
+            ):
+                for row in range(batch.num_rows):
+                    if kept[done]:
+                        yield self._sample(ids[done], batch, row)
+                    done += 1
+        except (pa.ArrowException, OSError) as error:
+            reason = f"damaged Parquet data: {' '.join(str(error).split())[:120]}"
+            yield from (
+                Unreadable(name, reason) for name, wanted in zip(ids[done:], kept[done:], strict=True) if wanted
+            )
+
+    def _sample(self, name: str, batch: pa.RecordBatch, row: int) -> Sample | Unreadable:
+        value = batch.column(self._columns.image)[row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None:
+            return Unreadable(name, "no image bytes in this row")
+        return decode(name, data, self._label(batch.column(self._columns.label)[row].as_py()))
+
+    def _label(self, value: Any) -> int:
+        if value is None:
+            return UNKNOWN
+        return self._label_of[value] if self._columns.text_labels else int(value)
+
+    def _distinct_labels(self) -> set[Any]:
+        found: set[Any] = set()
+        for path in self._paths:
+            try:
+                for batch in _open(path).iter_batches(65536, columns=[self._columns.label]):
+                    found.update(pc.unique(batch.column(0)).to_pylist())
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{path}: cannot read the column '{self._columns.label}': {error}") from None
+        return found - {None}
+
+    def _id(self, number: int, row: int) -> str:
+        return f"{self._paths[number].stem}/{row}"
+
+    def _identity(self) -> Iterable[str]:
+        for path, rows in zip(self._paths, self._rows, strict=True):
+            yield f"{path.stem} {rows} {self._columns.image} {self._columns.label}"
+            meta = _open(path).metadata
+            for group in range(meta.num_row_groups):
+                yield f"{meta.row_group(group).num_rows} {meta.row_group(group).total_byte_size}"
+            digest = hashlib.blake2b(digest_size=16)
+            for batch in _open(path).iter_batches(65536, columns=[self._columns.label]):
+                digest.update(repr(batch.column(0).to_pylist()).encode())
+            yield digest.hexdigest()
+
+
+def _paths(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(path.glob("*.parquet"))
+        if not found:
+            raise UserError(f"the folder {path} holds no .parquet file")
+        return found
+    if not path.exists():
+        raise UserError(f"no file {path}")
+    return [path]
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        # Buffered reading keeps pages, not whole column chunks, in memory.
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:160]}") from None

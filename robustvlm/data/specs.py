@@ -1,0 +1,151 @@
+"""From a data spec, such as `imagefolder:photos/val?links=1`, to the source it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import unquote
+
+from robustvlm.data.classes import known_forest, recognise
+from robustvlm.data.names import read_class_names, settle_names
+from robustvlm.data.prompts import read_templates
+from robustvlm.data.source import DataSource
+from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.data.tree_files import load_forest
+from robustvlm.errors import UserError, nearest
+
+_OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed data spec `KIND[:REST][?key=value&key=value]`; values may be percent-encoded.
+
+    Example:
+        >>> spec = parse_spec("parquet:cifar/test.parquet?label=fine_label")
+        >>> spec.kind, spec.rest, dict(spec.options)
+        ('parquet', 'cifar/test.parquet', {'label': 'fine_label'})
+    """
+
+    text: str
+    kind: str
+    rest: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def check_options(self, *known: str) -> None:
+        """Refuse options other than the known ones."""
+        for name in self.options:
+            if name not in known:
+                raise UserError(f"'{self.kind}' data has no option '{name}': {nearest(name, known)}")
+
+    def flag(self, name: str) -> bool:
+        """Return an on/off option, off when not given."""
+        value = self.options.get(name, "0").lower()
+        if value not in {"0", "1", "true", "false", "yes", "no"}:
+            raise UserError(f"the option {name} must be 1 or 0, got '{value}'")
+        return value in {"1", "true", "yes"}
+
+    def path(self, what: str) -> Path:
+        """Return the rest as a path, which must be there."""
+        if not self.rest:
+            raise UserError(f"'{self.text}' names no {what}: write {self.kind}:{what.upper()}")
+        return Path(self.rest).expanduser()
+
+
+def parse_spec(text: str) -> Spec:
+    """Split a data spec into kind, rest and options.
+
+    Raises:
+        UserError: an unknown kind (the nearest are named), or an option given twice.
+    """
+    body, mark, tail = text.rpartition("?")
+    if not mark or not _OPTIONS.fullmatch(tail):
+        body, tail = text, ""
+    kind, _, rest = body.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"unknown data kind '{kind}': {_hint(text, kind)}")
+    pairs = [pair.split("=", 1) for pair in tail.split("&") if pair]
+    options = {name: unquote(value) for name, value in pairs}
+    if len(options) < len(pairs):
+        raise UserError(f"an option is given twice in '{text}'")
+    return Spec(text, kind, rest, options)
+
+
+def open_data(
+    spec: str, *, classes: Path | None = None, templates: Path | None = None, tree: Path | None = None
+) -> DataSource:
+    """Return the source a spec names, with class names, templates and tree from the files given, if any.
+
+    Classes that are those of CIFAR-10, CIFAR-100 or ImageNet-1k come with templates and a tree.
+
+    Raises:
+        UserError: an unknown kind or option, missing data, no class names, or files that do not fit the data.
+
+    Example:
+        >>> source = open_data("emoji?split=test&copies=1")
+        >>> source.tree[0].ancestor(source.class_names[0], 1)
+        'mammal'
+    """
+    parsed = parse_spec(spec)
+    source = KINDS[parsed.kind](parsed)
+    names = settle_names(source.class_names or None, read_class_names(classes) if classes else None, f"'{spec}'")
+    if source.tree is not None:
+        source.tree = _renamed(source.tree, names)
+    source.class_names = tuple(names)
+    source.check()
+    known = recognise(source.class_names) if source.tree is None else None
+    if known is not None:
+        source.templates, source.tree = known.templates, known_forest(known, source.class_names)
+    if templates is not None:
+        source.templates = read_templates(templates)
+    if tree is not None:
+        source.tree = load_forest(tree, source.class_names)
+    return source
+
+
+def _renamed(forest: Forest, names: list[str]) -> Forest:
+    return Forest(
+        tuple(Tree(tuple((name, *path[1:]) for name, path in zip(names, tree.paths, strict=True))) for tree in forest)
+    )
+
+
+def _hint(text: str, kind: str) -> str:
+    """Guess what was meant by a spec without a kind."""
+    path = Path(text)
+    if text.endswith(".parquet"):
+        return f"did you mean 'parquet:{text}'?"
+    if text.endswith((".tar", ".tar.gz", ".tgz")):
+        return f"did you mean 'wds:{text}'?"
+    return f"did you mean 'imagefolder:{text}'?" if path.is_dir() else nearest(kind, KINDS)
+
+
+def _emoji(spec: Spec) -> DataSource:
+    from robustvlm.data.emoji import EmojiSource
+
+    if spec.rest:
+        raise UserError(f"emoji data takes options only, got '{spec.rest}': write for example emoji?split=test")
+    return EmojiSource.from_options(spec.options)
+
+
+def _lazy(module: str, name: str) -> Callable[[Spec], DataSource]:
+    """Return an opener that imports its module when used: some need optional packages, all take time."""
+
+    def opener(spec: Spec) -> DataSource:
+        source: DataSource = getattr(import_module(f"robustvlm.data.{module}"), name).from_spec(spec)
+        return source
+
+    return opener
+
+
+KINDS: dict[str, Callable[[Spec], DataSource]] = {
+    "emoji": _emoji,
+    "imagefolder": _lazy("imagefolder", "ImageFolder"),
+    "parquet": _lazy("parquet", "ParquetSource"),
+    "torchvision": _lazy("torchvision_sets", "TorchvisionSource"),
+    "hf": _lazy("hub", "HubSource"),
+    "wds": _lazy("wds", "WebDatasetSource"),
+}
+"""How each kind of data is opened."""

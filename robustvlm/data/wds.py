@@ -1,0 +1,145 @@
+"""WebDataset shards: `wds:PATH` or `wds:URL`, tar files whose members share a key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from robustvlm.data.decode import decode, one_line
+from robustvlm.data.names import name_key, read_class_names
+from robustvlm.data.shards import Shard, find_shards
+from robustvlm.data.source import DataSource, Sample, Unreadable
+from robustvlm.data.specs import Spec
+from robustvlm.errors import MissingExtra, UserError, nearest
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_LABELS = ("cls", "json", "txt")
+_JSON_KEYS = ("label", "cls", "class")
+
+
+class WebDatasetSource(DataSource):
+    """Samples of tar shards, streamed in order; ids are `SHARD/KEY`.
+
+    A sample has an image (jpg, png, webp, ...) and a label: `cls` or `txt` with a number or class name, or `json` with
+    one under `label`, `cls` or `class`. Class names come from --classes or a file `classnames.txt` beside the shards.
+    A damaged shard is one recorded fault; its other samples and the next shards are still read.
+
+    Raises:
+        UserError: the package `webdataset` is missing, no shard there, no sample in any, a label that is no class.
+    """
+
+    def __init__(
+        self, shards: list[Shard], *, image: str | None = None, label: str | None = None, spec: str = "wds"
+    ) -> None:
+        self._shards = shards
+        self._images = (image,) if image else _IMAGES
+        self._label_names = (label,) if label else _LABELS
+        super().__init__(spec, _names_beside(shards))
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> WebDatasetSource:
+        """Open `wds:PATH_OR_URL[?image=EXTENSION&label=EXTENSION]`; `{000..007}` and folders give several shards."""
+        spec.check_options("image", "label")
+        _library()
+        options = spec.options
+        return cls(find_shards(spec), image=options.get("image"), label=options.get("label"), spec=spec.text)
+
+    def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+        classes = {name_key(name): i for i, name in enumerate(self.class_names)}
+        any_sample, first_fault = False, ""
+        for shard in self._shards:
+            faults: list[str] = []
+            seen: set[str] = set()
+            for row in _rows(shard, faults):
+                any_sample = True
+                item = self._item(f"{shard.name}/{row['__key__']}", row, classes, keep, seen)
+                if item is not None:
+                    yield item
+            for fault in faults:
+                first_fault = first_fault or fault
+                yield Unreadable(shard.name, f"damaged shard: {fault}")
+        if not any_sample:
+            raise UserError(f"'{self.spec}' holds no sample" + (f": {first_fault}" if first_fault else ""))
+
+    def _item(
+        self, name: str, row: dict[str, Any], classes: dict[str, int], keep: Callable[[str], bool], seen: set[str]
+    ) -> Sample | Unreadable | None:
+        path = PurePosixPath(row["__key__"])
+        if path.is_absolute() or ".." in path.parts:
+            return Unreadable(name, "a key that leads out of its shard")
+        if name in seen:
+            return Unreadable(name, "the same key twice in one shard")
+        seen.add(name)
+        if not keep(name):
+            return None
+        image = next((row[key] for key in self._images if key in row), None)
+        if image is None:
+            return Unreadable(name, f"no image among its members ({_members(row)})")
+        label = next(((key, row[key]) for key in self._label_names if key in row), None)
+        if label is None:
+            return Unreadable(name, f"no label among its members ({_members(row)})")
+        return decode(name, image, _label(*label, classes, name))
+
+    def _identity(self) -> Iterable[str]:
+        return (f"{shard.name} {shard.size}" for shard in self._shards)
+
+
+def _library() -> Any:
+    try:
+        from webdataset import tariterators
+    except ImportError:
+        raise MissingExtra("webdataset", extra="wds") from None
+    return tariterators
+
+
+def _rows(shard: Shard, faults: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a shard as `__key__` and members by extension; what goes wrong is added to `faults`."""
+
+    def handler(error: Exception) -> bool:
+        faults.append(one_line(error.args[0] if error.args else error))
+        return True
+
+    tar = _library()
+    try:
+        with shard.open() as stream:
+            members = tar.tar_file_expander([{"url": shard.name, "stream": stream}], handler=handler)
+            yield from tar.group_by_keys(members, handler=handler)
+    except OSError as error:
+        faults.append(one_line(error))
+
+
+def _label(kind: str, data: bytes, classes: dict[str, int], name: str) -> int:
+    """Return the label in a member's bytes: a number, or the name of a class."""
+    text = data.decode("utf-8", "replace").strip()
+    value: Any = text
+    if kind == "json":
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UserError(f"the label of '{name}' is not valid JSON") from None
+        if isinstance(value, dict):
+            value = next((value[key] for key in _JSON_KEYS if key in value), None)
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str) and name_key(value) in classes:
+        return classes[name_key(value)]
+    if isinstance(value, str) and value.removeprefix("-").isdecimal():
+        return int(value)
+    shown = str(value)[:40]
+    raise UserError(f"the label '{shown}' of '{name}' is neither a number nor a class: {nearest(shown, classes)}")
+
+
+def _members(row: dict[str, Any]) -> str:
+    return " ".join(sorted(key for key in row if not key.startswith("__")))[:80]
+
+
+def _names_beside(shards: list[Shard]) -> tuple[str, ...]:
+    """Return the names in `classnames.txt` next to local shards or one folder above."""
+    first = shards[0].path
+    for folder in (first.parent, first.parent.parent) if first else ():
+        file: Path = folder / "classnames.txt"
+        if file.is_file():
+            return tuple(read_class_names(file))
+    return ()
