@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,9 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         return _from_folder(BUNDLED[spec], spec).to(place)
     if spec.startswith(_HUB):
         return _from_hub(spec.removeprefix(_HUB), spec).to(place)
-    if Path(spec).expanduser().is_dir():
-        return _from_folder(Path(spec).expanduser(), spec).to(place)
+    folder = os.path.expanduser(spec)
+    if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
+        return _from_folder(Path(folder), spec).to(place)
     if re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec):
         return load_custom(spec, place)
     return _from_name(spec).to(place)
@@ -116,8 +118,8 @@ def _from_name(spec: str) -> ClipVLM:
         weights = tag_file(tag, advice=f"check the network, or pass a local file as '{name}/FILE.safetensors'")
         # Which activation the weights were trained with is the tag's to say; open_clip only warns about it.
         return build_clip(name, weights, spec=spec, preprocess=tag, quick_gelu=bool(tag.get("quick_gelu")))
-    path = Path(rest).expanduser()
-    if not path.exists() and path.suffix not in SUFFIXES:
+    path = Path(os.path.expanduser(rest))
+    if not os.path.exists(path) and path.suffix not in SUFFIXES:
         hint = nearest(rest, _tags(name)) if _tags(name) else "open_clip has no published weights for it"
         raise UserError(f"'{name}' has no weights '{rest}', and there is no such file; {hint}")
     return build_clip(name, path, spec=spec, preprocess=_shared_preprocess(name))

@@ -1,0 +1,176 @@
+"""Zero-shot heads: prompt ensembles by hand, batching, and a cache that never changes an answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from robustvlm.errors import UserError
+from robustvlm.models import VLM, ZeroShotClassifier, load_model, zero_shot
+from robustvlm.models.embedding_cache import cache_file, forget_embeddings
+
+NAMES = ["apple", "border collie", "truck {}", "Émile's café"]
+TEMPLATES = ["a photo of a {}.", "{}", "the {} and the {}"]
+
+
+@pytest.fixture
+def vlm(save_clip: Callable[..., Path]) -> VLM:
+    return load_model(str(save_clip()))
+
+
+class Counting(VLM):
+    """Text features from letters; counts what it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__(spec="counting", image_size=4, logit_scale=10.0)
+        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+        self.encoded: list[int] = []
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.flatten(1)[:, :16]
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        self.encoded.append(len(texts))
+        rows = [torch.tensor([(hash_of(text) >> i) % 97 - 48.0 for i in range(16)]) for text in texts]
+        return self.weight * torch.stack(rows)
+
+
+def hash_of(text: str) -> int:
+    return sum((i + 1) * 7919 * byte for i, byte in enumerate(text.encode()))
+
+
+def by_hand(vlm: VLM, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    rows = []
+    for name in names:
+        prompts = [vlm.encode_text([name.join(template.split("{}"))])[0] for template in templates]
+        rows.append(F.normalize(sum(prompts) / len(prompts), dim=0))
+    return torch.stack(rows)
+
+
+def test_classes_are_normalised_means_of_normalised_prompts(vlm: VLM) -> None:
+    classifier = zero_shot(vlm, NAMES, TEMPLATES)
+    expected = by_hand(vlm, NAMES, TEMPLATES)
+    assert torch.allclose(classifier.class_embeddings, expected, atol=1e-6)
+    pixels = torch.rand(3, 3, 16, 16)
+    logits = vlm.logit_scale * vlm.encode_image(pixels) @ expected.T
+    assert torch.allclose(classifier(pixels), logits, atol=1e-4)
+    assert classifier.class_names == tuple(NAMES)
+
+
+@pytest.mark.parametrize("per_batch", [1, 2, 5, 256])
+def test_batching_over_prompts_is_bounded_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, per_batch: int) -> None:
+    vlm = Counting()
+    expected = by_hand(vlm, NAMES, TEMPLATES)
+    vlm.encoded.clear()
+    monkeypatch.setattr(sys.modules[zero_shot.__module__], "_TEXTS_PER_BATCH", per_batch)
+    found = zero_shot(vlm, NAMES, TEMPLATES, cache=False).class_embeddings
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert max(vlm.encoded) <= per_batch
+    assert sum(vlm.encoded) == len(NAMES) * len(TEMPLATES)
+
+
+def test_order_of_classes_only_permutes(vlm: VLM) -> None:
+    forward = zero_shot(vlm, NAMES, TEMPLATES).class_embeddings
+    backward = zero_shot(vlm, NAMES[::-1], TEMPLATES).class_embeddings
+    assert torch.allclose(forward, backward.flip(0), atol=1e-6)
+
+
+def test_gradients_reach_the_pixels_and_autocast_keeps_float32_logits(vlm: VLM) -> None:
+    classifier = zero_shot(vlm, NAMES, TEMPLATES)
+    pixels = torch.rand(2, 3, 16, 16).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = classifier(pixels)
+    assert logits.dtype == torch.float32
+    assert torch.autograd.grad(logits[:, 0].sum(), pixels)[0].abs().sum() > 0
+
+
+class TestCache:
+    def test_a_second_call_encodes_one_class_only(self) -> None:
+        vlm = Counting()
+        first = zero_shot(vlm, NAMES, TEMPLATES).class_embeddings
+        vlm.encoded.clear()
+        again = zero_shot(vlm, NAMES, TEMPLATES).class_embeddings
+        forget_embeddings()
+        from_disk = zero_shot(vlm, NAMES, TEMPLATES).class_embeddings
+        assert sum(vlm.encoded) == 2 * len(TEMPLATES)
+        assert torch.equal(first, again)
+        assert torch.equal(first, from_disk)
+
+    @pytest.mark.parametrize("change", ["names", "order", "templates", "weights", "text tower"])
+    def test_whatever_matters_is_part_of_the_key(self, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        vlm, names, templates = Counting(), list(NAMES), list(TEMPLATES)
+        zero_shot(vlm, names, templates)
+        if change == "names":
+            names[-1] = "something else"
+        elif change == "order":
+            names[1], names[2] = names[2], names[1]
+        elif change == "templates":
+            templates[1] = "a {}"
+        elif change == "weights":
+            vlm.weight.mul_(-1)
+        else:
+            plain = Counting._text_features
+            monkeypatch.setattr(Counting, "_text_features", lambda self, texts: plain(self, texts).flip(1))
+        assert torch.allclose(zero_shot(vlm, names, templates).class_embeddings, by_hand(vlm, names, templates))
+
+    @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "flipped", "rows"])
+    def test_a_damaged_file_is_computed_again_and_replaced(self, tmp_path: Path, damage: str) -> None:
+        vlm = Counting()
+        expected = zero_shot(vlm, NAMES, TEMPLATES).class_embeddings
+        (file,) = (tmp_path / "cache").rglob("*.safetensors")
+        whole = file.read_bytes()
+        if damage == "rows":
+            from safetensors.torch import save_file
+
+            save_file({"class_embeddings": expected[:2].clone()}, file)
+        else:
+            flipped = bytearray(whole)
+            flipped[-1] ^= 0x40
+            file.write_bytes(
+                {"empty": b"", "cut": whole[:-9], "noise": b"\x9a" * 300, "flipped": bytes(flipped)}[damage]
+            )
+        forget_embeddings()
+        assert torch.equal(zero_shot(vlm, NAMES, TEMPLATES).class_embeddings, expected)
+        assert file.read_bytes() == whole
+        assert list(file.parent.iterdir()) == [file], "no temporary file is left"
+
+    def test_a_folder_that_cannot_be_written_is_no_error(self, tmp_path: Path) -> None:
+        (tmp_path / "cache").write_text("a file where the folder should be")
+        assert isinstance(zero_shot(Counting(), NAMES, TEMPLATES), ZeroShotClassifier)
+        assert not cache_file("x").exists()
+
+    def test_without_cache_nothing_is_written(self, tmp_path: Path) -> None:
+        zero_shot(Counting(), NAMES, TEMPLATES, cache=False)
+        assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "says"),
+    [
+        ([], ["{}"], "at least 2 classes, got 0"),
+        (["cat"], ["{}"], "at least 2 classes, got 1: 'cat'"),
+        (["cat", "dog", "cat", "dog"], ["{}"], "repeated: 'cat', 'dog'"),
+        (["cat", "dog  house", "dog house "], ["{}"], "repeated: 'dog house'"),
+        (["cat", " "], ["{}"], "class 1 has an empty name"),
+        ("cats", ["{}"], "must be a list"),
+        (["cat", "dog"], [], "at least one text"),
+        (["cat", "dog"], "a {}", "must be a list"),
+        (["cat", "dog"], ["{}", "a photo"], "'a photo' has no {} for the class name"),
+    ],
+)
+def test_wrong_classes_and_templates_are_named(names: Sequence[str], templates: Sequence[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        zero_shot(Counting(), names, templates)
+    assert says in str(caught.value)
+
+
+def test_a_text_tower_that_breaks_is_named() -> None:
+    vlm = Counting()
+    vlm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        zero_shot(vlm, NAMES, TEMPLATES)
