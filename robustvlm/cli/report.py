@@ -1,0 +1,43 @@
+"""`robustvlm report`: one run as HTML, or several side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs under runs/.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The HTML file to write [default: RUN/report.html, or comparison.html for several]."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as JSON, with the path of the report.")
+    ] = False,
+) -> None:
+    """Write the report of a run, or compare several runs on the images they share (paired tests)."""
+    # The libraries behind reports take a second to load; other commands and --help should not wait for them.
+    from robustvlm.report.compare import compare
+    from robustvlm.report.html import write_report
+    from robustvlm.report.record import find_run, load_run
+
+    folders = [find_run(run) for run in runs]
+    path = write_report(folders, out)
+    if not as_json:
+        typer.echo(f"Report: {path}")
+        return
+    records = [load_run(folder) for folder in folders]
+    content = {
+        "report": str(path),
+        "runs": [
+            {"name": r.name, "folder": str(r.folder), "summary": r.summary.model_dump(mode="json")} for r in records
+        ],
+        "comparisons": [c.as_dict([r.name for r in records]) for c in compare(records)],
+    }
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))

@@ -1,0 +1,191 @@
+"""The HTML report: one file that needs no network and no script."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from robustvlm import __version__
+from robustvlm.errors import UserError
+from robustvlm.report import plots, tables, wording
+from robustvlm.report.compare import Comparison, compare, findings
+from robustvlm.report.gallery import load_gallery
+from robustvlm.report.record import RunRecord, load_run
+from robustvlm.report.series import margins, steps_to_success
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of one run, or a comparison of several, and return its path.
+
+    The default is `report.html` in the run's folder, or `comparison.html` beside the first run. The file appears
+    whole or not at all. Raises UserError for folders that hold no finished run.
+    """
+    runs = [load_run(folder) for folder in folders]
+    if not runs:
+        raise UserError("nothing to report: expected one or more run folders, got none")
+    default = runs[0].folder / "report.html" if len(runs) == 1 else runs[0].folder.resolve().parent / "comparison.html"
+    path = out or default
+    _write(path, render_run(runs[0]) if len(runs) == 1 else render_comparison(runs, compare(runs)))
+    return path
+
+
+def render_run(run: RunRecord) -> str:
+    """Return the report of one run as HTML."""
+    summary = run.summary
+    at = wording.headline(summary)
+    return (
+        _environment()
+        .get_template("run.html.j2")
+        .render(
+            run=run,
+            summary=summary,
+            at=at,
+            charts=_charts(run),
+            classes=tables.ranking(at.per_class) if at else None,
+            superclasses=tables.ranking(at.per_superclass, ends=30) if at else None,
+            class_rows=tables.group_rows(summary),
+            gallery=load_gallery(run.folder / "gallery", run.class_names, run.eps_texts),
+            findings=tables.findings(summary.checks),
+            cost=tables.cost_rows(summary.cost),
+            manifest=tables.manifest_rows(run.manifest),
+        )
+    )
+
+
+def render_comparison(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) -> str:
+    """Return the comparison of several runs as HTML."""
+    keys = [_letter(i) for i in range(len(runs))]
+    norms = list(dict.fromkeys(run.summary.norm for run in runs))
+    curves = [
+        (
+            norm,
+            plots.security_curve(
+                [_curve(run, key) for run, key in zip(runs, keys, strict=True) if run.summary.norm == norm],
+                key=f"curve{i}",
+                norm=wording.norm_name(norm),
+            ),
+        )
+        for i, norm in enumerate(norms)
+    ]
+    return (
+        _environment()
+        .get_template("compare.html.j2")
+        .render(
+            runs=runs,
+            keys=keys,
+            curves=curves,
+            conditions=_conditions(runs),
+            comparisons=comparisons,
+            sentences=findings(
+                comparisons, [f"{wording.plain(r.name, 60)} ({k})" for r, k in zip(runs, keys, strict=True)]
+            ),
+            largest=[wording.headline(run.summary) for run in runs],
+            superclasses=_superclasses(runs),
+            manifests=[tables.manifest_rows(run.manifest) for run in runs],
+        )
+    )
+
+
+def _charts(run: RunRecord) -> dict[str, Markup]:
+    """Draw what there is data for."""
+    charts: dict[str, Markup] = {}
+    summary, at = run.summary, wording.headline(run.summary)
+    if at is None or not summary.images.evaluated:
+        return charts
+    norm = wording.norm_name(summary.norm)
+    if len(summary.per_eps) > 1:
+        charts["curve"] = plots.security_curve([_curve(run, "this run")], key="curve", norm=norm)
+    found = margins(run.rows, at.eps)
+    if found.clean:
+        charts["margins"] = plots.margin_histogram(found, key="margins")
+    steps = steps_to_success(run.rows)
+    if steps:
+        charts["steps"] = plots.steps_histogram(
+            steps, {e: wording.plain(t, 20) for e, t in run.eps_texts.items()}, key="steps"
+        )
+    return charts
+
+
+def _curve(run: RunRecord, name: str) -> plots.Curve:
+    points = run.summary.per_eps
+    return plots.Curve(
+        name=name,
+        eps=(0.0, *(at.eps for at in points)),
+        ticks=("0", *(wording.plain(at.eps_text, 20) for at in points)),
+        rates=(run.summary.clean_accuracy, *(at.robust_accuracy for at in points)),
+    )
+
+
+def _letter(i: int) -> str:
+    return chr(ord("A") + i) if i < 26 else f"R{i + 1}"
+
+
+def _conditions(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar | None]]]:
+    """Return, per norm and eps of any run, the robust accuracy of each run that has it."""
+    radii = sorted({(run.summary.norm, at.eps, at.eps_text) for run in runs for at in run.summary.per_eps})
+    rows: dict[tuple[str, float], tuple[str, list[tables.Bar | None]]] = {}
+    for norm, eps, text in radii:
+        found = [
+            next((at for at in run.summary.per_eps if run.summary.norm == norm and at.eps == eps), None) for run in runs
+        ]
+        label = f"{wording.norm_name(norm)} {wording.plain(text, 20)}"
+        rows.setdefault((norm, eps), (label, [tables.bar("", at.robust_accuracy) if at else None for at in found]))
+    return list(rows.values())
+
+
+def _superclasses(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar | None]]]:
+    """Return the success rate per superclass at each run's largest eps."""
+    by_run = []
+    for run in runs:
+        at = wording.headline(run.summary)
+        by_run.append({g.name: tables.bar(g.name, g.attack_success_rate) for g in (at.per_superclass if at else [])})
+    names = sorted({name for groups in by_run for name in groups})
+    return [(wording.plain(name, 80), [groups.get(name) for groups in by_run]) for name in names]
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("robustvlm.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        plain=wording.plain,
+        percent=wording.percent,
+        interval=wording.interval,
+        duration=wording.duration,
+        norm=wording.norm_name,
+    )
+    environment.globals.update(
+        version=__version__,
+        verdict=wording.verdict,
+        smaller_eps=wording.smaller_eps,
+        how_many=wording.how_many_attacks,
+        bar=tables.bar,
+    )
+    return environment
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside the target and rename, so that no reader ever sees half a report."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", encoding="utf-8", delete=False
+        ) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise UserError(f"cannot write the report to '{path}': {error.strerror or error}") from error

@@ -1,0 +1,192 @@
+"""What the report's tables and bars show, as plain values: the templates only place them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robustvlm.report.wording import DASH, duration, interval, percent, plain
+from robustvlm.runs.summary import Check, Cost, GroupSummary, Summary
+from robustvlm.stats import Rate
+
+LEVELS = {"fault": ("✕", "fault"), "warning": ("!", "warning"), "note": ("i", "note"), "ok": ("✓", "passed")}
+"""Sign and word of each level of a check, gravest first."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rate as a bar: lengths in percent, the numbers in words."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    text: str
+    interval: str
+    count: str
+
+
+def bar(name: str, rate: Rate) -> Bar:
+    """Return a rate as a bar; nothing counted gives an empty bar.
+
+    Example:
+        >>> from robustvlm.stats import rate
+        >>> b = bar("cat", rate(1, 2))
+        >>> (b.value, b.text, b.count)
+        (50.0, '50.0%', '1 of 2')
+    """
+    return Bar(
+        name=plain(name, 80),
+        value=round(100 * (rate.value or 0.0), 3),
+        low=round(100 * rate.low, 3),
+        high=round(100 * rate.high, 3),
+        text=percent(rate.value),
+        interval=interval(rate) if rate.total else DASH,
+        count=f"{rate.successes:,} of {rate.total:,}",
+    )
+
+
+def ranked(groups: Sequence[GroupSummary]) -> list[GroupSummary]:
+    """Return the groups with attacked images, the most often fooled first; ties go to the one with more evidence."""
+    attacked = [group for group in groups if group.attack_success_rate.total]
+    return sorted(attacked, key=lambda g: (-(g.attack_success_rate.value or 0), -g.attack_success_rate.low, g.name))
+
+
+def bars(groups: Sequence[GroupSummary]) -> list[Bar]:
+    """Return one bar per group, in the order given."""
+    return [bar(group.name, group.attack_success_rate) for group in groups]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The two ends of a long ranking; a short one has all its bars in `worst`."""
+
+    worst: list[Bar]
+    best: list[Bar]
+    total: int
+    always: int
+    never: int
+
+
+def ranking(groups: Sequence[GroupSummary], *, ends: int = 10) -> Ranking:
+    """Return all groups when they are few, else the `ends` most and the `ends` least often fooled."""
+    order = ranked(groups)
+    short = len(order) <= 2 * ends + 4
+    values = [group.attack_success_rate.value for group in order]
+    return Ranking(
+        worst=bars(order if short else order[:ends]),
+        best=[] if short else bars(order[-ends:]),
+        total=len(order),
+        always=values.count(1.0),
+        never=values.count(0.0),
+    )
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """A class with its counts and its rate at every eps."""
+
+    name: str
+    images: int
+    clean_correct: int
+    rates: list[Bar]
+
+
+def group_rows(summary: Summary) -> list[GroupRow]:
+    """Return all classes, in the order of the ranking at the largest eps, with their rates at every eps."""
+    if not summary.per_eps:
+        return []
+    by_eps = [{group.name: group for group in at.per_class} for at in summary.per_eps]
+    order = sorted(
+        summary.per_eps[-1].per_class,
+        key=lambda g: (-1.0 if g.attack_success_rate.value is None else -g.attack_success_rate.value, g.name),
+    )
+    return [
+        GroupRow(
+            name=plain(group.name, 80),
+            images=group.images,
+            clean_correct=group.clean_correct,
+            rates=[bar(group.name, groups[group.name].attack_success_rate) for groups in by_eps],
+        )
+        for group in order
+    ]
+
+
+_MEANINGS = {
+    "finite": "The model must answer with finite numbers; NaN or infinity would hide both success and failure.",
+    "repeatable": (
+        "Asked twice, the model should answer the same. A random model needs attacks that average over its draws,"
+        " or success is overstated and robustness is luck."
+    ),
+    "batch_independence": (
+        "The answer for one image must not depend on the other images of its batch, or every number here depends on"
+        " the batch."
+    ),
+    "gradients": (
+        "Gradient attacks need a gradient. Where it is zero, an image looks robust only because the attack was blind."
+    ),
+    "quantisation": (
+        "Adversarial images are judged as exact numbers. Rounded to 8 bits, as a file would hold them, some may no"
+        " longer fool the model."
+    ),
+    "confirmation": "An attack counts only when the full-precision model agrees that the answer changed.",
+    "undecided": "On some images an attack broke off; they count as not robust and are left out of the success rate.",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check as shown: its sign, what it found, and what that means for the reader."""
+
+    level: str
+    sign: str
+    word: str
+    name: str
+    message: str
+    meaning: str
+
+
+def findings(checks: Sequence[Check]) -> list[Finding]:
+    """Return the checks, gravest first, with the meaning of those that are known."""
+    gravity = list(LEVELS)
+    return [
+        Finding(
+            level=check.level,
+            sign=LEVELS[check.level][0],
+            word=LEVELS[check.level][1],
+            name=plain(check.name.replace("_", " "), 80),
+            message=plain(check.message, 600),
+            meaning=_MEANINGS.get(check.name.replace("-", "_"), ""),
+        )
+        for check in sorted(checks, key=lambda check: gravity.index(check.level))
+    ]
+
+
+def cost_rows(cost: Cost) -> list[tuple[str, str]]:
+    """Return what the run cost, as label and value."""
+    share = f" ({percent(cost.model_seconds / cost.seconds)} of it inside the model)" if cost.seconds else ""
+    return [
+        ("Forward passes", f"{cost.forward_passes:,}"),
+        ("Backward passes", f"{cost.backward_passes:,}"),
+        ("Time", duration(cost.seconds) + share),
+        ("Passes per second", f"{cost.passes_per_second:,.0f}"),
+    ]
+
+
+def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the manifest as dotted keys and values; long lists are cut, for the file itself holds them.
+
+    Example:
+        >>> manifest_rows({"config": {"eps": [0.1], "seed": 0}})
+        [('config.eps', '[0.1]'), ('config.seed', '0')]
+    """
+    rows: list[tuple[str, str]] = []
+    for key, value in manifest.items():
+        if isinstance(value, Mapping) and value and key != "superclasses":
+            rows += [(f"{plain(key, 60)}.{inner}", text) for inner, text in manifest_rows(value)]
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            rows.append((plain(key, 60), plain(text, 300)))
+    return rows

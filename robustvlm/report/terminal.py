@@ -1,0 +1,156 @@
+"""The tables that end `robustvlm attack` in the terminal; the numbers are the summary's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from robustvlm.report import tables, wording
+from robustvlm.runs.summary import EpsSummary, GroupSummary, Summary
+from robustvlm.stats import Rate
+
+_COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
+_NAME_WIDTH = 40
+
+
+def attack_table(summary: Summary, *, worst: int = 5) -> RenderableType:
+    """Return the closing tables of an attack run: by eps, by attack, superclasses, the `worst` classes, checks, cost.
+
+    Superclasses and classes are those of the largest eps, most often fooled first.
+
+    Example:
+        >>> from rich.console import Console
+        >>> from robustvlm.runs.summary import summarise
+        >>> manifest = {"config": {"norm": "Linf", "eps": [], "eps_text": [], "attack": ["pgd"]},
+        ...             "data": {"class_names": ["cat"], "superclasses": None}}
+        >>> console = Console(width=100)
+        >>> with console.capture() as shown:
+        ...     console.print(attack_table(summarise([], manifest)))
+        >>> "No image was evaluated" in shown.get()
+        True
+    """
+    at = wording.headline(summary)
+    parts: list[RenderableType | None] = [_by_eps(summary)]
+    if at is not None:
+        parts.append(_by_attack(summary.per_eps))
+        parts += _groups("superclass", at, at.per_superclass, worst=12)
+        parts += _groups("class", at, at.per_class, worst=worst)
+    parts += [_finding(finding) for finding in tables.findings(summary.checks) if finding.level != "ok"]
+    parts += [_unreadable(summary), _cost(summary), Text(""), _verdict(summary)]
+    return Group(*[part for part in parts if part is not None])
+
+
+def _by_eps(summary: Summary) -> Table:
+    table = _table(
+        f"Worst case over the attacks ({wording.norm_name(summary.norm)}, {summary.images.evaluated:,} images)",
+        caption="Robust accuracy: over all images. Attack success rate: over the images that were right when clean.",
+    )
+    table.add_column("eps")
+    for name in ("clean accuracy", "robust accuracy", "attack success rate"):
+        table.add_column(name)
+    for at in summary.per_eps:
+        table.add_row(
+            _name(at.eps_text),
+            _rate(summary.clean_accuracy),
+            _rate(at.robust_accuracy),
+            _rate(at.attack_success_rate, style="bold"),
+        )
+    if not summary.per_eps:
+        table.add_row("clean", _rate(summary.clean_accuracy), Text(wording.DASH), Text(wording.DASH))
+    return table
+
+
+def _by_attack(per_eps: Sequence[EpsSummary]) -> Table:
+    table = _table("By attack, each on the images that the ones before left standing")
+    table.add_column("eps")
+    table.add_column("attack")
+    for name in ("ran on", "fooled", "broke off", "steps", "passes"):
+        table.add_column(name, justify="right")
+    table.add_column("accuracy left")
+    for at in per_eps:
+        for i, attack in enumerate(at.per_attack):
+            counts = (attack.attacked, attack.fooled, attack.failed, attack.steps, attack.passes)
+            table.add_row(
+                _name(at.eps_text) if i == 0 else Text(""),
+                _name(attack.attack),
+                *(f"{count:,}" for count in counts),
+                _rate(attack.robust_accuracy_after),
+            )
+    return table
+
+
+def _groups(kind: str, at: EpsSummary, groups: Sequence[GroupSummary], *, worst: int) -> list[RenderableType]:
+    order = tables.ranked(groups)
+    if not order:
+        return []
+    shown = order[:worst]
+    which = (
+        f"{len(shown)} of {len(order)}, most often fooled first"
+        if len(order) > len(shown)
+        else "most often fooled first"
+    )
+    table = _table(f"By {kind} at eps {wording.plain(at.eps_text, 20)} ({which})")
+    table.add_column(kind)
+    table.add_column("right when clean", justify="right")
+    table.add_column("attack success rate")
+    for group in shown:
+        table.add_row(
+            _name(group.name), f"{group.clean_correct:,} of {group.images:,}", _rate(group.attack_success_rate)
+        )
+    return [table]
+
+
+def _finding(finding: tables.Finding) -> Text:
+    return Text.assemble(
+        (f"{finding.sign} {finding.word}: ", _COLOURS[finding.level]), f"{finding.name}: {finding.message}"
+    )
+
+
+def _unreadable(summary: Summary) -> Text | None:
+    count = summary.images.unreadable
+    if not count:
+        return None
+    first = summary.unreadable[0]
+    example = f"{wording.plain(first.id, 60)}: {wording.plain(first.reason, 80)}"
+    return Text.assemble(
+        (f"! {count:,} unreadable, left out: ", _COLOURS["warning"]), example + (", ..." if count > 1 else "")
+    )
+
+
+def _cost(summary: Summary) -> Text:
+    cost = summary.cost
+    return Text(
+        f"Spent {cost.forward_passes:,} forward and {cost.backward_passes:,} backward passes"
+        f" in {wording.duration(cost.seconds)} ({cost.passes_per_second:,.0f} passes/s).",
+        style="dim",
+    )
+
+
+def _verdict(summary: Summary) -> Text:
+    return Text(wording.verdict(summary), style="bold")
+
+
+def _rate(rate: Rate, *, style: str = "") -> Text:
+    if not rate.total:
+        return Text(wording.DASH, style="dim")
+    return Text.assemble((wording.percent(rate.value), style), (f"  {wording.interval(rate)}", "dim"))
+
+
+def _name(text: str) -> Text:
+    """Names are data: never markup, one line, bounded."""
+    return Text(wording.plain(text, _NAME_WIDTH))
+
+
+def _table(title: str, *, caption: str | None = None) -> Table:
+    return Table(
+        title=Text(title, style="bold"),
+        caption=None if caption is None else Text(caption, style="dim"),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )

@@ -1,0 +1,91 @@
+"""Whatever is wrong with a run folder, the answer is one clear line; the command prints what the files hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from robustvlm.cli.report import report
+from robustvlm.errors import UserError
+from robustvlm.report.record import find_run, load_run
+
+WriteRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def good(write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("records") / "good", images=20, n_classes=5, n_superclasses=2)
+
+
+def _edit_manifest(folder: Path, **change: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "is no run folder"),
+    "manifest cut off": (lambda f: (f / "manifest.json").write_text('{"kind": '), "cannot read"),
+    "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), "expected a JSON object, got list"),
+    "another kind": (lambda f: _edit_manifest(f, kind="certify"), "expected a run of kind 'attack', got 'certify'"),
+    "config incomplete": (lambda f: _edit_manifest(f, config={}), "lacks config.model"),
+    "data not there": (lambda f: _edit_manifest(f, data=None), "lacks data.class_names"),
+    "no summary": (lambda f: (f / "summary.json").unlink(), "has not ended"),
+    "no results": (lambda f: (f / "results.parquet").unlink(), "has not ended"),
+    "summary of another shape": (lambda f: (f / "summary.json").write_text('{"norm": "L2"}'), "images: Field required"),
+    "summary binary": (lambda f: (f / "summary.json").write_bytes(b"\xff\xfe\x00"), "cannot read"),
+    "results cut off": (lambda f: (f / "results.parquet").write_bytes(b"PAR1"), "cannot read"),
+    "column gone": (
+        lambda f: pq.write_table(pq.read_table(f / "results.parquet").drop_columns(["margin"]), f / "results.parquet"),
+        "lacks the column 'margin'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(DAMAGE))
+def test_damage_is_named_on_one_line(good: Path, tmp_path: Path, case: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(good, folder)
+    damage, expected = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        load_run(folder)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_runs_are_found_by_path_and_by_name(good: Path) -> None:
+    assert find_run(str(good)) == good
+    assert find_run("good", root=good.parent) == good
+    with pytest.raises(UserError, match="did you mean 'good'"):
+        find_run("goood", root=good.parent)
+    with pytest.raises(UserError, match="there are no runs"):
+        find_run("good", root=good / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(report)
+    return app
+
+
+def test_command_writes_and_says_where(good: Path, tmp_path: Path, app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, [str(good), "--out", str(tmp_path / "r.html")])
+    assert result.exit_code == 0
+    assert "r.html" in result.output
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_command_prints_json(good: Path, tmp_path: Path, app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, [str(good), str(good), "--json", "--out", str(tmp_path / "c.html")])
+    content = json.loads(result.output)
+    assert content["report"] == str(tmp_path / "c.html")
+    assert content["runs"][0]["summary"] == json.loads((good / "summary.json").read_text())
+    assert [c["p_value_holm"] for c in content["comparisons"]] == [1.0] * 4
