@@ -255,7 +255,7 @@ FAR_SUBGROUPS = (
 FAR_PER_SUBGROUP = 8
 FAR_MIN_STYLES = 5  # taken only if at least this many styles draw it
 
-DEFAULT_PER_SUPERCLASS = 4  # the default label set: the first four classes listed under each superclass
+DEFAULT_PER_SUPERCLASS = 4  # the default label set: the alphabetically first four classes of each superclass
 
 
 def parse_entry(entry: str) -> tuple[str, tuple[str, ...]]:

@@ -22,13 +22,14 @@ from tools.tiny.captions import caption, node_caption
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Class, superclass and domain names, and the index of each class's superclass and domain."""
+    """Class, superclass and domain names; for each class the indices above it and whether the default set has it."""
 
     names: tuple[str, ...]
     superclasses: tuple[str, ...]
     domains: tuple[str, ...]
     superclass_of: Tensor
     domain_of: Tensor
+    default: Tensor
 
     @classmethod
     def load(cls) -> Taxonomy:
@@ -41,6 +42,7 @@ class Taxonomy:
             domains=domains,
             superclass_of=torch.tensor([superclasses.index(row.superclass) for row in rows]),
             domain_of=torch.tensor([domains.index(row.domain) for row in rows]),
+            default=torch.tensor([row.default for row in rows]),
         )
 
 
