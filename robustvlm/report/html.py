@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +16,7 @@ from robustvlm.report.compare import Comparison, compare, findings
 from robustvlm.report.gallery import load_gallery
 from robustvlm.report.record import RunRecord, load_run
 from robustvlm.report.series import margins, steps_to_success
+from robustvlm.runs.files import write_text
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -176,16 +175,7 @@ def _environment() -> Environment:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a report."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", encoding="utf-8", delete=False
-        ) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"cannot write the report to '{path}': {error.strerror or error}") from error

@@ -115,24 +115,15 @@ def group_rows(summary: Summary) -> list[GroupRow]:
 
 
 _MEANINGS = {
-    "finite": "The model must answer with finite numbers; NaN or infinity would hide both success and failure.",
-    "repeatable": (
-        "Asked twice, the model should answer the same. A random model needs attacks that average over its draws,"
-        " or success is overstated and robustness is luck."
+    "finite output": "NaN or infinite logits would hide both success and failure.",
+    "repeatable output": (
+        "A random model needs attacks that average over its draws; otherwise success is overstated,"
+        " or robustness is luck."
     ),
-    "batch_independence": (
-        "The answer for one image must not depend on the other images of its batch, or every number here depends on"
-        " the batch."
-    ),
-    "gradients": (
-        "Gradient attacks need a gradient. Where it is zero, an image looks robust only because the attack was blind."
-    ),
-    "quantisation": (
-        "Adversarial images are judged as exact numbers. Rounded to 8 bits, as a file would hold them, some may no"
-        " longer fool the model."
-    ),
-    "confirmation": "An attack counts only when the full-precision model agrees that the answer changed.",
-    "undecided": "On some images an attack broke off; they count as not robust and are left out of the success rate.",
+    "independent images": "If images influenced each other, every number would depend on how they were batched.",
+    "useful gradients": "Where the gradient is zero, an image looks robust only because the attack was blind.",
+    "inside the ball": "An adversarial image counts only if its perturbation is within the stated size.",
+    "failed images": "They count as not robust, and are left out of the attack success rate.",
 }
 
 
@@ -156,9 +147,9 @@ def findings(checks: Sequence[Check]) -> list[Finding]:
             level=check.level,
             sign=LEVELS[check.level][0],
             word=LEVELS[check.level][1],
-            name=plain(check.name.replace("_", " "), 80),
+            name=plain(check.name, 80),
             message=plain(check.message, 600),
-            meaning=_MEANINGS.get(check.name.replace("-", "_"), ""),
+            meaning=_MEANINGS.get(check.name, ""),
         )
         for check in sorted(checks, key=lambda check: gravity.index(check.level))
     ]

@@ -25,9 +25,9 @@ SCHEMA = pa.schema(
     + [("clean_confidence", pa.float64()), ("confidence", pa.float64()), ("restart", pa.int32())]
 )
 CHECKS = [
-    Check(name="finite", level="ok", message="all logits were finite"),
-    Check(name="quantisation", level="warning", message="4 of 12 examples survive no rounding to 8 bits"),
-    Check(name="batch_independence", level="ok", message="an image's logits do not depend on its neighbours"),
+    Check(name="finite output", level="ok", message="all logits were finite"),
+    Check(name="useful gradients", level="warning", message="the gradient is exactly zero for 12% of the images"),
+    Check(name="independent images", level="ok", message="an image's logits do not depend on its neighbours"),
 ]
 
 
