@@ -1,0 +1,156 @@
+"""Certified robustness of smoothed features: confidence bounds (`bounds`) and one module per certificate.
+
+Every certificate is a pure function of bounds on the clean image's smoothed feature and of `a = eps / sigma`:
+
+* `fcsb`: the feature-cosine smoothing bound along a fixed direction, as published and corrected (T1);
+* `cone`, `vector_np`, `vector_table`: the angle between the smoothed features of clean and attacked image (T2-T4);
+* `distribution`, `tangent`, `covariance`: whole distribution, its anytime-valid form, second moments (T5-T7);
+* `class_margin`, `class_sequential`, `open_vocabulary`: the class of the mean feature (T8); `vote`: the hard vote;
+* `openset`, `openset_deployed`: acceptance and rejection; `deployed`: what n0 inference samples keep of it (T10);
+* `limits`: what settings can give at best; `record`: what a certificate must state; `rounding`: print it rounded down.
+
+Radii are in the pixel units of sigma and hold strictly inside, up to floating point. Zero is ABSTAIN.
+"""
+
+from robustvlm.certify.bounds import (
+    ANYTIME_BOUNDS,
+    Band,
+    BettingState,
+    Decision,
+    FixedSample,
+    SequentialTest,
+    betting_lower,
+    clopper_pearson_lower,
+    dkw_band,
+    ell_band,
+    hoeffding_lower,
+    index_band,
+    mean_lower,
+)
+from robustvlm.certify.class_margin import class_angle, class_margin_radius, mean_margin_radius, rival_normals
+from robustvlm.certify.class_sequential import ClassTest
+from robustvlm.certify.cone import cone_cos, cone_radius, drift, norm_lower, norm_upper, side_upper
+from robustvlm.certify.covariance import Sideways, direction_cos, direction_radius, hcr_drift, sideways
+from robustvlm.certify.deployed import deployed_cos, deployed_from_angle, deployed_inner, predict
+from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
+from robustvlm.certify.distribution import cdf_lower, cdf_plug_in, cdf_radius, cdf_upper, layer_cake
+from robustvlm.certify.fcsb import VACUOUS, fcsb_cos, fcsb_inner, fcsb_radius
+from robustvlm.certify.halfspace import halfspace_lower, halfspace_shift
+from robustvlm.certify.limits import (
+    best_class_radius,
+    best_feature_radius,
+    best_paper_radius,
+    best_vote_radius,
+    samples_needed,
+)
+from robustvlm.certify.normal import shift_down, shift_up
+from robustvlm.certify.open_vocabulary import covariance_upper, mean_ball, vocabulary_radius
+from robustvlm.certify.openset import (
+    NormRange,
+    acceptance_radius,
+    contrast_vectors,
+    norm_upper_bound,
+    openset_score,
+    pilot_choice,
+    rejection_radius,
+    score_lower,
+    score_upper,
+)
+from robustvlm.certify.openset_deployed import predict_openset
+from robustvlm.certify.record import Certificate, Provenance, best_of, expected_false
+from robustvlm.certify.rounding import floor_to, format_down
+from robustvlm.certify.scores import as_scores, direction_scores, mean_feature, unit_rows
+from robustvlm.certify.tangent import Tangent, TangentTest, tangent_at, tangent_radius
+from robustvlm.certify.vector_np import required_norm, vector_cos, vector_radius
+from robustvlm.certify.vector_table import VectorTable, vector_table
+from robustvlm.certify.vote import vote_predict, vote_radius
+
+__all__ = [
+    "ANYTIME_BOUNDS",
+    "VACUOUS",
+    "Band",
+    "BettingState",
+    "Certificate",
+    "ClassTest",
+    "Decision",
+    "FixedSample",
+    "NormRange",
+    "PredictableDirection",
+    "Provenance",
+    "SequentialTest",
+    "Sideways",
+    "Tangent",
+    "TangentTest",
+    "VectorTable",
+    "acceptance_radius",
+    "as_scores",
+    "best_class_radius",
+    "best_feature_radius",
+    "best_of",
+    "best_paper_radius",
+    "best_vote_radius",
+    "betting_lower",
+    "cdf_lower",
+    "cdf_plug_in",
+    "cdf_radius",
+    "cdf_upper",
+    "class_angle",
+    "class_margin_radius",
+    "clopper_pearson_lower",
+    "cone_cos",
+    "cone_radius",
+    "contrast_vectors",
+    "covariance_upper",
+    "deployed_cos",
+    "deployed_from_angle",
+    "deployed_inner",
+    "direction_cos",
+    "direction_radius",
+    "direction_scores",
+    "dkw_band",
+    "drift",
+    "ell_band",
+    "expected_false",
+    "fcsb_cos",
+    "fcsb_inner",
+    "fcsb_radius",
+    "floor_to",
+    "format_down",
+    "halfspace_lower",
+    "halfspace_shift",
+    "hcr_drift",
+    "hoeffding_lower",
+    "index_band",
+    "layer_cake",
+    "mean_ball",
+    "mean_feature",
+    "mean_lower",
+    "mean_margin_radius",
+    "norm_lower",
+    "norm_lower_bound",
+    "norm_upper",
+    "norm_upper_bound",
+    "openset_score",
+    "pilot_choice",
+    "predict",
+    "predict_openset",
+    "rejection_radius",
+    "required_norm",
+    "rival_normals",
+    "samples_needed",
+    "score_lower",
+    "score_upper",
+    "shift_down",
+    "shift_up",
+    "side_upper",
+    "sideways",
+    "tangent_at",
+    "tangent_radius",
+    "unit_rows",
+    "vector_cos",
+    "vector_radius",
+    "vector_table",
+    "vocabulary_radius",
+    "vote_predict",
+    "vote_radius",
+]

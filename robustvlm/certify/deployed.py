@@ -1,0 +1,101 @@
+"""From the ideal smoothed feature to the mean of n0 fresh samples that is deployed (T10)."""
+
+from __future__ import annotations
+
+from math import asin, cos, log
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from robustvlm.certify.bounds.betting import log_gains, mix
+from robustvlm.certify.bounds.fixed import divergence
+from robustvlm.certify.class_margin import rival_normals
+from robustvlm.certify.fcsb import VACUOUS
+from robustvlm.certify.normal import Array, check_alpha, largest_true
+from robustvlm.certify.open_vocabulary import mean_ball
+from robustvlm.certify.scores import as_scores, unit_rows
+from robustvlm.errors import UserError
+
+
+def deployed_inner(inner: ArrayLike, n0: int, alpha0: float) -> Array:
+    """Return what `<mean of n0 fresh features at x', u>` keeps of a certified `<m(x'), u>`, w.p. 1 - alpha0 (T10).
+
+    Chernoff's bound for the lower tail of the sample mean. x' must be chosen without knowing the inference noise; a
+    public or fixed noise bank voids it.
+
+    Example:
+        >>> [round(float(deployed_inner(0.5, n0, 0.001)), 3) for n0 in (64, 256, 10_000)]
+        [0.07, 0.291, 0.468]
+    """
+    if n0 < 1:
+        raise UserError(f"the deployed mean needs at least one sample, got n0 = {n0}")
+    q = np.clip(0.5 * (1.0 + np.asarray(inner, dtype=np.float64)), 0.0, 1.0)
+    level = log(1.0 / check_alpha(alpha0)) / n0
+    z = largest_true(lambda z: divergence(z, q) >= level, np.zeros_like(q), q, steps=52)
+    return 2.0 * z - 1.0
+
+
+def deployed_cos(inner: ArrayLike, n0: int, alpha0: float) -> Array:
+    """Return the cosine to u certified for the deployed mean, or -1 where nothing is (T10); see `deployed_inner`.
+
+    Example:
+        >>> [round(float(deployed_cos(0.5, n0, 0.001)), 3) for n0 in (32, 128)]
+        [-1.0, 0.2]
+    """
+    kept = deployed_inner(inner, n0, alpha0)
+    return np.where(kept > 0.0, kept, VACUOUS)
+
+
+def deployed_from_angle(cosine: float, norm: float, n0: int, alpha0: float) -> float:
+    """Return the cosine certified for the deployed mean from an angle certificate, or -1 (T10).
+
+    Args:
+        cosine: certified `cos(m(x'), u)`.
+        norm: lower bound of `||m(x')||` (`cone.norm_lower` of a lower bound at x).
+
+    The mean of n0 samples lies in a ball around m(x'); seen from the origin the ball turns it by at most
+    `arcsin(ball / norm)`.
+
+    Example:
+        >>> round(deployed_from_angle(0.9, 0.8, 1000, 0.001), 3)
+        0.812
+    """
+    if not (norm > 0.0 and cosine > 0.0):
+        return VACUOUS
+    ball = mean_ball(n0, alpha0, r=min(norm, 1.0))
+    if ball >= norm:
+        return VACUOUS
+    angle = float(np.arccos(min(cosine, 1.0))) + asin(ball / norm)
+    return cos(angle) if angle < np.pi / 2 else VACUOUS
+
+
+def predict(features: ArrayLike, text: ArrayLike, alpha0: float) -> int | None:
+    """Return the class of the mean feature from n0 fresh inference features, or None for ABSTAIN (T10, T8).
+
+    The first half chooses the label, the second half has to beat every rival at level alpha0. At any x' in the ball of
+    a class certificate the result is another class than the certified one with probability at most alpha0.
+
+    Args:
+        features: [n0, D] unit features, n0 >= 2; failed passes as NaN rows.
+        text: [K, D] class embeddings.
+
+    Raises:
+        UserError: there are fewer than two features.
+
+    Example:
+        >>> predict([[0.9, 0.43589]] * 256, [[1.0, 0.0], [0.0, 1.0]], 0.001)
+        0
+        >>> predict([[0.9, 0.43589]] * 8, [[1.0, 0.0], [0.0, 1.0]], 0.001) is None
+        True
+    """
+    rows = unit_rows(features)
+    if len(rows) < 2:
+        raise UserError("an abstaining prediction needs at least two inference samples")
+    half = len(rows) // 2
+    t = np.asarray(text, dtype=np.float64)
+    label = int(np.argmax(np.nan_to_num(rows[:half]).sum(axis=0) @ t.T))
+    normals = rival_normals(t, label)
+    if normals is None:
+        return None
+    wealth = mix(log_gains(as_scores(0.5 * (1.0 + rows[half:] @ normals.T)), 0.5))
+    return label if bool((wealth >= log(1.0 / check_alpha(alpha0))).all()) else None

@@ -1,0 +1,96 @@
+"""What settings can give at best: the radius that scores without any spread would earn, and the samples it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log
+
+import numpy as np
+
+from robustvlm.certify.bounds.betting import FRACTIONS, mix
+from robustvlm.certify.bounds.fixed import clopper_pearson_lower
+from robustvlm.certify.bounds.store import shipped_levels
+from robustvlm.certify.fcsb import fcsb_radius
+from robustvlm.certify.normal import Array, check_alpha, largest_true
+from robustvlm.certify.vector_np import vector_radius
+
+N_MAX = 10_000_000
+
+
+def best_mean(n: int, alpha: float) -> float:
+    """Return the betting lower bound of n scores that are all one, without making them.
+
+    Example:
+        >>> round(best_mean(10_000, 0.001), 5)
+        0.99909
+    """
+    level = log(1.0 / check_alpha(alpha))
+
+    def rejected(m0: Array) -> bool:
+        return bool(mix(n * np.log1p(np.array(FRACTIONS) * (1.0 / float(m0) - 1.0))) >= level)
+
+    return float(largest_true(rejected, 0.0, 1.0))
+
+
+def best_feature_radius(n: int, alpha: float, cos0: float, sigma: float) -> float:
+    """Return the feature radius (T4 with betting) at best.
+
+    Example:
+        >>> round(best_feature_radius(10_000, 0.001, 0.5, 0.25), 3)
+        0.736
+    """
+    return vector_radius(max(0.0, 2.0 * best_mean(n, alpha) - 1.0), cos0, sigma)
+
+
+def best_paper_radius(n: int, alpha: float, cos0: float, sigma: float) -> float:
+    """Return the FCSB radius (T1 with betting) at best.
+
+    Example:
+        >>> round(best_paper_radius(10_000, 0.001, 0.5, 0.25), 3)
+        0.611
+    """
+    return float(fcsb_radius(best_mean(n, alpha), cos0, sigma))
+
+
+def best_class_radius(n: int, alpha: float, sigma: float) -> float:
+    """Return the class radius (P1-CDF) at best, set by the band at the lowest order statistic.
+
+    An estimate (local level alpha / 100, a few per cent off) where n and alpha are not in the shipped table.
+
+    Example:
+        >>> round(best_class_radius(9_000, 0.001, 0.25), 3)
+        0.753
+    """
+    level = shipped_levels().get(f"{n}:{alpha!r}", check_alpha(alpha) / 100.0)
+    return float(fcsb_radius(level ** (1.0 / n), 0.0, sigma))
+
+
+def best_vote_radius(n: int, alpha: float, sigma: float) -> float:
+    """Return the hard-vote radius of a unanimous vote.
+
+    Example:
+        >>> round(best_vote_radius(9_000, 0.001, 0.25), 3)
+        0.792
+    """
+    return float(fcsb_radius(clopper_pearson_lower(n, n, alpha), 0.0, sigma))
+
+
+def samples_needed(best: Callable[[int], float], radius: float) -> int | None:
+    """Return the least n with `best(n) >= radius`, or None if even ten million samples do not reach it.
+
+    Args:
+        best: one of the functions above with all but n fixed; non-decreasing in n.
+
+    Example:
+        >>> samples_needed(lambda n: best_vote_radius(n, 0.001, 0.25), 0.5)
+        301
+    """
+    low, high = 1, 2
+    while not best(high) >= radius:
+        low, high = high, 2 * high
+        if high > N_MAX:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if best(middle) >= radius else (middle, high)
+    return high
