@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from robustvlm.data.classes import CIFAR10
 from robustvlm.errors import UserError
-
-from .prompts import CIFAR10_CLASSES
 
 PAD = 4
 
@@ -67,7 +67,20 @@ def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
     if b"classes" in metadata:
         return tuple(json.loads(metadata[b"classes"]))
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return tuple(features.get("label", {}).get("names", CIFAR10_CLASSES))
+    return tuple(features.get("label", {}).get("names", CIFAR10))
+
+
+def batches(images: Images, size: int, total: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `total` augmented batches (pixels [size, 3, H, W], labels), every epoch in a fresh order."""
+    generator = torch.Generator().manual_seed(seed)
+    padded, n = pad(images.pixels), len(images.labels)
+    per_epoch = n // size
+    rows: tuple[Tensor, ...] = ()
+    for step in range(total):
+        if step % per_epoch == 0:
+            rows = torch.randperm(n, generator=generator).split(size)
+        chosen = rows[step % per_epoch]
+        yield augment(padded, chosen, generator), images.labels[chosen]
 
 
 def pad(pixels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,6 +74,11 @@ class ImageTower(nn.Module):
         return self.head(x.amax(dim=(2, 3)))
 
 
+@cache
+def _tokenizer(context_length: int) -> SimpleTokenizer:
+    return SimpleTokenizer(context_length=context_length)
+
+
 class CifarCLIP(nn.Module):
     """Both towers and the temperature: the object that `load` returns.
 
@@ -84,7 +90,7 @@ class CifarCLIP(nn.Module):
         super().__init__()
         self.config = config
         self.image_size = config.image_size
-        self.tokenizer = SimpleTokenizer(context_length=config.context_length)
+        self.tokenizer = _tokenizer(config.context_length)
         self.visual = ImageTower(config)
         self.text = TextTransformer(
             context_length=config.context_length,

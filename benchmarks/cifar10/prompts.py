@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from robustvlm.data.prompts import CIFAR
+
 from .model import CifarCLIP
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LOOKS = "blurry,sharp,bad,good,dark,bright,black and white,low contrast,high contrast,low resolution,pixelated,cropped"
 QUALITIES = ("", *(f"{look} " for look in LOOKS.split(",")), "close-up ")
 KINDS = ("photo", "picture", "image", "photograph")
 ARTICLES, SIZES = ("a", "the", "one", "my"), ("", "small ", "big ", "large ")
-EVALUATION_TEMPLATES = ("a photo of a {}.", "a blurry photo of a {}.", "a photo of the {}.", "a picture of a small {}.")
 
 
 def random_template(rng: random.Random) -> str:
@@ -33,9 +33,9 @@ def random_prompts(class_names: Sequence[str], rng: random.Random) -> list[str]:
 
 
 def class_embeddings(model: CifarCLIP, class_names: Sequence[str]) -> Tensor:
-    """Unit embeddings [K, D]: the mean over the evaluation templates of unit text features."""
+    """Unit embeddings [K, D]: the mean over the library's CIFAR templates of unit text features."""
     per_template = [
         torch.nn.functional.normalize(model.encode_text([template.format(name) for name in class_names]), dim=-1)
-        for template in EVALUATION_TEMPLATES
+        for template in CIFAR
     ]
     return torch.nn.functional.normalize(torch.stack(per_template).mean(dim=0), dim=-1)

@@ -14,14 +14,15 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the installed package
 
-from benchmarks.cifar10 import data, prompts, train
+from benchmarks.cifar10 import data, fit, prompts, train
 from benchmarks.cifar10.attack import pgd
 from benchmarks.cifar10.evaluate import accuracy
 from benchmarks.cifar10.model import CifarCLIP, ModelConfig, load, save
 from robustvlm.errors import UserError
+from robustvlm.models import load_model
 
 SMALL = ModelConfig(stem=8, widths=(8, 16, 16), embed_dim=16, text_width=16, text_layers=1)
-FAST = train.Recipe(epochs=6, batch=20, lr=2e-2, smoothing=0.0, ema=0.5, bf16=False)
+FAST = fit.Recipe(epochs=6, batch=20, lr=2e-2, smoothing=0.0, ema=0.5, bf16=False)
 
 
 def jpeg(label: int, rng: np.random.Generator) -> bytes:
@@ -55,7 +56,7 @@ def images(folder: Path) -> data.Images:
 def trained(images: data.Images) -> CifarCLIP:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    return train.train(CifarCLIP(SMALL), images, images, FAST)
+    return fit.fit(CifarCLIP(SMALL), images, images, FAST)
 
 
 def test_training_learns_separable_classes(trained: CifarCLIP, folder: Path) -> None:
@@ -88,10 +89,19 @@ def test_round_trip_keeps_every_feature(trained: CifarCLIP, tmp_path: Path, monk
     assert torch.equal(again.encode_text(["a frog"]), trained.encode_text(["a frog"]))
 
 
+def test_spec_of_the_model_loads(trained: CifarCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(trained, tmp_path)
+    monkeypatch.setenv("ROBUSTVLM_CIFAR10", str(tmp_path))
+    vlm, pixels = load_model("benchmarks.cifar10.model:load"), torch.rand(2, 3, 32, 32)
+    expected = torch.nn.functional.normalize(trained.encode_image(pixels), dim=-1)
+    torch.testing.assert_close(vlm.encode_image(pixels), expected)
+    assert vlm.logit_scale == trained.logit_scale
+
+
 def test_robust_training_moves_only_the_image_tower(trained: CifarCLIP, images: data.Images, tmp_path: Path) -> None:
     save(trained, tmp_path)
-    recipe = train.Recipe(epochs=0.5, batch=20, eps=8 / 255, attack_steps=1, bf16=False)
-    robust = train.train(load(tmp_path), images, images, recipe)
+    recipe = fit.Recipe(epochs=0.5, batch=20, eps=8 / 255, attack_steps=1, bf16=False)
+    robust = fit.fit(load(tmp_path), images, images, recipe)
     assert torch.equal(robust.encode_text(["a ship"]), trained.encode_text(["a ship"]))
     assert robust.logit_scale == trained.logit_scale
     assert not torch.equal(robust.visual.head.weight, trained.visual.head.weight)
