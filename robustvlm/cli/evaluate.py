@@ -1,0 +1,107 @@
+"""`robustvlm evaluate`: clean accuracy, calibration and superclass accuracy of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from robustvlm.evaluation.clean import CleanResult
+    from robustvlm.stats import Rate
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model; `robustvlm models` lists the forms.")] = "tiny",
+    data: Annotated[str, typer.Option("--data", help="The images; `robustvlm data` lists the forms.")] = "emoji",
+    classes: Annotated[
+        Path | None, typer.Option("--classes", help="File with the class names, one a line or a JSON list.")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option("--templates", help="File with prompt templates, {} for the class.")
+    ] = None,
+    tree: Annotated[
+        Path | None, typer.Option("--tree", help="Class tree: nested JSON/YAML or parent,child CSV.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Evaluate this many images, a fixed selection.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass.")] = 64,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""
+    # Loading torch and open_clip takes seconds; --help and other commands should not wait for them.
+    from robustvlm.data import open_data
+    from robustvlm.evaluation.clean import evaluate_clean
+    from robustvlm.models import load_model, zero_shot
+
+    source = open_data(data, classes=classes, templates=templates, tree=tree)
+    classifier = zero_shot(load_model(model, device=device), source.class_names, source.templates)
+    with _progress(quiet=as_json) as progress:
+        ids = source.ids()
+        total = limit if ids is None else min(len(ids), limit or len(ids))
+        task = progress.add_task("Evaluating", total=total)
+        result = evaluate_clean(
+            classifier,
+            source,
+            limit=limit,
+            batch_size=batch_size,
+            on_images=lambda done: progress.update(task, completed=done),
+        )
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        _print_table(result)
+
+
+def _progress(*, quiet: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+
+
+def _print_table(result: CleanResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Specs and names are the user's text: as Text objects their brackets are no markup.
+    table = Table()
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_row(f"accuracy, {result.classes} classes", *_cells(result.accuracy), style="bold")
+    several = len({at.tree for at in result.superclass_accuracy}) > 1
+    for at in result.superclass_accuracy:
+        where = f"{at.tree}, level {at.level}" if several else f"level {at.level}"
+        label = f"superclass accuracy, {where} ({at.superclasses} groups)"
+        table.add_row(Text(label), *_cells(at.accuracy))
+    table.add_row("mean confidence", f"{result.mean_confidence:.1%}", "")
+    table.add_row("calibration error (15 bins)", f"{result.calibration_error:.1%}", "")
+    console = Console()
+    console.print(Text(f"{result.model} on {result.data}"), style="bold", soft_wrap=True)
+    console.print(table)
+    for line in _notes(result):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _notes(result: CleanResult) -> Iterator[str]:
+    speed = f"{result.images_per_second:,.0f} images/s"
+    yield f"{result.images:,} images in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
+    if result.unknown:
+        yield f"{result.unknown:,} images of unknown classes are left out"
+    if result.unreadable:
+        name, reason = result.unreadable_reasons[0]
+        yield f"{result.unreadable:,} images could not be read; the first, {name}: {reason}"
+
+
+def _cells(rate: Rate) -> tuple[str, str]:
+    return f"{rate.value:.1%}", f"{rate.low:.1%} - {rate.high:.1%}"

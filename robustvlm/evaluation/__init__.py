@@ -1,0 +1,1 @@
+"""Evaluating models on data: clean measures and attack runs."""

@@ -1,0 +1,201 @@
+"""Clean accuracy of a classifier over a stream of images, in memory that does not grow with their number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from robustvlm.core.memory import is_out_of_memory
+from robustvlm.data.pixels import to_pixels
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.errors import UserError
+from robustvlm.evaluation.metrics import N_BINS, calibration_bins, calibration_error, correct, superclass_correct
+from robustvlm.models.zero_shot import ZeroShotClassifier
+from robustvlm.stats import Rate, rate
+
+_REASONS_KEPT = 100
+
+
+class LevelAccuracy(BaseModel):
+    """How often the prediction falls into the label's superclass, at one level of one class tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tree: str
+    level: int
+    superclasses: int
+    accuracy: Rate
+
+
+class CleanResult(BaseModel):
+    """What a clean evaluation found; images `unreadable` or of an `unknown` class are not among `images` and rates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    model_fingerprint: str
+    data: str
+    classes: int
+    images: int
+    unknown: int
+    unreadable: int
+    unreadable_reasons: list[tuple[str, str]]
+    accuracy: Rate
+    calibration_error: float
+    mean_confidence: float
+    superclass_accuracy: list[LevelAccuracy]
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput, reading and decoding included."""
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
+
+def evaluate_clean(
+    classifier: ZeroShotClassifier,
+    source: DataSource,
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    on_images: Callable[[int], None] | None = None,
+) -> CleanResult:
+    """Return clean accuracy, calibration error and superclass accuracy of `classifier` on the images of `source`.
+
+    The labels of `source` index the classifier's classes. `on_images` is called with the number of images read after
+    each batch. Raises UserError when no image of a known class can be read, or the model's output is not finite.
+
+    Example:
+        >>> from robustvlm.data import open_data
+        >>> from robustvlm.models import load_model, zero_shot
+        >>> source = open_data("emoji")
+        >>> classifier = zero_shot(load_model("tiny"), source.class_names, source.templates, cache=False)
+        >>> evaluate_clean(classifier, source, limit=8).images
+        8
+    """
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1 image, got {batch_size}")
+    if classifier.class_names != source.class_names:
+        raise UserError(f"the classifier and '{source.spec}' have different classes")
+    tally = _Tally(source.tree, source.class_names)
+    start = time.perf_counter()
+    for batch in _batches(source, tally, limit, batch_size):
+        size, interpolation = classifier.vlm.image_size, classifier.vlm.interpolation
+        pixels = torch.stack([to_pixels(sample.image, size, interpolation=interpolation) for sample in batch])
+        with torch.inference_mode():
+            logits = _logits(classifier, pixels.to(classifier.vlm.device)).cpu()
+        _check_finite(logits, batch, classifier.vlm.spec)
+        tally.add(logits, torch.tensor([sample.label for sample in batch]))
+        if on_images is not None:
+            on_images(tally.images + tally.unknown + tally.unreadable)
+    if tally.images == 0:
+        raise UserError(_why_none(source.spec, tally))
+    return tally.result(classifier, source, time.perf_counter() - start)
+
+
+class _Tally:
+    """Counts and sums over the batches so far."""
+
+    def __init__(self, forest: Forest | None, class_names: tuple[str, ...]) -> None:
+        self.images = self.right = self.unknown = self.unreadable = 0
+        self.bins = torch.zeros(3, N_BINS, dtype=torch.float64)
+        self.reasons: list[tuple[str, str]] = []
+        self.levels = [
+            (tree.root, level, _superclass_of(tree, level, class_names))
+            for tree in forest or ()
+            for level in range(1, tree.levels)
+            # At the root every prediction is right, and where no classes are joined it is plain accuracy.
+            if 1 < len(tree.level_names(level)) < len(class_names)
+        ]
+        self.right_at = [0] * len(self.levels)
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        right = correct(logits, labels)
+        self.images += len(labels)
+        self.right += int(right.sum())
+        self.bins += calibration_bins(logits.softmax(dim=-1).amax(dim=-1), right)
+        for i, (_, _, superclass_of) in enumerate(self.levels):
+            self.right_at[i] += int(superclass_correct(logits.argmax(dim=-1), labels, superclass_of).sum())
+
+    def skip(self, item: Unreadable) -> None:
+        self.unreadable += 1
+        if len(self.reasons) < _REASONS_KEPT:
+            self.reasons.append((item.id, item.reason))
+
+    def result(self, classifier: ZeroShotClassifier, source: DataSource, seconds: float) -> CleanResult:
+        return CleanResult(
+            model=classifier.vlm.spec,
+            model_fingerprint=classifier.vlm.fingerprint,
+            data=source.spec,
+            classes=len(classifier.class_names),
+            images=self.images,
+            unknown=self.unknown,
+            unreadable=self.unreadable,
+            unreadable_reasons=self.reasons,
+            accuracy=rate(self.right, self.images),
+            calibration_error=calibration_error(self.bins),
+            mean_confidence=float(self.bins[1].sum() / self.images),
+            superclass_accuracy=[
+                LevelAccuracy(
+                    tree=root,
+                    level=level,
+                    superclasses=int(superclass_of.max()) + 1,
+                    accuracy=rate(self.right_at[i], self.images),
+                )
+                for i, (root, level, superclass_of) in enumerate(self.levels)
+            ],
+            seconds=seconds,
+        )
+
+
+def _superclass_of(tree: Tree, level: int, class_names: tuple[str, ...]) -> torch.Tensor:
+    index = {name: i for i, name in enumerate(tree.level_names(level))}
+    return torch.tensor([index[tree.ancestor(name, level)] for name in class_names])
+
+
+def _batches(source: DataSource, tally: _Tally, limit: int | None, batch_size: int) -> Iterator[list[Sample]]:
+    """Yield full batches of images of known classes, then the rest; the others are counted."""
+    batch: list[Sample] = []
+    for item in source.samples(limit=limit):
+        if isinstance(item, Unreadable):
+            tally.skip(item)
+        elif item.label == UNKNOWN:
+            tally.unknown += 1
+        else:
+            batch.append(item)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _logits(classifier: ZeroShotClassifier, pixels: torch.Tensor) -> torch.Tensor:
+    try:
+        return classifier(pixels)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(pixels) == 1:
+            raise
+    # Outside the handler, which would keep the failed pass's tensors alive.
+    half = len(pixels) // 2
+    return torch.cat([_logits(classifier, pixels[:half]), _logits(classifier, pixels[half:])])
+
+
+def _check_finite(logits: torch.Tensor, batch: list[Sample], spec: str) -> None:
+    finite = torch.isfinite(logits).all(dim=-1)
+    if not finite.all():
+        name = batch[int(finite.logical_not().nonzero()[0])].id
+        raise UserError(f"model '{spec}' gives NaN or infinite logits, first for the image '{name}'")
+
+
+def _why_none(spec: str, tally: _Tally) -> str:
+    if tally.unreadable:
+        name, reason = tally.reasons[0]
+        return f"none of the {tally.unreadable} images of '{spec}' could be read; the first, '{name}': {reason}"
+    if tally.unknown:
+        return f"all {tally.unknown} images of '{spec}' are of unknown classes: accuracy needs images of known ones"
+    return f"'{spec}' holds no images"
