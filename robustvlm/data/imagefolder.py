@@ -42,7 +42,11 @@ class ImageFolder(DataSource):
         self._links = links
         folders = _class_folders(root)
         super().__init__(spec or f"imagefolder:{root}", _display_names([folder.name for folder in folders]))
-        self._files = [file for label, folder in enumerate(folders) for file in self._walk(folder, label, ())]
+        self._files = [
+            file
+            for label, folder in enumerate(folders)
+            for file in self._walk(folder, label, (os.path.realpath(root),))
+        ]
         if not self._files:
             raise UserError(f"{root} has {len(folders)} class folders but no image in them ({_shown_suffixes()})")
 
@@ -85,7 +89,7 @@ class ImageFolder(DataSource):
             path = Path(entry.path)
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(path):  # unlike the entry's own test, false for links that lead round in a circle
                 yield from self._walk(path, label, (*above, real))
             elif path.suffix.lower() in SUFFIXES:
                 yield _File(self._id(path), path, label, self._fault(path))

@@ -62,7 +62,7 @@ def parse_spec(text: str) -> Spec:
         UserError: an unknown kind (the nearest are named), or an option given twice.
     """
     body, mark, tail = text.rpartition("?")
-    if not mark or not _OPTIONS.fullmatch(tail):
+    if not mark or not _OPTIONS.fullmatch(tail) or _is_query(body, tail):
         body, tail = text, ""
     kind, _, rest = body.partition(":")
     if kind not in KINDS:
@@ -104,6 +104,11 @@ def open_data(
     if tree is not None:
         source.tree = load_forest(tree, source.class_names)
     return source
+
+
+def _is_query(body: str, tail: str) -> bool:
+    """Tell whether what follows "?" belongs to an address on the net and is not our options."""
+    return "://" in body and not all(pair.startswith(("image=", "label=")) for pair in tail.split("&"))
 
 
 def _renamed(forest: Forest, names: list[str]) -> Forest:

@@ -1,0 +1,56 @@
+"""Sources stream: memory does not grow with the number of images."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from robustvlm.data.specs import open_data
+
+COUNT = 5000
+STATM = Path("/proc/self/statm")
+
+
+def in_imagefolder(tmp_path: Path, image: bytes) -> str:
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "0.png").write_bytes(image)
+    for i in range(1, COUNT):
+        (tmp_path / "only" / f"{i}.png").hardlink_to(tmp_path / "only" / "0.png")
+    return f"imagefolder:{tmp_path}"
+
+
+def in_parquet(tmp_path: Path, image: bytes) -> str:
+    # One row group, without dictionary or compression: 60 MB that a careless reader holds all at once.
+    table = pa.table({"image": [image] * COUNT, "label": ["only"] * COUNT})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=COUNT, use_dictionary=False, compression="none")
+    return f"parquet:{tmp_path / 'a.parquet'}"
+
+
+def in_shard(tmp_path: Path, image: bytes) -> str:
+    pytest.importorskip("webdataset")
+    (tmp_path / "classnames.txt").write_text("only")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(COUNT):
+            for suffix, data in (("png", image), ("cls", b"0")):
+                info = tarfile.TarInfo(f"{i}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return f"wds:{tmp_path / 'a.tar'}"
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs /proc")
+@pytest.mark.parametrize("write", [in_imagefolder, in_parquet, in_shard])
+def test_memory_is_flat(tmp_path: Path, noise: bytes, write: Callable[[Path, bytes], str]) -> None:
+    source = open_data(write(tmp_path, noise))
+    resident: list[int] = []
+    for number, _ in enumerate(source.samples(), start=1):
+        if number % 500 == 0:
+            resident.append(int(STATM.read_text().split()[1]) * 4096)
+    assert len(resident) == COUNT // 500
+    assert max(resident[1:]) - resident[0] < 16 * 2**20

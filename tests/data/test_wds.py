@@ -1,0 +1,174 @@
+"""WebDataset shards made here: labels, names, damage, and what they must not do."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from robustvlm.data.source import Sample, Unreadable
+from robustvlm.data.specs import open_data
+from robustvlm.errors import UserError
+
+pytest.importorskip("webdataset")
+
+Plain = Callable[..., bytes]
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read(spec: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Return labels of the readable images and reasons of the others."""
+    items = list(open_data(spec).samples())
+    good = {item.id: item.label for item in items if isinstance(item, Sample)}
+    return good, {item.id: item.reason for item in items if isinstance(item, Unreadable)}
+
+
+@pytest.fixture
+def shards(tmp_path: Path, plain: Plain) -> Path:
+    """Two shards with class names beside them."""
+    (tmp_path / "classnames.txt").write_text("cat\nred fox\n")
+    for n in range(2):
+        members = []
+        for i in range(4):
+            members += [(f"{i:04d}.png", plain((i, n, 0))), (f"{i:04d}.cls", str(i % 2).encode())]
+        write_tar(tmp_path / f"test-{n}.tar", members)
+    return tmp_path
+
+
+@pytest.mark.parametrize("rest", ["", "/test-{0..1}.tar", "/classnames.txt"])
+def test_folders_and_braces(shards: Path, rest: str) -> None:
+    if rest.endswith(".txt"):
+        with pytest.raises(UserError, match="holds no sample"):
+            read(f"wds:{shards}{rest}")
+        return
+    source = open_data(f"wds:{shards}{rest}")
+    assert source.class_names == ("cat", "red fox")
+    assert source.ids() is None
+    items = list(source.samples())
+    assert [item.id for item in items] == [f"test-{n}/{i:04d}" for n in range(2) for i in range(4)]
+    assert [item.image.getpixel((0, 0)) for item in items if isinstance(item, Sample)][5] == (1, 1, 0)
+    assert [item.id for item in source.samples(limit=3)] == [item.id for item in items[:3]]
+
+
+def test_label_formats(tmp_path: Path, plain: Plain) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\nred fox\n")
+    labels = [
+        ("cls", b"1\n"),
+        ("txt", b"Red_Fox"),
+        ("txt", b" 0 "),
+        ("json", json.dumps({"label": 1, "other": "x"}).encode()),
+        ("json", json.dumps({"class": "cat"}).encode()),
+        ("json", b"1"),
+        ("cls", b"-1"),
+    ]
+    members = [
+        member
+        for i, (kind, data) in enumerate(labels)
+        for member in ((f"{i}.jpg", plain(kind="JPEG")), (f"{i}.{kind}", data))
+    ]
+    write_tar(tmp_path / "a.tar.gz", members, "w:gz")
+    good, bad = read(f"wds:{tmp_path / 'a.tar.gz'}")
+    assert list(good.values()) == [1, 1, 0, 1, 0, 1, -1]
+    assert not bad
+
+
+def test_damaged_samples_are_recorded(tmp_path: Path, plain: Plain) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    image = plain()
+    members = [
+        ("good.png", image), ("good.cls", b"0"),
+        ("junk.png", b"junk"), ("junk.cls", b"0"),
+        ("alone.png", image),
+        ("text.cls", b"1"), ("text.txt", b"cat"),
+        ("../../etc/evil.png", image), ("../../etc/evil.cls", b"0"),
+        ("/root/evil.png", image), ("/root/evil.cls", b"0"),
+        ("good.webp", plain(kind="WEBP")), ("good.cls", b"1"),
+    ]  # fmt: skip
+    good, bad = read(f"wds:{write_tar(tmp_path / 'a.tar', members)}")
+    assert good == {"a/good": 0}
+    assert set(bad) == {"a/good", "a/junk", "a/alone", "a/text", "a/../../etc/evil", "a//root/evil"}
+    assert bad["a/alone"] == "no label among its members (png)"
+    assert bad["a/text"] == "no image among its members (cls txt)"
+    assert bad["a/good"] == "the same key twice in one shard"
+    assert "leads out" in bad["a/../../etc/evil"]
+
+
+def test_a_truncated_shard_does_not_end_the_run(shards: Path) -> None:
+    first = shards / "test-0.tar"
+    first.write_bytes(first.read_bytes()[:3000])
+    good, bad = read(f"wds:{shards}")
+    assert sum(name.startswith("test-1/") for name in good) == 4
+    assert "test-0" in bad
+    (shards / "test-1.tar").write_bytes(b"junk" * 1000)
+    first.write_bytes(b"junk" * 1000)
+    with pytest.raises(UserError, match="holds no sample: "):
+        read(f"wds:{shards}")
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(shards))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+        http.shutdown()
+
+
+def test_addresses(server: str, shards: Path) -> None:
+    names = shards / "classnames.txt"
+    source = open_data(f"wds:{server}/test-{{0..2}}.tar?token=x", classes=names)
+    items = list(source.samples())
+    assert sum(isinstance(item, Sample) for item in items) == 8
+    assert [item for item in items if isinstance(item, Unreadable)][0].reason.startswith(
+        "damaged shard: HTTP Error 404"
+    )
+
+
+def test_faults_are_one_clear_line(shards: Path, tmp_path: Path, plain: Plain) -> None:
+    marker = tmp_path / "ran"
+    word = write_tar(shards / "word.tar", [("a.png", plain()), ("a.txt", b"red fix")])
+    number = write_tar(shards / "number.tar", [("a.png", plain()), ("a.cls", b"7")])
+    broken = write_tar(shards / "broken.tar", [("a.png", plain()), ("a.json", b"{")])
+    empty = write_tar(shards / "empty.tar", [])
+    (tmp_path / "folder").mkdir()
+    for rest, message in (
+        (f"pipe:touch {marker}", "files and http"),
+        ("s3://bucket/a.tar", "files and http"),
+        (f"{shards / 'none.tar'}", "no shard"),
+        (f"{tmp_path / 'folder'}", "holds no tar file"),
+        (f"{shards}/test-{{0..1.tar", "braces .* are not balanced"),
+        (f"{word}", "the label 'red fix' of 'word/a' is neither a number nor a class: did you mean 'red fox'"),
+        (f"{number}", r"has label 7 \(number/a\) but 2 class names"),
+        (f"{broken}", "the label of 'broken/a' is not valid JSON"),
+        (f"{empty}", "holds no sample"),
+        ("", "names no shard"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            read(f"wds:{rest}")
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, shards: Path) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(UserError, match=r"pip install 'robustvlm\[wds\]'"):
+        open_data(f"wds:{shards}")
