@@ -161,7 +161,7 @@ def _environment() -> Environment:
         plain=wording.plain,
         percent=wording.percent,
         interval=wording.interval,
-        duration=wording.duration,
+        moment=wording.moment,
         norm=wording.norm_name,
     )
     environment.globals.update(

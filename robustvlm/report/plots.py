@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -107,7 +108,7 @@ def margin_histogram(margins: Margins, *, key: str) -> Markup:
     clean, attacked = np.asarray(margins.clean), np.asarray(margins.attacked)
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
-        bins = np.histogram_bin_edges(np.concatenate([clean, attacked, [0.0]]), bins=28).tolist()
+        bins = _bins_with_zero(np.concatenate([clean, attacked]))
         axes.hist(clean, bins, color=GOOD, alpha=0.55, label="unperturbed")
         axes.hist(attacked, bins, color=BAD, alpha=0.55, label="under attack")
         axes.axvline(0, color=INK, lw=1, ls="--")
@@ -121,6 +122,13 @@ def margin_histogram(margins: Margins, *, key: str) -> Markup:
             f" {np.median(attacked):.2f} under attack, {below} below zero."
         )
         return _svg(figure, key=key, alt=alt)
+
+
+def _bins_with_zero(values: npt.NDArray[np.float64]) -> list[float]:
+    """Return about 30 equal bins over the values; zero is an edge, so that no bar mixes right and wrong."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    width = (high - low) / 28 or 1.0
+    return (width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)).tolist()
 
 
 def steps_histogram(steps: Mapping[float, Sequence[int]], names: Mapping[float, str], *, key: str) -> Markup:

@@ -38,7 +38,7 @@ def bar(name: str, rate: Rate) -> Bar:
         (50.0, '50.0%', '1 of 2')
     """
     return Bar(
-        name=plain(name, 80),
+        name=plain(name, 56),
         value=round(100 * (rate.value or 0.0), 3),
         low=round(100 * rate.low, 3),
         high=round(100 * rate.high, 3),
@@ -49,9 +49,14 @@ def bar(name: str, rate: Rate) -> Bar:
 
 
 def ranked(groups: Sequence[GroupSummary]) -> list[GroupSummary]:
-    """Return the groups with attacked images, the most often fooled first; ties go to the one with more evidence."""
+    """Return the groups with attacked images, most often fooled first; among equals, more evidence lies at the ends."""
     attacked = [group for group in groups if group.attack_success_rate.total]
-    return sorted(attacked, key=lambda g: (-(g.attack_success_rate.value or 0), -g.attack_success_rate.low, g.name))
+
+    def key(group: GroupSummary) -> tuple[float, float, float, str]:
+        rate = group.attack_success_rate
+        return -(rate.value or 0.0), -rate.low, -rate.high, group.name
+
+    return sorted(attacked, key=key)
 
 
 def bars(groups: Sequence[GroupSummary]) -> list[Bar]:

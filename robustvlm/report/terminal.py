@@ -65,15 +65,16 @@ def _by_eps(summary: Summary) -> Table:
 
 
 def _by_attack(per_eps: Sequence[EpsSummary]) -> Table:
+    broke = any(attack.failed for at in per_eps for attack in at.per_attack)
     table = _table("By attack, each on the images that the ones before left standing")
-    table.add_column("eps")
-    table.add_column("attack")
-    for name in ("ran on", "fooled", "broke off", "steps", "passes"):
-        table.add_column(name, justify="right")
-    table.add_column("accuracy left")
+    table.add_column("eps", no_wrap=True)
+    table.add_column("attack", overflow="fold")
+    for name in ("ran on", "fooled", *(["broke off"] if broke else []), "passes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("accuracy left", no_wrap=True)
     for at in per_eps:
         for i, attack in enumerate(at.per_attack):
-            counts = (attack.attacked, attack.fooled, attack.failed, attack.steps, attack.passes)
+            counts = (attack.attacked, attack.fooled, *([attack.failed] if broke else []), attack.passes)
             table.add_row(
                 _name(at.eps_text) if i == 0 else Text(""),
                 _name(attack.attack),

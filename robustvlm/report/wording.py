@@ -87,6 +87,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def moment(iso: str) -> str:
+    """Return an ISO time as a person would write it.
+
+    Example:
+        >>> moment("2025-01-31T12:00:05+00:00")
+        '2025-01-31 12:00:05 UTC'
+    """
+    return plain(iso, 40).replace("T", " ").replace("+00:00", " UTC")
+
+
 def headline(summary: Summary) -> EpsSummary | None:
     """Return the largest eps, the one the verdict speaks of; None when no eps was run."""
     return summary.per_eps[-1] if summary.per_eps else None

@@ -105,7 +105,7 @@ def write_run() -> WriteRun:
         manifest = {
             "format": 1, "kind": "attack", "name": folder.name,
             "command": "robustvlm attack tiny --eps 0.5/255,1/255,2/255",
-            "created": "2025-01-31 12:00:00Z",
+            "created": "2025-01-31T12:00:00+00:00",
             "config": {
                 "model": "tiny", "data": "emoji?split=test", "attack": list(attacks), "norm": "Linf",
                 "eps": list(EPS)[:eps], "eps_text": list(EPS.values())[:eps],

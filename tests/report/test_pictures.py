@@ -118,6 +118,16 @@ def test_flat_and_single_valued_data_can_be_drawn() -> None:
     assert "largest 5000" in plots.steps_histogram({0.1: [1, 5000]}, {0.1: "0.1"}, key="s")
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=30))
+def test_no_bar_mixes_right_and_wrong(values: list[float]) -> None:
+    bins = plots._bins_with_zero(np.asarray(values))
+    assert 0.0 in bins
+    assert bins[0] <= min(values) + 1e-9
+    assert bins[-1] >= max(values) - 1e-9
+    assert len(bins) <= 32
+
+
 def test_margins_take_the_smallest_inside_the_ball() -> None:
     def row(image: str, eps: float, outcome: str, margin: float) -> dict[str, object]:
         return {"image_id": image, "eps": eps, "outcome": outcome, "clean_margin": 3.0, "margin": margin}

@@ -78,7 +78,8 @@ def test_narrow_terminals_do_not_overflow(summary: Summary) -> None:
 
 def test_ranking_is_by_rate_then_evidence() -> None:
     groups = [group("a", 1, 1), group("b", 4, 4), group("c", 0, 3), group("none", 0, 0), group("d", 1, 2)]
-    assert [g.name for g in ranked(groups)] == ["b", "a", "d", "c"]
+    groups.append(group("e", 0, 1))
+    assert [g.name for g in ranked(groups)] == ["b", "a", "d", "e", "c"]
 
 
 @pytest.mark.parametrize(("n", "worst", "best"), [(3, 3, 0), (24, 24, 0), (25, 10, 10), (200, 10, 10)])
