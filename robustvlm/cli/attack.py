@@ -1,0 +1,150 @@
+"""`robustvlm attack`: the attack success rate of a model on labelled images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from robustvlm.evaluation.setup import Prepared
+    from robustvlm.runs.summary import Summary
+
+_MODEL = "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable."
+_DATA = "emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL."
+_ATTACK = "Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or pgd:steps=40:objective=dlr."
+
+
+def attack(
+    model: Annotated[str, typer.Argument(help=_MODEL)] = "tiny",
+    data: Annotated[str, typer.Option(help=_DATA)] = "emoji",
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
+    tree: Annotated[Path | None, typer.Option(help="File of the class tree (JSON, YAML or CSV).")] = None,
+    attack_list: Annotated[str, typer.Option("--attack", help=_ATTACK)] = "apgd-ce,apgd-t",
+    norm: Annotated[str, typer.Option(help="Linf or L2, in pixels scaled to [0, 1].")] = "Linf",
+    eps: Annotated[
+        str | None, typer.Option(help="Radius, or radii for a security curve: 1/255,2/255 [default: 2/255; L2: 0.5].")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Gradient steps [default: pgd 20, apgd 100].")] = None,
+    restarts: Annotated[int | None, typer.Option(help="Random restarts [default: 1].")] = None,
+    limit: Annotated[int | None, typer.Option(help="Attack this many images, chosen by a hash of their ids.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    lanes: Annotated[
+        int | None, typer.Option(help="Images attacked side by side in one batch [default: 64; GPU: 256].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="fp32; bf16 (gradients only, successes confirmed in fp32); fp64.")
+    ] = "fp32",
+    resolution: Annotated[
+        int | None, typer.Option(help="Side in pixels of the image that is perturbed [default: the model's].")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
+        ),
+    ] = None,
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Keep every successful adversarial image (safetensors).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End with exit code 1 if this holds at any eps, e.g. 'asr>0.5' or 'robust_accuracy.low<30%'."
+        ),
+    ] = None,
+) -> None:
+    """Attack a model on labelled images and report the attack success rate (ASR) with its 95 % interval.
+
+    Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
+    """
+    # The heavy libraries are loaded here, so that --help and --version answer at once.
+    from rich.console import Console
+
+    from robustvlm.evaluation.conditions import parse_condition
+    from robustvlm.evaluation.setup import prepare
+
+    conditions = [parse_condition(text) for text in fail_if or []]
+    console = Console(stderr=as_json)
+    with console.status("Loading model and data") if console.is_terminal else _Quiet():
+        prepared = prepare(
+            model=model,
+            data=data,
+            classes=classes,
+            templates=templates,
+            tree=tree,
+            attack=attack_list,
+            norm=norm,
+            eps=eps,
+            steps=steps,
+            restarts=restarts,
+            limit=limit,
+            seed=seed,
+            lanes=lanes,
+            device=device,
+            precision=precision,
+            resolution=resolution,
+            save_adversarial=save_adversarial,
+            out=out,
+            name=name,
+            command=" ".join(["robustvlm", *sys.argv[1:]]),
+        )
+    summary = _work(prepared, console, fresh=resume is False, resume=resume is True)
+    _show(summary, prepared, console, as_json=as_json)
+    failed = [condition.text for condition in conditions if condition.holds(summary)]
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+class _Quiet:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+def _work(prepared: Prepared, console: Console, *, fresh: bool, resume: bool) -> Summary:
+    from robustvlm.cli.progress import AttackProgress
+
+    console.print(
+        f"Attacking [bold]{_plain(prepared.manifest['model']['spec'])}[/bold] -> {_plain(prepared.folder.path)}"
+    )
+    try:
+        with AttackProgress(console) as progress:
+            return prepared.run(progress, fresh=fresh, resume=resume)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
+        )
+        raise typer.Exit(130) from None
+
+
+def _show(summary: Summary, prepared: Prepared, console: Console, *, as_json: bool) -> None:
+    from robustvlm.report.terminal import attack_table
+
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=2))
+        return
+    console.print(attack_table(summary))
+    console.print(f"Report:  {_plain(prepared.folder.report_path)}")
+    console.print(f"Results: {_plain(prepared.folder.results_path)}")
+
+
+def _plain(value: object) -> str:
+    """Keep rich from reading markup in user-given text."""
+    from rich.markup import escape
+
+    return escape(str(value))

@@ -1,0 +1,95 @@
+"""The `robustvlm` program: its commands, and what every failure looks like to the user."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from robustvlm import __version__
+from robustvlm.cli.attack import attack
+from robustvlm.cli.data import data
+from robustvlm.cli.evaluate import evaluate
+from robustvlm.cli.models import models
+from robustvlm.cli.report import report
+from robustvlm.core.memory import is_out_of_memory
+from robustvlm.errors import UserError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="robustvlm",
+    help="Tell whether a CLIP-like vision-language model can be trusted when somebody attacks it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (attack, evaluate, report, models, data):
+    app.command(command.__name__)(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"robustvlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Tell whether a CLIP-like vision-language model can be trusted when somebody attacks it."""
+    del version
+
+
+def main() -> NoReturn:
+    """Run the program; a user's mistake ends in one line on standard error and exit code 2, Ctrl-C in 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        code = _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); what is left to say has no listener.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        code = _complain_of(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain_of(error: Exception) -> int:
+    """Put click's errors and exhausted memory into one line; anything else is our bug and keeps its traceback."""
+    show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if callable(show) and isinstance(exit_code, int):
+        show()
+        return exit_code
+    if type(error).__name__ == "Abort":
+        return _complain("interrupted", INTERRUPTED)
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
+        return _complain("memory ran out even for one image at a time: use a smaller model or --device cpu", 2)
+    raise error
+
+
+def _complain(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"error: {line}" if code != INTERRUPTED else line, file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

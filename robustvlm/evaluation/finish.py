@@ -1,0 +1,35 @@
+"""From the facts of a run to its files: rows, summary, report."""
+
+from __future__ import annotations
+
+from robustvlm.attacks import LaneAttack, ThreatModel
+from robustvlm.evaluation import checks
+from robustvlm.evaluation.ledger import Ledger
+from robustvlm.report.html import write_report
+from robustvlm.runs.config import AttackConfig
+from robustvlm.runs.files import write_text
+from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.results import make_rows, write_rows
+from robustvlm.runs.summary import Summary, summarise
+
+
+def finish(ledger: Ledger, manifest: Manifest, attacks: list[LaneAttack]) -> Summary:
+    """Write `results.parquet`, `summary.json` and `report.html` from what the ledger holds; return the summary."""
+    config = AttackConfig(**manifest["config"])
+    clean = [ledger.clean[index] for index in sorted(ledger.clean)]
+    found = list(ledger.found.values())
+    ledger.add_checks(
+        checks.of_results(
+            clean,
+            found,
+            threats=[ThreatModel(config.norm, eps) for eps in config.eps],
+            attacks=attacks,
+            n_classes=len(manifest["data"]["class_names"]),
+        )
+    )
+    rows = make_rows(clean, found, norm=config.norm, eps=config.eps, attacks=config.attack)
+    summary = summarise(rows, manifest, cost=ledger.cost, checks=ledger.checks, unreadable=ledger.unreadable)
+    write_rows(ledger.folder.results_path, rows)
+    write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+    write_report([ledger.folder.path], ledger.folder.report_path)
+    return summary

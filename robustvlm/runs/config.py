@@ -1,0 +1,30 @@
+"""What defines an attack run: the settings that decide its results."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class AttackConfig(BaseModel):
+    """Every setting that the rows of an attack run depend on; a run is resumed only under an equal one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    data: str
+    classes: str | None = None
+    templates: str | None = None
+    tree: str | None = None
+    attack: list[str]
+    norm: str
+    eps: list[float]
+    eps_text: list[str]
+    steps: int | None
+    restarts: int | None
+    limit: int | None
+    seed: int
+    lanes: int
+    device: str
+    precision: str
+    resolution: int
+    save_adversarial: bool = False

@@ -1,0 +1,94 @@
+"""The append-only record of a run: one JSON object per line, written as soon as a fact is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from robustvlm.errors import UserError
+
+# A line reaches the operating system at once, which survives the death of the process; it is forced to the disk, which
+# survives a power cut, at most this often.
+_SYNC_SECONDS = 2.0
+
+
+class Journal:
+    """Lines of facts that survive the death of the process at any moment.
+
+    A line torn by a crash is cut off when the journal is opened again: its fact is found anew.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "journal.jsonl"
+        >>> with Journal(path) as journal:
+        ...     journal.append({"kind": "clean", "index": 3})
+        >>> [fact["index"] for fact in read_journal(path)]
+        [3]
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _cut_torn_line(path)
+        self._file = path.open("ab", buffering=0)
+        self._synced = time.monotonic()
+
+    def append(self, fact: dict[str, Any]) -> None:
+        """Write one fact as one line."""
+        line = json.dumps(fact, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogateescape") + b"\n"
+        written = 0
+        # Unbuffered writes may take only a part, for example on a disk that is filling up.
+        while written < len(line):
+            written += self._file.write(line[written:])
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Force everything to the disk and close the file."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the facts of a journal, in order; a missing file holds none, a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line.decode("utf-8", "surrogateescape"))
+            except ValueError:
+                raise UserError(
+                    f"line {number} of '{path}' is damaged: repair it, or start over with --fresh"
+                ) from None
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("r+b") as handle:
+        end = handle.seek(0, os.SEEK_END)
+        keep = end
+        while keep > 0:
+            start = max(0, keep - 65536)
+            handle.seek(start)
+            newline = handle.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < end:
+            handle.truncate(keep)

@@ -1,0 +1,84 @@
+"""Planted faults: each is seen by the probe, and a sound model raises none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import Curved, images
+
+from robustvlm.attacks import Oracle, probe
+
+
+class Coupled(Curved):
+    """Normalises logits over the batch, as batch statistics at test time do."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits - logits.mean(0)) / (logits.std(0) + 1e-6)
+
+
+class Random(Curved):
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+class Quantised(Curved):
+    """Rounds the pixels: no gradient passes."""
+
+    def forward(self, x):
+        return super().forward(torch.round(x * 4) / 4)
+
+
+class Sick(Curved):
+    def forward(self, x):
+        return super().forward(x) * torch.where(x[:, :1, 0, 0] > 0.5, float("nan"), 1.0)
+
+
+def ask(model):
+    return probe(Oracle(model), images(16), torch.zeros(16, dtype=torch.int64))
+
+
+def test_a_sound_model_raises_nothing():
+    found = ask(Curved())
+    assert found.finite
+    assert not found.random
+    assert not found.coupled
+    assert found.zero_gradients == 0
+    assert found.rungs[0] == 16
+
+
+def test_batch_coupling_is_seen():
+    assert ask(Coupled()).coupled
+
+
+def test_randomness_is_seen_and_not_taken_for_coupling():
+    found = ask(Random())
+    assert found.random
+    assert not found.coupled
+    assert found.rungs == (16,)
+
+
+def test_missing_gradients_are_seen():
+    assert ask(Quantised()).zero_gradients == 1.0
+
+
+def test_nan_is_seen():
+    assert not ask(Sick()).finite
+
+
+def test_rungs_are_batch_sizes_on_which_rows_are_the_same_to_the_bit():
+    class Shaped(Curved):
+        """Rounds differently below eight rows, as many matrix kernels do."""
+
+        def forward(self, x):
+            return super().forward(x) * (1.0 if len(x) >= 8 else 1.0 + 1e-6)
+
+    found = ask(Shaped())
+    assert found.rungs == (16, 8)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_images_are_enough(count):
+    found = probe(Oracle(Curved()), images(count), torch.zeros(count, dtype=torch.int64))
+    assert found.finite
+    assert not found.coupled
