@@ -98,7 +98,7 @@ def amplified_difference(clean: Pixels, adversarial: Pixels) -> tuple[Pixels, in
 def data_uri(pixels: Pixels) -> str:
     """Return an image [3, H, W] with values in [0, 1] as a PNG data URI of 8 bits, at most 256 pixels a side."""
     array = np.rint(np.clip(np.nan_to_num(pixels), 0.0, 1.0) * 255).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)), mode="RGB")
+    image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
     image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BOX)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
