@@ -52,6 +52,8 @@ def _options(
 def main() -> NoReturn:
     """Run the program; a user's mistake ends in one line on standard error and exit code 2, Ctrl-C in 130."""
     signal.signal(signal.SIGTERM, _interrupt)
+    # Threads that spin while they wait cost a busy machine several times what they save; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
     except UserError as error:

@@ -114,7 +114,7 @@ def _inside_ball(found: Sequence[AttackFact], threats: Sequence[ThreatModel]) ->
         and (fact.linf if norms[fact.eps] == "Linf" else fact.l2) > fact.eps * (1 + _BALL_SLACK)
     ]
     if outside:
-        message = f"{len(outside)} adversarial images lie outside their ball: a fault of this program; do not use the run."
+        message = f"{len(outside)} adversarial images lie outside their ball, a fault of this program: discard the run."
         return Check(name="inside the ball", level="fault", message=message)
     return Check(
         name="inside the ball",

@@ -1,0 +1,41 @@
+# Two commands set everything up on a machine with Python 3.10 or newer, make and git:
+#   make demo   attack the bundled model on the bundled images and say where the report is
+#   make test   check style and types, and run the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two test processes with one thread each beat one process with two threads.
+WORKERS ?= 2
+
+.PHONY: demo test test-slow format clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed
+	$(BIN)/robustvlm attack tiny --eps 1/255,2/255 --limit 160 --name demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check robustvlm tests tools benchmarks
+	$(BIN)/ruff format --check robustvlm tests tools benchmarks
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) -q
+
+test-slow: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) -q -m slow
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix robustvlm tests tools benchmarks
+	$(BIN)/ruff format robustvlm tests tools benchmarks
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "robustvlm needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); PyTorch and its libraries are several GB, this takes a few minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
