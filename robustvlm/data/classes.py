@@ -74,6 +74,23 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(_IMAGENET_RENAMED.get(i, name) for i, name in enumerate(IMAGENET_CLASSNAMES))
 
 
+def usual_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Return ImageNet's usual names in place of the lists of synonyms that many copies of it carry.
+
+    Those are known by their order: 1000 names, of which at least half begin with the usual name of their label.
+
+    Example:
+        >>> usual_names(["tench, Tinca tinca", "goldfish, Carassius auratus"])
+        ('tench, Tinca tinca', 'goldfish, Carassius auratus')
+    """
+    names = tuple(class_names)
+    if len(names) != KNOWN[-1].size or recognise(names) is not None:
+        return names
+    usual = tuple(name for _, name in sorted(wordnet_names().items()))
+    alike = sum(name_key(a.partition(",")[0]) == name_key(b) for a, b in zip(names, usual, strict=True))
+    return usual if alike >= len(names) // 2 else names
+
+
 @cache
 def wordnet_names() -> dict[str, str]:
     """Return the class name of each of ImageNet's WordNet ids, the folder names of its usual layout.

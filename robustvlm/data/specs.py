@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
-from robustvlm.data.classes import known_forest, recognise
+from robustvlm.data.classes import known_forest, recognise, usual_names
 from robustvlm.data.names import read_class_names, settle_names
 from robustvlm.data.prompts import read_templates
 from robustvlm.data.source import DataSource
@@ -91,7 +91,8 @@ def open_data(
     """
     parsed = parse_spec(spec)
     source = KINDS[parsed.kind](parsed)
-    names = settle_names(source.class_names or None, read_class_names(classes) if classes else None, f"'{spec}'")
+    own_names = usual_names(source.class_names) or None
+    names = settle_names(own_names, read_class_names(classes) if classes else None, f"'{spec}'")
     if source.tree is not None:
         source.tree = _renamed(source.tree, names)
     source.class_names = tuple(names)

@@ -138,9 +138,9 @@ def test_addresses(server: str, shards: Path) -> None:
     source = open_data(f"wds:{server}/test-{{0..2}}.tar?token=x", classes=names)
     items = list(source.samples())
     assert sum(isinstance(item, Sample) for item in items) == 8
-    assert [item for item in items if isinstance(item, Unreadable)][0].reason.startswith(
-        "damaged shard: HTTP Error 404"
-    )
+    faults = [item for item in items if isinstance(item, Unreadable)]
+    assert [item.id for item in faults] == ["test-2"]
+    assert faults[0].reason.startswith("damaged shard: HTTP Error 404")
 
 
 def test_faults_are_one_clear_line(shards: Path, tmp_path: Path, plain: Plain) -> None:
