@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from robustvlm.errors import MissingExtra, UserError
-from robustvlm.models.hub import brief
+from robustvlm.models.hub import brief, hub_file
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import fit_weights, read_weights
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
+_FOLDER = "local-dir:"
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 # Token ids of these tell tokenizers apart in a fingerprint.
 _PROBES = ["a photo of a border collie, 1986", "Zwölf Boxkämpfer jagen Viktor", "\N{GRINNING FACE} don't!"]
@@ -71,9 +72,11 @@ def build_clip(
     """
     import open_clip
 
-    values = read_weights(weights)
     overrides = {key: value for key, value in (preprocess or {}).items() if key in _PREPROCESS}
     try:
+        config = open_clip.get_model_config(source)
+        _check_text_config(config["text_cfg"], spec, tokenizer_inside=(tokenizer_source or source).startswith(_FOLDER))
+        values = read_weights(weights)
         with _quiet():
             model = open_clip.create_model(
                 source,
@@ -82,7 +85,6 @@ def build_clip(
                 force_quick_gelu=quick_gelu,
                 force_preprocess_cfg=overrides,
             )
-            config = open_clip.get_model_config(source)
             tokenizer = _tokenizer(tokenizer_source or source, source)
     except UserError:
         raise
@@ -99,8 +101,7 @@ def build_clip(
 def _tokenizer(source: str, folder_source: str) -> Tokenizer:
     import open_clip
 
-    scheme, _, folder = folder_source.partition(":")
-    bpe = _bpe_file(Path(folder)) if scheme == "local-dir" else None
+    bpe = _bpe_file(Path(folder_source.removeprefix(_FOLDER))) if folder_source.startswith(_FOLDER) else None
     # open_clip takes a merges file's path as it stands, so the folder has to be part of it.
     return open_clip.get_tokenizer(source, **({"bpe_path": str(bpe)} if bpe else {}))
 
@@ -114,6 +115,20 @@ def _bpe_file(folder: Path) -> Path | None:
         return folder / named
     found = sorted(folder.glob("bpe_*.txt.gz"))
     return found[0] if len(found) == 1 and not text.get("hf_tokenizer_name") else None
+
+
+def _check_text_config(text: dict[str, Any], spec: str, *, tokenizer_inside: bool) -> None:
+    """Refuse configs that would run code, and fail at once where a part on the hub is out of reach."""
+    # open_clip hands these to transformers as they stand.
+    if text.get("tokenizer_kwargs", {}).get("trust_remote_code"):
+        raise UserError(
+            f"the config of model '{spec}' asks to run code from its repository (trust_remote_code): refused"
+        )
+    advice = f"the text part of '{spec}' comes from there; check the network, or pass a folder that holds its tokenizer"
+    if text.get("hf_model_name"):
+        hub_file(text["hf_model_name"], ["config.json"], advice=advice)
+    if text.get("hf_tokenizer_name") and not tokenizer_inside:
+        hub_file(text["hf_tokenizer_name"], ["tokenizer_config.json", "tokenizer.json", "config.json"], advice=advice)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: dict[str, Any], spec: str) -> None:

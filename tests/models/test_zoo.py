@@ -99,6 +99,13 @@ class TestFolder:
         )
         assert "has room for 600 tokens, but its tokenizer knows 49408" in refused(str(folder))
 
+    def test_a_config_that_asks_for_code_is_refused(self, save_clip: Callable[..., Path]) -> None:
+        folder = save_clip()
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        assert "trust_remote_code" in refused(str(folder))
+
     def test_nothing_there(self) -> None:
         assert refused("./no/such/folder") == "no model folder at './no/such/folder'"
 
@@ -194,6 +201,10 @@ class TestPretrained:
         message = refused("hf-hub:org/name")
         assert "could not fetch 'org/name'" in message
         assert "local folder" in message
+        # A local checkpoint does not help where the tokenizer is on the hub as well.
+        message = refused("ViT-B-16-SigLIP/local.safetensors")
+        assert "could not fetch 'timm/ViT-B-16-SigLIP'" in message
+        assert "a folder that holds its tokenizer" in message
 
     def test_cached_files_need_no_network(self, architecture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def cached(repo: str, name: str) -> str | None:
