@@ -14,6 +14,7 @@ from robustvlm.data.classes import (
     imagenet_names,
     known_forest,
     recognise,
+    usual_names,
     wordnet_names,
 )
 from robustvlm.data.names import name_key
@@ -52,6 +53,15 @@ def test_imagenet_tree_agrees_with_open_clip_and_wordnet() -> None:
     assert tree.common_level("lion", "minivan") == 5
     sizes = Counter(tree.superclasses(tree.superclass_level))
     assert max(sizes.values()) <= 150
+
+
+def test_lists_of_synonyms_become_the_usual_names() -> None:
+    from timm.data import ImageNetInfo
+
+    synonyms = [ImageNetInfo("imagenet-1k").index_to_description(i) for i in range(1000)]
+    assert usual_names(synonyms) == imagenet_names()
+    assert usual_names(synonyms[::-1]) == tuple(synonyms[::-1])
+    assert usual_names(CIFAR10) == CIFAR10
 
 
 def _synsets() -> list[str]:
