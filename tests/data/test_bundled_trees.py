@@ -58,7 +58,8 @@ def test_imagenet_tree_agrees_with_open_clip_and_wordnet() -> None:
 def test_lists_of_synonyms_become_the_usual_names() -> None:
     from timm.data import ImageNetInfo
 
-    synonyms = [ImageNetInfo("imagenet-1k").index_to_description(i) for i in range(1000)]
+    info = ImageNetInfo("imagenet-1k")
+    synonyms = [info.index_to_description(i) for i in range(1000)]
     assert usual_names(synonyms) == imagenet_names()
     assert usual_names(synonyms[::-1]) == tuple(synonyms[::-1])
     assert usual_names(CIFAR10) == CIFAR10
