@@ -57,13 +57,13 @@ class VLM(nn.Module, ABC):
         Raises UserError on any other shape or on integers.
         """
         _check_pixels(pixels)
-        return F.normalize(self._image_features(resize(pixels, self.image_size, self.interpolation)).float(), dim=-1)
+        return _unit(self._image_features(resize(pixels, self.image_size, self.interpolation)))
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Return unit features [N, D] of `texts`, encoded as one batch. Raises UserError when there is no text."""
         if isinstance(texts, str) or not texts:
             raise UserError(f"encode_text takes a list of at least one text, got {texts!r}")
-        return F.normalize(self._text_features(list(texts)).float(), dim=-1)
+        return _unit(self._text_features(list(texts)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Same as `encode_image`."""
@@ -95,6 +95,12 @@ class VLM(nn.Module, ABC):
     def _identity(self) -> Iterable[str]:
         """Return texts naming what the state dict does not hold (architecture, tokenizer, source code)."""
         return ()
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    """Return features at unit norm, in float32 at least: half precision would round the norm itself."""
+    wide = features if features.dtype == torch.float64 else features.float()
+    return F.normalize(wide, dim=-1)
 
 
 def resize(pixels: torch.Tensor, size: int, interpolation: str = "bicubic") -> torch.Tensor:

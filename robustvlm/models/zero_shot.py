@@ -35,11 +35,11 @@ class ZeroShotClassifier(nn.Module):
         self.register_buffer("class_embeddings", class_embeddings.to(vlm.device))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, K] in float32 of square pixels [B, 3, H, H] in [0, 1]."""
+        """Return logits [B, K], in the precision of the weights, of square pixels [B, 3, H, H] in [0, 1]."""
         features = self.vlm.encode_image(pixels)
         # Under autocast the encoder may run in bfloat16; the last product would lose the margins attacks turn on.
         with torch.autocast(pixels.device.type, enabled=False):
-            return self.vlm.logit_scale * features.float() @ self.class_embeddings.T
+            return self.vlm.logit_scale * features.to(self.class_embeddings.dtype) @ self.class_embeddings.T
 
 
 def zero_shot(
