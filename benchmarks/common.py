@@ -1,0 +1,110 @@
+"""What the benchmarks share: images and classifier of a spec, pass counting for other programs, tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from robustvlm.attacks import Job, Oracle, target_classes
+from robustvlm.data import open_data
+from robustvlm.data.pixels import to_pixels
+from robustvlm.data.source import Sample
+from robustvlm.models import load_model, zero_shot
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A classifier and the images that it classifies right when clean, all in memory."""
+
+    classifier: nn.Module
+    jobs: list[Job]
+    seen: int
+
+    @property
+    def pixels(self) -> Tensor:
+        return torch.stack([job.pixels for job in self.jobs])
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([job.label for job in self.jobs])
+
+
+def load_subject(model: str, data: str, limit: int | None, *, device: str = "cpu", n_targets: int = 9) -> Subject:
+    """Load model and images of two specs and keep the images that are right when clean."""
+    source = open_data(data)
+    vlm = load_model(model, device=device)
+    classifier = zero_shot(vlm, source.class_names, source.templates)
+    oracle = Oracle(classifier, device=device)
+    jobs: list[Job] = []
+    seen = 0
+    for batch in _batches(source.samples(limit=limit)):
+        x = torch.stack([to_pixels(s.image, vlm.image_size, interpolation=vlm.interpolation) for s in batch])
+        for sample, image, logits in zip(batch, x, oracle.confirm(x).cpu(), strict=True):
+            seen += 1
+            if int(logits.argmax()) == sample.label:
+                targets = tuple(target_classes(logits, sample.label, n_targets))
+                jobs.append(Job(sample.id, len(jobs), image, sample.label, targets))
+    return Subject(classifier, jobs, seen)
+
+
+def _batches(samples: Iterator[object], size: int = 64) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    for item in samples:
+        if isinstance(item, Sample):
+            batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class Counted(nn.Module):
+    """A model that counts the rows which pass through it forward and backward, whoever calls it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_rows = 0
+        self.backward_rows = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forward_rows += len(x)
+        logits: Tensor = self.model(x)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits
+
+    def _count_backward(self, grad: Tensor) -> None:
+        # AutoAttack differentiates rows that cannot matter too: they cost the same.
+        self.backward_rows += len(grad)
+
+    @property
+    def passes(self) -> int:
+        return self.forward_rows + self.backward_rows
+
+
+@dataclass
+class Clock:
+    """Wall time of a block."""
+
+    seconds: float = field(default=0.0)
+
+
+@contextmanager
+def clock() -> Iterator[Clock]:
+    """Measure the wall time of the block."""
+    measured, began = Clock(), time.perf_counter()
+    yield measured
+    measured.seconds = time.perf_counter() - began
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [list(map(str, header)), ["---"] * len(header), *[list(map(str, row)) for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
