@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-from robustvlm.certify.fcsb import VACUOUS
+from robustvlm.certify.cone import cone_cos, cone_radius
 from robustvlm.certify.normal import Array, check_cos0, check_shift, check_sigma, largest_true
 
-MARGIN = 1e-6
+MARGIN = 1e-9
 """Added to the least norm: covers rounding in the sums."""
 
 A_MIN = 1e-4
@@ -32,10 +32,10 @@ A_MAX = 5.0
 
 
 @lru_cache(maxsize=512)
-def _chords(a: float, step: float = 0.01) -> tuple[Array, Array, float]:
+def _chords(a: float, step: float = 0.005) -> tuple[Array, Array, float]:
     """Grid values of L, their weights, and the weight of the slope at infinity: E F(L) <= w @ F(L) + tail * slope."""
     a = max(a, A_MIN)
-    t = np.arange(-8.5, 8.5 + a + step, step)
+    t = np.arange(-6.5, 6.5 + a + step, step)
     likelihood = np.append(0.0, np.exp(a * t - 0.5 * a * a))
     plain = _cell_masses(t)
     tilted = _cell_masses(t - a)  # E[L; cell] is the cell's mass under the shifted normal
@@ -109,7 +109,8 @@ def required_norm(cos0: float, a: float, *, eta: float = 0.0) -> float:
 def vector_radius(r: float, cos0: float, sigma: float, *, eta: float = 0.0) -> float:
     """Return the largest radius at which `cos(m(x'), u) > cos0` is certified by `<m(x), u> >= r`; 0 is ABSTAIN (T4).
 
-    For the claim about the two smoothed features, `r` is a lower confidence bound of `||m(x)||` and eta is 0.
+    Where rounding or the range of shifts leaves the closed form (T3, same premise) ahead, that is returned. For the
+    claim about the two smoothed features, `r` is a lower confidence bound of `||m(x)||` and eta is 0.
 
     Example:
         >>> [round(vector_radius(r, 0.5, 1.0), 3) for r in (0.5, 0.7, 0.9)]
@@ -117,19 +118,21 @@ def vector_radius(r: float, cos0: float, sigma: float, *, eta: float = 0.0) -> f
     """
     check_cos0(cos0)
     found = largest_true(lambda a: float(r) >= required_norm(cos0, float(a), eta=eta), 0.0, A_MAX, steps=24)
-    return check_sigma(sigma) * float(found)
+    return max(check_sigma(sigma) * float(found), float(cone_radius(r, cos0, sigma, eta=eta)))
 
 
 def vector_cos(r: float, a: float, *, eta: float = 0.0) -> float:
-    """Return the largest certified `cos(m(x'), u)` at shift `a` given `<m(x), u> >= r`, or -1 if below zero (T4).
+    """Return the largest certified `cos(m(x'), u)` at shift `a` given `<m(x), u> >= r`, or -1 if below zero (T4, T3).
 
     Example:
         >>> [round(vector_cos(r, a), 4) for r, a in ((0.7, 0.5), (0.9, 0.5), (0.9, 1.0))]
         [0.8846, 0.9706, 0.8471]
     """
+    closed = float(cone_cos(r, a, eta=eta))
     if not float(r) >= required_norm(0.0, a, eta=eta):
-        return VACUOUS
-    return float(largest_true(lambda c: float(r) >= required_norm(float(c), a, eta=eta), 0.0, 1.0 - 1e-9, steps=26))
+        return closed
+    found = largest_true(lambda c: float(r) >= required_norm(float(c), a, eta=eta), 0.0, 1.0 - 1e-9, steps=26)
+    return max(float(found), closed)
 
 
 def duality_gap(theta: float, r: ArrayLike, a: float, *, eta: float = 0.0) -> Array:

@@ -1,0 +1,179 @@
+"""Class claims: P1-CDF against a direct computation, early stopping, open vocabulary, hard vote, deployed rule."""
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from robustvlm.certify import (
+    ClassTest,
+    cdf_radius,
+    class_angle,
+    class_margin_radius,
+    clopper_pearson_lower,
+    covariance_upper,
+    deployed_from_angle,
+    deployed_inner,
+    direction_scores,
+    ell_band,
+    mean_ball,
+    mean_feature,
+    mean_margin_radius,
+    predict,
+    rival_normals,
+    vector_radius,
+    vocabulary_radius,
+    vote_predict,
+    vote_radius,
+)
+from robustvlm.errors import UserError
+
+
+def cloud(seed: int, n: int, *, centre: np.ndarray, spread: float) -> np.ndarray:
+    rows = centre + spread * np.random.default_rng(seed).standard_normal((n, len(centre)))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+DIM, CLASSES = 16, 150
+TEXT = cloud(0, CLASSES, centre=np.eye(DIM)[0], spread=0.4)
+ROWS = cloud(1, 1000, centre=3.0 * TEXT[7], spread=0.3)
+PILOT = cloud(2, 200, centre=3.0 * TEXT[7], spread=0.3)
+BAND = ell_band(1000, 0.001)
+
+
+def test_chunked_class_radius_is_the_minimum_over_rivals() -> None:
+    normals = rival_normals(TEXT, 7)
+    single = [cdf_radius(direction_scores(ROWS, v), 0.5, 0.25, BAND) for v in normals]
+    assert class_margin_radius(ROWS, TEXT, 7, 0.25, BAND) == pytest.approx(min(single), abs=1e-6)
+    assert min(single) > 0.0
+
+
+def test_distribution_beats_mean_margin_and_both_scale_with_sigma() -> None:
+    full, mean = class_margin_radius(ROWS, TEXT, 7, 1.0, BAND), mean_margin_radius(ROWS, TEXT, 7, 1.0, 0.001)
+    assert full > mean > 0.0
+    assert class_margin_radius(ROWS, TEXT, 7, 0.5, BAND) == pytest.approx(full / 2)
+
+
+def test_more_rivals_never_help_and_identical_prompts_abstain() -> None:
+    few = class_margin_radius(ROWS, TEXT[:20], 7, 1.0, BAND)
+    assert class_margin_radius(ROWS, TEXT, 7, 1.0, BAND) <= few + 1e-9
+    doubled = np.vstack([TEXT, TEXT[7]])
+    assert class_margin_radius(ROWS, doubled, 7, 1.0, BAND) == 0.0
+    assert mean_margin_radius(ROWS, doubled, 7, 1.0, 0.001) == 0.0
+    assert class_angle(TEXT[7], doubled, 7) == 0.0
+    assert vocabulary_radius(TEXT[7], doubled, 7, 1.0, ball=0.0) == 0.0
+    assert predict(ROWS, np.vstack([TEXT[7], TEXT[7]]), 0.001) is None
+    assert ClassTest(PILOT, doubled, 7, a=0.1, alpha=0.001).decision == "futile"
+
+
+def test_wrong_labels_abstain() -> None:
+    assert class_margin_radius(ROWS, TEXT, 3, 1.0, BAND) == 0.0
+    assert mean_margin_radius(ROWS, TEXT, 3, 1.0, 0.001) == 0.0
+    assert class_angle(TEXT[7], TEXT, 3) < 0.0
+
+
+def test_failed_rows_only_shrink_the_radius_and_cannot_be_dropped() -> None:
+    failed = ROWS.copy()
+    failed[:5] = np.nan
+    assert class_margin_radius(failed, TEXT, 7, 1.0, BAND) < class_margin_radius(ROWS, TEXT, 7, 1.0, BAND)
+    with pytest.raises(UserError, match="made for 1000 samples, got 995"):
+        class_margin_radius(failed[5:], TEXT, 7, 1.0, BAND)
+
+
+def test_early_stopping_certifies_small_radii_and_gives_up_on_large_ones() -> None:
+    reach = class_margin_radius(ROWS, TEXT, 7, 1.0, BAND)
+    easy = ClassTest(PILOT, TEXT, 7, a=0.5 * reach, alpha=0.001)
+    for start in range(0, 1000, 50):
+        if easy.update(ROWS[start : start + 50]) != "open":
+            break
+    assert easy.decision == "certified"
+    assert easy.n < 1000
+    assert easy.open_rivals == 0
+    hard = ClassTest(PILOT, TEXT, 7, a=4.0 * reach, alpha=0.001)
+    more = cloud(3, 4000, centre=3.0 * TEXT[7], spread=0.3)
+    for start in range(0, 4000, 200):
+        if hard.update(more[start : start + 200]) != "open":
+            break
+    assert hard.decision == "futile"
+    assert hard.update(ROWS) == "futile"
+
+
+def test_angle_route_certifies_where_the_angle_allows() -> None:
+    mean, _ = mean_feature(ROWS)
+    beta = class_angle(mean / np.linalg.norm(mean), TEXT, 7)
+    assert 0.0 < beta < np.pi / 2
+    assert vector_radius(0.8, float(np.cos(beta)), 1.0) > 0.0
+
+
+def test_open_vocabulary_ball_covers_prompts_chosen_later() -> None:
+    mean, lost = mean_feature(ROWS)
+    assert lost == 0.0
+    pilot_mean, _ = mean_feature(PILOT)
+    variance = covariance_upper(ROWS, pilot_mean, 0.0005)
+    ball = mean_ball(1000, 0.0005, r=0.0)
+    late = np.vstack([TEXT[7], -mean])
+    assert vocabulary_radius(mean, late, 0, 1.0, ball=ball, variance=variance) > 0.2
+    tight = vocabulary_radius(mean, late, 0, 1.0, ball=ball, variance=variance)
+    assert vocabulary_radius(mean, late, 0, 1.0, ball=ball + 0.1, variance=variance) < tight
+    assert vocabulary_radius(mean, late, 0, 1.0, ball=ball, variance=1.0) <= tight
+    assert vocabulary_radius(mean, late, 1, 1.0, ball=ball) == 0.0
+    assert vocabulary_radius(mean, late, 0, 1.0, ball=float("nan")) == 0.0
+
+
+def test_covariance_bound_is_above_the_truth_also_with_failures() -> None:
+    truth = np.linalg.eigvalsh(np.cov(cloud(9, 20_000, centre=3.0 * TEXT[7], spread=0.3).T))[-1]
+    clean = covariance_upper(ROWS, mean_feature(PILOT)[0], 0.001)
+    failed = ROWS.copy()
+    failed[:20] = np.nan
+    assert truth < clean < covariance_upper(failed, mean_feature(PILOT)[0], 0.001) <= 1.0
+    with pytest.raises(UserError, match="unit ball"):
+        covariance_upper(ROWS, 2 * TEXT[0], 0.001)
+
+
+def test_hard_vote_is_cohens() -> None:
+    p = float(clopper_pearson_lower(800, 1000, 0.001))
+    assert vote_radius(800, 1000, 0.5, 0.001) == pytest.approx(0.5 * norm.ppf(p))
+    assert vote_radius(520, 1000, 0.5, 0.001) == 0.0
+    assert vote_radius(0, 1000, 0.5, 0.001) == 0.0
+    assert np.isfinite(vote_radius(1000, 1000, 0.5, 0.001))
+    assert vote_predict([0, 0, 0], 0.01) is None
+    assert vote_predict([3, 70, 9], 0.01) == 1
+    with pytest.raises(UserError, match="two classes"):
+        vote_predict([3], 0.01)
+
+
+def test_prediction_abstains_rather_than_errs() -> None:
+    rng = np.random.default_rng(8)
+    text = np.eye(2)
+    angle = np.pi / 4 + 0.02  # the smoothed feature is just on the side of class 1
+    answers = []
+    for _ in range(300):
+        turned = angle + rng.normal(0.0, 0.8, 64)
+        answers.append(predict(np.stack([np.cos(turned), np.sin(turned)], axis=1), text, 0.05))
+    assert answers.count(0) <= 0.05 * 300
+    assert answers.count(None) > 0
+    assert predict(ROWS, TEXT, 0.001) == 7
+    with pytest.raises(UserError, match="at least two"):
+        predict(ROWS[:1], TEXT, 0.001)
+
+
+def test_deployed_corrections_shrink_with_n0() -> None:
+    kept = [float(deployed_inner(0.8, n0, 0.001)) for n0 in (1, 10, 100, 1000, 10**6)]
+    assert kept == sorted(kept)
+    assert kept[-1] < 0.8
+    angles = [deployed_from_angle(0.9, 0.8, n0, 0.001) for n0 in (10, 1000, 10**6)]
+    assert angles == sorted(angles)
+    assert angles[0] == -1.0
+    assert angles[-1] < 0.9
+    assert deployed_from_angle(-1.0, 0.8, 1000, 0.001) == -1.0
+    assert deployed_from_angle(0.9, 0.0, 1000, 0.001) == -1.0
+    with pytest.raises(UserError, match="n0 = 0"):
+        deployed_inner(0.5, 0, 0.001)
+    with pytest.raises(UserError, match="one sample"):
+        mean_ball(0, 0.1)
+
+
+def test_label_and_text_errors() -> None:
+    with pytest.raises(UserError, match="one of the 150 classes"):
+        rival_normals(TEXT, 150)
+    with pytest.raises(UserError, match="at least two classes"):
+        rival_normals(TEXT[:1], 0)
