@@ -7,7 +7,6 @@ inside every larger one. Every finished image is a line in the run's journal bef
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from robustvlm.attacks import (
     probe,
     target_classes,
 )
+from robustvlm.core.memory import is_out_of_memory
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.errors import UserError
@@ -38,6 +38,7 @@ from robustvlm.evaluation.observer import Observer
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.pictures import save_pair, save_to_gallery
 from robustvlm.runs.results import CleanFact
+from robustvlm.runs.summary import Check
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,41 @@ class AttackRun:
 
     def _probe(self) -> Probe:
         """Question the model on the first images; refuse one whose rows are not independent."""
-        first = [item for item in itertools.islice(self._samples(), self.config.lanes) if isinstance(item, Sample)]
-        if not first:
-            raise UserError(f"no readable image at the start of '{self.source.spec}': `robustvlm data` says why")
+        first = self._first_images()
         images = torch.stack([self._pixels(sample) for sample in first])
-        found = probe(self.oracle, images, torch.tensor([sample.label for sample in first]))
+        found = self._probe_what_fits(images, torch.tensor([sample.label for sample in first]))
         checks.require_independent_rows(found, self.config.model)
         self.ledger.add_checks(checks.of_probe(found))
         return found
+
+    def _first_images(self) -> list[Sample]:
+        readable: list[Sample] = []
+        reasons: list[str] = []
+        for item in self._samples():
+            if isinstance(item, Unreadable):
+                reasons.append(f"'{item.id}': {item.reason}")
+                continue
+            readable.append(item)
+            if len(readable) == self.config.lanes:
+                break
+        if not readable:
+            why = (
+                f"none of its {len(reasons)} images can be read (the first, {reasons[0]})" if reasons else "it is empty"
+            )
+            raise UserError(f"no image to attack in '{self.source.spec}': {why}")
+        return readable
+
+    def _probe_what_fits(self, images: Tensor, label: Tensor) -> Probe:
+        """Probe with full lanes, or with half as many for as long as memory runs out."""
+        while True:
+            try:
+                return probe(self.oracle, images, label)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(images) == 1:
+                    raise
+                images, label = images[: len(images) // 2], label[: len(label) // 2]
+                note = f"Memory did not suffice for more than {len(images)} lanes."
+                self.ledger.add_checks([Check(name="lanes", level="note", message=note)])
 
     def _clean_pass(self, rungs: tuple[int, ...]) -> None:
         """Classify every image unperturbed, in full batches."""
