@@ -32,7 +32,7 @@ class Recipe:
     warmup: float = 0.2
     ema: float = 0.99
     eps: float = 0.0
-    attack_steps: int = 2
+    attack_steps: int = 1
     bf16: bool = True
     seed: int = 0
 
