@@ -19,6 +19,7 @@ from robustvlm.certify import (
     fcsb_radius,
     mean_feature,
     norm_lower_bound,
+    normal,
     samples_needed,
     shift_down,
     shift_up,
@@ -28,7 +29,7 @@ from robustvlm.certify import (
     vector_radius,
 )
 from robustvlm.certify.covariance import eigenvalue_upper
-from robustvlm.certify.normal import largest_true
+from robustvlm.certify.normal import beta_quantile, largest_true
 from robustvlm.certify.tangent import TangentTest, tangent_at
 from robustvlm.errors import UserError
 
@@ -168,3 +169,11 @@ def test_gram_trick_gives_the_same_bounds_in_both_shapes() -> None:
     for sample in (x, tall):
         top = float(np.linalg.eigvalsh(side.T @ side / 80)[-1])
         assert sideways(sample, u, 0.01).lam == pytest.approx(eigenvalue_upper(top, len(sample), 0.005), rel=1e-9)
+
+
+def test_an_inaccurate_library_quantile_is_corrected_downwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = np.array([1.0, 30.0, 100.0])
+    exact = beta_quantile(0.001, ranks, 101.0 - ranks)
+    monkeypatch.setattr(normal, "betaincinv", lambda *_: np.array([0.5, exact[1], 0.999]))
+    corrected = beta_quantile(0.001, ranks, 101.0 - ranks)
+    assert corrected == pytest.approx(exact, rel=1e-6)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from math import log, sqrt
 
 import numpy as np
-from scipy.special import betaincinv
 
 from robustvlm.certify.bounds.ell import order_quantiles
 from robustvlm.certify.bounds.store import local_level
-from robustvlm.certify.normal import Array, check_alpha
+from robustvlm.certify.normal import Array, beta_quantile, check_alpha
 from robustvlm.errors import UserError
 
 
@@ -66,7 +65,7 @@ def index_band(n: int, alpha: float, *, points: int = 128) -> Band:
     """
     half = np.geomspace(1, max(1, _check_n(n) // 2), max(1, points // 2))
     ranks = np.unique(np.concatenate([np.floor(half), n + 1 - np.floor(half)]).astype(np.int64))
-    values = betaincinv(n - ranks + 1.0, ranks.astype(np.float64), check_alpha(alpha) / len(ranks))
+    values = beta_quantile(check_alpha(alpha) / len(ranks), n - ranks + 1.0, ranks)
     following = np.searchsorted(ranks, np.arange(1, n + 1))  # the first chosen rank that is not below i
     return Band(np.asarray(values[following]), alpha, "index")
 

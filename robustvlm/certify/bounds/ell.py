@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import exp, log
 
 import numpy as np
-from scipy.special import betaincinv, gammaln
+from scipy.special import gammaln
 
-from robustvlm.certify.normal import Array, check_alpha
+from robustvlm.certify.normal import Array, beta_quantile, check_alpha
 from robustvlm.errors import UserError
 
 _NEGLIGIBLE = 1e-22  # terms dropped below this size only make the crossing probability larger
@@ -21,7 +21,7 @@ def order_quantiles(n: int, eta: float) -> Array:
         [0.0253, 0.2236]
     """
     ranks = np.arange(1.0, n + 1.0)
-    return np.asarray(betaincinv(ranks, n - ranks + 1.0, eta))
+    return beta_quantile(eta, ranks, n - ranks + 1.0)
 
 
 def crossing_prob(n: int, eta: float) -> float:

@@ -7,9 +7,9 @@ from math import log, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import betaincinv, rel_entr
+from scipy.special import rel_entr
 
-from robustvlm.certify.normal import Array, check_alpha, largest_true
+from robustvlm.certify.normal import Array, beta_quantile, check_alpha, largest_true
 from robustvlm.certify.scores import as_scores
 from robustvlm.errors import UserError
 
@@ -57,7 +57,7 @@ def clopper_pearson_lower(successes: ArrayLike, n: int, alpha: float) -> Array:
     k = np.asarray(successes)
     if n < 1 or (k != np.floor(k)).any() or k.min() < 0 or k.max() > n:
         raise UserError(f"expected whole numbers of successes between 0 and n = {n}, got {k.tolist()}")
-    inner = betaincinv(np.maximum(k, 1), n - k + 1.0, check_alpha(alpha))
+    inner = beta_quantile(check_alpha(alpha), np.maximum(k, 1), n - k + 1.0)
     return np.asarray(np.where(k == 0, 0.0, inner), dtype=np.float64)
 
 
