@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,7 +99,7 @@ def attack(
             save_adversarial=save_adversarial,
             out=out,
             name=name,
-            command=" ".join(["robustvlm", *sys.argv[1:]]),
+            command=shlex.join(["robustvlm", *sys.argv[1:]]),
         )
     summary = _work(prepared, console, fresh=resume is False, resume=resume is True)
     _show(summary, prepared, console, as_json=as_json)

@@ -70,16 +70,26 @@ def main() -> NoReturn:
 
 
 def _complain_of(error: Exception) -> int:
-    """Put click's errors and exhausted memory into one line; anything else is our bug and keeps its traceback."""
-    show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if callable(show) and isinstance(exit_code, int):
-        show()
-        return exit_code
+    """Put click's errors, exhausted memory and the system's refusals into one line; the rest are our bugs."""
+    explain, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if callable(explain) and isinstance(exit_code, int):
+        return _complain_of_usage(error, str(explain()), exit_code)
     if type(error).__name__ == "Abort":
         return _complain("interrupted", INTERRUPTED)
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         return _complain("memory ran out even for one image at a time: use a smaller model or --device cpu", 2)
+    if isinstance(error, OSError) and error.strerror:
+        return _complain(error.strerror + (f": '{error.filename}'" if error.filename else ""), 2)
     raise error
+
+
+def _complain_of_usage(error: Exception, message: str, exit_code: int) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: its message is the help
+        print(message)
+        return exit_code
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    return _complain(message.rstrip(".") + hint, exit_code)
 
 
 def _complain(message: str, code: int) -> int:

@@ -25,20 +25,21 @@ from robustvlm.attacks import (
     Result,
     ThreatModel,
     margin,
-    probe,
     target_classes,
 )
-from robustvlm.core.memory import is_out_of_memory
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.errors import UserError
 from robustvlm.evaluation import checks
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.observer import Observer
+from robustvlm.evaluation.questions import ask
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.pictures import save_pair, save_to_gallery
 from robustvlm.runs.results import CleanFact
-from robustvlm.runs.summary import Check
+
+# A killed session loses its count of passes since the last note of it.
+_COST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -86,25 +87,34 @@ class AttackRun:
         ]
         self.n_targets = max(getattr(attack, "n_targets", None) or 1 for attack in attacks)
         self._order: dict[str, int] = {}
+        self._began = self._noted = time.monotonic()
 
     def run(self) -> None:
         """Do what is left to do; every fact goes to the ledger as soon as it is known."""
-        began = time.monotonic()
+        self._began = self._noted = time.monotonic()
         try:
             found = self._probe()
             self._clean_pass(found.rungs)
             for stage in self.stages:
                 self._run_stage(stage, found)
         finally:
-            self.ledger.add_cost(self.oracle.passes, time.monotonic() - began)
+            self._note_cost()
+
+    def _note_cost(self, *, every: float = 0.0) -> None:
+        """Record the passes and time of this session so far, unless that was done in the last `every` seconds."""
+        now = time.monotonic()
+        if now - self._noted >= every:
+            self.ledger.add_cost(self.oracle.passes, now - self._began)
+            self._noted = now
 
     def _probe(self) -> Probe:
         """Question the model on the first images; refuse one whose rows are not independent."""
         first = self._first_images()
         images = torch.stack([self._pixels(sample) for sample in first])
-        found = self._probe_what_fits(images, torch.tensor([sample.label for sample in first]))
+        label = torch.tensor([sample.label for sample in first])
+        found, notes = ask(self.oracle, images, label, model=self.config.model)
         checks.require_independent_rows(found, self.config.model)
-        self.ledger.add_checks(checks.of_probe(found))
+        self.ledger.add_checks([*checks.of_probe(found), *notes])
         return found
 
     def _first_images(self) -> list[Sample]:
@@ -124,47 +134,41 @@ class AttackRun:
             raise UserError(f"no image to attack in '{self.source.spec}': {why}")
         return readable
 
-    def _probe_what_fits(self, images: Tensor, label: Tensor) -> Probe:
-        """Probe with full lanes, or with half as many for as long as memory runs out."""
-        while True:
-            try:
-                return probe(self.oracle, images, label)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or len(images) == 1:
-                    raise
-                images, label = images[: len(images) // 2], label[: len(label) // 2]
-                note = f"Memory did not suffice for more than {len(images)} lanes."
-                self.ledger.add_checks([Check(name="lanes", level="note", message=note)])
-
     def _clean_pass(self, rungs: tuple[int, ...]) -> None:
         """Classify every image unperturbed, in full batches."""
         known = self.ledger.seen
         self.observer.begin_stage("clean", self.ledger.count_images(self.source, self.config.limit), len(known))
-        batch: list[tuple[int, Sample]] = []
+        batch: list[Sample] = []
+        faults: list[Unreadable] = []
         for item in self._samples(skip=known):
-            index = self._order[item.id]
             if isinstance(item, Unreadable):
-                self.ledger.add_unreadable(index, item)
-                self.observer.image_done(None)
+                faults.append(item)
                 continue
-            batch.append((index, item))
+            batch.append(item)
             if len(batch) == rungs[0]:
-                self._classify(batch, rungs)
-                batch = []
+                self._record(batch, faults, rungs)
+                batch, faults = [], []
+        self._record(batch, faults, rungs)
+
+    def _record(self, batch: list[Sample], faults: list[Unreadable], rungs: tuple[int, ...]) -> None:
+        """Record images before faults: a stream's fault may bear the name of a good image, which must not be lost."""
         if batch:
             self._classify(batch, rungs)
+        for fault in faults:
+            self.ledger.add_unreadable(self._order[fault.id], fault)
+            self.observer.image_done(None)
 
-    def _classify(self, batch: list[tuple[int, Sample]], rungs: tuple[int, ...]) -> None:
+    def _classify(self, batch: list[Sample], rungs: tuple[int, ...]) -> None:
         size = min(rung for rung in rungs if rung >= len(batch))
-        images = torch.stack([self._pixels(sample) for _, sample in batch])
+        images = torch.stack([self._pixels(sample) for sample in batch])
         logits = self.oracle.confirm(images[torch.arange(size) % len(batch)])[: len(batch)].cpu()
         self.observer.passed(len(batch), size)
-        for (index, sample), row in zip(batch, logits, strict=True):
-            self.ledger.add_clean(clean_fact(index, sample, row, n_targets=self.n_targets))
+        for sample, row in zip(batch, logits, strict=True):
+            self.ledger.add_clean(clean_fact(self._order[sample.id], sample, row, n_targets=self.n_targets))
             self.observer.image_done(None)
 
     def _run_stage(self, stage: Stage, found: Probe) -> None:
-        """Run one attack at one eps on every image that is still right."""
+        """Run one attack at one eps on every image that is still right; every one of them gets a row."""
         wanted = self.ledger.remaining(stage.threat.eps, stage.attack.name)
         done = self.ledger.attacked(stage.threat.eps, stage.attack.name)
         self.observer.begin_stage(stage.title, len(wanted) + done, done)
@@ -181,15 +185,25 @@ class AttackRun:
         )
         for result in engine.run(self._jobs(wanted, stage)):
             self._keep(result, stage)
+        for fact in self.ledger.remaining(stage.threat.eps, stage.attack.name).values():
+            self._lose(fact, stage, "it is no longer in the data")
 
     def _jobs(self, wanted: dict[str, CleanFact], stage: Stage) -> Iterator[Job]:
+        handed_on: set[str] = set()
         for item in self._samples(only=wanted):
+            # Streams also name what no one asked for: damaged shards, and second images of the same name.
+            if item.id not in wanted or item.id in handed_on:
+                continue
+            handed_on.add(item.id)
             fact = wanted[item.id]
             if isinstance(item, Unreadable):
-                self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, item.reason)
-                self.observer.image_done(FAILED)
-                continue
-            yield Job(item.id, fact.index, self._pixels(item), fact.label, tuple(fact.targets))
+                self._lose(fact, stage, item.reason)
+            else:
+                yield Job(item.id, fact.index, self._pixels(item), fact.label, tuple(fact.targets))
+
+    def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
+        self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, reason)
+        self.observer.image_done(FAILED)
 
     def _keep(self, result: Result, stage: Stage) -> None:
         """Save the pictures first: a row in the journal means that they are there."""
@@ -204,6 +218,7 @@ class AttackRun:
                     self.ledger.folder.adversarial_path, result.job.index, result.job.pixels, result.adversarial, about
                 )
         self.ledger.add_result(result, stage.attack.name, stage.threat.eps)
+        self._note_cost(every=_COST_SECONDS)
         self.observer.image_done(result.outcome)
 
     def _samples(
@@ -215,7 +230,9 @@ class AttackRun:
             self._order.setdefault(name, len(self._order))
             return (skip is None or name not in skip) and (only is None or name in only)
 
-        return self.source.samples(limit=self.config.limit, keep=keep)
+        for item in self.source.samples(limit=self.config.limit, keep=keep):
+            self._order.setdefault(item.id, len(self._order))  # the faults of a stream are not asked for
+            yield item
 
     def _pixels(self, sample: Sample) -> Tensor:
         if sample.label < 0:

@@ -67,4 +67,7 @@ def parse_condition(text: str) -> Condition:
         threshold = float(number) / (100 if percent else 1)
     except ValueError:
         raise UserError(f"'{number}' in the condition '{text}' is no number") from None
+    if not 0 <= threshold <= 1:
+        # A rate never gets there, so a mistyped percentage would switch the check off without a word.
+        raise UserError(f"the threshold in '{text}' is outside [0, 1]: for per cent write {rate}{sign}{number}%")
     return Condition(text=text, rate=rate, part=part or "value", sign=sign, threshold=threshold)

@@ -31,8 +31,8 @@ class Ledger:
         self._checks: dict[str, Check] = {}
         self._costs: dict[str, Cost] = {}
         self._session = uuid.uuid4().hex[:8]
-        for fact in read_journal(folder.journal_path):
-            self._take(dict(fact))
+        for number, fact in enumerate(read_journal(folder.journal_path), start=1):
+            self._take_from_disk(number, fact)
         self._journal = Journal(folder.journal_path)
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class Ledger:
 
     @property
     def cost(self) -> Cost:
-        """Passes and time over all sessions that ended in an orderly way."""
+        """Passes and time over all sessions; a killed one counts up to its last note of them."""
         parts = self._costs.values()
         forward, backward = sum(part.forward_passes for part in parts), sum(part.backward_passes for part in parts)
         seconds = sum(part.seconds for part in parts)
@@ -90,8 +90,9 @@ class Ledger:
         self._add({"kind": "clean", **asdict(fact)})
 
     def add_unreadable(self, index: int, item: Unreadable) -> None:
-        """Record an image that could not be decoded."""
-        self._add({"kind": "unreadable", "index": index, "id": item.id, "reason": item.reason})
+        """Record an image that could not be decoded; streams name damaged shards every time they are read."""
+        if self._unreadable.get(index) != UnreadableImage(id=item.id, reason=item.reason):
+            self._add({"kind": "unreadable", "index": index, "id": item.id, "reason": item.reason})
 
     def add_result(self, result: Result, attack: str, eps: float) -> None:
         """Record the answer of one attack for one image."""
@@ -143,6 +144,15 @@ class Ledger:
         self._journal.append(fact)
         self._take(dict(fact))
 
+    def _take_from_disk(self, number: int, fact: dict[str, Any]) -> None:
+        try:
+            self._take(dict(fact))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"line {number} of '{self.folder.journal_path}' is no entry of this version: "
+                "use the version that wrote it, or start over with --fresh"
+            ) from None
+
     def _take(self, fact: dict[str, Any]) -> None:
         kind = fact.pop("kind")
         if kind == "clean":
@@ -160,7 +170,4 @@ class Ledger:
             session = fact.pop("session")
             self._costs[session] = Cost(**fact)
         else:
-            raise UserError(
-                f"'{self.folder.journal_path}' holds an entry of unknown kind '{kind}': "
-                "it was written by another version; use that version, or start over with --fresh"
-            )
+            raise ValueError(f"unknown kind of fact '{kind}'")

@@ -16,6 +16,7 @@ from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.observer import Observer
 from robustvlm.models import ZeroShotClassifier, load_model, zero_shot
 from robustvlm.models.device import resolve_device
+from robustvlm.report.html import write_report
 from robustvlm.report.record import load_run
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.folder import RunFolder, default_name
@@ -39,8 +40,8 @@ class Prepared:
     def run(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> Summary:
         """Start or continue the run, write its files and return the summary; of a finished run, return its summary."""
         with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as manifest:
-            if self.folder.summary_path.exists():
-                return load_run(self.folder.path).summary
+            if self.folder.finished:
+                return self._as_finished()
             ledger = Ledger(self.folder)
             try:
                 AttackRun(
@@ -55,6 +56,11 @@ class Prepared:
                 return finish(ledger, manifest, self.attacks)
             finally:
                 ledger.close()
+
+    def _as_finished(self) -> Summary:
+        if not self.folder.report_path.exists():  # the last file to be written may be missing after a crash
+            write_report([self.folder.path], self.folder.report_path)
+        return load_run(self.folder.path).summary
 
 
 def prepare(
@@ -98,6 +104,8 @@ def prepare(
     device = str(resolve_device(device))
     lanes = _lanes(lanes, device)
     _check_numbers(limit=limit, seed=seed, resolution=resolution, precision=precision)
+    if name is not None:
+        RunFolder(out, name)
     source = open_data(data, classes=classes, templates=templates, tree=tree)
     classifier = zero_shot(load_model(model, device=device), source.class_names, source.templates)
     config = AttackConfig(
@@ -120,16 +128,18 @@ def prepare(
         resolution=resolution or classifier.vlm.image_size,
         save_adversarial=save_adversarial,
     )
-    identity = config.model_dump() | {"fingerprints": [classifier.vlm.fingerprint, source.fingerprint()]}
-    folder = RunFolder(out, name or default_name("attack", model, data, json.loads(json.dumps(identity))))
+    model_facts, data_facts = _describe_model(classifier), _describe_data(source)
+    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("attack", model, data, identity))
     manifest = make_manifest(
         kind="attack",
         name=folder.name,
         command=command,
         config=config,
-        model=_describe_model(classifier),
-        data=_describe_data(source),
+        model=model_facts,
+        data=data_facts,
     )
+    _require_text(manifest)
     return Prepared(config, attacks, source, classifier, folder, manifest)
 
 
@@ -150,6 +160,15 @@ def _check_numbers(*, limit: int | None, seed: int, resolution: int | None, prec
         raise UserError(f"--resolution must be between 8 and 4096 pixels, got {resolution}")
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}': {nearest(precision, PRECISIONS)}")
+
+
+def _require_text(manifest: Manifest) -> None:
+    """Refuse file names that are no text, as Linux allows: they could not be written down in any file of the run."""
+    try:
+        json.dumps(manifest, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = ascii(error.object[max(0, error.start - 30) : error.end + 10])
+        raise UserError(f"a path or name in the settings is not valid text (UTF-8), near {shown}: rename it") from None
 
 
 def _describe_model(classifier: ZeroShotClassifier) -> dict[str, Any]:

@@ -11,6 +11,12 @@ from pathlib import Path
 
 from robustvlm.errors import UserError
 
+TEMPORARY = ".part"
+"""How the names of files end that are not complete yet."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -25,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
         'whole'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -56,11 +62,12 @@ def named_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise UserError(
-                f"the disk that holds '{folder}' is full: free some space and repeat the command, it goes on from here"
+                f"the disk that holds '{folder}' is full ({error.strerror}): "
+                "free some space and repeat the command, it goes on from here"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in _REFUSED:
             raise UserError(
                 f"cannot write to '{folder}' ({error.strerror}): choose another folder with --out"
             ) from error

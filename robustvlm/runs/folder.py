@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.errors import UserError
-from robustvlm.runs.files import named_disk_errors, write_text
-from robustvlm.runs.manifest import Manifest, require_same
+from robustvlm.runs.files import TEMPORARY, named_disk_errors, write_text
+from robustvlm.runs.manifest import Manifest, is_manifest, require_same
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_LOCK = "run.lock"
+
+# Everything a run writes, in the order in which `--fresh` deletes it: without summary and journal a run starts over, so
+# that a deletion cut short leaves nothing that could be taken for results; the manifest marks the folder as ours.
+_FILES = ("summary.json", "journal.jsonl", "results.parquet", "report.html", "gallery", "adversarial", "manifest.json")
 
 
 def default_name(kind: str, model: str, data: str, config: dict[str, Any]) -> str:
@@ -38,7 +43,7 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, name: str) -> None:
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise UserError(
                 f"the run name '{name}' is not allowed: use letters, digits, '.', '_' and '-', 120 at most, "
                 "beginning with a letter or digit"
@@ -74,14 +79,21 @@ class RunFolder:
     def adversarial_path(self) -> Path:
         return self.path / "adversarial"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the results are complete; the report may still have to be made from them."""
+        return self.summary_path.exists() and self.results_path.exists()
+
     def manifest(self) -> Manifest | None:
         """Return the manifest on disk, or None when the run has not begun."""
         if not self.manifest_path.exists():
             return None
         try:
-            manifest: Manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read '{self.manifest_path}' ({error}): start over with --fresh") from None
+            raise UserError(f"cannot read '{self.manifest_path}' ({error}): choose another --name") from None
+        if not is_manifest(manifest):
+            raise UserError(f"'{self.manifest_path}' is not the manifest of a run: choose another --name")
         return manifest
 
     @contextmanager
@@ -94,38 +106,44 @@ class RunFolder:
         """
         with named_disk_errors(self.path):
             self._check_not_foreign()
+            if resume and not fresh and self.manifest() is None:
+                raise UserError(f"there is no run to resume in '{self.path}': leave out --resume to start one")
             self.path.mkdir(parents=True, exist_ok=True)
             with self._lock():
                 if fresh:
                     self._clear()
+                self._sweep()
                 old = self.manifest()
                 if old is None:
-                    if resume:
-                        raise UserError(f"there is no run to resume in '{self.path}': leave out --resume to start one")
                     write_text(self.manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
                 else:
                     require_same(old, manifest, self.path)
                 yield old or manifest
 
     def _check_not_foreign(self) -> None:
-        """Refuse a folder that holds somebody's other files: `--fresh` must never delete those."""
+        """Refuse a folder that holds somebody's other files: a run neither mixes with those nor deletes them."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise UserError(f"'{self.path}' is no folder: choose another --name")
-        if self.path.exists() and not self.manifest_path.exists():
-            strangers = [entry.name for entry in self.path.iterdir() if entry.name != "run.lock"]
-            if any(not name.startswith(".manifest.json.") for name in strangers):
-                raise UserError(
-                    f"'{self.path}' holds other files and no run (for example '{strangers[0]}'): choose another --name"
-                )
+        if not self.path.exists() or (self.path / _LOCK).exists() or self.manifest() is not None:
+            return
+        strangers = sorted(entry.name for entry in self.path.iterdir())
+        if strangers:
+            raise UserError(
+                f"'{self.path}' holds other files and no run (for example '{strangers[0]}'): choose another --name"
+            )
 
     def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name == "run.lock":
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+        for path in (self.path / name for name in _FILES):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
             else:
-                entry.unlink()
+                path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Delete the temporary files of a process that was killed; nobody else writes here while the lock is held."""
+        for folder in (self.path, self.gallery_path, self.adversarial_path):
+            for path in folder.glob(f".*{TEMPORARY}"):
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -135,7 +153,7 @@ class RunFolder:
         except ImportError:  # Windows: no advisory locks; two processes on one run are the user's to avoid
             yield
             return
-        with (self.path / "run.lock").open("w") as handle:
+        with (self.path / _LOCK).open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

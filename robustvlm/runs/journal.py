@@ -39,10 +39,16 @@ class Journal:
     def append(self, fact: dict[str, Any]) -> None:
         """Write one fact as one line."""
         line = json.dumps(fact, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogateescape") + b"\n"
-        written = 0
-        # Unbuffered writes may take only a part, for example on a disk that is filling up.
-        while written < len(line):
-            written += self._file.write(line[written:])
+        start, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            # Unbuffered writes may take only a part, for example on a disk that is filling up.
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except BaseException:
+            # Half a line must not be left for a later one to be appended to.
+            if 0 < written < len(line):
+                os.ftruncate(self._file.fileno(), start)
+            raise
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -69,11 +75,12 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line.decode("utf-8", "surrogateescape"))
-            except ValueError:
-                raise UserError(
-                    f"line {number} of '{path}' is damaged: repair it, or start over with --fresh"
-                ) from None
+                fact = json.loads(line.decode("utf-8", "surrogateescape"))
+            except (ValueError, RecursionError):
+                fact = None
+            if not isinstance(fact, dict):
+                raise UserError(f"line {number} of '{path}' is damaged: repair it, or start over with --fresh")
+            yield fact
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -92,6 +92,16 @@ def differences(old: Manifest, new: Manifest) -> list[str]:
     return found
 
 
+def is_manifest(content: object) -> bool:
+    """Whether a parsed JSON file is the manifest of a run and not some other program's.
+
+    Example:
+        >>> is_manifest({"format": 1, "kind": "attack", "config": {}}), is_manifest({"name": "an app"})
+        (True, False)
+    """
+    return isinstance(content, dict) and {"format", "kind", "config"} <= content.keys()
+
+
 def require_same(old: Manifest, new: Manifest, folder: Path) -> None:
     """Refuse to continue a run under other settings, model or data, and name what differs."""
     found = differences(old, new)

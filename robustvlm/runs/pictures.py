@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.runs.files import replacing
@@ -16,7 +16,8 @@ def save_pair(folder: Path, index: int, clean: Tensor, adversarial: Tensor, fact
     """Write `clean` and `adversarial` [3, H, W] float32 of one image, with `facts` as the file's metadata."""
     tensors = {"clean": clean.float().contiguous(), "adversarial": adversarial.float().contiguous()}
     with replacing(_path(folder, index)) as temporary:
-        save_file(tensors, temporary, metadata=facts)
+        # Written here and not by the library, whose errors for a full disk are not those of the operating system.
+        temporary.write_bytes(save(tensors, metadata=facts))
 
 
 def save_to_gallery(folder: Path, index: int, clean: Tensor, adversarial: Tensor, facts: dict[str, str]) -> None:
