@@ -19,6 +19,8 @@ class ClassTest:
     they are beaten; the class is certified when none is left, at level `alpha` without correction: if the claim is
     false, some fixed rival's null is true and its wealth reaches `1 / alpha` with probability at most alpha.
 
+    `open_rivals` is the number of rivals that are not beaten yet.
+
     Args:
         pilot: [n0, D] unit features from the pilot stream (may also have chosen the label).
         text: [K, D] class embeddings.
@@ -37,35 +39,35 @@ class ClassTest:
     def __init__(self, pilot: ArrayLike, text: ArrayLike, label: int, *, a: float, alpha: float) -> None:
         normals = rival_normals(text, label)
         self.n = 0
-        self.decision: Decision = "open" if normals is not None else "futile"
-        self._normals: Array = normals if normals is not None else np.zeros((0, 1))
-        columns = _margins(unit_rows(pilot), self._normals).T if normals is not None else []
-        self._tests = [TangentTest(column, a=a, target=0.5, alpha=alpha) for column in columns]
-        if any(test.hopeless for test in self._tests):
-            self.decision = "futile"
-
-    @property
-    def open_rivals(self) -> int:
-        """The number of rivals that are not beaten yet."""
-        return len(self._tests)
+        self.decision: Decision = "open"
+        if normals is None:  # a rival with the label's own embedding can never be beaten
+            self.open_rivals, self.decision = len(np.asarray(text)) - 1, "futile"
+            return
+        self._normals = normals
+        self.open_rivals = len(normals)
+        self._test = TangentTest(_margins(unit_rows(pilot), normals), a=a, target=0.5, alpha=alpha)
+        self._conclude()
 
     def update(self, features: ArrayLike) -> Decision:
         """Add unit features [n, D] of the estimation stream and return the decision."""
         rows = unit_rows(features)
         self.n += len(rows)
-        if self.decision != "open":
-            return self.decision
-        for test, column in zip(self._tests, _margins(rows, self._normals).T, strict=True):
-            test.update(column)
-        if any(test.hopeless and not test.certified for test in self._tests):
-            self.decision = "futile"
-            return self.decision
-        left = [i for i, test in enumerate(self._tests) if not test.certified]
-        self._tests = [self._tests[i] for i in left]
-        self._normals = self._normals[left]
-        if not left:
-            self.decision = "certified"
+        if self.decision == "open":
+            self._test.update(_margins(rows, self._normals))
+            self._conclude()
         return self.decision
+
+    def _conclude(self) -> None:
+        if self._test.hopeless.any():
+            self.decision = "futile"
+            return
+        left = ~self._test.certified
+        if not left.all():
+            self._test.keep(left)
+            self._normals = self._normals[left]
+            self.open_rivals = int(left.sum())
+        if self.open_rivals == 0:
+            self.decision = "certified"
 
 
 def _margins(rows: Array, normals: Array) -> Array:

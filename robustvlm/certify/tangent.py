@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
 from robustvlm.certify.bounds.betting import FRACTIONS, log_gains, mix
@@ -23,101 +24,132 @@ CLIPS: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
 class Tangent:
     """`E g(x' + noise) >= constant + E Psi(g)` for all x' within the shift, Psi piecewise linear (T6).
 
+    For C references (clips) and K scores at once; a single score has K = 1.
+
     Attributes:
-        knots: [m] from 0 to 1.
-        psi: [m] values of Psi at the knots, from 0, non-decreasing.
-        constant: C of the theorem.
+        knots: [m, K] from 0 to 1, non-decreasing along axis 0.
+        slope: [C, m-1] of Psi between the knots (it depends on the rank only, not on the score).
+        psi: [C, m, K] values of Psi at the knots, from 0.
+        constant: [C, K], C of the theorem.
     """
 
     knots: Array
+    slope: Array
     psi: Array
-    constant: float
+    constant: Array
 
     def transform(self, scores: ArrayLike) -> Array:
-        """Return `Psi(g) / Psi(1)` in [0, 1]; NaN scores count as 0."""
-        return np.interp(as_scores(scores), self.knots, self.psi) / self.psi[-1]
+        """Return `Psi(g) / Psi(1)` in [0, 1], [C, n, K], for scores [n] or [n, K]; NaN scores count as 0."""
+        x = as_scores(scores).reshape(-1, self.knots.shape[1])
+        cells = [np.searchsorted(knots[1:-1], column) for knots, column in zip(self.knots.T, x.T, strict=True)]
+        cell = np.stack(cells, axis=1)
+        column = np.arange(x.shape[1])
+        value = self.psi[:, cell, column] + self.slope[:, cell] * (x - self.knots[cell, column])
+        return np.asarray(np.clip(value / self.psi[:, -1:], 0.0, 1.0))
 
-    def null_mean(self, target: float) -> float:
-        """Return m0 such that `E transform(g) > m0` certifies `E g(x' + noise) > target`; may be outside (0, 1)."""
-        return float((target - self.constant) / self.psi[-1])
+    def null_mean(self, target: float) -> Array:
+        """Return m0 [C, K] such that `E transform(g) > m0` certifies `E g(x' + noise) > target`; may leave (0, 1)."""
+        return np.asarray((target - self.constant) / self.psi[:, -1])
 
-    def bound(self, scores: ArrayLike) -> float:
-        """Return the plug-in value `C + mean Psi(g)`: at most the shifted mean of the empirical distribution."""
-        return float(self.constant + self.psi[-1] * self.transform(scores).mean())
+    def bound(self, scores: ArrayLike) -> Array:
+        """Return the plug-in `C + mean Psi(g)`, [C, K]: at most the shifted mean of the empirical distribution."""
+        return np.asarray(self.constant + self.psi[:, -1] * self.transform(scores).mean(axis=1))
+
+    def keep(self, columns: NDArray[Any]) -> Tangent:
+        """Return the tangents of a part of the K scores."""
+        return Tangent(self.knots[:, columns], self.slope, self.psi[..., columns], self.constant[:, columns])
 
 
-def tangent_at(pilot: ArrayLike, a: float, *, clip: float = 1e-3) -> Tangent:
-    """Return the tangent at the survival function of an independent pilot sample [n0] in [0, 1] (T6).
+def tangent_at(pilot: ArrayLike, a: float, *, clips: Sequence[float] = CLIPS) -> Tangent:
+    """Return the tangents at the clipped survival function of an independent pilot sample [n0] or [n0, K] (T6).
 
     Any reference is sound (the shift is convex in the survival function); a good one is tight.
 
     Raises:
-        UserError: `clip` is not in (0, 1/2).
+        UserError: a clip is not in (0, 1/2).
 
     Example:
-        >>> t = tangent_at([0.2] + [0.95] * 9, 0.5)
-        >>> round(t.bound([0.2] + [0.95] * 9), 3)
+        >>> t = tangent_at([0.2] + [0.95] * 9, 0.5, clips=[1e-3])
+        >>> round(t.bound([0.2] + [0.95] * 9).item(), 3)
         0.787
     """
-    if not 0.0 < clip < 0.5:
-        raise UserError(f"the clip of the reference survival function must lie in (0, 0.5), got {clip}")
+    clip = np.asarray(clips, dtype=np.float64)[:, None]
+    if not ((clip > 0.0) & (clip < 0.5)).all():
+        raise UserError(f"the clips of the reference survival function must lie in (0, 0.5), got {list(clips)}")
     a = check_shift(a)
-    reference = np.sort(as_scores(pilot))
-    knots = np.unique(np.concatenate([[0.0], reference, [1.0]]))
-    survival = 1.0 - np.searchsorted(reference, knots[1:], side="left") / len(reference)
-    survival = np.clip(survival, clip, 1.0 - clip)
+    reference = np.sort(as_scores(pilot), axis=0)
+    reference = reference.reshape(len(reference), -1)
+    knots = np.pad(reference, ((1, 1), (0, 0)), constant_values=((0.0, 1.0), (0.0, 0.0)))
+    survival = np.clip(np.arange(len(reference), -1, -1) / len(reference), clip, 1.0 - clip)  # on the cell below a knot
     quantile = ndtri(survival)
     slope = np.exp(a * quantile - 0.5 * a * a)
-    width = np.diff(knots)
-    constant = float(width @ (ndtr(quantile - a) - slope * survival))
-    return Tangent(knots, np.append(0.0, np.cumsum(width * slope)), constant)
+    width = np.diff(knots, axis=0)
+    psi = np.cumsum(slope[:, :, None] * width, axis=1)
+    return Tangent(knots, slope, np.pad(psi, ((0, 0), (1, 0), (0, 0))), (ndtr(quantile - a) - slope * survival) @ width)
 
 
 class TangentTest:
-    """Anytime-valid test of `E g(x' + noise) > target` for all x' within `a` sigmas, with a pilot reference (T6).
+    """Anytime-valid tests of `E g(x' + noise) > target` for all x' within `a` sigmas, with pilot references (T6).
 
     The wealths of the references in `CLIPS` are averaged (an average of test supermartingales is one). `certified` is
     permanent once reached. `hopeless` says that sampling on is pointless: every reference needs a mean of one or more,
     or the opposite bets have shown at level `futility` that its mean is too small. That costs power, never soundness.
 
+    Args:
+        pilot: [n0] or [n0, K] scores; one test per column.
+
+    Attributes:
+        certified, hopeless: [K] booleans.
+        n: samples seen.
+
     Example:
         >>> test = TangentTest([0.9, 0.92, 0.94] * 50, a=0.5, target=0.75, alpha=0.001)
         >>> for _ in range(5):
         ...     test.update([0.91, 0.93] * 32)
-        >>> test.certified, test.hopeless
+        >>> test.certified.item(), test.hopeless.item()
         (True, False)
     """
 
     def __init__(self, pilot: ArrayLike, *, a: float, target: float, alpha: float, futility: float = 0.01) -> None:
         self.level = log(1.0 / check_alpha(alpha))
         self.doubt_level = log(1.0 / check_alpha(futility))
-        tangents = [tangent_at(pilot, a, clip=clip) for clip in CLIPS]
-        nulls = [max(t.null_mean(target), 1e-6) for t in tangents]
-        self._bets = [(t, m0) for t, m0 in zip(tangents, nulls, strict=True) if m0 < 1.0 - 1e-9]
-        self._gains = np.zeros((len(CLIPS), len(FRACTIONS)))  # a reference without a bet keeps wealth one
-        self._doubts = np.zeros((len(self._bets), len(FRACTIONS)))
-        self.hopeless = not self._bets
-        self.certified = False
+        self.tangent = tangent_at(pilot, a)
+        self._nulls = np.maximum(self.tangent.null_mean(target), 1e-6)
+        self._gains = np.zeros((*self._nulls.shape, len(FRACTIONS)))
+        self._doubts = np.zeros_like(self._gains)
+        self.certified: NDArray[np.bool_] = np.zeros(self._nulls.shape[1], dtype=bool)
+        self.hopeless: NDArray[np.bool_] = np.asarray(~self._possible.any(axis=0))
         self.n = 0
 
     @property
-    def log_wealth(self) -> float:
-        """The current log of the averaged wealth."""
-        return float(mix(self._gains.ravel()))
+    def _possible(self) -> NDArray[np.bool_]:
+        """[C, K] where a bet exists; a reference without one keeps wealth one."""
+        return self._nulls < 1.0 - 1e-9
+
+    @property
+    def log_wealth(self) -> Array:
+        """The current log of the averaged wealth, [K]."""
+        return mix(np.moveaxis(self._gains, 1, 0).reshape(self._nulls.shape[1], -1))
 
     def update(self, scores: ArrayLike) -> None:
-        """Add estimation scores [n], disjoint from the pilot; an empty batch changes nothing."""
+        """Add estimation scores [n] or [n, K], disjoint from the pilot; an empty batch changes nothing."""
         x = np.asarray(scores, dtype=np.float64)
         if len(x) == 0:
             return
-        for row, (reference, m0) in enumerate(self._bets):
-            moved = reference.transform(x)
-            self._gains[row] += log_gains(moved, m0)
-            self._doubts[row] += log_gains(1.0 - moved, 1.0 - m0)
+        bets, nulls = self._possible, np.where(self._possible, self._nulls, 0.5)
+        moved = np.moveaxis(self.tangent.transform(x), 1, 0)  # [n, C, K]
+        self._gains += np.where(bets[..., None], log_gains(moved, nulls), 0.0)
+        self._doubts += np.where(bets[..., None], log_gains(1.0 - moved, 1.0 - nulls), 0.0)
         self.n += len(x)
-        self.certified = self.certified or self.log_wealth >= self.level
-        if not self.certified and self._bets:
-            self.hopeless = self.hopeless or bool((mix(self._doubts) >= self.doubt_level).all())
+        self.certified |= self.log_wealth >= self.level
+        doubted = (mix(self._doubts) >= self.doubt_level) | ~bets
+        self.hopeless = (self.hopeless | doubted.all(axis=0)) & ~self.certified
+
+    def keep(self, columns: NDArray[Any]) -> None:
+        """Go on with a part of the K tests only."""
+        self.tangent = self.tangent.keep(columns)
+        self._nulls, self._gains, self._doubts = (x[:, columns] for x in (self._nulls, self._gains, self._doubts))
+        self.certified, self.hopeless = self.certified[columns], self.hopeless[columns]
 
 
 def tangent_radius(
@@ -146,7 +178,7 @@ def tangent_radius(
     for a in shifts:
         test = TangentTest(pilot, a=float(a), target=target, alpha=alpha)
         test.update(scores)
-        if not test.certified:
+        if not test.certified.all():
             break
         reached = float(a)
     return check_sigma(sigma) * reached

@@ -138,10 +138,10 @@ def test_dkw_distribution_is_never_below_hoeffding_fcsb(x: list[float], cos0: fl
 @given(samples, samples, shift, st.sampled_from([1e-2, 1e-3]))
 def test_tangents_lie_below_the_shifted_mean(x: list[float], pilot: list[float], a: float, clip: float) -> None:
     value = float(cdf_plug_in(x, a))
-    assert tangent_at(pilot, a, clip=clip).bound(x) <= value + 1e-9
-    own = tangent_at(x, a, clip=1e-12)
-    assert own.bound(x) == pytest.approx(value, abs=1e-4)
-    moved = own.transform(sorted(x))
+    assert tangent_at(pilot, a, clips=[clip]).bound(x).item() <= value + 1e-9
+    own = tangent_at(x, a, clips=[1e-12])
+    assert own.bound(x).item() == pytest.approx(value, abs=1e-4)
+    moved = own.transform(sorted(x)).ravel()
     assert (np.diff(moved) >= -1e-12).all()
     assert moved.min() >= 0.0
     assert moved.max() <= 1.0 + 1e-12

@@ -6,6 +6,7 @@ from scipy.stats import norm
 
 from robustvlm.certify import (
     ClassTest,
+    TangentTest,
     cdf_radius,
     class_angle,
     class_margin_radius,
@@ -177,3 +178,21 @@ def test_label_and_text_errors() -> None:
         rival_normals(TEXT, 150)
     with pytest.raises(UserError, match="at least two classes"):
         rival_normals(TEXT[:1], 0)
+
+
+def test_tests_side_by_side_equal_single_tests() -> None:
+    normals = rival_normals(TEXT, 7)
+    assert normals is not None
+    pilot, scores = direction_scores(PILOT, normals[:6]), direction_scores(ROWS, normals[:6])
+    scores[3] = np.nan
+    together = TangentTest(pilot, a=0.9, target=0.5, alpha=0.001)
+    together.update(scores[:50])
+    together.keep(np.arange(6) != 2)
+    together.update(np.delete(scores[50:], 2, axis=1))
+    for column, k in enumerate([0, 1, 3, 4, 5]):
+        alone = TangentTest(pilot[:, k], a=0.9, target=0.5, alpha=0.001)
+        alone.update(scores[:50, k])
+        alone.update(scores[50:, k])
+        assert together.log_wealth[column] == pytest.approx(alone.log_wealth.item())
+        assert together.certified[column] == alone.certified.item()
+        assert together.hopeless[column] == alone.hopeless.item()
