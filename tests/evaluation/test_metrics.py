@@ -69,6 +69,11 @@ def test_calibrated_and_overconfident_in_closed_form() -> None:
         calibration_error(torch.zeros(3, 15))
 
 
+def test_a_bin_holds_its_upper_edge() -> None:
+    confidences, right = torch.tensor([0.5, 0.75]), torch.tensor([False, True])
+    assert expected_calibration_error(confidences, right, n_bins=2) == pytest.approx((0.5 + 0.25) / 2)
+
+
 def test_accuracy_equals_torchmetrics() -> None:
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(400, 7, generator=random)

@@ -130,7 +130,7 @@ class TestCache:
             save_file({"class_embeddings": expected[:2].clone()}, file)
         else:
             flipped = bytearray(whole)
-            flipped[-1] ^= 0x40
+            flipped[-1] ^= 0x01
             file.write_bytes(
                 {"empty": b"", "cut": whole[:-9], "noise": b"\x9a" * 300, "flipped": bytes(flipped)}[damage]
             )
