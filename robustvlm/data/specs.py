@@ -125,7 +125,7 @@ def _hint(text: str, kind: str) -> str:
         return f"did you mean 'parquet:{text}'?"
     if text.endswith((".tar", ".tar.gz", ".tgz")):
         return f"did you mean 'wds:{text}'?"
-    return f"did you mean 'imagefolder:{text}'?" if path.is_dir() else nearest(kind, KINDS)
+    return f"did you mean 'imagefolder:{text}'?" if text and path.is_dir() else nearest(kind, KINDS)
 
 
 def _emoji(spec: Spec) -> DataSource:

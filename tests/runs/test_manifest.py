@@ -1,0 +1,107 @@
+"""The manifest: what it holds, and what keeps a run from being continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from robustvlm.errors import UserError
+from robustvlm.runs.config import AttackConfig
+from robustvlm.runs.manifest import describe_device, differences, is_manifest, make_manifest, require_same, versions
+
+SETTINGS: dict[str, Any] = {
+    "model": "tiny",
+    "data": "emoji",
+    "attack": ["pgd"],
+    "norm": "Linf",
+    "eps": [2 / 255],
+    "eps_text": ["2/255"],
+    "steps": None,
+    "restarts": None,
+    "limit": 10,
+    "seed": 0,
+    "lanes": 64,
+    "device": "cpu",
+    "precision": "fp32",
+    "resolution": 64,
+}
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    return make_manifest(
+        kind="attack",
+        name="n",
+        command="robustvlm attack",
+        config=AttackConfig(**(SETTINGS | changes)),
+        model={"spec": "tiny", "fingerprint": "aa", "logit_scale": 100.0},
+        data={"spec": "emoji", "fingerprint": "bb", "class_names": ["cat", "dog"], "superclasses": None},
+    )
+
+
+def test_it_survives_the_way_through_a_file_unchanged() -> None:
+    made = manifest(eps=[1 / 255, 0.1], eps_text=["1/255", "0.1"])
+    assert json.loads(json.dumps(made, ensure_ascii=False)) == made
+    assert differences(json.loads(json.dumps(made)), made) == []
+    assert is_manifest(made)
+
+
+def test_it_names_the_versions_and_the_hardware() -> None:
+    made = manifest()
+    assert {"python", "torch"} <= made["versions"].keys()
+    assert made["versions"] == versions()
+    assert "CPU" in made["device"] == describe_device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("seed", 1, "seed: 0 -> 1"),
+        ("eps", [0.5], "eps: [0.00784"),
+        ("lanes", 1, "lanes: 64 -> 1"),
+        ("limit", None, "limit: 10 -> None"),
+        ("attack", ["apgd-ce"], "attack: ['pgd'] -> ['apgd-ce']"),
+        ("save_adversarial", True, "save_adversarial: False -> True"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(key: str, value: object, shown: str) -> None:
+    old, new = manifest(), manifest(**{key: value})
+    with pytest.raises(UserError) as caught:
+        require_same(old, new, Path("runs/n"))
+    assert shown in str(caught.value)
+    assert "runs/n" in str(caught.value)
+    assert "--name" in str(caught.value)
+    assert "--fresh" in str(caught.value)
+
+
+def test_every_difference_is_named_and_long_values_are_cut() -> None:
+    old, new = manifest(), manifest(seed=1, norm="L2")
+    new["model"] = old["model"] | {"fingerprint": "cc"}
+    new["data"] = old["data"] | {"class_names": [f"class {i}" for i in range(1000)]}
+    found = differences(old, new)
+    assert [line.partition(":")[0] for line in found] == ["norm", "seed", "model fingerprint", "data class_names"]
+    assert max(map(len, found)) < 200
+
+
+@pytest.mark.parametrize("key", ["created", "command", "name", "versions", "device", "git_commit"])
+def test_what_does_not_decide_results_may_change(key: str) -> None:
+    require_same(manifest(), manifest() | {key: "other"}, Path("x"))
+
+
+def test_a_setting_that_an_older_version_did_not_know_counts_as_changed() -> None:
+    old = manifest()
+    del old["config"]["lanes"]
+    assert differences(old, manifest()) == ["lanes: None -> 64"]
+
+
+@pytest.mark.parametrize("content", [None, [], 3, "format", {}, {"name": "a web app", "version": 3}, {"format": 1}])
+def test_other_programs_manifests_are_told_apart(content: object) -> None:
+    assert not is_manifest(content)
+
+
+def test_an_unknown_setting_is_no_config() -> None:
+    with pytest.raises(ValidationError):
+        AttackConfig(**SETTINGS, colour="red")
