@@ -126,6 +126,7 @@ def save(model: CifarCLIP, folder: Path) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     partial = folder / "model.safetensors.partial"
     save_file(weights, partial)
+    partial.chmod(0o644)  # safetensors makes files that only their owner can read
     partial.replace(folder / "model.safetensors")
 
 
