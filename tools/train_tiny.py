@@ -27,7 +27,7 @@ MAX_SCALE = math.log(100)
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.15)
@@ -144,6 +144,9 @@ def record(trainer: Trainer, accuracy: dict[str, float]) -> None:
         "train_minutes": round(trainer.seconds / 60, 1),
         "validation": accuracy,
     }
+    if trainer.options.init:
+        before = trainer.options.init / "training.json"
+        content["started_from"] = json.loads(before.read_text(encoding="utf-8")) if before.exists() else None
     (trainer.options.out / "training.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -171,6 +174,7 @@ def main() -> None:
     print("validation", accuracy, flush=True)
     network.save(trainer.average, options.out)
     record(trainer, accuracy)
+    options.state.unlink(missing_ok=True)  # the next training starts afresh
 
 
 if __name__ == "__main__":

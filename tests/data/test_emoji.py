@@ -232,9 +232,7 @@ def test_an_invisible_sprite_leaves_the_background():
 def test_identity_placement_reproduces_the_sprite():
     sprite = torch.rand(2, 4, 16, 16, generator=generator("sprite"))
     one, zero = torch.ones(2), torch.zeros(2)
-    grid = placement_grid(
-        2, 16, scale=one, angle=zero, shift=torch.zeros(2, 2), shear=zero, aspect=one, flip=one
-    )
+    grid = placement_grid(2, 16, scale=one, angle=zero, shift=torch.zeros(2, 2), shear=zero, aspect=one, flip=one)
     colour, alpha = draw(sprite, grid)
     torch.testing.assert_close(alpha, sprite[:, 3:], atol=1e-5, rtol=0)
     torch.testing.assert_close(colour, sprite[:, :3] * sprite[:, 3:], atol=1e-5, rtol=0)
