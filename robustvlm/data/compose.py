@@ -99,9 +99,7 @@ def compose(sprites: Tensor, generator: torch.Generator) -> Tensor:
     angle = uniform(n, -10, 10, generator) * (math.pi / 180)
     shift = (torch.rand(n, 2, generator=generator) * 2 - 1) * (1 - scale)[:, None]
     one = torch.ones(n)
-    grid = placement_grid(
-        n, size, scale=scale, angle=angle, shift=shift, shear=torch.zeros(n), aspect=one, flip=one
-    )
+    grid = placement_grid(n, size, scale=scale, angle=angle, shift=shift, shear=torch.zeros(n), aspect=one, flip=one)
     colour, alpha = draw(sprites, grid)
     backdrop, _ = background(n, size, generator)
     return (colour + backdrop * (1 - alpha)).clamp(0, 1)

@@ -77,7 +77,12 @@ def test_erasing_and_outlining_change_only_some():
 def test_captions_name_class_and_kind():
     texts = [
         caption(
-            name="owl", superclass="bird", domain="animal", background="blue", style="noto", tags=("wise",),
+            name="owl",
+            superclass="bird",
+            domain="animal",
+            background="blue",
+            style="noto",
+            tags=("wise",),
             rng=random.Random(seed),
         )
         for seed in range(200)

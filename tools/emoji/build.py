@@ -92,8 +92,7 @@ def class_table() -> dict[str, Any]:
             names = [parse_entry(entry)[0] for entry in known]
             default = sorted(names)[:DEFAULT_PER_SUPERCLASS]
             classes += [
-                {"name": name, "superclass": superclass, "domain": domain, "default": name in default}
-                for name in names
+                {"name": name, "superclass": superclass, "domain": domain, "default": name in default} for name in names
             ]
     return {"classes": classes}
 

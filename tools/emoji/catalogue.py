@@ -8,6 +8,7 @@ from __future__ import annotations
 
 Entries = tuple[str, ...]
 
+# fmt: off
 TREE: dict[str, dict[str, tuple[Entries, Entries]]] = {
     "animal": {
         "mammal": (
@@ -251,7 +252,8 @@ TREE: dict[str, dict[str, tuple[Entries, Entries]]] = {
 FAR_SUBGROUPS = (
     "face-smiling", "face-concerned", "geometric", "arrow", "zodiac", "alphanum", "keycap", "country-flag", "heart",
     "hand-fingers-closed", "transport-sign", "av-symbol",
-)  # fmt: skip
+)
+# fmt: on
 FAR_PER_SUBGROUP = 8
 FAR_MIN_STYLES = 5  # taken only if at least this many styles draw it
 
