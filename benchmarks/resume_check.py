@@ -97,6 +97,7 @@ def _kill_points(journal: Path, count: int, draws: random.Random) -> list[int]:
 def _killed(options: argparse.Namespace, out: Path, lines: int) -> int:
     """Start or continue the run and kill it when its journal has so many lines; return how many it had."""
     journal = out / "killed" / "journal.jsonl"
+    lines = max(lines, _lines(journal) + 1)  # a process that is killed late may have passed the next point already
     process = subprocess.Popen(_command(options, out, "killed", options.lanes[-1]), stdout=subprocess.DEVNULL)
     while process.poll() is None and _lines(journal) < lines:
         time.sleep(0.001)

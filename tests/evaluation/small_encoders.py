@@ -1,0 +1,90 @@
+"""Encoders that are quick enough to attack hundreds of times, each with one peculiarity, named as a user would."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIDE, WIDTH = 16, 12
+
+
+class Encoder(nn.Module):
+    """A random two-layer convolutional encoder on 16-pixel images; texts become seeded random features."""
+
+    image_size = SIDE
+    logit_scale = 20.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(7)
+        self.first = nn.Parameter(torch.randn(8, 3, 4, 4, generator=draws) * 0.3)
+        self.second = nn.Parameter(torch.randn(WIDTH, 8 * 16, generator=draws) * 0.2)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        hidden = torch.tanh(F.conv2d(pixels - 0.5, self.first, stride=4))
+        return hidden.flatten(1) @ self.second.T
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in texts]
+        return torch.stack(rows).to(self.second)
+
+
+class Coupled(Encoder):
+    """Subtracts the batch mean, as batch normalisation in training mode would."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features = super().encode_image(pixels)
+        return features - features.mean(0) if len(features) > 1 else features
+
+
+class Random(Encoder):
+    """Adds fresh noise to every answer."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features = super().encode_image(pixels)
+        return features + 0.3 * torch.randn_like(features)
+
+
+class NaNOnMarked(Encoder):
+    """Gives NaN for images whose first pixel is pure red."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        marked = (pixels[:, 0, 0, 0] > 0.9) & (pixels[:, 1, 0, 0] < 0.1) & (pixels[:, 2, 0, 0] < 0.1)
+        return torch.where(marked[:, None], torch.nan, super().encode_image(pixels))
+
+
+class NaNOffGrid(Encoder):
+    """Gives NaN for every image that is not 8-bit, which perturbed images are not."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        levels = pixels * 255
+        off = (levels - levels.round()).abs().flatten(1).amax(1) > 1e-3
+        # The loader tries an encoder on a ramp; only images with texture are broken.
+        textured = pixels.flatten(1).diff(dim=1).abs().mean(1) > 0.05
+        return torch.where((off & textured)[:, None], torch.nan, super().encode_image(pixels))
+
+
+class SmallMemory(Encoder):
+    """Runs out of memory for more than four images."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        if len(pixels) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return super().encode_image(pixels)
+
+
+class Detached(Encoder):
+    """Cuts the gradient."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return super().encode_image(pixels.detach())
+
+
+class Failing(Encoder):
+    """Cannot take the batches of a run, only the two images of the loader's trial."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        if len(pixels) != 2:
+            raise ValueError("expected two images\nof some kind")
+        return super().encode_image(pixels)
