@@ -16,9 +16,7 @@ from robustvlm.errors import UserError
 from robustvlm.runs.journal import Journal, read_journal
 
 # Ids come from file names, which on Linux may hold any byte; undecodable ones arrive as lone surrogates DC80-DCFF.
-LETTERS = st.one_of(
-    st.characters(exclude_categories=["Cs"]), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)
-)
+LETTERS = st.one_of(st.characters(exclude_categories=["Cs"]), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
 TEXT = st.text(LETTERS, max_size=12)
 FACTS = st.lists(
     st.dictionaries(TEXT, st.one_of(TEXT, st.integers(), st.booleans(), st.floats(allow_nan=False)), max_size=3),
