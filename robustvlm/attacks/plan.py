@@ -29,6 +29,9 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "objective": ("objective", objective),
 }
 
+# Beyond this a run would not end in a lifetime, and its tables would not fit into memory.
+_MOST = 100_000
+
 
 def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None = None) -> list[LaneAttack]:
     """Return the attacks of a list such as `apgd-ce,apgd-t` or `pgd:steps=40:objective=margin`.
@@ -84,10 +87,10 @@ def _option(attack: LaneAttack, name: str, text: str) -> dict[str, Any]:
 
 def _check(attack: LaneAttack) -> None:
     """Refuse settings under which an attack would do nothing or could not run."""
-    for field, least in (("n_iter", 1), ("n_restarts", 1), ("n_targets", 1)):
+    for option, field in (("steps", "n_iter"), ("restarts", "n_restarts"), ("targets", "n_targets")):
         value = getattr(attack, field, None)
-        if value is not None and value < least:
-            raise UserError(f"attack '{attack.name}': {field} must be at least {least}, got {value}")
+        if value is not None and not 1 <= value <= _MOST:
+            raise UserError(f"attack '{attack.name}': {option} must be between 1 and {_MOST:,}, got {value:,}")
     step_size = getattr(attack, "step_size", None)
     if step_size is not None and not 0 < step_size < float("inf"):
         raise UserError(f"attack '{attack.name}': step_size must be positive, got {step_size}")

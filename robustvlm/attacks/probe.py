@@ -58,22 +58,26 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     again = oracle.gradient(images, ce, label, label)[0]
     finite = bool(logits.isfinite().all())
     repeat = _relative_change(again, logits)
+    confirmed = oracle.confirm(images)
     return Probe(
         finite=finite,
         repeat_change=repeat,
-        batch_change=_neighbour_change(oracle, images, oracle.confirm(images)),
+        batch_change=_neighbour_change(oracle, images, confirmed),
         zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
-        rungs=_rungs(oracle, images, label, logits, grad) if finite and repeat == 0 else (len(images),),
+        rungs=_rungs(oracle, images, label, (logits, grad, confirmed)) if finite and repeat == 0 else (len(images),),
     )
 
 
 def _neighbour_change(oracle: Oracle, images: Tensor, logits: Tensor) -> float:
-    """Replace all but the first row by flipped, darkened copies and see whether the first row's logits notice."""
+    """Put the first row last, among flipped, darkened copies of the others, and see whether its logits notice.
+
+    Moving it shows also what only looks at earlier rows, such as a running mean.
+    """
     if len(images) < 2:
         return 0.0
     others = images.flip(-1) * 0.5
-    others[0] = images[0]
-    return _relative_change(oracle.confirm(others)[:1], logits[:1], spread=logits)
+    others[-1] = images[0]
+    return _relative_change(oracle.confirm(others)[-1:], logits[:1], spread=logits)
 
 
 def _relative_change(new: Tensor, old: Tensor, *, spread: Tensor | None = None) -> float:
@@ -82,13 +86,14 @@ def _relative_change(new: Tensor, old: Tensor, *, spread: Tensor | None = None) 
     return change if change == change else 0.0
 
 
-def _rungs(oracle: Oracle, images: Tensor, label: Tensor, logits: Tensor, grad: Tensor) -> tuple[int, ...]:
-    """Halve the batch as long as logits and gradients of its rows stay the same to the bit."""
+def _rungs(oracle: Oracle, images: Tensor, label: Tensor, full: tuple[Tensor, Tensor, Tensor]) -> tuple[int, ...]:
+    """Halve the batch as long as logits, gradients and confirmed logits of its rows stay the same to the bit."""
     rungs, size = [len(images)], len(images) // 2
     while size >= 1:
         rows = torch.arange(size, device=images.device)
-        z, _, g = oracle.gradient(images[rows], objective("ce"), label[rows], label[rows])
-        if not (torch.equal(z, logits[rows]) and torch.equal(g, grad[rows])):
+        logits, _, grad = oracle.gradient(images[rows], objective("ce"), label[rows], label[rows])
+        part = (logits, grad, oracle.confirm(images[rows]))
+        if not all(torch.equal(a, b[rows]) for a, b in zip(part, full, strict=True)):
             break
         rungs.append(size)
         size //= 2

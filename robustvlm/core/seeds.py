@@ -20,7 +20,7 @@ def derive_seed(*parts: int | str) -> int:
     """
     # The type is part of the text, so that 1 and "1" differ; the length prefix keeps ("ab", "c") and ("a", "bc") apart.
     text = "".join(f"{type(part).__name__}:{len(str(part))}:{part};" for part in parts)
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -82,3 +82,27 @@ def test_few_images_are_enough(count):
     found = probe(Oracle(Curved()), images(count), torch.zeros(count, dtype=torch.int64))
     assert found.finite
     assert not found.coupled
+
+
+class Running(Curved):
+    """Mixes every row with the rows before it: the first row never notices."""
+
+    def forward(self, x):
+        return super().forward(x).cumsum(0)
+
+
+class ShapedWithoutGradient(Curved):
+    """Rounds by the batch size, but only when no gradient is asked for, as fused inference kernels may."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if torch.is_grad_enabled() else logits * (1 + 1e-6 * len(x))
+
+
+def test_rows_that_look_only_at_earlier_ones_are_coupled_too():
+    assert ask(Running()).coupled
+
+
+def test_smaller_batches_must_give_the_same_bits_without_a_gradient_too():
+    assert ask(Curved()).rungs != (16,)
+    assert ask(ShapedWithoutGradient()).rungs == (16,)

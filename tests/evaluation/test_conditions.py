@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from robustvlm.errors import UserError
 from robustvlm.evaluation.conditions import Condition, parse_condition
 from robustvlm.runs.summary import Cost, EpsSummary, Images, Summary
-from robustvlm.stats import Rate, rate
+from robustvlm.stats import rate
 
 SIGNS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 RATES = ("asr", "robust_accuracy", "clean_accuracy")
@@ -88,14 +88,14 @@ def test_examples(text: str, holds: bool) -> None:
     assert parse_condition(text).holds(CURVE) is holds
 
 
-def test_a_rate_over_nothing_fails_no_test() -> None:
-    empty = Rate(successes=0, total=0, value=None, low=0.0, high=1.0)
+def test_a_gate_that_could_not_be_checked_stays_shut() -> None:
     nothing = summary(at(0.01, fooled=0, robust=0), correct=0)
-    assert nothing.per_eps[0].attack_success_rate.value is empty.value
-    assert not parse_condition("asr>=0").holds(nothing)
-    assert not parse_condition("asr<=1").holds(nothing)
+    assert nothing.per_eps[0].attack_success_rate.value is None
+    assert parse_condition("asr>0.5").holds(nothing)
+    assert parse_condition("asr<=0.5").holds(nothing)
     assert parse_condition("clean_accuracy<50%").holds(nothing)
-    assert not parse_condition("asr>=0").holds(summary())
+    assert not parse_condition("clean_accuracy>50%").holds(nothing)
+    assert parse_condition("asr>0.5").holds(summary())
 
 
 @pytest.mark.parametrize(
