@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,15 +33,20 @@ def main() -> None:
     parser.add_argument("--eps", default="2/255")
     parser.add_argument("--lanes", type=int, default=64)
     parser.add_argument("--apgd-steps", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0", help="seeds of the random starts, a comparison each")
+    parser.add_argument("--only", default="", help="run only the comparisons whose title contains this")
     options = parser.parse_args()
     (_, eps), *_ = parse_eps(options.eps)
     subject = load_subject(options.model, options.data, options.limit)
     print(f"{options.model} on {options.data}: {len(subject.jobs)} of {subject.seen} images right when clean, ")
     print(f"Linf eps {options.eps}, batches of {options.lanes}, {torch.get_num_threads()} thread(s)\n")
     rows = []
-    for name, ours, theirs in _pairs(eps, options):
-        rows += _compare(name, ours, theirs, subject, eps, options)
+    for title, program, ours, theirs in _pairs(eps, options):
+        if options.only not in title:
+            continue
+        for seed in [0] if "no random start" in title else map(int, options.seeds.split(",")):
+            maker = partial(theirs, seed=seed)
+            rows += _compare(f"{title}, seed {seed}", program, ours, maker, seed, subject, eps, options)
     print(markdown(_HEADER, rows), "\n")
     print(markdown(_OVERHEAD_HEADER, [_overhead(subject, eps, options)]))
 
@@ -49,75 +57,89 @@ _HEADER = (
 _OVERHEAD_HEADER = ("bare passes/s", "engine passes/s at full lanes", "ratio", "share of engine time inside the model")
 
 
-def _pairs(
-    eps: float, options: argparse.Namespace
-) -> list[tuple[str, LaneAttack, tuple[str, Callable[[Counted], _Attack]]]]:
-    """Return for each attack our version and a maker of theirs, equal in budget and step size."""
+class _Maker(Protocol):
+    def __call__(self, model: Counted, *, seed: int) -> _Attack: ...
+
+
+def _pairs(eps: float, options: argparse.Namespace) -> list[tuple[str, str, LaneAttack, _Maker]]:
+    """Return title, their program, our attack and a maker of theirs, equal in budget and step size."""
     import torchattacks
     from pyautoattack.autopgd_base import APGDAttack
 
-    step = 2.5 * eps / 20
+    step, steps = 2.5 * eps / 20, options.apgd_steps
 
-    def pgd(model: Counted) -> _Attack:
-        torch.manual_seed(options.seed)
-        return torchattacks.PGD(model, eps=eps, alpha=step, steps=20, random_start=True)
+    def pgd(model: Counted, *, seed: int, random_start: bool = True) -> _Attack:
+        torch.manual_seed(seed)
+        return torchattacks.PGD(model, eps=eps, alpha=step, steps=20, random_start=random_start)
 
-    def apgd_torchattacks(model: Counted) -> _Attack:
-        return torchattacks.APGD(model, norm="Linf", eps=eps, steps=options.apgd_steps, seed=options.seed)
+    def apgd_torchattacks(model: Counted, *, seed: int) -> _Attack:
+        return torchattacks.APGD(model, norm="Linf", eps=eps, steps=steps, seed=seed)
 
-    def apgd(model: Counted) -> _Attack:
-        attack = APGDAttack(
-            model, n_iter=options.apgd_steps, norm="Linf", eps=eps, loss="ce", device="cpu", seed=options.seed
-        )
-        return attack.perturb
+    def apgd(model: Counted, *, seed: int) -> _Attack:
+        return APGDAttack(model, n_iter=steps, norm="Linf", eps=eps, loss="ce", device="cpu", seed=seed).perturb
 
-    ours_apgd = APGD(n_iter=options.apgd_steps)
+    plain = PGD(n_iter=20, step_size=step)
     return [
-        ("PGD-20", PGD(n_iter=20, step_size=step), ("torchattacks", pgd)),
-        (f"APGD-CE {options.apgd_steps}", ours_apgd, ("pyautoattack", apgd)),
-        (f"APGD-CE {options.apgd_steps}", ours_apgd, ("torchattacks", apgd_torchattacks)),
+        (
+            "PGD-20, no random start",
+            "torchattacks",
+            replace(plain, random_start=False),
+            partial(pgd, random_start=False),
+        ),
+        ("PGD-20", "torchattacks", plain, pgd),
+        (f"APGD-CE {steps}", "pyautoattack", APGD(n_iter=steps), apgd),
+        (f"APGD-CE {steps}", "torchattacks", APGD(n_iter=steps), apgd_torchattacks),
     ]
 
 
 def _compare(
-    name: str,
+    title: str,
+    program: str,
     ours: LaneAttack,
-    theirs: tuple[str, Callable[[Counted], _Attack]],
+    theirs: Callable[[Counted], _Attack],
+    seed: int,
     subject: Subject,
     eps: float,
     options: argparse.Namespace,
 ) -> list[list[object]]:
     """Run both programs and return a table row for each."""
-    model = Counted(subject.classifier)
-    oracle = Oracle(model)
+    model, counted = Counted(subject.classifier), Counted(subject.classifier)
     with clock() as our_time:
-        first = subject.pixels[: options.lanes], subject.labels[: options.lanes]
-        rungs = probe(oracle, *first).rungs
-        engine = LaneEngine(oracle, ours, ThreatModel("Linf", eps), lanes=len(first[0]), seed=options.seed, rungs=rungs)
-        fooled = {result.job.index for result in engine.run(subject.jobs) if result.outcome == "fooled"}
-    our_passes = model.passes
-    counted = Counted(subject.classifier)
-    attack = theirs[1](counted)
-    broken: set[int] = set()
+        fooled = _run_ours(Oracle(model), ours, ThreatModel("Linf", eps), seed, subject, options.lanes)
     with clock() as their_time:
-        for start in range(0, len(subject.jobs), options.lanes):
-            x, y = subject.pixels[start : start + options.lanes], subject.labels[start : start + options.lanes]
-            wrong = counted(attack(x, y)).argmax(1) != y
-            broken |= {start + i for i in range(len(y)) if wrong[i]}
+        broken = _run_theirs(counted, theirs(counted), subject, options.lanes)
     total = len(subject.jobs)
-    only_ours, only_theirs = len(fooled - broken), len(broken - fooled)
     test = mcnemar_exact([i in fooled for i in range(total)], [i in broken for i in range(total)])
-    p = f"{test.p_value:.2g}"
 
-    def row(program: str, found: set[int], only: int, passes: int, seconds: float) -> list[object]:
+    def row(who: str, found: set[int], other: set[int], passes: int, seconds: float) -> list[object]:
         ratios = (f"{passes / counted.passes:.2f}", f"{seconds / their_time.seconds:.2f}")
         robust = f"{total - len(found)}/{subject.seen} ({(total - len(found)) / subject.seen:.1%})"
-        return [name, program, robust, only, p, f"{passes:,}", ratios[0], f"{seconds:.1f}", ratios[1]]
+        p = f"{test.p_value:.2g}"
+        return [title, who, robust, len(found - other), p, f"{passes:,}", ratios[0], f"{seconds:.1f}", ratios[1]]
 
     return [
-        row("robustvlm", fooled, only_ours, our_passes, our_time.seconds),
-        row(theirs[0], broken, only_theirs, counted.passes, their_time.seconds),
+        row("robustvlm", fooled, broken, model.passes, our_time.seconds),
+        row(program, broken, fooled, counted.passes, their_time.seconds),
     ]
+
+
+def _run_ours(
+    oracle: Oracle, attack: LaneAttack, threat: ThreatModel, seed: int, subject: Subject, lanes: int
+) -> set[int]:
+    """Attack with the engine, the probe of the model included; return the images that were fooled."""
+    found = probe(oracle, subject.pixels[:lanes], subject.labels[:lanes])
+    engine = LaneEngine(oracle, attack, threat, lanes=found.rungs[0], seed=seed, rungs=found.rungs)
+    return {result.job.index for result in engine.run(subject.jobs) if result.outcome == "fooled"}
+
+
+def _run_theirs(model: Counted, attack: _Attack, subject: Subject, batch: int) -> set[int]:
+    """Attack batch by batch and classify what comes back; return the images that were fooled."""
+    broken: set[int] = set()
+    for start in range(0, len(subject.jobs), batch):
+        x, y = subject.pixels[start : start + batch], subject.labels[start : start + batch]
+        wrong = model(attack(x, y)).argmax(1) != y
+        broken |= {start + i for i in range(len(y)) if wrong[i]}
+    return broken
 
 
 def _overhead(subject: Subject, eps: float, options: argparse.Namespace) -> list[object]:

@@ -168,7 +168,8 @@ def test_gradients_that_are_not_finite_do_not_lose_the_image():
 @pytest.mark.parametrize(
     "text",
     ["pgdd", "pgd:stepz=3", "pgd:steps=x", "pgd:steps", "pgd:steps=0", "pgd:steps=99999999999", "apgd-ce:restarts=0",
-     "pgd,pgd", "", "pgd:step_size=-1", "pgd:step_size=nan", "apgd-t:objective=ce", "pgd:objective=dlr-t", "pgd:objective=nope"],
+     "pgd,pgd", "", "pgd:step_size=-1", "pgd:step_size=nan", "apgd-t:objective=ce", "pgd:objective=dlr-t",
+     "pgd:objective=nope"],
 )  # fmt: skip
 def test_bad_attack_texts_are_refused_in_one_line(text):
     with pytest.raises(UserError) as error:
