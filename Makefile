@@ -11,7 +11,7 @@ WORKERS ?= 2
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
-	$(BIN)/robustvlm attack tiny --attack apgd-ce,apgd-t --steps 25 --eps 1/255,2/255,4/255 --limit 160 --name demo
+	$(BIN)/robustvlm attack tiny --attack apgd-ce,apgd-t --steps 25 --eps 1/255,2/255 --limit 160 --name demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check robustvlm tests tools benchmarks
