@@ -152,7 +152,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "attack twice": (["attack", "--attack", "pgd,pgd"], "stands twice"),
     "unknown attack option": (["attack", "--attack", "pgd:stepps=3"], "unknown option 'stepps=3'"),
     "attack option without number": (["attack", "--attack", "pgd:steps=many"], "'many' is no number"),
-    "no steps": (["attack", "--steps", "0"], "must be at least 1"),
+    "no steps": (["attack", "--steps", "0"], "steps must be between 1 and"),
     "no images": (["attack", "--limit", "0"], "--limit must be at least 1"),
     "limit text": (["attack", "--limit", "few"], "Invalid value for '--limit'"),
     "no lanes": (["attack", "--lanes", "0"], "--lanes must be at least 1"),
@@ -267,8 +267,13 @@ def environment() -> dict[str, str]:
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "robustvlm", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=heed_interrupts,
     )  # fmt: skip
+
+
+def heed_interrupts() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and their children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_lines(process: subprocess.Popen[str], journal: Path, count: int) -> None:
