@@ -48,7 +48,8 @@ def main() -> None:
             maker = partial(theirs, seed=seed)
             rows += _compare(f"{title}, seed {seed}", program, ours, maker, seed, subject, eps, options)
     print(markdown(_HEADER, rows), "\n")
-    print(markdown(_OVERHEAD_HEADER, [_overhead(subject, eps, options)]))
+    if not options.only:
+        print(markdown(_OVERHEAD_HEADER, [_overhead(subject, eps, options)]))
 
 
 _HEADER = (

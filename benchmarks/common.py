@@ -72,6 +72,9 @@ class Counted(nn.Module):
         self.model = model
         self.forward_rows = 0
         self.backward_rows = 0
+        # torchattacks restores the mode that it found; found in training mode, batch normalisation would then classify
+        # the adversarial images by their batch and learn from them.
+        self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         self.forward_rows += len(x)
