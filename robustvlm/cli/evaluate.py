@@ -37,11 +37,12 @@ def evaluate(
     """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""
     # Loading torch and open_clip takes seconds; --help and other commands should not wait for them.
     from robustvlm.data import open_data
+    from robustvlm.defenses import load_pipeline
     from robustvlm.evaluation.clean import evaluate_clean
-    from robustvlm.models import load_model, zero_shot
+    from robustvlm.models import zero_shot
 
     source = open_data(data, classes=classes, templates=templates, tree=tree)
-    classifier = zero_shot(load_model(model, device=device), source.class_names, source.templates)
+    classifier = zero_shot(load_pipeline(model, device=device), source.class_names, source.templates)
     with _progress(quiet=as_json) as progress:
         ids = source.ids()
         total = limit if ids is None else min(len(ids), limit or len(ids))

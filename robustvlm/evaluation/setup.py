@@ -9,12 +9,13 @@ from typing import Any
 
 from robustvlm.attacks import PRECISIONS, LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
 from robustvlm.data import DataSource, open_data
+from robustvlm.defenses import load_pipeline
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.attack_run import AttackRun
 from robustvlm.evaluation.finish import finish
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.observer import Observer
-from robustvlm.models import ZeroShotClassifier, load_model, zero_shot
+from robustvlm.models import ZeroShotClassifier, zero_shot
 from robustvlm.models.device import resolve_device
 from robustvlm.report.html import write_report
 from robustvlm.report.record import load_run
@@ -107,7 +108,7 @@ def prepare(
     if name is not None:
         RunFolder(out, name)
     source = open_data(data, classes=classes, templates=templates, tree=tree)
-    classifier = zero_shot(load_model(model, device=device), source.class_names, source.templates)
+    classifier = zero_shot(load_pipeline(model, device=device), source.class_names, source.templates)
     config = AttackConfig(
         model=model,
         data=data,

@@ -1,0 +1,193 @@
+"""Smoothing as a model: the mean feature of noisy copies of an image, fresh noise on every call."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from robustvlm.certify import predict
+from robustvlm.errors import UserError
+from robustvlm.models import VLM, ZeroShotClassifier, resize
+from robustvlm.models.fingerprint import fingerprint
+
+DEFAULT_N0 = 64
+MAX_SIGMA = 10.0
+MAX_N0 = 1_000_000
+ROWS_PER_PASS = 128
+
+Hook = Callable[[Tensor], Tensor]
+
+
+class SmoothedVLM(VLM):
+    """The smoothed encoder `m(x) = E f(x + noise)`, estimated anew on every call from `n0` draws.
+
+    `f` is purifier, encoder, unit norm, mapper, unit norm: all of it inside the expectation, so that certificates need
+    no property of the hooks. Noise is N(0, sigma^2 I) in float32 from torch's global generator, in the [0, 1] pixels of
+    the model's own resolution (after the resize, before its normalisation), and is not clipped.
+
+    Args:
+        base: the model to smooth; it encodes texts unchanged.
+        sigma: noise level in [0, 1] pixels.
+        n0: draws per image.
+        purifier: from noisy pixels [R, 3, S, S] to pixels of that shape, row by row.
+        mapper: from unit features [R, D] to features [R, D], row by row.
+        rows_per_pass: noisy images per encoder pass (at least one draw of every image of the batch). With gradients,
+            passes are recomputed in the backward pass, noise included, so that memory does not grow with `n0`.
+
+    Raises:
+        UserError: sigma or n0 is out of range.
+    """
+
+    def __init__(
+        self,
+        base: VLM,
+        sigma: float,
+        n0: int = DEFAULT_N0,
+        *,
+        purifier: Hook | None = None,
+        mapper: Hook | None = None,
+        rows_per_pass: int = ROWS_PER_PASS,
+    ) -> None:
+        if not 0.0 < sigma <= MAX_SIGMA:
+            pixels = " (pixels are in [0, 1], so 0.25 is strong noise)" if sigma > MAX_SIGMA else ""
+            raise UserError(f"sigma must be above 0 and at most {MAX_SIGMA:g}, got {sigma:g}{pixels}: pass 0.25")
+        if not 1 <= n0 <= MAX_N0:
+            raise UserError(f"the smoothed model needs between 1 and {MAX_N0:,} samples, got {n0}: pass {DEFAULT_N0}")
+        super().__init__(
+            spec=f"{base.spec}+smooth:{sigma:g}:{n0}",
+            image_size=base.image_size,
+            logit_scale=base.logit_scale,
+            interpolation=base.interpolation,
+        )
+        self.base, self.sigma, self.n0, self.rows_per_pass = base, float(sigma), n0, rows_per_pass
+        self.purifier, self.mapper = purifier, mapper
+        self.eval()
+        self.to(base.device)
+
+    def encode_noisy(self, noisy: Tensor) -> Tensor:
+        """Return `f` of noisy images [R, 3, S, S] at the model's resolution: unit features [R, D]."""
+        features = self.base.encode_image(noisy if self.purifier is None else self.purifier(noisy))
+        return features if self.mapper is None else F.normalize(self.mapper(features), dim=-1)
+
+    def noisy_features(self, pixels: Tensor, n: int) -> Tensor:
+        """Return features [B, n, D] of `n` noisy copies of each image [B, 3, H, H], fresh noise, no gradient."""
+        with torch.no_grad():
+            clean = resize(pixels, self.image_size, self.interpolation)
+            draws = [self._features(clean, count) for count in self._counts(len(clean), n)]
+        return torch.cat(draws, dim=1)
+
+    def mean_feature(self, pixels: Tensor, n: int) -> Tensor:
+        """Return the mean [B, D] over `n` fresh draws for each image [B, 3, H, H]: not normalised, differentiable.
+
+        An unbiased estimate of m(x).
+        """
+        clean = resize(pixels, self.image_size, self.interpolation)
+        counts = self._counts(len(clean), n)
+        total: Tensor | None = None
+        for count in counts:
+            if len(counts) > 1 and torch.is_grad_enabled() and clean.requires_grad:
+                part = checkpoint(self._sum, clean, count, use_reentrant=False, preserve_rng_state=True)
+            else:
+                part = self._sum(clean, count)
+            total = part if total is None else total + part
+        assert total is not None
+        return total / n
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.mean_feature(pixels, self.n0)
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        return self.base.encode_text(texts)
+
+    def _counts(self, images: int, n: int) -> list[int]:
+        """Split n draws into passes of at most `rows_per_pass` rows, or one draw of every image."""
+        size = max(1, self.rows_per_pass // max(1, images))
+        return [min(size, n - start) for start in range(0, n, size)]
+
+    def _sum(self, clean: Tensor, count: int) -> Tensor:
+        return self._features(clean, count).sum(dim=1)
+
+    def _features(self, clean: Tensor, count: int) -> Tensor:
+        # float32 at least: in half precision noise has a few thousand values, and its law is no longer normal.
+        wide = clean if clean.dtype == torch.float64 else clean.float()
+        rows = wide.repeat_interleave(count, dim=0)
+        noisy = rows + self.sigma * torch.randn_like(rows)
+        return self.encode_noisy(noisy).view(len(clean), count, -1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the base model, the noise and the hooks."""
+        hooks = [f"{name}: {_identity(hook)}" for name, hook in (("purifier", self.purifier), ("mapper", self.mapper))]
+        return fingerprint({}, (self.base.fingerprint, "smooth", repr(self.sigma), str(self.n0), *hooks))
+
+
+def smooth(
+    vlm: VLM, sigma: float, n0: int = DEFAULT_N0, *, purifier: Hook | None = None, mapper: Hook | None = None
+) -> SmoothedVLM:
+    """Return `vlm` smoothed with noise of `sigma` and `n0` draws per call; see `SmoothedVLM`.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> smooth(load_model("tiny"), 0.25).spec
+        'tiny+smooth:0.25:64'
+    """
+    return SmoothedVLM(vlm, sigma, n0, purifier=purifier, mapper=mapper)
+
+
+def _identity(hook: Hook | None) -> str:
+    if hook is None:
+        return "none"
+    kind = hook if inspect.isroutine(hook) else type(hook)
+    name = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        source = ""
+    state: Mapping[str, object] = hook.state_dict() if isinstance(hook, nn.Module) else getattr(hook, "__dict__", {})
+    structure = repr(hook) if isinstance(hook, nn.Module) else ""
+    code = hashlib.blake2b(source.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return fingerprint(dict(state), (name, structure, code))
+
+
+class SmoothedClassifier:
+    """The deployed smoothed zero-shot classifier: an answer only where it is significant, otherwise ABSTAIN (T10).
+
+    Args:
+        classifier: zero-shot head on a `SmoothedVLM`.
+
+    Raises:
+        UserError: the classifier's model is not smoothed.
+
+    Example:
+        >>> from robustvlm.models import load_model, zero_shot
+        >>> vlm = smooth(load_model("tiny"), 0.1)
+        >>> model = SmoothedClassifier(zero_shot(vlm, ["apple", "dog"], ["a drawing of {}"], cache=False))
+        >>> len(model.predict(torch.rand(2, 3, 64, 64), n0=32, alpha0=0.01))
+        2
+    """
+
+    def __init__(self, classifier: ZeroShotClassifier) -> None:
+        if not isinstance(classifier.vlm, SmoothedVLM):
+            raise UserError(
+                f"'{classifier.vlm.spec}' is not smoothed: pass for example '{classifier.vlm.spec}+smooth:0.25'"
+            )
+        self.vlm: SmoothedVLM = classifier.vlm
+        self.class_names = classifier.class_names
+        self.class_embeddings = classifier.class_embeddings
+
+    def predict(self, pixels: Tensor, n0: int | None = None, alpha0: float = 0.001) -> list[int | None]:
+        """Return, per image [B, 3, H, H], the class of the mean feature, or None for ABSTAIN.
+
+        The first half of `n0` fresh draws (default: the model's) names the class, the second half has to beat every
+        rival at level `alpha0`. Anywhere inside the radius of a class certificate, the answer is another class than the
+        certified one with probability at most `alpha0`, provided the input was chosen without knowing this noise.
+        """
+        features = self.vlm.noisy_features(pixels, self.vlm.n0 if n0 is None else n0).double().cpu().numpy()
+        text = self.class_embeddings.double().cpu().numpy()
+        return [predict(rows, text, alpha0) for rows in features]
