@@ -60,21 +60,31 @@ class CustomVLM(VLM):
         return self.encoder.encode_text(texts)
 
     def _state(self) -> Mapping[str, object]:
-        if isinstance(self.encoder, nn.Module):
-            return self.state_dict()
-        state: dict[str, object] = {}
-        for name, value in vars(self.encoder).items() if hasattr(self.encoder, "__dict__") else ():
-            if isinstance(value, nn.Module):
-                state.update({f"{name}.{key}": tensor for key, tensor in value.state_dict().items()})
-            elif isinstance(value, torch.Tensor):
-                state[name] = value
-        return state
+        return self.state_dict() if isinstance(self.encoder, nn.Module) else state_of(self.encoder)
 
     def _identity(self) -> Iterable[str]:
-        kind = type(self.encoder)
-        file = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
-        source = Path(file).read_bytes() if file and Path(file).is_file() else b""
-        return self.spec, kind.__qualname__, hashlib.blake2b(source, digest_size=16).hexdigest()
+        return self.spec, *source_of(self.encoder)
+
+
+def state_of(thing: object) -> dict[str, object]:
+    """Return the tensors of a user's object, module or not, by name."""
+    if isinstance(thing, nn.Module):
+        return dict(thing.state_dict())
+    state: dict[str, object] = {}
+    for name, value in vars(thing).items() if hasattr(thing, "__dict__") else ():
+        if isinstance(value, nn.Module):
+            state.update({f"{name}.{key}": tensor for key, tensor in value.state_dict().items()})
+        elif isinstance(value, torch.Tensor):
+            state[name] = value
+    return state
+
+
+def source_of(thing: object) -> tuple[str, str]:
+    """Return the name of a user's class and the digest of the file that it stands in."""
+    kind = type(thing)
+    file = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
+    source = Path(file).read_bytes() if file and Path(file).is_file() else b""
+    return kind.__qualname__, hashlib.blake2b(source, digest_size=16).hexdigest()
 
 
 def load_custom(spec: str, device: torch.device) -> CustomVLM:
@@ -83,7 +93,11 @@ def load_custom(spec: str, device: torch.device) -> CustomVLM:
     The encoder is tried on two images and two texts. Raises UserError when the module or callable is not there or
     fails, an attribute is missing, or features have a wrong shape or are not finite.
     """
-    encoder = _call(spec)
+    return wrap_encoder(create(spec), spec, device)
+
+
+def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
+    """Return a user's encoder as a model, after the checks that `load_custom` makes."""
     missing = [name for name in _MEMBERS if not hasattr(encoder, name)]
     if missing:
         has = f"{type(encoder).__name__} has no {' and no '.join(missing)}"
@@ -100,7 +114,8 @@ def load_custom(spec: str, device: torch.device) -> CustomVLM:
     return vlm
 
 
-def _call(spec: str) -> Any:
+def create(spec: str) -> Any:
+    """Return what the callable of a `module:callable` spec returns, or raise a UserError that says why it cannot."""
     module_name, _, attribute = spec.partition(":")
     if os.getcwd() not in sys.path:
         # The installed command does not have the current folder on its path, as `python script.py` would.

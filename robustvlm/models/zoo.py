@@ -70,9 +70,19 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
         return _from_folder(Path(folder), spec).to(place)
-    if re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec):
+    if names_a_callable(spec):
         return load_custom(spec, place)
     return _from_name(spec).to(place)
+
+
+def names_a_callable(spec: str) -> bool:
+    """Whether a spec has the form `module:callable`.
+
+    Example:
+        >>> names_a_callable("my.module:make"), names_a_callable("hf-hub:org/name")
+        (True, False)
+    """
+    return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
 
 
 def _from_folder(folder: Path, spec: str) -> ClipVLM:

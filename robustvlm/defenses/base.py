@@ -1,0 +1,87 @@
+"""What attacks and evaluations need of a model: pixels in, logits out, perhaps with the right to refuse."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from robustvlm.models import VLM, ZeroShotClassifier
+
+
+class Classifier(nn.Module, ABC):
+    """A model of known classes: pixels [B, 3, H, H] in [0, 1] to logits [B, K].
+
+    With `can_reject` there is one column more, the acceptance score: an image is accepted exactly when it is positive.
+    `vlm` and `class_embeddings` are there for classifiers on top of an encoder, None otherwise; `logit_scale` is the
+    factor on cosine similarities, None where the logits are none.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: str,
+        class_names: Sequence[str],
+        image_size: int,
+        interpolation: str = "bicubic",
+        logit_scale: float | None = None,
+        can_reject: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec, self.class_names = spec, tuple(class_names)
+        self.image_size, self.interpolation = image_size, interpolation
+        self.logit_scale, self.can_reject = logit_scale, can_reject
+
+    @property
+    def vlm(self) -> VLM | None:
+        """The encoder below, if there is one."""
+        return None
+
+    @property
+    def class_embeddings(self) -> Tensor | None:
+        """Unit text embeddings of the classes [K, D], if there are any."""
+        return None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of all that decides the output."""
+
+
+class ZeroShot(Classifier):
+    """The zero-shot classifier of an encoder, seen as any other classifier.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> classifier = ZeroShot(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False))
+        >>> classifier(torch.rand(1, 3, 64, 64)).shape, classifier.can_reject
+        (torch.Size([1, 2]), False)
+    """
+
+    def __init__(self, head: ZeroShotClassifier) -> None:
+        encoder = head.vlm
+        super().__init__(
+            spec=encoder.spec,
+            class_names=head.class_names,
+            image_size=encoder.image_size,
+            interpolation=encoder.interpolation,
+            logit_scale=encoder.logit_scale,
+        )
+        self.head = head
+
+    @property
+    def vlm(self) -> VLM:
+        return self.head.vlm
+
+    @property
+    def class_embeddings(self) -> Tensor:
+        return self.head.class_embeddings
+
+    @property
+    def fingerprint(self) -> str:
+        return self.head.vlm.fingerprint
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [B, K]."""
+        return self.head(pixels)

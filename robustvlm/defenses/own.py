@@ -1,0 +1,85 @@
+"""The user's own classifier, named `module:callable`: anything from pixels to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustvlm.defenses.base import Classifier
+from robustvlm.errors import UserError, nearest
+from robustvlm.models import resize
+from robustvlm.models.custom import source_of, state_of
+from robustvlm.models.fingerprint import fingerprint
+from robustvlm.models.hub import brief
+from robustvlm.models.vlm import INTERPOLATIONS
+
+
+class OwnClassifier(Classifier):
+    """A user's own classifier; see `load_classifier` for what it has to have."""
+
+    def __init__(self, model: Any, *, spec: str, class_names: Sequence[str]) -> None:
+        super().__init__(
+            spec=spec,
+            class_names=class_names,
+            image_size=model.image_size,
+            interpolation=getattr(model, "interpolation", "bicubic"),
+            can_reject=bool(getattr(model, "can_reject", False)),
+        )
+        self.model = model
+        # A plain object is no part that `modules()` visits, so its declaration is repeated here.
+        self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
+        self.surrogate = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [B, K], or [B, K + 1] with the acceptance score last."""
+        pixels = resize(pixels, self.image_size, self.interpolation)
+        return self.model(pixels) if callable(self.model) else self.model.forward(pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        extra = (self.spec, *source_of(self.model), str(self.image_size), self.interpolation)
+        return fingerprint(state_of(self.model), extra)
+
+
+def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.device) -> OwnClassifier:
+    """Return a user's object as a classifier, after a trial on two images; a UserError says what is wrong with it."""
+    if not callable(model) and not callable(getattr(model, "forward", None)):
+        raise UserError(
+            f"'{spec}' must return an encoder (encode_image, encode_text, image_size, logit_scale) or a classifier "
+            f"(callable, image_size): {type(model).__name__} has no encode_image and cannot be called"
+        )
+    size, how = getattr(model, "image_size", None), getattr(model, "interpolation", "bicubic")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"'{spec}': image_size must be a positive whole number (images are square), got {size!r}")
+    if how not in INTERPOLATIONS:
+        raise UserError(f"'{spec}' asks for the unknown interpolation '{how}'; {nearest(str(how), INTERPOLATIONS)}")
+    if not isinstance(model, nn.Module) and callable(getattr(model, "to", None)):
+        model = model.to(place) or model
+    classifier = OwnClassifier(model, spec=spec, class_names=class_names)
+    classifier.to(place)
+    _try_out(classifier, place)
+    return classifier
+
+
+def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
+    """Classify two images, and see whether the output fits the classes."""
+    size, wanted = classifier.image_size, len(classifier.class_names) + classifier.can_reject
+    pixels = torch.linspace(0, 1, 2 * 3 * size**2, device=place).view(2, 3, size, size)
+    must = f"'{classifier.spec}' must return finite logits [2, {wanted}] for 2 images and {len(classifier.class_names)}"
+    must += " classes and one acceptance score" if classifier.can_reject else " classes"
+    try:
+        with torch.no_grad():
+            output = classifier(pixels)
+    except Exception as error:  # the user's classifier may fail in any way
+        raise UserError(f"{must}, it raised {type(error).__name__}: {brief(error)}") from error
+    if not isinstance(output, Tensor):
+        raise UserError(f"{must}, got a {type(output).__name__}")
+    if output.shape != (2, wanted) or not output.is_floating_point():
+        advice = "" if output.ndim != 2 else ": pass data with the classes that it was made for"
+        raise UserError(f"{must}, got {output.dtype} {list(output.shape)}{advice}")
+    if not output.isfinite().all():
+        raise UserError(f"{must}, got NaN or infinite values")
