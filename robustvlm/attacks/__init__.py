@@ -7,6 +7,19 @@ from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD
 from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.goals import (
+    AcceptedMistake,
+    Case,
+    Deny,
+    FeatureAway,
+    FeatureTo,
+    Goal,
+    Intrude,
+    Misclassify,
+    Superclass,
+    SuperclassAll,
+    Targeted,
+)
 from robustvlm.attacks.jobs import FAILED, FOOLED, ROBUST, Job, Result
 from robustvlm.attacks.lanes import LaneEngine
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, margin, objective, target_classes
@@ -14,6 +27,7 @@ from robustvlm.attacks.oracle import PRECISIONS, Oracle
 from robustvlm.attacks.pgd import PGD
 from robustvlm.attacks.plan import ATTACKS, parse_attacks
 from robustvlm.attacks.probe import Probe, probe
+from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import NORMS, ThreatModel, parse_eps, parse_norm, project
 
 __all__ = [
@@ -26,13 +40,25 @@ __all__ = [
     "PGD",
     "PRECISIONS",
     "ROBUST",
+    "AcceptedMistake",
+    "Answer",
+    "Case",
+    "Deny",
+    "FeatureAway",
+    "FeatureTo",
+    "Goal",
+    "Intrude",
     "Job",
     "LaneAttack",
     "LaneEngine",
+    "Misclassify",
     "Objective",
     "Oracle",
     "Probe",
     "Result",
+    "Superclass",
+    "SuperclassAll",
+    "Targeted",
     "ThreatModel",
     "margin",
     "objective",

@@ -62,7 +62,8 @@ class APGD(LaneAttack):
     def target_rank(self, run: int) -> int:
         return 0 if self.n_targets is None else run // self.n_restarts
 
-    def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator) -> State:
+    def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
+        del run
         x = random_start(x0, threat, generator)
         low, high = pixel_box(x0, threat.eps)
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,13 +28,18 @@ class LaneAttack(ABC):
     iterate, and calls `advance`. Both functions must treat lanes independently of each other.
     """
 
+    # False: the attack asks for losses only, and the engine makes forward passes; `grad` is then empty.
+    uses_gradient: ClassVar[bool] = True
+    # True: points outside the ball are asked about too; only those inside count as successes or best points.
+    leaves_ball: ClassVar[bool] = False
+
     name: str
     n_iter: int
     n_restarts: int = 1
     objective: Objective
 
     def n_runs(self, n_classes: int) -> int:
-        """Return how many sub-runs one image gets."""
+        """Return how many sub-runs one image gets when the goal tells `n_classes` outcomes apart."""
         del n_classes
         return self.n_restarts
 
@@ -42,9 +48,16 @@ class LaneAttack(ABC):
         del run
         return 0
 
+    def away_from_image(self) -> LaneAttack:
+        """Return the attack for goals whose gradient vanishes at the image: one that never starts there."""
+        return self
+
     @abstractmethod
-    def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator) -> State:
-        """Return the state of one lane (leading dimension 1) at the start of a sub-run, with "x0" and "x"."""
+    def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
+        """Return the state of one lane (leading dimension 1) at the start of sub-run `run`, with "x0" and "x".
+
+        Every random draw of the sub-run comes from `generator`; draws that later steps need are made here.
+        """
 
     @abstractmethod
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:

@@ -17,8 +17,9 @@ class Job:
         image_id: stable name; with the run's seed it determines every random draw made for this image.
         index: position in the data set, carried through to the result.
         pixels: clean image [3, H, W] in [0, 1].
-        label: true class.
-        targets: wrong classes for targeted sub-runs, the likeliest first.
+        label: true class; -1 when it is none of the classes.
+        targets: classes for targeted sub-runs, the likeliest first.
+        reference: what the goal has to know of the clean image (its feature), a vector [R], or None.
     """
 
     image_id: str
@@ -26,6 +27,7 @@ class Job:
     pixels: Tensor = field(repr=False)
     label: int
     targets: tuple[int, ...] = ()
+    reference: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class Result:
     """The answer for one image.
 
     Args:
-        outcome: "fooled", "robust", or "failed" when the model's output was not finite.
-        prediction: class predicted at the recorded point.
-        confidence: softmax probability of that class.
-        margin: z_y - max other logit there; the lowest met unless the image was fooled at once.
+        outcome: "fooled" when the goal was reached, "robust", or "failed" when the model's output was not finite.
+        prediction: class predicted at the recorded point; -1 for a rejected image.
+        confidence: softmax probability of the leading class.
+        margin: the goal's margin there; the lowest met unless the image was fooled at once.
+        cosine: the cosine that a feature goal is about, there; None for other goals.
         steps: gradient steps made over all sub-runs.
         passes: encoder passes spent on this image, forward and backward counted as one each.
         run: sub-run (restart or target) that holds the recorded point.
@@ -50,6 +53,7 @@ class Result:
     prediction: int
     confidence: float
     margin: float
+    cosine: float | None
     steps: int
     passes: int
     run: int

@@ -14,62 +14,79 @@ from robustvlm.attacks.threat import perturbation_norms
 RESTART = -1
 
 
+@dataclass(frozen=True)
+class Fact:
+    """What the model says at one point: a row of an `Answer`, off the device."""
+
+    reached: bool
+    margin: float
+    prediction: int
+    confidence: float
+    finite: bool
+    cosine: float | None
+
+
 @dataclass
 class Lane:
-    """The progress of one image through the sub-runs of an attack."""
+    """The progress of one image through the sub-runs of an attack.
+
+    With `leave`, the image is finished at its first success; otherwise it goes on and keeps its point of lowest margin.
+    """
 
     job: Job
+    leave: bool = True
     run: int = 0
     step: int = 0
     steps: int = 0
     passes: int = 0
     seconds: float = 0.0
     best_run: int = 0
-    best_margin: float = float("inf")
-    best_logits: Tensor | None = None
+    best: Fact | None = None
     best_x: Tensor | None = None
 
     def target(self, attack: LaneAttack) -> int:
         """Return the class that the current sub-run aims at; the label where the objective has no target."""
         return self.job.targets[attack.target_rank(self.run)] if attack.objective.targeted else self.job.label
 
-    def observe(self, x: Tensor, logits: Tensor, finite: bool, prediction: int, margin: float) -> str | None:
+    def observe(self, x: Tensor, fact: Fact) -> str | None:
         """Take in what the model says at a point [3, H, W]; return the outcome if that decides it."""
-        wrong = prediction != self.job.label
-        if not finite or wrong or margin < self.best_margin:
-            self.best_margin, self.best_run = margin, self.run
-            self.best_x, self.best_logits = x.clone(), logits.clone()
-        if not finite:
+        success = fact.reached and self.leave
+        if self.best is None or not fact.finite or success or fact.margin < self.best.margin:
+            self.best, self.best_run, self.best_x = fact, self.run, x.clone()
+        if not fact.finite:
             return FAILED
-        return FOOLED if wrong else None
+        return FOOLED if success else None
 
-    def best(self) -> Tensor:
-        """Return the recorded point [3, H, W]."""
-        assert self.best_x is not None, "a lane is evaluated before it is asked"
-        return self.best_x
+    def reconsider(self, fact: Fact) -> str | None:
+        """Replace what is known of the recorded point by a better look at it; return the outcome if that decides it."""
+        self.best = fact
+        return FAILED if not fact.finite else FOOLED if fact.reached else None
 
-    def move_on(self, attack: LaneAttack, n_classes: int, *, cycle: bool) -> str | None:
-        """Count a step, or close the sub-run; return "robust" when there is none left."""
-        if self.step < attack.n_iter and not cycle:
+    def move_on(self, attack: LaneAttack, *, ended: bool) -> str | None:
+        """Count a step, or close the sub-run; return the outcome when there is none left."""
+        if self.step < attack.n_iter and not ended:
             self.step += 1
             self.steps += 1
             return None
         self.run += 1
         self.step = RESTART
-        return ROBUST if self.run >= attack.n_runs(n_classes) else None
+        if self.run < attack.n_runs(len(self.job.targets) + 1):
+            return None
+        return FOOLED if self.best is not None and self.best.reached else ROBUST
 
     def result(self, outcome: str) -> Result:
         """Return the answer, measured at the recorded point."""
-        adversarial = self.best().cpu()
-        assert self.best_logits is not None
+        assert self.best is not None, "the first point of a job lies inside the ball"
+        assert self.best_x is not None
+        adversarial = self.best_x.cpu()
         linf, l2 = perturbation_norms(adversarial, self.job.pixels)
-        prediction = int(self.best_logits.argmax().item())
         return Result(
             job=self.job,
             outcome=outcome,
-            prediction=prediction if outcome != FAILED else -1,
-            confidence=self.best_logits.double().softmax(0)[prediction].item(),
-            margin=self.best_margin,
+            prediction=self.best.prediction if outcome != FAILED else -1,
+            confidence=self.best.confidence,
+            margin=self.best.margin,
+            cosine=self.best.cosine,
             steps=self.steps,
             passes=self.passes,
             run=self.best_run,

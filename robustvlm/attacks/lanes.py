@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import DONE, LaneAttack, State
+from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.jobs import ROBUST, Job, Result
-from robustvlm.attacks.lane import RESTART, Lane
-from robustvlm.attacks.objectives import margin
+from robustvlm.attacks.lane import RESTART, Fact, Lane
 from robustvlm.attacks.oracle import Oracle
+from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import generator
@@ -35,7 +36,10 @@ class LaneEngine:
         seed: run seed.
         rungs: batch sizes, descending and starting with `lanes`, on which the model gives bit-identical rows; the
             smaller ones are used when the queue runs dry. Default: full batches only.
-        on_pass: called after every batched pass with the number of occupied lanes.
+        goal: what the attacker wants; any wrong class by default.
+        leave: let an image leave at its first success; otherwise it goes on to the end of its budget, and the recorded
+            point is that of lowest margin.
+        on_pass: called after every batched pass with the number of occupied lanes and the passes spent on them.
 
     Example:
         >>> from robustvlm.attacks.pgd import PGD
@@ -54,10 +58,14 @@ class LaneEngine:
         *,
         lanes: int,
         seed: int,
+        goal: Goal | None = None,
+        leave: bool = True,
         rungs: Sequence[int] = (),
-        on_pass: Callable[[int], None] | None = None,
+        on_pass: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.oracle, self.attack, self.threat, self.seed = oracle, attack, threat, seed
+        self.oracle, self.threat, self.seed = oracle, threat, seed
+        self.goal, self.leave = goal or Misclassify(), leave
+        self.attack = attack.away_from_image() if self.goal.still_at_image else attack
         self.rungs = tuple(rungs) or (lanes,)
         self._on_pass = on_pass
         self._lanes: list[Lane] = []
@@ -87,7 +95,7 @@ class LaneEngine:
             job = waiting.popleft() if waiting else next(source, None)
             if job is None:
                 break
-            started.append(Lane(job))
+            started.append(Lane(job, leave=self.leave))
         if started:
             states = [self._begin(lane) for lane in started]
             self._state = _concatenate([self._state, *states] if self._lanes else states)
@@ -97,27 +105,27 @@ class LaneEngine:
         """Return the state of a lane at the start of its current sub-run."""
         x0 = lane.job.pixels[None].to(self.oracle.dtype)
         draws = generator(self.seed, lane.job.image_id, self.attack.name, lane.run)
-        state = self.attack.begin(x0, self.threat, draws)
+        state = self.attack.begin(x0, self.threat, draws, lane.run)
         return {name: value.to(self.oracle.device) for name, value in state.items()}
 
     def _advance(self) -> list[Result]:
         """Make one batched pass, take in what it shows, and move every lane on; return the finished jobs."""
         began, used = time.perf_counter(), len(self._lanes)
         rows = self._rows(used)
-        label = self._spread([lane.job.label for lane in self._lanes], rows)
-        target = self._spread([lane.target(self.attack) for lane in self._lanes], rows)
-        step = self._spread([lane.step for lane in self._lanes], rows)
+        case = self._case().rows(rows)
+        step = self._spread([lane.step for lane in self._lanes])[rows]
         state = self._state if len(rows) == used else {name: value[rows] for name, value in self._state.items()}
-        logits, loss, grad = self.oracle.gradient(state["x"], self.attack.objective, label, target)
-        outcomes = self._observe(state["x"][:used], logits[:used], label[:used])
+        gradient = self.attack.uses_gradient
+        answer, loss, grad = self.oracle.look(state["x"], self.goal, self.attack.objective, case, gradient=gradient)
+        outcomes = self._observe(state, answer, used, passes=self.oracle.look_passes * (2 if gradient else 1))
         state = self.attack.advance(state, loss, grad, step, self.threat)
         self._state = {name: value[:used] for name, value in state.items()}
-        self._move_on(outcomes, n_classes=logits.shape[1])
+        self._move_on(outcomes)
         share = (time.perf_counter() - began) / used
         for lane in self._lanes:
             lane.seconds += share
         if self._on_pass is not None:
-            self._on_pass(used)
+            self._on_pass(used, used * self.oracle.look_passes * (2 if gradient else 1))
         return self._retire(outcomes)
 
     def _rows(self, used: int) -> Tensor:
@@ -127,45 +135,58 @@ class LaneEngine:
     def _rung(self, used: int) -> int:
         return min(rung for rung in self.rungs if rung >= used)
 
-    def _spread(self, values: list[int], rows: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.oracle.device)[rows]
+    def _spread(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.oracle.device)
 
-    def _observe(self, x: Tensor, logits: Tensor, label: Tensor) -> list[str | None]:
-        """Show every lane its logits; an apparent success in low precision gets a full-precision second look first."""
+    def _case(self) -> Case:
+        """Return what the goal has to know of the occupied lanes."""
+        references = [lane.job.reference for lane in self._lanes if lane.job.reference is not None]
+        return Case(
+            label=self._spread([lane.job.label for lane in self._lanes]),
+            target=self._spread([lane.target(self.attack) for lane in self._lanes]),
+            reference=torch.stack(references).to(self.oracle.device, self.oracle.dtype) if references else None,
+        )
+
+    def _observe(self, state: State, answer: Answer, used: int, *, passes: int) -> list[str | None]:
+        """Show every lane its answer; an apparent success that is not final gets a second look first."""
         for lane in self._lanes:
-            lane.passes += 2
+            lane.passes += passes
+        x = state["x"]
+        counts = _inside(x, state["x0"], self.threat) if self.attack.leaves_ball else torch.ones_like(answer.reached)
+        counts |= ~answer.finite
         if not self.oracle.confirmed:
-            doubtful = torch.nonzero((logits.argmax(1) != label) | ~logits.isfinite().all(1)).flatten()
+            doubtful = torch.nonzero(((answer.reached & counts) | ~answer.finite)[:used]).flatten()
             if len(doubtful):
-                logits = logits.index_copy(0, doubtful, self._confirm(x[doubtful], doubtful.tolist()))
-        return [lane.observe(*seen) for lane, *seen in zip(self._lanes, x, logits, *_facts(logits, label), strict=True)]
+                answer = answer.replaced(doubtful, self._confirm(x[doubtful], doubtful.tolist()))
+        facts = zip(self._lanes, x[:used], _facts(answer)[:used], counts[:used].tolist(), strict=True)
+        return [lane.observe(point, fact) if inside else None for lane, point, fact, inside in facts]
 
-    def _confirm(self, x: Tensor, rows: list[int]) -> Tensor:
-        """Return full-precision logits of some lanes' points, from a batch of an allowed shape."""
+    def _confirm(self, x: Tensor, rows: list[int]) -> Answer:
+        """Return final answers at some lanes' points, from a batch of an allowed shape."""
         for row in rows:
-            self._lanes[row].passes += 1
+            self._lanes[row].passes += self.oracle.draws
         spare = torch.arange(self._rung(len(x)), device=x.device) % len(x)
-        return self.oracle.confirm(x[spare])[: len(x)]
+        case = self._case().rows(self._spread(rows)[spare])
+        return self.oracle.judge(x[spare], self.goal, case).head(len(x))
 
-    def _move_on(self, outcomes: list[str | None], *, n_classes: int) -> None:
-        """Advance the counters of undecided lanes; a lane whose budget is spent becomes robust, in place."""
-        cycles = self._state[DONE].tolist() if DONE in self._state else [False] * len(self._lanes)
-        for row, (lane, cycle) in enumerate(zip(self._lanes, cycles, strict=True)):
+    def _move_on(self, outcomes: list[str | None]) -> None:
+        """Advance the counters of undecided lanes; a lane whose budget is spent gets its outcome, in place."""
+        ended = self._state[DONE].tolist() if DONE in self._state else [False] * len(self._lanes)
+        closed = []
+        for row, (lane, end) in enumerate(zip(self._lanes, ended, strict=True)):
             if outcomes[row] is None:
-                outcomes[row] = lane.move_on(self.attack, n_classes, cycle=cycle)
-        if not self.oracle.confirmed:
-            self._confirm_robust([row for row, outcome in enumerate(outcomes) if outcome == ROBUST], outcomes)
+                outcomes[row] = lane.move_on(self.attack, ended=end)
+                if outcomes[row] is not None:
+                    closed.append(row)
+        if closed and not self.oracle.confirmed:
+            self._reconsider(closed, outcomes)
 
-    def _confirm_robust(self, rows: list[int], outcomes: list[str | None]) -> None:
-        """State the lowest margin of robust images in full precision; some may turn out to be successes after all."""
-        if not rows:
-            return
-        x = torch.stack([self._lanes[row].best() for row in rows])
-        logits = self._confirm(x, rows)
-        label = torch.tensor([self._lanes[row].job.label for row in rows], device=logits.device)
-        for row, *seen in zip(rows, x, logits, *_facts(logits, label), strict=True):
-            self._lanes[row].best_margin = float("inf")
-            outcomes[row] = self._lanes[row].observe(*seen) or ROBUST
+    def _reconsider(self, rows: list[int], outcomes: list[str | None]) -> None:
+        """Take a final look at the recorded points of images that came to their end without a confirmed success."""
+        points = [self._lanes[row].best_x for row in rows]
+        x = torch.stack([point for point in points if point is not None])
+        for row, fact in zip(rows, _facts(self._confirm(x, rows)), strict=True):
+            outcomes[row] = self._lanes[row].reconsider(fact) or ROBUST
 
     def _retire(self, outcomes: list[str | None]) -> list[Result]:
         """Turn decided lanes into results, start the next sub-run of others, and keep the rest."""
@@ -195,9 +216,19 @@ class LaneEngine:
             torch.cuda.empty_cache()
 
 
-def _facts(logits: Tensor, label: Tensor) -> tuple[list[bool], list[int], list[float]]:
-    """Return per row: are the logits finite, the predicted class, the margin; moved off the device once."""
-    return logits.isfinite().all(1).tolist(), logits.argmax(1).tolist(), margin(logits, label).tolist()
+def _facts(answer: Answer) -> list[Fact]:
+    """Return the rows of an answer, moved off the device at once."""
+    columns = [getattr(answer, name).tolist() for name in answer.__dataclass_fields__]
+    columns[-1] = [None if value != value else value for value in columns[-1]]  # no cosine: equal facts stay equal
+    return [Fact(*row) for row in zip(*columns, strict=True)]
+
+
+def _inside(x: Tensor, x0: Tensor, threat: ThreatModel) -> Tensor:
+    """Return which images lie in the ball around their clean image, measured in float64, and in [0, 1]."""
+    delta = (x.double() - x0.double()).flatten(1)
+    norm = delta.abs().amax(1) if threat.norm == "Linf" else delta.norm(dim=1)
+    flat = x.flatten(1)
+    return (norm <= threat.eps) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1)
 
 
 def _concatenate(states: Sequence[State]) -> State:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.objectives import Objective
+from robustvlm.attacks.tally import Answer, Tally
+from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError, nearest
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 
-# A model under attack: pixels [B, 3, H, W] in [0, 1] to logits [B, K].
+# A model under attack: pixels [B, 3, H, W] in [0, 1] to outputs [B, O].
 Logits = Callable[[Tensor], Tensor]
 
 
@@ -29,12 +32,17 @@ class Passes:
 
 
 class Oracle:
-    """Logits and input gradients of a model, at a stated precision, with passes and time counted.
+    """Answers and input gradients of a model, at a stated precision, with passes and time counted.
 
     Args:
-        model: module from pixels [B, 3, H, W] in [0, 1] to logits [B, K]; put into eval mode, parameters frozen.
+        model: module from pixels [B, 3, H, W] in [0, 1] to outputs [B, O]; put into eval mode, parameters frozen.
         device: where the passes run.
         precision: "fp32"; "bf16" for gradients under autocast (answers are confirmed in fp32); "fp64" to check.
+        eot: draws of a random model over which losses and gradients are averaged (expectation over transformation,
+            Athalye et al. 2018, arXiv 1707.07397), one after the other, so that memory does not grow with them.
+        draws: fresh draws of a random model that judge a point, by majority.
+        seed: of the model's own draws.
+        compiled: take gradients from a `torch.compile`d copy; the plain model confirms.
 
     Example:
         >>> oracle = Oracle(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
@@ -42,7 +50,17 @@ class Oracle:
         (torch.Size([5, 3]), 5)
     """
 
-    def __init__(self, model: nn.Module, *, device: str | torch.device = "cpu", precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        eot: int = 1,
+        draws: int = 1,
+        seed: int = 0,
+        compiled: bool = False,
+    ) -> None:
         if precision not in PRECISIONS:
             raise UserError(f"unknown precision '{precision}': {nearest(precision, PRECISIONS)}")
         self.precision = precision
@@ -51,33 +69,76 @@ class Oracle:
         self.model = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self.layout = _layout(model)
         self.model.to(memory_format=self.layout)
+        self.eot, self.draws, self.seed = eot, draws, seed
         self.passes = Passes()
+        self._fast: Logits = torch.compile(self.model) if compiled else self.model
+        self._drawn = 0
 
     @property
     def confirmed(self) -> bool:
-        """Whether the logits that come with a gradient are full precision already, so that they need no second look."""
-        return self.precision != "bf16"
+        """Whether an answer that comes with a gradient is final, so that it needs no second look."""
+        return self.precision != "bf16" and self.eot == self.draws == 1 and self._fast is self.model
+
+    @property
+    def look_passes(self) -> int:
+        """Forward passes that one look takes per image."""
+        return self.eot
 
     def confirm(self, x: Tensor) -> Tensor:
-        """Return full-precision logits [B, K] of images [B, 3, H, W]; the only logits that decide an outcome."""
-        with self._counted(len(x), backward=False), torch.no_grad():
+        """Return full-precision outputs [B, O] of images [B, 3, H, W], one draw of a random model."""
+        with self._counted(len(x), backward=False), self._drawing(), torch.no_grad():
             return self.model(x.to(self.device, self.dtype, memory_format=self.layout)).detach()
 
-    def gradient(self, x: Tensor, objective: Objective, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits [B, K], losses [B] and their gradients with respect to the pixels [B, 3, H, W].
+    def judge(self, x: Tensor, goal: Goal, case: Case) -> Answer:
+        """Return the answers that decide outcomes: full precision, `draws` fresh draws of a random model."""
+        tally = Tally(goal, case, len(x), self.device)
+        for _ in range(self.draws):
+            tally.add(self.confirm(x))
+        return tally.answer()
+
+    def look(
+        self, x: Tensor, goal: Goal, objective: Objective, case: Case, *, gradient: bool = True
+    ) -> tuple[Answer, Tensor, Tensor]:
+        """Return answers, losses [B] and their gradients [B, 3, H, W] (empty without `gradient`), averaged over `eot`.
 
         A gradient that is not finite is returned as zero: a step along it would lose the image.
         """
-        x = x.detach().to(memory_format=self.layout, copy=True).requires_grad_(True)
-        with self._counted(len(x), backward=True), torch.enable_grad():
+        tally = Tally(goal, case, len(x), self.device)
+        loss_sum, grad_sum = x.new_zeros(len(x), device=self.device), x.new_zeros(0, device=self.device)
+        for _ in range(self.eot):
+            output, loss, grad = self._pass(x, lambda out: goal.loss(out, objective, case), gradient=gradient)
+            tally.add(output)
+            loss_sum = loss_sum + loss
+            grad_sum = grad if not len(grad_sum) else grad_sum + grad
+        return tally.answer(), loss_sum / self.eot, grad_sum / self.eot
+
+    def gradient(self, x: Tensor, objective: Objective, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return outputs [B, O], losses [B] and input gradients of an objective on the logits; one draw."""
+        return self._pass(x, lambda output: objective(output, label, target), gradient=True)
+
+    def _pass(self, x: Tensor, loss_of: Callable[[Tensor], Tensor], *, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.detach().to(memory_format=self.layout, copy=True).requires_grad_(gradient)
+        with self._counted(len(x), backward=gradient), self._drawing(), torch.set_grad_enabled(gradient):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                logits = self.model(x)
-            logits = logits.to(self.dtype)
-            loss = objective(logits, label, target)
+                output = self._fast(x)
+            output = output.to(self.dtype)
+            loss = loss_of(output)
             # Rows do not interact, so the gradient of the sum holds every image's own gradient.
-            (grad,) = torch.autograd.grad(loss.sum(), x)
+            grad = torch.autograd.grad(loss.sum(), x)[0] if gradient else x.new_zeros(0)
         grad = torch.nan_to_num(grad.contiguous(), nan=0.0, posinf=0.0, neginf=0.0)
-        return logits.detach(), loss.detach(), grad
+        return output.detach(), loss.detach(), grad
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Give a random model fresh draws that follow from the seed; the caller's random state is left alone."""
+        if self.eot == self.draws == 1:
+            yield
+            return
+        self._drawn += 1
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(derive_seed(self.seed, "draws of the model", self._drawn))
+            yield
 
     @contextlib.contextmanager
     def _counted(self, images: int, *, backward: bool) -> Iterator[None]:

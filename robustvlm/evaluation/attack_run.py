@@ -181,7 +181,7 @@ class AttackRun:
             lanes=found.rungs[0],
             seed=self.config.seed,
             rungs=found.rungs,
-            on_pass=lambda used: self.observer.passed(used, 2 * used),
+            on_pass=self.observer.passed,
         )
         for result in engine.run(self._jobs(wanted, stage)):
             self._keep(result, stage)

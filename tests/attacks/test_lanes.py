@@ -52,7 +52,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit():
 
 def test_another_seed_draws_other_starts():
     model, jobs = Curved(), right_jobs(Curved(), 20)
-    a, b = (attack_all(model, PGD(n_iter=3), THREAT, jobs, seed=seed) for seed in (0, 1))
+    a, b = (attack_all(model, PGD(n_iter=3, image_first=False), THREAT, jobs, seed=seed) for seed in (0, 1))
     assert any(x.margin != y.margin for x, y in zip(a, b, strict=True))
 
 
@@ -62,7 +62,12 @@ def test_a_solved_image_leaves_and_its_lane_is_refilled():
     model = Curved()
     jobs = right_jobs(model, 40)
     engine = LaneEngine(
-        Oracle(model), PGD(n_iter=50), ThreatModel("Linf", 0.3), lanes=8, seed=0, on_pass=occupied.append
+        Oracle(model),
+        PGD(n_iter=50),
+        ThreatModel("Linf", 0.3),
+        lanes=8,
+        seed=0,
+        on_pass=lambda used, _: occupied.append(used),
     )
     assert len(list(engine.run(jobs))) == 40
     assert set(occupied[: len(occupied) // 2]) == {8}

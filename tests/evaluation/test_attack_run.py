@@ -156,7 +156,7 @@ def test_the_seed_decides_the_draws_and_nothing_else_does(make_folder: Photos) -
     photos = make_folder(20)
     runs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run = prepared(photos, name=name, seed=seed, attack="pgd:steps=2", eps="1/255")
+        run = prepared(photos, name=name, seed=seed, attack="apgd-ce:steps=2", eps="1/255")
         run.run()
         runs[name] = table(run)
     assert runs["a"].equals(runs["b"])

@@ -1,0 +1,71 @@
+"""Goals about the feature itself: away from the clean one, or to a target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks.goals.base import REJECTED, Case, Goal
+
+
+class FeatureGoal(Goal):
+    """A goal about unit features [B, D]; the reference holds every image's clean feature."""
+
+    two_way = True
+
+    def prediction(self, output: Tensor) -> Tensor:
+        return torch.full((len(output),), REJECTED, dtype=torch.int64, device=output.device)
+
+    def confidence(self, output: Tensor) -> Tensor:
+        return torch.full((len(output),), float("nan"), dtype=torch.float64, device=output.device)
+
+
+class FeatureAway(FeatureGoal):
+    """A feature whose cosine to the image's clean feature lies below `min_cos`.
+
+    Example:
+        >>> goal = FeatureAway(0.5)
+        >>> goal.margin(torch.tensor([[0.6, 0.8]]), Case(torch.tensor([0]), None, torch.tensor([[1.0, 0.0]]))).item()
+        0.10000...
+    """
+
+    spec, still_at_image = "feature", True
+
+    def __init__(self, min_cos: float = 0.5) -> None:
+        self.min_cos = min_cos
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        return self.cosine(output, case) - self.min_cos
+
+    def cosine(self, output: Tensor, case: Case) -> Tensor:
+        return _cosine(output, _own(case))
+
+
+class FeatureTo(FeatureGoal):
+    """A feature nearer to a target's than to a rival's: the image's own clean feature, or the text of its class.
+
+    Args:
+        target: unit feature [D].
+        rivals: unit features [K, D] of the classes' texts, indexed by the label; None: the image's own clean feature.
+        name: how the target is named.
+    """
+
+    def __init__(self, target: Tensor, rivals: Tensor | None = None, name: str = "target") -> None:
+        self.target, self.rivals, self.spec = target, rivals, f"feature:{name}"
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        rival = _own(case) if self.rivals is None else self.rivals.to(output)[case.label]
+        return _cosine(output, rival) - self.cosine(output, case)
+
+    def cosine(self, output: Tensor, case: Case) -> Tensor:
+        del case
+        return _cosine(output, self.target.to(output).expand_as(output))
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b.to(a)).sum(1)
+
+
+def _own(case: Case) -> Tensor:
+    assert case.reference is not None, "feature goals need the clean features"
+    return case.reference

@@ -1,0 +1,203 @@
+"""Goals: margins and verdicts agree, superclasses follow the predicted class, losses lead where the goal lies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import CHANNELS, SIDE, Curved, Linear
+
+from robustvlm.attacks import (
+    APGD,
+    FOOLED,
+    OBJECTIVES,
+    PGD,
+    ROBUST,
+    AcceptedMistake,
+    Case,
+    Deny,
+    FeatureAway,
+    FeatureTo,
+    Goal,
+    Intrude,
+    Job,
+    LaneEngine,
+    Misclassify,
+    Oracle,
+    Superclass,
+    SuperclassAll,
+    Targeted,
+    ThreatModel,
+    objective,
+)
+
+K = 6
+FINE, COARSE = Superclass(torch.arange(K), "0"), Superclass(torch.tensor([0, 0, 1, 1, 2, 2]), "1")
+COARSEST = Superclass(torch.tensor([0, 0, 0, 0, 1, 1]), "2")
+ALL = SuperclassAll([FINE, COARSE, COARSEST])
+LOGIT_GOALS: list[Goal] = [Misclassify(), Targeted(2), COARSE, ALL]
+REFUSABLE: list[Goal] = [AcceptedMistake(), Deny(), Intrude()]
+
+
+def outputs(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("goal", [*LOGIT_GOALS, *REFUSABLE], ids=lambda goal: type(goal).__name__)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_goal_is_reached_exactly_where_its_margin_is_negative(goal: Goal, seed: int) -> None:
+    output = outputs(32, K + (goal in REFUSABLE), seed)
+    case = Case(torch.arange(32) % K, torch.full((32,), 3))
+    assert torch.equal(goal.reached(output, case), goal.margin(output, case) < 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_superclass_verdicts_are_those_of_the_predicted_class_and_nest(seed: int) -> None:
+    output, case = outputs(64, K, seed), Case(torch.arange(64) % K)
+    predicted = output.argmax(1)
+    for goal in (FINE, COARSE, COARSEST):
+        expected = goal.groups[predicted] != goal.groups[case.label]
+        assert torch.equal(goal.reached(output, case), expected)
+    assert torch.equal(FINE.reached(output, case), Misclassify().reached(output, case))
+    # Wrong at a coarse level is wrong at every finer one, so "all" is the coarsest.
+    assert not (COARSEST.reached(output, case) & ~COARSE.reached(output, case)).any()
+    assert torch.equal(ALL.reached(output, case), COARSEST.reached(output, case))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_serves_every_goal_with_finite_useful_gradients(name: str) -> None:
+    case = Case(torch.tensor([0, 1, 0, 1]), torch.tensor([4, 5, 4, 5]), torch.ones(4, 2))
+    for goal in [*LOGIT_GOALS, *REFUSABLE]:
+        output = outputs(4, K + (goal in REFUSABLE), 1).requires_grad_(True)
+        loss = goal.loss(output, objective(name), case)
+        assert loss.shape == (4,)
+        (grad,) = torch.autograd.grad(loss.sum(), output)
+        assert grad.isfinite().all()
+    output = outputs(4, K, 1)
+    assert torch.allclose(
+        FINE.loss(output, objective(name), case), Misclassify().loss(output, objective(name), case)
+    ), "the finest level is plain misclassification"
+
+
+def test_superclass_targets_are_the_leaders_of_the_other_superclasses() -> None:
+    clean = torch.tensor([5.0, 9.0, 1.0, 2.0, 4.0, 3.0])
+    assert COARSE.targets(clean, 0, 9) == [4, 3]
+    assert COARSE.targets(clean, 0, 1) == [4]
+    assert Misclassify().targets(clean, 1, 2) == [0, 4]
+    assert Targeted(2).targets(clean, 1, 9) == [2]
+
+
+def test_the_loss_for_all_levels_leaves_out_levels_where_target_and_label_are_kin() -> None:
+    output, label = outputs(1, K, 3), torch.tensor([0])
+    loss = ALL.loss(output, objective("ce-t"), Case(label, torch.tensor([1])))
+    assert loss.item() == pytest.approx(FINE.loss(output, objective("ce-t"), Case(label, torch.tensor([1]))).item())
+
+
+def test_a_rejected_mistake_is_none() -> None:
+    output = torch.tensor([[1.0, 2.0, -0.1], [1.0, 2.0, 0.1], [2.0, 1.0, 0.1]])
+    case = Case(torch.zeros(3, dtype=torch.int64))
+    assert AcceptedMistake().reached(output, case).tolist() == [False, True, False]
+    assert AcceptedMistake().prediction(output).tolist() == [-1, 1, 0]
+    assert Deny().reached(output, case).tolist() == [True, False, False]
+    assert Intrude().reached(output, case).tolist() == [False, True, True]
+
+
+def attack(model: torch.nn.Module, goal: Goal, jobs: list[Job], eps: float = 0.3, steps: int = 20, **options):
+    engine = LaneEngine(
+        Oracle(model), options.pop("attack", PGD(n_iter=steps)), ThreatModel("Linf", eps), lanes=4, seed=0, goal=goal,
+        **options,
+    )  # fmt: skip
+    return sorted(engine.run(jobs), key=lambda result: result.job.index)
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.rand(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+
+
+def test_targeted_and_superclass_attacks_reach_what_they_aim_at() -> None:
+    model = Linear(K)
+    jobs = [Job(str(i), i, x, label=int(model(x[None]).argmax())) for i, x in enumerate(images(8))]
+    for result in attack(model, Targeted(2), [job for job in jobs if job.label != 2]):
+        assert (result.outcome, result.prediction) == (FOOLED, 2)
+    for result in attack(model, COARSE, jobs):
+        assert result.outcome == FOOLED
+        assert COARSE.groups[result.prediction] != COARSE.groups[result.job.label]
+
+
+class UnitFeatures(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Curved(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.inner(x), dim=1)
+
+
+@pytest.mark.parametrize("attacker", [PGD(n_iter=30), APGD(n_iter=30), PGD(name="fgsm", n_iter=1, random_start=False)])
+def test_feature_attacks_leave_the_image_although_the_gradient_vanishes_there(attacker) -> None:
+    model = UnitFeatures()
+    x = images(6)
+    jobs = [Job(str(i), i, image, -1, (), model(image[None])[0].detach()) for i, image in enumerate(x)]
+    for result in attack(model, FeatureAway(0.5), jobs, attack=attacker, leave=False):
+        reached = torch.nn.functional.cosine_similarity(
+            model(result.adversarial[None]), model(result.job.pixels[None])
+        ).item()
+        assert result.cosine == pytest.approx(reached, abs=1e-5)
+        assert result.cosine < 0.999
+        assert (result.outcome == FOOLED) == (reached < 0.5)
+
+
+def test_feature_attacks_reach_a_target() -> None:
+    model = UnitFeatures()
+    x = images(6)
+    goal = FeatureTo(model(x[5:])[0].detach())
+    jobs = [Job(str(i), i, image, 0, (), model(image[None])[0].detach()) for i, image in enumerate(x[:5])]
+    results = attack(model, goal, jobs, eps=0.6, steps=40)
+    assert all(result.outcome == FOOLED for result in results)
+    for result in results:
+        feature = model(result.adversarial[None])[0]
+        assert feature @ goal.target > feature @ result.job.reference
+
+
+class Doubtful(torch.nn.Module):
+    """A linear classifier that accepts bright images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear(K)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.inner(x), (x.mean((1, 2, 3)) - 0.5)[:, None]], dim=1)
+
+
+def test_an_accepted_mistake_has_to_meet_both_conditions() -> None:
+    """At first a step against the class darkens the image; only both gradients together succeed."""
+    model, x = Doubtful(), images(6) * 0.2 + 0.42
+    clean = model(x)
+    assert (clean[:, -1] > 0).all()
+    jobs = []
+    for i, image in enumerate(x):
+        row = clean[i]
+        label = int(row[:-1].argmax())
+        reference = torch.stack([row[label] - row[:-1].topk(2).values[1], row[-1]]).detach()
+        jobs.append(Job(str(i), i, image, label, (), reference))
+    for result in attack(model, AcceptedMistake(), jobs, eps=0.2, steps=40):
+        output = model(result.adversarial[None])[0]
+        assert result.outcome == FOOLED
+        assert result.prediction == int(output[:-1].argmax()) != result.job.label
+        assert output[-1] > 0
+    assert all(result.outcome == FOOLED and result.prediction == -1 for result in attack(model, Deny(), jobs, eps=0.2))
+
+
+def test_without_leaving_an_image_goes_on_to_its_lowest_margin() -> None:
+    model = Linear(K)
+    jobs = [Job(str(i), i, x, label=int(model(x[None]).argmax())) for i, x in enumerate(images(5))]
+    first = attack(model, Misclassify(), jobs)
+    last = attack(model, Misclassify(), jobs, leave=False)
+    assert all(result.outcome == FOOLED for result in (*first, *last))
+    assert all(b.steps > a.steps and b.margin < a.margin for a, b in zip(first, last, strict=True))
+    tiny = attack(model, Misclassify(), jobs, eps=1e-6, leave=False)
+    assert all(result.outcome == ROBUST for result in tiny)

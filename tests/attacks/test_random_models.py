@@ -1,0 +1,120 @@
+"""Random models: averaged gradients, verdicts by majority over fresh draws, the caller's random state left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import CHANNELS, SIDE, Linear
+
+from robustvlm.attacks import FOOLED, PGD, ROBUST, Case, Job, LaneEngine, Misclassify, Oracle, ThreatModel, objective
+
+
+class Noisy(torch.nn.Module):
+    """A linear model behind fresh Gaussian noise on its logits."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale, self.calls = Linear(), scale, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        logits = self.inner(x)
+        return logits + self.scale * torch.randn(logits.shape)
+
+
+class NoisyInput(Noisy):
+    """The same behind noise on the pixels, so that gradients are random too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(x + self.scale * torch.randn(x.shape)))
+
+
+def image() -> torch.Tensor:
+    return torch.rand(CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+def test_gradients_are_averaged_over_the_draws() -> None:
+    x, label = image()[None], torch.tensor([0])
+    spread = []
+    for eot in (1, 64):
+        oracle = Oracle(NoisyInput(1.0), eot=eot, draws=3)
+        looks = [oracle.look(x, Misclassify(), objective("margin"), Case(label))[2] for _ in range(24)]
+        spread.append(torch.stack(looks).std(0).mean().item())
+        assert oracle.passes.forward == oracle.passes.backward == 24 * eot
+    assert spread[1] < spread[0] / 5, "the error of a mean of 64 draws is 8 times smaller"
+
+
+def test_a_lucky_draw_is_no_success() -> None:
+    """Noise flips the class in a minority of draws: every single look finds flips, the majority never does."""
+    model = Noisy(2.0)
+    x = image()
+    label = int(model.inner(x[None]).argmax())
+    gap = model.inner(x[None])[0].detach().sort(descending=True).values
+    model.scale = float(gap[0] - gap[1]) * 0.8
+    flips = sum(int(model(x[None]).argmax()) != label for _ in range(400)) / 400
+    assert 0.05 < flips < 0.35
+    threat = ThreatModel("Linf", 1e-7)
+    outcomes = {}
+    for draws in (1, 101):
+        oracle = Oracle(model, eot=1, draws=draws, seed=3)
+        engine = LaneEngine(oracle, PGD(n_iter=20), threat, lanes=1, seed=0)
+        outcomes[draws] = [r.outcome for r in engine.run([Job("a", 0, x, label)])]
+    assert outcomes == {1: [FOOLED], 101: [ROBUST]}
+
+
+def test_a_majority_of_wrong_draws_is_a_success_and_the_worst_draw_is_the_margin() -> None:
+    model = Noisy(0.05)
+    x = image()
+    label = int(model.inner(x[None]).argmax())
+    oracle = Oracle(model, eot=4, draws=21)
+    engine = LaneEngine(oracle, PGD(n_iter=20), ThreatModel("Linf", 0.5), lanes=1, seed=0)
+    (result,) = engine.run([Job("a", 0, x, label)])
+    assert result.outcome == FOOLED
+    assert result.prediction != label
+    # Two looks at least (start, success) of four draws forward and backward, and one verdict of 21 draws.
+    assert result.passes % 8 == 21 % 8
+
+
+def test_draws_follow_from_the_seed_and_leave_the_callers_alone() -> None:
+    answers, model = [], Noisy(1.0)
+    for _ in range(2):
+        torch.manual_seed(7)
+        before = torch.random.get_rng_state()
+        answer = Oracle(model, eot=2, draws=5, seed=1).judge(image()[None], Misclassify(), Case(torch.tensor([0])))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.rand(3)
+        answers.append(answer.margin.item())
+    assert answers[0] == answers[1]
+    other = Oracle(model, eot=2, draws=5, seed=2).judge(image()[None], Misclassify(), Case(torch.tensor([0])))
+    assert other.margin.item() != answers[0]
+
+
+@pytest.mark.parametrize("draws", [1, 3, 20])
+def test_memory_of_an_averaged_gradient_does_not_grow(draws: int) -> None:
+    """Only one draw's graph is alive at a time."""
+    alive: list[int] = []
+
+    class Watch(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            token = _Token.apply(x, alive)
+            return token.flatten(1)[:, :4] * 2
+
+    Oracle(Watch(), eot=draws, draws=1 + 2 * draws).look(
+        image()[None], Misclassify(), objective("ce"), Case(torch.tensor([0]))
+    )
+    assert alive == [0]
+
+
+class _Token(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alive):
+        ctx.alive = alive
+        alive.append(0) if not alive else None
+        alive[0] += 1
+        assert alive[0] == 1, "a second graph was built before the first was freed"
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.alive[0] -= 1
+        return grad, None
