@@ -17,10 +17,12 @@ from robustvlm.runs.manifest import Manifest, is_manifest, require_same
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _LOCK = "run.lock"
+_RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 
-# Everything a run writes, in the order in which `--fresh` deletes it: without summary and journal a run starts over, so
-# that a deletion cut short leaves nothing that could be taken for results; the manifest marks the folder as ours.
-_FILES = ("summary.json", "journal.jsonl", "results.parquet", "report.html", "gallery", "adversarial", "manifest.json")
+# Everything a run writes besides its journals, in the order in which `--fresh` deletes it: without summary and journals
+# a run starts over, so that a deletion cut short leaves nothing that could be taken for results; the manifest marks the
+# folder as ours.
+_FILES = ("results.parquet", "report.html", "gallery", "adversarial", "manifest.json")
 
 
 def default_name(kind: str, model: str, data: str, config: dict[str, Any]) -> str:
@@ -58,6 +60,16 @@ class RunFolder:
     @property
     def journal_path(self) -> Path:
         return self.path / "journal.jsonl"
+
+    def journal_of(self, rank: int) -> Path:
+        """Return where one of several processes keeps its journal; a process on its own is rank 0."""
+        return self.journal_path if rank == 0 else self.path / f"journal-{rank}.jsonl"
+
+    def journals(self) -> list[Path]:
+        """Return the journals that are there, of however many processes, that of rank 0 first."""
+        others = (path for path in self.path.glob("journal-*.jsonl") if _RANK_JOURNAL.fullmatch(path.name))
+        found = [self.journal_path, *sorted(others, key=lambda path: (len(path.name), path.name))]
+        return [path for path in found if path.exists()]
 
     @property
     def results_path(self) -> Path:
@@ -120,6 +132,17 @@ class RunFolder:
                     require_same(old, manifest, self.path)
                 yield old or manifest
 
+    def joined(self, manifest: Manifest) -> Manifest:
+        """Return the manifest on disk to a process whose rank 0 has opened the folder; raise if it is another run's."""
+        with named_disk_errors(self.path):
+            old = self.manifest()
+        if old is None:
+            raise UserError(
+                f"rank 0 has begun a run that is not in '{self.path}': all machines must see one folder, see --out"
+            )
+        require_same(old, manifest, self.path)
+        return old
+
     def _check_not_foreign(self) -> None:
         """Refuse a folder that holds somebody's other files: a run neither mixes with those nor deletes them."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
@@ -133,7 +156,7 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        for path in (self.path / name for name in _FILES):
+        for path in (self.summary_path, *self.journals(), *(self.path / name for name in _FILES)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

@@ -68,19 +68,49 @@ class Journal:
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the facts of a journal, in order; a missing file holds none, a torn last line is left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                fact = json.loads(line.decode("utf-8", "surrogateescape"))
-            except (ValueError, RecursionError):
-                fact = None
-            if not isinstance(fact, dict):
-                raise UserError(f"line {number} of '{path}' is damaged: repair it, or start over with --fresh")
-            yield fact
+    return (fact for _, fact in JournalReader(path).new())
+
+
+class JournalReader:
+    """Reads a journal that another process may still be writing, each fact once.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "journal-1.jsonl"
+        >>> reader = JournalReader(path)
+        >>> with Journal(path) as journal:
+        ...     journal.append({"index": 3})
+        ...     first = list(reader.new())
+        ...     journal.append({"index": 4})
+        >>> first, list(reader.new())
+        ([(1, {'index': 3})], [(2, {'index': 4})])
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = self._lines = 0
+
+    def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield number and fact of every whole line that was added since the last call."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as handle:
+            handle.seek(self._offset)
+            for line in handle:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                self._lines += 1
+                yield self._lines, self._fact(line)
+
+    def _fact(self, line: bytes) -> dict[str, Any]:
+        try:
+            fact = json.loads(line.decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            fact = None
+        if not isinstance(fact, dict):
+            raise UserError(f"line {self._lines} of '{self.path}' is damaged: repair it, or start over with --fresh")
+        return fact
 
 
 def _cut_torn_line(path: Path) -> None:

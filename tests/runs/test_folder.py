@@ -200,3 +200,29 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone_however_it_went(tm
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
     assert begin(RunFolder(tmp_path, "run")) == manifest()
+
+
+def test_journals_of_several_processes_are_found_and_deleted_by_fresh(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "run")
+    fill(folder)
+    for rank in (10, 2, 1):
+        folder.journal_of(rank).write_text("")
+    (folder.path / "journal-notes.jsonl").write_text("the user's own")
+    assert [path.name for path in folder.journals()] == [
+        "journal.jsonl",
+        "journal-1.jsonl",
+        "journal-2.jsonl",
+        "journal-10.jsonl",
+    ]
+    begin(folder, fresh=True)
+    assert names(folder.path) == {"manifest.json", "run.lock", "journal-notes.jsonl"}
+
+
+def test_other_processes_join_the_run_of_rank_0_and_no_other(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "run")
+    with pytest.raises(UserError, match="all machines must see one folder"):
+        folder.joined(manifest())
+    with folder.opened(manifest()):
+        assert folder.joined(manifest()) == manifest()
+        with pytest.raises(UserError, match="seed: 0 -> 1"):
+            folder.joined(manifest(1))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustvlm.errors import UserError
-from robustvlm.runs.journal import Journal, read_journal
+from robustvlm.runs.journal import Journal, JournalReader, read_journal
 
 # Ids come from file names, which on Linux may hold any byte; undecodable ones arrive as lone surrogates DC80-DCFF.
 LETTERS = st.one_of(st.characters(exclude_categories=["Cs"]), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
@@ -137,3 +137,22 @@ def test_partial_writes_are_completed(tmp_path: Path) -> None:
     journal.append({"a": "a longer line than three bytes"})
     journal.close()
     assert list(read_journal(path)) == [{"a": "a longer line than three bytes"}]
+
+
+def test_a_journal_still_being_written_is_read_on_where_reading_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "journal-1.jsonl"
+    reader = JournalReader(path)
+    assert list(reader.new()) == []
+    with Journal(path) as journal:
+        journal.append({"n": 1})
+        journal.append({"n": 2})
+        assert list(reader.new()) == [(1, {"n": 1}), (2, {"n": 2})]
+        with path.open("ab") as torn:
+            torn.write(b'{"n": ')
+        assert list(reader.new()) == [], "a line is read when it is whole"
+        with path.open("ab") as torn:
+            torn.write(b"3}\n")
+        assert list(reader.new()) == [(3, {"n": 3})]
+        path.write_bytes(path.read_bytes() + b"no fact\n")
+        with pytest.raises(UserError, match=r"line 4 of .*journal-1.jsonl' is damaged"):
+            list(reader.new())
