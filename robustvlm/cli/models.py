@@ -32,8 +32,7 @@ def models(
         return
     if not text:
         width = max(len(form) for form, _ in all_forms)
-        typer.echo(
-            "MODEL is one of\n" + "\n".join(f"  {form:<{width}}  {meaning}" for form, meaning in SPEC_FORMS) + "\n"
-        )
+        lines = [f"  {form:<{width}}  {meaning}" for form, meaning in all_forms]
+        typer.echo("MODEL is one of\n" + "\n".join(lines) + "\n")
     for model in found:
         typer.echo(f"{model.spec}  ({model.source})" if model.source == "bundled" else model.spec)
