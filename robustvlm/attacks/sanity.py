@@ -1,0 +1,191 @@
+"""Signs that the model would mislead an attack: squashed outputs, useless or made-up gradients, a wrong input range.
+
+Attacks climb along gradients of logits. Each question here compares what the model tells an attack with what the model
+does, on a few images and with a few passes, before any attack is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks.goals import Case, Goal
+from robustvlm.attacks.objectives import objective
+from robustvlm.attacks.oracle import Oracle
+from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image
+from robustvlm.core.seeds import generator
+
+MOST_IMAGES = 32
+
+# The step that is compared with noise: that of a usual attack, even where the radius of the run is huge.
+_LARGEST_STEP = 8 / 255
+_NOISE_DRAWS = 2
+# For differences the pixels move by this much: enough for float32, too little for curvature to matter.
+_NUDGE = 1e-3
+_NUDGES = 3
+# A logit is a sum of many products; its last bits, up to this multiple of the float's spacing, are rounding.
+_ROUNDING = 32
+_PROBABILITY_SLACK = 1e-3
+
+Loss = Callable[[Tensor], Tensor]
+
+# Input ranges that models are fed with where normalisation was forgotten, or done twice.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "[0, 255]": lambda x: x * 255,
+    "[-1, 1]": lambda x: x * 2 - 1,
+    "normalised by mean and standard deviation": lambda x: (
+        (x - x.new_tensor(_MEAN)[:, None, None]) / x.new_tensor(_STD)[:, None, None]
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sanity:
+    """What a few passes over the first images say about outputs, gradients and input range.
+
+    Args:
+        images: how many images were asked about.
+        probabilities: the outputs are probabilities (in [0, 1], sum 1) and not logits.
+        saturated: share of images whose largest softmax probability is exactly 1 in float32.
+        noise_wins: images on which random noise raised the attacker's loss more than a gradient step of that size.
+        gradient_wins: images on which the gradient step raised it more.
+        derivative: correlation between changes of the output and the changes that the gradient foretells; None where
+            that cannot be measured (a random model, changes below rounding).
+        right: images classified right as they are; None for goals without labels.
+        ranges: per other input range, the images right only there, and those right only in [0, 1].
+        classes: number of classes told apart.
+    """
+
+    images: int
+    probabilities: bool
+    saturated: float
+    noise_wins: int
+    gradient_wins: int
+    derivative: float | None
+    right: int | None
+    ranges: dict[str, tuple[int, int]]
+    classes: int
+
+
+def inspect_model(
+    oracle: Oracle, images: Tensor, goal: Goal, case: Case, threat: ThreatModel, *, random: bool, classes: int | None
+) -> Sanity:
+    """Ask the model about at most 32 images [B, 3, H, W] in [0, 1].
+
+    Costs 15 forward passes and a backward one per image.
+
+    Args:
+        random: the model answers differently when asked again.
+        classes: number of leading output columns that are logits of the classes of `case.label`; None when the output
+            is something else, such as features.
+
+    Example:
+        >>> from robustvlm.attacks.goals import Misclassify
+        >>> oracle = Oracle(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)))
+        >>> x, case = torch.rand(8, 3, 2, 2), Case(torch.zeros(8, dtype=torch.int64))
+        >>> found = inspect_model(oracle, x, Misclassify(), case, ThreatModel("Linf", 0.01), random=False, classes=3)
+        >>> found.probabilities, found.noise_wins, found.derivative > 0.9
+        (False, 0, True)
+    """
+    count = min(len(images), MOST_IMAGES)
+    x = images[:count].to(oracle.device, oracle.dtype)
+    case = _to(case, oracle.device).rows(torch.arange(count, device=oracle.device))
+    if goal.still_at_image:
+        x = _step(x, torch.randn(x.shape, generator=generator(0, "sanity", "start")).to(x), threat)
+    # Room on both sides, so that no nudge leaves [0, 1], where a model may clip.
+    x = x * (1 - 2 * _NUDGE) + _NUDGE
+    _, _, grad = oracle.look(x, goal, objective("margin"), case)
+
+    def loss(points: Tensor) -> Tensor:
+        """Return the attacker's loss in full precision, [B]; the mean over the draws of a random model."""
+        each = [goal.loss(oracle.confirm(points), objective("margin"), case) for _ in range(oracle.draws)]
+        return torch.stack(each).double().mean(0)
+
+    noise_wins, gradient_wins = _race(loss, x, grad, threat)
+    logits = None if classes is None else oracle.confirm(x)[:, :classes]
+    right, ranges = (None, {}) if logits is None else _ranges(oracle, x, logits, case.label)
+    return Sanity(
+        images=count,
+        probabilities=logits is not None and _are_probabilities(logits),
+        saturated=0.0 if logits is None else (logits.float().softmax(1).amax(1) == 1).double().mean().item(),
+        noise_wins=noise_wins,
+        gradient_wins=gradient_wins,
+        derivative=None if random else _derivative(loss, x, grad, oracle),
+        right=right,
+        ranges=ranges,
+        classes=classes or 0,
+    )
+
+
+def _to(case: Case, device: torch.device) -> Case:
+    return Case(
+        case.label.to(device),
+        None if case.target is None else case.target.to(device),
+        None if case.reference is None else case.reference.to(device),
+    )
+
+
+def _race(loss: Loss, x: Tensor, grad: Tensor, threat: ThreatModel) -> tuple[int, int]:
+    """Compare a gradient step with the better of two random steps of its size; return how many images each one won."""
+    draws = generator(0, "sanity", "race")
+    climbed = loss(_step(x, grad, threat))
+    noise = [torch.randn(x.shape, generator=draws).to(x) for _ in range(_NOISE_DRAWS)]
+    strayed = torch.stack([loss(_step(x, one, threat)) for one in noise]).amax(0)
+    return int((strayed > climbed).sum()), int((climbed > strayed).sum())
+
+
+def _step(x: Tensor, direction: Tensor, threat: ThreatModel) -> Tensor:
+    """Return x after one step of the threat's size, or of a usual attack's where that is smaller, in [0, 1]."""
+    if threat.norm == "Linf":
+        move = min(threat.eps, _LARGEST_STEP) * direction.sign()
+    else:
+        length = min(threat.eps, _LARGEST_STEP * x[0].numel() ** 0.5)
+        # The floor is that of the attacks: they do not move along shorter gradients either.
+        move = length * direction / per_image(l2_norms(direction).clamp_min(1e-12), direction)
+    return (x + move).clamp(0, 1)
+
+
+def _derivative(loss: Loss, x: Tensor, grad: Tensor, oracle: Oracle) -> float | None:
+    """Correlate differences of the loss along random directions with what the gradient says they are.
+
+    A part of the model whose gradient is cut, or made up, moves the output in ways the gradient does not foretell.
+    """
+    draws = generator(0, "sanity", "derivative")
+    measured, foretold = [], []
+    for _ in range(_NUDGES):
+        nudge = (_NUDGE * (2 * torch.randint(0, 2, x.shape, generator=draws) - 1)).to(x)
+        measured.append((loss(x + nudge) - loss(x - nudge)) / 2)
+        foretold.append((nudge.double() * grad.double()).flatten(1).sum(1))
+    seen, told = torch.stack(measured), torch.stack(foretold)
+    size = oracle.confirm(x).abs().amax(1).double()
+    rounding = _ROUNDING * torch.finfo(oracle.dtype).eps * size
+    length = (seen.square() + told.square()).mean(0).sqrt()
+    clear = length > rounding
+    if not clear.any():
+        return None
+    # Every image weighs the same, however steep the model is there.
+    seen, told = (seen / length)[:, clear], (told / length)[:, clear]
+    norms = (seen.square().sum() * told.square().sum()).sqrt()
+    return ((seen * told).sum() / norms.clamp_min(1e-12)).item()
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    wide = logits.double()
+    sums_to_one = ((wide.sum(1) - 1).abs() <= _PROBABILITY_SLACK).all()
+    return bool(sums_to_one & (wide >= -1e-6).all() & (wide <= 1 + 1e-6).all())
+
+
+def _ranges(oracle: Oracle, x: Tensor, logits: Tensor, label: Tensor) -> tuple[int | None, dict[str, tuple[int, int]]]:
+    """Count the right answers on images as they are, and where rescaled images change right and wrong."""
+    if (label < 0).any() or (label >= logits.shape[1]).any():
+        return None, {}
+    right = logits.argmax(1) == label
+    changes = {}
+    for name, rescale in RANGES.items():
+        other = oracle.confirm(rescale(x))[:, : logits.shape[1]].argmax(1) == label
+        changes[name] = (int((other & ~right).sum()), int((right & ~other).sum()))
+    return int(right.sum()), changes

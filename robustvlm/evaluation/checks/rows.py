@@ -1,0 +1,130 @@
+"""What the finished rows show."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from robustvlm.attacks import FAILED, FOOLED, ROBUST, LaneAttack, ThreatModel
+from robustvlm.runs.results import NO_ANSWER, AttackFact, CleanFact
+from robustvlm.runs.summary import Check
+from robustvlm.stats import rate
+
+_BALL_SLACK = 1e-6
+# AutoAttack warns when its black-box attack takes more than this share of accuracy from the white-box ones.
+_BLACK_BOX_SHARE = 0.002
+# Published models without adversarial training keep next to nothing at this Linf radius.
+_UNDEFENDED_EPS, _UNDEFENDED_SHARE = 4 / 255, 0.1
+
+
+def of_results(
+    clean: Sequence[CleanFact],
+    found: Sequence[AttackFact],
+    *,
+    threats: Sequence[ThreatModel],
+    attacks: Sequence[LaneAttack],
+    n_classes: int,
+    undefended: str | None = None,
+    pixels: int = 0,
+) -> list[Check]:
+    """Return what the finished rows show.
+
+    Args:
+        n_classes: outcomes that the objectives tell apart.
+        undefended: the model's name, if it is known to be published without adversarial training.
+        pixels: values in one image (3 H W), to compare radii of the two norms.
+    """
+    failed = sum(fact.outcome == FAILED for fact in found) + sum(fact.prediction == NO_ANSWER for fact in clean)
+    checks = [_inside_ball(found, threats)]
+    if failed:
+        message = (
+            f"{failed} answers could not be had (output not finite, or the image was lost): not counted as robust."
+        )
+        checks.append(Check(name="failed images", level="fault", message=message))
+    for attack in attacks:
+        fallback = attack.objective.fallback(n_classes)
+        if fallback:
+            checks.append(Check(name=f"objective of {attack.name}", level="note", message=fallback + "."))
+    if not any(fact.exposed for fact in clean):
+        message = "No image was classified right before the attack, so there was nothing to attack and no success rate."
+        checks.append(Check(name="something to attack", level="fault", message=message))
+    exposed = sum(fact.exposed for fact in clean)
+    checks += black_box(found, attacks, exposed=exposed)
+    return checks + (weak_attack(found, threats, undefended, exposed=exposed, pixels=pixels) if undefended else [])
+
+
+def _inside_ball(found: Sequence[AttackFact], threats: Sequence[ThreatModel]) -> Check:
+    """Every recorded perturbation, measured in float64, must lie in its ball."""
+    norms = {threat.eps: threat.norm for threat in threats}
+    outside = [
+        fact
+        for fact in found
+        if fact.outcome == FOOLED
+        and (fact.linf if norms[fact.eps] == "Linf" else fact.l2) > fact.eps * (1 + _BALL_SLACK)
+    ]
+    if outside:
+        message = f"{len(outside)} adversarial images lie outside their ball, a fault of this program: discard the run."
+        return Check(name="inside the ball", level="fault", message=message)
+    return Check(
+        name="inside the ball",
+        level="ok",
+        message="Every adversarial image, measured in float64, lies in its ball and in [0, 1].",
+    )
+
+
+def black_box(found: Sequence[AttackFact], attacks: Sequence[LaneAttack], *, exposed: int) -> list[Check]:
+    """Count the images that an attack without gradients fooled after attacks with gradients had left them."""
+    blind = {attack.name for attack in attacks if not attack.uses_gradient}
+    seeing = {attack.name for attack in attacks if attack.uses_gradient}
+    if not blind or not seeing:
+        return []
+    left = {(fact.eps, fact.goal, fact.index) for fact in found if fact.attack in seeing and fact.outcome == ROBUST}
+    only = {
+        fact.index
+        for fact in found
+        if fact.attack in blind and fact.outcome == FOOLED and (fact.eps, fact.goal, fact.index) in left
+    }
+    return [black_box_check(len(only), exposed, ", ".join(sorted(blind)))]
+
+
+def black_box_check(only: int, exposed: int, name: str) -> Check:
+    """Judge that `name` alone fooled `only` of `exposed` images: more than a stray one means masked gradients."""
+    if not only:
+        message = f"No image fell to {name} that attacks with gradients had left."
+        return Check(name="black box against white box", level="ok", message=message)
+    images = "image" if only == 1 else "images"
+    found = f"{name}, which needs no gradient, fooled {only} {images} that attacks with gradients had left"
+    if only > 1 and rate(only, exposed, confidence=0.9).low > _BLACK_BOX_SHARE:
+        message = (
+            f"{found}: the gradients hide what is there, or those attacks had too few steps. Robustness is lower than "
+            "they say: look for masked gradients, and give them more steps and restarts."
+        )
+        return Check(name="black box against white box", level="warning", message=message)
+    return Check(name="black box against white box", level="note", message=f"{found}; so few occur by chance.")
+
+
+def weak_attack(
+    found: Sequence[AttackFact], threats: Sequence[ThreatModel], model: str, *, exposed: int, pixels: int
+) -> list[Check]:
+    """Warn when a model without any defence seems to withstand a radius that such models do not withstand."""
+    large = [threat.eps for threat in threats if _is_large(threat, pixels)]
+    outcomes: dict[float, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for fact in found:
+        if fact.goal == "misclassify":
+            outcomes[fact.eps][fact.index].add(fact.outcome)
+    for eps in sorted(large):
+        held = sum(kinds == {ROBUST} for kinds in outcomes[eps].values())
+        if exposed and rate(held, exposed).low > _UNDEFENDED_SHARE:
+            message = (
+                f"{held} of {exposed} images withstood eps {eps:.4g}, but '{model}' was published without adversarial "
+                f"training, and such models keep less than {_UNDEFENDED_SHARE:.0%} there: the attack is too weak or "
+                "broken. See the other checks, and use --attack apgd-ce,apgd-t with 100 steps or more."
+            )
+            return [Check(name="attack strength", level="warning", message=message)]
+    return []
+
+
+def _is_large(threat: ThreatModel, pixels: int) -> bool:
+    """Whether the ball contains the Linf ball of 4/255: an L2 ball does from 4/255 times the root of its dimension."""
+    reach = _UNDEFENDED_EPS * (1 if threat.norm == "Linf" else pixels**0.5)
+    return pixels > 0 and threat.eps >= reach * (1 - 1e-9)
