@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from robustvlm.runs.summary import Estimate
+
 
 class Observer:
     """Receives progress and does nothing with it; override what you want to show."""
+
+    def forecast(self, estimate: Estimate) -> None:
+        """The clean pass is done; `estimate` says what is left to do."""
 
     def begin_stage(self, title: str, total: int | None, done: int) -> None:
         """A stage begins: `total` images in it (None: not known), `done` of them known from an earlier session."""

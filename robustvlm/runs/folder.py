@@ -94,7 +94,13 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the results are complete; the report may still have to be made from them."""
-        return self.summary_path.exists() and self.results_path.exists()
+        if not (self.summary_path.exists() and self.results_path.exists()):
+            return False
+        try:
+            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read '{self.summary_path}' ({error}): delete it, the run makes it again") from None
+        return not (isinstance(summary, dict) and summary.get("unfinished"))
 
     def manifest(self) -> Manifest | None:
         """Return the manifest on disk, or None when the run has not begun."""

@@ -52,7 +52,8 @@ class EpsSummary(_Record):
     """The worst case over the attacks at one eps.
 
     `robust_accuracy` is over all evaluated images, `attack_success_rate` over those right when clean. Images on which
-    an attack broke and none succeeded (`undecided`) count as not robust, and are left out of the success rate.
+    an attack broke and none succeeded (`undecided`) count as not robust, and are left out of the success rate;
+    `robust_accuracy_at_most` is the robust accuracy if all of them were robust.
     """
 
     eps: float
@@ -61,6 +62,7 @@ class EpsSummary(_Record):
     robust: int
     undecided: int
     robust_accuracy: Rate
+    robust_accuracy_at_most: Rate | None = None
     attack_success_rate: Rate
     per_attack: list[AttackSummary]
     per_class: list[GroupSummary]
@@ -75,6 +77,24 @@ class Cost(_Record):
     seconds: float = 0.0
     model_seconds: float = 0.0
     passes_per_second: float = 0.0
+
+
+class Estimate(_Record):
+    """What the attacks will cost at least (all images fall at the first point) and at most (all stay robust).
+
+    Args:
+        images: images still to be attacked.
+        passes_least, passes_most: encoder passes, padded rows included.
+        seconds_least, seconds_most: wall time on the processes of the run, from the speed of the first passes.
+        unknown: attacks of other packages, whose cost is not known and comes on top.
+    """
+
+    images: int
+    passes_least: int
+    passes_most: int
+    seconds_least: float
+    seconds_most: float
+    unknown: list[str] = []
 
 
 class Check(_Record):
@@ -93,7 +113,12 @@ class UnreadableImage(_Record):
 
 
 class Summary(_Record):
-    """Everything that tables, reports and exit codes are made of."""
+    """Everything that tables, reports and exit codes are made of.
+
+    Args:
+        unfinished: why the run stopped before every image was decided; None when all are.
+        estimate: what the attacks were expected to cost before the first of them.
+    """
 
     norm: str
     images: Images
@@ -102,6 +127,8 @@ class Summary(_Record):
     cost: Cost
     checks: list[Check]
     unreadable: list[UnreadableImage]
+    unfinished: str | None = None
+    estimate: Estimate | None = None
 
 
 def summarise(
@@ -111,6 +138,8 @@ def summarise(
     cost: Cost | None = None,
     checks: Sequence[Check] = (),
     unreadable: Sequence[UnreadableImage] = (),
+    unfinished: str | None = None,
+    estimate: Estimate | None = None,
 ) -> Summary:
     """Return the summary of result rows (an Arrow table or a list of dicts) under their manifest.
 
@@ -140,6 +169,8 @@ def summarise(
         cost=cost or Cost(),
         checks=list(checks),
         unreadable=list(unreadable),
+        unfinished=unfinished,
+        estimate=estimate,
     )
 
 
@@ -165,6 +196,7 @@ def _at_eps(
         robust=count["robust"],
         undecided=count["undecided"],
         robust_accuracy=rate(count["robust"], len(outcomes)),
+        robust_accuracy_at_most=rate(count["robust"] + count["undecided"], len(outcomes)),
         attack_success_rate=_success_rate(count),
         per_attack=[_attack(table, index, j, work[table.eps[index], name]) for j, name in enumerate(table.attacks)],
         per_class=_groups(outcomes, lambda image: names[image.label]),
