@@ -17,6 +17,7 @@ from robustvlm.cli.evaluate import evaluate
 from robustvlm.cli.models import models
 from robustvlm.cli.report import report
 from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.ranks import current_ranks
 from robustvlm.errors import UserError
 
 INTERRUPTED = 130
@@ -80,6 +81,7 @@ def _complain_of(error: Exception) -> int:
         return _complain("memory ran out even for one image at a time: use a smaller model or --device cpu", 2)
     if isinstance(error, OSError) and error.strerror:
         return _complain(error.strerror + (f": '{error.filename}'" if error.filename else ""), 2)
+    _first_to_fail(f"{type(error).__name__}: {error}")
     raise error
 
 
@@ -94,8 +96,17 @@ def _complain_of_usage(error: Exception, message: str, exit_code: int) -> int:
 
 def _complain(message: str, code: int) -> int:
     line = " ".join(message.split())
-    print(f"error: {line}" if code != INTERRUPTED else line, file=sys.stderr)
+    if _first_to_fail(line):
+        print(f"error: {line}" if code != INTERRUPTED else line, file=sys.stderr)
     return code
+
+
+def _first_to_fail(message: str) -> bool:
+    """Let the other processes of a torchrun job know, and return whether this one is to tell the user."""
+    try:
+        return current_ranks().fail(message)
+    except UserError:  # no connection to the others: each speaks for itself
+        return True
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -39,7 +39,7 @@ class Link:
         >>> link = Link(HashStore(), rank=0, size=1)
         >>> link.barrier()
         >>> link.share("hello"), link.fail("on purpose"), link.fail("again")
-        ('hello', True, False)
+        ('hello', True, True)
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Link:
         self._store, self._hosts_store, self._silence = store, hosts_store, silence
         self._barriers = self._shared = 0
         self._checked = 0.0
+        self._first_to_fail: bool | None = None
         self._beats: dict[int, tuple[int, float]] = {}
         self._closing = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="robustvlm-link", daemon=True)
@@ -95,13 +96,18 @@ class Link:
                 raise UserError(f"rank {peer} of {self.size} has given no sign of life for {self._silence:.0f} s")
 
     def fail(self, message: str) -> bool:
-        """Let the others know why this process fails; return whether it is the first, which is the one to say it."""
-        with contextlib.suppress(UserError):
-            if self._count("claims", 1) > 1:
-                return False
-            self._set("failure", f"rank {self.rank} of {self.size} failed: {message}")
-            self._count("failed", 1)
-        return True
+        """Let the others know why this process fails; return whether it is the first, which is the one to say it.
+
+        Asked again it gives the same answer: the failure is on its way up.
+        """
+        if self._first_to_fail is None:
+            self._first_to_fail = True
+            with contextlib.suppress(UserError):
+                self._first_to_fail = self._count("claims", 1) == 1
+                if self._first_to_fail:
+                    self._set("failure", f"rank {self.rank} of {self.size} failed: {message}")
+                    self._count("failed", 1)
+        return self._first_to_fail
 
     def close(self) -> None:
         """Stop the signs of life; the keeper of the store waits for the others to be through with it."""

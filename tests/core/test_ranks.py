@@ -123,7 +123,8 @@ def test_one_failure_ends_the_wait_of_all_and_only_the_first_speaks() -> None:
     for error in (first, third):
         assert isinstance(error, PeerFailed)
         assert str(error) == "rank 1 of 3 failed: no such file"
-    assert sorted(in_threads(4, lambda link: link.fail("all alike"))) == [False, False, False, True]
+    spoke = in_threads(4, lambda link: (link.fail("all alike"), link.fail("on its way up")))
+    assert sorted(spoke) == [(False, False)] * 3 + [(True, True)]
 
 
 def test_a_rank_that_falls_silent_is_named() -> None:
