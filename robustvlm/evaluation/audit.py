@@ -1,0 +1,124 @@
+"""Certificates held against attacks: how low an attacked smoothed model gets, beside the bound that it must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from robustvlm.core.seeds import derive_seed
+from robustvlm.defenses import SmoothedVLM
+from robustvlm.evaluation.audit_claims import Array, Claim
+from robustvlm.evaluation.audit_search import STARTS, Effort, descend, into_ball, starts, unit
+
+# Bounds hold strictly inside the radius, and up to floating point.
+_INSIDE = 1.0 - 1e-5
+
+
+class Finding(BaseModel):
+    """The lowest value that the audit reached for one image at one distance, beside the certified bound.
+
+    `upper` is an upper confidence bound of the true value at the point found: the bound counts as broken only if even
+    that is below it, so that Monte-Carlo error is never called a violation (error probability: see `Effort.alpha`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_id: str
+    fraction: float
+    eps: float
+    bound: float
+    lowest: float
+    upper: float
+    start: str
+
+    @property
+    def broken(self) -> bool:
+        """Whether the certified bound is shown to be false."""
+        return self.upper < self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A certificate to audit: pixels [1, 3, S, S] at the model's resolution, its radius, and what it claims.
+
+    `claim` is made from two independent samples of the clean image's features: one to steer by, one as evidence.
+    """
+
+    image_id: str
+    pixels: Tensor
+    radius: float
+    claim: Callable[[Array, Array], Claim]
+
+
+def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: float, seed: int) -> list[Finding]:
+    """Attack one certificate at every fraction of its radius; the search starts anew at the full radius.
+
+    Args:
+        vlm: the smoothed model with the certificate's noise level.
+        alpha: probability of calling a true bound broken, over the findings of this image.
+        seed: of the run; noise is fresh, from streams of its own.
+    """
+    cuda = [vlm.device] if vlm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
+        clean = target.pixels.to(vlm.device)
+        claim = target.claim(_features(vlm, clean, effort.choice), _features(vlm, clean, effort.evidence))
+        full = target.radius * _INSIDE
+        aim = torch.arange(effort.starts, device=vlm.device) // len(STARTS)
+        begin, kinds = starts(vlm, clean, full, claim.score, aim)
+        found = descend(vlm, clean, begin, full, claim.score, aim, effort)
+        findings = []
+        for fraction in sorted(effort.fractions, reverse=True):
+            eps = fraction * full
+            points = _at(vlm, clean, found, eps, claim, aim, effort) if fraction < 1.0 else _pushed(clean, found, eps)
+            values = [claim.value(_features(vlm, point[None], effort.choice)) for point in points]
+            best = int(np.argmin(values))
+            evidence = _features(vlm, points[best : best + 1], effort.evidence)
+            findings.append(
+                Finding(
+                    image_id=target.image_id,
+                    fraction=fraction,
+                    eps=eps,
+                    bound=claim.bound(eps),
+                    lowest=claim.value(evidence),
+                    upper=claim.upper(evidence, alpha / len(effort.fractions)),
+                    start=kinds[best % len(kinds)],
+                )
+            )
+    return findings[::-1]
+
+
+def _at(
+    vlm: SmoothedVLM, clean: Tensor, found: Tensor, eps: float, claim: Claim, aim: Tensor, effort: Effort
+) -> Tensor:
+    """Return points at a smaller distance: those of the full radius drawn in, as they are and after a short descent."""
+    drawn_in = _pushed(clean, found, eps)
+    short = Effort(steps=max(1, effort.steps // 4), draws=effort.draws)
+    refined = descend(vlm, clean, drawn_in - clean, eps, claim.score, aim, short)
+    return torch.cat([drawn_in, _pushed(clean, refined, eps)])
+
+
+def _pushed(clean: Tensor, points: Tensor, eps: float) -> Tensor:
+    """Return the points where the rays from the clean image through `points` leave the ball."""
+    return clean + into_ball(eps * unit(points - clean), eps)
+
+
+def _features(vlm: SmoothedVLM, pixels: Tensor, n: int) -> Array:
+    """Return features [n, D] of one image [1, 3, S, S] under fresh noise."""
+    with torch.no_grad():
+        return vlm.noisy_features(pixels, n)[0].double().cpu().numpy()
+
+
+def share_alpha(alpha: float, images: int) -> float:
+    """Return each image's part of the audit's alpha."""
+    return alpha / max(1, images)
+
+
+def worst(findings: Sequence[Finding]) -> Finding | None:
+    """Return the finding with the least room above its bound, or None when there is none."""
+    return min(findings, key=lambda finding: finding.lowest - finding.bound, default=None)

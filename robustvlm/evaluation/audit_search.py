@@ -1,0 +1,147 @@
+"""Search inside a certified ball for the image that breaks the claim: l2 descent on the smoothed model, many starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.defenses import SmoothedVLM
+
+# From features [R, n, D] of n noisy copies of R points, and each row's aim [R], to values [R] to be made small.
+Score = Callable[[Tensor, Tensor], Tensor]
+
+STARTS = ("random", "curvature", "encoder", "correlation")
+_MOMENTUM = 0.7
+_ROUNDS = 3
+_CORRELATED = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How hard an audit tries.
+
+    Attributes:
+        starts: descents per image at the full radius; kinds take turns (see `STARTS`).
+        steps: gradient steps per descent.
+        draws: fresh noisy copies per gradient (expectation over transformation).
+        choice: fresh copies that choose among the points found.
+        evidence: fresh copies that judge the chosen one, and as many of the clean image.
+        fractions: parts of the radius at which the bound is checked.
+        alpha: probability that a true bound is called broken, over the whole audit.
+    """
+
+    starts: int = 8
+    steps: int = 30
+    draws: int = 16
+    choice: int = 256
+    evidence: int = 4096
+    fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    alpha: float = 0.001
+
+
+def gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int) -> Tensor:
+    """Return the gradient [R, 3, S, S] of the score at points x [R, 3, S, S], over fresh noise."""
+    return torch.cat([_gradient(vlm, x[rows], score, aim[rows], draws) for rows in _groups(vlm, len(x), draws)])
+
+
+def _gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int) -> Tensor:
+    x = x.detach().requires_grad_()
+    noisy = x.repeat_interleave(draws, dim=0)
+    if draws > 1:
+        noisy = noisy + vlm.sigma * torch.randn_like(noisy)
+    features = vlm.encode_noisy(noisy).view(len(x), draws, -1)
+    (grad,) = torch.autograd.grad(score(features, aim).sum(), x)
+    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def descend(
+    vlm: SmoothedVLM, clean: Tensor, start: Tensor, eps: float, score: Score, aim: Tensor, effort: Effort
+) -> Tensor:
+    """Return the points [R, 3, S, S] where normalised momentum descent from `clean + start` ends, inside the l2 ball.
+
+    Pixels are not clipped: a certificate holds on the whole ball, outside of [0, 1] too.
+    """
+    delta, velocity = start, torch.zeros_like(start)
+    for step in range(effort.steps):
+        grad = gradient(vlm, clean + delta, score, aim, effort.draws)
+        velocity = _MOMENTUM * velocity + unit(grad)
+        size = eps * (1.0 - step / effort.steps)
+        delta = into_ball(delta - size * unit(velocity), eps)
+    return clean + delta
+
+
+def starts(vlm: SmoothedVLM, clean: Tensor, eps: float, score: Score, aim: Tensor) -> tuple[Tensor, list[str]]:
+    """Return one start [R, 3, S, S] of length `eps` per aim, and its kind.
+
+    * random: uniform on the sphere;
+    * curvature: descent directions at nearby points, iterated, which turns towards the directions in which the smoothed
+      feature moves most (at the clean image itself the gradient of a cosine to its own feature vanishes);
+    * encoder: where a descent on the plain encoder ends, without noise;
+    * correlation: away from the noise that goes with high values, `E[noise score] = sigma^2 grad` (Stein's identity),
+      which needs no gradient of the encoder.
+    """
+    kinds = [STARTS[i % len(STARTS)] for i in range(len(aim))]
+    points = eps * unit(torch.randn(len(aim), *clean.shape[1:], device=clean.device, dtype=clean.dtype))
+    for kind, move in (("curvature", _turn), ("encoder", _turn_plain), ("correlation", _correlate)):
+        rows = [i for i, name in enumerate(kinds) if name == kind]
+        if rows:
+            points[rows] = eps * unit(move(vlm, clean, points[rows], score, aim[rows]))
+    return points, kinds
+
+
+def _turn(vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, aim: Tensor) -> Tensor:
+    for _ in range(_ROUNDS):
+        points = _downhill(points, gradient(vlm, clean + 0.2 * points, score, aim, 16))
+    return points
+
+
+def _turn_plain(vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, aim: Tensor) -> Tensor:
+    for _ in range(_ROUNDS):
+        points = _downhill(points, gradient(vlm, clean + points, score, aim, 1))
+    return points
+
+
+def _downhill(points: Tensor, grad: Tensor) -> Tensor:
+    """Return steps against the gradient, as long as the points are; where it vanishes, the points themselves."""
+    return lengths(points) * unit(1e-3 * unit(points) - unit(grad))
+
+
+def _correlate(vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, aim: Tensor) -> Tensor:
+    total = 1e-6 * unit(points)
+    for _ in range(_CORRELATED // vlm.rows_per_pass + 1):
+        noise = torch.randn(vlm.rows_per_pass, *clean.shape[1:], device=clean.device, dtype=clean.dtype)
+        with torch.no_grad():
+            features = vlm.encode_noisy(clean + vlm.sigma * noise)[:, None]
+        for row, goal in enumerate(aim):
+            values = torch.nan_to_num(score(features, goal.expand(len(noise))))
+            total[row] -= ((values - values.mean()).view(-1, 1, 1, 1) * noise).sum(dim=0)
+    return total
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return rows scaled to l2 norm one; rows of zeros stay zero.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return x / lengths(x).clamp_min(1e-30)
+
+
+def into_ball(delta: Tensor, eps: float) -> Tensor:
+    """Return perturbations scaled down to l2 norm `eps` where they are longer."""
+    return delta * (eps / lengths(delta).clamp_min(1e-30)).clamp_max(1.0)
+
+
+def lengths(x: Tensor) -> Tensor:
+    """Return the l2 norms of rows, shaped to broadcast against them."""
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+
+
+def _groups(vlm: SmoothedVLM, rows: int, draws: int) -> list[slice]:
+    """Split rows so that a pass has at most `rows_per_pass` noisy images, or the draws of one point."""
+    size = max(1, vlm.rows_per_pass // draws)
+    return [slice(i, i + size) for i in range(0, rows, size)]
