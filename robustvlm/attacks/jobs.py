@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from robustvlm.errors import UserError
+
 FOOLED, ROBUST, FAILED = "fooled", "robust", "failed"
+
+# Decoding and resizing in float32 may leave [0, 1] by this much.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,13 @@ class Job:
     Args:
         image_id: stable name; with the run's seed it determines every random draw made for this image.
         index: position in the data set, carried through to the result.
-        pixels: clean image [3, H, W] in [0, 1].
+        pixels: clean image [3, H, W] in [0, 1]; excursions of a rounding error are clipped.
         label: true class; -1 when it is none of the classes.
         targets: classes for targeted sub-runs, the likeliest first.
         reference: what the goal has to know of the clean image (its feature), a vector [R], or None.
+
+    Raises:
+        UserError: the pixels are no floats, or not in [0, 1].
     """
 
     image_id: str
@@ -28,6 +36,19 @@ class Job:
     label: int
     targets: tuple[int, ...] = ()
     reference: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.pixels.is_floating_point():
+            raise UserError(f"image '{self.image_id}' has pixels of {self.pixels.dtype}: divide 8-bit images by 255")
+        low, high = (float(bound) for bound in self.pixels.aminmax())
+        if low >= 0 and high <= 1:
+            return
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+            raise UserError(
+                f"image '{self.image_id}' has pixels from {low:.4g} to {high:.4g}, expected [0, 1]: divide 8-bit "
+                "images by 255, and leave normalisation by mean and standard deviation to the model"
+            )
+        object.__setattr__(self, "pixels", self.pixels.clamp(0, 1))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ class LaneEngine:
             point is that of lowest margin.
         on_pass: called after every batched pass with the number of occupied lanes and the passes spent on them.
 
+    Attributes:
+        claimed: successes seen in passes that are not final, and looked at again.
+        upheld: those of them that stood up to it.
+
     Example:
         >>> from robustvlm.attacks.pgd import PGD
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
@@ -67,6 +71,7 @@ class LaneEngine:
         self.goal, self.leave = goal or Misclassify(), leave
         self.attack = attack.away_from_image() if self.goal.still_at_image else attack
         self.rungs = tuple(rungs) or (lanes,)
+        self.claimed = self.upheld = 0
         self._on_pass = on_pass
         self._lanes: list[Lane] = []
         self._state: State = {}
@@ -157,7 +162,10 @@ class LaneEngine:
         if not self.oracle.confirmed:
             doubtful = torch.nonzero(((answer.reached & counts) | ~answer.finite)[:used]).flatten()
             if len(doubtful):
+                claimed = answer.reached[doubtful]
                 answer = answer.replaced(doubtful, self._confirm(x[doubtful], doubtful.tolist()))
+                self.claimed += int(claimed.sum())
+                self.upheld += int((claimed & answer.reached[doubtful]).sum())
         facts = zip(self._lanes, x[:used], _facts(answer)[:used], counts[:used].tolist(), strict=True)
         return [lane.observe(point, fact) if inside else None for lane, point, fact, inside in facts]
 

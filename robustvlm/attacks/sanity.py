@@ -93,7 +93,7 @@ def inspect_model(
     """
     count = min(len(images), MOST_IMAGES)
     x = images[:count].to(oracle.device, oracle.dtype)
-    case = _to(case, oracle.device).rows(torch.arange(count, device=oracle.device))
+    case = case.to(oracle.device, oracle.dtype).rows(torch.arange(count, device=oracle.device))
     if goal.still_at_image:
         x = _step(x, torch.randn(x.shape, generator=generator(0, "sanity", "start")).to(x), threat)
     # Room on both sides, so that no nudge leaves [0, 1], where a model may clip.
@@ -118,14 +118,6 @@ def inspect_model(
         right=right,
         ranges=ranges,
         classes=classes or 0,
-    )
-
-
-def _to(case: Case, device: torch.device) -> Case:
-    return Case(
-        case.label.to(device),
-        None if case.target is None else case.target.to(device),
-        None if case.reference is None else case.reference.to(device),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from robustvlm.attacks.objectives import Objective
@@ -32,6 +33,14 @@ class Case:
             self.label[index],
             None if self.target is None else self.target[index],
             None if self.reference is None else self.reference[index],
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Case:
+        """Return the case on a device, references in the type of the model's outputs."""
+        return Case(
+            self.label.to(device),
+            None if self.target is None else self.target.to(device),
+            None if self.reference is None else self.reference.to(device, dtype),
         )
 
     @property
