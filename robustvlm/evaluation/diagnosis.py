@@ -1,0 +1,225 @@
+"""Extra attacks on a few images that tell robustness from a blind attack.
+
+An attack that works finds more with a larger ball and with more steps, more than noise does, and everything in a huge
+ball. Where it does not, gradients are masked and the robust accuracy is an artefact (Athalye et al. 2018, arXiv
+1802.00420; Carlini et al. 2019, arXiv 1902.06705, section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks import FOOLED, PGD, Case, Goal, Job, LaneAttack, LaneEngine, Oracle, Result, ThreatModel
+from robustvlm.attacks.threat import l2_norms, per_image, project
+from robustvlm.core.seeds import derive_seed, generator
+from robustvlm.evaluation.checks import effort
+from robustvlm.runs.summary import Check
+
+MOST_IMAGES = 32
+FEWEST_ROBUST = 3
+N_ITER = 10
+# Four attacks (42 encoder passes with twice the steps, 22 each else), 11 random points, 9 plain images, one rounding.
+PASSES_PER_IMAGE = 3 * 2 * (N_ITER + 1) + 2 * (2 * N_ITER + 1) + 11 + 9 + 1
+_NOISE_DRAWS = 11
+_HUGE_LINF = 128 / 255
+_N_RANDOM, _N_OTHERS = 3, 3
+
+NAMES = (
+    "larger radius",
+    "more steps",
+    "search at random",
+    "huge radius",
+    "rounding to 8 bits",
+    "unconfirmed successes",
+)
+# Goals that every image reaches somewhere in a ball with all of the pixel range.
+_REACHABLE = ("misclassify", "superclass")
+
+
+def choose_sample(robust: Collection[str], fooled: Collection[str], seed: int) -> list[str]:
+    """Return at most 32 image ids, half of them robust where there are enough; a pure function of the ids and the seed.
+
+    Example:
+        >>> choose_sample(["a", "b"], ["c"], seed=0)
+        ['a', 'b', 'c']
+    """
+
+    def order(ids: Collection[str]) -> list[str]:
+        return sorted(ids, key=lambda name: derive_seed(seed, "diagnosis", name))
+
+    held, fell = order(robust), order(fooled)
+    half = MOST_IMAGES // 2
+    chosen = held[: max(half, MOST_IMAGES - len(fell))]
+    return sorted(chosen + fell[: MOST_IMAGES - len(chosen)])
+
+
+def short_attack(attacks: Sequence[object]) -> LaneAttack:
+    """Return the run's first gradient attack with 10 steps and one run; PGD if there is none or it makes one step."""
+    for attack in attacks:
+        if isinstance(attack, LaneAttack) and attack.uses_gradient and not attack.leaves_ball and attack.n_iter > 1:
+            targets: dict[str, Any] = {"n_targets": 1} if getattr(attack, "n_targets", None) else {}
+            return dataclasses.replace(attack, name="diagnosis", n_iter=N_ITER, n_restarts=1, **targets)
+    return PGD(name="diagnosis", n_iter=N_ITER)
+
+
+@dataclass
+class Diagnosis:
+    """The extra attacks on one sample; every question is asked when its check is wanted, and never twice.
+
+    Args:
+        oracle: the model, as the run asks it; goal, threat: the run's, at one radius.
+        attack: what to attack with, see `short_attack`.
+        jobs: at most 32 images for which the goal is not reached unperturbed.
+        rungs: batch sizes that the model takes, descending.
+        seed: run seed; the draws are others than the run's own.
+    """
+
+    oracle: Oracle
+    goal: Goal
+    attack: LaneAttack
+    threat: ThreatModel
+    jobs: Sequence[Job]
+    rungs: Sequence[int]
+    seed: int
+    on_pass: Callable[[int, int], None] | None = None
+
+    def checks(self, known: Collection[str] = ()) -> Iterator[Check]:
+        """Yield the findings, one at a time; those of `known` names are left out."""
+        questions = (
+            self._larger_radius, self._more_steps, self._noise, self._huge_radius, self._rounding, self._second_look
+        )  # fmt: skip
+        for name, question in zip(NAMES, questions, strict=True):
+            found = question() if name not in known else None
+            if found is not None:
+                yield found
+
+    def _larger_radius(self) -> Check | None:
+        twice = 2 * self.threat.eps
+        if self.threat.norm == "Linf" and twice > 1:
+            return None
+        wider = self._attack(self.attack, dataclasses.replace(self.threat, eps=twice))
+        words = (f"eps {self.threat.eps:.4g}", f"eps {twice:.4g}")
+        return effort.more_effort("larger radius", self._fooled, _successes(wider), words=words)
+
+    def _more_steps(self) -> Check:
+        longer = self._attack(dataclasses.replace(self.attack, n_iter=2 * self.attack.n_iter), self.threat)
+        words = (f"{self.attack.n_iter} steps", f"{2 * self.attack.n_iter} steps")
+        return effort.more_effort("more steps", self._fooled, _successes(longer), words=words)
+
+    def _noise(self) -> Check:
+        twice = 2 * self.threat.eps
+        found = [False] * len(self.jobs)
+        for draw in range(_NOISE_DRAWS):
+            found = _either(
+                found, self._reached(torch.cat([self._random_point(job, twice, draw) for job in self.jobs]))
+            )
+        return effort.noise_wins(self._fooled, found, draws=_NOISE_DRAWS)
+
+    def _huge_radius(self) -> Check | None:
+        if self.goal.spec.partition(":")[0] not in _REACHABLE or self.goal.two_way:
+            return None
+        pixels = self.jobs[0].pixels
+        radius = _HUGE_LINF if self.threat.norm == "Linf" else 0.5 * pixels.numel() ** 0.5
+        ball = dataclasses.replace(self.threat, eps=max(radius, self.threat.eps))
+        gradient = _successes(self._attack(self.attack, ball))
+        plain = [False] * len(self.jobs)
+        for candidate in self._plain_images():
+            clean = self._clean
+            plain = _either(plain, self._reached(project(candidate.to(clean).expand_as(clean), clean, ball)))
+        text = "eps 128/255" if self.threat.norm == "Linf" else f"an L2 radius of {radius:.3g}"
+        return effort.huge_radius(gradient, plain, radius=text)
+
+    def _plain_images(self) -> Iterator[Tensor]:
+        """Yield grey, black and white, random images, and images of the sample, each for all of the sample."""
+        shape = self.jobs[0].pixels.shape
+        for shade in (0.5, 0.0, 1.0):
+            yield torch.full(shape, shade)
+        draws = generator(self.seed, "diagnosis", "plain")
+        for _ in range(_N_RANDOM):
+            yield torch.rand(shape, generator=draws)
+        for shift in range(1, _N_OTHERS + 1):
+            yield self._clean.roll(shift, 0)
+
+    def _rounding(self) -> Check | None:
+        fooled = [result for result in self._reference if result.outcome == FOOLED]
+        if not fooled:
+            return None
+        points = torch.stack([result.adversarial for result in self._reference])
+        held = self._reached((points * 255).round() / 255)
+        survived = sum(h and result.outcome == FOOLED for h, result in zip(held, self._reference, strict=True))
+        return effort.rounding(len(fooled), survived)
+
+    def _second_look(self) -> Check | None:
+        if self.oracle.confirmed:
+            return None
+        why = "gradients in bf16" if self.oracle.precision == "bf16" else "the draws under the gradients"
+        _ = self._reference
+        return effort.second_look(*self._claims, why=why)
+
+    @cached_property
+    def _reference(self) -> list[Result]:
+        """The fresh attack that the others are compared with."""
+        return self._attack(self.attack, self.threat)
+
+    @cached_property
+    def _fooled(self) -> list[bool]:
+        return _successes(self._reference)
+
+    @cached_property
+    def _clean(self) -> Tensor:
+        return torch.stack([job.pixels for job in self.jobs])
+
+    def _attack(self, attack: LaneAttack, threat: ThreatModel) -> list[Result]:
+        engine = LaneEngine(
+            self.oracle,
+            attack,
+            threat,
+            lanes=self.rungs[0],
+            seed=derive_seed(self.seed, "diagnosis"),
+            goal=self.goal,
+            rungs=self.rungs,
+            on_pass=self.on_pass,
+        )
+        place = {job.index: number for number, job in enumerate(self.jobs)}
+        found = sorted(engine.run(self.jobs), key=lambda result: place[result.job.index])
+        self._claims = (engine.claimed, engine.upheld)
+        return found
+
+    def _reached(self, points: Tensor) -> list[bool]:
+        """Judge one point [3, H, W] per job, in batches of an allowed size."""
+        found: list[bool] = []
+        for start in range(0, len(self.jobs), self.rungs[0]):
+            jobs = self.jobs[start : start + self.rungs[0]]
+            rows = torch.arange(min(rung for rung in self.rungs if rung >= len(jobs))) % len(jobs)
+            answer = self.oracle.judge(points[start : start + len(jobs)][rows], self.goal, self._case(jobs, rows))
+            found += (answer.reached & answer.finite)[: len(jobs)].tolist()
+        return found
+
+    def _case(self, jobs: Sequence[Job], rows: Tensor) -> Case:
+        references = [job.reference for job in jobs if job.reference is not None]
+        label = torch.tensor([job.label for job in jobs])
+        target = torch.tensor([job.targets[0] if job.targets else job.label for job in jobs])
+        case = Case(label, target, torch.stack(references).cpu() if references else None).rows(rows)
+        return case.to(self.oracle.device, self.oracle.dtype)
+
+    def _random_point(self, job: Job, size: float, draw: int) -> Tensor:
+        """Return the image with noise of the given size [1, 3, H, W]: every pixel changed by it, or that length."""
+        draws = generator(self.seed, job.image_id, "diagnosis", draw)
+        noise = torch.randn(1, *job.pixels.shape, generator=draws)
+        noise = noise.sign() if self.threat.norm == "Linf" else noise / per_image(l2_norms(noise), noise)
+        return (job.pixels[None] + size * noise).clamp(0, 1)
+
+
+def _successes(results: Sequence[Result]) -> list[bool]:
+    return [result.outcome == FOOLED for result in results]
+
+
+def _either(first: Sequence[bool], second: Sequence[bool]) -> list[bool]:
+    return [a or b for a, b in zip(first, second, strict=True)]
