@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD
 from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.goals import (
     AcceptedMistake,
     Case,
@@ -25,19 +26,22 @@ from robustvlm.attacks.lanes import LaneEngine
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, margin, objective, target_classes
 from robustvlm.attacks.oracle import PRECISIONS, Oracle
 from robustvlm.attacks.pgd import PGD
-from robustvlm.attacks.plan import ATTACKS, parse_attacks
+from robustvlm.attacks.plan import ATTACKS, PLANS, Plan, parse_attacks, recommended_eot
 from robustvlm.attacks.probe import Probe, probe
+from robustvlm.attacks.square import Square
 from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import NORMS, ThreatModel, parse_eps, parse_norm, project
 
 __all__ = [
     "APGD",
     "ATTACKS",
+    "FAB",
     "FAILED",
     "FOOLED",
     "NORMS",
     "OBJECTIVES",
     "PGD",
+    "PLANS",
     "PRECISIONS",
     "ROBUST",
     "AcceptedMistake",
@@ -54,8 +58,10 @@ __all__ = [
     "Misclassify",
     "Objective",
     "Oracle",
+    "Plan",
     "Probe",
     "Result",
+    "Square",
     "Superclass",
     "SuperclassAll",
     "Targeted",
@@ -67,5 +73,6 @@ __all__ = [
     "parse_norm",
     "probe",
     "project",
+    "recommended_eot",
     "target_classes",
 ]

@@ -1,15 +1,31 @@
-"""Attacks by name: what `--attack` accepts."""
+"""Attacks by name: what `--attack` accepts.
+
+| plan       | attacks, cheap ones first                                                            |
+|------------|--------------------------------------------------------------------------------------|
+| `standard` | AutoAttack: `apgd-ce`, `apgd-t`, `fab-t` (9 targets each), `square` (5000 queries)   |
+| `plus`     | AutoAttack+: the same and `apgd-dlr` and `fab`; `apgd-ce` and these with 5 restarts  |
+| `rand`     | AutoAttack for random models: `apgd-ce`, `apgd-dlr`, gradients averaged over 20 draws |
+| `fare`     | the FARE protocol: `apgd-ce`, `apgd-t` (9 targets)                                   |
+
+All with 100 iterations. AutoAttack: Croce & Hein 2020, arXiv 2003.01690; FARE: Schlarmann et al. 2024, arXiv
+2402.12336. A plan is short for its list: images pass from one attack to the next as in any list, and each attack has
+its own line in the report. With fewer than 10 classes there is one sub-run per wrong class.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from robustvlm.attacks.apgd import APGD
 from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.objectives import objective
+from robustvlm.attacks.options import check, options_of, read_option
 from robustvlm.attacks.pgd import PGD
+from robustvlm.attacks.square import Square
 from robustvlm.errors import UserError, nearest
 
 _FACTORIES: dict[str, Callable[[], LaneAttack]] = {
@@ -18,25 +34,40 @@ _FACTORIES: dict[str, Callable[[], LaneAttack]] = {
     "apgd-ce": lambda: APGD(name="apgd-ce", objective=objective("ce")),
     "apgd-dlr": lambda: APGD(name="apgd-dlr", objective=objective("dlr")),
     "apgd-t": lambda: APGD(name="apgd-t", objective=objective("dlr-t"), n_targets=9),
+    "fab": lambda: FAB(name="fab", objective=objective("margin"), n_targets=None),
+    "fab-t": lambda: FAB(),
+    "square": lambda: Square(),
 }
 ATTACKS = tuple(_FACTORIES)
 
-_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "steps": ("n_iter", int),
-    "restarts": ("n_restarts", int),
-    "targets": ("n_targets", int),
-    "step_size": ("step_size", float),
-    "objective": ("objective", objective),
-}
 
-# Beyond this a run would not end in a lifetime, and its tables would not fit into memory.
-_MOST = 100_000
+@dataclass(frozen=True)
+class Plan:
+    """A named list of attacks.
+
+    Args:
+        attacks: as `--attack` accepts them, the cheap ones first.
+        eot: over how many draws of a random model gradients are to be averaged; a setting of the run, not of an attack.
+    """
+
+    attacks: tuple[str, ...]
+    eot: int = 1
+
+
+PLANS = {
+    "standard": Plan(("apgd-ce", "apgd-t", "fab-t", "square")),
+    "plus": Plan(("apgd-ce:restarts=5", "apgd-dlr:restarts=5", "apgd-t", "fab-t", "square", "fab:restarts=5")),
+    "rand": Plan(("apgd-ce", "apgd-dlr"), eot=20),
+    "fare": Plan(("apgd-ce", "apgd-t")),
+}
 
 
 def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None = None) -> list[LaneAttack]:
-    """Return the attacks of a list such as `apgd-ce,apgd-t` or `pgd:steps=40:objective=margin`.
+    """Return the attacks of a list such as `apgd-ce,apgd-t` or `pgd:steps=40:objective=margin`, plans expanded.
 
-    `steps` and `restarts` apply to every attack that does not state its own.
+    `steps` and `restarts` apply to every attack that does not state its own; `steps` only to attacks that follow
+    gradients, as Square's budget is counted in `queries` (5000), which are no substitute for steps. Options of a plan
+    go to the members that have them: `standard:steps=50`.
 
     Raises:
         UserError: unknown attack or option, a value that does not fit, the same attack twice.
@@ -44,8 +75,11 @@ def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None =
     Example:
         >>> [attack.name for attack in parse_attacks("apgd-ce,apgd-t", steps=20)]
         ['apgd-ce', 'apgd-t']
+        >>> [attack.name for attack in parse_attacks("fare:steps=50")]
+        ['apgd-ce:steps=50', 'apgd-t:steps=50']
     """
-    attacks = [_parse(part.strip(), steps, restarts) for part in text.split(",")]
+    parts = [member for part in text.split(",") for member in _expand(part.strip())]
+    attacks = [_parse(part, steps, restarts) for part in parts]
     names = [attack.name for attack in attacks]
     for name in names:
         if names.count(name) > 1:
@@ -53,48 +87,50 @@ def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None =
     return attacks
 
 
+def recommended_eot(text: str) -> int:
+    """Return over how many draws the plans named in an `--attack` text average a random model's gradients.
+
+    Example:
+        >>> recommended_eot("rand"), recommended_eot("standard")
+        (20, 1)
+    """
+    plans = [PLANS[part.split(":")[0].strip()] for part in text.split(",") if part.split(":")[0].strip() in PLANS]
+    return max((plan.eot for plan in plans), default=1)
+
+
+def _expand(text: str) -> list[str]:
+    """Return the members of a plan with its options given to those that have them; other texts unchanged."""
+    name, *options = text.split(":")
+    if name not in PLANS:
+        return [text]
+    members = list(PLANS[name].attacks)
+    for option in options:
+        key = option.partition("=")[0]
+        takes = [key in options_of(_FACTORIES[member.split(":")[0]]()) for member in members]
+        if not any(takes):
+            raise UserError(f"unknown option '{option}' of plan '{name}': none of {', '.join(members)} has it")
+        members = [_with(member, option) if has else member for member, has in zip(members, takes, strict=True)]
+    return members
+
+
+def _with(member: str, option: str) -> str:
+    """Return an attack's text with an option added, in place of the plan's own value for it."""
+    key = option.partition("=")[0]
+    return ":".join([part for part in member.split(":") if not part.startswith(f"{key}=")] + [option])
+
+
 def _parse(text: str, steps: int | None, restarts: int | None) -> LaneAttack:
     name, *options = text.split(":")
     if name not in _FACTORIES:
-        raise UserError(f"unknown attack '{name}': {nearest(name, ATTACKS)}")
+        raise UserError(f"unknown attack '{name}': {nearest(name, [*ATTACKS, *PLANS])}")
     attack = _FACTORIES[name]()
     changes: dict[str, Any] = {"name": text}
-    if steps is not None and name != "fgsm":
+    if steps is not None and name != "fgsm" and attack.uses_gradient:
         changes["n_iter"] = steps
     if restarts is not None and name != "fgsm":
         changes["n_restarts"] = restarts
     for option in options:
-        changes |= _option(attack, name, option)
+        changes |= read_option(attack, name, option)
     attack = dataclasses.replace(attack, **changes)
-    _check(attack)
+    check(attack)
     return attack
-
-
-def _option(attack: LaneAttack, name: str, text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    fields = {field.name for field in dataclasses.fields(attack)}
-    known = [option for option, (field, _) in _OPTIONS.items() if field in fields]
-    if key not in known or not equals:
-        raise UserError(
-            f"unknown option '{text}' of attack '{name}': expected key=value with key one of {', '.join(known)}"
-        )
-    field, convert = _OPTIONS[key]
-    try:
-        return {field: convert(value)}
-    except ValueError:
-        raise UserError(f"option '{text}' of attack '{name}': '{value}' is no number") from None
-
-
-def _check(attack: LaneAttack) -> None:
-    """Refuse settings under which an attack would do nothing or could not run."""
-    for option, field in (("steps", "n_iter"), ("restarts", "n_restarts"), ("targets", "n_targets")):
-        value = getattr(attack, field, None)
-        if value is not None and not 1 <= value <= _MOST:
-            raise UserError(f"attack '{attack.name}': {option} must be between 1 and {_MOST:,}, got {value:,}")
-    step_size = getattr(attack, "step_size", None)
-    if step_size is not None and not 0 < step_size < float("inf"):
-        raise UserError(f"attack '{attack.name}': step_size must be positive, got {step_size}")
-    targeted = getattr(attack, "n_targets", None) is not None
-    if attack.objective.targeted != targeted:
-        kind = "a targeted" if targeted else "an untargeted"
-        raise UserError(f"attack '{attack.name}' needs {kind} objective, got '{attack.objective.name}'")
