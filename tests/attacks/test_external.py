@@ -11,7 +11,7 @@ import torchattacks
 from torch import Tensor, nn
 from toy import Curved, Linear, images, right_jobs
 
-from robustvlm.attacks import FAILED, FOOLED, Job, Oracle, Result, ThreatModel
+from robustvlm.attacks import FAILED, FOOLED, AcceptedMistake, Deny, Job, Misclassify, Oracle, Result, ThreatModel
 from robustvlm.attacks.external import ExternalEngine, engine, is_external, parse_external, require_fit
 from robustvlm.attacks.external.catalog import SINGLE, TORCHATTACKS, UNBOUNDED, VERSIONS
 from robustvlm.errors import UserError
@@ -231,15 +231,34 @@ def test_names_of_ours_are_not_external() -> None:
 
 def test_norm_and_goal_must_fit() -> None:
     with pytest.raises(UserError, match=r"knows only L2 balls: take --norm L2, or for Linf one of .*PGD"):
-        require_fit(parse_external("torchattacks:PGDL2"), BALLS["Linf"], n_classes=5)
-    with pytest.raises(UserError, match="knows only the goal misclassify, not 'deny'"):
-        require_fit(parse_external("autoattack"), BALLS["Linf"], n_classes=5, goal="deny")
+        require_fit(parse_external("torchattacks:PGDL2"), BALLS["Linf"], n_classes=5, goal=Misclassify())
+    for goal, said in ((Deny(), "not 'deny'"), (AcceptedMistake(), "not of a model that may refuse")):
+        with pytest.raises(UserError, match=said):
+            require_fit(parse_external("autoattack"), BALLS["Linf"], n_classes=5, goal=goal)
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     with pytest.raises(UserError, match="pip install torchattacks"):
         parse_external("torchattacks:PGD")
+
+
+class Enough(Exception):
+    """Raised when a test's allowance is used up."""
+
+
+@pytest.mark.parametrize("spec", ["torchattacks:PGD", "autoattack:apgd-ce:steps=5"])
+def test_what_permission_raises_ends_the_run_as_it_is(spec: str) -> None:
+    oracle = Oracle(Curved())
+
+    def permit(passes: int) -> None:
+        if oracle.passes.forward + oracle.passes.backward + passes > 50:
+            raise Enough
+
+    made = ExternalEngine(oracle, parse_external(spec), BALLS["Linf"], lanes=4, seed=0, permit=permit)
+    with pytest.raises(Enough):
+        list(made.run(right_jobs(Curved(), 8)))
+    assert oracle.passes.forward + oracle.passes.backward <= 50
 
 
 def test_no_jobs() -> None:

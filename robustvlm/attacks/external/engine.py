@@ -49,6 +49,8 @@ class ExternalEngine:
         goal: what the attacker wants; the packages know only a wrong class.
         rungs: batch sizes, descending, on which the model gives bit-identical rows.
         on_pass: called after every pass, with the images and the passes in it.
+        permit: called before every pass with the passes it will take; what it raises ends the run at once, and the
+            batch in hand is lost.
 
     Example:
         >>> from robustvlm.attacks.external.spec import parse_external
@@ -71,11 +73,12 @@ class ExternalEngine:
         goal: Goal | None = None,
         rungs: Sequence[int] = (),
         on_pass: Callable[[int, int], None] | None = None,
+        permit: Callable[[int], None] | None = None,
     ) -> None:
         self.oracle, self.attack, self.threat, self.seed = oracle, attack, threat, seed
         self.goal = goal or Misclassify()
         self.rungs = tuple(rungs) or (lanes,)
-        self._model = Watched(oracle, on_pass)
+        self._model = Watched(oracle, on_pass, permit)
         self._program: Program | None = None
         self._outside = self._broken = 0
         self._farthest = 1.0
@@ -138,7 +141,7 @@ class ExternalEngine:
 
     def _prepare(self, x0: Tensor) -> Program:
         n_classes = self.oracle.confirm(x0[:1]).shape[1]
-        require_fit(self.attack, self.threat, n_classes=n_classes, goal=self.goal.spec)
+        require_fit(self.attack, self.threat, n_classes=n_classes, goal=self.goal)
         return program(self.attack, self._model, self.threat, n_classes)
 
     def _call(self, run: Program, x0: Tensor, label: Tensor, seed: int) -> Tensor:
@@ -149,7 +152,7 @@ class ExternalEngine:
             except UserError:
                 raise
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or error is self._model.refusal:
                     raise
                 said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 raise UserError(

@@ -17,6 +17,7 @@ from robustvlm.attacks.external.catalog import (
     VERSIONS,
     fewest_classes,
 )
+from robustvlm.attacks.goals import Goal, Misclassify
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.errors import UserError, nearest
 
@@ -43,6 +44,11 @@ class ExternalAttack:
     package: str
     kind: str
     options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether the attack asks for gradients; Square and SPSA only ask for answers."""
+        return self.kind.lower() not in ("square", "spsa")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -160,16 +166,21 @@ def package(name: str) -> Any:
         raise UserError(f"this needs the package '{name}' ({error}): pip install {name}") from error
 
 
-def require_fit(attack: ExternalAttack, threat: ThreatModel, *, n_classes: int, goal: str = "misclassify") -> None:
+def require_fit(attack: ExternalAttack, threat: ThreatModel, *, n_classes: int, goal: Goal) -> None:
     """Raise a UserError unless the attack knows the norm, the number of classes and the goal.
 
     Example:
-        >>> require_fit(parse_external("torchattacks:PGD"), ThreatModel("L2", 0.5), n_classes=10)
+        >>> pgd, ball = parse_external("torchattacks:PGD"), ThreatModel("L2", 0.5)
+        >>> require_fit(pgd, ball, n_classes=10, goal=Misclassify())
         Traceback (most recent call last):
         robustvlm.errors.UserError: 'torchattacks:PGD' knows only Linf balls: take --norm Linf, or ...
     """
-    if goal != "misclassify":
-        raise UserError(f"'{attack.name}' knows only the goal misclassify, not '{goal}': take our own {_OURS}")
+    if not isinstance(goal, Misclassify):
+        about = "of a model that may refuse" if goal.spec == Misclassify.spec else f"'{goal.spec}'"
+        raise UserError(
+            f"'{attack.name}' knows only the goal misclassify of a model that never refuses, not {about}: "
+            f"take our own {_OURS}"
+        )
     norms = TORCHATTACKS[attack.kind] if attack.package == "torchattacks" else ("Linf", "L2")
     if threat.norm not in norms:
         others = ", ".join(name for name, known in TORCHATTACKS.items() if threat.norm in known and norms != known)

@@ -14,7 +14,8 @@ from robustvlm.attacks.oracle import Oracle, full_precision_kernels
 class Watched(nn.Module):
     """Pixels [B, 3, H, W] in [0, 1] to float32 logits [B, K], always in evaluation mode, passes counted in the oracle.
 
-    The model itself is hidden from the package: changing the wrapper's mode or weights cannot reach it.
+    `permit` is asked before every pass, `on_pass` told after it. The model itself is hidden from the package: changing
+    the wrapper's mode or weights cannot reach it.
 
     Example:
         >>> oracle = Oracle(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
@@ -25,10 +26,16 @@ class Watched(nn.Module):
         (False, 5, 5)
     """
 
-    def __init__(self, oracle: Oracle, on_pass: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        oracle: Oracle,
+        on_pass: Callable[[int, int], None] | None = None,
+        permit: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
         self._hidden = (oracle,)
-        self._on_pass = on_pass
+        self._on_pass, self._permit = on_pass, permit
+        self.refusal: Exception | None = None
         # Packages ask for the device of the first parameter.
         self.anchor = nn.Parameter(torch.empty(0, device=oracle.device), requires_grad=False)
         self.training = False
@@ -41,6 +48,7 @@ class Watched(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
         (oracle,) = self._hidden
+        self._ask(len(x) * (2 if x.requires_grad and torch.is_grad_enabled() else 1))
         began, ended = time.perf_counter(), [0.0]
         # A view, so that a hook can tell when the backward pass has come back to the pixels.
         x = x.view_as(x)
@@ -51,6 +59,14 @@ class Watched(nn.Module):
             logits.register_hook(lambda _: ended.__setitem__(0, time.perf_counter()))
             x.register_hook(lambda grad: self._count(len(grad), ended[0], backward=True))
         return logits
+
+    def _ask(self, passes: int) -> None:
+        try:
+            if self._permit is not None:
+                self._permit(passes)
+        except Exception as error:
+            self.refusal = error
+            raise
 
     def _count(self, images: int, began: float, *, backward: bool) -> None:
         (oracle,) = self._hidden
