@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD
 from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.external import ExternalAttack, ExternalEngine, parse_external, require_fit
 from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.goals import (
     AcceptedMistake,
@@ -26,7 +27,7 @@ from robustvlm.attacks.lanes import LaneEngine
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, margin, objective, target_classes
 from robustvlm.attacks.oracle import PRECISIONS, Oracle
 from robustvlm.attacks.pgd import PGD
-from robustvlm.attacks.plan import ATTACKS, PLANS, Plan, parse_attacks, recommended_eot
+from robustvlm.attacks.plan import ATTACKS, PLANS, Attack, Plan, parse_attacks, recommended_eot
 from robustvlm.attacks.probe import Probe, probe
 from robustvlm.attacks.square import Square
 from robustvlm.attacks.tally import Answer
@@ -46,8 +47,11 @@ __all__ = [
     "ROBUST",
     "AcceptedMistake",
     "Answer",
+    "Attack",
     "Case",
     "Deny",
+    "ExternalAttack",
+    "ExternalEngine",
     "FeatureAway",
     "FeatureTo",
     "Goal",
@@ -70,9 +74,11 @@ __all__ = [
     "objective",
     "parse_attacks",
     "parse_eps",
+    "parse_external",
     "parse_norm",
     "probe",
     "project",
     "recommended_eot",
+    "require_fit",
     "target_classes",
 ]

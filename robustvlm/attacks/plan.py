@@ -17,10 +17,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from robustvlm.attacks.apgd import APGD
 from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.external.catalog import PACKAGES
+from robustvlm.attacks.external.spec import ExternalAttack, is_external, parse_external
 from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.options import check, options_of, read_option
@@ -39,6 +41,9 @@ _FACTORIES: dict[str, Callable[[], LaneAttack]] = {
     "square": lambda: Square(),
 }
 ATTACKS = tuple(_FACTORIES)
+
+# An attack of a run: in lanes, or of a published package.
+Attack: TypeAlias = LaneAttack | ExternalAttack
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ PLANS = {
 }
 
 
-def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None = None) -> list[LaneAttack]:
+def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None = None) -> list[Attack]:
     """Return the attacks of a list such as `apgd-ce,apgd-t` or `pgd:steps=40:objective=margin`, plans expanded.
+
+    `torchattacks:NAME` and `autoattack[:VERSION]` stand for attacks of those packages, which run beside ours.
 
     `steps` and `restarts` apply to every attack that does not state its own; `steps` only to attacks that follow
     gradients, as Square's budget is counted in `queries` (5000), which are no substitute for steps. Options of a plan
@@ -79,7 +86,10 @@ def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None =
         ['apgd-ce:steps=50', 'apgd-t:steps=50']
     """
     parts = [member for part in text.split(",") for member in _expand(part.strip())]
-    attacks = [_parse(part, steps, restarts) for part in parts]
+    attacks: list[Attack] = [
+        parse_external(part, steps=steps, restarts=restarts) if is_external(part) else _parse(part, steps, restarts)
+        for part in parts
+    ]
     names = [attack.name for attack in attacks]
     for name in names:
         if names.count(name) > 1:
@@ -122,7 +132,7 @@ def _with(member: str, option: str) -> str:
 def _parse(text: str, steps: int | None, restarts: int | None) -> LaneAttack:
     name, *options = text.split(":")
     if name not in _FACTORIES:
-        raise UserError(f"unknown attack '{name}': {nearest(name, [*ATTACKS, *PLANS])}")
+        raise UserError(f"unknown attack '{name}': {nearest(name, [*ATTACKS, *PLANS, *PACKAGES])}")
     attack = _FACTORIES[name]()
     changes: dict[str, Any] = {"name": text}
     if steps is not None and name != "fgsm" and attack.uses_gradient:

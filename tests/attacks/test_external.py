@@ -11,7 +11,18 @@ import torchattacks
 from torch import Tensor, nn
 from toy import Curved, Linear, images, right_jobs
 
-from robustvlm.attacks import FAILED, FOOLED, AcceptedMistake, Deny, Job, Misclassify, Oracle, Result, ThreatModel
+from robustvlm.attacks import (
+    FAILED,
+    FOOLED,
+    AcceptedMistake,
+    Deny,
+    Job,
+    Misclassify,
+    Oracle,
+    Result,
+    ThreatModel,
+    parse_attacks,
+)
 from robustvlm.attacks.external import ExternalEngine, engine, is_external, parse_external, require_fit
 from robustvlm.attacks.external.catalog import SINGLE, TORCHATTACKS, UNBOUNDED, VERSIONS
 from robustvlm.errors import UserError
@@ -279,3 +290,11 @@ def test_a_fooled_image_of_a_direct_attack_is_fooled_here() -> None:
             logits = model((x[job.index] + step).clamp(0, 1)[None])[0]
             best |= bool(logits[other] > logits[job.label])
         assert (result.outcome == FOOLED) == best
+
+
+def test_lists_of_attacks_hold_both_kinds() -> None:
+    attacks = parse_attacks("apgd-ce,torchattacks:PGD:alpha=0.1,autoattack:square", steps=9)
+    assert [attack.name for attack in attacks] == ["apgd-ce", "torchattacks:PGD:alpha=0.1", "autoattack:square"]
+    assert attacks[1].settings == {"steps": 9, "alpha": 0.1}
+    with pytest.raises(UserError, match="stands twice"):
+        parse_attacks("autoattack,autoattack")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# How names of their attacks begin on the command line.
+PACKAGES = ("torchattacks", "autoattack")
+
 LINF, BOTH = ("Linf",), ("Linf", "L2")
 
 # Attacks of torchattacks that keep inside a ball of radius eps, with the norms that they know.

@@ -11,6 +11,7 @@ from typing import Any
 from robustvlm.attacks.external.catalog import (
     AUTOATTACK_OPTIONS,
     DECIDED,
+    PACKAGES,
     SINGLE,
     TORCHATTACKS,
     UNBOUNDED,
@@ -21,7 +22,6 @@ from robustvlm.attacks.goals import Goal, Misclassify
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.errors import UserError, nearest
 
-_PREFIXES = ("torchattacks", "autoattack")
 _OURS = "fgsm, pgd, apgd-ce, apgd-dlr, apgd-t, fab-t or square"
 
 
@@ -63,7 +63,7 @@ def is_external(text: str) -> bool:
         >>> is_external("torchattacks:PGD"), is_external("autoattack"), is_external("pgd")
         (True, True, False)
     """
-    return text.strip().split(":")[0].lower() in _PREFIXES
+    return text.strip().split(":")[0].lower() in PACKAGES
 
 
 def parse_external(text: str, *, steps: int | None = None, restarts: int | None = None) -> ExternalAttack:
