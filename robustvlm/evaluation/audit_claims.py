@@ -15,6 +15,7 @@ from robustvlm.certify import (
     PredictableDirection,
     betting_lower,
     clopper_pearson_lower,
+    mean_feature,
     norm_lower_bound,
     rival_normals,
     unit_rows,
@@ -76,7 +77,7 @@ class FeatureClaim(Claim):
         return mean_cosine(features, self.direction, aim)
 
     def value(self, features: Array) -> float:
-        m, there = np.nanmean(self.clean, axis=0), np.nanmean(features, axis=0)
+        m, there = mean_feature(self.clean)[0], mean_feature(features)[0]
         return float(m @ there / (np.linalg.norm(m) * np.linalg.norm(there)))
 
     def upper(self, features: Array, alpha: float) -> float:
@@ -110,7 +111,7 @@ class DirectionClaim(Claim):
         return mean_cosine(features, self.direction, aim)
 
     def value(self, features: Array) -> float:
-        there = np.nanmean(features, axis=0)
+        there = mean_feature(features)[0]
         return float(there @ self.direction / (np.linalg.norm(there) * np.linalg.norm(self.direction)))
 
     def upper(self, features: Array, alpha: float) -> float:
@@ -155,12 +156,12 @@ class ClassClaim(Claim):
         return torch.where(aim == 0, margins.amin(dim=1), margins.gather(1, pursued[:, None])[:, 0])
 
     def value(self, features: Array) -> float:
-        return float((self.normals @ np.nanmean(features, axis=0)).min())
+        return float((self.normals @ mean_feature(features)[0]).min())
 
     def upper(self, features: Array, alpha: float) -> float:
         """Half the features choose the rival, the other half bound its margin."""
         half = len(features) // 2
-        rival = int((self.normals @ np.nanmean(features[:half], axis=0)).argmin())
+        rival = int((self.normals @ mean_feature(features[:half])[0]).argmin())
         return upper_mean(unit_rows(features[half:]) @ self.normals[rival], alpha)
 
 
@@ -198,7 +199,8 @@ class VoteClaim(Claim):
         return 1.0 - float(clopper_pearson_lower(against, len(features), alpha))
 
     def _votes(self, features: Array) -> npt.NDArray[np.bool_]:
-        return np.asarray((features @ self.text.T).argmax(axis=1) == self.label)
+        said = (features @ self.text.T).argmax(axis=1) == self.label
+        return said | np.isnan(features).any(axis=1)  # a failed pass must not look like a broken claim
 
 
 def mean_cosine(features: Tensor, direction: Array, aim: Tensor) -> Tensor:
