@@ -47,9 +47,12 @@ class Tangent:
         value = self.psi[:, cell, column] + self.slope[:, cell] * (x - self.knots[cell, column])
         return np.asarray(np.clip(value / self.psi[:, -1:], 0.0, 1.0))
 
-    def null_mean(self, target: float) -> Array:
-        """Return m0 [C, K] such that `E transform(g) > m0` certifies `E g(x' + noise) > target`; may leave (0, 1)."""
-        return np.asarray((target - self.constant) / self.psi[:, -1])
+    def null_mean(self, target: ArrayLike) -> Array:
+        """Return m0 [C, K] such that `E transform(g) > m0` certifies `E g(x' + noise) > target`; may leave (0, 1).
+
+        The target is one number, or one per score [K].
+        """
+        return np.asarray((np.asarray(target, dtype=np.float64) - self.constant) / self.psi[:, -1])
 
     def bound(self, scores: ArrayLike) -> Array:
         """Return the plug-in `C + mean Psi(g)`, [C, K]: at most the shifted mean of the empirical distribution."""
@@ -97,6 +100,7 @@ class TangentTest:
 
     Args:
         pilot: [n0] or [n0, K] scores; one test per column.
+        target: one for all tests, or [K].
 
     Attributes:
         certified, hopeless: [K] booleans.
@@ -110,7 +114,7 @@ class TangentTest:
         (True, False)
     """
 
-    def __init__(self, pilot: ArrayLike, *, a: float, target: float, alpha: float, futility: float = 0.01) -> None:
+    def __init__(self, pilot: ArrayLike, *, a: float, target: ArrayLike, alpha: float, futility: float = 0.01) -> None:
         self.level = log(1.0 / check_alpha(alpha))
         self.doubt_level = log(1.0 / check_alpha(futility))
         self.tangent = tangent_at(pilot, a)

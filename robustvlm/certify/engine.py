@@ -1,0 +1,258 @@
+"""The sampling engine: full batches of noisy copies of many images, each image leaving as soon as its claim is decided.
+
+A pass costs the same whether its rows matter or not, so they are filled with pieces (up to a chunk of noise each) of
+as many images as it takes: first what is surely needed, then, when no image waits, what may be needed. Each row of
+noise comes from (run seed, image, stage, row number), so that an image's samples do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustvlm.certify.noise import CHUNK, noise_chunk, stream_seed
+from robustvlm.certify.normal import check_sigma
+from robustvlm.certify.sampling import Certifier, Finding, Stage
+from robustvlm.core.memory import is_out_of_memory
+
+Encode = Callable[[Tensor], Tensor]
+"""From noisy images [R, 3, S, S] float32 to unit features [R, D]; each row a function of its own image alone."""
+
+Keep = Callable[["Task", Stage, NDArray[np.float32]], None]
+"""Told the features of a stage as they are used, in order (the cache)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to certify: pixels [3, S, S] in [0, 1] at the resolution where the noise is added."""
+
+    image_id: str
+    index: int
+    pixels: Tensor = field(repr=False)
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The finding for one image, the encoder passes spent on it (unused ones included) and its share of the time."""
+
+    task: Task
+    finding: Finding
+    passes: int
+    seconds: float
+
+
+class _Lane:
+    """An image in work: how many rows of its current stage are on their way."""
+
+    def __init__(self, task: Task, certifier: Certifier, pixels: Tensor) -> None:
+        self.task, self.certifier, self.pixels = task, certifier, pixels
+        self.stage: Stage | None = None
+        self.taken = self.sent = self.passes = 0
+        self.seconds = 0.0
+
+    def piece(self, room: int, *, perhaps: bool) -> _Piece | None:
+        """Return the next rows to run, at most `room`; None if nothing more is surely (or perhaps) needed now."""
+        wanted = self.certifier.request()
+        if wanted is None:
+            return None
+        if wanted.stage != self.stage:
+            if self.sent > self.taken:  # the rest of the stage before, called off
+                return None
+            self.stage, self.taken, self.sent = wanted.stage, 0, 0
+        left = (wanted.most if perhaps else wanted.sure) - (self.sent - self.taken)
+        rows = min(left, room, CHUNK - self.sent % CHUNK)
+        if rows <= 0:
+            return None
+        piece = _Piece(self, wanted.stage, self.sent, rows)
+        self.sent += rows
+        self.passes += rows
+        return piece
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows `start` to `start + rows` of a stage of a lane, all of one chunk of noise."""
+
+    lane: _Lane
+    stage: Stage
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Pass:
+    pieces: list[_Piece]
+    features: Tensor
+
+
+class SamplingEngine:
+    """Samples noisy features for a stream of images until every claim is decided.
+
+    Args:
+        encode: the encoder, with everything that happens after the noise.
+        sigma: noise level in [0, 1] pixels.
+        seed: run seed.
+        lanes: rows of a full pass.
+        device: where noise is made and the encoder runs.
+        rungs: batch sizes, descending and starting with `lanes`, on which the encoder gives bit-identical rows; the
+            smaller ones are used when no image waits. Default: full passes only.
+        keep: told the features that certifiers used.
+        on_pass: called after every pass with its rows and how many of them were needed or may be.
+
+    Example:
+        >>> from robustvlm.certify.feature_claim import FeatureRadius
+        >>> encode = lambda x: torch.nn.functional.normalize(x.flatten(1)[:, :4], dim=1)
+        >>> engine = SamplingEngine(encode, sigma=0.1, seed=0, lanes=64)
+        >>> tasks = [Task(str(i), i, torch.rand(3, 2, 2)) for i in range(3)]
+        >>> found = engine.run(tasks, lambda task: FeatureRadius(cos0=0.5, sigma=0.1, alpha=0.01, n=400, n_pilot=100))
+        >>> [sampled.finding.n for sampled in found]
+        [300, 300, 300]
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        *,
+        sigma: float,
+        seed: int,
+        lanes: int,
+        device: torch.device | str = "cpu",
+        rungs: Sequence[int] = (),
+        keep: Keep | None = None,
+        on_pass: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.encode, self.sigma, self.seed = encode, check_sigma(sigma), seed
+        self.device = torch.device(device)
+        self.rungs = tuple(rungs) or (lanes,)
+        self.passes = 0
+        self._keep, self._on_pass = keep, on_pass
+        self._lanes: list[_Lane] = []
+        # On a GPU the next pass is on its way while the features of the last one are judged.
+        self._depth = 1 if self.device.type == "cuda" else 0
+
+    def run(self, tasks: Iterable[Task], certifier: Callable[[Task], Certifier]) -> Iterator[Sampled]:
+        """Certify every task with a certifier of its own; findings come in order of completion."""
+        queue, running = iter(tasks), deque[_Pass]()
+        self._lanes = []
+        while True:
+            began = time.perf_counter()
+            pieces = self._plan(queue, certifier)
+            try:
+                if pieces:
+                    running.append(_Pass(pieces, self._forward(pieces)))
+                done = self._judge(running.popleft()) if len(running) > (self._depth if pieces else 0) else []
+            except Exception as error:
+                if not is_out_of_memory(error) or self.rungs[0] == 1:
+                    raise
+                running.clear()
+                self._halve()
+                continue
+            rows = sum(piece.rows for piece in pieces)
+            for piece in pieces:
+                piece.lane.seconds += (time.perf_counter() - began) * piece.rows / rows
+            yield from (Sampled(lane.task, lane.certifier.finding(), lane.passes, lane.seconds) for lane in done)
+            if not pieces and not running and not self._lanes:
+                return
+
+    def _plan(self, queue: Iterator[Task], certifier: Callable[[Task], Certifier]) -> list[_Piece]:
+        """Return the pieces of the next pass: sure ones of the images in work, of new images, then possible ones."""
+        pieces: list[_Piece] = []
+        room = self.rungs[0]
+        for lane in self._lanes:
+            room -= _fill(lane, pieces, room, perhaps=False)
+        while room:
+            task = next(queue, None)
+            if task is None:
+                break
+            lane = _Lane(task, certifier(task), task.pixels.to(self.device, torch.float32))
+            self._lanes.append(lane)
+            room -= _fill(lane, pieces, room, perhaps=False)
+        used = self.rungs[0] - room
+        room = self._rung(used) - used if used else 0
+        moved = True
+        while room and moved:  # in turn, so that no image runs far ahead of its decision
+            moved = False
+            for lane in self._lanes:
+                piece = lane.piece(room, perhaps=True)
+                if piece is not None:
+                    pieces.append(piece)
+                    room -= piece.rows
+                    moved = True
+        return pieces
+
+    def _rung(self, used: int) -> int:
+        return min(rung for rung in self.rungs if rung >= used)
+
+    def _forward(self, pieces: list[_Piece]) -> Tensor:
+        """Run the pieces as one pass of an allowed size, the spare rows repeating the first; return features [R, D]."""
+        rows = sum(piece.rows for piece in pieces)
+        parts = [self._noisy(piece) for piece in pieces]
+        size = self._rung(rows)
+        if size > rows:
+            parts.append(parts[0][:1].expand(size - rows, -1, -1, -1))
+        with torch.no_grad():
+            features = self.encode(torch.cat(parts))
+        self.passes += size
+        if self._on_pass is not None:
+            self._on_pass(size, rows)
+        return features[:rows].detach().float()
+
+    def _noisy(self, piece: _Piece) -> Tensor:
+        """Return the image plus fresh noise for every row, in float32 and not clipped; the clean stage has no noise."""
+        pixels = piece.lane.pixels
+        if piece.stage == "clean":
+            return pixels.expand(piece.rows, *pixels.shape)
+        stream = stream_seed(self.seed, piece.lane.task.image_id, piece.stage)
+        noise = noise_chunk(stream, piece.start // CHUNK, pixels.shape, self.device)
+        first = piece.start % CHUNK
+        return noise[first : first + piece.rows].mul_(self.sigma).add_(pixels)
+
+    def _judge(self, done: _Pass) -> list[_Lane]:
+        """Hand the features to their certifiers; return the lanes that are decided, which leave."""
+        features = done.features.cpu().numpy()
+        start = 0
+        for piece in done.pieces:
+            rows = features[start : start + piece.rows]
+            start += piece.rows
+            lane = piece.lane
+            wanted = lane.certifier.request()
+            if wanted is None or wanted.stage != piece.stage:  # decided by an earlier piece of this image
+                if lane.stage == piece.stage:
+                    lane.taken += piece.rows
+                continue
+            if self._keep is not None:
+                self._keep(lane.task, piece.stage, rows)
+            lane.certifier.take(rows)
+            lane.taken += piece.rows
+        decided = [lane for lane in self._lanes if lane.certifier.request() is None]
+        self._lanes = [lane for lane in self._lanes if lane.certifier.request() is not None]
+        return decided
+
+    def _halve(self) -> None:
+        """Go on with half the rows after running out of memory; the lost rows are made again, with the same noise."""
+        width = self.rungs[0] // 2
+        self.rungs = (width, *(rung for rung in self.rungs if rung < width))
+        for lane in self._lanes:
+            lane.sent = lane.taken
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _fill(lane: _Lane, pieces: list[_Piece], room: int, *, perhaps: bool) -> int:
+    """Add as many pieces of a lane as there are and fit; return their rows."""
+    before = room
+    while room:
+        piece = lane.piece(room, perhaps=perhaps)
+        if piece is None:
+            break
+        pieces.append(piece)
+        room -= piece.rows
+    return before - room

@@ -1,0 +1,135 @@
+"""Certifiers for open-set decisions: the image stays accepted, or stays rejected, whichever the pilot says (T5, T8)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from robustvlm.certify.bounds.band import ell_band
+from robustvlm.certify.normal import Array, check_alpha, check_sigma
+from robustvlm.certify.openset import acceptance_radius, openset_score, pilot_choice, rejection_radius
+from robustvlm.certify.sampling import Certifier, Finding, Stage, Stop
+from robustvlm.certify.scores import as_scores, mean_feature, unit_rows
+from robustvlm.certify.tangent import TangentTest
+
+
+class OpensetRadius(Certifier):
+    """The radius inside which `max_k min_a <m(x'), v_ka>` stays on the side of tau where the pilot found it (P1-CDF).
+
+    The pilot chooses side, class and antibodies; the estimation samples bound the score on that side only. With
+    `radius` the claim is decided at that radius, sampling until yes, hopeless, or n (T6).
+
+    Args:
+        vectors: [K, A, D] from `contrast_vectors`. tau: threshold, from other data.
+        n: all samples, n_pilot of them for the pilot.
+
+    Example:
+        >>> from robustvlm.certify.openset import contrast_vectors
+        >>> v = contrast_vectors(np.eye(2), [], 0.0)
+        >>> certifier = OpensetRadius(vectors=v, tau=0.5, sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.6, 0.8]] * wanted.sure)
+        >>> certifier.finding().claim, round(certifier.finding().radius, 2)
+        ('openset-accept', 0.31)
+    """
+
+    def __init__(
+        self,
+        *,
+        vectors: Array,
+        tau: float,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        radius: float | None = None,
+    ) -> None:
+        looks: tuple[Stage, ...] = () if radius is None else ("estimation",)
+        super().__init__(("pilot", n_pilot), ("estimation", n - n_pilot), looks=looks)
+        self.vectors, self.tau, self.radius = vectors, float(tau), radius
+        self.sigma, self.alpha = check_sigma(sigma), check_alpha(alpha)
+        self.accepts = False
+        self._score, self._class = 0.0, 0
+        self._chosen: Array = np.zeros(len(vectors))
+        self._rows: Array | None = None
+        self._test: _SideTest | None = None
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        if stage == "pilot":
+            self._settle(rows)
+        elif self._test is not None:
+            self._test.update(rows)
+        else:
+            self._rows = rows
+
+    def _settle(self, pilot: Array) -> None:
+        """Choose the side, the class and the antibodies; prepare the test if the radius is given."""
+        centre = mean_feature(pilot)[0]
+        self._class, self._chosen = pilot_choice(centre, self.vectors)
+        self._score = openset_score(centre, self.vectors)
+        self.accepts = self._score >= self.tau
+        if self.radius is not None:
+            if self.accepts:
+                linear, least = self.vectors[self._class], self.tau
+            else:
+                linear, least = -self.vectors[np.arange(len(self.vectors)), self._chosen], -self.tau
+            self._test = _SideTest(pilot, linear, least, a=self.radius / self.sigma, alpha=self.alpha)
+
+    def _goes_on(self, stage: Stage) -> bool:
+        del stage
+        return not self._decided()
+
+    def _decided(self) -> bool:
+        return self._test is not None and self._test.stop != "exhausted"
+
+    def finding(self) -> Finding:
+        stop: Stop = "fixed" if self._test is None else self._test.stop
+        return Finding(
+            radius=self._radius() if self._test is None else (self.radius or 0.0) * (stop == "certified"),
+            stop=stop,
+            n=self.counts["estimation"],
+            n_pilot=self.counts["pilot"],
+            failed=self.failed,
+            prediction=int(self.accepts),
+            mean=self.mean,
+            columns={"score": self._score},
+            claim="openset-accept" if self.accepts else "openset-reject",
+        )
+
+    def _radius(self) -> float:
+        assert self._rows is not None
+        band = ell_band(len(self._rows), self.alpha)
+        if self.accepts:
+            return acceptance_radius(self._rows, self.vectors, self._class, self.tau, self.sigma, band)
+        return rejection_radius(self._rows, self.vectors, self._chosen, self.tau, self.sigma, band)
+
+
+class _SideTest:
+    """Anytime-valid test of `<m(x'), v> > least` for all given v [M, D] and all x' within `a` sigmas (T6, T8)."""
+
+    def __init__(self, pilot: Array, vectors: Array, least: float, *, a: float, alpha: float) -> None:
+        lengths = np.linalg.norm(vectors, axis=1)
+        self.stop: Stop = "exhausted"
+        if not lengths.min() > 1e-9:
+            self.stop = "futile"
+            return
+        self._units = vectors / lengths[:, None]
+        scores = as_scores(0.5 * (1.0 + unit_rows(pilot) @ self._units.T))
+        self._test = TangentTest(scores, a=a, target=0.5 * (1.0 + least / lengths), alpha=alpha)
+        self._conclude()
+
+    def update(self, rows: Array) -> None:
+        if self.stop == "exhausted":
+            self._test.update(as_scores(0.5 * (1.0 + unit_rows(rows) @ self._units.T)))
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """A claim once certified stays so; the image is when all its claims are (the minimum of a fixed set)."""
+        if self._test.hopeless.any():
+            self.stop = "futile"
+            return
+        left = ~self._test.certified
+        if not left.all():
+            self._test.keep(left)
+            self._units = self._units[left]
+        if not left.any():
+            self.stop = "certified"

@@ -1,0 +1,161 @@
+"""What a claim wants of the sampling engine: which noise, how many rows of it, and when it has seen enough."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from robustvlm.certify.noise import CHUNK
+from robustvlm.certify.normal import Array
+from robustvlm.errors import UserError
+
+Stage = Literal["clean", "pilot", "estimation"]
+Stop = Literal["fixed", "certified", "futile", "exhausted"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Features that a certifier still wants of one stage.
+
+    Args:
+        stage: "clean" is the image itself, without noise.
+        sure: rows that are needed whatever they will say.
+        most: rows that may be needed; a sequential test asks for one look surely and for the rest perhaps.
+    """
+
+    stage: Stage
+    sure: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What the samples of one image certify.
+
+    Attributes:
+        radius: certified, in the pixels of the tensor that receives the noise; 0 is ABSTAIN.
+        stop: "fixed" n, or how a sequential test ended: claim certified, given up as hopeless, samples exhausted.
+        n, n_pilot: estimation and pilot samples used. failed: those among them that were not finite (worst value).
+        prediction: class index (class and vote), 1 accepted and 0 rejected (open set), None for features.
+        r: lower confidence bound the radius rests on, if there is one.
+        mean: mean feature [D] of all samples, for information; certificates do not rest on it.
+        columns: radii and bounds of other claims and methods from the same samples, by column name.
+        claim: claim of the record, where it depends on the samples ("openset-accept").
+    """
+
+    radius: float
+    stop: Stop
+    n: int
+    n_pilot: int
+    failed: int = 0
+    prediction: int | None = None
+    r: float | None = None
+    mean: Array | None = None
+    columns: dict[str, float] = field(default_factory=dict)
+    claim: str | None = None
+
+
+class Certifier(ABC):
+    """Decides one claim about one image from features that are handed to it stage by stage, in order.
+
+    Stages run one after the other with sizes fixed beforehand; `looks` says in which of them the claim may be decided
+    early, after every full chunk. Rows may arrive in pieces of any size and are looked at in the same steps.
+
+    Args:
+        stages: (stage, rows) in order; stages of no rows are left out.
+        looks: stages in which `_decided` is asked after every chunk.
+
+    Attributes:
+        counts: rows used so far by stage.
+        failed: noisy rows so far that were not finite.
+    """
+
+    def __init__(self, *stages: tuple[Stage, int], looks: tuple[Stage, ...] = ()) -> None:
+        self._stages = [(stage, size) for stage, size in stages if size > 0]
+        self._looks = looks
+        self.counts: dict[Stage, int] = {"clean": 0, "pilot": 0, "estimation": 0}
+        self.failed = 0
+        self._sum: Array | None = None
+        self._waiting: list[Array] = []
+        self._early = False
+
+    def request(self) -> Request | None:
+        """Return what is wanted next, or None when the finding is there."""
+        if not self._stages:
+            return None
+        stage, size = self._stages[0]
+        left = size - self.counts[stage] - self._held
+        sure = min(left, CHUNK - self._held) if stage in self._looks else left
+        return Request(stage, sure, left)
+
+    def take(self, features: ArrayLike) -> None:
+        """Add the next rows [n, D] of the requested stage, in order; rows behind the decision are ignored.
+
+        Raises:
+            UserError: the rows are more than the stage has room for.
+        """
+        rows = np.asarray(features, dtype=np.float64)
+        wanted = self.request()
+        if wanted is None:
+            return
+        if len(rows) > wanted.most:
+            raise UserError(f"the stage {wanted.stage} has room for {wanted.most} more samples and got {len(rows)}")
+        self._waiting.append(rows)
+        left = wanted.most - len(rows)
+        if left and (wanted.stage not in self._looks or self._held < CHUNK):
+            return
+        rows, self._waiting = np.concatenate(self._waiting), []
+        step = CHUNK if wanted.stage in self._looks else len(rows)
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            if len(part) < step and left:  # not a full look yet
+                self._waiting = [part]
+                return
+            self._use(wanted.stage, part)
+            if not self._stages or self._stages[0][0] != wanted.stage:
+                return
+
+    @property
+    def _held(self) -> int:
+        return sum(len(rows) for rows in self._waiting)
+
+    def _use(self, stage: Stage, rows: Array) -> None:
+        self.counts[stage] += len(rows)
+        if stage != "clean":
+            finite = np.isfinite(rows).all(axis=1)
+            self.failed += int((~finite).sum())
+            self._sum = rows[finite].sum(axis=0) + (0.0 if self._sum is None else self._sum)
+        self._absorb(stage, rows)
+        if stage in self._looks and self._decided():
+            self._stages, self._early = [], True
+        elif self.counts[stage] == self._stages[0][1]:
+            self._stages.pop(0)
+            if not self._goes_on(stage):
+                self._stages = []
+
+    @property
+    def mean(self) -> Array | None:
+        """Mean of all noisy features so far [D], failed ones left out; for information."""
+        n = self.counts["pilot"] + self.counts["estimation"] - self.failed
+        return None if self._sum is None or n == 0 else self._sum / n
+
+    @abstractmethod
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        """Take in rows [n, D] of a stage: a whole stage at once, or a look's worth where the claim may end early."""
+
+    def _decided(self) -> bool:
+        """Whether no further sample is wanted."""
+        return False
+
+    def _goes_on(self, stage: Stage) -> bool:
+        """Whether the stages after `stage`, which is complete, are still wanted."""
+        del stage
+        return True
+
+    @abstractmethod
+    def finding(self) -> Finding:
+        """Return what is certified, once `request` is None."""
