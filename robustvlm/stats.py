@@ -1,10 +1,12 @@
-"""Rates with exact intervals, and exact paired tests: every proportion the program shows comes from here."""
+"""Rates with exact intervals, means, and exact paired tests: every proportion the program shows comes from here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
+from scipy.stats import t as student_t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -59,6 +61,43 @@ def rate(successes: int, total: int, confidence: float = 0.95) -> Rate:
         high=float(high),
         confidence=confidence,
     )
+
+
+class Mean(BaseModel):
+    """A mean of `total` numbers with its two-sided confidence interval; no interval for fewer than two numbers.
+
+    Example:
+        >>> Mean(total=0, value=None, low=None, high=None).method
+        "Student's t"
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    total: int
+    value: float | None
+    low: float | None
+    high: float | None
+    confidence: float = 0.95
+    method: str = "Student's t"
+
+
+def mean(values: Sequence[float], confidence: float = 0.95) -> Mean:
+    """Return the mean of `values` with Student's t interval, which takes the mean's own spread to be about normal.
+
+    Example:
+        >>> m = mean([0.1, 0.2, 0.3])
+        >>> (round(m.value, 3), round(m.low, 3), round(m.high, 3))
+        (0.2, -0.048, 0.448)
+    """
+    n = len(values)
+    if n == 0:
+        return Mean(total=0, value=None, low=None, high=None, confidence=confidence)
+    centre = math.fsum(values) / n
+    if n == 1:
+        return Mean(total=1, value=centre, low=None, high=None, confidence=confidence)
+    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
+    reach = float(student_t.ppf(0.5 + confidence / 2, n - 1)) * spread
+    return Mean(total=n, value=centre, low=centre - reach, high=centre + reach, confidence=confidence)
 
 
 class PairedTest(BaseModel):

@@ -1,18 +1,19 @@
 """An attack run from images to a finished folder: clean pass, attacks by stage, summary, report; resumable throughout.
 
-A stage is one attack at one eps; stages go by rising eps, then in the order the attacks were named. An image leaves at
-its first success: it is not attacked again at this or a larger eps, since a perturbation inside a small ball lies
-inside every larger one. Every finished image is a line in the run's journal before its lane is used again.
+A stage is one attack at one eps for one goal; stages go by rising eps, then by goal, then in the order the attacks were
+named. An image leaves at its first success: it is not attacked again at this or a larger eps, since a perturbation
+inside a small ball lies inside every larger one. Goals whose figure of merit is how far an attack gets (features, the
+level matrix) let no image leave. Every finished image is a line in the run's journal before its lane is used again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
 from robustvlm.attacks import (
     FAILED,
@@ -20,50 +21,45 @@ from robustvlm.attacks import (
     Job,
     LaneAttack,
     LaneEngine,
-    Oracle,
     Probe,
     Result,
     ThreatModel,
-    margin,
-    target_classes,
 )
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import DataSource, Sample, Unreadable
-from robustvlm.errors import UserError
+from robustvlm.core.ranks import Ranks
+from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.evaluation import checks
+from robustvlm.evaluation.aims import Aim
+from robustvlm.evaluation.budget import Budget, BudgetSpent, MeteredOracle
+from robustvlm.evaluation.clean_pass import CleanPass
+from robustvlm.evaluation.estimate import Speed, Work, estimate
+from robustvlm.evaluation.images import Images
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.observer import Observer
 from robustvlm.evaluation.questions import ask
+from robustvlm.evaluation.stages import Stage, save_pictures
+from robustvlm.evaluation.unperturbed import brief, needs_briefing
 from robustvlm.runs.config import AttackConfig
-from robustvlm.runs.pictures import save_pair, save_to_gallery
-from robustvlm.runs.results import CleanFact
+from robustvlm.runs.results import CLEAN_WRONG, CleanFact
+from robustvlm.runs.summary import Estimate
 
 # A killed session loses its count of passes since the last note of it.
 _COST_SECONDS = 5.0
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One attack at one eps."""
-
-    attack: LaneAttack
-    threat: ThreatModel
-    eps_text: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.attack.name} {self.threat.norm} {self.eps_text}"
+# What random models get unless the user says otherwise: draws per gradient, and draws that judge a success. The second
+# is odd, so that there always is a majority.
+_EOT, _DRAWS = 10, 21
 
 
 class AttackRun:
     """Attacks the images of a source under a config and keeps all facts in a ledger.
 
     Args:
-        config: the settings; source: the images; classifier: pixels in [0, 1] to logits.
+        config: the settings; source: the images; aim: the model and what is wanted of it.
         attacks: the attacks of `config.attack`, in order.
         ledger: the run's record; facts already in it are not found again.
         observer: told about progress.
         interpolation: how images are brought to the attack's resolution.
+        ranks: this process among those that share the work; budget: what the run may cost.
     """
 
     def __init__(
@@ -71,34 +67,114 @@ class AttackRun:
         *,
         config: AttackConfig,
         source: DataSource,
-        classifier: nn.Module,
+        aim: Aim,
         attacks: list[LaneAttack],
         ledger: Ledger,
         observer: Observer,
         interpolation: str = "bicubic",
+        ranks: Ranks | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.config, self.source, self.ledger, self.observer = config, source, ledger, observer
-        self.interpolation = interpolation
-        self.oracle = Oracle(classifier, device=config.device, precision=config.precision)
+        self.aim, self.ranks, self.budget = aim, ranks or Ranks(), budget or Budget()
+        self.oracle = MeteredOracle(
+            aim.model,
+            budget=self.budget,
+            ranks=self.ranks,
+            device=config.device,
+            precision=config.precision,
+            seed=config.seed,
+            compiled=config.compiled,
+        )
+        self.images = Images(
+            source,
+            limit=config.limit,
+            resolution=config.resolution,
+            interpolation=interpolation,
+            ahead=config.lanes,
+        )
         self.stages = [
-            Stage(attack, ThreatModel(config.norm, eps), text)
+            Stage(attack, ThreatModel(config.norm, eps), text, goal)
             for eps, text in zip(config.eps, config.eps_text, strict=True)
+            for goal in aim.goals
             for attack in attacks
         ]
         self.n_targets = max(getattr(attack, "n_targets", None) or 1 for attack in attacks)
-        self._order: dict[str, int] = {}
+        self.clean = CleanPass(
+            self.oracle, self.images, aim, ledger=ledger, observer=observer, ranks=self.ranks, n_targets=self.n_targets
+        )
         self._began = self._noted = time.monotonic()
 
     def run(self) -> None:
-        """Do what is left to do; every fact goes to the ledger as soon as it is known."""
-        self._began = self._noted = time.monotonic()
-        try:
-            found = self._probe()
-            self._clean_pass(found.rungs)
+        """Do what is left to do, as far as the budget goes; every fact goes to the ledger as soon as it is known."""
+        with self._session() as found:
             for stage in self.stages:
-                self._run_stage(stage, found)
+                if found is None or self.ledger.stopped:
+                    return
+                with self._within_budget(f"in {stage.title}"):
+                    self._run_stage(stage, found)
+                self._meet()
+
+    def estimate(self) -> Estimate | None:
+        """Make the clean pass and return what the attacks will cost; None when the budget is spent before."""
+        with self._session() as found:
+            return None if found is None or self.ledger.stopped else self._forecast(found)
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Probe | None]:
+        """Question the model and make the clean pass; note at the end, however it comes, what it all has cost."""
+        self._began = self._noted = time.monotonic()
+        found = None
+        try:
+            self._meet()
+            with self._within_budget("in the clean pass"):
+                self.oracle.meter.require(1)
+                found = self._probe()
+                self.clean.run(found.rungs)
+            self._meet()
+            if found is not None and not self.ledger.stopped:
+                forecast = self._forecast(found)
+                if self.ranks.leader:
+                    self.ledger.add_estimate(forecast)
+                self.observer.forecast(forecast)
+            yield found
         finally:
             self._note_cost()
+
+    @contextlib.contextmanager
+    def _within_budget(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except BudgetSpent:
+            self.ledger.add_stop(f"the budget of {self.budget.text} was spent {where}")
+
+    def _meet(self) -> None:
+        """Wait for the other processes and learn what they have found; deal out what is left of the budget."""
+        self._note_cost()
+        self.ranks.barrier()
+        self.ledger.sync()
+        # Nobody goes on and writes before everybody has read, or they would know different things.
+        self.ranks.barrier()
+        cost = self.ledger.cost
+        self.oracle.meter.deal_out(cost.forward_passes + cost.backward_passes)
+
+    def _forecast(self, found: Probe) -> Estimate:
+        """Return what is left to do, in passes and seconds."""
+        work = []
+        for stage in self.stages:
+            wanted = self._remaining(stage)
+            targets = max((len(fact.targets) for fact in wanted.values()), default=1)
+            attack = stage.attack if isinstance(stage.attack, LaneAttack) else stage.attack.name
+            work.append(Work(attack, [(stage.goal.spec, name) for name in wanted], n_targets=targets))
+        oracle = self.oracle
+        speed = Speed(
+            rungs=found.rungs,
+            fastest=oracle.fastest,
+            eot=oracle.eot,
+            second_looks=0 if oracle.confirmed else oracle.draws,
+            ranks=self.ranks.size,
+        )
+        return estimate(work, speed)
 
     def _note_cost(self, *, every: float = 0.0) -> None:
         """Record the passes and time of this session so far, unless that was done in the last `every` seconds."""
@@ -109,68 +185,28 @@ class AttackRun:
 
     def _probe(self) -> Probe:
         """Question the model on the first images; refuse one whose rows are not independent."""
-        first = self._first_images()
-        images = torch.stack([self._pixels(sample) for sample in first])
-        label = torch.tensor([sample.label for sample in first])
+        first = self.clean.first_images(self.config.lanes)
+        images = torch.stack([picture.pixels for picture in first])
+        # Images of unknown classes have no label; what the probe asks does not depend on it.
+        label = torch.tensor([max(0, picture.label) for picture in first])
         found, notes = ask(self.oracle, images, label, model=self.config.model)
         checks.require_independent_rows(found, self.config.model)
-        self.ledger.add_checks([*checks.of_probe(found), *notes])
+        self._settle_draws(found)
+        of_probe = checks.of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
+        if self.ranks.leader:
+            self.ledger.add_checks([*of_probe, *notes, *self.aim.notes])
         return found
 
-    def _first_images(self) -> list[Sample]:
-        readable: list[Sample] = []
-        reasons: list[str] = []
-        for item in self._samples():
-            if isinstance(item, Unreadable):
-                reasons.append(f"'{item.id}': {item.reason}")
-                continue
-            readable.append(item)
-            if len(readable) == self.config.lanes:
-                break
-        if not readable:
-            why = (
-                f"none of its {len(reasons)} images can be read (the first, {reasons[0]})" if reasons else "it is empty"
-            )
-            raise UserError(f"no image to attack in '{self.source.spec}': {why}")
-        return readable
-
-    def _clean_pass(self, rungs: tuple[int, ...]) -> None:
-        """Classify every image unperturbed, in full batches."""
-        known = self.ledger.seen
-        self.observer.begin_stage("clean", self.ledger.count_images(self.source, self.config.limit), len(known))
-        batch: list[Sample] = []
-        faults: list[Unreadable] = []
-        for item in self._samples(skip=known):
-            if isinstance(item, Unreadable):
-                faults.append(item)
-                continue
-            batch.append(item)
-            if len(batch) == rungs[0]:
-                self._record(batch, faults, rungs)
-                batch, faults = [], []
-        self._record(batch, faults, rungs)
-
-    def _record(self, batch: list[Sample], faults: list[Unreadable], rungs: tuple[int, ...]) -> None:
-        """Record images before faults: a stream's fault may bear the name of a good image, which must not be lost."""
-        if batch:
-            self._classify(batch, rungs)
-        for fault in faults:
-            self.ledger.add_unreadable(self._order[fault.id], fault)
-            self.observer.image_done(None)
-
-    def _classify(self, batch: list[Sample], rungs: tuple[int, ...]) -> None:
-        size = min(rung for rung in rungs if rung >= len(batch))
-        images = torch.stack([self._pixels(sample) for sample in batch])
-        logits = self.oracle.confirm(images[torch.arange(size) % len(batch)])[: len(batch)].cpu()
-        self.observer.passed(len(batch), size)
-        for sample, row in zip(batch, logits, strict=True):
-            self.ledger.add_clean(clean_fact(self._order[sample.id], sample, row, n_targets=self.n_targets))
-            self.observer.image_done(None)
+    def _settle_draws(self, found: Probe) -> None:
+        """Average over the draws of a random model, and judge it by fresh ones."""
+        eot, draws = self.config.eot, self.config.draws
+        self.oracle.eot = eot if eot is not None else _EOT if found.random else 1
+        self.oracle.draws = draws if draws is not None else _DRAWS if found.random else 1
 
     def _run_stage(self, stage: Stage, found: Probe) -> None:
-        """Run one attack at one eps on every image that is still right; every one of them gets a row."""
-        wanted = self.ledger.remaining(stage.threat.eps, stage.attack.name)
-        done = self.ledger.attacked(stage.threat.eps, stage.attack.name)
+        """Run one attack at one eps on every image that still withstands; every one of them gets a row."""
+        wanted = self._share(stage)
+        done = self.ledger.attacked(stage.threat.eps, stage.goal.spec, stage.attack.name)
         self.observer.begin_stage(stage.title, len(wanted) + done, done)
         if not wanted:
             return
@@ -181,90 +217,59 @@ class AttackRun:
             lanes=found.rungs[0],
             seed=self.config.seed,
             rungs=found.rungs,
+            goal=stage.goal,
+            leave=self.aim.leave,
             on_pass=self.observer.passed,
         )
-        for result in engine.run(self._jobs(wanted, stage)):
-            self._keep(result, stage)
-        for fact in self.ledger.remaining(stage.threat.eps, stage.attack.name).values():
+        reached: set[int] = set()
+        jobs = self._jobs(wanted, stage)
+        if self.aim.everyone or needs_briefing(stage.goal):
+            jobs = self._briefed(jobs, stage, found, reached)
+        for result in engine.run(jobs):
+            self._keep(replace(result, outcome=CLEAN_WRONG) if result.job.index in reached else result, stage)
+        for fact in (fact for name, fact in self._remaining(stage).items() if name in wanted):
             self._lose(fact, stage, "it is no longer in the data")
+
+    def _remaining(self, stage: Stage) -> dict[str, CleanFact]:
+        return self.ledger.remaining(
+            stage.threat.eps, stage.goal.spec, stage.attack.name, leave=self.aim.leave, everyone=self.aim.everyone
+        )
+
+    def _share(self, stage: Stage) -> dict[str, CleanFact]:
+        """Return the images of a stage that this process attacks, dealt out anew among all that are left."""
+        left = self._remaining(stage).items()
+        return {name: fact for place, (name, fact) in enumerate(left) if self.ranks.mine(place)}
+
+    def _briefed(self, jobs: Iterator[Job], stage: Stage, found: Probe, reached: set[int]) -> Iterator[Job]:
+        """Tell the jobs what the goal has to know of the clean images; note where it is reached unperturbed."""
+        for job, already in brief(jobs, self.oracle, stage.goal, found.rungs, self.n_targets):
+            if already:
+                reached.add(job.index)
+            yield job
 
     def _jobs(self, wanted: dict[str, CleanFact], stage: Stage) -> Iterator[Job]:
         handed_on: set[str] = set()
-        for item in self._samples(only=wanted):
+        for item in self.images.stream(lambda name: name in wanted):
             # Streams also name what no one asked for: damaged shards, and second images of the same name.
             if item.id not in wanted or item.id in handed_on:
                 continue
             handed_on.add(item.id)
             fact = wanted[item.id]
+            self.oracle.meter.require(1)
             if isinstance(item, Unreadable):
                 self._lose(fact, stage, item.reason)
             else:
-                yield Job(item.id, fact.index, self._pixels(item), fact.label, tuple(fact.targets))
+                yield Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
 
     def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
-        self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, reason)
+        self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)
         self.observer.image_done(FAILED)
 
     def _keep(self, result: Result, stage: Stage) -> None:
         """Save the pictures first: a row in the journal means that they are there."""
         if result.outcome == FOOLED:
             fact = self.ledger.clean[result.job.index]
-            about = picture_facts(result, fact, stage)
-            save_to_gallery(
-                self.ledger.folder.gallery_path, result.job.index, result.job.pixels, result.adversarial, about
-            )
-            if self.config.save_adversarial:
-                save_pair(
-                    self.ledger.folder.adversarial_path, result.job.index, result.job.pixels, result.adversarial, about
-                )
-        self.ledger.add_result(result, stage.attack.name, stage.threat.eps)
+            save_pictures(self.ledger.folder, result, fact, stage, every=self.config.save_adversarial)
+        self.ledger.add_result(result, stage.attack.name, stage.threat.eps, stage.goal.spec)
         self._note_cost(every=_COST_SECONDS)
         self.observer.image_done(result.outcome)
-
-    def _samples(
-        self, *, skip: set[str] | None = None, only: dict[str, CleanFact] | None = None
-    ) -> Iterator[Sample | Unreadable]:
-        """Stream the selected images; every selected id gets its number in source order, wanted or not."""
-
-        def keep(name: str) -> bool:
-            self._order.setdefault(name, len(self._order))
-            return (skip is None or name not in skip) and (only is None or name in only)
-
-        for item in self.source.samples(limit=self.config.limit, keep=keep):
-            self._order.setdefault(item.id, len(self._order))  # the faults of a stream are not asked for
-            yield item
-
-    def _pixels(self, sample: Sample) -> Tensor:
-        if sample.label < 0:
-            raise UserError(f"image '{sample.id}' belongs to none of the classes: attacks need labelled images")
-        return to_pixels(sample.image, self.config.resolution, interpolation=self.interpolation)
-
-
-def clean_fact(index: int, sample: Sample, logits: Tensor, *, n_targets: int) -> CleanFact:
-    """Return what logits [K] say of an unperturbed image; a prediction of -1 stands for output that is not finite."""
-    finite = bool(logits.isfinite().all())
-    return CleanFact(
-        index=index,
-        image_id=sample.id,
-        label=sample.label,
-        prediction=int(logits.argmax().item()) if finite else -1,
-        margin=margin(logits[None], torch.tensor([sample.label])).item(),
-        confidence=logits.double().softmax(0).max().item(),
-        targets=target_classes(logits, sample.label, n_targets) if finite else [],
-    )
-
-
-def picture_facts(result: Result, fact: CleanFact, stage: Stage) -> dict[str, str]:
-    """Return the metadata that goes with a saved pair of images."""
-    shown = {
-        "image_id": fact.image_id,
-        "index": fact.index,
-        "label": fact.label,
-        "clean_prediction": fact.prediction,
-        "prediction": result.prediction,
-        "clean_confidence": fact.confidence,
-        "confidence": result.confidence,
-        "attack": stage.attack.name,
-        "eps": stage.threat.eps,
-    }
-    return {key: str(value) for key, value in shown.items()}

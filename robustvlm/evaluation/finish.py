@@ -27,9 +27,29 @@ def finish(ledger: Ledger, manifest: Manifest, attacks: list[LaneAttack]) -> Sum
             n_classes=len(manifest["data"]["class_names"]),
         )
     )
-    rows = make_rows(clean, found, norm=config.norm, eps=config.eps, attacks=config.attack)
-    summary = summarise(rows, manifest, cost=ledger.cost, checks=ledger.checks, unreadable=ledger.unreadable)
+    rows = make_rows(clean, found, norm=config.norm, eps=config.eps, attacks=config.attack, goals=config.goals)
+    summary = summarise(
+        rows,
+        manifest,
+        cost=ledger.cost,
+        checks=ledger.checks,
+        unreadable=ledger.unreadable,
+        left_out=len(ledger.left_out),
+        unfinished=_unfinished(ledger, manifest),
+        estimate=ledger.estimate,
+    )
     write_rows(ledger.folder.results_path, rows)
     write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
     write_report([ledger.folder.path], ledger.folder.report_path)
     return summary
+
+
+def _unfinished(ledger: Ledger, manifest: Manifest) -> str | None:
+    """Say in one sentence why the session stopped early, and what it did not come to."""
+    if ledger.stopped is None:
+        return None
+    images, limit = manifest["data"]["images"], manifest["config"]["limit"]
+    total = min((count for count in (images, limit) if count is not None), default=None)
+    if total is None or len(ledger.seen) >= total:
+        return ledger.stopped
+    return f"{ledger.stopped}, with {len(ledger.seen):,} of {total:,} images classified"

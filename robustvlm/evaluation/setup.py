@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustvlm.attacks import PRECISIONS, LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.attacks import PRECISIONS, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.data import DataSource, open_data
-from robustvlm.defenses import load_pipeline
+from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.attack_run import AttackRun
-from robustvlm.evaluation.finish import finish
-from robustvlm.evaluation.ledger import Ledger
-from robustvlm.evaluation.observer import Observer
-from robustvlm.models import ZeroShotClassifier, zero_shot
+from robustvlm.evaluation.aims import check_goal, levels_of, make_aim
+from robustvlm.evaluation.prepared import Prepared
 from robustvlm.models.device import resolve_device
-from robustvlm.report.html import write_report
-from robustvlm.report.record import load_run
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
-from robustvlm.runs.summary import Summary
+from robustvlm.runs.summary import Check
 
+_MOST_DRAWS = 10_000
 _DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An attack run that is ready to start."""
-
-    config: AttackConfig
-    attacks: list[LaneAttack]
-    source: DataSource
-    classifier: ZeroShotClassifier
-    folder: RunFolder
-    manifest: Manifest
-
-    def run(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> Summary:
-        """Start or continue the run, write its files and return the summary; of a finished run, return its summary."""
-        with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as manifest:
-            if self.folder.finished:
-                return self._as_finished()
-            ledger = Ledger(self.folder)
-            try:
-                AttackRun(
-                    config=self.config,
-                    source=self.source,
-                    classifier=self.classifier,
-                    attacks=self.attacks,
-                    ledger=ledger,
-                    observer=observer or Observer(),
-                    interpolation=self.classifier.vlm.interpolation,
-                ).run()
-                return finish(ledger, manifest, self.attacks)
-            finally:
-                ledger.close()
-
-    def _as_finished(self) -> Summary:
-        if not self.folder.report_path.exists():  # the last file to be written may be missing after a crash
-            write_report([self.folder.path], self.folder.report_path)
-        return load_run(self.folder.path).summary
 
 
 def prepare(
@@ -71,6 +31,8 @@ def prepare(
     classes: Path | None = None,
     templates: Path | None = None,
     tree: Path | None = None,
+    goal: str = "misclassify",
+    min_cos: float = 0.5,
     attack: str = "apgd-ce,apgd-t",
     norm: str = "Linf",
     eps: str | None = None,
@@ -81,6 +43,9 @@ def prepare(
     lanes: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
+    eot: int | None = None,
+    draws: int | None = None,
+    compiled: bool = False,
     resolution: int | None = None,
     save_adversarial: bool = False,
     out: Path = Path("runs"),
@@ -104,17 +69,26 @@ def prepare(
         ThreatModel(norm, value)
     device = str(resolve_device(device))
     lanes = _lanes(lanes, device)
-    _check_numbers(limit=limit, seed=seed, resolution=resolution, precision=precision)
+    _check_numbers(limit=limit, seed=seed, resolution=resolution, precision=precision, eot=eot, draws=draws)
+    check_goal(goal, min_cos)
     if name is not None:
         RunFolder(out, name)
     source = open_data(data, classes=classes, templates=templates, tree=tree)
-    classifier = zero_shot(load_pipeline(model, device=device), source.class_names, source.templates)
+    classifier = load_classifier(model, source.class_names, source.templates, device=device)
+    size = resolution or classifier.image_size
+    model_facts, data_facts = _describe_model(classifier), _describe_data(source)
+    opened = open_gradients(classifier)
+    aim = make_aim(goal, source=source, classifier=classifier, resolution=size, min_cos=min_cos)
+    aim = dataclasses.replace(aim, notes=_notes(opened))
     config = AttackConfig(
         model=model,
         data=data,
         classes=None if classes is None else str(classes),
         templates=None if templates is None else str(templates),
         tree=None if tree is None else str(tree),
+        goal=aim.spec,
+        goals=[item.spec for item in aim.goals],
+        min_cos=min_cos,
         attack=[item.name for item in attacks],
         norm=norm,
         eps=[value for _, value in radii],
@@ -126,10 +100,12 @@ def prepare(
         lanes=lanes,
         device=device,
         precision=precision,
-        resolution=resolution or classifier.vlm.image_size,
+        eot=eot,
+        draws=draws,
+        compiled=compiled,
+        resolution=size,
         save_adversarial=save_adversarial,
     )
-    model_facts, data_facts = _describe_model(classifier), _describe_data(source)
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("attack", model, data, identity))
     manifest = make_manifest(
@@ -141,7 +117,7 @@ def prepare(
         data=data_facts,
     )
     _require_text(manifest)
-    return Prepared(config, attacks, source, classifier, folder, manifest)
+    return Prepared(config, attacks, source, classifier, aim, folder, manifest)
 
 
 def _lanes(lanes: int | None, device: str) -> int:
@@ -152,7 +128,12 @@ def _lanes(lanes: int | None, device: str) -> int:
     return lanes
 
 
-def _check_numbers(*, limit: int | None, seed: int, resolution: int | None, precision: str) -> None:
+def _check_numbers(
+    *, limit: int | None, seed: int, resolution: int | None, precision: str, eot: int | None, draws: int | None
+) -> None:
+    for option, count in (("--eot", eot), ("--draws", draws)):
+        if count is not None and not 1 <= count <= _MOST_DRAWS:
+            raise UserError(f"{option} must be between 1 and {_MOST_DRAWS:,} draws of the model, got {count:,}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1 image, got {limit}")
     if seed < 0:
@@ -172,13 +153,20 @@ def _require_text(manifest: Manifest) -> None:
         raise UserError(f"a path or name in the settings is not valid text (UTF-8), near {shown}: rename it") from None
 
 
-def _describe_model(classifier: ZeroShotClassifier) -> dict[str, Any]:
-    vlm = classifier.vlm
+def _notes(opened: list[str]) -> tuple[Check, ...]:
+    if not opened:
+        return ()
+    said = "; ".join(opened)
+    return (Check(name="gradient stand-ins", level="note", message=f"{said[0].upper()}{said[1:]}."),)
+
+
+def _describe_model(classifier: Classifier) -> dict[str, Any]:
     return {
-        "spec": vlm.spec,
-        "fingerprint": vlm.fingerprint,
-        "image_size": vlm.image_size,
-        "logit_scale": vlm.logit_scale,
+        "spec": classifier.spec,
+        "fingerprint": classifier.fingerprint,
+        "image_size": classifier.image_size,
+        "logit_scale": classifier.logit_scale,
+        "can_reject": classifier.can_reject,
     }
 
 
@@ -191,6 +179,7 @@ def _describe_data(source: DataSource) -> dict[str, Any]:
         "class_names": list(source.class_names),
         "templates": list(source.templates),
         "superclasses": _superclasses(source),
+        "levels": _levels(source),
     }
 
 
@@ -200,3 +189,12 @@ def _superclasses(source: DataSource) -> dict[str, str] | None:
         return None
     tree = source.tree[0]
     return dict(zip(tree.class_names, tree.superclasses(tree.superclass_level), strict=True))
+
+
+def _levels(source: DataSource) -> list[dict[str, Any]]:
+    """Return, for every level of every tree that tells classes apart, the superclass number of every class."""
+    return [
+        {"tree": tree.root, "level": level, "of": of.tolist()}
+        for tree in source.tree or ()
+        for level, of in levels_of(tree, source.class_names)
+    ]

@@ -6,7 +6,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class AttackConfig(BaseModel):
-    """Every setting that the rows of an attack run depend on; a run is resumed only under an equal one."""
+    """Every setting that the rows of an attack run depend on; a run is resumed only under an equal one.
+
+    `goal` is what the command said, `goals` what it stands for: one goal, or for `superclass:matrix` one a level.
+    `eot` and `draws` are None where the program chooses them, once it knows whether the model is random.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -15,6 +19,9 @@ class AttackConfig(BaseModel):
     classes: str | None = None
     templates: str | None = None
     tree: str | None = None
+    goal: str = "misclassify"
+    goals: list[str] = ["misclassify"]
+    min_cos: float = 0.5
     attack: list[str]
     norm: str
     eps: list[float]
@@ -26,5 +33,8 @@ class AttackConfig(BaseModel):
     lanes: int
     device: str
     precision: str
+    eot: int | None = None
+    draws: int | None = None
+    compiled: bool = False
     resolution: int
     save_adversarial: bool = False

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robustvlm.runs.files import replacing
+from robustvlm.runs.verdicts import NO_ANSWER
 
 SCHEMA = pa.schema(
     [
@@ -21,6 +22,7 @@ SCHEMA = pa.schema(
         ("attack", pa.string()),
         ("norm", pa.string()),
         ("eps", pa.float64()),
+        ("goal", pa.string()),
         ("outcome", pa.string()),
         ("adversarial_prediction", pa.int32()),
         ("steps", pa.int32()),
@@ -31,17 +33,27 @@ SCHEMA = pa.schema(
         ("margin", pa.float64()),
         ("clean_confidence", pa.float64()),
         ("confidence", pa.float64()),
+        ("clean_cosine", pa.float64()),
+        ("cosine", pa.float64()),
         ("restart", pa.int32()),
         ("seconds", pa.float64()),
     ]
 )
 
-CLEAN_WRONG, SKIPPED = "clean_wrong", "skipped"
+CLEAN_WRONG, FOOLED, SKIPPED, FAILED, UNDECIDED = "clean_wrong", "fooled", "skipped", "failed", "undecided"
 
 
 @dataclass(frozen=True)
 class CleanFact:
-    """What the model says of an unperturbed image; `targets` are the likeliest wrong classes."""
+    """What the model says of an unperturbed image, under the run's first goal.
+
+    Args:
+        prediction: class, -1 for a rejected image, -2 where the output is not finite.
+        margin: the goal's margin, positive as long as the goal is not reached.
+        targets: the classes worth aiming at, the likeliest first.
+        exposed: the goal is not reached and the output finite, so that there is something to attack.
+        cosine: the cosine that a feature goal is about.
+    """
 
     index: int
     image_id: str
@@ -50,19 +62,18 @@ class CleanFact:
     margin: float
     confidence: float
     targets: list[int]
-
-    @property
-    def correct(self) -> bool:
-        return self.prediction == self.label
+    exposed: bool
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
 class AttackFact:
-    """What one attack found for one image at one eps."""
+    """What one attack found for one image at one eps under one goal."""
 
     index: int
     attack: str
     eps: float
+    goal: str
     outcome: str
     prediction: int
     steps: int
@@ -73,37 +84,49 @@ class AttackFact:
     confidence: float
     run: int
     seconds: float
+    cosine: float | None = None
 
 
 def make_rows(
-    clean: Sequence[CleanFact], found: Sequence[AttackFact], *, norm: str, eps: Sequence[float], attacks: Sequence[str]
+    clean: Sequence[CleanFact],
+    found: Sequence[AttackFact],
+    *,
+    norm: str,
+    eps: Sequence[float],
+    attacks: Sequence[str],
+    goals: Sequence[str] = ("misclassify",),
 ) -> pa.Table:
-    """Return the full table, ordered by eps, attack and image, with a row also for what needed no attack.
+    """Return the full table, ordered by eps, goal, attack and image, with a row also for what needed no attack.
 
-    Images that were wrong when clean are "clean_wrong"; images fooled by an earlier attack or at a smaller eps are
-    "skipped"; neither was attacked, so their measured columns hold what is known of the clean image.
+    Images for which the goal was reached unperturbed are "clean_wrong"; images fooled by an earlier attack or at a
+    smaller eps are "skipped"; those that the run did not come to are "undecided". None of these was attacked, so their
+    measured columns hold what is known of the clean image.
     """
-    by_stage = {(fact.eps, fact.attack, fact.index): fact for fact in found}
-    rows = [
-        _row(image, by_stage.get((value, attack, image.index)), norm=norm, eps=value, attack=attack)
-        for value in eps
-        for attack in attacks
-        for image in sorted(clean, key=lambda fact: fact.index)
-    ]
+    by_stage = {(fact.eps, fact.goal, fact.attack, fact.index): fact for fact in found}
+    images = sorted(clean, key=lambda fact: fact.index)
+    fallen: set[tuple[str, int]] = set()
+    rows = []
+    for value in eps:
+        for goal in goals:
+            for attack in attacks:
+                stage = {"attack": attack, "norm": norm, "eps": value, "goal": goal}
+                for image in images:
+                    fact = by_stage.get((value, goal, attack, image.index))
+                    rows.append(_row(image, fact, stage, fallen=(goal, image.index) in fallen))
+                    if fact is not None and fact.outcome == FOOLED:
+                        fallen.add((goal, image.index))
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _row(image: CleanFact, fact: AttackFact | None, *, norm: str, eps: float, attack: str) -> dict[str, Any]:
+def _row(image: CleanFact, fact: AttackFact | None, stage: dict[str, Any], *, fallen: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "index": image.index,
         "image_id": image.image_id,
         "label": image.label,
         "clean_prediction": image.prediction,
-        "attack": attack,
-        "norm": norm,
-        "eps": eps,
-        "outcome": SKIPPED if image.correct else CLEAN_WRONG,
-        "adversarial_prediction": -1,
+        **stage,
+        "outcome": CLEAN_WRONG if not image.exposed else SKIPPED if fallen else UNDECIDED,
+        "adversarial_prediction": NO_ANSWER,
         "steps": 0,
         "passes": 0,
         "linf": 0.0,
@@ -112,13 +135,17 @@ def _row(image: CleanFact, fact: AttackFact | None, *, norm: str, eps: float, at
         "margin": image.margin,
         "clean_confidence": image.confidence,
         "confidence": image.confidence,
+        "clean_cosine": image.cosine,
+        "cosine": image.cosine,
         "restart": -1,
         "seconds": 0.0,
     }
     if fact is not None:
         measured = asdict(fact)
         row |= {key: measured[key] for key in ("outcome", "steps", "passes", "linf", "l2", "margin", "confidence")}
-        row |= {"adversarial_prediction": fact.prediction, "restart": fact.run, "seconds": fact.seconds}
+        prediction = NO_ANSWER if fact.outcome == FAILED else fact.prediction
+        row |= {"adversarial_prediction": prediction, "restart": fact.run, "seconds": fact.seconds}
+        row["cosine"] = fact.cosine
     return row
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.runs.verdicts import ImageVerdict, Outcome, Rows, Verdicts, columns, verdicts
-from robustvlm.stats import Rate, rate
+from robustvlm.runs.levels import LevelSummary, LevelTransfer, level_summaries, level_transfer, tree_levels
+from robustvlm.runs.verdicts import (
+    NO_ANSWER,
+    REJECTED,
+    ImageVerdict,
+    Outcome,
+    Point,
+    Rows,
+    Verdicts,
+    columns,
+    verdicts,
+    worst_points,
+)
+from robustvlm.stats import Mean, Rate, mean, rate
 
 Level = Literal["ok", "note", "warning", "fault"]
 
@@ -19,11 +32,17 @@ class _Record(BaseModel):
 
 
 class Images(_Record):
-    """How many images were evaluated, could not be read, and were classified right unperturbed."""
+    """How many images were evaluated, could not be read, and were classified right unperturbed.
+
+    `exposed` are those on which the goal was not reached unperturbed (None in runs from before there were goals: the
+    ones classified right); `left_out` those that the goal is not about, such as images of unknown classes.
+    """
 
     evaluated: int
     unreadable: int
     clean_correct: int
+    exposed: int | None = None
+    left_out: int = 0
 
 
 class AttackSummary(_Record):
@@ -48,10 +67,31 @@ class GroupSummary(_Record):
     attack_success_rate: Rate
 
 
+class Cosine(_Record):
+    """The cosine that a feature goal is about, as means over the images: unperturbed, and at the worst point found.
+
+    For `feature` it is the similarity to the image's own clean feature (FCS), for `feature:TARGET` that to the target.
+    """
+
+    clean: Mean
+    attacked: Mean
+
+
+class Acceptance(_Record):
+    """How many images a model that may refuse accepted and rejected, unperturbed and at the recorded points."""
+
+    clean_accepted: int
+    clean_rejected: int
+    accepted: int
+    rejected: int
+
+
 class EpsSummary(_Record):
     """The worst case over the attacks at one eps.
 
-    `robust_accuracy` is over all evaluated images, `attack_success_rate` over those right when clean. Images on which
+    `robust_accuracy` is over all evaluated images: the share on which the goal was reached neither unperturbed nor by
+    an attack, which for `misclassify` is accuracy. `attack_success_rate` is over the images on which the goal was not
+    reached unperturbed: for `misclassify` those right when clean. Images on which
     an attack broke and none succeeded (`undecided`) count as not robust, and are left out of the success rate;
     `robust_accuracy_at_most` is the robust accuracy if all of them were robust.
     """
@@ -67,6 +107,10 @@ class EpsSummary(_Record):
     per_attack: list[AttackSummary]
     per_class: list[GroupSummary]
     per_superclass: list[GroupSummary]
+    levels: list[LevelSummary] = []
+    transfer: LevelTransfer | None = None
+    cosine: Cosine | None = None
+    acceptance: Acceptance | None = None
 
 
 class Cost(_Record):
@@ -121,6 +165,9 @@ class Summary(_Record):
     """
 
     norm: str
+    goal: str = "misclassify"
+    min_cos: float | None = None
+    can_reject: bool = False
     images: Images
     clean_accuracy: Rate
     per_eps: list[EpsSummary]
@@ -138,6 +185,7 @@ def summarise(
     cost: Cost | None = None,
     checks: Sequence[Check] = (),
     unreadable: Sequence[UnreadableImage] = (),
+    left_out: int = 0,
     unfinished: str | None = None,
     estimate: Estimate | None = None,
 ) -> Summary:
@@ -154,16 +202,26 @@ def summarise(
         1.0
     """
     config = manifest["config"]
-    table = verdicts(rows, eps=config["eps"], attacks=config["attack"])
+    goals = config.get("goals") or ["misclassify"]
+    table = verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0])
     texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
-    work = _work(rows)
+    work = _work(rows, goals[0])
     correct = sum(image.clean_correct for image in table.images)
     return Summary(
         norm=config["norm"],
-        images=Images(evaluated=len(table.images), unreadable=len(unreadable), clean_correct=correct),
+        goal=config.get("goal") or "misclassify",
+        min_cos=config.get("min_cos") if goals[0] == "feature" else None,
+        can_reject=bool((manifest.get("model") or {}).get("can_reject")),
+        images=Images(
+            evaluated=len(table.images),
+            unreadable=len(unreadable),
+            clean_correct=correct,
+            exposed=sum(image.exposed for image in table.images),
+            left_out=left_out,
+        ),
         clean_accuracy=rate(correct, len(table.images)),
         per_eps=[
-            _at_eps(table, i, text=texts.get(eps, f"{eps:g}"), work=work, data=manifest["data"])
+            _at_eps(table, i, text=texts.get(eps, f"{eps:g}"), work=work, rows=rows, manifest=manifest)
             for i, eps in enumerate(table.eps)
         ],
         cost=cost or Cost(),
@@ -174,19 +232,32 @@ def summarise(
     )
 
 
-def _work(rows: Rows) -> dict[tuple[float, str], Counter[str]]:
-    """Count, per eps and attack, the rows of each outcome and the steps and passes they took."""
+def _work(rows: Rows, goal: str) -> dict[tuple[float, str], Counter[str]]:
+    """Count, per eps and attack, the goal's rows of each outcome and the steps and passes they took."""
     work: dict[tuple[float, str], Counter[str]] = defaultdict(Counter)
-    for eps, attack, outcome, steps, passes in columns(rows, "eps", "attack", "outcome", "steps", "passes"):
-        work[float(eps), attack].update({outcome: 1, "steps": steps, "passes": passes})
+    fields = columns(rows, "eps", "attack", "goal", "outcome", "steps", "passes")
+    for eps, attack, of, outcome, steps, passes in fields:
+        if of == goal:
+            work[float(eps), attack].update({outcome: 1, "steps": steps, "passes": passes})
     return work
 
 
 def _at_eps(
-    table: Verdicts, index: int, *, text: str, work: Mapping[tuple[float, str], Counter[str]], data: Mapping[str, Any]
+    table: Verdicts,
+    index: int,
+    *,
+    text: str,
+    work: Mapping[tuple[float, str], Counter[str]],
+    rows: Rows,
+    manifest: Mapping[str, Any],
 ) -> EpsSummary:
+    data, config = manifest["data"], manifest["config"]
+    goals = config.get("goals") or ["misclassify"]
+    levels = tree_levels(data)
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
+    refuses, features = bool((manifest.get("model") or {}).get("can_reject")), goals[0].startswith("feature")
+    recorded = worst_points(rows, goals[0], table.eps[index]) if refuses or features else []
     names: list[str] = data["class_names"]
     superclasses: Mapping[str, str] = data.get("superclasses") or {}
     return EpsSummary(
@@ -199,8 +270,29 @@ def _at_eps(
         robust_accuracy_at_most=rate(count["robust"] + count["undecided"], len(outcomes)),
         attack_success_rate=_success_rate(count),
         per_attack=[_attack(table, index, j, work[table.eps[index], name]) for j, name in enumerate(table.attacks)],
-        per_class=_groups(outcomes, lambda image: names[image.label]),
-        per_superclass=_groups(outcomes, lambda image: superclasses.get(names[image.label])),
+        per_class=_groups(outcomes, lambda image: names[image.label] if image.label >= 0 else None),
+        per_superclass=_groups(
+            outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
+        ),
+        levels=level_summaries(rows, table, index, levels) if len(goals) == 1 else [],
+        transfer=level_transfer(rows, goals, index, levels, config) if len(goals) > 1 else None,
+        cosine=_cosine(recorded) if features else None,
+        acceptance=_acceptance(recorded) if refuses else None,
+    )
+
+
+def _cosine(recorded: Sequence[Point]) -> Cosine | None:
+    known = [point for point in recorded if point.cosine is not None and math.isfinite(point.cosine)]
+    if not known:
+        return None
+    return Cosine(clean=mean([point.clean_cosine for point in known]), attacked=mean([p.cosine for p in known]))
+
+
+def _acceptance(recorded: Sequence[Point]) -> Acceptance:
+    clean = Counter(point.clean_prediction == REJECTED for point in recorded if point.clean_prediction != NO_ANSWER)
+    after = Counter(point.prediction == REJECTED for point in recorded if point.prediction != NO_ANSWER)
+    return Acceptance(
+        clean_accepted=clean[False], clean_rejected=clean[True], accepted=after[False], rejected=after[True]
     )
 
 

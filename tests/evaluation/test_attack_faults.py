@@ -98,7 +98,7 @@ def test_an_image_lost_between_clean_pass_and_attack_is_failed_not_robust_and_no
     summary = run.run(AtStage(lambda: [(photos / name).write_bytes(b"") for name in right]))
     failed = [row for row in rows(run) if row["outcome"] == "failed"]
     assert [row["image_id"] for row in failed] == right
-    assert all(row["adversarial_prediction"] == -1 and row["passes"] == 0 for row in failed)
+    assert all(row["adversarial_prediction"] == -2 and row["passes"] == 0 for row in failed)
     assert summary.per_eps[0].undecided == 2
     assert summary.per_eps[0].attack_success_rate.total == summary.images.clean_correct - 2
     level, message = check(summary, f"lost image {failed[0]['index']}")
@@ -123,7 +123,7 @@ def test_a_model_that_gives_nan_for_some_images_is_named_and_those_images_are_no
     assert check(summary, "finite output")[0] == "fault"
     assert check(summary, "failed images")[0] == "fault"
     run = prepared(photos, "NaNOnMarked")
-    broken = [row for row in rows(run) if row["clean_prediction"] == -1]
+    broken = [row for row in rows(run) if row["clean_prediction"] == -2]
     assert len(broken) == 3
     assert {row["outcome"] for row in broken} == {"clean_wrong"}
 
@@ -151,11 +151,16 @@ def test_a_model_that_mixes_its_batch_is_refused_but_may_run_on_one_lane(make_fo
     assert outcomes(narrow) == outcomes(plain)
 
 
-def test_a_random_model_is_warned_of(make_folder: Photos) -> None:
-    summary = prepared(make_folder(12), "Random").run()
+def test_a_random_model_is_judged_by_many_draws_or_warned_of(make_folder: Photos) -> None:
+    photos = make_folder(8)
+    level, message = check(prepared(photos, "Random").run(), "repeatable output")
+    assert level == "note"
+    assert "averaged over 10 draws" in message
+    assert "21 fresh draws" in message
+    summary = prepared(photos, "Random", name="one-draw", eot=1, draws=1).run()
     level, message = check(summary, "repeatable output")
     assert level == "warning"
-    assert "random" in message
+    assert "lucky draw" in message
     assert check(summary, "independent images")[0] == "note"
 
 

@@ -30,7 +30,7 @@ def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_report(runs: list[Path], path: Path) -> None:
         path.write_text(f"report of {len(runs)}")
 
-    for module in ("finish", "setup"):
+    for module in ("finish", "prepared"):
         monkeypatch.setattr(f"robustvlm.evaluation.{module}.write_report", write_report)
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))

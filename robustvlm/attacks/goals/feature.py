@@ -9,15 +9,26 @@ from robustvlm.attacks.goals.base import REJECTED, Case, Goal
 
 
 class FeatureGoal(Goal):
-    """A goal about unit features [B, D]; the reference holds every image's clean feature."""
+    """A goal about unit features [B, D]; the reference holds every image's clean feature.
+
+    Args:
+        head: class weights [K, D] that turn features into logits, for predictions; None: there are no classes.
+    """
 
     two_way = True
 
+    def __init__(self, head: Tensor | None = None) -> None:
+        self.head = head
+
     def prediction(self, output: Tensor) -> Tensor:
-        return torch.full((len(output),), REJECTED, dtype=torch.int64, device=output.device)
+        if self.head is None:
+            return torch.full((len(output),), REJECTED, dtype=torch.int64, device=output.device)
+        return (output @ self.head.to(output).T).argmax(1)
 
     def confidence(self, output: Tensor) -> Tensor:
-        return torch.full((len(output),), float("nan"), dtype=torch.float64, device=output.device)
+        if self.head is None:
+            return torch.full((len(output),), float("nan"), dtype=torch.float64, device=output.device)
+        return (output @ self.head.to(output).T).double().softmax(1).amax(1)
 
 
 class FeatureAway(FeatureGoal):
@@ -31,7 +42,8 @@ class FeatureAway(FeatureGoal):
 
     spec, still_at_image = "feature", True
 
-    def __init__(self, min_cos: float = 0.5) -> None:
+    def __init__(self, min_cos: float = 0.5, *, head: Tensor | None = None) -> None:
+        super().__init__(head)
         self.min_cos = min_cos
 
     def margin(self, output: Tensor, case: Case) -> Tensor:
@@ -50,7 +62,10 @@ class FeatureTo(FeatureGoal):
         name: how the target is named.
     """
 
-    def __init__(self, target: Tensor, rivals: Tensor | None = None, name: str = "target") -> None:
+    def __init__(
+        self, target: Tensor, rivals: Tensor | None = None, name: str = "target", *, head: Tensor | None = None
+    ) -> None:
+        super().__init__(head)
         self.target, self.rivals, self.spec = target, rivals, f"feature:{name}"
 
     def margin(self, output: Tensor, case: Case) -> Tensor:
