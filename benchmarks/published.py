@@ -7,44 +7,29 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pyautoattack import AutoAttack
-from torch import Tensor
 
 from benchmarks.common import Counted
+from benchmarks.duel import Part
+from robustvlm.attacks import Job, ThreatModel
 
 _LOGGER = "auto-attack"
 
-
-@dataclass(frozen=True)
-class Part:
-    """One attack of the ensemble: rows of the images it was the first to fool, and its cost.
-
-    `forward` and `backward` count images through the model; the part named "checks" holds the program's questions to
-    the model and its clean pass.
-    """
-
-    name: str
-    fooled: list[int]
-    forward: int
-    backward: int
-    seconds: float
-
-    @property
-    def passes(self) -> int:
-        return self.forward + self.backward
+# The part that holds the program's questions to the model and its clean pass.
+CHECKS = "checks"
 
 
 class _Watch(logging.Handler):
     """Listens to the program's log: each attack announces its begin and its end there."""
 
-    def __init__(self, model: Counted, state: Path, done: Callable[[Part], None]) -> None:
+    def __init__(self, model: Counted, state: Path, ids: Sequence[str]) -> None:
         super().__init__(logging.DEBUG)
-        self.model, self.state, self.done = model, state, done
-        self.known: set[int] | None = None
+        self.model, self.state, self.ids = model, state, ids
+        self.parts: list[Part] = []
+        self.fallen: set[int] = set()
         self._mark()
 
     def _mark(self) -> None:
@@ -53,65 +38,83 @@ class _Watch(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if message.startswith("initial accuracy"):
-            self._part("checks")
+            self._part(CHECKS)
         elif message.startswith("robust accuracy after "):
             self._part(message.split()[3].rstrip(":").lower())
 
     def _part(self, name: str) -> None:
         flags = json.loads(self.state.read_text())["_robust_flags"]
         fallen = {row for row, robust in enumerate(flags) if not robust}
-        # Images that are wrong when clean have fallen before the first attack, and are no one's success.
-        new = sorted(fallen - self.known) if self.known is not None else []
-        self.known = fallen
+        new = sorted(self.ids[row] for row in fallen - self.fallen)
+        attacked = len(self.ids) - len(self.fallen)
+        self.fallen = fallen
         forward, backward, began = self.before
         self._mark()
         now_forward, now_backward, now = self.before
-        self.done(Part(name, new, now_forward - forward, now_backward - backward, now - began))
+        # Images that are wrong when clean are no one's success.
+        self.parts.append(
+            Part(
+                name,
+                attacked,
+                [] if name == CHECKS else new,
+                now_forward - forward,
+                now_backward - backward,
+                now - began,
+            )
+        )
 
 
 def watch_autoattack(
     model: Counted,
-    pixels: Tensor,
-    labels: Tensor,
+    jobs: Sequence[Job],
+    threat: ThreatModel,
     *,
-    norm: str,
-    eps: float,
     seed: int,
     batch_size: int,
     attacks: Sequence[str] = (),
-    version: str = "standard",
-    done: Callable[[Part], None] | None = None,
     adjust: Callable[[AutoAttack], None] | None = None,
 ) -> list[Part]:
-    """Run the published ensemble on images [N, 3, H, W] and return its parts in order; `done` hears of each at once.
+    """Run the published ensemble, version standard, and return its parts in order, its own checks first.
 
     Args:
-        attacks: only these, with the settings that they have in `version`; default: all of the version.
+        attacks: only these, with the settings that they have in the ensemble; default: all.
         adjust: may change the program's settings before it starts.
     """
-    parts: list[Part] = []
+    device = next(model.parameters()).device
+    x = torch.stack([job.pixels for job in jobs]).to(device)
+    y = torch.tensor([job.label for job in jobs], device=device)
     logger = logging.getLogger(_LOGGER)
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state.json"
-        program = AutoAttack(model, norm=norm, eps=eps, seed=seed, version=version, device=pixels.device)
+        program = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=seed, version="standard", device=device)
         program.attacks_to_run = list(attacks) or program.attacks_to_run
         if adjust is not None:
             adjust(program)
-
-        def keep(part: Part) -> None:
-            parts.append(part)
-            if done is not None:
-                done(part)
-
-        handler = _Watch(model, state, keep)
+        watch = _Watch(model, state, [job.image_id for job in jobs])
         before = logger.level, logger.propagate
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
-        logger.addHandler(handler)
+        logger.addHandler(watch)
         try:
-            with torch.random.fork_rng(devices=[]):
-                program.run_standard_evaluation(pixels, labels, batch_size=batch_size, state_path=state)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                program.run_standard_evaluation(x, y, batch_size=batch_size, state_path=state)
         finally:
-            logger.removeHandler(handler)
+            logger.removeHandler(watch)
             logger.level, logger.propagate = before
-    return parts
+    return watch.parts
+
+
+def set_budget(steps: int | None, queries: int | None) -> Callable[[AutoAttack], None]:
+    """Return an adjustment to other numbers of steps (APGD, FAB) and queries (Square) than the published ones."""
+
+    def adjust(program: AutoAttack) -> None:
+        program.square.n_queries = queries or program.square.n_queries
+        if steps is None:
+            return
+        program.fab.n_iter = steps
+        for name in ("apgd", "apgd_targeted"):  # made again: their checkpoints follow from the steps
+            old = getattr(program, name)
+            kept = {key: getattr(old, key) for key in ("norm", "n_restarts", "eps", "seed", "device", "logger")}
+            setattr(program, name, type(old)(old.model, n_iter=steps, eot_iter=old.eot_iter, **kept))
+
+    return adjust
