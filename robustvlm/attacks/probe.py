@@ -54,11 +54,12 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     """
     images, label = images.to(oracle.device, oracle.dtype), label.to(oracle.device)
     ce = objective("ce")
+    confirmed = oracle.confirm(images)
+    label = label.clamp_max(confirmed.shape[1] - 1)  # outputs may be features, fewer than there are classes
     logits, _, grad = oracle.gradient(images, ce, label, label)
     again = oracle.gradient(images, ce, label, label)[0]
     finite = bool(logits.isfinite().all())
     repeat = _relative_change(again, logits)
-    confirmed = oracle.confirm(images)
     return Probe(
         finite=finite,
         repeat_change=repeat,

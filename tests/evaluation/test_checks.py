@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from robustvlm.attacks import PGD, Probe, ThreatModel, parse_attacks
+from robustvlm.attacks.sanity import Sanity
 from robustvlm.errors import UserError
 from robustvlm.evaluation import checks
-from robustvlm.runs.results import AttackFact, CleanFact
+from robustvlm.runs.results import NO_ANSWER, AttackFact, CleanFact
 
 SOUND = Probe(finite=True, repeat_change=0.0, batch_change=0.0, zero_gradients=0.0, rungs=(8,))
-CLEAN = [CleanFact(i, f"img-{i}", 1, 1, 0.5, 0.9, [0]) for i in range(3)]
+SANE = Sanity(
+    images=32,
+    probabilities=False,
+    saturated=0.0,
+    noise_wins=0,
+    gradient_wins=32,
+    derivative=0.99,
+    right=30,
+    ranges={"[0, 255]": (0, 25), "[-1, 1]": (1, 10)},
+    classes=10,
+)
+CLEAN = [CleanFact(i, f"img-{i}", 1, 1, 0.5, 0.9, [0], exposed=True) for i in range(3)]
 
 
-def found(outcome: str = "fooled", *, linf: float = 0.1, l2: float = 0.1, eps: float = 0.1) -> AttackFact:
-    return AttackFact(0, "pgd", eps, outcome, 0, 3, 8, linf, l2, -0.1, 0.7, 0, 0.5)
+def found(
+    outcome: str = "fooled",
+    *,
+    linf: float = 0.1,
+    l2: float = 0.1,
+    eps: float = 0.1,
+    index: int = 0,
+    attack: str = "pgd",
+    goal: str = "misclassify",
+) -> AttackFact:
+    return AttackFact(index, attack, eps, goal, outcome, 0, 3, 8, linf, l2, -0.1, 0.7, 0, 0.5)
 
 
 def levels(probe: Probe) -> dict[str, str]:
@@ -30,8 +52,9 @@ def of_results(
     threat: ThreatModel = ThreatModel("Linf", 0.1),  # noqa: B008
     attack: str = "pgd",
     classes: int = 10,
+    **more: Any,
 ) -> dict[str, tuple[str, str]]:
-    made = checks.of_results(clean, facts, threats=[threat], attacks=parse_attacks(attack), n_classes=classes)
+    made = checks.of_results(clean, facts, threats=[threat], attacks=parse_attacks(attack), n_classes=classes, **more)
     return {check.name: (check.level, check.message) for check in made}
 
 
@@ -52,6 +75,124 @@ def test_nothing_is_wrong_with_a_sound_model() -> None:
 def test_an_odd_model_is_told(change: dict[str, object], name: str, level: str) -> None:
     odd = levels(replace(SOUND, **change))
     assert odd[name] == level
+
+
+def test_a_random_model_that_is_averaged_over_is_no_cause_for_alarm() -> None:
+    odd = replace(SOUND, repeat_change=0.5)
+    (check,) = [check for check in checks.of_probe(odd, eot=10, draws=21) if check.name == "repeatable output"]
+    assert check.level == "note"
+    assert "10 draws" in check.message
+    assert "21 fresh draws" in check.message
+
+
+def of_sanity(
+    change: dict[str, Any], *, attack: str = "pgd", zero_gradients: float = 0.0, declared: bool = False
+) -> dict[str, tuple[str, str]]:
+    made = checks.of_sanity(
+        replace(SANE, **change), attacks=parse_attacks(attack), zero_gradients=zero_gradients, declared=declared
+    )
+    return {check.name: (check.level, check.message) for check in made}
+
+
+def test_a_sane_model_raises_nothing() -> None:
+    assert {level for level, _ in of_sanity({}).values()} == {"ok"}
+    assert set(of_sanity({})) == {"logits", "gradient against noise", "gradient as stated", "input range"}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "level"),
+    [
+        ({"probabilities": True}, "logits", "warning"),
+        ({"saturated": 0.5}, "logits", "warning"),
+        ({"noise_wins": 17, "gradient_wins": 15}, "gradient against noise", "warning"),
+        ({"noise_wins": 4, "gradient_wins": 3}, "gradient against noise", "note"),
+        ({"derivative": 0.7}, "gradient as stated", "warning"),
+        ({"derivative": -1.0}, "gradient as stated", "warning"),
+        ({"right": 3, "ranges": {"[0, 255]": (25, 0)}}, "input range", "fault"),
+        ({"right": 20, "ranges": {"[0, 255]": (9, 0), "[-1, 1]": (1, 1)}}, "input range", "warning"),
+    ],
+)
+def test_words_and_deeds_that_differ_are_told(change: dict[str, Any], name: str, level: str) -> None:
+    found_levels = {key: said for key, (said, _) in of_sanity(change).items()}
+    assert found_levels.pop(name) == level
+    assert set(found_levels.values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"saturated": 0.05},
+        {"noise_wins": 15, "gradient_wins": 17},
+        {"derivative": 0.9},
+        {"right": 20, "ranges": {"[0, 255]": (6, 0)}},  # too small a gain
+        {"right": 10, "ranges": {"[0, 255]": (14, 7)}},  # a gain that chance explains
+    ],
+)
+def test_what_chance_and_curvature_do_alarms_nobody(change: dict[str, Any]) -> None:
+    assert {level for level, _ in of_sanity(change).values()} == {"ok"}
+
+
+def test_saturation_matters_less_where_another_loss_is_attacked_too() -> None:
+    level, message = of_sanity({"saturated": 1.0}, attack="apgd-ce,apgd-t")["logits"]
+    assert level == "note"
+    assert "apgd-t does not saturate" in message
+
+
+def test_a_declared_stand_in_for_a_gradient_is_a_note() -> None:
+    assert of_sanity({"derivative": 0.1}, declared=True)["gradient as stated"][0] == "note"
+
+
+def test_missing_gradients_are_named_once() -> None:
+    odd = of_sanity({"derivative": 0.0, "noise_wins": 30, "gradient_wins": 2}, zero_gradients=1.0)
+    assert set(odd) == {"logits", "input range"}
+
+
+def test_features_are_no_logits() -> None:
+    assert "logits" not in of_sanity({"classes": 0, "right": None, "ranges": {}})
+
+
+def blind_spot(fallen: int, attack: str = "pgd,square", *, left: str = "robust") -> dict[str, tuple[str, str]]:
+    clean = [replace(CLEAN[0], index=i) for i in range(100)]
+    facts = [found(left, index=i, attack="pgd") for i in range(100)]
+    facts += [found("fooled" if i < fallen else "robust", index=i, attack="square") for i in range(100)]
+    return of_results(facts, clean=clean, attack=attack)
+
+
+@pytest.mark.parametrize(("fallen", "level"), [(0, "ok"), (1, "note"), (2, "warning"), (40, "warning")])
+def test_a_black_box_attack_must_not_find_what_gradients_leave(fallen: int, level: str) -> None:
+    assert blind_spot(fallen)["black box against white box"][0] == level
+
+
+def test_a_black_box_attack_alone_or_first_says_nothing() -> None:
+    assert "black box against white box" not in blind_spot(40, "square")
+    assert blind_spot(40, left="failed")["black box against white box"][0] == "ok"
+
+
+def withstood(
+    count: int, *, eps: float = 4 / 255, goal: str = "misclassify", norm: str = "Linf", **more: Any
+) -> dict[str, Any]:
+    clean = [replace(CLEAN[0], index=i) for i in range(100)]
+    facts = [
+        found("robust" if i < count else "fooled", index=i, eps=eps, goal=goal, linf=0.0, l2=0.0) for i in range(100)
+    ]
+    more = {"undefended": "tiny", "pixels": 3 * 64 * 64, "threat": ThreatModel(norm, eps), **more}
+    return of_results(facts, clean=clean, **more)
+
+
+def test_an_undefended_model_that_looks_robust_is_told() -> None:
+    level, message = withstood(30)["attack strength"]
+    assert level == "warning"
+    assert "30 of 100 images withstood" in message
+    assert "'tiny'" in message
+
+
+def test_only_a_large_ball_an_undefended_model_and_many_images_give_cause() -> None:
+    assert "attack strength" not in withstood(12)
+    assert "attack strength" not in withstood(90, eps=2 / 255)
+    assert "attack strength" not in withstood(90, goal="deny")
+    assert "attack strength" not in withstood(90, undefended=None)
+    assert "attack strength" not in withstood(90, eps=1.0, norm="L2")
+    assert "attack strength" in withstood(90, eps=2.0, norm="L2")
 
 
 @pytest.mark.parametrize("change", [{"repeat_change": 1e-6}, {"batch_change": 1e-6}, {"zero_gradients": 0.05}])
@@ -94,7 +235,7 @@ def test_a_success_outside_the_ball_is_a_fault(norm: str, fact: AttackFact, insi
 
 
 def test_answers_that_could_not_be_had_are_counted() -> None:
-    broken = [*CLEAN[:2], replace(CLEAN[2], prediction=-1)]
+    broken = [*CLEAN[:2], replace(CLEAN[2], prediction=NO_ANSWER)]
     level, message = of_results([found("failed"), found()], clean=broken)["failed images"]
     assert level == "fault"
     assert message.startswith("2 answers")
@@ -109,5 +250,5 @@ def test_too_few_classes_for_a_loss_are_noted() -> None:
 
 
 def test_a_model_that_is_never_right_leaves_nothing_to_attack() -> None:
-    wrong = [replace(fact, prediction=0) for fact in CLEAN]
+    wrong = [replace(fact, prediction=0, exposed=False) for fact in CLEAN]
     assert of_results([], clean=wrong)["something to attack"][0] == "fault"

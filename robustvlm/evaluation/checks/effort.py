@@ -94,6 +94,8 @@ def second_look(claimed: int, upheld: int, *, why: str) -> Check | None:
         return None
     message = (
         f"{claimed - upheld} of {claimed} successes that {why} showed in the sample did not stand up to the final "
-        "look, and were not counted"
+        "look, and were not counted."
+        if upheld < claimed
+        else f"All {claimed} successes that {why} showed in the sample stood up to the final look."
     )
-    return Check(name="unconfirmed successes", level="note", message=message + ".")
+    return Check(name="unconfirmed successes", level="note", message=message)

@@ -20,8 +20,8 @@ _MANY_SATURATED = 0.1
 _ENOUGH_IMAGES = 8
 # Sound models reach 0.97 and more; dropping a part that weighs as much as all the rest gives 0.7.
 _HONEST = 0.85
-# Another input range must beat [0, 1] beyond any chance, and by this share of the images.
-_RANGE_P_VALUE, _RANGE_GAIN = 1e-3, 0.2
+# Another input range must beat [0, 1] beyond chance, and by this share of the images.
+_RANGE_P_VALUE, _RANGE_GAIN = 0.01, 0.2
 # Objectives that do not go through a softmax, and so do not saturate.
 _UNSATURATED = ("dlr", "margin")
 
@@ -56,7 +56,7 @@ def of_sanity(found: Sanity, *, attacks: Sequence[LaneAttack], zero_gradients: f
         zero_gradients: share of images whose gradient is exactly zero, as the probe found.
         declared: parts of the model are declared to have no gradient, so that theirs is known to be made up.
     """
-    checks = [_logits(found, attacks)]
+    checks = [_logits(found, attacks)] if found.classes else []
     if zero_gradients <= _MANY_ZERO_GRADIENTS:  # otherwise the lack of a gradient explains all that follows
         checks += [_climbing(found), *_honest(found, declared)]
     return checks + _input_range(found)

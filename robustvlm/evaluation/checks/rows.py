@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from robustvlm.attacks import FAILED, FOOLED, ROBUST, LaneAttack, ThreatModel
+from robustvlm.attacks.external.catalog import VERSIONS
+from robustvlm.attacks.external.spec import ExternalAttack
 from robustvlm.runs.results import NO_ANSWER, AttackFact, CleanFact
 from robustvlm.runs.summary import Check
 from robustvlm.stats import rate
@@ -13,6 +15,8 @@ from robustvlm.stats import rate
 _BALL_SLACK = 1e-6
 # AutoAttack warns when its black-box attack takes more than this share of accuracy from the white-box ones.
 _BLACK_BOX_SHARE = 0.002
+# Attacks of the published packages that ask for no gradient.
+_BLACK_BOX = ("square", "spsa")
 # Published models without adversarial training keep next to nothing at this Linf radius.
 _UNDEFENDED_EPS, _UNDEFENDED_SHARE = 4 / 255, 0.1
 
@@ -22,7 +26,7 @@ def of_results(
     found: Sequence[AttackFact],
     *,
     threats: Sequence[ThreatModel],
-    attacks: Sequence[LaneAttack],
+    attacks: Sequence[LaneAttack | ExternalAttack],
     n_classes: int,
     undefended: str | None = None,
     pixels: int = 0,
@@ -42,7 +46,7 @@ def of_results(
         )
         checks.append(Check(name="failed images", level="fault", message=message))
     for attack in attacks:
-        fallback = attack.objective.fallback(n_classes)
+        fallback = attack.objective.fallback(n_classes) if isinstance(attack, LaneAttack) else None
         if fallback:
             checks.append(Check(name=f"objective of {attack.name}", level="note", message=fallback + "."))
     if not any(fact.exposed for fact in clean):
@@ -72,10 +76,12 @@ def _inside_ball(found: Sequence[AttackFact], threats: Sequence[ThreatModel]) ->
     )
 
 
-def black_box(found: Sequence[AttackFact], attacks: Sequence[LaneAttack], *, exposed: int) -> list[Check]:
+def black_box(
+    found: Sequence[AttackFact], attacks: Sequence[LaneAttack | ExternalAttack], *, exposed: int
+) -> list[Check]:
     """Count the images that an attack without gradients fooled after attacks with gradients had left them."""
-    blind = {attack.name for attack in attacks if not attack.uses_gradient}
-    seeing = {attack.name for attack in attacks if attack.uses_gradient}
+    blind = {attack.name for attack in attacks if _sees(attack) is False}
+    seeing = {attack.name for attack in attacks if _sees(attack)}
     if not blind or not seeing:
         return []
     left = {(fact.eps, fact.goal, fact.index) for fact in found if fact.attack in seeing and fact.outcome == ROBUST}
@@ -85,6 +91,13 @@ def black_box(found: Sequence[AttackFact], attacks: Sequence[LaneAttack], *, exp
         if fact.attack in blind and fact.outcome == FOOLED and (fact.eps, fact.goal, fact.index) in left
     }
     return [black_box_check(len(only), exposed, ", ".join(sorted(blind)))]
+
+
+def _sees(attack: LaneAttack | ExternalAttack) -> bool | None:
+    """Whether an attack uses gradients; None for a plan of both kinds."""
+    if isinstance(attack, LaneAttack):
+        return attack.uses_gradient
+    return None if attack.kind in VERSIONS else attack.kind.lower() not in _BLACK_BOX
 
 
 def black_box_check(only: int, exposed: int, name: str) -> Check:

@@ -1,0 +1,1 @@
+"""Models with one planted fault each, to see which check of an attack run notices it."""

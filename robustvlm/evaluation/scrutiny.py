@@ -1,0 +1,145 @@
+"""Which checks a run makes, on which images, and when: `--checks none`, `quick` or `full`.
+
+quick: questions to the model before the attacks (some 17 passes an image), and what the rows say after them.
+full: also extra attacks on at most 32 images at the end, which cost at most `PASSES_PER_IMAGE` passes each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from robustvlm.attacks import FOOLED, ROBUST, Goal, Job, LaneAttack, Oracle, Probe, ThreatModel
+from robustvlm.attacks.goals import Case
+from robustvlm.attacks.goals.feature import FeatureGoal
+from robustvlm.attacks.sanity import MOST_IMAGES, inspect_model
+from robustvlm.evaluation import checks
+from robustvlm.evaluation.budget import BudgetSpent
+from robustvlm.evaluation.diagnosis import FEWEST_ROBUST, NAMES, Diagnosis, choose_sample, short_attack
+from robustvlm.evaluation.images import Images, Picture
+from robustvlm.evaluation.ledger import Ledger
+from robustvlm.evaluation.observer import Observer
+from robustvlm.evaluation.unperturbed import ask_unperturbed, brief, needs_briefing
+from robustvlm.models.zoo import BUNDLED, list_models
+from robustvlm.runs.summary import Check
+
+MODES = ("full", "quick", "none")
+
+_EXTRA = "extra attacks"
+
+
+def first_checks(
+    oracle: Oracle,
+    images: Tensor,
+    label: Tensor,
+    *,
+    goal: Goal,
+    threat: ThreatModel,
+    found: Probe,
+    attacks: Sequence[object],
+    n_classes: int,
+    declared: bool = False,
+) -> list[Check]:
+    """Return what a few passes over the first images [B, 3, H, W] say about outputs, gradients and input range.
+
+    Args:
+        label: classes [B]; threat: the run's smallest ball; found: what the probe saw; attacks: the run's.
+        declared: parts of the model are declared to have no gradient.
+    """
+    images, label = images[: min(MOST_IMAGES, found.rungs[0])], label[: min(MOST_IMAGES, found.rungs[0])]
+    seen = ask_unperturbed(oracle, goal, images, label)
+    sanity = inspect_model(
+        oracle,
+        images,
+        goal,
+        Case(label, reference=seen.reference),
+        threat,
+        random=found.random,
+        classes=None if isinstance(goal, FeatureGoal) else n_classes,
+    )
+    ours = [attack for attack in attacks if isinstance(attack, LaneAttack)]
+    return checks.of_sanity(sanity, attacks=ours, zero_gradients=found.zero_gradients, declared=declared)
+
+
+def extra_attacks(
+    oracle: Oracle,
+    *,
+    goal: Goal,
+    threats: Sequence[ThreatModel],
+    attacks: Sequence[object],
+    ledger: Ledger,
+    images: Images,
+    found: Probe,
+    seed: int,
+    n_targets: int,
+    observer: Observer,
+) -> None:
+    """Attack a sample of the run's images anew, and record what that says; what is recorded is not done again."""
+    known = {check.name for check in ledger.checks}
+    if _EXTRA in known:
+        return
+    threat, held, fell = _doubtful(ledger, goal, threats)
+    if threat is None:
+        message = f"Not made: fewer than {FEWEST_ROBUST} images withstood the attacks, so there is nothing to doubt."
+        ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
+        return
+    jobs = _sample(ledger, images, choose_sample(held, fell, seed))
+    if needs_briefing(goal):
+        jobs = [job for job, _ in brief(jobs, oracle, goal, found.rungs, n_targets)]
+    if not jobs:  # the files are gone since
+        return
+    observer.begin_stage("checks", len(NAMES), len(known & set(NAMES)))
+    before = oracle.passes.forward + oracle.passes.backward
+    attack = checks.fit_for(short_attack(attacks), found)
+    diagnosis = Diagnosis(oracle, goal, attack, threat, jobs, found.rungs, seed, on_pass=observer.passed)
+    try:
+        for check in diagnosis.checks(known):
+            ledger.add_checks([check])
+            observer.image_done(None)
+    except BudgetSpent:
+        message = "Not finished: the budget was spent."
+        ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
+        return
+    spent = oracle.passes.forward + oracle.passes.backward - before
+    message = f"{len(jobs)} images were attacked anew at eps {threat.eps:.4g}, in {spent:,} passes of this session."
+    ledger.add_checks([Check(name=_EXTRA, level="ok", message=message)])
+
+
+def _doubtful(
+    ledger: Ledger, goal: Goal, threats: Sequence[ThreatModel]
+) -> tuple[ThreatModel | None, list[str], list[str]]:
+    """Return the largest ball in which images withstood all attacks, with their ids, and those of fallen images."""
+    exposed = {fact.index: fact.image_id for fact in ledger.clean.values() if fact.exposed}
+    for threat in sorted(threats, key=lambda ball: ball.eps, reverse=True):
+        facts = [fact for fact in ledger.found.values() if fact.goal == goal.spec and fact.eps <= threat.eps]
+        fell = {fact.index for fact in facts if fact.outcome == FOOLED}
+        held = {fact.index for fact in facts if fact.eps == threat.eps and fact.outcome == ROBUST} - fell
+        if len(held) >= FEWEST_ROBUST:
+            return threat, [exposed[i] for i in held if i in exposed], [exposed[i] for i in fell if i in exposed]
+    return None, [], []
+
+
+def _sample(ledger: Ledger, images: Images, names: Sequence[str]) -> list[Job]:
+    """Return the jobs of the images of these ids, in the order of the source."""
+    facts = {fact.image_id: fact for fact in ledger.clean.values()}
+    jobs: dict[str, Job] = {}
+    for item in images.stream(lambda name: name in names):
+        if isinstance(item, Picture) and item.id in names and item.id not in jobs:
+            fact = facts[item.id]
+            jobs[item.id] = Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
+    return list(jobs.values())
+
+
+def published(spec: str) -> bool:
+    """Whether a spec names weights that are known to be published without adversarial training.
+
+    Example:
+        >>> published("tiny"), published("ViT-B/32/openai"), published("tiny+smooth:0.25")
+        (True, True, False)
+    """
+    if spec in BUNDLED:
+        return True
+    name, slash, tag = spec.rpartition("/")
+    plain = f"{name.replace('/', '-')}/{tag}"
+    return bool(slash) and "+" not in spec and any(model.spec == plain for model in list_models())

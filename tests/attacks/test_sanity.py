@@ -1,0 +1,96 @@
+"""Sound models pass every question of the sanity probe, whatever they are and whatever the ball."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy import PIXELS, Curved, Linear, images
+
+from robustvlm.attacks import Case, FeatureAway, Misclassify, Oracle, Superclass, SuperclassAll, ThreatModel
+from robustvlm.attacks.sanity import MOST_IMAGES, RANGES, Sanity, inspect_model
+
+BALLS = [ThreatModel("Linf", 1 / 255), ThreatModel("Linf", 0.5), ThreatModel("L2", 0.1), ThreatModel("L2", 5.0)]
+
+
+def inspected(model: nn.Module, count: int = 24, *, ball: ThreatModel = BALLS[0], goal=None, **options) -> Sanity:
+    x = images(count)
+    with torch.no_grad():
+        label = model(x).argmax(1)
+    settings = {"random": False, "classes": 5, **options}
+    return inspect_model(Oracle(model), x, goal or Misclassify(), Case(label), ball, **settings)
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", [Linear, Curved])
+def test_a_sound_model_says_what_it_does(kind, seed, ball):
+    found = inspected(kind(classes=5, seed=seed), ball=ball)
+    assert not found.probabilities
+    assert found.noise_wins <= 2  # steps as large as these may overshoot where the model is curved
+    assert found.gradient_wins >= 20
+    assert found.derivative is not None
+    assert found.derivative > 0.95
+    assert found.right == found.images == 24
+    assert set(found.ranges) == set(RANGES)
+    assert all(gained == 0 for gained, _ in found.ranges.values())
+
+
+def test_goals_that_sum_several_conditions_are_differentiated_as_they_are():
+    levels = [Superclass(torch.arange(5), "0"), Superclass(torch.tensor([0, 0, 1, 1, 2]), "1")]
+    found = inspected(Curved(), goal=SuperclassAll(levels))
+    assert found.derivative is not None
+    assert found.derivative > 0.95
+    assert found.noise_wins <= 2
+
+
+class Features(Curved):
+    def forward(self, x):
+        return nn.functional.normalize(super().forward(x), dim=1)
+
+
+def test_a_feature_goal_is_asked_away_from_the_image_where_its_gradient_vanishes():
+    model, x = Features(), images(24)
+    reference = model(x).detach()
+    case = Case(torch.zeros(24, dtype=torch.int64), reference=reference)
+    ball = ThreatModel("Linf", 8 / 255)
+    found = inspect_model(Oracle(model), x, FeatureAway(), case, ball, random=False, classes=None)
+    assert found.gradient_wins >= 20
+    assert found.derivative is not None
+    assert found.derivative > 0.9
+    assert found.right is None
+    assert not found.probabilities
+
+
+def test_the_cost_is_bounded_and_as_stated():
+    model = Linear(classes=5)
+    oracle = Oracle(model)
+    x = images(50)
+    inspect_model(oracle, x, Misclassify(), Case(torch.zeros(50, dtype=torch.int64)), BALLS[0], random=False, classes=5)
+    assert oracle.passes.backward == MOST_IMAGES
+    assert oracle.passes.forward == 16 * MOST_IMAGES
+
+
+def test_unknown_labels_leave_out_the_question_of_the_range():
+    x = images(8)
+    case = Case(torch.full((8,), 7))
+    found = inspect_model(Oracle(Curved(classes=8)), x, Misclassify(), case, BALLS[0], random=False, classes=5)
+    assert found.right is None
+    assert found.ranges == {}
+
+
+def test_scores_that_happen_to_be_small_are_no_probabilities():
+    class Small(Linear):
+        def forward(self, x):
+            return torch.sigmoid(super().forward(x))
+
+    assert not inspected(Small(classes=5)).probabilities
+
+
+def test_an_unmeasurable_derivative_is_not_judged():
+    class Flat(nn.Module):
+        def forward(self, x):
+            return torch.ones(len(x), 5) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    assert PIXELS > 5
+    assert inspected(Flat()).derivative is None
