@@ -7,6 +7,9 @@ Every certificate is a pure function of bounds on the clean image's smoothed fea
 * `distribution`, `tangent`, `covariance`: whole distribution, its anytime-valid form, second moments (T5-T7);
 * `class_margin`, `class_sequential`, `open_vocabulary`: the class of the mean feature (T8); `vote`: the hard vote;
 * `openset`, `openset_deployed`: acceptance and rejection; `deployed`: what n0 inference samples keep of it (T10);
+* `noise`, `sampling`, `engine`: fresh noise, what a claim wants of it, and batches of many images; with the certifiers
+  `feature_claim`, `class_claim`, `openset_claim` (fixed n, or stopping as soon as a radius is decided);
+* `resize`: what a radius at the model's resolution is worth at the source image;
 * `limits`: what settings can give at best; `record`: what a certificate must state; `rounding`: print it rounded down.
 
 Radii are in the pixel units of sigma and hold strictly inside, up to floating point. Zero is ABSTAIN.
@@ -27,22 +30,29 @@ from robustvlm.certify.bounds import (
     index_band,
     mean_lower,
 )
+from robustvlm.certify.class_claim import ClassAtRadius, ClassRadius, VocabularyRadius, VoteAtRadius, VoteRadius
 from robustvlm.certify.class_margin import class_angle, class_margin_radius, mean_margin_radius, rival_normals
 from robustvlm.certify.class_sequential import ClassTest
 from robustvlm.certify.cone import cone_cos, cone_radius, drift, norm_lower, norm_upper, side_upper
 from robustvlm.certify.covariance import Sideways, direction_cos, direction_radius, hcr_drift, sideways
 from robustvlm.certify.deployed import deployed_cos, deployed_from_angle, deployed_inner, predict
+from robustvlm.certify.deployed_feature import deployed_feature_cos, deployed_feature_radius
 from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
 from robustvlm.certify.distribution import cdf_lower, cdf_plug_in, cdf_radius, cdf_upper, layer_cake
+from robustvlm.certify.engine import Sampled, SamplingEngine, Task
 from robustvlm.certify.fcsb import VACUOUS, fcsb_cos, fcsb_inner, fcsb_radius
+from robustvlm.certify.feature_claim import FeatureRadius, FeatureTest, feature_radius
 from robustvlm.certify.halfspace import halfspace_lower, halfspace_shift
 from robustvlm.certify.limits import (
     best_class_radius,
     best_feature_radius,
     best_paper_radius,
+    best_tangent_radius,
     best_vote_radius,
+    best_vote_test_radius,
     samples_needed,
 )
+from robustvlm.certify.noise import CHUNK, noise_chunk, stream_seed
 from robustvlm.certify.normal import shift_down, shift_up
 from robustvlm.certify.open_vocabulary import covariance_upper, mean_ball, vocabulary_radius
 from robustvlm.certify.openset import (
@@ -56,9 +66,12 @@ from robustvlm.certify.openset import (
     score_lower,
     score_upper,
 )
+from robustvlm.certify.openset_claim import OpensetRadius
 from robustvlm.certify.openset_deployed import predict_openset
 from robustvlm.certify.record import Certificate, Provenance, best_of, expected_false
+from robustvlm.certify.resize import resize_matrix, resize_norm
 from robustvlm.certify.rounding import floor_to, format_down
+from robustvlm.certify.sampling import Certifier, Finding, Request
 from robustvlm.certify.scores import as_scores, direction_scores, mean_feature, unit_rows
 from robustvlm.certify.tangent import Tangent, TangentTest, tangent_at, tangent_radius
 from robustvlm.certify.vector_np import required_norm, vector_cos, vector_radius
@@ -67,28 +80,45 @@ from robustvlm.certify.vote import vote_predict, vote_radius
 
 __all__ = [
     "ANYTIME_BOUNDS",
+    "CHUNK",
     "VACUOUS",
     "Band",
     "BettingState",
     "Certificate",
+    "Certifier",
+    "ClassAtRadius",
+    "ClassRadius",
     "ClassTest",
     "Decision",
+    "FeatureRadius",
+    "FeatureTest",
+    "Finding",
     "FixedSample",
     "NormRange",
+    "OpensetRadius",
     "PredictableDirection",
     "Provenance",
+    "Request",
+    "Sampled",
+    "SamplingEngine",
     "SequentialTest",
     "Sideways",
     "Tangent",
     "TangentTest",
+    "Task",
     "VectorTable",
+    "VocabularyRadius",
+    "VoteAtRadius",
+    "VoteRadius",
     "acceptance_radius",
     "as_scores",
     "best_class_radius",
     "best_feature_radius",
     "best_of",
     "best_paper_radius",
+    "best_tangent_radius",
     "best_vote_radius",
+    "best_vote_test_radius",
     "betting_lower",
     "cdf_lower",
     "cdf_plug_in",
@@ -102,6 +132,8 @@ __all__ = [
     "contrast_vectors",
     "covariance_upper",
     "deployed_cos",
+    "deployed_feature_cos",
+    "deployed_feature_radius",
     "deployed_from_angle",
     "deployed_inner",
     "direction_cos",
@@ -114,6 +146,7 @@ __all__ = [
     "fcsb_cos",
     "fcsb_inner",
     "fcsb_radius",
+    "feature_radius",
     "floor_to",
     "format_down",
     "halfspace_lower",
@@ -126,6 +159,7 @@ __all__ = [
     "mean_feature",
     "mean_lower",
     "mean_margin_radius",
+    "noise_chunk",
     "norm_lower",
     "norm_lower_bound",
     "norm_upper",
@@ -136,6 +170,8 @@ __all__ = [
     "predict_openset",
     "rejection_radius",
     "required_norm",
+    "resize_matrix",
+    "resize_norm",
     "rival_normals",
     "samples_needed",
     "score_lower",
@@ -144,6 +180,7 @@ __all__ = [
     "shift_up",
     "side_upper",
     "sideways",
+    "stream_seed",
     "tangent_at",
     "tangent_radius",
     "unit_rows",

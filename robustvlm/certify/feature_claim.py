@@ -1,8 +1,8 @@
 """Certifiers for features: the cosine between the smoothed features of image and attacked image (T4), and baselines.
 
 The claim `cos(m(x'), m(x)) >= cos0` rests on scores along a direction that only looks back, so that pilot and
-estimation samples both count. From the same samples, each a claim of its own at its own alpha: the published bound (anchor f(x)),
-and cosines to the pilot's direction by mean, distribution, and both ways (F2, F3).
+estimation samples both count. From the same samples, each a claim of its own at its own alpha: the published bound
+(anchor f(x)), and cosines to the pilot's direction by mean, distribution, and both ways (F2, F3).
 """
 
 from __future__ import annotations

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from math import log
 
 import numpy as np
+from scipy.special import ndtri
 
 from robustvlm.certify.bounds.betting import FRACTIONS, mix
 from robustvlm.certify.bounds.fixed import clopper_pearson_lower
 from robustvlm.certify.bounds.store import shipped_levels
+from robustvlm.certify.distribution import A_MAX
 from robustvlm.certify.fcsb import fcsb_radius
-from robustvlm.certify.normal import Array, check_alpha, largest_true
+from robustvlm.certify.normal import Array, check_alpha, check_sigma, largest_true
+from robustvlm.certify.tangent import tangent_at
 from robustvlm.certify.vector_np import vector_radius
 
 N_MAX = 10_000_000
@@ -52,8 +55,10 @@ def best_paper_radius(n: int, alpha: float, cos0: float, sigma: float) -> float:
     return float(fcsb_radius(best_mean(n, alpha), cos0, sigma))
 
 
-def best_class_radius(n: int, alpha: float, sigma: float) -> float:
+def best_class_radius(n: int, alpha: float, sigma: float, *, target: float = 0.5) -> float:
     """Return the class radius (P1-CDF) at best, set by the band at the lowest order statistic.
+
+    `target` is the mean score to certify, 1/2 for a class.
 
     An estimate (local level alpha / 100, a few per cent off) where n and alpha are not in the shipped table.
 
@@ -62,7 +67,7 @@ def best_class_radius(n: int, alpha: float, sigma: float) -> float:
         0.753
     """
     level = shipped_levels().get(f"{n}:{alpha!r}", check_alpha(alpha) / 100.0)
-    return float(fcsb_radius(level ** (1.0 / n), 0.0, sigma))
+    return sigma * max(0.0, float(ndtri(level ** (1.0 / n)) - ndtri(target)))
 
 
 def best_vote_radius(n: int, alpha: float, sigma: float) -> float:
@@ -94,3 +99,35 @@ def samples_needed(best: Callable[[int], float], radius: float) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if best(middle) >= radius else (middle, high)
     return high
+
+
+def best_tangent_radius(n: int, alpha: float, sigma: float, *, target: float = 0.5) -> float:
+    """Return the largest radius that an anytime-valid distribution test (T6) decides with n scores that are all one.
+
+    Args:
+        target: mean score to certify; 1/2 for a class, `(1 + tau / ||v||) / 2` for an open-set decision.
+
+    Example:
+        >>> round(best_tangent_radius(10_000, 0.001, 0.25), 3)
+        0.769
+    """
+    level = log(1.0 / check_alpha(alpha))
+    fractions = np.array(FRACTIONS)
+
+    def certified(a: Array) -> bool:
+        tangent = tangent_at(np.ones(2), float(a))
+        nulls = np.maximum(tangent.null_mean(target), 1e-6)
+        gains = np.where(nulls < 1.0 - 1e-9, n * np.log1p(fractions * (1.0 / nulls - 1.0)), 0.0)
+        return bool(mix(gains.reshape(-1)) >= level)
+
+    return check_sigma(sigma) * float(largest_true(certified, 0.0, A_MAX, steps=30))
+
+
+def best_vote_test_radius(n: int, alpha: float, sigma: float) -> float:
+    """Return the largest radius that the betting test of a unanimous vote decides.
+
+    Example:
+        >>> round(best_vote_test_radius(10_000, 0.001, 0.25), 3)
+        0.779
+    """
+    return float(fcsb_radius(best_mean(n, alpha), 0.0, sigma))

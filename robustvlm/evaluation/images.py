@@ -14,11 +14,15 @@ from robustvlm.data.source import DataSource, Sample, Unreadable
 
 @dataclass(frozen=True)
 class Picture:
-    """One image as the model takes it: pixels [3, H, W] in [0, 1]; label -1 is an unknown class."""
+    """One image as the model takes it: pixels [3, H, W] in [0, 1]; label -1 is an unknown class.
+
+    `source_size` is width and height of the image before it was resized.
+    """
 
     id: str
     label: int
     pixels: Tensor = field(repr=False)
+    source_size: tuple[int, int] = (0, 0)
 
 
 class Images:
@@ -70,6 +74,6 @@ class Images:
             self._order.setdefault(item.id, len(self._order))  # the faults of a stream are not asked for
             if isinstance(item, Sample):
                 pixels = to_pixels(item.image, self._resolution, interpolation=self._interpolation)
-                yield Picture(item.id, item.label, pixels)
+                yield Picture(item.id, item.label, pixels, item.image.size)
             else:
                 yield item

@@ -1,0 +1,254 @@
+"""The summary of a certify run: the one place where its rows become the numbers that are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from robustvlm.certify import VACUOUS, cone_cos, deployed_feature_cos, fcsb_cos, vector_table
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.summary import Check, Cost, UnreadableImage
+from robustvlm.stats import Rate, rate
+
+CURVE_POINTS = 31
+CURVE_SIGMAS = 3.0
+METHODS = {
+    "feature": ("radius", "cone_radius", "paper_radius", "fcsb_radius", "cdf_radius", "direction_radius"),
+    "class": ("radius", "mean_radius"),
+    "vote": ("radius",),
+    "openset": ("radius",),
+}
+"""Columns that hold radii, by claim, the claim's own first."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RadiusShare(_Record):
+    """Images certified at one radius; `correct` counts only those whose prediction is right too (certified accuracy).
+
+    `others` has the shares of the other methods' columns.
+    """
+
+    radius: float
+    certified: Rate
+    correct: Rate | None
+    others: dict[str, Rate]
+
+
+class MethodSummary(_Record):
+    """Radii in one column: mean and median over all images (an abstention counts 0), and abstentions."""
+
+    column: str
+    mean: float
+    median: float
+    abstained: Rate
+
+
+class CosinePoint(_Record):
+    """Mean certified cosine at one distance; an image without a certificate counts -1.
+
+    `ours` is T4, `cone` T3 on the same event; `paper` and `fcsb` are about cosines to other anchors (f(x), the pilot's
+    direction); `deployed` is about the mean of so many fresh samples instead of the ideal smoothed feature.
+    """
+
+    eps: float
+    ours: float
+    cone: float
+    paper: float | None = None
+    fcsb: float | None = None
+    deployed: float | None = None
+
+
+class SampleCount(_Record):
+    """Noisy copies used, against the fixed number, and how tests with a stopping rule ended.
+
+    `fixed` is the number without early stopping; `passes` are encoder passes, unused ones included.
+    """
+
+    used: int
+    fixed: int
+    saved: float
+    median: float
+    largest: int
+    passes: int
+    stops: dict[str, int]
+
+
+class Risk(_Record):
+    """Error probabilities: of one image's certificate, its split, and the expected false certificates of the run."""
+
+    alpha: float
+    split: dict[str, float]
+    expected_false: float
+
+
+class CertifySummary(_Record):
+    """Everything that tables, reports and exit codes are made of.
+
+    Args:
+        correct: the share of right predictions; None where no image has a known class.
+        certified_correct: the share certified and right: the certified accuracy at radius above zero.
+        average_certified_radius: mean of the radius where the prediction is right, else 0 (ACR; Zhai et al. 2020).
+        at: the share certified at given radii.
+        curve: mean certified cosine over distance, for feature claims.
+        resize_norm: smallest and largest 2-norm of the images' resize; a radius at the source is radius / norm.
+    """
+
+    claim: str
+    statement: str
+    sigma: float
+    images: int
+    unreadable_images: int
+    correct: Rate | None
+    abstained: Rate
+    certified_correct: Rate | None
+    average_certified_radius: float | None
+    mean_radius: float
+    median_radius: float
+    methods: list[MethodSummary]
+    at: list[RadiusShare]
+    curve: list[CosinePoint]
+    samples: SampleCount
+    risk: Risk
+    failed_samples: int
+    resize_norm: tuple[float, float]
+    best_radius: float
+    cost: Cost
+    checks: list[Check]
+    unreadable: list[UnreadableImage]
+    unfinished: str | None = None
+
+
+def summarise_certify(
+    rows: pa.Table | Sequence[Mapping[str, Any]],
+    manifest: Mapping[str, Any],
+    *,
+    cost: Cost | None = None,
+    checks: Sequence[Check] = (),
+    unreadable: Sequence[UnreadableImage] = (),
+    unfinished: str | None = None,
+) -> CertifySummary:
+    """Return the summary of the rows of a certify run under its manifest.
+
+    Raises ValueError when there is no row. Every rate has its exact 95 % interval.
+    """
+    table = rows.to_pylist() if isinstance(rows, pa.Table) else [dict(row) for row in rows]
+    if not table:
+        raise ValueError("a certify run without images has no summary")
+    config, plan = CertifyConfig(**manifest["config"]), manifest["plan"]
+    radii = [row["radius"] for row in table]
+    known = [row for row in table if row["correct"] is not None]
+    return CertifySummary(
+        claim=config.claim,
+        statement=plan["statement"],
+        sigma=config.sigma,
+        images=len(table),
+        unreadable_images=len(unreadable),
+        correct=rate(sum(row["correct"] for row in known), len(known)) if known else None,
+        abstained=rate(sum(row["abstained"] for row in table), len(table)),
+        certified_correct=_certified_correct(known, 0.0) if known else None,
+        average_certified_radius=fmean(row["radius"] * row["correct"] for row in known) if known else None,
+        mean_radius=fmean(radii),
+        median_radius=float(median(radii)),
+        methods=[_method(table, column) for column in METHODS[config.claim] if table[0].get(column) is not None],
+        at=[_at(table, known, radius, METHODS[config.claim][1:]) for radius in config.at],
+        curve=_curve(table, config) if config.claim == "feature" else [],
+        samples=_samples(table, config),
+        risk=Risk(alpha=config.alpha, split=plan["alpha_split"], expected_false=config.alpha * len(table)),
+        failed_samples=sum(row["failed"] for row in table),
+        resize_norm=(min(row["resize_norm"] for row in table), max(row["resize_norm"] for row in table)),
+        best_radius=plan["best_radius"],
+        cost=cost or Cost(),
+        checks=list(checks),
+        unreadable=list(unreadable),
+        unfinished=unfinished,
+    )
+
+
+def _certified(row: Mapping[str, Any], radius: float, column: str = "radius") -> bool:
+    """An abstention is certified at no radius, not even at zero."""
+    value = row.get(column)
+    return value is not None and value > 0.0 and value >= radius
+
+
+def _certified_correct(known: Sequence[Mapping[str, Any]], radius: float) -> Rate:
+    return rate(sum(bool(row["correct"]) and _certified(row, radius) for row in known), len(known))
+
+
+def _at(
+    table: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]], radius: float, others: Sequence[str]
+) -> RadiusShare:
+    there = [column for column in others if table[0].get(column) is not None]
+    return RadiusShare(
+        radius=radius,
+        certified=rate(sum(_certified(row, radius) for row in table), len(table)),
+        correct=_certified_correct(known, radius) if known else None,
+        others={name: rate(sum(_certified(row, radius, name) for row in table), len(table)) for name in there},
+    )
+
+
+def _method(table: Sequence[Mapping[str, Any]], column: str) -> MethodSummary:
+    values = [row[column] for row in table]
+    return MethodSummary(
+        column=column,
+        mean=fmean(values),
+        median=float(median(values)),
+        abstained=rate(sum(value == 0.0 for value in values), len(values)),
+    )
+
+
+def _curve(table: Sequence[Mapping[str, Any]], config: CertifyConfig) -> list[CosinePoint]:
+    grid = {round(x, 6) for x in np.linspace(0.0, CURVE_SIGMAS * config.sigma, CURVE_POINTS)} | set(config.at)
+    r = np.array([row["r"] for row in table])
+    paper, fcsb = (_column(table, name) for name in ("paper_s", "fcsb_s"))
+    points = []
+    for eps in sorted(grid):
+        a = eps / config.sigma
+        ours = vector_table().cos(r, a)
+        points.append(
+            CosinePoint(
+                eps=eps,
+                ours=float(ours.mean()),
+                cone=float(cone_cos(r, a).mean()),
+                paper=None if paper is None else float(fcsb_cos(paper, a).mean()),
+                fcsb=None if fcsb is None else float(fcsb_cos(fcsb, a).mean()),
+                deployed=None if config.deployed is None else _deployed(r, a, config),
+            )
+        )
+    return points
+
+
+def _deployed(r: np.ndarray, a: float, config: CertifyConfig) -> float:
+    assert config.deployed is not None
+    n0, alpha0 = config.deployed, config.alpha
+    return fmean(deployed_feature_cos(float(x), a, n0, alpha0) if x > 0.0 else VACUOUS for x in r)
+
+
+def _column(table: Sequence[Mapping[str, Any]], name: str) -> np.ndarray | None:
+    if table[0].get(name) is None:
+        return None
+    return np.array([row[name] for row in table], dtype=np.float64)
+
+
+def _samples(table: Sequence[Mapping[str, Any]], config: CertifyConfig) -> SampleCount:
+    used = [row["n"] + row["n_pilot"] for row in table]
+    stops: dict[str, int] = {}
+    for row in table:
+        stops[row["stop"]] = stops.get(row["stop"], 0) + 1
+    fixed = config.samples * len(table)
+    return SampleCount(
+        used=sum(used),
+        fixed=fixed,
+        saved=1.0 - sum(used) / fixed,
+        median=float(median(used)),
+        largest=max(used),
+        passes=sum(row["passes"] for row in table),
+        stops=stops,
+    )
