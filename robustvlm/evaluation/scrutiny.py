@@ -6,11 +6,12 @@ full: also extra attacks on at most 32 images at the end, which cost at most `PA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from robustvlm.attacks import FOOLED, ROBUST, Goal, Job, LaneAttack, Oracle, Probe, ThreatModel
+from robustvlm.attacks import FOOLED, ROBUST, Goal, Job, LaneAttack, Probe, ThreatModel
 from robustvlm.attacks.goals import Case
 from robustvlm.attacks.goals.feature import FeatureGoal
 from robustvlm.attacks.sanity import MOST_IMAGES, inspect_model
@@ -19,34 +20,26 @@ from robustvlm.evaluation.budget import BudgetSpent
 from robustvlm.evaluation.diagnosis import FEWEST_ROBUST, NAMES, Diagnosis, choose_sample, short_attack
 from robustvlm.evaluation.images import Images, Picture
 from robustvlm.evaluation.ledger import Ledger
-from robustvlm.evaluation.observer import Observer
 from robustvlm.evaluation.unperturbed import ask_unperturbed, brief, needs_briefing
 from robustvlm.models.zoo import BUNDLED, list_models
 from robustvlm.runs.summary import Check
+
+if TYPE_CHECKING:
+    from robustvlm.evaluation.attack_run import AttackRun
 
 MODES = ("full", "quick", "none")
 
 _EXTRA = "extra attacks"
 
 
-def first_checks(
-    oracle: Oracle,
-    images: Tensor,
-    label: Tensor,
-    *,
-    goal: Goal,
-    threat: ThreatModel,
-    found: Probe,
-    attacks: Sequence[object],
-    n_classes: int,
-    declared: bool = False,
-) -> list[Check]:
-    """Return what a few passes over the first images [B, 3, H, W] say about outputs, gradients and input range.
+def questions(run: AttackRun, images: Tensor, label: Tensor, found: Probe) -> list[Check]:
+    """Return what a few passes over the first images [B, 3, H, W] with labels [B] say of the model's honesty.
 
-    Args:
-        label: classes [B]; threat: the run's smallest ball; found: what the probe saw; attacks: the run's.
-        declared: parts of the model are declared to have no gradient.
+    Nothing when checks are off, or when an earlier session has asked.
     """
+    if run.config.checks == "none" or _known(run.ledger) & set(checks.SANITY_NAMES):
+        return []
+    oracle, goal = run.oracle, run.aim.goals[0]
     images, label = images[: min(MOST_IMAGES, found.rungs[0])], label[: min(MOST_IMAGES, found.rungs[0])]
     seen = ask_unperturbed(oracle, goal, images, label)
     sanity = inspect_model(
@@ -54,49 +47,39 @@ def first_checks(
         images,
         goal,
         Case(label, reference=seen.reference),
-        threat,
+        min((stage.threat for stage in run.stages), key=lambda ball: ball.eps),
         random=found.random,
-        classes=None if isinstance(goal, FeatureGoal) else n_classes,
+        classes=None if isinstance(goal, FeatureGoal) else len(run.source.class_names),
     )
-    ours = [attack for attack in attacks if isinstance(attack, LaneAttack)]
-    return checks.of_sanity(sanity, attacks=ours, zero_gradients=found.zero_gradients, declared=declared)
+    attacks = [stage.attack for stage in run.stages if isinstance(stage.attack, LaneAttack)]
+    declared = bool(run.aim.notes)
+    return checks.of_sanity(sanity, attacks=attacks, zero_gradients=found.zero_gradients, declared=declared)
 
 
-def extra_attacks(
-    oracle: Oracle,
-    *,
-    goal: Goal,
-    threats: Sequence[ThreatModel],
-    attacks: Sequence[object],
-    ledger: Ledger,
-    images: Images,
-    found: Probe,
-    seed: int,
-    n_targets: int,
-    observer: Observer,
-) -> None:
+def extra_attacks(run: AttackRun, found: Probe) -> None:
     """Attack a sample of the run's images anew, and record what that says; what is recorded is not done again."""
-    known = {check.name for check in ledger.checks}
-    if _EXTRA in known:
+    ledger, oracle, goal = run.ledger, run.oracle, run.aim.goals[0]
+    known = _known(ledger)
+    if run.config.checks != "full" or _EXTRA in known:
         return
-    threat, held, fell = _doubtful(ledger, goal, threats)
+    threat, held, fell = _doubtful(ledger, goal, {stage.threat for stage in run.stages})
     if threat is None:
         message = f"Not made: fewer than {FEWEST_ROBUST} images withstood the attacks, so there is nothing to doubt."
         ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
         return
-    jobs = _sample(ledger, images, choose_sample(held, fell, seed))
+    jobs = _sample(ledger, run.images, choose_sample(held, fell, run.config.seed))
     if needs_briefing(goal):
-        jobs = [job for job, _ in brief(jobs, oracle, goal, found.rungs, n_targets)]
+        jobs = [job for job, _ in brief(jobs, oracle, goal, found.rungs, run.n_targets)]
     if not jobs:  # the files are gone since
         return
-    observer.begin_stage("checks", len(NAMES), len(known & set(NAMES)))
+    run.observer.begin_stage("checks", len(NAMES), len(known & set(NAMES)))
     before = oracle.passes.forward + oracle.passes.backward
-    attack = checks.fit_for(short_attack(attacks), found)
-    diagnosis = Diagnosis(oracle, goal, attack, threat, jobs, found.rungs, seed, on_pass=observer.passed)
+    attack = checks.fit_for(short_attack([stage.attack for stage in run.stages]), found)
+    diagnosis = Diagnosis(oracle, goal, attack, threat, jobs, found.rungs, run.config.seed, on_pass=run.observer.passed)
     try:
         for check in diagnosis.checks(known):
             ledger.add_checks([check])
-            observer.image_done(None)
+            run.observer.image_done(None)
     except BudgetSpent:
         message = "Not finished: the budget was spent."
         ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
@@ -106,8 +89,12 @@ def extra_attacks(
     ledger.add_checks([Check(name=_EXTRA, level="ok", message=message)])
 
 
+def _known(ledger: Ledger) -> set[str]:
+    return {check.name for check in ledger.checks}
+
+
 def _doubtful(
-    ledger: Ledger, goal: Goal, threats: Sequence[ThreatModel]
+    ledger: Ledger, goal: Goal, threats: Collection[ThreatModel]
 ) -> tuple[ThreatModel | None, list[str], list[str]]:
     """Return the largest ball in which images withstood all attacks, with their ids, and those of fallen images."""
     exposed = {fact.index: fact.image_id for fact in ledger.clean.values() if fact.exposed}

@@ -5,7 +5,16 @@ Levels: "ok"; "note", good to know; "warning", the numbers may say less than the
 
 from __future__ import annotations
 
-from robustvlm.evaluation.checks.model import fit_for, of_probe, of_sanity, require_independent_rows
+from robustvlm.evaluation.checks.model import SANITY_NAMES, fit_for, of_probe, of_sanity, require_independent_rows
 from robustvlm.evaluation.checks.rows import of_results
+from robustvlm.evaluation.checks.second_opinion import of_second_opinion
 
-__all__ = ["fit_for", "of_probe", "of_results", "of_sanity", "require_independent_rows"]
+__all__ = [
+    "SANITY_NAMES",
+    "fit_for",
+    "of_probe",
+    "of_results",
+    "of_sanity",
+    "of_second_opinion",
+    "require_independent_rows",
+]

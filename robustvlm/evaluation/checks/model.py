@@ -13,6 +13,8 @@ from robustvlm.errors import UserError
 from robustvlm.runs.summary import Check
 from robustvlm.stats import rate
 
+SANITY_NAMES = ("logits", "gradient against noise", "gradient as stated", "input range")
+
 # Cross-entropy gradients of a few very sure images underflow to zero in any model; of many, they are masked.
 _MANY_ZERO_GRADIENTS = 0.1
 _MANY_SATURATED = 0.1
@@ -114,7 +116,7 @@ def _gradients(found: Probe) -> Check:
 
 
 def _logits(found: Sanity, attacks: Sequence[LaneAttack]) -> Check:
-    name = "logits"
+    name = SANITY_NAMES[0]
     if found.probabilities:
         message = (
             "The model returns probabilities (in [0, 1], sum 1) instead of logits: a second softmax flattens every "
@@ -136,7 +138,7 @@ def _logits(found: Sanity, attacks: Sequence[LaneAttack]) -> Check:
 
 
 def _climbing(found: Sanity) -> Check:
-    name, told = "gradient against noise", found.noise_wins + found.gradient_wins
+    name, told = SANITY_NAMES[1], found.noise_wins + found.gradient_wins
     if told < _ENOUGH_IMAGES:
         message = f"Too few images ({told}) to compare a gradient step with random noise."
         return Check(name=name, level="note", message=message)
@@ -153,7 +155,7 @@ def _climbing(found: Sanity) -> Check:
 
 
 def _honest(found: Sanity, declared: bool) -> list[Check]:
-    name = "gradient as stated"
+    name = SANITY_NAMES[2]
     if found.derivative is None:
         return []
     if found.derivative >= _HONEST:
@@ -182,9 +184,9 @@ def _input_range(found: Sanity) -> list[Check]:
             f"pixels in [0, 1], and {found.right + gain - loss} with pixels {_as_range(name)}. Put the scaling and "
             "normalisation into the model: it is given pixels in [0, 1]."
         )
-        return [Check(name="input range", level="fault" if guessing else "warning", message=message)]
+        return [Check(name=SANITY_NAMES[3], level="fault" if guessing else "warning", message=message)]
     message = "No other input range gives more right answers than pixels in [0, 1]."
-    return [Check(name="input range", level="ok", message=message)]
+    return [Check(name=SANITY_NAMES[3], level="ok", message=message)]
 
 
 def _as_range(name: str) -> str:

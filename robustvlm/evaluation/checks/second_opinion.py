@@ -32,6 +32,11 @@ def _at(eps: float, exposed: dict[int, str], found: Sequence[AttackFact], attack
     again = [fact for fact in rows if fact.outcome in (FOOLED, ROBUST)]
     broken = sorted(fact.index for fact in again if fact.outcome == FOOLED)
     name = f"second opinion at eps {eps:.4g}" if several else "second opinion"
+    gone = {fact.index for fact in found if fact.eps <= eps and fact.outcome == FOOLED}
+    missing = len(exposed.keys() - gone - {fact.index for fact in rows})
+    if missing:
+        message = f"The run ended before '{attack}' had attacked all images again that withstood: {missing} are left."
+        return Check(name=name, level="note", message=message)
     if not again:
         return Check(name=name, level="ok", message=f"No image was left for '{attack}' to attack again.")
     images = f"{len(again)} image{'s' if len(again) != 1 else ''}"
