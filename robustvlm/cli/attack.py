@@ -58,6 +58,10 @@ def attack(
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Keep every successful adversarial image (safetensors).")
     ] = False,
+    checks: Annotated[
+        str,
+        typer.Option(help="Checks of the evaluation itself: full (with extra attacks on 32 images), quick or none."),
+    ] = "full",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
     fail_if: Annotated[
         list[str] | None,
@@ -97,6 +101,7 @@ def attack(
             precision=precision,
             resolution=resolution,
             save_adversarial=save_adversarial,
+            checks=checks,
             out=out,
             name=name,
             command=shlex.join(["robustvlm", *sys.argv[1:]]),

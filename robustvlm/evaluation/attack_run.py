@@ -27,7 +27,7 @@ from robustvlm.attacks import (
 )
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
-from robustvlm.evaluation import checks
+from robustvlm.evaluation import checks, scrutiny
 from robustvlm.evaluation.aims import Aim
 from robustvlm.evaluation.budget import Budget, BudgetSpent, MeteredOracle
 from robustvlm.evaluation.clean_pass import CleanPass
@@ -114,6 +114,8 @@ class AttackRun:
                 with self._within_budget(f"in {stage.title}"):
                     self._run_stage(stage, found)
                 self._meet()
+            if found is not None and self.ranks.leader and not self.ledger.stopped:
+                scrutiny.extra_attacks(self, found)
 
     def estimate(self) -> Estimate | None:
         """Make the clean pass and return what the attacks will cost; None when the budget is spent before."""
@@ -194,7 +196,7 @@ class AttackRun:
         self._settle_draws(found)
         of_probe = checks.of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
         if self.ranks.leader:
-            self.ledger.add_checks([*of_probe, *notes, *self.aim.notes])
+            self.ledger.add_checks([*of_probe, *notes, *self.aim.notes, *scrutiny.questions(self, images, label, found)])
         return found
 
     def _settle_draws(self, found: Probe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.evaluation import checks
 from robustvlm.evaluation.ledger import Ledger
+from robustvlm.evaluation.scrutiny import published
 from robustvlm.report.html import write_report
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.files import write_text
@@ -25,6 +26,8 @@ def finish(ledger: Ledger, manifest: Manifest, attacks: list[LaneAttack]) -> Sum
             threats=[ThreatModel(config.norm, eps) for eps in config.eps],
             attacks=attacks,
             n_classes=len(manifest["data"]["class_names"]),
+            undefended=config.model if published(config.model) else None,
+            pixels=3 * config.resolution**2,
         )
     )
     rows = make_rows(clean, found, norm=config.norm, eps=config.eps, attacks=config.attack, goals=config.goals)

@@ -14,6 +14,7 @@ from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.aims import check_goal, levels_of, make_aim
 from robustvlm.evaluation.prepared import Prepared
+from robustvlm.evaluation.scrutiny import MODES
 from robustvlm.models.device import resolve_device
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.folder import RunFolder, default_name
@@ -48,6 +49,7 @@ def prepare(
     compiled: bool = False,
     resolution: int | None = None,
     save_adversarial: bool = False,
+    checks: str = "full",
     out: Path = Path("runs"),
     name: str | None = None,
     command: str = "",
@@ -71,6 +73,8 @@ def prepare(
     lanes = _lanes(lanes, device)
     _check_numbers(limit=limit, seed=seed, resolution=resolution, precision=precision, eot=eot, draws=draws)
     check_goal(goal, min_cos)
+    if checks not in MODES:
+        raise UserError(f"unknown --checks '{checks}': {nearest(checks, MODES)}")
     if name is not None:
         RunFolder(out, name)
     source = open_data(data, classes=classes, templates=templates, tree=tree)
@@ -105,6 +109,7 @@ def prepare(
         compiled=compiled,
         resolution=size,
         save_adversarial=save_adversarial,
+        checks=checks,
     )
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("attack", model, data, identity))

@@ -38,3 +38,4 @@ class AttackConfig(BaseModel):
     compiled: bool = False
     resolution: int
     save_adversarial: bool = False
+    checks: str = "full"
