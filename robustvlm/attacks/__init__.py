@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD
 from robustvlm.attacks.base import LaneAttack
-from robustvlm.attacks.external import ExternalAttack, ExternalEngine, parse_external, require_fit
+from robustvlm.attacks.external import (
+    ExternalAttack,
+    ExternalEngine,
+    parse_external,
+    parse_second_opinion,
+    require_fit,
+    require_norm,
+)
 from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.goals import (
     AcceptedMistake,
@@ -76,9 +83,11 @@ __all__ = [
     "parse_eps",
     "parse_external",
     "parse_norm",
+    "parse_second_opinion",
     "probe",
     "project",
     "recommended_eot",
     "require_fit",
+    "require_norm",
     "target_classes",
 ]

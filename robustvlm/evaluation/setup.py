@@ -7,15 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from robustvlm.attacks import PRECISIONS, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.attacks import (
+    PRECISIONS,
+    Attack,
+    ExternalAttack,
+    ThreatModel,
+    parse_attacks,
+    parse_eps,
+    parse_norm,
+    parse_second_opinion,
+    require_fit,
+    require_norm,
+)
 from robustvlm.attacks.straight_through import open_gradients
+from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.aims import check_goal, levels_of, make_aim
+from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
 from robustvlm.evaluation.prepared import Prepared
 from robustvlm.evaluation.scrutiny import MODES
-from robustvlm.models.device import resolve_device
+from robustvlm.models.device import device_of_rank, resolve_device
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
@@ -35,6 +47,7 @@ def prepare(
     goal: str = "misclassify",
     min_cos: float = 0.5,
     attack: str = "apgd-ce,apgd-t",
+    second_opinion: str | None = None,
     norm: str = "Linf",
     eps: str | None = None,
     steps: int | None = None,
@@ -64,12 +77,15 @@ def prepare(
         >>> run.run().images.evaluated
         4
     """
-    attacks = parse_attacks(attack, steps=steps, restarts=restarts)
+    attacks = _attacks(attack, second_opinion, steps=steps, restarts=restarts)
     norm = parse_norm(norm)
+    for item in attacks:
+        if isinstance(item, ExternalAttack):
+            require_norm(item, norm)
     radii = parse_eps(eps if eps is not None else _DEFAULT_EPS[norm])
     for _, value in radii:
         ThreatModel(norm, value)
-    device = str(resolve_device(device))
+    device = str(device_of_rank(resolve_device(device), current_ranks()))
     lanes = _lanes(lanes, device)
     _check_numbers(limit=limit, seed=seed, resolution=resolution, precision=precision, eot=eot, draws=draws)
     check_goal(goal, min_cos)
@@ -84,6 +100,7 @@ def prepare(
     opened = open_gradients(classifier)
     aim = make_aim(goal, source=source, classifier=classifier, resolution=size, min_cos=min_cos)
     aim = dataclasses.replace(aim, notes=_notes(opened))
+    _require_fit(attacks, aim, ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
     config = AttackConfig(
         model=model,
         data=data,
@@ -94,6 +111,7 @@ def prepare(
         goals=[item.spec for item in aim.goals],
         min_cos=min_cos,
         attack=[item.name for item in attacks],
+        second_opinion=None if second_opinion is None else attacks[-1].name,
         norm=norm,
         eps=[value for _, value in radii],
         eps_text=[text for text, _ in radii],
@@ -123,6 +141,24 @@ def prepare(
     )
     _require_text(manifest)
     return Prepared(config, attacks, source, classifier, aim, folder, manifest)
+
+
+def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restarts: int | None) -> list[Attack]:
+    """Return the attacks in order, the second opinion last: it so gets the images that all others have left."""
+    attacks = parse_attacks(text, steps=steps, restarts=restarts)
+    if second_opinion is None:
+        return attacks
+    last = parse_second_opinion(second_opinion)
+    if last.name in [item.name for item in attacks]:
+        raise UserError(f"the second opinion '{last.name}' is among the attacks already: name it in one place")
+    return [*attacks, last]
+
+
+def _require_fit(attacks: list[Attack], aim: Aim, threat: ThreatModel, *, n_classes: int) -> None:
+    for item in attacks:
+        if isinstance(item, ExternalAttack):
+            for goal in aim.goals:
+                require_fit(item, threat, n_classes=n_classes, goal=goal)
 
 
 def _lanes(lanes: int | None, device: str) -> int:

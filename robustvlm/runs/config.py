@@ -9,6 +9,7 @@ class AttackConfig(BaseModel):
     """Every setting that the rows of an attack run depend on; a run is resumed only under an equal one.
 
     `goal` is what the command said, `goals` what it stands for: one goal, or for `superclass:matrix` one a level.
+    `attack` names all attacks in order; the last is the `second_opinion`, where one is asked for.
     `eot` and `draws` are None where the program chooses them, once it knows whether the model is random.
     """
 
@@ -23,6 +24,7 @@ class AttackConfig(BaseModel):
     goals: list[str] = ["misclassify"]
     min_cos: float = 0.5
     attack: list[str]
+    second_opinion: str | None = None
     norm: str
     eps: list[float]
     eps_text: list[str]

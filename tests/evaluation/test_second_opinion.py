@@ -42,6 +42,13 @@ def test_disagreement_names_every_image_with_a_paired_test() -> None:
     assert "9 images: p = 0.031." in check.message
 
 
+def test_a_run_that_ended_early_is_told() -> None:
+    found = [fact(0, "pgd", "robust"), fact(1, "pgd", "robust"), fact(0, "autoattack", "robust")]
+    (check,) = of_second_opinion(clean(2), found, attack="autoattack")
+    assert check.level == "note"
+    assert "1 are left" in check.message
+
+
 def test_failed_answers_and_wrong_images_do_not_count() -> None:
     found = [fact(1, "pgd", "robust"), fact(1, "autoattack", "failed")]
     (check,) = of_second_opinion(clean(2, wrong=1), found, attack="autoattack")

@@ -6,6 +6,22 @@ Their points are material, not verdicts: each is put into its ball and judged by
 from __future__ import annotations
 
 from robustvlm.attacks.external.engine import ExternalEngine, Finding
-from robustvlm.attacks.external.spec import ExternalAttack, is_external, parse_external, require_fit
+from robustvlm.attacks.external.spec import (
+    ExternalAttack,
+    is_external,
+    parse_external,
+    parse_second_opinion,
+    require_fit,
+    require_norm,
+)
 
-__all__ = ["ExternalAttack", "ExternalEngine", "Finding", "is_external", "parse_external", "require_fit"]
+__all__ = [
+    "ExternalAttack",
+    "ExternalEngine",
+    "Finding",
+    "is_external",
+    "parse_external",
+    "parse_second_opinion",
+    "require_fit",
+    "require_norm",
+]

@@ -10,6 +10,7 @@ from typing import Any
 
 from robustvlm.attacks.external.catalog import (
     AUTOATTACK_OPTIONS,
+    BOTH,
     DECIDED,
     PACKAGES,
     SINGLE,
@@ -85,6 +86,21 @@ def parse_external(text: str, *, steps: int | None = None, restarts: int | None 
     if prefix.lower() == "torchattacks":
         return _torchattacks(text, parts, given)
     return _autoattack(text, parts, given)
+
+
+def parse_second_opinion(text: str) -> ExternalAttack:
+    """Return the published attack that is to go over the images that ours have left, with its own settings.
+
+    Example:
+        >>> parse_second_opinion("autoattack").kind
+        'standard'
+    """
+    if not is_external(text) or "," in text:
+        raise UserError(
+            f"the second opinion must come from one attack of another program, got '{text}': "
+            "pass autoattack, autoattack:plus, torchattacks:NAME, ..."
+        )
+    return parse_external(text)
 
 
 def _torchattacks(text: str, parts: list[str], given: Mapping[str, int]) -> ExternalAttack:
@@ -166,14 +182,29 @@ def package(name: str) -> Any:
         raise UserError(f"this needs the package '{name}' ({error}): pip install {name}") from error
 
 
+def require_norm(attack: ExternalAttack, norm: str) -> None:
+    """Raise a UserError unless the attack knows balls of this norm.
+
+    Example:
+        >>> require_norm(parse_external("torchattacks:PGD"), "L2")
+        Traceback (most recent call last):
+        robustvlm.errors.UserError: 'torchattacks:PGD' knows only Linf balls: take --norm Linf, or ...
+    """
+    norms = TORCHATTACKS[attack.kind] if attack.package == "torchattacks" else BOTH
+    if norm not in norms:
+        others = ", ".join(name for name, known in TORCHATTACKS.items() if norm in known and norms != known)
+        raise UserError(
+            f"'{attack.name}' knows only {norms[0]} balls: take --norm {norms[0]}, or for {norm} one of {others}"
+        )
+
+
 def require_fit(attack: ExternalAttack, threat: ThreatModel, *, n_classes: int, goal: Goal) -> None:
     """Raise a UserError unless the attack knows the norm, the number of classes and the goal.
 
     Example:
-        >>> pgd, ball = parse_external("torchattacks:PGD"), ThreatModel("L2", 0.5)
-        >>> require_fit(pgd, ball, n_classes=10, goal=Misclassify())
+        >>> require_fit(parse_external("autoattack"), ThreatModel("L2", 0.5), n_classes=2, goal=Misclassify())
         Traceback (most recent call last):
-        robustvlm.errors.UserError: 'torchattacks:PGD' knows only Linf balls: take --norm Linf, or ...
+        robustvlm.errors.UserError: 'autoattack' needs at least 4 classes, here are 2 ...
     """
     if not isinstance(goal, Misclassify):
         about = "of a model that may refuse" if goal.spec == Misclassify.spec else f"'{goal.spec}'"
@@ -181,12 +212,7 @@ def require_fit(attack: ExternalAttack, threat: ThreatModel, *, n_classes: int, 
             f"'{attack.name}' knows only the goal misclassify of a model that never refuses, not {about}: "
             f"take our own {_OURS}"
         )
-    norms = TORCHATTACKS[attack.kind] if attack.package == "torchattacks" else ("Linf", "L2")
-    if threat.norm not in norms:
-        others = ", ".join(name for name, known in TORCHATTACKS.items() if threat.norm in known and norms != known)
-        raise UserError(
-            f"'{attack.name}' knows only {norms[0]} balls: take --norm {norms[0]}, or for {threat.norm} one of {others}"
-        )
+    require_norm(attack, threat.norm)
     fewest, why = fewest_classes(attack.package, attack.kind, attack.settings)
     if n_classes < fewest:
         raise UserError(
