@@ -196,7 +196,8 @@ class AttackRun:
         self._settle_draws(found)
         of_probe = checks.of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
         if self.ranks.leader:
-            self.ledger.add_checks([*of_probe, *notes, *self.aim.notes, *scrutiny.questions(self, images, label, found)])
+            asked = scrutiny.questions(self, images, label, found)
+            self.ledger.add_checks([*of_probe, *notes, *self.aim.notes, *asked])
         return found
 
     def _settle_draws(self, found: Probe) -> None:
