@@ -49,7 +49,8 @@ def _at(eps: float, exposed: dict[int, str], found: Sequence[AttackFact], attack
     ids = ", ".join(f"'{exposed[i]}'" for i in broken[:_SHOWN]) + (", ..." if len(broken) > _SHOWN else "")
     message = (
         f"'{attack}' broke {len(broken)} of the {images} that withstood our own attacks ({ids}): they count as fooled. "
-        "Our attacks should have found them; that is a bug worth reporting, with the image and this run's settings. "
+        "Give our attacks more steps; images that still fall to it alone are a bug worth reporting, with the image and "
+        "this run's settings. "
         f"Paired test of our verdicts against those of both together, {test.total} images: p = {test.p_value:.2g}."
     )
     return Check(name=name, level="fault", message=message)
