@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from robustvlm.evaluation.setup import Prepared
-    from robustvlm.runs.summary import Summary
+    from robustvlm.runs.summary import Estimate, Summary
 
-_MODEL = "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable."
+T = TypeVar("T")
+
+_MODEL = (
+    "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable (an encoder "
+    "or a classifier); defences follow as +smooth:0.25 or +reject:0.5."
+)
 _DATA = "emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL."
-_ATTACK = "Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or pgd:steps=40:objective=dlr."
+_ATTACK = (
+    "Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or pgd:steps=40:objective=dlr; the "
+    "plans standard, plus, rand and fare; torchattacks:NAME and autoattack[:VERSION] run those packages."
+)
+_SECOND_OPINION = (
+    "Let another program attack the images again that withstood, and report what only it breaks: autoattack, "
+    "autoattack:plus, torchattacks:NAME."
+)
+_GOAL = (
+    "misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS; deny, intrude "
+    "(models that may refuse); feature, feature:FILE.png or feature:TEXT."
+)
 
 
 def attack(
@@ -26,7 +45,12 @@ def attack(
     classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
     templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
     tree: Annotated[Path | None, typer.Option(help="File of the class tree (JSON, YAML or CSV).")] = None,
+    goal: Annotated[str, typer.Option(help=_GOAL)] = "misclassify",
+    min_cos: Annotated[
+        float, typer.Option(help="--goal feature is reached below this cosine to the clean feature.")
+    ] = 0.5,
     attack_list: Annotated[str, typer.Option("--attack", help=_ATTACK)] = "apgd-ce,apgd-t",
+    second_opinion: Annotated[str | None, typer.Option(help=_SECOND_OPINION)] = None,
     norm: Annotated[str, typer.Option(help="Linf or L2, in pixels scaled to [0, 1].")] = "Linf",
     eps: Annotated[
         str | None, typer.Option(help="Radius, or radii for a security curve: 1/255,2/255 [default: 2/255; L2: 0.5].")
@@ -42,6 +66,19 @@ def attack(
     precision: Annotated[
         str, typer.Option(help="fp32; bf16 (gradients only, successes confirmed in fp32); fp64.")
     ] = "fp32",
+    eot: Annotated[
+        int | None,
+        typer.Option(help="Draws of a random model averaged in every gradient [default: 10; 1 if not random]."),
+    ] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            help="Fresh draws of a random model that judge a success by majority [default: 21; 1 if not random]."
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Take gradients from a torch.compile'd copy; the plain model confirms.")
+    ] = False,
     resolution: Annotated[
         int | None, typer.Option(help="Side in pixels of the image that is perturbed [default: the model's].")
     ] = None,
@@ -55,6 +92,16 @@ def attack(
             "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s, "
+            "10min or 2h (of this session). Repeat the command with more, or without, to go on."
+        ),
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Make the clean pass, say what the attacks will cost, and stop.")
+    ] = False,
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Keep every successful adversarial image (safetensors).")
     ] = False,
@@ -77,11 +124,14 @@ def attack(
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from rich.console import Console
 
+    from robustvlm.evaluation.budget import parse_budget
     from robustvlm.evaluation.conditions import parse_condition
     from robustvlm.evaluation.setup import prepare
 
     conditions = [parse_condition(text) for text in fail_if or []]
-    console = Console(stderr=as_json)
+    limits = parse_budget(budget)
+    ranks = current_ranks()
+    console = Console(stderr=as_json, quiet=not ranks.leader)
     with console.status("Loading model and data") if console.is_terminal else _Quiet():
         prepared = prepare(
             model=model,
@@ -89,7 +139,10 @@ def attack(
             classes=classes,
             templates=templates,
             tree=tree,
+            goal=goal,
+            min_cos=min_cos,
             attack=attack_list,
+            second_opinion=second_opinion,
             norm=norm,
             eps=eps,
             steps=steps,
@@ -99,6 +152,9 @@ def attack(
             lanes=lanes,
             device=device,
             precision=precision,
+            eot=eot,
+            draws=draws,
+            compiled=compiled,
             resolution=resolution,
             save_adversarial=save_adversarial,
             checks=checks,
@@ -106,7 +162,13 @@ def attack(
             name=name,
             command=shlex.join(["robustvlm", *sys.argv[1:]]),
         )
-    summary = _work(prepared, console, fresh=resume is False, resume=resume is True)
+    settings: dict[str, Any] = {"fresh": resume is False, "resume": resume is True}
+    if estimate:
+        _forecast(_work(prepared, prepared.estimate, console, settings), prepared, console, as_json=as_json)
+        return
+    summary = _work(prepared, prepared.run, console, settings | {"budget": limits})
+    if not ranks.leader:
+        return
     _show(summary, prepared, console, as_json=as_json)
     failed = [condition.text for condition in conditions if condition.holds(summary)]
     if failed:
@@ -122,7 +184,7 @@ class _Quiet:
         return None
 
 
-def _work(prepared: Prepared, console: Console, *, fresh: bool, resume: bool) -> Summary:
+def _work(prepared: Prepared, act: Callable[..., T], console: Console, settings: dict[str, Any]) -> T:
     from robustvlm.cli.progress import AttackProgress
 
     console.print(
@@ -130,12 +192,24 @@ def _work(prepared: Prepared, console: Console, *, fresh: bool, resume: bool) ->
     )
     try:
         with AttackProgress(console) as progress:
-            return prepared.run(progress, fresh=fresh, resume=resume)
+            return act(progress, **settings)
     except KeyboardInterrupt:
-        typer.echo(
-            f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
-        )
+        if current_ranks().fail("interrupted"):  # of several processes one speaks
+            typer.echo(
+                f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
+            )
         raise typer.Exit(130) from None
+
+
+def _forecast(found: Estimate, prepared: Prepared, console: Console, *, as_json: bool) -> None:
+    from robustvlm.report.wording import forecast
+
+    if as_json and not console.quiet:
+        typer.echo(found.model_dump_json(indent=2))
+    console.print(forecast(found))
+    console.print(
+        f"The clean pass is kept in {_plain(prepared.folder.path)}; without --estimate the run goes on there."
+    )
 
 
 def _show(summary: Summary, prepared: Prepared, console: Console, *, as_json: bool) -> None:
