@@ -1,0 +1,135 @@
+"""A finished certify run read back from its folder, with the curves that its report draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from robustvlm.errors import UserError
+from robustvlm.report.certify_plots import Line
+from robustvlm.report.record import _first_line, _read_json
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_rows import CERTIFY_SCHEMA
+from robustvlm.runs.certify_summary import CertifySummary
+from robustvlm.stats import rate
+
+METHODS = {
+    "radius": "this certificate",
+    "deployed_radius": "deployed mean",
+    "cone_radius": "cone (T3)",
+    "paper_radius": "paper's bound",
+    "fcsb_radius": "corrected FCSB",
+    "cdf_radius": "distribution (T5)",
+    "direction_radius": "distribution and covariance",
+    "mean_radius": "mean margins only",
+}
+"""Columns with radii, and what the report calls them."""
+
+_DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "mean_radius")
+_CURVES = {"ours": "this certificate (T4)", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
+           "deployed": "deployed mean"}  # fmt: skip
+_POINTS = 121
+
+
+@dataclass(frozen=True)
+class CertifyRecord:
+    """Manifest, settings, summary and rows of one finished certify run."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    config: CertifyConfig
+    summary: CertifySummary
+    rows: pa.Table
+
+    @property
+    def name(self) -> str:
+        """The run's name: the one in its manifest, else that of its folder."""
+        return str(self.manifest.get("name") or self.folder.resolve().name)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, indexed by label."""
+        return list((self.manifest.get("data") or {}).get("class_names") or [])
+
+    def radii(self, method: str) -> NDArray[np.float64] | None:
+        """Return a method's radii, one per image; None when the run has none."""
+        column = self.rows.column(method) if method in self.rows.column_names else None
+        if column is None or column.null_count == len(column):
+            return None
+        return np.nan_to_num(column.to_numpy(zero_copy_only=False).astype(np.float64))
+
+    @property
+    def copies(self) -> NDArray[np.int64]:
+        """Noisy copies used, per image."""
+        used = self.rows.column("n").to_numpy() + self.rows.column("n_pilot").to_numpy()
+        return np.asarray(used, dtype=np.int64)
+
+
+def load_certify_run(folder: Path) -> CertifyRecord:
+    """Read a finished certify run; UserError when it has not ended, is of another kind, or a file is damaged."""
+    manifest = _read_json(folder / "manifest.json", f"'{folder}' is no run folder: expected a manifest.json in it")
+    if manifest.get("kind") != "certify":
+        raise UserError(f"'{folder}' is no certify run: expected a run of kind 'certify', got {manifest.get('kind')!r}")
+    unfinished = f"the run '{folder}' has not ended: give its certify command again to go on"
+    try:
+        config = CertifyConfig.model_validate(manifest.get("config"))
+        where = folder / "summary.json"
+        summary = CertifySummary.model_validate(_read_json(where, unfinished))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise UserError(f"'{folder}' is not a certify run of this version: {field}: {problem['msg']}") from error
+    rows = _rows(folder / "results.parquet", unfinished)
+    return CertifyRecord(folder=folder, manifest=manifest, config=config, summary=summary, rows=rows)
+
+
+def _rows(path: Path, if_absent: str) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError as error:
+        raise UserError(if_absent) from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read '{path}': {_first_line(error)}") from error
+    missing = [column for column in CERTIFY_SCHEMA.names if column not in table.column_names]
+    if missing:
+        raise UserError(f"'{path}' lacks the column '{missing[0]}': run the certification again")
+    return table
+
+
+def cosine_lines(run: CertifyRecord) -> list[Line]:
+    """Return the mean certified cosines over distance, of a feature run."""
+    curve = run.summary.curve
+    lines = []
+    for field, name in _CURVES.items():
+        values = [getattr(point, field) for point in curve]
+        if values and None not in values:
+            lines.append(Line(name=name, eps=tuple(point.eps for point in curve), values=tuple(values)))
+    return lines
+
+
+def share_lines(run: CertifyRecord) -> list[Line]:
+    """Return, per method, the share of images certified at each distance.
+
+    For class and vote claims only images whose class is right count: certified accuracy, over images of known class.
+    """
+    right = run.rows.column("correct").to_numpy(zero_copy_only=False)
+    about_class = run.config.claim in ("class", "vote")
+    known = np.array([value is not None for value in right]) if about_class else np.ones(len(right), dtype=bool)
+    counted = np.array([bool(value) for value in right]) if about_class else known
+    found = [(name, radii) for name in _DRAWN if (radii := run.radii(name)) is not None]
+    top = max((float(radii.max(initial=0.0)) for _, radii in found), default=0.0)
+    grid = np.linspace(0.0, 1.02 * top or 1.0, _POINTS)
+    lines = []
+    for name, radii in found:
+        # At distance zero an abstention certifies nothing either.
+        counts = [int((counted & (radii >= eps) & (radii > 0.0)).sum()) for eps in grid]
+        rates = tuple(rate(count, int(known.sum())) for count in counts)
+        lines.append(Line(name=METHODS[name], eps=tuple(grid), rates=rates))
+    return lines
