@@ -97,7 +97,7 @@ class VocabularyRadius(_Labelled):
     """The radius at which the mean feature keeps its class, for prompts chosen at any time (T2, T7).
 
     The claim holds at once for every prompt set, chosen before or after the samples were seen: one ball around the mean
-    and one bound of the covariance (alpha / 2 each) cover all directions. The label is that of the estimation mean.
+    and one bound of the covariance (alpha / 2 each) cover all directions.
 
     Args:
         rounding: as in `ClassRadius`.
@@ -119,7 +119,6 @@ class VocabularyRadius(_Labelled):
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
         mean, lost = mean_feature(rows)
-        self.label = self._choose(rows)
         centre = mean_feature(self._rows["pilot"])[0]
         variance = covariance_upper(rows, centre, 0.5 * self.alpha)
         ball = mean_ball(len(rows), 0.5 * self.alpha) + lost + self.rounding

@@ -22,7 +22,7 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 # Everything a run writes besides its journals, in the order in which `--fresh` deletes it: without summary and journals
 # a run starts over, so that a deletion cut short leaves nothing that could be taken for results; the manifest marks the
 # folder as ours.
-_FILES = ("results.parquet", "report.html", "gallery", "adversarial", "manifest.json")
+_FILES = ("results.parquet", "report.html", "gallery", "adversarial", "features", "audit.json", "manifest.json")
 
 
 def default_name(kind: str, model: str, data: str, config: dict[str, Any]) -> str:
@@ -90,6 +90,10 @@ class RunFolder:
     @property
     def adversarial_path(self) -> Path:
         return self.path / "adversarial"
+
+    @property
+    def features_path(self) -> Path:
+        return self.path / "features"
 
     @property
     def finished(self) -> bool:
@@ -170,7 +174,7 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Delete the temporary files of a process that was killed; nobody else writes here while the lock is held."""
-        for folder in (self.path, self.gallery_path, self.adversarial_path):
+        for folder in (self.path, self.gallery_path, self.adversarial_path, self.features_path):
             for path in folder.glob(f".*{TEMPORARY}"):
                 path.unlink(missing_ok=True)
 

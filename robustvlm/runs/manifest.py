@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from robustvlm.errors import UserError
-from robustvlm.runs.config import AttackConfig
 
 FORMAT = 1
 _PACKAGES = ("robustvlm", "torch", "torchvision", "open_clip_torch", "numpy", "scipy", "statsmodels", "pyarrow")
@@ -22,9 +22,14 @@ Manifest = dict[str, Any]
 
 
 def make_manifest(
-    *, kind: str, name: str, command: str, config: AttackConfig, model: dict[str, Any], data: dict[str, Any]
+    *, kind: str, name: str, command: str, config: BaseModel, model: dict[str, Any], data: dict[str, Any]
 ) -> Manifest:
-    """Return the manifest of a new run; `model` and `data` hold spec, fingerprint and what else describes them."""
+    """Return the manifest of a new run of any kind.
+
+    Args:
+        config: every setting that decides the results, its `device` among them.
+        model, data: spec, fingerprint and what else describes them.
+    """
     return {
         "format": FORMAT,
         "kind": kind,
@@ -33,7 +38,7 @@ def make_manifest(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "config": config.model_dump(),
         "versions": versions(),
-        "device": describe_device(config.device),
+        "device": describe_device(str(getattr(config, "device", "cpu"))),
         "git_commit": git_commit(),
         "model": model,
         "data": data,

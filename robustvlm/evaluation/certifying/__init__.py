@@ -1,0 +1,1 @@
+"""Certify runs: from the words of a command to a finished folder of certificates."""
