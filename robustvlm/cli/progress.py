@@ -18,6 +18,8 @@ from rich.progress import (
 
 from robustvlm.attacks import FOOLED
 from robustvlm.evaluation.observer import Observer
+from robustvlm.report.wording import forecast
+from robustvlm.runs.summary import Estimate
 
 
 class AttackProgress(Observer):
@@ -53,6 +55,9 @@ class AttackProgress(Observer):
     ) -> None:
         self._close_stage()
         self._bars.stop()
+
+    def forecast(self, estimate: Estimate) -> None:
+        self._console.print(forecast(estimate))
 
     def begin_stage(self, title: str, total: int | None, done: int) -> None:
         self._close_stage()

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from robustvlm.attacks import (
     FAILED,
     FOOLED,
+    ExternalAttack,
+    ExternalEngine,
     Job,
     LaneAttack,
     LaneEngine,
@@ -25,6 +28,7 @@ from robustvlm.attacks import (
     Result,
     ThreatModel,
 )
+from robustvlm.attacks.plan import Attack
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.evaluation import checks, scrutiny
@@ -40,7 +44,7 @@ from robustvlm.evaluation.stages import Stage, save_pictures
 from robustvlm.evaluation.unperturbed import brief, needs_briefing
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.results import CLEAN_WRONG, CleanFact
-from robustvlm.runs.summary import Estimate
+from robustvlm.runs.summary import Check, Estimate
 
 # A killed session loses its count of passes since the last note of it.
 _COST_SECONDS = 5.0
@@ -68,7 +72,7 @@ class AttackRun:
         config: AttackConfig,
         source: DataSource,
         aim: Aim,
-        attacks: list[LaneAttack],
+        attacks: Sequence[Attack],
         ledger: Ledger,
         observer: Observer,
         interpolation: str = "bicubic",
@@ -108,19 +112,22 @@ class AttackRun:
     def run(self) -> None:
         """Do what is left to do, as far as the budget goes; every fact goes to the ledger as soon as it is known."""
         with self._session() as found:
+            if found is None:
+                return
+            self.observer.forecast(self._forecast(found))
             for stage in self.stages:
-                if found is None or self.ledger.stopped:
+                if self.ledger.stopped:
                     return
                 with self._within_budget(f"in {stage.title}"):
                     self._run_stage(stage, found)
                 self._meet()
-            if found is not None and self.ranks.leader and not self.ledger.stopped:
+            if self.ranks.leader and not self.ledger.stopped:
                 scrutiny.extra_attacks(self, found)
 
     def estimate(self) -> Estimate | None:
         """Make the clean pass and return what the attacks will cost; None when the budget is spent before."""
         with self._session() as found:
-            return None if found is None or self.ledger.stopped else self._forecast(found)
+            return None if found is None else self._forecast(found)
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[Probe | None]:
@@ -134,12 +141,7 @@ class AttackRun:
                 found = self._probe()
                 self.clean.run(found.rungs)
             self._meet()
-            if found is not None and not self.ledger.stopped:
-                forecast = self._forecast(found)
-                if self.ranks.leader:
-                    self.ledger.add_estimate(forecast)
-                self.observer.forecast(forecast)
-            yield found
+            yield None if self.ledger.stopped else found
         finally:
             self._note_cost()
 
@@ -166,8 +168,9 @@ class AttackRun:
         for stage in self.stages:
             wanted = self._remaining(stage)
             targets = max((len(fact.targets) for fact in wanted.values()), default=1)
-            attack = stage.attack if isinstance(stage.attack, LaneAttack) else stage.attack.name
-            work.append(Work(attack, [(stage.goal.spec, name) for name in wanted], n_targets=targets))
+            attack = stage.attack
+            known = attack if isinstance(attack, LaneAttack) else attack.name
+            work.append(Work(known, [(stage.goal.spec, name) for name in wanted], n_targets=targets))
         oracle = self.oracle
         speed = Speed(
             rungs=found.rungs,
@@ -176,7 +179,10 @@ class AttackRun:
             second_looks=0 if oracle.confirmed else oracle.draws,
             ranks=self.ranks.size,
         )
-        return estimate(work, speed)
+        forecast = estimate(work, speed)
+        if self.ranks.leader:
+            self.ledger.add_estimate(forecast)
+        return forecast
 
     def _note_cost(self, *, every: float = 0.0) -> None:
         """Record the passes and time of this session so far, unless that was done in the last `every` seconds."""
@@ -213,17 +219,7 @@ class AttackRun:
         self.observer.begin_stage(stage.title, len(wanted) + done, done)
         if not wanted:
             return
-        engine = LaneEngine(
-            self.oracle,
-            checks.fit_for(stage.attack, found),
-            stage.threat,
-            lanes=found.rungs[0],
-            seed=self.config.seed,
-            rungs=found.rungs,
-            goal=stage.goal,
-            leave=self.aim.leave,
-            on_pass=self.observer.passed,
-        )
+        engine = self._engine(stage, found)
         reached: set[int] = set()
         jobs = self._jobs(wanted, stage)
         if self.aim.everyone or needs_briefing(stage.goal):
@@ -232,6 +228,22 @@ class AttackRun:
             self._keep(replace(result, outcome=CLEAN_WRONG) if result.job.index in reached else result, stage)
         for fact in (fact for name, fact in self._remaining(stage).items() if name in wanted):
             self._lose(fact, stage, "it is no longer in the data")
+        if isinstance(engine, ExternalEngine):
+            self.ledger.add_checks([Check(**asdict(finding)) for finding in engine.findings])
+
+    def _engine(self, stage: Stage, found: Probe) -> LaneEngine | ExternalEngine:
+        common: dict[str, Any] = {
+            "lanes": found.rungs[0],
+            "rungs": found.rungs,
+            "seed": self.config.seed,
+            "goal": stage.goal,
+            "on_pass": self.observer.passed,
+        }
+        if isinstance(stage.attack, ExternalAttack):
+            permit = self.oracle.meter.require
+            return ExternalEngine(self.oracle, stage.attack, stage.threat, permit=permit, **common)
+        attack = checks.fit_for(stage.attack, found)
+        return LaneEngine(self.oracle, attack, stage.threat, leave=self.aim.leave, **common)
 
     def _remaining(self, stage: Stage) -> dict[str, CleanFact]:
         return self.ledger.remaining(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from robustvlm.attacks import LaneAttack, ThreatModel
+from collections.abc import Sequence
+
+from robustvlm.attacks import ThreatModel
+from robustvlm.attacks.plan import Attack
 from robustvlm.evaluation import checks
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.scrutiny import published
@@ -10,37 +13,41 @@ from robustvlm.report.html import write_report
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.files import write_text
 from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.pictures import trim_gallery
 from robustvlm.runs.results import make_rows, write_rows
 from robustvlm.runs.summary import Summary, summarise
 
 
-def finish(ledger: Ledger, manifest: Manifest, attacks: list[LaneAttack]) -> Summary:
+def finish(ledger: Ledger, manifest: Manifest, attacks: Sequence[Attack]) -> Summary:
     """Write `results.parquet`, `summary.json` and `report.html` from what the ledger holds; return the summary."""
     config = AttackConfig(**manifest["config"])
     clean = [ledger.clean[index] for index in sorted(ledger.clean)]
     found = list(ledger.found.values())
-    ledger.add_checks(
-        checks.of_results(
-            clean,
-            found,
-            threats=[ThreatModel(config.norm, eps) for eps in config.eps],
-            attacks=attacks,
-            n_classes=len(manifest["data"]["class_names"]),
-            undefended=config.model if published(config.model) else None,
-            pixels=3 * config.resolution**2,
-        )
+    judged = checks.of_results(
+        clean,
+        found,
+        threats=[ThreatModel(config.norm, eps) for eps in config.eps],
+        attacks=attacks,
+        n_classes=len(manifest["data"]["class_names"]),
+        undefended=config.model if published(config.model) else None,
+        pixels=3 * config.resolution**2,
     )
+    if config.second_opinion is not None:
+        judged += checks.of_second_opinion(clean, found, attack=config.second_opinion)
+    if ledger.stopped is None:  # what an unfinished run shows need not hold when it goes on
+        ledger.add_checks(judged)
     rows = make_rows(clean, found, norm=config.norm, eps=config.eps, attacks=config.attack, goals=config.goals)
     summary = summarise(
         rows,
         manifest,
         cost=ledger.cost,
-        checks=ledger.checks,
+        checks=list({check.name: check for check in [*ledger.checks, *judged]}.values()),
         unreadable=ledger.unreadable,
         left_out=len(ledger.left_out),
         unfinished=_unfinished(ledger, manifest),
         estimate=ledger.estimate,
     )
+    trim_gallery(ledger.folder.gallery_path)
     write_rows(ledger.folder.results_path, rows)
     write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
     write_report([ledger.folder.path], ledger.folder.report_path)

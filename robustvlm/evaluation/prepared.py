@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from robustvlm.attacks import LaneAttack
+from robustvlm.attacks.plan import Attack
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource
 from robustvlm.defenses import Classifier
@@ -35,7 +35,7 @@ class Prepared:
     """
 
     config: AttackConfig
-    attacks: list[LaneAttack]
+    attacks: list[Attack]
     source: DataSource
     classifier: Classifier
     aim: Aim

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustvlm.attacks import Goal, LaneAttack, Result, ThreatModel
+from robustvlm.attacks import Goal, Result, ThreatModel
+from robustvlm.attacks.plan import Attack
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.pictures import save_pair, save_to_gallery
 from robustvlm.runs.results import CleanFact
@@ -14,7 +15,7 @@ from robustvlm.runs.results import CleanFact
 class Stage:
     """One attack at one eps for one goal."""
 
-    attack: LaneAttack
+    attack: Attack
     threat: ThreatModel
     eps_text: str
     goal: Goal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
 
 
@@ -31,3 +32,25 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("the device 'mps' is not there: pass auto or cpu")
     return found
+
+
+def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
+    """Make the GPU with this process's local rank its current one, so that "cuda" means another one for each process.
+
+    Raises UserError when there are fewer GPUs than processes on this machine, or one of them is named for all.
+
+    Example:
+        >>> device_of_rank(torch.device("cpu"), Ranks(rank=1, size=2, local_rank=1))
+        device(type='cpu')
+    """
+    if ranks.size == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise UserError(f"'{device}' would be the GPU of all {ranks.size} processes: pass --device cuda")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {ranks.local_rank} of this machine has no GPU, torch sees {torch.cuda.device_count()}: "
+            "start one process per GPU, or pass --device cpu"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return device

@@ -22,12 +22,21 @@ def save_pair(folder: Path, index: int, clean: Tensor, adversarial: Tensor, fact
 
 def save_to_gallery(folder: Path, index: int, clean: Tensor, adversarial: Tensor, facts: dict[str, str]) -> None:
     """Keep the `GALLERY_SIZE` images of lowest number, whatever the order in which they come."""
-    numbers = sorted(int(path.stem) for path in folder.glob("[0-9]*.safetensors"))
+    numbers = _numbers(folder)
     if len(numbers) >= GALLERY_SIZE and index > numbers[-1]:
         return
     save_pair(folder, index, clean, adversarial, facts)
-    for surplus in sorted({*numbers, index})[GALLERY_SIZE:]:
+    trim_gallery(folder)
+
+
+def trim_gallery(folder: Path) -> None:
+    """Delete the images beyond `GALLERY_SIZE`; of several processes that save at once, each may leave one too many."""
+    for surplus in _numbers(folder)[GALLERY_SIZE:]:
         _path(folder, surplus).unlink(missing_ok=True)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("[0-9]*.safetensors"))
 
 
 def _path(folder: Path, index: int) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,4 +89,18 @@ class Failing(Encoder):
     def encode_image(self, pixels: Tensor) -> Tensor:
         if len(pixels) != 2:
             raise ValueError("expected two images\nof some kind")
+        return super().encode_image(pixels)
+
+
+class FailsOnRank1(Encoder):
+    """Loses its disk after some batches, but only in the second of several processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 40 and os.environ.get("RANK") == "1":
+            raise OSError(5, "the disk of rank 1 is gone")
         return super().encode_image(pixels)

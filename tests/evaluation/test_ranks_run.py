@@ -1,0 +1,105 @@
+"""Several processes on one run: the same results as one, whatever their number then and now; one failure ends all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from attacking import CURVE, Interrupt, pictures, prepared, run_in_pieces, table
+
+from robustvlm.evaluation.setup import Prepared
+from robustvlm.runs.journal import read_journal
+
+Photos = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No drawing of reports in this process, no calls of git, and a cache of the test's own."""
+    for module in ("finish", "prepared"):
+        monkeypatch.setattr(f"robustvlm.evaluation.{module}.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
+
+
+def torchrun(photos: Path, *words: str, model: str = "Encoder") -> subprocess.CompletedProcess[str]:
+    """Run `robustvlm attack` on the photos in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "robustvlm", "attack", f"small_encoders:{model}", f"--data=imagefolder:{photos}", "--device=cpu"]
+    command += [f"--{name}={value}" for name, value in CURVE.items()]
+    command += [f"--out={photos.parent / 'runs'}", *words]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    settings = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=300)
+
+
+def ours(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return what our processes say on standard error; torchrun adds its own."""
+    return [line for line in done.stderr.splitlines() if line.startswith(("error: ", "stopped", "interrupted"))]
+
+
+def test_two_processes_give_the_results_of_one_and_go_on_where_one_stopped(make_folder: Photos) -> None:
+    photos = make_folder(24)
+    alone = prepared(photos, name="alone", **CURVE)
+    alone.run()
+
+    done = torchrun(photos, "--name=two", "--json")
+    assert done.returncode == 0, done.stderr
+    two = prepared(photos, name="two", **CURVE)
+    assert table(two).equals(table(alone))
+    assert pictures(two.folder.gallery_path) == pictures(alone.folder.gallery_path)
+    assert json.loads(done.stdout) == json.loads(two.folder.summary_path.read_text()), "one process prints"
+    kinds = [[fact["kind"] for fact in read_journal(path)] for path in two.folder.journals()]
+    assert [kind.count("clean") for kind in kinds] == [12, 12]
+    assert all(kind.count("attack") > 5 for kind in kinds)
+
+    # Begun by one process, ended by two.
+    part = prepared(photos, name="part", **CURVE)
+    _stopped_after(part, 30)
+    done = torchrun(photos, "--name=part", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert table(part).equals(table(alone))
+
+
+def _stopped_after(run: Prepared, images: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run.run(Interrupt(images))
+
+
+def test_a_run_of_several_processes_is_continued_by_one(make_folder: Photos) -> None:
+    photos = make_folder(24)
+    alone = prepared(photos, name="alone", **CURVE)
+    alone.run()
+    run = prepared(photos, **CURVE)
+    _stopped_after(run, 40)
+    # What three processes would have left: each fact in the journal of one of them, in any order.
+    lines = run.folder.journal_path.read_bytes().splitlines(keepends=True)
+    for rank in range(3):
+        run.folder.journal_of(rank).write_bytes(b"".join(lines[rank::3]))
+    with run.folder.journal_of(2).open("ab") as torn:
+        torn.write(b'{"kind":"cle')
+    last = run_in_pieces(lambda: prepared(photos, **CURVE), [10])
+    assert table(last).equals(table(alone))
+    assert pictures(last.folder.gallery_path) == pictures(alone.folder.gallery_path)
+
+
+@pytest.mark.slow
+def test_mistakes_are_said_once_and_end_every_process(make_folder: Photos) -> None:
+    photos = make_folder(6)
+    done = torchrun(photos, "--name=two", "--attack=pdg")
+    assert done.returncode != 0
+    assert ours(done) == ["error: unknown attack 'pdg': did you mean 'pgd' or 'apgd-t' or 'apgd-ce'?"]
+
+
+def test_a_process_that_fails_takes_the_others_along(make_folder: Photos) -> None:
+    photos = make_folder(24)
+    done = torchrun(photos, "--name=two", model="FailsOnRank1")
+    assert done.returncode != 0
+    assert ours(done) == ["error: the disk of rank 1 is gone"]
+    assert not prepared(photos, "FailsOnRank1", name="two", **CURVE).folder.finished
