@@ -57,7 +57,7 @@ Answers = dict[tuple[str, str], bool]
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
-    """Test every pair of runs, unperturbed and at each norm and eps that both ran, on the images both decided.
+    """Test every pair of runs, unperturbed and at each norm, eps and goal that both ran, on the images both decided.
 
     An image is the same when its id and the name of its class agree. Source: McNemar's exact test, Holm's correction.
     """
@@ -86,19 +86,19 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
     ]
 
 
-Condition = tuple[str, float] | None
+Condition = tuple[str, float, str] | None
 
 
 def _answers(run: RunRecord) -> dict[Condition, Answers]:
-    """Return who was right, unperturbed (key None) and per norm and eps; undecided images are left out."""
+    """Return who was right, unperturbed (key None) and per norm, eps and goal; undecided images are left out."""
     table = run.verdicts()
-    names = run.class_names
+    names = dict(enumerate(run.class_names)) | {-1: "an unknown class"}
     result: dict[Condition, Answers] = {
         None: {(image.image_id, names[image.label]): image.clean_correct for image in table.images}
     }
     for i, eps in enumerate(table.eps):
         outcomes = [(image, table.after(image, i)) for image in table.images]
-        result[run.summary.norm, eps] = {
+        result[run.summary.norm, eps, run.goal] = {
             (image.image_id, names[image.label]): outcome == "robust"
             for image, outcome in outcomes
             if outcome != "undecided"
@@ -109,8 +109,9 @@ def _answers(run: RunRecord) -> dict[Condition, Answers]:
 def _text(run: RunRecord, condition: Condition) -> str:
     if condition is None:
         return CLEAN
-    norm, eps = condition
-    return f"{norm_name(norm)} {plain(run.eps_texts[eps], 20)}"
+    norm, eps, goal = condition
+    about = "" if goal == "misclassify" else f", {plain(goal, 60)}"
+    return f"{norm_name(norm)} {plain(run.eps_texts[eps], 20)}{about}"
 
 
 def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:

@@ -63,9 +63,9 @@ def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -
         adversarial=data_uri(adversarial),
         difference=data_uri(shown),
         gain=gain,
-        label=_name(class_names, about["label"]),
-        clean_prediction=_name(class_names, about["clean_prediction"]),
-        prediction=_name(class_names, about["prediction"]),
+        label=_name(class_names, about["label"], "an unknown class"),
+        clean_prediction=_name(class_names, about["clean_prediction"], "rejected"),
+        prediction=_name(class_names, about["prediction"], "rejected"),
         clean_confidence=percent(float(about["clean_confidence"])),
         confidence=percent(float(about["confidence"])),
         attack=plain(about["attack"]),
@@ -73,7 +73,9 @@ def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -
     )
 
 
-def _name(class_names: Sequence[str], index: str) -> str:
+def _name(class_names: Sequence[str], index: str, none: str) -> str:
+    if int(index) == -1:
+        return none
     if not 0 <= int(index) < len(class_names):
         raise ValueError(f"class {index} is not among {len(class_names)} classes")
     return class_names[int(index)]

@@ -45,13 +45,14 @@ def render_run(run: RunRecord) -> str:
             run=run,
             summary=summary,
             at=at,
+            words=wording.words_of(summary),
             charts=_charts(run),
             classes=tables.ranking(at.per_class) if at else None,
             superclasses=tables.ranking(at.per_superclass, ends=30) if at else None,
             class_rows=tables.group_rows(summary),
             gallery=load_gallery(run.folder / "gallery", run.class_names, run.eps_texts),
             findings=tables.findings(summary.checks),
-            cost=tables.cost_rows(summary.cost),
+            cost=tables.cost_rows(summary.cost, summary.estimate),
             manifest=tables.manifest_rows(run.manifest),
         )
     )
@@ -104,7 +105,7 @@ def _charts(run: RunRecord) -> dict[str, Markup]:
     if found.clean:
         charts["margins"] = plots.margin_histogram(found, key="margins")
     steps = steps_to_success(run.rows)
-    if steps:
+    if steps and wording.words_of(summary).leave:
         charts["steps"] = plots.steps_histogram(
             steps, {e: wording.plain(t, 20) for e, t in run.eps_texts.items()}, key="steps"
         )
@@ -163,6 +164,7 @@ def _environment() -> Environment:
         interval=wording.interval,
         moment=wording.moment,
         norm=wording.norm_name,
+        sentence=wording.sentence,
     )
     environment.globals.update(
         version=__version__,
@@ -170,6 +172,11 @@ def _environment() -> Environment:
         smaller_eps=wording.smaller_eps,
         how_many=wording.how_many_attacks,
         bar=tables.bar,
+        cosines=wording.cosines,
+        acceptances=wording.acceptances,
+        each_attack_on=wording.each_attack_on,
+        robust_bounds=wording.robust_bounds,
+        success_bounds=wording.success_bounds,
     )
     return environment
 

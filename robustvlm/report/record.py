@@ -30,12 +30,14 @@ COLUMNS = (
 )
 """The columns of results.parquet that a report reads."""
 
+_GOAL = "goal"
+
 _NEEDED = {"config": ("model", "data", "norm", "eps", "eps_text", "attack"), "data": ("class_names",)}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Manifest, summary and rows of one finished attack run."""
+    """Manifest, summary and rows of one finished attack run; of several goals, the rows of the first."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -46,6 +48,12 @@ class RunRecord:
     def name(self) -> str:
         """The run's name: the one in its manifest, else that of its folder."""
         return str(self.manifest.get("name") or self.folder.resolve().name)
+
+    @property
+    def goal(self) -> str:
+        """What a success was, to the letter: the goal, and the threshold that belongs to it."""
+        threshold = self.summary.min_cos
+        return self.summary.goal + (f" below {threshold:g}" if threshold is not None else "")
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -93,7 +101,7 @@ def load_run(folder: Path) -> RunRecord:
         folder=folder,
         manifest=manifest,
         summary=_summary(folder / "summary.json", _read_json(folder / "summary.json", unfinished)),
-        rows=_rows(folder / "results.parquet", unfinished),
+        rows=_rows(folder / "results.parquet", unfinished, (manifest["config"].get("goals") or [None])[0]),
     )
 
 
@@ -118,13 +126,15 @@ def _summary(path: Path, content: dict[str, Any]) -> Summary:
         raise UserError(f"'{path}' is not a run summary of this version: {where}: {problem['msg']}") from error
 
 
-def _rows(path: Path, if_absent: str) -> pa.Table:
+def _rows(path: Path, if_absent: str, goal: str | None) -> pa.Table:
     try:
         present = set(pq.read_schema(path).names)
         missing = [column for column in COLUMNS if column not in present]
         if missing:
             raise UserError(f"'{path}' lacks the column '{missing[0]}': run the attack again")
-        return pq.read_table(path, columns=list(COLUMNS))
+        # Runs from before there were goals have no such column.
+        chosen = [(_GOAL, "=", goal)] if goal is not None and _GOAL in present else None
+        return pq.read_table(path, columns=list(COLUMNS), filters=chosen)
     except FileNotFoundError as error:
         raise UserError(if_absent) from error
     except (OSError, pa.ArrowException) as error:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustvlm.report.wording import DASH, duration, interval, percent, plain
-from robustvlm.runs.summary import Check, Cost, GroupSummary, Summary
+from robustvlm.report.wording import DASH, duration, forecast, interval, percent, plain
+from robustvlm.runs.summary import Check, Cost, Estimate, GroupSummary, Summary
 from robustvlm.stats import Rate
 
 LEVELS = {"fault": ("✕", "fault"), "warning": ("!", "warning"), "note": ("i", "note"), "ok": ("✓", "passed")}
@@ -160,14 +160,16 @@ def findings(checks: Sequence[Check]) -> list[Finding]:
     ]
 
 
-def cost_rows(cost: Cost) -> list[tuple[str, str]]:
-    """Return what the run cost, as label and value."""
+def cost_rows(cost: Cost, estimate: Estimate | None = None) -> list[tuple[str, str]]:
+    """Return what the run cost and was expected to cost, as label and value."""
+    expected = [("Forecast of the attacks", forecast(estimate))] if estimate is not None else []
     share = f" ({percent(cost.model_seconds / cost.seconds)} of it inside the model)" if cost.seconds else ""
     return [
         ("Forward passes", f"{cost.forward_passes:,}"),
         ("Backward passes", f"{cost.backward_passes:,}"),
         ("Time", duration(cost.seconds) + share),
         ("Passes per second", f"{cost.passes_per_second:,.0f}"),
+        *expected,
     ]
 
 

@@ -36,42 +36,53 @@ def attack_table(summary: Summary, *, worst: int = 5) -> RenderableType:
     at = wording.headline(summary)
     parts: list[RenderableType | None] = [_by_eps(summary)]
     if at is not None:
-        parts.append(_by_attack(summary.per_eps))
-        parts += _groups("superclass", at, at.per_superclass, worst=12)
-        parts += _groups("class", at, at.per_class, worst=worst)
+        parts.append(_by_attack(summary))
+        parts += [_levels(at), _transfer(at)]
+        parts += _groups("superclass", summary, at.per_superclass, worst=12)
+        parts += _groups("class", summary, at.per_class, worst=worst)
+        parts += [Text(line) for line in (wording.cosines(at, summary.goal), wording.acceptances(at)) if line]
     parts += [_finding(finding) for finding in tables.findings(summary.checks) if finding.level != "ok"]
     parts += [_unreadable(summary), _cost(summary), Text(""), _verdict(summary)]
     return Group(*[part for part in parts if part is not None])
 
 
 def _by_eps(summary: Summary) -> Table:
+    words = wording.words_of(summary)
+    about = "" if words.accuracy else f": {words.title}"
     table = _table(
-        f"Worst case over the attacks ({wording.norm_name(summary.norm)}, {summary.images.evaluated:,} images)",
-        caption="Robust accuracy: over all images. Attack success rate: over the images that were right when clean.",
+        f"Worst case over the attacks ({wording.norm_name(summary.norm)}, {summary.images.evaluated:,} images){about}",
+        caption=words.caption,
     )
     table.add_column("eps")
-    for name in ("clean accuracy", "robust accuracy", "attack success rate"):
+    for name in ("clean accuracy", words.held, "attack success rate"):
         table.add_column(name)
     for at in summary.per_eps:
         table.add_row(
             _name(at.eps_text),
             _rate(summary.clean_accuracy),
-            _rate(at.robust_accuracy),
-            _rate(at.attack_success_rate, style="bold"),
+            *_worst_case(at, open_ended=summary.unfinished is not None and at.undecided > 0),
         )
     if not summary.per_eps:
         table.add_row("clean", _rate(summary.clean_accuracy), Text(wording.DASH), Text(wording.DASH))
     return table
 
 
-def _by_attack(per_eps: Sequence[EpsSummary]) -> Table:
+def _worst_case(at: EpsSummary, *, open_ended: bool) -> tuple[Text, Text]:
+    """Return robust accuracy and success rate; as bounds where a run has not come to some of the images."""
+    if open_ended:
+        return Text(wording.robust_bounds(at)), Text(wording.success_bounds(at), style="bold")
+    return _rate(at.robust_accuracy), _rate(at.attack_success_rate, style="bold")
+
+
+def _by_attack(summary: Summary) -> Table:
+    per_eps, words = summary.per_eps, wording.words_of(summary)
     broke = any(attack.failed for at in per_eps for attack in at.per_attack)
-    table = _table("By attack, each on the images that the ones before left standing")
+    table = _table(f"By attack, each on {wording.each_attack_on(words)}")
     table.add_column("eps", no_wrap=True)
     table.add_column("attack", overflow="fold")
     for name in ("ran on", "fooled", *(["broke off"] if broke else []), "passes"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("accuracy left", no_wrap=True)
+    table.add_column("accuracy left" if words.accuracy else words.held, no_wrap=True)
     for at in per_eps:
         for i, attack in enumerate(at.per_attack):
             counts = (attack.attacked, attack.fooled, *([attack.failed] if broke else []), attack.passes)
@@ -84,7 +95,38 @@ def _by_attack(per_eps: Sequence[EpsSummary]) -> Table:
     return table
 
 
-def _groups(kind: str, at: EpsSummary, groups: Sequence[GroupSummary], *, worst: int) -> list[RenderableType]:
+def _levels(at: EpsSummary) -> Table | None:
+    """Show accuracy at every level of the class tree."""
+    if not at.levels:
+        return None
+    table = _table(
+        f"By level of the class tree at eps {wording.plain(at.eps_text, 20)}",
+        caption="Right: the prediction lies in the right superclass, unperturbed and at every recorded point.",
+    )
+    for name in ("level", "clean accuracy", "accuracy under these attacks"):
+        table.add_column(name)
+    for level in at.levels:
+        table.add_row(_name(level.name), _rate(level.clean_accuracy), _rate(level.robust_accuracy))
+    return table
+
+
+def _transfer(at: EpsSummary) -> Table | None:
+    """Show attacks against each level of the class tree, scored at all levels."""
+    if at.transfer is None:
+        return None
+    table = _table(f"Accuracy left at each level at eps {wording.plain(at.eps_text, 20)}, by the level attacked")
+    table.add_column("attacked")
+    for name in at.transfer.levels:
+        table.add_column(_name(name))
+    table.add_row("nothing", *map(_rate, at.transfer.clean_accuracy))
+    for row in at.transfer.rows:
+        table.add_row(_name(row.name), *map(_rate, row.robust_accuracy))
+    return table
+
+
+def _groups(kind: str, summary: Summary, groups: Sequence[GroupSummary], *, worst: int) -> list[RenderableType]:
+    at = wording.headline(summary)
+    assert at is not None, "groups are those of the largest eps"
     order = tables.ranked(groups)
     if not order:
         return []
@@ -96,7 +138,7 @@ def _groups(kind: str, at: EpsSummary, groups: Sequence[GroupSummary], *, worst:
     )
     table = _table(f"By {kind} at eps {wording.plain(at.eps_text, 20)} ({which})")
     table.add_column(kind)
-    table.add_column("right when clean", justify="right")
+    table.add_column(wording.words_of(summary).before, justify="right")
     table.add_column("attack success rate")
     for group in shown:
         table.add_row(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
-from robustvlm.runs.summary import EpsSummary, Summary
-from robustvlm.stats import Rate
+from robustvlm.report.goal_words import GoalWords, goal_words
+from robustvlm.runs.summary import EpsSummary, Estimate, Summary
+from robustvlm.stats import Mean, Rate
 
 NORMS = {"Linf": "L∞", "L2": "L₂"}
 
@@ -27,6 +28,16 @@ def plain(text: object, limit: int = 200) -> str:
     shown = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Cs") else c for c in str(text))
     shown = " ".join(shown.split())
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def sentence(text: str) -> str:
+    """Return `text` with a capital first letter.
+
+    Example:
+        >>> sentence("not seen as Big Ben")
+        'Not seen as Big Ben'
+    """
+    return text[:1].upper() + text[1:]
 
 
 def percent(value: float | None) -> str:
@@ -102,26 +113,123 @@ def headline(summary: Summary) -> EpsSummary | None:
     return summary.per_eps[-1] if summary.per_eps else None
 
 
+def words_of(summary: Summary) -> GoalWords:
+    """Return the words of the run's goal."""
+    return goal_words(plain(summary.goal, 80), can_reject=summary.can_reject, min_cos=summary.min_cos)
+
+
 def verdict(summary: Summary) -> str:
     """Return the outcome of a run in one plain sentence, with its interval."""
     at = headline(summary)
+    if summary.unfinished:
+        return unfinished(summary)
     if summary.images.evaluated == 0 or at is None:
         return "No image was evaluated, so nothing can be said."
-    if summary.images.clean_correct == 0:
-        return "The model was wrong on every image before any attack, so there was nothing to attack."
-    rate = at.attack_success_rate
+    words, rate = words_of(summary), at.attack_success_rate
+    if at.fooled + at.robust + at.undecided == 0:
+        return words.nothing
     if rate.total == 0:
         return "The attacks broke on every image, so nothing is known about the model's robustness."
-    start = ball(summary.norm, at.eps_text)
+    start, worst = ball(summary.norm, at.eps_text), _worst_case(len(at.per_attack))
     if rate.successes == 0:
+        whom = words.whom if words.whom != "images" else "images of this run"
         return (
-            f"No attack found {start[0].lower()}{start[1:]} that fools the model on any of the {rate.total:,} images"
-            f" it gets right (95% interval of the success rate {interval(rate)})."
+            f"No attack found {start[0].lower()}{start[1:]} to {words.effect} any of the {rate.total:,} {whom}"
+            f" ({worst}95% interval of the success rate {interval(rate)})."
         )
     return (
-        f"{start} is enough to make the model wrong on {percent(rate.value)} of the images it otherwise gets right"
-        f" ({rate.successes:,} of {rate.total:,}; 95% interval {interval(rate)})."
+        f"{start} is enough to {words.effect} {percent(rate.value)} of the {words.whom}"
+        f" ({rate.successes:,} of {rate.total:,}; {worst}95% interval {interval(rate)})."
     )
+
+
+def _worst_case(attacks: int) -> str:
+    return f"worst case over {attacks} attacks per image; " if attacks > 1 else ""
+
+
+def cosines(at: EpsSummary, goal: str) -> str:
+    """Say what became of the cosine that a feature goal is about; "" for other goals."""
+    if at.cosine is None:
+        return ""
+    what = "to the target" if goal.partition(":")[2] else "to the clean feature (FCS)"
+    return (
+        f"Mean cosine {what}: {number(at.cosine.clean)} unperturbed, {number(at.cosine.attacked)} under attack at"
+        f" {plain(at.eps_text, 20)} (95% intervals by Student's t over {at.cosine.attacked.total:,} images)."
+    )
+
+
+def number(mean: Mean) -> str:
+    """Return a mean with its interval.
+
+    Example:
+        >>> number(Mean(total=9, value=0.5, low=0.4, high=0.6)).replace(RANGE, " to ")
+        '0.500 (0.400 to 0.600)'
+    """
+    if mean.value is None:
+        return DASH
+    reach = "" if mean.low is None or mean.high is None else f" ({mean.low:.3f}{RANGE}{mean.high:.3f})"
+    return f"{mean.value:.3f}{reach}"
+
+
+def acceptances(at: EpsSummary) -> str:
+    """Say how many images a model that may refuse accepted and rejected, before and under attack; "" for others."""
+    if at.acceptance is None:
+        return ""
+    found = at.acceptance
+    return (
+        f"Accepted and rejected: {found.clean_accepted:,} and {found.clean_rejected:,} images unperturbed,"
+        f" {found.accepted:,} and {found.rejected:,} under attack at {plain(at.eps_text, 20)}."
+    )
+
+
+def unfinished(summary: Summary) -> str:
+    """Say that a run stopped early, why, and what is known all the same; "" of a run that came to its end."""
+    if not summary.unfinished:
+        return ""
+    at, parts = headline(summary), [f"Stopped early: {plain(summary.unfinished)}."]
+    if at is not None and at.undecided:
+        parts.append(
+            f"{at.undecided:,} of {summary.images.evaluated:,} images are undecided, so robust accuracy at "
+            f"{plain(at.eps_text, 20)} lies between {robust_bounds(at).replace(f' {RANGE} ', ' and ')}."
+        )
+    return " ".join([*parts, "The same command with a larger budget, or none, goes on from here."])
+
+
+def robust_bounds(at: EpsSummary) -> str:
+    """Return robust accuracy if no undecided image were robust, and if all of them were, as "a - b"."""
+    most = at.robust_accuracy_at_most or at.robust_accuracy
+    return f"{percent(at.robust_accuracy.value)} {RANGE} {percent(most.value)}"
+
+
+def success_bounds(at: EpsSummary) -> str:
+    """Return the success rate if no undecided image fell, and if all of them did, as "a - b"."""
+    total = at.fooled + at.robust + at.undecided
+    low, high = (count / total if total else None for count in (at.fooled, at.fooled + at.undecided))
+    return f"{percent(low)} {RANGE} {percent(high)}"
+
+
+def forecast(estimate: Estimate) -> str:
+    """Say what the attacks will cost, in one sentence.
+
+    Example:
+        >>> forecast(Estimate(images=80, passes_least=160, passes_most=16160, seconds_least=0.4, seconds_most=41))
+        '80 images to attack: at most 16,160 encoder passes (about 41.0 s), at least 160 (0.40 s).'
+        >>> forecast(Estimate(images=0, passes_least=0, passes_most=0, seconds_least=0, seconds_most=0))
+        'Nothing is left to attack.'
+    """
+    if not estimate.images:
+        return "Nothing is left to attack."
+    others = f"; on top of it {', '.join(map(plain, estimate.unknown))}, of unknown cost" if estimate.unknown else ""
+    return (
+        f"{estimate.images:,} image{'s' if estimate.images > 1 else ''} to attack: at most {estimate.passes_most:,} "
+        f"encoder passes (about {duration(estimate.seconds_most)}), at least {estimate.passes_least:,} "
+        f"({duration(estimate.seconds_least)}){others}."
+    )
+
+
+def each_attack_on(words: GoalWords) -> str:
+    """Say which images each attack of a run was made on."""
+    return "the images that the ones before left standing" if words.leave else "all images"
 
 
 def how_many_attacks(n: int) -> str:
