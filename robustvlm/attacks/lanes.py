@@ -19,6 +19,7 @@ from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.jobs import ROBUST, Job, Result
 from robustvlm.attacks.lane import RESTART, Fact, Lane
 from robustvlm.attacks.oracle import Oracle
+from robustvlm.attacks.rungs import batch_sizes, smallest
 from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.core.memory import is_out_of_memory
@@ -121,7 +122,7 @@ class LaneEngine:
         step = self._spread([lane.step for lane in self._lanes])[rows]
         state = self._state if len(rows) == used else {name: value[rows] for name, value in self._state.items()}
         gradient = self.attack.uses_gradient
-        answer, loss, grad = self.oracle.look(state["x"], self.goal, self.attack.objective, case, gradient=gradient)
+        answer, loss, grad = self._look(state["x"], case, batch_sizes(self.rungs, used), gradient=gradient)
         outcomes = self._observe(state, answer, used, passes=self.oracle.look_passes * (2 if gradient else 1))
         state = self.attack.advance(state, loss, grad, step, self.threat)
         self._state = {name: value[:used] for name, value in state.items()}
@@ -134,11 +135,20 @@ class LaneEngine:
         return self._retire(outcomes)
 
     def _rows(self, used: int) -> Tensor:
-        """Return row numbers that fill the smallest allowed batch, the spare rows repeating occupied lanes."""
-        return torch.arange(self._rung(used), device=self.oracle.device) % used
+        """Return row numbers that fill allowed batches, the spare rows repeating occupied lanes."""
+        return torch.arange(sum(batch_sizes(self.rungs, used)), device=self.oracle.device) % used
 
-    def _rung(self, used: int) -> int:
-        return min(rung for rung in self.rungs if rung >= used)
+    def _look(self, x: Tensor, case: Case, sizes: tuple[int, ...], *, gradient: bool) -> tuple[Answer, Tensor, Tensor]:
+        """Look at points in batches of these sizes; rows do not depend on the batch that they are in."""
+        rows = torch.arange(len(x), device=x.device).split(list(sizes))
+        parts = [
+            self.oracle.look(x[part], self.goal, self.attack.objective, case.rows(part), gradient=gradient)
+            for part in rows
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        answers, losses, grads = zip(*parts, strict=True)
+        return Answer.join(answers), torch.cat(losses), torch.cat(grads)
 
     def _spread(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.oracle.device)
@@ -173,7 +183,7 @@ class LaneEngine:
         """Return final answers at some lanes' points, from a batch of an allowed shape."""
         for row in rows:
             self._lanes[row].passes += self.oracle.draws
-        spare = torch.arange(self._rung(len(x)), device=x.device) % len(x)
+        spare = torch.arange(smallest(self.rungs, len(x)), device=x.device) % len(x)
         case = self._case().rows(self._spread(rows)[spare])
         return self.oracle.judge(x[spare], self.goal, case).head(len(x))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,11 @@ class Answer:
     confidence: Tensor
     finite: Tensor
     cosine: Tensor
+
+    @classmethod
+    def join(cls, answers: Sequence[Answer]) -> Answer:
+        """Return the rows of several answers as one."""
+        return cls(*(torch.cat([getattr(answer, name) for answer in answers]) for name in cls.__dataclass_fields__))
 
     def head(self, rows: int) -> Answer:
         """Return the first rows."""

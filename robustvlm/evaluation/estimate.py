@@ -6,6 +6,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from robustvlm.attacks import LaneAttack
+from robustvlm.attacks.rungs import batch_sizes
 from robustvlm.runs.summary import Estimate
 
 
@@ -49,7 +50,7 @@ class Speed:
             [8, 8, 4]
         """
         full, rest = divmod(images, self.rungs[0])
-        return [self.rungs[0]] * full + ([min(rung for rung in self.rungs if rung >= rest)] if rest else [])
+        return [self.rungs[0]] * full + (list(batch_sizes(self.rungs, rest)) if rest else [])
 
     def seconds(self, rows: int, gradient: bool) -> float:
         """Return the seconds of a batch; of one never timed, its part of the largest."""

@@ -16,6 +16,7 @@ from robustvlm.attacks.external.watched import Watched
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.jobs import FAILED, FOOLED, ROBUST, Job, Result
 from robustvlm.attacks.oracle import Oracle
+from robustvlm.attacks.rungs import smallest
 from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
 from robustvlm.core.memory import is_out_of_memory
@@ -182,8 +183,7 @@ class ExternalEngine:
 
     def _judge(self, points: Tensor, label: Tensor) -> Answer:
         """Return our own answers, from a batch of a shape on which rows are bit-identical where there is one."""
-        size = min(rung for rung in self.rungs if rung >= len(points))
-        spare = torch.arange(size, device=points.device) % len(points)
+        spare = torch.arange(smallest(self.rungs, len(points)), device=points.device) % len(points)
         return self.oracle.judge(points[spare], self.goal, Case(label[spare])).head(len(points))
 
     def _spent(self) -> tuple[int, int]:
