@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MODEL = (
-    "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable (an encoder "
-    "or a classifier); defences follow as +smooth:0.25 or +reject:0.5."
+    "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable (an "
+    "encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5."
 )
 _DATA = "emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL."
 _ATTACK = (

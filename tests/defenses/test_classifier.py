@@ -1,0 +1,177 @@
+"""Classifiers behind one interface: what they return, when they refuse, and what is wrong with those that do not fit."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from robustvlm.defenses import OwnClassifier, ZeroShot, acceptance, load_classifier
+from robustvlm.errors import UserError
+from robustvlm.models import load_model, zero_shot
+
+NAMES, TEMPLATES = ["apple", "dog", "car"], ["a drawing of {}"]
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    image_size, interpolation = 8, "bilinear"
+
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.layer = nn.Linear(3, outputs)
+
+    def forward(self, pixels):
+        assert pixels.shape[-1] == 8
+        return self.layer(pixels.mean((2, 3)))
+
+class Refusing(Net):
+    can_reject = True
+
+    def __init__(self):
+        super().__init__(4)
+
+class Plain:
+    image_size = 8
+
+    def forward(self, pixels):
+        return pixels.mean((2, 3))
+
+class Wide(Net):
+    def __init__(self):
+        super().__init__(5)
+
+class NotFinite(Plain):
+    def forward(self, pixels):
+        return super().forward(pixels) * float("nan")
+
+class Broken(Plain):
+    def forward(self, pixels):
+        raise ValueError("no such layer")
+
+class Texts(Plain):
+    def forward(self, pixels):
+        return ["cat", "dog"]
+
+class NoSize:
+    def forward(self, pixels):
+        return pixels.mean((2, 3))
+
+class OddSize(Plain):
+    image_size = 8.5
+
+class OddInterpolation(Plain):
+    interpolation = "bicubi"
+
+class Nothing:
+    image_size = 8
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_classifiers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_classifiers", raising=False)
+
+
+def load(spec: str) -> torch.nn.Module:
+    return load_classifier(spec, NAMES, TEMPLATES, cache=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=6), st.floats(0.01, 0.99))
+def test_an_image_is_accepted_exactly_when_the_softmax_passes_the_threshold(row: list[float], threshold: float) -> None:
+    logits = torch.tensor([row], dtype=torch.float64)
+    largest = logits.softmax(1).max().item()
+    if abs(largest - threshold) > 1e-9:
+        assert (acceptance(logits, threshold).item() > 0) == (largest > threshold)
+
+
+def test_the_acceptance_score_has_a_gradient_where_the_softmax_is_saturated() -> None:
+    logits = torch.tensor([[200.0, 0.0, -5.0]], requires_grad=True)
+    assert logits.softmax(1).max().item() == 1
+    acceptance(logits, 0.5).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 0].item() == 1
+
+
+def test_refusal_adds_a_column_and_leaves_the_logits_alone() -> None:
+    pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain, refusing = load("tiny"), load("tiny+reject:0.7")
+    assert isinstance(plain, ZeroShot)
+    logits, output = plain(pixels), refusing(pixels)
+    assert torch.equal(output[:, :-1], logits)
+    assert torch.equal(output[:, -1] > 0, logits.softmax(1).amax(1) > 0.7)
+    assert torch.equal(logits, zero_shot(load_model("tiny"), NAMES, TEMPLATES, cache=False)(pixels))
+
+
+def test_what_decides_the_answers_is_in_the_fingerprint() -> None:
+    prints = {load(spec).fingerprint for spec in ("tiny", "tiny+reject:0.5", "tiny+reject:0.6", "tiny+smooth:0.1:2")}
+    assert len(prints) == 4
+    assert load("tiny").fingerprint == load_model("tiny").fingerprint
+    assert load("own_classifiers:Net").fingerprint != load("own_classifiers:Net").fingerprint  # other random weights
+    assert load("own_classifiers:Plain").fingerprint == load("own_classifiers:Plain").fingerprint
+
+
+def test_operators_come_in_order() -> None:
+    assert load("tiny+smooth:0.1:2+reject:0.5").can_reject
+    with pytest.raises(UserError, match=r"must be the last operator"):
+        load("tiny+reject:0.5+smooth:0.1:2")
+    with pytest.raises(UserError, match=r"must be the last operator"):
+        load("tiny+reject:0.5+reject:0.6")
+
+
+@pytest.mark.parametrize("text", ["", ":", ":0", ":1", ":nan", ":x", ":0.5:0.6", ":50%"])
+def test_a_threshold_is_a_probability(text: str) -> None:
+    with pytest.raises(UserError, match=r"0 < T < 1"):
+        load(f"tiny+reject{text}")
+
+
+def test_a_classifier_of_the_user_is_resized_for_and_taken_as_it_is() -> None:
+    model = load("own_classifiers:Net")
+    assert isinstance(model, OwnClassifier)
+    assert (model.image_size, model.interpolation, model.can_reject, model.vlm) == (8, "bilinear", False, None)
+    assert model(torch.rand(5, 3, 32, 32)).shape == (5, 3)
+    assert not any(weight.requires_grad for weight in model.parameters())
+    pixels = torch.rand(5, 3, 8, 8)
+    assert torch.equal(load("own_classifiers:Plain")(pixels), pixels.mean((2, 3)))
+
+
+def test_a_classifier_of_the_user_may_refuse_by_itself() -> None:
+    assert load("own_classifiers:Refusing").can_reject
+    assert load("own_classifiers:Net+reject:0.5")(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+    with pytest.raises(UserError, match=r"refuses images by itself"):
+        load("own_classifiers:Refusing+reject:0.5")
+
+
+FAULTS = {
+    "Wide": r"finite logits \[2, 3\] .* got torch.float32 \[2, 5\]: pass data with the classes",
+    "NotFinite": "got NaN or infinite values",
+    "Broken": "it raised ValueError: no such layer",
+    "Texts": "got a list",
+    "NoSize": "image_size must be a positive whole number .* got None",
+    "OddSize": "got 8.5",
+    "OddInterpolation": "did you mean 'bicubic'",
+    "Nothing": "Nothing has no encode_image and cannot be called",
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_classifier_that_does_not_fit_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=FAULTS[name]):
+        load(f"own_classifiers:{name}")
+
+
+def test_the_score_is_a_difference_of_log_odds() -> None:
+    logits: Tensor = torch.tensor([[1.0, 0.2, -0.3]], dtype=torch.float64)
+    p = logits.softmax(1).max().item()
+    wanted = math.log(p / (1 - p)) - math.log(0.3 / 0.7)
+    assert acceptance(logits, 0.3).item() == pytest.approx(wanted, abs=1e-12)
