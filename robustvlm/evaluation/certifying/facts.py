@@ -1,0 +1,105 @@
+"""From the finding of one image to its row, with the record of its certificate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from robustvlm.certify import Certificate, Finding, Provenance, Sampled, deployed_feature_radius, stream_seed
+from robustvlm.certify.normal import Array
+from robustvlm.evaluation.certifying.claims import Plan
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_rows import CertifyFact
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Turns what the engine found into rows.
+
+    Args:
+        encoder: fingerprint of the encoder with its precision.
+        seed: seed of the noise. text: class embeddings [K, D] for the class of the mean feature; None: no classes.
+    """
+
+    config: CertifyConfig
+    plan: Plan
+    encoder: str
+    seed: int
+    text: Array | None
+
+    def fact(self, sampled: Sampled, *, resize_norm: float) -> CertifyFact:
+        """Return the row of an image."""
+        task, found = sampled.task, sampled.finding
+        prediction = self._prediction(found)
+        columns = dict(found.columns)
+        if self.config.claim == "feature" and self.config.deployed is not None:
+            assert self.config.min_cos is not None
+            columns["deployed_radius"] = deployed_feature_radius(
+                found.r or 0.0, self.config.min_cos, self.config.sigma, self.config.deployed, self.config.alpha
+            )
+        return CertifyFact(
+            index=task.index,
+            image_id=task.image_id,
+            label=task.label,
+            prediction=prediction,
+            correct=self._correct(task.label, prediction),
+            claim=found.claim or self.config.claim,
+            radius=found.radius,
+            stop=found.stop,
+            n=found.n,
+            n_pilot=found.n_pilot,
+            failed=found.failed,
+            r=found.r,
+            resize_norm=resize_norm,
+            passes=sampled.passes,
+            seconds=sampled.seconds,
+            certificate=json.dumps(self._certificate(task.image_id, found, resize_norm).to_dict()),
+            columns=columns,
+        )
+
+    def _prediction(self, found: Finding) -> int:
+        if found.prediction is not None:
+            return found.prediction
+        if self.text is None or found.mean is None:
+            return -1
+        return int(np.argmax(self.text @ found.mean))
+
+    def _correct(self, label: int, prediction: int) -> bool | None:
+        if self.config.claim == "openset":
+            return bool(prediction) == (label >= 0)
+        return prediction == label if label >= 0 and prediction >= 0 else None
+
+    def _certificate(self, image_id: str, found: Finding, resize_norm: float) -> Certificate:
+        feature = self.config.claim == "feature"  # its scores look back only, so that pilot samples count as well
+        how = Provenance(
+            sigma=self.config.sigma,
+            alpha=self.config.alpha,
+            alpha_split=self.plan.alpha_split,
+            n=found.n + found.n_pilot if feature else found.n,
+            n_pilot=0 if feature else found.n_pilot,
+            stop_rule=self.plan.stop_rule,
+            bound=self.plan.bound,
+            seeds={stage: stream_seed(self.seed, image_id, stage) for stage in ("pilot", "estimation")},
+            dtype=_DTYPES[self.config.precision],
+            encoder=self.encoder,
+            resize_norm=resize_norm,
+            label_source=self.plan.label_source,
+            direction_source=self.plan.direction_source,
+            deployed_n0=self.config.deployed,
+        )
+        claim = found.claim or self.config.claim
+        return Certificate.from_dict(
+            {
+                "claim": claim,
+                "theorem": self.plan.theorem,
+                "radius": found.radius,
+                "cos0": self.config.min_cos,
+                "r": found.r,
+                "label": found.prediction if claim in ("class", "vote") else None,
+                "provenance": how.__dict__,
+            }
+        )

@@ -1,0 +1,102 @@
+"""A certify run that is ready to start or continue, in one process or in several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from robustvlm.core.ranks import Ranks, current_ranks
+from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.ledger import CertifyLedger
+from robustvlm.evaluation.certifying.observer import CertifyObserver
+from robustvlm.evaluation.ledger import new_session
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_rows import make_certify_rows
+from robustvlm.runs.certify_summary import CertifySummary, summarise_certify
+from robustvlm.runs.files import write_text
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.results import write_rows
+
+
+class Work(Protocol):
+    """What certifies images: by sampling, or from kept features."""
+
+    def run(self) -> None:
+        """Do what is left to do."""
+
+
+@dataclass(frozen=True)
+class PreparedCertify:
+    """A certify run that is ready to start.
+
+    Under `torchrun` every process prepares and runs it; each takes its share of the images, and rank 0 alone holds the
+    lock, reports progress and writes the results.
+
+    Args:
+        begin: makes the work of this process, given ledger, observer and ranks.
+    """
+
+    config: CertifyConfig
+    folder: RunFolder
+    manifest: Manifest
+    begin: Callable[[CertifyLedger, CertifyObserver, Ranks], Work]
+
+    def run(
+        self, observer: CertifyObserver | None = None, *, fresh: bool = False, resume: bool = False
+    ) -> CertifySummary:
+        """Start or continue the run, write its files and return the summary; of a finished run, return its summary."""
+        ranks = current_ranks()
+        with self._opened(ranks, fresh=fresh, resume=resume) as manifest:
+            if not self.folder.finished:
+                ledger = CertifyLedger(self.folder, rank=ranks.rank, session=ranks.share(new_session()))
+                try:
+                    self.begin(ledger, (observer if ranks.leader else None) or CertifyObserver(), ranks).run()
+                    ranks.barrier()
+                    if ranks.leader:
+                        ledger.sync()
+                        finish(ledger, manifest)
+                finally:
+                    ledger.close()
+            ranks.barrier()
+            return read_summary(self.folder)
+
+    @contextmanager
+    def _opened(self, ranks: Ranks, *, fresh: bool, resume: bool) -> Iterator[Manifest]:
+        """Hold the folder's lock, on rank 0, while all processes work on it; tell the others when this one fails."""
+        try:
+            if ranks.leader:
+                with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as manifest:
+                    ranks.barrier()
+                    yield manifest
+                    ranks.barrier()
+            else:
+                ranks.barrier()
+                yield self.folder.joined(self.manifest)
+                ranks.barrier()
+        except BaseException as error:
+            ranks.fail(str(error) or "interrupted")
+            raise
+
+
+def finish(ledger: CertifyLedger, manifest: Manifest) -> CertifySummary:
+    """Write `results.parquet` and `summary.json` from what the ledger holds; return the summary."""
+    if not ledger.found:
+        reasons = [f"'{image.id}': {image.reason}" for image in ledger.unreadable]
+        raise UserError(f"none of the {len(reasons)} images can be read (the first, {', '.join(reasons[:1])})")
+    rows = make_certify_rows(ledger.found.values())
+    summary = summarise_certify(rows, manifest, cost=ledger.cost, checks=ledger.checks, unreadable=ledger.unreadable)
+    write_rows(ledger.folder.results_path, rows)
+    write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+    return summary
+
+
+def read_summary(folder: RunFolder) -> CertifySummary:
+    """Return the summary of a finished run."""
+    try:
+        return CertifySummary.model_validate_json(folder.summary_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read '{folder.summary_path}' ({first}): delete it, the run makes it again") from None

@@ -1,0 +1,213 @@
+"""The work of a certify run: sample every image until its claim is decided, or judge samples that were kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustvlm.certify import Sampled, SamplingEngine, Task, resize_norm
+from robustvlm.core.ranks import Ranks
+from robustvlm.data.source import Unreadable, select
+from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.cache import FeatureWriter, cache_bytes, read_features, require_room
+from robustvlm.evaluation.certifying.encoder import NoisyEncoder, Probed, probe_encoder
+from robustvlm.evaluation.certifying.facts import Recorder
+from robustvlm.evaluation.certifying.ledger import CertifyLedger
+from robustvlm.evaluation.certifying.observer import CertifyObserver, Forecast
+from robustvlm.evaluation.images import Images, Picture
+
+# A killed session loses its count of passes since the last note of it.
+_COST_SECONDS = 5.0
+_PROBE_IMAGES = 8
+
+
+class SamplingRun:
+    """Certifies the images of a source by sampling, as far as the ledger does not know them yet.
+
+    Args:
+        recorder: settings and plan of the claim, and how rows are made.
+        encoder: the encoder below the noise.
+        images: the images, at the resolution where the noise is added.
+        best_radius: the largest radius that the settings can give.
+        ledger, observer: told what is found; ranks: the processes that share the images.
+    """
+
+    def __init__(
+        self,
+        *,
+        recorder: Recorder,
+        encoder: NoisyEncoder,
+        images: Images,
+        interpolation: str,
+        best_radius: float,
+        ledger: CertifyLedger,
+        observer: CertifyObserver,
+        ranks: Ranks,
+    ) -> None:
+        self.recorder, self.config = recorder, recorder.config
+        self.encoder, self.images, self.interpolation = encoder, images, interpolation
+        self.best_radius = best_radius
+        self.ledger, self.observer, self.ranks = ledger, observer, ranks
+        self._norms: dict[int, float] = {}
+        self._began = self._noted = time.monotonic()
+
+    def run(self) -> None:
+        """Do what is left to do; every finished image goes to the ledger at once."""
+        self._began = self._noted = time.monotonic()
+        try:
+            probed = self._probe()
+            self._announce(probed)
+            writer = None if self.config.cache is None else FeatureWriter(self._features, self.config.cache)
+            engine = SamplingEngine(
+                self.encoder,
+                sigma=self.config.sigma,
+                seed=self.config.seed,
+                lanes=probed.rungs[0],
+                device=self.encoder.device,
+                rungs=probed.rungs,
+                keep=None if writer is None else writer.add,
+                on_pass=self._passed,
+            )
+            for sampled in engine.run(self._tasks(), lambda _: self.recorder.plan.certifier()):
+                if writer is not None:  # a row in the journal means that the features are there
+                    writer.write(sampled.task)
+                fact = self.recorder.fact(sampled, resize_norm=self._norms.pop(sampled.task.index))
+                self.ledger.add_image(fact)
+                self.observer.image_done(fact)
+        finally:
+            self._note_cost()
+
+    @property
+    def _features(self) -> Path:
+        return self.ledger.folder.features_path
+
+    def _probe(self) -> Probed:
+        """Question the encoder on the first images."""
+        first: list[Picture] = []
+        reasons: list[str] = []
+        for item in self.images.stream():
+            if isinstance(item, Unreadable):
+                reasons.append(f"'{item.id}': {item.reason}")
+            else:
+                first.append(item)
+            if len(first) == _PROBE_IMAGES:
+                break
+        if not first:
+            why = f"none of its {len(reasons)} images can be read (the first, {reasons[0]})" if reasons else "none"
+            raise UserError(f"no image to certify in '{self.images.source.spec}': {why}")
+        pixels = torch.stack([picture.pixels for picture in first])
+        probed = probe_encoder(self.encoder, pixels, self.config.sigma, self.config.lanes, model=self.config.model)
+        self.ledger.add_checks(list(probed.checks))
+        return probed
+
+    def _announce(self, probed: Probed) -> None:
+        ids, done = self.images.source.ids(), len(self.ledger.seen)
+        total = len(select(ids, self.images.limit)) if ids is not None else self.images.limit
+        left = None if total is None else max(0, total - done)
+        passes = None if left is None else left * self.config.samples
+        size = 0
+        if self.config.cache is not None and left is not None:
+            size = cache_bytes(left, self.config.samples, probed.dim, self.config.cache)
+            require_room(self._features, size)
+        self.observer.forecast(
+            Forecast(
+                images=left,
+                samples=self.config.samples,
+                passes=passes,
+                seconds=None if passes is None else passes / probed.rate / self.ranks.size,
+                best_radius=self.best_radius,
+                cache_bytes=size,
+            )
+        )
+        self.observer.begin(total, done)
+
+    def _tasks(self) -> Iterator[Task]:
+        known, index = self.ledger.seen, self.images.index
+        handed_on: set[str] = set()
+        for item in self.images.stream(lambda name: name not in known and self.ranks.mine(index(name))):
+            # Streams also name what no one asked for: damaged shards, and second images of the same name.
+            if item.id in handed_on or item.id in known or not self.ranks.mine(index(item.id)):
+                continue
+            handed_on.add(item.id)
+            if isinstance(item, Unreadable):
+                self.ledger.add_unreadable(index(item.id), item)
+                self.observer.image_done(None)
+                continue
+            number = index(item.id)
+            self._norms[number] = resize_norm(*item.source_size, self.config.resolution, self.interpolation)
+            yield Task(item.id, number, item.pixels, item.label)
+
+    def _passed(self, rows: int, used: int) -> None:
+        self.ranks.check()
+        self.observer.passed(rows, used)
+        if time.monotonic() - self._noted >= _COST_SECONDS:
+            self._note_cost()
+
+    def _note_cost(self) -> None:
+        self._noted = time.monotonic()
+        self.ledger.add_cost(
+            passes=self.encoder.passes, seconds=self._noted - self._began, model_seconds=self.encoder.seconds
+        )
+
+
+class ReplayRun:
+    """Certifies images from the features that another run kept: no encoder pass is made.
+
+    Args:
+        rows: of the run that kept the features: index, image_id, resize_norm.
+        features: folder of the kept features.
+        labels: the images' classes in the new list, by index; -1 where it is not in it.
+    """
+
+    def __init__(
+        self,
+        *,
+        recorder: Recorder,
+        rows: Sequence[Mapping[str, Any]],
+        features: Path,
+        labels: Mapping[int, int],
+        best_radius: float,
+        ledger: CertifyLedger,
+        observer: CertifyObserver,
+        ranks: Ranks,
+    ) -> None:
+        self.recorder, self.rows, self.features, self.labels = recorder, rows, features, labels
+        self.best_radius = best_radius
+        self.ledger, self.observer, self.ranks = ledger, observer, ranks
+
+    def run(self) -> None:
+        """Do what is left to do; every finished image goes to the ledger at once."""
+        began = time.monotonic()
+        known = {fact.index for fact in self.ledger.found.values()}
+        left = [row for row in self.rows if row["index"] not in known]
+        samples = self.recorder.config.samples
+        self.observer.forecast(Forecast(len(left), samples, 0, 0.0, self.best_radius))
+        self.observer.begin(len(self.rows), len(known))
+        try:
+            for row in left:
+                if self.ranks.mine(row["index"]):
+                    self.ranks.check()
+                    fact = self.recorder.fact(self._judged(row), resize_norm=row["resize_norm"])
+                    self.ledger.add_image(fact)
+                    self.observer.image_done(fact)
+        finally:
+            self.ledger.add_cost(passes=0, seconds=time.monotonic() - began, model_seconds=0.0)
+
+    def _judged(self, row: Mapping[str, Any]) -> Sampled:
+        began = time.perf_counter()
+        kept = read_features(self.features, row["index"], row["image_id"])
+        certifier = self.recorder.plan.certifier()
+        used = dict.fromkeys(kept.stages, 0)
+        while (wanted := certifier.request()) is not None:
+            start = used.get(wanted.stage, 0)
+            rows = kept.stages.get(wanted.stage, ())[start : start + wanted.sure]
+            if len(rows) < wanted.sure:
+                raise UserError(f"the kept features of '{row['image_id']}' lack {wanted.stage} samples: make them anew")
+            used[wanted.stage] = start + wanted.sure
+            certifier.take(rows)
+        task = Task(row["image_id"], row["index"], torch.zeros(0), self.labels[row["index"]])
+        return Sampled(task, certifier.finding(), 0, time.perf_counter() - began)

@@ -1,0 +1,122 @@
+"""The numbers and words of a certify command, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from robustvlm.attacks import PRECISIONS
+from robustvlm.certify.normal import check_alpha, check_cos0, check_sigma
+from robustvlm.errors import UserError, nearest
+
+CLAIMS = ("feature", "class", "vote", "openset")
+DEFAULT_SIGMA = 0.25
+_AT_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a command says; see `robustvlm certify --help` for the meaning of each."""
+
+    model: str = "tiny"
+    data: str = "emoji"
+    classes: Path | None = None
+    templates: Path | None = None
+    tree: Path | None = None
+    claim: str = "feature"
+    sigma: float | None = None
+    samples: int = 10_000
+    alpha: float = 0.001
+    min_cos: float = 0.5
+    radius: float | None = None
+    at: str | None = None
+    tau: float | None = None
+    antibodies: Path | None = None
+    weight: float = 1.0
+    deployed: int | None = None
+    cache: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    lanes: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def checked(self) -> Settings:
+        """Return the settings if they make sense on their own; raise a UserError that says what does not."""
+        if self.claim not in CLAIMS:
+            raise UserError(f"unknown claim '{self.claim}': {nearest(self.claim, CLAIMS)}")
+        check_alpha(self.alpha)
+        if self.sigma is not None:
+            check_sigma(self.sigma)
+        if self.claim == "feature":
+            check_cos0(self.min_cos)
+        _positive("--radius", self.radius)
+        for name, number, least in (
+            ("--samples", self.samples, 2),
+            ("--limit", self.limit, 1),
+            ("--lanes", self.lanes, 1),
+            ("--deployed", self.deployed, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if number is not None and number < least:
+                raise UserError(f"{name} must be at least {least}, got {number}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"unknown precision '{self.precision}': {nearest(self.precision, PRECISIONS)}")
+        self._check_openset()
+        self._check_cache()
+        return self
+
+    def _check_openset(self) -> None:
+        if self.claim == "openset":
+            if self.tau is None or not math.isfinite(self.tau):
+                raise UserError("an open-set claim needs its threshold: pass --tau, chosen on other images")
+            if not self.weight >= 0.0:
+                raise UserError(f"--weight must not be negative, got {self.weight}")
+        elif self.tau is not None or self.antibodies is not None:
+            raise UserError("--tau and --antibodies are for --claim openset")
+        if self.deployed is not None and self.claim != "feature":
+            raise UserError(
+                f"--deployed is for --claim feature: the {self.claim} certificate holds for any number of inference "
+                "samples of the abstaining prediction (docs/certify.md)"
+            )
+
+    def _check_cache(self) -> None:
+        if self.cache is None:
+            return
+        if self.cache not in ("float16", "float32"):
+            raise UserError(f"--cache keeps float16 or float32, got '{self.cache}'")
+        if self.radius is not None:
+            raise UserError("--cache keeps a number of samples that was fixed beforehand: leave out --radius")
+
+    def radii(self, sigma: float) -> list[float]:
+        """Return the radii at which the summary counts certified images."""
+        if self.at is None:
+            chosen = {round(sigma * part, 6) for part in _AT_SIGMAS}
+            return sorted(chosen | ({self.radius} if self.radius is not None else set()))
+        try:
+            values = [float(part) for part in self.at.split(",")]
+        except ValueError:
+            raise UserError(f"cannot read the radii '{self.at}': expected numbers, as 0.1,0.25,0.5") from None
+        for value in values:
+            _positive("--at", value)
+        return sorted(set(values))
+
+    def with_source(self, config: dict[str, Any]) -> Settings:
+        """Return these settings with those of the run whose kept features are judged."""
+        return replace(
+            self,
+            model=config["model"],
+            data=config["data"],
+            sigma=config["sigma"],
+            samples=config["samples"],
+            limit=config["limit"],
+            seed=config["seed"],
+            precision=config["precision"],
+        )
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0.0 and math.isfinite(value)):
+        raise UserError(f"{name} must be a positive number, got {value:g}")

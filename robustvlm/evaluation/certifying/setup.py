@@ -1,0 +1,223 @@
+"""From the words of a command to a certify run; every mistake is found before any work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from robustvlm.certify import contrast_vectors
+from robustvlm.certify.normal import Array
+from robustvlm.core.ranks import Ranks
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.names import read_class_names
+from robustvlm.defenses import SmoothedVLM, load_pipeline
+from robustvlm.defenses.pipeline import split_spec
+from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.claims import Plan, make_plan, pilot_size, require_possible
+from robustvlm.evaluation.certifying.encoder import NoisyEncoder
+from robustvlm.evaluation.certifying.facts import Recorder
+from robustvlm.evaluation.certifying.ledger import CertifyLedger
+from robustvlm.evaluation.certifying.observer import CertifyObserver
+from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
+from robustvlm.evaluation.certifying.run import SamplingRun
+from robustvlm.evaluation.certifying.settings import DEFAULT_SIGMA, Settings
+from robustvlm.evaluation.images import Images
+from robustvlm.models import VLM, zero_shot
+from robustvlm.models.device import resolve_device
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import make_manifest
+
+
+def prepare_certify(
+    settings: Settings, *, out: Path = Path("runs"), name: str | None = None, command: str = ""
+) -> PreparedCertify:
+    """Check all settings, open the data, load the model and return a run that is ready to start.
+
+    Settings under which every image would have to abstain are refused, with what would do.
+
+    Example:
+        >>> import tempfile
+        >>> run = prepare_certify(Settings(limit=2, samples=64), out=Path(tempfile.mkdtemp()))
+        >>> run.run().images
+        2
+    """
+    settings.checked()
+    sigma = settle_sigma(settings)
+    device = str(resolve_device(settings.device))
+    config = make_config(settings, sigma=sigma, device=device)
+    if config.claim != "openset":
+        require_possible(make_plan(config, text=np.eye(2)), config)
+    if name is not None:
+        RunFolder(out, name)
+    source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+    vlm = load_pipeline(settings.model, device=device)
+    _check_smoothing(vlm, settings)
+    config = config.model_copy(update={"resolution": vlm.image_size})
+    text = embed_classes(vlm, source.class_names, source.templates, needed=config.claim != "feature")
+    plan = plan_of(config, vlm, text, source.templates)
+    best = require_possible(plan, config)
+    encoder = NoisyEncoder(vlm, precision=config.precision)
+    recorder = Recorder(config, plan, encoder.fingerprint, config.seed, text)
+
+    def begin(ledger: CertifyLedger, observer: CertifyObserver, ranks: Ranks) -> Work:
+        return SamplingRun(
+            recorder=recorder,
+            encoder=encoder,
+            images=Images(source, limit=config.limit, resolution=config.resolution, interpolation=vlm.interpolation),
+            interpolation=vlm.interpolation,
+            best_radius=best,
+            ledger=ledger,
+            observer=observer,
+            ranks=ranks,
+        )
+
+    model_facts, data_facts = describe_model(vlm), describe_data(source)
+    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("certify", settings.model, settings.data, identity))
+    manifest = make_manifest(
+        kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+    )
+    return PreparedCertify(config, folder, manifest | {"plan": describe_plan(plan, config, best)}, begin)
+
+
+def settle_sigma(settings: Settings) -> float:
+    """Return the noise level: that of a model that is smoothed already, or the one given; both must agree."""
+    smoothing = [part for part in split_spec(settings.model)[1] if part.name == "smooth"]
+    if len(smoothing) > 1:
+        raise UserError(f"'{settings.model}' is smoothed twice: certify one +smooth at a time")
+    if not smoothing:
+        return DEFAULT_SIGMA if settings.sigma is None else settings.sigma
+    try:
+        own = float(smoothing[0].arguments[0])
+    except (IndexError, ValueError):
+        raise UserError(f"'+{smoothing[0]}' must be written +smooth:SIGMA[:N0], as +smooth:0.25") from None
+    if settings.sigma is not None and settings.sigma != own:
+        raise UserError(
+            f"'{settings.model}' is smoothed with noise of {own:g}, and --sigma says {settings.sigma:g}: "
+            "leave out --sigma"
+        )
+    return own
+
+
+def _check_smoothing(vlm: VLM, settings: Settings) -> None:
+    if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
+        raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
+
+
+def make_config(settings: Settings, *, sigma: float, device: str) -> CertifyConfig:
+    """Return the configuration of a run that samples; its resolution is the model's and not settled yet."""
+    early = settings.radius is not None
+    openset = settings.claim == "openset"
+    lanes = settings.lanes or (512 if device.startswith("cuda") else 128)
+    return CertifyConfig(
+        model=settings.model,
+        data=settings.data,
+        classes=_text(settings.classes),
+        templates=_text(settings.templates),
+        tree=_text(settings.tree),
+        claim=settings.claim,  # type: ignore[arg-type]  # checked before, and by pydantic
+        sigma=sigma,
+        samples=settings.samples,
+        n_pilot=pilot_size(settings.claim, settings.samples, early=early),
+        alpha=settings.alpha,
+        min_cos=settings.min_cos if settings.claim == "feature" else None,
+        radius=settings.radius,
+        at=settings.radii(sigma),
+        tau=settings.tau,
+        antibodies=_text(settings.antibodies),
+        weight=settings.weight if openset else 0.0,
+        deployed=settings.deployed,
+        cache=settings.cache,  # type: ignore[arg-type]
+        limit=settings.limit,
+        seed=settings.seed,
+        lanes=lanes,
+        device=device,
+        precision=settings.precision,
+        resolution=0,
+    )
+
+
+def plan_of(
+    config: CertifyConfig, vlm: VLM, text: Array | None, templates: tuple[str, ...], *, rounding: float = 0.0
+) -> Plan:
+    """Return the plan of a run's claim about a model and its classes."""
+    if config.claim != "openset":
+        return make_plan(config, text=text, rounding=rounding)
+    assert text is not None
+    against = np.zeros((0, text.shape[1]))
+    if config.antibodies is not None:
+        names = list_of_names(Path(config.antibodies))
+        against = _array(class_embeddings(vlm, names, templates))
+    return make_plan(config, vectors=contrast_vectors(text, against, config.weight))
+
+
+def list_of_names(path: Path) -> tuple[str, ...]:
+    """Return the class names of a file that lists them; UserError for one that maps labels to names."""
+    names = read_class_names(path)
+    if isinstance(names, dict):
+        raise UserError(f"'{path}' maps labels to names: expected a list, one name a line")
+    return tuple(names)
+
+
+def embed_classes(
+    vlm: VLM, class_names: tuple[str, ...], templates: tuple[str, ...], *, needed: bool = True
+) -> Array | None:
+    """Return the unit class embeddings [K, D]; None for fewer than two classes where they are only for information."""
+    if len(class_names) < 2 and not needed:
+        return None
+    return _array(zero_shot(vlm, class_names, templates).class_embeddings)
+
+
+def _array(embeddings: Tensor) -> Array:
+    return np.asarray(embeddings.detach().double().cpu().numpy())
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def describe_model(vlm: VLM) -> dict[str, Any]:
+    """Return the facts that identify a model."""
+    return {
+        "spec": vlm.spec,
+        "fingerprint": vlm.fingerprint,
+        "image_size": vlm.image_size,
+        "logit_scale": vlm.logit_scale,
+        "interpolation": vlm.interpolation,
+    }
+
+
+def describe_data(source: DataSource) -> dict[str, Any]:
+    """Return the facts that identify the images and their classes."""
+    ids = source.ids()
+    return {
+        "spec": source.spec,
+        "fingerprint": source.fingerprint(),
+        "images": None if ids is None else len(ids),
+        "class_names": list(source.class_names),
+        "templates": list(source.templates),
+    }
+
+
+def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, Any]:
+    """Return what a reader of the run has to know of its claim: statement, bounds and threat model."""
+    size = config.resolution
+    return {
+        "statement": plan.statement,
+        "theorem": plan.theorem,
+        "bound": plan.bound,
+        "stop_rule": plan.stop_rule,
+        "alpha_split": plan.alpha_split,
+        "best_radius": best,
+        "threat": [
+            f"every image whose l2 distance is below the radius, pixels in [0, 1], measured at {size} x {size} where "
+            "the noise is added; at the source image divide by the norm of the resize",
+            "up to floating point: noise and sum in float32, the encoder in the precision stated; the noise is not "
+            "clipped, and what the encoder does after it (clamping, rounding) is part of the encoder",
+        ],
+    }
