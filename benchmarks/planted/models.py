@@ -134,6 +134,9 @@ class BatchNormalised(Sound):
 class ExpectsNormalised(Sound):
     """Was trained on images normalised by mean and standard deviation, and is given plain pixels."""
 
+    def __init__(self) -> None:
+        super().__init__("cnn")
+
     def before(self, x: Tensor) -> Tensor:
         return x * x.new_tensor(_STD)[:, None, None] + x.new_tensor(_MEAN)[:, None, None]
 
@@ -214,10 +217,10 @@ class Keyhole(Reversed):
 
 
 class Broken(Sound):
-    """Gives NaN for every image that is brighter than most."""
+    """Gives NaN for every image whose first value is bright."""
 
-    def after(self, logits: Tensor) -> Tensor:
-        return torch.where(logits[:, :1] > 0, torch.nan, logits)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, :1, 0, 0] > 0.52, torch.nan, super().forward(x))
 
 
 class Whispering(Sound):
