@@ -35,7 +35,7 @@ def main() -> None:
     (text, eps), *_ = parse_eps(options.eps)
     threat = ThreatModel(parse_norm(options.norm), eps)
     subject = load_subject(options.model, options.data, options.limit, device=options.device)
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "only")}
     record = _record(options, settings | {"images": [job.image_id for job in subject.jobs]})
     print(f"{options.model} on {options.data}: {len(subject.jobs)} of {subject.seen} images right when clean,")
     print(
