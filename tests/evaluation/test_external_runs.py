@@ -10,6 +10,7 @@ from attacking import outcomes, prepared, rows, run_in_pieces
 
 from robustvlm.attacks import FOOLED, ROBUST
 from robustvlm.errors import UserError
+from robustvlm.evaluation.budget import parse_budget
 
 MakeFolder = Callable[..., Path]
 MIXED = {"attack": "fgsm,torchattacks:PGD:steps=3,autoattack:apgd-ce:steps=3", "eps": "1/255,3/255"}
@@ -77,3 +78,35 @@ def test_a_disagreement_is_reported_and_counts(make_folder: MakeFolder) -> None:
 def test_mistakes_are_found_before_any_work(make_folder: MakeFolder, settings: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         prepared(make_folder(6), **{"attack": "pgd:steps=2", **settings})
+
+
+@pytest.mark.parametrize("model", ["Random", "SmallMemory", "NaNOffGrid"])
+def test_models_with_peculiarities(make_folder: MakeFolder, model: str) -> None:
+    spec = "torchattacks:PGD:steps=2"
+    run = prepared(make_folder(10), model, attack=spec, eps="4/255", checks="none", draws=3, eot=1)
+    summary = run.run()
+    attacked = [row for row in rows(run) if row["outcome"] not in ("clean_wrong", "skipped")]
+    assert attacked
+    assert all(row["attack"] == spec and row["linf"] <= 4 / 255 * (1 + 1e-9) for row in attacked)
+    if model == "NaNOffGrid":
+        assert {row["outcome"] for row in attacked} == {"failed"}
+        assert "failed images" in [check.name for check in summary.checks]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_other_precisions_of_the_run_give_the_same_verdicts(make_folder: MakeFolder, precision: str) -> None:
+    """The packages always compute in float32; the run's precision is for our own gradients."""
+    photos = make_folder(12)
+    settings = {"attack": "autoattack:apgd-ce:steps=4", "eps": "2/255", "checks": "none"}
+    runs = [prepared(photos, out=photos.parent / name, precision=name, **settings) for name in ("fp32", precision)]
+    for run in runs:
+        run.run()
+    assert outcomes(runs[0]) == outcomes(runs[1])
+
+
+def test_a_budget_ends_them_between_passes(make_folder: MakeFolder) -> None:
+    run = prepared(make_folder(20), attack="torchattacks:PGD:steps=50", eps="1/255", checks="none")
+    summary = run.run(budget=parse_budget("300passes"))
+    assert summary.unfinished is not None
+    assert summary.cost.forward_passes + summary.cost.backward_passes <= 300
+    assert run.run().unfinished is None
