@@ -12,6 +12,7 @@ import typer
 
 from robustvlm import __version__
 from robustvlm.cli.attack import attack
+from robustvlm.cli.certify import certify
 from robustvlm.cli.data import data
 from robustvlm.cli.evaluate import evaluate
 from robustvlm.cli.models import models
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (attack, evaluate, report, models, data):
+for command in (attack, certify, evaluate, report, models, data):
     app.command(command.__name__)(command)
 
 

@@ -12,7 +12,7 @@ from robustvlm.runs.summary import EpsSummary, Summary
 from robustvlm.stats import Rate
 
 _FORM = re.compile(r"^\s*([a-z_]+)(?:\.(low|high))?\s*(>=|<=|>|<)\s*([0-9.eE+-]+)\s*(%?)\s*$")
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
+COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
     ">=": operator.ge,
@@ -56,7 +56,7 @@ class Condition:
         if rate is None or rate.value is None:
             return True
         value = {"value": rate.value, "low": rate.low, "high": rate.high}[self.part]
-        return _COMPARE[self.sign](value, self.threshold)
+        return COMPARE[self.sign](value, self.threshold)
 
 
 def parse_condition(text: str) -> Condition:

@@ -69,16 +69,22 @@ def pilot_size(claim: str, samples: int, *, early: bool) -> int:
 
 
 def make_plan(
-    config: CertifyConfig, *, text: Array | None = None, vectors: Array | None = None, rounding: float = 0.0
+    config: CertifyConfig,
+    *,
+    text: Array | None = None,
+    vectors: Array | None = None,
+    rounding: float = 0.0,
+    baselines: bool = True,
 ) -> Plan:
     """Return the plan of a run's claim.
 
     Args:
         text: class embeddings [K, D], for class and vote claims. vectors: [K, A, D], for open-set claims.
         rounding: bound of the rounding of kept features (class claims only).
+        baselines: fill the columns of other bounds (feature claims; they need the clean feature).
     """
     if config.claim == "feature":
-        return _feature(config)
+        return _feature(config, baselines)
     if config.claim == "openset":
         assert vectors is not None
         return _openset(config, vectors)
@@ -104,12 +110,12 @@ def require_possible(plan: Plan, config: CertifyConfig) -> float:
     raise UserError(f"{have} can certify {goal} for no image, whatever the model (at best {best:.4g}): {cure}")
 
 
-def _feature(config: CertifyConfig) -> Plan:
+def _feature(config: CertifyConfig, baselines: bool) -> Plan:
     assert config.min_cos is not None
     common: dict[str, Any] = {"cos0": config.min_cos, "sigma": config.sigma, "alpha": config.alpha}
     certifier: Callable[[], Certifier]
     if config.radius is None:
-        certifier = partial(FeatureRadius, **common, n=config.samples, n_pilot=config.n_pilot)
+        certifier = partial(FeatureRadius, **common, n=config.samples, n_pilot=config.n_pilot, baselines=baselines)
     else:
         certifier = partial(FeatureTest, **common, n=config.samples, radius=config.radius)
     cos0 = config.min_cos

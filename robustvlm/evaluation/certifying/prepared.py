@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.parquet as pq
 
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
 from robustvlm.evaluation.certifying.observer import CertifyObserver
 from robustvlm.evaluation.ledger import new_session
+from robustvlm.report.certify_html import write_certify_report
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_rows import make_certify_rows
 from robustvlm.runs.certify_summary import CertifySummary, summarise_certify
@@ -37,12 +41,14 @@ class PreparedCertify:
 
     Args:
         begin: makes the work of this process, given ledger, observer and ranks.
+        illustrate: given a folder and the rows, keeps pictures for the report; None if the images are not at hand.
     """
 
     config: CertifyConfig
     folder: RunFolder
     manifest: Manifest
     begin: Callable[[CertifyLedger, CertifyObserver, Ranks], Work]
+    illustrate: Callable[[Path, list[dict[str, Any]]], None] | None = None
 
     def run(
         self, observer: CertifyObserver | None = None, *, fresh: bool = False, resume: bool = False
@@ -50,7 +56,9 @@ class PreparedCertify:
         """Start or continue the run, write its files and return the summary; of a finished run, return its summary."""
         ranks = current_ranks()
         with self._opened(ranks, fresh=fresh, resume=resume) as manifest:
-            if not self.folder.finished:
+            if self.folder.finished:
+                self._report(ranks, again=False)
+            else:
                 ledger = CertifyLedger(self.folder, rank=ranks.rank, session=ranks.share(new_session()))
                 try:
                     self.begin(ledger, (observer if ranks.leader else None) or CertifyObserver(), ranks).run()
@@ -58,10 +66,19 @@ class PreparedCertify:
                     if ranks.leader:
                         ledger.sync()
                         finish(ledger, manifest)
+                        self._report(ranks, again=True)
                 finally:
                     ledger.close()
             ranks.barrier()
             return read_summary(self.folder)
+
+    def _report(self, ranks: Ranks, *, again: bool) -> None:
+        """Write the report and its pictures; a crash may have left a finished run without."""
+        if not ranks.leader or (self.folder.report_path.exists() and not again):
+            return
+        if self.illustrate is not None:
+            self.illustrate(self.folder.gallery_path, pq.read_table(self.folder.results_path).to_pylist())
+        write_certify_report(self.folder.path)
 
     @contextmanager
     def _opened(self, ranks: Ranks, *, fresh: bool, resume: bool) -> Iterator[Manifest]:

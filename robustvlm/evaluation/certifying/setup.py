@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from robustvlm.data.names import read_class_names
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.pipeline import split_spec
 from robustvlm.errors import UserError
+from robustvlm.evaluation.certify_gallery import save_extremes
 from robustvlm.evaluation.certifying.claims import Plan, make_plan, pilot_size, require_possible
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
 from robustvlm.evaluation.certifying.facts import Recorder
@@ -76,13 +78,21 @@ def prepare_certify(
             ranks=ranks,
         )
 
+    illustrate = partial(
+        save_extremes,
+        source=source,
+        size=config.resolution,
+        interpolation=vlm.interpolation,
+        sigma=sigma,
+        seed=config.seed,
+    )
     model_facts, data_facts = describe_model(vlm), describe_data(source)
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("certify", settings.model, settings.data, identity))
     manifest = make_manifest(
         kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
-    return PreparedCertify(config, folder, manifest | {"plan": describe_plan(plan, config, best)}, begin)
+    return PreparedCertify(config, folder, manifest | {"plan": describe_plan(plan, config, best)}, begin, illustrate)
 
 
 def settle_sigma(settings: Settings) -> float:
@@ -143,11 +153,17 @@ def make_config(settings: Settings, *, sigma: float, device: str) -> CertifyConf
 
 
 def plan_of(
-    config: CertifyConfig, vlm: VLM, text: Array | None, templates: tuple[str, ...], *, rounding: float = 0.0
+    config: CertifyConfig,
+    vlm: VLM,
+    text: Array | None,
+    templates: tuple[str, ...],
+    *,
+    rounding: float = 0.0,
+    baselines: bool = True,
 ) -> Plan:
     """Return the plan of a run's claim about a model and its classes."""
     if config.claim != "openset":
-        return make_plan(config, text=text, rounding=rounding)
+        return make_plan(config, text=text, rounding=rounding, baselines=baselines)
     assert text is not None
     against = np.zeros((0, text.shape[1]))
     if config.antibodies is not None:

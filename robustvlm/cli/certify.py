@@ -1,0 +1,197 @@
+"""`robustvlm certify`: radii inside which no attack can do certain things to a smoothed model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from robustvlm.core.ranks import current_ranks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from robustvlm.evaluation.certifying.prepared import PreparedCertify
+    from robustvlm.evaluation.certifying.settings import Settings
+    from robustvlm.runs.certify_summary import CertifySummary
+
+_MODEL = "Any model (`robustvlm models` lists the forms); of MODEL+smooth:SIGMA the smoothing is certified."
+_CLAIM = (
+    "feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another rule), "
+    "openset (accepted or rejected) [default: feature; with --from-cache: class]."
+)
+
+
+def certify(
+    model: Annotated[str, typer.Argument(help=_MODEL)] = "tiny",
+    data: Annotated[str, typer.Option(help="The images; `robustvlm data` lists the forms.")] = "emoji",
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
+    tree: Annotated[Path | None, typer.Option(help="File of the class tree (JSON, YAML or CSV).")] = None,
+    claim: Annotated[str | None, typer.Option(help=_CLAIM)] = None,
+    sigma: Annotated[float | None, typer.Option(help="Noise level in pixels scaled to [0, 1] [default: 0.25].")] = None,
+    samples: Annotated[int, typer.Option(help="Noisy copies per image, at most.")] = 10_000,
+    alpha: Annotated[float, typer.Option(help="Probability that an image's certificate is false, at most.")] = 0.001,
+    min_cos: Annotated[float, typer.Option(help="Cosine to certify (feature claims).")] = 0.5,
+    radius: Annotated[
+        float | None,
+        typer.Option(help="Decide only whether this l2 radius is certified, with as few samples as that takes."),
+    ] = None,
+    at: Annotated[str | None, typer.Option(help="Radii to count images at, as 0.1,0.25 [default: by sigma].")] = None,
+    tau: Annotated[float | None, typer.Option(help="Threshold of the score, from other images (openset).")] = None,
+    antibodies: Annotated[Path | None, typer.Option(help="File of names to score against (openset).")] = None,
+    weight: Annotated[float, typer.Option(help="Weight of the antibodies (openset).")] = 1.0,
+    deployed: Annotated[
+        int | None, typer.Option(help="Also certify the mean of this many fresh samples (feature claims).")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Keep the noisy features as float16 or float32, to certify other prompts later.")
+    ] = None,
+    from_cache: Annotated[
+        str | None,
+        typer.Option("--from-cache", help="A run made with --cache: certify --classes by text passes only."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="With --from-cache: independent if the prompts were fixed without looking at what the features gave, "
+            "else adaptive (the default, valid always, smaller radii)."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Certify this many images, chosen by a hash of their ids.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    lanes: Annotated[int | None, typer.Option(help="Noisy images per batch [default: 128; GPU: 512].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp64: part of the encoder that is certified, to be deployed alike.")
+    ] = "fp32",
+    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
+        ),
+    ] = None,
+    audit: Annotated[
+        str | None,
+        typer.Option(help="Attack the certificates of this finished run; exit code 1 if one breaks."),
+    ] = None,
+    audit_starts: Annotated[int | None, typer.Option(help="Descents per image and distance (audit).")] = None,
+    audit_steps: Annotated[int | None, typer.Option(help="Gradient steps per descent (audit).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(help="End with exit code 1 if this holds, e.g. 'certified@0.25<50%' or 'mean_radius<0.1'."),
+    ] = None,
+) -> None:
+    """Certify a smoothed model: a radius per image inside which, with confidence 1 - alpha, no attack succeeds.
+
+    Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
+    """
+    # The heavy libraries are loaded here, so that --help and --version answer at once.
+    from rich.console import Console
+
+    from robustvlm.evaluation.certifying.conditions import parse_certify_condition
+    from robustvlm.evaluation.certifying.settings import Settings
+
+    if audit is not None:
+        from robustvlm.cli.certify_audit import run_audit
+
+        raise typer.Exit(
+            run_audit(
+                audit, limit=limit, seed=seed, device=device, starts=audit_starts, steps=audit_steps, as_json=as_json
+            )
+        )
+    conditions = [parse_certify_condition(text) for text in fail_if or []]
+    ranks = current_ranks()
+    console = Console(stderr=as_json, quiet=not ranks.leader)
+    settings = Settings(
+        model=model,
+        data=data,
+        classes=classes,
+        templates=templates,
+        tree=tree,
+        claim=claim or ("feature" if from_cache is None else "class"),
+        sigma=sigma,
+        samples=samples,
+        alpha=alpha,
+        min_cos=min_cos,
+        radius=radius,
+        at=at,
+        tau=tau,
+        antibodies=antibodies,
+        weight=weight,
+        deployed=deployed,
+        cache=cache,
+        limit=limit,
+        seed=seed,
+        lanes=lanes,
+        device=device,
+        precision=precision,
+    )
+    with console.status("Loading model and data"):
+        prepared = _prepare(settings, from_cache, prompts, out, name)
+    summary = _work(prepared, console, fresh=resume is False, resume=resume is True)
+    if not ranks.leader:
+        return
+    _show(summary, prepared, console, as_json=as_json)
+    failed = [condition.text for condition in conditions if condition.holds(summary)]
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+def _prepare(
+    settings: Settings, from_cache: str | None, prompts: str | None, out: Path, name: str | None
+) -> PreparedCertify:
+    from robustvlm.errors import UserError
+    from robustvlm.evaluation.certifying.replay import prepare_replay
+    from robustvlm.evaluation.certifying.setup import prepare_certify
+
+    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    if from_cache is not None:
+        return prepare_replay(settings, from_cache, prompts=prompts, out=out, name=name, command=command)
+    if prompts is not None:
+        raise UserError("--prompts is for --from-cache: prompts fixed before the noise is drawn are independent")
+    return prepare_certify(settings, out=out, name=name, command=command)
+
+
+def _work(prepared: PreparedCertify, console: Console, *, fresh: bool, resume: bool) -> CertifySummary:
+    from robustvlm.cli.certify_progress import CertifyProgress
+
+    console.print(
+        f"Certifying [bold]{_plain(prepared.manifest['model']['spec'])}[/bold] -> {_plain(prepared.folder.path)}"
+    )
+    try:
+        with CertifyProgress(console, samples=prepared.config.samples) as progress:
+            return prepared.run(progress, fresh=fresh, resume=resume)
+    except KeyboardInterrupt:
+        if current_ranks().fail("interrupted"):  # of several processes one speaks
+            typer.echo(
+                f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
+            )
+        raise typer.Exit(130) from None
+
+
+def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, *, as_json: bool) -> None:
+    from robustvlm.report.certify_terminal import certify_table
+
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=2))
+        return
+    console.print(certify_table(summary, prepared.manifest["plan"]["threat"]))
+    console.print(f"Report:  {_plain(prepared.folder.report_path)}")
+    console.print(f"Results: {_plain(prepared.folder.results_path)}")
+
+
+def _plain(value: object) -> str:
+    """Keep rich from reading markup in user-given text."""
+    from rich.markup import escape
+
+    return escape(str(value))

@@ -1,0 +1,196 @@
+"""Certify other prompts from the features that a finished run kept: text passes only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from robustvlm.core.ranks import Ranks
+from robustvlm.data.names import name_key
+from robustvlm.data.prompts import read_templates
+from robustvlm.defenses import load_pipeline
+from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.cache import rounding_error
+from robustvlm.evaluation.certifying.claims import require_possible
+from robustvlm.evaluation.certifying.encoder import NoisyEncoder
+from robustvlm.evaluation.certifying.facts import Recorder
+from robustvlm.evaluation.certifying.ledger import CertifyLedger
+from robustvlm.evaluation.certifying.observer import CertifyObserver
+from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
+from robustvlm.evaluation.certifying.run import ReplayRun
+from robustvlm.evaluation.certifying.settings import Settings
+from robustvlm.evaluation.certifying.setup import (
+    describe_model,
+    describe_plan,
+    embed_classes,
+    list_of_names,
+    make_config,
+    plan_of,
+)
+from robustvlm.models.device import resolve_device
+from robustvlm.report.record import find_run
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import Manifest, make_manifest
+
+PROMPTS = ("adaptive", "independent")
+
+WHY = {
+    "adaptive": "The prompts may have been chosen after looking at what these features gave, so the radius comes from "
+    "one ball around the mean and one bound of the covariance, which hold for all prompts at once. If they were fixed "
+    "without looking, --prompts independent gives the larger radius of the usual certificate.",
+    "independent": "You said that the prompts were fixed without looking at what these features gave; the usual "
+    "certificate (P1-CDF) is then valid for them. Were they tuned on these results, it would not be.",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run with kept features."""
+
+    folder: RunFolder
+    manifest: Manifest
+    config: CertifyConfig
+    rows: list[dict[str, Any]]
+
+    @property
+    def identity(self) -> str:
+        """What tells this run's samples from any other's."""
+        return f"{self.manifest['name']} {self.manifest['created']} {self.manifest['model']['fingerprint']}"
+
+
+def open_source(run: str, *, root: Path) -> Source:
+    """Return the run whose features are to be judged; UserError when it is none, unfinished, or kept none."""
+    path = find_run(run, root=root)
+    folder = RunFolder(path.parent, path.name)
+    manifest = folder.manifest()
+    if manifest is None or manifest["kind"] != "certify":
+        raise UserError(f"'{path}' is no certify run: pass one that was made with --cache")
+    config = CertifyConfig(**manifest["config"])
+    if config.cache is None:
+        raise UserError(f"the run '{path}' kept no features: make it with --cache float16")
+    if not folder.finished:
+        raise UserError(f"the run '{path}' has not ended: give its command again to go on")
+    return Source(folder, manifest, config, pq.read_table(folder.results_path).to_pylist())
+
+
+def prepare_replay(
+    settings: Settings,
+    run: str,
+    *,
+    prompts: str | None = None,
+    out: Path = Path("runs"),
+    name: str | None = None,
+    command: str = "",
+) -> PreparedCertify:
+    """Check all settings, load the model for its text encoder and return a run that is ready to start.
+
+    Model, data, noise, samples and seed are the source run's.
+
+    Args:
+        run: folder or name of a finished run made with --cache.
+        prompts: "adaptive" (default): valid whatever the prompts were chosen by; "independent": the user vouches that
+            they were fixed without looking at what the features gave.
+
+    Raises:
+        UserError: settings that do not go with kept features, or under which every image would abstain.
+    """
+    source = open_source(run, root=out)
+    settings = settings.with_source(source.manifest["config"]).checked()
+    _check(settings, source, prompts)
+    chosen = (prompts or "adaptive") if settings.claim == "class" else None
+    assert source.config.cache is not None
+    device = str(resolve_device(settings.device))
+    data = source.manifest["data"]
+    names = tuple(data["class_names"]) if settings.classes is None else list_of_names(settings.classes)
+    templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
+    vlm = load_pipeline(settings.model, device=device)
+    if describe_model(vlm) != source.manifest["model"]:
+        raise UserError(f"the model '{settings.model}' is no longer the one of the run '{source.folder.path}'")
+    config = make_config(settings, sigma=source.config.sigma, device=device).model_copy(
+        update={
+            "resolution": source.config.resolution,
+            "n_pilot": source.config.n_pilot,
+            "source": source.identity,
+            "prompts": chosen,
+        }
+    )
+    text = embed_classes(vlm, names, templates, needed=config.claim != "feature")
+    dim = vlm.encode_text(["a"]).shape[1]
+    rounding = rounding_error(source.config.cache, dim)
+    clean_kept = source.config.claim == "feature"
+    plan = plan_of(config, vlm, text, templates, rounding=rounding, baselines=clean_kept)
+    best = require_possible(plan, config)
+    encoder = NoisyEncoder(vlm, precision=config.precision)
+    recorder = Recorder(config, plan, encoder.fingerprint, config.seed, text)
+    begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
+    model_facts = describe_model(vlm)
+    data_facts = {**data, "class_names": list(names), "templates": list(templates)}
+    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("certify", settings.model, "kept", identity))
+    manifest = make_manifest(
+        kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+    )
+    described = describe_plan(plan, config, best)
+    if chosen is not None:
+        described["threat"].append(WHY[chosen])
+    return PreparedCertify(config, folder, manifest | {"plan": described}, begin)
+
+
+def _begin(
+    ledger: CertifyLedger,
+    observer: CertifyObserver,
+    ranks: Ranks,
+    *,
+    recorder: Recorder,
+    source: Source,
+    names: tuple[str, ...],
+    best: float,
+) -> Work:
+    return ReplayRun(
+        recorder=recorder,
+        rows=source.rows,
+        features=source.folder.features_path,
+        labels=relabel(source.rows, source.manifest["data"]["class_names"], names),
+        best_radius=best,
+        ledger=ledger,
+        observer=observer,
+        ranks=ranks,
+    )
+
+
+def relabel(rows: list[dict[str, Any]], old: list[str], new: tuple[str, ...]) -> dict[int, int]:
+    """Return the images' classes in a new list of class names, by image index; -1 where their class is not in it.
+
+    Example:
+        >>> relabel([{"index": 0, "label": 1}, {"index": 1, "label": 0}], ["cat", "dog"], ("wolf", "Dog"))
+        {0: 1, 1: -1}
+    """
+    places = {name_key(name): place for place, name in enumerate(new)}
+    found = [-1 if row["label"] < 0 else places.get(name_key(old[row["label"]]), -1) for row in rows]
+    return {row["index"]: label for row, label in zip(rows, found, strict=True)}
+
+
+def _check(settings: Settings, source: Source, prompts: str | None) -> None:
+    if prompts is not None and prompts not in PROMPTS:
+        raise UserError(f"--prompts is adaptive or independent, got '{prompts}'")
+    if settings.radius is not None:
+        raise UserError("kept features are all there already, stopping early saves nothing: leave out --radius")
+    if settings.cache is not None:
+        raise UserError("the features are kept already: leave out --cache")
+    if settings.claim == "class":
+        return
+    if source.config.cache == "float16":
+        raise UserError(
+            f"the run '{source.folder.path}' kept float16 features, whose rounding is accounted for in class claims "
+            f"only: for --claim {settings.claim} make it with --cache float32"
+        )
+    if settings.claim in ("vote", "openset") and prompts != "independent":
+        raise UserError(
+            f"a certificate of --claim {settings.claim} from kept features is valid only for prompts that were fixed "
+            "without looking at what the features gave: pass --prompts independent if they were, else sample anew"
+        )
