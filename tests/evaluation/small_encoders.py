@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 import torch.nn.functional as F
@@ -102,5 +103,15 @@ class FailsOnRank1(Encoder):
     def encode_image(self, pixels: Tensor) -> Tensor:
         self.calls += 1
         if self.calls > 40 and os.environ.get("RANK") == "1":
-            raise OSError(5, "the disk of rank 1 is gone")
+            self.fail()
         return super().encode_image(pixels)
+
+    def fail(self) -> None:
+        raise OSError(5, "the disk of rank 1 is gone")
+
+
+class KillsRank1(FailsOnRank1):
+    """Dies without a word after some batches, but only in the second of several processes."""
+
+    def fail(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from attacking import CURVE, Interrupt, pictures, prepared, run_in_pieces, table
 
@@ -44,7 +43,7 @@ def ours(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith(("error: ", "stopped", "interrupted"))]
 
 
-def test_two_processes_give_the_results_of_one_and_go_on_where_one_stopped(make_folder: Photos) -> None:
+def test_two_processes_give_the_results_of_one(make_folder: Photos) -> None:
     photos = make_folder(24)
     alone = prepared(photos, name="alone", **CURVE)
     alone.run()
@@ -58,13 +57,6 @@ def test_two_processes_give_the_results_of_one_and_go_on_where_one_stopped(make_
     kinds = [[fact["kind"] for fact in read_journal(path)] for path in two.folder.journals()]
     assert [kind.count("clean") for kind in kinds] == [12, 12]
     assert all(kind.count("attack") > 5 for kind in kinds)
-
-    # Begun by one process, ended by two.
-    part = prepared(photos, name="part", **CURVE)
-    _stopped_after(part, 30)
-    done = torchrun(photos, "--name=part", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert table(part).equals(table(alone))
 
 
 def _stopped_after(run: Prepared, images: int) -> None:
@@ -87,6 +79,27 @@ def test_a_run_of_several_processes_is_continued_by_one(make_folder: Photos) -> 
     last = run_in_pieces(lambda: prepared(photos, **CURVE), [10])
     assert table(last).equals(table(alone))
     assert pictures(last.folder.gallery_path) == pictures(alone.folder.gallery_path)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_stopped_and_one_where_two_were_killed(make_folder: Photos) -> None:
+    photos = make_folder(24)
+    alone = prepared(photos, name="alone", **CURVE)
+    alone.run()
+
+    part = prepared(photos, name="part", **CURVE)
+    _stopped_after(part, 30)
+    done = torchrun(photos, "--name=part", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert table(part).equals(table(alone))
+
+    killed = prepared(photos, "KillsRank1", name="killed", **CURVE)
+    done = torchrun(photos, "--name=killed", model="KillsRank1")
+    assert done.returncode != 0
+    kept = f"stopped; everything so far is kept in '{killed.folder.path}': repeat the command to go on"
+    assert ours(done) == [kept], "torchrun ends the other one, which says what to do"
+    killed.run(resume=True)
+    assert table(killed).equals(table(alone))
 
 
 @pytest.mark.slow
