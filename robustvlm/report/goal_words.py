@@ -16,6 +16,7 @@ class GoalWords:
         before: the same as a column title: "right when clean".
         held: name of the share of images on which the goal is not reached: "robust accuracy".
         nothing: what to say when the goal was reached on every image before any attack.
+        clean: name of the share of images that were right before any attack.
         leave: images leave at the first success, so that later attacks see only those left standing.
     """
 
@@ -25,6 +26,7 @@ class GoalWords:
     before: str
     held: str
     nothing: str
+    clean: str = "clean accuracy"
     leave: bool = True
 
     @property
@@ -76,6 +78,7 @@ def goal_words(goal: str, *, can_reject: bool = False, min_cos: float | None = N
             before="rejected when clean",
             held="rejected throughout",
             nothing="The model accepted every unknown image before any attack, so there was nothing to attack.",
+            clean="rejected when clean",
         )
     if kind == "feature":
         return _feature(rest, min_cos)

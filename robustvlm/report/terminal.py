@@ -54,7 +54,7 @@ def _by_eps(summary: Summary) -> Table:
         caption=words.caption,
     )
     table.add_column("eps")
-    for name in ("clean accuracy", words.held, "attack success rate"):
+    for name in (words.clean, words.held, "attack success rate"):
         table.add_column(name)
     for at in summary.per_eps:
         table.add_row(

@@ -253,7 +253,7 @@ def _at_eps(
 ) -> EpsSummary:
     data, config = manifest["data"], manifest["config"]
     goals = config.get("goals") or ["misclassify"]
-    levels = tree_levels(data)
+    levels = tree_levels(data) if any(image.label >= 0 for image in table.images) else []
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
     refuses, features = bool((manifest.get("model") or {}).get("can_reject")), goals[0].startswith("feature")
@@ -275,7 +275,7 @@ def _at_eps(
             outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
         ),
         levels=level_summaries(rows, table, index, levels) if len(goals) == 1 else [],
-        transfer=level_transfer(rows, goals, index, levels, config) if len(goals) > 1 else None,
+        transfer=level_transfer(rows, goals, index, levels, config) if len(goals) > 1 and levels else None,
         cosine=_cosine(recorded) if features else None,
         acceptance=_acceptance(recorded) if refuses else None,
     )

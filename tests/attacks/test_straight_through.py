@@ -51,7 +51,7 @@ def test_values_are_exact_and_gradients_those_of_the_surrogate() -> None:
 
 
 def test_without_gradients_nothing_but_the_part_is_run() -> None:
-    def never(x: Tensor) -> Tensor:
+    def never(_: Tensor) -> Tensor:
         raise AssertionError("the surrogate is for gradients")
 
     x = torch.rand(2, 2)

@@ -1,4 +1,4 @@
-"""Classifiers behind one interface: what they return, when they refuse, and what is wrong with those that do not fit."""
+"""Classifiers behind one interface: what they return, when they refuse, and why some do not fit."""
 
 from __future__ import annotations
 

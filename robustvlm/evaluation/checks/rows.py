@@ -50,7 +50,10 @@ def of_results(
         if fallback:
             checks.append(Check(name=f"objective of {attack.name}", level="note", message=fallback + "."))
     if not any(fact.exposed for fact in clean):
-        message = "No image was classified right before the attack, so there was nothing to attack and no success rate."
+        message = (
+            "On no image was there anything to attack: the model was wrong, or the goal was reached, without any "
+            "perturbation, so there is no success rate."
+        )
         checks.append(Check(name="something to attack", level="fault", message=message))
     exposed = sum(fact.exposed for fact in clean)
     checks += black_box(found, attacks, exposed=exposed)
