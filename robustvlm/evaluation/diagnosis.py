@@ -25,11 +25,12 @@ from robustvlm.runs.summary import Check
 MOST_IMAGES = 32
 FEWEST_ROBUST = 3
 N_ITER = 10
-# Four attacks (42 encoder passes with twice the steps, 22 each else), 11 random points, 9 plain images, one rounding.
-PASSES_PER_IMAGE = 3 * 2 * (N_ITER + 1) + 2 * (2 * N_ITER + 1) + 11 + 9 + 1
-_NOISE_DRAWS = 11
+_NOISE_DRAWS, _N_SHADES, _N_RANDOM, _N_OTHERS = 11, 3, 3, 3
+# Points that are judged without an attack: noise, plain and other images, the rounded image.
+JUDGED_POINTS = _NOISE_DRAWS + _N_SHADES + _N_RANDOM + _N_OTHERS + 1
+# Three attacks, one with twice the steps, and the judged points.
+PASSES_PER_IMAGE = 3 * 2 * (N_ITER + 1) + 2 * (2 * N_ITER + 1) + JUDGED_POINTS
 _HUGE_LINF = 128 / 255
-_N_RANDOM, _N_OTHERS = 3, 3
 
 NAMES = (
     "larger radius",

@@ -6,6 +6,8 @@ full: also extra attacks on at most 32 images at the end, which cost at most `PA
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,8 @@ from robustvlm.attacks.goals.feature import FeatureGoal
 from robustvlm.attacks.sanity import MOST_IMAGES, inspect_model
 from robustvlm.evaluation import checks
 from robustvlm.evaluation.budget import BudgetSpent
-from robustvlm.evaluation.diagnosis import FEWEST_ROBUST, NAMES, Diagnosis, choose_sample, short_attack
+from robustvlm.evaluation.diagnosis import FEWEST_ROBUST, JUDGED_POINTS, NAMES, Diagnosis, choose_sample, short_attack
+from robustvlm.evaluation.estimate import Work
 from robustvlm.evaluation.images import Images, Picture
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.unperturbed import ask_unperturbed, brief, needs_briefing
@@ -56,6 +59,20 @@ def questions(run: AttackRun, images: Tensor, label: Tensor, found: Probe) -> li
     return checks.of_sanity(sanity, attacks=attacks, zero_gradients=found.zero_gradients, declared=declared)
 
 
+def extra_work(run: AttackRun, planned: Sequence[Work]) -> list[Work]:
+    """Return what the extra attacks will cost at most, as work on images that are `planned` to be attacked anyway."""
+    if run.config.checks != "full" or _EXTRA in _known(run.ledger):
+        return []
+    names = dict.fromkeys(name for stage in planned for name in stage.images)
+    goal = run.aim.goals[0].spec
+    names = names or dict.fromkeys((goal, fact.image_id) for fact in run.ledger.clean.values() if fact.exposed)
+    sample, attack = list(names)[:MOST_IMAGES], short_attack([stage.attack for stage in run.stages])
+    # Points that are judged and not attacked count as attacks of as many passes.
+    judged = math.ceil(JUDGED_POINTS * run.oracle.draws / (2 * (attack.n_iter + 1) * run.oracle.eot))
+    longer = dataclasses.replace(attack, n_iter=2 * attack.n_iter)
+    return [Work(longer, sample)] + [Work(attack, sample)] * (3 + judged)
+
+
 def extra_attacks(run: AttackRun, found: Probe) -> None:
     """Attack a sample of the run's images anew, and record what that says; what is recorded is not done again."""
     ledger, oracle, goal = run.ledger, run.oracle, run.aim.goals[0]
@@ -87,6 +104,11 @@ def extra_attacks(run: AttackRun, found: Probe) -> None:
     spent = oracle.passes.forward + oracle.passes.backward - before
     message = f"{len(jobs)} images were attacked anew at eps {threat.eps:.4g}, in {spent:,} passes of this session."
     ledger.add_checks([Check(name=_EXTRA, level="ok", message=message)])
+
+
+def _halvings(size: int) -> tuple[int, ...]:
+    """Return batch sizes from `size` down to 1: nothing here has to agree to the bit with other batches."""
+    return (size, *_halvings(size // 2)) if size > 1 else (1,)
 
 
 def _known(ledger: Ledger) -> set[str]:
