@@ -179,7 +179,7 @@ class AttackRun:
             second_looks=0 if oracle.confirmed else oracle.draws,
             ranks=self.ranks.size,
         )
-        forecast = estimate(work, speed)
+        forecast = estimate([*work, *scrutiny.extra_work(self, work)], speed)
         if self.ranks.leader:
             self.ledger.add_estimate(forecast)
         return forecast
