@@ -174,7 +174,7 @@ class AttackRun:
         oracle = self.oracle
         speed = Speed(
             rungs=found.rungs,
-            fastest=oracle.fastest,
+            seconds_of=oracle.seconds,
             eot=oracle.eot,
             second_looks=0 if oracle.confirmed else oracle.draws,
             ranks=self.ranks.size,

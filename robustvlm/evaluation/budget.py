@@ -20,6 +20,7 @@ from robustvlm.errors import UserError
 _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE]\+?[0-9]+)?)\s*([A-Za-z]+)\s*")
 _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 _PASSES = ("pass", "passes")
+_TIMES_KEPT = 31
 
 
 class BudgetSpent(Exception):
@@ -87,13 +88,13 @@ class Meter:
 class MeteredOracle(Oracle):
     """An oracle that asks before every look, and knows how fast batches of each size have been.
 
-    `fastest` holds the seconds of the fastest call, by number of rows and whether gradients were asked for.
+    `seconds` holds the typical seconds of a batch, by number of rows and whether gradients were asked for.
     """
 
     def __init__(self, model: Any, *, budget: Budget, ranks: Ranks, **options: Any) -> None:
         super().__init__(model, **options)
         self.meter = Meter(budget, self.passes, ranks)
-        self.fastest: dict[tuple[int, bool], float] = {}
+        self._times: dict[tuple[int, bool], list[float]] = {}
 
     def look(
         self, x: Tensor, goal: Goal, objective: Objective, case: Case, *, gradient: bool = True
@@ -107,5 +108,11 @@ class MeteredOracle(Oracle):
         before = self.passes.seconds
         with super()._counted(images, backward=backward):
             yield
-        took = self.passes.seconds - before
-        self.fastest[images, backward] = min(took, self.fastest.get((images, backward), math.inf))
+        times = self._times.setdefault((images, backward), [])
+        if len(times) < _TIMES_KEPT:
+            times.append(self.passes.seconds - before)
+
+    @property
+    def seconds(self) -> dict[tuple[int, bool], float]:
+        # The first call of a size is slow (memory, kernels): of two the faster counts, of more the middle one.
+        return {key: sorted(times)[(len(times) - 1) // 2] for key, times in self._times.items()}

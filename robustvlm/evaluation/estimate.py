@@ -31,13 +31,13 @@ class Speed:
 
     Args:
         rungs: allowed batch sizes, descending.
-        fastest: seconds of a batch, by rows and whether gradients were asked for; at least of the largest size.
+        seconds_of: seconds of a batch, by rows and whether gradients were asked for; at least of the largest size.
         eot: draws averaged in one look; second_looks: draws that confirm the answer for an image, 0 where none do.
         ranks: processes that share the images.
     """
 
     rungs: Sequence[int]
-    fastest: Mapping[tuple[int, bool], float]
+    seconds_of: Mapping[tuple[int, bool], float]
     eot: int = 1
     second_looks: int = 0
     ranks: int = 1
@@ -55,7 +55,7 @@ class Speed:
     def seconds(self, rows: int, gradient: bool) -> float:
         """Return the seconds of a batch; of one never timed, its part of the largest."""
         largest = self.rungs[0]
-        return self.fastest.get((rows, gradient), self.fastest.get((largest, gradient), 0.0) * rows / largest)
+        return self.seconds_of.get((rows, gradient), self.seconds_of.get((largest, gradient), 0.0) * rows / largest)
 
     def cost(self, images: int, looks: int, *, gradient: bool) -> tuple[int, float]:
         """Return passes of all processes and seconds of the slowest, to look `looks` times at each image."""
@@ -74,9 +74,9 @@ def looks_per_image(attack: LaneAttack, n_targets: int) -> int:
     Example:
         >>> from robustvlm.attacks import parse_attacks
         >>> [looks_per_image(attack, 9) for attack in parse_attacks("pgd:steps=20:restarts=2,apgd-t")]
-        [42, 909]
+        [42, 1143]
     """
-    return attack.n_runs(n_targets + 1) * (attack.n_iter + 1)
+    return attack.n_runs(n_targets + 1) * attack.n_points()
 
 
 def estimate(work: Sequence[Work], speed: Speed) -> Estimate:

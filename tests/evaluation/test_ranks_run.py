@@ -107,7 +107,7 @@ def test_mistakes_are_said_once_and_end_every_process(make_folder: Photos) -> No
     photos = make_folder(6)
     done = torchrun(photos, "--name=two", "--attack=pdg")
     assert done.returncode != 0
-    assert ours(done) == ["error: unknown attack 'pdg': did you mean 'pgd' or 'apgd-t' or 'apgd-ce'?"]
+    assert [line.partition(":")[2] for line in ours(done)] == [" unknown attack 'pdg': did you mean 'pgd'?"]
 
 
 def test_a_process_that_fails_takes_the_others_along(make_folder: Photos) -> None:
