@@ -6,6 +6,7 @@ Imports nothing of the package but errors and seeds: any module from pixels in [
 from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD
+from robustvlm.attacks.apgd_targeted import TargetedAPGD
 from robustvlm.attacks.base import LaneAttack
 from robustvlm.attacks.external import (
     ExternalAttack,
@@ -76,6 +77,7 @@ __all__ = [
     "Superclass",
     "SuperclassAll",
     "Targeted",
+    "TargetedAPGD",
     "ThreatModel",
     "margin",
     "objective",

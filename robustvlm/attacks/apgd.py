@@ -38,11 +38,7 @@ class APGD(LaneAttack):
     """Auto-PGD with momentum, step halving at checkpoints and restarts from the best point.
 
     Per lane it keeps what the review at a checkpoint needs: the best point with loss and gradient, how many steps
-    raised the loss since the last checkpoint, and whether the step was halved there. With `n_targets` set, a
-    sub-run aims at one class each, the likeliest wrong classes first (APGD-T).
-
-    Args:
-        n_targets: number of target classes; None for an untargeted objective.
+    raised the loss since the last checkpoint, and whether the step was halved there.
 
     Example:
         >>> APGD(name="apgd-ce", objective=objective("ce")).n_iter
@@ -52,15 +48,6 @@ class APGD(LaneAttack):
     name: str = "apgd-ce"
     n_iter: int = 100
     objective: Objective = objective("ce")
-    n_targets: int | None = None
-
-    def n_runs(self, n_classes: int) -> int:
-        if self.n_targets is None:
-            return self.n_restarts
-        return self.n_restarts * min(self.n_targets, n_classes - 1)
-
-    def target_rank(self, run: int) -> int:
-        return 0 if self.n_targets is None else run // self.n_restarts
 
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
         del run

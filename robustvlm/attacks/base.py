@@ -48,6 +48,14 @@ class LaneAttack(ABC):
         del run
         return 0
 
+    def n_points(self) -> int:
+        """Return how many points a sub-run evaluates at most, its start included."""
+        return self.n_iter + 1
+
+    def exhaustive(self) -> LaneAttack:
+        """Return the attack without early ends that are sound for the outcome but not for the worst margin met."""
+        return self
+
     def away_from_image(self) -> LaneAttack:
         """Return the attack for goals whose gradient vanishes at the image: one that never starts there."""
         return self

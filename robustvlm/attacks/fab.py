@@ -8,14 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import LaneAttack, State
-from robustvlm.attacks.hyperplane import step_to_plane
-from robustvlm.attacks.objectives import Objective, objective
-from robustvlm.attacks.threat import ThreatModel, per_image, random_start
+from robustvlm.attacks.base import DONE, LaneAttack, State
+from robustvlm.attacks.boundary import boundary_step, lengths
+from robustvlm.attacks.objectives import OBJECTIVES, Objective, objective
+from robustvlm.attacks.reach import learn, nothing_known, out_of_reach
+from robustvlm.attacks.threat import ThreatModel, random_start
 from robustvlm.errors import UserError
-
-_OBJECTIVES = ("margin", "margin-t", "dlr", "dlr-t")
-_TINY = 1e-12  # makes the bias 0 where neither step moves anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +44,8 @@ class FAB(LaneAttack):
         beta: share of the distance to the image that is left after a success.
         random_start: begin every sub-run at a random point of the ball of half the radius; otherwise only restarts
             after a target's first do, and that one begins at the image.
+        futility: end a target's sub-run when its boundary is out of reach (rule and measured risk: `reach`).
+            Without effect untargeted, where the class that the walk leads to may still change.
 
     Example:
         >>> FAB().n_runs(n_classes=5)
@@ -62,11 +62,13 @@ class FAB(LaneAttack):
     eta: float = 1.05
     beta: float = 0.9
     random_start: bool = False
+    futility: bool = True
 
     def __post_init__(self) -> None:
-        if self.objective.name not in _OBJECTIVES:
+        if not self.objective.signed:
+            signed = ", ".join(name for name, known in OBJECTIVES.items() if known.signed)
             raise UserError(
-                f"attack '{self.name}' needs an objective whose sign tells success ({', '.join(_OBJECTIVES)}), "
+                f"attack '{self.name}' needs an objective whose sign tells success ({signed}), "
                 f"got '{self.objective.name}'"
             )
 
@@ -81,36 +83,25 @@ class FAB(LaneAttack):
     def away_from_image(self) -> FAB:
         return replace(self, random_start=True)
 
+    def exhaustive(self) -> FAB:
+        return replace(self, futility=False)
+
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
-        if self.random_start or run % self.n_restarts:
-            return {"x0": x0, "x": random_start(x0, ThreatModel(threat.norm, threat.eps / 2), generator)}
-        return {"x0": x0, "x": x0.clone()}
+        away = self.random_start or run % self.n_restarts
+        x = random_start(x0, ThreatModel(threat.norm, threat.eps / 2), generator) if away else x0.clone()
+        state = {"x0": x0, "x": x}
+        return state | nothing_known(x0) | {DONE: torch.zeros(1, dtype=torch.bool)} if self._gives_up() else state
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
-        del step
         x0, x = state["x0"], state["x"]
-        pulled = x0 + self.beta * (x - x0)
-        start = torch.where(per_image(loss > 0, x), pulled, x)
-        return state | {"x": self._step(start, x0, x, loss.to(x.dtype), grad, threat.norm)}
+        moved, distance = boundary_step(
+            x0, x, loss, grad, threat.norm, alpha_max=self.alpha_max, eta=self.eta, beta=self.beta
+        )
+        state = state | {"x": moved}
+        if not self._gives_up():
+            return state
+        state = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
+        return state | {DONE: out_of_reach(state, step, threat.eps)}
 
-    def _step(self, start: Tensor, x0: Tensor, x: Tensor, loss: Tensor, grad: Tensor, norm: str) -> Tensor:
-        """Return the biased step from `start` to the plane where the linearisation at `x` is zero."""
-        ahead, home = (step_to_plane(z, grad, -loss - _dot(grad, z - x), norm) for z in (start, x0))
-        far, near = lengths(ahead, norm), lengths(home, norm)
-        bias = per_image((far / (far + near).clamp_min(_TINY)).clamp_max(self.alpha_max), x)
-        return ((1 - bias) * (start + self.eta * ahead) + bias * (x0 + self.eta * home)).clamp(0, 1)
-
-
-def lengths(delta: Tensor, norm: str) -> Tensor:
-    """Return the Linf or L2 norm of every image's perturbation, [B, ...] -> [B].
-
-    Example:
-        >>> lengths(torch.tensor([[3.0, -4.0]]), "L2"), lengths(torch.tensor([[3.0, -4.0]]), "Linf")
-        (tensor([5.]), tensor([4.]))
-    """
-    flat = delta.flatten(1)
-    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    def _gives_up(self) -> bool:
+        return self.futility and self.n_targets is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import LaneAttack
@@ -51,11 +52,17 @@ class Lane:
     def observe(self, x: Tensor, fact: Fact) -> str | None:
         """Take in what the model says at a point [3, H, W]; return the outcome if that decides it."""
         success = fact.reached and self.leave
-        if self.best is None or not fact.finite or success or fact.margin < self.best.margin:
+        if not fact.finite or success or self._improves(x, fact):
             self.best, self.best_run, self.best_x = fact, self.run, x.clone()
         if not fact.finite:
             return FAILED
         return FOOLED if success else None
+
+    def _improves(self, x: Tensor, fact: Fact) -> bool:
+        if self.best is None or self.best_x is None:
+            return True
+        # The point met before is no better one: several sub-runs may start at the image, and rounding differs by batch.
+        return fact.margin < self.best.margin and not torch.equal(x, self.best_x)
 
     def reconsider(self, fact: Fact) -> str | None:
         """Replace what is known of the recorded point by a better look at it; return the outcome if that decides it."""
@@ -64,7 +71,7 @@ class Lane:
 
     def move_on(self, attack: LaneAttack, *, ended: bool) -> str | None:
         """Count a step, or close the sub-run; return the outcome when there is none left."""
-        if self.step < attack.n_iter and not ended:
+        if self.step + 1 < attack.n_points() and not ended:
             self.step += 1
             self.steps += 1
             return None

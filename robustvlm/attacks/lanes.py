@@ -70,6 +70,7 @@ class LaneEngine:
     ) -> None:
         self.oracle, self.threat, self.seed = oracle, threat, seed
         self.goal, self.leave = goal or Misclassify(), leave
+        attack = attack if leave else attack.exhaustive()
         self.attack = attack.away_from_image() if self.goal.still_at_image else attack
         self.rungs = tuple(rungs) or (lanes,)
         self.claimed = self.upheld = 0

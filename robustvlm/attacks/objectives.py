@@ -99,6 +99,11 @@ class Objective:
     def __call__(self, logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
         return self.function(logits, label, target)
 
+    @property
+    def signed(self) -> bool:
+        """Whether the loss is positive exactly where the attack has succeeded (for the target, if there is one)."""
+        return not self.name.startswith("ce")
+
     def fallback(self, n_classes: int) -> str | None:
         """Say what replaces the published formula when there are too few classes for it, or None."""
         if self.name == "dlr" and n_classes < 3:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from robustvlm.attacks.apgd import APGD
+from robustvlm.attacks.apgd_targeted import TargetedAPGD
 from robustvlm.attacks.base import LaneAttack
 from robustvlm.attacks.external.catalog import PACKAGES
 from robustvlm.attacks.external.spec import ExternalAttack, is_external, parse_external
@@ -35,7 +36,7 @@ _FACTORIES: dict[str, Callable[[], LaneAttack]] = {
     "pgd": lambda: PGD(),
     "apgd-ce": lambda: APGD(name="apgd-ce", objective=objective("ce")),
     "apgd-dlr": lambda: APGD(name="apgd-dlr", objective=objective("dlr")),
-    "apgd-t": lambda: APGD(name="apgd-t", objective=objective("dlr-t"), n_targets=9),
+    "apgd-t": lambda: TargetedAPGD(),
     "fab": lambda: FAB(name="fab", objective=objective("margin"), n_targets=None),
     "fab-t": lambda: FAB(),
     "square": lambda: Square(),

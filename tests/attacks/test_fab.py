@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from toy import Curved, Linear, attack_all, fooled, images, right_jobs
 
 from robustvlm.attacks import Job, LaneAttack, ThreatModel, objective, parse_attacks
-from robustvlm.attacks.fab import FAB, lengths
+from robustvlm.attacks.boundary import lengths
+from robustvlm.attacks.fab import FAB
 from robustvlm.errors import UserError
 
 THREATS = [ThreatModel("Linf", 0.03), ThreatModel("L2", 0.2)]
@@ -74,7 +75,7 @@ def test_first_step_is_the_papers(threat):
 
 def test_a_success_is_pulled_back_before_the_next_step():
     """With no overshoot, no bias and a flat objective at a success, what is left is the pull towards the image."""
-    attack = FAB(beta=0.6)
+    attack = FAB(beta=0.6, futility=False)
     x0 = torch.full((2, 3, 2, 2), 0.5)
     state = {"x0": x0, "x": x0 + 0.1}
     loss, flat = torch.tensor([0.3, -0.3]), torch.zeros_like(x0)

@@ -1,0 +1,141 @@
+"""Giving up classes that are out of reach: the rule, what it spares, and that no success is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from toy import Curved, Linear, attack_all, fooled, right_jobs
+
+from robustvlm.attacks import Job, LaneEngine, Oracle, TargetedAPGD, ThreatModel, objective, parse_attacks
+from robustvlm.attacks.base import DONE, State
+from robustvlm.attacks.boundary import boundary_step
+from robustvlm.attacks.fab import FAB
+from robustvlm.attacks.reach import learn, nothing_known, out_of_reach, reach, safety
+
+THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.15)]
+NORMS = ["Linf", "L2"]
+
+
+def known(distances: list[float], shortest: float) -> State:
+    state = nothing_known(torch.zeros(1, 3, 2, 2))
+    for distance in distances:
+        state = learn(state, torch.tensor([distance]), torch.tensor([shortest]), torch.tensor([shortest < 9]))
+    return state
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=12), st.floats(0.01, 1), st.integers(0, 100))
+def test_a_class_is_given_up_only_if_all_recent_evidence_exceeds_the_factor(distances, shortest, step):
+    state = known(distances, shortest)
+    least = min([*distances[-5:], shortest])
+    assert reach(state).item() == pytest.approx(least)
+    given_up = out_of_reach(state, torch.tensor([step]), 0.1).item()
+    assert given_up == (step >= 10 and torch.tensor(least) > safety(torch.tensor(step)) * 0.1)
+
+
+def test_a_boundary_never_crossed_is_never_out_of_reach():
+    assert not out_of_reach(known([0.9] * 8, shortest=10.0), torch.tensor([50]), 0.01).item()
+
+
+def test_the_factor_only_falls_and_stays_above_one():
+    factors = safety(torch.arange(10, 200))
+    assert (factors.diff() <= 0).all()
+    assert factors.min() > 1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_distance_is_exact_on_a_linear_model(norm):
+    model = Linear(classes=2)
+    x0 = torch.stack([job.pixels for job in right_jobs(model, 6)]) * 0.2 + 0.4
+    x = (x0 + 0.05 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1).requires_grad_(True)
+    gap = model(x)[:, 1] - model(x)[:, 0]
+    (grad,) = torch.autograd.grad(gap.sum(), x)
+    _, distance = boundary_step(x0, x.detach(), gap.detach(), grad, norm)
+    w = model.layer.weight[1] - model.layer.weight[0]
+    logits = model(x0)
+    exact = (logits[:, 1] - logits[:, 0]).abs() / (w.abs().sum() if norm == "Linf" else w.norm())
+    assert torch.allclose(distance[exact < 0.3], exact[exact < 0.3], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=NORMS)
+@pytest.mark.parametrize("name", ["fab-t:steps=60", "apgd-t:steps=60"])
+def test_the_same_images_are_fooled_for_fewer_passes(name, threat):
+    model = Curved(seed=4)
+    jobs = right_jobs(model, 32, seed=4)
+    attack = parse_attacks(name)[0]
+    on = attack_all(model, attack, threat, jobs)
+    off = attack_all(model, dataclasses.replace(attack, futility=False), threat, jobs)
+    assert 0 < len(fooled(off)) < len(jobs)
+    assert fooled(on) >= fooled(off)
+    saved = [(a.passes, b.passes) for a, b in zip(on, off, strict=True) if b.outcome == "robust"]
+    assert sum(a for a, _ in saved) < 0.75 * sum(b for _, b in saved)
+
+
+def drive(model: nn.Module, attack: TargetedAPGD, job: Job, threat: ThreatModel) -> tuple[list[Tensor], bool]:
+    """Return all points of the first sub-run, and whether it was ended."""
+    state = attack.begin(job.pixels[None], threat, torch.Generator().manual_seed(0), 0)
+    points, label, target = [], torch.tensor([job.label]), torch.tensor([job.targets[0]])
+    for step in range(attack.n_points()):
+        x = state["x"].detach().requires_grad_(True)
+        loss = attack.objective(model(x), label, target)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        points.append(x.detach())
+        state = attack.advance(state, loss.detach(), grad, torch.tensor([step]), threat)
+        if DONE in state and bool(state[DONE]):
+            return points, True
+    return points, False
+
+
+def test_after_the_walk_the_iterations_are_the_published_ones():
+    model = Curved(seed=3)
+    attack = TargetedAPGD(n_iter=15)
+    plain = dataclasses.replace(attack, futility=False)
+    followed = given_up = 0
+    for job in right_jobs(model, 12):
+        threat = ThreatModel("Linf", 0.02)
+        walked, ended = drive(model, attack, job, threat)
+        published, _ = drive(model, plain, job, threat)
+        assert len(published) == 16
+        assert torch.equal(walked[0], job.pixels[None])
+        if len(walked) >= 27:  # at least 11 of the walk, 16 of the iterations
+            tail = walked[-16:]
+            assert ended == (len(walked) < attack.n_points())
+            assert all(torch.equal(a, b) for a, b in zip(tail, published, strict=True))
+            followed += 1
+        else:
+            given_up += 1
+    assert followed
+    assert given_up
+
+
+def test_iterations_of_different_lanes_do_not_mix():
+    model, jobs = Curved(seed=3), right_jobs(Curved(seed=3), 20)
+    attack, threat = TargetedAPGD(n_iter=12), ThreatModel("Linf", 0.02)
+    alone = attack_all(model, attack, threat, jobs, lanes=1, precision="fp64")
+    together = attack_all(model, attack, threat, jobs, lanes=7, precision="fp64")
+    assert [(r.outcome, r.steps, r.run) for r in alone] == [(r.outcome, r.steps, r.run) for r in together]
+    assert len({r.steps for r in alone}) > 5
+
+
+@pytest.mark.parametrize("attack", [FAB(), TargetedAPGD()], ids=["fab-t", "apgd-t"])
+def test_engines_that_look_for_the_worst_point_give_up_nothing(attack):
+    assert not attack.exhaustive().futility
+    oracle, threat = Oracle(Curved()), ThreatModel("Linf", 0.01)
+    assert LaneEngine(oracle, attack, threat, lanes=2, seed=0, leave=True).attack.futility
+    assert not LaneEngine(oracle, attack, threat, lanes=2, seed=0, leave=False).attack.futility
+
+
+def test_futility_needs_an_objective_whose_sign_tells_success():
+    assert TargetedAPGD(objective=objective("ce-t")).n_points() == 101
+    assert TargetedAPGD(objective=objective("margin-t")).n_points() == 127
+    assert parse_attacks("apgd-t:futility=off")[0].n_points() == 101
+    assert not parse_attacks("fab-t:futility=off")[0].futility
+
+
+def test_untargeted_fab_gives_nothing_up():
+    results = attack_all(Curved(), parse_attacks("fab:steps=15")[0], ThreatModel("Linf", 1e-4), right_jobs(Curved(), 4))
+    assert {result.steps for result in results} == {15}
