@@ -129,6 +129,16 @@ _MEANINGS = {
     "useful gradients": "Where the gradient is zero, an image looks robust only because the attack was blind.",
     "inside the ball": "An adversarial image counts only if its perturbation is within the stated size.",
     "failed images": "They count as not robust, and are left out of the attack success rate.",
+    "logits": "Attacks climb along losses of logits; probabilities have lost what they need.",
+    "gradient against noise": "A gradient that does no better than noise shows the attack no way.",
+    "gradient as stated": "An attack that is not shown the whole model cannot attack the whole model.",
+    "input range": "A model that is fed another range than it was made for is not the model one means to attack.",
+    "black box against white box": "A search that knows no gradient should not find what gradients miss.",
+    "attack strength": "Models without adversarial training do not withstand perturbations of this size.",
+    "larger radius": "A larger ball contains the smaller one, so an attack in it must find at least as much.",
+    "more steps": "More steps must find at least as much.",
+    "search at random": "An attack that climbs must do better than points drawn at random.",
+    "huge radius": "Any image becomes plain grey in a ball this large, so nothing can be robust in it.",
 }
 
 
