@@ -1,6 +1,6 @@
 """Which checks a run makes, on which images, and when: `--checks none`, `quick` or `full`.
 
-quick: questions to the model before the attacks (some 17 passes an image), and what the rows say after them.
+quick: questions to the model before the attacks (some 18 passes an image), and what the rows say after them.
 full: also extra attacks on at most 32 images at the end, which cost at most `PASSES_PER_IMAGE` passes each.
 """
 
