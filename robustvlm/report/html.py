@@ -49,7 +49,8 @@ def render_run(run: RunRecord) -> str:
             charts=_charts(run),
             classes=tables.ranking(at.per_class) if at else None,
             superclasses=tables.ranking(at.per_superclass, ends=30) if at else None,
-            class_rows=tables.group_rows(summary),
+            # The images decided so far are those that fall easily, and say nothing of their classes.
+            class_rows=[] if summary.unfinished else tables.group_rows(summary),
             gallery=load_gallery(run.folder / "gallery", run.class_names, run.eps_texts),
             findings=tables.findings(summary.checks),
             cost=tables.cost_rows(summary.cost, summary.estimate),

@@ -38,8 +38,9 @@ def attack_table(summary: Summary, *, worst: int = 5) -> RenderableType:
     if at is not None:
         parts.append(_by_attack(summary))
         parts += [_levels(at), _transfer(at)]
-        parts += _groups("superclass", summary, at.per_superclass, worst=12)
-        parts += _groups("class", summary, at.per_class, worst=worst)
+        if not summary.unfinished:  # the images decided so far are those that fall easily: no sample of their class
+            parts += _groups("superclass", summary, at.per_superclass, worst=12)
+            parts += _groups("class", summary, at.per_class, worst=worst)
         parts += [Text(line) for line in (wording.cosines(at, summary.goal), wording.acceptances(at)) if line]
     parts += [_finding(finding) for finding in tables.findings(summary.checks) if finding.level != "ok"]
     parts += [_unreadable(summary), _cost(summary), Text(""), _verdict(summary)]
