@@ -185,7 +185,7 @@ def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, 
     if as_json:
         typer.echo(summary.model_dump_json(indent=2))
         return
-    console.print(certify_table(summary, prepared.manifest["plan"]["threat"]))
+    console.print(certify_table(summary, prepared.manifest["plan"]))
     console.print(f"Report:  {_plain(prepared.folder.report_path)}")
     console.print(f"Results: {_plain(prepared.folder.results_path)}")
 

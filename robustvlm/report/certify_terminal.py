@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -26,13 +27,18 @@ NAMES = {
 _COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
 
-def certify_table(summary: CertifySummary, threat: Sequence[str] = ()) -> RenderableType:
-    """Return the closing tables of a certify run: by radius, by method, the cosine curve, cost, risk, threat model."""
+def certify_table(summary: CertifySummary, plan: Mapping[str, Any]) -> RenderableType:
+    """Return the closing tables of a certify run: by radius, by method, the cosine curve, cost, risk, threat model.
+
+    Args:
+        plan: of the manifest: what the claim is against (`threat`) and what else to know of it (`notes`).
+    """
     parts: list[RenderableType] = [_by_radius(summary), _by_method(summary)]
     if summary.curve:
         parts.append(_curve(summary))
     parts += [_finding(check) for check in summary.checks if check.level != "ok"]
-    parts += [Text(line) for line in (*_lines(summary), *(f"Threat model: {line}" for line in threat))]
+    threat = "Threat model: " + "; ".join(plan["threat"])
+    parts += [Text(line) for line in (*_lines(summary), threat, *plan.get("notes", ()))]
     return Group(*parts)
 
 
@@ -99,8 +105,10 @@ def _lines(summary: CertifySummary) -> Iterator[str]:
     split = "; ".join(f"{name}: {alpha:g}" for name, alpha in summary.risk.split.items())
     yield (
         f"Error probability {summary.risk.alpha:g} per image ({split}); expected false certificates over the run: "
-        f"at most {summary.risk.expected_false:.3g}. Other methods' columns: {summary.risk.alpha:g} each, on their own"
+        f"at most {summary.risk.expected_false:.3g}"
     )
+    if len(summary.methods) > 1:
+        yield f"The other columns are claims of their own at {summary.risk.alpha:g} each; the largest of all is none"
     low, high = summary.resize_norm
     if (low, high) != (1.0, 1.0):
         norm = f"{high:.4g}" if high - low < 5e-4 else f"{low:.4g} to {high:.4g}"

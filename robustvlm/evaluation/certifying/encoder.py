@@ -51,9 +51,8 @@ class NoisyEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the encoder without its averaging, with the precision that it runs in."""
-        base = self.vlm.base if isinstance(self.vlm, SmoothedVLM) else self.vlm
-        return f"{base.fingerprint}:{self.precision}"
+        """Digest of the model with everything behind the noise, and the precision that it runs in."""
+        return f"{self.vlm.fingerprint}:{self.precision}"
 
     def __call__(self, noisy: Tensor) -> Tensor:
         """Return unit features [R, D] of noisy images [R, 3, S, S]."""

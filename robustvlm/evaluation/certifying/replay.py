@@ -137,7 +137,7 @@ def prepare_replay(
     )
     described = describe_plan(plan, config, best)
     if chosen is not None:
-        described["threat"].append(WHY[chosen])
+        described["notes"].append(WHY[chosen])
     return PreparedCertify(config, folder, manifest | {"plan": described}, begin)
 
 

@@ -230,6 +230,7 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
         "stop_rule": plan.stop_rule,
         "alpha_split": plan.alpha_split,
         "best_radius": best,
+        "notes": [],
         "threat": [
             f"every image whose l2 distance is below the radius, pixels in [0, 1], measured at {size} x {size} where "
             "the noise is added; at the source image divide by the norm of the resize",
