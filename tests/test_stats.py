@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import beta, binom
+from scipy.stats import t as student_t
 
-from robustvlm.stats import Rate, holm, mcnemar_exact, rate
+from robustvlm.stats import Rate, holm, mcnemar_exact, mean, rate
 
 
 @st.composite
@@ -112,3 +113,21 @@ def _closed_testing(p_values: list[float]) -> list[float]:
 @given(st.lists(st.floats(0, 1), max_size=6))
 def test_holm_is_bonferroni_closed(p_values: list[float]) -> None:
     assert holm(p_values) == pytest.approx(_closed_testing(p_values))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=50), st.sampled_from([0.8, 0.95]))
+def test_the_interval_of_a_mean_is_that_of_scipy(values: list[float], confidence: float) -> None:
+    found = mean(values, confidence)
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    assert found.value == pytest.approx(np.mean(values), abs=1e-12)
+    assert found.low is not None
+    assert found.high is not None
+    if error > 1e-12:
+        low, high = student_t.interval(confidence, len(values) - 1, loc=np.mean(values), scale=error)
+        assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9, abs=1e-9)
+
+
+def test_a_mean_needs_two_numbers_for_an_interval() -> None:
+    assert (mean([]).value, mean([]).total) == (None, 0)
+    assert (mean([0.4]).value, mean([0.4]).low, mean([0.4]).high) == (0.4, None, None)

@@ -45,6 +45,12 @@ class Detached(Mean):
 
 class Half:
     image_size = 8
+
+class Ten:
+    image_size = 8
+
+    def forward(self, pixels):
+        return pixels.mean((2, 3)).repeat(1, 4)[:, :10]
 """
 
 
@@ -142,6 +148,25 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "broken parquet": (["attack", "--data", "parquet:broken.parquet"], "not a readable Parquet file"),
     "unknown data option": (["attack", "--data", "emoji?spilt=test"], "did you mean 'split'"),
     "unlabelled data": (["attack", "--data", "emoji?split=near", "--limit", "2"], "attacks need labelled images"),
+    "unknown goal": (["attack", "--goal", "misclasify"], "did you mean 'misclassify'"),
+    "goal without its level": (["attack", "--goal", "superclass"], "pass superclass:LEVEL"),
+    "unknown level": (["attack", "--goal", "superclass:7"], "levels 0 (classes) to 2 below its root, got 7"),
+    "level without a tree": ([*OWN, "--goal", "superclass:1"], "has no class tree"),
+    "unknown target": (["attack", "--goal", "targeted:dolpin"], "did you mean 'dolphin'"),
+    "refusal of a model that never refuses": (["attack", "--goal", "deny"], "pass for example 'tiny+reject:0.5'"),
+    "missing target picture": (["attack", "--goal", "feature:gone.png"], "no picture at 'gone.png'"),
+    "cosine out of range": (["attack", "--goal", "feature", "--min-cos", "1.5"], "--min-cos must lie between"),
+    "threshold that is no probability": (["attack", "tiny+reject:2"], "0 < T < 1"),
+    "unknown images without refusal": (
+        ["attack", "--goal", "intrude", "--limit", "2"],
+        "needs a model that may refuse",
+    ),
+    "no draws": (["attack", "--eot", "0"], "--eot must be between 1 and"),
+    "draws text": (["attack", "--draws", "many"], "Invalid value for '--draws'"),
+    "classifier of other classes": (
+        ["attack", "own_encoders:Ten", "--data", "imagefolder:photos"],
+        "for 2 images and 2 classes",
+    ),
     "eps zero": (["attack", "--eps", "0"], "eps must be a positive number"),
     "eps negative": (["attack", "--eps", "-1/255"], "eps '-1/255' is no number"),
     "eps text": (["attack", "--eps", "small"], "eps 'small' is no number"),
@@ -151,7 +176,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown attack": (["attack", "--attack", "pgdd"], "did you mean 'pgd'"),
     "attack twice": (["attack", "--attack", "pgd,pgd"], "stands twice"),
     "unknown attack option": (["attack", "--attack", "pgd:stepps=3"], "unknown option 'stepps=3'"),
-    "attack option without number": (["attack", "--attack", "pgd:steps=many"], "'many' is no number"),
+    "attack option without number": (["attack", "--attack", "pgd:steps=many"], "expected a whole number, got 'many'"),
     "no steps": (["attack", "--steps", "0"], "steps must be between 1 and"),
     "no images": (["attack", "--limit", "0"], "--limit must be at least 1"),
     "limit text": (["attack", "--limit", "few"], "Invalid value for '--limit'"),

@@ -1,0 +1,108 @@
+"""Every goal has its words in the terminal and in the report; runs from before there were goals stay readable."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from robustvlm.report.compare import compare
+from robustvlm.report.goal_words import goal_words
+from robustvlm.report.html import render_comparison, write_report
+from robustvlm.report.record import load_run
+from robustvlm.report.terminal import attack_table
+from robustvlm.report.wording import sentence, verdict
+from robustvlm.runs.summary import summarise
+
+WriteRun = Callable[..., Path]
+LEVELS = [{"tree": "thing", "level": 0, "of": list(range(6))}, {"tree": "thing", "level": 1, "of": [0, 0, 1, 1, 2, 2]}]
+GOALS = ["misclassify", "superclass:1", "superclass:all", "superclass:matrix", "targeted:class 002", "deny", "intrude",
+         "feature", "feature:a <b>dog</b>"]  # fmt: skip
+
+
+def with_goal(folder: Path, goal: str, *, can_reject: bool = False) -> Path:
+    """Turn a run folder into one for a goal, as the program would write it."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    goals = ["superclass:0", "superclass:1", "superclass:all"] if goal == "superclass:matrix" else [goal]
+    manifest["config"] |= {"goal": goal, "goals": goals, "min_cos": 0.5}
+    manifest["data"]["levels"] = LEVELS
+    manifest["model"]["can_reject"] = can_reject
+    found: list[dict[str, Any]] = []
+    for row in pq.read_table(folder / "results.parquet").to_pylist():
+        for number, name in enumerate(goals):
+            cosine = 0.3 + 0.1 * number if goal.startswith("feature") else None
+            found.append(row | {"goal": name, "cosine": cosine, "clean_cosine": cosine and 1.0})
+    pq.write_table(pa.Table.from_pylist(found), folder / "results.parquet")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "summary.json").write_text(summarise(found, manifest).model_dump_json())
+    return folder
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_terminal_and_report_speak_of_the_goal(goal: str, write_run: WriteRun, tmp_path: Path) -> None:
+    refuses = goal in ("deny", "intrude")
+    folder = write_run(tmp_path / "run", images=40, n_classes=6, n_superclasses=3)
+    record = load_run(with_goal(folder, goal, can_reject=refuses))
+    words = goal_words(goal, can_reject=refuses, min_cos=0.5)
+    said = verdict(record.summary)
+    assert words.effect in said
+    assert words.whom in said
+    assert "worst case over 2 attacks per image" in said
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(attack_table(record.summary))
+    assert words.held in stream.getvalue()
+    page = write_report([folder]).read_text(encoding="utf-8")
+    assert sentence(words.held).replace("<", "&lt;").replace(">", "&gt;") in page
+    assert "<b>dog" not in page
+    for part, shown in (
+        ("Accepted and rejected", refuses),
+        ("Mean cosine", goal.startswith("feature")),
+        ("all levels at once", goal == "superclass:matrix"),
+        ("By level of the class tree", goal != "superclass:matrix"),
+    ):
+        assert (part in stream.getvalue()) == shown, part
+    assert ("Attacked</th>" in page) == (goal == "superclass:matrix")
+    assert len(record.rows) == 40 * 3 * 2, "of several goals, the rows of the first"
+
+
+def test_words_of_goals_differ() -> None:
+    assert len({goal_words(goal).effect for goal in GOALS if goal != "superclass:matrix"}) == len(GOALS) - 1
+    assert goal_words("superclass:matrix").effect == goal_words("misclassify").effect
+    assert not goal_words("superclass:matrix").leave
+    assert goal_words("misclassify", can_reject=True).effect != goal_words("misclassify").effect
+
+
+def test_runs_are_compared_only_on_the_same_goal(write_run: WriteRun, tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, images=40, n_classes=6, n_superclasses=3) for name in ("a", "b", "c")]
+    records = [
+        load_run(folders[0]),
+        load_run(with_goal(folders[1], "misclassify")),
+        load_run(with_goal(folders[2], "superclass:1")),
+    ]
+    conditions = [(c.first, c.second, c.condition) for c in compare(records)]
+    assert (0, 1, "L∞ 2/255") in conditions
+    assert [condition for first, second, condition in conditions if second == 2] == ["unperturbed", "unperturbed"]
+    assert "2/255" in render_comparison(records, compare(records))
+
+
+def test_a_run_without_goals_is_one_of_misclassification(write_run: WriteRun, tmp_path: Path) -> None:
+    record = load_run(write_run(tmp_path / "old", images=30, n_classes=6, n_superclasses=3))
+    content = json.loads((record.folder / "summary.json").read_text())
+    for new in ("goal", "min_cos", "can_reject", "unfinished", "estimate"):
+        content.pop(new, None)
+    for at in content["per_eps"]:
+        for new in ("levels", "transfer", "cosine", "acceptance", "robust_accuracy_at_most"):
+            at.pop(new, None)
+    for new in ("exposed", "left_out"):
+        content["images"].pop(new, None)
+    (record.folder / "summary.json").write_text(json.dumps(content))
+    old = load_run(record.folder)
+    assert old.summary.goal == "misclassify"
+    assert "make the model wrong on" in write_report([record.folder]).read_text(encoding="utf-8")
