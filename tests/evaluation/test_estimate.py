@@ -47,7 +47,7 @@ def forecast(attacks: str, images: int, rungs: tuple[int, ...]) -> tuple[int, in
 @settings(max_examples=15, deadline=None)
 @given(images=st.integers(0, 9), rungs=st.sampled_from([(1,), (4,), (4, 2, 1), (8, 4, 2)]))
 def test_the_bounds_are_met_exactly_by_models_that_never_and_always_fall(images: int, rungs: tuple[int, ...]) -> None:
-    attacks = "pgd:steps=3:restarts=2,apgd-t:steps=2"
+    attacks = "pgd:steps=3:restarts=2,apgd-ce:steps=2"
     least, most = forecast(attacks, images, rungs)
     assert spent(attacks, images, rungs, Constant(right=True)) == most
     assert spent(attacks, images, rungs, Constant(right=False)) == least
@@ -67,8 +67,8 @@ def test_looks_count_starts_restarts_and_targets() -> None:
     plain, restarted, targeted = parse_attacks("pgd:steps=4,apgd-ce:steps=9:restarts=3,apgd-t:steps=9:targets=5")
     assert looks_per_image(plain, 9) == 5
     assert looks_per_image(restarted, 9) == 30
-    assert looks_per_image(targeted, 9) == 50
-    assert looks_per_image(targeted, 2) == 20, "a model of three classes has two targets"
+    assert looks_per_image(targeted, 9) == 5 * targeted.n_points()
+    assert looks_per_image(targeted, 2) == 2 * targeted.n_points(), "a model of three classes has two targets"
 
 
 def test_images_that_fall_are_counted_once_and_later_stages_add_only_to_the_most() -> None:
