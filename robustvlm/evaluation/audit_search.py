@@ -36,8 +36,8 @@ class Effort:
     starts: int = 8
     steps: int = 30
     draws: int = 16
-    choice: int = 256
-    evidence: int = 4096
+    choice: int = 128
+    evidence: int = 2048
     fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     alpha: float = 0.001
 

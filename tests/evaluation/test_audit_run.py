@@ -1,0 +1,107 @@
+"""`certify --audit` from end to end: a finished run, its audit, its exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from analytic_encoders import PIXELS, SIDE, Circle
+from PIL import Image
+
+from robustvlm.cli.certify_audit import run_audit
+from robustvlm.errors import UserError
+from robustvlm.evaluation.audit_run import audit_folder
+from robustvlm.evaluation.audit_search import Effort
+from robustvlm.evaluation.certifying.settings import Settings
+from robustvlm.evaluation.certifying.setup import prepare_certify
+from robustvlm.models.custom import CustomVLM
+
+QUICK = Effort(starts=4, steps=15, draws=8, choice=64, evidence=1000, fractions=(0.5, 1.0))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Uniform images in two classes, whose names are the angles of their texts: 0 and 90 degrees."""
+    monkeypatch.setattr("robustvlm.defenses.pipeline.load_model", lambda *_, **__: CustomVLM(Circle(), spec="circle"))
+    for name, z in (("0", 0.0), ("90", 1.5)):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        grey = round(255 * z / np.sqrt(PIXELS))
+        Image.new("RGB", (SIDE, SIDE), (grey, grey, grey)).save(folder / f"{name}.png")
+    (tmp_path / "templates.txt").write_text("{}\n")
+    return tmp_path / "pictures"
+
+
+def finished(pictures: Path, claim: str, **options: object) -> Path:
+    settings = Settings(
+        model="circle", data=f"imagefolder:{pictures}", templates=pictures.parent / "templates.txt", claim=claim, sigma=0.5,
+        samples=1000, **options,
+    )  # fmt: skip
+    prepared = prepare_certify(settings, out=pictures.parent, name=claim)
+    prepared.run()
+    return prepared.folder.path
+
+
+def stretch(folder: Path, factor: float) -> None:
+    """Plant false certificates: radii (and the bounds behind them) larger than they are."""
+    table = pq.read_table(folder / "results.parquet")
+    for name in ("radius", "r"):
+        if table.column(name).null_count == 0:
+            values = table.column(name).to_numpy() * factor
+            column = pa.array(np.minimum(values, 0.999) if name == "r" else values)
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+    pq.write_table(table, folder / "results.parquet")
+
+
+@pytest.mark.parametrize("claim", ["feature", "class", "vote", "openset"])
+def test_true_certificates_stand_and_stretched_ones_fall(pictures: Path, claim: str) -> None:
+    folder = finished(pictures, claim, **({"tau": 0.6} if claim == "openset" else {}))
+    result = audit_folder(folder, QUICK)
+    assert len(result.findings) == 2 * result.certified == 4
+    assert not result.broken
+    assert json.loads((folder / "audit.json").read_text())["findings"][0]["image_id"]
+    stretch(folder, 4.0)
+    assert audit_folder(folder, QUICK).broken
+
+
+def test_the_exit_code_and_the_report_say_what_was_found(
+    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustvlm.evaluation.audit_search.Effort", lambda: QUICK)
+    folder = finished(pictures, "feature")
+    assert run_audit(str(folder), device="cpu") == 0
+    assert "No attack got below a certified bound on any of 2 images" in capsys.readouterr().out
+    assert "No attack got below a certified bound" in (folder / "report.html").read_text(encoding="utf-8")
+    stretch(folder, 4.0)
+    assert run_audit(str(folder), device="cpu", limit=1, as_json=True) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["broken"] > 0
+    assert shown["certified"] == 2
+    assert "these certificates are false" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_single_radius_is_audited_as_asked(pictures: Path) -> None:
+    folder = finished(pictures, "feature", radius=0.3)
+    findings = audit_folder(folder, QUICK).findings
+    assert {round(finding.eps, 4) for finding in findings} == {0.15, 0.3}
+    assert all(0.5 <= finding.bound <= finding.lowest for finding in findings)
+
+
+def test_other_models_missing_images_and_unfinished_runs(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished(pictures, "class")
+    with monkeypatch.context() as patch:
+        patch.setattr("robustvlm.defenses.pipeline.load_model", lambda *_, **__: CustomVLM(Circle(2.0), spec="other"))
+        with pytest.raises(UserError, match="has changed since"):
+            audit_folder(folder, QUICK)
+    (pictures / "90" / "90.png").rename(pictures / "90" / "new.png")
+    with pytest.raises(UserError, match="no longer in"):
+        audit_folder(folder, QUICK)
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match="has not ended"):
+        run_audit(str(folder))
+    with pytest.raises(UserError, match="at least 1 of its steps"):
+        run_audit(str(folder), steps=0)
