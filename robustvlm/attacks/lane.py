@@ -47,7 +47,10 @@ class Lane:
 
     def target(self, attack: LaneAttack) -> int:
         """Return the class that the current sub-run aims at; the label where the objective has no target."""
-        return self.job.targets[attack.target_rank(self.run)] if attack.objective.targeted else self.job.label
+        if not attack.objective.targeted:
+            return self.job.label
+        # A lane that has closed its last sub-run may still be asked, for the second look at its recorded point.
+        return self.job.targets[min(attack.target_rank(self.run), len(self.job.targets) - 1)]
 
     def observe(self, x: Tensor, fact: Fact) -> str | None:
         """Take in what the model says at a point [3, H, W]; return the outcome if that decides it."""

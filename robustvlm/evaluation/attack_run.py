@@ -49,9 +49,8 @@ from robustvlm.runs.summary import Check, Estimate
 # A killed session loses its count of passes since the last note of it.
 _COST_SECONDS = 5.0
 
-# What random models get unless the user says otherwise: draws per gradient, and draws that judge a success. The second
-# is odd, so that there always is a majority.
-_EOT, _DRAWS = 10, 21
+# Draws of a random model that judge a success unless the user says otherwise; odd, so that there is a majority.
+_DRAWS = 21
 
 
 class AttackRun:
@@ -209,7 +208,7 @@ class AttackRun:
     def _settle_draws(self, found: Probe) -> None:
         """Average over the draws of a random model, and judge it by fresh ones."""
         eot, draws = self.config.eot, self.config.draws
-        self.oracle.eot = eot if eot is not None else _EOT if found.random else 1
+        self.oracle.eot = eot if eot is not None else self.config.eot_if_random if found.random else 1
         self.oracle.draws = draws if draws is not None else _DRAWS if found.random else 1
 
     def _run_stage(self, stage: Stage, found: Probe) -> None:

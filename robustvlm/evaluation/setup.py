@@ -16,6 +16,7 @@ from robustvlm.attacks import (
     parse_eps,
     parse_norm,
     parse_second_opinion,
+    recommended_eot,
     require_fit,
     require_norm,
 )
@@ -34,6 +35,9 @@ from robustvlm.runs.manifest import Manifest, make_manifest
 from robustvlm.runs.summary import Check
 
 _MOST_DRAWS = 10_000
+
+# Draws per gradient that random models get, unless the user or a plan says otherwise.
+_EOT = 10
 _DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
 
 
@@ -123,6 +127,7 @@ def prepare(
         device=device,
         precision=precision,
         eot=eot,
+        eot_if_random=max(_EOT, recommended_eot(attack)),
         draws=draws,
         compiled=compiled,
         resolution=size,

@@ -10,7 +10,8 @@ class AttackConfig(BaseModel):
 
     `goal` is what the command said, `goals` what it stands for: one goal, or for `superclass:matrix` one a level.
     `attack` names all attacks in order; the last is the `second_opinion`, where one is asked for.
-    `eot` and `draws` are None where the program chooses them, once it knows whether the model is random.
+    `eot` and `draws` are None where the program chooses them, once it knows whether the model is random; then
+    `eot_if_random` is what a random one gets.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +37,7 @@ class AttackConfig(BaseModel):
     device: str
     precision: str
     eot: int | None = None
+    eot_if_random: int = 10
     draws: int | None = None
     compiled: bool = False
     resolution: int

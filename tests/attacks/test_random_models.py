@@ -6,7 +6,19 @@ import pytest
 import torch
 from toy import CHANNELS, SIDE, Linear
 
-from robustvlm.attacks import FOOLED, PGD, ROBUST, Case, Job, LaneEngine, Misclassify, Oracle, ThreatModel, objective
+from robustvlm.attacks import (
+    FOOLED,
+    PGD,
+    ROBUST,
+    Case,
+    Job,
+    LaneEngine,
+    Misclassify,
+    Oracle,
+    ThreatModel,
+    objective,
+    parse_attacks,
+)
 
 
 class Noisy(torch.nn.Module):
@@ -118,3 +130,15 @@ class _Token(torch.autograd.Function):
     def backward(ctx, grad):
         ctx.alive[0] -= 1
         return grad, None
+
+
+@pytest.mark.parametrize("name", ["apgd-t:steps=2", "fab-t:steps=2", "apgd-t:steps=2:restarts=2"])
+def test_targeted_attacks_come_to_their_end_under_a_second_look(name: str) -> None:
+    model = Noisy(1e-3)
+    x = image()
+    order = model.inner(x[None])[0].argsort(descending=True).tolist()
+    engine = LaneEngine(
+        Oracle(model, eot=2, draws=3), parse_attacks(name)[0], ThreatModel("Linf", 1e-6), lanes=2, seed=0
+    )
+    jobs = [Job(f"image-{i}", i, x, order[0], tuple(order[1:])) for i in range(3)]
+    assert [result.outcome for result in engine.run(jobs)] == [ROBUST] * 3
