@@ -51,6 +51,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--attack", default="apgd-ce,apgd-t")
     parser.add_argument("--eps", default="1/255")
     parser.add_argument("--limit", type=int, default=400)
+    parser.add_argument("--checks", default="none", help="extra attacks of --checks full are made by rank 0 alone")
     parser.add_argument("--lanes", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ranks", type=int, default=2)
@@ -61,7 +62,9 @@ def _options() -> argparse.Namespace:
 
 def _command(options: argparse.Namespace, out: Path, size: int) -> list[str]:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
-    settings = {name: getattr(options, name) for name in ("data", "attack", "eps", "limit", "lanes", "device")}
+    settings = {
+        name: getattr(options, name) for name in ("data", "attack", "eps", "limit", "checks", "lanes", "device")
+    }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     name = ["--out", str(out), "--name", f"ranks{size}"]
     return [sys.executable, *several, "-m", "robustvlm", "attack", options.model, *words, *name]
