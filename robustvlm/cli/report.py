@@ -23,11 +23,15 @@ def report(
 ) -> None:
     """Write the report of a run, or compare several runs on the images they share (paired tests)."""
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
+    from robustvlm.report.certify_record import is_certify_run
     from robustvlm.report.compare import compare
     from robustvlm.report.html import write_report
     from robustvlm.report.record import find_run, load_run
 
     folders = [find_run(run) for run in runs]
+    if len(folders) == 1 and is_certify_run(folders[0]):
+        _report_certificates(folders[0], out, as_json=as_json)
+        return
     path = write_report(folders, out)
     if not as_json:
         typer.echo(f"Report: {path}")
@@ -41,3 +45,16 @@ def report(
         "comparisons": [c.as_dict([r.name for r in records]) for c in compare(records)],
     }
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _report_certificates(folder: Path, out: Path | None, *, as_json: bool) -> None:
+    from robustvlm.report.certify_html import write_certify_report
+    from robustvlm.report.certify_record import load_certify_run
+
+    path = write_certify_report(folder, out)
+    if not as_json:
+        typer.echo(f"Report: {path}")
+        return
+    run = load_certify_run(folder)
+    shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
+    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))

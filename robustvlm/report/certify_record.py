@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ class CertifyRecord:
         """Noisy copies used, per image."""
         used = self.rows.column("n").to_numpy() + self.rows.column("n_pilot").to_numpy()
         return np.asarray(used, dtype=np.int64)
+
+
+def is_certify_run(folder: Path) -> bool:
+    """Whether the folder's manifest says that it is a certify run; False where none can be read."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == "certify"
 
 
 def load_certify_run(folder: Path) -> CertifyRecord:

@@ -258,3 +258,17 @@ def test_the_noise_that_is_shown_is_that_of_the_run(tmp_path: Path, write_certif
     noise = torch.stack([pair["noisy"] - pair["clean"] for pair in pairs])
     assert noise.std().item() == pytest.approx(SIGMA, rel=0.05)
     assert len({row.numpy().tobytes() for row in noise}) == len(pairs) == 2 * ENDS
+
+
+def test_the_report_command_knows_certify_runs(
+    tmp_path: Path, write_certify_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from robustvlm.cli.report import report
+
+    folder = write_certify_run(tmp_path / "run", gallery=False)
+    report([str(folder)], out=tmp_path / "page.html", as_json=True)
+    content = json.loads(capsys.readouterr().out)
+    assert content["runs"][0]["summary"]["claim"] == "feature"
+    assert "Certificate report" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="'certify'"):
+        report([str(folder), str(folder)], out=None, as_json=False)
