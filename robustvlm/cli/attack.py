@@ -190,6 +190,8 @@ def _work(prepared: Prepared, act: Callable[..., T], console: Console, settings:
     console.print(
         f"Attacking [bold]{_plain(prepared.manifest['model']['spec'])}[/bold] -> {_plain(prepared.folder.path)}"
     )
+    if current_ranks().size > 1:
+        console.print(f"{current_ranks().size} processes share the images; the progress shown is that of the first.")
     try:
         with AttackProgress(console) as progress:
             return act(progress, **settings)
