@@ -46,6 +46,7 @@ from robustvlm.certify.halfspace import halfspace_lower, halfspace_shift
 from robustvlm.certify.limits import (
     best_class_radius,
     best_feature_radius,
+    best_mean,
     best_paper_radius,
     best_tangent_radius,
     best_vote_radius,
@@ -114,6 +115,7 @@ __all__ = [
     "as_scores",
     "best_class_radius",
     "best_feature_radius",
+    "best_mean",
     "best_of",
     "best_paper_radius",
     "best_tangent_radius",

@@ -67,7 +67,7 @@ class FeatureRadius(Certifier):
     def finding(self) -> Finding:
         pilot, estimation = self._rows.get("pilot"), self._rows["estimation"]
         samples = estimation if pilot is None else np.concatenate([pilot, estimation])
-        r = norm_lower_bound(PredictableDirection(samples.shape[1]).scores(samples), self.alpha)
+        r = _norm_lower(PredictableDirection(samples.shape[1]).scores(samples), self.alpha)
         columns: dict[str, float] = {}
         if self._baselines:
             columns = self._anchored(samples) | self._directed(pilot, estimation)
@@ -154,9 +154,14 @@ class FeatureTest(Certifier):
             n=self.counts["estimation"],
             n_pilot=0,
             failed=self.failed,
-            r=norm_lower_bound(scores, self.alpha) if len(scores) else 0.0,
+            r=_norm_lower(scores, self.alpha),
             mean=self.mean,
         )
+
+
+def _norm_lower(scores: Array, alpha: float) -> float:
+    """Return the norm's lower bound, zero if no sample met a direction (all of them failed)."""
+    return norm_lower_bound(scores, alpha) if len(scores) else 0.0
 
 
 def feature_radius(r: float, cos0: float, sigma: float) -> float:

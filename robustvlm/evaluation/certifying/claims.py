@@ -20,10 +20,11 @@ from robustvlm.certify import (
     VoteAtRadius,
     VoteRadius,
     best_class_radius,
-    best_feature_radius,
+    best_mean,
     best_tangent_radius,
     best_vote_radius,
     best_vote_test_radius,
+    feature_radius,
     samples_needed,
 )
 from robustvlm.certify.normal import Array
@@ -125,7 +126,8 @@ def _feature(config: CertifyConfig, baselines: bool) -> Plan:
         bound="betting",
         stop_rule="fixed" if config.radius is None else "anytime",
         alpha_split={"norm of the smoothed feature (betting)": config.alpha},
-        best=lambda n: best_feature_radius(max(1, n - 1), config.alpha, cos0, config.sigma),
+        # The first sample only sets the direction.
+        best=lambda n: feature_radius(max(0.0, 2.0 * best_mean(max(1, n - 1), config.alpha) - 1.0), cos0, config.sigma),
         certifier=certifier,
         direction_source="predictable",
     )

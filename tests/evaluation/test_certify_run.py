@@ -1,0 +1,341 @@
+"""Certify runs: resumed to the bit, the same in any number of processes, other prompts from kept features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from robustvlm.certify import Certificate, stream_seed
+from robustvlm.core.ranks import Ranks
+from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.cache import cache_bytes, rounding_error
+from robustvlm.evaluation.certifying.ledger import CertifyLedger
+from robustvlm.evaluation.certifying.observer import CertifyObserver, Forecast
+from robustvlm.evaluation.certifying.prepared import PreparedCertify, finish
+from robustvlm.evaluation.certifying.replay import prepare_replay
+from robustvlm.evaluation.certifying.settings import Settings
+from robustvlm.evaluation.certifying.setup import prepare_certify
+from robustvlm.runs.certify_rows import CertifyFact
+
+MakeFolder = Callable[..., Path]
+
+
+def prepared(photos: Path, model: str = "Encoder", *, name: str = "run", **options: Any) -> PreparedCertify:
+    """Prepare a run on an image folder; it lies in "runs" beside the folder."""
+    options = {"samples": 300, "sigma": 0.05, "lanes": 64, "claim": "class", "alpha": 0.01, **options}
+    settings = Settings(model=f"small_encoders:{model}", data=f"imagefolder:{photos}", device="cpu", **options)
+    return prepare_certify(settings, out=photos.parent / "runs", name=name)
+
+
+def rows(run: PreparedCertify, *, without: tuple[str, ...] = ("seconds", "passes")) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(run.folder.results_path).to_pylist()
+    return [{key: value for key, value in row.items() if key not in without} for row in found]
+
+
+class Interrupt(CertifyObserver):
+    """Presses Ctrl-C when `images` images are done."""
+
+    def __init__(self, images: int) -> None:
+        self.left = images
+
+    def image_done(self, fact: CertifyFact | None) -> None:
+        del fact
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+class Watch(CertifyObserver):
+    def __init__(self) -> None:
+        self.forecasts: list[Forecast] = []
+        self.passes = 0
+
+    def forecast(self, forecast: Forecast) -> None:
+        self.forecasts.append(forecast)
+
+    def passed(self, rows: int, used: int) -> None:
+        assert 0 < used <= rows
+        self.passes += rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"claim": "feature"}, {"claim": "feature", "radius": 0.02}, {"claim": "class", "radius": 0.01}, {"claim": "vote"}],
+)
+def test_interrupted_runs_end_with_the_same_rows(make_folder: MakeFolder, options: dict[str, Any]) -> None:
+    photos = make_folder(6)
+    whole = prepared(photos, name="whole", **options)
+    summary = whole.run()
+    assert summary.images == 6
+    for images in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            prepared(photos, **options).run(Interrupt(images))
+    pieces = prepared(photos, **options)
+    assert pieces.run(resume=True).mean_radius == summary.mean_radius
+    assert rows(pieces) == rows(whole)
+    again = prepared(photos, **options).run(Interrupt(0))  # finished: nothing is done
+    assert again.mean_radius == summary.mean_radius
+
+
+def test_every_row_has_the_record_of_its_certificate(make_folder: MakeFolder) -> None:
+    run = prepared(make_folder(3), claim="feature", deployed=500, min_cos=0.4)
+    run.run()
+    for row in rows(run):
+        record = Certificate.from_dict(json.loads(row["certificate"]))
+        assert record.radius == row["radius"] and record.cos0 == 0.4 and record.r == row["r"]
+        how = record.provenance
+        assert (how.n, how.n_pilot, how.alpha, how.deployed_n0) == (300, 0, 0.01, 500)
+        assert how.seeds == {stage: stream_seed(0, row["image_id"], stage) for stage in ("pilot", "estimation")}
+        assert how.encoder.endswith(":fp32") and how.direction_source == "predictable"
+        assert row["n"] + row["n_pilot"] == 300
+        assert 0.0 <= row["deployed_radius"] <= row["radius"]
+        assert row["paper_radius"] <= row["radius"]
+
+
+def test_processes_share_the_images_and_find_the_same(make_folder: MakeFolder) -> None:
+    photos = make_folder(5)
+    alone = prepared(photos, name="alone")
+    alone.run()
+    shared = prepared(photos, name="shared")
+    with shared.folder.opened(shared.manifest) as manifest:
+        ledgers = [CertifyLedger(shared.folder, rank=rank, session="s") for rank in (0, 1)]
+        for rank, ledger in enumerate(ledgers):
+            shared.begin(ledger, CertifyObserver(), Ranks(rank=rank, size=2)).run()
+        assert [len(ledger.found) for ledger in ledgers] == [3, 2]
+        ledgers[0].sync()
+        finish(ledgers[0], manifest)
+        for ledger in ledgers:
+            ledger.close()
+    assert rows(shared) == rows(alone)
+    assert ledgers[0].cost.forward_passes > 5 * 300
+
+
+def test_kept_features_give_the_same_certificates(make_folder: MakeFolder) -> None:
+    photos = make_folder(4)
+    first = prepared(photos, cache="float32")
+    first.run()
+    settings = Settings(claim="class", alpha=0.01)
+    second = prepare_replay(settings, "run", prompts="independent", out=photos.parent / "runs", name="again")
+    watch = Watch()
+    second.run(watch)
+    assert watch.passes == 0 and watch.forecasts[0].passes == 0
+    skipped = ("seconds", "passes", "mean_radius")
+    assert rows(second, without=skipped) == rows(first, without=skipped)
+    assert all(row["passes"] == 0 for row in pq.read_table(second.folder.results_path).to_pylist())
+
+
+def test_half_precision_and_adaptive_prompts_cost_radius(make_folder: MakeFolder) -> None:
+    photos = make_folder(4)
+    runs = photos.parent / "runs"
+    exact = prepared(photos, sigma=0.02, samples=600)
+    exact.run()
+    prepared(photos, sigma=0.02, samples=600, name="half", cache="float16").run()
+    settings = Settings(claim="class", alpha=0.01)
+    half = prepare_replay(settings, "half", prompts="independent", out=runs, name="half-independent")
+    half.run()
+    ball = prepare_replay(settings, "half", out=runs, name="half-adaptive")
+    ball.run()
+    assert ball.config.prompts == "adaptive"
+    assert "chosen after looking" in ball.manifest["plan"]["notes"][0]
+    for mine, rounded, any_prompts in zip(rows(exact), rows(half), rows(ball), strict=True):
+        assert mine["prediction"] == rounded["prediction"]
+        assert rounded["radius"] <= mine["radius"]
+        assert any_prompts["radius"] < rounded["radius"] or rounded["radius"] == 0.0
+    assert sum(row["radius"] for row in rows(half)) > 0.8 * sum(row["radius"] for row in rows(exact))
+
+
+def test_new_classes_find_their_images_by_name(make_folder: MakeFolder, tmp_path: Path) -> None:
+    photos = make_folder(6)
+    first = prepared(photos, cache="float32")
+    first.run()
+    names = tmp_path / "other.txt"
+    names.write_text("wolf\nDog\ncat\n")
+    other = prepare_replay(
+        Settings(claim="class", alpha=0.01, classes=names), "run", out=photos.parent / "runs", name="other"
+    )
+    summary = other.run()
+    old = {row["index"]: first.manifest["data"]["class_names"][row["label"]] for row in rows(first)}
+    new = {"cat": 2, "dog": 1, "fox": -1}
+    assert {row["index"]: row["label"] for row in rows(other)} == {index: new[name] for index, name in old.items()}
+    assert all((row["correct"] is None) == (row["label"] < 0) for row in rows(other))
+    assert summary.correct is not None and summary.correct.total == sum(name != "fox" for name in old.values())
+
+
+def test_kept_features_are_whole_and_of_the_size_foretold(make_folder: MakeFolder) -> None:
+    run = prepared(make_folder(3), cache="float16")
+    watch = Watch()
+    run.run(watch)
+    files = sorted(run.folder.features_path.iterdir())
+    assert len(files) == 3 and watch.forecasts[0].cache_bytes == cache_bytes(3, 300, 12, "float16") == 3 * 300 * 12 * 2
+    tensors = load_file(files[0])
+    assert {name: (array.shape, array.dtype) for name, array in tensors.items()} == {
+        "pilot": ((150, 12), np.float16),
+        "estimation": ((150, 12), np.float16),
+    }
+
+
+def test_the_bound_of_rounding_holds() -> None:
+    draws = np.random.default_rng(0)
+    for dim in (2, 12, 512, 1024):
+        for scale in (1.0, 30.0):  # even and very uneven entries
+            rows = draws.normal(size=(500, dim)) * np.exp(scale * draws.normal(size=(500, dim)) / 10)
+            unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+            kept = unit.astype(np.float16).astype(np.float64)
+            back = kept / np.linalg.norm(kept, axis=1, keepdims=True)
+            assert np.linalg.norm(back - unit, axis=1).max() <= rounding_error("float16", dim)
+
+
+def test_damaged_or_foreign_features_are_refused(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    run = prepared(photos, cache="float32")
+    run.run()
+    one, two = sorted(run.folder.features_path.iterdir())
+    settings = Settings(claim="class", alpha=0.01)
+    whole = one.read_bytes()
+    for content in (whole[:100], two.read_bytes()):
+        one.write_bytes(content)
+        again = prepare_replay(settings, "run", out=photos.parent / "runs", name="again")
+        with pytest.raises(UserError, match="make them again"):
+            again.run(fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "message"),
+    [
+        ({"claim": "vote"}, "independent", "float32"),
+        ({"claim": "class", "radius": 0.1}, None, "leave out --radius"),
+        ({"claim": "class"}, "any", "adaptive or independent"),
+        ({"claim": "class", "cache": "float16"}, None, "leave out --cache"),
+    ],
+)
+def test_what_kept_features_cannot_certify_is_refused(
+    make_folder: MakeFolder, options: dict[str, Any], prompts: str | None, message: str
+) -> None:
+    photos = make_folder(2)
+    prepared(photos, cache="float16").run()
+    with pytest.raises(UserError, match=message):
+        prepare_replay(Settings(**options), "run", prompts=prompts, out=photos.parent / "runs")
+
+
+def test_votes_over_prompts_chosen_by_the_features_are_refused(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    prepared(photos, cache="float32").run()
+    runs = photos.parent / "runs"
+    with pytest.raises(UserError, match="--prompts independent if they were"):
+        prepare_replay(Settings(claim="vote"), "run", out=runs)
+    assert prepare_replay(Settings(claim="vote", alpha=0.01), "run", prompts="independent", out=runs).run().images == 2
+    feature = prepare_replay(Settings(claim="feature", alpha=0.01), "run", out=runs).run()
+    assert [method.column for method in feature.methods] == ["radius"]  # the clean feature was not kept
+
+
+def test_runs_without_kept_features_cannot_be_judged_again(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    run = prepared(photos)
+    with pytest.raises(UserError, match="no run 'nothing'"):
+        prepare_replay(Settings(), "nothing", out=photos.parent / "runs")
+    run.run()
+    with pytest.raises(UserError, match="kept no features"):
+        prepare_replay(Settings(), "run", out=photos.parent / "runs")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 8}, r"8 samples at sigma 0.05 .* any radius for no image.* --samples \d+ or more"),
+        ({"claim": "feature", "radius": 0.19}, "at best 0.1.* --samples .* or more"),
+        ({"claim": "feature", "radius": 5.0}, "no number of samples does it"),
+        ({"claim": "feature", "min_cos": 1.0}, "below 1"),
+        ({"claim": "faeture"}, "did you mean 'feature'"),
+        ({"claim": "openset"}, "pass --tau"),
+        ({"tau": 0.3}, "--claim openset"),
+        ({"deployed": 64}, "--claim feature"),
+        ({"sigma": -1.0}, "sigma must be a positive number"),
+        ({"alpha": 1.0}, "alpha must lie strictly between"),
+        ({"cache": "int8"}, "float16 or float32"),
+        ({"cache": "float16", "radius": 0.1}, "leave out --radius"),
+        ({"at": "0.1,x"}, "cannot read the radii"),
+        ({"radius": 0.0}, "--radius must be a positive number"),
+        ({"limit": 0}, "--limit must be at least 1"),
+        ({"precision": "fp8"}, "unknown precision"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_any_work(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """The model and the data do not even exist: these mistakes are found first."""
+    settings = Settings(
+        **{"model": "nowhere", "data": f"imagefolder:{tmp_path}/none", "claim": "class", "sigma": 0.05, **options}
+    )
+    with pytest.raises(UserError, match=message):
+        prepare_certify(settings, out=tmp_path)
+
+
+def test_a_smoothed_model_is_certified_at_its_own_noise(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    plain = prepared(photos, sigma=0.03, claim="vote", name="plain")
+    smoothed = prepared(photos, "Encoder+smooth:0.03:8", sigma=None, claim="vote", name="smoothed")
+    plain.run()
+    smoothed.run()
+    assert smoothed.config.sigma == 0.03
+    assert [row["radius"] for row in rows(smoothed)] == [row["radius"] for row in rows(plain)]
+    with pytest.raises(UserError, match="leave out --sigma"):
+        prepared(photos, "Encoder+smooth:0.03", sigma=0.1)
+
+
+def test_an_encoder_that_mixes_images_is_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(UserError, match="depending on the others in its batch"):
+        prepared(make_folder(2), "Coupled").run()
+
+
+def test_a_random_encoder_is_certified_with_a_warning(make_folder: MakeFolder) -> None:
+    summary = prepared(make_folder(2), "Random", claim="feature").run()
+    assert [check.name for check in summary.checks] == ["random encoder"]
+
+
+def test_memory_for_few_rows_is_used_and_noted(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    summary = prepared(photos, "SmallMemory").run()
+    assert [check.name for check in summary.checks] == ["lanes"]
+    assert summary.images == 2
+
+
+def test_failed_passes_are_counted_and_images_not_lost(make_folder: MakeFolder) -> None:
+    summary = prepared(make_folder(2), "NaNOffGrid", claim="feature").run()
+    assert summary.failed_samples == 2 * 300
+    assert summary.abstained.successes == 2
+
+
+def test_unreadable_images_are_named_and_skipped(make_folder: MakeFolder) -> None:
+    photos = make_folder(3)
+    (photos / "cat" / "broken.png").write_bytes(b"no picture")
+    summary = prepared(photos).run()
+    assert summary.images == 3 and summary.unreadable_images == 1
+    assert "broken" in summary.unreadable[0].id
+
+
+def test_a_changed_setting_is_not_mixed_into_a_run(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    prepared(photos).run()
+    with pytest.raises(UserError, match="alpha: 0.01 -> 0.02"):
+        prepared(photos, alpha=0.02).run()
+    fresh = prepared(photos, alpha=0.02)
+    assert fresh.run(fresh=True).risk.expected_false == pytest.approx(0.04)
+
+
+def test_pictures_of_another_size_state_the_norm_of_their_resize(make_folder: MakeFolder) -> None:
+    from PIL import Image
+
+    photos = make_folder(2)
+    Image.new("RGB", (40, 24), (200, 30, 30)).save(photos / "cat" / "large.png")
+    run = prepared(photos)
+    summary = run.run()
+    norms = {row["image_id"]: row["resize_norm"] for row in rows(run)}
+    assert sorted(norms.values())[1:] == [1.0, 1.0] and 0.5 < min(norms.values()) < 0.9
+    assert summary.resize_norm == (min(norms.values()), 1.0)
