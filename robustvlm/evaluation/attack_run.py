@@ -94,7 +94,7 @@ class AttackRun:
             limit=config.limit,
             resolution=config.resolution,
             interpolation=interpolation,
-            ahead=config.lanes,
+            ahead=0 if self.oracle.device.type == "cpu" else config.lanes,
         )
         self.stages = [
             Stage(attack, ThreatModel(config.norm, eps), text, goal)

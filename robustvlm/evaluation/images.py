@@ -31,7 +31,8 @@ class Images:
     Args:
         source: the images; limit: how many of them, chosen by a hash of their ids.
         resolution: side in pixels; interpolation: how it is brought about.
-        ahead: how many images are made ready in the background; they are held in memory.
+        ahead: how many images are made ready in the background; they are held in memory. 0 for a model on the CPU,
+            which leaves no core idle.
 
     Example:
         >>> from robustvlm.data import open_data
@@ -47,7 +48,7 @@ class Images:
         limit: int | None = None,
         resolution: int,
         interpolation: str = "bicubic",
-        ahead: int = 64,
+        ahead: int = 0,
     ) -> None:
         self.source, self.limit = source, limit
         self._resolution, self._interpolation, self._ahead = resolution, interpolation, ahead
@@ -67,7 +68,8 @@ class Images:
             self._order.setdefault(name, len(self._order))
             return want is None or want(name)
 
-        return prefetch(self._ready(keep), self._ahead)
+        ready = self._ready(keep)
+        return prefetch(ready, self._ahead) if self._ahead else ready
 
     def _ready(self, keep: Callable[[str], bool]) -> Iterator[Picture | Unreadable]:
         for item in self.source.samples(limit=self.limit, keep=keep):
