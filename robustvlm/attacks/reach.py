@@ -3,13 +3,14 @@
 FAB's walk tells at every step how far the image is from the boundary, linearised at the iterate. The iterates lie
 beside the boundary, so within some ten steps these distances settle near the length of the shortest perturbation
 that the full attack would find. A class is given up when every recent distance, and the shortest success so far,
-exceed the radius by a factor that falls from 3 after 10 steps to 1.02 after 100 (`safety`).
+exceed the radius by a factor that falls from 4 after 10 steps to 1.03 after 100 (`safety`).
 
-The factor was chosen on an adversarially trained CIFAR-10 model and left as it was for an undefended one and for the
-bundled model. Over some 600 pairs of image and class, what `reach` said after k steps exceeded the shortest
-perturbation of 40 to 60 steps at most by a factor of 1.5 (k = 10), 1.27 (15), 1.19 (20), 1.08 (25) and 1.04 (30): the
-excess that `safety` allows is 2.5 times as large at the least, and at no radius from 0.25/255 to 8/255 a class within
-reach was given up.
+Measured risk, over 866 walks to pairs of image and class (an adversarially trained and an undefended CIFAR-10 model,
+the bundled model; Linf and L2; both objectives): what `reach` says after k steps exceeded the shortest perturbation
+of the whole walk at most by a factor of 1.52 (k = 10), 1.34 (15), 1.24 (20), 1.14 (25) and 1.13 (30), so `safety`
+allows at least 2.5 times the excess that was ever seen. No class within reach was given up, at any radius from
+0.25/255 to 8/255. The rule is no proof: a boundary unlike its linearisation everywhere on the walk can hide, and
+`futility=off` then helps.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from robustvlm.attacks.base import State
 
 FIRST_STEP = 10  # before it the distances still jump
 _RECENT = 5
-_SLACK = 200.0
+_SLACK = 300.0
 
 
 def safety(step: Tensor) -> Tensor:
-    """Return by which factor the distances must exceed the radius after so many steps: 1 + 200 / step^2, from 10 on.
+    """Return by which factor the distances must exceed the radius after so many steps: 1 + 300 / step^2, from 10 on.
 
     Example:
         >>> safety(torch.tensor([5, 10, 20, 100]))
-        tensor([   inf, 3.0000, 1.5000, 1.0200])
+        tensor([   inf, 4.0000, 1.7500, 1.0300])
     """
     steps = step.to(torch.float32)
     return torch.where(step >= FIRST_STEP, 1 + _SLACK / steps.clamp_min(1) ** 2, torch.inf)
