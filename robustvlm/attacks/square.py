@@ -6,15 +6,15 @@ Source: arXiv 1912.00049, algorithms 1 to 3. It needs no gradient, so it also fi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from robustvlm.attacks import square_l2, square_linf
-from robustvlm.attacks.base import LaneAttack, State
+from robustvlm.attacks import square_futility, square_l2, square_linf
+from robustvlm.attacks.base import DONE, LaneAttack, State
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.attacks.threat import ThreatModel, per_image, pixel_box
 
@@ -45,6 +45,8 @@ class Square(LaneAttack):
     Args:
         n_iter: queries after the start, per sub-run (option `queries`).
         p_init: share of the pixels that the first squares cover; AutoAttack's 0.8 for both norms.
+        futility: end a sub-run that cannot succeed any more at twice its present pace; the rule, what it was measured
+            on and its risk are in `square_futility.py`. Only for objectives that are zero where the class changes.
 
     Example:
         >>> Square(n_iter=100).uses_gradient
@@ -59,6 +61,9 @@ class Square(LaneAttack):
     p_init: float = 0.8
     futility: bool = True
 
+    def exhaustive(self) -> LaneAttack:
+        return replace(self, futility=False)
+
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
         del run
         low, high = pixel_box(x0, threat.eps)
@@ -72,7 +77,8 @@ class Square(LaneAttack):
             "loss_best": x0.new_full((1,), float("-inf")),
             "draws": torch.rand(1, self.n_iter, columns, generator=generator),
         }
-        return state | ({"low": low, "high": high} if linf else {})
+        state |= {"low": low, "high": high} if linf else {}
+        return state | square_futility.begin(x0) if self._may_give_up else state
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         del grad
@@ -82,7 +88,14 @@ class Square(LaneAttack):
             "x_best": torch.where(per_image(better, state["x"]), state["x"], state["x_best"]),
             "loss_best": torch.where(better, loss, state["loss_best"]),
         }
+        if self._may_give_up:
+            state |= square_futility.watch(state, state["loss_best"], better, step, self.n_iter)
+            state[DONE] = square_futility.futile(state, step, self.n_iter)
         return state | {"x": self._propose(state, step, threat)}
+
+    @property
+    def _may_give_up(self) -> bool:
+        return self.futility and self.objective.signed
 
     def _propose(self, state: State, step: Tensor, threat: ThreatModel) -> Tensor:
         best = state["x_best"]
