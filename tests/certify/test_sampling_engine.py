@@ -75,7 +75,8 @@ def run(make: Callable[[], Certifier], *, lanes: int, order: list[Task], **optio
 
 def same(a: Finding, b: Finding) -> bool:
     """Equal but for the mean, whose last bits depend on the order of summation (it is for information)."""
-    assert a.mean is not None and b.mean is not None
+    assert a.mean is not None
+    assert b.mean is not None
     keys = [key for key in a.__dataclass_fields__ if key != "mean"]
     return all(getattr(a, key) == getattr(b, key) for key in keys) and bool(np.allclose(a.mean, b.mean, atol=1e-12))
 
@@ -106,7 +107,7 @@ def test_running_out_of_memory_halves_the_pass_and_loses_nothing() -> None:
 
 
 def test_memory_that_does_not_suffice_for_one_row_is_an_error() -> None:
-    def never(noisy: Tensor) -> Tensor:
+    def never(_: Tensor) -> Tensor:
         raise RuntimeError("CUDA out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -120,7 +121,7 @@ def test_smaller_passes_are_used_when_no_image_waits(lanes: int) -> None:
     images = tasks(2)
     base = run(CLAIMS["feature test"], lanes=64, order=images)
     found = run(
-        CLAIMS["feature test"], lanes=lanes, order=images, rungs=rungs, on_pass=lambda rows, used: sizes.append(rows)
+        CLAIMS["feature test"], lanes=lanes, order=images, rungs=rungs, on_pass=lambda rows, _: sizes.append(rows)
     )
     assert all(same(base[index], found[index]) for index in base)
     assert set(sizes) <= set(rungs)
@@ -145,7 +146,8 @@ def test_every_row_of_noise_is_fresh_and_has_the_law_that_theorems_ask_for() -> 
     correlation.fill_diagonal_(0.0)
     assert correlation.abs().max() < 0.75  # 48 entries a row: five standard deviations
     assert noise.abs().max() > 3.5  # not truncated
-    assert (rows.amax() > 1.0) and (rows.amin() < 0.0)  # and not clipped
+    assert rows.amax() > 1.0
+    assert rows.amin() < 0.0
 
 
 def test_streams_differ_by_run_image_stage_and_chunk() -> None:

@@ -89,11 +89,14 @@ def test_every_row_has_the_record_of_its_certificate(make_folder: MakeFolder) ->
     run.run()
     for row in rows(run):
         record = Certificate.from_dict(json.loads(row["certificate"]))
-        assert record.radius == row["radius"] and record.cos0 == 0.4 and record.r == row["r"]
+        assert record.radius == row["radius"]
+        assert record.cos0 == 0.4
+        assert record.r == row["r"]
         how = record.provenance
         assert (how.n, how.n_pilot, how.alpha, how.deployed_n0) == (300, 0, 0.01, 500)
         assert how.seeds == {stage: stream_seed(0, row["image_id"], stage) for stage in ("pilot", "estimation")}
-        assert how.encoder.endswith(":fp32") and how.direction_source == "predictable"
+        assert how.encoder.endswith(":fp32")
+        assert how.direction_source == "predictable"
         assert row["n"] + row["n_pilot"] == 300
         assert 0.0 <= row["deployed_radius"] <= row["radius"]
         assert row["paper_radius"] <= row["radius"]
@@ -125,7 +128,8 @@ def test_kept_features_give_the_same_certificates(make_folder: MakeFolder) -> No
     second = prepare_replay(settings, "run", prompts="independent", out=photos.parent / "runs", name="again")
     watch = Watch()
     second.run(watch)
-    assert watch.passes == 0 and watch.forecasts[0].passes == 0
+    assert watch.passes == 0
+    assert watch.forecasts[0].passes == 0
     skipped = ("seconds", "passes", "mean_radius")
     assert rows(second, without=skipped) == rows(first, without=skipped)
     assert all(row["passes"] == 0 for row in pq.read_table(second.folder.results_path).to_pylist())
@@ -165,7 +169,8 @@ def test_new_classes_find_their_images_by_name(make_folder: MakeFolder, tmp_path
     new = {"cat": 2, "dog": 1, "fox": -1}
     assert {row["index"]: row["label"] for row in rows(other)} == {index: new[name] for index, name in old.items()}
     assert all((row["correct"] is None) == (row["label"] < 0) for row in rows(other))
-    assert summary.correct is not None and summary.correct.total == sum(name != "fox" for name in old.values())
+    assert summary.correct is not None
+    assert summary.correct.total == sum(name != "fox" for name in old.values())
 
 
 def test_kept_features_are_whole_and_of_the_size_foretold(make_folder: MakeFolder) -> None:
@@ -173,7 +178,8 @@ def test_kept_features_are_whole_and_of_the_size_foretold(make_folder: MakeFolde
     watch = Watch()
     run.run(watch)
     files = sorted(run.folder.features_path.iterdir())
-    assert len(files) == 3 and watch.forecasts[0].cache_bytes == cache_bytes(3, 300, 12, "float16") == 3 * 300 * 12 * 2
+    assert len(files) == 3
+    assert watch.forecasts[0].cache_bytes == cache_bytes(3, 300, 12, "float16") == 3 * 300 * 12 * 2
     tensors = load_file(files[0])
     assert {name: (array.shape, array.dtype) for name, array in tensors.items()} == {
         "pilot": ((150, 12), np.float16),
@@ -316,14 +322,15 @@ def test_unreadable_images_are_named_and_skipped(make_folder: MakeFolder) -> Non
     photos = make_folder(3)
     (photos / "cat" / "broken.png").write_bytes(b"no picture")
     summary = prepared(photos).run()
-    assert summary.images == 3 and summary.unreadable_images == 1
+    assert summary.images == 3
+    assert summary.unreadable_images == 1
     assert "broken" in summary.unreadable[0].id
 
 
 def test_a_changed_setting_is_not_mixed_into_a_run(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
     prepared(photos).run()
-    with pytest.raises(UserError, match="alpha: 0.01 -> 0.02"):
+    with pytest.raises(UserError, match=r"alpha: 0\.01 -> 0\.02"):
         prepared(photos, alpha=0.02).run()
     fresh = prepared(photos, alpha=0.02)
     assert fresh.run(fresh=True).risk.expected_false == pytest.approx(0.04)
@@ -337,5 +344,6 @@ def test_pictures_of_another_size_state_the_norm_of_their_resize(make_folder: Ma
     run = prepared(photos)
     summary = run.run()
     norms = {row["image_id"]: row["resize_norm"] for row in rows(run)}
-    assert sorted(norms.values())[1:] == [1.0, 1.0] and 0.5 < min(norms.values()) < 0.9
+    assert sorted(norms.values())[1:] == [1.0, 1.0]
+    assert 0.5 < min(norms.values()) < 0.9
     assert summary.resize_norm == (min(norms.values()), 1.0)

@@ -1,0 +1,120 @@
+"""The numbers of a certify run, recomputed by hand from a few rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from robustvlm.certify import cone_cos, fcsb_cos, vector_cos
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_rows import CERTIFY_SCHEMA, COLUMNS, CertifyFact, make_certify_rows
+from robustvlm.runs.certify_summary import CertifySummary, summarise_certify
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    config = CertifyConfig(
+        **{
+            "model": "m", "data": "d", "claim": "feature", "sigma": 0.5, "samples": 1000, "n_pilot": 200, "alpha": 0.01,
+            "min_cos": 0.5, "at": [0.1, 0.3], "limit": None, "seed": 0, "lanes": 64, "device": "cpu",
+            "precision": "fp32", "resolution": 32, **changes,
+        }
+    )  # fmt: skip
+    plan = {"statement": "it holds", "alpha_split": {"all": 0.01}, "best_radius": 1.0}
+    return {"config": config.model_dump(), "plan": plan}
+
+
+def fact(index: int, radius: float, **changes: Any) -> CertifyFact:
+    values: dict[str, Any] = {
+        "index": index, "image_id": f"i{index}", "label": 0, "prediction": 0, "correct": True, "claim": "feature",
+        "radius": radius, "stop": "fixed", "n": 800, "n_pilot": 200, "failed": 0, "r": 0.8, "resize_norm": 1.0,
+        "passes": 1001, "seconds": 1.0, "certificate": "{}",
+        "columns": {"paper_radius": 0.5 * radius, "paper_s": 0.85, "cone_radius": 0.8 * radius}, **changes,
+    }  # fmt: skip
+    return CertifyFact(**values)
+
+
+def summary(*facts: CertifyFact, **config: Any) -> CertifySummary:
+    return summarise_certify(make_certify_rows(facts), manifest(**config))
+
+
+def test_shares_and_means_by_hand() -> None:
+    found = summary(
+        fact(0, 0.4), fact(1, 0.2), fact(2, 0.0), fact(3, 0.3, correct=False), fact(4, 0.1, correct=None, label=-1)
+    )
+    assert found.images == 5
+    assert found.mean_radius == pytest.approx(0.2)
+    assert found.median_radius == 0.2
+    assert (found.abstained.successes, found.abstained.total) == (1, 5)
+    assert found.average_certified_radius == pytest.approx((0.4 + 0.2) / 4)
+    assert found.correct is not None
+    assert (found.correct.successes, found.correct.total) == (3, 4)
+    assert found.certified_correct is not None
+    assert (found.certified_correct.successes, found.certified_correct.total) == (2, 4)
+    low, high = found.at
+    assert (low.certified.successes, high.certified.successes) == (4, 2)
+    assert low.correct is not None
+    assert high.correct is not None
+    assert (low.correct.successes, high.correct.successes) == (2, 1)
+    assert (low.others["paper_radius"].successes, high.others["cone_radius"].successes) == (3, 1)
+    assert [method.column for method in found.methods] == ["radius", "cone_radius", "paper_radius"]
+    assert found.risk.expected_false == pytest.approx(0.05)
+    assert found.certified_correct.low < 0.5 < found.certified_correct.high
+
+
+def test_the_cosine_curve_is_the_mean_of_the_bounds() -> None:
+    found = summary(
+        fact(0, 0.3), fact(1, 0.0, r=0.02, columns={"paper_s": 0.5, "paper_radius": 0.0, "cone_radius": 0.0})
+    )
+    by_eps = {point.eps: point for point in found.curve}
+    assert {0.0, 0.1, 0.3} <= set(by_eps)
+    point = by_eps[0.3]
+    exact = 0.5 * (vector_cos(0.8, 0.6) - 1.0)
+    assert exact - 0.01 < point.ours <= exact
+    assert point.cone == pytest.approx(0.5 * (float(cone_cos(0.8, 0.6)) - 1.0))
+    assert point.paper == pytest.approx(0.5 * (float(fcsb_cos(0.85, 0.6)) - 1.0))
+    assert point.fcsb is None
+    assert point.deployed is None
+    ours = [point.ours for point in found.curve]
+    assert ours == sorted(ours, reverse=True)
+    assert all(point.ours >= point.cone - 0.01 for point in found.curve)
+
+
+def test_the_deployed_curve_lies_below_the_ideal_one() -> None:
+    found = summary(fact(0, 0.3), fact(1, 0.0, r=0.0), deployed=1000)
+    assert all(point.deployed is not None and point.deployed <= point.ours + 1e-9 for point in found.curve)
+    assert max(point.deployed or 0.0 for point in found.curve) > -0.2
+
+
+def test_samples_are_compared_with_the_fixed_number() -> None:
+    found = summary(
+        fact(0, 0.3, n=96, n_pilot=0, stop="certified", passes=128),
+        fact(1, 0.0, n=320, n_pilot=0, stop="futile", passes=352),
+        fact(2, 0.0, n=1000, n_pilot=0, stop="exhausted", passes=1000),
+        radius=0.3,
+    )
+    assert found.samples.used == 1416
+    assert found.samples.fixed == 3000
+    assert found.samples.saved == pytest.approx(1 - 1416 / 3000)
+    assert found.samples.median == 320
+    assert found.samples.stops == {"certified": 1, "futile": 1, "exhausted": 1}
+
+
+def test_class_claims_have_no_cosine_curve() -> None:
+    found = summary(fact(0, 0.3, claim="class", r=None, columns={"mean_radius": 0.1}), claim="class", min_cos=None)
+    assert found.curve == []
+    assert [method.column for method in found.methods] == ["radius", "mean_radius"]
+
+
+def test_rows_hold_every_column_and_order_by_image() -> None:
+    table = make_certify_rows([fact(3, 0.1), fact(1, 0.0)])
+    assert table.schema == CERTIFY_SCHEMA
+    assert set(COLUMNS) < set(table.column_names)
+    assert table.column("index").to_pylist() == [1, 3]
+    assert table.column("abstained").to_pylist() == [True, False]
+    assert table.column("votes").null_count == 2
+
+
+def test_a_run_without_images_has_no_summary() -> None:
+    with pytest.raises(ValueError, match="without images"):
+        summarise_certify([], manifest())
