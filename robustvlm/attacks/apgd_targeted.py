@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,12 +38,14 @@ class TargetedAPGD(APGD):
         (127, 101)
     """
 
-    leaves_ball: ClassVar[bool] = True
-
     name: str = "apgd-t"
     objective: Objective = objective("dlr-t")
     n_targets: int = 9
     futility: bool = True
+
+    @property
+    def leaves_ball(self) -> bool:
+        return self._walks()
 
     def n_runs(self, n_classes: int) -> int:
         return self.n_restarts * min(self.n_targets, n_classes - 1)

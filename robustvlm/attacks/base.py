@@ -30,8 +30,6 @@ class LaneAttack(ABC):
 
     # False: the attack asks for losses only, and the engine makes forward passes; `grad` is then empty.
     uses_gradient: ClassVar[bool] = True
-    # True: points outside the ball are asked about too; only those inside count as successes or best points.
-    leaves_ball: ClassVar[bool] = False
 
     name: str
     n_iter: int
@@ -47,6 +45,11 @@ class LaneAttack(ABC):
         """Return which of the job's target classes sub-run `run` aims at (0 = the likeliest wrong class)."""
         del run
         return 0
+
+    @property
+    def leaves_ball(self) -> bool:
+        """Whether points outside the ball are asked about too; only those inside count as successes or best points."""
+        return False
 
     def n_points(self) -> int:
         """Return how many points a sub-run evaluates at most, its start included."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,8 +51,6 @@ class FAB(LaneAttack):
         4
     """
 
-    leaves_ball: ClassVar[bool] = True
-
     name: str = "fab-t"
     n_iter: int = 100
     objective: Objective = objective("margin-t")
@@ -71,6 +68,10 @@ class FAB(LaneAttack):
                 f"attack '{self.name}' needs an objective whose sign tells success ({signed}), "
                 f"got '{self.objective.name}'"
             )
+
+    @property
+    def leaves_ball(self) -> bool:
+        return True
 
     def n_runs(self, n_classes: int) -> int:
         if self.n_targets is None:

@@ -64,9 +64,10 @@ def choose_sample(robust: Collection[str], fooled: Collection[str], seed: int) -
 def short_attack(attacks: Sequence[object]) -> LaneAttack:
     """Return the run's first gradient attack with 10 steps and one run; PGD if there is none or it makes one step."""
     for attack in attacks:
-        if isinstance(attack, LaneAttack) and attack.uses_gradient and not attack.leaves_ball and attack.n_iter > 1:
-            targets: dict[str, Any] = {"n_targets": 1} if getattr(attack, "n_targets", None) else {}
-            return dataclasses.replace(attack, name="diagnosis", n_iter=N_ITER, n_restarts=1, **targets)
+        plain = attack.exhaustive() if isinstance(attack, LaneAttack) else None
+        if plain is not None and plain.uses_gradient and not plain.leaves_ball and plain.n_iter > 1:
+            targets: dict[str, Any] = {"n_targets": 1} if getattr(plain, "n_targets", None) else {}
+            return dataclasses.replace(plain, name="diagnosis", n_iter=N_ITER, n_restarts=1, **targets)
     return PGD(name="diagnosis", n_iter=N_ITER)
 
 

@@ -132,6 +132,7 @@ def test_engines_that_look_for_the_worst_point_give_up_nothing(attack):
 
 def test_futility_needs_an_objective_whose_sign_tells_success():
     assert TargetedAPGD(objective=objective("ce-t")).n_points() == 101
+    assert not TargetedAPGD(objective=objective("ce-t")).leaves_ball
     assert TargetedAPGD(objective=objective("margin-t")).n_points() == 127
     assert parse_attacks("apgd-t:futility=off")[0].n_points() == 101
     assert not parse_attacks("fab-t:futility=off")[0].futility
