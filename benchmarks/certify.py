@@ -2,6 +2,7 @@
 
     python -m benchmarks.certify rate MODEL --data DATA
     python -m benchmarks.certify bf16 MODEL --data DATA --limit 20
+    python -m benchmarks.certify cache MODEL --data DATA --limit 20 --classes other.txt
     python -m benchmarks.certify audit MODEL --data DATA --limit 50 --sigma 0.12,0.25,0.5 --out runs
 
 `audit` certifies and attacks every certificate; it goes on where it was stopped. The radii of all certificates are
@@ -14,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.evaluation.audit_run import audit_folder
 from robustvlm.evaluation.audit_search import Effort
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
+from robustvlm.evaluation.certifying.replay import prepare_replay
 from robustvlm.evaluation.certifying.settings import Settings
 from robustvlm.evaluation.certifying.setup import prepare_certify
 from robustvlm.report.certify_html import write_certify_report
@@ -37,9 +40,10 @@ from robustvlm.report.certify_html import write_certify_report
 def main() -> None:
     """Run one of the measurements and print its table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rate", "bf16", "audit"))
+    parser.add_argument("what", choices=("rate", "bf16", "cache", "audit"))
     parser.add_argument("model", nargs="?", default="tiny")
     parser.add_argument("--data", default="emoji")
+    parser.add_argument("--classes", type=Path, help="other class names, for cache")
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sigma", default="0.25")
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("--evidence", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
-    {"rate": rate, "bf16": bf16, "audit": audit}[options.what](options)
+    {"rate": rate, "bf16": bf16, "cache": cache, "audit": audit}[options.what](options)
 
 
 def _images(options: argparse.Namespace, count: int) -> Tensor:
@@ -133,6 +137,35 @@ def bf16(options: argparse.Namespace) -> None:
              f"{summary.cost.forward_passes / spent:,.0f}")
         )  # fmt: skip
     print(markdown(("encoder", "fingerprint ends in", "mean radius", "passes per CPU second"), rows))
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Certify classes while keeping the noisy features, then another prompt set from what was kept."""
+    sigma = float(options.sigma.split(",")[0])
+    settings = Settings(
+        model=options.model, data=options.data, limit=options.limit, samples=options.samples, sigma=sigma,
+        claim="class", cache="float16", device=options.device,
+    )  # fmt: skip
+    rows = []
+    first = 0.0
+    for name, prompts in (("first, by sampling", None), ("adaptive, from cache", "adaptive"),
+                          ("independent, from cache", "independent")):  # fmt: skip
+        began = time.process_time()
+        if prompts is None:
+            prepared = prepare_certify(settings, out=options.out, name="benchmark-cache")
+        else:
+            other = replace(settings, classes=options.classes, cache=None)
+            source = str(options.out / "benchmark-cache")
+            prepared = prepare_replay(other, source, prompts=prompts, out=options.out, name=f"benchmark-{prompts}")
+        loaded = time.process_time()
+        summary = prepared.run(fresh=True)
+        done = time.process_time()
+        first = first or done - loaded
+        share = f"{100 * (done - loaded) / first:.2f}%"
+        seconds = (f"{loaded - began:.1f}", f"{done - loaded:.2f}", share)
+        rows.append((name, summary.cost.forward_passes, *seconds, f"{summary.mean_radius:.4f}"))
+    header = ("certificates", "image passes", "CPU s to load", "CPU s to certify", "of the first", "mean radius")
+    print(markdown(header, rows))
 
 
 def audit(options: argparse.Namespace) -> None:
