@@ -11,12 +11,14 @@ import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from robustvlm.attacks import FOOLED, ROBUST, Goal, Job, LaneAttack, Probe, ThreatModel
 from robustvlm.attacks.goals import Case
 from robustvlm.attacks.goals.feature import FeatureGoal
 from robustvlm.attacks.sanity import MOST_IMAGES, inspect_model
+from robustvlm.data.source import UNKNOWN
 from robustvlm.evaluation import checks
 from robustvlm.evaluation.budget import BudgetSpent
 from robustvlm.evaluation.diagnosis import FEWEST_ROBUST, JUDGED_POINTS, NAMES, Diagnosis, choose_sample, short_attack
@@ -44,6 +46,8 @@ def questions(run: AttackRun, images: Tensor, label: Tensor, found: Probe) -> li
         return []
     oracle, goal = run.oracle, run.aim.goals[0]
     images, label = images[: min(MOST_IMAGES, found.rungs[0])], label[: min(MOST_IMAGES, found.rungs[0])]
+    if run.aim.unknown:
+        label = torch.full_like(label, UNKNOWN)
     seen = ask_unperturbed(oracle, goal, images, label)
     sanity = inspect_model(
         oracle,

@@ -79,6 +79,21 @@ def test_unknown_labels_leave_out_the_question_of_the_range():
     assert found.ranges == {}
 
 
+def test_the_same_answer_for_everything_is_right_on_one_class_by_luck():
+    class Bright(Linear):
+        """Says class 0 of whatever is outside [0, 1]."""
+
+        def forward(self, x):
+            outside = (x.flatten(1).amax(1) > 1) | (x.flatten(1).amin(1) < 0)
+            return super().forward(x) + 1e4 * outside[:, None] * torch.eye(5)[0]
+
+    x, case = images(24), Case(torch.zeros(24, dtype=torch.int64))
+    found = inspect_model(Oracle(Bright(5)), x, Misclassify(), case, BALLS[0], random=False, classes=5)
+    assert found.right is not None
+    assert found.right < 20
+    assert all(gained == 0 for gained, _ in found.ranges.values())
+
+
 def test_scores_that_happen_to_be_small_are_no_probabilities():
     class Small(Linear):
         def forward(self, x):

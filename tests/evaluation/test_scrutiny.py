@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from attacking import Interrupt, outcomes, prepared
+from PIL import Image
 
 from robustvlm.attacks import PGD, parse_attacks
 from robustvlm.errors import UserError
@@ -82,6 +86,24 @@ def test_other_goals_are_checked_too_and_a_sound_model_raises_none(photos: Path,
     assert "gradient as stated" in names(summary)
     assert [check for check in summary.checks if check.level in ("warning", "fault")] == []
     assert "huge radius" not in names(summary)
+
+
+def test_images_of_unknown_classes_have_no_accuracy_in_any_range(
+    tmp_path: Path, labelled_pictures: list[tuple[Image.Image, str]]
+) -> None:
+    data = []
+    for image, _ in labelled_pictures[:20]:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        data.append(buffer.getvalue())
+    labels = ["cat", "dog", "fox", *[None] * 17]
+    pq.write_table(pa.table({"image": data, "label": labels}), tmp_path / "mixed.parquet")
+    source = f"parquet:{tmp_path / 'mixed.parquet'}"
+    settings = {"checks": "full", "goal": "intrude", "eps": "1/255", "lanes": 16}
+    summary = prepared(tmp_path / "x", "Encoder+reject:0.9", data=source, **settings).run()
+    assert "gradient as stated" in names(summary)
+    assert "input range" not in names(summary)
+    assert [check for check in summary.checks if check.level in ("warning", "fault")] == []
 
 
 def test_a_random_model_is_diagnosed_by_its_averages(photos: Path) -> None:
