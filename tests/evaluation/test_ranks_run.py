@@ -110,6 +110,7 @@ def test_mistakes_are_said_once_and_end_every_process(make_folder: Photos) -> No
     assert [line.partition(":")[2] for line in ours(done)] == [" unknown attack 'pdg': did you mean 'pgd'?"]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_takes_the_others_along(make_folder: Photos) -> None:
     photos = make_folder(24)
     done = torchrun(photos, "--name=two", model="FailsOnRank1")
