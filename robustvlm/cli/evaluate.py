@@ -37,12 +37,11 @@ def evaluate(
     """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""
     # Loading torch and open_clip takes seconds; --help and other commands should not wait for them.
     from robustvlm.data import open_data
-    from robustvlm.defenses import load_pipeline
+    from robustvlm.defenses import load_classifier
     from robustvlm.evaluation.clean import evaluate_clean
-    from robustvlm.models import zero_shot
 
     source = open_data(data, classes=classes, templates=templates, tree=tree)
-    classifier = zero_shot(load_pipeline(model, device=device), source.class_names, source.templates)
+    classifier = load_classifier(model, source.class_names, source.templates, device=device)
     with _progress(quiet=as_json) as progress:
         ids = source.ids()
         total = limit if ids is None else min(len(ids), limit or len(ids))
@@ -85,6 +84,9 @@ def _print_table(result: CleanResult) -> None:
         where = f"{at.tree}, level {at.level}" if several else f"level {at.level}"
         label = f"superclass accuracy, {where} ({at.superclasses} groups)"
         table.add_row(Text(label), *_cells(at.accuracy))
+    for what, rate in (("known", result.rejected), ("unknown", result.unknown_rejected)):
+        if rate is not None:
+            table.add_row(f"rejected, images of {what} classes", *_cells(rate))
     table.add_row("mean confidence", f"{result.mean_confidence:.1%}", "")
     table.add_row("calibration error (15 bins)", f"{result.calibration_error:.1%}", "")
     console = Console()
@@ -97,7 +99,7 @@ def _print_table(result: CleanResult) -> None:
 def _notes(result: CleanResult) -> Iterator[str]:
     speed = f"{result.images_per_second:,.0f} images/s"
     yield f"{result.images:,} images in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
-    if result.unknown:
+    if result.unknown and result.unknown_rejected is None:
         yield f"{result.unknown:,} images of unknown classes are left out"
     if result.unreadable:
         name, reason = result.unreadable_reasons[0]

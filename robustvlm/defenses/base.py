@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from robustvlm.models import VLM, ZeroShotClassifier
@@ -42,6 +44,14 @@ class Classifier(nn.Module, ABC):
     def class_embeddings(self) -> Tensor | None:
         """Unit text embeddings of the classes [K, D], if there are any."""
         return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        if self.vlm is not None:
+            return self.vlm.device
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ from robustvlm.core.memory import is_out_of_memory
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError
 from robustvlm.evaluation.metrics import N_BINS, calibration_bins, calibration_error, correct, superclass_correct
 from robustvlm.models.zero_shot import ZeroShotClassifier
@@ -32,7 +33,11 @@ class LevelAccuracy(BaseModel):
 
 
 class CleanResult(BaseModel):
-    """What a clean evaluation found; images `unreadable` or of an `unknown` class are not among `images` and rates."""
+    """What a clean evaluation found; images `unreadable` or of an `unknown` class are not among `images` and rates.
+
+    Of a model that may refuse, a right answer is one that it accepts; `rejected` is the share of the known images that
+    it rejects, `unknown_rejected` that of the unknown ones. Both are None for other models.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,6 +53,8 @@ class CleanResult(BaseModel):
     calibration_error: float
     mean_confidence: float
     superclass_accuracy: list[LevelAccuracy]
+    rejected: Rate | None = None
+    unknown_rejected: Rate | None = None
     seconds: float
 
     @property
@@ -57,7 +64,7 @@ class CleanResult(BaseModel):
 
 
 def evaluate_clean(
-    classifier: ZeroShotClassifier,
+    classifier: Classifier | ZeroShotClassifier,
     source: DataSource,
     *,
     limit: int | None = None,
@@ -77,19 +84,21 @@ def evaluate_clean(
         >>> evaluate_clean(classifier, source, limit=8).images
         8
     """
+    if isinstance(classifier, ZeroShotClassifier):
+        classifier = ZeroShot(classifier)
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1 image, got {batch_size}")
     if classifier.class_names != source.class_names:
         raise UserError(f"the classifier and '{source.spec}' have different classes")
-    tally = _Tally(source.tree, source.class_names)
+    tally = _Tally(source.tree, source.class_names, refuses=classifier.can_reject)
     start = time.perf_counter()
     for batch in _batches(source, tally, limit, batch_size):
-        size, interpolation = classifier.vlm.image_size, classifier.vlm.interpolation
+        size, interpolation = classifier.image_size, classifier.interpolation
         pixels = torch.stack([to_pixels(sample.image, size, interpolation=interpolation) for sample in batch])
         with torch.inference_mode():
-            logits = _logits(classifier, pixels.to(classifier.vlm.device)).cpu()
-        _check_finite(logits, batch, classifier.vlm.spec)
-        tally.add(logits, torch.tensor([sample.label for sample in batch]))
+            output = _logits(classifier, pixels.to(classifier.device)).cpu()
+        _check_finite(output, batch, classifier.spec)
+        tally.add(output, torch.tensor([sample.label for sample in batch]))
         if on_images is not None:
             on_images(tally.images + tally.unknown + tally.unreadable)
     if tally.images == 0:
@@ -100,7 +109,9 @@ def evaluate_clean(
 class _Tally:
     """Counts and sums over the batches so far."""
 
-    def __init__(self, forest: Forest | None, class_names: tuple[str, ...]) -> None:
+    def __init__(self, forest: Forest | None, class_names: tuple[str, ...], *, refuses: bool) -> None:
+        self.refuses = refuses
+        self.rejected = self.unknown_rejected = 0
         self.images = self.right = self.unknown = self.unreadable = 0
         self.bins = torch.zeros(3, N_BINS, dtype=torch.float64)
         self.reasons: list[tuple[str, str]] = []
@@ -113,23 +124,34 @@ class _Tally:
         ]
         self.right_at = [0] * len(self.levels)
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def add(self, output: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take in the output of a batch; images of unknown classes are in it only for models that may refuse."""
+        known = labels != UNKNOWN
+        accepted = output[:, -1] > 0 if self.refuses else torch.ones_like(known)
+        self.unknown_rejected += int((~known & ~accepted).sum())
+        logits, labels, accepted = output[known], labels[known], accepted[known]
+        if self.refuses:
+            logits = logits[:, :-1]
+        self.rejected += int((~accepted).sum())
+        if not len(labels):
+            return
         right = correct(logits, labels)
         self.images += len(labels)
-        self.right += int(right.sum())
+        self.right += int((right & accepted).sum())
         self.bins += calibration_bins(logits.softmax(dim=-1).amax(dim=-1), right)
         for i, (_, _, superclass_of) in enumerate(self.levels):
-            self.right_at[i] += int(superclass_correct(logits.argmax(dim=-1), labels, superclass_of).sum())
+            found = superclass_correct(logits.argmax(dim=-1), labels, superclass_of) & accepted
+            self.right_at[i] += int(found.sum())
 
     def skip(self, item: Unreadable) -> None:
         self.unreadable += 1
         if len(self.reasons) < _REASONS_KEPT:
             self.reasons.append((item.id, item.reason))
 
-    def result(self, classifier: ZeroShotClassifier, source: DataSource, seconds: float) -> CleanResult:
+    def result(self, classifier: Classifier, source: DataSource, seconds: float) -> CleanResult:
         return CleanResult(
-            model=classifier.vlm.spec,
-            model_fingerprint=classifier.vlm.fingerprint,
+            model=classifier.spec,
+            model_fingerprint=classifier.fingerprint,
             data=source.spec,
             classes=len(classifier.class_names),
             images=self.images,
@@ -148,6 +170,8 @@ class _Tally:
                 )
                 for i, (root, level, superclass_of) in enumerate(self.levels)
             ],
+            rejected=rate(self.rejected, self.images) if self.refuses else None,
+            unknown_rejected=rate(self.unknown_rejected, self.unknown) if self.refuses and self.unknown else None,
             seconds=seconds,
         )
 
@@ -158,13 +182,15 @@ def _superclass_of(tree: Tree, level: int, class_names: tuple[str, ...]) -> torc
 
 
 def _batches(source: DataSource, tally: _Tally, limit: int | None, batch_size: int) -> Iterator[list[Sample]]:
-    """Yield full batches of images of known classes, then the rest; the others are counted."""
+    """Yield full batches, then the rest; images of unknown classes are in them only for models that may refuse."""
     batch: list[Sample] = []
     for item in source.samples(limit=limit):
         if isinstance(item, Unreadable):
             tally.skip(item)
         elif item.label == UNKNOWN:
             tally.unknown += 1
+            if tally.refuses:
+                batch.append(item)
         else:
             batch.append(item)
         if len(batch) == batch_size:
@@ -174,7 +200,7 @@ def _batches(source: DataSource, tally: _Tally, limit: int | None, batch_size: i
         yield batch
 
 
-def _logits(classifier: ZeroShotClassifier, pixels: torch.Tensor) -> torch.Tensor:
+def _logits(classifier: Classifier, pixels: torch.Tensor) -> torch.Tensor:
     try:
         return classifier(pixels)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from PIL import Image
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.defenses import Refusing, ZeroShot
 from robustvlm.errors import UserError
 from robustvlm.evaluation.clean import evaluate_clean
 from robustvlm.evaluation.metrics import expected_calibration_error
@@ -192,3 +193,30 @@ def test_wrong_arguments_are_named() -> None:
     vlm = Colours()
     with pytest.raises(UserError, match="different classes"):
         evaluate_clean(ZeroShotClassifier(vlm, NAMES[:2], vlm.encode_text(NAMES[:2])), Noise())
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_a_model_that_refuses_is_right_only_where_it_accepts(batch_size: int) -> None:
+    plain, source = classifier(), Noise()
+    pictures = [item.image for item in source.samples() if isinstance(item, Sample)]
+    sure = plain(torch.stack([to_pixels(image, 8) for image in pictures])).softmax(1).amax(1).sort().values
+    # Between two neighbours, so that rounding decides nothing.
+    threshold = float(sure[len(sure) // 2] + sure[len(sure) // 2 + 1]) / 2
+    model = Refusing(ZeroShot(plain), threshold)
+    found = evaluate_clean(model, source, batch_size=batch_size)
+    known, unknown, right, rejected, intruded = 0, 0, 0, 0, 0
+    for item in source.samples():
+        if isinstance(item, Unreadable):
+            continue
+        logits = plain(to_pixels(item.image, 8)[None])[0]
+        accepted = bool(logits.softmax(0).max() > threshold)
+        known, unknown = known + (item.label >= 0), unknown + (item.label < 0)
+        rejected += item.label >= 0 and not accepted
+        intruded += item.label < 0 and accepted
+        right += accepted and int(logits.argmax()) == item.label
+    assert 0 < rejected < known
+    assert (found.images, found.unknown, found.accuracy.successes) == (known, unknown, right)
+    assert found.rejected is not None
+    assert found.unknown_rejected is not None
+    assert (found.rejected.successes, found.unknown_rejected.successes) == (rejected, unknown - intruded)
+    assert evaluate_clean(plain, source).rejected is None
