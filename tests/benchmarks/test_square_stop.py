@@ -22,11 +22,7 @@ class Answer:
 
 
 def test_the_row_counts_late_and_lost_successes_and_the_passes_of_robust_images():
-    off = {
-        "a": Answer("fooled", 20),
-        "b": Answer("fooled", 900),
-        "c": Answer("robust", 999),
-        "d": Answer("robust", 999),
-    }
-    on = {"a": Answer("fooled", 20), "b": Answer("robust", 500), "c": Answer("robust", 499), "d": Answer("robust", 299)}
-    assert compare(off, on) == ("4", "2", "1", "1", "1000", "400", "0.40")
+    off = {"a": ("fooled", 20), "b": ("fooled", 900), "c": ("robust", 999), "d": ("robust", 999)}
+    on = {"a": ("fooled", 20), "b": ("robust", 500), "c": ("robust", 499), "d": ("robust", 299)}
+    without, with_stop = ({name: Answer(*seen) for name, seen in run.items()} for run in (off, on))
+    assert compare(without, with_stop) == ("4", "2", "1", "1", "1000", "400", "0.40")
