@@ -127,11 +127,13 @@ def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[st
     pairs = dict.fromkeys((c.first, c.second) for c in comparisons)
     for first, second in pairs:
         mine = [c for c in comparisons if (c.first, c.second) == (first, second)]
+        # Conditions name their goal where it is not to be right.
+        does = "does better" if any("," in c.condition for c in mine) else "is right more often"
         parts = []
         for better, worse in ((first, second), (second, first)):
             where = _places([c.condition for c in mine if c.finding == better])
             if where:
-                parts.append(f"{names[better]} is right more often than {names[worse]} {where}")
+                parts.append(f"{names[better]} {does} than {names[worse]} {where}")
         nothing = _places([c.condition for c in mine if c.finding is None])
         if nothing:
             # Names keep their spelling: only our own words begin with a capital.
