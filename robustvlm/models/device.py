@@ -45,7 +45,7 @@ def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
     """
     if ranks.size == 1 or device.type != "cuda":
         return device
-    if device.index is not None:
+    if str(device) != "cuda":
         raise UserError(f"'{device}' would be the GPU of all {ranks.size} processes: pass --device cuda")
     if ranks.local_rank >= torch.cuda.device_count():
         raise UserError(
