@@ -35,6 +35,8 @@ def test_a_process_on_its_own_keeps_its_device(chosen: list[int]) -> None:
 def test_one_gpu_for_all_or_too_few_of_them_are_refused(chosen: list[int]) -> None:
     with pytest.raises(UserError, match="'cuda:0' would be the GPU of all 2 processes: pass --device cuda"):
         device_of_rank(torch.device("cuda:0"), Ranks(1, 2, 1))
-    with pytest.raises(UserError, match="process 2 of this machine has no GPU, torch sees 2: start one process per GPU"):
+    with pytest.raises(
+        UserError, match="process 2 of this machine has no GPU, torch sees 2: start one process per GPU"
+    ):
         device_of_rank(CUDA, Ranks(2, 3, 2))
     assert chosen == []
