@@ -216,6 +216,9 @@ def test_shortcuts_for_deterministic_models_are_dropped_for_random_ones() -> Non
     assert isinstance(fitted, PGD)
     assert not fitted.detect_cycles
     assert replace(fitted, detect_cycles=True) == attack
+    for attack in parse_attacks("apgd-t,fab-t,square"):
+        assert checks.fit_for(attack, SOUND) is attack
+        assert checks.fit_for(attack, replace(SOUND, repeat_change=0.5)) == attack.exhaustive() != attack
 
 
 @pytest.mark.parametrize(

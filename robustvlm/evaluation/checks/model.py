@@ -40,9 +40,11 @@ def require_independent_rows(found: Probe, model: str) -> None:
 
 def fit_for(attack: LaneAttack, found: Probe) -> LaneAttack:
     """Return the attack without shortcuts that only hold for deterministic models, if the model is random."""
-    if found.random and isinstance(attack, PGD):
+    if not found.random:
+        return attack
+    if isinstance(attack, PGD):
         return dataclasses.replace(attack, detect_cycles=False)
-    return attack
+    return attack.exhaustive()
 
 
 def of_probe(found: Probe, *, eot: int = 1, draws: int = 1) -> list[Check]:
