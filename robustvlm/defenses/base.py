@@ -63,7 +63,7 @@ class ZeroShot(Classifier):
     """The zero-shot classifier of an encoder, seen as any other classifier.
 
     Example:
-        >>> from robustvlm.models import load_model
+        >>> from robustvlm.models import load_model, zero_shot
         >>> classifier = ZeroShot(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False))
         >>> classifier(torch.rand(1, 3, 64, 64)).shape, classifier.can_reject
         (torch.Size([1, 2]), False)

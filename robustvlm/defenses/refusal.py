@@ -22,7 +22,8 @@ class Refusing(Classifier):
     others: it has the sign of p - T, and, unlike p, a gradient also where p is 1 up to rounding.
 
     Example:
-        >>> from robustvlm.models import load_model
+        >>> from robustvlm.defenses.base import ZeroShot
+        >>> from robustvlm.models import load_model, zero_shot
         >>> inner = ZeroShot(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False))
         >>> Refusing(inner, 0.9)(torch.rand(5, 3, 64, 64)).shape
         torch.Size([5, 3])

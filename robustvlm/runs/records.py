@@ -1,0 +1,163 @@
+"""What `summary.json` holds, and the records that a run's parts hand to one another."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from robustvlm.runs.levels import LevelSummary, LevelTransfer
+from robustvlm.stats import Mean, Rate
+
+Level = Literal["ok", "note", "warning", "fault"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Images(_Record):
+    """How many images were evaluated, could not be read, and were classified right unperturbed.
+
+    `exposed` are those on which the goal was not reached unperturbed (None in runs from before there were goals: the
+    ones classified right); `left_out` those that the goal is not about, such as images of unknown classes.
+    """
+
+    evaluated: int
+    unreadable: int
+    clean_correct: int
+    exposed: int | None = None
+    left_out: int = 0
+
+
+class AttackSummary(_Record):
+    """One attack at one eps: images it ran on, fooled, broke on; accuracy left after it and all stages before it."""
+
+    attack: str
+    attacked: int
+    fooled: int
+    failed: int
+    robust_accuracy_after: Rate
+    steps: int
+    passes: int
+
+
+class GroupSummary(_Record):
+    """A class or superclass at one eps; the rate is over its images that were right when clean and decided."""
+
+    name: str
+    images: int
+    clean_correct: int
+    fooled: int
+    attack_success_rate: Rate
+
+
+class Cosine(_Record):
+    """The cosine that a feature goal is about, as means over the images: unperturbed, and at the worst point found.
+
+    For `feature` it is the similarity to the image's own clean feature (FCS), for `feature:TARGET` that to the target.
+    """
+
+    clean: Mean
+    attacked: Mean
+
+
+class Acceptance(_Record):
+    """How many images a model that may refuse accepted and rejected, unperturbed and at the recorded points."""
+
+    clean_accepted: int
+    clean_rejected: int
+    accepted: int
+    rejected: int
+
+
+class EpsSummary(_Record):
+    """The worst case over the attacks at one eps.
+
+    `robust_accuracy` is over all evaluated images: the share on which the goal was reached neither unperturbed nor by
+    an attack, which for `misclassify` is accuracy. `attack_success_rate` is over the images on which the goal was not
+    reached unperturbed: for `misclassify` those right when clean. Images on which
+    an attack broke and none succeeded (`undecided`) count as not robust, and are left out of the success rate;
+    `robust_accuracy_at_most` is the robust accuracy if all of them were robust.
+    """
+
+    eps: float
+    eps_text: str
+    fooled: int
+    robust: int
+    undecided: int
+    robust_accuracy: Rate
+    robust_accuracy_at_most: Rate | None = None
+    attack_success_rate: Rate
+    per_attack: list[AttackSummary]
+    per_class: list[GroupSummary]
+    per_superclass: list[GroupSummary]
+    levels: list[LevelSummary] = []
+    transfer: LevelTransfer | None = None
+    cosine: Cosine | None = None
+    acceptance: Acceptance | None = None
+
+
+class Cost(_Record):
+    """Encoder passes (one image through the encoder once) and wall time; `model_seconds` is the part inside it."""
+
+    forward_passes: int = 0
+    backward_passes: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    passes_per_second: float = 0.0
+
+
+class Estimate(_Record):
+    """What the attacks will cost at least (all images fall at the first point) and at most (all stay robust).
+
+    Args:
+        images: images still to be attacked.
+        passes_least, passes_most: encoder passes, padded rows included.
+        seconds_least, seconds_most: wall time on the processes of the run, from the speed of the first passes.
+        unknown: attacks of other packages, whose cost is not known and comes on top.
+    """
+
+    images: int
+    passes_least: int
+    passes_most: int
+    seconds_least: float
+    seconds_most: float
+    unknown: list[str] = []
+
+
+class Check(_Record):
+    """A check of the evaluation itself, with its finding in words."""
+
+    name: str
+    level: Level
+    message: str
+
+
+class UnreadableImage(_Record):
+    """An image that could not be decoded, and why."""
+
+    id: str
+    reason: str
+
+
+class Summary(_Record):
+    """Everything that tables, reports and exit codes are made of.
+
+    Args:
+        unfinished: why the run stopped before every image was decided; None when all are.
+        estimate: what the attacks were expected to cost before the first of them.
+    """
+
+    norm: str
+    goal: str = "misclassify"
+    min_cos: float | None = None
+    can_reject: bool = False
+    images: Images
+    clean_accuracy: Rate
+    per_eps: list[EpsSummary]
+    cost: Cost
+    checks: list[Check]
+    unreadable: list[UnreadableImage]
+    unfinished: str | None = None
+    estimate: Estimate | None = None
