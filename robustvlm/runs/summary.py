@@ -131,7 +131,9 @@ def _at_eps(
     levels = tree_levels(data) if any(image.label >= 0 for image in table.images) else []
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
-    refuses, features = bool((manifest.get("model") or {}).get("can_reject")), goals[0].startswith("feature")
+    features = goals[0].startswith("feature")
+    # Feature goals look at the encoder, below any refusal.
+    refuses = bool((manifest.get("model") or {}).get("can_reject")) and not features
     recorded = worst_points(rows, goals[0], table.eps[index]) if refuses or features else []
     names: list[str] = data["class_names"]
     superclasses: Mapping[str, str] = data.get("superclasses") or {}

@@ -263,8 +263,8 @@ def test_a_classifier_of_the_user_is_attacked_through_its_stand_ins(
     photos = make_folder(16)
     out = tmp_path / "runs"
     run = prepare(
-        model="own_logits:Logits", data=f"imagefolder:{photos}", attack="pgd:steps=8", eps="4/255", lanes=8, checks="none",
-        device="cpu", out=out, name="own",
+        model="own_logits:Logits", data=f"imagefolder:{photos}", attack="pgd:steps=8", eps="4/255", lanes=8,
+        checks="none", device="cpu", out=out, name="own",
     )  # fmt: skip
     summary = run.run()
     assert summary.per_eps[0].fooled > 0
