@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def rate(options: argparse.Namespace) -> None:
         images[torch.arange(options.lanes) % len(images)] + sigma * torch.randn(options.lanes, *images.shape[1:])
     ).to(vlm.device)
     tasks = [Task(str(i), i, image) for i, image in enumerate(images)]
-    common = {"cos0": 0.5, "sigma": sigma, "alpha": 0.001}
+    common: Any = {"cos0": 0.5, "sigma": sigma, "alpha": 0.001}
 
     def bare() -> int:
         for _ in range(8):

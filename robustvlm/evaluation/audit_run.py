@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from robustvlm.certify import contrast_vectors
 from robustvlm.data import open_data
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample, select
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.errors import UserError
 from robustvlm.evaluation.audit import Finding, Target, audit_image
-from robustvlm.evaluation.audit_claims import Array, Claim, ClassClaim, FeatureClaim, VoteClaim
-from robustvlm.evaluation.audit_openset import OpensetClaim
+from robustvlm.evaluation.audit_certificates import CLAIMS, claim_maker
+from robustvlm.evaluation.audit_partial import Partial
 from robustvlm.evaluation.audit_search import Effort
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
-from robustvlm.evaluation.certifying.setup import embed_classes, list_of_names
 from robustvlm.models import VLM
-from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.report.certify_record import CertifyRecord, load_certify_run
-from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.files import write_text
-
-MakeClaim = Callable[[dict[str, Any]], Callable[[Array, Array], Claim]]
 
 
 class AuditResult(BaseModel):
@@ -92,6 +85,8 @@ def audit_folder(
 ) -> AuditResult:
     """Attack the certificates of a finished run, write `audit.json` into its folder and return the result.
 
+    A killed audit goes on where it was when it is called again with the same settings.
+
     Args:
         limit: audit this many of the images that have a certificate, a fixed selection.
         on_image: called with the number of images done and their total.
@@ -111,37 +106,34 @@ def audit_folder(
     model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)
     make = claim_maker(run, vlm, source)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
-    chosen = set(select(rows, limit))
-    began = time.monotonic()
-    findings: list[Finding] = []
-    for done, (row, pixels) in enumerate(_images(run, source, {name: rows[name] for name in chosen}, vlm), start=1):
-        target = Target(image_id=row["image_id"], pixels=pixels, radius=row["radius"], claim=make(row))
-        findings += audit_image(model, target, effort, alpha=effort.alpha / len(chosen), seed=seed)
-        if on_image is not None:
-            on_image(done, len(chosen))
-    if len({finding.image_id for finding in findings}) < len(chosen):
-        raise UserError(f"some images of the run are no longer in '{run.config.data}': audit it on the same data")
+    wanted = {name: rows[name] for name in select(rows, limit)}
+    header = {"effort": asdict(effort), "seed": seed, "images": len(wanted), "run": run.manifest.get("created")}
+    with Partial(folder / "audit.jsonl", json.loads(json.dumps(header))) as partial:
+        left = {name: row for name, row in wanted.items() if not partial.has(row)}
+        for row, pixels in _images(run, source, left, vlm):
+            target = Target(image_id=row["image_id"], pixels=pixels, radius=row["radius"], claim=make(row))
+            began, before = time.monotonic(), model.rows
+            found = audit_image(model, target, effort, alpha=effort.alpha / len(wanted), seed=seed)
+            partial.add(row, found, passes=model.rows - before, seconds=time.monotonic() - began)
+            if on_image is not None:
+                on_image(len(partial.done), len(wanted))
+        if len(partial.done) < len(wanted):
+            raise UserError(f"some images of the run are no longer in '{run.config.data}': audit it on the same data")
+        done = [partial.done[name] for name in wanted]
     result = AuditResult(
         run=run.name,
         claim=run.config.claim,
-        quantity=_CLAIMS[run.config.claim].quantity,
+        quantity=CLAIMS[run.config.claim].quantity,
         certified=len(rows),
         effort=asdict(effort),
         seed=seed,
-        passes=model.rows,
-        seconds=time.monotonic() - began,
-        findings=findings,
+        passes=sum(fact["passes"] for fact in done),
+        seconds=sum(fact["seconds"] for fact in done),
+        findings=[Finding(**finding) for fact in done for finding in fact["findings"]],
     )
     write_text(folder / "audit.json", result.model_dump_json(indent=1) + "\n")
+    (folder / "audit.jsonl").unlink(missing_ok=True)
     return result
-
-
-_CLAIMS: dict[str, type[Claim]] = {
-    "feature": FeatureClaim,
-    "class": ClassClaim,
-    "vote": VoteClaim,
-    "openset": OpensetClaim,
-}
 
 
 def _path(name: str | None) -> Path | None:
@@ -165,45 +157,3 @@ def _images(
             yield waiting.pop(item.id), pixels[None]
         if not waiting:
             return
-
-
-def claim_maker(run: CertifyRecord, vlm: VLM, source: DataSource) -> MakeClaim:
-    """Return what makes an image's row of results, and two samples of its features, into the claim to attack."""
-    config = run.config
-    if config.claim == "feature":
-        return lambda row: partial(_feature, row, run)
-    text = embed_classes(vlm, source.class_names, source.templates)
-    assert text is not None
-    if config.claim == "openset":
-        assert config.tau is not None
-        vectors, tau = openset_vectors(config, vlm, text, source.templates), config.tau
-        return lambda row: (
-            lambda *_: OpensetClaim(vectors=vectors, tau=tau, accepts=row["prediction"] == 1, radius=row["radius"])
-        )
-    if config.claim == "vote":
-        return lambda row: (
-            lambda *_: VoteClaim(text=text, label=row["prediction"], radius=row["radius"], logit_scale=vlm.logit_scale)
-        )
-    return lambda row: lambda *_: ClassClaim(text=text, label=row["prediction"], radius=row["radius"])
-
-
-def openset_vectors(config: CertifyConfig, vlm: VLM, text: Array, templates: tuple[str, ...]) -> Array:
-    """Return the vectors [K, A, D] of a run's open-set score."""
-    against = np.zeros((0, text.shape[1]))
-    if config.antibodies is not None:
-        names = list_of_names(Path(config.antibodies))
-        against = class_embeddings(vlm, names, templates).double().cpu().numpy()
-    return contrast_vectors(text, against, config.weight)
-
-
-def _feature(row: dict[str, Any], run: CertifyRecord, steering: Array, evidence: Array) -> FeatureClaim:
-    mean = np.nan_to_num(steering).mean(axis=0)
-    assert run.config.min_cos is not None
-    return FeatureClaim(
-        sigma=run.config.sigma,
-        cos0=run.config.min_cos,
-        radius=row["radius"],
-        r=row["r"],
-        direction=mean / max(float(np.linalg.norm(mean)), 1e-12),
-        clean=evidence,
-    )

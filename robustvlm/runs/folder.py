@@ -22,7 +22,16 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 # Everything a run writes besides its journals, in the order in which `--fresh` deletes it: without summary and journals
 # a run starts over, so that a deletion cut short leaves nothing that could be taken for results; the manifest marks the
 # folder as ours.
-_FILES = ("results.parquet", "report.html", "gallery", "adversarial", "features", "audit.json", "manifest.json")
+_FILES = (
+    "results.parquet",
+    "report.html",
+    "gallery",
+    "adversarial",
+    "features",
+    "audit.json",
+    "audit.jsonl",
+    "manifest.json",
+)
 
 
 def default_name(kind: str, model: str, data: str, config: dict[str, Any]) -> str:

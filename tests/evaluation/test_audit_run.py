@@ -38,8 +38,8 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def finished(pictures: Path, claim: str, **options: object) -> Path:
     settings = Settings(
-        model="circle", data=f"imagefolder:{pictures}", templates=pictures.parent / "templates.txt", claim=claim, sigma=0.5,
-        samples=1000, **options,
+        model="circle", data=f"imagefolder:{pictures}", templates=pictures.parent / "templates.txt", claim=claim,
+        sigma=0.5, samples=1000, **options,
     )  # fmt: skip
     prepared = prepare_certify(settings, out=pictures.parent, name=claim)
     prepared.run()
@@ -105,3 +105,23 @@ def test_other_models_missing_images_and_unfinished_runs(pictures: Path, monkeyp
         run_audit(str(folder))
     with pytest.raises(UserError, match="at least 1 of its steps"):
         run_audit(str(folder), steps=0)
+
+
+def test_a_killed_audit_goes_on_where_it_was(pictures: Path) -> None:
+    folder = finished(pictures, "class")
+    straight = audit_folder(folder, QUICK)
+
+    def kill(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit_folder(folder, QUICK, on_image=kill)
+    seen: list[int] = []
+    resumed = audit_folder(folder, QUICK, on_image=lambda done, _: seen.append(done))
+    assert seen == [2]
+    assert resumed.findings == straight.findings
+    assert resumed.passes == straight.passes
+    assert not (folder / "audit.jsonl").exists()
+    with pytest.raises(KeyboardInterrupt):
+        audit_folder(folder, QUICK, on_image=kill)
+    assert audit_folder(folder, QUICK, seed=1).findings != straight.findings  # other settings start over

@@ -1,0 +1,72 @@
+"""From the rows of a certify run to claims that can be attacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustvlm.certify import contrast_vectors
+from robustvlm.data.source import DataSource
+from robustvlm.evaluation.audit_claims import Array, Claim, ClassClaim, FeatureClaim, VoteClaim
+from robustvlm.evaluation.audit_openset import OpensetClaim
+from robustvlm.evaluation.certifying.setup import embed_classes, list_of_names
+from robustvlm.models import VLM
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.report.certify_record import CertifyRecord
+from robustvlm.runs.certify_config import CertifyConfig
+
+MakeClaim = Callable[[dict[str, Any]], Callable[[Array, Array], Claim]]
+
+CLAIMS: dict[str, type[Claim]] = {
+    "feature": FeatureClaim,
+    "class": ClassClaim,
+    "vote": VoteClaim,
+    "openset": OpensetClaim,
+}
+"""Claims by name."""
+
+
+def claim_maker(run: CertifyRecord, vlm: VLM, source: DataSource) -> MakeClaim:
+    """Return what makes an image's row of results, and two samples of its features, into the claim to attack."""
+    config = run.config
+    if config.claim == "feature":
+        return lambda row: partial(_feature, row, run)
+    text = embed_classes(vlm, source.class_names, source.templates)
+    assert text is not None
+    if config.claim == "openset":
+        assert config.tau is not None
+        vectors, tau = openset_vectors(config, vlm, text, source.templates), config.tau
+        return lambda row: (
+            lambda *_: OpensetClaim(vectors=vectors, tau=tau, accepts=row["prediction"] == 1, radius=row["radius"])
+        )
+    if config.claim == "vote":
+        return lambda row: (
+            lambda *_: VoteClaim(text=text, label=row["prediction"], radius=row["radius"], logit_scale=vlm.logit_scale)
+        )
+    return lambda row: lambda *_: ClassClaim(text=text, label=row["prediction"], radius=row["radius"])
+
+
+def openset_vectors(config: CertifyConfig, vlm: VLM, text: Array, templates: tuple[str, ...]) -> Array:
+    """Return the vectors [K, A, D] of a run's open-set score."""
+    against = np.zeros((0, text.shape[1]))
+    if config.antibodies is not None:
+        names = list_of_names(Path(config.antibodies))
+        against = class_embeddings(vlm, names, templates).double().cpu().numpy()
+    return contrast_vectors(text, against, config.weight)
+
+
+def _feature(row: dict[str, Any], run: CertifyRecord, steering: Array, evidence: Array) -> FeatureClaim:
+    mean = np.nan_to_num(steering).mean(axis=0)
+    assert run.config.min_cos is not None
+    return FeatureClaim(
+        sigma=run.config.sigma,
+        cos0=run.config.min_cos,
+        radius=row["radius"],
+        r=row["r"],
+        direction=mean / max(float(np.linalg.norm(mean)), 1e-12),
+        clean=evidence,
+    )
