@@ -5,6 +5,7 @@ Each fault is one that published evaluations have had: see docs/checks.md.
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +27,7 @@ class Sound(nn.Module):
 
     def __init__(self, kind: str = "mlp", seed: int = 0) -> None:
         super().__init__()
-        self.net = _trained(kind, seed)
+        self.net = copy.deepcopy(_trained(kind, seed))  # runs change the precision of what they get
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.net(self.before(x) - 0.5))
@@ -97,7 +98,7 @@ class HalfBlind(Sound):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden = _trained("cnn", 3)
+        self.hidden = copy.deepcopy(_trained("cnn", 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 2 * self.hidden(x.detach() - 0.5)

@@ -16,7 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustvlm.attacks import FOOLED, PGD, Case, Goal, Job, LaneAttack, LaneEngine, Oracle, Result, ThreatModel
+from robustvlm.attacks import (
+    FOOLED,
+    PGD,
+    Case,
+    Goal,
+    Job,
+    LaneAttack,
+    LaneEngine,
+    Misclassify,
+    Oracle,
+    Result,
+    Superclass,
+    SuperclassAll,
+    ThreatModel,
+)
 from robustvlm.attacks.threat import l2_norms, per_image, project
 from robustvlm.core.seeds import derive_seed, generator
 from robustvlm.evaluation.checks import effort
@@ -40,8 +54,8 @@ NAMES = (
     "rounding to 8 bits",
     "unconfirmed successes",
 )
-# Goals that every image reaches somewhere in a ball with all of the pixel range.
-_REACHABLE = ("misclassify", "superclass")
+# Goals that must be reached where plain grey lies in the ball; a model that may refuse may refuse all of that.
+_REACHABLE = (Misclassify, Superclass, SuperclassAll)
 
 
 def choose_sample(robust: Collection[str], fooled: Collection[str], seed: int) -> list[str]:
@@ -125,7 +139,7 @@ class Diagnosis:
         return effort.noise_wins(self._fooled, found, draws=_NOISE_DRAWS)
 
     def _huge_radius(self) -> Check | None:
-        if self.goal.spec.partition(":")[0] not in _REACHABLE or self.goal.two_way:
+        if not isinstance(self.goal, _REACHABLE):
             return None
         pixels = self.jobs[0].pixels
         radius = _HUGE_LINF if self.threat.norm == "Linf" else 0.5 * pixels.numel() ** 0.5

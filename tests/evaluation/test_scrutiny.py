@@ -79,7 +79,12 @@ def test_where_nothing_withstood_there_is_nothing_to_doubt(photos: Path) -> None
 
 @pytest.mark.parametrize(
     ("goal", "model"),
-    [("feature", "Encoder"), ("targeted:cat", "Encoder"), ("deny", "Encoder+reject:0.34")],
+    [
+        ("feature", "Encoder"),
+        ("targeted:cat", "Encoder"),
+        ("deny", "Encoder+reject:0.34"),
+        ("misclassify", "Encoder+reject:0.6"),
+    ],
 )
 def test_other_goals_are_checked_too_and_a_sound_model_raises_none(photos: Path, goal: str, model: str) -> None:
     summary = prepared(photos, model, checks="full", goal=goal, eps="1/255").run()
