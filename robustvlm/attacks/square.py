@@ -78,7 +78,10 @@ class Square(LaneAttack):
             "draws": torch.rand(1, self.n_iter, columns, generator=generator),
         }
         state |= {"low": low, "high": high} if linf else {}
-        return state | square_futility.begin(x0) if self._may_give_up else state
+        if not self._may_give_up:
+            return state
+        # Lanes that are taken up later join the state of those under way, which has the same entries.
+        return state | square_futility.begin(x0) | {DONE: torch.zeros(1, dtype=torch.bool, device=x0.device)}
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         del grad

@@ -182,6 +182,13 @@ def test_every_shape_of_image_is_taken(shape, threat):
         state = attack.advance(state, torch.tensor([-1.0]), torch.empty(0), torch.tensor([step]), threat)
 
 
+def test_lanes_are_taken_up_again_whether_searches_may_be_given_up_or_not():
+    model = Curved()
+    jobs = right_jobs(model, 20)
+    for attack in (Square(n_iter=30), Square(n_iter=30, futility=False)):
+        assert len(attack_all(model, attack, ThreatModel("Linf", 0.05), jobs, lanes=4)) == 20
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), ("L2", 0.2)])
 def test_square_is_as_strong_as_the_authors_implementation(norm, eps):
     from pyautoattack.square import SquareAttack
