@@ -39,7 +39,7 @@ from robustvlm.certify.deployed import deployed_cos, deployed_from_angle, deploy
 from robustvlm.certify.deployed_feature import deployed_feature_cos, deployed_feature_radius
 from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
 from robustvlm.certify.distribution import cdf_lower, cdf_plug_in, cdf_radius, cdf_upper, layer_cake
-from robustvlm.certify.engine import Sampled, SamplingEngine, Task
+from robustvlm.certify.engine import SamplingEngine
 from robustvlm.certify.fcsb import VACUOUS, fcsb_cos, fcsb_inner, fcsb_radius
 from robustvlm.certify.feature_claim import FeatureRadius, FeatureTest, feature_radius
 from robustvlm.certify.halfspace import halfspace_lower, halfspace_shift
@@ -73,6 +73,7 @@ from robustvlm.certify.record import Certificate, Provenance, best_of, expected_
 from robustvlm.certify.resize import resize_matrix, resize_norm
 from robustvlm.certify.rounding import floor_to, format_down
 from robustvlm.certify.sampling import Certifier, Finding, Request
+from robustvlm.certify.sampling_lane import Sampled, Task
 from robustvlm.certify.scores import as_scores, direction_scores, mean_feature, unit_rows
 from robustvlm.certify.tangent import Tangent, TangentTest, tangent_at, tangent_radius
 from robustvlm.certify.vector_np import required_norm, vector_cos, vector_radius

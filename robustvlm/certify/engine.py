@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,77 +19,20 @@ from torch import Tensor
 
 from robustvlm.certify.noise import CHUNK, noise_chunk, stream_seed
 from robustvlm.certify.normal import check_sigma
-from robustvlm.certify.sampling import Certifier, Finding, Stage
+from robustvlm.certify.sampling import Certifier, Stage
+from robustvlm.certify.sampling_lane import Lane, Piece, Sampled, Task, Verdicts
 from robustvlm.core.memory import is_out_of_memory
 
 Encode = Callable[[Tensor], Tensor]
 """From noisy images [R, 3, S, S] float32 to unit features [R, D]; each row a function of its own image alone."""
 
-Keep = Callable[["Task", Stage, NDArray[np.float32]], None]
+Keep = Callable[[Task, Stage, NDArray[np.float32]], None]
 """Told the features of a stage as they are used, in order (the cache)."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """One image to certify: pixels [3, S, S] in [0, 1] at the resolution where the noise is added."""
-
-    image_id: str
-    index: int
-    pixels: Tensor = field(repr=False)
-    label: int = -1
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The finding for one image, the encoder passes spent on it (unused ones included) and its share of the time."""
-
-    task: Task
-    finding: Finding
-    passes: int
-    seconds: float
-
-
-class _Lane:
-    """An image in work: how many rows of its current stage are on their way."""
-
-    def __init__(self, task: Task, certifier: Certifier, pixels: Tensor) -> None:
-        self.task, self.certifier, self.pixels = task, certifier, pixels
-        self.stage: Stage | None = None
-        self.taken = self.sent = self.passes = 0
-        self.seconds = 0.0
-
-    def piece(self, room: int, *, perhaps: bool) -> _Piece | None:
-        """Return the next rows to run, at most `room`; None if nothing more is surely (or perhaps) needed now."""
-        wanted = self.certifier.request()
-        if wanted is None:
-            return None
-        if wanted.stage != self.stage:
-            if self.sent > self.taken:  # the rest of the stage before, called off
-                return None
-            self.stage, self.taken, self.sent = wanted.stage, 0, 0
-        left = (wanted.most if perhaps else wanted.sure) - (self.sent - self.taken)
-        rows = min(left, room, CHUNK - self.sent % CHUNK)
-        if rows <= 0:
-            return None
-        piece = _Piece(self, wanted.stage, self.sent, rows)
-        self.sent += rows
-        self.passes += rows
-        return piece
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows `start` to `start + rows` of a stage of a lane, all of one chunk of noise."""
-
-    lane: _Lane
-    stage: Stage
-    start: int
-    rows: int
-
-
-@dataclass(frozen=True)
 class _Pass:
-    pieces: list[_Piece]
+    pieces: list[Piece]
     features: Tensor
 
 
@@ -134,7 +77,7 @@ class SamplingEngine:
         self.rungs = tuple(rungs) or (lanes,)
         self.passes = 0
         self._keep, self._on_pass = keep, on_pass
-        self._lanes: list[_Lane] = []
+        self._lanes: list[Lane] = []
         # On a GPU the next pass is on its way while the features of the last one are judged.
         self._depth = 1 if self.device.type == "cuda" else 0
 
@@ -142,6 +85,16 @@ class SamplingEngine:
         """Certify every task with a certifier of its own; findings come in order of completion."""
         queue, running = iter(tasks), deque[_Pass]()
         self._lanes = []
+        with Verdicts(beside=self._depth > 0) as verdicts:
+            yield from self._work(queue, certifier, running, verdicts)
+
+    def _work(
+        self,
+        queue: Iterator[Task],
+        certifier: Callable[[Task], Certifier],
+        running: deque[_Pass],
+        verdicts: Verdicts,
+    ) -> Iterator[Sampled]:
         while True:
             began = time.perf_counter()
             pieces = self._plan(queue, certifier)
@@ -158,13 +111,14 @@ class SamplingEngine:
             rows = sum(piece.rows for piece in pieces)
             for piece in pieces:
                 piece.lane.seconds += (time.perf_counter() - began) * piece.rows / rows
-            yield from (Sampled(lane.task, lane.certifier.finding(), lane.passes, lane.seconds) for lane in done)
-            if not pieces and not running and not self._lanes:
+            last = not pieces and not running and not self._lanes
+            yield from verdicts.of(done, everything=last)
+            if last:
                 return
 
-    def _plan(self, queue: Iterator[Task], certifier: Callable[[Task], Certifier]) -> list[_Piece]:
+    def _plan(self, queue: Iterator[Task], certifier: Callable[[Task], Certifier]) -> list[Piece]:
         """Return the pieces of the next pass: sure ones of the images in work, of new images, then possible ones."""
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         room = self.rungs[0]
         for lane in self._lanes:
             room -= _fill(lane, pieces, room, perhaps=False)
@@ -172,7 +126,7 @@ class SamplingEngine:
             task = next(queue, None)
             if task is None:
                 break
-            lane = _Lane(task, certifier(task), task.pixels.to(self.device, torch.float32))
+            lane = Lane(task, certifier(task), task.pixels.to(self.device, torch.float32))
             self._lanes.append(lane)
             room -= _fill(lane, pieces, room, perhaps=False)
         used = self.rungs[0] - room
@@ -191,7 +145,7 @@ class SamplingEngine:
     def _rung(self, used: int) -> int:
         return min(rung for rung in self.rungs if rung >= used)
 
-    def _forward(self, pieces: list[_Piece]) -> Tensor:
+    def _forward(self, pieces: list[Piece]) -> Tensor:
         """Run the pieces as one pass of an allowed size, the spare rows repeating the first; return features [R, D]."""
         rows = sum(piece.rows for piece in pieces)
         parts = [self._noisy(piece) for piece in pieces]
@@ -205,7 +159,7 @@ class SamplingEngine:
             self._on_pass(size, rows)
         return features[:rows].detach().float()
 
-    def _noisy(self, piece: _Piece) -> Tensor:
+    def _noisy(self, piece: Piece) -> Tensor:
         """Return the image plus fresh noise for every row, in float32 and not clipped; the clean stage has no noise."""
         pixels = piece.lane.pixels
         if piece.stage == "clean":
@@ -215,7 +169,7 @@ class SamplingEngine:
         first = piece.start % CHUNK
         return noise[first : first + piece.rows].mul_(self.sigma).add_(pixels)
 
-    def _judge(self, done: _Pass) -> list[_Lane]:
+    def _judge(self, done: _Pass) -> list[Lane]:
         """Hand the features to their certifiers; return the lanes that are decided, which leave."""
         features = done.features.cpu().numpy()
         start = 0
@@ -246,7 +200,7 @@ class SamplingEngine:
             torch.cuda.empty_cache()
 
 
-def _fill(lane: _Lane, pieces: list[_Piece], room: int, *, perhaps: bool) -> int:
+def _fill(lane: Lane, pieces: list[Piece], room: int, *, perhaps: bool) -> int:
     """Add as many pieces of a lane as there are and fit; return their rows."""
     before = room
     while room:

@@ -91,6 +91,27 @@ def test_findings_do_not_depend_on_batches_neighbours_or_order(claim: str) -> No
         assert all(same(base[index], found) for index, found in other.items())
 
 
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("lanes", [40, 256])
+def test_judging_one_pass_while_the_next_runs_changes_nothing(claim: str, lanes: int) -> None:
+    """On a GPU the next pass starts before the last one is judged; here the same order of events on the CPU."""
+    base = run(CLAIMS[claim], lanes=64, order=tasks(5))
+    calls = 0
+
+    def sometimes_full(noisy: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3 or len(noisy) > 128:
+            raise RuntimeError("CUDA out of memory")
+        return encode(noisy)
+
+    engine = SamplingEngine(sometimes_full, sigma=SIGMA, seed=1, lanes=lanes)
+    engine._depth = 1
+    found = {sampled.task.index: sampled.finding for sampled in engine.run(tasks(5), lambda _: CLAIMS[claim]())}
+    assert len(found) == 5
+    assert all(same(base[index], found[index]) for index in base)
+
+
 def test_running_out_of_memory_halves_the_pass_and_loses_nothing() -> None:
     sizes: list[int] = []
 

@@ -295,6 +295,21 @@ def test_a_smoothed_model_is_certified_at_its_own_noise(make_folder: MakeFolder)
         prepared(photos, "Encoder+smooth:0.03", sigma=0.1)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_another_precision_is_another_encoder(make_folder: MakeFolder, precision: str) -> None:
+    photos = make_folder(2)
+    base = prepared(photos, claim="feature", name="base")
+    other = prepared(photos, claim="feature", precision=precision)
+    base.run()
+    other.run()
+    dtypes = {"bf16": "bfloat16", "fp64": "float64"}
+    for mine, theirs in zip(rows(base), rows(other), strict=True):
+        record = Certificate.from_dict(json.loads(theirs["certificate"]))
+        assert record.provenance.dtype == dtypes[precision]
+        assert record.provenance.encoder != Certificate.from_dict(json.loads(mine["certificate"])).provenance.encoder
+        assert theirs["r"] == pytest.approx(mine["r"], abs=0.02 if precision == "bf16" else 1e-6)
+
+
 def test_an_encoder_that_mixes_images_is_refused(make_folder: MakeFolder) -> None:
     with pytest.raises(UserError, match="depending on the others in its batch"):
         prepared(make_folder(2), "Coupled").run()
