@@ -40,6 +40,7 @@ def render_certify_run(run: CertifyRecord) -> str:
             summary=run.summary,
             sentence=words.verdict(run),
             confidence=words.confidence(run),
+            accuracy=words.accuracy(run),
             certified=words.certified(run),
             about_class=run.config.claim in ("class", "vote"),
             cards=_cards(run),

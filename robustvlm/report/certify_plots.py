@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from robustvlm.report.plots import _DASHES, _STYLE, INK, SERIES, _figure, _legend, _svg
+from robustvlm.report.plots import _DASHES, _STYLE, INK, SERIES, _figure, _svg
 from robustvlm.stats import Rate
 
 _AXIS = "distance ε from the image (L₂, pixels in [0, 1])"
@@ -43,13 +44,13 @@ def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None) -> Mark
 
 
 def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
-    """Draw the share of images certified at a distance, with 95 % bands; `what` names the share on the axis."""
+    """Draw the share of images certified at a distance, the first two lines with 95 % bands; `what` names the share."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
         for i, line in enumerate(lines):
             low, high = ([100 * getattr(rate, end) for rate in line.rates] for end in ("low", "high"))
-            # Bands of all lines would cover each other: the first, ours, has the visible one.
-            axes.fill_between(line.eps, low, high, step="post", color=SERIES[i], alpha=0.18 if i == 0 else 0.07, lw=0)
+            if i < 2:  # bands of more lines would cover each other
+                axes.fill_between(line.eps, low, high, step="post", color=SERIES[i], alpha=0.18, lw=0)
             axes.step(
                 line.eps,
                 [100 * (rate.value or 0.0) for rate in line.rates],
@@ -87,6 +88,15 @@ def samples_histogram(samples: Sequence[int], *, key: str, fixed: int) -> Markup
         _legend(figure)
         alt = f"Samples of {len(values)} images: median {np.median(values):,.0f}, largest {values.max():,}."
         return _svg(figure, key=key, alt=alt)
+
+
+def _legend(figure: Figure) -> None:
+    """Put the legend above the axes, in two columns where one row would be cut off."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = len(labels) if len(labels) < 4 else 2
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, handlelength=1.6, borderpad=0, columnspacing=1.4
+    )
 
 
 def _alt(lines: Sequence[Line]) -> str:

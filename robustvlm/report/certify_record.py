@@ -33,8 +33,8 @@ METHODS = {
 }
 """Columns with radii, and what the report calls them."""
 
-_DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "mean_radius")
-_CURVES = {"ours": "this certificate (T4)", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
+_DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "deployed_radius", "mean_radius")
+_CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
            "deployed": "deployed mean"}  # fmt: skip
 _POINTS = 121
 

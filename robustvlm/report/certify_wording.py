@@ -53,6 +53,19 @@ def verdict(run: CertifyRecord) -> str:
     return f"For {found.successes:,} of {found.total:,} images ({percent(found.value)}) {kept}, {where}."
 
 
+def accuracy(run: CertifyRecord) -> str:
+    """Say how often the smoothed model is right at all, where the claim itself does not; "" where that is unknown.
+
+    Noise that drowns every image gives large radii: all features are then alike, and none of them is of use.
+    """
+    right = run.summary.correct
+    if run.config.claim != "feature" or right is None:
+        return ""
+    words = f"Under this noise the smoothed model names the right class for {percent(right.value)} of the images"
+    few = right.value is not None and right.value < 0.5
+    return words + (": features that noise has made alike are easily certified and of little use." if few else ".")
+
+
 def confidence(run: CertifyRecord) -> str:
     """Say how often a certificate may be wrong, and how many of the run."""
     risk = run.summary.risk
