@@ -105,6 +105,7 @@ def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
     if len(summary.risk.split) > 1:
         parts = ", ".join(f"{plain(name, 40)} {part:g}" for name, part in summary.risk.split.items())
         rows.insert(5, ("How it is split", parts))
+    rows += [("Note", plain(note, 800)) for note in (run.manifest.get("plan") or {}).get("notes", ())]
     if summary.failed_samples:
         rows.append(("Failed passes", f"{summary.failed_samples:,} noisy copies gave no finite feature; worst case."))
     return rows
