@@ -57,8 +57,11 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print the tables of --out and measure nothing")
     options = parser.parse_args()
     if not options.tables:
+        done = _done(options.out)
         with options.out.open("a", encoding="utf-8") as out:
-            for line in measure(options, done=_done(options.out)):
+            if out.tell():
+                out.write("\n")  # a line torn by a kill must not be continued
+            for line in measure(options, done=done):
                 out.write(json.dumps(line) + "\n")
                 out.flush()
     print_tables(_lines(options.out))
