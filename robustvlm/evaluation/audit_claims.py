@@ -217,7 +217,7 @@ def upper_mean(values: Array, alpha: float) -> float:
 
     Example:
         >>> round(upper_mean(np.zeros(4096), 0.001), 3)
-        0.009
+        0.002
     """
     scores = 0.5 * (1.0 - np.nan_to_num(values, nan=1.0))
     return 1.0 - 2.0 * float(betting_lower(scores, alpha))
