@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=6)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--choice", type=int, default=64)
     parser.add_argument("--evidence", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
@@ -172,7 +173,7 @@ def cache(options: argparse.Namespace) -> None:
 def audit(options: argparse.Namespace) -> None:
     """Certify features at every sigma, attack every certificate, and print the lowest cosines beside the bounds."""
     effort = Effort(
-        starts=options.starts, steps=options.steps, draws=options.draws, choice=64, evidence=options.evidence,
+        starts=options.starts, steps=options.steps, draws=options.draws, choice=options.choice, evidence=options.evidence,
         fractions=(0.5, 1.0),
     )  # fmt: skip
     rows = []
