@@ -173,8 +173,8 @@ def cache(options: argparse.Namespace) -> None:
 def audit(options: argparse.Namespace) -> None:
     """Certify features at every sigma, attack every certificate, and print the lowest cosines beside the bounds."""
     effort = Effort(
-        starts=options.starts, steps=options.steps, draws=options.draws, choice=options.choice, evidence=options.evidence,
-        fractions=(0.5, 1.0),
+        starts=options.starts, steps=options.steps, draws=options.draws, choice=options.choice,
+        evidence=options.evidence, fractions=(0.5, 1.0),
     )  # fmt: skip
     rows = []
     for sigma in map(float, options.sigma.split(",")):
