@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustvlm.certify import format_down
+from robustvlm.report.wording import interval
 from robustvlm.runs.certify_summary import CertifySummary, CosinePoint
 from robustvlm.runs.summary import Check
 from robustvlm.stats import Rate
@@ -23,6 +24,14 @@ NAMES = {
     "cdf_radius": ("distribution (T5)", "cosine to the pilot's direction, another claim"),
     "direction_radius": ("distribution + covariance (F3)", "cosine to the pilot's direction, another claim"),
     "mean_radius": ("mean margins", "the same claim from means alone"),
+}
+_SHORT = {
+    "cone_radius": "T3",
+    "paper_radius": "paper",
+    "fcsb_radius": "FCSB",
+    "cdf_radius": "T5",
+    "direction_radius": "F3",
+    "mean_radius": "means",
 }
 _COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
@@ -48,10 +57,10 @@ def _by_radius(summary: CertifySummary) -> Table:
     table.add_column("certified")
     with_class = summary.certified_correct is not None
     if with_class:
-        table.add_column("certified and right")
+        table.add_column("and right")
     others = list(summary.at[0].others) if summary.at else []
     for column in others:
-        table.add_column(NAMES[column][0])
+        table.add_column(_SHORT[column])
     for point in summary.at:
         cells = [f"{point.radius:g}", _rate(point.certified)]
         if with_class:
@@ -67,6 +76,8 @@ def _by_method(summary: CertifySummary) -> Table:
     table.add_column("", justify="left")
     for method in summary.methods:
         name, about = NAMES[method.column]
+        short = _SHORT.get(method.column, "")
+        name = name if not short or short.lower() in name.lower() else f"{name} ({short})"
         cells = (format_down(method.mean, 4), format_down(method.median, 4), _percent(method.abstained))
         table.add_row(name, *cells, about, style="bold" if method.column == "radius" else "")
     return table
@@ -127,7 +138,7 @@ def _finding(check: Check) -> Text:
 def _rate(rate: Rate | None) -> str:
     if rate is None or rate.value is None:
         return "-"
-    return f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
+    return f"{rate.value:.1%}  {interval(rate)}"
 
 
 def _percent(rate: Rate) -> str:
