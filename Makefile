@@ -1,5 +1,5 @@
 # Two commands set everything up on a machine with Python 3.10 or newer, make and git:
-#   make demo   attack the bundled model on the bundled images and say where the report is
+#   make demo   attack the bundled model on the bundled images, certify it, and say where the reports are
 #   make test   check style and types, and run the tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +12,7 @@ WORKERS ?= 2
 
 demo: $(VENV)/.installed
 	$(BIN)/robustvlm attack tiny --attack apgd-ce,apgd-t --steps 25 --eps 1/255,2/255 --limit 160 --name demo
+	$(BIN)/robustvlm certify tiny --claim class --sigma 0.05 --samples 500 --limit 24 --name demo-certify
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check robustvlm tests tools benchmarks
