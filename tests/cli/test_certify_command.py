@@ -30,7 +30,7 @@ class Mean:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an encoder and images in two classes, one of them of another size."""
     root = tmp_path_factory.mktemp("place")
-    (root / "toy.py").write_text(ENCODER)
+    (root / "mean_colour.py").write_text(ENCODER)
     for name, colour in (("red", (220, 40, 40)), ("blue", (40, 40, 220))):
         (root / "photos" / name).mkdir(parents=True)
         for number in range(2):
@@ -59,7 +59,7 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return certify
 
 
-COMMON = ("toy:Mean", "--data", "imagefolder:photos", "--samples", "256", "--sigma", "0.2", "--device", "cpu")
+COMMON = ("mean_colour:Mean", "--data", "imagefolder:photos", "--samples", "256", "--sigma", "0.2", "--device", "cpu")
 
 
 def test_a_run_from_command_to_tables_report_and_gate(place: Path, run: Run) -> None:
