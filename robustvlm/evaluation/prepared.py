@@ -14,8 +14,10 @@ from robustvlm.evaluation.aims import Aim
 from robustvlm.evaluation.attack_run import AttackRun
 from robustvlm.evaluation.budget import Budget
 from robustvlm.evaluation.finish import finish
-from robustvlm.evaluation.ledger import Ledger, new_session
+from robustvlm.evaluation.journal_ledger import new_session
+from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.observer import Observer
+from robustvlm.evaluation.shared_folder import opened_by_all
 from robustvlm.report.html import write_report
 from robustvlm.report.record import load_run
 from robustvlm.runs.config import AttackConfig
@@ -55,7 +57,7 @@ class Prepared:
         A budget is no part of what defines the run: with a larger one, or none, the same run goes on.
         """
         ranks = current_ranks()
-        with self._opened(ranks, fresh=fresh, resume=resume) as manifest:
+        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume) as manifest:
             if self.folder.finished:
                 return self._as_finished(ranks)
             with self._working(ranks, observer, budget) as work:
@@ -68,28 +70,11 @@ class Prepared:
     def estimate(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> Estimate:
         """Return what the attacks will cost, or what is left of them; the clean pass is made for it, and kept."""
         ranks = current_ranks()
-        with self._opened(ranks, fresh=fresh, resume=resume):
+        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume):
             if self.folder.finished:
                 return NOTHING_LEFT
             with self._working(ranks, observer, None) as work:
                 return work.estimate() or NOTHING_LEFT
-
-    @contextmanager
-    def _opened(self, ranks: Ranks, *, fresh: bool, resume: bool) -> Iterator[Manifest]:
-        """Hold the folder's lock, on rank 0, while all processes work on it; tell the others when this one fails."""
-        try:
-            if ranks.leader:
-                with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as manifest:
-                    ranks.barrier()
-                    yield manifest
-                    ranks.barrier()
-            else:
-                ranks.barrier()
-                yield self.folder.joined(self.manifest)
-                ranks.barrier()
-        except BaseException as error:
-            ranks.fail(str(error) or "interrupted")
-            raise
 
     @contextmanager
     def _working(self, ranks: Ranks, observer: Observer | None, budget: Budget | None) -> Iterator[AttackRun]:

@@ -26,6 +26,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
+from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.prepared import Prepared
 from robustvlm.evaluation.scrutiny import MODES
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -100,7 +101,8 @@ def prepare(
     source = open_data(data, classes=classes, templates=templates, tree=tree)
     classifier = load_classifier(model, source.class_names, source.templates, device=device)
     size = resolution or classifier.image_size
-    model_facts, data_facts = _describe_model(classifier), _describe_data(source)
+    model_facts = _describe_model(classifier)
+    data_facts = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     opened = open_gradients(classifier)
     aim = make_aim(goal, source=source, classifier=classifier, resolution=size, min_cos=min_cos)
     aim = dataclasses.replace(aim, notes=_notes(opened))
@@ -213,19 +215,6 @@ def _describe_model(classifier: Classifier) -> dict[str, Any]:
         "image_size": classifier.image_size,
         "logit_scale": classifier.logit_scale,
         "can_reject": classifier.can_reject,
-    }
-
-
-def _describe_data(source: DataSource) -> dict[str, Any]:
-    ids = source.ids()
-    return {
-        "spec": source.spec,
-        "fingerprint": source.fingerprint(),
-        "images": None if ids is None else len(ids),
-        "class_names": list(source.class_names),
-        "templates": list(source.templates),
-        "superclasses": _superclasses(source),
-        "levels": _levels(source),
     }
 
 

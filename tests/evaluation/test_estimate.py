@@ -10,7 +10,7 @@ from robustvlm.attacks import Job, LaneEngine, ThreatModel, parse_attacks
 from robustvlm.core.ranks import Ranks
 from robustvlm.evaluation.budget import Budget, MeteredOracle
 from robustvlm.evaluation.estimate import Speed, Work, estimate, looks_per_image
-from robustvlm.evaluation.ledger import new_session
+from robustvlm.evaluation.journal_ledger import new_session
 
 LABEL = 1
 

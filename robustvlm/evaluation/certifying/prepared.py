@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,8 @@ from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
 from robustvlm.evaluation.certifying.observer import CertifyObserver
-from robustvlm.evaluation.ledger import new_session
+from robustvlm.evaluation.journal_ledger import new_session
+from robustvlm.evaluation.shared_folder import opened_by_all
 from robustvlm.report.certify_html import write_certify_report
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_rows import make_certify_rows
@@ -55,7 +55,7 @@ class PreparedCertify:
     ) -> CertifySummary:
         """Start or continue the run, write its files and return the summary; of a finished run, return its summary."""
         ranks = current_ranks()
-        with self._opened(ranks, fresh=fresh, resume=resume) as manifest:
+        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume) as manifest:
             if self.folder.finished:
                 self._report(ranks, again=False)
             else:
@@ -79,23 +79,6 @@ class PreparedCertify:
         if self.illustrate is not None:
             self.illustrate(self.folder.gallery_path, pq.read_table(self.folder.results_path).to_pylist())
         write_certify_report(self.folder.path)
-
-    @contextmanager
-    def _opened(self, ranks: Ranks, *, fresh: bool, resume: bool) -> Iterator[Manifest]:
-        """Hold the folder's lock, on rank 0, while all processes work on it; tell the others when this one fails."""
-        try:
-            if ranks.leader:
-                with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as manifest:
-                    ranks.barrier()
-                    yield manifest
-                    ranks.barrier()
-            else:
-                ranks.barrier()
-                yield self.folder.joined(self.manifest)
-                ranks.barrier()
-        except BaseException as error:
-            ranks.fail(str(error) or "interrupted")
-            raise
 
 
 def finish(ledger: CertifyLedger, manifest: Manifest) -> CertifySummary:

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustvlm.certify import contrast_vectors
 from robustvlm.certify.normal import Array
 from robustvlm.core.ranks import Ranks
-from robustvlm.data import DataSource, open_data
+from robustvlm.data import open_data
 from robustvlm.data.names import read_class_names
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.pipeline import split_spec
@@ -26,6 +26,7 @@ from robustvlm.evaluation.certifying.observer import CertifyObserver
 from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
 from robustvlm.evaluation.certifying.run import SamplingRun
 from robustvlm.evaluation.certifying.settings import DEFAULT_SIGMA, Settings
+from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.images import Images
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.device import resolve_device
@@ -205,18 +206,6 @@ def describe_model(vlm: VLM) -> dict[str, Any]:
         "image_size": vlm.image_size,
         "logit_scale": vlm.logit_scale,
         "interpolation": vlm.interpolation,
-    }
-
-
-def describe_data(source: DataSource) -> dict[str, Any]:
-    """Return the facts that identify the images and their classes."""
-    ids = source.ids()
-    return {
-        "spec": source.spec,
-        "fingerprint": source.fingerprint(),
-        "images": None if ids is None else len(ids),
-        "class_names": list(source.class_names),
-        "templates": list(source.templates),
     }
 
 

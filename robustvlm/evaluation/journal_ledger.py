@@ -1,0 +1,142 @@
+"""What the ledgers of all kinds of run share: journals of several processes, unreadable images, findings, cost."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from robustvlm.data.source import Unreadable
+from robustvlm.errors import UserError
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.journal import Journal, JournalReader
+from robustvlm.runs.summary import Check, Cost, UnreadableImage
+
+
+def new_session() -> str:
+    """Return a name that no other session has."""
+    return uuid.uuid4().hex[:8]
+
+
+class JournalLedger(ABC):
+    """The facts of a run folder; opening it reads those of earlier sessions, of however many processes.
+
+    A fact that is added is in the journal before the call returns. A subclass creates what it keeps its own facts in
+    before it calls this constructor, and takes them in with `_take_own`.
+
+    Args:
+        rank: number of this process; each writes a journal of its own, so that none waits for another.
+        session: name of the session, the same for all its processes.
+    """
+
+    def __init__(self, folder: RunFolder, *, rank: int = 0, session: str | None = None) -> None:
+        self.folder, self.rank = folder, rank
+        self.session = session or new_session()
+        self._unreadable: dict[int, UnreadableImage] = {}
+        self._checks: dict[str, Check] = {}
+        self._costs: dict[tuple[str, int], Cost] = {}
+        self._readers: dict[Path, JournalReader] = {}
+        self._read()
+        self._journal = Journal(folder.journal_of(rank))
+
+    @abstractmethod
+    def _take_own(self, kind: str, fact: dict[str, Any]) -> None:
+        """Take in a fact of this kind of run; ValueError for a kind that it does not know."""
+
+    def close(self) -> None:
+        """Force all facts to the disk."""
+        self._journal.close()
+
+    def sync(self) -> None:
+        """Take in what the other processes have found since."""
+        self._read(skip=self.folder.journal_of(self.rank))
+
+    @property
+    def unreadable(self) -> list[UnreadableImage]:
+        """Images that could not be decoded, in source order."""
+        return [self._unreadable[index] for index in sorted(self._unreadable)]
+
+    @property
+    def checks(self) -> list[Check]:
+        """Findings about the run itself."""
+        return list(self._checks.values())
+
+    @property
+    def cost(self) -> Cost:
+        """Passes and time over all sessions; a killed one counts up to its last note of them.
+
+        Passes are those of all processes; the seconds of a session are those of its slowest process.
+        """
+        parts = self._costs.values()
+        forward, backward = sum(part.forward_passes for part in parts), sum(part.backward_passes for part in parts)
+        slowest: dict[str, Cost] = {}
+        for (session, _), part in self._costs.items():
+            slowest[session] = max(slowest.get(session, part), part, key=lambda cost: cost.seconds)
+        return cost_of(
+            forward=forward,
+            backward=backward,
+            seconds=sum(part.seconds for part in slowest.values()),
+            model_seconds=sum(part.model_seconds for part in slowest.values()),
+        )
+
+    def add_unreadable(self, index: int, item: Unreadable) -> None:
+        """Record an image that could not be decoded; streams name damaged shards every time they are read."""
+        if self._unreadable.get(index) != UnreadableImage(id=item.id, reason=item.reason):
+            self._add({"kind": "unreadable", "index": index, "id": item.id, "reason": item.reason})
+
+    def add_checks(self, checks: list[Check]) -> None:
+        """Record findings; one of the same name replaces the earlier one."""
+        for check in checks:
+            if self._checks.get(check.name) != check:
+                self._add({"kind": "check", **check.model_dump()})
+
+    def _add_cost(self, cost: Cost) -> None:
+        self._add({"kind": "cost", "session": self.session, "rank": self.rank, **cost.model_dump()})
+
+    def _add(self, fact: dict[str, Any]) -> None:
+        self._journal.append(fact)
+        self._take(dict(fact))
+
+    def _read(self, *, skip: Path | None = None) -> None:
+        for path in self.folder.journals():
+            if path != skip:
+                for number, fact in self._readers.setdefault(path, JournalReader(path)).new():
+                    self._take_from_disk(path, number, fact)
+
+    def _take_from_disk(self, path: Path, number: int, fact: dict[str, Any]) -> None:
+        try:
+            self._take(dict(fact))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"line {number} of '{path}' is no entry of this version: "
+                "use the version that wrote it, or start over with --fresh"
+            ) from None
+
+    def _take(self, fact: dict[str, Any]) -> None:
+        kind = fact.pop("kind")
+        if kind == "unreadable":
+            self._unreadable[fact["index"]] = UnreadableImage(id=fact["id"], reason=fact["reason"])
+        elif kind == "check":
+            self._checks[fact["name"]] = Check(**fact)
+        elif kind == "cost":
+            key = fact.pop("session"), fact.pop("rank", 0)
+            self._costs[key] = Cost(**fact)
+        else:
+            self._take_own(kind, fact)
+
+
+def cost_of(*, forward: int, backward: int = 0, seconds: float, model_seconds: float) -> Cost:
+    """Return a cost with its rate.
+
+    Example:
+        >>> cost_of(forward=30, backward=10, seconds=2.0, model_seconds=1.5).passes_per_second
+        20.0
+    """
+    return Cost(
+        forward_passes=forward,
+        backward_passes=backward,
+        seconds=seconds,
+        model_seconds=model_seconds,
+        passes_per_second=(forward + backward) / seconds if seconds else 0.0,
+    )
