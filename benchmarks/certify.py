@@ -84,7 +84,7 @@ def rate(options: argparse.Namespace) -> None:
         return 8 * len(batch)
 
     def fixed() -> int:
-        return _engine(encoder, sigma, options, tasks, lambda _: FeatureRadius(**common, n=64, n_pilot=10))
+        return _engine(encoder, sigma, options, tasks[:4], lambda _: FeatureRadius(**common, n=512, n_pilot=200))
 
     def early() -> int:
         return _engine(encoder, sigma, options, tasks, lambda _: FeatureTest(**common, n=64, radius=0.25 * sigma))
