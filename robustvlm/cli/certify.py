@@ -105,7 +105,14 @@ def certify(
 
         raise typer.Exit(
             run_audit(
-                audit, limit=limit, seed=seed, device=device, starts=audit_starts, steps=audit_steps, as_json=as_json
+                audit,
+                out=out,
+                limit=limit,
+                seed=seed,
+                device=device,
+                starts=audit_starts,
+                steps=audit_steps,
+                as_json=as_json,
             )
         )
     conditions = [parse_certify_condition(text) for text in fail_if or []]

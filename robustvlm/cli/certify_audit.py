@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
@@ -11,6 +12,7 @@ import typer
 def run_audit(
     run: str,
     *,
+    out: Path = Path("runs"),
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -35,7 +37,7 @@ def run_audit(
             raise UserError(f"the audit needs at least 1 of its {name}, got {value}")
     default = Effort()
     effort = replace(default, starts=starts or default.starts, steps=steps or default.steps)
-    folder = find_run(run)
+    folder = find_run(run, root=out)
     console = Console(stderr=True)
     columns = (TextColumn("Attacking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
