@@ -78,9 +78,8 @@ def find_run(name: str | Path, *, root: Path = Path("runs")) -> Path:
         if folder.is_dir():
             return folder
     known = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-    hint = (
-        nearest(str(name), known) if known else f"there are no runs under '{root}/': make one with `robustvlm attack` or `robustvlm certify`"
-    )
+    none = f"there are no runs under '{root}/': make one with `robustvlm attack` or `robustvlm certify`"
+    hint = nearest(str(name), known) if known else none
     raise UserError(f"no run '{name}': expected a run folder or the name of one under '{root}/'; {hint}")
 
 
