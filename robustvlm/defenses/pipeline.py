@@ -92,10 +92,10 @@ class _Unloaded(VLM):
         super().__init__(spec="MODEL", image_size=1, logit_scale=1.0)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("a stand-in encodes nothing")
+        raise NotImplementedError("a stand-in encodes nothing")
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
-        raise AssertionError("a stand-in encodes nothing")
+        raise NotImplementedError("a stand-in encodes nothing")
 
 
 def _smooth(vlm: VLM, operation: Operation) -> VLM:
