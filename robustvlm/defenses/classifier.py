@@ -9,8 +9,9 @@ import torch
 
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.defenses.own import load_own
-from robustvlm.defenses.pipeline import load_pipeline
+from robustvlm.defenses.pipeline import load_pipeline, split_spec
 from robustvlm.defenses.refusal import Refusing, split_rejection
+from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.models import resolve_device, zero_shot
 from robustvlm.models.custom import create, wrap_encoder
@@ -54,6 +55,9 @@ def _load(
 ) -> Classifier:
     if not names_a_callable(spec) or os.path.isdir(spec):
         vlm = load_pipeline(spec, device=place)
+        made = saved_model(split_spec(spec)[0])
+        if made is not None:
+            return made.classifier(vlm, class_names, templates, cache=cache)
     else:
         thing = create(spec)
         if not hasattr(thing, "encode_text") and not hasattr(thing, "encode_image"):

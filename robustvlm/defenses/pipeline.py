@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from robustvlm.defenses.saved import saved_model
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
 from robustvlm.errors import UserError, nearest
-from robustvlm.models import VLM, load_model
+from robustvlm.models import VLM, load_model, resolve_device
 
 # A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are.
 _OPERATION = re.compile(r"[A-Za-z][A-Za-z_-]*(:[^/+]*)?")
@@ -61,7 +62,7 @@ def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
 
 
 def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
-    """Return the model that `spec` names, with its defences: any spec of `load_model`, then +operators.
+    """Return the model that `spec` names: any spec of `load_model`, or a folder made by this program, then +operators.
 
     Operators and their arguments are checked before the model is loaded. Raises UserError for an unknown operator or
     wrong arguments, and whatever `load_model` raises.
@@ -79,7 +80,12 @@ def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     vlm: VLM = _Unloaded()
     for operation in operations:  # on a stand-in first: wrong arguments should not wait for a large model
         vlm = OPERATORS[operation.name].apply(vlm, operation)
-    vlm = load_model(base, device=device)
+    made = saved_model(base)
+    if made is None:
+        vlm = load_model(base, device=device)
+    else:
+        vlm = made.encoder(resolve_device(device))
+        vlm.spec = base
     for operation in operations:
         vlm = OPERATORS[operation.name].apply(vlm, operation)
     return vlm

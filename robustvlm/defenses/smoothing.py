@@ -65,7 +65,7 @@ class SmoothedVLM(VLM):
             logit_scale=base.logit_scale,
             interpolation=base.interpolation,
         )
-        self.base, self.sigma, self.n0, self.rows_per_pass = base, float(sigma), n0, rows_per_pass
+        self.base, self.sigma, self.n0, self.rows_per_pass = base.at_noise(sigma), float(sigma), n0, rows_per_pass
         self.purifier, self.mapper = purifier, mapper
         self.eval()
         self.to(base.device)

@@ -100,7 +100,7 @@ def audit_folder(
         run.config.data, classes=_path(run.config.classes), templates=_path(run.config.templates),
         tree=_path(run.config.tree),
     )  # fmt: skip
-    vlm = load_pipeline(run.config.model, device=device)
+    vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
     _require_same_model(run, encoder)
     model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)

@@ -69,6 +69,11 @@ class VLM(nn.Module, ABC):
         """Same as `encode_image`."""
         return self.encode_image(pixels)
 
+    def at_noise(self, sigma: float) -> VLM:
+        """Return the model to use behind Gaussian noise of `sigma`: itself, unless a part of it is told the noise."""
+        del sigma
+        return self
+
     @property
     def fingerprint(self) -> str:
         """Digest of the weights and of all else that decides the features; hashed again only after a change."""

@@ -25,7 +25,7 @@ SPEC_FORMS = (
     ("NAME/TAG", "an open_clip model with published weights, as ViT-B-32/laion2b_s34b_b79k"),
     ("NAME/FILE", "an open_clip architecture with a local checkpoint, as ViT-B-32/runs/best.safetensors"),
     ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
-    ("FOLDER", f"a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
+    ("FOLDER", f"a model made by this program, or a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
     ("MODULE:CALLABLE", "your own encoder (see docs/models.md)"),
 )
 _HUB = "hf-hub:"

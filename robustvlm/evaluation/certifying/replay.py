@@ -108,7 +108,7 @@ def prepare_replay(
     data = source.manifest["data"]
     names = tuple(data["class_names"]) if settings.classes is None else list_of_names(settings.classes)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
-    vlm = load_pipeline(settings.model, device=device)
+    vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
     if describe_model(vlm) != source.manifest["model"]:
         raise UserError(f"the model '{settings.model}' is no longer the one of the run '{source.folder.path}'")
     config = make_config(settings, sigma=source.config.sigma, device=device).model_copy(

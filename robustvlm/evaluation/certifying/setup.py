@@ -58,7 +58,7 @@ def prepare_certify(
     if name is not None:
         RunFolder(out, name)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    vlm = load_pipeline(settings.model, device=device)
+    vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
     _check_smoothing(vlm, settings)
     config = config.model_copy(update={"resolution": vlm.image_size})
     text = embed_classes(vlm, source.class_names, source.templates, needed=config.claim != "feature")

@@ -1,0 +1,102 @@
+"""Models that this program made: which part of it loads which kind of folder."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from robustvlm.defenses.base import Classifier, ZeroShot
+from robustvlm.errors import UserError, nearest
+from robustvlm.models import VLM, zero_shot
+from robustvlm.models.saved import Card, read_card
+
+KINDS = {
+    "finetune": "robustvlm.defenses.finetune.saved:FinetunedModel",
+    "soup": "robustvlm.defenses.finetune.saved:FinetunedModel",
+    "purify": "robustvlm.defenses.purify.saved:PurifiedModel",
+    "immunize": "robustvlm.defenses.immunity.saved:ImmunisedModel",
+    "tune-prompts": "robustvlm.defenses.prompts.saved:PromptTunedModel",
+    "build": "robustvlm.defenses.build.saved:BuiltModel",
+}
+"""Where the loader of each kind of folder is found; imported when it is needed."""
+
+_loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
+
+
+@dataclass(frozen=True)
+class SavedModel(ABC):
+    """A folder with a card, as a model; a kind says how to make its encoder, and its classifier if it has a head.
+
+    Attributes:
+        folder: where its files are.
+        card: what it says of itself.
+    """
+
+    folder: Path
+    card: Card
+
+    @abstractmethod
+    def encoder(self, device: torch.device) -> VLM:
+        """Return the encoder, frozen, on `device`; whatever belongs inside a smoothing expectation is part of it."""
+
+    def classifier(
+        self, encoder: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True
+    ) -> Classifier:
+        """Return the classifier on `encoder`, which is `self.encoder(...)`, perhaps smoothed: zero-shot by default."""
+        return ZeroShot(zero_shot(encoder, class_names, templates, cache=cache)).eval()
+
+    def base(self, device: torch.device) -> VLM:
+        """Return the model that this one stands on.
+
+        Raises:
+            UserError: the card names none, it is gone, it has changed since, or the models stand on each other.
+        """
+        from robustvlm.defenses.pipeline import load_pipeline
+
+        if self.card.base is None:
+            raise UserError(f"the card of '{self.folder}' names no base model: make the model again")
+        with _once(self.folder):
+            vlm = load_pipeline(self.card.base, device=device)
+        if self.card.base_fingerprint not in (None, vlm.fingerprint):
+            raise UserError(
+                f"the model '{self.card.base}' is no longer the one that '{self.folder}' was made for: "
+                "bring that one back, or make this one again"
+            )
+        return vlm
+
+
+def saved_model(spec: str) -> SavedModel | None:
+    """Return the model of a folder with a card; None for any other spec.
+
+    Raises UserError for a kind that this version does not know.
+    """
+    place = os.path.expanduser(spec)
+    card = read_card(Path(place)) if os.path.isdir(place) else None
+    if card is None:
+        return None
+    if card.kind not in KINDS:
+        raise UserError(f"'{spec}' is a model of the unknown kind '{card.kind}'; {nearest(card.kind, KINDS)}")
+    module, _, name = KINDS[card.kind].partition(":")
+    loader: type[SavedModel] = getattr(import_module(module), name)
+    return loader(Path(place), card)
+
+
+@contextmanager
+def _once(folder: Path) -> Iterator[None]:
+    """Refuse to load a folder while it is being loaded: a card that leads back to itself would never end."""
+    here = folder.resolve()
+    if here in _loading.get():
+        raise UserError(f"the model '{folder}' stands on itself: its {', '.join(map(str, _loading.get()))} lead back")
+    token = _loading.set((*_loading.get(), here))
+    try:
+        yield
+    finally:
+        _loading.reset(token)
