@@ -1,0 +1,1 @@
+"""The immunised classifier: prototypes, antibodies, a vaccinated adapter, and thresholds to refuse by."""

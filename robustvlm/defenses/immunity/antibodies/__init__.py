@@ -1,0 +1,23 @@
+"""Antibodies: texts that say what the known classes are not, where they come from, and which of them to keep."""
+
+from robustvlm.defenses.immunity.antibodies.band import Band, automatic_band
+from robustvlm.defenses.immunity.antibodies.diagnostics import coverage, margins, nearest_angles
+from robustvlm.defenses.immunity.antibodies.filters import Dropped, Filtered, filter_antibodies
+from robustvlm.defenses.immunity.antibodies.noise import noise_antibodies
+from robustvlm.defenses.immunity.antibodies.texts import Antibodies, AntibodySource, AntibodyText, Proposal
+
+__all__ = [
+    "Antibodies",
+    "AntibodySource",
+    "AntibodyText",
+    "Band",
+    "Dropped",
+    "Filtered",
+    "Proposal",
+    "automatic_band",
+    "coverage",
+    "filter_antibodies",
+    "margins",
+    "nearest_angles",
+    "noise_antibodies",
+]
