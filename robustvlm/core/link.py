@@ -109,6 +109,12 @@ class Link:
                     self._count("failed", 1)
         return self._first_to_fail
 
+    def store_for(self, purpose: str) -> Store:
+        """Return the part of the processes' store that belongs to one purpose, for what else connects them."""
+        from torch.distributed import PrefixStore
+
+        return PrefixStore(purpose, self._store)
+
     def close(self) -> None:
         """Stop the signs of life; the keeper of the store waits for the others to be through with it."""
         atexit.unregister(self.close)

@@ -1,0 +1,84 @@
+"""What the ranks of a training job exchange: gradients by DDP, features of a batch, counts of a validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from robustvlm.core.ranks import Ranks
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Return the rows [B, ...] of all ranks [ranks * B, ...], in order of rank; `rows` itself on a single rank.
+
+    Differentiable: a loss that every rank computes from all rows gives, after DDP's averaging, the gradient that one
+    rank would have computed. Every rank must give as many rows.
+
+    Example:
+        >>> gathered(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    if not _several():
+        return rows
+    found: Tensor = _Gather.apply(rows)
+    return found
+
+
+def summed(counts: Tensor) -> Tensor:
+    """Return the elementwise sum over all ranks; `counts` itself on a single rank."""
+    if not _several():
+        return counts
+    total = counts.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return which rank of how many this process is in the present process group; (0, 1) without one."""
+    return (distributed.get_rank(), distributed.get_world_size()) if _several() else (0, 1)
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose gradient is the sum over ranks of what they have to say about the rows of this one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        ctx.count = len(rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous()
+        distributed.all_reduce(total)
+        return total.narrow(0, distributed.get_rank() * ctx.count, ctx.count)
+
+
+class process_group:
+    """Hold torch's process group while the ranks of a job train: NCCL for GPUs, Gloo otherwise; nothing when alone."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.ranks, self.device = ranks, device
+        self._mine = False
+
+    def __enter__(self) -> None:
+        if self.ranks.link is None or distributed.is_initialized():
+            return
+        distributed.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=self.ranks.link.store_for("training"),
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+        )
+        self._mine = True
+
+    def __exit__(self, *exception: object) -> None:
+        if self._mine:
+            distributed.destroy_process_group()
