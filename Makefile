@@ -15,8 +15,8 @@ demo: $(VENV)/.installed
 	$(BIN)/robustvlm certify tiny --claim class --sigma 0.05 --samples 500 --limit 24 --name demo-certify
 
 test: $(VENV)/.installed-test
-	$(BIN)/ruff check robustvlm tests tools benchmarks
-	$(BIN)/ruff format --check robustvlm tests tools benchmarks
+	$(BIN)/ruff check conftest.py robustvlm tests tools benchmarks
+	$(BIN)/ruff format --check conftest.py robustvlm tests tools benchmarks
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) -q
 

@@ -131,9 +131,6 @@ class Oracle:
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
         """Give a random model fresh draws that follow from the seed; the caller's random state is left alone."""
-        if self.eot == self.draws == 1:
-            yield
-            return
         self._drawn += 1
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
