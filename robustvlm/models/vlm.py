@@ -56,14 +56,22 @@ class VLM(nn.Module, ABC):
 
         Raises UserError on any other shape or on integers.
         """
-        _check_pixels(pixels)
-        return _unit(self._image_features(resize(pixels, self.image_size, self.interpolation)))
+        return _unit(self.embed_image(pixels))
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Return unit features [N, D] of `texts`, encoded as one batch. Raises UserError when there is no text."""
+        return _unit(self.embed_text(texts))
+
+    def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return features [B, D] as the model gives them, of any length; otherwise as `encode_image`."""
+        _check_pixels(pixels)
+        return self._image_features(resize(pixels, self.image_size, self.interpolation))
+
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return features [N, D] as the model gives them, of any length; otherwise as `encode_text`."""
         if isinstance(texts, str) or not texts:
             raise UserError(f"encode_text takes a list of at least one text, got {texts!r}")
-        return _unit(self._text_features(list(texts)))
+        return self._text_features(list(texts))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Same as `encode_image`."""
