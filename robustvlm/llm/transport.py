@@ -1,0 +1,104 @@
+"""One HTTP request: JSON out, bytes and headers back, under one deadline.
+
+The standard library is enough for the one request that this protocol needs: no further package to install, and nothing
+between us and the headers, the retries and the key. Redirects are not followed, since they would take the key along.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_MOST_BYTES = 32 * 2**20
+_CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered; header names are lower-case."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class Unreachable(Exception):
+    """There is no server, or none to be trusted: asking again will not help."""
+
+
+class Dropped(Exception):
+    """The connection broke or took too long: asking again may help."""
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    def http_error_302(self, *args: Any) -> None:
+        del args  # not handled: the reply arrives as an HTTPError with its status
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def post_json(url: str, payload: object, *, key: str | None, timeout: float, direct: bool = False) -> Reply:
+    """Post `payload` as JSON and return the reply, whatever its status.
+
+    Args:
+        key: bearer token, or None.
+        timeout: seconds for the whole exchange.
+        direct: pass over the proxies that the environment names.
+
+    Raises:
+        Unreachable: no such host, connection refused, or a certificate that does not hold.
+        Dropped: the connection broke, or the time is over.
+    """
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "robustvlm"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data=json.dumps(payload).encode(), headers=headers, method="POST")
+    proxies = [urllib.request.ProxyHandler({})] if direct else []
+    deadline = time.monotonic() + timeout
+    try:
+        with urllib.request.build_opener(_StayHere, *proxies).open(request, timeout=timeout) as response:
+            return _reply(response.status, response, deadline)
+    except urllib.error.HTTPError as error:
+        with error:
+            return _reply(error.code, error, deadline)
+    except urllib.error.URLError as error:
+        raise _named(error.reason) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _named(error) from None
+
+
+def _reply(status: int, response: Any, deadline: float) -> Reply:
+    """Read a body piece by piece: the socket's own timeout would start anew with every byte that trickles in."""
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while piece := response.read1(_CHUNK) if hasattr(response, "read1") else response.read():
+            pieces.append(piece)
+            size += len(piece)
+            if time.monotonic() > deadline:
+                raise Dropped("no whole answer in time")
+            if size > _MOST_BYTES:
+                raise Unreachable(f"the answer is longer than {_MOST_BYTES // 2**20} MiB")
+        if getattr(response, "length", None):
+            raise Dropped("the answer broke off")
+    except (OSError, http.client.HTTPException) as error:
+        raise _named(error) from None
+    return Reply(status, {name.lower(): value for name, value in response.headers.items()}, b"".join(pieces))
+
+
+def _named(reason: object) -> Unreachable | Dropped:
+    if isinstance(reason, TimeoutError):
+        return Dropped("no answer in time")
+    if isinstance(reason, (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)):
+        return Unreachable(str(reason))
+    if isinstance(reason, (OSError, http.client.HTTPException)):
+        return Dropped(str(reason) or type(reason).__name__)
+    return Unreachable(str(reason))
