@@ -39,10 +39,8 @@ class Dropped(Exception):
 
 
 class _StayHere(urllib.request.HTTPRedirectHandler):
-    def http_error_302(self, *args: Any) -> None:
-        del args  # not handled: the reply arrives as an HTTPError with its status
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        del req, fp, code, msg, headers, newurl  # no new request: the reply arrives as an HTTPError
 
 
 def post_json(url: str, payload: object, *, key: str | None, timeout: float, direct: bool = False) -> Reply:
