@@ -1,0 +1,139 @@
+"""The contract of a detection score: features in, one number per image out, higher = more in-distribution."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from robustvlm.errors import UserError
+
+Fitted = TypeVar("Fitted", bound="FittedDetector")
+T = TypeVar("T")
+
+
+class NotFitted(UserError):
+    """A score that learns from images of known classes was asked before it saw any.
+
+    Example:
+        >>> str(NotFitted("KNN"))
+        'KNN has seen no images yet: call fit_features(features, labels) first and use what it returns'
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} has seen no images yet: call fit_features(features, labels) first and use what it returns"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The zero-shot head of an encoder: unit text embeddings [K, D] of the known classes, and the factor on cosines.
+
+    Example:
+        >>> Head(torch.eye(2), 10.0).logits(torch.tensor([[0.6, 0.8]]))
+        tensor([[6., 8.]])
+    """
+
+    class_embeddings: Tensor
+    logit_scale: float
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.class_embeddings.shape)
+        if len(shape) != 2 or shape[0] < 2:
+            raise UserError(f"class embeddings must have the shape [classes >= 2, D], got {list(shape)}")
+        if not self.logit_scale > 0:
+            raise UserError(f"logit_scale must be positive, got {self.logit_scale}: CLIP's is about 100")
+
+    @classmethod
+    def of_logits(cls, n_classes: int) -> Head:
+        """Return the head of a model without an encoder: its logits [N, K] take the place of features, unchanged."""
+        return cls(torch.eye(n_classes), 1.0)
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Return cosines [N, K] of unit features [N, D] to the classes."""
+        texts = self.class_embeddings.to(features)
+        if features.shape[-1] != texts.shape[1]:
+            raise UserError(f"features have {features.shape[-1]} dimensions, the class embeddings {texts.shape[1]}")
+        return features @ texts.T
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return zero-shot logits [N, K] of unit features [N, D]."""
+        return self.logit_scale * self.cosines(features)
+
+
+class Detector(ABC):
+    """A score of unit image features [N, D]. The one sign rule: the higher, the more in-distribution.
+
+    Detectors are frozen: their fields are settings and, where they learn from images, what was learnt. Scores are
+    differentiable in the features (almost everywhere), so that they can be attacked.
+    """
+
+    @abstractmethod
+    def score(self, features: Tensor) -> Tensor:
+        """Return one number per image, [N, D] -> [N]; higher = more in-distribution."""
+
+    def state(self) -> dict[str, object]:
+        """Return settings and learnt tensors by name: all that decides the score."""
+        return dict(_flat(self))
+
+
+class FittedDetector(Detector):
+    """A score that learns from images of known classes; it is made empty, and `fit_features` returns the ready one."""
+
+    @abstractmethod
+    def fit_features(self: Fitted, features: Tensor, labels: Tensor) -> Fitted:
+        """Return the detector fitted to unit features [N, D] of images with labels [N] (int64, no unknown ones)."""
+
+    def learnt(self, value: T | None) -> T:
+        """Return what `fit_features` has put into a field, or raise NotFitted."""
+        if value is None:
+            raise NotFitted(type(self).__name__)
+        return value
+
+
+def check_known(features: Tensor, labels: Tensor) -> None:
+    """Refuse features and labels that nothing can be learnt from.
+
+    Raises:
+        UserError: wrong shapes or types, no image, values that are not finite, labels below 0.
+    """
+    if features.ndim != 2 or not features.is_floating_point():
+        raise UserError(f"features must be floats [N, D], got {features.dtype} {list(features.shape)}")
+    if labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise UserError(f"labels must be whole numbers [{len(features)}], got {labels.dtype} {list(labels.shape)}")
+    if not len(features):
+        raise UserError("there is no image to learn from: pass features of at least one")
+    if not features.isfinite().all():
+        raise UserError("features hold NaN or infinite values: leave those images out")
+    if int(labels.min()) < 0:
+        raise UserError("labels below 0 stand for unknown classes: learn from images of known classes only")
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Return the log-odds of the largest softmax probability, [N, K] -> [N].
+
+    A monotone map of that probability, log p - log(1 - p), which neither rounds to a tie nor loses its gradient where
+    p is 1 up to rounding. `torch.sigmoid` gives p back.
+
+    Example:
+        >>> confidence(torch.tensor([[0.7, 0.2, 0.1]]).log()).sigmoid()
+        tensor([0.7000])
+    """
+    leading, index = logits.max(dim=1)
+    return leading - logits.scatter(1, index[:, None], float("-inf")).logsumexp(dim=1)
+
+
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the fields of a dataclass, those of its parts under dotted names."""
+    if not dataclasses.is_dataclass(value):
+        yield prefix, value
+        return
+    yield f"{prefix}()", type(value).__name__
+    for field in dataclasses.fields(value):
+        yield from _flat(getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name)
