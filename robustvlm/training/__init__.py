@@ -1,7 +1,7 @@
 """The training engine: one loop for whatever is trained, reproducible to the bit and safe against kills.
 
     trainer = Trainer(task, data, config)          # a Task, a TrainingData, a TrainingConfig
-    record = trainer.fit(folder)                    # continues from the checkpoint in `folder`, if there is one
+    history = trainer.fit(folder)                   # goes on from the checkpoint in `folder`, if there is one
 
 * A `Task` says what the loss of a batch is, and measures the present weights when it is validated.
 * `TrainingImages` deals any data source into batches: the order is a permutation by (seed, epoch), augmentation of an
@@ -10,9 +10,46 @@
   checkpoints in mid-epoch, and warnings when training goes wrong.
 """
 
+from robustvlm.training.augment import AUGMENTATIONS, Augmentation, augment, parse_augmentation
+from robustvlm.training.checkpoint import BEST, LAST, read_checkpoint, write_checkpoint
 from robustvlm.training.config import TrainingConfig
+from robustvlm.training.data import Batch, TrainingData
 from robustvlm.training.distributed import gathered, summed
 from robustvlm.training.draws import Draws
+from robustvlm.training.history import Estimate, History, StepEntry, Validation, Warned
+from robustvlm.training.images import TrainingImages
+from robustvlm.training.observer import TrainingObserver
+from robustvlm.training.stepper import Diverged
 from robustvlm.training.task import Measure, Task
+from robustvlm.training.trainer import Trainer
+from robustvlm.training.validation import LabelledImages, RobustValidation
 
-__all__ = ["Draws", "Measure", "Task", "TrainingConfig", "gathered", "summed"]
+__all__ = [
+    "AUGMENTATIONS",
+    "BEST",
+    "LAST",
+    "Augmentation",
+    "Batch",
+    "Diverged",
+    "Draws",
+    "Estimate",
+    "History",
+    "LabelledImages",
+    "Measure",
+    "RobustValidation",
+    "StepEntry",
+    "Task",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingData",
+    "TrainingImages",
+    "TrainingObserver",
+    "Validation",
+    "Warned",
+    "augment",
+    "gathered",
+    "parse_augmentation",
+    "read_checkpoint",
+    "summed",
+    "write_checkpoint",
+]

@@ -55,7 +55,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous()
         distributed.all_reduce(total)
         return total.narrow(0, distributed.get_rank() * ctx.count, ctx.count)

@@ -37,6 +37,9 @@ class Task(ABC):
     labelled = True
     """Whether `losses` reads labels; if not, images of unknown classes are trained on as well."""
 
+    passes_per_image = 2
+    """Encoder passes, forward and backward, that a step spends on an image (2 for the step itself): for estimates."""
+
     best_by: str | None = None
     """The measure of `validate` by which the best weights are kept, the larger the better; None: keep the last."""
 
