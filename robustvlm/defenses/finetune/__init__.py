@@ -1,12 +1,35 @@
 """Adversarial fine-tuning: what is trained, on which loss, against which inner attack.
 
-    task = finetune_task(vlm, settings, class_names=..., templates=..., forest=..., calibration=pixels)
+    task = finetune_task(vlm, FinetuneSettings(method="tecoa"), class_names=..., templates=..., calibration=pixels)
     Trainer(task, data, config).fit(folder)          # robustvlm.training
     plain_state(vlm)                                 # weights with LoRA and SSF merged in, under the base's own names
 
-* `methods/`: one file per method (`hierarchical`, `tecoa`, `fare`, `pmg`, `simclip`, `clean`), each a
-  `Method` with one abstract function, the loss terms of a batch.
-* `hyperbolic`, `hierarchy`, `hita`: the mathematics of the hierarchical method.
+* `methods/`: one file per method (`hierarchical`, `tecoa`, `fare`, `pmg`, `simclip`, `clean`), each a `Method` with one
+  abstract function, the loss terms of a batch.
+* `hyperbolic`, `hierarchy`, `hita`, `embedding`, `texts`: the parts of the hierarchical method.
 * `inner_attack`: PGD inside training.
 * `trainable/`: which parameters are trained (`all`, `lora[:RANK]`, `ssf`, `last:N`) and how they are merged back.
 """
+
+from robustvlm.defenses.finetune.embedding import HyperbolicEmbedding
+from robustvlm.defenses.finetune.hita import HierarchicalOptions
+from robustvlm.defenses.finetune.inner_attack import InnerAttack
+from robustvlm.defenses.finetune.methods import METHODS, Materials, Method
+from robustvlm.defenses.finetune.task import FinetuneSettings, FinetuneTask, finetune_task
+from robustvlm.defenses.finetune.trainable import make_trainable, merge, parse_trainable, plain_state
+
+__all__ = [
+    "METHODS",
+    "FinetuneSettings",
+    "FinetuneTask",
+    "HierarchicalOptions",
+    "HyperbolicEmbedding",
+    "InnerAttack",
+    "Materials",
+    "Method",
+    "finetune_task",
+    "make_trainable",
+    "merge",
+    "parse_trainable",
+    "plain_state",
+]

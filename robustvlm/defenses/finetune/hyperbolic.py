@@ -9,7 +9,7 @@
 | `hyp_avg` | the Einstein midpoint: sum of w g k / sum of w g in Klein coordinates k with Lorentz factors g |
 
 Sources: Ungar 2008 (A Gyrovector Space Approach to Hyperbolic Geometry); Ganea et al. 2018 (arXiv 1805.09112,
-section 2); Khrulkov et al. 2020 (arXiv 1904.02239, equation 10: the midpoint). As r goes to 0 distances become 2 |x - y|.
+section 2); Khrulkov et al. 2020 (arXiv 1904.02239, equation 10: the midpoint). As r -> 0 distances become 2 |x - y|.
 
 Every function leaves autocast and computes in float32 at least: half precision has no digits left near the rim.
 """

@@ -1,0 +1,129 @@
+"""Fine-tuning as a task of the training engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from robustvlm.data.taxonomy import Forest
+from robustvlm.defenses.finetune.inner_attack import InnerAttack
+from robustvlm.defenses.finetune.methods import METHODS, Materials, Method
+from robustvlm.defenses.finetune.trainable import make_trainable, parse_trainable, vision_module
+from robustvlm.errors import UserError, nearest
+from robustvlm.models import VLM
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.training import Draws, Measure, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """What to fine-tune, on which loss, against which attack.
+
+    Args:
+        method: a name of `METHODS`.
+        trainable: `all`, `lora[:RANK]`, `ssf` or `last:N`.
+        attack: the inner attack.
+        options: keyword arguments of the method: `options=HierarchicalOptions(...)` for hierarchical, `general` and
+            `clean` for pmg.
+        seed: of the parameters that LoRA adds.
+
+    Raises:
+        UserError: an unknown method or subset.
+
+    Example:
+        >>> FinetuneSettings(method="tecoa").attack.steps
+        3
+    """
+
+    method: str = "hierarchical"
+    trainable: str = "all"
+    attack: InnerAttack = field(default_factory=InnerAttack)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"unknown method '{self.method}': {nearest(self.method, METHODS)}")
+        parse_trainable(self.trainable)
+
+
+class FinetuneTask(Task):
+    """The loss of a method, whose student is the module that the engine trains."""
+
+    best_by = "robust accuracy"
+
+    def __init__(self, vlm: VLM, method: Method) -> None:
+        super().__init__(vlm)
+        self.vlm, self.method = vlm, method
+        self.labelled = method.labelled
+
+    def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
+        del step
+        return self.method.terms(pixels, labels, draws)
+
+    def validate(self) -> Mapping[str, Measure]:
+        return self.method.measures()
+
+    def compile(self) -> None:
+        vision_module(self.vlm).compile()
+
+    def checkpoint_gradients(self) -> bool:
+        tower: Any = vision_module(self.vlm)
+        if hasattr(tower, "set_grad_checkpointing"):
+            tower.set_grad_checkpointing(True)
+        return any(getattr(part, "grad_checkpointing", False) is True for part in tower.modules())
+
+
+def finetune_task(
+    vlm: VLM,
+    settings: FinetuneSettings,
+    *,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    calibration: Tensor,
+    forest: Forest | None = None,
+) -> FinetuneTask:
+    """Return the task that fine-tunes `vlm` in place, its parameters made ready.
+
+    Args:
+        vlm: on the device to train on. Batch normalisation keeps its statistics throughout.
+        class_names, templates: of the training data.
+        calibration: some training images [B, 3, S, S]; the same ones when a run is resumed.
+        forest: class trees over the same classes.
+
+    Raises:
+        UserError: the model cannot be fine-tuned that way, or the method lacks something.
+
+    Example:
+        >>> import torch
+        >>> from robustvlm.models import load_model
+        >>> settings = FinetuneSettings(method="tecoa", trainable="last:1")
+        >>> pixels = torch.rand(2, 3, 64, 64)
+        >>> task = finetune_task(load_model("tiny"), settings, class_names=["cat", "dog"], templates=["{}"],
+        ...                      calibration=pixels)
+        >>> sorted(task.losses(pixels, torch.tensor([0, 1]), 0, Draws(0, 0, ["a", "b"])))
+        ['loss']
+    """
+    kind = METHODS[settings.method]
+    vlm.eval()
+    teacher = copy.deepcopy(vlm).requires_grad_(False) if kind.needs_teacher else None
+    embeddings = class_embeddings(vlm, class_names, templates)
+    make_trainable(vlm, settings.trainable, seed=settings.seed)
+    materials = Materials(
+        student=vlm,
+        attack=settings.attack,
+        class_embeddings=embeddings,
+        class_names=class_names,
+        templates=templates,
+        calibration=calibration,
+        forest=forest,
+        teacher=teacher,
+    )
+    method = kind(materials, **settings.options)
+    for parameter in method.also_trained():
+        parameter.requires_grad_(True)
+    return FinetuneTask(vlm, method)
