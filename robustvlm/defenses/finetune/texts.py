@@ -16,14 +16,14 @@ _TOLERANCE = 1e-4
 
 
 class ProjectedTexts(nn.Module):
-    """Embeddings [N, D] of named things, the mean over prompts of features before scaling, as a function of a projection.
+    """Embeddings [N, D] of named things as a function of the text projection: the mean of their prompts' features.
 
     What comes out of the text tower is kept; a call costs one matrix product. Works for text towers that end in a
     linear map called `text_projection`, or `proj` for those of transformers, which is checked on the texts themselves;
     for others (`trainable` is False) the embeddings are constants.
 
-    Our reading: the mean is taken before texts are scaled to unit norm, which differs from the usual zero-shot embedding
-    only as far as the lengths of a name's prompts differ.
+    Our reading: the mean is taken before texts are scaled to unit norm, which differs from the usual zero-shot
+    embedding only as far as the lengths of a name's prompts differ.
 
     Args:
         vlm: the model; its projection is used where it stands, so what an optimiser does to it counts.

@@ -22,7 +22,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
         f"{path}.{name}" if path else name: getattr(part, name).detach()
         for path, part in module.named_modules()
         if parametrize.is_parametrized(part)
-        for name in part.parametrizations  # type: ignore[union-attr]
+        for name in part.parametrizations
     }
     state: dict[str, Tensor] = {}
     for name, value in module.state_dict().items():

@@ -35,8 +35,8 @@ def last_blocks(vlm: VLM, count: int) -> list[str]:
     """Return the names of the parameters of the last `count` blocks and of all that comes after them.
 
     A block is a module in a Sequential or ModuleList of nothing but composed modules, such as a transformer's layer or
-    a ResNet's bottleneck. What comes after is what still has a gradient once the first of these blocks has its input cut
-    off from the rest.
+    a ResNet's bottleneck. What comes after is what still has a gradient once the first of these blocks has its input
+    cut off from the rest.
 
     Raises UserError when the vision tower has no such blocks, or fewer.
     """
