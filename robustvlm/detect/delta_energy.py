@@ -45,10 +45,10 @@ class DeltaEnergy(Detector):
             raise UserError(f"the energy change needs at least 1 cosine to reset, got {self.n_reset}")
 
     def score(self, features: Tensor) -> Tensor:
-        return delta_energy(self.head.logits(features), self.n_reset, self.reset)
+        return energy_change(self.head.logits(features), self.n_reset, self.reset)
 
 
-def delta_energy(logits: Tensor, n_reset: int = 2, reset: Reset = "joint") -> Tensor:
+def energy_change(logits: Tensor, n_reset: int = 2, reset: Reset = "joint") -> Tensor:
     """Return the energy change of logits [N, K], which are cosines over the temperature; at most all K are reset."""
     top = logits.topk(min(n_reset, logits.shape[1]), dim=1).indices
     whole = logits.logsumexp(dim=1)

@@ -48,9 +48,9 @@ class Energy(Detector):
             raise UserError(f"the temperature must be positive, got {self.temperature}: pass for example 1")
 
     def score(self, features: Tensor) -> Tensor:
-        return energy(self.head.logits(features), self.temperature)
+        return free_energy(self.head.logits(features), self.temperature)
 
 
-def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def free_energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return T log sum_k exp(logit_k / T), [N, K] -> [N]."""
     return temperature * (logits / temperature).logsumexp(dim=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.detect.base import Detector, FittedDetector, Head, check_known
-from robustvlm.detect.energy import energy
+from robustvlm.detect.energy import free_energy
 from robustvlm.errors import UserError, nearest
 
 Variant = Literal["s", "p", "b"]
@@ -46,7 +46,7 @@ class ReAct(FittedDetector):
         return replace(self, threshold=float(np.percentile(features.detach().cpu().double().numpy(), self.percentile)))
 
     def score(self, features: Tensor) -> Tensor:
-        return energy(self.head.logits(features.clamp_max(self.learnt(self.threshold))))
+        return free_energy(self.head.logits(features.clamp_max(self.learnt(self.threshold))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class ASH(Detector):
         _check_percentile(self.percentile)
 
     def score(self, features: Tensor) -> Tensor:
-        return energy(self.head.logits(self.shape(features)))
+        return free_energy(self.head.logits(self.shape(features)))
 
     def shape(self, features: Tensor) -> Tensor:
         """Return the reshaped features [N, D]."""

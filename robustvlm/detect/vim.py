@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.detect.base import FittedDetector, Head, check_known
-from robustvlm.detect.energy import energy
+from robustvlm.detect.energy import free_energy
 from robustvlm.errors import UserError
 
 
@@ -64,4 +64,4 @@ class ViM(FittedDetector):
         found = self.learnt(self.residual)
         # The tiny number keeps the gradient of the length finite at zero.
         outside = ((features @ found.basis.to(features)).square().sum(dim=1) + 1e-24).sqrt()
-        return energy(self.head.logits(features)) - found.scale * outside
+        return free_energy(self.head.logits(features)) - found.scale * outside

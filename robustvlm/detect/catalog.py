@@ -1,0 +1,190 @@
+"""Every score by name: what it is called, where it comes from, what it needs, and how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from robustvlm.detect.base import Detector, FittedDetector, Head
+from robustvlm.detect.delta_energy import DeltaEnergy
+from robustvlm.detect.energy import Energy, MaxLogit
+from robustvlm.detect.ensemble import COOkeD
+from robustvlm.detect.gda import GDA
+from robustvlm.detect.knn import KNN
+from robustvlm.detect.mahalanobis import Mahalanobis
+from robustvlm.detect.mixtures import ClassMixtures
+from robustvlm.detect.neglabel import NegLabel, mine_negatives
+from robustvlm.detect.sdis import SDIS
+from robustvlm.detect.shaping import ASH, ReAct
+from robustvlm.detect.softmax import MCM, MSP
+from robustvlm.detect.vim import ViM
+from robustvlm.detect.words import safe_rows
+from robustvlm.errors import UserError, nearest
+
+Need = Literal["encoder", "images", "words"]
+
+WHY_NOT: dict[Need, str] = {
+    "encoder": "the model has no image and text encoder, only logits",
+    "images": "it learns from images of known classes: pass --fit DATA",
+    "words": "it needs words outside the known classes: pass --words FILE",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Supplies:
+    """What scores can be made from.
+
+    Args:
+        head: the zero-shot head; of a model without an encoder, that of its logits (`Head.of_logits`).
+        encoder: the features are those of an encoder with texts, and not logits in their place.
+        features, labels: unit features [N, D] and labels [N] of images of known classes, None if there are none.
+        words: unit text embeddings [W, D] of words outside the known classes, None if there are none.
+    """
+
+    head: Head
+    encoder: bool = True
+    features: Tensor | None = field(default=None, repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+    words: Tensor | None = field(default=None, repr=False)
+
+    def has(self, need: Need) -> bool:
+        """Whether a need can be met."""
+        return {"encoder": self.encoder, "images": self.features is not None, "words": self.words is not None}[need]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of the catalogue; `needs` says what must be there for it besides logits."""
+
+    name: str
+    title: str
+    source: str
+    needs: tuple[Need, ...]
+    make: Callable[[Supplies], Detector] = field(repr=False)
+
+    def lacks(self, supplies: Supplies) -> str | None:
+        """Say why the score cannot be made from these supplies; None if it can."""
+        return next((WHY_NOT[need] for need in self.needs if not supplies.has(need)), None)
+
+    def made(self, supplies: Supplies) -> Detector:
+        """Return the score, fitted if it is one that learns.
+
+        Raises UserError when something is missing, or there are too few images.
+        """
+        reason = self.lacks(supplies)
+        if reason is not None:
+            raise UserError(f"the score '{self.name}' cannot be used: {reason}")
+        detector = self.make(supplies)
+        if isinstance(detector, FittedDetector) and supplies.features is not None and supplies.labels is not None:
+            return detector.fit_features(supplies.features, supplies.labels)
+        return detector
+
+
+def _neglabel(supplies: Supplies) -> Detector:
+    words, classes = _words(supplies), supplies.head.class_embeddings
+    return NegLabel(supplies.head, words[mine_negatives(words, classes.to(words))])
+
+
+def _sdis(supplies: Supplies) -> Detector:
+    words, classes = _words(supplies), supplies.head.class_embeddings
+    rows = safe_rows(words, classes.to(words))
+    return SDIS(classes, words[rows] if len(rows) else words)
+
+
+def _words(supplies: Supplies) -> Tensor:
+    assert supplies.words is not None, "asked for after the needs were checked"
+    return supplies.words
+
+
+SCORES: dict[str, Score] = {
+    score.name: score
+    for score in (
+        Score("msp", "MSP", "1610.02136", (), lambda s: MSP(s.head)),
+        Score("mcm", "MCM", "2211.13445", ("encoder",), lambda s: MCM(s.head)),
+        Score("max-logit", "MaxLogit", "1911.11132", (), lambda s: MaxLogit(s.head)),
+        Score("energy", "Energy", "2010.03759", (), lambda s: Energy(s.head)),
+        Score("delta-energy", "ΔEnergy", "2510.11296", ("encoder",), lambda s: DeltaEnergy(s.head)),
+        Score(
+            "delta-energy-mean",
+            "ΔEnergy, mean",
+            "2510.11296",
+            ("encoder",),
+            lambda s: DeltaEnergy(s.head, reset="mean"),
+        ),
+        Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.head)),
+        Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
+        Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
+        Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.head)),
+        Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),
+        Score("knn", "kNN", "2204.06507", ("encoder", "images"), lambda s: KNN(k=_neighbours(s))),
+        Score("gda", "GDA", "2402.04087", ("encoder", "images"), lambda s: GDA(s.head)),
+        Score("mixtures", "Class mixtures", "2308.15580", ("encoder", "images"), lambda _: ClassMixtures()),
+        Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.head)),
+        Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
+    )
+}
+"""Scores in the order of tables: first those that need nothing, then words, then images."""
+
+BASELINES = ("msp", "mcm", "max-logit", "energy")
+"""What other scores are compared with: they need nothing but the logits, and everybody has them."""
+
+
+def _neighbours(supplies: Supplies) -> int:
+    """Return 10, or fewer where there are too few images for it: half of them."""
+    count = 0 if supplies.features is None else len(supplies.features)
+    return max(1, min(10, count // 2))
+
+
+def parse_scores(text: str) -> tuple[str, ...]:
+    """Return the names in a list such as `msp,knn`, in the order of the catalogue; `all` is every score.
+
+    Example:
+        >>> parse_scores("knn, msp")
+        ('msp', 'knn')
+    """
+    names = [part.strip() for part in text.split(",")]
+    if names == ["all"]:
+        return tuple(SCORES)
+    for name in names:
+        if name not in SCORES:
+            raise UserError(f"unknown score '{name}': {nearest(name, [*SCORES, 'all'])}")
+    return tuple(name for name in SCORES if name in names)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A score that could not be used, and why."""
+
+    name: str
+    reason: str
+
+
+def make_scores(names: Iterable[str], supplies: Supplies) -> tuple[dict[str, Detector], list[Skipped]]:
+    """Return the named scores, ready to use, and those that cannot be used, with the reason.
+
+    Example:
+        >>> import torch
+        >>> made, skipped = make_scores(["msp", "knn"], Supplies(Head(torch.eye(3), 10.0)))
+        >>> list(made), skipped[0].name
+        (['msp'], 'knn')
+    """
+    made: dict[str, Detector] = {}
+    skipped: list[Skipped] = []
+    for name in names:
+        reason = SCORES[name].lacks(supplies)
+        try:
+            if reason is None:
+                made[name] = SCORES[name].made(supplies)
+        except UserError as error:  # too few images, or none that differ
+            reason = str(error)
+        if reason is not None:
+            skipped.append(Skipped(name, reason))
+    return made, skipped
+
+
+def titles(names: Sequence[str]) -> list[str]:
+    """Return the names as tables show them."""
+    return [SCORES[name].title if name in SCORES else name for name in names]
