@@ -148,13 +148,15 @@ class Session:
         if not left:
             return
         times = []
-        for _ in range(2):  # the first pays for reading and for warming up
-            batches = self._batches(self.state.step, self.state.step + 1)
-            began = time.perf_counter()
-            stepper.gradients(batches, self.state.step)
-            if t.device.type == "cuda":
-                torch.cuda.synchronize(t.device)
-            times.append(time.perf_counter() - began)
+        # Batch statistics change in a forward pass: what was there before the trial is put back.
+        with self.state.weights.lent(self.state.weights.state()):
+            for _ in range(2):  # the first pays for reading and for warming up
+                batches = self._batches(self.state.step, self.state.step + 1)
+                began = time.perf_counter()
+                stepper.gradients(batches, self.state.step)
+                if t.device.type == "cuda":
+                    torch.cuda.synchronize(t.device)
+                times.append(time.perf_counter() - began)
         self.state.optimizer.zero_grad(set_to_none=True)
         every = t.config.validate_every
         validations = (left // every if every else 0) + 1 if history.validations else 0
