@@ -16,6 +16,7 @@ from robustvlm.training.data import Batch, spans
 from robustvlm.training.distributed import summed
 from robustvlm.training.health import warnings_of
 from robustvlm.training.history import Estimate, StepEntry, Validation, Warned
+from robustvlm.training.passes import counted
 from robustvlm.training.schedule import learning_rate
 from robustvlm.training.state import TrainingState
 from robustvlm.training.stepper import Stepper
@@ -38,12 +39,11 @@ class Session:
         self._counted = 0
         self._since: list[float] = []
         self._saved = time.monotonic()
+        self._passes = 0
 
     def run(self) -> None:
         t, state = self.t, self.state
         t.observer.began(t.total, state.step)
-        if t.config.compile:
-            t.task.compile()
         if t.config.gradient_checkpointing and not t.task.checkpoint_gradients():
             self._warn([Warned(step=0, name="gradient checkpointing", message="this model does not offer it")])
         stepper = Stepper(t.task, state, t.config, t.device)
@@ -86,7 +86,7 @@ class Session:
         norm = stepper.advance(rate, terms)
         history.seconds += time.perf_counter() - began
         history.images += t.config.batch_size
-        history.passes += t.config.batch_size * t.task.passes_per_image
+        history.passes += self._passes
         self._note(terms, norm, rate)
 
     def _note(self, terms: dict[str, Tensor], norm: float, rate: float) -> None:
@@ -143,28 +143,34 @@ class Session:
                 self.t.observer.warned(warning)
 
     def _estimate(self, stepper: Stepper) -> None:
-        """Time the gradients of one batch, without a step, and say what the rest will cost."""
+        """Count and time the gradients of one batch, without a step, and say what the rest will cost."""
         t, history, left = self.t, self.state.history, self.t.total - self.state.step
         if not left:
             return
-        times = []
         # Batch statistics change in a forward pass: what was there before the trial is put back.
         with self.state.weights.lent(self.state.weights.state()):
-            for _ in range(2):  # the first pays for reading and for warming up
-                batches = self._batches(self.state.step, self.state.step + 1)
-                began = time.perf_counter()
-                stepper.gradients(batches, self.state.step)
-                if t.device.type == "cuda":
-                    torch.cuda.synchronize(t.device)
-                times.append(time.perf_counter() - began)
+            with counted(t.task.costly()) as passes:  # pays for reading and warming up as well
+                self._trial(stepper)
+            if t.config.compile:
+                t.task.compile()
+                self._trial(stepper)
+            seconds = self._trial(stepper)
         self.state.optimizer.zero_grad(set_to_none=True)
+        self._passes = passes.total * t.ranks.size
         every = t.config.validate_every
         validations = (left // every if every else 0) + 1 if history.validations else 0
         once = history.validation_seconds / max(1, len(history.validations))
-        passes = left * t.config.batch_size * t.task.passes_per_image
-        found = Estimate(steps=left, passes=passes, seconds=left * min(times) + validations * once)
+        found = Estimate(steps=left, passes=left * self._passes, seconds=left * seconds + validations * once)
         history.estimate = history.estimate or found
         t.observer.estimated(found)
+
+    def _trial(self, stepper: Stepper) -> float:
+        batches = self._batches(self.state.step, self.state.step + 1)
+        began = time.perf_counter()
+        stepper.gradients(batches, self.state.step)
+        if self.t.device.type == "cuda":
+            torch.cuda.synchronize(self.t.device)
+        return time.perf_counter() - began
 
     def _due(self) -> bool:
         every = self.t.config.checkpoint_every

@@ -37,9 +37,6 @@ class Task(ABC):
     labelled = True
     """Whether `losses` reads labels; if not, images of unknown classes are trained on as well."""
 
-    passes_per_image = 2
-    """Encoder passes, forward and backward, that a step spends on an image (2 for the step itself): for estimates."""
-
     best_by: str | None = None
     """The measure of `validate` by which the best weights are kept, the larger the better; None: keep the last."""
 
@@ -76,6 +73,10 @@ class Task(ABC):
         "FGSM accuracy", "noise accuracy", "feature spread".
         """
         return {}
+
+    def costly(self) -> nn.Module:
+        """Return the part whose forward and backward passes are counted as the cost; the whole module by default."""
+        return self.module
 
     def compile(self) -> None:
         """Compile the costly part in place (`TrainingConfig.compile`)."""

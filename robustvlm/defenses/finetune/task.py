@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustvlm.data.taxonomy import Forest
 from robustvlm.defenses.finetune.inner_attack import InnerAttack
@@ -67,6 +67,9 @@ class FinetuneTask(Task):
 
     def validate(self) -> Mapping[str, Measure]:
         return self.method.measures()
+
+    def costly(self) -> nn.Module:
+        return vision_module(self.vlm)
 
     def compile(self) -> None:
         vision_module(self.vlm).compile()
