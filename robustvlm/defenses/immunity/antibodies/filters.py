@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from robustvlm.defenses.immunity.antibodies.band import Band, class_cosines
-from robustvlm.defenses.immunity.antibodies.names import find_clash, find_same, words_of
+from robustvlm.defenses.immunity.antibodies.names import KnownNames, words_of
 from robustvlm.defenses.immunity.antibodies.texts import CONTEXT, Antibodies, AntibodyText, Proposal
 from robustvlm.errors import UserError
 
@@ -45,7 +44,8 @@ def filter_antibodies(
     """Keep the proposed texts that lie in the band of their class, below `risk` for every class, and name none.
 
     Immuno-VLM (arXiv 2605.30745), phase 2. First names are compared (nothing that names a known class, a kind of one or
-    what one is a kind of is embedded), then similarities; of a text proposed twice, the class nearest to it keeps it.
+    what one is a kind of is embedded), then similarities. A text proposed for several classes counts once, for the
+    nearest of them.
 
     Args:
         proposal: what a source proposes; texts for other classes than `class_names` are an error.
@@ -58,6 +58,7 @@ def filter_antibodies(
         UserError: a text for an unknown class.
 
     Example:
+        >>> import torch
         >>> texts = tuple(AntibodyText(text, "dog") for text in ("puppy dog", "wolf", "teapot", "hound"))
         >>> angles = {"wolf": 0.8, "teapot": 1.5, "hound": 0.1}
         >>> def embed(texts):
@@ -68,39 +69,38 @@ def filter_antibodies(
         (['wolf'], 3)
     """
     _check_classes(proposal, class_names)
-    named, dropped = _by_name(proposal, class_names, above)
-    unique = list(dict.fromkeys(text.text for text in named))
-    embeddings = embed(unique) if unique else prototypes.new_zeros(0, prototypes.shape[-1])
-    cosines = class_cosines(embeddings, prototypes.to(embeddings))
-    row_of, column_of = {text: i for i, text in enumerate(unique)}, {name: i for i, name in enumerate(class_names)}
-    kept: list[tuple[AntibodyText, float]] = []
-    for text in named:
-        row, own = cosines[row_of[text.text]], column_of[text.of_class]
-        reason = _outside(row, own, class_names, band)
-        if reason is None:
-            kept.append((text, row[own].item()))
-        else:
-            dropped.append(Dropped(text, reason))
-    texts, repeated = _once(kept)
-    rows = torch.tensor([row_of[text.text] for text in texts], dtype=torch.long, device=embeddings.device)
-    return Filtered(Antibodies(texts, embeddings[rows]), (*dropped, *repeated), band)
-
-
-def _by_name(
-    proposal: Proposal, class_names: Sequence[str], above: Sequence[str]
-) -> tuple[list[AntibodyText], list[Dropped]]:
+    known = KnownNames(class_names, proposal.kin, above)
+    groups = _by_name(proposal.texts)
+    reasons = {key: _name_clash(known, texts) for key, texts in groups.items()}
+    named = [texts for key, texts in groups.items() if reasons[key] is None]
+    embeddings = embed([texts[0].text for texts in named]) if named else prototypes.new_zeros(0, prototypes.shape[-1])
+    dropped = [Dropped(groups[key][0], reason) for key, reason in reasons.items() if reason is not None]
     kept: list[AntibodyText] = []
-    dropped: list[Dropped] = []
-    for text in proposal.texts:
-        if text.kind == CONTEXT:
-            reason = find_same(text.text, class_names)
-        else:
-            reason = find_clash(text.text, class_names, proposal.kin) or find_same(text.text, above)
+    rows: list[int] = []
+    column_of = {name: i for i, name in enumerate(class_names)}
+    for i, (texts, row) in enumerate(zip(named, class_cosines(embeddings, prototypes.to(embeddings)), strict=True)):
+        text = max(texts, key=lambda text: row[column_of[text.of_class]].item())
+        reason = _outside(row, column_of[text.of_class], class_names, band)
         if reason is None:
             kept.append(text)
+            rows.append(i)
         else:
             dropped.append(Dropped(text, reason))
-    return kept, dropped
+    return Filtered(Antibodies(tuple(kept), embeddings[rows]), tuple(dropped), band)
+
+
+def _by_name(texts: Sequence[AntibodyText]) -> dict[tuple[str, ...], list[AntibodyText]]:
+    """Return the texts grouped by what they say, in the order in which each is said first."""
+    groups: dict[tuple[str, ...], list[AntibodyText]] = {}
+    for text in texts:
+        groups.setdefault(words_of(text.text), []).append(text)
+    return groups
+
+
+def _name_clash(known: KnownNames, texts: Sequence[AntibodyText]) -> str | None:
+    # In an odd setting the class's name is meant to stand in the text.
+    contexts = all(text.kind == CONTEXT for text in texts)
+    return known.same(texts[0].text) if contexts else known.clash(texts[0].text)
 
 
 def _outside(row: Tensor, own: int, class_names: Sequence[str], band: Band) -> str | None:
@@ -113,24 +113,8 @@ def _outside(row: Tensor, own: int, class_names: Sequence[str], band: Band) -> s
     return None
 
 
-def _once(kept: Sequence[tuple[AntibodyText, float]]) -> tuple[tuple[AntibodyText, ...], list[Dropped]]:
-    """Keep each text once, for the class that it is nearest to; the first of equals."""
-    best: dict[tuple[str, ...], tuple[AntibodyText, float]] = {}
-    for text, cosine in kept:
-        key = words_of(text.text)
-        if key not in best or cosine > best[key][1]:
-            best[key] = (text, cosine)
-    chosen = {id(text) for text, _ in best.values()}
-    texts = tuple(text for text, _ in kept if id(text) in chosen)
-    repeated = [
-        Dropped(text, f"proposed twice, kept for '{best[words_of(text.text)][0].of_class}'")
-        for text, _ in kept
-        if id(text) not in chosen
-    ]
-    return texts, repeated
-
-
 def _check_classes(proposal: Proposal, class_names: Sequence[str]) -> None:
+    known = frozenset(class_names)
     for text in proposal.texts:
-        if text.of_class not in class_names:
+        if text.of_class not in known:
             raise UserError(f"the antibody '{text.text}' is for '{text.of_class}', which is none of the known classes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 _ARTICLES = frozenset(("a", "an", "the", "some"))
@@ -21,6 +21,7 @@ _IRREGULAR = {
     "teeth": "tooth",
     "oxen": "ox",
     "people": "person",
+    "glasses": "glasses",  # to be told from a glass; of other pairs (scissors, jeans) there is no one half
     "wolves": "wolf",
     "leaves": "leaf",
     "knives": "knife",
@@ -60,46 +61,65 @@ def _singular(word: str) -> str:
     return word[:-1]
 
 
-def clash(text: str, class_name: str, kin: Sequence[str] = ()) -> str | None:
-    """Return why `text` cannot stand for "not a `class_name`", or None when the names do not say so.
+class KnownNames:
+    """The names that antibodies must keep clear of.
 
     An English noun phrase is a kind of what its last words name ("fire engine" is an engine, "engine room" is not);
     what follows a preposition qualifies what stands before, and of "X of Y" both may be seen. So a text that ends in
-    the class's name counts as a kind of the class, and one that the class's name ends in as what it is a kind of.
+    a class's name counts as a kind of the class, and one that a class's name ends in as what the class is a kind of.
     This errs on the safe side: it also takes a sea horse for a horse.
 
+    Args:
+        class_names: the known classes.
+        kin: per class, names that mean the class itself or a kind of it.
+        above: names of superclasses.
+
     Example:
-        >>> clash("golden apples", "apple"), clash("car", "police car")
-        ("a kind of 'apple'", "'police car' is a kind of it")
-        >>> clash("lorry", "truck", ["lorry", "pickup"])
-        "another name of 'truck', or a kind of it"
-        >>> clash("apple pie", "apple") is None
-        True
+        >>> known = KnownNames(["apple", "police car", "truck"], {"truck": ["lorry"]}, ["vehicle"])
+        >>> for text in ("golden apples", "car", "lorries", "vehicle", "apple pie"):
+        ...     print(known.clash(text))
+        a kind of 'apple'
+        'police car' is a kind of it
+        another name of 'truck', or a kind of it
+        the superclass 'vehicle'
+        None
     """
-    ours, theirs = words_of(text), words_of(class_name)
-    if not ours:
-        return "no word in it"
-    if ours == theirs:
-        return f"the name of '{class_name}'"
-    if any(_ends_in(part, theirs) for part in _heads(ours)):
-        return f"a kind of '{class_name}'"
-    if _ends_in(theirs, ours):
-        return f"'{class_name}' is a kind of it"
-    if any(ours == words_of(name) for name in kin):
-        return f"another name of '{class_name}', or a kind of it"
-    return None
 
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        kin: Mapping[str, Sequence[str]] | None = None,
+        above: Iterable[str] = (),
+    ) -> None:
+        self._classes = {words_of(name): name for name in reversed(class_names)}
+        self._tails = {
+            words_of(name)[i:]: name for name in reversed(class_names) for i in range(1, len(words_of(name)))
+        }
+        self._kin = {words_of(other): name for name, others in (kin or {}).items() for other in others}
+        self._above = {words_of(name): name for name in above}
 
-def find_clash(text: str, class_names: Sequence[str], kin: Mapping[str, Sequence[str]]) -> str | None:
-    """Return why `text` names one of the known classes, or None; see `clash`."""
-    reasons = (clash(text, name, kin.get(name, ())) for name in class_names)
-    return next((reason for reason in reasons if reason is not None), None)
+    def clash(self, text: str) -> str | None:
+        """Return why `text` cannot stand for something that is none of the classes, or None if it can."""
+        words = words_of(text)
+        if not words:
+            return "no word in it"
+        same = self.same(text)
+        if same is not None:
+            return same
+        for part in _heads(words):
+            for i in range(len(part)):
+                if part[i:] in self._classes:
+                    return f"a kind of '{self._classes[part[i:]]}'"
+        if words in self._tails:
+            return f"'{self._tails[words]}' is a kind of it"
+        if words in self._kin:
+            return f"another name of '{self._kin[words]}', or a kind of it"
+        return f"the superclass '{self._above[words]}'" if words in self._above else None
 
-
-def find_same(text: str, class_names: Sequence[str]) -> str | None:
-    """Return why `text` is but the name of a known class, or None: all that is asked of a thing in an odd setting."""
-    ours = words_of(text)
-    return next((f"the name of '{name}'" for name in class_names if words_of(name) == ours), None)
+    def same(self, text: str) -> str | None:
+        """Return why `text` is but the name of a class, or None: all that is asked of a thing in an odd setting."""
+        name = self._classes.get(words_of(text))
+        return None if name is None else f"the name of '{name}'"
 
 
 def _heads(words: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
@@ -107,7 +127,3 @@ def _heads(words: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     end = next((i for i, word in enumerate(words) if word in _PREPOSITIONS and i > 0), len(words))
     about = words[:end]
     return (about, about[: about.index("of")]) if "of" in about[1:] else (about,)
-
-
-def _ends_in(words: tuple[str, ...], tail: tuple[str, ...]) -> bool:
-    return len(words) >= len(tail) > 0 and words[-len(tail) :] == tail
