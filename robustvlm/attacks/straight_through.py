@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustvlm.errors import UserError
 
-Surrogate = Callable[[Tensor], Tensor]
+Surrogate = Callable[..., Tensor]
 
 
 class _ExactForward(torch.autograd.Function):
@@ -94,5 +94,8 @@ class _Opened:
     def __init__(self, function: Callable[..., Tensor], surrogate: Surrogate | None) -> None:
         self.function, self.surrogate = function, surrogate
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return straight_through(self.function, x, self.surrogate)
+    def __call__(self, x: Tensor, *others: object) -> Tensor:
+        """Call the part with an input and perhaps more, such as a noise level, which its surrogate is given too."""
+        surrogate = self.surrogate
+        stand_in = None if surrogate is None else lambda y: surrogate(y, *others)
+        return straight_through(lambda y: self.function(y, *others), x, stand_in)
