@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,9 +77,7 @@ def vision_blocks(vlm: VLM) -> list[nn.Module]:
 def vision_module(vlm: VLM) -> nn.Module:
     """Return the smallest module that holds all parameters of the vision tower."""
     paths = [name.split(".")[:-1] for name in vision_parameters(vlm)]
-    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    depth = next((i for i, part in enumerate(paths[0][: len(shared)]) if part != shared[i]), len(shared))
-    return vlm.get_submodule(".".join(paths[0][:depth]))
+    return vlm.get_submodule(".".join(os.path.commonprefix(paths)))
 
 
 def _cut(
