@@ -1,0 +1,213 @@
+"""Certification's rules for the composed model: one image at a time, noise first, one function throughout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from analytic_encoders import Circle, image_at
+from torch import Tensor, nn
+
+from robustvlm.certify import FeatureRadius, SamplingEngine, Task
+from robustvlm.defenses import SmoothedVLM, smooth
+from robustvlm.defenses.purify import Mapper, MapperShape, OwnDenoiser, PurifiedVLM, Purifier, PurifierShape
+from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.encoder import NoisyEncoder, probe_encoder
+from robustvlm.models import VLM
+
+SIGMA = 0.25
+
+
+class Pictures(VLM):
+    """A convolutional encoder of 16-pixel images that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__(spec="pictures", image_size=16, logit_scale=10.0)
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 6, 4, stride=4)
+        self.seen: list[Tensor] = []
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        self.seen.append(pixels.detach())
+        return torch.tanh(self.layer(pixels)).mean((2, 3))
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        return torch.eye(6)[: len(texts)]
+
+
+def composed(denoiser: object | None = None, mapper: nn.Module | None = None) -> PurifiedVLM:
+    """An encoder between a purifier and a mapper with random weights, or a faulty part in the place of one."""
+    torch.manual_seed(1)
+    purifier, own = Purifier(PurifierShape(widths=(8, 16), embedding=8)), Mapper(MapperShape(6, embedding=8))
+    for parameter in [*purifier.parameters(), *own.parameters()]:
+        nn.init.normal_(parameter, std=0.2)
+    first = purifier if denoiser is None else OwnDenoiser(denoiser, spec="planted")
+    return PurifiedVLM(Pictures(), first, own if mapper is None else mapper)  # type: ignore[arg-type]
+
+
+def images(count: int = 4, side: int = 16) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def probe(vlm: VLM, lanes: int = 8) -> list[str]:
+    found = probe_encoder(NoisyEncoder(vlm.at_noise(SIGMA)), images(), SIGMA, lanes, model="composed")
+    return [check.name for check in found.checks]
+
+
+def test_the_composed_model_is_a_deterministic_function_of_one_image() -> None:
+    assert probe(composed()) == []
+    encoder, x = NoisyEncoder(composed().at_noise(SIGMA)), images(6)
+    assert torch.equal(encoder(x), encoder(x))
+    alone = torch.cat([encoder(x[i : i + 1]) for i in range(6)])
+    assert torch.allclose(alone, encoder(x), atol=1e-5)
+
+
+class BatchNormed(nn.Module):
+    """A denoiser with batch statistics."""
+
+    def forward(self, noisy: Tensor, _: float) -> Tensor:
+        return noisy - noisy.mean(dim=0, keepdim=True)
+
+
+def reseeded(noisy: Tensor, _: float) -> Tensor:
+    """Randomness that is not fresh: the same draws in every call, another for every place in the batch."""
+    return noisy + 0.5 * torch.randn(noisy.shape, generator=torch.Generator().manual_seed(0))
+
+
+def fresh(noisy: Tensor, _: float) -> Tensor:
+    """Randomness as it is allowed: fresh in every call, with a law that does not depend on the image."""
+    return noisy + 0.5 * torch.randn_like(noisy)
+
+
+class Whitened(Mapper):
+    """A mapper with batch statistics."""
+
+    def forward(self, features: Tensor, _: Tensor | float) -> Tensor:
+        return features - features.mean(dim=0)
+
+
+@pytest.mark.parametrize("denoiser", [BatchNormed(), reseeded])
+def test_a_purifier_that_looks_at_other_images_is_refused(denoiser: object) -> None:
+    with pytest.raises(UserError, match="depending on the others in its batch"):
+        probe(composed(denoiser))
+
+
+def test_a_mapper_that_looks_at_other_images_is_refused() -> None:
+    with pytest.raises(UserError, match="depending on the others in its batch"):
+        probe(composed(mapper=Whitened(MapperShape(6))))
+
+
+def test_a_purifier_with_randomness_of_its_own_is_named() -> None:
+    assert probe(composed(fresh)) == ["random encoder"]
+
+
+def test_noise_is_float32_and_after_the_resize() -> None:
+    seen: list[Tensor] = []
+
+    def watch(noisy: Tensor, _: float) -> Tensor:
+        seen.append(noisy)
+        return noisy
+
+    vlm = composed(watch)
+    smoothed = SmoothedVLM(vlm, 0.01, 100)
+    with torch.no_grad():
+        smoothed.encode_image(torch.full((1, 3, 32, 32), 0.5))
+        smoothed.encode_image(torch.full((1, 3, 16, 16), 0.5, dtype=torch.bfloat16))
+    noisy = torch.cat(seen)
+    assert len(noisy) == 200
+    assert noisy.dtype == torch.float32
+    assert noisy.shape[-1] == vlm.image_size
+    assert len(noisy.unique()) > 5000  # bfloat16 has a few dozen values there
+    assert (noisy - 0.5).std().item() == pytest.approx(0.01, rel=0.05)
+    assert (noisy - 0.5).abs().max() > 0.03  # not clipped
+
+
+def test_certification_and_deployment_run_the_same_function() -> None:
+    vlm, x = composed(), images(6) + SIGMA * torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    deployed = smooth(vlm, SIGMA).encode_noisy(x)
+    for certified in (NoisyEncoder(vlm.at_noise(SIGMA)), NoisyEncoder(smooth(vlm, SIGMA))):
+        assert torch.equal(certified(x), deployed)
+    told_otherwise = NoisyEncoder(vlm.at_noise(2 * SIGMA))
+    assert not torch.allclose(told_otherwise(x), deployed, atol=1e-2)
+    assert told_otherwise.fingerprint != NoisyEncoder(vlm.at_noise(SIGMA)).fingerprint
+    assert not torch.allclose(NoisyEncoder(vlm)(x), deployed, atol=1e-2)  # an encoder that was told of no noise
+
+
+class Sharp(Mapper):
+    """Far from linear: whether it comes before or after the mean makes a difference."""
+
+    def forward(self, features: Tensor, _: Tensor | float) -> Tensor:
+        return (50 * (features + 0.36)).tanh()
+
+
+def test_all_of_it_is_inside_the_expectation() -> None:
+    vlm, unit = composed(mapper=Sharp(MapperShape(6))).at_noise(SIGMA), nn.functional.normalize
+    assert isinstance(vlm.purifier, Purifier)
+    assert vlm.mapper is not None
+    with torch.no_grad():
+        torch.manual_seed(0)
+        mean = smooth(vlm, SIGMA).mean_feature(images(1), 60)[0]
+        torch.manual_seed(0)
+        rows = images(1) + SIGMA * torch.randn(60, 3, 16, 16)
+        features = vlm.base.encode_image(vlm.purifier(rows, SIGMA))
+        assert torch.allclose(mean, unit(vlm.mapper(features, SIGMA), dim=1).mean(dim=0), atol=1e-5)
+        assert not torch.allclose(unit(mean, dim=0), unit(vlm.mapper(features.mean(0), SIGMA), dim=0), atol=0.01)
+
+
+def test_gradients_flow_from_the_smoothed_feature_to_the_pixels() -> None:
+    x = images(2).requires_grad_()
+    torch.manual_seed(0)
+    loss = smooth(composed(), SIGMA, 4).encode_image(x)[:, 0].sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    step = 1e-3
+
+    def at(moved: Tensor) -> float:
+        torch.manual_seed(0)  # the same noise
+        with torch.no_grad():
+            return smooth(composed(), SIGMA, 4).double().encode_image(moved.double())[:, 0].sum().item()
+
+    torch.manual_seed(0)
+    slope = (at(x.detach() + step * direction) - at(x.detach() - step * direction)) / (2 * step)
+    torch.manual_seed(0)
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(smooth(composed(), SIGMA, 4).double().encode_image(wide)[:, 0].sum(), wide)
+    assert (exact * direction).sum().item() == pytest.approx(slope, rel=0.02)
+    assert gradient.abs().max() > 0
+
+
+def test_certificates_of_a_composed_model_with_a_closed_form_hold() -> None:
+    # The purifier shrinks, so the smoothed feature turns by k / (1 + sigma^2) * eps for a shift of eps: the certified
+    # cosine must not be above that of the truth, at any radius, for any image.
+    k, shrink = 3.0, 1 + SIGMA**2
+    vlm = PurifiedVLM(Circle(k), OwnDenoiser(lambda noisy, sigma: noisy / (1 + sigma**2), spec="shrink"), None)
+    engine = SamplingEngine(NoisyEncoder(vlm.at_noise(SIGMA)), sigma=SIGMA, seed=0, lanes=128)
+    tasks = [Task(str(i), i, image_at(0.1 * i)[0]) for i in range(24)]
+    cos0, alpha = 0.8, 0.05
+
+    def certifier(_: Task) -> FeatureRadius:
+        return FeatureRadius(cos0=cos0, sigma=SIGMA, alpha=alpha, n=256, n_pilot=64, baselines=False)
+
+    found = [sampled.finding for sampled in engine.run(tasks, certifier)]
+    norm = math.exp(-((k / shrink * SIGMA) ** 2) / 2)
+    assert sum(finding.r > norm for finding in found) <= 24 * alpha + 3  # type: ignore[operator]
+    truth = math.acos(cos0) / (k / shrink)
+    assert all(0 < finding.radius < truth for finding in found)
+    unpurified = SamplingEngine(NoisyEncoder(Circle(k)), sigma=SIGMA, seed=0, lanes=128)
+    plain = [sampled.finding.radius for sampled in unpurified.run(tasks, certifier)]
+    assert sum(finding.radius for finding in found) > sum(plain)
+
+
+def test_the_sampling_engine_gives_the_same_answer_in_any_company() -> None:
+    def certify(count: int, lanes: int) -> dict[str, float]:
+        encoder = NoisyEncoder(composed().at_noise(SIGMA))
+        engine = SamplingEngine(encoder, sigma=SIGMA, seed=0, lanes=lanes)
+        tasks = [Task(str(i), i, images(5)[i]) for i in range(count)]
+        found = engine.run(
+            tasks, lambda _: FeatureRadius(cos0=0.5, sigma=SIGMA, alpha=0.01, n=128, n_pilot=32, baselines=False)
+        )
+        return {sampled.task.image_id: sampled.finding.radius for sampled in found}
+
+    alone, among = certify(2, 32), certify(5, 96)
+    assert {name: among[name] for name in alone} == pytest.approx(alone, rel=1e-4)
