@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import log_softmax
 from torch import Tensor
 
 from robustvlm.detect.base import check_known
@@ -55,24 +55,21 @@ def fit_probe(
         raise UserError(f"label {int(labels.max())} has no class among {n_classes}")
     if not strength > 0:
         raise UserError(f"the strength of the fit must be positive, got {strength}")
-    x, y = features.detach().cpu().double(), labels.cpu()
-    dim = x.shape[1]
+    x = features.detach().cpu().double().numpy()
+    wanted = np.eye(n_classes)[labels.cpu().numpy()]
+    dim, count = x.shape[1], len(x)
 
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        theta = torch.tensor(flat.reshape(n_classes, dim + 1), requires_grad=True)
+        theta = flat.reshape(n_classes, dim + 1)
         weight, bias = theta[:, :dim], theta[:, dim]
-        entropy = F.cross_entropy(x @ weight.T + bias, y, reduction="sum")
+        logs = log_softmax(x @ weight.T + bias, axis=1)
         # Over the strength and the count, so that the solver's tolerances mean the same for any data.
-        value = entropy / len(x) + weight.square().sum() / (2 * strength * len(x))
-        (gradient,) = torch.autograd.grad(value, theta)
-        return float(value.detach()), gradient.numpy().ravel()
+        value = -(logs * wanted).sum() / count + np.square(weight).sum() / (2 * strength * count)
+        surplus = (np.exp(logs) - wanted) / count
+        slope = np.column_stack([surplus.T @ x + weight / (strength * count), surplus.sum(axis=0)])
+        return float(value), slope.ravel()
 
-    found = minimize(
-        loss,
-        np.zeros(n_classes * (dim + 1)),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": n_iter, "ftol": 1e-12, "gtol": 1e-8},
-    )
+    start, settings = np.zeros(n_classes * (dim + 1)), {"maxiter": n_iter, "ftol": 1e-10, "gtol": 1e-6}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=settings)
     theta = torch.from_numpy(found.x.reshape(n_classes, dim + 1))
     return LinearProbe(theta[:, :dim].to(features), theta[:, dim].to(features))
