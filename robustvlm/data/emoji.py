@@ -105,6 +105,10 @@ class EmojiSource(DataSource):
         """Return the ids, copy by copy."""
         return [f"{sprite.id}/{copy}" for copy in range(self.copies) for sprite in self._sprites]
 
+    def group(self, sample_id: str) -> str:
+        """Return the drawing that an image is made of: its copies stand and fall together."""
+        return sample_id.rpartition("/")[0]
+
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         for copy in range(self.copies):
             for sprite in self._sprites:

@@ -71,6 +71,10 @@ class DataSource(ABC):
         """Return the stable ids in source order, or None when only streaming can tell."""
         return None
 
+    def group(self, sample_id: str) -> str:
+        """Return what images that are no independent evidence have in common, such as their drawing; else the id."""
+        return sample_id
+
     @abstractmethod
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         """Yield the items whose id is kept, in source order, calling `keep` exactly once per id before decoding."""
