@@ -38,6 +38,11 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 def merge(module: nn.Module) -> None:
     """Replace LoRA and SSF by the weights that they amount to, in place; a module without them is left alone."""
     for part in list(module.modules()):
-        if parametrize.is_parametrized(part):
-            for name in list(part.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+        if not parametrize.is_parametrized(part):
+            continue
+        merged = {name: getattr(part, name).detach().clone() for name in part.parametrizations}
+        # Not by remove_parametrizations, which takes the attributes from the class that copies of the module share.
+        part.__class__ = parametrize.type_before_parametrizations(part)
+        del part.parametrizations
+        for name, value in merged.items():
+            part.register_parameter(name, nn.Parameter(value, requires_grad=False))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,8 @@ def vision_blocks(vlm: VLM) -> list[nn.Module]:
 def vision_module(vlm: VLM) -> nn.Module:
     """Return the smallest module that holds all parameters of the vision tower."""
     paths = [name.split(".")[:-1] for name in vision_parameters(vlm)]
-    return vlm.get_submodule(".".join(os.path.commonprefix(paths)))
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return vlm.get_submodule(".".join(parts[0] for parts in shared))
 
 
 def _cut(

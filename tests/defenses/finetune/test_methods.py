@@ -1,0 +1,260 @@
+"""Every method: its loss by an independent formula, gradients, training that lowers it, and what it needs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_tower import NAMES, SmallVLM, images, make_task, small_forest, small_vlm
+from torch import Tensor
+
+from robustvlm.attacks import ThreatModel
+from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack
+from robustvlm.defenses.finetune.hyperbolic import distances
+from robustvlm.defenses.finetune.methods import Hierarchical
+from robustvlm.defenses.finetune.texts import ProjectedTexts
+from robustvlm.errors import UserError
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.training import Draws
+
+DRAWS = Draws(0, 3, list("abcdef"))
+# An attack without room leaves the images as they are, so that losses have closed forms.
+STILL = InnerAttack(threat=ThreatModel("Linf", 1e-9), steps=1, random_start=False)
+
+
+def logits(vlm: SmallVLM, pixels: Tensor) -> Tensor:
+    return vlm.logit_scale * vlm.encode_image(pixels) @ class_embeddings(vlm, NAMES, ("{}", "a {}")).T
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss_and_moves_the_vision_tower_alone(method: str) -> None:
+    vlm = small_vlm()
+    task = make_task(vlm, method, small_forest())
+    before = {name: value.clone() for name, value in vlm.state_dict().items()}
+    pixels, labels = images()
+    optimizer = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad], lr=3e-3)
+    found = []
+    for _ in range(25):
+        task.train_mode()
+        loss = task.losses(pixels, labels, 0, DRAWS)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    # FARE begins at its clean optimum, and has only what the attack adds to lower.
+    assert found[-1] < found[0]
+    moved = {name for name, value in vlm.state_dict().items() if not torch.equal(value, before[name])}
+    allowed = ("stem.", "blocks.", "proj", "stem_norm.weight", "stem_norm.bias")
+    extra = {"text_projection"} if method == "hierarchical" else set()
+    assert {name for name in moved if not name.startswith(allowed)} == extra
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_follow_from_the_draws_and_leave_no_gradient_behind(method: str) -> None:
+    vlm = small_vlm()
+    task = make_task(vlm, method, small_forest())
+    pixels, labels = images()
+    first, second = (task.losses(pixels, labels, 0, DRAWS)["loss"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(p.grad is None for p in vlm.parameters())
+    assert not any(part.training for part in vlm.modules())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_autocast_gives_nearly_the_same_loss(method: str) -> None:
+    task = make_task(small_vlm(), method, small_forest(), attack=STILL)
+    pixels, labels = images()
+    wide = task.losses(pixels, labels, 0, DRAWS)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = task.losses(pixels, labels, 0, DRAWS)["loss"]
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow, wide, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"hierarchical"}))
+def test_loss_is_a_mean_over_images(method: str) -> None:
+    """So that the mean over ranks, or over the parts of an accumulated batch, is that of the whole."""
+    task = make_task(small_vlm(), method)
+    pixels, labels = images()
+    whole = task.losses(pixels, labels, 0, DRAWS)["loss"]
+    parts = [
+        task.losses(pixels[i : i + 2], labels[i : i + 2], 0, Draws(0, 3, DRAWS.ids[i : i + 2]))["loss"]
+        for i in (0, 2, 4)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_baselines_agree_with_their_formulas() -> None:
+    plain, pixels, labels = small_vlm(), *images()
+    moved = small_vlm(seed=5)
+    cross_entropy = F.cross_entropy(logits(plain, pixels), labels)
+    expected = {"clean": cross_entropy, "tecoa": cross_entropy}
+    for method, value in expected.items():
+        task = make_task(small_vlm(), method, attack=STILL)
+        torch.testing.assert_close(task.losses(pixels, labels, 0, DRAWS)["loss"], value, rtol=1e-4, atol=1e-5)
+
+    fare = make_task(vlm := small_vlm(), "fare", attack=STILL)
+    vlm.load_state_dict(moved.state_dict())
+    error = (moved.embed_image(pixels) - plain.embed_image(pixels)).square().sum(1).mean()
+    torch.testing.assert_close(fare.losses(pixels, labels, 0, DRAWS)["loss"], error, rtol=1e-4, atol=1e-5)
+
+    # The texts stay those of the model before training.
+    pmg = make_task(vlm := small_vlm(), "pmg", attack=STILL, options={"general": 2.0, "clean": 0.5})
+    embeddings = class_embeddings(vlm, NAMES, ("{}", "a {}"))
+    vlm.load_state_dict(moved.state_dict())
+    now, original = (10 * tower.encode_image(pixels) @ embeddings.T for tower in (moved, plain))
+    p, q = now.softmax(1), original.softmax(1)
+    general = (p * (p.log() - q.log())).sum(1).mean()
+    terms = pmg.losses(pixels, labels, 0, DRAWS)
+    torch.testing.assert_close(terms["loss"], F.cross_entropy(now, labels) + 2 * general, rtol=1e-4, atol=1e-5)
+    assert terms["clean"].abs() < 1e-4
+
+    simclip = make_task(small_vlm(), "simclip", attack=STILL)
+    assert simclip.losses(pixels, labels, 0, DRAWS)["loss"].item() == pytest.approx(-1, abs=1e-5)
+
+
+def test_simclip_holds_each_side_constant_in_turn() -> None:
+    """Its gradient is half that of the full cosine with respect to each side, so twice the loss has all of it."""
+    vlm, pixels = small_vlm(), images()[0]
+    task = make_task(vlm, "simclip")
+    task.losses(pixels, images()[1], 0, DRAWS)["loss"].backward()
+    found = vlm.proj.grad.clone()  # type: ignore[union-attr]
+    attacked = make_task(other := small_vlm(), "simclip").method
+    adversarial = attacked.attack(
+        lambda x, _: -(other.encode_image(x) * other.encode_image(pixels).detach()).sum(), pixels, DRAWS
+    )[0]
+    other.proj.grad = None
+    (-(other.encode_image(adversarial) * other.encode_image(pixels)).sum(1).mean() / 2).backward()
+    torch.testing.assert_close(found, other.proj.grad, rtol=1e-3, atol=1e-6)
+
+
+def hierarchical(vlm: SmallVLM, attack: InnerAttack = STILL, **options: object) -> Hierarchical:
+    chosen = {"options": HierarchicalOptions(**options)}  # type: ignore[arg-type]
+    method = make_task(vlm, "hierarchical", small_forest(), attack=attack, options=chosen).method
+    assert isinstance(method, Hierarchical)
+    return method
+
+
+def test_embedding_is_fitted_to_the_model_before_training() -> None:
+    method = hierarchical(small_vlm(), curvature=4.0, depth=0.5)
+    pixels = images(5, seed=2)[0]
+    features, texts = method.student.embed_image(pixels), method.texts()[:4]
+    fitted = method.embedding
+    assert float((fitted.image_scale * features).norm(dim=1).mean().detach()) == pytest.approx(0.25)
+    assert float((fitted.text_scale * texts).norm(dim=1).mean().detach()) == pytest.approx(0.25)
+    apart = distances(fitted.images(features), fitted.texts(fitted.text_scale * texts), 4.0) / fitted.temperature
+    cosine = 10 * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
+    torch.testing.assert_close(apart.std(dim=1).mean(), cosine.std(dim=1).mean(), rtol=1e-4, atol=0)
+
+
+def test_switches_switch_their_terms() -> None:
+    pixels, labels = images()
+    full = hierarchical(small_vlm()).terms(pixels, labels, DRAWS)
+    assert full["loss"] > full["alignment"]
+    plain = hierarchical(small_vlm(), vicinity=0.0, norm_order=0.0).terms(pixels, labels, DRAWS)
+    torch.testing.assert_close(plain["loss"], full["alignment"])
+    fewer = hierarchical(small_vlm(), negatives=False).terms(pixels, labels, DRAWS)
+    assert fewer["alignment"] < full["alignment"]
+    leaves = hierarchical(small_vlm(), leaf_only=True).terms(pixels, labels, DRAWS)
+    assert leaves["alignment"] < fewer["alignment"]
+    assert leaves["norm order"] == 0
+    assert "text_projection" not in {
+        name for name, p in hierarchical(small_vlm(), train_texts=False).student.named_parameters() if p.requires_grad
+    }
+
+
+def test_per_level_attacks_agree_with_the_universal_one_where_there_is_no_room() -> None:
+    pixels, labels = images()
+    universal = hierarchical(small_vlm()).terms(pixels, labels, DRAWS)["loss"]
+    separate = hierarchical(small_vlm(), per_level=True).terms(pixels, labels, DRAWS)["loss"]
+    torch.testing.assert_close(separate, universal, rtol=1e-4, atol=1e-4)
+
+
+def test_attack_raises_the_loss_and_text_perturbation_raises_it_further() -> None:
+    pixels, labels = images()
+    attack = InnerAttack(threat=ThreatModel("Linf", 0.05), steps=4, random_start=False)
+    still = hierarchical(small_vlm(), eps_text=0.0).terms(pixels, labels, DRAWS)["alignment"]
+    images_only = hierarchical(small_vlm(), attack, eps_text=0.0).terms(pixels, labels, DRAWS)["alignment"]
+    both = hierarchical(small_vlm(), attack, eps_text=0.05).terms(pixels, labels, DRAWS)["alignment"]
+    assert still < images_only < both
+
+
+def test_a_forest_is_the_sum_over_its_trees() -> None:
+    pixels, labels = images()
+    whole = hierarchical(small_vlm(), eps_text=0.0).terms(pixels, labels, DRAWS)
+    total = torch.zeros(())
+    for tree in small_forest():
+        alone = replace(small_forest(), trees=(tree,))
+        options = {"options": HierarchicalOptions(eps_text=0.0)}
+        one = make_task(small_vlm(), "hierarchical", alone, attack=STILL, options=options)
+        total = total + one.losses(pixels, labels, 0, DRAWS)["loss"]
+    torch.testing.assert_close(whole["loss"], total, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_order_comes_about() -> None:
+    options = {"options": HierarchicalOptions(norm_order=100.0, norm_gap=0.05)}
+    task = make_task(vlm := small_vlm(), "hierarchical", small_forest(), attack=STILL, options=options)
+    optimizer = torch.optim.Adam([p for p in vlm.parameters() if p.requires_grad], lr=1e-2)
+    pixels, labels = images()
+    found = []
+    for _ in range(30):
+        terms = task.losses(pixels, labels, 0, DRAWS)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        found.append(float(terms["norm order"].detach()))
+    assert found[-1] < found[0] / 5
+
+
+def test_texts_follow_the_projection_and_fall_back_to_constants() -> None:
+    vlm = small_vlm()
+    texts = ProjectedTexts(vlm, NAMES, ("{}", "a {}"))
+    expected = torch.stack([vlm.embed_text([name, f"a {name}"]).mean(0) for name in NAMES])
+    torch.testing.assert_close(texts(), expected)
+    with torch.no_grad():
+        vlm.text_projection.mul_(2)  # type: ignore[union-attr]
+    torch.testing.assert_close(texts(), 2 * expected)
+    assert texts.projection() == [vlm.text_projection]
+
+    class Bent(SmallVLM):
+        def _text_features(self, texts: list[str]) -> Tensor:
+            return torch.tanh(super()._text_features(texts))
+
+    bent = Bent().eval()
+    bent.load_state_dict(small_vlm().state_dict())
+    constant = ProjectedTexts(bent, NAMES, ("{}",))
+    assert not constant.trainable
+    torch.testing.assert_close(constant(), bent.embed_text(list(NAMES)))
+    assert hierarchical(bent).settings()["texts"] == "constant"
+
+
+def test_settings_are_plain_json() -> None:
+    for method in METHODS:
+        found = make_task(small_vlm(), method, small_forest()).method.settings()
+        assert json.loads(json.dumps(found)) == found
+
+
+def test_teacher_is_a_copy_that_stays() -> None:
+    vlm = small_vlm()
+    method = make_task(vlm, "fare").method
+    before = copy.deepcopy(method.teacher.state_dict())
+    with torch.no_grad():
+        vlm.proj.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in method.teacher.state_dict().items())
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(UserError, match="needs a class tree"):
+        make_task(small_vlm(), "hierarchical")
+    with pytest.raises(UserError, match="did you mean 'tecoa'"):
+        FinetuneSettings(method="tecao")
+    with pytest.raises(UserError, match="trainable must be"):
+        FinetuneSettings(trainable="half")
+    with pytest.raises(UserError, match="must not be negative"):
+        make_task(small_vlm(), "pmg", options={"clean": math.nan})
