@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,23 +72,40 @@ def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         tensor([1., 1.])
     """
     base, operations = split_spec(spec)
-    for operation in operations:
-        if operation.name not in OPERATORS:
-            forms = "".join(f"; MODEL+{known.form} is {known.meaning}" for known in OPERATORS.values())
-            hint = nearest(operation.name, OPERATORS)
-            raise UserError(f"unknown operator '+{operation.name}' in '{spec}': {hint}{forms}")
-    vlm: VLM = _Unloaded()
-    for operation in operations:  # on a stand-in first: wrong arguments should not wait for a large model
-        vlm = OPERATORS[operation.name].apply(vlm, operation)
+    check_operations(spec, operations)
     made = saved_model(base)
     if made is None:
         vlm = load_model(base, device=device)
     else:
         vlm = made.encoder(resolve_device(device))
         vlm.spec = base
+    return apply_operations(vlm, operations)
+
+
+def apply_operations(vlm: VLM, operations: Sequence[Operation]) -> VLM:
+    """Return a model with the defences that the operations name, applied from left to right.
+
+    Example:
+        >>> apply_operations(load_model("tiny"), [Operation("smooth", ("0.25", "8"))]).spec
+        'tiny+smooth:0.25:8'
+    """
     for operation in operations:
         vlm = OPERATORS[operation.name].apply(vlm, operation)
     return vlm
+
+
+def check_operations(spec: str, operations: Sequence[Operation]) -> None:
+    """Raise UserError for an unknown operator of `spec` or wrong arguments: they should not wait for a large model.
+
+    Example:
+        >>> check_operations("tiny+smooth:0.25", [Operation("smooth", ("0.25",))])
+    """
+    for operation in operations:
+        if operation.name not in OPERATORS:
+            forms = "".join(f"; MODEL+{known.form} is {known.meaning}" for known in OPERATORS.values())
+            hint = nearest(operation.name, OPERATORS)
+            raise UserError(f"unknown operator '+{operation.name}' in '{spec}': {hint}{forms}")
+    apply_operations(_Unloaded(), operations)
 
 
 class _Unloaded(VLM):

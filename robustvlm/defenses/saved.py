@@ -53,6 +53,11 @@ class SavedModel(ABC):
         """Return the classifier on `encoder`, which is `self.encoder(...)`, perhaps smoothed: zero-shot by default."""
         return ZeroShot(zero_shot(encoder, class_names, templates, cache=cache)).eval()
 
+    @property
+    def sigma(self) -> float | None:
+        """Noise level of a smoothing that is part of the model, None without one."""
+        return None
+
     def base(self, device: torch.device) -> VLM:
         """Return the model that this one stands on.
 

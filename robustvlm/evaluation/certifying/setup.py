@@ -16,6 +16,7 @@ from robustvlm.data import open_data
 from robustvlm.data.names import read_class_names
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.pipeline import split_spec
+from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certify_gallery import save_extremes
 from robustvlm.evaluation.certifying.claims import Plan, make_plan, pilot_size, require_possible
@@ -98,21 +99,25 @@ def prepare_certify(
 
 def settle_sigma(settings: Settings) -> float:
     """Return the noise level: that of a model that is smoothed already, or the one given; both must agree."""
-    smoothing = [part for part in split_spec(settings.model)[1] if part.name == "smooth"]
-    if len(smoothing) > 1:
+    base, operations = split_spec(settings.model)
+    smoothing = [part for part in operations if part.name == "smooth"]
+    made = saved_model(base)
+    within = None if made is None else made.sigma
+    if len(smoothing) + (within is not None) > 1:
         raise UserError(f"'{settings.model}' is smoothed twice: certify one +smooth at a time")
-    if not smoothing:
+    if not smoothing and within is None:
         return DEFAULT_SIGMA if settings.sigma is None else settings.sigma
-    try:
-        own = float(smoothing[0].arguments[0])
-    except (IndexError, ValueError):
-        raise UserError(f"'+{smoothing[0]}' must be written +smooth:SIGMA[:N0], as +smooth:0.25") from None
-    if settings.sigma is not None and settings.sigma != own:
+    if within is None:
+        try:
+            within = float(smoothing[0].arguments[0])
+        except (IndexError, ValueError):
+            raise UserError(f"'+{smoothing[0]}' must be written +smooth:SIGMA[:N0], as +smooth:0.25") from None
+    if settings.sigma is not None and settings.sigma != within:
         raise UserError(
-            f"'{settings.model}' is smoothed with noise of {own:g}, and --sigma says {settings.sigma:g}: "
+            f"'{settings.model}' is smoothed with noise of {within:g}, and --sigma says {settings.sigma:g}: "
             "leave out --sigma"
         )
-    return own
+    return within
 
 
 def _check_smoothing(vlm: VLM, settings: Settings) -> None:
