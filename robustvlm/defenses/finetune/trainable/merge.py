@@ -22,7 +22,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
         f"{path}.{name}" if path else name: getattr(part, name).detach()
         for path, part in module.named_modules()
         if parametrize.is_parametrized(part)
-        for name in part.parametrizations
+        for name in _parametrized(part)
     }
     state: dict[str, Tensor] = {}
     for name, value in module.state_dict().items():
@@ -40,9 +40,13 @@ def merge(module: nn.Module) -> None:
     for part in list(module.modules()):
         if not parametrize.is_parametrized(part):
             continue
-        merged = {name: getattr(part, name).detach().clone() for name in part.parametrizations}
+        merged = {name: getattr(part, name).detach().clone() for name in _parametrized(part)}
         # Not by remove_parametrizations, which takes the attributes from the class that copies of the module share.
         part.__class__ = parametrize.type_before_parametrizations(part)
         del part.parametrizations
         for name, value in merged.items():
             part.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _parametrized(part: nn.Module) -> list[str]:
+    return [name for name, _ in part.get_submodule("parametrizations").named_children()]
