@@ -23,13 +23,22 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 # a run starts over, so that a deletion cut short leaves nothing that could be taken for results; the manifest marks the
 # folder as ours.
 _FILES = (
+    "model.json",
+    "training.json",
     "results.parquet",
+    "attacked.parquet",
     "report.html",
     "gallery",
     "adversarial",
     "features",
     "audit.json",
     "audit.jsonl",
+    "last.safetensors",
+    "best.safetensors",
+    "weights.safetensors",
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+    "bpe_merges.txt.gz",
     "manifest.json",
 )
 
@@ -99,6 +108,10 @@ class RunFolder:
     @property
     def adversarial_path(self) -> Path:
         return self.path / "adversarial"
+
+    @property
+    def attacked_path(self) -> Path:
+        return self.path / "attacked.parquet"
 
     @property
     def features_path(self) -> Path:
