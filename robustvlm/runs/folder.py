@@ -39,6 +39,9 @@ _FILES = (
     "open_clip_config.json",
     "open_clip_model.safetensors",
     "bpe_merges.txt.gz",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
     "manifest.json",
 )
 
