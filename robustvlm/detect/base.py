@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustvlm.errors import UserError
 
+Own = TypeVar("Own", bound="Detector")
 Fitted = TypeVar("Fitted", bound="FittedDetector")
 T = TypeVar("T")
 
@@ -82,6 +83,10 @@ class Detector(ABC):
         """Return settings and learnt tensors by name: all that decides the score."""
         return dict(_flat(self))
 
+    def to(self: Own, device: torch.device | str) -> Own:
+        """Return the detector with its tensors on a device, so that scores there need no copies."""
+        return _moved(self, device)
+
 
 class FittedDetector(Detector):
     """A score that learns from images of known classes; it is made empty, and `fit_features` returns the ready one."""
@@ -137,3 +142,13 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     yield f"{prefix}()", type(value).__name__
     for field in dataclasses.fields(value):
         yield from _flat(getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name)
+
+
+def _moved(value: T, device: torch.device | str) -> T:
+    """Return a tensor, or a dataclass with all tensors in it, on a device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)  # type: ignore[return-value]  # a tensor, as T is here
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    parts = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+    return dataclasses.replace(value, **parts)

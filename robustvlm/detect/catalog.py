@@ -133,9 +133,10 @@ BASELINES = ("msp", "mcm", "max-logit", "energy")
 
 
 def _neighbours(supplies: Supplies) -> int:
-    """Return 10, or fewer where there are too few images for it: half of them."""
-    count = 0 if supplies.features is None else len(supplies.features)
-    return max(1, min(10, count // 2))
+    """Return 10, or half of the images that a class has on average: of other classes no neighbour is worth knowing."""
+    if supplies.labels is None:
+        return 1
+    return max(1, min(10, len(supplies.labels) // (2 * len(supplies.labels.unique()))))
 
 
 def parse_scores(text: str) -> tuple[str, ...]:

@@ -1,0 +1,147 @@
+"""`robustvlm detect`: how well scores tell images of known classes from others, clean and under attack."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from robustvlm.evaluation.detecting.run import PreparedDetect
+    from robustvlm.runs.detect_summary import DetectSummary
+
+_MODEL = "Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance score."
+_OOD = "Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji]."
+_FIT = "Images of the known classes to learn from, or none [default: none; emoji?split=train for the bundled data]."
+_SCORES = "all, or a list such as mcm,energy,knn (docs/detect.md lists them)."
+_ATTACK = "Attacks of --under-attack; objectives do not matter, all climb the acceptance margin."
+_ATTACK_SCORES = (
+    "Scores to attack, and own for a model's own [default: own, mcm, energy, mahalanobis, as far as there]."
+)
+
+
+def detect(
+    model: Annotated[str, typer.Argument(help=_MODEL)] = "tiny",
+    known: Annotated[
+        str | None, typer.Option("--id", help="Images of the known classes [default: emoji].", metavar="DATA")
+    ] = None,
+    unknown: Annotated[list[str] | None, typer.Option("--ood", help=_OOD, metavar="DATA")] = None,
+    fit: Annotated[str | None, typer.Option(help=_FIT, metavar="DATA")] = None,
+    scores: Annotated[str, typer.Option(help=_SCORES)] = "all",
+    words: Annotated[
+        Path | None, typer.Option(help="File of words outside the known classes [default: the bundled class trees].")
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
+    tree: Annotated[Path | None, typer.Option(help="File of the class tree (JSON, YAML or CSV).")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Score this many images of each set, chosen by a hash of their ids.")
+    ] = None,
+    fit_limit: Annotated[int | None, typer.Option(help="Learn from this many images, chosen likewise.")] = None,
+    draws: Annotated[int, typer.Option(help="Bootstrap samples for intervals and comparisons.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per encoder pass.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    under_attack: Annotated[
+        bool,
+        typer.Option(
+            "--under-attack", help="Also attack the scores: unknown images to be accepted, known ones refused."
+        ),
+    ] = False,
+    attack_scores: Annotated[str | None, typer.Option(help=_ATTACK_SCORES)] = None,
+    attack_list: Annotated[str, typer.Option("--attack", help=_ATTACK)] = "pgd,apgd-ce:steps=40",
+    norm: Annotated[str, typer.Option(help="Norm of the attacks: Linf or L2, in pixels scaled to [0, 1].")] = "Linf",
+    eps: Annotated[str | None, typer.Option(help="Radius of the attacks [default: 2/255; L2: 0.5].")] = None,
+    attack_limit: Annotated[int, typer.Option(help="Images of each set that are attacked.")] = 64,
+    lanes: Annotated[int, typer.Option(help="Images attacked side by side in one batch.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+) -> None:
+    """Tell images of known classes from others by every score: AUROC, FPR95, AUPR with intervals; table and report.
+
+    Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
+    """
+    # The heavy libraries are loaded here, so that --help and --version answer at once.
+    from rich.console import Console
+
+    from robustvlm.evaluation.detecting.settings import Settings
+    from robustvlm.evaluation.detecting.setup import prepare_detect
+
+    settings = Settings(
+        model=model,
+        known=known,
+        unknown=tuple(unknown or ()),
+        fit=fit,
+        scores=scores,
+        words=words,
+        classes=classes,
+        templates=templates,
+        tree=tree,
+        limit=limit,
+        fit_limit=fit_limit,
+        draws=draws,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        under_attack=under_attack,
+        attack=attack_list,
+        attack_scores=attack_scores,
+        norm=norm,
+        eps=eps,
+        attack_limit=attack_limit,
+        lanes=lanes,
+    )
+    console = Console(stderr=as_json)
+    with console.status("Loading model and data"):
+        command = shlex.join(["robustvlm", *sys.argv[1:]])
+        prepared = prepare_detect(settings, out=out, name=name, command=command)
+    summary = _work(prepared, console, fresh=resume is False, resume=resume is True)
+    _show(summary, prepared, console, as_json=as_json)
+
+
+def _work(prepared: PreparedDetect, console: Console, *, fresh: bool, resume: bool) -> DetectSummary:
+    from robustvlm.cli.detect_progress import DetectProgress
+
+    console.print(
+        f"Scoring [bold]{_plain(prepared.manifest['model']['spec'])}[/bold] -> {_plain(prepared.folder.path)}"
+    )
+    try:
+        with DetectProgress(console) as progress:
+            return prepared.run(progress, fresh=fresh, resume=resume)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
+        )
+        raise typer.Exit(130) from None
+
+
+def _show(summary: DetectSummary, prepared: PreparedDetect, console: Console, *, as_json: bool) -> None:
+    from robustvlm.report.detect_terminal import detect_table
+
+    if as_json:
+        typer.echo(summary.model_dump_json(indent=2))
+        return
+    console.print(detect_table(summary))
+    console.print(f"Report:  {_plain(prepared.folder.report_path)}")
+    console.print(f"Results: {_plain(prepared.folder.results_path)}")
+
+
+def _plain(value: object) -> str:
+    """Keep rich from reading markup in user-given text."""
+    from rich.markup import escape
+
+    return escape(str(value))

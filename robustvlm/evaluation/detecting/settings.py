@@ -1,0 +1,167 @@
+"""The words of a detect command, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustvlm.attacks import LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.data.specs import parse_spec
+from robustvlm.detect import SCORES, parse_scores
+from robustvlm.errors import UserError, nearest
+from robustvlm.runs.detect_config import NamedData, UnderAttack
+from robustvlm.runs.detect_summary import OWN
+
+DEFAULT_KNOWN = "emoji"
+DEFAULT_UNKNOWN = ("emoji?split=near", "emoji?split=far")
+DEFAULT_FIT = "emoji?split=train"
+NO_FIT = "none"
+
+_NAMED = re.compile(r"([A-Za-z0-9][\w-]{0,39})=(.+)")
+_MOST_DRAWS = 100_000
+_DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
+# Attacked unless the user says which: one that everybody has, the usual CLIP score, and one of the images' cloud.
+_ATTACKED = ("mcm", "energy", "mahalanobis")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a command says; see `robustvlm detect --help` for the meaning of each."""
+
+    model: str = "tiny"
+    known: str | None = None
+    unknown: Sequence[str] = ()
+    fit: str | None = None
+    scores: str = "all"
+    words: Path | None = None
+    classes: Path | None = None
+    templates: Path | None = None
+    tree: Path | None = None
+    limit: int | None = None
+    fit_limit: int | None = None
+    draws: int = 1000
+    seed: int = 0
+    batch_size: int = 64
+    device: str = "auto"
+    under_attack: bool = False
+    attack: str = "pgd,apgd-ce:steps=40"
+    attack_scores: str | None = None
+    norm: str = "Linf"
+    eps: str | None = None
+    attack_limit: int = 64
+    lanes: int = 64
+
+    def checked(self) -> Settings:
+        """Return the settings if they make sense on their own; raise a UserError that says what does not."""
+        for name, number, least in (
+            ("--limit", self.limit, 2),
+            ("--fit-limit", self.fit_limit, 2),
+            ("--draws", self.draws, 100),
+            ("--seed", self.seed, 0),
+            ("--batch-size", self.batch_size, 1),
+            ("--attack-limit", self.attack_limit, 2),
+            ("--lanes", self.lanes, 1),
+        ):
+            if number is not None and number < least:
+                raise UserError(f"{name} must be at least {least}, got {number}")
+        if self.draws > _MOST_DRAWS:
+            raise UserError(f"--draws must be at most {_MOST_DRAWS:,} bootstrap samples, got {self.draws:,}")
+        parse_scores(self.scores)
+        if self.known is not None and not self.unknown:
+            raise UserError("unknown images are needed beside --id: pass --ood DATA, once for each set of them")
+        if self.known is None and self.unknown:
+            raise UserError("--ood says which images are unknown; pass --id DATA too, the images of known classes")
+        if self.attack_scores is not None and not self.under_attack:
+            raise UserError("--attack-scores is for --under-attack: pass both")
+        if self.under_attack:
+            self.attacks()
+            self.threat()
+            self.attacked_names(may_refuse=True)
+        self.unknown_sets()
+        return self
+
+    @property
+    def known_spec(self) -> str:
+        """The data of known classes."""
+        return DEFAULT_KNOWN if self.known is None else self.known
+
+    @property
+    def fit_spec(self) -> str | None:
+        """The images to learn from; None for none. The bundled data brings its own."""
+        if self.fit is None:
+            return DEFAULT_FIT if self.known is None else None
+        return None if self.fit == NO_FIT else self.fit
+
+    def unknown_sets(self) -> list[NamedData]:
+        """Return the sets of unknown images with distinct names: as given, `NAME=SPEC`, or made from the spec."""
+        found: list[NamedData] = []
+        for text in DEFAULT_UNKNOWN if self.known is None else self.unknown:
+            match = _NAMED.fullmatch(text)
+            name, spec = match.groups() if match else (_short_name(text), text)
+            parse_spec(spec)
+            if name in [known.name for known in found]:
+                raise UserError(f"two sets of unknown images are called '{name}': name them, as --ood NAME={spec}")
+            found.append(NamedData(name=name, spec=spec))
+        return found
+
+    def attacks(self) -> list[LaneAttack]:
+        """Return the attacks under which scores are judged."""
+        found = []
+        for attack in parse_attacks(self.attack):
+            if not isinstance(attack, LaneAttack):
+                raise UserError(
+                    f"scores are attacked by our own attacks only, got '{attack.name}': pass for example pgd"
+                )
+            found.append(attack)
+        return found
+
+    def threat(self) -> tuple[ThreatModel, str]:
+        """Return the ball of the attacks, and its radius as it was written."""
+        norm = parse_norm(self.norm)
+        radii = parse_eps(self.eps if self.eps is not None else _DEFAULT_EPS[norm])
+        if len(radii) != 1:
+            raise UserError(f"--eps takes one radius here, got '{self.eps}'")
+        return ThreatModel(norm, radii[0][1]), radii[0][0]
+
+    def attacked_names(self, *, may_refuse: bool) -> list[str]:
+        """Return the scores to attack; a model that may refuse has its own score attacked first."""
+        own = [OWN] if may_refuse else []
+        if self.attack_scores is None:
+            return own + [name for name in _ATTACKED if name in parse_scores(self.scores)]
+        wanted = [part.strip() for part in self.attack_scores.split(",")]
+        for name in wanted:
+            if name not in (*SCORES, OWN):
+                raise UserError(f"unknown score '{name}' in --attack-scores: {nearest(name, [*SCORES, OWN])}")
+            if name != OWN and name not in parse_scores(self.scores):
+                raise UserError(f"the score '{name}' is to be attacked and not in --scores: add it there")
+            if name == OWN and not may_refuse:
+                raise UserError("the model never refuses, so it has no acceptance of its own to attack: leave out own")
+        return list(dict.fromkeys(wanted))
+
+    def under_attack_config(self, *, may_refuse: bool) -> UnderAttack | None:
+        """Return what the manifest says of the attacks; None without them."""
+        if not self.under_attack:
+            return None
+        threat, text = self.threat()
+        return UnderAttack(
+            scores=self.attacked_names(may_refuse=may_refuse),
+            attack=[attack.name for attack in self.attacks()],
+            norm=threat.norm,
+            eps=threat.eps,
+            eps_text=text,
+            limit=self.attack_limit,
+            lanes=self.lanes,
+        )
+
+
+def _short_name(spec: str) -> str:
+    """Return a name for a data spec: its split, or the last word of what it names."""
+    parsed = parse_spec(spec)
+    split = parsed.options.get("split")
+    if split:
+        return split
+    words = re.findall(r"[A-Za-z0-9][\w-]*", parsed.rest) or [parsed.kind]
+    stem = [word for word in words if word not in ("parquet", "tar", "json")] or words
+    return stem[-1][:40]

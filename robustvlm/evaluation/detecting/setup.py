@@ -1,0 +1,120 @@
+"""From the words of a command to a detect run; every mistake is found before any work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from robustvlm.attacks.straight_through import open_gradients
+from robustvlm.core.ranks import current_ranks
+from robustvlm.data import DataSource, open_data
+from robustvlm.defenses import Classifier, load_classifier
+from robustvlm.detect import outside, parse_scores, read_words, tree_words
+from robustvlm.errors import UserError
+from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.detecting.run import PreparedDetect
+from robustvlm.evaluation.detecting.settings import Settings
+from robustvlm.models.device import resolve_device
+from robustvlm.models.fingerprint import fingerprint
+from robustvlm.runs.detect_config import DetectConfig
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import make_manifest
+
+
+def prepare_detect(
+    settings: Settings, *, out: Path = Path("runs"), name: str | None = None, command: str = ""
+) -> PreparedDetect:
+    """Check all settings, open the data, load the model and return a run that is ready to start.
+
+    Example:
+        >>> import tempfile
+        >>> run = prepare_detect(Settings(limit=8, scores="mcm", draws=100, fit="none"), out=Path(tempfile.mkdtemp()))
+        >>> [at.unknown for at in run.run().scores[0].on]
+        ['near', 'far']
+    """
+    settings.checked()
+    if current_ranks().size > 1:
+        raise UserError("`robustvlm detect` works in one process: start it without torchrun")
+    if name is not None:
+        RunFolder(out, name)
+    device = str(resolve_device(settings.device))
+    known = open_data(settings.known_spec, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+    unknown = [(named, open_data(named.spec)) for named in settings.unknown_sets()]
+    fit = None if settings.fit_spec is None else _open_fit(settings, known)
+    words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
+    classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
+    under_attack = settings.under_attack_config(may_refuse=classifier.can_reject)
+    if under_attack is not None:
+        open_gradients(classifier)
+    config = DetectConfig(
+        model=settings.model,
+        known=settings.known_spec,
+        unknown=[named for named, _ in unknown],
+        fit=settings.fit_spec,
+        scores=list(parse_scores(settings.scores)),
+        words=fingerprint({}, words),
+        classes=_text(settings.classes),
+        templates=_text(settings.templates),
+        tree=_text(settings.tree),
+        limit=settings.limit,
+        fit_limit=settings.fit_limit,
+        draws=settings.draws,
+        seed=settings.seed,
+        device=device,
+        under_attack=under_attack,
+    )
+    model_facts = _describe_model(classifier)
+    data_facts = describe_data(known) | {
+        "unknown": {named.name: source.fingerprint() for named, source in unknown},
+        "fit": None if fit is None else fit.fingerprint(),
+    }
+    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("detect", settings.model, settings.known_spec, identity))
+    manifest = make_manifest(
+        kind="detect", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+    )
+    return PreparedDetect(
+        config=config,
+        folder=folder,
+        manifest=manifest,
+        classifier=classifier,
+        known=known,
+        unknown=[(named.name, source) for named, source in unknown],
+        fit=fit,
+        words=words,
+        attacks=settings.attacks() if under_attack is not None else [],
+        batch_size=settings.batch_size,
+    )
+
+
+def _open_fit(settings: Settings, known: DataSource) -> DataSource:
+    """Open the images to learn from; their classes must be those of the known set."""
+    assert settings.fit_spec is not None
+    fit = open_data(settings.fit_spec, classes=settings.classes)
+    if fit.class_names != known.class_names:
+        raise UserError(
+            f"'{settings.fit_spec}' has other classes than '{settings.known_spec}' ({_first_difference(fit, known)}): "
+            "pass images of the same classes with --fit, or --fit none"
+        )
+    return fit
+
+
+def _first_difference(one: DataSource, other: DataSource) -> str:
+    if len(one.class_names) != len(other.class_names):
+        return f"{len(one.class_names)} instead of {len(other.class_names)}"
+    pairs = zip(one.class_names, other.class_names, strict=True)
+    return next(f"'{a}' instead of '{b}'" for a, b in pairs if a != b)
+
+
+def _describe_model(classifier: Classifier) -> dict[str, Any]:
+    return {
+        "spec": classifier.spec,
+        "fingerprint": classifier.fingerprint,
+        "image_size": classifier.image_size,
+        "logit_scale": classifier.logit_scale,
+        "can_reject": classifier.can_reject,
+    }
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
