@@ -15,8 +15,11 @@ from robustvlm.cli.attack import attack
 from robustvlm.cli.certify import certify
 from robustvlm.cli.data import data
 from robustvlm.cli.evaluate import evaluate
+from robustvlm.cli.export import export
+from robustvlm.cli.finetune import finetune
 from robustvlm.cli.models import models
 from robustvlm.cli.report import report
+from robustvlm.cli.soup import soup
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.ranks import current_ranks
 from robustvlm.errors import UserError
@@ -31,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (attack, certify, evaluate, report, models, data):
+for command in (attack, certify, evaluate, finetune, soup, export, report, models, data):
     app.command(command.__name__)(command)
 
 

@@ -27,10 +27,14 @@ def report(
     from robustvlm.report.compare import compare
     from robustvlm.report.html import write_report
     from robustvlm.report.record import find_run, load_run
+    from robustvlm.report.training_html import is_training_run
 
     folders = [find_run(run) for run in runs]
     if len(folders) == 1 and is_certify_run(folders[0]):
         _report_certificates(folders[0], out, as_json=as_json)
+        return
+    if len(folders) == 1 and is_training_run(folders[0]):
+        _report_training(folders[0], out, as_json=as_json)
         return
     path = write_report(folders, out)
     if not as_json:
@@ -45,6 +49,18 @@ def report(
         "comparisons": [c.as_dict([r.name for r in records]) for c in compare(records)],
     }
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _report_training(folder: Path, out: Path | None, *, as_json: bool) -> None:
+    from robustvlm.report.training_html import load_training_run, write_training_report
+
+    path = write_training_report(folder, out)
+    if not as_json:
+        typer.echo(f"Report: {path}")
+        return
+    run = load_training_run(folder)
+    shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
+    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
 
 
 def _report_certificates(folder: Path, out: Path | None, *, as_json: bool) -> None:

@@ -25,6 +25,7 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 _FILES = (
     "model.json",
     "training.json",
+    "soup.json",
     "results.parquet",
     "attacked.parquet",
     "report.html",

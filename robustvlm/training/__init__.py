@@ -17,7 +17,7 @@ from robustvlm.training.data import Batch, TrainingData
 from robustvlm.training.distributed import gathered, summed
 from robustvlm.training.draws import Draws
 from robustvlm.training.history import Estimate, History, StepEntry, Validation, Warned
-from robustvlm.training.images import TrainingImages
+from robustvlm.training.images import TrainingImages, ids_of
 from robustvlm.training.observer import TrainingObserver
 from robustvlm.training.stepper import Diverged
 from robustvlm.training.task import Measure, Task
@@ -48,6 +48,7 @@ __all__ = [
     "Warned",
     "augment",
     "gathered",
+    "ids_of",
     "parse_augmentation",
     "read_checkpoint",
     "summed",

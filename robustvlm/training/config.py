@@ -18,6 +18,7 @@ class TrainingConfig:
         steps, epochs: how long to train; one of them. An epoch is one pass over the images.
         batch_size: images per optimiser step, over all ranks and accumulated parts.
         lr: peak learning rate of AdamW; it rises over `warmup` steps and falls along half a cosine to `final_lr` * lr.
+        warmup: in steps; below 1, a share of all steps.
         weight_decay: of matrices and filters; vectors (biases, norms, scales) are never decayed.
         betas: of AdamW.
         clip: largest norm of the gradient; None: as it is.
@@ -26,7 +27,8 @@ class TrainingConfig:
         ema: decay of the moving average of the weights, which then is what is validated and kept; None: none.
         compile, gradient_checkpointing: see `Task.compile` and `Task.checkpoint_gradients`.
         seed: of every draw.
-        validate_every, checkpoint_every: in steps; the last step always does both. 0: the last step only.
+        validate_every: in steps, below 1 as a share of all steps; the last step always validates. 0: it alone.
+        checkpoint_every: in steps; 0: every five minutes. The last step always writes one.
 
     Raises:
         UserError: values out of range.
@@ -41,7 +43,7 @@ class TrainingConfig:
     batch_size: int = 128
     lr: float = 1e-5
     final_lr: float = 0.0
-    warmup: int = 0
+    warmup: float = 0.05
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float | None = 1.0
@@ -51,7 +53,7 @@ class TrainingConfig:
     compile: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
-    validate_every: int = 0
+    validate_every: float = 0.1
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +86,16 @@ class TrainingConfig:
         if self.steps is not None:
             return self.steps
         return max(1, math.ceil((self.epochs or 0) * images / self.batch_size))
+
+    def in_steps(self, value: float, total: int) -> int:
+        """Return a number of steps that may be given as a share of all `total` steps.
+
+        Example:
+            >>> config = TrainingConfig(steps=200)
+            >>> config.in_steps(0.05, 200), config.in_steps(30, 200)
+            (10, 30)
+        """
+        return round(value * total) if value < 1 else int(value)
 
     def part_size(self, ranks: int) -> int:
         """Return how many images one rank sees at once; raise UserError where the batch cannot be cut evenly."""

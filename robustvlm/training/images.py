@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class TrainingImages(TrainingData):
         source: the images; size, interpolation: as the model takes them.
         seed: of order and augmentation; how: what is augmented.
         labelled: leave out images of unknown classes.
-        limit: use so many images, chosen by a hash of their ids.
+        ids: the images to use, None for all; limit: use so many of them, chosen by a hash of their ids.
         cache_bytes: bound on decoded pictures in memory.
         ahead: batches made ready in the background; 0 where the model runs on the CPU itself.
 
@@ -54,12 +54,14 @@ class TrainingImages(TrainingData):
         how: Augmentation = AUGMENTATIONS["crop"],
         labelled: bool = True,
         limit: int | None = None,
+        ids: Sequence[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
         ahead: int = 0,
     ) -> None:
         self.source, self.size, self.interpolation = source, size, interpolation
         self.seed, self.how, self.labelled, self.ahead = seed, how, labelled, ahead
-        self.ids = select(_ids(source), limit) if limit is not None else _ids(source)
+        found = list(ids) if ids is not None else ids_of(source)
+        self.ids = select(found, limit) if limit is not None else found
         if not self.ids:
             raise UserError(f"'{source.spec}' holds no images to train on")
         self._room = max(1, cache_bytes // (3 * size * size))
@@ -160,7 +162,7 @@ class TrainingImages(TrainingData):
         return (pixels * 255).round().to(torch.uint8)
 
 
-def _ids(source: DataSource) -> list[str]:
+def ids_of(source: DataSource) -> list[str]:
     """Return the ids of a source; one that cannot name them is read through once, without decoding."""
     known = source.ids()
     if known is not None:

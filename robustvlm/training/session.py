@@ -37,7 +37,8 @@ class Session:
         self._sums: dict[str, Tensor] = {}
         self._norms = 0.0
         self._counted = 0
-        self._since: list[float] = []
+        self.validate_every = trainer.config.in_steps(trainer.config.validate_every, trainer.total)
+        self.warmup = trainer.config.in_steps(trainer.config.warmup, trainer.total)
         self._saved = time.monotonic()
         self._passes = 0
 
@@ -54,7 +55,7 @@ class Session:
         while state.step < t.total:
             self._advance(stepper, batches)
             done = state.step == t.total
-            if done or (t.config.validate_every and state.step % t.config.validate_every == 0):
+            if done or (self.validate_every and state.step % self.validate_every == 0):
                 self._validate()
             if done or self._due():
                 self._save()
@@ -79,7 +80,7 @@ class Session:
             self.state.step,
             total=t.total,
             peak=t.config.lr,
-            warmup=t.config.warmup,
+            warmup=self.warmup,
             final=t.config.final_lr,
         )
         terms = stepper.gradients(batches, self.state.step)
@@ -157,7 +158,7 @@ class Session:
             seconds = self._trial(stepper)
         self.state.optimizer.zero_grad(set_to_none=True)
         self._passes = passes.total * t.ranks.size
-        every = t.config.validate_every
+        every = self.validate_every
         validations = (left // every if every else 0) + 1 if history.validations else 0
         once = history.validation_seconds / max(1, len(history.validations))
         found = Estimate(steps=left, passes=left * self._passes, seconds=left * seconds + validations * once)

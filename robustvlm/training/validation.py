@@ -32,11 +32,17 @@ class LabelledImages:
 
     @classmethod
     def read(
-        cls, source: DataSource, *, size: int, interpolation: str = "bicubic", limit: int | None
+        cls,
+        source: DataSource,
+        *,
+        size: int,
+        interpolation: str = "bicubic",
+        limit: int | None = None,
+        keep: Callable[[str], bool] | None = None,
     ) -> LabelledImages:
-        """Read the images of known classes; raise UserError if there is none."""
+        """Read the images of known classes, those that `keep` accepts; raise UserError if there is none."""
         found: list[tuple[Tensor, int, str]] = []
-        for item in source.samples(limit=limit):
+        for item in source.samples(limit=limit, keep=keep):
             if isinstance(item, Sample) and item.label != UNKNOWN:
                 picture = to_pixels(item.image, size, interpolation=interpolation)
                 found.append(((picture * 255).round().to(torch.uint8), item.label, item.id))

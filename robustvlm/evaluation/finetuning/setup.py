@@ -1,0 +1,115 @@
+"""From the settings of a command to a fine-tuning run; every mistake is found before any work begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from robustvlm.attacks import ThreatModel
+from robustvlm.core.ranks import current_ranks
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.taxonomy import Forest
+from robustvlm.data.tree_files import load_forest
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.finetune import FinetuneSettings, HierarchicalOptions, InnerAttack
+from robustvlm.defenses.finetune.trainable import vision_parameters
+from robustvlm.errors import UserError
+from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
+from robustvlm.models import VLM
+from robustvlm.models.device import device_of_rank, resolve_device
+from robustvlm.runs.finetune_config import FinetuneConfig
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import make_manifest
+from robustvlm.training import TrainingConfig, parse_augmentation
+
+
+def prepare_finetune(
+    config: FinetuneConfig,
+    *,
+    out: Path = Path("runs"),
+    name: str | None = None,
+    command: str = "",
+    checkpoint_every: int = 0,
+) -> PreparedFinetune:
+    """Check all settings, open the data, load the model and return a run that is ready to start.
+
+    Raises UserError for settings that make no sense, data or a model that cannot be had, or a model that cannot be
+    fine-tuned.
+    """
+    training = training_config(config, checkpoint_every=checkpoint_every)
+    settings = finetune_settings(config)
+    parse_augmentation(config.augment)
+    if name is not None:
+        RunFolder(out, name)
+    if config.limit is not None and config.limit < 1:
+        raise UserError(f"--limit must be at least 1 image, got {config.limit}")
+    ranks = current_ranks()
+    training.part_size(ranks.size)
+    device = device_of_rank(resolve_device(config.device), ranks)
+    config = config.model_copy(update={"device": str(device)})
+    source, val = _open(config, config.data), None if config.val is None else _open(config, config.val)
+    forest = forest_of(source, config.trees)
+    if config.method == "hierarchical" and forest is None:
+        raise UserError(
+            f"'{config.data}' has no class tree, which 'hierarchical' needs: pass --tree FILE, or --method tecoa"
+        )
+    vlm = load_pipeline(config.model, device=device)
+    vision_parameters(vlm)
+    model_facts, data_facts = _describe_model(vlm), describe_data(source)
+    if val is not None:
+        data_facts |= {"val": describe_data(val)}
+    if forest is not None:
+        data_facts |= {"trees": [tree.root for tree in forest], "trees fingerprint": _digest(forest)}
+    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("finetune", config.model, config.data, identity))
+    manifest = make_manifest(
+        kind="finetune", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+    )
+    return PreparedFinetune(config, settings, training, source, val, forest, vlm, folder, manifest)
+
+
+def training_config(config: FinetuneConfig, *, checkpoint_every: int = 0) -> TrainingConfig:
+    """Return the engine's settings among those of a run; raise UserError where they are out of range."""
+    shared = [field.name for field in fields(TrainingConfig) if field.name in FinetuneConfig.model_fields]
+    return TrainingConfig(**{name: getattr(config, name) for name in shared}, checkpoint_every=checkpoint_every)
+
+
+def finetune_settings(config: FinetuneConfig) -> FinetuneSettings:
+    """Return what to fine-tune on which loss; raise UserError for unknown names and numbers out of range."""
+    options: dict[str, Any] = dict(config.options)
+    if config.method == "hierarchical":
+        options = {"options": HierarchicalOptions(**options)}
+    attack = InnerAttack(threat=ThreatModel(config.norm, config.eps), steps=config.inner_steps, step_size=config.alpha)
+    return FinetuneSettings(
+        method=config.method, trainable=config.trainable, attack=attack, options=options, seed=config.seed
+    )
+
+
+def forest_of(source: DataSource, files: list[str]) -> Forest | None:
+    """Return the trees in the files, those of the data if none is given."""
+    if not files:
+        return source.tree
+    return Forest(tuple(tree for file in files for tree in load_forest(Path(file), source.class_names)))
+
+
+def _open(config: FinetuneConfig, spec: str) -> DataSource:
+    classes, templates = (None if text is None else Path(text) for text in (config.classes, config.templates))
+    return open_data(spec, classes=classes, templates=templates)
+
+
+def _digest(forest: Forest) -> str:
+    paths = json.dumps([tree.paths for tree in forest], ensure_ascii=False)
+    return hashlib.blake2b(paths.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _describe_model(vlm: VLM) -> dict[str, Any]:
+    return {
+        "spec": vlm.spec,
+        "fingerprint": vlm.fingerprint,
+        "image_size": vlm.image_size,
+        "logit_scale": vlm.logit_scale,
+    }

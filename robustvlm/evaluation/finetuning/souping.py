@@ -1,0 +1,127 @@
+"""A soup as a run: several models averaged, measured, and written as a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from robustvlm.attacks import ThreatModel
+from robustvlm.data import DataSource, open_data
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.finetune.saved import overlay, save_finetuned
+from robustvlm.defenses.finetune.soup import Tasting, averaged, greedy, require_alike
+from robustvlm.errors import UserError, nearest
+from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, validation_images
+from robustvlm.models import VLM
+from robustvlm.models.device import resolve_device
+from robustvlm.runs.files import write_text
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import make_manifest
+from robustvlm.runs.soup_config import SoupConfig
+from robustvlm.stats import Mean, Rate
+from robustvlm.training import RobustValidation
+
+NAME = "soup.json"
+METHODS = ("uniform", "greedy")
+MEASURES = {"robust": "robust accuracy", "clean": "clean accuracy"}
+
+
+class Soup(BaseModel):
+    """What `soup.json` holds: the ingredients, each as it was tried, and measures of the soup if there were images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    tasted: list[Tasting]
+    measures: dict[str, Rate | Mean | float] = {}
+
+
+def make_soup(
+    config: SoupConfig, *, out: Path = Path("runs"), name: str | None = None, command: str = "", fresh: bool = False
+) -> tuple[Soup, RunFolder]:
+    """Average the models of a config into a run folder, and return what came of it; of a finished run, what it says.
+
+    Raises UserError for fewer than two models, different architectures, or greedy without images.
+    """
+    _check(config)
+    if name is not None:
+        RunFolder(out, name)
+    config = config.model_copy(update={"device": str(resolve_device(config.device))})
+    source = None if config.data is None else _open(config)
+    models = [load_pipeline(spec, device=config.device) for spec in config.models]
+    facts: dict[str, Any] = {"spec": config.model, "fingerprint": models[0].fingerprint}
+    facts |= {"ingredients": {spec: vlm.fingerprint for spec, vlm in zip(config.models, models, strict=True)}}
+    data_facts = {} if source is None else describe_data(source)
+    identity = config.model_dump() | {"model facts": facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("soup", config.model, config.method, identity))
+    manifest = make_manifest(
+        kind="soup", name=folder.name, command=command, config=config, model=facts, data=data_facts
+    )
+    with folder.opened(manifest, fresh=fresh):
+        path = folder.path / NAME
+        if not path.exists():
+            soup = _cook(config, models, source, folder.path)
+            write_text(path, soup.model_dump_json(indent=2) + "\n")
+        return Soup.model_validate(json.loads(path.read_text(encoding="utf-8"))), folder
+
+
+def _cook(config: SoupConfig, models: list[VLM], source: DataSource | None, folder: Path) -> Soup:
+    states = [
+        (spec, {key: value.clone() for key, value in vlm.state_dict().items()})
+        for spec, vlm in zip(config.models, models, strict=True)
+    ]
+    require_alike(states)
+    vlm, fingerprint = models[0], models[0].fingerprint
+    measure = None if source is None else _measure(config, vlm, source)
+    tasted = [Tasting(spec, 0.0, True) for spec, _ in states]
+    if config.method == "uniform":
+        state = averaged([values for _, values in states])
+    else:
+        assert measure is not None
+        by = MEASURES[config.by]
+        state, tasted = greedy(states, lambda values: _number(measure(values)[by]))
+    overlay(vlm, state, what="the soup")
+    settings = {"method": config.method, "models": [step.name for step in tasted if step.kept]}
+    save_finetuned(folder, vlm, kind="soup", base=config.model, base_fingerprint=fingerprint, settings=settings)
+    return Soup(method=config.method, tasted=tasted, measures={} if measure is None else dict(measure(state)))
+
+
+def _measure(
+    config: SoupConfig, vlm: VLM, source: DataSource
+) -> Callable[[Mapping[str, Tensor]], Mapping[str, Rate | Mean | float]]:
+    """Return a function that puts weights into the model and measures it."""
+    images = validation_images(source, size=vlm.image_size, interpolation=vlm.interpolation, limit=config.limit)
+    robust = RobustValidation(images, ThreatModel(config.norm, config.eps), n_iter=config.val_steps)
+    validation = ZeroShotValidation(vlm, source.class_names, source.templates, robust, texts_change=True)
+
+    def measure(state: Mapping[str, Tensor]) -> Mapping[str, Rate | Mean | float]:
+        overlay(vlm, dict(state), what="the soup")
+        return validation()
+
+    return measure
+
+
+def _number(measure: Rate | Mean | float) -> float:
+    return float(measure if isinstance(measure, float) else measure.value or 0.0)
+
+
+def _open(config: SoupConfig) -> DataSource:
+    assert config.data is not None
+    classes, templates = (None if text is None else Path(text) for text in (config.classes, config.templates))
+    return open_data(config.data, classes=classes, templates=templates)
+
+
+def _check(config: SoupConfig) -> None:
+    if len(config.models) < 2:
+        raise UserError(f"a soup is made of at least 2 models, got {len(config.models)}")
+    for what, value, known in (("method", config.method, METHODS), ("measure", config.by, tuple(MEASURES))):
+        if value not in known:
+            raise UserError(f"unknown {what} '{value}': {nearest(value, known)}")
+    if config.method == "greedy" and config.data is None:
+        raise UserError("a greedy soup is chosen on images: pass --val DATA, which none of the models was trained on")
