@@ -25,6 +25,7 @@ def report(
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
     from robustvlm.report.certify_record import is_certify_run
     from robustvlm.report.compare import compare
+    from robustvlm.report.detect_record import is_detect_run
     from robustvlm.report.html import write_report
     from robustvlm.report.record import find_run, load_run
     from robustvlm.report.training_html import is_training_run
@@ -32,6 +33,9 @@ def report(
     folders = [find_run(run) for run in runs]
     if len(folders) == 1 and is_certify_run(folders[0]):
         _report_certificates(folders[0], out, as_json=as_json)
+        return
+    if len(folders) == 1 and is_detect_run(folders[0]):
+        _report_detection(folders[0], out, as_json=as_json)
         return
     if len(folders) == 1 and is_training_run(folders[0]):
         _report_training(folders[0], out, as_json=as_json)
@@ -72,5 +76,18 @@ def _report_certificates(folder: Path, out: Path | None, *, as_json: bool) -> No
         typer.echo(f"Report: {path}")
         return
     run = load_certify_run(folder)
+    shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
+    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
+
+
+def _report_detection(folder: Path, out: Path | None, *, as_json: bool) -> None:
+    from robustvlm.report.detect_html import write_detect_report
+    from robustvlm.report.detect_record import load_detect_run
+
+    path = write_detect_report(folder, out)
+    if not as_json:
+        typer.echo(f"Report: {path}")
+        return
+    run = load_detect_run(folder)
     shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
     typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))

@@ -49,7 +49,7 @@ def versus(on: OnSet, titles: dict[str, str]) -> str:
     if on.versus is None:
         return "best baseline"
     baseline = titles.get(on.versus.baseline, on.versus.baseline)
-    return f"{signed(on.versus.difference)} to {baseline}, p {probability(on.versus.p_holm)}"
+    return f"{signed(on.versus.difference)} to {baseline}, p\N{NO-BREAK SPACE}{probability(on.versus.p_holm)}"
 
 
 def verdict(summary: DetectSummary) -> str:
