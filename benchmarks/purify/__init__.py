@@ -1,0 +1,1 @@
+"""What purifier and mapper do for the certificates, and against attacks."""
