@@ -9,8 +9,11 @@ from torch import Tensor
 
 from robustvlm.core.seeds import generator
 from robustvlm.detect.base import FittedDetector, check_known
-from robustvlm.detect.covariance import Estimator, class_means, inverse_root, shrunk, squared_distances
+from robustvlm.detect.covariance import Estimator, inverse_root, shrunk, squared_distances
 from robustvlm.errors import UserError
+
+# Steps of k-means from the spread-out starts.
+_SETTLING = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +56,8 @@ class ClassMixtures(FittedDetector):
     mixture: Mixture | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.n_components < 1:
-            raise UserError(f"a mixture needs at least 1 component, got {self.n_components}")
+        if self.n_components < 1 or self.n_iter < 1:
+            raise UserError(f"a mixture needs at least 1 component and 1 step, got {self.n_components}, {self.n_iter}")
 
     def fit_features(self, features: Tensor, labels: Tensor) -> ClassMixtures:
         check_known(features, labels)
@@ -87,24 +90,32 @@ def fit_mixtures(
         starts.append(_spread_out(own, min(n_components, max(1, len(own) // 2)), generator(seed, "mixture", label)))
         owner += [row] * len(starts[-1])
     means, of_class = torch.cat(starts), torch.tensor(owner)
-    weights = torch.ones(len(owner), dtype=features.dtype) / torch.bincount(of_class)[of_class]
-    # The first covariance is that of whole classes: components then overlap, and no image is lost to a far start.
-    root, _ = inverse_root(shrunk(features - class_means(features, index, len(classes))[index], covariance))
+    share = _nearest(features, means, of_class, index)
+    for _ in range(_SETTLING):  # k-means first: a covariance of scattered starts would melt the components together
+        means = share.T @ features / share.sum(dim=0).clamp_min(1e-12)[:, None]
+        share = _nearest(features, means, of_class, index)
     for _ in range(n_iter):
-        share = _responsibilities(features @ root, means @ root, weights, of_class, index)
         mass = share.sum(dim=0)
-        moved = share.T @ features / mass.clamp_min(1e-12)[:, None]
-        done = torch.allclose(moved, means, rtol=0.0, atol=1e-9)
-        means, weights = moved, mass / counts[of_class]
+        means = share.T @ features / mass.clamp_min(1e-12)[:, None]
+        log_weights = (mass / counts[of_class]).clamp_min(1e-300).log()
         root, _ = inverse_root(shrunk(_deviations(features, means, share), covariance))
+        moved = _responsibilities(features @ root, means @ root, log_weights, of_class, index)
+        done = torch.allclose(moved, share, rtol=0.0, atol=1e-9)
+        share = moved
         if done:
             break
-    return Mixture(means, weights.clamp_min(1e-300).log(), classes[of_class], root)
+    return Mixture(means, log_weights, classes[of_class], root)
 
 
-def _responsibilities(points: Tensor, centres: Tensor, weights: Tensor, of_class: Tensor, index: Tensor) -> Tensor:
+def _nearest(features: Tensor, means: Tensor, of_class: Tensor, index: Tensor) -> Tensor:
+    """Return one-hot shares [N, M]: each image belongs to the nearest mean of its class."""
+    gaps = squared_distances(features, means).masked_fill(of_class[None, :] != index[:, None], float("inf"))
+    return torch.zeros_like(gaps).scatter(1, gaps.argmin(dim=1, keepdim=True), 1.0)
+
+
+def _responsibilities(points: Tensor, centres: Tensor, log_weights: Tensor, of_class: Tensor, index: Tensor) -> Tensor:
     """Return the share [N, M] that each component has in each image; components of other classes have none."""
-    terms = weights.clamp_min(1e-300).log() - 0.5 * squared_distances(points, centres)
+    terms = log_weights - 0.5 * squared_distances(points, centres)
     return terms.masked_fill(of_class[None, :] != index[:, None], float("-inf")).softmax(dim=1)
 
 
