@@ -12,12 +12,15 @@ import typer
 
 from robustvlm import __version__
 from robustvlm.cli.attack import attack
+from robustvlm.cli.build import build
 from robustvlm.cli.certify import certify
 from robustvlm.cli.data import data
+from robustvlm.cli.detect import detect
 from robustvlm.cli.evaluate import evaluate
 from robustvlm.cli.export import export
 from robustvlm.cli.finetune import finetune
 from robustvlm.cli.models import models
+from robustvlm.cli.purify import purify
 from robustvlm.cli.report import report
 from robustvlm.cli.soup import soup
 from robustvlm.core.memory import is_out_of_memory
@@ -34,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (attack, certify, evaluate, finetune, soup, export, report, models, data):
+for command in (attack, certify, evaluate, detect, finetune, soup, export, purify, build, report, models, data):
     app.command(command.__name__)(command)
 
 
