@@ -1,0 +1,183 @@
+"""Fine-tuning runs: what is left in the folder is the model that was trained, whatever happened on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import OWN, clip_folder, pictures, prepared
+
+from robustvlm.data import open_data
+from robustvlm.defenses import load_classifier, load_pipeline
+from robustvlm.defenses.finetune import METHODS, plain_state
+from robustvlm.errors import UserError
+from robustvlm.evaluation.finetuning.exporting import export_model
+from robustvlm.evaluation.finetuning.options import parse_options
+from robustvlm.models import VLM
+from robustvlm.models.saved import read_card
+from robustvlm.runs.training_summary import read_training
+from robustvlm.training import TrainingObserver
+
+PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same(found: VLM, trained: VLM) -> None:
+    """The weights agree to the bit; features may differ, as torch takes other paths where gradients are wanted."""
+    wanted = plain_state(trained)
+    assert found.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+    torch.testing.assert_close(found.encode_image(PIXELS), trained.encode_image(PIXELS).detach())
+
+
+def test_an_open_clip_run_is_a_model_of_its_own(tmp_path: Path) -> None:
+    base = clip_folder(tmp_path / "base")
+    run = prepared(tmp_path, model=str(base))
+    summary = run.run()
+    assert summary.history.steps[-1].terms["loss"] < summary.history.steps[0].terms["loss"]
+    found = load_pipeline(str(run.folder.path))
+    assert_same(found, run.vlm)
+    assert not torch.allclose(found.encode_image(PIXELS), load_pipeline(str(base)).encode_image(PIXELS), atol=1e-3)
+    assert torch.equal(found.encode_text(["red"]), load_pipeline(str(base)).encode_text(["red"]))
+    card = read_card(run.folder.path)
+    assert card is not None
+    assert (card.kind, card.settings["method"]) == ("finetune", "tecoa")
+    names = open_data(run.config.data).class_names
+    assert load_classifier(str(run.folder.path), names, ["{}"]).class_names == names
+
+
+def test_an_exported_run_is_read_by_open_clip_itself(tmp_path: Path) -> None:
+    run = prepared(tmp_path, model=str(clip_folder(tmp_path / "base")), steps=3, trainable="lora:2")
+    run.run()
+    export_model(str(run.folder.path), tmp_path / "out")
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    tokens = open_clip.get_tokenizer(
+        f"local-dir:{tmp_path / 'out'}", bpe_path=str(tmp_path / "out" / "bpe_merges.txt.gz")
+    )
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ([0.4, 0.5, 0.6], [0.3, 0.3, 0.2]))
+    vlm = load_pipeline(str(run.folder.path))
+    with torch.no_grad():
+        images = model.encode_image((PIXELS - mean) / std, normalize=True)
+        texts = model.encode_text(tokens(["a red thing", "blue"]), normalize=True)
+    torch.testing.assert_close(images, vlm.encode_image(PIXELS))
+    torch.testing.assert_close(texts, vlm.encode_text(["a red thing", "blue"]))
+    with pytest.raises(UserError, match="not an empty folder: choose another one"):
+        export_model(str(run.folder.path), tmp_path / "out")
+
+
+def test_an_encoder_of_one_s_own_gets_new_weights_laid_over_it(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    run.run()
+    assert read_card(run.folder.path).base == OWN  # type: ignore[union-attr]
+    found = load_pipeline(str(run.folder.path))
+    assert_same(found, run.vlm)
+    with pytest.raises(UserError, match=r"more than an open_clip model \(a CustomVLM\)"):
+        export_model(str(run.folder.path), tmp_path / "out")
+
+
+class Interrupted(TrainingObserver):
+    """Presses Ctrl-C when a step is reached."""
+
+    def stepped(self, step: int, terms: object) -> None:
+        del terms
+        if step == 8:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, name="stopped").run(Interrupted())
+    with pytest.raises(UserError, match="has not ended: give its command again"):
+        read_training(tmp_path / "stopped")
+    stopped, straight = (prepared(tmp_path, name=name).run() for name in ("stopped", "straight"))
+    weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("stopped", "straight")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert stopped.history.validations == straight.history.validations
+    assert prepared(tmp_path, name="straight").run() == straight
+
+
+def test_other_settings_need_another_name(tmp_path: Path) -> None:
+    prepared(tmp_path, steps=3).run()
+    with pytest.raises(UserError, match=r"made with other settings \(lr: 0.01 -> 0.02\)"):
+        prepared(tmp_path, steps=3, lr=0.02).run()
+    prepared(tmp_path, steps=3, lr=0.02).run(fresh=True)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["lr"] == 0.02
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("trainable", ["all", "ssf"])
+def test_every_method_trains_and_is_written(tmp_path: Path, method: str, trainable: str) -> None:
+    tree = tmp_path / "tree.json"
+    tree.write_text(json.dumps({"name": "all", "children": [{"name": "warm", "children": ["red"]}, "green", "blue"]}))
+    model = str(clip_folder(tmp_path / "base")) if trainable == "ssf" else OWN
+    run = prepared(tmp_path, model=model, method=method, trainable=trainable, steps=2, trees=[str(tree)])
+    summary = run.run()
+    assert summary.method == method
+    # Forward and backward of the step, as much for each inner step, and a pass of the teacher's or the like.
+    passes = summary.history.passes / summary.history.images
+    assert passes == {"clean": 2, "tecoa": 6, "hierarchical": 6}.get(method, passes)
+    assert_same(load_pipeline(str(run.folder.path)), run.vlm)
+
+
+def test_validation_images_are_held_out_or_given(tmp_path: Path) -> None:
+    run = prepared(tmp_path, val_limit=5)
+    images, held = run._images()
+    assert not set(images.ids) & set(held.ids)
+    assert (len(images), len(held.ids)) == (33, 3)  # a tenth of 36
+    other = pictures(tmp_path / "others", each=2)
+    images, held = prepared(tmp_path, val=other, val_limit=5)._images()
+    assert (len(images), len(held.ids)) == (36, 5)
+
+
+def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
+    run = prepared(tmp_path, steps=4, command="robustvlm finetune '<script>x</script>'")
+    summary = run.run()
+    page = run.folder.report_path.read_text()
+    assert page.count("<svg") == 2
+    assert "<script>x" not in page
+    assert "&lt;script&gt;x" in page
+    kept = summary.history.best()
+    assert kept is not None
+    assert f"weights of step {kept.step}" in page
+    assert re.search(rf"Encoder passes</dt><dd>{summary.history.passes:,} ", page)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "hierarchical"}, "has no class tree, which 'hierarchical' needs: pass --tree FILE"),
+        ({"method": "tecao"}, "unknown method 'tecao': did you mean 'tecoa'"),
+        ({"trainable": "last:0"}, "must be at least 1"),
+        ({"trainable": "last:9"}, "got last:9|no blocks"),
+        ({"augment": "much"}, "unknown augmentation 'much'"),
+        ({"batch_size": 9, "accumulate": 2}, "cannot be cut into"),
+        ({"limit": 0}, "--limit must be at least 1 image"),
+        ({"limit": 4}, "too small .4 images. to hold a part out: pass --val DATA"),
+        ({"inner_steps": 0}, "at least 1 step"),
+        ({"trees": ["nowhere.json"]}, "no tree file at nowhere.json"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, **settings).run()
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "message"),
+    [
+        ("tecoa", "curvature=1", "has no option 'curvature': it has none"),
+        ("hierarchical", "curvatur=1", "did you mean 'curvature'"),
+        ("hierarchical", "negatives=2", "write negatives=true or negatives=false"),
+        ("hierarchical", "depth=deep", "'depth' is a number"),
+        ("hierarchical", "depth", "written NAME=VALUE"),
+        ("tree", "depth=1", "unknown method 'tree'"),
+    ],
+)
+def test_options_of_a_method_are_checked(method: str, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_options(method, [text])

@@ -1,0 +1,77 @@
+"""Soups: the mean of weights, chosen greedily or not, and only of what is alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import OWN, clip_folder, pictures, prepared
+
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.finetune.soup import averaged, greedy
+from robustvlm.errors import UserError
+from robustvlm.evaluation.finetuning.souping import make_soup
+from robustvlm.runs.soup_config import SoupConfig
+
+
+def soup(out: Path, models: list[str], **options: object):
+    config = SoupConfig(model=models[0], models=models, device="cpu", val_steps=3, **options)  # type: ignore[arg-type]
+    return make_soup(config, out=out, name="soup", fresh=True)
+
+
+def test_a_uniform_soup_of_runs_is_their_mean(tmp_path: Path) -> None:
+    base = clip_folder(tmp_path / "base")
+    for seed in (0, 1):
+        prepared(tmp_path, model=str(base), name=f"run{seed}", seed=seed, steps=3).run()
+    runs = [str(tmp_path / f"run{seed}") for seed in (0, 1)]
+    made, folder = soup(tmp_path, runs)
+    a, b, mean = (load_pipeline(spec).state_dict() for spec in (*runs, str(folder.path)))
+    assert max(float((a[name].float() - b[name].float()).abs().max()) for name in a) > 1e-3
+    for name, value in mean.items():
+        torch.testing.assert_close(value.float(), (a[name].float() + b[name].float()) / 2, rtol=0, atol=1e-6)
+    assert [step.kept for step in made.tasted] == [True, True]
+
+
+def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> None:
+    good, val = prepared(tmp_path, steps=40, name="good"), pictures(tmp_path / "val", each=8)
+    good.run()
+    made, folder = soup(tmp_path, [OWN, str(good.folder.path)], method="greedy", by="clean", data=val, eps=0.03)
+    assert made.tasted[0].name == str(good.folder.path)
+    assert made.measures["clean accuracy"].value == max(step.value for step in made.tasted if step.kept)
+    if [step.kept for step in made.tasted] == [True, False]:
+        pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(load_pipeline(str(folder.path)).encode_image(pixels), good.vlm.encode_image(pixels))
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        ([OWN], {}, "made of at least 2 models, got 1"),
+        ([OWN, "small:wide"], {}, r"'small:Own' and 'small:wide' are of different architectures \('.*' is \[12, 192\]"),
+        ([OWN, "tiny"], {}, "are of different architectures .'.*' is only in "),
+        ([OWN, OWN], {"method": "greedy"}, "chosen on images: pass --val DATA"),
+        ([OWN, OWN], {"method": "greed"}, "unknown method 'greed': did you mean 'greedy'"),
+        ([OWN, OWN], {"by": "speed"}, "unknown measure 'speed'"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, models: list[str], options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        soup(tmp_path, models, **options)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(-3, 3))
+@settings(max_examples=50, deadline=None)
+def test_a_greedy_soup_is_never_worse_than_its_best_part(values: list[float], goal: float) -> None:
+    states = [(str(i), {"w": torch.tensor([value], dtype=torch.float64)}) for i, value in enumerate(values)]
+
+    def measure(state: dict[str, torch.Tensor]) -> float:
+        return -abs(float(state["w"]) - goal)
+
+    made, steps = greedy(states, measure)  # type: ignore[arg-type]
+    assert measure(made) >= max(measure(state) for _, state in states)
+    assert len(steps) == len(values)
+    kept = [state for name, state in states if name in {step.name for step in steps if step.kept}]
+    torch.testing.assert_close(averaged(kept)["w"], made["w"])
