@@ -1,0 +1,44 @@
+"""Images to features, encoded once and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from robustvlm.data import open_data
+from robustvlm.data.source import DataSource
+from robustvlm.defenses import Classifier
+from robustvlm.detect import outside, tree_words
+from robustvlm.errors import UserError
+from robustvlm.evaluation.detecting.encoding import Encoded, Encoder, embed_words
+from robustvlm.evaluation.detecting.observer import DetectObserver
+
+
+class Kept:
+    """A model's answers for the images of data specs, kept under `cache`, apart by model and spec."""
+
+    def __init__(self, cache: Path, classifier: Classifier) -> None:
+        self.folder = cache / classifier.fingerprint[:12]
+        self.classifier = classifier
+        self._encoder = Encoder(classifier, self.folder, seed=0, batch_size=64, observer=DetectObserver())
+
+    def answers(self, spec: str, limit: int | None = None) -> Encoded:
+        """Return the answers for the images of a spec."""
+        source = open_data(spec)
+        name = f"{source.fingerprint()[:12]}-{limit or 'all'}"
+        return self._encoder.encode(source, name, limit=limit, title=spec)
+
+    def words(self, source: DataSource) -> Tensor:
+        """Return unit embeddings of the words of the bundled trees that are outside the classes of a source."""
+        assert self.classifier.vlm is not None
+        words = outside(tree_words(), source.class_names, source.tree)
+        path = self.folder / f"words-{len(words)}.safetensors"
+        return embed_words(self.classifier.vlm, words, source.templates, path)
+
+    def acceptance(self, spec: str) -> Tensor:
+        """Return the model's own acceptance score of every image of a spec, in source order."""
+        output = self.answers(spec).output
+        if output is None or not self.classifier.can_reject:
+            raise UserError(f"'{self.classifier.spec}' never refuses: its scores are in the table already")
+        return output[:, -1]
