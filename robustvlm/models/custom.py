@@ -80,9 +80,12 @@ def state_of(thing: object) -> dict[str, object]:
 
 
 def source_of(thing: object) -> tuple[str, str]:
-    """Return the name of a user's class and the digest of the file that it stands in."""
-    kind = type(thing)
-    file = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
+    """Return the name of a user's class or function and the digest of the file that it stands in."""
+    kind: Any = thing if inspect.isroutine(thing) else type(thing)
+    try:
+        file = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
+    except TypeError:  # written in C
+        file = None
     source = Path(file).read_bytes() if file and Path(file).is_file() else b""
     return kind.__qualname__, hashlib.blake2b(source, digest_size=16).hexdigest()
 

@@ -1,0 +1,163 @@
+"""Purify runs from start to end: models that are runs, resumed to the bit, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline
+from robustvlm.defenses.purify import PurifiedVLM
+from robustvlm.errors import UserError
+from robustvlm.evaluation.purifying.run import PreparedPurify
+from robustvlm.evaluation.purifying.setup import prepare_purify
+from robustvlm.models.saved import read_card
+from robustvlm.runs.purify_config import PurifyConfig
+from robustvlm.training import TrainingObserver
+
+ENCODER = "small_encoders:Encoder"
+OWN = """
+def shrink():
+    return lambda noisy, sigma: noisy / (1 + sigma**2)
+"""
+
+
+@pytest.fixture
+def prepare(make_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., PreparedPurify]:
+    photos = make_folder()
+
+    def make(name: str = "run", model: str = ENCODER, **settings: Any) -> PreparedPurify:
+        few = {"steps": 6, "mapper_steps": 5, "batch_size": 8, "val_limit": 3, "sigma": [0.25, 0.5]}
+        config = PurifyConfig(model=model, data=f"imagefolder:{photos}", **(few | settings))
+        return prepare_purify(config, out=tmp_path / "runs", name=name, checkpoint_every=1)
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": tensor
+        for name in ("purifier", "mapper")
+        for key, tensor in load_file(folder / f"{name}.safetensors").items()
+    }
+
+
+def test_a_run_is_a_model_with_a_record_and_a_report(prepare: Callable[..., PreparedPurify]) -> None:
+    prepared = prepare()
+    summary = prepared.run()
+    folder = prepared.folder.path
+    card = read_card(folder)
+    assert card is not None
+    assert (card.kind, card.base, card.settings["sigma"]) == ("purify", ENCODER, [0.25, 0.5])
+    vlm = load_pipeline(f"{folder}+smooth:0.25:4")
+    assert isinstance(vlm, SmoothedVLM)
+    assert isinstance(vlm.base, PurifiedVLM)
+    assert vlm.base.purifier is not None
+    assert vlm.base.mapper is not None
+    assert load_classifier(str(folder), ["cat", "dog"], ["{}"], cache=False)(torch.rand(2, 3, 16, 16)).shape == (2, 2)
+    assert (summary.method, summary.steps, summary.history.steps[-1].step) == ("purifier and mapper", 11, 11)
+    assert summary.history.validations[0].step == 0
+    assert {"purifier diffusion", "purifier feature", "purifier pixel"} <= summary.history.steps[0].terms.keys()
+    assert {"mapper similarity", "mapper statistics"} <= summary.history.steps[-1].terms.keys()
+    assert (
+        summary.trained_parameters
+        == summary.settings["parameters"]["purifier"] + summary.settings["parameters"]["mapper"]
+    )
+    assert "score at 0.25" in prepared.folder.report_path.read_text()
+
+
+def test_a_finished_run_is_not_trained_again(
+    prepare: Callable[..., PreparedPurify], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(only="mapper").run()
+    monkeypatch.setattr("robustvlm.evaluation.purifying.run.train_parts", lambda *_, **__: pytest.fail("trained"))
+    assert prepare(only="mapper").run() == first
+    with pytest.raises(UserError, match=r"mapper_steps: 5 -> 6.*--fresh"):
+        prepare(only="mapper", mapper_steps=6).run()
+
+
+class Killer(TrainingObserver):
+    """Stops the run like Ctrl-C after a step of the second stage."""
+
+    def stepped(self, step: int, terms: object) -> None:
+        del terms
+        if step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stage", ["purifier", "mapper"])
+def test_killed_and_resumed_equals_straight(prepare: Callable[..., PreparedPurify], stage: str) -> None:
+    straight = prepare("straight")
+    straight.run()
+    with pytest.raises(KeyboardInterrupt):
+        prepare("killed").run(lambda now: Killer() if now == stage else None)
+    assert read_card(prepare("killed").folder.path) is None  # not a model yet
+    again = prepare("killed")
+    again.run(resume=True)
+    wanted, found = weights(straight.folder.path), weights(again.folder.path)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_training_does_not_depend_on_how_the_batch_is_cut(prepare: Callable[..., PreparedPurify]) -> None:
+    whole, parts = prepare("whole", only="purifier"), prepare("parts", only="purifier", accumulate=2)
+    whole.run()
+    parts.run()
+    one, two = (load_file(run.folder.path / "purifier.safetensors") for run in (whole, parts))
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+def test_the_stages_can_be_made_one_after_the_other(prepare: Callable[..., PreparedPurify]) -> None:
+    first = prepare("first", only="purifier")
+    first.run()
+    second = prepare("second", model=str(first.folder.path), only="mapper")
+    assert second.run().method == "mapper"
+    vlm = load_pipeline(str(second.folder.path)).at_noise(0.25)
+    assert isinstance(vlm, PurifiedVLM)
+    assert isinstance(vlm.base, PurifiedVLM)
+    assert (vlm.purifier, vlm.base.sigma) == (None, 0.25)
+    assert vlm.base.purifier is not None
+    with pytest.raises(UserError, match=r"has a purifier already: pass --only mapper"):
+        prepare("third", model=str(first.folder.path))
+
+
+def test_a_denoiser_of_the_user_gets_a_mapper_or_stands_alone(
+    prepare: Callable[..., PreparedPurify], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "purify_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = prepare(denoiser="purify_own:shrink")
+    assert run.run().method == "mapper"
+    vlm = load_pipeline(str(run.folder.path))
+    assert isinstance(vlm, PurifiedVLM)
+    assert vlm.purifier is not None
+    with pytest.raises(UserError, match="needs no training"):
+        prepare("alone", denoiser="purify_own:shrink", only="purifier")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"only": "purify"}, "did you mean 'purifier'"),
+        ({"sigma": [0.0]}, "sigma must be above 0"),
+        ({"size": "huge"}, "unknown purifier size"),
+        ({"feature_weight": -1.0}, "weights of the losses"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"limit": 1}, "--limit"),
+        ({"val_limit": 0}, "--val-limit"),
+        ({"augment": "cropp"}, "did you mean 'crop'"),
+        ({"model": f"{ENCODER}+smooth:0.25"}, "is smoothed already: purify 'small_encoders:Encoder'"),
+        ({"denoiser": "blur"}, "module:callable"),
+        ({"limit": 5}, "too small"),
+    ],
+)
+def test_mistakes_are_found_and_explained_in_one_line(
+    prepare: Callable[..., PreparedPurify], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(**settings).run()
+    assert "\n" not in str(caught.value)
