@@ -190,6 +190,6 @@ def _show(summary: TrainingSummary, prepared: PreparedFinetune, console: Console
     for row in measure_rows(summary.history):
         table.add_row(*map(escape, row))
     console.print(table)
-    console.print(escape(verdict(summary)), highlight=False)
+    console.print(escape(verdict(summary)), highlight=False, soft_wrap=True)
     console.print(f"Model:  {escape(str(prepared.folder.path))}", soft_wrap=True)
     console.print(f"Report: {escape(str(prepared.folder.report_path))}", soft_wrap=True)

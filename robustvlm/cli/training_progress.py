@@ -67,10 +67,12 @@ class TrainingProgress(TrainingObserver):
     def validated(self, found: Validation) -> None:
         shown = [f"{escape(name)} {_words(value)}" for name, value in found.measures.items() if isinstance(value, Rate)]
         loss = "" if found.train_loss is None else f"loss {found.train_loss:.4g}, "
-        self._console.print(f"Step {found.step:,}: {loss}{', '.join(shown)}", highlight=False)
+        self._console.print(f"Step {found.step:,}: {loss}{', '.join(shown)}", highlight=False, soft_wrap=True)
 
     def warned(self, warning: Warned) -> None:
-        self._console.print(f"[bold]Warning[/bold], {escape(warning.name)}: {escape(warning.message)}", highlight=False)
+        self._console.print(
+            f"[bold]Warning[/bold], {escape(warning.name)}: {escape(warning.message)}", highlight=False, soft_wrap=True
+        )
 
 
 def _words(rate: Rate) -> str:

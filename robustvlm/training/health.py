@@ -2,7 +2,8 @@
 
 The rules look at these measures, whatever a task measures beside them: "clean accuracy", "robust accuracy" (PGD of
 several steps), "FGSM accuracy" (one full step), "noise accuracy" (random perturbations of the same size), all on the
-same images, and "feature spread" (1 - the squared norm of the mean unit feature; 0 if all features are one).
+same images, and "feature spread" (1 - the squared norm of the mean unit feature; 0 if all features are one). Rules that
+compare two accuracies are asked of at least 100 images.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from robustvlm.stats import Rate
 from robustvlm.training.history import Validation, Warned
 
 _LEAST_SPREAD = 0.01
+_LEAST_IMAGES = 100
 _MARGIN = 0.02
 _FELL = 0.01
 
@@ -49,9 +51,15 @@ def _constant_features(validations: Sequence[Validation]) -> str | None:
     return f"all images get nearly the same feature (spread {now:.4f}): lower the learning rate"
 
 
+def _counted(found: Validation, name: str) -> float | None:
+    """Return an accuracy, None where too few images stand behind it to compare it with another."""
+    measure = found.measures.get(name)
+    return measure.value if isinstance(measure, Rate) and measure.total >= _LEAST_IMAGES else None
+
+
 def _masking(validations: Sequence[Validation]) -> str | None:
     """One step fools 2 points more images than many steps do, which sound gradients do not allow."""
-    fgsm, pgd = validations[-1].number("FGSM accuracy"), validations[-1].number("robust accuracy")
+    fgsm, pgd = _counted(validations[-1], "FGSM accuracy"), _counted(validations[-1], "robust accuracy")
     if fgsm is None or pgd is None or pgd - fgsm <= _MARGIN:
         return None
     return (
@@ -62,7 +70,7 @@ def _masking(validations: Sequence[Validation]) -> str | None:
 
 def _useless(validations: Sequence[Validation]) -> str | None:
     """PGD fools at most 1 point more images than noise of the same size."""
-    pgd, noise = validations[-1].number("robust accuracy"), validations[-1].number("noise accuracy")
+    pgd, noise = _counted(validations[-1], "robust accuracy"), _counted(validations[-1], "noise accuracy")
     if pgd is None or noise is None or noise - pgd > 0.01 or noise < 0.05:
         return None
     return (
@@ -73,8 +81,8 @@ def _useless(validations: Sequence[Validation]) -> str | None:
 
 def _catastrophic(validations: Sequence[Validation]) -> str | None:
     """PGD accuracy below half its best, FGSM accuracy within 5 points of its own (Wong et al. 2020, 2001.03994)."""
-    pgd = [v.number("robust accuracy") for v in validations]
-    fgsm = [v.number("FGSM accuracy") for v in validations]
+    pgd = [_counted(v, "robust accuracy") for v in validations]
+    fgsm = [_counted(v, "FGSM accuracy") for v in validations]
     now, single = pgd[-1], fgsm[-1]
     if now is None or single is None or len(validations) < 2:
         return None

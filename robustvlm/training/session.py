@@ -132,9 +132,10 @@ class Session:
     def _is_best(self, found: Validation) -> bool:
         assert self.t.best_by is not None
         value, best = found.number(self.t.best_by), self.state.history.best()
-        if self.state.history.best_step is None or best is None:
+        if value is None or self.state.history.best_step is None or best is None:
             return value is not None
-        return value is not None and value > (best.number(self.t.best_by) or -math.inf)
+        before = best.number(self.t.best_by)
+        return before is None or value > before
 
     def _warn(self, warnings: list[Warned]) -> None:
         known = {warning.name for warning in self.state.history.warnings}

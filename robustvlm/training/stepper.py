@@ -73,7 +73,7 @@ class Stepper:
             shown = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
             raise Diverged(
                 f"training diverged at step {self.state.step + 1} ({shown}; gradient norm {norm:g}): "
-                "lower the learning rate, lengthen the warm-up, or use fp32; the checkpoint before it is kept"
+                "lower the learning rate, lengthen the warm-up, or use fp32; the last checkpoint is kept"
             )
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate

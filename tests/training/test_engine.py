@@ -100,7 +100,7 @@ def test_one_step_is_torch_s_own(tmp_path: Path) -> None:
 
 
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
-    scores = iter([0.9, 0.2, 0.8, 0.7, 0.1])
+    scores = iter([0.9, 0.0, 0.8, 0.8, 0.0])
     seen: list[Tensor] = []
     task = Toy()
 
@@ -112,7 +112,14 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     history = Trainer(task, images(), settings, validation=validation, best_by="score").fit(tmp_path)
     assert history.best_step == 6
     assert torch.equal(task.module[1][0].weight, seen[2])
-    assert [found.number("score") for found in history.validations] == [0.9, 0.2, 0.8, 0.7, 0.1]
+    assert [found.number("score") for found in history.validations] == [0.9, 0.0, 0.8, 0.8, 0.0]
+
+
+def test_of_equally_good_weights_the_first_are_kept(tmp_path: Path) -> None:
+    history = Trainer(
+        Toy(), images(), config(steps=6, validate_every=2), validation=lambda: {"score": 0.0}, best_by="score"
+    ).fit(tmp_path)
+    assert history.best_step == 2
 
 
 def test_images_passes_and_estimate_are_counted(tmp_path: Path) -> None:
@@ -152,6 +159,11 @@ def series(
         )
         for i in range(len(values))
     ]
+
+
+def test_too_few_images_do_not_warn() -> None:
+    odd = {"FGSM accuracy": rate(1, 40), "robust accuracy": rate(20, 40), "noise accuracy": rate(20, 40)}
+    assert warnings_of([Validation(step=1, measures=odd)]) == []
 
 
 @pytest.mark.parametrize(
