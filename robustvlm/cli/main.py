@@ -23,6 +23,7 @@ from robustvlm.cli.models import models
 from robustvlm.cli.purify import purify
 from robustvlm.cli.report import report
 from robustvlm.cli.soup import soup
+from robustvlm.cli.tune_prompts import tune_prompts
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.ranks import current_ranks
 from robustvlm.errors import UserError
@@ -37,8 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (attack, certify, evaluate, detect, finetune, soup, export, purify, build, report, models, data):
-    app.command(command.__name__)(command)
+for command in (attack, certify, evaluate, detect, finetune, soup, tune_prompts, export, purify, build, report, models, data):
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 def _show_version(wanted: bool) -> None:

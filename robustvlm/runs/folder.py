@@ -24,6 +24,8 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 # folder as ours.
 _FILES = (
     "model.json",
+    "prompts.json",
+    "prompts.safetensors",
     "training.json",
     "soup.json",
     "results.parquet",

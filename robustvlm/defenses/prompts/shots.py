@@ -1,0 +1,89 @@
+"""A few images of each class, and the features of images, encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.data import UNKNOWN, DataSource, Sample, to_pixels
+from robustvlm.errors import UserError
+from robustvlm.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit features [N, D] with labels [N] and ids; label -1 is an unknown class."""
+
+    features: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+
+
+def choose_shots(source: DataSource, shots: int | None, seed: int) -> list[str]:
+    """Return the ids of `shots` images of each class (all where a class has fewer, or `shots` is None).
+
+    Which ones depends on (seed, id) alone. Labels are known once an image is decoded, so this reads the source once.
+
+    Raises:
+        UserError: a class without images.
+    """
+    of_class: list[list[tuple[bytes, str]]] = [[] for _ in source.class_names]
+    for item in source.samples():
+        if isinstance(item, Sample) and item.label != UNKNOWN:
+            of_class[item.label].append((_rank(seed, item.id), item.id))
+    for name, found in zip(source.class_names, of_class, strict=True):
+        if not found:
+            raise UserError(f"'{source.spec}' has no image of the class '{name}': every class needs at least one")
+    return [name for found in of_class for _, name in sorted(found)[:shots]]
+
+
+def encode_source(
+    vlm: VLM,
+    source: DataSource,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    on_images: Callable[[int], None] | None = None,
+) -> Features:
+    """Return the features of the readable images that `keep` accepts, in source order.
+
+    Raises:
+        UserError: not one image could be read.
+    """
+    parts: list[Tensor] = []
+    labels: list[int] = []
+    ids: list[str] = []
+    for batch in _batches(source, keep, limit, batch_size):
+        pixels = torch.stack([to_pixels(s.image, vlm.image_size, interpolation=vlm.interpolation) for s in batch])
+        with torch.no_grad():
+            parts.append(vlm.encode_image(pixels.to(vlm.device)).float().cpu())
+        labels += [sample.label for sample in batch]
+        ids += [sample.id for sample in batch]
+        if on_images is not None:
+            on_images(len(ids))
+    if not parts:
+        raise UserError(f"'{source.spec}' has no image that can be read")
+    return Features(torch.cat(parts), torch.tensor(labels), tuple(ids))
+
+
+def _batches(
+    source: DataSource, keep: Callable[[str], bool] | None, limit: int | None, size: int
+) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    for item in source.samples(keep=keep, limit=limit):
+        if isinstance(item, Sample):
+            batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()

@@ -1,0 +1,159 @@
+"""A run of prompt tuning: encode a few images a class once, learn a context, measure what it changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustvlm.core.ranks import current_ranks
+from robustvlm.data import UNKNOWN, DataSource, open_data
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
+from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
+from robustvlm.detect import auroc_interval, energy_change
+from robustvlm.errors import UserError
+from robustvlm.evaluation.describe import describe_data
+from robustvlm.models import VLM, resolve_device
+from robustvlm.models.saved import CARD_NAME, Card, write_card
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.runs.files import write_text
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import Manifest, make_manifest
+from robustvlm.runs.prompt_config import RECORD, PromptConfig
+from robustvlm.stats import rate
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PreparedPrompts:
+    """A run of prompt tuning that is ready to start."""
+
+    config: PromptConfig
+    settings: TuneSettings
+    folder: RunFolder
+    manifest: Manifest
+    vlm: VLM
+    source: DataSource
+    learner: PromptLearner
+
+    def run(
+        self,
+        *,
+        fresh: bool = False,
+        on_images: Callable[[int], None] | None = None,
+        on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> Record:
+        """Tune the prompts, save them, and return the record; a finished run only returns its record.
+
+        Raises:
+            UserError: a class without an image, a loss that is not finite, or an earlier run under other settings.
+        """
+        with self.folder.opened(self.manifest, fresh=fresh):
+            path = self.folder.path / RECORD
+            if path.exists() and (self.folder.path / CARD_NAME).exists():
+                found: Record = json.loads(path.read_text(encoding="utf-8"))
+                return found
+            chosen = frozenset(choose_shots(self.source, self.config.shots, self.config.seed))
+            shots = encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=on_images)
+            history = tune(
+                self.learner,
+                shots.features,
+                shots.labels,
+                scale=self.vlm.logit_scale,
+                settings=self.settings,
+                on_epoch=on_epoch,
+            )
+            with torch.no_grad():
+                tuned = self.learner().cpu()
+            record = {"format": 1, "images": len(shots.ids), "history": history, **self._measured(tuned)}
+            self._save(tuned, record)
+            return record
+
+    def _measured(self, tuned: Tensor) -> Record:
+        """Return accuracy and detection with the tuned and with the hand-written prompts, on `val` and `ood`."""
+        if self.config.val is None:
+            return {}
+        known = encode_source(self.vlm, _matching(self.config.val, self.source))
+        unknown = {spec: encode_source(self.vlm, open_data(spec)) for spec in self.config.ood}
+        plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
+        return {name: self._measures(known, unknown, texts) for name, texts in (("zero_shot", plain), ("tuned", tuned))}
+
+    def _measures(self, known: Features, unknown: dict[str, Features], texts: Tensor) -> Record:
+        labelled = known.labels != UNKNOWN
+        hits = (known.features @ texts.T).argmax(dim=1)[labelled] == known.labels[labelled]
+        scores = self._scores(known, texts)[labelled.numpy()]
+        found: Record = {"accuracy": rate(int(hits.sum()), len(hits)).model_dump()}
+        for spec, other in unknown.items():
+            interval = auroc_interval(scores, self._scores(other, texts))
+            found.setdefault("auroc", {})[spec] = [interval.value, interval.low, interval.high]
+        return found
+
+    def _scores(self, images: Features, texts: Tensor) -> Any:
+        logits = self.vlm.logit_scale * images.features @ texts.T
+        return energy_change(logits, self.config.n_reset).double().numpy()
+
+    def _save(self, tuned: Tensor, record: Record) -> None:
+        """Write the prompts, then the record, and the card last: a folder with a card is whole."""
+        save_prompts(self.folder.path, self.learner.context, tuned)
+        write_text(self.folder.path / RECORD, json.dumps(record, indent=1) + "\n")
+        settings = {"class_names": list(self.source.class_names), "n_reset": self.config.n_reset, "prompts": PROMPTS}
+        write_card(self.folder.path, Card("tune-prompts", self.config.model, self.vlm.fingerprint, settings))
+
+
+def prepare_prompts(
+    config: PromptConfig, *, out: Path = Path("runs"), name: str | None = None, command: str = ""
+) -> PreparedPrompts:
+    """Check all settings, open the data, load the model and return a run that is ready to start.
+
+    Example:
+        >>> import tempfile
+        >>> config = PromptConfig(model="tiny", data="emoji?split=train&styles=noto&copies=1", epochs=1, shots=1)
+        >>> prepare_prompts(config, out=Path(tempfile.mkdtemp())).run()["images"]
+        101
+    """
+    settings = TuneSettings(config.epochs, config.batch_size, config.lr, config.energy_weight, config.seed)
+    _check(config)
+    if name is not None:
+        RunFolder(out, name)
+    place = resolve_device(config.device)
+    config = config.model_copy(update={"device": str(place)})
+    source = open_data(config.data, classes=None if config.classes is None else Path(config.classes))
+    if config.val is not None:
+        _matching(config.val, source)
+    vlm = load_pipeline(config.model, device=place)
+    learner = PromptLearner(vlm, source.class_names, length=config.context, start=config.start, seed=config.seed)
+    model_facts = {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale}
+    data_facts = describe_data(source)
+    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("tune-prompts", config.model, config.data, identity))
+    manifest = make_manifest(
+        kind="tune-prompts", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+    )
+    return PreparedPrompts(config, settings, folder, manifest, vlm, source, learner)
+
+
+def _check(config: PromptConfig) -> None:
+    if current_ranks().size > 1:
+        raise UserError("`robustvlm tune-prompts` works in one process: start it without torchrun")
+    for name, value in (("shots", config.shots), ("context", config.context), ("c", config.n_reset)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if config.ood and config.val is None:
+        raise UserError("--ood compares unknown images with known ones: pass --val DATA with known images too")
+
+
+def _matching(spec: str, source: DataSource) -> DataSource:
+    """Open validation data, whose classes must be those of the data."""
+    found = open_data(spec)
+    if found.class_names != source.class_names:
+        raise UserError(
+            f"'{spec}' has other classes than '{source.spec}': validation needs the same, in the same order"
+        )
+    return found
