@@ -1,0 +1,227 @@
+"""Pipelines put together from runs: order, copies, fits and misfits, and that the whole is what its parts say."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, saved
+from robustvlm.defenses.build import Recipe, build_pipeline
+from robustvlm.defenses.build.copying import copy_model
+from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, Purifier, PurifierShape
+from robustvlm.defenses.purify.parts import write_parts
+from robustvlm.errors import UserError
+from robustvlm.evaluation.assembling import assemble
+from robustvlm.models.saved import Card, read_card, write_card
+
+ENCODER, OTHER = "small_encoders:Encoder", "small_encoders:SmallMemory"
+CLASSES, TEMPLATES = ["cat", "dog", "fox"], ["a {}"]
+
+# What an immunised model is, as far as a pipeline is concerned: an adapter around its base, and a head of its own.
+IMMUNITY = """
+import torch
+from robustvlm.defenses.base import ZeroShot
+from robustvlm.defenses.saved import SavedModel
+from robustvlm.models import VLM, zero_shot
+
+class Adapted(VLM):
+    def __init__(self, base, by):
+        super().__init__(spec=base.spec, image_size=base.image_size, logit_scale=base.logit_scale)
+        self.base, self.by = base, by
+    def at_noise(self, sigma):
+        return Adapted(self.base.at_noise(sigma), self.by)
+    def _image_features(self, pixels):
+        return self.base.encode_image(pixels) + self.by * self.base.encode_image(pixels).roll(1, dims=1)
+    def _text_features(self, texts):
+        return self.base.encode_text(texts)
+    def _identity(self):
+        return (self.base.fingerprint, str(self.by))
+
+class Head(ZeroShot):
+    def forward(self, pixels):
+        return 2 * super().forward(pixels)
+
+class Immunised(SavedModel):
+    def encoder(self, device):
+        return Adapted(self.base(device), self.card.settings["by"])
+    def classifier(self, encoder, class_names, templates, *, cache=True):
+        return Head(zero_shot(encoder, class_names, templates, cache=cache)).eval()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _immunity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain_immunity.py").write_text(IMMUNITY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "plain_immunity", raising=False)
+    monkeypatch.setitem(saved.KINDS, "immunize", "plain_immunity:Immunised")
+
+
+def purified(folder: Path, base: str = ENCODER) -> str:
+    """A purify run with random weights, and with the records that runs keep beside their model."""
+    torch.manual_seed(0)
+    parts = Parts(Purifier(PurifierShape(widths=(8,), embedding=8)), Mapper(MapperShape(12, embedding=8)), (0.25,))
+    for part in (parts.purifier, parts.mapper):
+        assert part is not None
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    (folder / "training" / "mapper").mkdir(parents=True)
+    (folder / "training" / "mapper" / "last.safetensors").write_bytes(b"checkpoint")
+    (folder / "report.html").write_text("report")
+    write_parts(folder, parts)
+    fingerprint = load_pipeline(base).fingerprint
+    write_card(folder, Card("purify", base=base, base_fingerprint=fingerprint, settings=parts.settings()))
+    return str(folder)
+
+
+def immunised(folder: Path, base: str) -> str:
+    folder.mkdir()
+    (folder / "adapter.safetensors").write_bytes(b"x")
+    fingerprint = load_pipeline(base).fingerprint
+    write_card(folder, Card("immunize", base=base, base_fingerprint=fingerprint, settings={"by": 0.5}))
+    return str(folder)
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: str, pixels: Tensor) -> Tensor:
+    torch.manual_seed(0)  # the same noise
+    with torch.no_grad():
+        return load_classifier(model, CLASSES, TEMPLATES, cache=False)(pixels)
+
+
+def test_the_whole_pipeline_is_the_chain_of_its_runs(tmp_path: Path) -> None:
+    purify = purified(tmp_path / "p")
+    immunize = immunised(tmp_path / "i", purify)
+    vlm, misfits = build_pipeline(
+        Recipe(ENCODER, purify=purify, smooth="0.25:6", immunize=immunize), tmp_path / "whole"
+    )
+    assert misfits == ()
+    assert isinstance(vlm, SmoothedVLM)
+    assert (vlm.sigma, vlm.n0) == (0.25, 6)
+    inner = vlm.base.base  # below the adapter
+    assert isinstance(inner, PurifiedVLM)
+    assert inner.sigma == 0.25
+    assert torch.equal(logits(str(tmp_path / "whole"), images()), logits(f"{immunize}+smooth:0.25:6", images()))
+    wanted = 2 * logits(f"{purify}+smooth:0.25:6", images())
+    assert not torch.allclose(logits(str(tmp_path / "whole"), images()), wanted, atol=1e-3)  # the adapter counts
+
+
+def test_the_folder_stands_alone(tmp_path: Path) -> None:
+    purify = purified(tmp_path / "p")
+    immunize = immunised(tmp_path / "i", purify)
+    build_pipeline(Recipe(ENCODER, purify=purify, smooth="0.25:2", immunize=immunize), tmp_path / "whole")
+    before = logits(str(tmp_path / "whole"), images())
+    shutil.rmtree(tmp_path / "p")
+    shutil.rmtree(tmp_path / "i")
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "whole").rename(tmp_path / "elsewhere" / "moved")
+    assert torch.equal(logits(str(moved), images()), before)
+    copied = {path.name for path in moved.rglob("*") if path.is_file()}
+    assert copied == {"model.json", "purifier.safetensors", "mapper.safetensors", "adapter.safetensors"}
+
+
+def test_gradients_flow_from_the_head_to_the_pixels(tmp_path: Path) -> None:
+    purify = purified(tmp_path / "p")
+    immunize = immunised(tmp_path / "i", purify)
+    build_pipeline(Recipe(ENCODER, purify=purify, smooth="0.25:3", immunize=immunize), tmp_path / "whole")
+    classifier = load_classifier(str(tmp_path / "whole"), CLASSES, TEMPLATES, cache=False).double()
+    direction = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def at(step: float) -> Tensor:
+        torch.manual_seed(0)
+        return classifier(images(2).double() + step * direction)[:, 0].sum()
+
+    x = images(2).double().requires_grad_()
+    torch.manual_seed(0)
+    (gradient,) = torch.autograd.grad(classifier(x)[:, 0].sum(), x)
+    with torch.no_grad():
+        slope = (at(1e-4) - at(-1e-4)) / 2e-4
+    assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-3)
+
+
+def test_parts_made_for_another_model_are_refused_unless_accepted(tmp_path: Path) -> None:
+    purify = purified(tmp_path / "p", OTHER)
+    recipe = Recipe(ENCODER, purify=purify, smooth="0.25")
+    with pytest.raises(UserError, match=f"was made for '{OTHER}', not for '{ENCODER}': .*--accept-misfits"):
+        build_pipeline(recipe, tmp_path / "whole")
+    assert read_card(tmp_path / "whole") is None
+    _, misfits = build_pipeline(recipe, tmp_path / "whole", accept_misfits=True)
+    assert [wrong.harmless for wrong in misfits] == [False]
+    assert load_pipeline(str(tmp_path / "whole")).fingerprint
+
+
+def test_a_head_made_for_the_encoder_alone_is_put_on_with_a_warning(tmp_path: Path) -> None:
+    purify, immunize = purified(tmp_path / "p"), immunised(tmp_path / "i", ENCODER)
+    _, misfits = build_pipeline(Recipe(ENCODER, purify=purify, immunize=immunize), tmp_path / "whole")
+    assert [(wrong.part.name, wrong.harmless) for wrong in misfits] == [("immunize", True)]
+    assert "the encoder without its purifier" in str(misfits[0])
+    with pytest.raises(UserError, match=f"was made for '{ENCODER}', not for"):
+        build_pipeline(Recipe(OTHER, immunize=immunize), tmp_path / "other")
+
+
+def test_models_below_models_are_copied_too(tmp_path: Path) -> None:
+    first = purified(tmp_path / "first")
+    second = immunised(tmp_path / "second", first)
+    before = logits(second, images())
+    spec = copy_model(second, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(tmp_path / "second")
+    assert torch.equal(logits(spec, images()), before)
+    card = read_card(tmp_path / "copy")
+    assert card is not None
+    assert Path(str(card.base)).resolve() == (tmp_path / "copy" / "base").resolve()
+
+
+def test_an_interrupted_build_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    purify, folder = purified(tmp_path / "p"), tmp_path / "whole"
+    build_pipeline(Recipe(ENCODER, purify=purify), folder)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("robustvlm.defenses.build.copying.shutil.copyfile", full)
+    with pytest.raises(OSError, match="No space"):
+        build_pipeline(Recipe(ENCODER, purify=purify, smooth="0.25"), folder)
+    assert read_card(folder) is None
+
+
+def test_the_run_of_a_build_can_be_given_again(tmp_path: Path) -> None:
+    recipe = Recipe(ENCODER, purify=purified(tmp_path / "p"), smooth="0.25:2")
+    first = assemble(recipe, out=tmp_path / "runs", name="whole", device="cpu")
+    before = logits(str(first.folder), images())
+    assert first.parts == (f"purifier {tmp_path}/p", f"encoder {ENCODER}", f"mapper {tmp_path}/p", "smoothing 0.25:2")
+    again = assemble(recipe, out=tmp_path / "runs", name="whole", device="cpu")
+    assert torch.equal(logits(str(again.folder), images()), before)
+    other = Recipe(ENCODER, smooth="0.25:2")
+    with pytest.raises(UserError, match="--fresh"):
+        assemble(other, out=tmp_path / "runs", name="whole", device="cpu")
+    assemble(other, out=tmp_path / "runs", name="whole", device="cpu", fresh=True)
+    assert not (tmp_path / "runs" / "whole" / "parts" / "purify").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "nothing to build"),
+        ({"encoder": f"{ENCODER}+smooth:0.25"}, r"comes with an operator, \+smooth:0.25: pass --smooth"),
+        ({"smooth": "much"}, "sigma must be a number"),
+        ({"smooth": "0.25:0"}, "between 1 and"),
+        ({"purify": "nowhere"}, "'nowhere' is no folder"),
+        ({"purify": "."}, "holds no model"),
+        ({"immunize": "{p}"}, "is one of `robustvlm purify`"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_explained(tmp_path: Path, settings: dict[str, str], words: str) -> None:
+    purify = purified(tmp_path / "p")
+    given = {"encoder": ENCODER} | {name: value.replace("{p}", purify) for name, value in settings.items()}
+    with pytest.raises(UserError, match=words) as caught:
+        build_pipeline(Recipe(**given), tmp_path / "whole")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,79 @@
+"""The commands on purified and built models: purify, build, then certify, attack and evaluate what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from robustvlm.cli.main import app
+from robustvlm.errors import UserError
+
+ENCODER = "small_encoders:Encoder"
+
+
+def command(*arguments: object) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def pipeline(make_folder: Callable[..., Path], out: Path) -> tuple[Path, str]:
+    """A pipeline on disk and the spec of its data; made once."""
+    data = f"imagefolder:{make_folder(name='all')}"
+    few = ("--steps", 4, "--mapper-steps", 4, "--batch-size", 8, "--val-limit", 3, "--sigma", 0.25)
+    if not (out / "whole").exists():
+        said = command("purify", ENCODER, "--data", data, *few, "--out", out, "--name", "pure")
+        assert "Gaussian robustness score" in said
+        said = command(
+            "build",
+            "--encoder",
+            ENCODER,
+            "--purify",
+            out / "pure",
+            "--smooth",
+            "0.25:4",
+            "--out",
+            out,
+            "--name",
+            "whole",
+        )
+        assert "smoothing 0.25:4" in " ".join(said.split())
+    return out / "whole", data
+
+
+def test_certify_takes_the_noise_of_the_pipeline(pipeline: tuple[Path, str], out: Path) -> None:
+    model, data = pipeline
+    shared = ("--data", data, "--limit", 3, "--samples", 100, "--lanes", 50, "--out", out, "--json")
+    whole = json.loads(command("certify", model, *shared))
+    parts = json.loads(command("certify", out / "pure", "--sigma", 0.25, *shared))
+    assert whole["mean_radius"] == parts["mean_radius"]  # the same function behind the same noise
+    manifests = [json.loads((out / path.name / "manifest.json").read_text()) for path in out.glob("certify-*")]
+    assert {manifest["config"]["sigma"] for manifest in manifests} == {0.25}
+    with pytest.raises(UserError, match=r"smoothed with noise of 0.25, and --sigma says 0.5"):
+        command("certify", model, "--sigma", 0.5, *shared)
+    with pytest.raises(UserError, match="smoothed twice"):
+        command("certify", f"{model}+smooth:0.25", *shared)
+
+
+def test_attack_goes_through_the_whole_pipeline(pipeline: tuple[Path, str], out: Path) -> None:
+    model, data = pipeline
+    goal = ("--goal", "feature", "--min-cos", 0.9, "--eps", "8/255", "--attack", "pgd:steps=3")
+    effort = ("--eot", 2, "--draws", 3, "--checks", "none", "--limit", 4)
+    summary = json.loads(command("attack", model, "--data", data, *goal, *effort, "--out", out, "--json"))
+    assert summary["images"]["evaluated"] == 4
+    assert summary["cost"]["backward_passes"] > 0
+
+
+def test_evaluate_takes_it(pipeline: tuple[Path, str]) -> None:
+    model, data = pipeline
+    assert "whole" in command("evaluate", model, "--data", data, "--limit", 6)
