@@ -29,6 +29,7 @@ SPEC_FORMS = (
     ("MODULE:CALLABLE", "your own encoder (see docs/models.md)"),
 )
 _HUB = "hf-hub:"
+_MAKERS = ("finetune", "soup", "purify", "immunize", "tune-prompts", "build")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def _why_no_model(folder: Path, spec: str) -> str:
         kind = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["kind"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"the folder '{spec}' holds no model: expected {wanted}"
+    if kind in _MAKERS:
+        return f"the run '{spec}' of `robustvlm {kind}` has not ended: give its command again to go on"
     return f"'{spec}' is a run of `robustvlm {kind}` and holds no model: pass the model that it was run on"
 
 

@@ -93,6 +93,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(tmp_path: Path) -
         prepared(tmp_path, name="stopped").run(Interrupted())
     with pytest.raises(UserError, match="has not ended: give its command again"):
         read_training(tmp_path / "stopped")
+    with pytest.raises(UserError, match="of `robustvlm finetune` has not ended"):
+        load_pipeline(str(tmp_path / "stopped"))
     stopped, straight = (prepared(tmp_path, name=name).run() for name in ("stopped", "straight"))
     weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("stopped", "straight")]
     assert weights[0].keys() == weights[1].keys()
