@@ -38,7 +38,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (attack, certify, evaluate, detect, finetune, soup, tune_prompts, export, purify, build, report, models, data):
+for command in (
+    attack,
+    certify,
+    evaluate,
+    detect,
+    finetune,
+    soup,
+    tune_prompts,
+    export,
+    purify,
+    build,
+    report,
+    models,
+    data,
+):
     app.command(command.__name__.replace("_", "-"))(command)
 
 
