@@ -27,7 +27,7 @@ class PurifierShape:
         embedding: length of the noise embedding.
     """
 
-    widths: tuple[int, ...] = (32, 64, 96)
+    widths: tuple[int, ...] = (32, 48, 64)
     blocks: int = 1
     stride: int = 1
     embedding: int = 64
