@@ -1,0 +1,102 @@
+"""`robustvlm detect` as a shell sees it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from robustvlm.cli.main import main
+
+ENCODER = """
+import torch
+
+class Mean:
+    image_size, logit_scale = 8, 10.0
+
+    def encode_image(self, pixels):
+        return pixels.mean((2, 3)) + 0.01
+
+    def encode_text(self, texts):
+        return torch.eye(3)[[0 if "red" in text else 2 for text in texts]]
+"""
+
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an encoder, images of two known classes, and unknown ones."""
+    root = tmp_path_factory.mktemp("place")
+    (root / "mean_colours.py").write_text(ENCODER)
+    (root / "words.txt").write_text("green\n")
+    for folder, name, colour in (("photos", "red", (220, 40, 40)), ("photos", "blue", (40, 40, 220)),
+                                 ("others", "green", (60, 200, 60))):  # fmt: skip
+        (root / folder / name).mkdir(parents=True)
+        for number in range(4):
+            tint = tuple(channel + 3 * number for channel in colour)
+            Image.new("RGB", (8, 8), tint).save(root / folder / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the program in this process (starting a new one takes seconds); return standard output and error."""
+
+    def detect(*arguments: str, code: int = 0) -> tuple[str, str]:
+        monkeypatch.chdir(place)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["robustvlm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == code, out + err
+        return out, err
+
+    return detect
+
+
+COMMON = ("detect", "mean_colours:Mean", "--id", "imagefolder:photos", "--ood", "green=imagefolder:others",
+          "--words", "words.txt", "--draws", "100", "--device", "cpu")  # fmt: skip
+
+
+def test_a_run_from_command_to_table_and_report(place: Path, run: Run) -> None:
+    shown, _ = run(*COMMON, "--name", "one")
+    for words in (
+        "Known (8 images) against unknown (4 green)",
+        "AUROC green",
+        "Mahalanobis" if "Mahalanobis" in shown else "skipped mahalanobis",
+        "tells known from unknown images best",
+        "bootstrap intervals are too short",
+        "Report:  runs/one/report.html",
+    ):
+        assert words in shown, words
+    report = (place / "runs" / "one" / "report.html").read_text()
+    assert "Scores that were not used" in report
+    again, _ = run("report", "runs/one", "--json")
+    assert json.loads(again)["runs"][0]["summary"]["known"]["images"] == 8
+
+
+def test_json_goes_to_standard_output_alone(run: Run) -> None:
+    shown, said = run(*COMMON, "--scores", "msp,energy", "--name", "two", "--json")
+    summary = json.loads(shown)
+    assert [score["name"] for score in summary["scores"]] == ["msp", "energy"]
+    assert "Scoring" in said
+
+
+def test_mistakes_end_in_one_line_and_code_2(run: Run) -> None:
+    for arguments, words in (
+        (("detect", "--id", "imagefolder:photos"), "pass --ood DATA"),
+        ((*COMMON, "--scores", "entropy"), "unknown score 'entropy'"),
+        ((*COMMON, "--name", "../out"), "run name"),
+        ((*COMMON, "--fit", "imagefolder:others"), "other classes"),
+        ((*COMMON, "--under-attack", "--eps", "no"), "is no number"),
+    ):
+        _, said = run(*arguments, code=2)
+        assert said.startswith("error: "), said
+        assert said.count("\n") == 1, said
+        assert words in said
