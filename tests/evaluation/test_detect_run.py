@@ -295,6 +295,7 @@ def test_images_that_were_learnt_from(prepare: Prepare, place: Path) -> None:
         ({"unknown": ()}, "--ood"),
         ({"known": None}, "--id"),
         ({"unknown": ("imagefolder:a", "imagefolder:a")}, "are called 'a'"),
+        ({"unknown": ("known=imagefolder:a",)}, "cannot be called 'known'"),
         ({"scores": "msp,kn"}, "unknown score 'kn'"),
         ({"limit": 1}, "--limit must be at least 2"),
         ({"draws": 10}, "--draws must be at least 100"),

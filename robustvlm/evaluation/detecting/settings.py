@@ -19,6 +19,7 @@ DEFAULT_UNKNOWN = ("emoji?split=near", "emoji?split=far")
 DEFAULT_FIT = "emoji?split=train"
 NO_FIT = "none"
 
+_TAKEN = ("known", "fit", "adversarial")
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]{0,39})=(.+)")
 _MOST_DRAWS = 100_000
 _DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
@@ -101,6 +102,8 @@ class Settings:
             match = _NAMED.fullmatch(text)
             name, spec = match.groups() if match else (_short_name(text), text)
             parse_spec(spec)
+            if name in _TAKEN:
+                raise UserError(f"a set of unknown images cannot be called '{name}': name it otherwise, as other={spec}")
             if name in [known.name for known in found]:
                 raise UserError(f"two sets of unknown images are called '{name}': name them, as --ood NAME={spec}")
             found.append(NamedData(name=name, spec=spec))
