@@ -103,7 +103,7 @@ class Settings:
             name, spec = match.groups() if match else (_short_name(text), text)
             parse_spec(spec)
             if name in _TAKEN:
-                raise UserError(f"a set of unknown images cannot be called '{name}': name it otherwise, as other={spec}")
+                raise UserError(f"a set of unknown images cannot be called '{name}': name it, as --ood other={spec}")
             if name in [known.name for known in found]:
                 raise UserError(f"two sets of unknown images are called '{name}': name them, as --ood NAME={spec}")
             found.append(NamedData(name=name, spec=spec))
