@@ -126,6 +126,16 @@ def test_every_method_trains_and_is_written(tmp_path: Path, method: str, trainab
     assert_same(load_pipeline(str(run.folder.path)), run.vlm)
 
 
+@pytest.mark.parametrize("option", ["gradient_checkpointing", pytest.param("compile", marks=pytest.mark.slow)])
+def test_what_saves_memory_or_time_changes_nothing(tmp_path: Path, option: str) -> None:
+    base = str(clip_folder(tmp_path / "base"))
+    plain, other = (prepared(tmp_path, model=base, name=name, steps=3, **{option: name == "b"}).run() for name in "ab")
+    for a, b in zip(plain.history.steps, other.history.steps, strict=True):
+        assert a.terms == pytest.approx(b.terms, rel=1e-4)
+    assert plain.history.passes == other.history.passes
+    assert not other.history.warnings
+
+
 def test_validation_images_are_held_out_or_given(tmp_path: Path) -> None:
     run = prepared(tmp_path, val_limit=5)
     images, held = run._images()
