@@ -89,9 +89,11 @@ class PreparedPrompts:
         labelled = known.labels != UNKNOWN
         hits = (known.features @ texts.T).argmax(dim=1)[labelled] == known.labels[labelled]
         scores = self._scores(known, texts)[labelled.numpy()]
+        groups = [group for group, wanted in zip(known.groups, labelled.tolist(), strict=True) if wanted]
         found: Record = {"accuracy": rate(int(hits.sum()), len(hits)).model_dump()}
         for spec, other in unknown.items():
-            interval = auroc_interval(scores, self._scores(other, texts))
+            against = self._scores(other, texts)
+            interval = auroc_interval(scores, against, known_groups=groups, unknown_groups=other.groups)
             found.setdefault("auroc", {})[spec] = [interval.value, interval.low, interval.high]
         return found
 

@@ -16,11 +16,15 @@ from robustvlm.models.vlm import VLM
 
 @dataclass(frozen=True)
 class Features:
-    """Unit features [N, D] with labels [N] and ids; label -1 is an unknown class."""
+    """Unit features [N, D] with labels [N], ids and groups; label -1 is an unknown class.
+
+    Images of one group (`DataSource.group`) show the same thing, and are one observation to an interval.
+    """
 
     features: Tensor
     labels: Tensor
     ids: tuple[str, ...]
+    groups: tuple[str, ...]
 
 
 def choose_shots(source: DataSource, shots: int | None, seed: int) -> list[str]:
@@ -68,7 +72,7 @@ def encode_source(
             on_images(len(ids))
     if not parts:
         raise UserError(f"'{source.spec}' has no image that can be read")
-    return Features(torch.cat(parts), torch.tensor(labels), tuple(ids))
+    return Features(torch.cat(parts), torch.tensor(labels), tuple(ids), tuple(source.group(name) for name in ids))
 
 
 def _batches(

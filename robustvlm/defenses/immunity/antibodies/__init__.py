@@ -4,9 +4,11 @@ from robustvlm.defenses.immunity.antibodies.band import Band, automatic_band
 from robustvlm.defenses.immunity.antibodies.diagnostics import coverage, margins, nearest_angles
 from robustvlm.defenses.immunity.antibodies.filters import Dropped, Filtered, filter_antibodies
 from robustvlm.defenses.immunity.antibodies.noise import noise_antibodies
+from robustvlm.defenses.immunity.antibodies.open import FORMS, open_source
 from robustvlm.defenses.immunity.antibodies.texts import Antibodies, AntibodySource, AntibodyText, Proposal
 
 __all__ = [
+    "FORMS",
     "Antibodies",
     "AntibodySource",
     "AntibodyText",
@@ -20,4 +22,5 @@ __all__ = [
     "margins",
     "nearest_angles",
     "noise_antibodies",
+    "open_source",
 ]
