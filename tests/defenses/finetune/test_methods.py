@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustvlm.attacks import ThreatModel
 from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack
-from robustvlm.defenses.finetune.hyperbolic import distances
+from robustvlm.defenses.finetune.hyperbolic import distances, hyp_avg
 from robustvlm.defenses.finetune.methods import Hierarchical
 from robustvlm.defenses.finetune.texts import ProjectedTexts
 from robustvlm.errors import UserError
@@ -258,3 +258,15 @@ def test_what_is_missing_is_said() -> None:
         FinetuneSettings(trainable="half")
     with pytest.raises(UserError, match="must not be negative"):
         make_task(small_vlm(), "pmg", options={"clean": math.nan})
+
+
+def test_superclass_texts_can_be_the_midpoints_of_their_classes() -> None:
+    method = hierarchical(small_vlm(), superclass_texts="classes")
+    tree, texts = method.trees[0], method.embedding.texts(method._tangents())
+    nodes = method._node_texts(texts, tree)
+    pet = hyp_avg(texts[:2], torch.ones(1, 2), 1.0)
+    torch.testing.assert_close(nodes[:5], torch.cat([texts[:4], pet]))
+    animal = hyp_avg(torch.cat([pet, texts[2:3]]), torch.ones(1, 2), 1.0)
+    torch.testing.assert_close(nodes[7:8], animal)
+    with pytest.raises(UserError, match="superclass_texts"):
+        HierarchicalOptions(superclass_texts="class")

@@ -62,7 +62,7 @@ class Hierarchical(Method):
         """Return the mean norm of the first tree's text embeddings by level: parents should be nearer to the origin."""
         tree = self.trees[0]
         with torch.no_grad():
-            norms = self.embedding.texts(self._tangents())[tree.text_of].norm(dim=-1)
+            norms = self._node_texts(self.embedding.texts(self._tangents()), tree).norm(dim=-1)
         return {
             f"text norm, level {level}": float(norms[tree.level_of == level].mean()) for level in range(tree.levels)
         }
@@ -109,8 +109,16 @@ class Hierarchical(Method):
         """Yield for every tree the distances, the image rows, the texts of its nodes, itself, and its level weights."""
         r = self.embedding.curvature
         for tree, level in zip(self.trees, weights, strict=True):
-            images, own = image_nodes(points, labels, tree, r), texts[tree.text_of]
+            images, own = image_nodes(points, labels, tree, r), self._node_texts(texts, tree)
             yield distances(images.points, own, r), images, own, tree, level
+
+    def _node_texts(self, texts: Tensor, tree: Hierarchy) -> Tensor:
+        """Return the text embeddings of a tree's nodes, [N, D]."""
+        if self.options.superclass_texts == "names":
+            return texts[tree.text_of]
+        classes = torch.arange(tree.sizes[0], device=texts.device)
+        # Averages over texts go up a tree as those over images do, with every class shown once.
+        return image_nodes(texts[classes], classes, tree, self.embedding.curvature).points
 
     def _alignment(self, apart: Tensor, images: ImageNodes, own: Tensor, tree: Hierarchy, weights: Tensor) -> Tensor:
         del own

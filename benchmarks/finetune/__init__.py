@@ -1,0 +1,1 @@
+"""Fine-tuning methods side by side: python -m benchmarks.finetune --help."""

@@ -1,0 +1,140 @@
+"""One row of the results: a variant tuned with one seed, and everything that is measured of it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustvlm.attacks import Superclass, ThreatModel
+from robustvlm.defenses import ZeroShot
+from robustvlm.defenses.finetune import FinetuneSettings, InnerAttack, finetune_task, merge
+from robustvlm.models import VLM, load_model, zero_shot
+from robustvlm.training import AUGMENTATIONS, Trainer, TrainingConfig, TrainingImages
+
+from .measure import Images, right_when_attacked, right_when_clean
+from .sets import BenchmarkSet, Condition
+from .variants import Variant
+
+CALIBRATION = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything.
+
+    Attributes:
+        steps, inner_steps: of training and of the attack in it; eps: of both attacks.
+        train_images: to draw batches from.
+        attacked: images under PGD-20; ensemble: images under `ensemble_attack`.
+    """
+
+    eps: float
+    steps: int
+    inner_steps: int
+    train_images: int
+    attacked: int
+    ensemble: int
+    ensemble_attack: str
+
+    @property
+    def threat(self) -> ThreatModel:
+        return ThreatModel("Linf", self.eps)
+
+
+def make_row(benchmark: BenchmarkSet, variant: Variant, seed: int, data: TrainingImages, plan: Plan) -> dict[str, Any]:
+    """Tune and measure; per-image outcomes are kept as texts of 0 and 1, so that variants can be paired."""
+    vlm = load_model(benchmark.model)
+    row: dict[str, Any] = {"title": variant.title, "set": benchmark.name, "seed": seed}
+    if variant.method is not None:
+        row["record"] = tune(vlm, benchmark, variant, seed, data, plan)
+    return {**row, **_seen(vlm, benchmark, plan), "transfer": _transfer(vlm, benchmark, plan)}
+
+
+def tune(
+    vlm: VLM, benchmark: BenchmarkSet, variant: Variant, seed: int, data: TrainingImages, plan: Plan
+) -> dict[str, Any]:
+    """Tune in place; return the method's choices and the first and last terms of its loss."""
+    assert variant.method is not None
+    first = next(iter(data.batches([range(CALIBRATION)])))
+    forest = benchmark.forest if variant.forest else type(benchmark.forest)((benchmark.forest[0],))
+    task = finetune_task(
+        vlm,
+        FinetuneSettings(
+            method=variant.method,
+            attack=InnerAttack(threat=plan.threat, steps=plan.inner_steps),
+            options=variant.options,
+        ),
+        class_names=benchmark.train.class_names,
+        templates=benchmark.train.templates,
+        calibration=first.pixels,
+        forest=forest,
+    )
+    config = TrainingConfig(
+        steps=plan.steps, batch_size=benchmark.batch, lr=benchmark.lr, warmup=10, precision="bf16", seed=seed
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        history = Trainer(task, data, config).fit(Path(folder))
+    merge(vlm)
+    vlm.requires_grad_(False)
+    return {
+        "settings": task.method.settings(),
+        "first": history.steps[0].terms,
+        "last": history.steps[-1].terms,
+        "measures": dict(task.method.measures()),
+    }
+
+
+def training_images(benchmark: BenchmarkSet, seed: int, plan: Plan) -> TrainingImages:
+    """Return the images that all variants of a seed are tuned on, in one order."""
+    size = load_model(benchmark.model).image_size
+    return TrainingImages(benchmark.train, size=size, seed=seed, how=AUGMENTATIONS["crop"], limit=plan.train_images)
+
+
+def classifier_of(vlm: VLM, condition: Condition, templates: tuple[str, ...]) -> ZeroShot:
+    return ZeroShot(zero_shot(vlm, condition.class_names, templates, cache=False))
+
+
+def _seen(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
+    """Measure the classes tuned on: leaves, superclasses by their classes, superclasses by their own names."""
+    images, tree = benchmark.seen.images, benchmark.forest[0]
+    classifier = classifier_of(vlm, benchmark.seen, benchmark.train.templates)
+    few = images.first(plan.attacked)
+    found: dict[str, Any] = {
+        "clean": _bits(right_when_clean(classifier, images)),
+        "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat)),
+        "ensemble": _bits(
+            right_when_attacked(classifier, images.first(plan.ensemble), plan.ensemble_attack, plan.threat)
+        ),
+    }
+    for level in range(1, tree.levels - 1):
+        groups = torch.tensor(tree.superclass_labels(level))
+        goal = Superclass(groups, str(level))
+        found[f"superclass {level}"] = {
+            "clean": _bits(right_when_clean(classifier, images, goal)),
+            "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat, goal=goal)),
+        }
+        named = Condition("", tree.level_names(level), Images(images.pixels, groups[images.labels], images.ids))
+        found[f"named superclass {level}"] = _clean_and_pgd(vlm, named, benchmark.train.templates, plan)
+    return found
+
+
+def _transfer(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
+    templates = benchmark.train.templates
+    return {condition.name: _clean_and_pgd(vlm, condition, templates, plan) for condition in benchmark.transfer}
+
+
+def _clean_and_pgd(vlm: VLM, condition: Condition, templates: tuple[str, ...], plan: Plan) -> dict[str, str]:
+    classifier = classifier_of(vlm, condition, templates)
+    few = condition.images.first(plan.attacked)
+    return {
+        "clean": _bits(right_when_clean(classifier, condition.images)),
+        "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat)),
+    }
+
+
+def _bits(outcomes: list[bool]) -> str:
+    return "".join("1" if right else "0" for right in outcomes)

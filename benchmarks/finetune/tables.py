@@ -1,0 +1,95 @@
+"""The results as Markdown: means over seeds, and paired tests against TeCoA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import markdown
+from robustvlm.stats import mcnemar_exact
+
+Row = dict[str, Any]
+
+
+def read_rows(folder: Path) -> dict[str, list[Row]]:
+    """Return the rows of every variant, by its key, in order of seed."""
+    found: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        found.setdefault(path.stem.rpartition("-seed")[0], []).append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def tables(found: Mapping[str, list[Row]], order: Sequence[str], cost: Mapping[str, Mapping[str, float]]) -> str:
+    """Return all tables of one set."""
+    rows = {key: found[key] for key in order if key in found}
+    first = next(iter(rows.values()))[0]
+    return "\n\n".join(
+        [
+            _table(rows, _columns(first), cost),
+            _table(rows, _superclass_columns(first), {}),
+            _paired(rows),
+        ]
+    )
+
+
+_Column = tuple[str, Callable[[Row], str]]
+
+
+def _columns(first: Row) -> list[_Column]:
+    named: list[_Column] = [
+        ("clean", lambda row: row["clean"]),
+        ("PGD-20", lambda row: row["pgd"]),
+        ("ensemble", lambda row: row["ensemble"]),
+    ]
+    for name in first["transfer"]:
+        named.append((f"{name}: clean", lambda row, name=name: row["transfer"][name]["clean"]))  # type: ignore[misc]
+        named.append((f"{name}: PGD-20", lambda row, name=name: row["transfer"][name]["pgd"]))  # type: ignore[misc]
+    return named
+
+
+def _superclass_columns(first: Row) -> list[_Column]:
+    named: list[_Column] = []
+    for key in [key for key in first if "superclass" in key]:
+        named.append((f"{key}: clean", lambda row, key=key: row[key]["clean"]))  # type: ignore[misc]
+        named.append((f"{key}: PGD-20", lambda row, key=key: row[key]["pgd"]))  # type: ignore[misc]
+    return named
+
+
+def _table(rows: Mapping[str, list[Row]], columns: Sequence[_Column], cost: Mapping[str, Mapping[str, float]]) -> str:
+    header = ["model", *(name for name, _ in columns), *(("CPU s/step", "MB/step") if cost else ())]
+    lines = []
+    for key, seeds in rows.items():
+        cells = [_mean([_share(column(row)) for row in seeds]) for _, column in columns]
+        spent = cost.get(key)
+        if cost:
+            cells += [f"{spent['seconds']:.2f}", f"{spent['megabytes']:.0f}"] if spent else ["-", "-"]
+        lines.append([seeds[0]["title"], *cells])
+    return markdown(header, lines)
+
+
+def _paired(rows: Mapping[str, list[Row]]) -> str:
+    """Compare every variant with TeCoA on the same images and seeds: exact McNemar, images of all seeds together."""
+    reference = rows.get("tecoa", [])
+    lines = []
+    for key, seeds in rows.items():
+        pairs = list(zip(seeds, reference, strict=False))
+        if key in ("tecoa", "zero-shot") or not pairs:
+            continue
+        cells = []
+        for column in (lambda row: row["clean"], lambda row: row["pgd"]):
+            ours, theirs = ([bit == "1" for pair in pairs for bit in column(pair[i])] for i in (0, 1))
+            test = mcnemar_exact(ours, theirs)
+            cells.append(f"{(sum(ours) - sum(theirs)) / len(ours):+.3f} (p {test.p_value:.2g})")
+        lines.append([seeds[0]["title"], *cells])
+    return markdown(["against TeCoA", "clean", "PGD-20"], lines)
+
+
+def _share(bits: str) -> float:
+    return bits.count("1") / len(bits)
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {(max(values) - min(values)) / 2:.3f}"

@@ -1,0 +1,50 @@
+"""What is compared: the methods, and the hierarchical one with each of its parts taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from robustvlm.defenses.finetune import HierarchicalOptions
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        title: as the table shows it.
+        method: None: the model as it is.
+        options: of the method.
+        forest: use all trees, not the first alone.
+    """
+
+    title: str
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    forest: bool = False
+
+
+def _without(**changes: Any) -> dict[str, Any]:
+    return {"options": HierarchicalOptions(**changes)}
+
+
+MAIN = {
+    "zero-shot": Variant("zero-shot"),
+    "clean": Variant("clean-tuned", "clean"),
+    "tecoa": Variant("TeCoA", "tecoa"),
+    "fare": Variant("FARE", "fare"),
+    "pmg": Variant("PMG-FT", "pmg"),
+    "simclip": Variant("Sim-CLIP", "simclip"),
+    "tree": Variant("hierarchical, 1 tree", "hierarchical"),
+    "forest": Variant("hierarchical, forest", "hierarchical", forest=True),
+}
+ABLATIONS = {
+    "no-negatives": Variant("no negative-set augmentation", "hierarchical", _without(negatives=False)),
+    "leaf-only": Variant("leaf only", "hierarchical", _without(leaf_only=True)),
+    "per-level": Variant("per-level perturbations", "hierarchical", _without(per_level=True)),
+    "no-norm-order": Variant("no norm order", "hierarchical", _without(norm_order=0.0)),
+    "no-vicinity": Variant("no vicinity", "hierarchical", _without(vicinity=0.0)),
+}
+VARIANTS = {**MAIN, **ABLATIONS}
