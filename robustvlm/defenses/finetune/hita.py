@@ -10,9 +10,7 @@ from torch import Tensor
 
 from robustvlm.defenses.finetune.hierarchy import Hierarchy, ImageNodes
 from robustvlm.defenses.finetune.hyperbolic import check_curvature
-from robustvlm.errors import UserError, nearest
-
-SUPERCLASS_TEXTS = ("names", "classes")
+from robustvlm.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +30,8 @@ class HierarchicalOptions:
         vicinity: weight (lambda_1) of the term that draws images to within `vicinity_radius` of their texts.
         norm_order: weight (lambda_2) of the terms that keep parents nearer to the origin than children, by `norm_gap`.
         train_texts: train the text projection along with the vision tower.
-        superclass_texts: "names", from prompts of the superclasses' names; or "classes", the midpoints of their classes'
-            texts, level by level, for text towers that do not know the names (our addition).
+        name_superclasses: superclass texts come from prompts of their names; off: they are the midpoints of their
+            classes' texts, level by level, for text towers that do not know the names (our addition).
 
     Raises:
         UserError: values out of range.
@@ -55,7 +53,7 @@ class HierarchicalOptions:
     norm_order: float = 0.1
     norm_gap: float = 0.01
     train_texts: bool = True
-    superclass_texts: str = "names"
+    name_superclasses: bool = True
 
     def __post_init__(self) -> None:
         check_curvature(self.curvature)
@@ -65,9 +63,6 @@ class HierarchicalOptions:
         for name in ("eps_text", "vicinity", "vicinity_radius", "norm_order", "norm_gap"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.superclass_texts not in SUPERCLASS_TEXTS:
-            hint = nearest(self.superclass_texts, SUPERCLASS_TEXTS)
-            raise UserError(f"unknown kind of superclass_texts '{self.superclass_texts}': {hint}")
         if self.leaf_only and self.per_level:
             raise UserError("leaf_only has one level, so there is nothing for per_level: choose one of the two")
 

@@ -261,12 +261,10 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_superclass_texts_can_be_the_midpoints_of_their_classes() -> None:
-    method = hierarchical(small_vlm(), superclass_texts="classes")
+    method = hierarchical(small_vlm(), name_superclasses=False)
     tree, texts = method.trees[0], method.embedding.texts(method._tangents())
     nodes = method._node_texts(texts, tree)
     pet = hyp_avg(texts[:2], torch.ones(1, 2), 1.0)
     torch.testing.assert_close(nodes[:5], torch.cat([texts[:4], pet]))
     animal = hyp_avg(torch.cat([pet, texts[2:3]]), torch.ones(1, 2), 1.0)
     torch.testing.assert_close(nodes[7:8], animal)
-    with pytest.raises(UserError, match="superclass_texts"):
-        HierarchicalOptions(superclass_texts="class")

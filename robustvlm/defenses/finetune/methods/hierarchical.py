@@ -114,7 +114,7 @@ class Hierarchical(Method):
 
     def _node_texts(self, texts: Tensor, tree: Hierarchy) -> Tensor:
         """Return the text embeddings of a tree's nodes, [N, D]."""
-        if self.options.superclass_texts == "names":
+        if self.options.name_superclasses:
             return texts[tree.text_of]
         classes = torch.arange(tree.sizes[0], device=texts.device)
         # Averages over texts go up a tree as those over images do, with every class shown once.
