@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
+
 if TYPE_CHECKING:
     from robustvlm.data import DataSource
+    from robustvlm.llm import LlmClient
 
 _SHOWN = 5
 _FAULTS_SHOWN = 20
@@ -28,6 +31,17 @@ def data(
     templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line.")] = None,
     tree: Annotated[Path | None, typer.Option("--tree", help="Class tree: nested JSON or YAML, or a CSV.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Select this many images, as runs do.")] = None,
+    make_tree: Annotated[
+        str | None, typer.Option("--make-tree", metavar="wordnet|llm", help="Make a class tree, and write it to --out.")
+    ] = None,
+    tree_by: Annotated[
+        list[str] | None,
+        typer.Option("--tree-by", help="Criterion of a tree by a language model; repeat it for a forest."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the tree that is made, as trees.json.")] = None,
+    llm: LlmUrl = None,
+    llm_model: LlmModel = None,
+    llm_prices: LlmPrices = None,
     check: Annotated[bool, typer.Option("--check", help="Decode every selected image and count the faults.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -35,6 +49,8 @@ def data(
     from robustvlm.data import open_data
 
     source = open_data(spec, classes=classes, templates=templates, tree=tree)
+    if make_tree is not None:
+        _make_tree(source, make_tree, tree_by, out, make_client(llm, llm_model), llm_prices)
     facts = describe(source, limit)
     if check:
         facts["check"] = examine(source, limit, progress=not as_json)
@@ -42,6 +58,28 @@ def data(
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         _show(facts)
+
+
+def _make_tree(
+    source: DataSource,
+    how: str,
+    criteria: list[str] | None,
+    out: Path | None,
+    client: LlmClient | None,
+    prices: str | None,
+) -> None:
+    """Write a made tree to a file that the user can read and edit, and take it for the data from here on."""
+    from robustvlm.data.made_trees import make_forest
+    from robustvlm.data.tree_files import save_forest
+    from robustvlm.errors import UserError
+    from robustvlm.runs.files import named_disk_errors, replacing
+
+    if out is None or out.suffix.lower() != ".json":
+        raise UserError("--make-tree writes a JSON file: say which with --out trees.json")
+    source.tree = make_forest(how, source.class_names, client=client, **({"criteria": criteria} if criteria else {}))
+    with named_disk_errors(out.parent), replacing(out) as temporary:
+        save_forest(source.tree, temporary)
+    typer.echo(f"wrote {out}" + (f"; {spent(client, prices)}" if client is not None else ""), err=True)
 
 
 def describe(source: DataSource, limit: int | None = None) -> dict[str, Any]:
