@@ -2,7 +2,8 @@
 
     python -m benchmarks.purify.scores tiny --data emoji --train-data "emoji?split=train" --seeds 0,1 --out scores.jsonl
 
-For every seed a purifier and a mapper are trained (`--runs` keeps them). Every image gets one set of noise per level,
+For every seed a purifier and a mapper behind it are trained, and a mapper for the encoder alone (`--runs` keeps them).
+Every image gets one set of noise per level,
 the same for all variants and seeds; all columns of a variant come from the same noisy features, each at its own alpha.
 A line of JSON per image, level, variant and seed is appended to `--out`; the same command goes on where it was stopped,
 and `--tables` only prints what is there.
@@ -81,18 +82,15 @@ def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator
     source, label = open_data(options.data), options.label or options.model
     encoder = load_pipeline(options.model).to(memory_format=torch.channels_last)
     text = zero_shot(encoder, source.class_names, source.templates).class_embeddings.double().numpy()
+    shared = {"label": label, "steps": options.steps, "mapper_steps": options.mapper_steps, "out": options.runs}
     for seed in map(int, options.seeds.split(",")):
-        folder = trained(
-            options.model,
-            options.train_data,
-            label=label,
-            seed=seed,
-            steps=options.steps,
-            mapper_steps=options.mapper_steps,
-            out=options.runs,
+        both, alone = (
+            load_pipeline(str(trained(options.model, options.train_data, seed=seed, only=only, **shared)))
+            for only in (None, "mapper")
         )
-        vlm = load_pipeline(str(folder)).to(memory_format=torch.channels_last)
-        assert isinstance(vlm, PurifiedVLM)
+        assert isinstance(both, PurifiedVLM)
+        assert isinstance(alone, PurifiedVLM)
+        both.to(memory_format=torch.channels_last)
         for image, sample in pictures(source, encoder, options.limit):
             for sigma in SIGMAS:
                 key = {"label": label, "image": sample.id, "sigma": sigma, "seed": seed}
@@ -101,7 +99,7 @@ def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator
                 wanted = [name for name in wanted if name != "encoder" or seed == int(options.seeds.split(",")[0])]
                 if not wanted:
                     continue
-                anchor, found = features(vlm, image, sample.id, sigma, options.samples, wanted, options.precision)
+                anchor, found = features(both, alone, image, sample.id, sigma, wanted, options)
                 for name in wanted:
                     values = columns(found[name], anchor, text, sigma)
                     right, pilot = (values.pop(which) == sample.label for which in ("class", "pilot_class"))
@@ -116,24 +114,31 @@ def pictures(source: DataSource, vlm: VLM, limit: int) -> Iterator[tuple[Tensor,
 
 
 def features(
-    vlm: PurifiedVLM, image: Tensor, image_id: str, sigma: float, n: int, wanted: list[str], precision: str
+    both: PurifiedVLM,
+    alone: PurifiedVLM,
+    image: Tensor,
+    image_id: str,
+    sigma: float,
+    wanted: list[str],
+    options: argparse.Namespace,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the encoder's clean feature, and features [n, D] of noisy copies for every wanted variant."""
-    stream = certify.stream_seed(0, image_id, "estimation")
+    stream, n = certify.stream_seed(0, image_id, "estimation"), options.samples
     noise = torch.cat([certify.noise_chunk(stream, i, image.shape) for i in range(certify.noise.chunks_of(n))])[:n]
     noisy = (image + sigma * noise).contiguous(memory_format=torch.channels_last)
-    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    half = torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
     found: dict[str, Tensor] = {}
-    assert vlm.purifier is not None
-    assert vlm.mapper is not None
+    assert both.purifier is not None
+    assert both.mapper is not None
+    assert alone.mapper is not None
     with torch.inference_mode(), half:
-        anchor = vlm.base.encode_image(image[None])
+        anchor = both.base.encode_image(image[None])
         if {"encoder", "mapper"} & set(wanted):
-            found["encoder"] = vlm.base.encode_image(noisy)
-            found["mapper"] = unit(vlm.mapper(found["encoder"], sigma))
+            found["encoder"] = both.base.encode_image(noisy)
+            found["mapper"] = unit(alone.mapper(found["encoder"], sigma))
         if {"purifier", "both"} & set(wanted):
-            found["purifier"] = vlm.base.encode_image(vlm.purifier(noisy, sigma))
-            found["both"] = unit(vlm.mapper(found["purifier"], sigma))
+            found["purifier"] = both.base.encode_image(both.purifier(noisy, sigma))
+            found["both"] = unit(both.mapper(found["purifier"], sigma))
     return rows(anchor)[0], {name: rows(value) for name, value in found.items()}
 
 

@@ -21,13 +21,23 @@ class Heard(TrainingObserver):
 
 
 def trained(
-    encoder: str, data: str, *, label: str, seed: int, steps: int, mapper_steps: int, out: Path, precision: str = "bf16"
+    encoder: str,
+    data: str,
+    *,
+    label: str,
+    seed: int,
+    steps: int,
+    mapper_steps: int,
+    out: Path,
+    only: str | None = None,
+    precision: str = "bf16",
 ) -> Path:
-    """Return the run folder of a purifier and mapper for an encoder; train them if they are not there."""
+    """Return the run folder of a purifier and mapper for an encoder, or of one; train them if they are not there."""
     config = PurifyConfig(
         model=encoder,
         data=data,
         sigma=list(SIGMAS),
+        only=only,
         steps=steps,
         mapper_steps=mapper_steps,
         batch_size=32,
@@ -35,7 +45,7 @@ def trained(
         seed=seed,
         validate_every=0,
     )
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"purify-{label}-seed{seed}-{steps}").strip("-")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"purify-{only or 'both'}-{label}-seed{seed}-{steps}").strip("-")
     prepared = prepare_purify(config, out=out, name=name)
     prepared.run(lambda _: Heard())
     return prepared.folder.path
