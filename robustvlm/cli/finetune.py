@@ -21,6 +21,10 @@ _METHOD = (
     "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack). fare and simclip "
     "read no labels."
 )
+_TREE = (
+    "File of a class tree (JSON, YAML or CSV), wordnet, or llm (by the language model of --llm); repeat it for a "
+    "forest [default: the data's own]."
+)
 _OPTION = (
     "An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives, leaf_only, "
     "per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg: general, clean."
@@ -38,9 +42,13 @@ def finetune(
     ] = None,
     classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
     templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
-    tree: Annotated[
-        list[Path] | None, typer.Option(help="File of a class tree (JSON, YAML or CSV); repeat it for a forest.")
+    tree: Annotated[list[str] | None, typer.Option(help=_TREE)] = None,
+    tree_by: Annotated[
+        list[str] | None,
+        typer.Option(help="What --tree llm sorts by, repeatable [default: kind of thing]."),
     ] = None,
+    llm: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint for --tree llm.")] = None,
+    llm_model: Annotated[str | None, typer.Option(help="The language model there.")] = None,
     norm: Annotated[str, typer.Option(help="Linf or L2, of the inner attack and of validations.")] = "Linf",
     eps: Annotated[str, typer.Option(help="Radius, of the inner attack and of validations.")] = "1/255",
     alpha: Annotated[
@@ -110,7 +118,10 @@ def finetune(
         val=val,
         classes=None if classes is None else str(classes),
         templates=None if templates is None else str(templates),
-        trees=[str(file) for file in tree or []],
+        trees=tree or [],
+        tree_by=tree_by or [],
+        llm=llm,
+        llm_model=llm_model,
         method=method,
         options=parse_options(method, options),
         norm=parse_norm(norm),

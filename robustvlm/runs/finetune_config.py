@@ -12,7 +12,8 @@ class FinetuneConfig(BaseModel):
 
     Args:
         val: the images to validate on; None: a part of `data` that is then not trained on.
-        trees: files of class trees beside or in place of the data's own; several make a forest.
+        trees: files of class trees in place of the data's own, or "wordnet" or "llm"; several make a forest.
+        tree_by, llm, llm_model: what a language model sorts the classes by, its endpoint and its name.
         method, options: the loss, and its own options that are not at their defaults.
         norm, eps, alpha, inner_steps: the inner attack; `eps` is the size of the attack in validations as well.
         trainable: which parameters (all, lora[:RANK], ssf, last:N); augment: name of the augmentation.
@@ -28,6 +29,9 @@ class FinetuneConfig(BaseModel):
     classes: str | None = None
     templates: str | None = None
     trees: list[str] = []
+    tree_by: list[str] = []
+    llm: str | None = None
+    llm_model: str | None = None
     method: str = "hierarchical"
     options: dict[str, Any] = {}
     norm: str = "Linf"

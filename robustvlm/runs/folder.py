@@ -27,6 +27,7 @@ _FILES = (
     "prompts.json",
     "prompts.safetensors",
     "training.json",
+    "trees.json",
     "soup.json",
     "results.parquet",
     "attacked.parquet",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from small import OWN, clip_folder, pictures, prepared
 
 from robustvlm.data import open_data
+from robustvlm.data.tree_files import load_forest
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.finetune import METHODS, plain_state
 from robustvlm.errors import UserError
@@ -120,6 +121,7 @@ def test_every_method_trains_and_is_written(tmp_path: Path, method: str, trainab
     run = prepared(tmp_path, model=model, method=method, trainable=trainable, steps=2, trees=[str(tree)])
     summary = run.run()
     assert summary.method == method
+    assert load_forest(run.folder.path / "trees.json", run.source.class_names)[0].ancestor("red", 1) == "warm"
     # Forward and backward of the step, as much for each inner step, and a pass of the teacher's or the like.
     passes = summary.history.passes / summary.history.images
     assert passes == {"clean": 2, "tecoa": 6, "hierarchical": 6}.get(method, passes)
@@ -172,6 +174,8 @@ def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
         ({"limit": 4}, "too small .4 images. to hold a part out: pass --val DATA"),
         ({"inner_steps": 0}, "at least 1 step"),
         ({"trees": ["nowhere.json"]}, "no tree file at nowhere.json"),
+        ({"trees": ["llm"]}, "needs --llm URL and --llm-model NAME"),
+        ({"trees": ["llm"], "llm": "http://localhost:1/v1"}, "say which model to ask"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, object], message: str) -> None:

@@ -8,6 +8,7 @@ from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource
 from robustvlm.data.source import select
 from robustvlm.data.taxonomy import Forest
+from robustvlm.data.tree_files import save_forest
 from robustvlm.defenses.finetune import METHODS, FinetuneSettings, FinetuneTask, finetune_task
 from robustvlm.defenses.finetune.saved import save_finetuned
 from robustvlm.errors import UserError
@@ -31,6 +32,7 @@ from robustvlm.training import (
     parse_augmentation,
 )
 
+TREES = "trees.json"
 _CALIBRATION = 64
 _AHEAD = 4
 
@@ -86,6 +88,8 @@ class PreparedFinetune:
         if not ranks.leader:
             return
         trained = sum(p.numel() for p in self.vlm.parameters() if p.requires_grad)
+        if self.forest is not None:
+            save_forest(self.forest, self.folder.path / TREES)
         method = {"method": self.config.method, **task.method.settings()}
         save_finetuned(
             self.folder.path, self.vlm, kind="finetune", base=base, base_fingerprint=fingerprint, settings=method

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from robustvlm.attacks import ThreatModel
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
+from robustvlm.data.llm_tree import BY_KIND
+from robustvlm.data.made_trees import MAKERS, make_forest
 from robustvlm.data.taxonomy import Forest
 from robustvlm.data.tree_files import load_forest
 from robustvlm.defenses import load_pipeline
@@ -19,6 +22,7 @@ from robustvlm.defenses.finetune.trainable import vision_parameters
 from robustvlm.errors import UserError
 from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
+from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
 from robustvlm.models.device import device_of_rank, resolve_device
 from robustvlm.runs.finetune_config import FinetuneConfig
@@ -52,7 +56,7 @@ def prepare_finetune(
     device = device_of_rank(resolve_device(config.device), ranks)
     config = config.model_copy(update={"device": str(device)})
     source, val = _open(config, config.data), None if config.val is None else _open(config, config.val)
-    forest = forest_of(source, config.trees)
+    forest = forest_of(source, config)
     if config.method == "hierarchical" and forest is None:
         raise UserError(
             f"'{config.data}' has no class tree, which 'hierarchical' needs: pass --tree FILE, or --method tecoa"
@@ -89,11 +93,20 @@ def finetune_settings(config: FinetuneConfig) -> FinetuneSettings:
     )
 
 
-def forest_of(source: DataSource, files: list[str]) -> Forest | None:
-    """Return the trees in the files, those of the data if none is given."""
-    if not files:
+def forest_of(source: DataSource, config: FinetuneConfig) -> Forest | None:
+    """Return the trees that the settings name, those of the data if they name none."""
+    if not config.trees:
         return source.tree
-    return Forest(tuple(tree for file in files for tree in load_forest(Path(file), source.class_names)))
+    return Forest(tuple(tree for name in config.trees for tree in _trees(name, source.class_names, config)))
+
+
+def _trees(name: str, class_names: Sequence[str], config: FinetuneConfig) -> Forest:
+    if name not in MAKERS or Path(name).exists():
+        return load_forest(Path(name), class_names)
+    client = None
+    if config.llm is not None or config.llm_model is not None:
+        client = LlmClient(Endpoint(config.llm or "", config.llm_model or ""))
+    return make_forest(name, class_names, client=client, criteria=config.tree_by or (BY_KIND,))
 
 
 def _open(config: FinetuneConfig, spec: str) -> DataSource:
