@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from robustvlm.report.wording import duration
-from robustvlm.stats import Rate
+from robustvlm.stats import Mean, Rate
 from robustvlm.training import Estimate, TrainingObserver, Validation, Warned
 
 
@@ -65,9 +65,11 @@ class TrainingProgress(TrainingObserver):
             self._bars.update(self._task, completed=step, terms=shown)
 
     def validated(self, found: Validation) -> None:
-        shown = [f"{escape(name)} {_words(value)}" for name, value in found.measures.items() if isinstance(value, Rate)]
-        loss = "" if found.train_loss is None else f"loss {found.train_loss:.4g}, "
-        self._console.print(f"Step {found.step:,}: {loss}{', '.join(shown)}", highlight=False, soft_wrap=True)
+        shown = [] if found.train_loss is None else [f"loss {found.train_loss:.4g}"]
+        for name, value in found.measures.items():
+            if isinstance(value, (Rate, Mean)):
+                shown.append(f"{escape(name)} {_words(value)}")
+        self._console.print(f"Step {found.step:,}: {', '.join(shown)}", highlight=False, soft_wrap=True)
 
     def warned(self, warning: Warned) -> None:
         self._console.print(
@@ -75,5 +77,9 @@ class TrainingProgress(TrainingObserver):
         )
 
 
-def _words(rate: Rate) -> str:
-    return "-" if rate.value is None else f"{rate.value:.1%} ({rate.low:.1%}-{rate.high:.1%})"
+def _words(found: Rate | Mean) -> str:
+    if found.value is None:
+        return "-"
+    if isinstance(found, Mean):
+        return f"{found.value:.3f}"
+    return f"{found.value:.1%} ({found.low:.1%}-{found.high:.1%})"

@@ -150,6 +150,13 @@ def _charts(history: History) -> dict[str, Markup]:
         charts["validation"] = training_plots.rate_curves(
             {name: rates[name] for name in order}, key="validation", kept=history.best_step
         )
+    means: dict[str, list[tuple[int, Mean]]] = {}
+    for found in history.validations:
+        for name, measure in found.measures.items():
+            if isinstance(measure, Mean) and measure.value is not None:
+                means.setdefault(plain(name, 40), []).append((found.step, measure))
+    if means:
+        charts["means"] = training_plots.mean_curves(means, key="means")
     kept = history.best()
     if kept is not None and by_level(kept):
         charts["norms"] = training_plots.level_norms(by_level(history.validations[0]), by_level(kept), key="norms")

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from robustvlm.report.plots import _DASHES, _STYLE, INK, SERIES, _figure, _legend, _svg
-from robustvlm.stats import Rate
+from robustvlm.stats import Mean, Rate
 
 Points = Sequence[tuple[int, float]]
 
@@ -55,6 +55,26 @@ def rate_curves(rates: Mapping[str, Sequence[tuple[int, Rate]]], *, key: str, ke
             for name, points in rates.items()
         )
         return _svg(figure, key=key, alt=f"Validation over the steps. {ends}.")
+
+
+def mean_curves(means: Mapping[str, Sequence[tuple[int, Mean]]], *, key: str) -> Markup:
+    """Draw means over the steps with their 95 % bands, one line each."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure()
+        for i, (name, points) in enumerate(means.items()):
+            colour, steps = SERIES[i % len(SERIES)], [step for step, _ in points]
+            values = [mean.value or 0.0 for _, mean in points]
+            bands = [(mean.low, mean.high) for _, mean in points if mean.low is not None and mean.high is not None]
+            if len(bands) == len(points):
+                axes.fill_between(steps, *zip(*bands, strict=True), color=colour, alpha=0.12, lw=0)
+            axes.plot(steps, values, color=colour, ls=_DASHES[i % len(_DASHES)], marker="o", ms=3, lw=1.6, label=name)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("mean of the validation images")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        _legend(figure)
+        ends = "; ".join(f"{name}: {points[0][1].value} to {points[-1][1].value}" for name, points in means.items())
+        return _svg(figure, key=key, alt=f"Means over the steps. {ends}.")
 
 
 def level_norms(before: Mapping[int, float], after: Mapping[int, float], *, key: str) -> Markup:
