@@ -1,0 +1,52 @@
+"""The benchmark of purifier and mapper: what its columns say of features that are understood."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.purify.columns import EPS, columns
+from benchmarks.purify.tables import NAMES, print_tables
+
+TEXT = np.eye(3)
+
+
+def features(spread: float, centre: int = 0, n: int = 200) -> np.ndarray:
+    rows = TEXT[centre] + spread * np.random.default_rng(0).normal(size=(n, 3))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def test_tight_features_near_the_clean_one_get_all_certificates() -> None:
+    found = columns(features(0.05), TEXT[0], TEXT, 0.5)
+    assert found["score"] > 0.99
+    assert (found["class"], found["pilot_class"]) == (0, 0)
+    assert found["class_radius"] > 0
+    assert found["radius"] > 0
+    assert all(found[f"cos@{eps}"] >= found[f"anchored@{eps}"] for eps in EPS if found[f"cos@{eps}"] < 1)
+    assert found["anchored@0.1"] > 0.5
+
+
+def test_features_that_noise_made_alike_are_certified_but_not_anchored() -> None:
+    found = columns(features(0.05, centre=1), TEXT[0], TEXT, 0.5)
+    assert found["radius"] == pytest.approx(columns(features(0.05), TEXT[0], TEXT, 0.5)["radius"], rel=0.05)
+    assert found["anchored@0.1"] == -1
+    assert found["score"] < 0.6
+    assert found["class"] == 1
+
+
+def test_tables_average_over_images_and_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for seed in (0, 1):
+        for image in "ab":
+            for variant in NAMES:
+                if variant == "encoder" and seed:
+                    continue
+                values = columns(features(0.05), TEXT[0], TEXT, 0.25)
+                del values["class"], values["pilot_class"]
+                facts = {"label": "m", "image": image, "sigma": 0.25, "variant": variant, "seed": seed, "n": 200}
+                lines.append({**facts, **values, "score": 0.5 + 0.1 * seed, "right": True, "pilot_right": True})
+    print_tables(lines)
+    said = capsys.readouterr().out
+    assert "2 images, 200 copies, seeds 0, 1" in said
+    assert "| 0.25 | encoder alone | 0.500 |" in said
+    assert "| 0.25 | + both | 0.550 ±0.050 |" in said
