@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.15)
-    parser.add_argument("--ema", type=float, default=0.995)
+    parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--eps", type=float, default=2.0, help="of the inner attack, in 1/255")
     parser.add_argument("--inner-steps", type=int, default=1)
     parser.add_argument("--clean", type=float, default=0.0, help="weight of the clean cross-entropy")
@@ -90,13 +91,18 @@ def main() -> None:
         checkpoint_every=20,
     )
     options.work.mkdir(parents=True, exist_ok=True)
-    history = Trainer(task, SpriteData(taxonomy, seed=options.seed), config, observer=Lines()).fit(options.work)
+    data = SpriteData(taxonomy, seed=options.seed)
+    history = Trainer(task, data, config, observer=Lines()).fit(options.work)
     network.save(vlm.model, options.out)
+    shutil.copy(network.BPE, options.out)
     best = history.best()
     record = {
         "command": " ".join(["python", "-m", "tools.train_tiny_robust", *sys.argv[1:]]),
         "options": {key: value for key, value in vars(options).items() if not isinstance(value, Path)},
         "started_from": "tiny",
+        "train_sprites": len(data.batches_of.sprites.styles),
+        "train_styles": sorted(set(data.batches_of.sprites.styles)),
+        "trained": "the vision tower; the text tower is that of tiny",
         "train_minutes": round(history.seconds / 60, 1),
         "best_step": history.best_step,
         "validation": {name: best.number(name) for name in best.measures} if best else {},
