@@ -31,7 +31,7 @@ def tune_prompts(
     shots: Annotated[int, typer.Option(help="Images of each class to learn from; 0 for all.", min=0)] = 16,
     context: Annotated[int, typer.Option(help="Number of context vectors (M).")] = 4,
     start: Annotated[str, typer.Option(help="Words that the context begins as.")] = "a picture of a",
-    epochs: Annotated[int, typer.Option(help="Passes over the features.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Passes over the features.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Features per step.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate (Adam, cosine).")] = 0.01,
     lambda_ebm: Annotated[float, typer.Option("--lambda-ebm", help="Weight of the energy term.")] = 1.0,

@@ -24,7 +24,7 @@ class PromptConfig(BaseModel):
     shots: int | None = 16
     context: int = 4
     start: str = "a picture of a"
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 256
     lr: float = 0.01
     energy_weight: float | None = 1.0

@@ -30,18 +30,20 @@ class Features:
 def choose_shots(source: DataSource, shots: int | None, seed: int) -> list[str]:
     """Return the ids of `shots` images of each class (all where a class has fewer, or `shots` is None).
 
-    Which ones depends on (seed, id) alone. Labels are known once an image is decoded, so this reads the source once.
+    Which ones depends on (seed, id) alone. Labels are known once an image is decoded, so this reads the source once. A
+    class without images is no error: the context is shared, and its name is all that it needs.
 
     Raises:
-        UserError: a class without images.
+        UserError: no labelled image at all.
     """
     of_class: list[list[tuple[bytes, str]]] = [[] for _ in source.class_names]
     for item in source.samples():
         if isinstance(item, Sample) and item.label != UNKNOWN:
             of_class[item.label].append((_rank(seed, item.id), item.id))
-    for name, found in zip(source.class_names, of_class, strict=True):
-        if not found:
-            raise UserError(f"'{source.spec}' has no image of the class '{name}': every class needs at least one")
+    if not any(of_class):
+        raise UserError(
+            f"'{source.spec}' has no readable image of a known class: prompts are learnt from a few of each"
+        )
     return [name for found in of_class for _, name in sorted(found)[:shots]]
 
 

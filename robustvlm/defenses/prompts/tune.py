@@ -22,7 +22,7 @@ class TuneSettings:
         UserError: a value out of range.
     """
 
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 256
     lr: float = 0.01
     weight: float | None = 1.0

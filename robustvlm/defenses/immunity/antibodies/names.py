@@ -11,6 +11,7 @@ _PREPOSITIONS = frozenset(
     ("in", "on", "at", "with", "under", "inside", "from", "for", "to", "without", "over", "behind")
 )
 _UNCHANGED = ("ss", "us", "is")
+_BUSES = re.compile("[^aeiou]uses$")  # octopuses and buses, not houses
 _IRREGULAR = {
     "mice": "mouse",
     "geese": "goose",
@@ -56,7 +57,11 @@ def _singular(word: str) -> str:
         return word
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
-    if word.endswith(("ches", "shes", "xes", "sses", "zes")) or (word.endswith("oes") and len(word) > 5):
+    if (
+        word.endswith(("ches", "shes", "xes", "sses", "zes"))
+        or (word.endswith("oes") and len(word) > 5)
+        or _BUSES.search(word)
+    ):
         return word[:-2]
     return word[:-1]
 

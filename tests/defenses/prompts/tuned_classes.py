@@ -1,0 +1,3 @@
+"""The classes of these tests."""
+
+CLASSES = ("apple", "hot dog", "police car", "snail")
