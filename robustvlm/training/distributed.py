@@ -64,6 +64,8 @@ class _Gather(torch.autograd.Function):
 class process_group:
     """Hold torch's process group while the ranks of a job train: NCCL for GPUs, Gloo otherwise; nothing when alone."""
 
+    _made = 0
+
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
         self._mine = False
@@ -71,9 +73,11 @@ class process_group:
     def __enter__(self) -> None:
         if self.ranks.link is None or distributed.is_initialized():
             return
+        # A job may train more than once, and the addresses of an earlier group still stand in its part of the store.
+        process_group._made += 1
         distributed.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
-            store=self.ranks.link.store_for("training"),
+            store=self.ranks.link.store_for(f"training {process_group._made}"),
             rank=self.ranks.rank,
             world_size=self.ranks.size,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,33 @@ def test_training_does_not_depend_on_how_the_batch_is_cut(prepare: Callable[...,
     whole.run()
     parts.run()
     one, two = (load_file(run.folder.path / "purifier.safetensors") for run in (whole, parts))
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_would(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    photos = make_folder()
+    few = [
+        "--steps",
+        "6",
+        "--mapper-steps",
+        "5",
+        "--batch-size",
+        "8",
+        "--val-limit",
+        "3",
+        "--sigma",
+        "0.25",
+        "--validate-every",
+        "0",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    for ranks in (1, 2):
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks > 1 else []
+        command = [sys.executable, *several, "-m", "robustvlm", "purify", ENCODER, "--data", f"imagefolder:{photos}"]
+        where = ["--out", str(tmp_path / "runs"), "--name", f"ranks-{ranks}"]
+        subprocess.run([*command, *few, *where], cwd=Path(__file__).parent, env=environment, check=True, timeout=300)
+    one, two = (weights(tmp_path / "runs" / f"ranks-{ranks}") for ranks in (1, 2))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
