@@ -41,6 +41,7 @@ def trained(
         steps=steps,
         mapper_steps=mapper_steps,
         batch_size=32,
+        limit=10_000,
         precision=precision,
         seed=seed,
         validate_every=0,
