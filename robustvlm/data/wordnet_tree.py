@@ -51,8 +51,8 @@ def wordnet_tree(nouns: Nouns, class_names: Sequence[str], *, levels: int = LEVE
 
 def _cuts(classes: int, count: int) -> list[tuple[float, float]]:
     """Return the (most, least) classes of a node for each cut, the coarsest first."""
-    most = [classes / (2 * 3**i) for i in range(count)]
-    return [(size, max(2.0, size / 10)) for size in most if size >= 2]
+    most = [max(2.0, classes / (2 * 3**i)) for i in range(count)]
+    return [(size, max(2.0, size / 10)) for size in most]
 
 
 def _selected(chains: Sequence[Sequence[str]], cuts: Sequence[tuple[float, float]]) -> set[str]:
