@@ -8,6 +8,7 @@ from typing import Any
 from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
+from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import outside, parse_scores, read_words, tree_words
 from robustvlm.errors import UserError
@@ -39,7 +40,7 @@ def prepare_detect(
         RunFolder(out, name)
     device = str(resolve_device(settings.device))
     known = open_data(settings.known_spec, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    unknown = [(named, open_data(named.spec)) for named in settings.unknown_sets()]
+    unknown = [(named, open_unlabelled(named.spec)) for named in settings.unknown_sets()]
     fit = None if settings.fit_spec is None else _open_fit(settings, known)
     words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
     classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
