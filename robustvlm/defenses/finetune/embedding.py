@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from robustvlm.defenses.finetune.hita import HierarchicalOptions
 from robustvlm.defenses.finetune.hyperbolic import distances, exp0
@@ -17,7 +17,7 @@ class HyperbolicEmbedding:
     """exp_0 of features (before they are scaled to unit norm) times one constant for each modality.
 
     Our reading: the direction of a point is that of CLIP's feature and its depth the feature's length, which training
-    may change. Among texts of equal length, the nearest one in the ball is then the one of the largest cosine.
+    may change. Among texts of equal length, the nearest one in the ball is the one of the largest cosine.
 
     Attributes:
         curvature: r.
@@ -62,8 +62,8 @@ def fit_embedding(
     embedding = HyperbolicEmbedding(options.curvature, scales[0], scales[1], options.temperature or 1.0)
     if options.temperature is not None:
         return embedding
-    apart = distances(embedding.images(images), embedding.texts(scales[1] * texts.float()), options.curvature)
-    unit = torch.nn.functional.normalize
-    cosines = unit(images.float(), dim=-1) @ unit(texts.float(), dim=-1).T
+    directions = normalize(texts.float(), dim=-1)
+    apart = distances(embedding.images(images), embedding.texts(tangent * directions), options.curvature)
+    cosines = normalize(images.float(), dim=-1) @ directions.T
     spread = float(apart.std(dim=1).mean() / (logit_scale * cosines.std(dim=1).mean()))
     return HyperbolicEmbedding(options.curvature, scales[0], scales[1], spread)

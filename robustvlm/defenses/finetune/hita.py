@@ -21,6 +21,8 @@ class HierarchicalOptions:
         curvature: r of the ball.
         depth: sqrt(r) times the mean length of tangent vectors at the start, of images and of class texts; the paper
             does not say how CLIP's features enter the ball (our reading: scaled by one constant for each modality).
+        shared_depth: the texts of one level lie at one depth, their mean, so that the nearest is the one of the largest
+            cosine, by which the deployed model tells classes apart (our reading); off: each at its own length's depth.
         temperature: of the softmax over negative distances; None: such that the logits of the base model's embeddings
             have the spread of its own (our reading).
         negatives: negative-set augmentation, the non-kin nodes of the levels above and below in each denominator.
@@ -43,6 +45,7 @@ class HierarchicalOptions:
 
     curvature: float = 1.0
     depth: float = 1.0
+    shared_depth: bool = True
     temperature: float | None = None
     negatives: bool = True
     leaf_only: bool = False

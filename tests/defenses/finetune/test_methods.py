@@ -147,7 +147,8 @@ def test_embedding_is_fitted_to_the_model_before_training() -> None:
     fitted = method.embedding
     assert float((fitted.image_scale * features).norm(dim=1).mean().detach()) == pytest.approx(0.25)
     assert float((fitted.text_scale * texts).norm(dim=1).mean().detach()) == pytest.approx(0.25)
-    apart = distances(fitted.images(features), fitted.texts(fitted.text_scale * texts), 4.0) / fitted.temperature
+    level = fitted.texts(0.25 * F.normalize(texts, dim=1))
+    apart = distances(fitted.images(features), level, 4.0) / fitted.temperature
     cosine = 10 * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
     torch.testing.assert_close(apart.std(dim=1).mean(), cosine.std(dim=1).mean(), rtol=1e-4, atol=0)
 
@@ -261,10 +262,25 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_superclass_texts_can_be_the_midpoints_of_their_classes() -> None:
-    method = hierarchical(small_vlm(), name_superclasses=False)
-    tree, texts = method.trees[0], method.embedding.texts(method._tangents())
-    nodes = method._node_texts(texts, tree)
+    method = hierarchical(small_vlm(), name_superclasses=False, shared_depth=False)
+    tree, tangents = method.trees[0], method._tangents()
+    nodes, texts = method._node_texts(tangents, tree), method.embedding.texts(tangents)
     pet = hyp_avg(texts[:2], torch.ones(1, 2), 1.0)
     torch.testing.assert_close(nodes[:5], torch.cat([texts[:4], pet]))
     animal = hyp_avg(torch.cat([pet, texts[2:3]]), torch.ones(1, 2), 1.0)
     torch.testing.assert_close(nodes[7:8], animal)
+
+
+def test_nearest_class_is_the_one_of_the_largest_cosine() -> None:
+    method = hierarchical(small_vlm())
+    tree = method.trees[0]
+    nodes = method._node_texts(method._tangents(), tree)
+    for level in range(tree.levels):
+        lengths = nodes[tree.level_of == level].norm(dim=1)
+        torch.testing.assert_close(lengths, lengths[:1].expand_as(lengths))
+    features = method.student.embed_image(images(40)[0])
+    apart = distances(method.embedding.images(features), nodes[:4], 1.0)
+    cosines = F.normalize(features, dim=1) @ F.normalize(method.texts()[:4], dim=1).T
+    assert torch.equal(apart.argmin(dim=1), cosines.argmax(dim=1))
+    own = hierarchical(small_vlm(), shared_depth=False)
+    assert own._node_texts(own._tangents(), tree)[:4].norm(dim=1).std() > 0.01

@@ -62,7 +62,7 @@ class Hierarchical(Method):
         """Return the mean norm of the first tree's text embeddings by level: parents should be nearer to the origin."""
         tree = self.trees[0]
         with torch.no_grad():
-            norms = self._node_texts(self.embedding.texts(self._tangents()), tree).norm(dim=-1)
+            norms = self._node_texts(self._tangents(), tree).norm(dim=-1)
         return {
             f"text norm, level {level}": float(norms[tree.level_of == level].mean()) for level in range(tree.levels)
         }
@@ -72,8 +72,8 @@ class Hierarchical(Method):
         found: list[dict[str, Tensor]] = []
         for number, weights in enumerate(self._level_weights()):
             adversarial, delta = self._perturbed(pixels, labels, tangents.detach(), draws, weights, str(number))
-            texts = self.embedding.texts(tangents if delta is None else tangents + delta)
-            found.append(self._losses(self._points(adversarial), labels, texts, weights))
+            perturbed = tangents if delta is None else tangents + delta
+            found.append(self._losses(self._points(adversarial), labels, perturbed, weights))
         # With one perturbation for each level, the constraints are asked of the images perturbed for the classes.
         terms = {**found[0], "alignment": torch.stack([losses["alignment"] for losses in found]).sum()}
         loss = terms["alignment"] + self.options.vicinity * terms["vicinity"]
@@ -85,17 +85,16 @@ class Hierarchical(Method):
         """Return the images and the perturbation of the texts that raise the alignment loss."""
 
         def objective(x: Tensor, delta: Tensor | None) -> Tensor:
-            points = self._points(x)
-            texts = self.embedding.texts(tangents if delta is None else tangents + delta)
-            return torch.stack([self._alignment(*seen) for seen in self._seen(points, labels, texts, weights)]).sum()
+            seen = self._seen(self._points(x), labels, tangents if delta is None else tangents + delta, weights)
+            return torch.stack([self._alignment(*tree) for tree in seen]).sum()
 
         with frozen(self.student):
             return self.attack(objective, pixels, draws, texts=tangents, eps_text=self.options.eps_text, name=name)
 
-    def _losses(self, points: Tensor, labels: Tensor, texts: Tensor, weights: list[Tensor]) -> dict[str, Tensor]:
+    def _losses(self, points: Tensor, labels: Tensor, tangents: Tensor, weights: list[Tensor]) -> dict[str, Tensor]:
         options = self.options
         totals = {name: points.new_zeros(()) for name in ("alignment", "vicinity", "norm order")}
-        for seen in self._seen(points, labels, texts, weights):
+        for seen in self._seen(points, labels, tangents, weights):
             totals["alignment"] = totals["alignment"] + self._alignment(*seen)
             apart, images, own, tree, level = seen
             asked = (level > 0).to(level) if options.leaf_only else torch.ones_like(level)
@@ -105,20 +104,25 @@ class Hierarchical(Method):
                 totals["norm order"] = totals["norm order"] + norm_order(images, own, tree, options.norm_gap)
         return totals
 
-    def _seen(self, points: Tensor, labels: Tensor, texts: Tensor, weights: list[Tensor]) -> Iterator[_Seen]:
+    def _seen(self, points: Tensor, labels: Tensor, tangents: Tensor, weights: list[Tensor]) -> Iterator[_Seen]:
         """Yield for every tree the distances, the image rows, the texts of its nodes, itself, and its level weights."""
         r = self.embedding.curvature
         for tree, level in zip(self.trees, weights, strict=True):
-            images, own = image_nodes(points, labels, tree, r), self._node_texts(texts, tree)
+            images, own = image_nodes(points, labels, tree, r), self._node_texts(tangents, tree)
             yield distances(images.points, own, r), images, own, tree, level
 
-    def _node_texts(self, texts: Tensor, tree: Hierarchy) -> Tensor:
-        """Return the text embeddings of a tree's nodes, [N, D]."""
+    def _node_texts(self, tangents: Tensor, tree: Hierarchy) -> Tensor:
+        """Return the text embeddings of a tree's nodes, [N, D], from tangent vectors of all names."""
+        classes = torch.arange(tree.sizes[0], device=tangents.device)
+        nodes = tree.text_of if self.options.name_superclasses else classes
+        rows = tangents[nodes]
+        if self.options.shared_depth:
+            rows = _levelled(rows, tree.level_of[: len(rows)])
+        points = self.embedding.texts(rows)
         if self.options.name_superclasses:
-            return texts[tree.text_of]
-        classes = torch.arange(tree.sizes[0], device=texts.device)
+            return points
         # Averages over texts go up a tree as those over images do, with every class shown once.
-        return image_nodes(texts[classes], classes, tree, self.embedding.curvature).points
+        return image_nodes(points, classes, tree, self.embedding.curvature).points
 
     def _alignment(self, apart: Tensor, images: ImageNodes, own: Tensor, tree: Hierarchy, weights: Tensor) -> Tensor:
         del own
@@ -142,6 +146,14 @@ class Hierarchical(Method):
 
     def _tangents(self) -> Tensor:
         return self.embedding.text_scale * self.texts().float()
+
+
+def _levelled(rows: Tensor, level: Tensor) -> Tensor:
+    """Return rows [N, D] with the mean length of their level in place of their own."""
+    lengths = rows.norm(dim=-1).clamp_min(1e-12)
+    totals = lengths.new_zeros(int(level.max()) + 1)
+    means = totals.index_add(0, level, lengths) / totals.index_add(0, level, torch.ones_like(lengths))
+    return rows * (means[level] / lengths)[:, None]
 
 
 def _only(level: int, weights: Tensor) -> Tensor:
