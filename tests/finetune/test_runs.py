@@ -112,8 +112,7 @@ def test_other_settings_need_another_name(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["lr"] == 0.02
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("trainable", ["all", "ssf"])
+@pytest.mark.parametrize(("method", "trainable"), [*((name, "all") for name in sorted(METHODS)), ("pmg", "ssf")])
 def test_every_method_trains_and_is_written(tmp_path: Path, method: str, trainable: str) -> None:
     tree = tmp_path / "tree.json"
     tree.write_text(json.dumps({"name": "all", "children": [{"name": "warm", "children": ["red"]}, "green", "blue"]}))
