@@ -131,8 +131,9 @@ def train_parts(
 def check_encoder(encoder: VLM, settings: PurifySettings) -> None:
     """Refuse encoders that purifier or mapper cannot be trained for."""
     if isinstance(encoder, SmoothedVLM):
-        plain = encoder.spec.partition("+smooth")[0]
-        raise UserError(f"'{encoder.spec}' is smoothed already: purify '{plain}', then smooth the result")
+        plain, smoothed, _ = encoder.spec.partition("+smooth")
+        below = f"'{plain}'" if smoothed else "the model below the smoothing"
+        raise UserError(f"'{encoder.spec}' is smoothed already: purify {below}, then smooth the result")
     own = isinstance(encoder, PurifiedVLM) and encoder.purifier is not None
     if own and (settings.denoiser is not None or "purifier" in settings.stages):
         raise UserError(f"'{encoder.spec}' has a purifier already: pass --only mapper, or the model it stands on")
