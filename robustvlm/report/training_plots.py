@@ -64,9 +64,10 @@ def mean_curves(means: Mapping[str, Sequence[tuple[int, Mean]]], *, key: str) ->
         for i, (name, points) in enumerate(means.items()):
             colour, steps = SERIES[i % len(SERIES)], [step for step, _ in points]
             values = [mean.value or 0.0 for _, mean in points]
-            bands = [(mean.low, mean.high) for _, mean in points if mean.low is not None and mean.high is not None]
-            if len(bands) == len(points):
-                axes.fill_between(steps, *zip(*bands, strict=True), color=colour, alpha=0.12, lw=0)
+            low = [mean.low for _, mean in points if mean.low is not None]
+            high = [mean.high for _, mean in points if mean.high is not None]
+            if len(low) == len(high) == len(points):
+                axes.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
             axes.plot(steps, values, color=colour, ls=_DASHES[i % len(_DASHES)], marker="o", ms=3, lw=1.6, label=name)
         axes.set_xlim(left=0)
         axes.set_xlabel("steps")
