@@ -97,7 +97,7 @@ def head_and_kind(classifier: Classifier, templates: Sequence[str]) -> tuple[Hea
     if vlm is None:
         return Head.of_logits(len(classifier.class_names)), False
     texts = classifier.class_embeddings
-    if texts is None:
+    if texts is None or texts.ndim != 2 or len(texts) != len(classifier.class_names):  # several prototypes a class
         texts = class_embeddings(vlm, classifier.class_names, templates)
     return Head(texts.detach().float().cpu(), vlm.logit_scale), True
 
