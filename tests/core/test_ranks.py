@@ -147,3 +147,11 @@ def test_a_lost_store_is_one_line() -> None:
         link.barrier()
     assert link.fail("whom could I tell?"), "then this process speaks for itself"
     link.close()
+
+
+def test_every_purpose_has_keys_of_its_own() -> None:
+    link = Link(HashStore(), rank=0, size=1)
+    link.store_for("training").set("key", "value")
+    assert link.store_for("training").check(["key"])
+    assert not link.store_for("other").check(["key"])
+    link.close()
