@@ -1,0 +1,140 @@
+"""Prompt-tuning runs from start to end: a folder that is a model, taken up again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from robustvlm.cli.tune_prompts import tune_prompts
+from robustvlm.defenses import SmoothedVLM, load_classifier
+from robustvlm.errors import UserError
+from robustvlm.evaluation.prompt_tuning import PreparedPrompts, prepare_prompts
+from robustvlm.models.saved import read_card
+from robustvlm.runs.prompt_config import PromptConfig
+
+NAMES = ["cat", "dog", "fox"]
+
+
+@pytest.fixture
+def photos(make_folder: Callable[..., Path]) -> Path:
+    return make_folder()
+
+
+@pytest.fixture
+def prepare(photos: Path, tmp_path: Path) -> Callable[..., PreparedPrompts]:
+    def make(name: str = "run", **settings: Any) -> PreparedPrompts:
+        few = {"model": "tiny", "data": f"imagefolder:{photos}", "shots": 4, "epochs": 2}
+        return prepare_prompts(PromptConfig(**(few | settings)), out=tmp_path / "runs", name=name)
+
+    return make
+
+
+def test_a_run_is_a_model_with_the_tuned_embeddings(prepare: Callable[..., PreparedPrompts]) -> None:
+    run = prepare()
+    record = run.run()
+    assert record["images"] == 12
+    assert set(record["history"][0]) == {"cross_entropy", "masked_cross_entropy", "energy_change", "loss"}
+    spec, pixels = str(run.folder.path), torch.rand(2, 3, 64, 64, requires_grad=True)
+    classifier = load_classifier(spec, NAMES, ["a {}"])
+    texts = load_file(run.folder.path / "prompts.safetensors")["class_embeddings"]
+    with torch.no_grad():
+        torch.testing.assert_close(texts, run.learner())
+    logits = classifier(pixels)
+    expected = run.vlm.logit_scale * run.vlm.encode_image(pixels) @ texts.T
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_classes_are_found_by_name_and_others_refused(prepare: Callable[..., PreparedPrompts]) -> None:
+    run = prepare()
+    run.run()
+    spec, pixels = str(run.folder.path), torch.rand(1, 3, 64, 64)
+    whole, part = load_classifier(spec, NAMES, ["{}"]), load_classifier(spec, ["Fox", "cat"], ["{}"])
+    torch.testing.assert_close(part(pixels), whole(pixels)[:, [2, 0]])
+    assert whole.fingerprint != part.fingerprint != load_classifier("tiny", NAMES, ["{}"]).fingerprint
+    assert isinstance(load_classifier(f"{spec}+smooth:0.1:4", NAMES, ["{}"]).vlm, SmoothedVLM)
+    with pytest.raises(UserError, match="were tuned for 3 classes, 'wolf' is none of them"):
+        load_classifier(spec, ["cat", "wolf"], ["{}"])
+
+
+def test_a_finished_run_is_taken_up_and_an_unfinished_one_made_again(prepare: Callable[..., PreparedPrompts]) -> None:
+    record = prepare().run()
+    path = prepare().folder.path
+    before = load_file(path / "prompts.safetensors")
+    images: list[int] = []
+    assert prepare().run(on_images=images.append) == record
+    assert images == []
+    # Killed before the card was written: no model, and made again to the same bits.
+    (path / "model.json").unlink()
+    assert prepare().run(on_images=images.append) == record
+    assert images == [12]
+    assert all(torch.equal(value, before[name]) for name, value in load_file(path / "prompts.safetensors").items())
+    with pytest.raises(UserError, match=r"made with other settings \(seed: 0 -> 1\)"):
+        prepare(seed=1).run()
+    assert prepare(seed=1).run(fresh=True) != record
+
+
+def test_without_the_energy_terms_it_is_coop(prepare: Callable[..., PreparedPrompts]) -> None:
+    record = prepare(energy_weight=None).run()
+    assert set(record["history"][0]) == {"cross_entropy", "loss"}
+
+
+def test_validation_and_unknown_images_are_measured(
+    prepare: Callable[..., PreparedPrompts], make_folder: Callable[..., Path], photos: Path
+) -> None:
+    ood = f"imagefolder:{make_folder(9, 'others')}"
+    record = prepare(val=f"imagefolder:{photos}", ood=[ood]).run()
+    for key in ("zero_shot", "tuned"):
+        assert record[key]["accuracy"]["total"] == 36
+        value, low, high = record[key]["auroc"][ood]
+        assert 0 <= low <= value <= high <= 1
+
+
+def test_mistakes_are_found_before_any_work(prepare: Callable[..., PreparedPrompts]) -> None:
+    for wrong, message in (
+        ({"shots": 0}, "--shots must be at least 1, got 0"),
+        ({"n_reset": 0}, "--c must be at least 1, got 0"),
+        ({"context": 40}, "40 context vectors do not fit"),
+        ({"ood": ["emoji"]}, "pass --val DATA with known images too"),
+        ({"val": "emoji"}, "has other classes than"),
+        ({"model": "tiny+smooth:0.1", "epochs": 0}, "epochs must be at least 1"),
+        ({"name": "../out"}, "the run name '../out' is not allowed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(**wrong)
+
+
+def test_a_damaged_folder_is_one_clear_line(prepare: Callable[..., PreparedPrompts]) -> None:
+    run = prepare()
+    run.run()
+    path = run.folder.path
+    card = json.loads((path / "model.json").read_text())
+    card["settings"]["class_names"] = ["cat", "dog"]
+    (path / "model.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="is damaged: its embeddings do not fit its classes"):
+        load_classifier(str(path), ["cat", "dog"], ["{}"])
+    (path / "prompts.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="is damaged or no safetensors file"):
+        load_classifier(str(path), ["cat", "dog"], ["{}"])
+
+
+def test_the_command_prints_what_changed(photos: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(tune_prompts)
+    data = ["--data", f"imagefolder:{photos}", "--val", f"imagefolder:{photos}", "--out", str(tmp_path), "--name", "r"]
+    result = CliRunner().invoke(app, ["tiny", *data, "--epochs", "1", "--no-ebm"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "hand-written prompts" in result.stdout
+    card = read_card(tmp_path / "r")
+    assert card is not None
+    assert (card.kind, card.base, card.settings["class_names"]) == ("tune-prompts", "tiny", NAMES)
