@@ -29,7 +29,7 @@ def antibody_score(features: Tensor, antibodies: Tensor) -> Tensor:
 
 
 def open_set_score(features: Tensor, prototypes: Tensor, antibodies: Tensor, weight: float) -> Tensor:
-    """Return S_DIS(z) = max_k <z, mu_k> - weight max_a <z, a> of features [B, D]: [B], higher = more like a known class.
+    """Return S_DIS(z) = max_k <z, mu_k> - weight max_a <z, a> of features [B, D]: [B]; higher = more like a class.
 
     Source: Immuno-VLM, arXiv 2605.30745, the inference score with lambda_inf = weight; features are those behind the
     adapter.

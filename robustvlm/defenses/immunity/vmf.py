@@ -58,7 +58,9 @@ def _by_debye(kappa: Array, order: float, dim: int) -> Array:
     series = sum(u(1.0 / root) / order**k for k, u in enumerate(_debye_polynomials()))
     # v log(kappa) - v eta, without the log(x) that both hold:
     powers = order * (log(order) + np.log1p(root) - root)
-    return np.asarray(powers + 0.5 * log(2 * pi * order) + 0.5 * np.log(root) - np.log(series) - 0.5 * dim * log(2 * pi))
+    return np.asarray(
+        powers + 0.5 * log(2 * pi * order) + 0.5 * np.log(root) - np.log(series) - 0.5 * dim * log(2 * pi)
+    )
 
 
 @cache

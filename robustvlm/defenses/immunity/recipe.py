@@ -1,0 +1,159 @@
+"""The phases in order: from encoded images, class texts and antibodies to an immunity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.defenses.immunity.adapter import Adapter
+from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
+from robustvlm.defenses.immunity.prototypes import Prototypes
+from robustvlm.defenses.immunity.score import class_scores, open_set_score
+from robustvlm.defenses.immunity.state import Immunity
+from robustvlm.defenses.immunity.thresholds import DEFAULT_MISS, MIN_IMAGES, Thresholds, fit_thresholds
+from robustvlm.defenses.immunity.vaccine import Targets, Vaccinated, VaccineSettings, vaccinate
+from robustvlm.defenses.immunity.vmf import log_normaliser
+from robustvlm.errors import UserError
+from robustvlm.models import VLM
+from robustvlm.models.zero_shot import class_embeddings
+
+DEFAULT_WEIGHT = 0.5
+KAPPAS = ("model", "class")
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Unit features [N, D] of images with labels [N]; labels below 0 are of unknown classes."""
+
+    features: Tensor
+    labels: Tensor
+
+    def known(self) -> Labelled:
+        """Return the images of known classes."""
+        return Labelled(self.features[self.labels >= 0], self.labels[self.labels >= 0])
+
+
+@dataclass(frozen=True, eq=False)
+class Immunised:
+    """An immunity and how it came about: the vaccine's history and the thresholds' fits."""
+
+    immunity: Immunity
+    vaccinated: Vaccinated
+    thresholds: Thresholds
+
+
+def immunise(
+    fit: Labelled,
+    held_out: Labelled,
+    prototypes: Prototypes,
+    antibodies: Antibodies,
+    class_names: Sequence[str],
+    *,
+    logit_scale: float,
+    kappa: str = "model",
+    weight: float = DEFAULT_WEIGHT,
+    miss: float = DEFAULT_MISS,
+    min_images: int = MIN_IMAGES,
+    vaccine: VaccineSettings | None = None,
+    start: Adapter | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Immunised:
+    """Vaccinate, then fit the thresholds on held-out images (Immuno-VLM, arXiv 2605.30745, phases 3 and 4).
+
+    Args:
+        fit: images to train on. held_out: other images, which stop the training and set the thresholds.
+        logit_scale: the model's factor on cosines.
+        kappa: concentration in the likelihoods: "class", the estimate of each class (the paper), or "model", the
+            model's own temperature for all. Estimates of contrastive features lie an order of magnitude above the
+            temperature that the features were trained at; the likelihoods are then certain of everything, and the
+            training teaches nothing but that (our reading; docs/immunize.md has the figures).
+        weight: lambda_inf of S_DIS. start: begin the vaccination from this adapter.
+
+    Raises:
+        UserError: whatever the phases raise.
+    """
+    settings = vaccine or VaccineSettings()
+    fit, held_out = fit.known(), held_out.known()
+    targets = make_targets(prototypes, antibodies.embeddings, kappa=kappa, logit_scale=logit_scale)
+    done = vaccinate(
+        fit.features, fit.labels, held_out.features, held_out.labels, targets, settings, start=start, on_step=on_step
+    )
+    with torch.no_grad():
+        adapted = done.adapter(held_out.features)
+    thresholds = thresholds_of(
+        adapted, held_out.labels, prototypes.vectors, antibodies.embeddings, weight, miss=miss, min_images=min_images
+    )
+    values = torch.tensor(thresholds.values, dtype=torch.float32)
+    immunity = Immunity(
+        tuple(class_names), prototypes.vectors.float().cpu(), antibodies, weight, values, done.adapter.cpu()
+    )
+    return Immunised(immunity, done, thresholds)
+
+
+def make_targets(prototypes: Prototypes, antibodies: Tensor, *, kappa: str, logit_scale: float) -> Targets:
+    """Return what the vaccine trains towards; `kappa` as for `immunise`.
+
+    Raises:
+        UserError: an unknown choice of kappa.
+    """
+    if kappa not in KAPPAS:
+        raise UserError(f"--kappa is model or class, got '{kappa}'")
+    own = prototypes.kappa if kappa == "class" else torch.full_like(prototypes.kappa, logit_scale)
+    log_c = torch.from_numpy(log_normaliser(own.double().cpu().numpy(), prototypes.vectors.shape[-1]))
+    vectors = prototypes.vectors
+    # Softmax does not see what all classes share, and float32 would lose the differences in it.
+    relative = (log_c - log_c.mean()).to(vectors)
+    return Targets(vectors, own.to(vectors), relative, antibodies.to(vectors))
+
+
+def thresholds_of(
+    adapted: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    antibodies: Tensor,
+    weight: float,
+    *,
+    miss: float = DEFAULT_MISS,
+    min_images: int = MIN_IMAGES,
+) -> Thresholds:
+    """Return the thresholds from adapted features [N, D] of held-out images: of those that are classified right."""
+    right = class_scores(adapted, prototypes).argmax(dim=1) == labels
+    scores = open_set_score(adapted[right], prototypes, antibodies, weight)
+    of = labels[right].cpu().numpy()
+    return fit_thresholds(scores.double().cpu().numpy(), of, len(prototypes), miss=miss, min_images=min_images)
+
+
+def text_only(class_names: Sequence[str], text: Tensor, antibodies: Antibodies) -> Immunity:
+    """Return the immunity of the zero-shot mode: prototypes are the texts, no adapter, weight 1, thresholds 0.
+
+    An image is accepted when it is nearer to a class than to every antibody. With the class texts and the antibodies
+    as the only data, half-way between the two kinds' own scores, 1 - c and c - 1 for c = max_a <t_k, a>, lies 0
+    whatever c is; and only at weight 1 does a cosine that the two modalities do not share cancel (our reading).
+
+    Raises:
+        UserError: there are no antibodies, so that nothing could ever be rejected.
+    """
+    if not len(antibodies):
+        raise UserError("without images and without antibodies nothing tells the unknown: pass --antibodies or images")
+    count, dim = text.shape
+    identity = Adapter(dim, 1).eval().requires_grad_(False)
+    return Immunity(tuple(class_names), text[:, None].float().cpu(), antibodies, 1.0, torch.zeros(count), identity)
+
+
+def immunise_without_images(
+    vlm: VLM, class_names: Sequence[str], templates: Sequence[str], antibodies: Sequence[str]
+) -> Immunity:
+    """Return `text_only` for a model and unfiltered antibody texts.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> immunise_without_images(load_model("tiny"), ["apple", "dog"], ["{}"], ["peach"]).thresholds
+        tensor([0., 0.])
+    """
+    texts = tuple(AntibodyText(text, "") for text in antibodies)
+    embedded = class_embeddings(vlm, list(antibodies), templates).float().cpu() if texts else torch.zeros(0, 1)
+    text = class_embeddings(vlm, class_names, templates).float().cpu()
+    return text_only(class_names, text, Antibodies(texts, embedded))

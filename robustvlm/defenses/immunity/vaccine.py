@@ -1,0 +1,183 @@
+"""Phase 3, vaccination: train the adapter on features that were encoded once, and stop when held-out images say so."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.core.seeds import generator
+from robustvlm.defenses.immunity.adapter import Adapter
+from robustvlm.defenses.immunity.losses import pull, push
+from robustvlm.defenses.immunity.score import class_scores
+from robustvlm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaccineSettings:
+    """How the vaccine is trained.
+
+    Args:
+        hidden: width of the adapter. steps: optimiser steps at most; batch_size: images a step. lr: of AdamW.
+        push_weight: lambda. margin: m of the hinge. decay: eta of eta ||theta||^2, which holds the adapter near the
+            identity. every: steps between two looks at held-out images; patience: looks without progress before the
+            end. worst_loss: largest fall of held-out accuracy that is taken for a smaller loss.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    hidden: int = 128
+    steps: int = 400
+    batch_size: int = 256
+    lr: float = 3e-4
+    push_weight: float = 1.0
+    margin: float = 0.2
+    decay: float = 1e-3
+    every: int = 10
+    patience: int = 10
+    worst_loss: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "batch_size", "every", "patience"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of the vaccine must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "push_weight", "decay", "worst_loss"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"{name} of the vaccine must not be negative, got {getattr(self, name):g}")
+        if not 0 < self.lr < math.inf or not -1 <= self.margin <= 1:
+            raise UserError(f"the vaccine needs lr > 0 and a margin in [-1, 1], got {self.lr:g} and {self.margin:g}")
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What features are pulled to and pushed from: prototypes [K, M, D], kappa and log_c [K], antibodies [A, D]."""
+
+    prototypes: Tensor
+    kappa: Tensor
+    log_c: Tensor
+    antibodies: Tensor
+
+
+@dataclass(frozen=True)
+class Look:
+    """The losses at one step: of the last batch, and of the held-out images, with their accuracy."""
+
+    step: int
+    train: float
+    pull: float
+    push: float
+    held_out: float
+    accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Vaccinated:
+    """The trained adapter, from the step that held-out images chose, and the way there."""
+
+    adapter: Adapter
+    history: tuple[Look, ...]
+    chosen: int
+
+
+def vaccinate(
+    features: Tensor,
+    labels: Tensor,
+    held_out: Tensor,
+    held_labels: Tensor,
+    targets: Targets,
+    settings: VaccineSettings,
+    *,
+    start: Adapter | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Vaccinated:
+    """Return the adapter that minimises L_pull + lambda L_push + eta ||theta||^2, stopped early.
+
+    Immuno-VLM (arXiv 2605.30745), phase 3. The start (the identity, unless `start` is given) is one of the candidates:
+    of the looks whose held-out accuracy is not below the start's by more than `worst_loss`, the one with the smallest
+    held-out loss wins, so that a vaccine that does not help does not harm. The same seed gives the same adapter;
+    memory does not grow with the number of steps.
+
+    Args:
+        features, held_out: unit features [N, D] and [H, D] of labelled images; labels, held_labels: [N], [H].
+        start: begin from this adapter (it is copied).
+        on_step: called with the number of steps done.
+
+    Raises:
+        UserError: no images, or a loss that is not finite.
+
+    Example:
+        >>> axes = torch.eye(2)
+        >>> targets = Targets(axes[:, None], torch.ones(2), torch.zeros(2), torch.zeros(0, 2))
+        >>> labels = torch.tensor([0, 1])
+        >>> vaccinate(axes, labels, axes, labels, targets, VaccineSettings(steps=20, hidden=4)).history[0].step
+        0
+    """
+    if not len(features) or not len(held_out):
+        raise UserError("vaccination needs images to train on and held-out images: pass --no-images to do without")
+    dim = features.shape[1]
+    adapter = Adapter(dim, settings.hidden, seed=settings.seed) if start is None else copy.deepcopy(start)
+    adapter = adapter.to(features.device).train().requires_grad_(True)
+    history = [_look(adapter, 0, math.nan, held_out, held_labels, targets, settings)]
+    best, chosen, stale = _copy(adapter), history[0], 0
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=0.0)
+    draws = generator(settings.seed, "vaccine")
+    for step in range(1, settings.steps + 1):
+        rows = torch.randint(len(features), (min(settings.batch_size, len(features)),), generator=draws)
+        rows = rows.to(features.device)
+        loss = _loss(adapter, features[rows], labels[rows], targets, settings)
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss of the vaccine is not finite after {step} steps: pass a smaller --lr")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if on_step is not None:
+            on_step(step)
+        if step % settings.every and step < settings.steps:
+            continue
+        history.append(_look(adapter, step, float(loss.detach()), held_out, held_labels, targets, settings))
+        harmless = history[-1].accuracy >= history[0].accuracy - settings.worst_loss - 1e-12
+        if harmless and history[-1].held_out < chosen.held_out:
+            best, chosen, stale = _copy(adapter), history[-1], 0
+        else:
+            stale += 1
+        if stale >= settings.patience:
+            break
+    adapter.load_state_dict(best)
+    return Vaccinated(adapter.eval().requires_grad_(False), tuple(history), chosen.step)
+
+
+def _loss(adapter: Adapter, features: Tensor, labels: Tensor, targets: Targets, settings: VaccineSettings) -> Tensor:
+    adapted = adapter(features)
+    weights = torch.stack([parameter.square().sum() for parameter in adapter.parameters()]).sum()
+    return (
+        pull(adapted, labels, targets.prototypes, targets.kappa, targets.log_c)
+        + settings.push_weight * push(adapted, targets.antibodies, settings.margin)
+        + settings.decay * weights
+    )
+
+
+@torch.no_grad()
+def _look(
+    adapter: Adapter,
+    step: int,
+    train: float,
+    held_out: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    settings: VaccineSettings,
+) -> Look:
+    adapted = adapter(held_out)
+    drawn = float(pull(adapted, labels, targets.prototypes, targets.kappa, targets.log_c))
+    pushed = float(push(adapted, targets.antibodies, settings.margin))
+    hits = class_scores(adapted, targets.prototypes).argmax(dim=1) == labels
+    return Look(step, train, drawn, pushed, drawn + settings.push_weight * pushed, float(hits.double().mean()))
+
+
+def _copy(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in adapter.state_dict().items()}
