@@ -13,14 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
+from robustvlm.attacks import PGD, ThreatModel
 from robustvlm.defenses import load_classifier
 from robustvlm.detect import Head, Mahalanobis, all_metrics
 from robustvlm.errors import UserError
+from robustvlm.evaluation.detecting.adversarial import fool
 from robustvlm.evaluation.detecting.gate import ScoreGate
 from robustvlm.evaluation.detecting.observer import DetectObserver
 from robustvlm.evaluation.detecting.run import PreparedDetect
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.evaluation.detecting.setup import prepare_detect
+from robustvlm.evaluation.images import Picture
 from robustvlm.report.detect_html import write_detect_report
 from robustvlm.runs.detect_summary import DetectSummary
 
@@ -276,6 +279,23 @@ def test_gates_answer_as_scores() -> None:
     assert torch.allclose(output[:, :-1], inner(pixels), atol=1e-5)
     assert torch.allclose(output[:, -1], detector.score(features) + 3.0, atol=1e-4)
     assert gate.fingerprint != ScoreGate(inner, head, detector, threshold=-4.0).fingerprint
+
+
+def test_adversarial_images_do_not_stop_at_the_border() -> None:
+    """With more steps they are the surer of their wrong class: no image leaves at its first success."""
+    classifier = load_classifier("small_encoders:Encoder", CLASSES, ["{}"], cache=False)
+    pixels = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    labels = classifier(pixels).argmax(1).tolist()
+    pictures = [Picture(str(i), label, image) for i, (label, image) in enumerate(zip(labels, pixels, strict=True))]
+    sure = []
+    for steps in (2, 12):
+        attack = PGD(n_iter=steps, step_size=2 / 255)
+        found = fool(classifier, pictures, attack, ThreatModel("Linf", 24 / 255), lanes=8, seed=0)
+        assert found.features is not None
+        logits = classifier.logit_scale * found.features @ classifier.class_embeddings.T  # type: ignore[operator,union-attr]
+        assert not bool((logits.argmax(1) == found.labels).any())
+        sure.append(float(logits.softmax(1).amax(1).mean()))
+    assert 1 - sure[1] < 0.2 * (1 - sure[0])
 
 
 def test_images_that_were_learnt_from(prepare: Prepare, place: Path) -> None:

@@ -28,7 +28,10 @@ class Logits(nn.Module):
 def fool(
     classifier: Classifier, pictures: list[Picture], attack: LaneAttack, threat: ThreatModel, *, lanes: int, seed: int
 ) -> Encoded:
-    """Attack images that are classified right until they are not; return what the model says of the fooled ones.
+    """Attack images that are classified right; return what the model says of those that are wrong at the end.
+
+    No image leaves at its first success: it would stand on the border of two classes, where any score of confidence
+    finds it. The attack goes on to the most wrong image it can find.
 
     Args:
         pictures: images of known classes, each classified right.
@@ -46,6 +49,7 @@ def fool(
         rungs=found.rungs,
         seed=seed,
         goal=Misclassify(),
+        leave=False,
     )
     jobs = (Job(picture.id, number, picture.pixels, picture.label) for number, picture in enumerate(pictures))
     fooled = sorted((r for r in engine.run(jobs) if r.outcome == FOOLED), key=lambda result: result.job.index)
