@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MODEL = "Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance score."
 _OOD = "Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji]."
-_FIT = "Images of the known classes to learn from, or none [default: none; emoji?split=train for the bundled data]."
+_FIT = "Images of the known classes to learn from, or none [default: none; the training styles for the bundled data]."
 _SCORES = "all, or a list such as mcm,energy,knn (docs/detect.md lists them)."
 _ATTACK = "Attacks of --under-attack; objectives do not matter, all climb the acceptance margin."
 _ATTACK_SCORES = (

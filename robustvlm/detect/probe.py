@@ -69,7 +69,7 @@ def fit_probe(
         slope = np.column_stack([surplus.T @ x + weight / (strength * count), surplus.sum(axis=0)])
         return float(value), slope.ravel()
 
-    start, settings = np.zeros(n_classes * (dim + 1)), {"maxiter": n_iter, "ftol": 1e-10, "gtol": 1e-6}
+    start, settings = np.zeros(n_classes * (dim + 1)), {"maxiter": n_iter, "ftol": 1e-14, "gtol": 1e-8}
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options=settings)
     theta = torch.from_numpy(found.x.reshape(n_classes, dim + 1))
     return LinearProbe(theta[:, :dim].to(features), theta[:, dim].to(features))

@@ -16,7 +16,7 @@ from robustvlm.runs.detect_summary import OWN
 
 DEFAULT_KNOWN = "emoji"
 DEFAULT_UNKNOWN = ("emoji?split=near", "emoji?split=far")
-DEFAULT_FIT = "emoji?split=train"
+DEFAULT_FIT = "emoji?split=train&copies=2"
 NO_FIT = "none"
 
 _TAKEN = ("known", "fit", "adversarial")
