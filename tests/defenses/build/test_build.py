@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, saved
 from robustvlm.defenses.build import Recipe, build_pipeline
 from robustvlm.defenses.build.copying import copy_model
+from robustvlm.defenses.immunity import immunise_without_images
+from robustvlm.defenses.immunity.adapter import AdaptedVLM
+from robustvlm.defenses.immunity.files import card_settings, save_tensors
 from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, Purifier, PurifierShape
 from robustvlm.defenses.purify.parts import write_parts
 from robustvlm.errors import UserError
@@ -225,3 +228,29 @@ def test_recipes_that_make_no_sense_are_explained(tmp_path: Path, settings: dict
     with pytest.raises(UserError, match=words) as caught:
         build_pipeline(Recipe(**given), tmp_path / "whole")
     assert "\n" not in str(caught.value)
+
+
+def test_an_immunised_head_of_this_program_ends_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(saved.KINDS, "immunize", "robustvlm.defenses.immunity.saved:ImmunisedModel")
+    purify, immunize = purified(tmp_path / "p"), tmp_path / "i"
+    base = load_pipeline(purify)
+    immunity = immunise_without_images(base, CLASSES, TEMPLATES, ["wolf", "tiger"])
+    for parameter in immunity.adapter.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    immunize.mkdir()
+    save_tensors(immunize, immunity)
+    settings = card_settings(immunity)
+    write_card(immunize, Card("immunize", base=purify, base_fingerprint=base.fingerprint, settings=settings))
+    recipe = Recipe(ENCODER, purify=purify, smooth="0.25:4", immunize=str(immunize))
+    vlm, misfits = build_pipeline(recipe, tmp_path / "whole")
+    assert misfits == ()
+    assert isinstance(vlm, SmoothedVLM)
+    assert isinstance(vlm.base, AdaptedVLM)
+    assert isinstance(vlm.base.base, PurifiedVLM)
+    assert vlm.base.base.sigma == 0.25
+    whole = load_classifier(str(tmp_path / "whole"), CLASSES, TEMPLATES, cache=False)
+    assert whole.can_reject
+    assert torch.equal(logits(str(tmp_path / "whole"), images()), logits(f"{immunize}+smooth:0.25:4", images()))
+    x = images(1).requires_grad_()
+    (gradient,) = torch.autograd.grad(whole(x)[:, -1].sum(), x)  # of the acceptance score
+    assert gradient.abs().max() > 0
