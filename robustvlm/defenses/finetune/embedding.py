@@ -44,8 +44,8 @@ def fit_embedding(
 ) -> HyperbolicEmbedding:
     """Return the embedding that puts features at the depth the options ask for, on average.
 
-    Without a temperature in the options, the one is taken at which an image's logits, negative distances over it,
-    spread as those of the zero-shot classifier do: the ratio of their mean standard deviations over the classes.
+    Without a temperature in the options, the one is taken at which the two best logits of an image, negative distances
+    over it, are as far apart as those of the zero-shot classifier, on average over the images.
 
     Args:
         images: features [B, D] of some training images.
@@ -53,7 +53,7 @@ def fit_embedding(
         logit_scale: of the model.
 
     Raises:
-        UserError: features of length 0.
+        UserError: features of length 0, or images that are equally near to two classes, all of them.
     """
     tangent = options.depth / options.curvature**0.5
     scales = [tangent / float(rows.float().norm(dim=-1).mean()) if rows.any() else 0.0 for rows in (images, texts)]
@@ -65,5 +65,13 @@ def fit_embedding(
     directions = normalize(texts.float(), dim=-1)
     apart = distances(embedding.images(images), embedding.texts(tangent * directions), options.curvature)
     cosines = normalize(images.float(), dim=-1) @ directions.T
-    spread = float(apart.std(dim=1).mean() / (logit_scale * cosines.std(dim=1).mean()))
-    return HyperbolicEmbedding(options.curvature, scales[0], scales[1], spread)
+    ratio = _gap(-apart) / (logit_scale * _gap(cosines)) if _gap(cosines) > 0 else 0.0
+    if not ratio > 0:
+        raise UserError("the model tells no two classes apart: there is no temperature to fit, so pass one")
+    return HyperbolicEmbedding(options.curvature, scales[0], scales[1], ratio)
+
+
+def _gap(logits: Tensor) -> float:
+    """Return the mean difference of the two largest logits of a row."""
+    best = logits.topk(2, dim=1).values
+    return float((best[:, 0] - best[:, 1]).mean())

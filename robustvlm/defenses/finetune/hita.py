@@ -23,8 +23,8 @@ class HierarchicalOptions:
             does not say how CLIP's features enter the ball (our reading: scaled by one constant for each modality).
         shared_depth: the texts of one level lie at one depth, their mean, so that the nearest is the one of the largest
             cosine, by which the deployed model tells classes apart (our reading); off: each at its own length's depth.
-        temperature: of the softmax over negative distances; None: such that the logits of the base model's embeddings
-            have the spread of its own (our reading).
+        temperature: of the softmax over negative distances; None: such that the two best logits of an image are as far
+            apart as the base model's own (our reading).
         negatives: negative-set augmentation, the non-kin nodes of the levels above and below in each denominator.
         leaf_only: no levels above the classes, in the attack and in the loss.
         per_level: one perturbation for each level instead of a universal one, at as many times the cost.
