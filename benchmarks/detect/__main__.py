@@ -52,8 +52,9 @@ def emoji(options: argparse.Namespace) -> None:
         print(f"\n{title}: {len(known.ids)} known images, zero-shot accuracy {accuracy:.3f}\n")
         for spec in options.also:
             own = Kept(options.cache, load_classifier(spec, source.class_names, source.templates))
-            others_of_own = {name: own.acceptance(other) for name, other in unknown.items()}
-            judge(found, f"`{spec}`", own.acceptance(known_spec), others_of_own)
+            others = {name: own.own_scores(other) for name, other in unknown.items()}
+            for kind, values in own.own_scores(known_spec).items():
+                judge(found, f"`{spec}`, {kind}", values, {name: scores[kind] for name, scores in others.items()})
         print(table(found, list(unknown)))
         _classifiers(head, fit, known)
 
@@ -84,9 +85,10 @@ def cifar10(options: argparse.Namespace) -> None:
         for spec in options.also:
             classes = [source.class_names[i] for i in ids]
             own = Kept(options.cache, load_classifier(spec.replace("{seed}", str(seed)), classes, source.templates))
-            on_test = own.acceptance(f"parquet:{options.test}")
-            others = {"held-out classes": on_test[rest], "emoji": own.acceptance("emoji")}
-            judge(found, f"`{spec}`", on_test[known], others)
+            on_emoji = own.own_scores("emoji")
+            for kind, values in own.own_scores(f"parquet:{options.test}").items():
+                others = {"held-out classes": values[rest], "emoji": on_emoji[kind]}
+                judge(found, f"`{spec}`, {kind}", values[known], others)
     print()
     print(table(found, ["held-out classes", "emoji"]))
 

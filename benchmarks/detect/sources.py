@@ -13,6 +13,7 @@ from robustvlm.detect import outside, tree_words
 from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting.encoding import Encoded, Encoder, embed_words
 from robustvlm.evaluation.detecting.observer import DetectObserver
+from robustvlm.evaluation.detecting.scoring import own_sdis, score_all
 
 
 class Kept:
@@ -36,9 +37,16 @@ class Kept:
         path = self.folder / f"words-{len(words)}.safetensors"
         return embed_words(self.classifier.vlm, words, source.templates, path)
 
-    def acceptance(self, spec: str) -> Tensor:
-        """Return the model's own acceptance score of every image of a spec, in source order."""
-        output = self.answers(spec).output
-        if output is None or not self.classifier.can_reject:
+    def own_scores(self, spec: str) -> dict[str, Tensor]:
+        """Return the model's own scores of every image of a spec, in source order: acceptance, and S_DIS if it has it.
+
+        Raises UserError for a model that never refuses.
+        """
+        answers = self.answers(spec)
+        if answers.output is None or not self.classifier.can_reject:
             raise UserError(f"'{self.classifier.spec}' never refuses: its scores are in the table already")
-        return output[:, -1]
+        found = {"acceptance": answers.output[:, -1]}
+        sdis = own_sdis(self.classifier)
+        if sdis is not None and answers.features is not None:
+            found["S_DIS"] = score_all(sdis, answers.features)
+        return found

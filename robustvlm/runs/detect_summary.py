@@ -10,6 +10,9 @@ from robustvlm.stats import Rate
 OWN = "own"
 """Name of the acceptance score of a model that may refuse, among the scores of a run."""
 
+OWN_SDIS = "own-s-dis"
+"""Name of S_DIS on the model's own prototypes and antibodies: its acceptance before thresholds of classes come off."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

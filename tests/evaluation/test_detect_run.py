@@ -18,9 +18,11 @@ from robustvlm.defenses import load_classifier
 from robustvlm.detect import Head, Mahalanobis, all_metrics
 from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting.adversarial import fool
+from robustvlm.evaluation.detecting.encoding import Encoded, answers
 from robustvlm.evaluation.detecting.gate import ScoreGate
 from robustvlm.evaluation.detecting.observer import DetectObserver
 from robustvlm.evaluation.detecting.run import PreparedDetect
+from robustvlm.evaluation.detecting.scoring import make_panel
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.evaluation.detecting.setup import prepare_detect
 from robustvlm.evaluation.images import Picture
@@ -265,6 +267,26 @@ def test_the_models_own_acceptance_is_attacked(prepare: Prepare) -> None:
     # One score up to a constant, so the same gradients: what each loses is the same.
     for a, b in zip(own.on, msp.on, strict=True):
         assert a.auroc_both.value == pytest.approx(b.auroc_both.value, abs=0.06)
+
+
+def test_an_immunised_model_shows_its_score_before_thresholds() -> None:
+    from robustvlm.defenses.immunity import immunise_without_images
+    from robustvlm.defenses.immunity.classifier import ImmunisedClassifier
+
+    vlm = load_classifier("small_encoders:Encoder", CLASSES, ["{}"], cache=False).vlm
+    assert vlm is not None
+    immunity = immunise_without_images(vlm, CLASSES, ["{}"], ["wolf", "oak"])
+    classifier = ImmunisedClassifier(vlm, immunity)
+    panel = make_panel(classifier, ["{}"], ["msp"], None, None)
+    pixels = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features, output = answers(classifier, pixels)
+    assert features is not None
+    assert output is not None
+    found = panel.scores(Encoded([str(i) for i in range(9)], torch.zeros(9, dtype=torch.int64), features, output))
+    assert list(found) == ["own", "own-s-dis", "msp"]
+    thresholds = classifier.thresholds[output[:, :-1].argmax(1)]
+    assert torch.allclose(found["own-s-dis"] - thresholds, found["own"], atol=1e-5)
 
 
 def test_gates_answer_as_scores() -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from robustvlm.data.specs import parse_spec
 from robustvlm.defenses import Classifier
-from robustvlm.detect import Detector, Head, Supplies, make_scores
+from robustvlm.detect import SDIS, Detector, Head, Supplies, make_scores
 from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting.encoding import Encoded
 from robustvlm.models.zero_shot import class_embeddings
-from robustvlm.runs.detect_summary import OWN
+from robustvlm.runs.detect_summary import OWN, OWN_SDIS
 
 # Images scored at a time: enough to fill the processor, and little memory.
 _ROWS = 1024
@@ -85,10 +85,22 @@ def make_panel(
     supplies = Supplies(head, encoder, features, labels, words if encoder else None)
     detectors, skipped = make_scores(names, supplies)
     reasons = {item.name: item.reason for item in skipped}
+    own = own_sdis(classifier)
+    if own is not None:
+        detectors = {OWN_SDIS: own, **detectors}
     if not detectors and not classifier.can_reject:
         name, reason = next(iter(reasons.items()))
         raise UserError(f"none of the scores can be used; the first, '{name}': {reason}")
     return Panel(head, encoder, detectors, reasons, classifier.can_reject)
+
+
+def own_sdis(classifier: Classifier) -> Detector | None:
+    """Return S_DIS of an immunised model, which keeps prototypes [K, M, D] and antibodies [A, D]; None of others."""
+    prototypes, antibodies = getattr(classifier, "prototypes", None), getattr(classifier, "antibodies", None)
+    if not isinstance(prototypes, Tensor) or not isinstance(antibodies, Tensor) or not len(antibodies):
+        return None
+    flat = prototypes.detach().float().cpu().flatten(0, -2)
+    return SDIS(flat, antibodies.detach().float().cpu(), float(getattr(classifier, "weight", 1.0)))
 
 
 def head_and_kind(classifier: Classifier, templates: Sequence[str]) -> tuple[Head, bool]:

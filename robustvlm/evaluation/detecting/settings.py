@@ -12,7 +12,7 @@ from robustvlm.data.specs import parse_spec
 from robustvlm.detect import SCORES, parse_scores
 from robustvlm.errors import UserError, nearest
 from robustvlm.runs.detect_config import NamedData, UnderAttack
-from robustvlm.runs.detect_summary import OWN
+from robustvlm.runs.detect_summary import OWN, OWN_SDIS
 
 DEFAULT_KNOWN = "emoji"
 DEFAULT_UNKNOWN = ("emoji?split=near", "emoji?split=far")
@@ -135,9 +135,9 @@ class Settings:
             return own + [name for name in _ATTACKED if name in parse_scores(self.scores)]
         wanted = [part.strip() for part in self.attack_scores.split(",")]
         for name in wanted:
-            if name not in (*SCORES, OWN):
+            if name not in (*SCORES, OWN, OWN_SDIS):
                 raise UserError(f"unknown score '{name}' in --attack-scores: {nearest(name, [*SCORES, OWN])}")
-            if name != OWN and name not in parse_scores(self.scores):
+            if name in SCORES and name not in parse_scores(self.scores):
                 raise UserError(f"the score '{name}' is to be attacked and not in --scores: add it there")
             if name == OWN and not may_refuse:
                 raise UserError("the model never refuses, so it has no acceptance of its own to attack: leave out own")

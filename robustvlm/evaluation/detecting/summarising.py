@@ -13,10 +13,11 @@ from torch import Tensor
 from robustvlm.detect import BASELINES, SCORES, Bootstrap, Interval, auroc_interval, difference, threshold_at_tpr
 from robustvlm.detect.intervals import intervals_of
 from robustvlm.detect.metrics import all_metrics
-from robustvlm.runs.detect_summary import OWN, Measured, OnSet, OwnDecision, ScoreSummary, Versus
+from robustvlm.runs.detect_summary import OWN, OWN_SDIS, Measured, OnSet, OwnDecision, ScoreSummary, Versus
 from robustvlm.stats import Rate, holm, rate
 
 Array = NDArray[np.float64]
+_OF_THE_MODEL = {OWN: "the model's own", OWN_SDIS: "S_DIS of the model"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Scored:
 
 def title_of(name: str) -> str:
     """Return a score's name as tables show it."""
-    return "the model's own" if name == OWN else SCORES[name].title
+    return _OF_THE_MODEL.get(name) or SCORES[name].title
 
 
 def decision_threshold(known: Array) -> float:
@@ -75,8 +76,8 @@ def summarise_scores(
         ScoreSummary(
             name=name,
             title=title_of(name),
-            source="" if name == OWN else f"arXiv {SCORES[name].source}",
-            needs=[] if name == OWN else list(SCORES[name].needs),
+            source=f"arXiv {SCORES[name].source}" if name in SCORES else "",
+            needs=list(SCORES[name].needs) if name in SCORES else [],
             threshold=thresholds[name],
             microseconds=microseconds.get(name, 0.0),
             on=on[name],
