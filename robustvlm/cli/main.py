@@ -19,6 +19,7 @@ from robustvlm.cli.detect import detect
 from robustvlm.cli.evaluate import evaluate
 from robustvlm.cli.export import export
 from robustvlm.cli.finetune import finetune
+from robustvlm.cli.immunize import immunize
 from robustvlm.cli.models import models
 from robustvlm.cli.purify import purify
 from robustvlm.cli.report import report
@@ -45,6 +46,7 @@ for command in (
     detect,
     finetune,
     soup,
+    immunize,
     tune_prompts,
     export,
     purify,

@@ -27,6 +27,7 @@ def report(
     from robustvlm.report.compare import compare
     from robustvlm.report.detect_record import is_detect_run
     from robustvlm.report.html import write_report
+    from robustvlm.report.immunize_html import is_immunize_run
     from robustvlm.report.record import find_run, load_run
     from robustvlm.report.training_html import is_training_run
 
@@ -39,6 +40,9 @@ def report(
         return
     if len(folders) == 1 and is_training_run(folders[0]):
         _report_training(folders[0], out, as_json=as_json)
+        return
+    if len(folders) == 1 and is_immunize_run(folders[0]):
+        _report_immunity(folders[0], out, as_json=as_json)
         return
     path = write_report(folders, out)
     if not as_json:
@@ -90,4 +94,16 @@ def _report_detection(folder: Path, out: Path | None, *, as_json: bool) -> None:
         return
     run = load_detect_run(folder)
     shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
+    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
+
+
+def _report_immunity(folder: Path, out: Path | None, *, as_json: bool) -> None:
+    from robustvlm.report.immunize_html import load_immunize_run, write_immunize_report
+
+    path = write_immunize_report(folder, out)
+    if not as_json:
+        typer.echo(f"Report: {path}")
+        return
+    run = load_immunize_run(folder)
+    shown = {"name": run.name, "folder": str(folder), "summary": run.record}
     typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))

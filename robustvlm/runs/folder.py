@@ -25,6 +25,8 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 _FILES = (
     "model.json",
     "prompts.json",
+    "immunity.json",
+    "immunity.safetensors",
     "prompts.safetensors",
     "training.json",
     "trees.json",

@@ -1,0 +1,254 @@
+"""`robustvlm immunize`: a model that says "I don't know", from class names and some images."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from robustvlm.evaluation.immunizing.run import ImmunizeObserver
+
+_HELD_OUT = (
+    "Data, or a share of --data, that sets the thresholds [default: emoji?split=val&copies=8 for the bundled data, "
+    "else 0.2]."
+)
+_ANTIBODIES = "bank (bundled), a file, llm, wordnet, noise (baseline), none."
+_MARGIN = "Cosine of image and antibody above which they are pushed apart; auto takes it from the data."
+_NO_IMAGES = "From texts alone: no adapter, thresholds at 0."
+_ADD_CLASS = "Add this class to the run MODEL, from its images in --data; the result is a new run."
+
+
+def immunize(
+    model: Annotated[str, typer.Argument(help="Any model without smoothing; with --add-class, a run.")] = "tiny",
+    data: Annotated[
+        str, typer.Option(help="Labelled images to learn from; `robustvlm data` lists the forms.")
+    ] = "emoji?split=train",
+    held_out: Annotated[str | None, typer.Option("--held-out", help=_HELD_OUT)] = None,
+    classes: Annotated[Path | None, typer.Option(help="File with the class names, one a line or a JSON list.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="File with prompt templates, {} for the class.")] = None,
+    tree: Annotated[Path | None, typer.Option(help="Class tree: superclasses are no antibodies.")] = None,
+    no_images: Annotated[bool, typer.Option("--no-images", help=_NO_IMAGES)] = False,
+    shots: Annotated[int, typer.Option(help="Images of each class to learn from; 0 for all.", min=0)] = 0,
+    antibodies: Annotated[str, typer.Option(help=_ANTIBODIES)] = "bank",
+    llm: LlmUrl = None,
+    llm_model: LlmModel = None,
+    llm_prices: LlmPrices = None,
+    xi: Annotated[
+        str, typer.Option(help="Largest angle between a prototype and its text, degrees; auto: half the median.")
+    ] = "auto",
+    per_class: Annotated[int, typer.Option("--prototypes-per-class", help="Prototypes of each class.")] = 1,
+    band: Annotated[
+        str | None,
+        typer.Option(help="Cosines SAFE,RISK that antibodies lie between; either may be auto [default: auto,auto]."),
+    ] = None,
+    margin: Annotated[str, typer.Option(help=_MARGIN)] = "0.2",
+    push_weight: Annotated[float, typer.Option(help="Weight of pushing from antibodies (lambda).")] = 1.0,
+    lambda_inf: Annotated[float, typer.Option("--lambda-inf", help="Weight of antibodies in the score.")] = 0.5,
+    kappa: Annotated[
+        str, typer.Option(help="Concentration in training: model (its temperature) or class (vMF estimates).")
+    ] = "model",
+    miss: Annotated[float, typer.Option(help="Share of known images that thresholds reject.")] = 0.05,
+    min_images: Annotated[
+        int, typer.Option(help="Held-out images, classified right, that a threshold of its own needs.")
+    ] = 30,
+    sigma: Annotated[
+        list[float] | None, typer.Option(help="Also set thresholds behind noise, for certify and +smooth; repeatable.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Width of the adapter.")] = 128,
+    steps: Annotated[int, typer.Option(help="Training steps of the adapter, at most; 0 for none.", min=0)] = 400,
+    lr: Annotated[float, typer.Option(help="Learning rate of the adapter.")] = 3e-4,
+    decay: Annotated[float, typer.Option(help="Weight of ||theta||^2 (eta).")] = 1e-3,
+    ood: Annotated[list[str] | None, typer.Option(help="Unknown images to measure on; may be repeated.")] = None,
+    near_names: Annotated[
+        Path | None, typer.Option(help="File of names of near things, to measure the antibodies' coverage.")
+    ] = None,
+    add_class: Annotated[str | None, typer.Option("--add-class", metavar="NAME", help=_ADD_CLASS)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")] = False,
+) -> None:
+    """Immunise a model: prototypes, antibodies, a vaccinated adapter, thresholds; the run's folder is a model spec.
+
+    `attack`, `certify`, `evaluate` and `detect` take the folder: it answers with a class or rejects.
+    """
+    # The heavy libraries are loaded here, so that --help and --version answer at once.
+    from rich.console import Console
+
+    from robustvlm.evaluation.immunizing.extending import prepare_extension
+    from robustvlm.evaluation.immunizing.setup import prepare_immunize
+    from robustvlm.runs.immunize_config import ImmunizeConfig
+
+    safe, risk = _band(band)
+    config = ImmunizeConfig(
+        model=model,
+        data=data,
+        held_out=_held_out(held_out, data),
+        classes=_text(classes),
+        templates=_text(templates),
+        tree=_text(tree),
+        images=not no_images,
+        shots=shots or None,
+        antibodies=antibodies,
+        llm=llm_model,
+        xi=_number("--xi", xi),
+        per_class=per_class,
+        safe=safe,
+        risk=risk,
+        margin=_number("--margin", margin),
+        push_weight=push_weight,
+        weight=lambda_inf,
+        kappa=kappa,
+        miss=miss,
+        min_images=min_images,
+        hidden=hidden,
+        steps=steps,
+        lr=lr,
+        decay=decay,
+        sigmas=sorted(set(sigma or [])),
+        ood=ood or [],
+        near_names=_text(near_names),
+        add_class=add_class,
+        seed=seed,
+        device=device,
+    )
+    client = make_client(llm, llm_model)
+    prepare = prepare_immunize if add_class is None else prepare_extension
+    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    prepared = prepare(config, client=client, out=out, name=name, command=command)
+    record = _work(prepared.run, Console(stderr=True), fresh=fresh, quiet=as_json, steps=steps)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        _show(record, prepared.folder.path, Console())
+    if client is not None and not as_json:
+        typer.echo(spent(client, llm_prices))
+
+
+def _held_out(text: str | None, data: str) -> str | float:
+    if text is None:
+        labels = "&labels=all" if "labels=all" in data else ""
+        return f"emoji?split=val&copies=8{labels}" if data.partition("?")[0] == "emoji" else 0.2
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _band(text: str | None) -> tuple[float | None, float | None]:
+    from robustvlm.errors import UserError
+
+    if text is None:
+        return None, None
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise UserError(f"--band takes two cosines SAFE,RISK, as 0.3,0.8 or auto,0.8, got '{text}'")
+    safe, risk = (_number("--band", part.strip()) for part in parts)
+    return safe, risk
+
+
+def _number(option: str, text: str) -> float | None:
+    from robustvlm.errors import UserError
+
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option} takes a number or auto, got '{text}'") from None
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -> dict[str, Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from robustvlm.evaluation.immunizing.run import ImmunizeObserver
+
+    hidden = quiet or not console.is_terminal
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True,
+        disable=hidden,
+    ) as progress:  # fmt: skip
+        encoding = progress.add_task("Encoding", total=None)
+        asking = progress.add_task("Antibodies", total=None, visible=False)
+        training = progress.add_task("Vaccinating", total=steps or None)
+        observer: ImmunizeObserver = ImmunizeObserver(
+            on_images=lambda which, done: progress.update(encoding, description=f"Encoding {which}", completed=done),
+            on_step=lambda step: progress.update(training, completed=step),
+            on_classes=lambda done: progress.update(asking, completed=done, visible=True),
+        )
+        record: dict[str, Any] = run(observer, fresh=fresh)
+        return record
+
+
+def _show(record: dict[str, Any], folder: Path, console: Console) -> None:
+    from rich.text import Text
+
+    def say(line: str) -> None:
+        console.print(Text(line), soft_wrap=True)
+
+    found, band = record["antibodies"], record["antibodies"]["band"]
+    between = "" if band is None else f", band {band['safe']:.3f} to {band['risk']:.3f}"
+    say(f"antibodies: {len(found['kept'])} kept, {len(found['dropped'])} dropped{between}")
+    if "vaccine" in record:
+        vaccine = record["vaccine"]
+        say(
+            f"vaccine: step {vaccine['chosen_step']} of {vaccine['history'][-1]['step']} kept, features move by "
+            f"{vaccine['median_move_degrees']:.1f} degrees, margin {vaccine['margin']:.3f} pushes "
+            f"{vaccine['pushed_share']:.1%} of the pairs"
+        )
+    _show_measures(record["measures"], console)
+    if "added" in record:
+        others = record["added"]["others"]
+        say(
+            f"added '{record['added']['name']}': of {others['total']} held-out images of the other classes, "
+            f"{others['only_first']} were right and are wrong now, {others['only_second']} the other way round "
+            f"(McNemar p = {others['p_value']:.3g})"
+        )
+    for note in record["notes"]:
+        say(f"note: {note}")
+    say(f"report: {folder / 'report.html'}")
+    say(f"model: {folder}")
+
+
+def _show_measures(measures: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not measures:
+        return
+    table = Table("measure", title=None)
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_row("accuracy, held out", _rate(measures["accuracy_before"]), _rate(measures["accuracy_after"]))
+    table.add_row("known images rejected, held out", "", _rate(measures["rejected"]))
+    for spec, found in measures["unknown"].items():
+        table.add_row(Text(f"AUROC, {spec} (before: MCM)"), _interval(found["auroc_mcm"]), _interval(found["auroc"]))
+        table.add_row(Text(f"accepted, {spec}"), "", _rate(found["accepted"]))
+    console.print(table)
+
+
+def _rate(found: dict[str, Any]) -> str:
+    if found["value"] is None:
+        return "none"
+    return f"{found['value']:.1%} ({found['low']:.1%} - {found['high']:.1%})"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return f"{found['value']:.3f} ({found['low']:.3f} - {found['high']:.3f})"

@@ -1,0 +1,123 @@
+"""The record of an immunize run, as plain JSON: every class, every antibody, every fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from robustvlm.defenses.immunity.antibodies import margins
+from robustvlm.defenses.immunity.losses import pushed_share
+from robustvlm.defenses.immunity.prototypes import Prototypes, angle
+from robustvlm.defenses.immunity.recipe import Immunised
+from robustvlm.defenses.immunity.state import Immunity
+from robustvlm.defenses.prompts import Features
+from robustvlm.evaluation.immunizing.texts import Made
+from robustvlm.runs.immunize_config import ImmunizeConfig
+
+Record = dict[str, Any]
+INACTIVE = 1e-4
+"""Share of pairs of image and antibody below which a margin is said to push nothing."""
+
+
+def class_rows(immunity: Immunity, prototypes: Prototypes, made: Made, done: Immunised | None) -> list[Record]:
+    """Return one row a class: prototype, threshold with its fit, margin to the nearest antibody."""
+    nearest = margins(made.antibodies, prototypes.vectors)
+    rows = []
+    for k, name in enumerate(immunity.class_names):
+        row: Record = {
+            "name": name,
+            "images": int(prototypes.counts[k]),
+            "alpha": [round(float(value), 6) for value in prototypes.alpha[k]],
+            "kappa": float(prototypes.kappa[k]),
+            "threshold": float(immunity.thresholds[k]),
+            "antibodies": len(made.antibodies.of(name)),
+            "margin": float(nearest[k]),
+        }
+        if done is not None:
+            own = done.thresholds.classes[k]
+            row |= {"held_out_right": own.images, "pooled": own.pooled, "fit": asdict(own.fit) if own.fit else None}
+        rows.append(row)
+    return rows
+
+
+def antibody_facts(made: Made, config: ImmunizeConfig) -> Record:
+    """Return the antibodies kept and dropped, and the band."""
+    return {
+        "source": config.antibodies,
+        "band": None if made.band is None else {"safe": made.band.safe, "risk": made.band.risk},
+        "kept": [[text.text, text.of_class, text.kind] for text in made.antibodies.texts],
+        "dropped": [[gone.antibody.text, gone.antibody.of_class, gone.reason] for gone in made.dropped],
+    }
+
+
+def vaccine_facts(done: Immunised, margin: float, antibodies: torch.Tensor, fit: Features) -> Record:
+    """Return the way of the vaccine: losses, the step that was kept, how far features were moved."""
+    adapter = done.immunity.adapter
+    with torch.no_grad():
+        adapted = adapter(fit.features)
+    moved = angle(adapted.double(), fit.features.double()).median()
+    history = [asdict(look) for look in done.vaccinated.history]
+    for look in history:
+        look["train"] = None if math.isnan(look["train"]) else look["train"]
+    return {
+        "history": history,
+        "chosen_step": done.vaccinated.chosen,
+        "margin": margin,
+        "pushed_share": pushed_share(fit.features, antibodies, margin),
+        "median_move_degrees": math.degrees(float(moved)),
+    }
+
+
+def alignment_error(immunity: Immunity, held: Features) -> float | None:
+    """Return eps_align: the mean angle, in degrees, between prototypes and the mean adapted held-out image of a class.
+
+    Our reading of the theory's alignment error; classes without held-out images do not count, of several prototypes
+    the nearest does.
+    """
+    angles = []
+    with torch.no_grad():
+        adapted = immunity.adapter(held.features)
+    for k in range(len(immunity.class_names)):
+        own = adapted[held.labels == k]
+        if len(own):
+            centre = F.normalize(own.mean(dim=0), dim=0).double()
+            angles.append(float(angle(immunity.prototypes[k].double(), centre[None]).min()))
+    return math.degrees(sum(angles) / len(angles)) if angles else None
+
+
+def notes_of(record: Record, config: ImmunizeConfig) -> list[str]:
+    """Return what a reader has to know before trusting the model, one sentence each."""
+    found = []
+    if not config.images:
+        found.append(
+            "Made without images: the share of known images that are rejected is not controlled, features are not "
+            "adapted, and an image far from all texts is rejected only if an antibody happens to be nearest."
+        )
+        return found
+    rows = record["classes"]
+    pooled = sum(bool(row.get("pooled")) for row in rows)
+    if pooled:
+        found.append(
+            f"{pooled} of {len(rows)} classes have fewer than {config.min_images} held-out images that are classified "
+            "right: they share one pooled threshold."
+        )
+    empty = sum(row["images"] == 0 for row in rows)
+    if empty:
+        found.append(f"{empty} of {len(rows)} classes have no images to learn from: their prototype is the text.")
+    vaccine = record["vaccine"]
+    if config.antibodies != "none" and vaccine["pushed_share"] < INACTIVE:
+        found.append(
+            f"The margin {vaccine['margin']:.3f} lies above nearly all cosines of images and antibodies and pushes "
+            "nothing: --margin auto takes one from the data."
+        )
+    if vaccine["chosen_step"] == 0 and config.steps:
+        found.append(
+            "No step of the vaccine lowered the held-out loss at no cost in accuracy: features stay as they are."
+        )
+    if config.antibodies != "none" and not record["antibodies"]["kept"]:
+        found.append("No antibody passed the filters: the score is the nearness to the best prototype alone.")
+    return found

@@ -1,0 +1,140 @@
+"""The HTML report of an immunize run: one file that needs no network and no script."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from robustvlm.errors import UserError
+from robustvlm.report import tables, training_plots
+from robustvlm.report.html import _environment, _write
+from robustvlm.report.record import _read_json
+from robustvlm.runs.immunize_config import RECORD
+from robustvlm.stats import Rate
+
+# More would be a file, not a report; all of them are in the record.
+_ROWS = 400
+
+
+@dataclass(frozen=True)
+class ImmunizeRun:
+    """Manifest and record of a finished immunize run."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The run's name: the one in its manifest, else that of its folder."""
+        return str(self.manifest.get("name") or self.folder.resolve().name)
+
+
+def is_immunize_run(folder: Path) -> bool:
+    """Whether the folder's manifest says that it is an immunised model; False where none can be read."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == "immunize"
+
+
+def load_immunize_run(folder: Path) -> ImmunizeRun:
+    """Read a finished immunize run; UserError when it has not ended or a file is damaged."""
+    manifest = _read_json(folder / "manifest.json", f"'{folder}' is no run folder: expected a manifest.json in it")
+    record = _read_json(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
+    return ImmunizeRun(folder, manifest, record)
+
+
+def write_immunize_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
+    path = out or folder / "report.html"
+    _write(path, render_immunize_run(load_immunize_run(folder)))
+    return path
+
+
+def render_immunize_run(run: ImmunizeRun) -> str:
+    """Return the report of one run as HTML.
+
+    Raises:
+        UserError: the record is not one of this program's.
+    """
+    record = run.record
+    try:
+        return (
+            _environment()
+            .get_template("immunize.html.j2")
+            .render(
+                run=run,
+                config=run.manifest["config"],
+                record=record,
+                cards=_cards(record["measures"]),
+                curve=_curve(record.get("vaccine")),
+                unknown=_unknown(record["measures"]),
+                diagnostics=_diagnostics(record),
+                classes=record["classes"][:_ROWS],
+                kept=record["antibodies"]["kept"][:_ROWS],
+                dropped=record["antibodies"]["dropped"][:_ROWS],
+                added=record.get("added"),
+                manifest=tables.manifest_rows(run.manifest),
+            )
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{run.folder / RECORD}' is no record of `robustvlm immunize` ({error})") from None
+
+
+def _cards(measures: dict[str, Any]) -> list[tuple[str, Rate, bool]]:
+    named = (
+        ("Accuracy before (zero-shot)", "accuracy_before", True),
+        ("Accuracy after", "accuracy_after", True),
+        ("Known images rejected", "rejected", False),
+    )
+    return [(what, Rate(**measures[key]), good) for what, key, good in named if key in measures]
+
+
+def _unknown(measures: dict[str, Any]) -> list[tuple[str, int, str, str, Rate]]:
+    rows = []
+    for spec, found in measures.get("unknown", {}).items():
+        before, after = (_auroc(found[key]) for key in ("auroc_mcm", "auroc"))
+        rows.append((spec, found["images"], before, after, Rate(**found["accepted"])))
+    return rows
+
+
+def _auroc(found: dict[str, Any]) -> str:
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def _curve(vaccine: dict[str, Any] | None) -> Markup | None:
+    if vaccine is None or len(vaccine["history"]) < 2:
+        return None
+    names = {"pull (held out)": "pull", "push (held out)": "push", "held out, both": "held_out"}
+    points = {name: [(look["step"], look[key]) for look in vaccine["history"]] for name, key in names.items()}
+    return training_plots.loss_curves(points, key="vaccine")
+
+
+def _diagnostics(record: dict[str, Any]) -> list[tuple[str, str]]:
+    found, vaccine, band = record["diagnostics"], record.get("vaccine"), record["antibodies"]["band"]
+    margins = f"{found['margin_min']:.3f} at least, median {found['margin_median']:.3f}"
+    rows = [
+        ("Largest angle from prototype to text (xi)", f"{record['xi_degrees']:.1f}°"),
+        ("Weight of the antibodies in the score (lambda_inf)", f"{record['weight']:g}"),
+        ("Margin 1 - cos from prototypes to antibodies", margins),
+    ]
+    if band is not None:
+        rows.append(("Band of antibodies (cosine to their class)", f"{band['safe']:.3f} to {band['risk']:.3f}"))
+    for key, what in (("crossed", "Antibodies near the other four fifths"), ("near", "Named near things covered")):
+        if found.get(f"coverage_{key}") is not None:
+            rows.append((f"{what} (within {found['angle']:.0f}°)", f"{found[f'coverage_{key}']:.1%}"))
+    if found.get("eps_align_degrees") is not None:
+        rows.append(("Prototypes from the held-out means of their classes", f"{found['eps_align_degrees']:.1f}°"))
+    if vaccine is not None:
+        rows += [
+            ("Vaccine: step kept", str(vaccine["chosen_step"])),
+            ("Vaccine: margin, and pairs that it pushes", f"{vaccine['margin']:.3f}, {vaccine['pushed_share']:.1%}"),
+            ("Vaccine: how far features are moved (median)", f"{vaccine['median_move_degrees']:.1f}°"),
+        ]
+    return rows
