@@ -31,7 +31,7 @@ from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.stats import mean
 
 N_RESET = 2
-METHODS: dict[str, float | None] = {"CoOp": None, "CE + masked CE": 0.0, "EBM": 1.0}
+METHODS: dict[str, float | None] = {"CoOp": None, "CE + masked CE": 0.0, "EBM": 10.0}
 
 
 @dataclass(frozen=True)

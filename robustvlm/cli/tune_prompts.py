@@ -34,7 +34,7 @@ def tune_prompts(
     epochs: Annotated[int, typer.Option(help="Passes over the features.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Features per step.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate (Adam, cosine).")] = 0.01,
-    lambda_ebm: Annotated[float, typer.Option("--lambda-ebm", help="Weight of the energy term.")] = 1.0,
+    lambda_ebm: Annotated[float, typer.Option("--lambda-ebm", help="Weight of the energy term.")] = 10.0,
     ebm: Annotated[bool, typer.Option("--ebm/--no-ebm", help="With the EBM terms, or CoOp without them.")] = True,
     c: Annotated[int, typer.Option("--c", help="Largest cosines that the energy change as a score resets.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,

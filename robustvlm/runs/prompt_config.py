@@ -27,7 +27,7 @@ class PromptConfig(BaseModel):
     epochs: int = 10
     batch_size: int = 256
     lr: float = 0.01
-    energy_weight: float | None = 1.0
+    energy_weight: float | None = 10.0
     n_reset: int = 2
     seed: int = 0
     device: str = "cpu"

@@ -25,7 +25,7 @@ class TuneSettings:
     epochs: int = 10
     batch_size: int = 256
     lr: float = 0.01
-    weight: float | None = 1.0
+    weight: float | None = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from robustvlm.errors import UserError
 
 SAFE_QUANTILE = 0.5
-RISK_QUANTILE = 0.9
+RISK_QUANTILE = 0.99
+OWN_QUANTILE = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ def automatic_band(
     Our reading; the paper leaves the choice open. A class's name is the best-known text that is *not* another class, so
     cosines between text t_j and prototype k != j say what "another thing" looks like in this space. `safe` is their
     median: below it, an antibody is no closer to its class than a random other class is, and teaches nothing. `risk` is
-    the 0.9 quantile, over the classes, of the cosine to their nearest other class: above it, a text is closer than
-    nearly all pairs of known classes ever are, and is more likely a synonym. Where own-class texts lie lower than that
-    (weak text towers), `risk` is the lower decile of the own-class cosines.
+    the 0.99 quantile, over the classes, of the cosine to their nearest other class: above it, a text is closer than
+    two known classes ever are (names that come twice aside), and is more likely a synonym. Where the texts of the
+    classes lie lower than that at their own prototypes (images and texts apart), `risk` is the lower decile of those.
 
     Args:
         prototypes: unit vectors [K, D] or [K, M, D], K >= 2.
@@ -80,7 +81,7 @@ def automatic_band(
     same = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     others = cosines[~same]
     nearest = cosines.masked_fill(same, -2.0).amax(dim=0)
-    own = torch.quantile(cosines.diagonal(), 1 - RISK_QUANTILE).item()
+    own = torch.quantile(cosines.diagonal(), OWN_QUANTILE).item()
     low = torch.quantile(others, SAFE_QUANTILE).item() if safe is None else safe
     high = min(torch.quantile(nearest, RISK_QUANTILE).item(), own) if risk is None else risk
     if low >= high and (safe is None or risk is None):

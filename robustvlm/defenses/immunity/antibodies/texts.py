@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from robustvlm.defenses.immunity.antibodies.names import words_of
 from robustvlm.errors import UserError, nearest
 
 HARD_NEGATIVE = "hard-negative"
@@ -51,6 +52,16 @@ class Proposal:
 
     texts: tuple[AntibodyText, ...]
     kin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def without(self, names: Iterable[str]) -> Proposal:
+        """Return the proposal without texts that are one of `names`, such as the unknown classes of a benchmark.
+
+        Example:
+            >>> Proposal((AntibodyText("wolf", "dog"), AntibodyText("fox", "dog"))).without(["Wolves"]).texts
+            (AntibodyText(text='fox', of_class='dog', kind='hard-negative'),)
+        """
+        apart = {words_of(name) for name in names}
+        return Proposal(tuple(text for text in self.texts if words_of(text.text) not in apart), self.kin)
 
 
 class AntibodySource(ABC):
