@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any, Protocol
 
 from robustvlm.data.classes import recognise, wordnet_names
@@ -36,14 +37,15 @@ def open_wordnet() -> Nouns:
         UserError: its WordNet corpus is not there.
     """
     try:
-        from nltk.corpus import wordnet
+        wordnet: Any = import_module("nltk.corpus").wordnet
     except ImportError:
         raise MissingExtra("nltk", extra="wordnet") from None
     try:
         wordnet.ensure_loaded()
     except (LookupError, OSError):  # not there, or a part of it
         raise UserError("nltk is there, but not its WordNet: run `python -m nltk.downloader wordnet`") from None
-    return wordnet  # type: ignore[no-any-return]
+    nouns: Nouns = wordnet
+    return nouns
 
 
 def find_senses(nouns: Nouns, class_names: Sequence[str]) -> list[Synset | None]:
