@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.purify.columns import columns
 from benchmarks.purify.tables import print_tables
-from benchmarks.purify.training import SIGMAS, trained
+from benchmarks.purify.training import trained
 from robustvlm import certify
 from robustvlm.data import open_data
 from robustvlm.data.pixels import to_pixels
@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-data", default="emoji?split=train")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--samples", type=int, default=160)
+    parser.add_argument("--sigma", default="0.12,0.25,0.5", help="levels to measure; all are trained for")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--mapper-steps", type=int, default=400)
@@ -92,7 +93,7 @@ def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator
         assert isinstance(alone, PurifiedVLM)
         both.to(memory_format=torch.channels_last)
         for image, sample in pictures(source, encoder, options.limit):
-            for sigma in SIGMAS:
+            for sigma in map(float, options.sigma.split(",")):
                 key = {"label": label, "image": sample.id, "sigma": sigma, "seed": seed}
                 # The encoder alone is the same for every seed.
                 wanted = [name for name in VARIANTS if (label, sample.id, sigma, name, seed) not in done]
