@@ -87,6 +87,6 @@ def automatic_band(
     if low >= high and (safe is None or risk is None):
         raise UserError(
             f"no band of antibodies between {low:.3f} and {high:.3f}: the texts of the classes are as near to other "
-            "classes as to their own; pass both bounds yourself (--delta-safe, --delta-risk)"
+            "classes as to their own; pass both bounds yourself (--band SAFE,RISK)"
         )
     return Band(low, high)
