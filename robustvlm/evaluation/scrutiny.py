@@ -26,7 +26,7 @@ from robustvlm.evaluation.estimate import Work
 from robustvlm.evaluation.images import Images, Picture
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.unperturbed import ask_unperturbed, brief, needs_briefing
-from robustvlm.models.zoo import BUNDLED, list_models
+from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED, list_models
 from robustvlm.runs.summary import Check
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def published(spec: str) -> bool:
         (True, True, False)
     """
     if spec in BUNDLED:
-        return True
+        return spec not in ADVERSARIALLY_TRAINED
     name, slash, tag = spec.rpartition("/")
     plain = f"{name.replace('/', '-')}/{tag}"
     return bool(slash) and "+" not in spec and any(model.spec == plain for model in list_models())

@@ -19,9 +19,13 @@ from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import SUFFIXES
 
-BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
+_ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {"tiny": _ASSETS / "tiny", "tiny-robust": _ASSETS / "tiny-robust"}
+ADVERSARIALLY_TRAINED = frozenset({"tiny-robust"})
+"""Bundled models that were trained to withstand attacks."""
 SPEC_FORMS = (
     ("tiny", "the bundled model (EmojiStyles, 64 px)"),
+    ("tiny-robust", "the same, adversarially trained (Linf 2/255)"),
     ("NAME/TAG", "an open_clip model with published weights, as ViT-B-32/laion2b_s34b_b79k"),
     ("NAME/FILE", "an open_clip architecture with a local checkpoint, as ViT-B-32/runs/best.safetensors"),
     ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
