@@ -6,7 +6,8 @@ Every certificate is a pure function of bounds on the clean image's smoothed fea
 * `cone`, `vector_np`, `vector_table`: the angle between the smoothed features of clean and attacked image (T2-T4);
 * `distribution`, `tangent`, `covariance`: whole distribution, its anytime-valid form, second moments (T5-T7);
 * `class_margin`, `class_sequential`, `open_vocabulary`: the class of the mean feature (T8); `vote`: the hard vote;
-* `openset`, `openset_deployed`: acceptance and rejection; `deployed`: what n0 inference samples keep of it (T10);
+* `openset`, `openset_rule`, `openset_deployed`: acceptance and rejection;
+* `deployed`: what n0 inference samples keep of a certificate (T10);
 * `noise`, `sampling`, `engine`: fresh noise, what a claim wants of it, and batches of many images; with the certifiers
   `feature_claim`, `class_claim`, `openset_claim` (fixed n, or stopping as soon as a radius is decided);
 * `resize`: what a radius at the model's resolution is worth at the source image;
@@ -67,8 +68,9 @@ from robustvlm.certify.openset import (
     score_lower,
     score_upper,
 )
-from robustvlm.certify.openset_claim import OpensetRadius
+from robustvlm.certify.openset_claim import OpensetRadius, RuleRadius
 from robustvlm.certify.openset_deployed import predict_openset
+from robustvlm.certify.openset_rule import OpensetRule
 from robustvlm.certify.record import Certificate, Provenance, best_of, expected_false
 from robustvlm.certify.resize import resize_matrix, resize_norm
 from robustvlm.certify.rounding import floor_to, format_down
@@ -98,9 +100,11 @@ __all__ = [
     "FixedSample",
     "NormRange",
     "OpensetRadius",
+    "OpensetRule",
     "PredictableDirection",
     "Provenance",
     "Request",
+    "RuleRadius",
     "Sampled",
     "SamplingEngine",
     "SequentialTest",

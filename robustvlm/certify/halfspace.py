@@ -54,7 +54,7 @@ def halfspace_lower(features: ArrayLike, vectors: ArrayLike, a: float, band: Ban
 def halfspace_shift(
     features: ArrayLike,
     vectors: ArrayLike,
-    threshold: Callable[[float], float],
+    threshold: Callable[[float], ArrayLike],
     band: Band,
     *,
     a_max: float = A_MAX,
@@ -64,7 +64,7 @@ def halfspace_shift(
     Args:
         features: [n, D] unit features at x.
         vectors: [K, D], fixed before the features were drawn (text, pilot).
-        threshold: non-decreasing in the shift.
+        threshold: non-decreasing in the shift; one number, or one for each vector [K].
 
     Example:
         >>> from robustvlm.certify.bounds.band import ell_band
@@ -76,11 +76,16 @@ def halfspace_shift(
     units, lengths = _normalised(vectors)
     best = a_max
     for i in range(0, len(units), _CHUNK):
-        best = _chunk_shift(_levels(rows, units[i : i + _CHUNK], band), lengths[i : i + _CHUNK], threshold, band, best)
+        part = slice(i, i + _CHUNK)
+
+        def own(a: float, part: slice = part) -> Array:
+            return np.broadcast_to(np.asarray(threshold(a), dtype=np.float64), len(units))[part]
+
+        best = _chunk_shift(_levels(rows, units[part], band), lengths[part], own, band, best)
     return best
 
 
-def _chunk_shift(levels: Array, lengths: Array, threshold: Callable[[float], float], band: Band, best: float) -> float:
+def _chunk_shift(levels: Array, lengths: Array, threshold: Callable[[float], Array], band: Band, best: float) -> float:
     def holds(a: ArrayLike) -> bool:
         lower = lengths * (2.0 * layer_cake(levels, band.lower, float(np.asarray(a))) - 1.0)
         return bool((lower >= threshold(float(np.asarray(a)))).all())

@@ -2,17 +2,83 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 
 from robustvlm.certify.bounds.band import ell_band
+from robustvlm.certify.halfspace import halfspace_shift
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
-from robustvlm.certify.openset import acceptance_radius, openset_score, pilot_choice, rejection_radius
+from robustvlm.certify.openset import openset_score, pilot_choice
+from robustvlm.certify.openset_rule import Claims, OpensetRule
 from robustvlm.certify.sampling import Certifier, Finding, Stage, Stop
 from robustvlm.certify.scores import as_scores, mean_feature, unit_rows
 from robustvlm.certify.tangent import TangentTest
 
 
-class OpensetRadius(Certifier):
+class _DecisionRadius(Certifier):
+    """Settles in the pilot which linear claims keep the decision, and tests them on the estimation samples."""
+
+    def __init__(self, *, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None) -> None:
+        looks: tuple[Stage, ...] = () if radius is None else ("estimation",)
+        super().__init__(("pilot", n_pilot), ("estimation", n - n_pilot), looks=looks)
+        self.radius = radius
+        self.sigma, self.alpha = check_sigma(sigma), check_alpha(alpha)
+        self._claims: Claims | None = None
+        self._score = 0.0
+        self._rows: Array | None = None
+        self._test: _SideTest | None = None
+
+    @abstractmethod
+    def _chosen(self, centre: Array) -> tuple[Claims, float]:
+        """Return the claims that keep the decision at the pilot's mean feature [D], and the score there."""
+
+    @property
+    def accepts(self) -> bool:
+        """The side that the pilot chose."""
+        return self._claims is not None and self._claims.accepts
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        if stage == "pilot":
+            self._claims, self._score = self._chosen(mean_feature(rows)[0])
+            if self.radius is not None:
+                a = self.radius / self.sigma
+                self._test = _SideTest(rows, self._claims.vectors, self._claims.least, a=a, alpha=self.alpha)
+        elif self._test is not None:
+            self._test.update(rows)
+        else:
+            self._rows = rows
+
+    def _goes_on(self, stage: Stage) -> bool:
+        del stage
+        return not self._decided()
+
+    def _decided(self) -> bool:
+        return self._test is not None and self._test.stop != "exhausted"
+
+    def finding(self) -> Finding:
+        stop: Stop = "fixed" if self._test is None else self._test.stop
+        return Finding(
+            radius=self._radius() if self._test is None else (self.radius or 0.0) * (stop == "certified"),
+            stop=stop,
+            n=self.counts["estimation"],
+            n_pilot=self.counts["pilot"],
+            failed=self.failed,
+            prediction=int(self.accepts),
+            mean=self.mean,
+            columns={"score": self._score},
+            claim="openset-accept" if self.accepts else "openset-reject",
+        )
+
+    def _radius(self) -> float:
+        assert self._rows is not None
+        assert self._claims is not None
+        claims = self._claims
+        band = ell_band(len(self._rows), self.alpha)
+        return self.sigma * halfspace_shift(self._rows, claims.vectors, lambda _: claims.least, band)
+
+
+class OpensetRadius(_DecisionRadius):
     """The radius inside which `max_k min_a <m(x'), v_ka>` stays on the side of tau where the pilot found it (P1-CDF).
 
     The pilot chooses side, class and antibodies; the estimation samples bound the score on that side only. With
@@ -43,70 +109,48 @@ class OpensetRadius(Certifier):
         n_pilot: int,
         radius: float | None = None,
     ) -> None:
-        looks: tuple[Stage, ...] = () if radius is None else ("estimation",)
-        super().__init__(("pilot", n_pilot), ("estimation", n - n_pilot), looks=looks)
-        self.vectors, self.tau, self.radius = vectors, float(tau), radius
-        self.sigma, self.alpha = check_sigma(sigma), check_alpha(alpha)
-        self.accepts = False
-        self._score, self._class = 0.0, 0
-        self._chosen: Array = np.zeros(len(vectors))
-        self._rows: Array | None = None
-        self._test: _SideTest | None = None
+        super().__init__(sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
+        self.vectors, self.tau = vectors, float(tau)
 
-    def _absorb(self, stage: Stage, rows: Array) -> None:
-        if stage == "pilot":
-            self._settle(rows)
-        elif self._test is not None:
-            self._test.update(rows)
+    def _chosen(self, centre: Array) -> tuple[Claims, float]:
+        k, chosen = pilot_choice(centre, self.vectors)
+        score = openset_score(centre, self.vectors)
+        if score >= self.tau:
+            linear, least = self.vectors[k], self.tau
         else:
-            self._rows = rows
+            linear = -self.vectors[np.arange(len(self.vectors)), chosen]
+            least = float(np.nextafter(-self.tau, np.inf))  # strictly below tau
+        return Claims(linear, np.full(len(linear), least), score >= self.tau), score
 
-    def _settle(self, pilot: Array) -> None:
-        """Choose the side, the class and the antibodies; prepare the test if the radius is given."""
-        centre = mean_feature(pilot)[0]
-        self._class, self._chosen = pilot_choice(centre, self.vectors)
-        self._score = openset_score(centre, self.vectors)
-        self.accepts = self._score >= self.tau
-        if self.radius is not None:
-            if self.accepts:
-                linear, least = self.vectors[self._class], self.tau
-            else:
-                linear, least = -self.vectors[np.arange(len(self.vectors)), self._chosen], -self.tau
-            self._test = _SideTest(pilot, linear, least, a=self.radius / self.sigma, alpha=self.alpha)
 
-    def _goes_on(self, stage: Stage) -> bool:
-        del stage
-        return not self._decided()
+class RuleRadius(_DecisionRadius):
+    """The radius inside which a rule with a threshold for each class keeps accepting, or rejecting (`OpensetRule`).
 
-    def _decided(self) -> bool:
-        return self._test is not None and self._test.stop != "exhausted"
+    The pilot chooses the claims that keep the decision; see `robustvlm.certify.openset_rule` for why they do.
 
-    def finding(self) -> Finding:
-        stop: Stop = "fixed" if self._test is None else self._test.stop
-        return Finding(
-            radius=self._radius() if self._test is None else (self.radius or 0.0) * (stop == "certified"),
-            stop=stop,
-            n=self.counts["estimation"],
-            n_pilot=self.counts["pilot"],
-            failed=self.failed,
-            prediction=int(self.accepts),
-            mean=self.mean,
-            columns={"score": self._score},
-            claim="openset-accept" if self.accepts else "openset-reject",
-        )
+    Example:
+        >>> rule = OpensetRule(np.eye(2), np.array([0, 1]), np.zeros((0, 2)), 0.0, np.array([0.9, 0.5]))
+        >>> certifier = RuleRadius(rule=rule, sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.1, 0.99]] * wanted.sure)
+        >>> certifier.finding().claim, round(certifier.finding().radius, 2)
+        ('openset-accept', 0.38)
+    """
 
-    def _radius(self) -> float:
-        assert self._rows is not None
-        band = ell_band(len(self._rows), self.alpha)
-        if self.accepts:
-            return acceptance_radius(self._rows, self.vectors, self._class, self.tau, self.sigma, band)
-        return rejection_radius(self._rows, self.vectors, self._chosen, self.tau, self.sigma, band)
+    def __init__(
+        self, *, rule: OpensetRule, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None = None
+    ) -> None:
+        super().__init__(sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
+        self.rule = rule
+
+    def _chosen(self, centre: Array) -> tuple[Claims, float]:
+        return self.rule.claims(centre), self.rule.score(centre)
 
 
 class _SideTest:
-    """Anytime-valid test of `<m(x'), v> > least` for all given v [M, D] and all x' within `a` sigmas (T6, T8)."""
+    """Anytime-valid test of `<m(x'), v> > least` for all given v [M, D], least [M], x' within `a` sigmas (T6, T8)."""
 
-    def __init__(self, pilot: Array, vectors: Array, least: float, *, a: float, alpha: float) -> None:
+    def __init__(self, pilot: Array, vectors: Array, least: Array, *, a: float, alpha: float) -> None:
         lengths = np.linalg.norm(vectors, axis=1)
         self.stop: Stop = "exhausted"
         if not lengths.min() > 1e-9:

@@ -12,7 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from robustvlm.certify import OpensetRule
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, zero_shot
@@ -52,6 +54,21 @@ class SavedModel(ABC):
     ) -> Classifier:
         """Return the classifier on `encoder`, which is `self.encoder(...)`, perhaps smoothed: zero-shot by default."""
         return ZeroShot(zero_shot(encoder, class_names, templates, cache=cache)).eval()
+
+    @property
+    def refuses(self) -> bool:
+        """Whether its classifier may reject images, by a rule that certificates know."""
+        return False
+
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        """Return unit vectors [K, D] that stand for the classes in place of their texts; None: the texts do."""
+        del class_names
+        return None
+
+    def openset_rule(self, class_names: Sequence[str], sigma: float) -> OpensetRule | None:
+        """Return the rule by which the model behind noise of `sigma` accepts and rejects; None for one without."""
+        del class_names, sigma
+        return None
 
     @property
     def sigma(self) -> float | None:

@@ -12,8 +12,8 @@ import numpy as np
 from robustvlm.certify import contrast_vectors
 from robustvlm.data.source import DataSource
 from robustvlm.evaluation.audit_claims import Array, Claim, ClassClaim, FeatureClaim, VoteClaim
-from robustvlm.evaluation.audit_openset import OpensetClaim
-from robustvlm.evaluation.certifying.setup import embed_classes, list_of_names
+from robustvlm.evaluation.audit_openset import OpensetClaim, RuleClaim
+from robustvlm.evaluation.certifying.setup import list_of_names, rule_of, vectors_of_classes
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.report.certify_record import CertifyRecord
@@ -35,7 +35,10 @@ def claim_maker(run: CertifyRecord, vlm: VLM, source: DataSource) -> MakeClaim:
     config = run.config
     if config.claim == "feature":
         return lambda row: partial(_feature, row, run)
-    text = embed_classes(vlm, source.class_names, source.templates)
+    rule = rule_of(config, source.class_names)
+    if rule is not None:
+        return lambda row: lambda *_: RuleClaim(rule=rule, accepts=row["prediction"] == 1, radius=row["radius"])
+    text = vectors_of_classes(config, vlm, source.class_names, source.templates)
     assert text is not None
     if config.claim == "openset":
         assert config.tau is not None

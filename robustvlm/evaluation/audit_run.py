@@ -23,6 +23,7 @@ from robustvlm.evaluation.audit_certificates import CLAIMS, claim_maker
 from robustvlm.evaluation.audit_partial import Partial
 from robustvlm.evaluation.audit_search import Effort
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
+from robustvlm.evaluation.certifying.setup import describe_head
 from robustvlm.models import VLM
 from robustvlm.report.certify_record import CertifyRecord, load_certify_run
 from robustvlm.runs.files import write_text
@@ -102,7 +103,7 @@ def audit_folder(
     )  # fmt: skip
     vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
-    _require_same_model(run, encoder)
+    _require_same_model(run, encoder, source.class_names)
     model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)
     make = claim_maker(run, vlm, source)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
@@ -140,9 +141,10 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _require_same_model(run: CertifyRecord, encoder: NoisyEncoder) -> None:
-    before = (run.manifest.get("model") or {}).get("fingerprint")
-    if before != encoder.vlm.fingerprint:
+def _require_same_model(run: CertifyRecord, encoder: NoisyEncoder, class_names: tuple[str, ...]) -> None:
+    before = run.manifest.get("model") or {}
+    head = describe_head(run.config, class_names).get("head")
+    if (before.get("fingerprint"), before.get("head")) != (encoder.vlm.fingerprint, head):
         raise UserError(f"the model '{run.config.model}' has changed since '{run.folder}' was certified: certify again")
 
 

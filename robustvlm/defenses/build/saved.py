@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from robustvlm.certify import OpensetRule
 from robustvlm.defenses.base import Classifier
 from robustvlm.defenses.build.recipe import smoothing_of
 from robustvlm.defenses.pipeline import apply_operations, split_spec
@@ -24,10 +25,25 @@ class BuiltModel(SavedModel):
     def encoder(self, device: torch.device) -> VLM:
         return apply_operations(self.base(device), smoothing_of(self.card.settings.get("smooth")))
 
+    @property
+    def _top(self) -> SavedModel | None:
+        """The last of the parts, whose head the pipeline has."""
+        return saved_model(split_spec(self.card.base or "")[0])
+
+    @property
+    def refuses(self) -> bool:
+        return self._top is not None and self._top.refuses
+
+    def class_vectors(self, class_names: Sequence[str]) -> torch.Tensor | None:
+        return None if self._top is None else self._top.class_vectors(class_names)
+
+    def openset_rule(self, class_names: Sequence[str], sigma: float) -> OpensetRule | None:
+        return None if self._top is None else self._top.openset_rule(class_names, sigma)
+
     def classifier(
         self, encoder: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True
     ) -> Classifier:
-        top = saved_model(split_spec(self.card.base or "")[0])
+        top = self._top
         if top is None:
             return super().classifier(encoder, class_names, templates, cache=cache)
         return top.classifier(encoder, class_names, templates, cache=cache)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from robustvlm.certify import OpensetRule
 from robustvlm.defenses.base import Classifier
 from robustvlm.defenses.immunity.adapter import AdaptedVLM
 from robustvlm.defenses.immunity.classifier import ImmunisedClassifier
 from robustvlm.defenses.immunity.files import load_immunity
 from robustvlm.defenses.immunity.state import Immunity
 from robustvlm.defenses.saved import SavedModel
+from robustvlm.errors import UserError
 from robustvlm.models import VLM
 
 
@@ -24,6 +28,10 @@ class ImmunisedModel(SavedModel):
         """Prototypes, antibodies, thresholds and adapter."""
         return load_immunity(self.folder, self.card.settings)
 
+    @property
+    def refuses(self) -> bool:
+        return True
+
     def encoder(self, device: torch.device) -> VLM:
         base = self.base(device)
         return AdaptedVLM(base, self.immunity.adapter)
@@ -34,3 +42,29 @@ class ImmunisedModel(SavedModel):
         """Return the immunised classifier; `class_names` are its classes, in any order."""
         del templates, cache  # the prototypes are kept here
         return ImmunisedClassifier(encoder, self.immunity.ordered(class_names, str(self.folder)))
+
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        """Return the prototypes.
+
+        Raises:
+            UserError: other classes, or several prototypes a class: the class is then no linear function of features.
+        """
+        found = self.immunity.ordered(class_names, str(self.folder)).prototypes
+        if found.shape[1] > 1:
+            raise UserError(
+                f"'{self.folder}' has {found.shape[1]} prototypes a class, and certificates of classes need one: "
+                "pass --claim openset or feature, or immunise with --prototypes-per-class 1"
+            )
+        return found[:, 0]
+
+    def openset_rule(self, class_names: Sequence[str], sigma: float) -> OpensetRule:
+        """Return the rule for the mean feature under noise, with the thresholds for that noise where there are any."""
+        found = self.immunity.ordered(class_names, str(self.folder))
+        count, per_class, dim = found.prototypes.shape
+        return OpensetRule(
+            found.prototypes.reshape(-1, dim).double().numpy(),
+            np.repeat(np.arange(count), per_class),
+            found.antibodies.embeddings.double().numpy(),
+            found.weight,
+            found.noisy.get(sigma, found.thresholds).double().numpy(),
+        )

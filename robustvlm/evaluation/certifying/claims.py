@@ -16,6 +16,8 @@ from robustvlm.certify import (
     FeatureRadius,
     FeatureTest,
     OpensetRadius,
+    OpensetRule,
+    RuleRadius,
     VocabularyRadius,
     VoteAtRadius,
     VoteRadius,
@@ -74,18 +76,22 @@ def make_plan(
     *,
     text: Array | None = None,
     vectors: Array | None = None,
+    rule: OpensetRule | None = None,
     rounding: float = 0.0,
     baselines: bool = True,
 ) -> Plan:
     """Return the plan of a run's claim.
 
     Args:
-        text: class embeddings [K, D], for class and vote claims. vectors: [K, A, D], for open-set claims.
+        text: class embeddings [K, D], for class and vote claims. vectors: [K, A, D], for open-set claims of one
+            threshold; rule: for those of a model with thresholds of its own.
         rounding: bound of the rounding of kept features (class claims only).
         baselines: fill the columns of other bounds (feature claims; they need the clean feature).
     """
     if config.claim == "feature":
         return _feature(config, baselines)
+    if rule is not None:
+        return _rule(config, rule)
     if config.claim == "openset":
         assert vectors is not None
         return _openset(config, vectors)
@@ -210,6 +216,32 @@ def _openset(config: CertifyConfig, vectors: Array) -> Plan:
             OpensetRadius,
             vectors=vectors,
             tau=config.tau,
+            sigma=config.sigma,
+            alpha=config.alpha,
+            n=config.samples,
+            n_pilot=config.n_pilot,
+            radius=config.radius,
+        ),
+        label_source="pilot",
+    )
+
+
+def _rule(config: CertifyConfig, rule: OpensetRule) -> Plan:
+    early = config.radius is not None
+    # Whichever decision is the easiest one, as for a single threshold.
+    target = 0.5 * (1.0 - float(np.abs(rule.thresholds).max()) / max(rule.reach, 1e-12))
+    low, high = float(rule.thresholds.min()), float(rule.thresholds.max())
+    between = f"{low:g}" if low == high else f"{low:g} to {high:g}, by class"
+    return Plan(
+        statement=f"the image stays accepted, or stays rejected (thresholds of the model: {between})",
+        theorem="T6" if early else "T5",
+        bound="tangent" if early else "ell",
+        stop_rule="anytime" if early else "fixed",
+        alpha_split={"claims that keep the decision, chosen by the pilot (no correction, T8)": config.alpha},
+        best=_linear_best(config, min(max(target, 1e-6), 0.5)),
+        certifier=partial(
+            RuleRadius,
+            rule=rule,
             sigma=config.sigma,
             alpha=config.alpha,
             n=config.samples,

@@ -13,6 +13,8 @@ from robustvlm.core.ranks import Ranks
 from robustvlm.data.names import name_key
 from robustvlm.data.prompts import read_templates
 from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.pipeline import split_spec
+from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.cache import rounding_error
 from robustvlm.evaluation.certifying.claims import require_possible
@@ -24,12 +26,15 @@ from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
 from robustvlm.evaluation.certifying.run import ReplayRun
 from robustvlm.evaluation.certifying.settings import Settings
 from robustvlm.evaluation.certifying.setup import (
+    describe_head,
     describe_model,
     describe_plan,
     embed_classes,
     list_of_names,
     make_config,
     plan_of,
+    rule_of,
+    vectors_of_classes,
 )
 from robustvlm.models.device import resolve_device
 from robustvlm.report.record import find_run
@@ -100,7 +105,9 @@ def prepare_replay(
         UserError: settings that do not go with kept features, or under which every image would abstain.
     """
     source = open_source(run, root=out)
-    settings = settings.with_source(source.manifest["config"]).checked()
+    settings = settings.with_source(source.manifest["config"])
+    made = saved_model(split_spec(settings.model)[0])
+    settings.checked(refuses=made is not None and made.refuses)
     _check(settings, source, prompts)
     chosen = (prompts or "adaptive") if settings.claim == "class" else None
     assert source.config.cache is not None
@@ -109,7 +116,7 @@ def prepare_replay(
     names = tuple(data["class_names"]) if settings.classes is None else list_of_names(settings.classes)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
     vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
-    if describe_model(vlm) != source.manifest["model"]:
+    if describe_model(vlm).items() - source.manifest["model"].items():
         raise UserError(f"the model '{settings.model}' is no longer the one of the run '{source.folder.path}'")
     config = make_config(settings, sigma=source.config.sigma, device=device).model_copy(
         update={
@@ -119,16 +126,20 @@ def prepare_replay(
             "prompts": chosen,
         }
     )
-    text = embed_classes(vlm, names, templates, needed=config.claim != "feature")
+    rule = rule_of(config, names)
+    if settings.classes is None and settings.templates is None:
+        text = vectors_of_classes(config, vlm, names, templates)
+    else:
+        text = embed_classes(vlm, names, templates, needed=config.claim != "feature")
     dim = vlm.encode_text(["a"]).shape[1]
     rounding = rounding_error(source.config.cache, dim)
     clean_kept = source.config.claim == "feature"
-    plan = plan_of(config, vlm, text, templates, rounding=rounding, baselines=clean_kept)
+    plan = plan_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
     best = require_possible(plan, config)
     encoder = NoisyEncoder(vlm, precision=config.precision)
     recorder = Recorder(config, plan, encoder.fingerprint, config.seed, text)
     begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
-    model_facts = describe_model(vlm)
+    model_facts = describe_model(vlm) | describe_head(config, names)
     data_facts = {**data, "class_names": list(names), "templates": list(templates)}
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("certify", settings.model, "kept", identity))

@@ -43,8 +43,12 @@ class Settings:
     device: str = "auto"
     precision: str = "fp32"
 
-    def checked(self) -> Settings:
-        """Return the settings if they make sense on their own; raise a UserError that says what does not."""
+    def checked(self, *, refuses: bool = False) -> Settings:
+        """Return the settings if they make sense on their own; raise a UserError that says what does not.
+
+        Args:
+            refuses: the model has prototypes, antibodies and thresholds of its own.
+        """
         if self.claim not in CLAIMS:
             raise UserError(f"unknown claim '{self.claim}': {nearest(self.claim, CLAIMS)}")
         check_alpha(self.alpha)
@@ -64,13 +68,15 @@ class Settings:
                 raise UserError(f"{name} must be at least {least}, got {number}")
         if self.precision not in PRECISIONS:
             raise UserError(f"unknown precision '{self.precision}': {nearest(self.precision, PRECISIONS)}")
-        self._check_openset()
+        self._check_openset(refuses)
         self._check_cache()
         return self
 
-    def _check_openset(self) -> None:
+    def _check_openset(self, refuses: bool) -> None:
         if self.claim == "openset":
-            if self.tau is None or not math.isfinite(self.tau):
+            if refuses and self.antibodies is not None:
+                raise UserError(f"'{self.model}' has antibodies of its own: leave out --antibodies")
+            if (self.tau is None and not refuses) or not math.isfinite(self.tau or 0.0):
                 raise UserError("an open-set claim needs its threshold: pass --tau, chosen on other images")
             if not self.weight >= 0.0:
                 raise UserError(f"--weight must not be negative, got {self.weight}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from robustvlm.certify import contrast_vectors
+from robustvlm.certify import OpensetRule, contrast_vectors
 from robustvlm.certify.normal import Array
 from robustvlm.core.ranks import Ranks
 from robustvlm.data import open_data
@@ -31,6 +33,7 @@ from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.images import Images
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.device import resolve_device
+from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.folder import RunFolder, default_name
@@ -50,7 +53,8 @@ def prepare_certify(
         >>> run.run().images
         2
     """
-    settings.checked()
+    made = saved_model(split_spec(settings.model)[0])
+    settings.checked(refuses=made is not None and made.refuses)
     sigma = settle_sigma(settings)
     device = str(resolve_device(settings.device))
     config = make_config(settings, sigma=sigma, device=device)
@@ -62,8 +66,9 @@ def prepare_certify(
     vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
     _check_smoothing(vlm, settings)
     config = config.model_copy(update={"resolution": vlm.image_size})
-    text = embed_classes(vlm, source.class_names, source.templates, needed=config.claim != "feature")
-    plan = plan_of(config, vlm, text, source.templates)
+    rule = rule_of(config, source.class_names)
+    text = vectors_of_classes(config, vlm, source.class_names, source.templates)
+    plan = plan_of(config, vlm, text, source.templates, rule=rule)
     best = require_possible(plan, config)
     encoder = NoisyEncoder(vlm, precision=config.precision)
     recorder = Recorder(config, plan, encoder.fingerprint, config.seed, text)
@@ -88,7 +93,7 @@ def prepare_certify(
         sigma=sigma,
         seed=config.seed,
     )
-    model_facts, data_facts = describe_model(vlm), describe_data(source)
+    model_facts, data_facts = describe_model(vlm) | describe_head(config, source.class_names), describe_data(source)
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("certify", settings.model, settings.data, identity))
     manifest = make_manifest(
@@ -164,10 +169,13 @@ def plan_of(
     text: Array | None,
     templates: tuple[str, ...],
     *,
+    rule: OpensetRule | None = None,
     rounding: float = 0.0,
     baselines: bool = True,
 ) -> Plan:
     """Return the plan of a run's claim about a model and its classes."""
+    if rule is not None:
+        return make_plan(config, rule=rule)
     if config.claim != "openset":
         return make_plan(config, text=text, rounding=rounding, baselines=baselines)
     assert text is not None
@@ -176,6 +184,31 @@ def plan_of(
         names = list_of_names(Path(config.antibodies))
         against = _array(class_embeddings(vlm, names, templates))
     return make_plan(config, vectors=contrast_vectors(text, against, config.weight))
+
+
+def rule_of(config: CertifyConfig, class_names: tuple[str, ...]) -> OpensetRule | None:
+    """Return the open-set rule of a model that has one, with `--tau` in place of its thresholds if that was given."""
+    made = saved_model(split_spec(config.model)[0]) if config.claim == "openset" else None
+    found = None if made is None else made.openset_rule(class_names, config.sigma)
+    if found is None or config.tau is None:
+        return found
+    return replace(found, thresholds=np.full_like(found.thresholds, config.tau))
+
+
+def vectors_of_classes(
+    config: CertifyConfig, vlm: VLM, class_names: tuple[str, ...], templates: tuple[str, ...]
+) -> Array | None:
+    """Return unit class vectors [K, D]: those of a model that has its own, else the texts.
+
+    Raises:
+        UserError: a claim about classes, and the model has no single vector for each.
+    """
+    made = saved_model(split_spec(config.model)[0])
+    if made is not None and config.claim in ("class", "vote"):
+        own = made.class_vectors(class_names)
+        if own is not None:
+            return _array(own)
+    return embed_classes(vlm, class_names, templates, needed=config.claim != "feature")
 
 
 def list_of_names(path: Path) -> tuple[str, ...]:
@@ -212,6 +245,18 @@ def describe_model(vlm: VLM) -> dict[str, Any]:
         "logit_scale": vlm.logit_scale,
         "interpolation": vlm.interpolation,
     }
+
+
+def describe_head(config: CertifyConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the digest of what a model decides by besides its encoder, where a claim is about that; else nothing."""
+    rule = rule_of(config, class_names)
+    if rule is not None:
+        parts = (rule.prototypes, rule.antibodies, rule.thresholds)
+        tensors = {str(i): torch.from_numpy(np.ascontiguousarray(part)) for i, part in enumerate(parts)}
+        return {"head": fingerprint(tensors, (repr(rule.weight),))}
+    made = saved_model(split_spec(config.model)[0]) if config.claim in ("class", "vote") else None
+    own = None if made is None else made.class_vectors(class_names)
+    return {} if own is None else {"head": fingerprint({"class_vectors": own}, ())}
 
 
 def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, Any]:
