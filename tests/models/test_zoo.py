@@ -235,9 +235,9 @@ class TestPretrained:
 
 def test_list_models_names_what_can_be_loaded() -> None:
     specs = [model.spec for model in list_models()]
-    assert specs[0] == "tiny"
+    assert specs[:2] == list(zoo.BUNDLED) == ["tiny", "tiny-robust"]
     assert "ViT-B-32/laion2b_s34b_b79k" in specs
-    assert len(specs) == len(set(specs)) == len(open_clip.list_pretrained()) + 1
-    for spec in specs[1:]:
+    assert len(specs) == len(set(specs)) == len(open_clip.list_pretrained()) + 2
+    for spec in specs[2:]:
         name, tag = zoo._split(spec, open_clip.list_models())
         assert open_clip.pretrained.get_pretrained_cfg(name, tag), spec
