@@ -72,7 +72,7 @@ class AdaptedVLM(VLM):
             return self.adapter(features.to(self.adapter.inner.weight.dtype))
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        return self.base.encode_text(texts)
+        return self.base.embed_text(texts)  # scaled to unit length once, by this model
 
     def _state(self) -> dict[str, object]:
         return dict(self.adapter.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ def align(visual: Tensor, text: Tensor, xi: float) -> tuple[Tensor, Tensor]:
     theta = angle(v, t)
     away = torch.sin((theta - xi).clamp_min(0.0))
     # Opposite vectors span no great circle: the text alone is then within reach.
-    alpha = torch.where(theta > torch.pi - 1e-6, 1.0, away / (away + torch.sin(torch.tensor(xi)).clamp_min(1e-300)))
+    alpha = torch.where(theta > torch.pi - 1e-6, 1.0, away / (away + max(math.sin(xi), 1e-300)))
     alpha = torch.where(theta <= xi, 0.0, alpha)
     mu = F.normalize((1.0 - alpha)[..., None] * v + alpha[..., None] * t, dim=-1)
     return mu.to(visual.dtype), alpha.to(visual.dtype)

@@ -1,0 +1,185 @@
+"""The immunised classifier and its folder: what it says, in which order of classes, with gradients, and bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from robustvlm.certify import OpensetRule
+from robustvlm.defenses import load_classifier, load_pipeline
+from robustvlm.defenses.immunity import AdaptedVLM, Adapter, ImmunisedClassifier, Immunity, immunise_without_images
+from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
+from robustvlm.defenses.immunity.files import card_settings, save_tensors
+from robustvlm.defenses.saved import saved_model
+from robustvlm.errors import UserError
+from robustvlm.models import load_model
+from robustvlm.models.saved import Card, write_card
+
+NAMES = ("apple", "dog", "fish_bowl")
+
+
+def unit(count: int, dim: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def immunity(dim: int = 192, *, per_class: int = 1, antibodies: int = 2) -> Immunity:
+    adapter = Adapter(dim, 4, seed=5)
+    torch.nn.init.normal_(adapter.outer.weight, std=0.3, generator=torch.Generator().manual_seed(6))
+    texts = tuple(AntibodyText(f"thing {i}", "dog") for i in range(antibodies))
+    return Immunity(
+        NAMES,
+        unit(3 * per_class, dim, 1).view(3, per_class, dim),
+        Antibodies(texts, unit(antibodies, dim, 2) if antibodies else torch.zeros(0, dim)),
+        0.5,
+        torch.tensor([0.01, 0.02, -0.05]),
+        adapter.eval().requires_grad_(False),
+        {0.25: torch.tensor([0.0, 0.001, -0.002])},
+    )
+
+
+def saved(folder: Path, made: Immunity, base: str = "tiny") -> Path:
+    folder.mkdir(parents=True)
+    save_tensors(folder, made)
+    write_card(folder, Card("immunize", base, load_model(base).fingerprint, card_settings(made)))
+    return folder
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("per_class", [1, 3])
+@pytest.mark.parametrize("antibodies", [0, 2])
+def test_output_is_the_score_less_the_threshold_of_the_predicted_class(per_class: int, antibodies: int) -> None:
+    made = immunity(per_class=per_class, antibodies=antibodies)
+    encoder = AdaptedVLM(load_model("tiny"), made.adapter)
+    classifier = ImmunisedClassifier(encoder, made)
+    output = classifier(images())
+    for row, z in zip(output, encoder.encode_image(images()), strict=True):
+        cosines = [max(float(mu @ z) for mu in of) for of in made.prototypes]
+        against = max((float(a @ z) for a in made.antibodies.embeddings), default=0.0)
+        k = int(np.argmax(cosines))
+        assert row[:-1].tolist() == pytest.approx([encoder.logit_scale * c for c in cosines], abs=1e-4)
+        assert float(row[-1]) == pytest.approx(cosines[k] - 0.5 * against - float(made.thresholds[k]), abs=1e-5)
+
+
+def test_decisions_name_a_class_or_reject() -> None:
+    made = immunity()
+    low = replace(made, thresholds=torch.full((3,), -2.0))
+    high = replace(made, thresholds=torch.full((3,), 2.0))
+    encoder = AdaptedVLM(load_model("tiny"), made.adapter)
+    for found, name in ((low, True), (high, False)):
+        for decision in ImmunisedClassifier(encoder, found).decide(images()):
+            assert (decision.class_name is not None) == name
+            assert decision.nearest in NAMES
+            assert (decision.score > decision.threshold) == name
+
+
+def test_gradients_reach_the_pixels_and_agree_with_differences() -> None:
+    made = immunity()
+    classifier = ImmunisedClassifier(AdaptedVLM(load_model("tiny"), made.adapter), made).double()
+    pixels = images(1).double().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(classifier(pixels)[0, -1], pixels)
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    step = 1e-8 * direction  # small, so that no unit of the encoder switches in between
+    with torch.no_grad():
+        slope = (classifier(pixels + step)[0, -1] - classifier(pixels - step)[0, -1]) / 2e-8
+    assert gradient.abs().max() > 0
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-4)
+
+
+def test_folder_gives_back_the_same_bits(tmp_path: Path) -> None:
+    made = immunity()
+    folder = saved(tmp_path / "run", made)
+    loaded = load_classifier(str(folder), NAMES, ["{}"])
+    direct = ImmunisedClassifier(AdaptedVLM(load_model("tiny"), made.adapter), made)
+    assert torch.equal(loaded(images()), direct(images()))
+    assert loaded.can_reject
+    assert loaded.spec == str(folder)
+    again = saved(tmp_path / "again", made)
+    assert (folder / "immunity.safetensors").read_bytes() == (again / "immunity.safetensors").read_bytes()
+    texts = saved_model(str(folder)).immunity.antibodies.texts  # type: ignore[union-attr]
+    assert texts == made.antibodies.texts
+
+
+def test_classes_come_in_the_order_of_the_data(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", immunity())
+    ours = load_classifier(str(folder), NAMES, ["{}"])(images())
+    theirs = load_classifier(str(folder), ("Fish Bowl", "apple", "dog"), ["{}"])(images())
+    assert torch.equal(theirs[:, [1, 2, 0, 3]], ours)
+
+
+def test_other_classes_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", immunity())
+    with pytest.raises(UserError, match="'cat' is none of them"):
+        load_classifier(str(folder), ("apple", "dog", "cat"), ["{}"])
+    with pytest.raises(UserError, match="the data lack 'dog'"):
+        load_classifier(str(folder), ("apple", "fish bowl"), ["{}"])
+
+
+def test_smoothing_goes_between_adapter_and_head(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", immunity())
+    vlm = load_pipeline(f"{folder}+smooth:0.25:8")
+    assert isinstance(vlm.base, AdaptedVLM)  # type: ignore[attr-defined]
+    told, untold = (load_classifier(f"{folder}+smooth:{sigma}:8", NAMES, ["{}"]) for sigma in ("0.25", "0.5"))
+    assert told.thresholds.tolist() == pytest.approx([0.0, 0.001, -0.002])  # type: ignore[union-attr]
+    assert untold.thresholds.tolist() == pytest.approx([0.01, 0.02, -0.05])  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    output = told(images(1))[0]
+    torch.manual_seed(0)
+    mean = vlm.mean_feature(images(1), 8)  # type: ignore[attr-defined]
+    assert torch.allclose(output, told.head(mean)[0])  # type: ignore[union-attr]
+    assert float(mean.norm()) < 0.999  # not scaled: what certificates are about
+
+
+def test_certificates_get_the_rule_that_is_deployed(tmp_path: Path) -> None:
+    made = immunity(per_class=2)
+    model = saved_model(str(saved(tmp_path / "run", made)))
+    assert model is not None
+    assert model.refuses
+    rule = model.openset_rule(NAMES[::-1], 0.5)
+    assert isinstance(rule, OpensetRule)
+    classifier = ImmunisedClassifier(AdaptedVLM(load_model("tiny"), made.adapter), made)
+    for z in unit(20, 192, 4):
+        output = classifier.head(z[None])[0]
+        assert rule.margin(z.double().numpy()) == pytest.approx(float(output[-1]), abs=1e-5)
+        assert NAMES[::-1][rule.predicted(z.double().numpy())] == NAMES[int(output[:-1].argmax())]
+    assert model.openset_rule(NAMES, 0.25).thresholds.tolist() == pytest.approx([0.0, 0.001, -0.002])
+    with pytest.raises(UserError, match="need one"):
+        model.class_vectors(NAMES)
+    single = saved_model(str(saved(tmp_path / "single", immunity())))
+    assert torch.equal(single.class_vectors(NAMES), immunity().prototypes[:, 0])  # type: ignore[union-attr]
+
+
+def test_without_images_the_nearest_text_decides() -> None:
+    vlm = load_model("tiny")
+    made = immunise_without_images(vlm, ["apple", "dog"], ["{}"], ["bus", "guitar"])
+    classifier = ImmunisedClassifier(vlm, made)
+    both = vlm.encode_text(["apple", "dog", "bus", "guitar"])
+    assert (classifier.head(both)[:, -1] > 0).tolist() == [True, True, False, False]
+    with pytest.raises(UserError, match="nothing tells the unknown"):
+        immunise_without_images(vlm, ["apple", "dog"], ["{}"], [])
+
+
+def test_damaged_folders_and_parts_that_do_not_fit(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", immunity())
+    file = folder / "immunity.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged"):
+        load_pipeline(str(folder))
+    file.unlink()
+    with pytest.raises(UserError, match="no checkpoint file"):
+        load_pipeline(str(folder))
+    other = saved(tmp_path / "other", immunity())
+    save_tensors(other, replace(immunity(antibodies=1)))  # the card names two
+    with pytest.raises(UserError, match="no immunised model that can be read"):
+        load_pipeline(str(other))
+    with pytest.raises(UserError, match="do not fit"):
+        replace(immunity(), thresholds=torch.zeros(2))
+    with pytest.raises(UserError, match="finite"):
+        replace(immunity(), thresholds=torch.full((3,), torch.nan))
