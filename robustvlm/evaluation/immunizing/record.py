@@ -36,6 +36,9 @@ def class_rows(immunity: Immunity, prototypes: Prototypes, made: Made, done: Imm
             "threshold": float(immunity.thresholds[k]),
             "antibodies": len(made.antibodies.of(name)),
             "margin": float(nearest[k]),
+            "held_out_right": 0,
+            "pooled": False,
+            "fit": None,
         }
         if done is not None:
             own = done.thresholds.classes[k]

@@ -1,0 +1,326 @@
+"""Immunize runs from start to end on a small encoder, and what every other command makes of the result."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from robustvlm.data import open_data
+from robustvlm.defenses import load_classifier
+from robustvlm.defenses.immunity.files import load_immunity, save_tensors
+from robustvlm.errors import UserError
+from robustvlm.evaluation.audit_run import audit_folder
+from robustvlm.evaluation.audit_search import Effort
+from robustvlm.evaluation.certifying.settings import Settings as CertifySettings
+from robustvlm.evaluation.certifying.setup import prepare_certify
+from robustvlm.evaluation.clean import evaluate_clean
+from robustvlm.evaluation.detecting.settings import Settings as DetectSettings
+from robustvlm.evaluation.detecting.setup import prepare_detect
+from robustvlm.evaluation.immunizing.extending import prepare_extension
+from robustvlm.evaluation.immunizing.images import held_back
+from robustvlm.evaluation.immunizing.run import ImmunizeObserver, PreparedImmunize
+from robustvlm.evaluation.immunizing.setup import prepare_immunize
+from robustvlm.evaluation.setup import prepare
+from robustvlm.models.saved import CARD_NAME, read_card
+from robustvlm.report.html import write_report
+from robustvlm.report.immunize_html import load_immunize_run, render_immunize_run
+from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
+
+MakeFolder = Callable[..., Path]
+MODEL = "small_encoders:Encoder"
+
+
+def settings_of(photos: Path, **changes: Any) -> ImmunizeConfig:
+    words = photos.parent / "antibodies.txt"
+    words.write_text("cat: lynx\ncat: cat on the moon\ndog: <b>wolf</b>\nfox: jackal\nfox: fox\n")
+    base: dict[str, Any] = {
+        "model": MODEL,
+        "data": f"imagefolder:{photos}",
+        "held_out": 0.4,
+        "antibodies": str(words),
+        "safe": -0.99,
+        "risk": 0.99,
+        "min_images": 3,
+        "hidden": 8,
+        "steps": 40,
+    }
+    return ImmunizeConfig(**{**base, **changes})
+
+
+def made(photos: Path, *, name: str = "run", **changes: Any) -> PreparedImmunize:
+    run = prepare_immunize(settings_of(photos, **changes), out=photos.parent / "runs", name=name)
+    run.run()
+    return run
+
+
+def record_of(run: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.folder.path / RECORD).read_text())
+    return found
+
+
+def test_run_leaves_a_model_a_record_and_a_report(make_folder: MakeFolder) -> None:
+    run = made(make_folder())
+    record = record_of(run)
+    assert [row["name"] for row in record["classes"]] == ["cat", "dog", "fox"]
+    assert {text for text, _, _ in record["antibodies"]["kept"]} <= {"lynx", "cat on the moon", "<b>wolf</b>", "jackal"}
+    assert ["fox", "fox", "the name of 'fox'"] in record["antibodies"]["dropped"]
+    assert record["images"]["fit"] + record["images"]["held_out"] == 36
+    assert record["measures"]["accuracy_after"]["total"] == record["images"]["held_out"]
+    assert record["vaccine"]["history"][0]["step"] == 0
+    html = run.folder.report_path.read_text()
+    assert "&lt;b&gt;wolf" in html
+    assert "<b>wolf" not in html
+    classifier = load_classifier(str(run.folder.path), ("fox", "cat", "dog"), ["{}"])
+    assert classifier(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).shape == (2, 4)
+
+
+def test_the_same_command_makes_the_same_model_and_finds_it_again(make_folder: MakeFolder) -> None:
+    photos = make_folder()
+    first, second = made(photos), made(photos, name="second")
+    one, two = ((run.folder.path / "immunity.safetensors").read_bytes() for run in (first, second))
+    assert one == two
+    before = (first.folder.path / CARD_NAME).stat().st_mtime_ns
+    asked: list[int] = []
+    again = prepare_immunize(settings_of(photos), out=photos.parent / "runs", name="run")
+    again.run(ImmunizeObserver(on_step=asked.append))
+    assert asked == []
+    assert (first.folder.path / CARD_NAME).stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="other settings"):
+        prepare_immunize(settings_of(photos, miss=0.1), out=photos.parent / "runs", name="run").run()
+
+
+def test_a_run_that_was_cut_short_is_no_model_and_goes_on(make_folder: MakeFolder) -> None:
+    photos = make_folder()
+
+    def stop(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    run = prepare_immunize(settings_of(photos), out=photos.parent / "runs", name="run")
+    with pytest.raises(KeyboardInterrupt):
+        run.run(ImmunizeObserver(on_step=stop))
+    assert not (run.folder.path / CARD_NAME).exists()
+    encoded: list[int] = []
+    run.run(ImmunizeObserver(on_images=lambda *told: encoded.append(told[1])))
+    assert encoded == []  # features were kept
+    straight = made(photos, name="straight")
+    one, two = ((r.folder.path / "immunity.safetensors").read_bytes() for r in (run, straight))
+    assert one == two
+
+
+@pytest.mark.parametrize("source", ["none", "noise"])
+def test_baselines_run_without_texts(make_folder: MakeFolder, source: str) -> None:
+    record = record_of(made(make_folder(), antibodies=source))
+    assert (len(record["antibodies"]["kept"]) > 0) == (source == "noise")
+    assert record["antibodies"]["band"] is None
+
+
+def test_zero_shot_mode_says_what_is_lost(make_folder: MakeFolder) -> None:
+    photos = make_folder()
+    run = made(photos, images=False)
+    record = record_of(run)
+    assert "not controlled" in record["notes"][0]
+    assert [row["alpha"] for row in record["classes"]] == [[1.0]] * 3
+    assert [row["threshold"] for row in record["classes"]] == [0.0] * 3
+    assert load_classifier(str(run.folder.path), ("cat", "dog", "fox"), ["{}"]).can_reject
+    with pytest.raises(UserError, match="none that mean anything"):
+        made(photos, name="b", images=False, antibodies="none")
+
+
+def test_several_prototypes_noise_thresholds_and_unknown_images(make_folder: MakeFolder, tmp_path: Path) -> None:
+    photos = make_folder()
+    strange = tmp_path / "strange" / "thing"
+    strange.mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (16, 16), (60 * number, 20, 200)).save(strange / f"{number}.png")
+    unknown = f"imagefolder:{strange.parent}"
+    run = made(photos, per_class=2, sigmas=[0.1], noise_draws=4, ood=[unknown], margin=None)
+    record = record_of(run)
+    assert all(len(row["alpha"]) == 2 for row in record["classes"])
+    assert set(record["noisy_thresholds"]) == {"0.1"}
+    found = record["measures"]["unknown"][unknown]
+    assert found["images"] == 4
+    assert 0 <= found["auroc"]["low"] <= found["auroc"]["value"] <= found["auroc"]["high"] <= 1
+    assert "strange" in render_immunize_run(load_immunize_run(run.folder.path))
+
+
+def test_images_held_out_teach_nothing_and_groups_stay_together() -> None:
+    source = open_data("emoji?split=train&styles=noto&copies=2")
+    held = {name: held_back(source.group(name), 0.3, 0) for name in source.ids() or ()}
+    for name in held:
+        first, _, copy = name.rpartition("/")
+        assert held[name] == held[f"{first}/{1 - int(copy)}"]
+    assert 0.2 < sum(held.values()) / len(held) < 0.4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a wrong setting is answered with."""
+
+    changes: dict[str, Any]
+    message: str
+
+
+WRONG = [
+    Case({"miss": 0.7}, "--miss must lie"),
+    Case({"xi": 200.0}, "--xi is an angle"),
+    Case({"per_class": 0}, "--prototypes-per-class"),
+    Case({"weight": math.nan}, "--lambda-inf"),
+    Case({"held_out": 1.5}, "--held-out takes data or a share"),
+    Case({"sigmas": [0.0]}, "--sigma must be above 0"),
+    Case({"kappa": "own"}, "--kappa"),
+    Case({"antibodies": "bnk"}, "antibodies come from"),
+    Case({"antibodies": "missing.json"}, "missing.json"),
+    Case({"antibodies": "llm"}, "--llm URL"),
+    Case({"safe": 0.9, "risk": 0.1}, "safe < risk"),
+    Case({"model": f"{MODEL}+smooth:0.1:2"}, "is smoothed"),
+    Case({"held_out": "emoji?split=val"}, "other classes"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: "-".join(case.changes))
+def test_mistakes_are_one_line_and_found_before_work_begins(make_folder: MakeFolder, case: Case) -> None:
+    photos = make_folder(6)
+    with pytest.raises(UserError, match=case.message) as found:
+        made(photos, **case.changes)
+    assert "\n" not in str(found.value)
+    assert not (photos.parent / "runs" / "run" / CARD_NAME).exists()
+
+
+def test_data_that_taught_cannot_be_held_out(make_folder: MakeFolder) -> None:
+    photos = make_folder()
+    with pytest.raises(UserError, match="taught nothing"):
+        made(photos, held_out=f"imagefolder:{photos}")
+
+
+def test_every_command_takes_the_run(make_folder: MakeFolder) -> None:
+    photos, other = make_folder(), make_folder(12, "other")
+    run = made(photos, sigmas=[0.05], noise_draws=8)
+    folder, out = str(run.folder.path), photos.parent / "runs"
+    data = f"imagefolder:{photos}"
+    source = open_data(data)
+    clean = evaluate_clean(load_classifier(folder, source.class_names, source.templates), source)
+    assert clean.rejected is not None
+    for goal in ("misclassify", "deny"):
+        attacked = prepare(
+            model=folder, data=data, goal=goal, attack="pgd:steps=4", eps="8/255", lanes=8, checks="none",
+            name=f"attack-{goal}", out=out, device="cpu",
+        )  # fmt: skip
+        summary = attacked.run()
+        assert summary.images.evaluated > 0
+        assert write_report([attacked.folder.path]).exists()
+    for claim in ("openset", "class", "feature"):
+        settings = CertifySettings(
+            model=folder, data=data, claim=claim, samples=300, sigma=0.05, lanes=64, alpha=0.01, limit=6, device="cpu"
+        )
+        certified = prepare_certify(settings, out=out, name=f"certify-{claim}")
+        assert certified.run().images == 6
+    names = {row["claim"] for row in pq.read_table(out / "certify-openset" / "results.parquet").to_pylist()}
+    assert names <= {"openset-accept", "openset-reject"}
+    detect = prepare_detect(
+        DetectSettings(
+            model=folder, known=data, unknown=[f"imagefolder:{other}"], scores="mcm,energy", draws=100, fit="none"
+        ),
+        out=out,
+        name="detect",
+    )
+    assert detect.run().scores[0].name == "own"
+
+
+def test_intruders_are_attacked_end_to_end(make_folder: MakeFolder, tmp_path: Path) -> None:
+    photos = make_folder()
+    run = made(photos)
+    # Labelled -1: of no known class. What the model rejects of it, the attack tries to get accepted.
+    pictures = []
+    for number in range(12):
+        file = io.BytesIO()
+        values = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(values).save(file, "PNG")
+        pictures.append({"bytes": file.getvalue(), "path": f"{number}.png"})
+    pq.write_table(pa.table({"image": pictures, "label": [-1] * 12}), tmp_path / "strange.parquet")
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\nfox\n")
+    folder = load_immunity_with(run.folder.path, threshold=2.0)
+    attacked = prepare(
+        model=str(folder), data=f"parquet:{tmp_path / 'strange.parquet'}", classes=names, goal="intrude",
+        attack="pgd:steps=4", eps="8/255", lanes=8, checks="none", name="intrude", out=tmp_path / "runs", device="cpu",
+    )  # fmt: skip
+    summary = attacked.run()
+    assert summary.images.evaluated == 12
+    rows = pq.read_table(attacked.folder.results_path).to_pylist()
+    assert all(row["label"] == -1 for row in rows)
+
+
+def load_immunity_with(folder: Path, threshold: float) -> Path:
+    """Return a copy of a run whose thresholds reject everything: that is what intruders have to overcome."""
+    copy = folder.parent / "strict"
+    shutil.copytree(folder, copy)
+    card = read_card(copy)
+    assert card is not None
+    found = load_immunity(copy, card.settings)
+    save_tensors(copy, replace(found, thresholds=torch.full_like(found.thresholds, threshold)))
+    return copy
+
+
+def test_open_set_certificates_hold_under_audit_and_follow_the_rule(make_folder: MakeFolder) -> None:
+    photos = make_folder()
+    run = made(photos, sigmas=[0.05], noise_draws=8)
+    out = photos.parent / "runs"
+    settings = CertifySettings(
+        model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.05,
+        lanes=64, alpha=0.01, limit=4, device="cpu",
+    )  # fmt: skip
+    certified = prepare_certify(settings, out=out, name="certified")
+    certified.run()
+    assert "head" in certified.manifest["model"]
+    result = audit_folder(certified.folder.path, Effort(starts=1, steps=2, draws=4, choice=16, evidence=256), limit=2)
+    assert result.broken == []
+    with pytest.raises(UserError, match="antibodies of its own"):
+        prepare_certify(replace(settings, antibodies=photos / "x.txt"), out=out, name="other")
+
+
+def test_a_class_is_added_and_the_others_are_checked(make_folder: MakeFolder, tmp_path: Path) -> None:
+    photos = make_folder()
+    run = made(photos, per_class=2)
+    before = (run.folder.path / "immunity.safetensors").read_bytes()
+    more = tmp_path / "more" / "owl"
+    more.mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 255 - 20 * number, 90)).save(more / f"{number}.png")
+    words = tmp_path / "owls.txt"
+    words.write_text("owl: eagle\n")
+    config = ImmunizeConfig(
+        model=str(run.folder.path), data=f"imagefolder:{more.parent}", held_out=0.4, antibodies=str(words),
+        add_class="owl",
+    )  # fmt: skip
+    extension = prepare_extension(config, out=photos.parent / "runs", name="more")
+    record = extension.run()
+    assert [row["name"] for row in record["classes"]] == ["cat", "dog", "fox", "owl"]
+    added = record["added"]
+    held = record_of(run)["images"]["held_out"]
+    paired = added["others"]
+    assert paired["both"] + paired["only_first"] + paired["only_second"] + paired["neither"] == held == paired["total"]
+    assert (run.folder.path / "immunity.safetensors").read_bytes() == before  # the earlier run stays as it is
+    larger = load_classifier(str(extension.folder.path), ("owl", "cat", "dog", "fox"), ["{}"])
+    assert larger(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))).shape == (1, 5)
+    # And once more: the larger run has kept what the next class needs.
+    second = config.model_copy(update={"model": str(extension.folder.path), "add_class": "owl"})
+    with pytest.raises(UserError, match="knows 'owl' already"):
+        prepare_extension(second, out=photos.parent / "runs", name="again")
+    with pytest.raises(UserError, match="no class 'bat'"):
+        prepare_extension(config.model_copy(update={"add_class": "bat"}), out=photos.parent / "runs", name="bat")
+    with pytest.raises(UserError, match="is none"):
+        prepare_extension(config.model_copy(update={"model": "tiny"}), out=photos.parent / "runs", name="bare")
