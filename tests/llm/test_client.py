@@ -74,7 +74,9 @@ def test_a_cache_that_cannot_be_written_costs_no_answer(make_client: Make, tmp_p
         assert make_client(script, cache=AnswerCache(tmp_path / "file" / "cache")).ask("A?", Animal).legs == 4
 
 
-@pytest.mark.parametrize("fault", [status(500), status(503), status(429), drop, break_off], ids=str)
+@pytest.mark.parametrize(
+    "fault", [status(500), status(503), status(429), drop, break_off], ids=["500", "503", "429", "drop", "break off"]
+)
 def test_passing_faults_are_tried_again(make_client: Make, slept: list[float], fault: Act) -> None:
     with serving(fault, fault, completion(CAT)) as script:
         client = make_client(script)
