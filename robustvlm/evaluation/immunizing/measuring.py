@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ def measure(
     for spec, other in unknown.items():
         rival = (logit_scale * other.features @ text.T).softmax(dim=1).amax(dim=1)
         _, theirs = judged(immunity, other.features)
-        sides = {"known_groups": groups, "unknown_groups": other.groups}
+        interval = partial(auroc_interval, known_groups=groups, unknown_groups=other.groups)
         found["unknown"][spec] = {
             "images": len(other.ids),
-            "auroc_mcm": asdict(auroc_interval(confidence.double().numpy(), rival.double().numpy(), **sides)),
-            "auroc": asdict(auroc_interval(acceptance.double().numpy(), theirs.double().numpy(), **sides)),
+            "auroc_mcm": asdict(interval(confidence.double().numpy(), rival.double().numpy())),
+            "auroc": asdict(interval(acceptance.double().numpy(), theirs.double().numpy())),
             "accepted": rate(int((theirs > 0).sum()), len(theirs)).model_dump(),
         }
     return found
