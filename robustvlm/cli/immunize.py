@@ -43,7 +43,7 @@ def immunize(
     llm_model: LlmModel = None,
     llm_prices: LlmPrices = None,
     xi: Annotated[
-        str, typer.Option(help="Largest angle between a prototype and its text, degrees; auto: half the median.")
+        str, typer.Option(help="Largest angle of a prototype to its text, degrees; auto: an eighth of the median.")
     ] = "auto",
     per_class: Annotated[int, typer.Option("--prototypes-per-class", help="Prototypes of each class.")] = 1,
     band: Annotated[
@@ -66,7 +66,7 @@ def immunize(
     hidden: Annotated[int, typer.Option(help="Width of the adapter.")] = 128,
     steps: Annotated[int, typer.Option(help="Training steps of the adapter, at most; 0 for none.", min=0)] = 400,
     lr: Annotated[float, typer.Option(help="Learning rate of the adapter.")] = 3e-4,
-    decay: Annotated[float, typer.Option(help="Weight of ||theta||^2 (eta).")] = 1e-3,
+    decay: Annotated[float, typer.Option(help="Weight of ||theta||^2 (eta).")] = 0.1,
     ood: Annotated[list[str] | None, typer.Option(help="Unknown images to measure on; may be repeated.")] = None,
     near_names: Annotated[
         Path | None, typer.Option(help="File of names of near things, to measure the antibodies' coverage.")

@@ -49,7 +49,7 @@ class ImmunizeConfig(BaseModel):
     hidden: int = 128
     steps: int = 400
     lr: float = 3e-4
-    decay: float = 1e-3
+    decay: float = 0.1
     sigmas: list[float] = []
     noise_draws: int = 64
     ood: list[str] = []

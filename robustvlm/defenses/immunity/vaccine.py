@@ -37,7 +37,7 @@ class VaccineSettings:
     lr: float = 3e-4
     push_weight: float = 1.0
     margin: float = 0.2
-    decay: float = 1e-3
+    decay: float = 0.1
     every: int = 10
     patience: int = 10
     worst_loss: float = 0.0

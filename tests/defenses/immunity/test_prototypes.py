@@ -51,12 +51,15 @@ def test_ends_of_the_range() -> None:
         align(v, t, -0.1)
 
 
-def test_automatic_xi_puts_the_median_class_half_way() -> None:
+def test_automatic_xi_is_an_eighth_of_the_way_for_the_median_class() -> None:
     text = directions(5, 8, 2).float()
     features = directions(5, 8, 7).float()
     found = fit_prototypes(features, torch.arange(5), text)
     assert found.xi == pytest.approx(automatic_xi(features, torch.arange(5), text))
-    assert float(found.alpha.flatten().median()) == pytest.approx(0.5, abs=1e-5)
+    theta = float(angle(features.double(), text.double()).median())
+    assert found.xi == pytest.approx(theta / 8, rel=1e-5)
+    away = math.sin(theta - theta / 8)
+    assert float(found.alpha.flatten().median()) == pytest.approx(away / (away + math.sin(theta / 8)), abs=0.05)
 
 
 def test_class_without_images_keeps_its_text_and_unknown_images_do_not_count() -> None:

@@ -1,0 +1,1 @@
+"""The immunised classifier beside training-free scores, with its parts taken away one at a time (README.md)."""
