@@ -48,7 +48,8 @@ def right_when_attacked(
     seed: int = 0,
 ) -> list[bool]:
     """Return per image whether it is right when clean and survives every attack of a list such as `pgd` or `fare`."""
-    goal, oracle = goal or Misclassify(), Oracle(classifier)
+    # Gradients in half precision; what counts as fooled is looked at again in single precision.
+    goal, oracle = goal or Misclassify(), Oracle(classifier, precision="bf16")
     alive = right_when_clean(classifier, images, goal)
     for attack in parse_attacks(attacks):
         assert isinstance(attack, LaneAttack)

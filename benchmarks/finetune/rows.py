@@ -117,8 +117,9 @@ def _seen(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
             "clean": _bits(right_when_clean(classifier, images, goal)),
             "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat, goal=goal)),
         }
-        named = Condition("", tree.level_names(level), Images(images.pixels, groups[images.labels], images.ids))
-        found[f"named superclass {level}"] = _clean_and_pgd(vlm, named, benchmark.train.templates, plan)
+    names, groups = tree.level_names(1), torch.tensor(tree.superclass_labels(1))
+    named = Condition("", names, Images(images.pixels, groups[images.labels], images.ids))
+    found["superclass 1 by name"] = _clean_and_pgd(vlm, named, benchmark.train.templates, plan)
     return found
 
 
