@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ _GOAL = (
 def attack(
     model: Annotated[str, typer.Argument(help=_MODEL)] = "tiny",
     data: Annotated[str, typer.Option(help=_DATA)] = "emoji",
-    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
-    tree: Annotated[Path | None, typer.Option(help="File of the class tree (JSON, YAML or CSV).")] = None,
+    classes: Classes = None,
+    templates: Templates = None,
+    tree: TreeFile = None,
     goal: Annotated[str, typer.Option(help=_GOAL)] = "misclassify",
     min_cos: Annotated[
         float, typer.Option(help="--goal feature is reached below this cosine to the clean feature.")
@@ -62,7 +63,7 @@ def attack(
     lanes: Annotated[
         int | None, typer.Option(help="Images attacked side by side in one batch [default: 64; GPU: 256].")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
     precision: Annotated[
         str, typer.Option(help="fp32; bf16 (gradients only, successes confirmed in fp32); fp64.")
     ] = "fp32",
@@ -82,16 +83,9 @@ def attack(
     resolution: Annotated[
         int | None, typer.Option(help="Side in pixels of the image that is perturbed [default: the model's].")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
-        ),
-    ] = None,
+    out: Out = Path("runs"),
+    name: RunName = None,
+    resume: Resume = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -109,7 +103,7 @@ def attack(
         str,
         typer.Option(help="Checks of the evaluation itself: full (with extra attacks on 32 images), quick or none."),
     ] = "full",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    as_json: SummaryAsJson = False,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from robustvlm.cli.options import Device, Out
 from robustvlm.core.ranks import current_ranks
 
 
@@ -24,8 +25,8 @@ def build(
     accept_misfits: Annotated[
         bool, typer.Option("--accept-misfits", help="Put parts together that were made for other models.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    device: Device = "auto",
+    out: Out = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the pipeline [default: made from the settings].")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier pipeline of that name.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ _CLAIM = (
 def certify(
     model: Annotated[str, typer.Argument(help=_MODEL)] = "tiny",
     data: Annotated[str, typer.Option(help="The images; `robustvlm data` lists the forms.")] = "emoji",
-    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
-    tree: Annotated[Path | None, typer.Option(help="File of the class tree (JSON, YAML or CSV).")] = None,
+    classes: Classes = None,
+    templates: Templates = None,
+    tree: TreeFile = None,
     claim: Annotated[str | None, typer.Option(help=_CLAIM)] = None,
     sigma: Annotated[float | None, typer.Option(help="Noise level in pixels scaled to [0, 1] [default: 0.25].")] = None,
     samples: Annotated[int, typer.Option(help="Noisy copies per image, at most.")] = 10_000,
@@ -64,27 +65,20 @@ def certify(
     limit: Annotated[int | None, typer.Option(help="Certify this many images, chosen by a hash of their ids.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     lanes: Annotated[int | None, typer.Option(help="Noisy images per batch [default: 128; GPU: 512].")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
     precision: Annotated[
         str, typer.Option(help="fp32, bf16 or fp64: part of the encoder that is certified, to be deployed alike.")
     ] = "fp32",
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
-        ),
-    ] = None,
+    out: Out = Path("runs"),
+    name: RunName = None,
+    resume: Resume = None,
     audit: Annotated[
         str | None,
         typer.Option(help="Attack the certificates of this finished run; exit code 1 if one breaks."),
     ] = None,
     audit_starts: Annotated[int | None, typer.Option(help="Descents per image and distance (audit).")] = None,
     audit_steps: Annotated[int | None, typer.Option(help="Gradient steps per descent (audit).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    as_json: SummaryAsJson = False,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(help="End with exit code 1 if this holds, e.g. 'certified@0.25<50%' or 'mean_radius<0.1'."),

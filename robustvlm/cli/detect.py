@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -36,9 +38,9 @@ def detect(
     words: Annotated[
         Path | None, typer.Option(help="File of words outside the known classes [default: the bundled class trees].")
     ] = None,
-    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
-    tree: Annotated[Path | None, typer.Option(help="File of the class tree (JSON, YAML or CSV).")] = None,
+    classes: Classes = None,
+    templates: Templates = None,
+    tree: TreeFile = None,
     limit: Annotated[
         int | None, typer.Option(help="Score this many images of each set, chosen by a hash of their ids.")
     ] = None,
@@ -46,7 +48,7 @@ def detect(
     draws: Annotated[int, typer.Option(help="Bootstrap samples for intervals and comparisons.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images per encoder pass.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
     under_attack: Annotated[
         bool,
         typer.Option(
@@ -59,17 +61,10 @@ def detect(
     eps: Annotated[str | None, typer.Option(help="Radius of the attacks [default: 2/255; L2: 0.5].")] = None,
     attack_limit: Annotated[int, typer.Option(help="Images of each set that are attacked.")] = 64,
     lanes: Annotated[int, typer.Option(help="Images attacked side by side in one batch.")] = 64,
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    out: Out = Path("runs"),
+    name: RunName = None,
+    resume: Resume = None,
+    as_json: SummaryAsJson = False,
 ) -> None:
     """Tell images of known classes from others by every score: AUROC, FPR95, AUPR with intervals; table and report.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from robustvlm.cli.options import Classes, Device, Templates, TreeFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,20 +19,14 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="The model; `robustvlm models` lists the forms.")] = "tiny",
     data: Annotated[str, typer.Option("--data", help="The images; `robustvlm data` lists the forms.")] = "emoji",
-    classes: Annotated[
-        Path | None, typer.Option("--classes", help="File with the class names, one a line or a JSON list.")
-    ] = None,
-    templates: Annotated[
-        Path | None, typer.Option("--templates", help="File with prompt templates, {} for the class.")
-    ] = None,
-    tree: Annotated[
-        Path | None, typer.Option("--tree", help="Class tree: nested JSON/YAML or parent,child CSV.")
-    ] = None,
+    classes: Classes = None,
+    templates: Templates = None,
+    tree: TreeFile = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Evaluate this many images, a fixed selection.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass.")] = 64,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""

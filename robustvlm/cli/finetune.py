@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.options import Classes, Device, Out, RecordAsJson, Resume, RunName, Templates
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def finetune(
     val: Annotated[
         str | None, typer.Option(help="Images to validate on [default: a tenth of the data, at most 512, held out].")
     ] = None,
-    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
+    classes: Classes = None,
+    templates: Templates = None,
     tree: Annotated[list[str] | None, typer.Option(help=_TREE)] = None,
     tree_by: Annotated[
         list[str] | None,
@@ -85,18 +86,11 @@ def finetune(
     validate_every: Annotated[float, typer.Option(help="In steps; below 1, a share of all; 0: at the end only.")] = 0.1,
     checkpoint_every: Annotated[int, typer.Option(help="In steps [default: every five minutes].")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")] = False,
+    device: Device = "auto",
+    out: Out = Path("runs"),
+    name: RunName = None,
+    resume: Resume = None,
+    as_json: RecordAsJson = False,
 ) -> None:
     """Fine-tune a model so that it withstands attacks; the run's folder is a model spec.
 

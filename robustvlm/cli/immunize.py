@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
+from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName, Templates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +34,8 @@ def immunize(
         str, typer.Option(help="Labelled images to learn from; `robustvlm data` lists the forms.")
     ] = "emoji?split=train",
     held_out: Annotated[str | None, typer.Option("--held-out", help=_HELD_OUT)] = None,
-    classes: Annotated[Path | None, typer.Option(help="File with the class names, one a line or a JSON list.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="File with prompt templates, {} for the class.")] = None,
+    classes: Classes = None,
+    templates: Templates = None,
     tree: Annotated[Path | None, typer.Option(help="Class tree: superclasses are no antibodies.")] = None,
     no_images: Annotated[bool, typer.Option("--no-images", help=_NO_IMAGES)] = False,
     shots: Annotated[int, typer.Option(help="Images of each class to learn from; 0 for all.", min=0)] = 0,
@@ -73,13 +74,11 @@ def immunize(
     ] = None,
     add_class: Annotated[str | None, typer.Option("--add-class", metavar="NAME", help=_ADD_CLASS)] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name first.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")] = False,
+    device: Device = "auto",
+    out: Out = Path("runs"),
+    name: RunName = None,
+    fresh: Fresh = False,
+    as_json: RecordAsJson = False,
 ) -> None:
     """Immunise a model: prototypes, antibodies, a vaccinated adapter, thresholds; the run's folder is a model spec.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.options import Device, Out, RecordAsJson, Resume, RunName
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
@@ -56,18 +57,11 @@ def purify(
     ] = 0.25,
     checkpoint_every: Annotated[int, typer.Option(help="In steps [default: every five minutes].")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--fresh", help="Insist on an earlier run, or delete it. Default: continue if there is one."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")] = False,
+    device: Device = "auto",
+    out: Out = Path("runs"),
+    name: RunName = None,
+    resume: Resume = None,
+    as_json: RecordAsJson = False,
 ) -> None:
     """Train a purifier before and a mapper behind a frozen encoder; the run's folder is a model spec, RUN+smooth:0.25.
 

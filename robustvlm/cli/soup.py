@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustvlm.cli.options import Classes, Device, Out, Templates
+
 if TYPE_CHECKING:
     from robustvlm.evaluation.finetuning.souping import Soup
 
@@ -20,14 +22,14 @@ def soup(
     ] = "uniform",
     val: Annotated[str | None, typer.Option(help="Images to choose by and to measure on; greedy needs them.")] = None,
     by: Annotated[str, typer.Option(help="What greedy goes by: robust or clean accuracy.")] = "robust",
-    classes: Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")] = None,
+    classes: Classes = None,
+    templates: Templates = None,
     norm: Annotated[str, typer.Option(help="Linf or L2, of the attack that measures.")] = "Linf",
     eps: Annotated[str, typer.Option(help="Its radius.")] = "1/255",
     val_steps: Annotated[int, typer.Option(min=1, help="Its PGD steps.")] = 10,
     limit: Annotated[int, typer.Option(min=1, help="Measure on at most this many images.")] = 512,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    device: Device = "auto",
+    out: Out = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run [default: made from the settings].")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

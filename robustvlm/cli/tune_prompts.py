@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,7 +23,7 @@ def tune_prompts(
     data: Annotated[
         str, typer.Option(help="Labelled images to learn from; `robustvlm data` lists the forms.")
     ] = "emoji?split=train&copies=1",
-    classes: Annotated[Path | None, typer.Option(help="File with the class names, one a line or a JSON list.")] = None,
+    classes: Classes = None,
     val: Annotated[
         str | None, typer.Option(help="Images of the same classes to measure on, another style say.")
     ] = None,
@@ -38,13 +40,11 @@ def tune_prompts(
     ebm: Annotated[bool, typer.Option("--ebm/--no-ebm", help="With the EBM terms, or CoOp without them.")] = True,
     c: Annotated[int, typer.Option("--c", help="Largest cosines that the energy change as a score resets.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run [default: made from the settings, so that they find it again].")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name first.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")] = False,
+    device: Device = "auto",
+    out: Out = Path("runs"),
+    name: RunName = None,
+    fresh: Fresh = False,
+    as_json: RecordAsJson = False,
 ) -> None:
     """Learn context vectors in front of the class names from a few images a class; the run's folder is a model spec."""
     # The heavy libraries are loaded here, so that --help and --version answer at once.
