@@ -16,7 +16,7 @@ from robustvlm.detect.metrics import auroc, fpr_at_tpr
 from robustvlm.stats import mean
 
 from .sets import Task, cifar_tasks, describe, emoji_task
-from .variants import VARIANTS, Scored, baselines, scored
+from .variants import VARIANTS, Scored, baselines, possible, scored
 
 Row = dict[str, Any]
 
@@ -25,6 +25,9 @@ def rows_of(task: Task, seeds: Sequence[int]) -> list[Row]:
     """Return one row a score and seed; scores that need no training have one seed."""
     found = [row(task, name, 0, one) for name, one in baselines(task).items()]
     for variant in VARIANTS:
+        if not possible(task, variant):
+            print(f"{task.name}: '{variant.name}' has no antibodies and is left out", flush=True)
+            continue
         for seed in seeds:
             found.append(row(task, variant.name, seed, scored(task, variant, seed)))
     return found

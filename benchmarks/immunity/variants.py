@@ -154,6 +154,14 @@ def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
     return done.immunity, f"{len(antibodies)} antibodies, step {done.vaccinated.chosen}, {pooled} pooled"
 
 
+def possible(task: Task, variant: Variant) -> bool:
+    """Whether a variant can be made: without images and without antibodies nothing tells the unknown."""
+    if variant.images:
+        return True
+    text = texts_of(task)
+    return len(antibodies_of(task, variant, text[:, None], text)) > 0
+
+
 def antibodies_of(task: Task, variant: Variant, prototypes: Tensor, text: Tensor, seed: int = 0) -> Antibodies:
     """Return the antibodies of a variant: `unnamed` is the bank without the names of the unknown things."""
     dim = text.shape[1]
