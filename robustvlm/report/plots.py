@@ -159,6 +159,10 @@ def steps_histogram(steps: Mapping[float, Sequence[int]], names: Mapping[float, 
         return _svg(figure, key=key, alt=alt)
 
 
+# Characters that a row of the legend has room for; a column takes about five beside its label's.
+_LEGEND_WIDTH = 66
+
+
 def _figure() -> tuple[Figure, Axes]:
     # Narrow on purpose: at this width the text is still readable when a phone scales the chart down.
     figure = Figure(figsize=(4.8, 3.1), layout="constrained")
@@ -170,11 +174,12 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, *, title: str | None = None) -> None:
-    """Put the legend above the axes, where it hides no data."""
+    """Put the legend above the axes, where it hides no data, in as many rows as its words need."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if title:
         handles, labels = [Patch(alpha=0), *handles], [title, *labels]
-    figure.legend(handles, labels, loc="outside upper right", ncols=min(6, len(labels)), handlelength=1.2, borderpad=0)
+    columns = max(1, min(6, len(labels), _LEGEND_WIDTH // (max(map(len, labels)) + 5)))
+    figure.legend(handles, labels, loc="outside upper right", ncols=columns, handlelength=1.2, borderpad=0)
 
 
 def _svg(figure: Figure, *, key: str, alt: str) -> Markup:
