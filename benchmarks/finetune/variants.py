@@ -26,7 +26,7 @@ class Variant:
     forest: bool = False
 
 
-def _without(**changes: Any) -> dict[str, Any]:
+def _changed(**changes: Any) -> dict[str, Any]:
     return {"options": HierarchicalOptions(**changes)}
 
 
@@ -41,10 +41,12 @@ MAIN = {
     "forest": Variant("hierarchical, forest", "hierarchical", forest=True),
 }
 ABLATIONS = {
-    "no-negatives": Variant("no negative-set augmentation", "hierarchical", _without(negatives=False)),
-    "leaf-only": Variant("leaf only", "hierarchical", _without(leaf_only=True)),
-    "per-level": Variant("per-level perturbations", "hierarchical", _without(per_level=True)),
-    "no-norm-order": Variant("no norm order", "hierarchical", _without(norm_order=0.0)),
-    "no-vicinity": Variant("no vicinity", "hierarchical", _without(vicinity=0.0)),
+    "no-negatives": Variant("no negative-set augmentation", "hierarchical", _changed(negatives=False)),
+    "leaf-only": Variant("leaf only", "hierarchical", _changed(leaf_only=True)),
+    "per-level": Variant("per-level perturbations", "hierarchical", _changed(per_level=True)),
+    "no-norm-order": Variant("no norm order", "hierarchical", _changed(norm_order=0.0)),
+    "no-vicinity": Variant("no vicinity", "hierarchical", _changed(vicinity=0.0)),
+    "midpoints": Variant("superclass texts from their classes", "hierarchical", _changed(name_superclasses=False)),
+    "frozen-texts": Variant("texts not trained", "hierarchical", _changed(train_texts=False)),
 }
 VARIANTS = {**MAIN, **ABLATIONS}
