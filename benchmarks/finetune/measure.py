@@ -59,6 +59,21 @@ def right_when_attacked(
     return alive
 
 
+def predictions_when_attacked(
+    classifier: Classifier, images: Images, attack: str, threat: ThreatModel, goal: Goal, *, seed: int = 0
+) -> Tensor:
+    """Return the classes [N] predicted where an attack on a goal ended; unperturbed for images wrong without it."""
+    oracle = Oracle(classifier, precision="bf16")
+    outputs = torch.cat([oracle.confirm(pixels) for pixels in images.pixels.split(LANES)])
+    found = outputs[:, : len(classifier.class_names)].argmax(dim=1)
+    (parsed,) = parse_attacks(attack)
+    assert isinstance(parsed, LaneAttack)
+    engine = LaneEngine(oracle, parsed, threat, lanes=LANES, seed=seed, goal=goal)
+    for result in engine.run(_jobs(oracle, images, right_when_clean(classifier, images, goal), goal)):
+        found[result.job.index] = result.prediction
+    return found
+
+
 def _jobs(oracle: Oracle, images: Images, alive: Sequence[bool], goal: Goal) -> list[Job]:
     rows = [i for i, right in enumerate(alive) if right]
     if not rows:

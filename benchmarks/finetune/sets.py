@@ -56,7 +56,7 @@ def cifar10(train: Path, test: Path, limit: int) -> BenchmarkSet:
     source, held = open_data(f"parquet:{train}"), open_data(f"parquet:{test}")
     names = tuple(name for name in source.class_names if name not in CIFAR_LEFT_OUT)
     assert source.tree is not None
-    everything = _read(held, 32)
+    everything = read_images(held, 32)
     others = [held.class_names.index(name) for name in CIFAR_LEFT_OUT]
     unseen = _some(everything, torch.isin(everything.labels, torch.tensor(others)), limit)
     return BenchmarkSet(
@@ -86,13 +86,13 @@ def emoji(limit: int) -> BenchmarkSet:
         _forest(source.tree, by_place("emoji", source.class_names), source.class_names),
         lr=5e-4,
         batch=64,
-        seen=Condition("styles tuned on", source.class_names, _read(fresh, 64, select(later, limit))),
+        seen=Condition("styles tuned on", source.class_names, read_images(fresh, 64, select(later, limit))),
         transfer=(
-            Condition("another style", source.class_names, _read(styled, 64, select(styled.ids() or [], limit))),
+            Condition("another style", source.class_names, read_images(styled, 64, select(styled.ids() or [], limit))),
             Condition(
                 "72 other classes, another style",
                 others,
-                _of_classes(_read(everything, 64), everything.class_names, others, limit),
+                _of_classes(read_images(everything, 64), everything.class_names, others, limit),
             ),
         ),
     )
@@ -123,7 +123,7 @@ def _new_labels(old: Sequence[str], new: Sequence[str]) -> Tensor:
     return torch.tensor([place.get(name, UNKNOWN) for name in old])
 
 
-def _read(source: DataSource, size: int, ids: Sequence[str] | None = None) -> Images:
+def read_images(source: DataSource, size: int, ids: Sequence[str] | None = None) -> Images:
     """Return the images of known classes, all of them or those of some ids."""
     keep = None if ids is None else set(ids).__contains__
     found = [item for item in source.samples(keep=keep) if isinstance(item, Sample) and item.label != UNKNOWN]

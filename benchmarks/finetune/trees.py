@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from robustvlm.data.taxonomy import Tree
 
-_CIFAR10 = {
+_CIFAR10: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sky": {"sky above": ("airplane", "bird")},
     "land": {
         "road": ("automobile", "truck"),
@@ -15,7 +15,7 @@ _CIFAR10 = {
     },
     "water": {"pond or sea": ("ship", "frog")},
 }
-_EMOJI = {
+_EMOJI: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "wild nature": {
         "forest": ("bear", "owl", "evergreen tree", "deciduous tree", "four leaf clover", "butterfly", "ant"),
         "sea": ("fish", "dolphin", "octopus", "crab", "sailboat", "ship", "speedboat", "desert island"),
@@ -49,7 +49,7 @@ _EMOJI = {
 
 def by_place(name: str, class_names: Sequence[str]) -> Tree:
     """Return the tree of a set, `cifar10` or `emoji`, over some of its classes."""
-    groups: Mapping[str, Mapping[str, tuple[str, ...]]] = {"cifar10": _CIFAR10, "emoji": _EMOJI}[name]
+    groups = {"cifar10": _CIFAR10, "emoji": _EMOJI}[name]
     chain = {
         leaf: (leaf, place, area, "place")
         for area, places in groups.items()

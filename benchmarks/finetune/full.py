@@ -1,0 +1,109 @@
+"""What the rows leave out: AutoAttack itself, and attacks against one level of the tree scored at the others.
+
+    python -m benchmarks.finetune.full emoji --variants tecoa,tree --images 40
+
+Variants are tuned again, as for their rows of seed 0 (same seed, same model), and must be right on the same images.
+Measured things are kept beside the rows and not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import markdown
+from robustvlm.attacks import Goal, Misclassify, Superclass, ThreatModel
+from robustvlm.defenses import ZeroShot
+from robustvlm.errors import UserError
+from robustvlm.models import load_model
+from robustvlm.runs.files import write_text
+from robustvlm.stats import rate
+
+from .measure import Images, predictions_when_attacked, right_when_attacked, right_when_clean
+from .options import arguments, open_set, plan_of, variants_of
+from .rows import Plan, classifier_of, training_images, tune
+from .sets import BenchmarkSet
+from .tables import share
+from .variants import VARIANTS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what is missing and print both tables."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--images", type=int, default=40, help="images under AutoAttack")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    folder: Path = options.out / options.set
+    try:
+        plan, benchmark = plan_of(options), open_set(options)
+        found = [_kept(folder, key, benchmark, plan, options) for key in variants_of(options)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(_autoattack(found) + "\n\n" + _matrices(found))
+    return 0
+
+
+def _kept(folder: Path, key: str, benchmark: BenchmarkSet, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
+    path = folder / f"full-{key}.json"
+    if not path.exists():
+        row = json.loads((folder / f"{key}-seed0.json").read_text(encoding="utf-8"))
+        write_text(path, json.dumps(_measured(key, row, benchmark, plan, options.images), indent=1) + "\n")
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
+
+
+def _measured(key: str, row: dict[str, Any], benchmark: BenchmarkSet, plan: Plan, count: int) -> dict[str, Any]:
+    vlm, variant = load_model(benchmark.model), VARIANTS[key]
+    if variant.method is not None:
+        tune(vlm, benchmark, variant, 0, training_images(benchmark, 0, plan), plan)
+    classifier = classifier_of(vlm, benchmark.seen, benchmark.train.templates)
+    images = benchmark.seen.images
+    clean = right_when_clean(classifier, images)
+    if "".join("1" if right else "0" for right in clean) != row["clean"]:
+        raise UserError(f"{key}: the model tuned again is not that of the row: measure both with the same options")
+    standard = right_when_attacked(classifier, images.first(count), "standard", plan.threat)
+    return {
+        "title": variant.title,
+        "clean": clean[:count],
+        "standard": standard,
+        "ensemble": [bit == "1" for bit in row["ensemble"][:count]],
+        "levels": _transfer(classifier, images.first(plan.attacked), benchmark, plan.threat),
+    }
+
+
+def _transfer(classifier: ZeroShot, images: Images, benchmark: BenchmarkSet, threat: ThreatModel) -> list[list[float]]:
+    """Return robust accuracy under PGD-20 against level i (rows), scored at level j (columns)."""
+    tree = benchmark.forest[0]
+    groups = [torch.tensor(tree.superclass_labels(level)) for level in range(tree.levels - 1)]
+    goals: list[Goal] = [Misclassify(), *(Superclass(of, str(level)) for level, of in enumerate(groups) if level)]
+    found = []
+    for goal in goals:
+        guesses = predictions_when_attacked(classifier, images, "pgd", threat, goal)
+        found.append([float((of[guesses] == of[images.labels]).float().mean()) for of in groups])
+    return found
+
+
+def _autoattack(found: list[dict[str, Any]]) -> str:
+    lines = []
+    for kept in found:
+        shares = [share("".join("1" if right else "0" for right in kept[name])) for name in ("clean", "ensemble")]
+        robust = rate(sum(kept["standard"]), len(kept["standard"]))
+        cells = [f"{value:.3f}" for value in shares]
+        lines.append([kept["title"], *cells, f"{robust.value:.3f} ({robust.low:.3f} to {robust.high:.3f})"])
+    return markdown(["model", "clean", "ensemble", "AutoAttack"], lines)
+
+
+def _matrices(found: list[dict[str, Any]]) -> str:
+    levels = len(found[0]["levels"])
+    header = ["model", *(f"{i} at {j}" for i in range(levels) for j in range(levels))]
+    return markdown(header, [[kept["title"], *(f"{x:.3f}" for row in kept["levels"] for x in row)] for kept in found])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
