@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from robustvlm.report.plots import _DASHES, _STYLE, INK, SERIES, _figure, _svg
+from robustvlm.report.canvas import DASHES, INK, SERIES, STYLE, as_svg, legend, new_figure
 from robustvlm.stats import Rate
 
 _AXIS = "distance ε from the image (L₂, pixels in [0, 1])"
@@ -29,24 +28,24 @@ class Line:
 
 def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None) -> Markup:
     """Draw mean certified cosines over distance; an image without a certificate counts as -1, all that is sure then."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure()
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure()
         for i, line in enumerate(lines):
-            axes.plot(line.eps, line.values, color=SERIES[i], ls=_DASHES[i % len(_DASHES)], lw=1.8, label=line.name)
+            axes.plot(line.eps, line.values, color=SERIES[i], ls=DASHES[i % len(DASHES)], lw=1.8, label=line.name)
         if cos0 is not None:
             axes.axhline(cos0, color=INK, lw=0.8, ls=":")
         axes.set_ylim(-1.03, 1.03)
         axes.set_xlim(left=0)
         axes.set_xlabel(_AXIS)
         axes.set_ylabel("mean certified cosine")
-        _legend(figure)
-        return _svg(figure, key=key, alt="Mean certified cosine against distance. " + _alt(lines))
+        legend(figure, columns=_columns(lines))
+        return as_svg(figure, key=key, alt="Mean certified cosine against distance. " + _alt(lines))
 
 
 def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
     """Draw the share of images certified at a distance, the first two lines with 95 % bands; `what` names the share."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure()
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure()
         for i, line in enumerate(lines):
             low, high = ([100 * getattr(rate, end) for rate in line.rates] for end in ("low", "high"))
             if i < 2:  # bands of more lines would cover each other
@@ -56,7 +55,7 @@ def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
                 [100 * (rate.value or 0.0) for rate in line.rates],
                 where="post",
                 color=SERIES[i],
-                ls=_DASHES[i % len(_DASHES)],
+                ls=DASHES[i % len(DASHES)],
                 lw=1.8,
                 label=line.name,
             )
@@ -64,15 +63,15 @@ def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
         axes.set_xlim(left=0)
         axes.set_xlabel(_AXIS)
         axes.set_ylabel(what)
-        _legend(figure)
-        return _svg(figure, key=key, alt=f"{what} against distance. " + _alt(lines))
+        legend(figure, columns=_columns(lines))
+        return as_svg(figure, key=key, alt=f"{what} against distance. " + _alt(lines))
 
 
 def samples_histogram(samples: Sequence[int], *, key: str, fixed: int) -> Markup:
     """Draw how many noisy copies each image took, beside the fixed number it would have been."""
     values = np.asarray(samples)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure()
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure()
         low, high = max(1.0, float(values.min())), float(max(values.max(), fixed))
         bins = np.geomspace(0.9 * low, 1.1 * high, 31).tolist()
         axes.hist(values, bins, color=SERIES[0], lw=0)
@@ -85,18 +84,14 @@ def samples_histogram(samples: Sequence[int], *, key: str, fixed: int) -> Markup
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("noisy copies used for an image")
         axes.set_ylabel("images")
-        _legend(figure)
+        legend(figure, columns=1)
         alt = f"Samples of {len(values)} images: median {np.median(values):,.0f}, largest {values.max():,}."
-        return _svg(figure, key=key, alt=alt)
+        return as_svg(figure, key=key, alt=alt)
 
 
-def _legend(figure: Figure) -> None:
-    """Put the legend above the axes, in two columns where one row would be cut off."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = len(labels) if len(labels) < 4 else 2
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=columns, handlelength=1.6, borderpad=0, columnspacing=1.4
-    )
+def _columns(lines: Sequence[Line]) -> int:
+    """Four names in one row would be cut off."""
+    return 3 if len(lines) < 4 else 2
 
 
 def _alt(lines: Sequence[Line]) -> str:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from robustvlm.detect.metrics import roc_points
-from robustvlm.report.plots import _DASHES, _STYLE, INK, MUTED, SERIES, _figure, _svg
+from robustvlm.report.canvas import DASHES, INK, MUTED, SERIES, STYLE, as_svg, legend, new_figure
 from robustvlm.runs.detect_summary import ScoreSummary
 
 Array = NDArray[np.float64]
@@ -33,12 +32,8 @@ class Curve:
 
 def auroc_chart(scores: Sequence[ScoreSummary], sets: Sequence[str], *, key: str) -> Markup:
     """Draw the AUROC of every score with its interval, a colour and marker per set of unknown images."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 0.9 + 0.31 * len(scores)), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        axes.tick_params(length=3)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure((6.4, 0.9 + 0.31 * len(scores)))
         rows = np.arange(len(scores))[::-1]
         for i, name in enumerate(sets):
             at = [next(on for on in score.on if on.unknown == name).auroc for score in scores]
@@ -56,35 +51,33 @@ def auroc_chart(scores: Sequence[ScoreSummary], sets: Sequence[str], *, key: str
         axes.axvline(0.5, color=MUTED, lw=0.8, ls=":")
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("AUROC, 95% interval (0.5: no better than chance)")
-        _legend(figure)
+        legend(figure, columns=3)
         best = max(scores, key=lambda score: sum(on.auroc.value for on in score.on))
-        alt = "AUROC of every score. Best: " + best.title + ", "
-        return _svg(figure, key=key, alt=alt + ", ".join(f"{on.unknown} {on.auroc.value:.3f}" for on in best.on) + ".")
+        reached = ", ".join(f"{on.unknown} {on.auroc.value:.3f}" for on in best.on)
+        return as_svg(figure, key=key, alt=f"AUROC of every score. Best: {best.title}, {reached}.")
 
 
 def roc_chart(curves: Sequence[Curve], *, key: str, unknown: str) -> Markup:
     """Draw ROC curves of some scores on one set, with the line at 95% of the known images."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure()
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure()
         for i, curve in enumerate(curves):
             false, true = _thinned(*roc_points(curve.known, curve.unknown))
-            axes.plot(
-                false, true, color=SERIES[i % len(SERIES)], ls=_DASHES[i % len(_DASHES)], lw=1.6, label=curve.name
-            )
+            axes.plot(false, true, color=SERIES[i % len(SERIES)], ls=DASHES[i % len(DASHES)], lw=1.6, label=curve.name)
         axes.axhline(0.95, color=INK, lw=0.8, ls=":")
         axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.01)
         axes.set_xlabel(f"unknown images accepted ({unknown})")
         axes.set_ylabel("known images accepted")
-        _legend(figure)
-        return _svg(figure, key=key, alt=f"ROC curves on {unknown}: {', '.join(curve.name for curve in curves)}.")
+        legend(figure, columns=3)
+        return as_svg(figure, key=key, alt=f"ROC curves on {unknown}: {', '.join(curve.name for curve in curves)}.")
 
 
 def histogram(known: Array, unknown: Sequence[tuple[str, Array]], threshold: float, *, key: str, title: str) -> Markup:
     """Draw the distribution of a score over known and unknown images, as shares, with the threshold."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure()
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure()
         every = np.concatenate([known, *(values for _, values in unknown)])
         # A few far outliers, as distances have, must not press all the rest into one bar.
         low, high = np.percentile(every, [0.5, 99.5])
@@ -98,9 +91,9 @@ def histogram(known: Array, unknown: Sequence[tuple[str, Array]], threshold: flo
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(f"{title} (accepted right of the line)")
         axes.set_ylabel("% of images")
-        _legend(figure)
+        legend(figure, columns=3)
         medians = ", ".join(f"{name} {np.median(values):.3g}" for name, values in [("known", known), *unknown])
-        return _svg(figure, key=key, alt=f"Distribution of {title}; medians: {medians}; threshold {threshold:.3g}.")
+        return as_svg(figure, key=key, alt=f"Distribution of {title}; medians: {medians}; threshold {threshold:.3g}.")
 
 
 def _thinned(false: Array, true: Array) -> tuple[Array, Array]:
@@ -108,12 +101,3 @@ def _thinned(false: Array, true: Array) -> tuple[Array, Array]:
         return false, true
     keep = np.unique(np.linspace(0, len(false) - 1, _POINTS).round().astype(int))
     return false[keep], true[keep]
-
-
-def _legend(figure: Figure) -> None:
-    """Put the legend above the axes, in rows of three."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=min(3, len(labels)), handlelength=1.6, borderpad=0,
-        columnspacing=1.4,
-    )  # fmt: skip
