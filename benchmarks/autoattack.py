@@ -21,7 +21,7 @@ from benchmarks.common import Counted, Subject, clock, load_subject, markdown
 from benchmarks.duel import HEADER, OURS, TIME_HEADER, Part, Record, run_ours, versus, where_time_goes
 from benchmarks.parity import SINGLES, single
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
-from robustvlm.attacks import Oracle, Probe, ThreatModel, parse_attacks, parse_eps, parse_norm, probe
+from robustvlm.attacks import LaneAttack, Oracle, Probe, ThreatModel, parse_attacks, parse_eps, parse_norm, probe
 from robustvlm.errors import UserError
 
 THEIRS = "pyautoattack"
@@ -91,6 +91,7 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
             jobs = [job for job in subject.jobs if job.image_id not in record.fooled(side)]
             if side == OURS:
                 (attack,) = parse_attacks(budgeted(name, options))
+                assert isinstance(attack, LaneAttack)
                 _note(record, side, run_ours(model, attack, threat, jobs, found, seed=options.seed))
                 continue
             parts = [Part(name, 0, [], 0, 0, 0.0)]

@@ -48,6 +48,7 @@ def _ours(text: str, threat: ThreatModel) -> LaneAttack:
     if text == "fgsm" or text.startswith("fgsm:"):
         text = "fgsm"
     (attack,) = parse_attacks(text)
+    assert isinstance(attack, LaneAttack)
     if isinstance(attack, PGD) and attack.n_iter > 1:
         return replace(attack, step_size=_step(attack.n_iter, threat))
     return attack

@@ -37,8 +37,9 @@ def row(task: Task, name: str, seed: int, one: Scored) -> Row:
     """Return the numbers of one score: AUROC and FPR95 against each unknown set, closed-set accuracy."""
     sets = {}
     for key, other in one.unknown.items():
-        sides = {"known_groups": task.known.groups, "unknown_groups": task.unknown[key].groups}
-        interval = auroc_interval(one.known, other, **sides)
+        interval = auroc_interval(
+            one.known, other, known_groups=task.known.groups, unknown_groups=task.unknown[key].groups
+        )
         sets[key] = {
             "auroc": auroc(one.known, other),
             "low": interval.low,

@@ -137,8 +137,12 @@ def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
     antibodies = antibodies_of(task, variant, prototypes.vectors, text, seed)
     margin = automatic_margin(fit.features, antibodies.embeddings) if variant.margin is None else variant.margin
     vaccine = VaccineSettings(
-        push_weight=variant.push_weight, margin=margin, steps=variant.steps, seed=seed, **variant.extra
-    )  # type: ignore[arg-type]
+        push_weight=variant.push_weight,
+        margin=margin,
+        steps=variant.steps,
+        seed=seed,
+        **variant.extra,  # type: ignore[arg-type]
+    )
     done: Immunised = immunise(
         Labelled(fit.features, fit.labels),
         Labelled(held.features, held.labels),

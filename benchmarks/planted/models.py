@@ -199,6 +199,7 @@ class Retrieving(Sound):
     """
 
     reach = 6 / 255
+    known: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,6 +5,7 @@
 PGD on the cosine to the model's own clean feature, in l-inf and l2, 100 steps with restarts, through all of the model:
 every gradient is a mean over `--eot` calls of N0 fresh draws each (EOT), every success is judged on fresh draws. An
 attack succeeds where the cosine falls below `--min-cos`. Runs go on where they were stopped.
+`right, attacked` is accuracy where the feature attack ended; an attack on the class itself may lower it further.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from benchmarks.common import markdown
 from robustvlm.evaluation.setup import prepare
 from robustvlm.stats import mean, rate
+
+_GUESSES = ("clean_prediction", "adversarial_prediction")
 
 
 def main() -> None:
@@ -46,6 +49,8 @@ def main() -> None:
         "radius",
         f"success, cos < {options.min_cos:g}",
         "mean cosine",
+        "right, clean",
+        "right, attacked",
         "images",
         "seconds an image",
     ]
@@ -75,10 +80,12 @@ def _attacked(options: argparse.Namespace, spec: str, norm: str, eps: str) -> li
     table = pq.read_table(prepared.folder.results_path).to_pylist()
     broken = rate(sum(row["cosine"] < options.min_cos for row in table), len(table))
     cosine = mean([row["cosine"] for row in table])
+    right = (rate(sum(row[guess] == row["label"] for row in table), len(table)) for guess in _GUESSES)
     seconds = summary.cost.seconds / max(1, len(table)) if summary.cost is not None else 0.0
     return [
         f"{broken.value:.2f} ({broken.low:.2f} to {broken.high:.2f})",
         f"{cosine.value:.3f} ({cosine.low:.3f} to {cosine.high:.3f})",
+        *(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})" for found in right),
         str(len(table)),
         f"{seconds:.1f}",
     ]

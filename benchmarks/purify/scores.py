@@ -28,7 +28,7 @@ from robustvlm import certify
 from robustvlm.data import open_data
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample
-from robustvlm.defenses import load_pipeline
+from robustvlm.defenses import Classifier, load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.models import VLM, zero_shot
 
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator
                     yield {**key, "variant": name, "n": options.samples, "right": right, "pilot_right": pilot, **values}
 
 
-def pictures(source: DataSource, vlm: VLM, limit: int) -> Iterator[tuple[Tensor, Sample]]:
+def pictures(source: DataSource, vlm: VLM | Classifier, limit: int) -> Iterator[tuple[Tensor, Sample]]:
     """Yield images at the model's size."""
     for sample in source.samples(limit=limit):
         if isinstance(sample, Sample):

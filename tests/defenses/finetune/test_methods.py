@@ -154,6 +154,19 @@ def test_embedding_is_fitted_to_the_model_before_training() -> None:
     torch.testing.assert_close(gaps[0], gaps[1], rtol=1e-4, atol=0)
 
 
+def test_curvature_is_a_unit_of_length() -> None:
+    """At one depth, lengths go with 1 / sqrt(r) and the fitted temperature with them: alignment does not see r."""
+    pixels, labels = images()
+    unit = hierarchical(small_vlm(), eps_text=0.0, vicinity_radius=0.2).terms(pixels, labels, DRAWS)
+    for r in (0.25, 9.0):
+        scale = r**-0.5
+        options = {"vicinity_radius": 0.2 * scale, "norm_gap": 0.01 * scale}
+        found = hierarchical(small_vlm(), curvature=r, eps_text=0.0, **options).terms(pixels, labels, DRAWS)
+        torch.testing.assert_close(found["alignment"], unit["alignment"], rtol=1e-4, atol=1e-4)
+        for name in ("vicinity", "norm order"):
+            torch.testing.assert_close(found[name], unit[name] * scale, rtol=1e-4, atol=1e-5)
+
+
 def test_switches_switch_their_terms() -> None:
     pixels, labels = images()
     full = hierarchical(small_vlm()).terms(pixels, labels, DRAWS)
