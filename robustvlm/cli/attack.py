@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from robustvlm.cli.closing import end_if_any_holds, interruptible, plain
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 from robustvlm.core.ranks import current_ranks
 
@@ -164,10 +165,7 @@ def attack(
     if not ranks.leader:
         return
     _show(summary, prepared, console, as_json=as_json)
-    failed = [condition.text for condition in conditions if condition.holds(summary)]
-    if failed:
-        typer.echo(f"failed: {', '.join(failed)}", err=True)
-        raise typer.Exit(1)
+    end_if_any_holds(conditions, summary)
 
 
 class _Quiet:
@@ -182,19 +180,12 @@ def _work(prepared: Prepared, act: Callable[..., T], console: Console, settings:
     from robustvlm.cli.progress import AttackProgress
 
     console.print(
-        f"Attacking [bold]{_plain(prepared.manifest['model']['spec'])}[/bold] -> {_plain(prepared.folder.path)}"
+        f"Attacking [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}"
     )
     if current_ranks().size > 1:
         console.print(f"{current_ranks().size} processes share the images; the progress shown is that of the first.")
-    try:
-        with AttackProgress(console) as progress:
-            return act(progress, **settings)
-    except KeyboardInterrupt:
-        if current_ranks().fail("interrupted"):  # of several processes one speaks
-            typer.echo(
-                f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
-            )
-        raise typer.Exit(130) from None
+    with interruptible(f"everything so far is kept in '{prepared.folder.path}'"), AttackProgress(console) as progress:
+        return act(progress, **settings)
 
 
 def _forecast(found: Estimate, prepared: Prepared, console: Console, *, as_json: bool) -> None:
@@ -203,9 +194,7 @@ def _forecast(found: Estimate, prepared: Prepared, console: Console, *, as_json:
     if as_json and not console.quiet:
         typer.echo(found.model_dump_json(indent=2))
     console.print(forecast(found))
-    console.print(
-        f"The clean pass is kept in {_plain(prepared.folder.path)}; without --estimate the run goes on there."
-    )
+    console.print(f"The clean pass is kept in {plain(prepared.folder.path)}; without --estimate the run goes on there.")
 
 
 def _show(summary: Summary, prepared: Prepared, console: Console, *, as_json: bool) -> None:
@@ -215,12 +204,5 @@ def _show(summary: Summary, prepared: Prepared, console: Console, *, as_json: bo
         typer.echo(summary.model_dump_json(indent=2))
         return
     console.print(attack_table(summary))
-    console.print(f"Report:  {_plain(prepared.folder.report_path)}")
-    console.print(f"Results: {_plain(prepared.folder.results_path)}")
-
-
-def _plain(value: object) -> str:
-    """Keep rich from reading markup in user-given text."""
-    from rich.markup import escape
-
-    return escape(str(value))
+    console.print(f"Report:  {plain(prepared.folder.report_path)}")
+    console.print(f"Results: {plain(prepared.folder.results_path)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustvlm.cli.closing import end_if_any_holds, interruptible, plain
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 from robustvlm.core.ranks import current_ranks
 
@@ -142,10 +143,7 @@ def certify(
     if not ranks.leader:
         return
     _show(summary, prepared, console, as_json=as_json)
-    failed = [condition.text for condition in conditions if condition.holds(summary)]
-    if failed:
-        typer.echo(f"failed: {', '.join(failed)}", err=True)
-        raise typer.Exit(1)
+    end_if_any_holds(conditions, summary)
 
 
 def _prepare(
@@ -167,17 +165,13 @@ def _work(prepared: PreparedCertify, console: Console, *, fresh: bool, resume: b
     from robustvlm.cli.certify_progress import CertifyProgress
 
     console.print(
-        f"Certifying [bold]{_plain(prepared.manifest['model']['spec'])}[/bold] -> {_plain(prepared.folder.path)}"
+        f"Certifying [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}"
     )
-    try:
-        with CertifyProgress(console, samples=prepared.config.samples) as progress:
-            return prepared.run(progress, fresh=fresh, resume=resume)
-    except KeyboardInterrupt:
-        if current_ranks().fail("interrupted"):  # of several processes one speaks
-            typer.echo(
-                f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
-            )
-        raise typer.Exit(130) from None
+    with (
+        interruptible(f"everything so far is kept in '{prepared.folder.path}'"),
+        CertifyProgress(console, samples=prepared.config.samples) as progress,
+    ):
+        return prepared.run(progress, fresh=fresh, resume=resume)
 
 
 def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, *, as_json: bool) -> None:
@@ -187,12 +181,5 @@ def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, 
         typer.echo(summary.model_dump_json(indent=2))
         return
     console.print(certify_table(summary, prepared.manifest["plan"]))
-    console.print(f"Report:  {_plain(prepared.folder.report_path)}")
-    console.print(f"Results: {_plain(prepared.folder.results_path)}")
-
-
-def _plain(value: object) -> str:
-    """Keep rich from reading markup in user-given text."""
-    from rich.markup import escape
-
-    return escape(str(value))
+    console.print(f"Report:  {plain(prepared.folder.report_path)}")
+    console.print(f"Results: {plain(prepared.folder.results_path)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustvlm.cli.closing import interruptible, plain
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 
 if TYPE_CHECKING:
@@ -111,17 +112,9 @@ def detect(
 def _work(prepared: PreparedDetect, console: Console, *, fresh: bool, resume: bool) -> DetectSummary:
     from robustvlm.cli.detect_progress import DetectProgress
 
-    console.print(
-        f"Scoring [bold]{_plain(prepared.manifest['model']['spec'])}[/bold] -> {_plain(prepared.folder.path)}"
-    )
-    try:
-        with DetectProgress(console) as progress:
-            return prepared.run(progress, fresh=fresh, resume=resume)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"stopped; everything so far is kept in '{prepared.folder.path}': repeat the command to go on", err=True
-        )
-        raise typer.Exit(130) from None
+    console.print(f"Scoring [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}")
+    with interruptible(f"everything so far is kept in '{prepared.folder.path}'"), DetectProgress(console) as progress:
+        return prepared.run(progress, fresh=fresh, resume=resume)
 
 
 def _show(summary: DetectSummary, prepared: PreparedDetect, console: Console, *, as_json: bool) -> None:
@@ -131,12 +124,5 @@ def _show(summary: DetectSummary, prepared: PreparedDetect, console: Console, *,
         typer.echo(summary.model_dump_json(indent=2))
         return
     console.print(detect_table(summary))
-    console.print(f"Report:  {_plain(prepared.folder.report_path)}")
-    console.print(f"Results: {_plain(prepared.folder.results_path)}")
-
-
-def _plain(value: object) -> str:
-    """Keep rich from reading markup in user-given text."""
-    from rich.markup import escape
-
-    return escape(str(value))
+    console.print(f"Report:  {plain(prepared.folder.report_path)}")
+    console.print(f"Results: {plain(prepared.folder.results_path)}")

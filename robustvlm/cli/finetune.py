@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.options import Classes, Device, Out, RecordAsJson, Resume, RunName, Templates
+from robustvlm.cli.options import Classes, Device, Out, RecordAsJson, Resume, RunName, Templates, one_radius
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def finetune(
     from robustvlm.evaluation.finetuning.options import parse_options
     from robustvlm.runs.finetune_config import FinetuneConfig
 
+    eps_text, radius = one_radius(eps, "--eps")
     options = [*([] if curvature is None else [f"curvature={curvature}"]), *(option or [])]
     config = FinetuneConfig(
         model=model,
@@ -119,9 +120,9 @@ def finetune(
         method=method,
         options=parse_options(method, options),
         norm=parse_norm(norm),
-        eps=_radius(eps, "--eps"),
-        eps_text=eps.strip(),
-        alpha=None if alpha is None else _radius(alpha, "--alpha"),
+        eps=radius,
+        eps_text=eps_text,
+        alpha=None if alpha is None else one_radius(alpha, "--alpha")[1],
         inner_steps=inner_steps,
         trainable=trainable,
         augment=augment,
@@ -152,32 +153,14 @@ def finetune(
         _show(summary, prepared, console, as_json=as_json)
 
 
-def _radius(text: str, name: str) -> float:
-    from robustvlm.attacks import parse_eps
-    from robustvlm.errors import UserError
-
-    found = parse_eps(text)
-    if len(found) != 1:
-        raise UserError(f"{name} takes one number, got '{text}'")
-    return found[0][1]
-
-
 def _work(prepared: PreparedFinetune, console: Console, settings: dict[str, Any]) -> TrainingSummary:
     from rich.markup import escape
 
-    from robustvlm.cli.training_progress import TrainingProgress
+    from robustvlm.cli.training_progress import shown_training
 
-    spec, folder = prepared.vlm.spec, str(prepared.folder.path)
-    console.print(f"Fine-tuning [bold]{escape(spec)}[/bold] ({prepared.config.method}) -> {escape(folder)}")
-    if current_ranks().size > 1:
-        console.print(f"{current_ranks().size} processes share every batch.")
-    try:
-        with TrainingProgress(console) as progress:
-            return prepared.run(progress, **settings)
-    except KeyboardInterrupt:
-        if current_ranks().fail("interrupted"):  # of several processes one speaks
-            typer.echo(f"stopped; the last checkpoint is kept in '{folder}': repeat the command to go on", err=True)
-        raise typer.Exit(130) from None
+    what = f"Fine-tuning [bold]{escape(prepared.vlm.spec)}[/bold] ({prepared.config.method})"
+    with shown_training(console, what, prepared.folder.path) as progress:
+        return prepared.run(progress, **settings)
 
 
 def _show(summary: TrainingSummary, prepared: PreparedFinetune, console: Console, *, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands have, in the same words."""
+"""Options that several commands have, in the same words and read in the same way."""
 
 from __future__ import annotations
 
@@ -22,3 +22,22 @@ Resume = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name first.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 RecordAsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")]
+
+
+def one_radius(text: str, option: str) -> tuple[str, float]:
+    """Return the single radius of an option as text and number, such as ("1/255", 0.00392...).
+
+    Raises:
+        UserError: several radii, or no number.
+
+    Example:
+        >>> one_radius("1/4", "--eps")
+        ('1/4', 0.25)
+    """
+    from robustvlm.attacks import parse_eps
+    from robustvlm.errors import UserError
+
+    found = parse_eps(text)
+    if len(found) != 1:
+        raise UserError(f"{option} takes one number, got '{text}'")
+    return found[0]

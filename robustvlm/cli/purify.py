@@ -112,26 +112,18 @@ def purify(
 def _work(prepared: PreparedPurify, console: Console, settings: dict[str, Any]) -> TrainingSummary:
     from rich.markup import escape
 
-    from robustvlm.cli.training_progress import TrainingProgress
+    from robustvlm.cli.training_progress import shown_training
     from robustvlm.defenses.purify.train import Stage
     from robustvlm.training import TrainingObserver
 
-    spec, folder = prepared.encoder.spec, str(prepared.folder.path)
-    console.print(f"Purifying [bold]{escape(spec)}[/bold] -> {escape(folder)}")
-    if current_ranks().size > 1:
-        console.print(f"{current_ranks().size} processes share every batch.")
-    try:
-        with TrainingProgress(console) as progress:
+    what = f"Purifying [bold]{escape(prepared.encoder.spec)}[/bold]"
+    with shown_training(console, what, prepared.folder.path) as progress:
 
-            def observe(stage: Stage) -> TrainingObserver:
-                console.print(f"The {stage}:")
-                return progress
+        def observe(stage: Stage) -> TrainingObserver:
+            console.print(f"The {stage}:")
+            return progress
 
-            return prepared.run(observe, **settings)
-    except KeyboardInterrupt:
-        if current_ranks().fail("interrupted"):  # of several processes one speaks
-            typer.echo(f"stopped; the last checkpoint is kept in '{folder}': repeat the command to go on", err=True)
-        raise typer.Exit(130) from None
+        return prepared.run(observe, **settings)
 
 
 def _show(summary: TrainingSummary, prepared: PreparedPurify, console: Console, *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.options import Classes, Device, Out, Templates
+from robustvlm.cli.options import Classes, Device, Out, Templates, one_radius
 
 if TYPE_CHECKING:
     from robustvlm.evaluation.finetuning.souping import Soup
@@ -35,14 +35,11 @@ def soup(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Average the weights of models that were fine-tuned from one; the run's folder is a model spec."""
-    from robustvlm.attacks import parse_eps, parse_norm
-    from robustvlm.errors import UserError
+    from robustvlm.attacks import parse_norm
     from robustvlm.evaluation.finetuning.souping import make_soup
     from robustvlm.runs.soup_config import SoupConfig
 
-    radii = parse_eps(eps)
-    if len(radii) != 1:
-        raise UserError(f"--eps takes one number, got '{eps}'")
+    eps_text, radius = one_radius(eps, "--eps")
     config = SoupConfig(
         model=models[0],
         models=models,
@@ -52,8 +49,8 @@ def soup(
         classes=None if classes is None else str(classes),
         templates=None if templates is None else str(templates),
         norm=parse_norm(norm),
-        eps=radii[0][1],
-        eps_text=radii[0][0],
+        eps=radius,
+        eps_text=eps_text,
         val_steps=val_steps,
         limit=limit,
         device=device,

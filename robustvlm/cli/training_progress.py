@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -17,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from robustvlm.cli.closing import interruptible
+from robustvlm.core.ranks import current_ranks
 from robustvlm.report.wording import duration
 from robustvlm.stats import Mean, Rate
 from robustvlm.training import Estimate, TrainingObserver, Validation, Warned
@@ -75,6 +79,16 @@ class TrainingProgress(TrainingObserver):
         self._console.print(
             f"[bold]Warning[/bold], {escape(warning.name)}: {escape(warning.message)}", highlight=False, soft_wrap=True
         )
+
+
+@contextmanager
+def shown_training(console: Console, what: str, folder: Path) -> Iterator[TrainingProgress]:
+    """Say what begins (in rich's markup) and in which folder, and yield its progress; Ctrl-C says how to go on."""
+    console.print(f"{what} -> {escape(str(folder))}")
+    if current_ranks().size > 1:
+        console.print(f"{current_ranks().size} processes share every batch.")
+    with interruptible(f"the last checkpoint is kept in '{folder}'"), TrainingProgress(console) as progress:
+        yield progress
 
 
 def _words(found: Rate | Mean) -> str:

@@ -1,0 +1,50 @@
+"""How commands that make runs close: interrupted, or by the conditions of `--fail-if`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import typer
+
+from robustvlm.core.ranks import current_ranks
+
+_S = TypeVar("_S", contravariant=True)
+
+
+class Condition(Protocol[_S]):
+    """What was passed with `--fail-if`."""
+
+    @property
+    def text(self) -> str:
+        """The condition as it was written."""
+
+    def holds(self, summary: _S) -> bool:
+        """Whether it is true of the run."""
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Let Ctrl-C end the program with exit code 130 and one line; `kept` says what is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if current_ranks().fail("interrupted"):  # of several processes one speaks
+            typer.echo(f"stopped; {kept}: repeat the command to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+def end_if_any_holds(conditions: Sequence[Condition[_S]], summary: _S) -> None:
+    """End the program with exit code 1, naming the conditions that hold of the run, if there are any."""
+    failed = [condition.text for condition in conditions if condition.holds(summary)]
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+def plain(value: object) -> str:
+    """Keep rich from reading markup in user-given text."""
+    from rich.markup import escape
+
+    return escape(str(value))
