@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustvlm.errors import UserError
+from robustvlm.evaluation.comparison import Comparison
 from robustvlm.evaluation.conditions import Condition, parse_condition
 from robustvlm.runs.summary import Cost, EpsSummary, Images, Summary
 from robustvlm.stats import rate
@@ -57,8 +58,8 @@ CURVE = summary(at(0.01, fooled=20, robust=60), at(0.02, fooled=60, robust=20))
 )
 def test_the_grammar(name: str, part: str, sign: str, number: int, percent: bool, gap: str) -> None:
     text = f"{gap}{name}{part}{gap}{sign}{gap}{number if percent else number / 100}{gap}{'%' if percent else ''}{gap}"
-    found = parse_condition(text)
-    assert found == Condition(text, name, part[1:] or "value", sign, pytest.approx(number / 100))
+    threshold: Any = pytest.approx(number / 100)
+    assert parse_condition(text) == Condition(Comparison(text, name, part[1:] or "value", sign, threshold, percent))
 
 
 @given(st.sampled_from(list(SIGNS)), st.integers(0, 100), st.sampled_from(["value", "low", "high"]))

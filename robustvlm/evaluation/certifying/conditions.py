@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.conditions import COMPARE
+from robustvlm.evaluation.comparison import Comparison, parse_comparison
 from robustvlm.runs.certify_summary import CertifySummary
 from robustvlm.stats import Rate
 
-_FORM = re.compile(r"^\s*([a-z_]+)(?:@([0-9.eE+-]+))?(?:\.(low|high))?\s*(>=|<=|>|<)\s*([0-9.eE+-]+)\s*(%?)\s*$")
+_LEFT = re.compile(r"([a-z_]+)(?:@([0-9.eE+-]+))?")
 _AT_RADIUS = ("certified", "certified_correct")
 _RATES = (*_AT_RADIUS, "abstained", "correct")
 _RADII = ("mean_radius", "median_radius")
@@ -25,26 +25,24 @@ class CertifyCondition:
         0.25
     """
 
-    text: str
+    comparison: Comparison
     quantity: str
     radius: float | None
-    part: str
-    sign: str
-    threshold: float
+
+    @property
+    def text(self) -> str:
+        """The condition as it was written."""
+        return self.comparison.text
 
     def holds(self, summary: CertifySummary) -> bool:
-        """Whether the condition is true; a rate over no images has no value, and every condition on it counts as true.
+        """Whether the condition is true; of a rate over no images every condition is.
 
         Raises:
             UserError: the radius is none of those that the run counts at.
         """
         if self.quantity in _RADII:
-            return COMPARE[self.sign](float(getattr(summary, self.quantity)), self.threshold)
-        rate = self._rate(summary)
-        if rate is None or rate.value is None:
-            return True
-        value = {"value": rate.value, "low": rate.low, "high": rate.high}[self.part]
-        return COMPARE[self.sign](value, self.threshold)
+            return self.comparison.holds_for(float(getattr(summary, self.quantity)))
+        return self.comparison.holds_for(self._rate(summary))
 
     def _rate(self, summary: CertifySummary) -> Rate | None:
         if self.quantity in ("abstained", "correct"):
@@ -61,25 +59,23 @@ class CertifyCondition:
 
 def parse_certify_condition(text: str) -> CertifyCondition:
     """Return the condition of `QUANTITY[@RADIUS][.low|.high] (>|<|>=|<=) NUMBER[%]`, or raise a UserError."""
-    match = _FORM.match(text)
-    if not match:
-        raise UserError(f"cannot read the condition '{text}': expected as certified@0.25<50% or mean_radius<0.1")
-    quantity, radius, part, sign, number, percent = match.groups()
+    found = parse_comparison(text, _LEFT, example="certified@0.25<50% or mean_radius<0.1")
+    match = _LEFT.fullmatch(found.left)
+    assert match is not None, "the comparison was read by this pattern"
+    quantity, radius = match.groups()
     if quantity not in (*_RATES, *_RADII):
         hint = nearest(quantity, [*_RATES, *_RADII])
         raise UserError(f"unknown quantity '{quantity}' in the condition '{text}': {hint}")
     if radius is not None and quantity not in _AT_RADIUS:
         raise UserError(f"'{quantity}' in the condition '{text}' has no radius: leave out @{radius}")
-    try:
-        at = None if radius is None else float(radius)
-        threshold = float(number) / (100 if percent else 1)
-    except ValueError:
-        raise UserError(f"a number in the condition '{text}' cannot be read") from None
-    if quantity in _RATES and not 0 <= threshold <= 1:
-        raise UserError(f"the threshold in '{text}' is outside [0, 1]: for per cent write {quantity}{sign}{number}%")
-    if quantity in _RADII and (part or percent):
+    if quantity in _RATES:
+        found.require_share()
+    elif found.part != "value" or found.percent:
         raise UserError(f"'{quantity}' in the condition '{text}' is a radius: compare it with a plain number")
-    return CertifyCondition(text, quantity, at, part or "value", sign, threshold)
+    try:
+        return CertifyCondition(found, quantity, None if radius is None else float(radius))
+    except ValueError:
+        raise UserError(f"the radius '{radius}' in the condition '{text}' is no number") from None
 
 
 def _not(rate: Rate) -> Rate:
