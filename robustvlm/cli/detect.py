@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.closing import interruptible, plain
+from robustvlm.cli.closing import end_if_any_holds, interruptible, plain
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ _OOD = "Images of no known class, as DATA or NAME=DATA; once for each set [defau
 _FIT = "Images of the known classes to learn from, or none [default: none; the training styles for the bundled data]."
 _SCORES = "all, or a list such as mcm,energy,knn (docs/detect.md lists them)."
 _ATTACK = "Attacks of --under-attack; objectives do not matter, all climb the acceptance margin."
+_FAIL_IF = (
+    "End with exit code 1 if this holds, e.g. 'auroc:mcm@near<0.8' or 'fpr95.high>50%'; without :SCORE or @SET, if it "
+    "holds for any."
+)
 _ATTACK_SCORES = (
     "Scores to attack, and own for a model's own [default: own, mcm, energy, mahalanobis, as far as there]."
 )
@@ -66,6 +70,7 @@ def detect(
     name: RunName = None,
     resume: Resume = None,
     as_json: SummaryAsJson = False,
+    fail_if: Annotated[list[str] | None, typer.Option(help=_FAIL_IF)] = None,
 ) -> None:
     """Tell images of known classes from others by every score: AUROC, FPR95, AUPR with intervals; table and report.
 
@@ -74,9 +79,11 @@ def detect(
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from rich.console import Console
 
+    from robustvlm.evaluation.detecting.conditions import parse_detect_condition
     from robustvlm.evaluation.detecting.settings import Settings
     from robustvlm.evaluation.detecting.setup import prepare_detect
 
+    conditions = [parse_detect_condition(text) for text in fail_if or []]
     settings = Settings(
         model=model,
         known=known,
@@ -105,8 +112,11 @@ def detect(
     with console.status("Loading model and data"):
         command = shlex.join(["robustvlm", *sys.argv[1:]])
         prepared = prepare_detect(settings, out=out, name=name, command=command)
+    for condition in conditions:
+        condition.require(prepared.config, may_refuse=prepared.classifier.can_reject)
     summary = _work(prepared, console, fresh=resume is False, resume=resume is True)
     _show(summary, prepared, console, as_json=as_json)
+    end_if_any_holds(conditions, summary)
 
 
 def _work(prepared: PreparedDetect, console: Console, *, fresh: bool, resume: bool) -> DetectSummary:

@@ -88,6 +88,17 @@ def test_json_goes_to_standard_output_alone(run: Run) -> None:
     assert "Scoring" in said
 
 
+def test_conditions_decide_the_exit_code(run: Run) -> None:
+    named = (*COMMON, "--scores", "msp,energy", "--name", "gate")
+    run(*named, "--fail-if", "auroc:msp@green<0", "--fail-if", "fpr95>100%")
+    shown, said = run(
+        *named, "--json", "--fail-if", "auroc:msp@green>=0", "--fail-if", "aupr_in<0", "--fail-if", "fpr95.high>=0%",
+        code=1,
+    )  # fmt: skip
+    assert said.splitlines()[-1] == "failed: auroc:msp@green>=0, fpr95.high>=0%"
+    assert json.loads(shown)["scores"]
+
+
 def test_mistakes_end_in_one_line_and_code_2(run: Run) -> None:
     for arguments, words in (
         (("detect", "--id", "imagefolder:photos"), "pass --ood DATA"),
@@ -95,6 +106,9 @@ def test_mistakes_end_in_one_line_and_code_2(run: Run) -> None:
         ((*COMMON, "--name", "../out"), "run name"),
         ((*COMMON, "--fit", "imagefolder:others"), "other classes"),
         ((*COMMON, "--under-attack", "--eps", "no"), "is no number"),
+        ((*COMMON, "--fail-if", "acuracy<0.5"), "there are auroc, fpr95"),
+        ((*COMMON, "--fail-if", "auroc:entropy<0.5"), "the run has msp, mcm"),
+        ((*COMMON, "--fail-if", "auroc@near<0.5"), "the run has green"),
     ):
         _, said = run(*arguments, code=2)
         assert said.startswith("error: "), said
