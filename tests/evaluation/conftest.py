@@ -1,15 +1,21 @@
-"""Makes the helper module beside the tests importable, and builds small labelled image folders."""
+"""Makes the helper modules beside the tests importable, and builds small image folders, and detect runs on them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    from detecting import DetectRun
+
+    from robustvlm.evaluation.detecting.run import PreparedDetect
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -51,5 +57,56 @@ def make_folder(tmp_path: Path, labelled_pictures: list[tuple[Image.Image, str]]
         for number, (image, label) in enumerate(labelled_pictures[:count]):
             image.save(root / label / f"{number:03d}.png")
         return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def detect_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Known images in three classes (to learn from, and to judge) and two sets of others: noisy copies of patterns."""
+    root = tmp_path_factory.mktemp("detect")
+    draws = np.random.default_rng(5)
+    patterns = {name: draws.integers(40, 216, (4, 4, 3)) for name in (*CLASSES, "wolf", "tree")}
+
+    def write(folder: str, name: str, count: int) -> None:
+        (root / folder / name).mkdir(parents=True)
+        for number in range(count):
+            values = np.clip(patterns[name] + draws.normal(0, 12, (4, 4, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(values).resize((16, 16), Image.Resampling.BICUBIC).save(
+                root / folder / name / f"{number:02d}.png"
+            )
+
+    for name in CLASSES:
+        write("fit", name, 8)
+        write("known", name, 6)
+    (root / "words.txt").write_text("\n".join(f"thing {number}" for number in range(12)))
+    write("near", "wolf", 10)
+    write("far", "tree", 9)
+    return root
+
+
+@pytest.fixture
+def detect_run(detect_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DetectRun:
+    """Prepare a run on these images; it is named "run" and lies in a folder of its own.
+
+    Reports take most of the time of so small a run; the tests that look at one make it.
+    """
+    from robustvlm.evaluation.detecting.settings import Settings
+    from robustvlm.evaluation.detecting.setup import prepare_detect
+
+    monkeypatch.setattr("robustvlm.evaluation.detecting.run.write_detect_report", lambda folder: folder)
+
+    def make(model: str = "Encoder", *, name: str = "run", **changes: Any) -> PreparedDetect:
+        settings: dict[str, Any] = {
+            "model": model if ":" in model or "+" in model else f"small_encoders:{model}",
+            "known": f"imagefolder:{detect_images}/known",
+            "unknown": (f"near=imagefolder:{detect_images}/near", f"far=imagefolder:{detect_images}/far"),
+            "fit": f"imagefolder:{detect_images}/fit",
+            "words": detect_images / "words.txt",
+            "draws": 100,
+            "device": "cpu",
+            **changes,
+        }
+        return prepare_detect(Settings(**settings), out=tmp_path, name=name, command="robustvlm detect")
 
     return make

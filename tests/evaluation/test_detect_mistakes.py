@@ -1,0 +1,97 @@
+"""What detect runs refuse, and what they leave out and name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detecting import DetectRun
+from PIL import Image
+
+from robustvlm.errors import UserError
+
+
+def test_images_that_were_learnt_from(detect_run: DetectRun, detect_images: Path) -> None:
+    with pytest.raises(UserError, match="18 images are both in --fit and in --id"):
+        detect_run(fit=f"imagefolder:{detect_images}/known").run()
+    # The same images in another folder have other ids; they are noticed all the same.
+    link = detect_images / "copy"
+    if not link.exists():
+        link.symlink_to(detect_images / "known")
+    summary = detect_run(name="copies", fit=f"imagefolder:{link}").run()
+    assert any(check.level == "warning" and "18 of 18" in check.message for check in summary.checks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"unknown": ()}, "--ood"),
+        ({"known": None}, "--id"),
+        ({"unknown": ("imagefolder:a", "imagefolder:a")}, "are called 'a'"),
+        ({"unknown": ("known=imagefolder:a",)}, "cannot be called 'known'"),
+        ({"scores": "msp,kn"}, "unknown score 'kn'"),
+        ({"limit": 1}, "--limit must be at least 2"),
+        ({"draws": 10}, "--draws must be at least 100"),
+        ({"attack_scores": "msp"}, "--under-attack"),
+        ({"under_attack": True, "attack_scores": "own"}, "never refuses"),
+        ({"under_attack": True, "attack_scores": "mcm", "scores": "msp"}, "not in --scores"),
+        ({"under_attack": True, "attack": "torchattacks:PGD"}, "our own attacks only"),
+        ({"under_attack": True, "eps": "1/255,2/255"}, "one radius"),
+        ({"unknown": ("x=nonsense:a",)}, "unknown data kind"),
+        ({"fit": "emoji?split=train"}, "other classes"),
+        ({"words": Path("absent.txt")}, "no words file"),
+    ],
+)
+def test_mistakes_are_one_line(detect_run: DetectRun, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        detect_run(**changes).run()
+    assert "\n" not in str(caught.value)
+
+
+def test_other_settings_are_another_run(detect_run: DetectRun) -> None:
+    detect_run(scores="msp").run()
+    with pytest.raises(UserError, match="made with other settings"):
+        detect_run(scores="energy").run()
+    assert [score.name for score in detect_run(scores="energy").run(fresh=True).scores] == ["energy"]
+
+
+def test_damaged_features_are_named(detect_run: DetectRun) -> None:
+    run = detect_run(scores="msp")
+    run.run()
+    run.folder.summary_path.unlink()
+    next(run.folder.features_path.glob("known-*.safetensors")).write_bytes(b"half a file")
+    with pytest.raises(UserError, match="delete it, the run makes it again"):
+        detect_run(scores="msp").run()
+
+
+def test_unreadable_images_are_left_out_and_named(detect_run: DetectRun, tmp_path: Path) -> None:
+    folder = tmp_path / "broken" / "thing"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (16, 16), (40 * number, 90, 20)).save(folder / f"{number}.png")
+    (folder / "3.png").write_bytes(b"no image")
+    summary = detect_run(scores="msp", unknown=(f"imagefolder:{tmp_path}/broken",)).run()
+    assert summary.unknown[0].images == 3
+    assert [image.id for image in summary.unreadable] == ["thing/3.png"]
+    (folder / "0.png").unlink()
+    for path in folder.glob("[12].png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the 3 images"):
+        detect_run(name="none", scores="msp", unknown=(f"imagefolder:{tmp_path}/broken",)).run()
+
+
+def test_a_model_that_gives_nan_is_named(
+    detect_run: DetectRun, detect_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (detect_images / "gives_nan.py").write_text(
+        "import torch\n"
+        "from small_encoders import Encoder\n"
+        "class Net(Encoder):\n"
+        "    def encode_image(self, pixels):\n"
+        "        found = super().encode_image(pixels)\n"
+        "        return torch.full_like(found, torch.nan) if len(pixels) > 2 else found\n"
+    )
+    monkeypatch.syspath_prepend(str(detect_images))
+    with pytest.raises(UserError, match=r"NaN or infinite values, first for the image 'cat/00\.png'"):
+        detect_run("gives_nan:Net", scores="msp").run()
