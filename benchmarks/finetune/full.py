@@ -1,4 +1,4 @@
-"""What the rows leave out: AutoAttack itself, and attacks against one level of the tree scored at the others.
+"""What the rows leave out: AutoAttack itself, all classes at once, transfer between the levels of the tree.
 
     python -m benchmarks.finetune.full emoji --variants tecoa,tree --images 40
 
@@ -26,7 +26,7 @@ from robustvlm.stats import rate
 
 from .measure import Images, predictions_when_attacked, right_when_attacked, right_when_clean
 from .options import arguments, open_set, plan_of, variants_of
-from .rows import Plan, classifier_of, training_images, tune
+from .rows import Plan, classifier_of, clean_and_pgd, training_images, tune
 from .sets import BenchmarkSet
 from .tables import share
 from .variants import VARIANTS
@@ -73,6 +73,7 @@ def _measured(key: str, row: dict[str, Any], benchmark: BenchmarkSet, plan: Plan
         "clean": clean[:count],
         "standard": standard,
         "ensemble": [bit == "1" for bit in row["ensemble"][:count]],
+        "together": clean_and_pgd(vlm, benchmark.together, benchmark.train.templates, plan),
         "levels": _transfer(classifier, images.first(plan.attacked), benchmark, plan.threat),
     }
 
@@ -95,8 +96,9 @@ def _autoattack(found: list[dict[str, Any]]) -> str:
         shares = [share("".join("1" if right else "0" for right in kept[name])) for name in ("clean", "ensemble")]
         robust = rate(sum(kept["standard"]), len(kept["standard"]))
         cells = [f"{value:.3f}" for value in shares]
-        lines.append([kept["title"], *cells, f"{robust.value:.3f} ({robust.low:.3f} to {robust.high:.3f})"])
-    return markdown(["model", "clean", "ensemble", "AutoAttack"], lines)
+        cells.append(f"{robust.value:.3f} ({robust.low:.3f} to {robust.high:.3f})")
+        lines.append([kept["title"], *cells, *(f"{share(kept['together'][name]):.3f}" for name in ("clean", "pgd"))])
+    return markdown(["model", "clean", "ensemble", "AutoAttack", "all classes: clean", "all classes: PGD-20"], lines)
 
 
 def _matrices(found: list[dict[str, Any]]) -> str:

@@ -119,16 +119,17 @@ def _seen(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
         }
     names, groups = tree.level_names(1), torch.tensor(tree.superclass_labels(1))
     named = Condition("", names, Images(images.pixels, groups[images.labels], images.ids))
-    found["superclass 1 by name"] = _clean_and_pgd(vlm, named, benchmark.train.templates, plan)
+    found["superclass 1 by name"] = clean_and_pgd(vlm, named, benchmark.train.templates, plan)
     return found
 
 
 def _transfer(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
     templates = benchmark.train.templates
-    return {condition.name: _clean_and_pgd(vlm, condition, templates, plan) for condition in benchmark.transfer}
+    return {condition.name: clean_and_pgd(vlm, condition, templates, plan) for condition in benchmark.transfer}
 
 
-def _clean_and_pgd(vlm: VLM, condition: Condition, templates: tuple[str, ...], plan: Plan) -> dict[str, str]:
+def clean_and_pgd(vlm: VLM, condition: Condition, templates: tuple[str, ...], plan: Plan) -> dict[str, str]:
+    """Return outcomes per image of one condition, without attack and under PGD-20."""
     classifier = classifier_of(vlm, condition, templates)
     few = condition.images.first(plan.attacked)
     return {

@@ -39,6 +39,7 @@ class BenchmarkSet:
         forest: trees over those classes, the bundled one first.
         lr, batch: of the training.
         seen: test images of those classes; `transfer`: of classes or styles that it is not tuned on.
+        together: test images of both kinds of classes, among all of them: to lean towards one kind does not pay here.
     """
 
     name: str
@@ -49,6 +50,7 @@ class BenchmarkSet:
     batch: int
     seen: Condition
     transfer: tuple[Condition, ...]
+    together: Condition
 
 
 def cifar10(train: Path, test: Path, limit: int) -> BenchmarkSet:
@@ -68,6 +70,7 @@ def cifar10(train: Path, test: Path, limit: int) -> BenchmarkSet:
         batch=128,
         seen=Condition("8 classes tuned on", names, _of_classes(everything, held.class_names, names, limit)),
         transfer=(Condition("2 classes left out, among all 10", held.class_names, unseen),),
+        together=Condition("all 10 classes", held.class_names, _some(everything, everything.labels >= 0, limit)),
     )
 
 
@@ -79,6 +82,7 @@ def emoji(limit: int) -> BenchmarkSet:
     # The first two copies are what is trained on; later ones show the same sprites on other backgrounds.
     fresh, styled = open_data("emoji?split=train&copies=4"), open_data("emoji?split=test&copies=8")
     later = [name for name in fresh.ids() or [] if int(name.rsplit("/", 1)[1]) >= 2]
+    drawn = read_images(everything, 64)
     return BenchmarkSet(
         "emoji",
         "tiny",
@@ -92,8 +96,11 @@ def emoji(limit: int) -> BenchmarkSet:
             Condition(
                 "72 other classes, another style",
                 others,
-                _of_classes(read_images(everything, 64), everything.class_names, others, limit),
+                _of_classes(drawn, everything.class_names, others, limit),
             ),
+        ),
+        together=Condition(
+            "all 173 classes, another style", everything.class_names, _some(drawn, drawn.labels >= 0, limit)
         ),
     )
 
