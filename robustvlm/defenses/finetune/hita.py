@@ -23,6 +23,8 @@ class HierarchicalOptions:
             does not say how CLIP's features enter the ball (our reading: scaled by one constant for each modality).
         shared_depth: the texts of one level lie at one depth, their mean, so that the nearest is the one of the largest
             cosine, by which the deployed model tells classes apart (our reading); off: each at its own length's depth.
+        ordered_depths: with `shared_depth`, level l lies at w_l times the depth of the classes: parents are nearer
+            to the origin than children from the start; off: at the mean length of its own texts.
         temperature: of the softmax over negative distances; None: such that the two best logits of an image are as far
             apart as the base model's own (our reading).
         negatives: negative-set augmentation, the non-kin nodes of the levels above and below in each denominator.
@@ -46,6 +48,7 @@ class HierarchicalOptions:
     curvature: float = 1.0
     depth: float = 1.0
     shared_depth: bool = True
+    ordered_depths: bool = False
     temperature: float | None = None
     negatives: bool = True
     leaf_only: bool = False

@@ -167,6 +167,20 @@ def test_curvature_is_a_unit_of_length() -> None:
             torch.testing.assert_close(found[name], unit[name] * scale, rtol=1e-4, atol=1e-5)
 
 
+def test_ordered_depths_put_parents_nearer_to_the_origin_and_leave_the_classes_where_they_were() -> None:
+    pixels, labels = images()
+    found = hierarchical(small_vlm(), ordered_depths=True)
+    norms, unordered = (list(method.measures().values()) for method in (found, hierarchical(small_vlm())))
+    tangents = [math.atanh(norm) for norm in norms]
+    weights = [1 - level / len(norms) for level in range(len(norms))]
+    assert tangents == pytest.approx([tangents[0] * w for w in weights], rel=1e-4)
+    assert norms[0] == pytest.approx(unordered[0], rel=1e-5)
+    assert (
+        found.terms(pixels, labels, DRAWS)["norm order"]
+        < hierarchical(small_vlm()).terms(pixels, labels, DRAWS)["norm order"]
+    )
+
+
 def test_switches_switch_their_terms() -> None:
     pixels, labels = images()
     full = hierarchical(small_vlm()).terms(pixels, labels, DRAWS)

@@ -117,7 +117,7 @@ class Hierarchical(Method):
         nodes = tree.text_of if self.options.name_superclasses else classes
         rows = tangents[nodes]
         if self.options.shared_depth:
-            rows = _levelled(rows, tree.level_of[: len(rows)])
+            rows = _levelled(rows, tree.level_of[: len(rows)], ordered=self.options.ordered_depths)
         points = self.embedding.texts(rows)
         if self.options.name_superclasses:
             return points
@@ -148,11 +148,13 @@ class Hierarchical(Method):
         return self.embedding.text_scale * self.texts().float()
 
 
-def _levelled(rows: Tensor, level: Tensor) -> Tensor:
-    """Return rows [N, D] with the mean length of their level in place of their own."""
+def _levelled(rows: Tensor, level: Tensor, *, ordered: bool) -> Tensor:
+    """Return rows [N, D] with the mean length of their level in place of their own, or w_l times that of level 0."""
     lengths = rows.norm(dim=-1).clamp_min(1e-12)
     totals = lengths.new_zeros(int(level.max()) + 1)
     means = totals.index_add(0, level, lengths) / totals.index_add(0, level, torch.ones_like(lengths))
+    if ordered:
+        means = means[0] * level_weights(len(means)).to(means)
     return rows * (means[level] / lengths)[:, None]
 
 
