@@ -20,8 +20,10 @@ _TRIAL_SIGMA = 0.25
 class Denoiser(Protocol):
     """What can stand before an encoder: an estimate of the clean pixels.
 
-    The estimate of one image must not depend on the others of its batch. Randomness is allowed if it is fresh in every
-    call and its law does not depend on the image; it then is part of the smoothing expectation.
+    The estimate of one image must not depend on the others of its batch. Randomness is allowed if it is fresh and
+    independent for every image of every call and its law does not depend on the image; it then is part of the
+    smoothing expectation. One draw for a whole call (a random time step or crop) makes noisy copies depend on each
+    other, and certificates count them as independent.
     """
 
     def __call__(self, noisy: Tensor, sigma: float, /) -> Tensor:

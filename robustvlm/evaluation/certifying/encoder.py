@@ -13,6 +13,7 @@ from robustvlm.attacks.oracle import PRECISIONS, full_precision_kernels
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.errors import UserError, nearest
+from robustvlm.evaluation.certifying.draws import find_dependence
 from robustvlm.models import VLM
 from robustvlm.runs.summary import Check
 
@@ -87,7 +88,8 @@ def probe_encoder(encoder: NoisyEncoder, images: Tensor, sigma: float, lanes: in
         images: a few images [M, 3, S, S]; lanes: rows of a full batch, halved for as long as memory runs out.
 
     Raises:
-        UserError: the encoder fails, or its answer for an image depends on the others of the batch.
+        UserError: the encoder fails, its answer for an image depends on the others of the batch, or its own random
+            draws do.
     """
     checks: list[Check] = []
     while True:
@@ -116,15 +118,7 @@ def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, mod
     rate = len(noisy) / max(time.perf_counter() - began, 1e-9)
     found = list(checks)
     if _change(again, first) > _COUPLED:
-        found.append(
-            Check(
-                name="random encoder",
-                level="warning",
-                message="The encoder gives different features for the same image. Certificates are then about its mean "
-                "over noise and its own draws, and hold only if these are fresh in every call and their law does not "
-                "depend on the image.",
-            )
-        )
+        found.append(_random(encoder, noisy, model=model))
         return Probed((len(noisy),), first.shape[1], rate, tuple(found))
     if len(noisy) > 1 and _change(encoder(_among_others(noisy))[-1:], first[:1]) > _COUPLED:
         raise UserError(
@@ -134,6 +128,23 @@ def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, mod
     if not torch.equal(again, first):
         return Probed((len(noisy),), first.shape[1], rate, tuple(found))
     return Probed(_rungs(encoder, noisy, first), first.shape[1], rate, tuple(found))
+
+
+def _random(encoder: NoisyEncoder, noisy: Tensor, *, model: str) -> Check:
+    """Return what there is to say of an encoder that draws at random; refuse one whose rows depend on each other."""
+    dependence = find_dependence(encoder, noisy)
+    if dependence is not None:
+        raise UserError(
+            f"model '{model}' {dependence}: certificates count noisy copies as independent, so draw anew for every "
+            "image of every call, as torch.randn_like(pixels) does, and use no statistics of the batch"
+        )
+    return Check(
+        name="random encoder",
+        level="warning",
+        message="The encoder gives different features for the same image. Certificates are then about its mean over "
+        "noise and its own draws, and hold only if these are fresh and independent for every image of every call and "
+        "their law does not depend on the image. A test on one image found nothing against it, which is no proof.",
+    )
 
 
 def _among_others(noisy: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from robustvlm.certify import FeatureRadius, SamplingEngine, Task
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.defenses.purify import Mapper, MapperShape, OwnDenoiser, PurifiedVLM, Purifier, PurifierShape
 from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.draws import find_dependence
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder, probe_encoder
 from robustvlm.models import VLM
 
@@ -76,7 +77,7 @@ def reseeded(noisy: Tensor, _: float) -> Tensor:
 
 
 def fresh(noisy: Tensor, _: float) -> Tensor:
-    """Randomness as it is allowed: fresh in every call, with a law that does not depend on the image."""
+    """Randomness as it is allowed: fresh for every image of every call, of a law that does not depend on the image."""
     return noisy + 0.5 * torch.randn_like(noisy)
 
 
@@ -100,6 +101,84 @@ def test_a_mapper_that_looks_at_other_images_is_refused() -> None:
 
 def test_a_purifier_with_randomness_of_its_own_is_named() -> None:
     assert probe(composed(fresh)) == ["random encoder"]
+
+
+def shared(noisy: Tensor, _: float) -> Tensor:
+    """One draw for a whole call: its rows depend on each other."""
+    return noisy + 0.5 * torch.randn(1, *noisy.shape[1:])
+
+
+def shared_and_fresh(noisy: Tensor, _: float) -> Tensor:
+    return noisy + 0.5 * torch.randn(1, *noisy.shape[1:]) + 0.3 * torch.randn_like(noisy)
+
+
+def shared_strength(noisy: Tensor, _: float) -> Tensor:
+    """Fresh noise whose strength is drawn once for a call: uncorrelated rows that depend on each other all the same."""
+    return noisy + (2.0 if torch.rand(()) > 0.5 else 0.1) * torch.randn_like(noisy)
+
+
+def opposed(noisy: Tensor, _: float) -> Tensor:
+    """Pairs of opposed draws."""
+    half = 0.5 * torch.randn(len(noisy) // 2, *noisy.shape[1:])
+    return noisy + torch.cat([half, -half])
+
+
+def hidden_statistics(noisy: Tensor, _: float) -> Tensor:
+    """Batch statistics under fresh noise."""
+    return noisy - noisy.mean(dim=0) + 0.2 * torch.randn_like(noisy)
+
+
+def hidden_seed(noisy: Tensor, _: float) -> Tensor:
+    """A fixed draw for every place in the batch, under fresh noise."""
+    return reseeded(noisy, 0.0) + 0.2 * torch.randn_like(noisy)
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "words"),
+    [
+        (shared, "one draw for the whole call"),
+        (shared_and_fresh, "one draw for the whole call"),
+        (shared_strength, "one draw for the whole call"),
+        (opposed, "opposed pairs"),
+        (hidden_statistics, "depending on the others in its batch"),
+        (hidden_seed, "depending on its place"),
+    ],
+)
+def test_random_draws_that_depend_on_each_other_are_refused(denoiser: object, words: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=words) as caught:
+        probe(composed(denoiser), lanes=16)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_shared_draws_are_seen_in_small_batches(lanes: int) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="one draw for the whole call"):
+        probe(composed(shared), lanes=lanes)
+    assert probe(composed(fresh), lanes=lanes) == ["random encoder"]
+
+
+def test_one_row_a_call_can_be_random_in_any_way() -> None:
+    assert probe(composed(shared), lanes=1) == ["random encoder"]
+
+
+def test_the_test_of_draws_costs_few_passes_and_spares_sound_encoders() -> None:
+    torch.manual_seed(0)
+    x, passes = images(12), 0
+
+    def encode(noisy: Tensor) -> Tensor:
+        nonlocal passes
+        passes += len(noisy)
+        return noisy.flatten(1)[:, :4] * torch.rand(len(noisy), 1)
+
+    suspected = 0
+    for _ in range(100):
+        before = passes
+        assert find_dependence(encode, x) is None
+        suspected += passes - before > 192
+    assert passes < 200 * 105
+    assert suspected <= 4  # a round suspects with probability 0.006 at most
 
 
 def test_noise_is_float32_and_after_the_resize() -> None:
