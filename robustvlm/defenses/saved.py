@@ -71,6 +71,11 @@ class SavedModel(ABC):
         return None
 
     @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """Noise levels for whose mean features its head has thresholds, and judges the mean as certificates do."""
+        return ()
+
+    @property
     def sigma(self) -> float | None:
         """Noise level of a smoothing that is part of the model, None without one."""
         return None

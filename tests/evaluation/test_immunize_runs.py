@@ -292,6 +292,27 @@ def test_open_set_certificates_hold_under_audit_and_follow_the_rule(make_folder:
         prepare_certify(replace(settings, antibodies=photos / "x.txt"), out=out, name="other")
 
 
+def test_without_thresholds_for_the_noise_the_deployed_rule_is_another_and_not_certified(
+    make_folder: MakeFolder,
+) -> None:
+    photos = make_folder()
+    run = made(photos, sigmas=[0.05], noise_draws=8)
+    settings = CertifySettings(
+        model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.1,
+        lanes=64, alpha=0.01, limit=2, device="cpu",
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"no thresholds for noise of 0\.1 \(only for 0\.05\).*immunize \.\.\. --sigma 0\.1"
+    ) as no:
+        prepare_certify(settings, out=photos.parent / "runs", name="refused")
+    assert "\n" not in str(no.value)
+    assert not (photos.parent / "runs" / "refused").exists()
+    other = prepare_certify(replace(settings, tau=0.1), out=photos.parent / "runs", name="other-rule")
+    assert "not the decision of the deployed model" in other.manifest["plan"]["statement"]
+    own = prepare_certify(replace(settings, sigma=0.05), out=photos.parent / "runs", name="own-rule")
+    assert "stays accepted, or stays rejected" in own.manifest["plan"]["statement"]
+
+
 def test_a_class_is_added_and_the_others_are_checked(make_folder: MakeFolder, tmp_path: Path) -> None:
     photos = make_folder()
     run = made(photos, per_class=2)

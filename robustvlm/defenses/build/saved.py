@@ -34,6 +34,10 @@ class BuiltModel(SavedModel):
     def refuses(self) -> bool:
         return self._top is not None and self._top.refuses
 
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        return () if self._top is None else self._top.noise_levels
+
     def class_vectors(self, class_names: Sequence[str]) -> torch.Tensor | None:
         return None if self._top is None else self._top.class_vectors(class_names)
 

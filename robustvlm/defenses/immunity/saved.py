@@ -32,6 +32,10 @@ class ImmunisedModel(SavedModel):
     def refuses(self) -> bool:
         return True
 
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        return tuple(sorted(self.immunity.noisy))
+
     def encoder(self, device: torch.device) -> VLM:
         base = self.base(device)
         return AdaptedVLM(base, self.immunity.adapter)
@@ -58,7 +62,11 @@ class ImmunisedModel(SavedModel):
         return found[:, 0]
 
     def openset_rule(self, class_names: Sequence[str], sigma: float) -> OpensetRule:
-        """Return the rule for the mean feature under noise, with the thresholds for that noise where there are any."""
+        """Return the rule for the mean feature under noise, with the thresholds for that noise where there are any.
+
+        Only for a noise of `noise_levels` is it the deployed one: elsewhere the deployed model scales the mean to unit
+        length before it meets the thresholds.
+        """
         found = self.immunity.ordered(class_names, str(self.folder))
         count, per_class, dim = found.prototypes.shape
         return OpensetRule(

@@ -232,8 +232,14 @@ def _rule(config: CertifyConfig, rule: OpensetRule) -> Plan:
     target = 0.5 * (1.0 - float(np.abs(rule.thresholds).max()) / max(rule.reach, 1e-12))
     low, high = float(rule.thresholds.min()), float(rule.thresholds.max())
     between = f"{low:g}" if low == high else f"{low:g} to {high:g}, by class"
+    statement = f"the image stays accepted, or stays rejected (thresholds of the model: {between})"
+    if config.tau is not None:
+        statement = (
+            f"the score of the mean feature, not scaled to unit length, stays above or stays below {config.tau:g} "
+            "(--tau in place of the model's thresholds: not the decision of the deployed model)"
+        )
     return Plan(
-        statement=f"the image stays accepted, or stays rejected (thresholds of the model: {between})",
+        statement=statement,
         theorem="T6" if early else "T5",
         bound="tangent" if early else "ell",
         stop_rule="anytime" if early else "fixed",
