@@ -41,7 +41,7 @@ class SmoothedVLM(VLM):
             passes are recomputed in the backward pass, noise included, so that memory does not grow with `n0`.
 
     Raises:
-        UserError: sigma or n0 is out of range.
+        UserError: sigma or n0 is out of range, or the model is smoothed already.
     """
 
     def __init__(
@@ -59,6 +59,10 @@ class SmoothedVLM(VLM):
             raise UserError(f"sigma must be above 0 and at most {MAX_SIGMA:g}, got {sigma:g}{pixels}: pass 0.25")
         if not 1 <= n0 <= MAX_N0:
             raise UserError(f"the smoothed model needs between 1 and {MAX_N0:,} samples, got {n0}: pass {DEFAULT_N0}")
+        if any(isinstance(part, SmoothedVLM) for part in base.modules()):
+            raise UserError(
+                f"'{base.spec}' is smoothed already, so +smooth:{sigma:g} is one too many: smooth the model below"
+            )
         super().__init__(
             spec=f"{base.spec}+smooth:{sigma:g}:{n0}",
             image_size=base.image_size,

@@ -123,7 +123,6 @@ def test_identity_covers_model_noise_and_hooks() -> None:
         smooth(base, 0.25, 8, mapper=layer),
         smooth(base, 0.25, 8, purifier=nn.Identity()),
         smooth(base, 0.25, 8, mapper=torch.relu),
-        smooth(smooth(base, 0.25, 8), 0.25, 8),
     ]
     digests = [vlm.fingerprint for vlm in vlms]
     assert len(set(digests)) == len(digests)
