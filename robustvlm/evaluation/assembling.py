@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.defenses.build import Misfit, Recipe, build_pipeline
+from robustvlm.defenses.build import Misfit, Recipe, Unfitted, build_pipeline
 from robustvlm.defenses.build.building import PARTS
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.evaluation.certifying.setup import describe_model
@@ -38,7 +38,7 @@ class Built:
 
     folder: Path
     parts: tuple[str, ...]
-    misfits: tuple[Misfit, ...]
+    misfits: tuple[Misfit | Unfitted, ...]
 
 
 def assemble(

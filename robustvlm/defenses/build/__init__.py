@@ -5,7 +5,7 @@
 """
 
 from robustvlm.defenses.build.building import build_pipeline
-from robustvlm.defenses.build.fitting import Misfit
+from robustvlm.defenses.build.fitting import Misfit, Unfitted
 from robustvlm.defenses.build.recipe import Recipe
 
-__all__ = ["Misfit", "Recipe", "build_pipeline"]
+__all__ = ["Misfit", "Recipe", "Unfitted", "build_pipeline"]

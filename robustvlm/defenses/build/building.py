@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from robustvlm.defenses.build.copying import copy_model, copy_part
-from robustvlm.defenses.build.fitting import Misfit, Part, misfit, read_parts_of
+from robustvlm.defenses.build.fitting import Misfit, Part, Unfitted, levels_used, misfit, read_parts_of, unfitted
 from robustvlm.defenses.build.recipe import Recipe
 from robustvlm.defenses.pipeline import apply_operations, load_pipeline
 from robustvlm.errors import UserError
@@ -20,7 +20,7 @@ PARTS = "parts"
 
 def build_pipeline(
     recipe: Recipe, folder: Path, *, accept_misfits: bool = False, device: torch.device | str = "cpu"
-) -> tuple[VLM, tuple[Misfit, ...]]:
+) -> tuple[VLM, tuple[Misfit | Unfitted, ...]]:
     """Copy the parts of a recipe into `folder`; return the pipeline, loaded from there, and what does not fit.
 
     The folder is self-contained: whatever was a folder is copied (encoder, purifier and mapper, immunised head), what
@@ -36,14 +36,16 @@ def build_pipeline(
     (folder / CARD_NAME).unlink(missing_ok=True)  # not a model until all of it is there
     spec = copy_model(recipe.encoder, folder / PARTS / "encoder")
     vlm = load_pipeline(spec, device=device)
-    found: list[Misfit] = []
+    found: list[Misfit | Unfitted] = []
     shown, clean = recipe.encoder, [vlm.fingerprint]
     for part in parts:
-        wrong = misfit(part, shown, vlm.fingerprint, clean)
+        wrong = misfit(part, shown, vlm.fingerprint, clean, levels_used(part, recipe.sigma))
         if wrong is not None:
             if not wrong.harmless and not accept_misfits:
                 raise UserError(f"{wrong}; --accept-misfits builds it anyway")
             found.append(wrong)
+        bare = unfitted(part, recipe.sigma)
+        found += [] if bare is None else [bare]
         spec, vlm = _put_on(part, spec, vlm, folder / PARTS / part.name, device)
         shown, clean = str(part.folder), [*clean, vlm.fingerprint]
     _try_out(apply_operations(vlm, recipe.smoothing), recipe)

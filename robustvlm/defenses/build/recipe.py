@@ -49,6 +49,11 @@ class Recipe:
         return smoothing_of(self.smooth)
 
     @property
+    def sigma(self) -> float | None:
+        """Noise level of the smoothing, None without one."""
+        return float(self.smoothing[0].arguments[0]) if self.smoothing else None
+
+    @property
     def parts(self) -> tuple[tuple[str, str], ...]:
         """Name and folder of the parts that are runs, in the order in which they stand on each other."""
         named = (("purify", self.purify), ("immunize", self.immunize))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, saved
-from robustvlm.defenses.build import Recipe, build_pipeline
+from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, saved, smooth
+from robustvlm.defenses.build import Misfit, Recipe, build_pipeline
 from robustvlm.defenses.build.copying import copy_model
 from robustvlm.defenses.immunity import immunise_without_images
-from robustvlm.defenses.immunity.adapter import AdaptedVLM
+from robustvlm.defenses.immunity.adapter import AdaptedVLM, Adapter
 from robustvlm.defenses.immunity.files import card_settings, save_tensors
 from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, Purifier, PurifierShape
 from robustvlm.defenses.purify.parts import write_parts
@@ -157,14 +158,14 @@ def test_parts_made_for_another_model_are_refused_unless_accepted(tmp_path: Path
         build_pipeline(recipe, tmp_path / "whole")
     assert read_card(tmp_path / "whole") is None
     _, misfits = build_pipeline(recipe, tmp_path / "whole", accept_misfits=True)
-    assert [wrong.harmless for wrong in misfits] == [False]
+    assert [wrong.harmless for wrong in misfits if isinstance(wrong, Misfit)] == [False]
     assert load_pipeline(str(tmp_path / "whole")).fingerprint
 
 
 def test_a_head_made_for_the_encoder_alone_is_put_on_with_a_warning(tmp_path: Path) -> None:
     purify, immunize = purified(tmp_path / "p"), immunised(tmp_path / "i", ENCODER)
     _, misfits = build_pipeline(Recipe(ENCODER, purify=purify, immunize=immunize), tmp_path / "whole")
-    assert [(wrong.part.name, wrong.harmless) for wrong in misfits] == [("immunize", True)]
+    assert [(m.part.name, m.harmless) for m in misfits if isinstance(m, Misfit)] == [("immunize", True)]
     assert "the encoder without its purifier" in str(misfits[0])
     with pytest.raises(UserError, match=f"was made for '{ENCODER}', not for"):
         build_pipeline(Recipe(OTHER, immunize=immunize), tmp_path / "other")
@@ -230,18 +231,30 @@ def test_recipes_that_make_no_sense_are_explained(tmp_path: Path, settings: dict
     assert "\n" not in str(caught.value)
 
 
-def test_an_immunised_head_of_this_program_ends_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(saved.KINDS, "immunize", "robustvlm.defenses.immunity.saved:ImmunisedModel")
-    purify, immunize = purified(tmp_path / "p"), tmp_path / "i"
-    base = load_pipeline(purify)
-    immunity = immunise_without_images(base, CLASSES, TEMPLATES, ["wolf", "tiger"])
+def real_head(folder: Path, base: str, *, noise: tuple[float, ...] = ()) -> str:
+    """An immunised run as this program makes it, with thresholds for some noise."""
+    vlm = load_pipeline(base)
+    immunity = immunise_without_images(vlm, CLASSES, TEMPLATES, ["wolf", "tiger"])
     for parameter in immunity.adapter.parameters():
         nn.init.normal_(parameter, std=0.3)
-    immunize.mkdir()
-    save_tensors(immunize, immunity)
+    noisy = {sigma: torch.zeros(len(CLASSES)) for sigma in noise}
+    folder.mkdir()
+    save_tensors(folder, dataclasses.replace(immunity, noisy=noisy))
     settings = card_settings(immunity)
-    write_card(immunize, Card("immunize", base=purify, base_fingerprint=base.fingerprint, settings=settings))
-    recipe = Recipe(ENCODER, purify=purify, smooth="0.25:4", immunize=str(immunize))
+    write_card(folder, Card("immunize", base=base, base_fingerprint=vlm.fingerprint, settings=settings))
+    return str(folder)
+
+
+@pytest.fixture
+def _own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(saved.KINDS, "immunize", "robustvlm.defenses.immunity.saved:ImmunisedModel")
+
+
+@pytest.mark.usefixtures("_own_heads")
+def test_an_immunised_head_of_this_program_ends_the_pipeline(tmp_path: Path) -> None:
+    purify = purified(tmp_path / "p")
+    immunize = real_head(tmp_path / "i", purify, noise=(0.25,))
+    recipe = Recipe(ENCODER, purify=purify, smooth="0.25:4", immunize=immunize)
     vlm, misfits = build_pipeline(recipe, tmp_path / "whole")
     assert misfits == ()
     assert isinstance(vlm, SmoothedVLM)
@@ -254,3 +267,48 @@ def test_an_immunised_head_of_this_program_ends_the_pipeline(tmp_path: Path, mon
     x = images(1).requires_grad_()
     (gradient,) = torch.autograd.grad(whole(x)[:, -1].sum(), x)  # of the acceptance score
     assert gradient.abs().max() > 0
+
+
+@pytest.mark.usefixtures("_own_heads")
+def test_thresholds_for_noise_on_the_bare_encoder_do_not_fit_behind_a_purifier(tmp_path: Path) -> None:
+    purify, immunize = purified(tmp_path / "p"), real_head(tmp_path / "i", ENCODER, noise=(0.25,))
+    for noise in ("0.25:2", None):  # without a smoothing of its own, the pipeline may be smoothed later
+        recipe = Recipe(ENCODER, purify=purify, smooth=noise, immunize=immunize)
+        with pytest.raises(
+            UserError, match=r"and so were its thresholds for noise of 0\.25.*--accept-misfits"
+        ) as caught:
+            build_pipeline(recipe, tmp_path / "whole")
+        assert "\n" not in str(caught.value)
+    _, misfits = build_pipeline(recipe, tmp_path / "whole", accept_misfits=True)
+    assert [wrong.harmless for wrong in misfits if isinstance(wrong, Misfit)] == [False]
+    _, misfits = build_pipeline(Recipe(ENCODER, smooth="0.25:2", immunize=immunize), tmp_path / "bare")
+    assert misfits == ()
+
+
+@pytest.mark.usefixtures("_own_heads")
+def test_a_head_smoothed_without_thresholds_for_the_noise_is_built_with_a_warning(tmp_path: Path) -> None:
+    purify, immunize = purified(tmp_path / "p"), real_head(tmp_path / "i", ENCODER, noise=(0.5,))
+    recipe = Recipe(ENCODER, purify=purify, smooth="0.25:2", immunize=immunize)
+    _, found = build_pipeline(recipe, tmp_path / "whole")
+    assert ["encoder without its purifier" in str(found[0]), "no thresholds for noise of 0.25" in str(found[1])] == [
+        1,
+        1,
+    ]
+    assert len(found) == 2
+    whole = saved.saved_model(str(tmp_path / "whole"))
+    assert whole is not None
+    assert whole.noise_levels == (0.5,)
+
+
+def test_nothing_is_smoothed_twice(tmp_path: Path) -> None:
+    purify = purified(tmp_path / "p")
+    build_pipeline(Recipe(ENCODER, purify=purify, smooth="0.25:2"), tmp_path / "whole")
+    for twice in (f"{tmp_path / 'whole'}+smooth:0.5:2", f"{ENCODER}+smooth:0.25+smooth:0.5"):
+        with pytest.raises(UserError, match="smoothed already") as caught:
+            load_pipeline(twice)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="smoothed already"):
+        build_pipeline(Recipe(str(tmp_path / "whole"), smooth="0.5:4"), tmp_path / "twice")
+    with pytest.raises(UserError, match="smoothed already"):
+        smooth(AdaptedVLM(load_pipeline(f"{ENCODER}+smooth:0.25:2"), Adapter(12, 4)), 0.25)
+    assert read_card(tmp_path / "twice") is None
