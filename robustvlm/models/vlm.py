@@ -83,14 +83,18 @@ class VLM(nn.Module, ABC):
         return self
 
     @property
+    def design(self) -> tuple[str, ...]:
+        """Texts naming all that decides the features beside weights and buffers: sizes, architecture, tokenizer."""
+        return str(self.image_size), self.interpolation, repr(self.logit_scale), *self._identity()
+
+    @property
     def fingerprint(self) -> str:
         """Digest of the weights and of all else that decides the features; hashed again only after a change."""
         state = self._state()
         # An in-place update (an optimiser's step) raises a tensor's version; a new tensor has a new address.
         stamp = tuple((t.data_ptr(), t._version) for t in state.values() if isinstance(t, torch.Tensor))
         if self._known_fingerprint is None or self._known_fingerprint[0] != stamp:
-            extra = (str(self.image_size), self.interpolation, repr(self.logit_scale), *self._identity())
-            self._known_fingerprint = (stamp, fingerprint(state, extra))
+            self._known_fingerprint = (stamp, fingerprint(state, self.design))
         return self._known_fingerprint[1]
 
     @abstractmethod

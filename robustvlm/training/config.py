@@ -70,8 +70,8 @@ class TrainingConfig:
             if count is not None and count < 1:
                 raise UserError(f"{name} must be at least 1, got {count}")
         for name, least in (("warmup", 0), ("seed", 0), ("validate_every", 0), ("checkpoint_every", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must not be negative, and must be finite, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"the weight decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.final_lr <= 1:

@@ -116,7 +116,7 @@ def _overfitting(validations: Sequence[Validation]) -> str | None:
 
 def _collapse(validations: Sequence[Validation]) -> str | None:
     """Clean accuracy below a third of what it was before training."""
-    first, now = validations[0].number("clean accuracy"), validations[-1].number("clean accuracy")
+    first, now = _counted(validations[0], "clean accuracy"), _counted(validations[-1], "clean accuracy")
     if first is None or now is None or len(validations) < 2 or now >= first / 3:
         return None
     return f"clean accuracy fell from {first:.1%} to {now:.1%}: lower the learning rate or eps"

@@ -18,8 +18,8 @@ from robustvlm.training.health import warnings_of
 from robustvlm.training.history import Estimate, StepEntry, Validation, Warned
 from robustvlm.training.passes import counted
 from robustvlm.training.schedule import learning_rate
-from robustvlm.training.state import TrainingState
-from robustvlm.training.stepper import Stepper
+from robustvlm.training.state import Pending, TrainingState
+from robustvlm.training.stepper import Diverged, Stepper
 
 if TYPE_CHECKING:
     from robustvlm.training.trainer import Trainer
@@ -34,9 +34,6 @@ class Session:
     def __init__(self, trainer: Trainer, state: TrainingState, folder: Path) -> None:
         self.t, self.state, self.folder = trainer, state, folder
         self.every = max(1, trainer.total // _ENTRIES)
-        self._sums: dict[str, Tensor] = {}
-        self._norms = 0.0
-        self._counted = 0
         self.validate_every = trainer.config.in_steps(trainer.config.validate_every, trainer.total)
         self.warmup = trainer.config.in_steps(trainer.config.warmup, trainer.total)
         self._saved = time.monotonic()
@@ -84,6 +81,8 @@ class Session:
             final=t.config.final_lr,
         )
         terms = stepper.gradients(batches, self.state.step)
+        shares = summed(torch.stack(list(terms.values()))) / t.ranks.size
+        terms = dict(zip(terms, shares, strict=True))
         norm = stepper.advance(rate, terms)
         history.seconds += time.perf_counter() - began
         history.images += t.config.batch_size
@@ -92,18 +91,19 @@ class Session:
 
     def _note(self, terms: dict[str, Tensor], norm: float, rate: float) -> None:
         """Add the terms of a step to the means of the next entry, and make the entry when it is time."""
+        pending = self.state.pending
         for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._norms += norm
-        self._counted += 1
+            before = pending.sums.get(name, torch.zeros_like(value))
+            pending.sums[name] = before.to(value.device) + value
+        pending.norms += norm
+        pending.counted += 1
         step = self.state.step
         if step % self.every and step != self.t.total:
             return
-        shares = summed(torch.stack(list(self._sums.values()))) / (self._counted * self.t.ranks.size)
-        means = dict(zip(self._sums, shares.tolist(), strict=True))
-        entry = StepEntry(step=step, terms=means, learning_rate=rate, gradient_norm=self._norms / self._counted)
+        means = {name: float(total) / pending.counted for name, total in pending.sums.items()}
+        entry = StepEntry(step=step, terms=means, learning_rate=rate, gradient_norm=pending.norms / pending.counted)
         self.state.history.steps.append(entry)
-        self._sums, self._norms, self._counted = {}, 0.0, 0
+        self.state.pending = Pending()
         self.t.observer.stepped(step, means)
 
     def _validate(self) -> None:
@@ -112,6 +112,9 @@ class Session:
         with state.weights.lent(state.kept):
             t.task.module.eval()
             measures = {**t.task.validate(), **(t.validation() if t.validation else {})}
+        odd = [name for name, value in measures.items() if isinstance(value, float) and not math.isfinite(value)]
+        if odd:
+            raise Diverged(f"after step {state.step} the {odd[0]} is not finite: lower the learning rate, or use fp32")
         history.validation_seconds += time.perf_counter() - began
         if not measures:
             return
@@ -128,6 +131,7 @@ class Session:
             history.best_step = state.step
             if t.ranks.leader:
                 state.save_best(self.folder)
+                self._save()  # at once, so that hardly anything can come between the two files
 
     def _is_best(self, found: Validation) -> bool:
         assert self.t.best_by is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ _FREE = ("checkpoint_every",)
 """Settings that do not touch the weights, and may change between sessions."""
 
 
+@dataclass
+class Pending:
+    """What belongs to the next entry of the history: sums of terms and gradient norms over so many steps."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    norms: float = 0.0
+    counted: int = 0
+
+
 class TrainingState:
     """Weights, optimiser, moving average, the number of steps made, and the history.
 
@@ -32,6 +41,7 @@ class TrainingState:
         self.average = Average(self.weights, config.ema) if config.ema is not None else None
         self.history = History()
         self.step = 0
+        self.pending = Pending()
 
     @property
     def kept(self) -> Mapping[str, Tensor] | None:
@@ -43,7 +53,10 @@ class TrainingState:
         parts = {"weights": self.weights.state(), "optimizer": moments(self.weights, self.optimizer)}
         if self.average is not None:
             parts["average"] = self.average.values
-        facts = {"step": self.step, "history": self.history.model_dump(mode="json")} | self._conditions()
+        if self.pending.sums:
+            parts["pending"] = self.pending.sums
+        facts: dict[str, Any] = {"pending": [self.pending.norms, self.pending.counted]}
+        facts |= {"step": self.step, "history": self.history.model_dump(mode="json")} | self._conditions()
         write_checkpoint(folder / LAST, parts, facts)
 
     def load(self, folder: Path) -> bool:
@@ -69,6 +82,10 @@ class TrainingState:
             }
         self.history = History.model_validate(facts["history"])
         self.step = int(facts["step"])
+        self.pending = Pending(dict(parts.get("pending", {})), *facts.get("pending", (0.0, 0)))
+        if self.history.best_step is not None and self._best_of(folder) is None:
+            # Killed between the two files: what was kept is not what this history speaks of, so it is no candidate.
+            self.history.best_step = None
         return True
 
     def save_best(self, folder: Path) -> None:
@@ -78,11 +95,27 @@ class TrainingState:
         write_checkpoint(folder / BEST, {"weights": self.kept or self.weights.state()}, facts)
 
     def load_kept(self, folder: Path) -> None:
-        """Put the values of the best validation into the module; without one, those of the last step."""
-        if self.history.best_step is not None and (folder / BEST).exists():
-            self.weights.load(read_checkpoint(folder / BEST)[0]["weights"])
+        """Put the values of the best validation into the module; without one, those of the last step.
+
+        Raises UserError when the file of the best values is gone, or of another step.
+        """
+        if self.history.best_step is not None:
+            best = self._best_of(folder)
+            if best is None:
+                raise UserError(
+                    f"'{folder / BEST}' does not hold the weights of step {self.history.best_step}, the best ones: "
+                    "start over with --fresh"
+                )
+            self.weights.load(best)
         elif self.kept is not None:
             self.weights.load(self.kept)
+
+    def _best_of(self, folder: Path) -> Mapping[str, Tensor] | None:
+        """Return the stored values of the best validation that the history names, None if others or none are there."""
+        if not (folder / BEST).exists():
+            return None
+        parts, facts = read_checkpoint(folder / BEST)
+        return parts["weights"] if facts["step"] == self.history.best_step else None
 
     def _conditions(self) -> dict[str, Any]:
         settings = {key: value for key, value in asdict(self.config).items() if key not in _FREE}

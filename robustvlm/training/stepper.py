@@ -65,11 +65,13 @@ class Stepper:
     def advance(self, learning_rate: float, terms: dict[str, Tensor]) -> float:
         """Clip the gradients, update weights and average, and return the gradient's norm before clipping.
 
+        `terms` are means over all ranks, so that all of them come to the same decision.
+
         Raises Diverged, with the weights as they were, when loss or gradient is not finite.
         """
         parameters = self.state.weights.parameters.values()
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf))
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or not math.isfinite(float(terms["loss"])):
             shown = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
             raise Diverged(
                 f"training diverged at step {self.state.step + 1} ({shown}; gradient norm {norm:g}): "

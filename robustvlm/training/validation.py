@@ -63,6 +63,9 @@ class RobustValidation:
         images: on which; threat: norm and eps.
         n_iter: steps of PGD; batch_size: images per pass; seed: of the noise.
 
+    Raises:
+        UserError: no step of PGD.
+
     Example:
         >>> black = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
         >>> images = LabelledImages(black, torch.tensor([0, 0, 1, 1]), tuple("abcd"))
@@ -78,12 +81,17 @@ class RobustValidation:
     batch_size: int = 64
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.n_iter < 1:
+            raise UserError(f"a robust validation needs at least 1 step of PGD (--val-steps), got {self.n_iter}")
+
     def measure(self, logits: Logits, *, device: torch.device | str = "cpu") -> Mapping[str, Measure]:
         """Return the accuracies; of several ranks each looks at its share of the images."""
         rank, ranks = rank_and_size()
-        mine = torch.arange(rank, len(self.images.labels), ranks)
+        # A rank may have none, if there are fewer images than ranks.
+        mine = torch.arange(len(self.images.labels))[rank::ranks]
         counts = torch.zeros(4, dtype=torch.int64, device=device)
-        for rows in mine.split(self.batch_size):
+        for rows in mine.split(self.batch_size) if len(mine) else ():
             pixels = self.images.pixels[rows].to(device).float() / 255
             labels = self.images.labels[rows].to(device)
             draws = Draws(self.seed, 0, [self.images.ids[row] for row in rows], device=device)
@@ -120,7 +128,9 @@ class RobustValidation:
 
 def _right(logits: Logits, pixels: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
-        return logits(pixels).argmax(dim=1) == labels
+        found = logits(pixels)
+        # The argmax of NaN would be class 0.
+        return (found.argmax(dim=1) == labels) & found.isfinite().all(dim=1)
 
 
 def _gradient(logits: Logits, pixels: Tensor, labels: Tensor) -> Tensor:

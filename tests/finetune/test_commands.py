@@ -27,7 +27,8 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 
 def test_from_training_to_soup_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, data = str(clip_folder(tmp_path / "base")), pictures(tmp_path / "pictures", each=6)
-    common = ["--data", data, "--val", data, "--out", str(tmp_path), "--device", "cpu", "--val-steps", "2"]
+    val = pictures(tmp_path / "val", each=4)
+    common = ["--data", data, "--val", val, "--out", str(tmp_path), "--device", "cpu", "--val-steps", "2"]
     train = ["finetune", base, "--method", "tecoa", "--steps", "3", "--batch-size", "6", "--lr", "1e-3", *common]
     code, out, _ = call(capsys, *train, "--name", "a")
     assert code == 0

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import open_clip
@@ -11,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import OWN, clip_folder, pictures, prepared
+from torch import Tensor
 
 from robustvlm.data import open_data
 from robustvlm.data.tree_files import load_forest
@@ -22,7 +27,7 @@ from robustvlm.evaluation.finetuning.options import parse_options
 from robustvlm.models import VLM
 from robustvlm.models.saved import read_card
 from robustvlm.runs.training_summary import read_training
-from robustvlm.training import TrainingObserver
+from robustvlm.training import LAST, TrainingObserver, read_checkpoint
 
 PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -171,6 +176,10 @@ def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
         ({"batch_size": 9, "accumulate": 2}, "cannot be cut into"),
         ({"limit": 0}, "--limit must be at least 1 image"),
         ({"limit": 4}, "too small .4 images. to hold a part out: pass --val DATA"),
+        ({"val_limit": -5}, "--val-limit must be at least 1 image, got -5"),
+        ({"val_steps": 0}, "--val-steps must be at least 1 step of PGD, got 0"),
+        ({"warmup": float("nan")}, "warmup must not be negative, and must be finite"),
+        ({"method": "hierarchical", "options": {"eps_text": 1e40}}, "eps_text is a radius on tangent vectors, at most"),
         ({"inner_steps": 0}, "at least 1 step"),
         ({"trees": ["nowhere.json"]}, "no tree file at nowhere.json"),
         ({"trees": ["llm"]}, "needs --llm URL and --llm-model NAME"),
@@ -180,6 +189,52 @@ def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepared(tmp_path, **settings).run()
+
+
+def test_a_subset_that_the_model_lacks_is_found_before_there_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 2 blocks, got last:9"):
+        prepared(tmp_path, model=str(clip_folder(tmp_path / "base")), trainable="last:9")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_training_data_are_no_validation_data(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "pictures")
+    with pytest.raises(UserError, match="--val names the training data"):
+        prepared(tmp_path, val=data)
+
+
+@pytest.mark.slow
+def test_two_ranks_tune_what_one_would(tmp_path: Path) -> None:
+    """The hierarchical method averages over the images of all ranks and trains the text projection."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    few = ["--steps", "4", "--batch-size", "8", "--lr", "1e-4", "--val-limit", "12", "--validate-every", "0"]
+    options = [
+        "--method",
+        "hierarchical",
+        "--data",
+        "emoji?split=train&copies=1",
+        "--limit",
+        "200",
+        "--inner-steps",
+        "1",
+    ]
+    for ranks in (1, 2):
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks > 1 else []
+        where = ["--out", str(tmp_path), "--name", f"ranks-{ranks}", "--device", "cpu"]
+        command = [sys.executable, *several, "-m", "robustvlm", "finetune", "tiny", *options, *few, *where]
+        subprocess.run(command, env=environment, check=True, timeout=300, cwd=tmp_path)
+    found = [read_checkpoint(tmp_path / f"ranks-{ranks}" / LAST) for ranks in (1, 2)]
+    one, two = (parts["weights"] for parts, _ in found)
+    assert any("text_projection" in name for name in one)
+    start = load_pipeline("tiny").state_dict()
+
+    def apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+        return float(torch.stack([(a[name] - b[name]).double().square().sum() for name in one]).sum().sqrt())
+
+    # Single weights of hardly any gradient go by its sign, so the distance of all together is what counts.
+    assert apart(one, two) < 0.01 * apart(one, start)
+    losses = [[entry["terms"]["loss"] for entry in facts["history"]["steps"]] for _, facts in found]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(

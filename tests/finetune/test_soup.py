@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,30 @@ def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> 
 def test_mistakes_are_one_line(tmp_path: Path, models: list[str], options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         soup(tmp_path, models, **options)
+
+
+@pytest.mark.parametrize("change", [("model_cfg", "quick_gelu", False), ("preprocess_cfg", "mean", [0.1, 0.2, 0.3])])
+def test_models_that_are_other_functions_of_their_weights_are_refused(
+    tmp_path: Path, change: tuple[str, str, object]
+) -> None:
+    one, other = clip_folder(tmp_path / "one"), clip_folder(tmp_path / "other")
+    config = json.loads((other / "open_clip_config.json").read_text())
+    part, key, value = change
+    config[part][key] = value
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="are not one function of their weights"):
+        soup(tmp_path, [str(one), str(other)])
+
+
+def test_runs_of_different_models_are_refused_and_a_run_of_a_run_is_not(tmp_path: Path) -> None:
+    bases = [str(clip_folder(tmp_path / f"base{seed}", seed=seed)) for seed in (0, 1)]
+    for i, base in enumerate(bases):
+        prepared(tmp_path, model=base, name=f"run{i}", steps=2).run()
+    prepared(tmp_path, model=str(tmp_path / "run0"), name="again", steps=2).run()
+    with pytest.raises(UserError, match="were tuned from different models: a soup needs one"):
+        soup(tmp_path, [str(tmp_path / "run0"), str(tmp_path / "run1")])
+    made, _ = soup(tmp_path, [str(tmp_path / "run0"), str(tmp_path / "again")])
+    assert len(made.tasted) == 2
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(-3, 3))

@@ -33,6 +33,8 @@ from .toy import SIDE, Toy, config, fit, images
         ({"ema": 1.0}, "must lie between 0 and 1, got 1.0"),
         ({"precision": "fp16"}, "unknown precision 'fp16': did you mean"),
         ({"warmup": -1}, "warmup must not be negative"),
+        ({"warmup": math.nan}, "warmup must not be negative, and must be finite, got nan"),
+        ({"validate_every": math.inf}, "validate_every must not be negative, and must be finite, got inf"),
         ({"clip": -1.0}, "clip must be a positive number"),
     ],
 )
@@ -138,8 +140,20 @@ def test_images_passes_and_estimate_are_counted(tmp_path: Path) -> None:
     assert history.peak_memory > 0
 
 
-def test_bf16_trains_with_float32_weights(tmp_path: Path) -> None:
-    task, history = fit(tmp_path, precision="bf16")
+class Looking(Toy):
+    """Notes in which precision it is asked for losses."""
+
+    seen: set[tuple[bool, torch.dtype]]
+
+    def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
+        self.seen = getattr(self, "seen", set()) | {(torch.is_autocast_enabled("cpu"), pixels.dtype)}
+        return super().losses(pixels, labels, step, draws)
+
+
+def test_bf16_trains_under_autocast_with_float32_weights_and_images(tmp_path: Path) -> None:
+    task, history = fit(tmp_path, task=Looking(), precision="bf16")
+    assert isinstance(task, Looking)
+    assert task.seen == {(True, torch.float32)}
     assert {value.dtype for value in task.module.parameters()} == {torch.float32}
     assert history.steps[-1].terms["loss"] < history.steps[0].terms["loss"]
 
@@ -208,3 +222,35 @@ def test_a_linear_classifier_is_validated_in_closed_form() -> None:
     steep = RobustValidation(held, ThreatModel("L2", 1.0), n_iter=5).measure(model)
     beyond = (model[1].weight[0] - model[1].weight[1]).norm()
     assert steep["robust accuracy"] == rate(int((margins > beyond).sum()), 120)
+
+
+def test_robust_validation_needs_a_step_of_pgd() -> None:
+    held = LabelledImages(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",))
+    with pytest.raises(UserError, match=r"at least 1 step of PGD \(--val-steps\), got 0"):
+        RobustValidation(held, ThreatModel("Linf", 0.1), n_iter=0)
+
+
+def test_what_is_not_a_number_is_not_right() -> None:
+    held = LabelledImages(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), tuple("abc"))
+    found = RobustValidation(held, ThreatModel("Linf", 0.1), n_iter=1).measure(
+        lambda pixels: pixels.flatten(1)[:, :2] * math.nan
+    )
+    assert {name: measure.value for name, measure in found.items()} == dict.fromkeys(found, 0.0)
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_shares_of_a_validation_add_up_even_if_there_are_fewer_images_than_ranks(
+    monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    pixels = torch.randint(0, 256, (3, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    held = LabelledImages(pixels, torch.tensor([0, 1, 0]), tuple("abc"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    validation = RobustValidation(held, ThreatModel("Linf", 0.05), n_iter=2)
+    whole = validation.measure(model)
+    counts = dict.fromkeys(whole, 0)
+    for rank in range(ranks):
+        monkeypatch.setattr("robustvlm.training.validation.rank_and_size", lambda rank=rank: (rank, ranks))
+        for name, found in validation.measure(model).items():
+            counts[name] += found.successes
+    assert counts == {name: found.successes for name, found in whole.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from robustvlm.errors import UserError
-from robustvlm.training import BEST, LAST, Diverged, Draws, History, read_checkpoint
+from robustvlm.training import BEST, LAST, Diverged, Draws, History, Measure, read_checkpoint
+from robustvlm.training.checkpoint import write_checkpoint
 
 from .toy import Toy, fit
 
@@ -45,6 +47,31 @@ def test_killed_and_resumed_equals_straight_to_the_bit(tmp_path: Path) -> None:
     assert {k: facts["history"][k] for k in timeless} == {k: other["history"][k] for k in timeless}
     assert history.best_step is not None
     assert same(*(read_checkpoint(tmp_path / name / BEST)[0]["weights"] for name in ("killed", "straight")))
+
+
+def test_means_of_several_steps_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry spans four steps here; the checkpoint at 6 and the end at 7 lie inside of one."""
+    monkeypatch.setattr("robustvlm.training.session._ENTRIES", 5)
+    with pytest.raises(Diverged):
+        fit(tmp_path / "killed", task=Exploding(), checkpoint_every=3)
+    _, resumed = fit(tmp_path / "killed", checkpoint_every=3)
+    _, straight = fit(tmp_path / "straight", checkpoint_every=100)
+    assert [entry.step for entry in straight.steps] == [4, 8, 12, 16, 20, 24]
+    assert resumed.steps == straight.steps
+    assert resumed.validations == straight.validations
+
+
+def test_best_weights_of_another_step_are_no_candidate(tmp_path: Path) -> None:
+    """As after a kill between the two files: the history names one step, the stored weights are of another."""
+    _, history = fit(tmp_path)
+    parts, facts = read_checkpoint(tmp_path / LAST)
+    kept, _ = read_checkpoint(tmp_path / BEST)
+    write_checkpoint(tmp_path / BEST, kept, {"step": 999, "validation": None})
+    write_checkpoint(tmp_path / LAST, parts, facts | {"step": 23})
+    task, again = fit(tmp_path)
+    assert history.best_step is not None
+    assert again.best_step == 24  # the only one that was validated since
+    assert same(dict(read_checkpoint(tmp_path / BEST)[0]["weights"]), dict(task.module.state_dict()))
 
 
 def test_checkpoints_do_not_touch_the_weights(tmp_path: Path) -> None:
@@ -85,6 +112,29 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         assert a.terms == pytest.approx(b.terms, rel=1e-4, abs=1e-5)
 
 
+class Silent(Toy):
+    """Its loss is infinite, its gradient is not."""
+
+    def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
+        terms = super().losses(pixels, labels, step, draws)
+        return terms | {"loss": terms["loss"] + (math.inf if step == 7 else 0.0)}
+
+
+def test_an_infinite_loss_is_noticed_behind_finite_gradients(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"training diverged at step 8 \(loss inf.*; gradient norm \d"):
+        fit(tmp_path, task=Silent())
+
+
+class Lost(Toy):
+    def validate(self) -> dict[str, Measure]:
+        return super().validate() | {"feature spread": math.nan}
+
+
+def test_measures_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="after step 0 the feature spread is not finite"):
+        fit(tmp_path, task=Lost())
+
+
 class Exploding(Toy):
     def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
         terms = super().losses(pixels, labels, step, draws)
@@ -95,7 +145,7 @@ def test_divergence_stops_with_the_last_good_checkpoint_kept(tmp_path: Path) -> 
     with pytest.raises(Diverged, match=r"training diverged at step 8 \(loss inf"):
         fit(tmp_path, task=Exploding())
     parts, facts = read_checkpoint(tmp_path / LAST)
-    assert facts["step"] == 5
+    assert facts["step"] == 6  # that of the best validation so far, written beside its weights
     assert all(value.isfinite().all() for value in parts["weights"].values())
 
 

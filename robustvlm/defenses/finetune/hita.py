@@ -12,6 +12,8 @@ from robustvlm.defenses.finetune.hierarchy import Hierarchy, ImageNodes
 from robustvlm.defenses.finetune.hyperbolic import check_curvature
 from robustvlm.errors import UserError
 
+_MOST_EPS_TEXT = 10.0  # far beyond the depth of any point; float32 overflows much later
+
 
 @dataclass(frozen=True, kw_only=True)
 class HierarchicalOptions:
@@ -33,7 +35,8 @@ class HierarchicalOptions:
         eps_text: radius of the perturbation of text embeddings (Linf, on tangent vectors); 0: none.
         vicinity: weight (lambda_1) of the term that draws images to within `vicinity_radius` of their texts.
         norm_order: weight (lambda_2) of the terms that keep parents nearer to the origin than children, by `norm_gap`.
-        train_texts: train the text projection along with the vision tower.
+        train_texts: train the text projection along with the vision tower; None: unless the tower is trained through
+            adapters (LoRA, SSF), whose learning rate is far too high for a matrix that all texts pass through.
         name_superclasses: superclass texts come from prompts of their names; off: they are the midpoints of their
             classes' texts, level by level, for text towers that do not know the names (our addition).
 
@@ -58,7 +61,7 @@ class HierarchicalOptions:
     vicinity_radius: float = 1.0
     norm_order: float = 0.1
     norm_gap: float = 0.01
-    train_texts: bool = True
+    train_texts: bool | None = None
     name_superclasses: bool = True
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class HierarchicalOptions:
         for name in ("eps_text", "vicinity", "vicinity_radius", "norm_order", "norm_gap"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.eps_text > _MOST_EPS_TEXT:
+            raise UserError(f"eps_text is a radius on tangent vectors, at most {_MOST_EPS_TEXT:g}, got {self.eps_text}")
         if self.leaf_only and self.per_level:
             raise UserError("leaf_only has one level, so there is nothing for per_level: choose one of the two")
 

@@ -125,6 +125,7 @@ def finetune_task(
         calibration=calibration,
         forest=forest,
         teacher=teacher,
+        adapters=parse_trainable(settings.trainable)[0] in ("lora", "ssf"),
     )
     method = kind(materials, **settings.options)
     for parameter in method.also_trained():

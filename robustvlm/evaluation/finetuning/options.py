@@ -22,7 +22,7 @@ def parse_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
         >>> parse_options("hierarchical", ["curvature=0.5", "negatives=false"])
         {'curvature': 0.5, 'negatives': False}
     """
-    known = _defaults(method)
+    known = _switches(method)
     found: dict[str, Any] = {}
     for text in texts:
         name, mark, value = text.partition("=")
@@ -36,21 +36,22 @@ def parse_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _defaults(method: str) -> dict[str, Any]:
+def _switches(method: str) -> dict[str, bool]:
+    """Return the options of a method, and of each whether it is on or off rather than a number."""
     if method not in METHODS:
         raise UserError(f"unknown method '{method}': {nearest(method, METHODS)}")
     if method == "hierarchical":
-        return {field.name: field.default for field in dataclasses.fields(HierarchicalOptions)}
+        return {field.name: "bool" in str(field.type) for field in dataclasses.fields(HierarchicalOptions)}
     parameters = list(inspect.signature(METHODS[method]).parameters.values())[1:]
-    return {p.name: p.default for p in parameters}
+    return {p.name: isinstance(p.default, bool) for p in parameters}
 
 
-def _value(name: str, text: str, default: Any) -> bool | float:
+def _value(name: str, text: str, switch: bool) -> bool | float:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(default, bool):
+    if switch:
         if not isinstance(value, bool):
             raise UserError(f"the option '{name}' is on or off, got '{text}': write {name}=true or {name}=false")
         return value

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.attacks import ThreatModel
-from robustvlm.core.ranks import current_ranks
+from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.llm_tree import BY_KIND
 from robustvlm.data.made_trees import MAKERS, make_forest
-from robustvlm.data.taxonomy import Forest
+from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.data.tree_files import load_forest
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import FinetuneSettings, HierarchicalOptions, InnerAttack
-from robustvlm.defenses.finetune.trainable import vision_parameters
+from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError
 from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
@@ -49,20 +49,27 @@ def prepare_finetune(
     parse_augmentation(config.augment)
     if name is not None:
         RunFolder(out, name)
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"--limit must be at least 1 image, got {config.limit}")
+    for flag, number, unit in (
+        ("--limit", config.limit, "image"),
+        ("--val-limit", config.val_limit, "image"),
+        ("--val-steps", config.val_steps, "step of PGD"),
+    ):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} must be at least 1 {unit}, got {number}")
     ranks = current_ranks()
     training.part_size(ranks.size)
     device = device_of_rank(resolve_device(config.device), ranks)
     config = config.model_copy(update={"device": str(device)})
     source, val = _open(config, config.data), None if config.val is None else _open(config, config.val)
-    forest = forest_of(source, config)
+    forest = _forest_of_all(source, config, ranks)
+    if val is not None and val.fingerprint() == source.fingerprint():
+        raise UserError(f"--val names the training data, '{config.data}': leave it out, and a part is held out of them")
     if config.method == "hierarchical" and forest is None:
         raise UserError(
             f"'{config.data}' has no class tree, which 'hierarchical' needs: pass --tree FILE, or --method tecoa"
         )
     vlm = load_pipeline(config.model, device=device)
-    vision_parameters(vlm)
+    require_trainable(vlm, config.trainable)
     model_facts, data_facts = _describe_model(vlm), describe_data(source)
     if val is not None:
         data_facts |= {"val": describe_data(val)}
@@ -98,6 +105,15 @@ def forest_of(source: DataSource, config: FinetuneConfig) -> Forest | None:
     if not config.trees:
         return source.tree
     return Forest(tuple(tree for name in config.trees for tree in _trees(name, source.class_names, config)))
+
+
+def _forest_of_all(source: DataSource, config: FinetuneConfig, ranks: Ranks) -> Forest | None:
+    """Return the trees, those made by rank 0 on every rank: a language model may answer each rank differently."""
+    if ranks.size == 1 or not any(name in MAKERS for name in config.trees):
+        return forest_of(source, config)
+    made = forest_of(source, config) if ranks.leader else None
+    text = ranks.share(json.dumps([tree.paths for tree in made]) if made is not None else None)
+    return Forest(tuple(Tree(tuple(map(tuple, paths))) for paths in json.loads(text)))
 
 
 def _trees(name: str, class_names: Sequence[str], config: FinetuneConfig) -> Forest:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, validation_images
 from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
+from robustvlm.models.saved import read_card
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import make_manifest
@@ -77,6 +79,7 @@ def _cook(config: SoupConfig, models: list[VLM], source: DataSource | None, fold
         for spec, vlm in zip(config.models, models, strict=True)
     ]
     require_alike(states)
+    _require_one_function(config.models, models)
     vlm, fingerprint = models[0], models[0].fingerprint
     measure = None if source is None else _measure(config, vlm, source)
     tasted = [Tasting(spec, 0.0, True) for spec, _ in states]
@@ -90,6 +93,36 @@ def _cook(config: SoupConfig, models: list[VLM], source: DataSource | None, fold
     settings = {"method": config.method, "models": [step.name for step in tasted if step.kept]}
     save_finetuned(folder, vlm, kind="soup", base=config.model, base_fingerprint=fingerprint, settings=settings)
     return Soup(method=config.method, tasted=tasted, measures={} if measure is None else dict(measure(state)))
+
+
+def _require_one_function(specs: Sequence[str], models: Sequence[VLM]) -> None:
+    """Refuse models that are not one function of their weights, or that were tuned from different models."""
+    first, roots = models[0], [_root(spec) for spec in specs]
+    fixed = dict(first.named_buffers(recurse=False))  # such as the mean and std of pixels: no tuning changes them
+    for spec, vlm, root in zip(specs, models, roots, strict=True):
+        own = dict(vlm.named_buffers(recurse=False))
+        same = own.keys() == fixed.keys() and all(torch.equal(own[name], value) for name, value in fixed.items())
+        if not same or type(vlm) is not type(first) or _design(vlm) != _design(first):
+            raise UserError(
+                f"'{specs[0]}' and '{spec}' are not one function of their weights (preprocessing, activation, "
+                "tokenizer or temperature differ): a soup needs models tuned from one"
+            )
+        known = {one for one in (roots[0], root) if one is not None}
+        if len(known) > 1:
+            raise UserError(f"'{specs[0]}' and '{spec}' were tuned from different models: a soup needs one")
+
+
+def _design(vlm: VLM) -> list[str]:
+    """Return what decides the features beside weights; an own encoder counts its spec among that."""
+    return [text for text in vlm.design if text != vlm.spec]
+
+
+def _root(spec: str) -> str | None:
+    """Return the fingerprint of the model that a run was tuned from, through all runs between; None if not known."""
+    found, folder = None, Path(spec)
+    while (card := read_card(folder) if folder.is_dir() else None) is not None and card.base is not None:
+        found, folder = card.base_fingerprint, Path(card.base)
+    return found
 
 
 def _measure(

@@ -197,6 +197,17 @@ def test_switches_switch_their_terms() -> None:
     }
 
 
+def test_texts_are_held_where_the_tower_is_trained_through_adapters() -> None:
+    def trained(trainable: str, **options: object) -> bool:
+        chosen = {"options": HierarchicalOptions(**options)}  # type: ignore[arg-type]
+        task = make_task(small_vlm(), "hierarchical", small_forest(), trainable=trainable, options=chosen)
+        return bool(task.method.also_trained())
+
+    assert [trained(subset) for subset in ("all", "last:1", "lora:2", "ssf")] == [True, True, False, False]
+    assert trained("lora:2", train_texts=True)
+    assert not trained("all", train_texts=False)
+
+
 def test_per_level_attacks_agree_with_the_universal_one_where_there_is_no_room() -> None:
     pixels, labels = images()
     universal = hierarchical(small_vlm()).terms(pixels, labels, DRAWS)["loss"]

@@ -27,6 +27,7 @@ class Materials:
         forest: class trees over the same classes, None if there are none.
         teacher: the student as it was before training, frozen; there if the method asks for it (`needs_teacher`).
         calibration: some training images [B, 3, S, S] that constants may be fitted to.
+        adapters: whether the tower is trained through added parameters, at the high learning rate that these want.
     """
 
     student: VLM
@@ -37,6 +38,7 @@ class Materials:
     calibration: Tensor
     forest: Forest | None = None
     teacher: VLM | None = None
+    adapters: bool = False
 
 
 class Method(ABC):

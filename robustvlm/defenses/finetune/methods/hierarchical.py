@@ -44,6 +44,9 @@ class Hierarchical(Method):
         names = list(dict.fromkeys(name for tree in materials.forest for path in tree.paths for name in path))
         names = [*materials.class_names, *(name for name in names if name not in set(materials.class_names))]
         device = materials.student.device
+        self._train_texts = self.options.train_texts
+        if self._train_texts is None:
+            self._train_texts = not materials.adapters
         self.texts = ProjectedTexts(self.student, names, materials.templates).to(device)
         self.trees = [Hierarchy(tree, names).to(device) for tree in materials.forest]
         with torch.no_grad():
@@ -52,10 +55,10 @@ class Hierarchical(Method):
         self.embedding = fit_embedding(images, classes, self.student.logit_scale, self.options)
 
     def also_trained(self) -> list[nn.Parameter]:
-        return self.texts.projection() if self.options.train_texts else []
+        return self.texts.projection() if self._train_texts else []
 
     def settings(self) -> dict[str, object]:
-        texts = "trained" if self.also_trained() else "constant" if self.options.train_texts else "frozen"
+        texts = "trained" if self.also_trained() else "constant" if self._train_texts else "frozen"
         return {"options": asdict(self.options), "embedding": asdict(self.embedding), "texts": texts}
 
     def measures(self) -> dict[str, float]:

@@ -14,7 +14,15 @@ from robustvlm.models import VLM
 DEFAULT_RANK = 8
 _FORM = re.compile(r"(all|ssf)|(lora)(?::(\d{1,4}))?|(last):(\d{1,4})")
 
-__all__ = ["make_trainable", "merge", "parse_trainable", "plain_state", "vision_module", "vision_parameters"]
+__all__ = [
+    "make_trainable",
+    "merge",
+    "parse_trainable",
+    "plain_state",
+    "require_trainable",
+    "vision_module",
+    "vision_parameters",
+]
 
 
 def parse_trainable(text: str) -> tuple[str, int]:
@@ -34,6 +42,15 @@ def parse_trainable(text: str) -> tuple[str, int]:
     if kind in ("lora", "last") and number < 1:
         raise UserError(f"the number in '{text}' must be at least 1")
     return kind, number
+
+
+def require_trainable(vlm: VLM, text: str) -> None:
+    """Change nothing; raise UserError for an unknown subset of the vision tower, or one that this model lacks."""
+    kind, number = parse_trainable(text)
+    if kind == "last":
+        last_blocks(vlm, number)
+    else:
+        vision_parameters(vlm)
 
 
 def make_trainable(vlm: VLM, text: str, *, seed: int = 0) -> None:
