@@ -16,6 +16,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.common import markdown
+from robustvlm.data import open_data
+from robustvlm.defenses import SmoothedVLM, load_classifier
 from robustvlm.evaluation.setup import prepare
 from robustvlm.stats import mean, rate
 
@@ -59,7 +61,8 @@ def main() -> None:
 
 def _attacked(options: argparse.Namespace, spec: str, norm: str, eps: str) -> list[str]:
     """Run one attack, or find it again, and return its cells."""
-    random = "+smooth" in spec
+    source = open_data(options.data)
+    random = isinstance(load_classifier(spec, source.class_names, source.templates).vlm, SmoothedVLM)
     prepared = prepare(
         model=spec,
         data=options.data,

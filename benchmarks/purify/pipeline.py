@@ -3,8 +3,9 @@
     python -m benchmarks.purify.pipeline encoder=tiny purified=runs/P+smooth:0.25:16 immunised=runs/I whole=runs/WHOLE
 
 Every column is measured on the same images for every model: accuracy without attack; success rate of an attack on the
-answer; certified cosine to the smoothed feature (T4) for noise `--sigma`, and of it to the clean feature of the
-encoder below (T5 along that feature); AUROC of the model's own score against near and far unknown images; time.
+answer; certified cosine to the smoothed feature (T4) for noise `--sigma`, and of it to the model's own clean feature,
+without noise and with its adapter if it has one (T5 along that feature); AUROC of the model's own score against near
+and far unknown images; time.
 A model that may refuse is judged by its acceptance score, any other by its largest softmax probability.
 """
 

@@ -60,7 +60,7 @@ def main() -> None:
     options = arguments()
     if not options.tables:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        names = ("label", "image", "sigma", "variant", "seed")
+        names = ("label", "n", "image", "sigma", "variant", "seed")
         done = {tuple(line[name] for name in names) for line in lines(options.out)}
         with options.out.open("a", encoding="utf-8") as out:
             if out.tell():
@@ -84,6 +84,7 @@ def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator
     encoder = load_pipeline(options.model).to(memory_format=torch.channels_last)
     text = zero_shot(encoder, source.class_names, source.templates).class_embeddings.double().numpy()
     shared = {"label": label, "steps": options.steps, "mapper_steps": options.mapper_steps, "out": options.runs}
+    shared |= {"precision": options.precision}
     for seed in map(int, options.seeds.split(",")):
         both, alone = (
             load_pipeline(str(trained(options.model, options.train_data, seed=seed, only=only, **shared)))
@@ -96,7 +97,8 @@ def measure(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator
             for sigma in map(float, options.sigma.split(",")):
                 key = {"label": label, "image": sample.id, "sigma": sigma, "seed": seed}
                 # The encoder alone is the same for every seed.
-                wanted = [name for name in VARIANTS if (label, sample.id, sigma, name, seed) not in done]
+                asked = (label, options.samples, sample.id, sigma)
+                wanted = [name for name in VARIANTS if (*asked, name, seed) not in done]
                 wanted = [name for name in wanted if name != "encoder" or seed == int(options.seeds.split(",")[0])]
                 if not wanted:
                     continue

@@ -15,11 +15,11 @@ EPS = (0.1, 0.25, 0.5)
 
 
 def print_tables(lines: Sequence[dict[str, Any]]) -> None:
-    """Print a table for every model: means over images, and over seeds with half the distance between them."""
-    for label in dict.fromkeys(line["label"] for line in lines):
-        mine = [line for line in lines if line["label"] == label]
+    """Print a table for every model and number of copies: means over images, and half the distance between seeds."""
+    for label, copies in dict.fromkeys((line["label"], line["n"]) for line in lines):
+        mine = [line for line in lines if (line["label"], line["n"]) == (label, copies)]
         images, seeds = len({line["image"] for line in mine}), sorted({line["seed"] for line in mine})
-        print(f"\n**{label}**: {images} images, {mine[0]['n']} copies, seeds {', '.join(map(str, seeds))}\n")
+        print(f"\n**{label}**: {images} images, {copies} copies, seeds {', '.join(map(str, seeds))}\n")
         header = ["noise", "", "score", *(f"cos at {e}" for e in EPS), *(f"cos to f(x) at {e}" for e in EPS)]
         header += ["radius", "right", "class radius", "p"]
         sigmas = sorted({line["sigma"] for line in mine})
