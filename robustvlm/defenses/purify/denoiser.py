@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robustvlm.defenses.purify.reach import Reached, file_digest
 from robustvlm.errors import UserError
-from robustvlm.models.custom import create, source_of, state_of
+from robustvlm.models.custom import create
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.hub import brief
 from robustvlm.models.zoo import names_a_callable
@@ -31,7 +32,10 @@ class Denoiser(Protocol):
 
 
 class OwnDenoiser(nn.Module):
-    """A user's denoiser, frozen, its weights and source part of its identity; see `Denoiser`.
+    """A user's denoiser, frozen, its weights, settings and source part of its identity; see `Denoiser`.
+
+    Networks that it holds where torch does not look (a closure, a list, a global) are part of it as well: they are
+    frozen, put into evaluation mode and moved with it.
 
     Example:
         >>> blur = OwnDenoiser(lambda noisy, sigma: noisy.mean((2, 3), keepdim=True).expand_as(noisy), spec="my:blur")
@@ -42,6 +46,11 @@ class OwnDenoiser(nn.Module):
     def __init__(self, denoiser: Any, *, spec: str) -> None:
         super().__init__()
         self.denoiser, self.spec = denoiser, spec
+        # Found before the first call, which may leave caches and counters in the user's object.
+        self._reached = Reached(denoiser)
+        self._facts = (spec, file_digest(spec.partition(":")[0]), *self._reached.facts)
+        known = set(self.modules())
+        self.hidden = nn.ModuleList(module for module in self._reached.modules.values() if module not in known)
         if not isinstance(denoiser, nn.Module):
             # A plain object is no part that `modules()` visits, so its declaration is repeated here.
             self.differentiable = getattr(denoiser, "differentiable", True)
@@ -59,12 +68,12 @@ class OwnDenoiser(nn.Module):
     @property
     def state(self) -> Mapping[str, object]:
         """The weights that belong to the denoiser's identity."""
-        return state_of(self.denoiser)
+        return self._reached.state()
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the weights and of the source."""
-        return fingerprint(self.state, (self.spec, *source_of(self.denoiser)))
+        """Digest of the weights as they are, and of the settings and sources that it was made with."""
+        return fingerprint(self.state, self._facts)
 
 
 def load_denoiser(spec: str, image_size: int, device: torch.device) -> OwnDenoiser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,14 @@ class OneStepDenoiser(nn.Module):
 
     Args:
         model: called with x_t [B, 3, H, W] and times [B] (int64); returns the prediction [B, C >= 3, H, W], of which
-            the first three channels are used (models that learn their variance return six).
+            the first three channels are used (models that learn their variance return six). An answer that holds it
+            as its attribute `sample`, or first in a tuple, as those of diffusers do, is understood.
         alphas_cumprod: a_t for t = 0, 1, ..., decreasing.
         prediction: what the model predicts.
 
     Raises:
-        UserError: a schedule that does not decrease within (0, 1), or an unknown prediction.
+        UserError: a schedule that does not decrease within (0, 1), an unknown prediction, or a model that cannot be
+            called.
 
     Example:
         >>> alphas = torch.linspace(0.9999, 0.01, 1000)
@@ -49,11 +52,13 @@ class OneStepDenoiser(nn.Module):
     alphas: Tensor
 
     def __init__(
-        self, model: Callable[[Tensor, Tensor], Tensor], alphas_cumprod: Tensor, *, prediction: str = "epsilon"
+        self, model: Callable[[Tensor, Tensor], Any], alphas_cumprod: Tensor, *, prediction: str = "epsilon"
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
             raise UserError(f"a diffusion model predicts one of these: {nearest(prediction, PREDICTIONS)}")
+        if not callable(model):
+            raise UserError(f"a diffusion model is called with pixels and times: a {type(model).__name__} cannot be")
         alphas = alphas_cumprod.detach().double().cpu()
         if alphas.ndim != 1 or not ((alphas > 0) & (alphas < 1)).all() or not (alphas.diff() < 0).all():
             raise UserError("alphas_cumprod must decrease from below 1 to above 0, one value for each time step")
@@ -75,7 +80,8 @@ class OneStepDenoiser(nn.Module):
         time = self.time(sigma)
         alpha = float(self.alphas[time])
         scaled = math.sqrt(alpha) * (2 * noisy - 1)
-        said = self.model(scaled, torch.full((len(noisy),), time, dtype=torch.int64, device=noisy.device))[:, :3]
+        times = torch.full((len(noisy),), time, dtype=torch.int64, device=noisy.device)
+        said = _tensor(self.model(scaled, times))[:, :3]
         if self.prediction == "sample":
             clean = said
         elif self.prediction == "v":
@@ -83,3 +89,13 @@ class OneStepDenoiser(nn.Module):
         else:
             clean = (scaled - math.sqrt(1 - alpha) * said) / math.sqrt(alpha)
         return (clean + 1) / 2
+
+
+def _tensor(answer: Any) -> Tensor:
+    """Return the prediction that a model's answer is or holds."""
+    held = answer if isinstance(answer, Tensor) else getattr(answer, "sample", None)
+    held = answer[0] if held is None and isinstance(answer, tuple) and answer else held
+    if not isinstance(held, Tensor) or held.ndim != 4 or held.shape[1] < 3:
+        came = f"{list(held.shape)}" if isinstance(held, Tensor) else f"a {type(answer).__name__}"
+        raise UserError(f"a diffusion model must return its prediction [B, 3 or more, H, W], got {came}")
+    return held

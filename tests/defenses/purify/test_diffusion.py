@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -89,3 +91,27 @@ def test_times_grow_with_noise_and_meet_their_levels() -> None:
 def test_wrong_schedules_are_refused(alphas: Tensor, prediction: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         OneStepDenoiser(predictor("epsilon"), alphas, prediction=prediction)
+
+
+@dataclass(frozen=True)
+class Answer:
+    sample: Tensor
+
+
+@pytest.mark.parametrize("wrap", [Answer, lambda said: (said,)])
+def test_answers_as_those_of_diffusers_are_understood(wrap: Callable[[Tensor], object]) -> None:
+    plain = predictor("epsilon")
+    noisy = torch.rand(2, 3, 4, 4)
+    wrapped = OneStepDenoiser(lambda x, time: wrap(plain(x, time)), ALPHAS)
+    assert torch.equal(wrapped(noisy, 0.25), OneStepDenoiser(plain, ALPHAS)(noisy, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [({"x": 1}, "got a dict"), (torch.zeros(2, 1, 4, 4), r"got \[2, 1, 4, 4\]"), ((), "got a tuple")],
+)
+def test_answers_that_are_no_prediction_are_refused(answer: object, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        OneStepDenoiser(lambda *_: answer, ALPHAS)(torch.rand(2, 3, 4, 4), 0.25)
+    with pytest.raises(UserError, match="cannot be"):
+        OneStepDenoiser(None, ALPHAS)  # type: ignore[arg-type]
