@@ -169,6 +169,28 @@ def test_a_denoiser_of_the_user_gets_a_mapper_or_stands_alone(
         prepare("alone", denoiser="purify_own:shrink", only="purifier")
 
 
+def test_another_denoiser_of_the_same_name_makes_another_run(
+    prepare: Callable[..., PreparedPurify], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "purify_own.py"
+    source.write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    first = prepare(denoiser="purify_own:shrink")
+    first.run()
+    unnamed = prepare(None, denoiser="purify_own:shrink").folder.name  # type: ignore[arg-type]
+    source.write_text(OWN.replace("1 + sigma", "2 + sigma"))
+    monkeypatch.delitem(sys.modules, "purify_own")
+    with pytest.raises(UserError, match=r"no longer the one .* run `robustvlm purify` again"):
+        load_pipeline(str(first.folder.path))
+    with pytest.raises(UserError, match=r"model denoiser: .* -> .*--fresh"):
+        prepare(denoiser="purify_own:shrink").run()
+    again = prepare(denoiser="purify_own:shrink")
+    again.run(fresh=True)
+    assert load_pipeline(str(again.folder.path)).fingerprint
+    assert prepare(None, denoiser="purify_own:shrink").folder.name != unnamed  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -12,6 +12,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import Sample, select
 from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.purify import load_denoiser
 from robustvlm.defenses.purify.train import check_encoder
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.setup import describe_model
@@ -59,6 +60,9 @@ def prepare_purify(
     check_encoder(encoder, settings)
     images, pixels = _images(config, source, val, encoder)
     model_facts, data_facts = describe_model(encoder), _describe(source)
+    if config.denoiser is not None:
+        # Another denoiser of the same name makes another run, or the finished one would be handed back.
+        model_facts["denoiser"] = load_denoiser(config.denoiser, encoder.image_size, place).fingerprint
     if val is not None:
         data_facts |= {"val": _describe(val)}
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
