@@ -49,7 +49,7 @@ def _over_seeds(some: list[dict[str, Any]], value: Callable[[dict[str, Any]], fl
     seeds = sorted({line["seed"] for line in some})
     means = [np.mean([value(line) for line in some if line["seed"] == seed]) for seed in seeds]
     half = (max(means) - min(means)) / 2
-    return f"{np.mean(means):.3f}" + (f" ±{half:.3f}" if len(means) > 1 else "")
+    return f"{np.mean(means):.3f}" + (f" ±{half:.3f}" if half >= 0.0005 else "")
 
 
 def _p_value(mine: list[dict[str, Any]], some: list[dict[str, Any]], sigma: float) -> str:
