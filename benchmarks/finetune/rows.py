@@ -74,7 +74,12 @@ def tune(
         forest=forest,
     )
     config = TrainingConfig(
-        steps=plan.steps, batch_size=benchmark.batch, lr=benchmark.lr, warmup=10, precision="bf16", seed=seed
+        steps=plan.steps,
+        batch_size=benchmark.batch,
+        lr=benchmark.lr * variant.rate,
+        warmup=10,
+        precision="bf16",
+        seed=seed,
     )
     with tempfile.TemporaryDirectory() as folder:
         history = Trainer(task, data, config).fit(Path(folder))
