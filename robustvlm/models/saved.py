@@ -68,6 +68,9 @@ def read_card(folder: Path) -> Card | None:
             raise ValueError("no format, kind or settings")
         if base is not None and not isinstance(base["spec"], str):
             raise ValueError("base names no spec")
+        for key in ("relative", "operators", "fingerprint") if base is not None else ():
+            if not isinstance(base.get(key), str | None):
+                raise ValueError(f"base {key} must be text, got {base[key]!r}")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not the card of a model ({error}): make the model again") from None
     if version > FORMAT:

@@ -9,8 +9,9 @@ import torch
 from robustvlm.certify import OpensetRule
 from robustvlm.defenses.base import Classifier
 from robustvlm.defenses.build.recipe import smoothing_of
-from robustvlm.defenses.pipeline import apply_operations, split_spec
+from robustvlm.defenses.pipeline import Operation, apply_operations, check_operations, split_spec
 from robustvlm.defenses.saved import SavedModel, saved_model
+from robustvlm.errors import UserError
 from robustvlm.models import VLM
 
 
@@ -18,12 +19,30 @@ class BuiltModel(SavedModel):
     """A whole pipeline; smoothing, if it has one, is part of its encoder, and the head is that of its last part."""
 
     @property
+    def smoothing(self) -> tuple[Operation, ...]:
+        """The smoothing that the card names, checked.
+
+        Raises:
+            UserError: the card is damaged.
+        """
+        said = self.card.settings.get("smooth")
+        wrong = f"the card of '{self.folder}' names no smoothing SIGMA[:N0]"
+        if not isinstance(said, str | None):
+            raise UserError(f'{wrong}, as the text "0.25:64", but {said!r}: build it again')
+        operations = smoothing_of(said)
+        try:
+            check_operations(str(self.folder), operations)
+        except UserError as error:
+            raise UserError(f"{wrong} ({error}): build it again") from None
+        return operations
+
+    @property
     def sigma(self) -> float | None:
-        smoothing = smoothing_of(self.card.settings.get("smooth"))
-        return float(smoothing[0].arguments[0]) if smoothing else None
+        return float(self.smoothing[0].arguments[0]) if self.smoothing else None
 
     def encoder(self, device: torch.device) -> VLM:
-        return apply_operations(self.base(device), smoothing_of(self.card.settings.get("smooth")))
+        smoothing = self.smoothing  # a damaged card should not wait for a large model
+        return apply_operations(self.base(device), smoothing)
 
     @property
     def _top(self) -> SavedModel | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.defenses.purify.vlm import PurifiedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
+from robustvlm.models.hub import brief
 from robustvlm.models.saved import Card
 from robustvlm.models.weights import read_weights
 from robustvlm.runs.files import replacing
@@ -74,7 +76,7 @@ def read_parts(folder: Path, card: Card, image_size: int, device: torch.device) 
     Raises:
         UserError: the card or a file is damaged, or a user's denoiser is gone or has changed.
     """
-    settings = card.settings
+    settings = _checked(folder, card.settings)
     purifier: Purifier | OwnDenoiser | None = None
     if settings.get("denoiser"):
         purifier = _denoiser(folder, settings["denoiser"], image_size, device)
@@ -82,24 +84,60 @@ def read_parts(folder: Path, card: Card, image_size: int, device: torch.device) 
         purifier = _read(folder, PURIFIER, lambda: Purifier(_purifier_shape(settings["purifier"])))
     mapper = None
     if settings.get("mapper"):
-        mapper = _read(folder, MAPPER, lambda: Mapper(MapperShape(**settings["mapper"])))
+        mapper = _read(folder, MAPPER, lambda: Mapper(_mapper_shape(settings["mapper"])))
     for part in (purifier, mapper):
         if part is not None:
             part.eval().requires_grad_(False).to(device)
     return Parts(purifier, mapper, tuple(settings.get("sigma", ())))
 
 
+def _checked(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a card if they are of the kind that cards hold."""
+    levels = settings.get("sigma", [])
+    if not isinstance(levels, list) or not all(_is_number(level) for level in levels):
+        raise UserError(f"the card of '{folder}' must list noise levels, as [0.25], got {levels!r}: train it again")
+    for name in ("denoiser", "purifier", "mapper"):
+        if not isinstance(settings.get(name), dict | None):
+            raise UserError(f"the card of '{folder}' describes no {name} ({settings[name]!r}): train it again")
+    return settings
+
+
 def _purifier_shape(fields: Mapping[str, Any]) -> PurifierShape:
-    return PurifierShape(**{**fields, "widths": tuple(fields["widths"])})
+    widths = fields["widths"]
+    if not isinstance(widths, list) or not widths or not all(_is_count(width) for width in widths):
+        raise ValueError(f"widths must be whole numbers above 0, got {widths!r}")
+    _require_counts(fields, ("blocks", "stride", "embedding"))
+    return PurifierShape(**{**fields, "widths": tuple(widths)})
+
+
+def _mapper_shape(fields: Mapping[str, Any]) -> MapperShape:
+    _require_counts(fields, ("dim", "blocks", "embedding"))
+    if not _is_number(fields.get("hidden", 1.0)):
+        raise ValueError(f"hidden must be a positive number, got {fields['hidden']!r}")
+    return MapperShape(**fields)
+
+
+def _require_counts(fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in fields and not _is_count(fields[name]):
+            raise ValueError(f"{name} must be a whole number above 0, got {fields[name]!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1_000_000
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _read(folder: Path, name: str, make: Callable[[], Part]) -> Part:
     """Return a part with the weights of its file."""
     try:
         part = make()
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:
         raise UserError(
-            f"the card of '{folder}' describes no {name.partition('.')[0]} ({error}): train it again"
+            f"the card of '{folder}' describes no {name.partition('.')[0]} ({brief(error)}): train it again"
         ) from None
     weights = read_weights(folder / name)
     try:

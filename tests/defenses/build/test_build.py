@@ -21,6 +21,8 @@ from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, P
 from robustvlm.defenses.purify.parts import write_parts
 from robustvlm.errors import UserError
 from robustvlm.evaluation.assembling import assemble
+from robustvlm.evaluation.certifying.settings import Settings
+from robustvlm.evaluation.certifying.setup import settle_sigma
 from robustvlm.models.saved import Card, read_card, write_card
 
 ENCODER, OTHER = "small_encoders:Encoder", "small_encoders:SmallMemory"
@@ -312,3 +314,15 @@ def test_nothing_is_smoothed_twice(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="smoothed already"):
         smooth(AdaptedVLM(load_pipeline(f"{ENCODER}+smooth:0.25:2"), Adapter(12, 4)), 0.25)
     assert read_card(tmp_path / "twice") is None
+
+
+@pytest.mark.parametrize("smoothing", [0.25, ["0.25"], "x:y", "0.25:3:4", "0", "0.25:0", True])
+def test_a_damaged_smoothing_is_explained_in_one_line(tmp_path: Path, smoothing: object) -> None:
+    build_pipeline(Recipe(ENCODER, smooth="0.25:2"), tmp_path / "whole")
+    card = read_card(tmp_path / "whole")
+    assert card is not None
+    write_card(tmp_path / "whole", dataclasses.replace(card, settings={"smooth": smoothing}))
+    for use in (load_pipeline, lambda spec: settle_sigma(Settings(model=spec))):
+        with pytest.raises(UserError, match="names no smoothing") as caught:
+            use(str(tmp_path / "whole"))
+        assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from robustvlm.defenses.purify import (
 )
 from robustvlm.defenses.purify.parts import write_parts
 from robustvlm.errors import UserError
-from robustvlm.models.saved import Card, write_card
+from robustvlm.models.saved import CARD_NAME, Card, write_card
 
 OWN = """
 import torch
@@ -196,6 +197,46 @@ def test_a_denoiser_of_the_user_is_named_in_the_card(tmp_path: Path) -> None:
 def test_damaged_folders_are_explained_in_one_line(tmp_path: Path, damage, words: str) -> None:  # type: ignore[no-untyped-def]
     spec = saved(tmp_path / "run", parts(dim=load_pipeline("tiny").encode_text(["a"]).shape[1]))
     damage(tmp_path / "run")
+    with pytest.raises(UserError, match=words) as caught:
+        load_pipeline(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        (("settings", "sigma"), 0.25, r"must list noise levels, as \[0.25\], got 0.25"),
+        (("settings", "sigma"), ["x"], "must list noise levels"),
+        (("settings", "denoiser"), "x:y", "describes no denoiser"),
+        (("settings", "denoiser"), {"spec": 3}, "module:callable"),
+        (("settings", "purifier"), [1], "describes no purifier"),
+        (("settings", "purifier", "widths"), [], "widths must be whole numbers above 0"),
+        (("settings", "purifier", "widths"), 8, "widths must be whole numbers above 0"),
+        (("settings", "purifier", "widths"), ["a"], "widths must be whole numbers above 0"),
+        (("settings", "purifier", "stride"), 0, "stride must be a whole number above 0"),
+        (("settings", "purifier", "blocks"), True, "blocks must be a whole number above 0"),
+        (("settings", "mapper"), "x", "describes no mapper"),
+        (("settings", "mapper", "hidden"), float("inf"), "hidden must be a positive number"),
+        (("settings", "mapper", "hidden"), float("nan"), "hidden must be a positive number"),
+        (("settings", "mapper", "dim"), 10**30, "dim must be a whole number"),
+        (("base", "relative"), 3, "base relative must be text, got 3"),
+        (("base", "operators"), ["+"], "base operators must be text"),
+        (("base", "fingerprint"), 3, "base fingerprint must be text"),
+        (("base",), 3, "not the card of a model"),
+        (("base",), ["tiny"], "not the card of a model"),
+    ],
+)
+def test_damaged_cards_are_explained_in_one_line(
+    tmp_path: Path, where: tuple[str, ...], value: object, words: str
+) -> None:
+    spec = saved(tmp_path / "run", parts(dim=load_pipeline("tiny").encode_text(["a"]).shape[1]))
+    card = tmp_path / "run" / CARD_NAME
+    content = json.loads(card.read_text())
+    place = content
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    card.write_text(json.dumps(content))
     with pytest.raises(UserError, match=words) as caught:
         load_pipeline(spec)
     assert "\n" not in str(caught.value)
