@@ -65,9 +65,16 @@ class SavedModel(ABC):
         del class_names
         return None
 
-    def openset_rule(self, class_names: Sequence[str], sigma: float) -> OpensetRule | None:
-        """Return the rule by which the model behind noise of `sigma` accepts and rejects; None for one without."""
-        del class_names, sigma
+    def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule | None:
+        """Return the rule by which the model behind noise of `sigma` accepts and rejects; None for one without.
+
+        Args:
+            tau: threshold for all classes in place of the model's: the rule is then no longer the deployed one.
+
+        Raises:
+            UserError: what the deployed model does under this noise is no such rule.
+        """
+        del class_names, sigma, tau
         return None
 
     @property

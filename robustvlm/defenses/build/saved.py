@@ -60,8 +60,8 @@ class BuiltModel(SavedModel):
     def class_vectors(self, class_names: Sequence[str]) -> torch.Tensor | None:
         return None if self._top is None else self._top.class_vectors(class_names)
 
-    def openset_rule(self, class_names: Sequence[str], sigma: float) -> OpensetRule | None:
-        return None if self._top is None else self._top.openset_rule(class_names, sigma)
+    def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule | None:
+        return None if self._top is None else self._top.openset_rule(class_names, sigma, tau)
 
     def classifier(
         self, encoder: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True

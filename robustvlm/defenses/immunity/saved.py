@@ -61,18 +61,33 @@ class ImmunisedModel(SavedModel):
             )
         return found[:, 0]
 
-    def openset_rule(self, class_names: Sequence[str], sigma: float) -> OpensetRule:
-        """Return the rule for the mean feature under noise, with the thresholds for that noise where there are any.
+    def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule:
+        """Return the rule for the mean feature under noise, with the thresholds for that noise or with `tau`.
 
-        Only for a noise of `noise_levels` is it the deployed one: elsewhere the deployed model scales the mean to unit
-        length before it meets the thresholds.
+        Raises:
+            UserError: neither is there. The deployed model then scales the mean to unit length before it meets the
+                thresholds that were set without noise, which is another rule than any that is linear in the mean.
         """
         found = self.immunity.ordered(class_names, str(self.folder))
         count, per_class, dim = found.prototypes.shape
+        if tau is not None:
+            thresholds = np.full(count, tau)
+        elif sigma in found.noisy:
+            thresholds = found.noisy[sigma].double().numpy()
+        else:
+            raise UserError(self._other_rule(sigma))
         return OpensetRule(
             found.prototypes.reshape(-1, dim).double().numpy(),
             np.repeat(np.arange(count), per_class),
             found.antibodies.embeddings.double().numpy(),
             found.weight,
-            found.noisy.get(sigma, found.thresholds).double().numpy(),
+            thresholds,
+        )
+
+    def _other_rule(self, sigma: float) -> str:
+        levels = ", ".join(f"{level:g}" for level in self.noise_levels)
+        has = f"only for {levels}" if levels else "for none"
+        return (
+            f"'{self.folder}' has no thresholds for noise of {sigma:g} ({has}): smoothed, it scales the mean feature to unit length, and certificates are about the mean as it is; run "
+            f"`robustvlm immunize ... --sigma {sigma:g}`, or pass --tau T to certify that other rule"
         )

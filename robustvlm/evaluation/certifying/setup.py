@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,24 +192,7 @@ def rule_of(config: CertifyConfig, class_names: tuple[str, ...]) -> OpensetRule 
         UserError: the deployed model follows another rule under this noise.
     """
     made = saved_model(split_spec(config.model)[0]) if config.claim == "openset" else None
-    found = None if made is None else made.openset_rule(class_names, config.sigma)
-    if made is None or found is None:
-        return None
-    if config.tau is not None:
-        return replace(found, thresholds=np.full_like(found.thresholds, config.tau))
-    if config.sigma not in made.noise_levels:
-        raise UserError(_other_rule(made.noise_levels, config))
-    return found
-
-
-def _other_rule(levels: tuple[float, ...], config: CertifyConfig) -> str:
-    """Return why there is no certificate of what the deployed model does under a noise it has no thresholds for."""
-    has = f"only for {', '.join(f'{level:g}' for level in levels)}" if levels else "for none"
-    return (
-        f"'{config.model}' has no thresholds for noise of {config.sigma:g} ({has}): smoothed, it scales the mean "
-        f"feature to unit length, and certificates are about the mean as it is; run `robustvlm immunize ... --sigma "
-        f"{config.sigma:g}`, or pass --tau T to certify that other rule"
-    )
+    return None if made is None else made.openset_rule(class_names, config.sigma, config.tau)
 
 
 def vectors_of_classes(

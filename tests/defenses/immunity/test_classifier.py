@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from robustvlm.certify import OpensetRule
-from robustvlm.defenses import load_classifier, load_pipeline
+from robustvlm.defenses import load_classifier, load_pipeline, smooth
 from robustvlm.defenses.immunity import AdaptedVLM, Adapter, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
 from robustvlm.defenses.immunity.files import card_settings, save_tensors
@@ -142,14 +142,19 @@ def test_certificates_get_the_rule_that_is_deployed(tmp_path: Path) -> None:
     model = saved_model(str(saved(tmp_path / "run", made)))
     assert model is not None
     assert model.refuses
-    rule = model.openset_rule(NAMES[::-1], 0.5)
+    rule = model.openset_rule(NAMES[::-1], 0.25)
     assert isinstance(rule, OpensetRule)
-    classifier = ImmunisedClassifier(AdaptedVLM(load_model("tiny"), made.adapter), made)
-    for z in unit(20, 192, 4):
+    classifier = ImmunisedClassifier(smooth(AdaptedVLM(load_model("tiny"), made.adapter), 0.25, 8), made)
+    for z in 0.7 * unit(20, 192, 4):  # a mean is shorter than 1, and judged as it is
         output = classifier.head(z[None])[0]
         assert rule.margin(z.double().numpy()) == pytest.approx(float(output[-1]), abs=1e-5)
         assert NAMES[::-1][rule.predicted(z.double().numpy())] == NAMES[int(output[:-1].argmax())]
     assert model.openset_rule(NAMES, 0.25).thresholds.tolist() == pytest.approx([0.0, 0.001, -0.002])
+    with pytest.raises(
+        UserError, match=r"no thresholds for noise of 0.5 \(only for 0.25\).*immunize \.\.\. --sigma 0.5"
+    ):
+        model.openset_rule(NAMES, 0.5)  # there the deployed model judges the mean at unit length
+    assert model.openset_rule(NAMES, 0.5, 0.3).thresholds.tolist() == [0.3] * 3
     with pytest.raises(UserError, match="need one"):
         model.class_vectors(NAMES)
     single = saved_model(str(saved(tmp_path / "single", immunity())))
