@@ -77,3 +77,25 @@ def test_attack_goes_through_the_whole_pipeline(pipeline: tuple[Path, str], out:
 def test_evaluate_takes_it(pipeline: tuple[Path, str]) -> None:
     model, data = pipeline
     assert "whole" in command("evaluate", model, "--data", data, "--limit", 6)
+
+
+def test_detect_takes_a_whole_pipeline_with_a_head(
+    make_folder: Callable[..., Path], pipeline: tuple[Path, str], out: Path
+) -> None:
+    _, data = pipeline
+    words = out / "antibodies.txt"
+    words.write_text("cat: lynx\ndog: wolf\nfox: jackal\n")
+    few = ("--antibodies", words, "--band", "-0.99,0.99", "--min-images", 3, "--steps", 10, "--held-out", 0.4)
+    noise = ("--sigma", 0.25)
+    command("immunize", out / "pure", "--data", data, *few, *noise, "--out", out, "--name", "immune")
+    parts = ("--purify", out / "pure", "--smooth", "0.25:4", "--immunize", out / "immune")
+    said = " ".join(command("build", "--encoder", ENCODER, *parts, "--out", out, "--name", "head").split())
+    assert "Warning" not in said
+    assert "adapter" in said
+    unknown = f"imagefolder:{make_folder(12, 'strange')}"
+    asked = ("--id", data, "--ood", unknown, "--scores", "mcm,energy", "--draws", 100, "--fit", "none")
+    summary = json.loads(command("detect", out / "head", *asked, "--out", out, "--json"))
+    assert summary["scores"][0]["name"] == "own"  # that of the head, on the mean behind the noise
+    assert {"mcm", "energy"} <= {row["name"] for row in summary["scores"]}
+    manifest = json.loads((next(out.glob("detect-*")) / "manifest.json").read_text())
+    assert manifest["model"]["fingerprint"]
