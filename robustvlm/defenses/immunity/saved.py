@@ -88,6 +88,7 @@ class ImmunisedModel(SavedModel):
         levels = ", ".join(f"{level:g}" for level in self.noise_levels)
         has = f"only for {levels}" if levels else "for none"
         return (
-            f"'{self.folder}' has no thresholds for noise of {sigma:g} ({has}): smoothed, it scales the mean feature to unit length, and certificates are about the mean as it is; run "
+            f"'{self.folder}' has no thresholds for noise of {sigma:g} ({has}): smoothed, it scales the "
+            "mean feature to unit length, and certificates are about the mean as it is; run "
             f"`robustvlm immunize ... --sigma {sigma:g}`, or pass --tau T to certify that other rule"
         )

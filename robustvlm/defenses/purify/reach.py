@@ -25,14 +25,16 @@ from robustvlm.models.fingerprint import fingerprint
 _OURS = Path(__file__).parents[2]
 _LIBRARIES = ("site-packages", "dist-packages")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+_GLOBALS = (nn.Module, Tensor, np.ndarray, int, float, str, dict, list, tuple)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Reached:
     """What can be reached from an object, found when this is made.
 
-    Functions are followed into closures, default arguments and the globals they name, as far as these are networks,
-    tensors, plain values or functions of the same file; containers and objects into all they hold.
+    Functions are followed into closures, default arguments and the globals they name, if these are networks, tensors,
+    plain values, containers, or functions and objects of the user's; containers and the user's objects into all they
+    hold, those of libraries as far as they hold networks and tensors.
 
     Attributes:
         modules: networks by how they are reached; those inside one of them are not listed again.
@@ -74,7 +76,7 @@ class Reached:
         self._seen[id(thing)] = thing
         if isinstance(thing, Tensor):
             self.tensors[path] = thing
-        elif isinstance(thing, np.ndarray):
+        elif isinstance(thing, np.ndarray) and not thing.dtype.hasobject:
             digest = hashlib.blake2b(thing.tobytes(), digest_size=16).hexdigest()
             self._values.add(f"{path}={thing.dtype}{thing.shape}{digest}")
         elif isinstance(thing, nn.Module):
@@ -98,8 +100,11 @@ class Reached:
                 self._walk(value, f"{path}/{number}")
         else:
             self._methods(type(thing), path)
+            # What a library's object is made of (a logger knows all others) is no part of the denoiser, beyond weights.
+            whole = isinstance(thing, types.SimpleNamespace) or not _is_library(type(thing))
             for name, value in getattr(thing, "__dict__", {}).items():
-                self._walk(value, f"{path}/{name}")
+                if whole or isinstance(value, nn.Module | Tensor | np.ndarray):
+                    self._walk(value, f"{path}/{name}")
 
     def _module(self, module: nn.Module, path: str) -> None:
         self.modules[path] = module
@@ -138,9 +143,14 @@ class Reached:
         self._walk([function.__defaults__, function.__kwdefaults__], f"{path}/defaults")
         for name in sorted(set(_names(function.__code__))):
             value = function.__globals__.get(name)
-            same_file = getattr(value, "__globals__", None) is function.__globals__
-            if isinstance(value, nn.Module | Tensor | np.ndarray | int | float | str) or same_file:
+            if isinstance(value, _GLOBALS) or (value is not None and _is_users(value)):
                 self._walk(value, f"{path}/{name}")
+
+
+def _is_users(thing: object) -> bool:
+    """Whether a function, or the class of an object, stands in a file of the user's."""
+    kind = thing if isinstance(thing, types.FunctionType) else type(thing)
+    return not _is_library(kind) and _OURS not in (_file(kind) or Path()).parents
 
 
 def file_digest(module: str) -> str:
@@ -168,7 +178,7 @@ def _is_library(kind: Callable[..., Any] | type) -> bool:
     """Whether a class or function belongs to Python or an installed package, whose settings vary between versions."""
     file = _file(kind)
     if file is None or _OURS in file.parents:
-        return file is None
+        return file is None and kind.__module__ != "__main__"
     return any(name in file.parts for name in _LIBRARIES) or Path(sysconfig.get_paths()["stdlib"]) in file.parents
 
 

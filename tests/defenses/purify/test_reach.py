@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from robustvlm.defenses.purify import OwnDenoiser, load_denoiser
 
 # Each factory hides a network with dropout, or a setting, in another place.
 OWN = """
+import argparse
 import functools
+import logging
 import torch
 from torch import nn
 from robustvlm.defenses.purify import OneStepDenoiser
@@ -76,6 +79,19 @@ def matrix():
     by = torch.tensor(STRENGTH)
     return lambda noisy, sigma: by * noisy
 
+HOLDER = Holder()
+def object_in_a_global():
+    return lambda noisy, sigma: HOLDER(noisy, sigma)
+
+class Logging:
+    def __init__(self):
+        self.log = logging.getLogger("reached")
+    def __call__(self, noisy, sigma):
+        return noisy
+def library_object():
+    holder = argparse.Namespace(net=Net())
+    return lambda noisy, sigma: holder.net(noisy)
+
 class Counting:
     calls = 0
     def __call__(self, noisy, sigma):
@@ -83,7 +99,17 @@ class Counting:
         self.kept = noisy
         return noisy
 """
-HIDING = ["closure", "default", "partial", "in_a_global", "in_an_object", "bound_method", "Listed", "hidden_diffusion"]
+HIDING = [
+    "closure",
+    "default",
+    "partial",
+    "in_a_global",
+    "in_an_object",
+    "bound_method",
+    "Listed",
+    "hidden_diffusion",
+    "library_object",
+]
 SIDE = 4
 
 
@@ -101,7 +127,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OwnDe
         for key, value in constants.items():
             setattr(module, key, value)
         if "WEIGHT" in constants:
-            module.GLOBAL = module.Net()
+            module.GLOBAL, module.HOLDER = module.Net(), module.Holder()
         return load_denoiser(f"reached_denoisers:{name}", SIDE, torch.device("cpu"))
 
     return make
@@ -149,6 +175,12 @@ def test_what_calls_leave_behind_does_not_count(load: Callable[..., OwnDenoiser]
     before = own.fingerprint
     own(torch.rand(2, 3, SIDE, SIDE), 0.25)
     assert own.fingerprint == before == load("Counting").fingerprint
+
+
+def test_objects_of_libraries_do_not_count_beyond_weights(load: Callable[..., OwnDenoiser]) -> None:
+    before = load("Logging").fingerprint
+    logging.getLogger("reached.another").setLevel(logging.ERROR)
+    assert load("Logging").fingerprint == before
 
 
 def test_objects_that_hold_each_other_end() -> None:
