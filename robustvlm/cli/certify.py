@@ -43,7 +43,10 @@ def certify(
         typer.Option(help="Decide only whether this l2 radius is certified, with as few samples as that takes."),
     ] = None,
     at: Annotated[str | None, typer.Option(help="Radii to count images at, as 0.1,0.25 [default: by sigma].")] = None,
-    tau: Annotated[float | None, typer.Option(help="Threshold of the score, from other images (openset).")] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="Threshold of the score, from other images (openset); in place of the model's own."),
+    ] = None,
     antibodies: Annotated[Path | None, typer.Option(help="File of names to score against (openset).")] = None,
     weight: Annotated[float, typer.Option(help="Weight of the antibodies (openset).")] = 1.0,
     deployed: Annotated[
