@@ -20,18 +20,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-ENCODER = """
-import torch
-
-class Mean:
-    image_size, logit_scale = 8, 10.0
-
-    def encode_image(self, pixels):
-        return pixels.mean((2, 3)) + 0.01
-
-    def encode_text(self, texts):
-        return torch.eye(3)[[0 if "red" in text else 2 for text in texts]]
-
+OTHERS = """
 class Coupled(Mean):
     def encode_image(self, pixels):
         return pixels.mean((2, 3)) * pixels.mean() if len(pixels) < 3 else pixels.mean((2, 3)) - pixels.mean((0, 2, 3))
@@ -85,7 +74,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with an encoder, pictures of two classes, and files with mistakes of many kinds."""
     monkeypatch.delitem(sys.modules, "own_encoders", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_encoders.py").write_text(ENCODER)
+    from command_line import MEAN
+
+    (tmp_path / "own_encoders.py").write_text(MEAN + OTHERS)
     for name, colour in (("red", (200, 40, 30)), ("blue", (30, 60, 180))):
         for root, count in (("photos", 4), ("corrupt", 0), ("no_images", 0)):
             (tmp_path / root / name).mkdir(parents=True)

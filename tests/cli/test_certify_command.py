@@ -8,29 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import MEAN
 from PIL import Image
 
 from robustvlm.cli.main import main
-
-ENCODER = """
-import torch
-
-class Mean:
-    image_size, logit_scale = 8, 10.0
-
-    def encode_image(self, pixels):
-        return pixels.mean((2, 3)) + 0.01
-
-    def encode_text(self, texts):
-        return torch.eye(3)[[0 if "red" in text else 2 for text in texts]]
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an encoder and images in two classes, one of them of another size."""
     root = tmp_path_factory.mktemp("place")
-    (root / "mean_colour.py").write_text(ENCODER)
+    (root / "mean_colour.py").write_text(MEAN)
     for name, colour in (("red", (220, 40, 40)), ("blue", (40, 40, 220))):
         (root / "photos" / name).mkdir(parents=True)
         for number in range(2):

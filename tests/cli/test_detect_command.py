@@ -8,22 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import MEAN
 from PIL import Image
 
 from robustvlm.cli.main import main
-
-ENCODER = """
-import torch
-
-class Mean:
-    image_size, logit_scale = 8, 10.0
-
-    def encode_image(self, pixels):
-        return pixels.mean((2, 3)) + 0.01
-
-    def encode_text(self, texts):
-        return torch.eye(3)[[0 if "red" in text else 2 for text in texts]]
-"""
 
 Run = Callable[..., tuple[str, str]]
 
@@ -32,7 +20,7 @@ Run = Callable[..., tuple[str, str]]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an encoder, images of two known classes, and unknown ones."""
     root = tmp_path_factory.mktemp("place")
-    (root / "mean_colours.py").write_text(ENCODER)
+    (root / "mean_colours.py").write_text(MEAN)
     (root / "words.txt").write_text("green\n")
     for folder, name, colour in (("photos", "red", (220, 40, 40)), ("photos", "blue", (40, 40, 220)),
                                  ("others", "green", (60, 200, 60))):  # fmt: skip
