@@ -31,6 +31,7 @@ def torchrun(photos: Path, *words: str, model: str = "Encoder") -> subprocess.Co
     """Run `robustvlm attack` on the photos in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "robustvlm", "attack", f"small_encoders:{model}", f"--data=imagefolder:{photos}", "--device=cpu"]
+    command += ["--checks=none"]  # as in `prepared`, whose runs are gone on with here
     command += [f"--{name}={value}" for name, value in CURVE.items()]
     command += [f"--out={photos.parent / 'runs'}", *words]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
