@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from robustvlm.core.foreign_text import without_secrets
+
 
 class UserError(Exception):
     """A mistake in the input: the message says what was expected, what came and what to do.
 
     The command line prints the message on one line and ends with `exit_code`; library users catch it
-    as an ordinary exception.
+    as an ordinary exception. Passwords and signatures in URLs are cut from the message.
 
     Example:
         >>> str(UserError("eps must be positive, got -1: pass for example 2/255"))
@@ -18,6 +20,9 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class MissingExtra(UserError):

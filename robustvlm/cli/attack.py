@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, interruptible, plain
+from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
+from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.setup import Prepared
     from robustvlm.runs.summary import Estimate, Summary
 
@@ -117,8 +115,7 @@ def attack(
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.budget import parse_budget
     from robustvlm.evaluation.conditions import parse_condition
     from robustvlm.evaluation.setup import prepare
@@ -155,7 +152,7 @@ def attack(
             checks=checks,
             out=out,
             name=name,
-            command=shlex.join(["robustvlm", *sys.argv[1:]]),
+            command=given_command(),
         )
     settings: dict[str, Any] = {"fresh": resume is False, "resume": resume is True}
     if estimate:
@@ -192,7 +189,7 @@ def _forecast(found: Estimate, prepared: Prepared, console: Console, *, as_json:
     from robustvlm.report.wording import forecast
 
     if as_json and not console.quiet:
-        typer.echo(found.model_dump_json(indent=2))
+        say_json(found.model_dump_json(indent=2))
     console.print(forecast(found))
     console.print(f"The clean pass is kept in {plain(prepared.folder.path)}; without --estimate the run goes on there.")
 
@@ -201,7 +198,7 @@ def _show(summary: Summary, prepared: Prepared, console: Console, *, as_json: bo
     from robustvlm.report.terminal import attack_table
 
     if as_json:
-        typer.echo(summary.model_dump_json(indent=2))
+        say_json(summary.model_dump_json(indent=2))
         return
     console.print(attack_table(summary))
     console.print(f"Report:  {plain(prepared.folder.report_path)}")

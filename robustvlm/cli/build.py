@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from robustvlm.cli.closing import given_command
 from robustvlm.cli.options import Device, Out
 from robustvlm.core.ranks import current_ranks
 
@@ -36,9 +35,9 @@ def build(
     that it was made for.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
     from rich.markup import escape
 
+    from robustvlm.cli.console import Console
     from robustvlm.defenses.build import Recipe
     from robustvlm.errors import UserError
     from robustvlm.evaluation.assembling import assemble
@@ -47,7 +46,7 @@ def build(
         raise UserError("`robustvlm build` is one process's work: start it without torchrun")
     recipe = Recipe(encoder=encoder, purify=purify, smooth=smooth, immunize=immunize)
     console = Console()
-    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    command = given_command()
     with console.status("Copying the parts") if console.is_terminal else _Quiet():
         built = assemble(
             recipe,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, interruptible, plain
+from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
+from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.certifying.prepared import PreparedCertify
     from robustvlm.evaluation.certifying.settings import Settings
     from robustvlm.runs.certify_summary import CertifySummary
@@ -93,8 +91,7 @@ def certify(
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.certifying.conditions import parse_certify_condition
     from robustvlm.evaluation.certifying.settings import Settings
 
@@ -156,7 +153,7 @@ def _prepare(
     from robustvlm.evaluation.certifying.replay import prepare_replay
     from robustvlm.evaluation.certifying.setup import prepare_certify
 
-    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    command = given_command()
     if from_cache is not None:
         return prepare_replay(settings, from_cache, prompts=prompts, out=out, name=name, command=command)
     if prompts is not None:
@@ -181,7 +178,7 @@ def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, 
     from robustvlm.report.certify_terminal import certify_table
 
     if as_json:
-        typer.echo(summary.model_dump_json(indent=2))
+        say_json(summary.model_dump_json(indent=2))
         return
     console.print(certify_table(summary, prepared.manifest["plan"]))
     console.print(f"Report:  {plain(prepared.folder.report_path)}")

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import typer
+from robustvlm.cli.terminal import say, say_json
 
 
 def run_audit(
@@ -21,9 +21,9 @@ def run_audit(
     as_json: bool = False,
 ) -> int:
     """Audit a run given by folder or name, print what was found and return the exit code: 1 if a bound is broken."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from robustvlm.cli.console import Console
     from robustvlm.errors import UserError
     from robustvlm.evaluation.audit_run import audit_folder
     from robustvlm.evaluation.audit_search import Effort
@@ -53,8 +53,8 @@ def run_audit(
     report = write_certify_report(folder)
     content = result.model_dump(mode="json")
     if as_json:
-        typer.echo(json.dumps(content | {"broken": len(result.broken), "report": str(report)}, indent=2))
+        say_json(json.dumps(content | {"broken": len(result.broken), "report": str(report)}, indent=2))
     else:
         Console().print(audit_table(content))
-        typer.echo(f"{result.passes:,} encoder passes in {result.seconds:.0f} s. Report: {report}")
+        say(f"{result.passes:,} encoder passes in {result.seconds:.0f} s. Report: {report}")
     return 1 if result.broken else 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from robustvlm.certify import format_down
+from robustvlm.cli.console import Console
 from robustvlm.evaluation.certifying.observer import CertifyObserver, Forecast
 from robustvlm.runs.certify_rows import CertifyFact
 

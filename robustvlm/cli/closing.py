@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import typer
 
+from robustvlm.cli.terminal import say
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.ranks import current_ranks
 
 _S = TypeVar("_S", contravariant=True)
@@ -31,7 +35,7 @@ def interruptible(kept: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if current_ranks().fail("interrupted"):  # of several processes one speaks
-            typer.echo(f"stopped; {kept}: repeat the command to go on", err=True)
+            say(f"stopped; {kept}: repeat the command to go on", err=True)
         raise typer.Exit(130) from None
 
 
@@ -39,8 +43,13 @@ def end_if_any_holds(conditions: Sequence[Condition[_S]], summary: _S) -> None:
     """End the program with exit code 1, naming the conditions that hold of the run, if there are any."""
     failed = [condition.text for condition in conditions if condition.holds(summary)]
     if failed:
-        typer.echo(f"failed: {', '.join(failed)}", err=True)
+        say(f"failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)
+
+
+def given_command() -> str:
+    """Return the command line as it can be given again, without the passwords and signatures of URLs."""
+    return shlex.join(["robustvlm", *map(without_secrets, sys.argv[1:])])
 
 
 def plain(value: object) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
+from robustvlm.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from robustvlm.data import DataSource
@@ -55,7 +56,7 @@ def data(
     if check:
         facts["check"] = examine(source, limit, progress=not as_json)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        say_json(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         _show(facts)
 
@@ -79,7 +80,7 @@ def _make_tree(
     source.tree = make_forest(how, source.class_names, client=client, **({"criteria": criteria} if criteria else {}))
     with named_disk_errors(out.parent), replacing(out) as temporary:
         save_forest(source.tree, temporary)
-    typer.echo(f"wrote {out}" + (f"; {spent(client, prices)}" if client is not None else ""), err=True)
+    say(f"wrote {out}" + (f"; {spent(client, prices)}" if client is not None else ""), err=True)
 
 
 def describe(source: DataSource, limit: int | None = None) -> dict[str, Any]:
@@ -114,9 +115,9 @@ def describe(source: DataSource, limit: int | None = None) -> dict[str, Any]:
 
 def examine(source: DataSource, limit: int | None = None, *, progress: bool = False) -> dict[str, Any]:
     """Decode the selected images and return how many can be read, of which sizes and classes, and every fault."""
-    from rich.console import Console
     from rich.progress import track
 
+    from robustvlm.cli.console import Console
     from robustvlm.data import Unreadable
 
     faults: list[dict[str, str]] = []
@@ -141,9 +142,10 @@ def examine(source: DataSource, limit: int | None = None, *, progress: bool = Fa
 
 
 def _show(facts: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from robustvlm.cli.console import Console
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)

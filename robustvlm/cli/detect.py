@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, interruptible, plain
+from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
+from robustvlm.cli.terminal import say_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.detecting.run import PreparedDetect
     from robustvlm.runs.detect_summary import DetectSummary
 
@@ -77,8 +75,7 @@ def detect(
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.detecting.conditions import parse_detect_condition
     from robustvlm.evaluation.detecting.settings import Settings
     from robustvlm.evaluation.detecting.setup import prepare_detect
@@ -110,7 +107,7 @@ def detect(
     )
     console = Console(stderr=as_json)
     with console.status("Loading model and data"):
-        command = shlex.join(["robustvlm", *sys.argv[1:]])
+        command = given_command()
         prepared = prepare_detect(settings, out=out, name=name, command=command)
     for condition in conditions:
         condition.require(prepared.config, may_refuse=prepared.classifier.can_reject)
@@ -131,7 +128,7 @@ def _show(summary: DetectSummary, prepared: PreparedDetect, console: Console, *,
     from robustvlm.report.detect_terminal import detect_table
 
     if as_json:
-        typer.echo(summary.model_dump_json(indent=2))
+        say_json(summary.model_dump_json(indent=2))
         return
     console.print(detect_table(summary))
     console.print(f"Report:  {plain(prepared.folder.report_path)}")

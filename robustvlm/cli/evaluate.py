@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from robustvlm.cli.options import Classes, Device, Templates, TreeFile
+from robustvlm.cli.terminal import say_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -49,14 +50,15 @@ def evaluate(
             on_images=lambda done: progress.update(task, completed=done),
         )
     if as_json:
-        typer.echo(result.model_dump_json(indent=2))
+        say_json(result.model_dump_json(indent=2))
     else:
         _print_table(result)
 
 
 def _progress(*, quiet: bool) -> Progress:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from robustvlm.cli.console import Console
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -64,9 +66,10 @@ def _progress(*, quiet: bool) -> Progress:
 
 
 def _print_table(result: CleanResult) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from robustvlm.cli.console import Console
 
     # Specs and names are the user's text: as Text objects their brackets are no markup.
     table = Table()

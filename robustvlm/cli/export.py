@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from robustvlm.cli.terminal import say
+
 
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or any other open_clip model's spec.")],
@@ -21,5 +23,5 @@ def export(
     from robustvlm.evaluation.finetuning.exporting import export_model
 
     export_model(model, out, half=half)
-    typer.echo(f"Model: {out}")
-    typer.echo(f"open_clip: create_model('local-dir:{out}'), get_tokenizer('local-dir:{out}')")
+    say(f"Model: {out}")
+    say(f"open_clip: create_model('local-dir:{out}'), get_tokenizer('local-dir:{out}')")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.closing import given_command
 from robustvlm.cli.options import Classes, Device, Out, RecordAsJson, Resume, RunName, Templates, one_radius
+from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.finetuning import PreparedFinetune
     from robustvlm.runs.training_summary import TrainingSummary
 
@@ -98,9 +97,8 @@ def finetune(
     torchrun several processes share every batch.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
-
     from robustvlm.attacks import parse_norm
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.finetuning import prepare_finetune
     from robustvlm.evaluation.finetuning.options import parse_options
     from robustvlm.runs.finetune_config import FinetuneConfig
@@ -146,7 +144,7 @@ def finetune(
         device=device,
     )
     console = Console(stderr=as_json, quiet=not current_ranks().leader)
-    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    command = given_command()
     prepared = prepare_finetune(config, out=out, name=name, command=command, checkpoint_every=checkpoint_every)
     summary = _work(prepared, console, {"fresh": resume is False, "resume": resume is True})
     if current_ranks().leader:
@@ -170,7 +168,7 @@ def _show(summary: TrainingSummary, prepared: PreparedFinetune, console: Console
     from robustvlm.report.training_html import measure_rows, verdict
 
     if as_json:
-        typer.echo(summary.model_dump_json(indent=2))
+        say_json(summary.model_dump_json(indent=2))
         return
     table = Table()
     for column in ("measure", "before", "kept weights"):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.closing import given_command
 from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
 from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName, Templates
+from robustvlm.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.immunizing.run import ImmunizeObserver
 
 _HELD_OUT = (
@@ -85,8 +84,7 @@ def immunize(
     `attack`, `certify`, `evaluate` and `detect` take the folder: it answers with a class or rejects.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.immunizing.extending import prepare_extension
     from robustvlm.evaluation.immunizing.setup import prepare_immunize
     from robustvlm.runs.immunize_config import ImmunizeConfig
@@ -126,15 +124,15 @@ def immunize(
     )
     client = make_client(llm, llm_model)
     prepare = prepare_immunize if add_class is None else prepare_extension
-    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    command = given_command()
     prepared = prepare(config, client=client, out=out, name=name, command=command)
     record = _work(prepared.run, Console(stderr=True), fresh=fresh, quiet=as_json, steps=steps)
     if as_json:
-        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        say_json(json.dumps(record, indent=2, ensure_ascii=False))
     else:
         _show(record, prepared.folder.path, Console())
     if client is not None and not as_json:
-        typer.echo(spent(client, llm_prices))
+        say(spent(client, llm_prices))
 
 
 def _held_out(text: str | None, data: str) -> str | float:

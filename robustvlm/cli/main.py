@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,18 +21,47 @@ from robustvlm.cli.data import data
 from robustvlm.cli.detect import detect
 from robustvlm.cli.evaluate import evaluate
 from robustvlm.cli.export import export
+from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, explain
 from robustvlm.cli.finetune import finetune
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.models import models
 from robustvlm.cli.purify import purify
 from robustvlm.cli.report import report
 from robustvlm.cli.soup import soup
+from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.cli.tune_prompts import tune_prompts
-from robustvlm.core.memory import is_out_of_memory
-from robustvlm.core.ranks import current_ranks
-from robustvlm.errors import UserError
+from robustvlm.core.user_code import NO_CODE, code_policy
 
-INTERRUPTED = 130
+_NoCode = Annotated[
+    bool,
+    typer.Option(
+        "--no-code", help=f"Refuse to import code: module:callable, given or named by a file (also {NO_CODE}=1)."
+    ),
+]
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the option that all have; whatever it raises goes past the command-line library."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, no_code: bool, **options: Any) -> None:
+        try:
+            with code_policy(refused=no_code, given=sys.argv[1:]):
+                command(*arguments, **options)
+        except typer.Exit as error:
+            if error.exit_code:
+                raise
+            raise Ended(error) from error  # no command of ours declares success so
+        except BaseException as error:
+            raise Ended(error) from error
+
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("no_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_NoCode)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    run.__annotations__["no_code"] = _NoCode
+    return run
+
 
 app = typer.Typer(
     name="robustvlm",
@@ -55,7 +87,7 @@ for command in (
     models,
     data,
 ):
-    app.command(command.__name__.replace("_", "-"))(command)
+    app.command(command.__name__.replace("_", "-"))(_guarded(command))
 
 
 def _show_version(wanted: bool) -> None:
@@ -76,61 +108,34 @@ def _options(
 
 def main() -> NoReturn:
     """Run the program; a user's mistake ends in one line on standard error and exit code 2, Ctrl-C in 130."""
+    open_streams()
     signal.signal(signal.SIGTERM, _interrupt)
     # Threads that spin while they wait cost a busy machine several times what they save; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        code = _complain(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        code = _complain("interrupted", INTERRUPTED)
+        with notes_shown():
+            code = _run()
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output went away (`| head`); what is left to say has no listener.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except Exception as error:
-        code = _complain_of(error)
-    sys.exit(code if isinstance(code, int) else 0)
+        drop_output()
+        code = BROKEN_PIPE
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except OSError as error:
+        drop_output()
+        code = explain(error)
+    sys.exit(code)
 
 
-def _complain_of(error: Exception) -> int:
-    """Put click's errors, exhausted memory and the system's refusals into one line; the rest are our bugs."""
-    explain, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
-    if callable(explain) and isinstance(exit_code, int):
-        return _complain_of_usage(error, str(explain()), exit_code)
-    if type(error).__name__ == "Abort":
-        return _complain("interrupted", INTERRUPTED)
-    if isinstance(error, MemoryError) or is_out_of_memory(error):
-        return _complain("memory ran out even for one image at a time: use a smaller model or --device cpu", 2)
-    if isinstance(error, OSError) and error.strerror:
-        return _complain(error.strerror + (f": '{error.filename}'" if error.filename else ""), 2)
-    _first_to_fail(f"{type(error).__name__}: {error}")
-    raise error
-
-
-def _complain_of_usage(error: Exception, message: str, exit_code: int) -> int:
-    if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: its message is the help
-        print(message)
-        return exit_code
-    context = getattr(error, "ctx", None)
-    hint = f" (see {context.command_path} --help)" if context is not None else ""
-    return _complain(message.rstrip(".") + hint, exit_code)
-
-
-def _complain(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    if _first_to_fail(line):
-        print(f"error: {line}" if code != INTERRUPTED else line, file=sys.stderr)
-    return code
-
-
-def _first_to_fail(message: str) -> bool:
-    """Let the other processes of a torchrun job know, and return whether this one is to tell the user."""
+def _run() -> int:
     try:
-        return current_ranks().fail(message)
-    except UserError:  # no connection to the others: each speaks for itself
-        return True
+        code = app(standalone_mode=False)
+    except SystemExit as error:  # not from a command: the command-line library could not print the help
+        raise BrokenPipeError from error
+    except BaseException as error:
+        return explain(error)
+    return code if isinstance(code, int) else 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from robustvlm.cli.terminal import say, say_json
+
 
 def models(
     text: Annotated[str, typer.Option("--filter", help="Only specs that contain this text (case ignored).")] = "",
@@ -28,11 +30,11 @@ def models(
         raise UserError(f"no model's name contains '{text}'; {nearest(text, [model.spec for model in known])}")
     if as_json:
         forms = [{"form": form, "meaning": meaning} for form, meaning in all_forms]
-        typer.echo(json.dumps({"forms": forms, "models": [asdict(model) for model in found]}, indent=2))
+        say_json(json.dumps({"forms": forms, "models": [asdict(model) for model in found]}, indent=2))
         return
     if not text:
         width = max(len(form) for form, _ in all_forms)
         lines = [f"  {form:<{width}}  {meaning}" for form, meaning in all_forms]
-        typer.echo("MODEL is one of\n" + "\n".join(lines) + "\n")
+        say("MODEL is one of\n" + "\n".join(lines) + "\n")
     for model in found:
-        typer.echo(f"{model.spec}  ({model.source})" if model.source == "bundled" else model.spec)
+        say(f"{model.spec}  ({model.source})" if model.source == "bundled" else model.spec)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +16,7 @@ from rich.progress import (
 )
 
 from robustvlm.attacks import FOOLED
+from robustvlm.cli.console import Console
 from robustvlm.evaluation.observer import Observer
 from robustvlm.report.wording import forecast
 from robustvlm.runs.summary import Estimate

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.closing import given_command
 from robustvlm.cli.options import Device, Out, RecordAsJson, Resume, RunName
+from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.purifying.run import PreparedPurify
     from robustvlm.runs.training_summary import TrainingSummary
 
@@ -69,8 +68,7 @@ def purify(
     torchrun several processes share every batch.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.purifying.setup import prepare_purify
     from robustvlm.runs.purify_config import PurifyConfig
 
@@ -102,7 +100,7 @@ def purify(
         device=device,
     )
     console = Console(stderr=as_json, quiet=not current_ranks().leader)
-    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    command = given_command()
     prepared = prepare_purify(config, out=out, name=name, command=command, checkpoint_every=checkpoint_every)
     summary = _work(prepared, console, {"fresh": resume is False, "resume": resume is True})
     if current_ranks().leader:
@@ -133,7 +131,7 @@ def _show(summary: TrainingSummary, prepared: PreparedPurify, console: Console, 
     from robustvlm.report.training_html import measure_rows
 
     if as_json:
-        typer.echo(summary.model_dump_json(indent=2))
+        say_json(summary.model_dump_json(indent=2))
         return
     table = Table(title="Gaussian robustness score, images held out")
     for column in ("noise", "encoder alone", "this model"):

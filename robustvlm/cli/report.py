@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from robustvlm.cli.terminal import say, say_json
+
 
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs under runs/.")],
@@ -46,7 +48,7 @@ def report(
         return
     path = write_report(folders, out)
     if not as_json:
-        typer.echo(f"Report: {path}")
+        say(f"Report: {path}")
         return
     records = [load_run(folder) for folder in folders]
     content = {
@@ -56,7 +58,7 @@ def report(
         ],
         "comparisons": [c.as_dict([r.name for r in records]) for c in compare(records)],
     }
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    say_json(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def _report_training(folder: Path, out: Path | None, *, as_json: bool) -> None:
@@ -64,11 +66,11 @@ def _report_training(folder: Path, out: Path | None, *, as_json: bool) -> None:
 
     path = write_training_report(folder, out)
     if not as_json:
-        typer.echo(f"Report: {path}")
+        say(f"Report: {path}")
         return
     run = load_training_run(folder)
     shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
-    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
+    say_json(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
 
 
 def _report_certificates(folder: Path, out: Path | None, *, as_json: bool) -> None:
@@ -77,11 +79,11 @@ def _report_certificates(folder: Path, out: Path | None, *, as_json: bool) -> No
 
     path = write_certify_report(folder, out)
     if not as_json:
-        typer.echo(f"Report: {path}")
+        say(f"Report: {path}")
         return
     run = load_certify_run(folder)
     shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
-    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
+    say_json(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
 
 
 def _report_detection(folder: Path, out: Path | None, *, as_json: bool) -> None:
@@ -90,11 +92,11 @@ def _report_detection(folder: Path, out: Path | None, *, as_json: bool) -> None:
 
     path = write_detect_report(folder, out)
     if not as_json:
-        typer.echo(f"Report: {path}")
+        say(f"Report: {path}")
         return
     run = load_detect_run(folder)
     shown = {"name": run.name, "folder": str(folder), "summary": run.summary.model_dump(mode="json")}
-    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
+    say_json(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
 
 
 def _report_immunity(folder: Path, out: Path | None, *, as_json: bool) -> None:
@@ -102,8 +104,8 @@ def _report_immunity(folder: Path, out: Path | None, *, as_json: bool) -> None:
 
     path = write_immunize_report(folder, out)
     if not as_json:
-        typer.echo(f"Report: {path}")
+        say(f"Report: {path}")
         return
     run = load_immunize_run(folder)
     shown = {"name": run.name, "folder": str(folder), "summary": run.record}
-    typer.echo(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))
+    say_json(json.dumps({"report": str(path), "runs": [shown], "comparisons": []}, indent=2, ensure_ascii=False))

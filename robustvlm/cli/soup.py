@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from robustvlm.cli.closing import given_command
 from robustvlm.cli.options import Classes, Device, Out, Templates, one_radius
+from robustvlm.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from robustvlm.evaluation.finetuning.souping import Soup
@@ -55,13 +55,13 @@ def soup(
         limit=limit,
         device=device,
     )
-    command = shlex.join(["robustvlm", *sys.argv[1:]])
+    command = given_command()
     found, folder = make_soup(config, out=out, name=name, command=command, fresh=fresh)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        say_json(found.model_dump_json(indent=2))
         return
     _show(found)
-    typer.echo(f"Model: {folder.path}")
+    say(f"Model: {folder.path}")
 
 
 def _show(found: Soup) -> None:
@@ -69,7 +69,7 @@ def _show(found: Soup) -> None:
 
     for step in found.tasted:
         value = f" {step.value:.1%}" if found.method == "greedy" else ""
-        typer.echo(f"{'+' if step.kept else '-'} {step.name}{value}")
+        say(f"{'+' if step.kept else '-'} {step.name}{value}")
     for name, measure in found.measures.items():
         if isinstance(measure, Rate) and measure.value is not None:
-            typer.echo(f"{name}: {measure.value:.1%} ({measure.low:.1%}-{measure.high:.1%})")
+            say(f"{name}: {measure.value:.1%} ({measure.low:.1%}-{measure.high:.1%})")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 
 from robustvlm.cli.closing import interruptible
+from robustvlm.cli.console import Console
 from robustvlm.core.ranks import current_ranks
 from robustvlm.report.wording import duration
 from robustvlm.stats import Mean, Rate

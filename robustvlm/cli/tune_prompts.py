@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.closing import given_command
 from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName
+from robustvlm.cli.terminal import say_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.prompt_tuning import PreparedPrompts
 
 
@@ -48,8 +47,7 @@ def tune_prompts(
 ) -> None:
     """Learn context vectors in front of the class names from a few images a class; the run's folder is a model spec."""
     # The heavy libraries are loaded here, so that --help and --version answer at once.
-    from rich.console import Console
-
+    from robustvlm.cli.console import Console
     from robustvlm.evaluation.prompt_tuning import prepare_prompts
     from robustvlm.runs.prompt_config import PromptConfig
 
@@ -70,10 +68,10 @@ def tune_prompts(
         seed=seed,
         device=device,
     )
-    prepared = prepare_prompts(config, out=out, name=name, command=shlex.join(["robustvlm", *sys.argv[1:]]))
+    prepared = prepare_prompts(config, out=out, name=name, command=given_command())
     record = _work(prepared, Console(stderr=True), fresh=fresh, quiet=as_json)
     if as_json:
-        typer.echo(json.dumps(record, indent=2))
+        say_json(json.dumps(record, indent=2))
     else:
         _show(record, prepared, Console())
 

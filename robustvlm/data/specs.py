@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.data.classes import known_forest, recognise, usual_names
 from robustvlm.data.names import read_class_names, settle_names
 from robustvlm.data.prompts import read_templates
@@ -23,6 +24,8 @@ _OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
 @dataclass(frozen=True)
 class Spec:
     """A parsed data spec `KIND[:REST][?key=value&key=value]`; values may be percent-encoded.
+
+    `text` is without the passwords and signatures of URLs: it is what is stored and shown. `rest` has them.
 
     Example:
         >>> spec = parse_spec("parquet:cifar/test.parquet?label=fine_label")
@@ -71,7 +74,7 @@ def parse_spec(text: str) -> Spec:
     options = {name: unquote(value) for name, value in pairs}
     if len(options) < len(pairs):
         raise UserError(f"an option is given twice in '{text}'")
-    return Spec(text, kind, rest, options)
+    return Spec(without_secrets(text), kind, rest, options)
 
 
 def open_data(

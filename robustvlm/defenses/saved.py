@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.certify import OpensetRule
+from robustvlm.core.user_code import named_by
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, zero_shot
@@ -97,7 +98,7 @@ class SavedModel(ABC):
 
         if self.card.base is None:
             raise UserError(f"the card of '{self.folder}' names no base model: make the model again")
-        with _once(self.folder):
+        with _once(self.folder), named_by(f"the card of '{self.folder}'"):
             vlm = load_pipeline(self.card.base, device=device)
         if self.card.base_fingerprint not in (None, vlm.fingerprint):
             raise UserError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from robustvlm.core.user_code import import_user_module, no_exit
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.hub import brief
 from robustvlm.models.vlm import VLM
@@ -120,11 +119,10 @@ def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
 def create(spec: str) -> Any:
     """Return what the callable of a `module:callable` spec returns, or raise a UserError that says why it cannot."""
     module_name, _, attribute = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        # The installed command does not have the current folder on its path, as `python script.py` would.
-        sys.path.insert(0, os.getcwd())
     try:
-        target: Any = importlib.import_module(module_name)
+        target: Any = import_user_module(spec)
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             where = "neither in this folder nor among the installed packages"
@@ -140,7 +138,10 @@ def create(spec: str) -> Any:
     if not callable(target):
         raise UserError(f"'{spec}' is a {type(target).__name__}, not a callable that returns the encoder")
     try:
-        return target()
+        with no_exit(f"'{spec}'"):
+            return target()
+    except UserError:
+        raise
     except Exception as error:  # the user's factory may fail in any way
         raise UserError(f"'{spec}' failed: {type(error).__name__}: {brief(error)}") from error
 
@@ -161,7 +162,10 @@ def _try_out(vlm: CustomVLM) -> None:
 def _width(vlm: CustomVLM, name: str, run: Any, given: str) -> int:
     wanted = f"'{vlm.spec}': {name} of {given} must return finite features [2, D]"
     try:
-        features = run()
+        with no_exit(f"'{vlm.spec}'"):
+            features = run()
+    except UserError:
+        raise
     except Exception as error:  # the user's encoder may fail in any way
         raise UserError(f"{wanted}, it raised {type(error).__name__}: {brief(error)}") from error
     if not isinstance(features, torch.Tensor):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.errors import UserError
 
 CONFIG_NAME = "open_clip_config.json"
@@ -74,4 +75,5 @@ def brief(error: BaseException, *, limit: int = 160) -> str:
         'KeyError'
     """
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = without_secrets(line)
     return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.foreign_text import secrets_cut, without_secrets
 from robustvlm.errors import UserError
 from robustvlm.runs.files import TEMPORARY, named_disk_errors, write_text
 from robustvlm.runs.manifest import Manifest, is_manifest, require_same
@@ -63,7 +64,10 @@ def default_name(kind: str, model: str, data: str, config: dict[str, Any]) -> st
         >>> default_name("attack", "tiny", "emoji", {"seed": 0})
         'attack-tiny-emoji-...'
     """
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
+    # A URL that is signed anew names the same run, and no part of a signature may end up in a folder's name.
+    text = json.dumps(secrets_cut(config), sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    model, data = without_secrets(model), without_secrets(data)
     words = (re.sub(r"[^A-Za-z0-9]+", "-", word).strip("-")[-32:].strip("-") for word in (kind, model, data))
     return "-".join([*(word for word in words if word), digest])
 

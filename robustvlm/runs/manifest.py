@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from robustvlm.core.foreign_text import secrets_cut
 from robustvlm.errors import UserError
 
 FORMAT = 1
@@ -24,13 +25,13 @@ Manifest = dict[str, Any]
 def make_manifest(
     *, kind: str, name: str, command: str, config: BaseModel, model: dict[str, Any], data: dict[str, Any]
 ) -> Manifest:
-    """Return the manifest of a new run of any kind.
+    """Return the manifest of a new run of any kind, without the passwords and signatures of URLs.
 
     Args:
         config: every setting that decides the results, its `device` among them.
         model, data: spec, fingerprint and what else describes them.
     """
-    return {
+    manifest: Manifest = {
         "format": FORMAT,
         "kind": kind,
         "name": name,
@@ -43,6 +44,8 @@ def make_manifest(
         "model": model,
         "data": data,
     }
+    cut: Manifest = secrets_cut(manifest)
+    return cut
 
 
 def versions() -> dict[str, str]:

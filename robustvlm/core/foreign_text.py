@@ -1,0 +1,149 @@
+"""Text that others wrote, made fit to be shown and stored: control characters as escapes, secrets cut from URLs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_HIDDEN = "***"
+_USER = re.compile(r"(?<![\w+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}://)([^\s/?#\\@]*@)+")
+# A key and its value, as in the query or fragment of a URL; a percent-encoded "=" or "&" ends nothing.
+_PAIR = re.compile(r"([?&#;])([\w.~%-]{1,80})=([^\s&#;'\"<>\\]*)")
+_URL = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>\\]+")
+_SECRET_WORDS = ("sig", "token", "secret", "passw", "pwd", "credential", "apikey", "accesskey", "auth", "session")
+_SECRET_NAMES = frozenset(("key", "pass", "policy", "hmac", "jwt", "ticket"))
+# Beside the signature itself: what is new in each URL that a store signs (AWS and its kin, Google, Azure, CloudFront).
+_SIGNED_WITH = frozenset(
+    ("expires", "expiry", "keypairid", "googleaccessid", "se", "st", "sp", "sv", "sr", "spr", "sip", "ske", "skt",
+     "sks", "skv", "skoid", "sktid", "ss", "srt", "date")
+)  # fmt: skip
+_OPAQUE = re.compile(r"(?=[^\d]*\d)(?=[^A-Za-z]*[A-Za-z])[\w.~+/=%-]{24,}")
+_BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,})")
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` with what opens doors replaced: user names, passwords, signatures and tokens of URLs, bearer keys.
+
+    A URL signed anew gives the same text, so that it can stand for the place in what a run is known by. A value that
+    looks random under a name that says nothing becomes a digest: it may be a secret, or what tells two places apart.
+
+    Example:
+        >>> without_secrets("wds:https://me:pw@host/a.tar?X-Amz-Date=20260101&X-Amz-Signature=0f3a&part=7")
+        'wds:https://***@host/a.tar?X-Amz-Date=***&X-Amz-Signature=***&part=7'
+        >>> without_secrets("class 3 of 7")
+        'class 3 of 7'
+    """
+    if "://" in text:
+        text = _URL.sub(_bare, _USER.sub(rf"\1{_HIDDEN}@", text))
+    if "earer" in text.lower() or "asic " in text.lower():
+        text = _BEARER.sub(rf"\1 {_HIDDEN}", text)
+    return _TOKEN.sub(_HIDDEN, text)
+
+
+def secrets_cut(value: Any) -> Any:
+    """Return plain data (mappings, lists, texts, numbers) with `without_secrets` applied to every text in it.
+
+    Example:
+        >>> secrets_cut({"data": "wds:http://a:b@h/x.tar", "seeds": [0, 1]})
+        {'data': 'wds:http://***@h/x.tar', 'seeds': [0, 1]}
+    """
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: secrets_cut(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [secrets_cut(item) for item in value]
+    return value
+
+
+def visible(text: str, *, lines: bool = True) -> str:
+    r"""Return `text` with everything that could steer a terminal, or hide, written as an escape.
+
+    Control characters (C0, C1, ESC), directions and other invisible formats, lone surrogates; joiners stay, since
+    scripts and emoji are written with them.
+
+    Args:
+        lines: leave line breaks and tabs as they are.
+
+    Example:
+        >>> visible("\x1b[31mred\u202e"), visible("a\nb", lines=False)
+        ('\\x1b[31mred\\u202e', 'a\\nb')
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(mark, lines) for mark in text)
+
+
+def ascii_json(text: str) -> str:
+    r"""Return JSON text, with everything outside ASCII as JSON's own escapes: the same JSON in any encoding.
+
+    Example:
+        >>> ascii_json('["\u00e9"]')
+        '["\\u00e9"]'
+    """
+    return "".join(mark if mark.isascii() else _json_escape(mark) for mark in text)
+
+
+def visible_json(text: str) -> str:
+    r"""Return JSON text with what `visible` escapes as JSON's own escapes, so that it stays the same JSON.
+
+    Example:
+        >>> visible_json('["\x9b31m"]')
+        '["\\u009b31m"]'
+    """
+    if text.isprintable():
+        return text
+    return "".join(_json_escape(mark) if mark not in "\n\t\r" and _steers(mark) else mark for mark in text)
+
+
+def _bare(found: re.Match[str]) -> str:
+    url = found.group()
+    names = {_plain(name) for _, name, _ in _PAIR.findall(url)}
+    signed = any(_secret(name) for name in names)
+
+    def cut(pair: re.Match[str]) -> str:
+        mark, name, value = pair.groups()
+        plain = _plain(name)
+        if not value or not (_secret(plain) or (signed and plain in _SIGNED_WITH)):
+            if not _OPAQUE.fullmatch(value):
+                return pair.group()
+            return (
+                f"{mark}{name}={_HIDDEN}{hashlib.blake2b(value.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
+            )
+        return f"{mark}{name}={_HIDDEN}"
+
+    return _PAIR.sub(cut, url)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"%[0-9A-Fa-f]{2}|[^a-z0-9]", "", name.lower())
+
+
+def _secret(plain: str) -> bool:
+    if plain.startswith(("xamz", "xgoog", "xoss", "xcos")) or plain in _SECRET_NAMES:
+        return True
+    return any(word in plain for word in _SECRET_WORDS)
+
+
+def _steers(mark: str) -> bool:
+    if mark.isprintable() or mark in "\u200c\u200d":
+        return False
+    return unicodedata.category(mark) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escaped(mark: str, lines: bool) -> str:
+    if not _steers(mark) or (lines and mark in "\n\t"):
+        return mark
+    return mark.encode("unicode_escape").decode("ascii")
+
+
+def _json_escape(mark: str) -> str:
+    code = ord(mark)
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
