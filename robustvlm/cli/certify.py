@@ -98,18 +98,19 @@ def certify(
     if audit is not None:
         from robustvlm.cli.certify_audit import run_audit
 
-        raise typer.Exit(
-            run_audit(
-                audit,
-                out=out,
-                limit=limit,
-                seed=seed,
-                device=device,
-                starts=audit_starts,
-                steps=audit_steps,
-                as_json=as_json,
-            )
+        broken = run_audit(
+            audit,
+            out=out,
+            limit=limit,
+            seed=seed,
+            device=device,
+            starts=audit_starts,
+            steps=audit_steps,
+            as_json=as_json,
         )
+        if broken:
+            raise typer.Exit(broken)
+        return
     conditions = [parse_certify_condition(text) for text in fail_if or []]
     ranks = current_ranks()
     console = Console(stderr=as_json, quiet=not ranks.leader)

@@ -8,7 +8,9 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_HIDDEN = "***"
+HIDDEN = "***"
+"""What stands where a secret stood."""
+
 _USER = re.compile(r"(?<![\w+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}://)([^\s/?#\\@]*@)+")
 # A key and its value, as in the query or fragment of a URL; a percent-encoded "=" or "&" ends nothing.
 _PAIR = re.compile(r"([?&#;])([\w.~%-]{1,80})=([^\s&#;'\"<>\\]*)")
@@ -38,10 +40,10 @@ def without_secrets(text: str) -> str:
         'class 3 of 7'
     """
     if "://" in text:
-        text = _URL.sub(_bare, _USER.sub(rf"\1{_HIDDEN}@", text))
+        text = _URL.sub(_bare, _USER.sub(rf"\1{HIDDEN}@", text))
     if "earer" in text.lower() or "asic " in text.lower():
-        text = _BEARER.sub(rf"\1 {_HIDDEN}", text)
-    return _TOKEN.sub(_HIDDEN, text)
+        text = _BEARER.sub(rf"\1 {HIDDEN}", text)
+    return _TOKEN.sub(HIDDEN, text)
 
 
 def secrets_cut(value: Any) -> Any:
@@ -112,9 +114,9 @@ def _bare(found: re.Match[str]) -> str:
             if not _OPAQUE.fullmatch(value):
                 return pair.group()
             return (
-                f"{mark}{name}={_HIDDEN}{hashlib.blake2b(value.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
+                f"{mark}{name}={HIDDEN}{hashlib.blake2b(value.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
             )
-        return f"{mark}{name}={_HIDDEN}"
+        return f"{mark}{name}={HIDDEN}"
 
     return _PAIR.sub(cut, url)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import decode, one_line
 from robustvlm.data.parquet_schema import IMAGE_COLUMNS, LABEL_COLUMNS
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
@@ -112,7 +114,10 @@ def _load(name: str, *, config: str | None, split: str, revision: str | None, st
                 raise UserError(f"'{name}' has no split '{split}': {nearest(split, splits)}")
             return splits[split]
         target = str(path) if path.exists() else name
-        return library.load_dataset(target, config, split=split, revision=revision, streaming=streaming)
+        fetch = partial(library.load_dataset, target, config, split=split, revision=revision, streaming=streaming)
+        if int(library.__version__.split(".")[0]) < 4:
+            fetch = partial(fetch, trust_remote_code=False)  # these versions know data sets that are programs
+        return within(download_seconds(), fetch)
     except UserError:
         raise
     except Exception as error:  # network, hub and format faults come in many types

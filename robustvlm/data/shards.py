@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import urllib.request
+import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from robustvlm.core.foreign_text import HIDDEN, without_secrets
+from robustvlm.core.network import Deadline, SteadyStream, open_url
 from robustvlm.data.specs import Spec
 from robustvlm.errors import UserError
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _TIMEOUT = 60
-"""Seconds a server may be silent."""
+"""Seconds to the first byte, and for every read after it, however slowly its bytes come in."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Shard:
         """Open the shard for reading from start to end."""
         if self.path:
             return self.path.open("rb")
-        stream: IO[bytes] = urllib.request.urlopen(self.address, timeout=_TIMEOUT)
-        return stream
+        deadline = Deadline(_TIMEOUT)
+        return io.BufferedReader(SteadyStream(open_url(self.address, deadline), deadline, wait=_TIMEOUT), 2**16)
 
 
 def find_shards(spec: Spec) -> list[Shard]:
@@ -70,6 +72,10 @@ def _expand(text: str) -> list[str]:
 def _resolve(address: str) -> list[str]:
     scheme = address.partition(":")[0].lower()
     if address.lower().startswith(("http://", "https://")):
+        if HIDDEN in address:
+            raise UserError(
+                f"'{address}' was stored without its password or signature: give the whole address in the command"
+            )
         return [address]
     if address.lower().startswith("file://"):
         address = address[7:]
@@ -87,5 +93,5 @@ def _resolve(address: str) -> list[str]:
 
 
 def _stem(address: str) -> str:
-    name = address.partition("?")[0].rstrip("/").rpartition("/")[2]
+    name = without_secrets(address).partition("?")[0].rstrip("/").rpartition("/")[2]
     return next((name[: -len(suffix)] for suffix in _SUFFIXES if name.endswith(suffix)), name)

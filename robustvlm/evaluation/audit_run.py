@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample, select
@@ -101,7 +102,8 @@ def audit_folder(
         run.config.data, classes=_path(run.config.classes), templates=_path(run.config.templates),
         tree=_path(run.config.tree),
     )  # fmt: skip
-    vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
+    with named_by(f"the manifest of '{folder}'"):
+        vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
     _require_same_model(run, encoder, source.class_names)
     model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)

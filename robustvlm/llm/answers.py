@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 Answer = TypeVar("Answer", bound=BaseModel)
+
+_OBJECT = re.compile(r'\{\s*["}]')
+_MOST_TRIES = 50
 
 MODES = ("json_schema", "json_object", "plain")
 """From the strictest to the one that every server knows."""
@@ -79,15 +83,27 @@ def find_json(text: str) -> Any:
         >>> find_json('<think>{"a": 0}?</think>Sure!\\n```json\\n{"a": 1}\\n```')
         {'a': 1}
     """
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    text = _without_thoughts(text)
     decoder = json.JSONDecoder()
-    at = text.find("{")
-    while at >= 0:
+    # Each try may read to the end: a limited number of them keeps the time linear in the length of the text.
+    for start in islice(_OBJECT.finditer(text), _MOST_TRIES):
         try:
-            return decoder.raw_decode(text, at)[0]
+            return decoder.raw_decode(text, start.start())[0]
         except (ValueError, RecursionError):
-            at = text.find("{", at + 1)
+            continue
     raise BadAnswer("the answer holds no valid JSON object")
+
+
+def _without_thoughts(text: str) -> str:
+    """Return a text without what stands between <think> and </think>, in one walk."""
+    kept, at = [], 0
+    while True:
+        begin = text.find("<think>", at)
+        end = text.find("</think>", begin) if begin >= 0 else -1
+        if end < 0:
+            return "".join([*kept, text[at:]])
+        kept.append(text[at:begin])
+        at = end + len("</think>")
 
 
 def _said(error: ValidationError) -> str:

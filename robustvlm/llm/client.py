@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.network import Deadline
 from robustvlm.llm.answers import MODES, Answer, BadAnswer, instructions, read_answer, response_format
 from robustvlm.llm.cache import AnswerCache, answer_key, default_folder
 from robustvlm.llm.endpoint import OPENAI_KEY, OWN_KEY, Endpoint, LlmError, api_key
@@ -30,8 +32,9 @@ class LlmClient:
     Args:
         endpoint: server and model.
         cache: where answers are kept; the user's cache folder by default.
-        timeout: seconds for one request.
+        timeout: seconds for one request, from the look-up of the name to the last byte.
         attempts: most requests for one question.
+        patience: seconds for one question, all its requests and pauses together.
         temperature: randomness of the answer; the server's default when None.
         sleep: waits the given seconds between attempts.
     """
@@ -43,10 +46,12 @@ class LlmClient:
         cache: AnswerCache | None = None,
         timeout: float = 180.0,
         attempts: int = 5,
+        patience: float = 900.0,
         temperature: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.endpoint, self.timeout, self.attempts, self.temperature = endpoint, timeout, attempts, temperature
+        self.patience = patience
         self.cache = cache or AnswerCache(default_folder())
         self.usage = Usage()
         self._sleep = sleep
@@ -70,7 +75,14 @@ class LlmClient:
     def _key(self, prompt: str, schema: type[Answer], system: str) -> str:
         described = json.dumps(schema.model_json_schema(), sort_keys=True)
         return answer_key(
-            [self.endpoint.chat_url, self.endpoint.model, system, prompt, described, repr(self.temperature)]
+            [
+                without_secrets(self.endpoint.chat_url),
+                self.endpoint.model,
+                system,
+                prompt,
+                described,
+                repr(self.temperature),
+            ]
         )
 
     def _known(self, key: str, schema: type[Answer]) -> Answer | None:
@@ -83,8 +95,14 @@ class LlmClient:
     def _ask(self, prompt: str, schema: type[Answer], system: str) -> Answer:
         complaint = trouble = ""
         attempt = 0
+        deadline = Deadline(self.patience)
         while attempt < self.attempts:
-            reply, trouble = self._post(self._payload(prompt, schema, system, complaint))
+            try:
+                seconds = min(self.timeout, deadline.left())
+            except TimeoutError:
+                said = f"; the last: {trouble}" if trouble else ""
+                raise LlmError(f"{self._who} gave no usable answer in {self.patience:,.0f} s{said}") from None
+            reply, trouble = self._post(self._payload(prompt, schema, system, complaint), seconds)
             if reply is not None and reply.status in _TAKES_NO_FORMAT and self._mode + 1 < len(MODES):
                 self._mode += 1  # not a failure: this server knows fewer ways of asking
                 continue
@@ -107,13 +125,11 @@ class LlmClient:
         payload = {"model": self.endpoint.model, "messages": messages, **response_format(mode, schema)}
         return payload if self.temperature is None else payload | {"temperature": self.temperature}
 
-    def _post(self, payload: dict[str, Any]) -> tuple[Reply | None, str]:
+    def _post(self, payload: dict[str, Any], seconds: float) -> tuple[Reply | None, str]:
         """Return the reply, or None for a broken connection; and, where it is no answer, what is wrong."""
         key = api_key(self.endpoint)
         try:
-            reply = post_json(
-                self.endpoint.chat_url, payload, key=key, timeout=self.timeout, direct=self.endpoint.local
-            )
+            reply = post_json(self.endpoint.chat_url, payload, key=key, timeout=seconds, direct=self.endpoint.local)
         except Unreachable as error:
             raise LlmError(f"{self._who} cannot be reached ({error}): check the URL and the network") from None
         except Dropped as error:
@@ -155,7 +171,7 @@ class LlmClient:
 
     @property
     def _who(self) -> str:
-        return f"the language model '{self.endpoint.model}' at {self.endpoint.url}"
+        return f"the language model '{self.endpoint.model}' at {without_secrets(self.endpoint.url)}"
 
 
 def _message(reply: Reply, key: str | None) -> str:

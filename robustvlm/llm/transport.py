@@ -10,12 +10,13 @@ import http.client
 import json
 import socket
 import ssl
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from robustvlm.core.network import Deadline, open_url
 
 _MOST_BYTES = 32 * 2**20
 _CHUNK = 65536
@@ -38,17 +39,12 @@ class Dropped(Exception):
     """The connection broke or took too long: asking again may help."""
 
 
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        del req, fp, code, msg, headers, newurl  # no new request: the reply arrives as an HTTPError
-
-
 def post_json(url: str, payload: object, *, key: str | None, timeout: float, direct: bool = False) -> Reply:
     """Post `payload` as JSON and return the reply, whatever its status.
 
     Args:
         key: bearer token, or None.
-        timeout: seconds for the whole exchange.
+        timeout: seconds for the whole exchange, from the look-up of the name to the last byte of the body.
         direct: pass over the proxies that the environment names.
 
     Raises:
@@ -59,30 +55,26 @@ def post_json(url: str, payload: object, *, key: str | None, timeout: float, dir
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, data=json.dumps(payload).encode(), headers=headers, method="POST")
-    proxies = [urllib.request.ProxyHandler({})] if direct else []
-    deadline = time.monotonic() + timeout
     try:
-        with urllib.request.build_opener(_StayHere, *proxies).open(request, timeout=timeout) as response:
-            return _reply(response.status, response, deadline)
+        with open_url(request, Deadline(timeout), direct=direct, follow=False) as response:
+            return _reply(response.status, response)
     except urllib.error.HTTPError as error:
         with error:
-            return _reply(error.code, error, deadline)
+            return _reply(error.code, error)
     except urllib.error.URLError as error:
         raise _named(error.reason) from None
     except (OSError, http.client.HTTPException) as error:
         raise _named(error) from None
 
 
-def _reply(status: int, response: Any, deadline: float) -> Reply:
-    """Read a body piece by piece: the socket's own timeout would start anew with every byte that trickles in."""
+def _reply(status: int, response: Any) -> Reply:
+    """Read a body piece by piece, up to a size that no answer has."""
     pieces: list[bytes] = []
     size = 0
     try:
         while piece := response.read1(_CHUNK) if hasattr(response, "read1") else response.read():
             pieces.append(piece)
             size += len(piece)
-            if time.monotonic() > deadline:
-                raise Dropped("no whole answer in time")
             if size > _MOST_BYTES:
                 raise Unreachable(f"the answer is longer than {_MOST_BYTES // 2**20} MiB")
         if getattr(response, "length", None):

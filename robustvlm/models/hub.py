@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.network import download_seconds, within
 from robustvlm.errors import UserError
 
 CONFIG_NAME = "open_clip_config.json"
+_SHORT = 30.0  # seconds for one question to the hub
 WEIGHT_NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -34,7 +37,7 @@ def hub_file(repo: str, names: Sequence[str], *, advice: str) -> Path:
         _reach_hub()
         for name in names:
             try:
-                return Path(hf_hub_download(repo, name))
+                return Path(within(download_seconds(), partial(hf_hub_download, repo, name)))
             except EntryNotFoundError:
                 continue
     except Exception as error:  # the hub's client raises its own, its transport's and ValueErrors for bad names
@@ -52,7 +55,7 @@ def tag_file(tag: dict[str, Any], *, advice: str) -> Path:
     from open_clip.pretrained import download_pretrained
 
     try:
-        return Path(download_pretrained(tag))
+        return Path(within(download_seconds(), partial(download_pretrained, tag)))
     except Exception as error:  # urllib's, the checksum's RuntimeError
         raise UserError(f"could not fetch '{tag.get('url')}' ({brief(error)}): {advice}") from error
 
@@ -62,7 +65,7 @@ def _reach_hub() -> None:
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.utils import get_session
 
-    get_session().head(ENDPOINT, timeout=10)
+    within(_SHORT, lambda: get_session().head(ENDPOINT, timeout=10))
 
 
 def brief(error: BaseException, *, limit: int = 160) -> str:

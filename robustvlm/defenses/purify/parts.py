@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from robustvlm.core.user_code import named_by
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
 from robustvlm.defenses.purify.mapper import Mapper, MapperShape
 from robustvlm.defenses.purify.unet import Purifier, PurifierShape
@@ -149,7 +150,8 @@ def _read(folder: Path, name: str, make: Callable[[], Part]) -> Part:
 
 
 def _denoiser(folder: Path, facts: Mapping[str, Any], image_size: int, device: torch.device) -> OwnDenoiser:
-    denoiser = load_denoiser(str(facts.get("spec")), image_size, device)
+    with named_by(f"the card of '{folder}'"):
+        denoiser = load_denoiser(str(facts.get("spec")), image_size, device)
     if facts.get("fingerprint") not in (None, denoiser.fingerprint):
         raise UserError(
             f"the denoiser '{denoiser.spec}' is no longer the one that '{folder}' was made with: bring that one "

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from robustvlm.core.ranks import Ranks
+from robustvlm.core.user_code import named_by
 from robustvlm.data.names import name_key
 from robustvlm.data.prompts import read_templates
 from robustvlm.defenses import load_pipeline
@@ -115,7 +116,8 @@ def prepare_replay(
     data = source.manifest["data"]
     names = tuple(data["class_names"]) if settings.classes is None else list_of_names(settings.classes)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
-    vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
+    with named_by(f"the manifest of '{source.folder.path}'"):
+        vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
     if describe_model(vlm).items() - source.manifest["model"].items():
         raise UserError(f"the model '{settings.model}' is no longer the one of the run '{source.folder.path}'")
     config = make_config(settings, sigma=source.config.sigma, device=device).model_copy(
