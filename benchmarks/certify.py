@@ -64,7 +64,7 @@ def main() -> None:
 def _images(options: argparse.Namespace, count: int) -> Tensor:
     vlm = load_pipeline(options.model)
     samples = [item for item in open_data(options.data).samples(limit=count) if isinstance(item, Sample)]
-    return torch.stack([to_pixels(item.image, vlm.image_size, interpolation=vlm.interpolation) for item in samples])
+    return torch.stack([to_pixels(item.image, vlm.framing) for item in samples])
 
 
 def rate(options: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, *, done: set[tuple[str, float]]) -> Ite
     for sample in source.samples(limit=options.limit):
         if not isinstance(sample, Sample):
             continue
-        pixels = to_pixels(sample.image, vlm.image_size, interpolation=vlm.interpolation)[None]
+        pixels = to_pixels(sample.image, vlm.framing)[None]
         for sigma in map(float, options.sigma.split(",")):
             if (sample.id, sigma) in done:
                 continue

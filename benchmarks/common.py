@@ -43,7 +43,7 @@ def load_subject(model: str, data: str, limit: int | None, *, device: str = "cpu
     jobs: list[Job] = []
     seen = 0
     for batch in _batches(source.samples(limit=limit)):
-        x = torch.stack([to_pixels(s.image, vlm.image_size, interpolation=vlm.interpolation) for s in batch])
+        x = torch.stack([to_pixels(s.image, vlm.framing) for s in batch])
         for sample, image, logits in zip(batch, x, oracle.confirm(x).cpu(), strict=True):
             seen += 1
             if int(logits.argmax()) == sample.label:

@@ -113,7 +113,7 @@ def pictures(source: DataSource, vlm: VLM | Classifier, limit: int) -> Iterator[
     """Yield images at the model's size."""
     for sample in source.samples(limit=limit):
         if isinstance(sample, Sample):
-            yield to_pixels(sample.image, vlm.image_size, interpolation=vlm.interpolation), sample
+            yield to_pixels(sample.image, vlm.framing), sample
 
 
 def features(

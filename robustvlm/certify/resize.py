@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from robustvlm.certify.normal import Array
+from robustvlm.core.framing import Framing
 from robustvlm.errors import UserError
 
 _SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
@@ -49,20 +50,24 @@ def _line_norm(source: int, target: int, interpolation: str) -> float:
     return float(np.linalg.norm(resize_matrix(source, target, interpolation), 2))
 
 
-def resize_norm(width: int, height: int, target: int, interpolation: str = "bicubic") -> float:
-    """Return a bound of the 2-norm of resizing the shorter side to `target` and cropping the centre square.
+def resize_norm(width: int, height: int, size: int | Framing) -> float:
+    """Return a bound of the 2-norm of bringing an image to the square that a model sees, in its framing.
 
     A perturbation of l2 norm e at the source reaches the model with at most e times this, so that a radius R at the
     model's resolution is R / norm at the source image (up to rounding to 8 bits after the resize). The norm of the
-    two-dimensional resize is the product of those of its lines; cropping only lowers it.
+    two-dimensional resize is the product of those of its lines; cropping only lowers it, and padding adds none.
 
     Example:
         >>> [round(resize_norm(side, side, 224), 3) for side in (32, 224, 500)]
         [7.013, 1.0, 0.452]
     """
-    short = min(width, height)
+    framing = Framing.of(size)
+    target, filter_ = framing.image_size, framing.interpolation
+    if framing.resize_mode == "squash":
+        return _line_norm(width, target, filter_) * _line_norm(height, target, filter_)
+    short, long = min(width, height), max(width, height)
+    if framing.resize_mode == "longest":
+        return _line_norm(short, max(1, round(short * target / long)), filter_) * _line_norm(long, target, filter_)
     if short == target:
         return 1.0
-    long = max(target, int(target * max(width, height) / short))
-    longer = _line_norm(max(width, height), long, interpolation)
-    return _line_norm(short, target, interpolation) * longer
+    return _line_norm(short, target, filter_) * _line_norm(long, max(target, int(target * long / short)), filter_)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.models import VLM, ZeroShotClassifier
+from robustvlm.models.vlm import framing_of_model
 
 
 class Classifier(nn.Module, ABC):
     """A model of known classes: pixels [B, 3, H, H] in [0, 1] to logits [B, K].
 
     With `can_reject` there is one column more, the acceptance score: an image is accepted exactly when it is positive.
+    `framing` says how an image of any shape becomes such a square.
     `vlm` and `class_embeddings` are there for classifiers on top of an encoder, None otherwise; `logit_scale` is the
     factor on cosine similarities, None where the logits are none.
     """
@@ -27,13 +29,25 @@ class Classifier(nn.Module, ABC):
         class_names: Sequence[str],
         image_size: int,
         interpolation: str = "bicubic",
+        resize_mode: str = "shortest",
+        fill_color: int = 0,
         logit_scale: float | None = None,
         can_reject: bool = False,
     ) -> None:
         super().__init__()
         self.spec, self.class_names = spec, tuple(class_names)
-        self.image_size, self.interpolation = image_size, interpolation
+        self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color)
         self.logit_scale, self.can_reject = logit_scale, can_reject
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the model sees."""
+        return self.framing.image_size
+
+    @property
+    def interpolation(self) -> str:
+        """Filter of every resize."""
+        return self.framing.interpolation
 
     @property
     def vlm(self) -> VLM | None:
@@ -74,9 +88,8 @@ class ZeroShot(Classifier):
         super().__init__(
             spec=encoder.spec,
             class_names=head.class_names,
-            image_size=encoder.image_size,
-            interpolation=encoder.interpolation,
             logit_scale=encoder.logit_scale,
+            **encoder.framing.options(),
         )
         self.head = head
 

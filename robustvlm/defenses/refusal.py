@@ -33,10 +33,9 @@ class Refusing(Classifier):
         super().__init__(
             spec=f"{inner.spec}+reject:{threshold:g}",
             class_names=inner.class_names,
-            image_size=inner.image_size,
-            interpolation=inner.interpolation,
             logit_scale=inner.logit_scale,
             can_reject=True,
+            **inner.framing.options(),
         )
         self.inner, self.threshold = inner, threshold
 

@@ -65,9 +65,8 @@ class SmoothedVLM(VLM):
             )
         super().__init__(
             spec=f"{base.spec}+smooth:{sigma:g}:{n0}",
-            image_size=base.image_size,
             logit_scale=base.logit_scale,
-            interpolation=base.interpolation,
+            **base.framing.options(),
         )
         self.base, self.sigma, self.n0, self.rows_per_pass = base.at_noise(sigma), float(sigma), n0, rows_per_pass
         self.purifier, self.mapper = purifier, mapper

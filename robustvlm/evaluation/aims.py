@@ -22,6 +22,7 @@ from robustvlm.attacks import (
     SuperclassAll,
     Targeted,
 )
+from robustvlm.core.framing import Framing
 from robustvlm.data import DataSource
 from robustvlm.data.names import name_key
 from robustvlm.data.pixels import to_pixels
@@ -218,17 +219,17 @@ def _feature(text: str, target: str, classifier: Classifier, resolution: int, mi
         return Aim(text, (FeatureAway(min_cos, head=head),), Features(vlm), leave=False)
     with torch.no_grad():
         if Path(target).suffix.lower() in _PICTURES:
-            pixels = _picture(target, resolution, vlm.interpolation).to(vlm.device)
+            pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
             goal = FeatureTo(vlm.encode_image(pixels[None])[0], name=target, head=head)
         else:
             goal = FeatureTo(vlm.encode_text([target])[0], rivals=embeddings.detach(), name=target, head=head)
     return Aim(text, (goal,), Features(vlm), leave=False)
 
 
-def _picture(path: str, resolution: int, interpolation: str) -> Tensor:
+def _picture(path: str, framing: Framing) -> Tensor:
     try:
         with Image.open(path) as image:
-            return to_pixels(image.convert("RGB"), resolution, interpolation=interpolation)
+            return to_pixels(image.convert("RGB"), framing)
     except FileNotFoundError:
         raise UserError(f"no picture at '{path}' to aim at") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

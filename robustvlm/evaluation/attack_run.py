@@ -29,6 +29,7 @@ from robustvlm.attacks import (
     ThreatModel,
 )
 from robustvlm.attacks.plan import Attack
+from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.evaluation import checks, scrutiny
@@ -61,7 +62,7 @@ class AttackRun:
         attacks: the attacks of `config.attack`, in order.
         ledger: the run's record; facts already in it are not found again.
         observer: told about progress.
-        interpolation: how images are brought to the attack's resolution.
+        framing: how images are brought to the attack's resolution.
         ranks: this process among those that share the work; budget: what the run may cost.
     """
 
@@ -74,7 +75,7 @@ class AttackRun:
         attacks: Sequence[Attack],
         ledger: Ledger,
         observer: Observer,
-        interpolation: str = "bicubic",
+        framing: Framing | None = None,
         ranks: Ranks | None = None,
         budget: Budget | None = None,
     ) -> None:
@@ -92,8 +93,7 @@ class AttackRun:
         self.images = Images(
             source,
             limit=config.limit,
-            resolution=config.resolution,
-            interpolation=interpolation,
+            resolution=config.resolution if framing is None else framing.at(config.resolution),
             ahead=0 if self.oracle.device.type == "cpu" else config.lanes,
         )
         self.stages = [

@@ -62,7 +62,9 @@ class _Deployed(SmoothedVLM):
 
     def __init__(self, encoder: NoisyEncoder, *, sigma: float, resolution: int, rows_per_pass: int) -> None:
         super().__init__(encoder.vlm, sigma, rows_per_pass=rows_per_pass)
-        self.image_size = resolution  # noise is added here; the model's own resize is part of what follows
+        self.framing = self.framing.at(
+            resolution
+        )  # noise is added here; the model's own resize is part of what follows
         self._precision = encoder.precision
         self._encode = encoder.vlm.encode_noisy if isinstance(encoder.vlm, SmoothedVLM) else encoder.vlm.encode_image
         self.rows = 0
@@ -157,7 +159,7 @@ def _images(
     waiting = dict(rows)
     for item in source.samples(keep=lambda name: name in waiting):
         if isinstance(item, Sample) and item.id in waiting:
-            pixels = to_pixels(item.image, run.config.resolution, interpolation=vlm.interpolation)
+            pixels = to_pixels(item.image, vlm.framing.at(run.config.resolution))
             yield waiting.pop(item.id), pixels[None]
         if not waiting:
             return

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from robustvlm.core.framing import Framing
 from robustvlm.core.seeds import generator
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample
@@ -22,8 +23,7 @@ def save_extremes(
     rows: Sequence[Mapping[str, Any]],
     source: DataSource,
     *,
-    size: int,
-    interpolation: str,
+    framing: Framing,
     sigma: float,
     seed: int,
 ) -> None:
@@ -34,7 +34,7 @@ def save_extremes(
     Args:
         folder: made if need be; a file per image, named by its number.
         rows: of the results: index, image_id, label, prediction, radius, n.
-        size, interpolation: how the run brought images to the resolution where the noise is added.
+        framing: how the run brought images to the resolution where the noise is added.
         sigma, seed: noise level and run seed; the noise shown is drawn from a stream of its own.
     """
     order = sorted(rows, key=lambda row: (row["radius"], -row["n"], row["index"]))
@@ -46,7 +46,7 @@ def save_extremes(
         row = chosen.pop(item.id, None)
         if row is None or not isinstance(item, Sample):
             continue
-        clean = to_pixels(item.image, size, interpolation=interpolation)
+        clean = to_pixels(item.image, framing)
         noise = torch.randn(clean.shape, generator=generator(seed, item.id, "noise that is shown"))
         facts = {key: str(row.get(key)) for key in ("image_id", "index", "label", "prediction", "radius", "n")}
         content = save({"clean": clean.contiguous(), "noisy": (clean + sigma * noise).contiguous()}, metadata=facts)

@@ -93,8 +93,7 @@ def evaluate_clean(
     tally = _Tally(source.tree, source.class_names, refuses=classifier.can_reject)
     start = time.perf_counter()
     for batch in _batches(source, tally, limit, batch_size):
-        size, interpolation = classifier.image_size, classifier.interpolation
-        pixels = torch.stack([to_pixels(sample.image, size, interpolation=interpolation) for sample in batch])
+        pixels = torch.stack([to_pixels(sample.image, classifier.framing) for sample in batch])
         with torch.inference_mode():
             output = _logits(classifier, pixels.to(classifier.device)).cpu()
         _check_finite(output, batch, classifier.spec)

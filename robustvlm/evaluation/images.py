@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from robustvlm.core.framing import Framing
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.prefetch import prefetch
 from robustvlm.data.source import DataSource, Sample, Unreadable
@@ -30,7 +31,7 @@ class Images:
 
     Args:
         source: the images; limit: how many of them, chosen by a hash of their ids.
-        resolution: side in pixels; interpolation: how it is brought about.
+        resolution: side in pixels, or a model's framing, which also says how it is brought about.
         ahead: how many images are made ready in the background; they are held in memory. 0 for a model on the CPU,
             which leaves no core idle.
 
@@ -46,12 +47,11 @@ class Images:
         source: DataSource,
         *,
         limit: int | None = None,
-        resolution: int,
-        interpolation: str = "bicubic",
+        resolution: int | Framing,
         ahead: int = 0,
     ) -> None:
         self.source, self.limit = source, limit
-        self._resolution, self._interpolation, self._ahead = resolution, interpolation, ahead
+        self._framing, self._ahead = Framing.of(resolution), ahead
         self._order: dict[str, int] = {}
 
     def index(self, name: str) -> int:
@@ -75,7 +75,7 @@ class Images:
         for item in self.source.samples(limit=self.limit, keep=keep):
             self._order.setdefault(item.id, len(self._order))  # the faults of a stream are not asked for
             if isinstance(item, Sample):
-                pixels = to_pixels(item.image, self._resolution, interpolation=self._interpolation)
+                pixels = to_pixels(item.image, self._framing)
                 yield Picture(item.id, item.label, pixels, item.image.size)
             else:
                 yield item

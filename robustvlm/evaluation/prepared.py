@@ -87,7 +87,7 @@ class Prepared:
                 attacks=self.attacks,
                 ledger=ledger,
                 observer=(observer if ranks.leader else None) or Observer(),
-                interpolation=self.classifier.interpolation,
+                framing=self.classifier.framing,
                 ranks=ranks,
                 budget=budget,
             )

@@ -1,10 +1,10 @@
-"""open_clip models as VLMs: architecture by name, folder or hub, weights read safely, normalisation inside."""
+"""open_clip models as VLMs: architecture by name, folder or hub, weights read safely, preprocessing inside."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,38 +12,32 @@ from typing import Any
 import torch
 
 from robustvlm.errors import MissingExtra, UserError
+from robustvlm.models.clip_preprocess import check_settings, preprocessing_of, require_equal, settings_of
+from robustvlm.models.clip_tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from robustvlm.models.hub import brief, hub_file
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import fit_weights, read_weights
 
-Tokenizer = Callable[[list[str]], torch.Tensor]
 _FOLDER = "local-dir:"
-_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 # Token ids of these tell tokenizers apart in a fingerprint.
 _PROBES = ["a photo of a border collie, 1986", "Zwölf Boxkämpfer jagen Viktor", "\N{GRINNING FACE} don't!"]
 
 
 class ClipVLM(VLM):
-    """An open_clip model with its tokenizer and the mean and standard deviation it was trained with."""
+    """An open_clip model with its tokenizer and the preprocessing it was trained with."""
 
     model: Any  # open_clip's classes share encode_image, encode_text, visual and logit_scale, but no typed base
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self, model: Any, tokenizer: Tokenizer, *, spec: str, architecture: str = "") -> None:
-        preprocess = model.visual.preprocess_cfg
-        super().__init__(
-            spec=spec,
-            image_size=_square(preprocess["size"], spec),
-            logit_scale=float(model.logit_scale.detach().exp()),
-            # open_clip evaluates with bicubic where the training config says "random".
-            interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
-        )
+        framing, mean, std = preprocessing_of(model.visual.preprocess_cfg, spec)
+        super().__init__(spec=spec, logit_scale=float(model.logit_scale.detach().exp()), **framing.options())
         self.model = model
         self.tokenizer = tokenizer
         self.architecture = architecture
-        self.register_buffer("mean", torch.tensor(preprocess["mean"], dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(preprocess["std"], dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -67,13 +61,15 @@ def build_clip(
 ) -> ClipVLM:
     """Return the open_clip model that `source` describes, with the weights of a local file.
 
-    `source` is what open_clip takes: an architecture's name or `local-dir:FOLDER`; `preprocess` overrides mean, std,
-    interpolation and resize_mode. Raises UserError when the config is broken or the weights do not fit.
+    `source` is what open_clip takes: an architecture's name or `local-dir:FOLDER`; `preprocess` overrides what it says
+    of the preprocessing. Raises UserError when the config is broken or unknown in a part, when the weights or the
+    tokenizer do not fit, or when open_clip would bring images to the model in another way than this program does.
     """
     import open_clip
 
-    overrides = {key: value for key, value in (preprocess or {}).items() if key in _PREPROCESS}
     try:
+        if source.startswith(_FOLDER):
+            check_settings(Path(source.removeprefix(_FOLDER)), spec)
         config = open_clip.get_model_config(source)
         _check_text_config(config["text_cfg"], spec, tokenizer_inside=(tokenizer_source or source).startswith(_FOLDER))
         values = read_weights(weights)
@@ -83,9 +79,11 @@ def build_clip(
                 load_weights=False,
                 pretrained_text=False,
                 force_quick_gelu=quick_gelu,
-                force_preprocess_cfg=overrides,
+                force_preprocess_cfg=settings_of(preprocess or {}),
             )
-            tokenizer = _tokenizer(tokenizer_source or source, source)
+            tokenizer = load_tokenizer(tokenizer_source or source, source, spec)
+        vlm = ClipVLM(model, tokenizer, spec=spec, architecture=_architecture(config, quick_gelu))
+        require_equal(vlm.framing, vlm.mean, vlm.std, model.visual.preprocess_cfg, spec)
     except UserError:
         raise
     except ImportError as error:  # open_clip asks for transformers only where a config needs it
@@ -93,28 +91,18 @@ def build_clip(
     except Exception as error:  # a wrong config fails in any way inside open_clip, torch or timm
         raise UserError(f"model '{spec}' cannot be built from its config: {brief(error)}") from error
     fit_weights(model, values, what=f"'{weights}'")
-    _check_vocabulary(tokenizer, config, spec)
-    architecture = json.dumps([config, quick_gelu], sort_keys=True, default=str)
-    return ClipVLM(model, tokenizer, spec=spec, architecture=architecture)
+    check_vocabulary(tokenizer, model, config["text_cfg"], spec)
+    # The temperature is one of the weights that have just been read.
+    vlm.logit_scale = float(model.logit_scale.detach().exp())
+    return vlm
 
 
-def _tokenizer(source: str, folder_source: str) -> Tokenizer:
-    import open_clip
-
-    bpe = _bpe_file(Path(folder_source.removeprefix(_FOLDER))) if folder_source.startswith(_FOLDER) else None
-    # open_clip takes a merges file's path as it stands, so the folder has to be part of it.
-    return open_clip.get_tokenizer(source, **({"bpe_path": str(bpe)} if bpe else {}))
-
-
-def _bpe_file(folder: Path) -> Path | None:
-    """Return the merges file of a model folder: the one its config names, else the only bpe_*.txt.gz beside it."""
-    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    text = config.get("model_cfg", {}).get("text_cfg", {})
-    named = text.get("tokenizer_kwargs", {}).get("bpe_path")
-    if named:
-        return folder / named
-    found = sorted(folder.glob("bpe_*.txt.gz"))
-    return found[0] if len(found) == 1 and not text.get("hf_tokenizer_name") else None
+def _architecture(config: dict[str, Any], quick_gelu: bool) -> str:
+    """Return the config as text; where the merges file lies is no part of what the model is."""
+    kwargs = config["text_cfg"].get("tokenizer_kwargs")
+    if kwargs and kwargs.pop("bpe_path", None) and not kwargs:
+        del config["text_cfg"]["tokenizer_kwargs"]
+    return json.dumps([config, quick_gelu], sort_keys=True, default=str)
 
 
 def _check_text_config(text: dict[str, Any], spec: str, *, tokenizer_inside: bool) -> None:
@@ -129,22 +117,6 @@ def _check_text_config(text: dict[str, Any], spec: str, *, tokenizer_inside: boo
         hub_file(text["hf_model_name"], ["config.json"], advice=advice)
     if text.get("hf_tokenizer_name") and not tokenizer_inside:
         hub_file(text["hf_tokenizer_name"], ["tokenizer_config.json", "tokenizer.json", "config.json"], advice=advice)
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: dict[str, Any], spec: str) -> None:
-    known, room = getattr(tokenizer, "vocab_size", None), config["text_cfg"].get("vocab_size", 49408)
-    if isinstance(known, int) and known > room:
-        raise UserError(
-            f"model '{spec}' has room for {room} tokens, but its tokenizer knows {known}: "
-            "put the merges file it was trained with beside its config as bpe_NAME.txt.gz"
-        )
-
-
-def _square(size: Any, spec: str) -> int:
-    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(set(sides)) != 1:
-        raise UserError(f"model '{spec}' takes images of {sides[0]}x{sides[1]}; only square inputs are supported")
-    return int(sides[0])
 
 
 @contextmanager

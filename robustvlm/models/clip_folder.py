@@ -13,17 +13,20 @@ from safetensors.torch import save_file
 
 from robustvlm.errors import UserError
 from robustvlm.models.clip import ClipVLM
+from robustvlm.models.clip_preprocess import settings_of
 from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES
 from robustvlm.runs.files import replacing, write_text
 
 MERGES = "bpe_merges.txt.gz"
-_PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
 def write_clip_folder(
     vlm: ClipVLM, folder: Path, *, state: Mapping[str, torch.Tensor] | None = None, half: bool = False
 ) -> None:
     """Write `vlm` as open_clip reads it (`local-dir:FOLDER`), each file atomically.
+
+    open_clip takes the path of a merges file as it stands, so a tokenizer that is not CLIP's own is named by where the
+    folder lies now; this program finds the file beside the config wherever the folder goes.
 
     Args:
         state: weights under the names of the open_clip model; default: the model's own.
@@ -43,30 +46,33 @@ def write_clip_folder(
         ['bpe_merges.txt.gz', 'open_clip_config.json', 'open_clip_model.safetensors']
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(vlm, folder)
+    merges = _write_tokenizer(vlm, folder)
     values = {
         name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
         for name, tensor in (state or vlm.model.state_dict()).items()
     }
     with replacing(folder / WEIGHT_NAMES[0]) as temporary:
         save_file(values, temporary, metadata={"format": "pt"})
-    write_text(folder / CONFIG_NAME, json.dumps(clip_config(vlm), indent=2) + "\n")
+    write_text(folder / CONFIG_NAME, json.dumps(clip_config(vlm, merges), indent=2) + "\n")
 
 
-def clip_config(vlm: ClipVLM) -> dict[str, Any]:
+def clip_config(vlm: ClipVLM, merges: Path | None = None) -> dict[str, Any]:
     """Return what `open_clip_config.json` holds: architecture and preprocessing, without anything to fetch."""
     config, quick_gelu = json.loads(vlm.architecture)
-    config["text_cfg"].get("tokenizer_kwargs", {}).pop("bpe_path", None)
+    if merges is not None:
+        config["text_cfg"]["tokenizer_kwargs"] = {
+            **(config["text_cfg"].get("tokenizer_kwargs") or {}),
+            "bpe_path": str(merges.resolve()),
+        }
     if quick_gelu:
         config["quick_gelu"] = True
     if "timm_model_pretrained" in config["vision_cfg"]:
         config["vision_cfg"]["timm_model_pretrained"] = False
-    preprocess = vlm.model.visual.preprocess_cfg
-    return {"model_cfg": config, "preprocess_cfg": {key: preprocess[key] for key in _PREPROCESS}}
+    return {"model_cfg": config, "preprocess_cfg": settings_of(vlm.model.visual.preprocess_cfg)}
 
 
-def _write_tokenizer(vlm: ClipVLM, folder: Path) -> None:
-    """Write the tokenizer, unless it is CLIP's own, which open_clip carries."""
+def _write_tokenizer(vlm: ClipVLM, folder: Path) -> Path | None:
+    """Write the tokenizer, unless it is CLIP's own, which open_clip carries; return the merges file, if there is one."""
     import open_clip
 
     tokenizer: Any = vlm.tokenizer
@@ -76,7 +82,9 @@ def _write_tokenizer(vlm: ClipVLM, folder: Path) -> None:
             with replacing(folder / MERGES) as temporary:
                 # No time and no name inside: the same tokenizer gives the same bytes.
                 temporary.write_bytes(gzip.compress("\n".join(lines).encode("utf-8"), mtime=0))
+            return folder / MERGES
     elif hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(str(folder))
     else:
         raise UserError(f"the tokenizer of '{vlm.spec}' is a {type(tokenizer).__name__}, which cannot be stored")
+    return None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from robustvlm.core.framing import Framing
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.fingerprint import fingerprint
 
@@ -20,7 +21,8 @@ class VLM(nn.Module, ABC):
 
     A subclass implements `_image_features` (pixels [B, 3, S, S] in [0, 1], S = `image_size`) and `_text_features`;
     both may return features of any length, which are scaled to unit norm here. `logit_scale` is the factor on cosine
-    similarities (the inverse of the softmax temperature).
+    similarities (the inverse of the softmax temperature). `interpolation`, `resize_mode` and `fill_color` say how an
+    image of any shape becomes such a square (see `Framing`); they are handed to whoever reads the images.
 
     Example:
         >>> class Mean(VLM):
@@ -33,18 +35,33 @@ class VLM(nn.Module, ABC):
 
     _anchor: torch.Tensor
 
-    def __init__(self, *, spec: str, image_size: int, logit_scale: float, interpolation: str = "bicubic") -> None:
+    def __init__(
+        self,
+        *,
+        spec: str,
+        image_size: int,
+        logit_scale: float,
+        interpolation: str = "bicubic",
+        resize_mode: str = "shortest",
+        fill_color: int = 0,
+    ) -> None:
         super().__init__()
-        if interpolation not in INTERPOLATIONS:
-            hint = nearest(interpolation, INTERPOLATIONS)
-            raise UserError(f"model '{spec}' asks for the unknown interpolation '{interpolation}'; {hint}")
         self.spec = spec
-        self.image_size = image_size
-        self.interpolation = interpolation
+        self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color)
         self.logit_scale = logit_scale
         # Follows .to(device) even where a model has no tensor of its own.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         self._known_fingerprint: tuple[object, str] | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the encoder sees."""
+        return self.framing.image_size
+
+    @property
+    def interpolation(self) -> str:
+        """Filter of every resize."""
+        return self.framing.interpolation
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +102,8 @@ class VLM(nn.Module, ABC):
     @property
     def design(self) -> tuple[str, ...]:
         """Texts naming all that decides the features beside weights and buffers: sizes, architecture, tokenizer."""
-        return str(self.image_size), self.interpolation, repr(self.logit_scale), *self._identity()
+        scale = repr(self.logit_scale)
+        return str(self.image_size), self.interpolation, *self.framing.unusual(), scale, *self._identity()
 
     @property
     def fingerprint(self) -> str:
@@ -112,6 +130,17 @@ class VLM(nn.Module, ABC):
     def _identity(self) -> Iterable[str]:
         """Return texts naming what the state dict does not hold (architecture, tokenizer, source code)."""
         return ()
+
+
+def framing_of_model(spec: str, image_size: int, interpolation: str, resize_mode: str, fill_color: int) -> Framing:
+    """Return how a model takes images, or raise a UserError that names the model."""
+    if interpolation not in INTERPOLATIONS:
+        hint = nearest(str(interpolation), INTERPOLATIONS)
+        raise UserError(f"model '{spec}' asks for the unknown interpolation '{interpolation}'; {hint}")
+    try:
+        return Framing(image_size, interpolation, resize_mode, fill_color)
+    except UserError as error:
+        raise UserError(f"model '{spec}': {error}") from None
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from robustvlm.models.clip import ClipVLM, build_clip
 from robustvlm.models.custom import load_custom
 from robustvlm.models.device import resolve_device
 from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES, hub_file, tag_file
+from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import SUFFIXES
 
@@ -74,6 +75,8 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         return _from_hub(spec.removeprefix(_HUB), spec).to(place)
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
+        if (Path(folder) / CARD_NAME).is_file() and not (Path(folder) / CONFIG_NAME).is_file():
+            return _from_card(spec, place)
         return _from_folder(Path(folder), spec).to(place)
     if names_a_callable(spec):
         return load_custom(spec, place)
@@ -88,6 +91,13 @@ def names_a_callable(spec: str) -> bool:
         (True, False)
     """
     return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
+
+
+def _from_card(spec: str, place: torch.device) -> VLM:
+    """Return the encoder of a folder that stands on another model; the kinds of such folders are known further up."""
+    from robustvlm.defenses.pipeline import load_pipeline
+
+    return load_pipeline(spec, device=place)
 
 
 def _from_folder(folder: Path, spec: str) -> ClipVLM:
@@ -119,6 +129,9 @@ def _from_hub(repo: str, spec: str) -> ClipVLM:
     text = json.loads(config.read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
     # A tokenizer of transformers is named by the hub config, not stored beside the two files fetched here.
     tokenizer = spec if text.get("hf_tokenizer_name") else None
+    merges = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
+    if merges:
+        hub_file(repo, [Path(merges).name], advice=advice)
     return build_clip(f"local-dir:{config.parent}", weights, spec=spec, tokenizer_source=tokenizer)
 
 

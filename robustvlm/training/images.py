@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from robustvlm.core.framing import Framing
 from robustvlm.core.seeds import generator
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.prefetch import prefetch
@@ -27,7 +28,7 @@ class TrainingImages(TrainingData):
     used, the next in the order of the epoch stands in for it.
 
     Args:
-        source: the images; size, interpolation: as the model takes them.
+        source: the images; size: side in pixels, or a model's framing, which also says how it is brought about.
         seed: of order and augmentation; how: what is augmented.
         labelled: leave out images of unknown classes.
         ids: the images to use, None for all; limit: use so many of them, chosen by a hash of their ids.
@@ -48,8 +49,7 @@ class TrainingImages(TrainingData):
         self,
         source: DataSource,
         *,
-        size: int,
-        interpolation: str = "bicubic",
+        size: int | Framing,
         seed: int,
         how: Augmentation = AUGMENTATIONS["crop"],
         labelled: bool = True,
@@ -58,13 +58,14 @@ class TrainingImages(TrainingData):
         cache_bytes: int = CACHE_BYTES,
         ahead: int = 0,
     ) -> None:
-        self.source, self.size, self.interpolation = source, size, interpolation
+        self.source, self.framing = source, Framing.of(size)
+        side = self.framing.image_size
         self.seed, self.how, self.labelled, self.ahead = seed, how, labelled, ahead
         found = list(ids) if ids is not None else ids_of(source)
         self.ids = select(found, limit) if limit is not None else found
         if not self.ids:
             raise UserError(f"'{source.spec}' holds no images to train on")
-        self._room = max(1, cache_bytes // (3 * size * size))
+        self._room = max(1, cache_bytes // (3 * side * side))
         self._pictures: dict[str, tuple[Tensor, int]] = {}
         self._skipped: dict[str, str] = {}
         self._orders: dict[int, list[int]] = {}
@@ -158,7 +159,7 @@ class TrainingImages(TrainingData):
             self._skipped[name] = "gone since the run began"
 
     def _picture(self, sample: Sample) -> Tensor:
-        pixels = to_pixels(sample.image, self.size, interpolation=self.interpolation)
+        pixels = to_pixels(sample.image, self.framing)
         return (pixels * 255).round().to(torch.uint8)
 
 

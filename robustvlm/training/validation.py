@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustvlm.attacks import ThreatModel, project
 from robustvlm.attacks.threat import l2_norms, per_image
+from robustvlm.core.framing import Framing
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import UNKNOWN, DataSource, Sample
 from robustvlm.errors import UserError
@@ -35,16 +36,16 @@ class LabelledImages:
         cls,
         source: DataSource,
         *,
-        size: int,
-        interpolation: str = "bicubic",
+        size: int | Framing,
         limit: int | None = None,
         keep: Callable[[str], bool] | None = None,
     ) -> LabelledImages:
         """Read the images of known classes, those that `keep` accepts; raise UserError if there is none."""
         found: list[tuple[Tensor, int, str]] = []
+        framing = Framing.of(size)
         for item in source.samples(limit=limit, keep=keep):
             if isinstance(item, Sample) and item.label != UNKNOWN:
-                picture = to_pixels(item.image, size, interpolation=interpolation)
+                picture = to_pixels(item.image, framing)
                 found.append(((picture * 255).round().to(torch.uint8), item.label, item.id))
         if not found:
             raise UserError(f"'{source.spec}' holds no readable image of a known class to validate on")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from robustvlm.certify import cone_radius, fcsb_radius, vector_table
+from robustvlm.core.framing import Framing
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certify_gallery import ENDS, save_extremes
@@ -96,9 +97,7 @@ def write_certify_run() -> WriteRun:
         (folder / "summary.json").write_text(summary.model_dump_json(), encoding="utf-8")
         if gallery:
             source = Pictures("pictures", names)
-            save_extremes(
-                folder / "gallery", rows.to_pylist(), source, size=16, interpolation="bicubic", sigma=SIGMA, seed=0
-            )
+            save_extremes(folder / "gallery", rows.to_pylist(), source, framing=Framing(16), sigma=SIGMA, seed=0)
         return folder
 
     return write

@@ -52,9 +52,8 @@ class AdaptedVLM(VLM):
     def __init__(self, base: VLM, adapter: Adapter) -> None:
         super().__init__(
             spec=base.spec,
-            image_size=base.image_size,
             logit_scale=base.logit_scale,
-            interpolation=base.interpolation,
+            **base.framing.options(),
         )
         self.base, self.adapter = base, adapter
         self.eval().requires_grad_(False)

@@ -47,8 +47,7 @@ class ImmunisedClassifier(Classifier):
         super().__init__(
             spec=encoder.spec,
             class_names=immunity.class_names,
-            image_size=encoder.image_size,
-            interpolation=encoder.interpolation,
+            **encoder.framing.options(),
             logit_scale=encoder.logit_scale,
             can_reject=True,
         )

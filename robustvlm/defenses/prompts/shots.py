@@ -65,7 +65,7 @@ def encode_source(
     labels: list[int] = []
     ids: list[str] = []
     for batch in _batches(source, keep, limit, batch_size):
-        pixels = torch.stack([to_pixels(s.image, vlm.image_size, interpolation=vlm.interpolation) for s in batch])
+        pixels = torch.stack([to_pixels(s.image, vlm.framing) for s in batch])
         with torch.no_grad():
             parts.append(vlm.encode_image(pixels.to(vlm.device)).float().cpu())
         labels += [sample.label for sample in batch]

@@ -44,9 +44,8 @@ class PurifiedVLM(VLM):
     ) -> None:
         super().__init__(
             spec=base.spec,
-            image_size=base.image_size,
             logit_scale=base.logit_scale,
-            interpolation=base.interpolation,
+            **base.framing.options(),
         )
         # Behind a purifier of ours the encoder meets denoised images, so a purifier of its own is not told the noise.
         self.base = base if purifier is not None else base.at_noise(sigma)

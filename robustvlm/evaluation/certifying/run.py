@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from robustvlm.certify import Sampled, SamplingEngine, Task, resize_norm
+from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable, select
 from robustvlm.errors import UserError
@@ -42,14 +43,14 @@ class SamplingRun:
         recorder: Recorder,
         encoder: NoisyEncoder,
         images: Images,
-        interpolation: str,
+        framing: Framing,
         best_radius: float,
         ledger: CertifyLedger,
         observer: CertifyObserver,
         ranks: Ranks,
     ) -> None:
         self.recorder, self.config = recorder, recorder.config
-        self.encoder, self.images, self.interpolation = encoder, images, interpolation
+        self.encoder, self.images, self.framing = encoder, images, framing
         self.best_radius = best_radius
         self.ledger, self.observer, self.ranks = ledger, observer, ranks
         self._norms: dict[int, float] = {}
@@ -138,7 +139,7 @@ class SamplingRun:
                 self.observer.image_done(None)
                 continue
             number = index(item.id)
-            self._norms[number] = resize_norm(*item.source_size, self.config.resolution, self.interpolation)
+            self._norms[number] = resize_norm(*item.source_size, self.framing)
             yield Task(item.id, number, item.pixels, item.label)
 
     def _passed(self, rows: int, used: int) -> None:

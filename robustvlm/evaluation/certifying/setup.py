@@ -76,8 +76,8 @@ def prepare_certify(
         return SamplingRun(
             recorder=recorder,
             encoder=encoder,
-            images=Images(source, limit=config.limit, resolution=config.resolution, interpolation=vlm.interpolation),
-            interpolation=vlm.interpolation,
+            images=Images(source, limit=config.limit, resolution=vlm.framing),
+            framing=vlm.framing,
             best_radius=best,
             ledger=ledger,
             observer=observer,
@@ -87,8 +87,7 @@ def prepare_certify(
     illustrate = partial(
         save_extremes,
         source=source,
-        size=config.resolution,
-        interpolation=vlm.interpolation,
+        framing=vlm.framing,
         sigma=sigma,
         seed=config.seed,
     )

@@ -116,9 +116,8 @@ class ScoreAttacks:
 
     def _pictures(self, target: Target, done: set[str]) -> list[Picture]:
         """Return the images of a set that are attacked and not done; those that were scored clean."""
-        size, how = self.classifier.image_size, self.classifier.interpolation
         scored = set(self.encoded[target.name].ids)
-        images = Images(target.source, limit=self.config.limit, resolution=size, interpolation=how)
+        images = Images(target.source, limit=self.config.limit, resolution=self.classifier.framing)
         found = (item for item in images.stream(lambda name: name in scored and name not in done))
         return [item for item in found if isinstance(item, Picture) and item.id in scored and item.id not in done]
 

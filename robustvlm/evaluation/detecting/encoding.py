@@ -123,8 +123,7 @@ class Encoder:
             yield _joined(done, unreadable)
 
     def _ask(self, batch: Sequence[Sample]) -> Encoded:
-        size, how = self.classifier.image_size, self.classifier.interpolation
-        pixels = torch.stack([to_pixels(sample.image, size, interpolation=how) for sample in batch])
+        pixels = torch.stack([to_pixels(sample.image, self.classifier.framing) for sample in batch])
         began = time.perf_counter()
         cuda = [self.classifier.device] if self.classifier.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), torch.inference_mode(), full_precision_kernels():

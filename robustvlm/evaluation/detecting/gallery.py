@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save
 
+from robustvlm.core.framing import Framing
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.evaluation.detecting.summarising import Scored
@@ -23,15 +24,14 @@ def save_mistakes(
     score: str,
     threshold: float,
     *,
-    size: int,
-    interpolation: str,
+    framing: Framing,
 ) -> None:
     """Write the images to `folder`, each with its facts: set, id, score, label, prediction.
 
     Args:
         pairs: sets with their sources, that of known images first.
         score: by which images are judged; those on the right side of its threshold are no mistakes.
-        size, interpolation: how images are brought to the model's resolution.
+        framing: how images are brought to the model's resolution.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (part, source) in enumerate(pairs):
@@ -54,7 +54,7 @@ def save_mistakes(
                 "label": str(part.labels[row]),
                 "prediction": str(part.predictions[row]),
             }
-            pixels = to_pixels(item.image, size, interpolation=interpolation)
+            pixels = to_pixels(item.image, framing)
             with replacing(folder / f"{number:02d}-{rank[item.id]:02d}.safetensors") as temporary:
                 temporary.write_bytes(save({"image": pixels.contiguous()}, metadata=about))
             if len(rank) == sum(1 for _ in folder.glob(f"{number:02d}-*.safetensors")):

@@ -33,10 +33,9 @@ class ScoreGate(Classifier):
         super().__init__(
             spec=f"{inner.spec} gated by {type(detector).__name__}",
             class_names=inner.class_names,
-            image_size=inner.image_size,
-            interpolation=inner.interpolation,
             logit_scale=inner.logit_scale,
             can_reject=True,
+            **inner.framing.options(),
         )
         self.inner, self.head, self.detector, self.threshold = inner, head, detector, threshold
 

@@ -69,8 +69,7 @@ class Session:
             [(part, source) for part, (_, source) in zip(sets, self._sources(), strict=True)],
             shown,
             thresholds[shown],
-            size=self.classifier.image_size,
-            interpolation=self.classifier.interpolation,
+            framing=self.classifier.framing,
         )
         write_rows(self.folder.results_path, summarising.rows_of(sets))
         self.folder.report_path.unlink(missing_ok=True)
@@ -157,8 +156,7 @@ class Session:
         images = Images(
             self.known,
             limit=config.limit,
-            resolution=self.classifier.image_size,
-            interpolation=self.classifier.interpolation,
+            resolution=self.classifier.framing,
         )
         pictures = [p for p in images.stream(lambda name: name in right) if isinstance(p, Picture) and p.id in right]
         if not pictures:

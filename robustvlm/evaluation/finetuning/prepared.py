@@ -110,24 +110,23 @@ class PreparedFinetune:
 
     def _images(self) -> tuple[TrainingImages, LabelledImages]:
         """Return the images to train on and those to validate on."""
-        size, interpolation = self.vlm.image_size, self.vlm.interpolation
+        framing = self.vlm.framing
         ids = ids_of(self.source)
         ids = select(ids, self.config.limit) if self.config.limit is not None else ids
         limit = self.config.val_limit
         if self.val is not None:
-            held = validation_images(self.val, size=size, interpolation=interpolation, limit=limit)
+            held = validation_images(self.val, size=framing, limit=limit)
         else:
             chosen = held_out(self.source, ids, limit)
             if not chosen:
                 raise UserError(
                     f"'{self.config.data}' is too small ({len(ids)} images) to hold a part out: pass --val DATA"
                 )
-            held = validation_images(self.source, size=size, interpolation=interpolation, limit=limit, only=chosen)
+            held = validation_images(self.source, size=framing, limit=limit, only=chosen)
             ids = [name for name in ids if name not in chosen]
         images = TrainingImages(
             self.source,
-            size=size,
-            interpolation=interpolation,
+            size=framing,
             seed=self.config.seed,
             how=parse_augmentation(self.config.augment),
             labelled=METHODS[self.config.method].labelled,

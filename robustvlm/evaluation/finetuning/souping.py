@@ -129,7 +129,7 @@ def _measure(
     config: SoupConfig, vlm: VLM, source: DataSource
 ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Rate | Mean | float]]:
     """Return a function that puts weights into the model and measures it."""
-    images = validation_images(source, size=vlm.image_size, interpolation=vlm.interpolation, limit=config.limit)
+    images = validation_images(source, size=vlm.framing, limit=config.limit)
     robust = RobustValidation(images, ThreatModel(config.norm, config.eps), n_iter=config.val_steps)
     validation = ZeroShotValidation(vlm, source.class_names, source.templates, robust, texts_change=True)
 

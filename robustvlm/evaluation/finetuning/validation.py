@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustvlm.core.framing import Framing
 from robustvlm.data import DataSource
 from robustvlm.data.source import select
 from robustvlm.models import VLM
@@ -57,12 +58,12 @@ class ZeroShotValidation:
 
 
 def validation_images(
-    source: DataSource, *, size: int, interpolation: str, limit: int, only: Collection[str] | None = None
+    source: DataSource, *, size: int | Framing, limit: int, only: Collection[str] | None = None
 ) -> LabelledImages:
     """Return up to `limit` images of known classes, of those named by `only` if it is given."""
     if only is None:
-        return LabelledImages.read(source, size=size, interpolation=interpolation, limit=limit)
-    return LabelledImages.read(source, size=size, interpolation=interpolation, keep=only.__contains__)
+        return LabelledImages.read(source, size=size, limit=limit)
+    return LabelledImages.read(source, size=size, keep=only.__contains__)
 
 
 def held_out(source: DataSource, ids: list[str], limit: int) -> set[str]:

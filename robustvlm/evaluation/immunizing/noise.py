@@ -45,7 +45,7 @@ def noisy_means(
     for item in source.samples(limit=_limit(source, keep), keep=keep):
         if not isinstance(item, Sample) or item.label == UNKNOWN:
             continue
-        pixels = to_pixels(item.image, vlm.image_size, interpolation=vlm.interpolation)[None].to(vlm.device)
+        pixels = to_pixels(item.image, vlm.framing)[None].to(vlm.device)
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             torch.manual_seed(derive_seed(seed, "noisy thresholds", repr(sigma), item.id))
             means.append(smoothed.mean_feature(pixels, draws).float().cpu())

@@ -86,8 +86,7 @@ def _images(
             raise UserError(f"'{config.data}' is too small ({len(ids)} images) to hold a part out: pass --val DATA")
     images = TrainingImages(
         source,
-        size=encoder.image_size,
-        interpolation=encoder.interpolation,
+        size=encoder.framing,
         seed=config.seed,
         how=parse_augmentation(config.augment),
         labelled=False,
@@ -95,11 +94,7 @@ def _images(
         ahead=0 if encoder.device.type == "cpu" else _AHEAD,
     )
     items = source.samples(keep=chosen.__contains__) if val is None else val.samples(limit=config.val_limit)
-    pixels = [
-        to_pixels(item.image, encoder.image_size, interpolation=encoder.interpolation)
-        for item in items
-        if isinstance(item, Sample)
-    ]
+    pixels = [to_pixels(item.image, encoder.framing) for item in items if isinstance(item, Sample)]
     if not pixels:
         raise UserError(f"'{config.val or config.data}' holds no readable image to watch the score on")
     return images, torch.stack(pixels)
