@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -88,5 +87,4 @@ class Trainer:
     def _blame_peer(self) -> None:
         """Raise what another process failed of, where that is why the exchange with it broke off."""
         if self.ranks.link is not None:
-            time.sleep(1.0)
-            self.ranks.link.check(every=0.0)
+            self.ranks.link.blame()
