@@ -111,7 +111,9 @@ class Link:
     def blame(self, *, seconds: float = 3.0) -> None:
         """Raise what happened to another process, where that is known within so many seconds; else return."""
         if self._watch is not None:
-            self._watch.wait_for(lambda: bool(self._watch and (self._watch.trouble or self._watch.left)), seconds=seconds)
+            self._watch.wait_for(
+                lambda: bool(self._watch and (self._watch.trouble or self._watch.left)), seconds=seconds
+            )
         self.check(every=0.0)
         self._check_nobody_left(None)
 
