@@ -112,6 +112,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     # Threads that spin while they wait cost a busy machine several times what they save; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The C++ stack traces by which torch tells that a connection of several processes is lost; we say it in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with notes_shown():
             code = _run()

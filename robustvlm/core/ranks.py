@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from robustvlm.core.link import Link
+from robustvlm.core.watch import Watch
 from robustvlm.errors import UserError
 
 _CONNECT_SECONDS = 300
@@ -138,10 +139,13 @@ def _connected(place: Ranks, address: tuple[str, int, bool], prefix: str) -> Ran
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=_CONNECT_SECONDS),
         )
-    except (RuntimeError, AttributeError) as error:  # AttributeError: a torch built without torch.distributed
+        board = distributed.PrefixStore(prefix, store)
+        watch = Watch(place.rank, place.size, host, board)
+    # AttributeError: a torch built without torch.distributed; ValueError: the hub's word is not understood
+    except (RuntimeError, AttributeError, OSError, ValueError) as error:
         raise UserError(
             f"rank {place.rank} of {place.size} cannot reach the other processes at {host}:{port} "
-            f"({str(error).splitlines()[0][:200]})"
+            f"({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
         ) from error
-    link = Link(distributed.PrefixStore(prefix, store), rank=place.rank, size=place.size, hosts_store=hosts_store)
+    link = Link(board, rank=place.rank, size=place.size, hosts_store=hosts_store, watch=watch)
     return Ranks(place.rank, place.size, place.local_rank, link)

@@ -62,7 +62,10 @@ class _Gather(torch.autograd.Function):
 
 
 class process_group:
-    """Hold torch's process group while the ranks of a job train: NCCL for GPUs, Gloo otherwise; nothing when alone."""
+    """Hold torch's process group while the ranks of a job train: NCCL for GPUs, Gloo otherwise; nothing when alone.
+
+    Where the exchange breaks off because another process died, failed or ended, that is what is raised.
+    """
 
     _made = 0
 
@@ -75,14 +78,22 @@ class process_group:
             return
         # A job may train more than once, and the addresses of an earlier group still stand in its part of the store.
         process_group._made += 1
-        distributed.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
-            store=self.ranks.link.store_for(f"training {process_group._made}"),
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-        )
+        try:
+            distributed.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo",
+                store=self.ranks.link.store_for(f"training {process_group._made}"),
+                rank=self.ranks.rank,
+                world_size=self.ranks.size,
+            )
+        except RuntimeError:
+            self.ranks.link.blame()
+            raise
         self._mine = True
 
-    def __exit__(self, *exception: object) -> None:
-        if self._mine:
-            distributed.destroy_process_group()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if self.ranks.link is not None and isinstance(error, RuntimeError):
+                self.ranks.link.blame()
+        finally:
+            if self._mine:
+                distributed.destroy_process_group()

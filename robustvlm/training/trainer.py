@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -75,18 +74,8 @@ class Trainer:
         with named_disk_errors(folder), process_group(self.ranks, self.device), torch.random.fork_rng(devices):
             state = TrainingState(self.task.module, self.config, images=len(self.data))
             state.load(folder)
-            try:
-                Session(self, state, folder).run()
-            except RuntimeError:
-                self._blame_peer()
-                raise
+            Session(self, state, folder).run()
             self.ranks.barrier()
             state.load_kept(folder)
             self.task.module.eval()
         return state.history
-
-    def _blame_peer(self) -> None:
-        """Raise what another process failed of, where that is why the exchange with it broke off."""
-        if self.ranks.link is not None:
-            time.sleep(1.0)
-            self.ranks.link.check(every=0.0)
