@@ -12,7 +12,7 @@ from markupsafe import Markup
 from robustvlm import __version__
 from robustvlm.errors import UserError
 from robustvlm.report import plots, tables, wording
-from robustvlm.report.compare import Comparison, compare, findings
+from robustvlm.report.compare import Comparison, compare, findings, stopped
 from robustvlm.report.gallery import load_gallery
 from robustvlm.report.record import RunRecord, load_run
 from robustvlm.report.series import margins, steps_to_success
@@ -63,6 +63,7 @@ def render_run(run: RunRecord) -> str:
 def render_comparison(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) -> str:
     """Return the comparison of several runs as HTML."""
     keys = [_letter(i) for i in range(len(runs))]
+    names = [f"{wording.plain(run.name, 60)} ({key})" for run, key in zip(runs, keys, strict=True)]
     norms = list(dict.fromkeys(run.summary.norm for run in runs))
     curves = [
         (
@@ -84,9 +85,8 @@ def render_comparison(runs: Sequence[RunRecord], comparisons: Sequence[Compariso
             curves=curves,
             conditions=_conditions(runs),
             comparisons=comparisons,
-            sentences=findings(
-                comparisons, [f"{wording.plain(r.name, 60)} ({k})" for r, k in zip(runs, keys, strict=True)]
-            ),
+            sentences=findings(comparisons, names),
+            remarks=stopped(runs, names),
             largest=[wording.headline(run.summary) for run in runs],
             superclasses=_superclasses(runs),
             manifests=[tables.manifest_rows(run.manifest) for run in runs],
