@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.hyperplane import step_to_plane
-from robustvlm.attacks.threat import per_image
+from robustvlm.attacks.threat import l2_norms, per_image
+from robustvlm.core.sums import row_sums
 
 _TINY = 1e-12  # makes the bias 0 where neither step moves anything
 
@@ -58,9 +59,8 @@ def lengths(delta: Tensor, norm: str) -> Tensor:
         >>> lengths(torch.tensor([[3.0, -4.0]]), "L2"), lengths(torch.tensor([[3.0, -4.0]]), "Linf")
         (tensor([5.]), tensor([4.]))
     """
-    flat = delta.flatten(1)
-    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
+    return delta.flatten(1).abs().amax(1) if norm == "Linf" else l2_norms(delta)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    return row_sums(a * b)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustvlm.core.sums import row_sums
+
 
 def step_to_plane(x: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:
     """Return the shortest delta [B, ...] with <normal, delta> = gap that keeps x + delta in [0, 1].
@@ -56,8 +58,8 @@ def _level(weight: Tensor, speed: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     rate, capacity = weight * speed, weight * room
     free = (rate > 0) & (room > 0)
     while True:
-        left = gap - torch.where(free, 0, capacity).sum(1)
-        slope = torch.where(free, rate, 0).sum(1)
+        left = gap - row_sums(torch.where(free, 0, capacity))
+        slope = row_sums(torch.where(free, rate, 0))
         level = torch.where(slope > 0, left / slope, torch.where(left > 0, torch.inf, 0.0))
         still_free = free & (level[:, None] * speed <= room)
         if torch.equal(still_free, free):

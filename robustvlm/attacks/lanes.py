@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import DONE, LaneAttack, State
+from robustvlm.attacks.boundary import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.jobs import ROBUST, Job, Result
 from robustvlm.attacks.lane import RESTART, Fact, Lane
@@ -244,8 +245,7 @@ def _facts(answer: Answer) -> list[Fact]:
 
 def _inside(x: Tensor, x0: Tensor, threat: ThreatModel) -> Tensor:
     """Return which images lie in the ball around their clean image, measured in float64, and in [0, 1]."""
-    delta = (x.double() - x0.double()).flatten(1)
-    norm = delta.abs().amax(1) if threat.norm == "Linf" else delta.norm(dim=1)
+    norm = lengths(x.double() - x0.double(), threat.norm)
     flat = x.flatten(1)
     return (norm <= threat.eps) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1)
 

@@ -17,15 +17,19 @@ from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.oracle import Oracle
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image
 from robustvlm.core.seeds import generator
+from robustvlm.core.sums import row_sums
 
 MOST_IMAGES = 32
 
 # The step that is compared with noise: that of a usual attack, even where the radius of the run is huge.
 _LARGEST_STEP = 8 / 255
 _NOISE_DRAWS = 3
-# For differences the pixels move by this much: enough for float32, too little for curvature to matter.
-_NUDGE = 1e-3
+# For differences the pixels of an image of 16 x 16 move by this much: enough for float32, too little for curvature to
+# matter. Curvature is met along the whole way, so the pixels of larger images move less, and the image as far.
+_NUDGE, _NUDGED_VALUES = 1e-3, 3 * 16 * 16
 _NUDGES = 3
+# A correlation below this is measured again with larger nudges: models that compute in half precision move in steps.
+_CLEAR, _LARGER = 0.95, 4.0
 # A logit is a sum of many products; its last bits, up to this multiple of the float's spacing, are rounding.
 _ROUNDING = 32
 _PROBABILITY_SLACK = 1e-3
@@ -76,7 +80,8 @@ def inspect_model(
 ) -> Sanity:
     """Ask the model about at most 32 images [B, 3, H, W] in [0, 1].
 
-    Costs 16 forward passes and a backward one per image.
+    Costs 16 forward passes and a backward one per image; up to 18 more where images are large and the gradient is in
+    doubt.
 
     Args:
         random: the model answers differently when asked again.
@@ -144,17 +149,39 @@ def _step(x: Tensor, direction: Tensor, threat: ThreatModel) -> Tensor:
 def _derivative(loss: Loss, x: Tensor, grad: Tensor, oracle: Oracle) -> float | None:
     """Correlate differences of the loss along random directions with what the gradient says they are.
 
-    A part of the model whose gradient is cut, or made up, moves the output in ways the gradient does not foretell.
+    A part of the model whose gradient is cut, or made up, moves the output in ways the gradient does not foretell, at
+    any distance. Curvature spoils large nudges only, and rounding inside the model small ones only, so the best
+    correlation counts.
     """
+    size, found = nudge_size(x[0].numel()), None
+    while True:
+        now = _correlation(loss, x, grad, oracle, size)
+        found = max((value for value in (found, now) if value is not None), default=None)
+        if size >= _NUDGE or (found is not None and found >= _CLEAR):
+            return found
+        size = min(_NUDGE, _LARGER * size)
+
+
+def nudge_size(values: int) -> float:
+    """Return by how much every pixel of an image of so many values moves when a derivative is measured.
+
+    Example:
+        >>> [round(nudge_size(3 * side * side), 6) for side in (8, 16, 224)]
+        [0.001, 0.001, 7.1e-05]
+    """
+    return min(_NUDGE, _NUDGE * (_NUDGED_VALUES / values) ** 0.5)
+
+
+def _correlation(loss: Loss, x: Tensor, grad: Tensor, oracle: Oracle, size: float) -> float | None:
+    """Return the correlation at one size of nudges; None where all changes are below rounding."""
     draws = generator(0, "sanity", "derivative")
     measured, foretold = [], []
     for _ in range(_NUDGES):
-        nudge = (_NUDGE * (2 * torch.randint(0, 2, x.shape, generator=draws) - 1)).to(x)
+        nudge = (size * (2 * torch.randint(0, 2, x.shape, generator=draws) - 1)).to(x)
         measured.append((loss(x + nudge) - loss(x - nudge)) / 2)
-        foretold.append((nudge.double() * grad.double()).flatten(1).sum(1))
+        foretold.append(row_sums(nudge.double() * grad.double()))
     seen, told = torch.stack(measured), torch.stack(foretold)
-    size = oracle.confirm(x).abs().amax(1).double()
-    rounding = _ROUNDING * torch.finfo(oracle.dtype).eps * size
+    rounding = _ROUNDING * torch.finfo(oracle.dtype).eps * oracle.confirm(x).abs().amax(1).double()
     length = (seen.square() + told.square()).mean(0).sqrt()
     clear = length > rounding
     if not clear.any():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from robustvlm.attacks.square_windows import bits, offsets, relative, window
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, project
+from robustvlm.core.sums import row_sums
 
 DRAWS = 6  # columns of the table of random numbers: two window corners, signs, orientation
 _TILES = 5  # the start covers the image with tiles of a fifth of its side
@@ -88,7 +89,8 @@ def on_sphere(delta: Tensor, x0: Tensor, threat: ThreatModel) -> Tensor:
 
 
 def _energy(values: Tensor) -> Tensor:
-    return (values**2).sum(dim=(-2, -1), keepdim=True)
+    """Return the sum of squares of every channel of every image, [L, C, H, W] -> [L, C, 1, 1]."""
+    return row_sums((values * values).flatten(0, 1)).view(*values.shape[:2], 1, 1)
 
 
 def _unit(values: Tensor) -> Tensor:

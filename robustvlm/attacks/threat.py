@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from robustvlm.core.sums import row_norms
 from robustvlm.errors import UserError, nearest
 
 NORMS = ("Linf", "L2")
@@ -119,7 +120,7 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 
 def l2_norms(delta: Tensor) -> Tensor:
     """Return the L2 norm of every image's perturbation, [B, ...] -> [B]."""
-    return delta.flatten(1).norm(dim=1)
+    return row_norms(delta)
 
 
 def project(x: Tensor, x0: Tensor, threat: ThreatModel, box: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -164,6 +165,6 @@ def random_start(x0: Tensor, threat: ThreatModel, generator: torch.Generator) ->
 
 
 def perturbation_norms(x: Tensor, x0: Tensor) -> tuple[float, float]:
-    """Return (Linf, L2) of one image's perturbation, measured in float64."""
-    delta = x.double() - x0.double()
-    return delta.abs().max().item(), delta.norm().item()
+    """Return (Linf, L2) of one image's perturbation, measured in float64, the same to the bit for any memory layout."""
+    delta = (x.double() - x0.double())[None]
+    return delta.abs().max().item(), l2_norms(delta).item()

@@ -121,7 +121,8 @@ class AttackRun:
                     self._run_stage(stage, found)
                 self._meet()
             if self.ranks.leader and not self.ledger.stopped:
-                scrutiny.extra_attacks(self, found)
+                with self.oracle.made_for("checks"):
+                    scrutiny.extra_attacks(self, found)
 
     def estimate(self) -> Estimate | None:
         """Make the clean pass and return what the attacks will cost; None when the budget is spent before."""
@@ -137,8 +138,10 @@ class AttackRun:
             self._meet()
             with self._within_budget("in the clean pass"):
                 self.oracle.meter.require(1)
-                found = self._probe()
-                self.clean.run(found.rungs)
+                with self.oracle.made_for("questions"):
+                    found = self._probe()
+                with self.oracle.made_for("clean"):
+                    self.clean.run(found.rungs)
             self._meet()
             yield None if self.ledger.stopped else found
         finally:
@@ -187,7 +190,7 @@ class AttackRun:
         """Record the passes and time of this session so far, unless that was done in the last `every` seconds."""
         now = time.monotonic()
         if now - self._noted >= every:
-            self.ledger.add_cost(self.oracle.passes, now - self._began)
+            self.ledger.add_cost(self.oracle, now - self._began)
             self._noted = now
 
     def _probe(self) -> Probe:
@@ -256,7 +259,13 @@ class AttackRun:
 
     def _briefed(self, jobs: Iterator[Job], stage: Stage, found: Probe, reached: set[int]) -> Iterator[Job]:
         """Tell the jobs what the goal has to know of the clean images; note where it is reached unperturbed."""
-        for job, already in brief(jobs, self.oracle, stage.goal, found.rungs, self.n_targets):
+        briefs = brief(jobs, self.oracle, stage.goal, found.rungs, self.n_targets)
+        while True:
+            with self.oracle.made_for("clean"):
+                item = next(briefs, None)
+            if item is None:
+                return
+            job, already = item
             if already:
                 reached.add(job.index)
             yield job

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -86,15 +87,32 @@ class Meter:
 
 
 class MeteredOracle(Oracle):
-    """An oracle that asks before every look, and knows how fast batches of each size have been.
+    """An oracle that asks before every look, and knows what passes were for and how fast batches of each size were.
 
-    `seconds` holds the typical seconds of a batch, by number of rows and whether gradients were asked for.
+    `seconds` holds the typical seconds of a batch, by number of rows and whether gradients were asked for; `spent` the
+    passes by what they were made for, in the words of `runs.records.Passes`; those for "images" are not yet parted into
+    rows of images and spare ones.
     """
 
     def __init__(self, model: Any, *, budget: Budget, ranks: Ranks, **options: Any) -> None:
         super().__init__(model, **options)
         self.meter = Meter(budget, self.passes, ranks)
+        self.spent: Counter[str] = Counter()
+        self._purpose = "images"
         self._times: dict[tuple[int, bool], list[float]] = {}
+
+    @contextlib.contextmanager
+    def made_for(self, purpose: str) -> Iterator[None]:
+        """Count the passes made inside under another purpose."""
+        before, self._purpose = self._purpose, purpose
+        try:
+            yield
+        finally:
+            self._purpose = before
+
+    def note_spare(self, rows: int) -> None:
+        """Count so many of the passes just made as spare ones: they only filled a batch up."""
+        self.spent.update({self._purpose: -rows, "spare": rows})
 
     def look(
         self, x: Tensor, goal: Goal, objective: Objective, case: Case, *, gradient: bool = True
@@ -108,6 +126,7 @@ class MeteredOracle(Oracle):
         before = self.passes.seconds
         with super()._counted(images, backward=backward):
             yield
+        self.spent[self._purpose] += images * (2 if backward else 1)
         times = self._times.setdefault((images, backward), [])
         if len(times) < _TIMES_KEPT:
             times.append(self.passes.seconds - before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError
-from robustvlm.evaluation.metrics import N_BINS, calibration_bins, calibration_error, correct, superclass_correct
+from robustvlm.evaluation.metrics import calibration_bins, calibration_error, correct, superclass_correct
 from robustvlm.models.zero_shot import ZeroShotClassifier
 from robustvlm.stats import Rate, rate
 
@@ -112,7 +113,8 @@ class _Tally:
         self.refuses = refuses
         self.rejected = self.unknown_rejected = 0
         self.images = self.right = self.unknown = self.unreadable = 0
-        self.bins = torch.zeros(3, N_BINS, dtype=torch.float64)
+        self.confidences: list[torch.Tensor] = []
+        self.hits: list[torch.Tensor] = []
         self.reasons: list[tuple[str, str]] = []
         self.levels = [
             (tree.root, level, _superclass_of(tree, level, class_names))
@@ -137,7 +139,8 @@ class _Tally:
         right = correct(logits, labels)
         self.images += len(labels)
         self.right += int((right & accepted).sum())
-        self.bins += calibration_bins(logits.softmax(dim=-1).amax(dim=-1), right)
+        self.confidences.append(logits.softmax(dim=-1).amax(dim=-1))
+        self.hits.append(right)
         for i, (_, _, superclass_of) in enumerate(self.levels):
             found = superclass_correct(logits.argmax(dim=-1), labels, superclass_of) & accepted
             self.right_at[i] += int(found.sum())
@@ -148,6 +151,9 @@ class _Tally:
             self.reasons.append((item.id, item.reason))
 
     def result(self, classifier: Classifier, source: DataSource, seconds: float) -> CleanResult:
+        # Summed once over all images: sums of batches would depend on the batch size in their last digits.
+        confidences = torch.cat(self.confidences)
+        bins = calibration_bins(confidences, torch.cat(self.hits))
         return CleanResult(
             model=classifier.spec,
             model_fingerprint=classifier.fingerprint,
@@ -158,8 +164,8 @@ class _Tally:
             unreadable=self.unreadable,
             unreadable_reasons=self.reasons,
             accuracy=rate(self.right, self.images),
-            calibration_error=calibration_error(self.bins),
-            mean_confidence=float(self.bins[1].sum() / self.images),
+            calibration_error=calibration_error(bins),
+            mean_confidence=math.fsum(confidences.tolist()) / self.images,
             superclass_accuracy=[
                 LevelAccuracy(
                     tree=root,

@@ -97,6 +97,7 @@ class CleanPass:
         images = torch.stack([picture.pixels for picture in batch])[rows]
         label = torch.tensor([picture.label for picture in batch])[rows]
         seen = ask_unperturbed(self.oracle, self.aim.goals[0], images, label)
+        self.oracle.note_spare((size - len(batch)) * self.oracle.draws)
         self.observer.passed(len(batch), size * self.oracle.draws)
         about = [(self.images.index(picture.id), picture.id, picture.label) for picture in batch]
         for fact in clean_facts(seen, self.aim.goals[0], about, n_targets=self.n_targets):

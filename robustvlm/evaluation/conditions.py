@@ -31,16 +31,24 @@ class Condition:
         return self.comparison.text
 
     def holds(self, summary: Summary) -> bool:
-        """Whether the condition is true at any eps of the run; of a rate over no images every condition is."""
-        points: list[EpsSummary | None] = list(summary.per_eps) or [None]
-        return any(self.comparison.holds_for(self._rate(summary, point)) for point in points)
+        """Whether the condition is true at any eps of the run; of a rate over no images every condition is.
 
-    def _rate(self, summary: Summary, point: EpsSummary | None) -> Rate | None:
+        What is undecided (a run stopped early, an attack broke) is counted both ways: a gate that nobody could check
+        must not open.
+        """
+        points: list[EpsSummary | None] = list(summary.per_eps) or [None]
+        return any(self.comparison.holds_for(found) for point in points for found in self._rates(summary, point))
+
+    def _rates(self, summary: Summary, point: EpsSummary | None) -> list[Rate | None]:
+        """Return the rate that is meant, and what it is at least and at most where something is undecided."""
         if self.comparison.left == "clean_accuracy":
-            return summary.clean_accuracy
+            return [summary.clean_accuracy, summary.clean_accuracy_at_most or summary.clean_accuracy]
         if point is None:
-            return None
-        return point.attack_success_rate if self.comparison.left == "asr" else point.robust_accuracy
+            return [None]
+        if self.comparison.left == "robust_accuracy":
+            return [point.robust_accuracy, point.robust_accuracy_at_most or point.robust_accuracy]
+        bounds = (point.attack_success_rate_at_least, point.attack_success_rate_at_most)
+        return [point.attack_success_rate, *(bound for bound in bounds if bound is not None and point.undecided)]
 
 
 def parse_condition(text: str) -> Condition:

@@ -44,6 +44,7 @@ def finish(ledger: Ledger, manifest: Manifest, attacks: Sequence[Attack]) -> Sum
         checks=list({check.name: check for check in [*ledger.checks, *judged]}.values()),
         unreadable=ledger.unreadable,
         left_out=len(ledger.left_out),
+        waiting=_waiting(ledger, manifest),
         unfinished=_unfinished(ledger, manifest),
         estimate=ledger.estimate,
     )
@@ -58,8 +59,14 @@ def _unfinished(ledger: Ledger, manifest: Manifest) -> str | None:
     """Say in one sentence why the session stopped early, and what it did not come to."""
     if ledger.stopped is None:
         return None
+    waiting, seen = _waiting(ledger, manifest), len(ledger.seen)
+    return f"{ledger.stopped}, with {seen:,} of {seen + waiting:,} images classified" if waiting else ledger.stopped
+
+
+def _waiting(ledger: Ledger, manifest: Manifest) -> int:
+    """Return how many images a run that stopped early has still to classify, as far as that is known."""
+    if ledger.stopped is None:
+        return 0
     images, limit = manifest["data"]["images"], manifest["config"]["limit"]
-    total = min((count for count in (images, limit) if count is not None), default=None)
-    if total is None or len(ledger.seen) >= total:
-        return ledger.stopped
-    return f"{ledger.stopped}, with {len(ledger.seen):,} of {total:,} images classified"
+    total = min((count for count in (images, limit) if count is not None), default=0)
+    return max(0, total - len(ledger.seen))

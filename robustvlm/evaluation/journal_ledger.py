@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from robustvlm.data.source import Unreadable
 from robustvlm.errors import UserError
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.journal import Journal, JournalReader
-from robustvlm.runs.summary import Check, Cost, UnreadableImage
+from robustvlm.runs.summary import Check, Cost, Passes, UnreadableImage
 
 
 def new_session() -> str:
@@ -78,6 +80,7 @@ class JournalLedger(ABC):
             backward=backward,
             seconds=sum(part.seconds for part in slowest.values()),
             model_seconds=sum(part.model_seconds for part in slowest.values()),
+            passes=_sum_of_passes(list(parts)),
         )
 
     def add_unreadable(self, index: int, item: Unreadable) -> None:
@@ -126,7 +129,19 @@ class JournalLedger(ABC):
             self._take_own(kind, fact)
 
 
-def cost_of(*, forward: int, backward: int = 0, seconds: float, model_seconds: float) -> Cost:
+def _sum_of_passes(parts: Sequence[Cost]) -> Passes | None:
+    """Return what the passes of all sessions were for; None where no session tells."""
+    if all(part.passes is None for part in parts):
+        return None
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part.passes.model_dump() if part.passes else {"untold": part.forward_passes + part.backward_passes})
+    return Passes(**total)
+
+
+def cost_of(
+    *, forward: int, backward: int = 0, seconds: float, model_seconds: float, passes: Passes | None = None
+) -> Cost:
     """Return a cost with its rate.
 
     Example:
@@ -139,4 +154,5 @@ def cost_of(*, forward: int, backward: int = 0, seconds: float, model_seconds: f
         seconds=seconds,
         model_seconds=model_seconds,
         passes_per_second=(forward + backward) / seconds if seconds else 0.0,
+        passes=passes,
     )

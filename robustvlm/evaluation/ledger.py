@@ -6,12 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from robustvlm.attacks import FAILED, FOOLED, Result
-from robustvlm.attacks.oracle import Passes
 from robustvlm.data.source import DataSource, select
+from robustvlm.evaluation.budget import MeteredOracle
 from robustvlm.evaluation.journal_ledger import JournalLedger, cost_of
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.results import NO_ANSWER, AttackFact, CleanFact
-from robustvlm.runs.summary import Check, Estimate
+from robustvlm.runs.summary import Check, Cost, Estimate, Passes
 
 
 class Ledger(JournalLedger):
@@ -110,10 +110,40 @@ class Ledger(JournalLedger):
         message = f"image '{clean.image_id}' could not be read again for the attack: {reason}"
         self.add_checks([Check(name=f"lost image {clean.index}", level="warning", message=message)])
 
-    def add_cost(self, passes: Passes, seconds: float) -> None:
+    def add_cost(self, oracle: MeteredOracle, seconds: float) -> None:
         """Record what this session has cost so far."""
+        passes = oracle.passes
         self._add_cost(
-            cost_of(forward=passes.forward, backward=passes.backward, seconds=seconds, model_seconds=passes.seconds)
+            cost_of(
+                forward=passes.forward,
+                backward=passes.backward,
+                seconds=seconds,
+                model_seconds=passes.seconds,
+                passes=Passes(**oracle.spent),
+            )
+        )
+
+    @property
+    def cost(self) -> Cost:
+        """Passes and time over all sessions, with what the passes were for.
+
+        What the attacks paid beyond the passes of finished images was spare. A killed session counts up to its last note
+        of its cost; images that it has finished since say of more passes, which are counted too.
+        """
+        cost = super().cost
+        if cost.passes is None:
+            return cost
+        known, given = cost.passes, sum(fact.passes for fact in self.found.values())
+        unnoted = max(0, given - known.images - known.untold)
+        rest = known.images + known.untold + unnoted - given
+        spare = min(rest, known.images)
+        parts = {"images": given, "spare": known.spare + spare, "untold": rest - spare}
+        return cost_of(
+            forward=cost.forward_passes + unnoted - unnoted // 2,
+            backward=cost.backward_passes + unnoted // 2,
+            seconds=cost.seconds,
+            model_seconds=cost.model_seconds,
+            passes=known.model_copy(update=parts),
         )
 
     def add_stop(self, reason: str) -> None:

@@ -13,6 +13,8 @@ from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
 
 LEVEL = 0.05
 CLEAN = "unperturbed"
+CRITERION = f"paired test, p <= {LEVEL:g} after Holm's correction"
+"""What makes a difference count as shown."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ Answers = dict[tuple[str, str], bool]
 def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
     """Test every pair of runs, unperturbed and at each norm, eps and goal that both ran, on the images both decided.
 
-    An image is the same when its id and the name of its class agree. Source: McNemar's exact test, Holm's correction.
+    An image is the same when its id and the name of its class agree. Where a run stopped early and has undecided images
+    there is no test: those that it has decided are the ones that fall easily. Source: McNemar's exact test, Holm's
+    correction.
     """
     tested: list[tuple[int, int, str, PairedTest]] = []
     answers = [_answers(run) for run in runs]
@@ -90,14 +94,19 @@ Condition = tuple[str, float, str] | None
 
 
 def _answers(run: RunRecord) -> dict[Condition, Answers]:
-    """Return who was right, unperturbed (key None) and per norm, eps and goal; undecided images are left out."""
-    table = run.verdicts()
+    """Return who was right, unperturbed (key None) and per norm, eps and goal; undecided images are left out.
+
+    Of a run that stopped early, only what it has decided of all its images.
+    """
+    table, early = run.verdicts(), bool(run.summary.unfinished)
     names = dict(enumerate(run.class_names)) | {-1: "an unknown class"}
     result: dict[Condition, Answers] = {
         None: {(image.image_id, names[image.label]): image.clean_correct for image in table.images}
     }
     for i, eps in enumerate(table.eps):
         outcomes = [(image, table.after(image, i)) for image in table.images]
+        if early and (run.summary.images.waiting or any(outcome == "undecided" for _, outcome in outcomes)):
+            continue
         result[run.summary.norm, eps, run.goal] = {
             (image.image_id, names[image.label]): outcome == "robust"
             for image, outcome in outcomes
@@ -115,13 +124,13 @@ def _text(run: RunRecord, condition: Condition) -> str:
 
 
 def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:
-    """Say in one sentence per pair of runs where one was shown to be better, and where nothing was shown.
+    """Say in one sentence per pair of runs where one was shown to be better, by which criterion, and where neither was.
 
     Example:
         >>> test = mcnemar_exact([True] * 9, [False] * 9)
         >>> shown = Comparison(0, 1, "L2 0.5", rate(9, 9), rate(0, 9), test, adjusted=0.004)
         >>> findings([shown], ["A", "B"])
-        ['A is right more often than B at L2 0.5.']
+        ["A is right more often than B at L2 0.5 (paired test, p <= 0.05 after Holm's correction)."]
     """
     sentences = []
     pairs = dict.fromkeys((c.first, c.second) for c in comparisons)
@@ -134,14 +143,26 @@ def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[st
             where = _places([c.condition for c in mine if c.finding == better])
             if where:
                 parts.append(f"{names[better]} {does} than {names[worse]} {where}")
+        if parts:
+            parts[-1] += f" ({CRITERION})"
         nothing = _places([c.condition for c in mine if c.finding is None])
         if nothing:
             # Names keep their spelling: only our own words begin with a capital.
             parts.append(
                 f"{'no' if parts else 'No'} difference between {names[first]} and {names[second]} is shown {nothing}"
+                f"{'' if parts else f' ({CRITERION})'}"
             )
         sentences.append("; ".join(parts) + ".")
     return sentences
+
+
+def stopped(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
+    """Say which runs stopped early, and what of them is not compared."""
+    return [
+        f"{name} stopped early ({plain(run.summary.unfinished)}): where it has undecided images it is not tested."
+        for run, name in zip(runs, names, strict=True)
+        if run.summary.unfinished
+    ]
 
 
 def _places(conditions: Sequence[str]) -> str:

@@ -12,11 +12,12 @@ from markupsafe import Markup
 from robustvlm import __version__
 from robustvlm.errors import UserError
 from robustvlm.report import plots, tables, wording
-from robustvlm.report.compare import Comparison, compare, findings
+from robustvlm.report.compare import Comparison, compare, findings, stopped
 from robustvlm.report.gallery import load_gallery
 from robustvlm.report.record import RunRecord, load_run
 from robustvlm.report.series import margins, steps_to_success
 from robustvlm.runs.files import write_text
+from robustvlm.runs.summary import EpsSummary, Summary
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -62,6 +63,7 @@ def render_run(run: RunRecord) -> str:
 def render_comparison(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) -> str:
     """Return the comparison of several runs as HTML."""
     keys = [_letter(i) for i in range(len(runs))]
+    names = [f"{wording.plain(run.name, 60)} ({key})" for run, key in zip(runs, keys, strict=True)]
     norms = list(dict.fromkeys(run.summary.norm for run in runs))
     curves = [
         (
@@ -83,14 +85,24 @@ def render_comparison(runs: Sequence[RunRecord], comparisons: Sequence[Compariso
             curves=curves,
             conditions=_conditions(runs),
             comparisons=comparisons,
-            sentences=findings(
-                comparisons, [f"{wording.plain(r.name, 60)} ({k})" for r, k in zip(runs, keys, strict=True)]
-            ),
+            sentences=findings(comparisons, names),
+            remarks=stopped(runs, names),
             largest=[wording.headline(run.summary) for run in runs],
             superclasses=_superclasses(runs),
             manifests=[tables.manifest_rows(run.manifest) for run in runs],
         )
     )
+
+
+def _verdict_class(summary: Summary) -> str:
+    """Return the colour of the verdict by its meaning: good only where a sound, whole run fooled no image."""
+    at = wording.headline(summary)
+    if summary.unfinished or at is None or not at.attack_success_rate.total:
+        return " neutral"
+    if at.attack_success_rate.successes:
+        return ""
+    sound = not at.undecided and all(check.level not in ("fault", "warning") for check in summary.checks)
+    return " held" if sound else " neutral"
 
 
 def _charts(run: RunRecord) -> dict[str, Markup]:
@@ -120,6 +132,12 @@ def _curve(run: RunRecord, name: str) -> plots.Curve:
         eps=(0.0, *(at.eps for at in points)),
         ticks=("0", *(wording.plain(at.eps_text, 20) for at in points)),
         rates=(run.summary.clean_accuracy, *(at.robust_accuracy for at in points)),
+        most=(
+            run.summary.clean_accuracy_at_most or run.summary.clean_accuracy,
+            *(at.robust_accuracy_at_most or at.robust_accuracy for at in points),
+        )
+        if run.summary.unfinished
+        else (),
     )
 
 
@@ -136,15 +154,25 @@ def _conditions(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar | 
             next((at for at in run.summary.per_eps if run.summary.norm == norm and at.eps == eps), None) for run in runs
         ]
         label = f"{wording.norm_name(norm)} {wording.plain(text, 20)}"
-        rows.setdefault((norm, eps), (label, [tables.bar("", at.robust_accuracy) if at else None for at in found]))
+        rows.setdefault((norm, eps), (label, [_cell(run, at) for run, at in zip(runs, found, strict=True)]))
     return list(rows.values())
 
 
+def _cell(run: RunRecord, at: EpsSummary | None) -> tables.Bar | None:
+    """Return robust accuracy as a bar; as bounds where the run stopped early."""
+    if at is None:
+        return None
+    least, most = at.robust_accuracy, at.robust_accuracy_at_most
+    if most is not None and wording.open_ended(run.summary, least, most):
+        return tables.bounds_bar("", least, most)
+    return tables.bar("", least)
+
+
 def _superclasses(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar | None]]]:
-    """Return the success rate per superclass at each run's largest eps."""
-    by_run = []
+    """Return the success rate per superclass at each run's largest eps; nothing of runs that stopped early."""
+    by_run: list[dict[str, tables.Bar]] = []
     for run in runs:
-        at = wording.headline(run.summary)
+        at = None if run.summary.unfinished else wording.headline(run.summary)
         by_run.append({g.name: tables.bar(g.name, g.attack_success_rate) for g in (at.per_superclass if at else [])})
     names = sorted({name for groups in by_run for name in groups})
     return [(wording.plain(name, 80), [groups.get(name) for groups in by_run]) for name in names]
@@ -170,6 +198,7 @@ def _environment() -> Environment:
     environment.globals.update(
         version=__version__,
         verdict=wording.verdict,
+        verdict_class=_verdict_class,
         smaller_eps=wording.smaller_eps,
         how_many=wording.how_many_attacks,
         bar=tables.bar,
@@ -178,6 +207,9 @@ def _environment() -> Environment:
         each_attack_on=wording.each_attack_on,
         robust_bounds=wording.robust_bounds,
         success_bounds=wording.success_bounds,
+        bounds=wording.bounds,
+        open_ended=wording.open_ended,
+        first_goal=wording.first_goal,
     )
     return environment
 

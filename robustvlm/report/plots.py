@@ -13,17 +13,22 @@ from matplotlib.ticker import MaxNLocator
 
 from robustvlm.report.canvas import BAD, DASHES, GOOD, INK, SERIES, STYLE, as_svg, legend, new_figure
 from robustvlm.report.series import Margins
+from robustvlm.report.wording import bounds, percent
 from robustvlm.stats import Rate
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy against eps of one run: the first point is the unperturbed accuracy, at eps 0."""
+    """Accuracy against eps of one run: the first point is the unperturbed accuracy, at eps 0.
+
+    `most` holds what the rates are at most, of a run that stopped early; none otherwise.
+    """
 
     name: str
     eps: tuple[float, ...]
     ticks: tuple[str, ...]
     rates: tuple[Rate, ...]
+    most: tuple[Rate, ...] = ()
 
 
 def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
@@ -32,14 +37,14 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
         figure, axes = new_figure()
         for i, curve in enumerate(curves):
             colour = SERIES[i % len(SERIES)]
-            points = [(e, r) for e, r in zip(curve.eps, curve.rates, strict=True) if r.value is not None]
-            x = [e for e, _ in points]
-            axes.fill_between(
-                x, [100 * r.low for _, r in points], [100 * r.high for _, r in points], color=colour, alpha=0.18, lw=0
-            )
+            most = curve.most or curve.rates
+            points = [(e, r, m) for e, r, m in zip(curve.eps, curve.rates, most, strict=True) if r.value is not None]
+            x = [e for e, _, _ in points]
+            low, high = [100 * r.low for _, r, _ in points], [100 * m.high for _, _, m in points]
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
             axes.plot(
                 x,
-                [100 * (r.value or 0) for _, r in points],
+                [100 * (r.value or 0) for _, r, _ in points],
                 color=colour,
                 marker="o",
                 ms=4.5,
@@ -57,7 +62,10 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
             legend(figure)
         alt = "; ".join(
             f"{curve.name}: "
-            + ", ".join(f"{t}: {100 * (r.value or 0):.1f}%" for t, r in zip(curve.ticks, curve.rates, strict=True))
+            + ", ".join(
+                f"{t}: {percent(r.value) if m.value == r.value else bounds(r, m)}"
+                for t, r, m in zip(curve.ticks, curve.rates, curve.most or curve.rates, strict=True)
+            )
             for curve in curves
         )
         return as_svg(figure, key=key, alt=f"Accuracy against perturbation size. {alt}.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustvlm.report.wording import DASH, duration, forecast, interval, percent, plain
+from robustvlm.report.wording import DASH, bounds, duration, forecast, interval, percent, plain
 from robustvlm.runs.summary import Check, Cost, Estimate, GroupSummary, Summary
 from robustvlm.stats import Rate
 
@@ -62,6 +62,19 @@ def ranked(groups: Sequence[GroupSummary]) -> list[GroupSummary]:
 def bars(groups: Sequence[GroupSummary]) -> list[Bar]:
     """Return one bar per group, in the order given."""
     return [bar(group.name, group.attack_success_rate) for group in groups]
+
+
+def bounds_bar(name: str, least: Rate, most: Rate) -> Bar:
+    """Return a share known between two rates as a bar that ends at the lower one, its whisker spanning both."""
+    return Bar(
+        name=plain(name, 56),
+        value=round(100 * (least.value or 0.0), 3),
+        low=round(100 * (least.value or 0.0), 3),
+        high=round(100 * (1.0 if most.value is None else most.value), 3),
+        text=bounds(least, most),
+        interval="stopped early",
+        count=f"{least.successes:,} to {most.successes:,} of {most.total:,}",
+    )
 
 
 @dataclass(frozen=True)
@@ -170,6 +183,26 @@ def findings(checks: Sequence[Check]) -> list[Finding]:
     ]
 
 
+_MADE_FOR = {
+    "images": "rows of images under attack",
+    "spare": "spare rows, and work lost when a session ended",
+    "clean": "clean images",
+    "questions": "questions to the model before the attacks",
+    "checks": "extra attacks of the checks",
+    "untold": "not told apart by an earlier version",
+}
+
+
+def pass_rows(cost: Cost) -> list[tuple[str, int]]:
+    """Return what the encoder passes of a run were made for, and their sum last; nothing where that is not known."""
+    passes = cost.passes
+    if passes is None:
+        return []
+    counts = passes.model_dump()
+    shown = [(label, counts[name]) for name, label in _MADE_FOR.items() if counts[name] or name == "images"]
+    return [*shown, ("together, forward and backward", passes.total)]
+
+
 def cost_rows(cost: Cost, estimate: Estimate | None = None) -> list[tuple[str, str]]:
     """Return what the run cost and was expected to cost, as label and value."""
     expected = [("Forecast of the attacks", forecast(estimate))] if estimate is not None else []
@@ -177,6 +210,7 @@ def cost_rows(cost: Cost, estimate: Estimate | None = None) -> list[tuple[str, s
     return [
         ("Forward passes", f"{cost.forward_passes:,}"),
         ("Backward passes", f"{cost.backward_passes:,}"),
+        *((f"Passes: {label}", f"{count:,}") for label, count in pass_rows(cost)),
         ("Time", duration(cost.seconds) + share),
         ("Passes per second", f"{cost.passes_per_second:,.0f}"),
         *expected,

@@ -37,13 +37,15 @@ def attack_table(summary: Summary, *, worst: int = 5) -> RenderableType:
     parts: list[RenderableType | None] = [_by_eps(summary)]
     if at is not None:
         parts.append(_by_attack(summary))
-        parts += [_levels(at), _transfer(at)]
+        parts += [_levels(summary, at), _transfer(summary, at)]
         if not summary.unfinished:  # the images decided so far are those that fall easily: no sample of their class
             parts += _groups("superclass", summary, at.per_superclass, worst=12)
             parts += _groups("class", summary, at.per_class, worst=worst)
-        parts += [Text(line) for line in (wording.cosines(at, summary.goal), wording.acceptances(at)) if line]
+        early = bool(summary.unfinished)
+        lines = (wording.cosines(at, summary.goal, unfinished=early), wording.acceptances(at, unfinished=early))
+        parts += [Text(line) for line in lines if line]
     parts += [_finding(finding) for finding in tables.findings(summary.checks) if finding.level != "ok"]
-    parts += [_unreadable(summary), _cost(summary), Text(""), _verdict(summary)]
+    parts += [_unreadable(summary), _passes(summary), _cost(summary), Text(""), _verdict(summary)]
     return Group(*[part for part in parts if part is not None])
 
 
@@ -51,7 +53,7 @@ def _by_eps(summary: Summary) -> Table:
     words = wording.words_of(summary)
     about = "" if words.accuracy else f": {words.title}"
     table = _table(
-        f"Worst case over the attacks ({wording.norm_name(summary.norm)}, {summary.images.evaluated:,} images){about}",
+        f"Worst case over the attacks ({wording.norm_name(summary.norm)}, {summary.clean_accuracy.total:,} images){about}",
         caption=words.caption,
     )
     table.add_column("eps")
@@ -60,12 +62,16 @@ def _by_eps(summary: Summary) -> Table:
     for at in summary.per_eps:
         table.add_row(
             _name(at.eps_text),
-            _rate(summary.clean_accuracy),
+            _clean(summary),
             *_worst_case(at, open_ended=summary.unfinished is not None and at.undecided > 0),
         )
     if not summary.per_eps:
-        table.add_row("clean", _rate(summary.clean_accuracy), Text(wording.DASH), Text(wording.DASH))
+        table.add_row("clean", _clean(summary), Text(wording.DASH), Text(wording.DASH))
     return table
+
+
+def _clean(summary: Summary) -> Text:
+    return _share(summary, summary.clean_accuracy, summary.clean_accuracy_at_most)
 
 
 def _worst_case(at: EpsSummary, *, open_ended: bool) -> tuple[Text, Text]:
@@ -78,7 +84,8 @@ def _worst_case(at: EpsSummary, *, open_ended: bool) -> tuple[Text, Text]:
 def _by_attack(summary: Summary) -> Table:
     per_eps, words = summary.per_eps, wording.words_of(summary)
     broke = any(attack.failed for at in per_eps for attack in at.per_attack)
-    table = _table(f"By attack, each on {wording.each_attack_on(words)}")
+    goal = wording.first_goal(summary)
+    table = _table(f"By attack, each on {wording.each_attack_on(words)}{f' ({goal})' if goal else ''}")
     table.add_column("eps", no_wrap=True)
     table.add_column("attack", overflow="fold")
     for name in ("ran on", "fooled", *(["broke off"] if broke else []), "passes"):
@@ -91,12 +98,12 @@ def _by_attack(summary: Summary) -> Table:
                 _name(at.eps_text) if i == 0 else Text(""),
                 _name(attack.attack),
                 *(f"{count:,}" for count in counts),
-                _rate(attack.robust_accuracy_after),
+                _share(summary, attack.robust_accuracy_after, attack.robust_accuracy_after_at_most),
             )
     return table
 
 
-def _levels(at: EpsSummary) -> Table | None:
+def _levels(summary: Summary, at: EpsSummary) -> Table | None:
     """Show accuracy at every level of the class tree."""
     if not at.levels:
         return None
@@ -107,11 +114,12 @@ def _levels(at: EpsSummary) -> Table | None:
     for name in ("level", "clean accuracy", "accuracy under these attacks"):
         table.add_column(name)
     for level in at.levels:
-        table.add_row(_name(level.name), _rate(level.clean_accuracy), _rate(level.robust_accuracy))
+        left = _share(summary, level.robust_accuracy, level.robust_accuracy_at_most)
+        table.add_row(_name(level.name), _rate(level.clean_accuracy), left)
     return table
 
 
-def _transfer(at: EpsSummary) -> Table | None:
+def _transfer(summary: Summary, at: EpsSummary) -> Table | None:
     """Show attacks against each level of the class tree, scored at all levels."""
     if at.transfer is None:
         return None
@@ -121,7 +129,9 @@ def _transfer(at: EpsSummary) -> Table | None:
         table.add_column(_name(name))
     table.add_row("nothing", *map(_rate, at.transfer.clean_accuracy))
     for row in at.transfer.rows:
-        table.add_row(_name(row.name), *map(_rate, row.robust_accuracy))
+        most = row.robust_accuracy_at_most or row.robust_accuracy
+        cells = (_share(summary, *pair) for pair in zip(row.robust_accuracy, most, strict=True))
+        table.add_row(_name(row.name), *cells)
     return table
 
 
@@ -165,6 +175,19 @@ def _unreadable(summary: Summary) -> Text | None:
     )
 
 
+def _passes(summary: Summary) -> Table | None:
+    """Show what the encoder passes were made for, down to their sum."""
+    rows = tables.pass_rows(summary.cost)
+    if not rows:
+        return None
+    table = _table("Encoder passes")
+    table.add_column("made for")
+    table.add_column("passes", justify="right")
+    for label, count in rows:
+        table.add_row(Text(label), f"{count:,}")
+    return table
+
+
 def _cost(summary: Summary) -> Text:
     cost = summary.cost
     return Text(
@@ -182,6 +205,11 @@ def _rate(rate: Rate, *, style: str = "") -> Text:
     if not rate.total:
         return Text(wording.DASH, style="dim")
     return Text.assemble((wording.percent(rate.value), style), (f"  {wording.interval(rate)}", "dim"))
+
+
+def _share(summary: Summary, least: Rate, most: Rate | None) -> Text:
+    """Show a rate; as bounds where a run that stopped early does not know it yet."""
+    return Text(wording.bounds(least, most)) if wording.open_ended(summary, least, most) else _rate(least)
 
 
 def _name(text: str) -> Text:

@@ -147,13 +147,13 @@ def _worst_case(attacks: int) -> str:
     return f"worst case over {attacks} attacks per image; " if attacks > 1 else ""
 
 
-def cosines(at: EpsSummary, goal: str) -> str:
-    """Say what became of the cosine that a feature goal is about; "" for other goals."""
+def cosines(at: EpsSummary, goal: str, *, unfinished: bool = False) -> str:
+    """Say what became of the cosine that a feature goal is about, or has so far; "" for other goals."""
     if at.cosine is None:
         return ""
     what = "to the target" if goal.partition(":")[2] else "to the clean feature (FCS)"
     return (
-        f"Mean cosine {what}: {number(at.cosine.clean)} unperturbed, {number(at.cosine.attacked)} under attack at"
+        f"{'So far, mean' if unfinished else 'Mean'} cosine {what}: {number(at.cosine.clean)} unperturbed, {number(at.cosine.attacked)} under attack at"
         f" {plain(at.eps_text, 20)} (95% intervals by Student's t over {at.cosine.attacked.total:,} images)."
     )
 
@@ -171,13 +171,13 @@ def number(mean: Mean) -> str:
     return f"{mean.value:.3f}{reach}"
 
 
-def acceptances(at: EpsSummary) -> str:
+def acceptances(at: EpsSummary, *, unfinished: bool = False) -> str:
     """Say how many images a model that may refuse accepted and rejected, before and under attack; "" for others."""
     if at.acceptance is None:
         return ""
     found = at.acceptance
     return (
-        f"Accepted and rejected: {found.clean_accepted:,} and {found.clean_rejected:,} images unperturbed,"
+        f"{'So far accepted' if unfinished else 'Accepted'} and rejected: {found.clean_accepted:,} and {found.clean_rejected:,} images unperturbed,"
         f" {found.accepted:,} and {found.rejected:,} under attack at {plain(at.eps_text, 20)}."
     )
 
@@ -189,16 +189,44 @@ def unfinished(summary: Summary) -> str:
     at, parts = headline(summary), [f"Stopped early: {plain(summary.unfinished)}."]
     if at is not None and at.undecided:
         parts.append(
-            f"{at.undecided:,} of {summary.images.evaluated:,} images are undecided, so robust accuracy at "
+            f"{at.undecided:,} of {at.robust_accuracy.total:,} images are undecided, so {_held(summary)} at "
             f"{plain(at.eps_text, 20)} lies between {robust_bounds(at).replace(f' {RANGE} ', ' and ')}."
         )
     return " ".join([*parts, "The same command with a larger budget, or none, goes on from here."])
 
 
+def _held(summary: Summary) -> str:
+    """Name the share of images on which the goal is not reached, inside a sentence."""
+    words = words_of(summary)
+    return words.held if words.held.endswith("accuracy") else f'the share "{words.held}"'
+
+
+def bounds(least: Rate, most: Rate | None) -> str:
+    """Return a share that lies between two rates, as "a - b".
+
+    Example:
+        >>> from robustvlm.stats import rate
+        >>> bounds(rate(1, 4), rate(3, 4)).replace(RANGE, "to")
+        '25.0% to 75.0%'
+    """
+    return f"{percent(least.value)} {RANGE} {percent((most or least).value)}"
+
+
+def open_ended(summary: Summary, least: Rate, most: Rate | None) -> bool:
+    """Whether a rate of a run that stopped early is only known between two bounds."""
+    return bool(summary.unfinished) and most is not None and most.successes > least.successes
+
+
+def share(summary: Summary, least: Rate, most: Rate | None) -> str:
+    """Return a rate with its interval; as bounds where a run that stopped early does not know it yet."""
+    if open_ended(summary, least, most):
+        return bounds(least, most)
+    return f"{percent(least.value)} ({interval(least)})" if least.total else DASH
+
+
 def robust_bounds(at: EpsSummary) -> str:
     """Return robust accuracy if no undecided image were robust, and if all of them were, as "a - b"."""
-    most = at.robust_accuracy_at_most or at.robust_accuracy
-    return f"{percent(at.robust_accuracy.value)} {RANGE} {percent(most.value)}"
+    return bounds(at.robust_accuracy, at.robust_accuracy_at_most)
 
 
 def success_bounds(at: EpsSummary) -> str:
@@ -232,6 +260,11 @@ def each_attack_on(words: GoalWords) -> str:
     return "the images that the ones before left standing" if words.leave else "all images"
 
 
+def first_goal(summary: Summary) -> str:
+    """Say which of several goals the counts by attack are of; "" where there is one."""
+    return "for level 0, the classes" if summary.goal.rpartition("/")[2].endswith("matrix") else ""
+
+
 def how_many_attacks(n: int) -> str:
     """Return "the attack", "both attacks" or "all n attacks"."""
     return {1: "the attack", 2: "both attacks"}.get(n, f"all {n} attacks")
@@ -242,5 +275,7 @@ def smaller_eps(summary: Summary) -> str:
     if len(summary.per_eps) < 2 or summary.per_eps[0].attack_success_rate.total == 0:
         return ""
     at = summary.per_eps[0]
+    if summary.unfinished and at.undecided:
+        return f"At {plain(at.eps_text)} the attack success rate lies between {success_bounds(at).replace(f' {RANGE} ', ' and ')}."
     rate = at.attack_success_rate
-    return f"At {plain(at.eps_text)} it is {percent(rate.value)} (95% interval {interval(rate)})."
+    return f"At {plain(at.eps_text)} the attack success rate is {percent(rate.value)} (95% interval {interval(rate)})."

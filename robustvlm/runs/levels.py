@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.runs.verdicts import Rows, Verdicts, columns, verdicts
+from robustvlm.runs.verdicts import NO_ANSWER, Rows, Verdicts, columns, verdicts
 from robustvlm.stats import Rate, rate
 
 # Recorded points of an image: eps and predicted class.
@@ -24,6 +24,7 @@ class LevelSummary(_Record):
     """Accuracy at one level of a class tree, unperturbed and at the points that the attacks recorded.
 
     An image counts when its predicted class lies in its label's superclass, unperturbed and at every recorded point.
+    `robust_accuracy_at_most` also counts the images that are not done with, as long as nothing speaks against them.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LevelSummary(_Record):
     superclasses: int
     clean_accuracy: Rate
     robust_accuracy: Rate
+    robust_accuracy_at_most: Rate | None = None
 
 
 class TransferRow(_Record):
@@ -40,6 +42,7 @@ class TransferRow(_Record):
     goal: str
     name: str
     robust_accuracy: list[Rate]
+    robust_accuracy_at_most: list[Rate] | None = None
 
 
 class LevelTransfer(_Record):
@@ -81,27 +84,40 @@ def tree_levels(data: Mapping[str, Any]) -> list[Level]:
     return [Level(item["tree"], item["level"], item["of"], several) for item in found]
 
 
-def level_summaries(rows: Rows, table: Verdicts, eps_index: int, levels: Sequence[Level]) -> list[LevelSummary]:
+def level_summaries(
+    rows: Rows, table: Verdicts, eps_index: int, levels: Sequence[Level], *, waiting: int = 0
+) -> list[LevelSummary]:
     """Return accuracy at every level after all attacks up to an eps, from the predictions at recorded points.
 
-    Images on which nothing is decided count as wrong, as they do in robust accuracy.
+    Images on which nothing is decided, and `waiting` ones, count as wrong, as they do in robust accuracy.
     """
     points = _points(rows) if levels else {}
-    return [
-        LevelSummary(
-            name=level.name,
-            tree=level.tree,
-            level=level.level,
-            superclasses=level.superclasses,
-            clean_accuracy=_clean(table, level),
-            robust_accuracy=_robust(table, eps_index, level, points),
+    unsettled = _unsettled(rows, table, eps_index) if levels else set()
+    found = []
+    for level in levels:
+        least, most = _robust(table, eps_index, level, points, unsettled, waiting)
+        found.append(
+            LevelSummary(
+                name=level.name,
+                tree=level.tree,
+                level=level.level,
+                superclasses=level.superclasses,
+                clean_accuracy=_clean(table, level, waiting),
+                robust_accuracy=least,
+                robust_accuracy_at_most=most,
+            )
         )
-        for level in levels
-    ]
+    return found
 
 
 def level_transfer(
-    rows: Rows, goals: Sequence[str], eps_index: int, levels: Sequence[Level], config: Mapping[str, Any]
+    rows: Rows,
+    goals: Sequence[str],
+    eps_index: int,
+    levels: Sequence[Level],
+    config: Mapping[str, Any],
+    *,
+    waiting: int = 0,
 ) -> LevelTransfer:
     """Return the transfer matrix at one eps; `goals` are those attacked, in order."""
     found, clean = [], []
@@ -112,10 +128,11 @@ def level_transfer(
     for goal in goals:
         name = names.get(goal.partition(":")[2].rpartition("/")[2], goal)
         table = verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goal)
-        points = _points(rows, goal)
-        clean = [_clean(table, level) for level in levels]
-        rates = [_robust(table, eps_index, level, points) for level in levels]
-        found.append(TransferRow(goal=goal, name=name, robust_accuracy=rates))
+        points, unsettled = _points(rows, goal), _unsettled(rows, table, eps_index, goal, everyone=True)
+        clean = [_clean(table, level, waiting) for level in levels]
+        bounds = [_robust(table, eps_index, level, points, unsettled, waiting) for level in levels]
+        least, most = ([pair[side] for pair in bounds] for side in (0, 1))
+        found.append(TransferRow(goal=goal, name=name, robust_accuracy=least, robust_accuracy_at_most=most))
     return LevelTransfer(levels=[level.name for level in levels], clean_accuracy=clean, rows=found)
 
 
@@ -129,16 +146,41 @@ def _points(rows: Rows, goal: str | None = None) -> Points:
     return points
 
 
-def _clean(table: Verdicts, level: Level) -> Rate:
-    right = sum(level.same(image.label, image.clean_prediction) for image in table.images)
-    return rate(right, len(table.images))
+def _unsettled(
+    rows: Rows, table: Verdicts, eps_index: int, goal: str | None = None, *, everyone: bool = False
+) -> set[str]:
+    """Return the images of which more could still become known at this eps: attacks broke, or did not come to them.
 
-
-def _robust(table: Verdicts, eps_index: int, level: Level, points: Points) -> Rate:
-    eps, right = table.eps[eps_index], 0
-    for image in table.images:
-        if table.after(image, eps_index) == "undecided":
+    Where no image leaves at its first success, attacks after one are owed as well; with `everyone`, also to images on
+    which the goal is reached unperturbed.
+    """
+    eps = table.eps[eps_index]
+    found = {image.image_id for image in table.images if table.after(image, eps_index) == "undecided"}
+    fields = columns(rows, "image_id", "eps", "goal", "outcome", "passes", "clean_prediction")
+    for image_id, radius, of, outcome, passes, clean in fields:
+        if radius > eps or goal not in (None, of):
             continue
-        seen = [image.clean_prediction, *(said for radius, said in points.get(image.image_id, ()) if radius <= eps)]
-        right += all(level.same(image.label, prediction) for prediction in seen)
-    return rate(right, len(table.images))
+        stays = everyone or of.partition(":")[0] == "feature"
+        owed = outcome == "skipped" or (everyone and outcome == "clean_wrong" and not passes and clean != NO_ANSWER)
+        if outcome == "undecided" or (stays and owed):
+            found.add(image_id)
+    return found
+
+
+def _clean(table: Verdicts, level: Level, waiting: int) -> Rate:
+    right = sum(level.same(image.label, image.clean_prediction) for image in table.images)
+    return rate(right, len(table.images) + waiting)
+
+
+def _robust(
+    table: Verdicts, eps_index: int, level: Level, points: Points, unsettled: Collection[str], waiting: int
+) -> tuple[Rate, Rate]:
+    """Return accuracy at a level if no unsettled image counts, and if all count that nothing speaks against."""
+    eps, least, most = table.eps[eps_index], 0, waiting
+    for image in table.images:
+        said = [said for radius, said in points.get(image.image_id, ()) if radius <= eps and said != NO_ANSWER]
+        right = all(level.same(image.label, prediction) for prediction in [image.clean_prediction, *said])
+        most += right
+        least += right and image.image_id not in unsettled
+    total = len(table.images) + waiting
+    return rate(least, total), rate(most, total)

@@ -20,7 +20,8 @@ class Images(_Record):
     """How many images were evaluated, could not be read, and were classified right unperturbed.
 
     `exposed` are those on which the goal was not reached unperturbed (None in runs from before there were goals: the
-    ones classified right); `left_out` those that the goal is not about, such as images of unknown classes.
+    ones classified right); `left_out` those that the goal is not about, such as images of unknown classes; `waiting`
+    those that a run which stopped early has not classified yet.
     """
 
     evaluated: int
@@ -28,27 +29,38 @@ class Images(_Record):
     clean_correct: int
     exposed: int | None = None
     left_out: int = 0
+    waiting: int = 0
 
 
 class AttackSummary(_Record):
-    """One attack at one eps: images it ran on, fooled, broke on; accuracy left after it and all stages before it."""
+    """One attack at one eps: images it ran on, fooled, broke on; accuracy left after it and all stages before it.
+
+    `robust_accuracy_after_at_most` is that accuracy if all images that are undecided so far were robust. `passes` are
+    those of the images it finished.
+    """
 
     attack: str
     attacked: int
     fooled: int
     failed: int
     robust_accuracy_after: Rate
+    robust_accuracy_after_at_most: Rate | None = None
     steps: int
     passes: int
 
 
 class GroupSummary(_Record):
-    """A class or superclass at one eps; the rate is over its images that were right when clean and decided."""
+    """A class or superclass at one eps; the rate is over its images that were right when clean and decided.
+
+    With `undecided` images the success rate over all that were right when clean lies between `fooled` and
+    `fooled + undecided` of them.
+    """
 
     name: str
     images: int
     clean_correct: int
     fooled: int
+    undecided: int = 0
     attack_success_rate: Rate
 
 
@@ -77,8 +89,9 @@ class EpsSummary(_Record):
     `robust_accuracy` is over all evaluated images: the share on which the goal was reached neither unperturbed nor by
     an attack, which for `misclassify` is accuracy. `attack_success_rate` is over the images on which the goal was not
     reached unperturbed: for `misclassify` those right when clean. Images on which
-    an attack broke and none succeeded (`undecided`) count as not robust, and are left out of the success rate;
-    `robust_accuracy_at_most` is the robust accuracy if all of them were robust.
+    an attack broke and none succeeded, or that a stopped run has not come to (`undecided`), count as not robust, and are
+    left out of the success rate; `robust_accuracy_at_most` is the robust accuracy if all of them were robust, and the
+    bounds of the success rate are what it is if none of them falls, and if all do.
     """
 
     eps: float
@@ -89,6 +102,8 @@ class EpsSummary(_Record):
     robust_accuracy: Rate
     robust_accuracy_at_most: Rate | None = None
     attack_success_rate: Rate
+    attack_success_rate_at_least: Rate | None = None
+    attack_success_rate_at_most: Rate | None = None
     per_attack: list[AttackSummary]
     per_class: list[GroupSummary]
     per_superclass: list[GroupSummary]
@@ -98,14 +113,43 @@ class EpsSummary(_Record):
     acceptance: Acceptance | None = None
 
 
+class Passes(_Record):
+    """Encoder passes by what they were made for; together they are all passes of the run.
+
+    Args:
+        images: given to images under attack, what rows and attacks count as theirs, for all goals.
+        spare: rows that only filled a batch up, or whose work was lost when a session ended.
+        clean: of the clean pass, and of further looks at clean images that a goal needs.
+        questions: put to the model before the attacks.
+        checks: of the extra attacks on a sample.
+        untold: of sessions that did not tell them apart.
+    """
+
+    images: int = 0
+    spare: int = 0
+    clean: int = 0
+    questions: int = 0
+    checks: int = 0
+    untold: int = 0
+
+    @property
+    def total(self) -> int:
+        """All passes."""
+        return self.images + self.spare + self.clean + self.questions + self.checks + self.untold
+
+
 class Cost(_Record):
-    """Encoder passes (one image through the encoder once) and wall time; `model_seconds` is the part inside it."""
+    """Encoder passes (one image through the encoder once) and wall time; `model_seconds` is the part inside it.
+
+    `passes` says what forward and backward passes were made for, and sums to both together.
+    """
 
     forward_passes: int = 0
     backward_passes: int = 0
     seconds: float = 0.0
     model_seconds: float = 0.0
     passes_per_second: float = 0.0
+    passes: Passes | None = None
 
 
 class Estimate(_Record):
@@ -145,6 +189,8 @@ class Summary(_Record):
     """Everything that tables, reports and exit codes are made of.
 
     Args:
+        clean_accuracy: over the images classified and, as wrong ones, those that still wait to be.
+        clean_accuracy_at_most: the same if all that wait were right; None when none waits.
         unfinished: why the run stopped before every image was decided; None when all are.
         estimate: what the attacks were expected to cost before the first of them.
     """
@@ -155,6 +201,7 @@ class Summary(_Record):
     can_reject: bool = False
     images: Images
     clean_accuracy: Rate
+    clean_accuracy_at_most: Rate | None = None
     per_eps: list[EpsSummary]
     cost: Cost
     checks: list[Check]

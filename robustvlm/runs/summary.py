@@ -19,6 +19,7 @@ from robustvlm.runs.records import (
     GroupSummary,
     Images,
     Level,
+    Passes,
     Summary,
     UnreadableImage,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "GroupSummary",
     "Images",
     "Level",
+    "Passes",
     "Summary",
     "UnreadableImage",
     "summarise",
@@ -61,12 +63,14 @@ def summarise(
     checks: Sequence[Check] = (),
     unreadable: Sequence[UnreadableImage] = (),
     left_out: int = 0,
+    waiting: int = 0,
     unfinished: str | None = None,
     estimate: Estimate | None = None,
 ) -> Summary:
     """Return the summary of result rows (an Arrow table or a list of dicts) under their manifest.
 
-    Every rate has its exact 95 % interval. Classes without an image are left out.
+    Every rate has its exact 95 % interval. Classes without an image are left out. `waiting` images are not classified
+    yet: they count as wrong, and as right in what rates are at most.
 
     Example:
         >>> manifest = {"config": {"norm": "Linf", "eps": [0.1], "eps_text": ["0.1"], "attack": ["pgd"]},
@@ -93,10 +97,12 @@ def summarise(
             clean_correct=correct,
             exposed=sum(image.exposed for image in table.images),
             left_out=left_out,
+            waiting=waiting,
         ),
-        clean_accuracy=rate(correct, len(table.images)),
+        clean_accuracy=rate(correct, len(table.images) + waiting),
+        clean_accuracy_at_most=rate(correct + waiting, len(table.images) + waiting) if waiting else None,
         per_eps=[
-            _at_eps(table, i, text=texts.get(eps, f"{eps:g}"), work=work, rows=rows, manifest=manifest)
+            _at_eps(table, i, text=texts.get(eps, f"{eps:g}"), work=work, rows=rows, manifest=manifest, waiting=waiting)
             for i, eps in enumerate(table.eps)
         ],
         cost=cost or Cost(),
@@ -125,12 +131,15 @@ def _at_eps(
     work: Mapping[tuple[float, str], Counter[str]],
     rows: Rows,
     manifest: Mapping[str, Any],
+    waiting: int,
 ) -> EpsSummary:
     data, config = manifest["data"], manifest["config"]
     goals = config.get("goals") or ["misclassify"]
     levels = tree_levels(data) if any(image.label >= 0 for image in table.images) else []
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
+    count["undecided"] += waiting
+    total, attacked = len(outcomes) + waiting, count["fooled"] + count["robust"] + count["undecided"]
     features = goals[0].startswith("feature")
     # Feature goals look at the encoder, below any refusal.
     refuses = bool((manifest.get("model") or {}).get("can_reject")) and not features
@@ -143,16 +152,20 @@ def _at_eps(
         fooled=count["fooled"],
         robust=count["robust"],
         undecided=count["undecided"],
-        robust_accuracy=rate(count["robust"], len(outcomes)),
-        robust_accuracy_at_most=rate(count["robust"] + count["undecided"], len(outcomes)),
+        robust_accuracy=rate(count["robust"], total),
+        robust_accuracy_at_most=rate(count["robust"] + count["undecided"], total),
         attack_success_rate=_success_rate(count),
-        per_attack=[_attack(table, index, j, work[table.eps[index], name]) for j, name in enumerate(table.attacks)],
+        attack_success_rate_at_least=rate(count["fooled"], attacked),
+        attack_success_rate_at_most=rate(count["fooled"] + count["undecided"], attacked),
+        per_attack=[
+            _attack(table, index, j, work[table.eps[index], name], waiting) for j, name in enumerate(table.attacks)
+        ],
         per_class=_groups(outcomes, lambda image: names[image.label] if image.label >= 0 else None),
         per_superclass=_groups(
             outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
         ),
-        levels=level_summaries(rows, table, index, levels) if len(goals) == 1 else [],
-        transfer=level_transfer(rows, goals, index, levels, config) if len(goals) > 1 and levels else None,
+        levels=level_summaries(rows, table, index, levels, waiting=waiting) if len(goals) == 1 else [],
+        transfer=level_transfer(rows, goals, index, levels, config, waiting=waiting) if len(goals) > 1 and levels else None,
         cosine=_cosine(recorded) if features else None,
         acceptance=_acceptance(recorded) if refuses else None,
     )
@@ -173,14 +186,18 @@ def _acceptance(recorded: Sequence[Point]) -> Acceptance:
     )
 
 
-def _attack(table: Verdicts, eps_index: int, attack_index: int, done: Counter[str]) -> AttackSummary:
-    held = sum(table.after(image, eps_index, attack_index) == "robust" for image in table.images)
+def _attack(
+    table: Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int
+) -> AttackSummary:
+    after = Counter(table.after(image, eps_index, attack_index) for image in table.images)
+    total, held = len(table.images) + waiting, after["robust"]
     return AttackSummary(
         attack=table.attacks[attack_index],
         attacked=done["fooled"] + done["robust"] + done["failed"],
         fooled=done["fooled"],
         failed=done["failed"],
-        robust_accuracy_after=rate(held, len(table.images)),
+        robust_accuracy_after=rate(held, total),
+        robust_accuracy_after_at_most=rate(held + after["undecided"] + waiting, total),
         steps=done["steps"],
         passes=done["passes"],
     )
@@ -205,6 +222,7 @@ def _group(name: str, count: Counter[Outcome]) -> GroupSummary:
         images=images,
         clean_correct=images - count["clean_wrong"],
         fooled=count["fooled"],
+        undecided=count["undecided"],
         attack_success_rate=_success_rate(count),
     )
 

@@ -109,3 +109,52 @@ def test_an_unmeasurable_derivative_is_not_judged():
 
     assert PIXELS > 5
     assert inspected(Flat()).derivative is None
+
+
+class Wavy(nn.Module):
+    """Sound, and as curved per distance in L2 at any resolution: sines of random projections of the image."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(5)
+        self.directions = nn.Parameter(5 * torch.randn(4, 3 * side * side, generator=draws))
+
+    def forward(self, x):
+        return torch.sin(x.flatten(1) @ self.directions.T)
+
+
+class HalfPrecision(nn.Module):
+    """Sound, and computed in float16 inside."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(6)
+        self.directions = nn.Parameter(torch.randn(4, 3 * side * side, generator=draws))
+
+    def forward(self, x):
+        return x.half().float().flatten(1) @ self.directions.T
+
+
+class HalfHidden(Wavy):
+    """Shows its gradient of one half of every output only."""
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(x.detach().flip(-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "honest"),
+    [
+        (Wavy, 16, True),
+        (Wavy, 224, True),
+        (HalfPrecision, 224, True),
+        (HalfHidden, 16, False),
+        (HalfHidden, 224, False),
+    ],
+)
+def test_the_gradient_is_believed_at_any_resolution_where_it_is_right(kind, side, honest):
+    x = torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(1)) * 0.5 + 0.25
+    case = Case(torch.zeros(8, dtype=torch.int64))
+    found = inspect_model(Oracle(kind(side)), x, Misclassify(), case, BALLS[0], random=False, classes=4)
+    assert found.derivative is not None
+    assert found.derivative > 0.95 if honest else found.derivative < 0.85

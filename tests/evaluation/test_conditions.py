@@ -125,3 +125,20 @@ def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse_condition(text)
     assert text in str(caught.value)
+
+
+def test_what_is_undecided_keeps_the_gate_shut() -> None:
+    """A model that answers NaN under attack, or a budget that was spent, must not pass for robust."""
+    point = at(0.01, fooled=1, robust=39).model_copy(
+        update={
+            "undecided": 40,
+            "robust_accuracy_at_most": rate(79, 100),
+            "attack_success_rate_at_least": rate(1, 80),
+            "attack_success_rate_at_most": rate(41, 80),
+        }
+    )
+    for text, holds in (
+        ("asr>0.5", True), ("asr<2%", True), ("asr>52%", False),
+        ("robust_accuracy<40%", True), ("robust_accuracy>70%", True), ("robust_accuracy>80%", False),
+    ):  # fmt: skip
+        assert parse_condition(text).holds(summary(point)) is holds, text

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from robustvlm.report.compare import CLEAN, Comparison, compare, findings
+from robustvlm.report.compare import CLEAN, Comparison, compare, findings, stopped
+from robustvlm.report.html import render_comparison
 from robustvlm.report.record import RunRecord, load_run
 from robustvlm.runs.summary import summarise
 from robustvlm.stats import holm, mcnemar_exact, rate
@@ -59,7 +60,8 @@ def test_a_run_does_not_differ_from_itself(pair: tuple[RunRecord, RunRecord]) ->
     comparisons = compare([pair[0], pair[0]])
     assert {c.adjusted for c in comparisons} == {1.0}
     assert findings(comparisons, ["a", "b"]) == [
-        "No difference between a and b is shown unperturbed, at L∞ 0.5/255, at L∞ 1/255 and at L∞ 2/255."
+        "No difference between a and b is shown unperturbed, at L∞ 0.5/255, at L∞ 1/255 and at L∞ 2/255 "
+        "(paired test, p <= 0.05 after Holm's correction)."
     ]
 
 
@@ -107,3 +109,20 @@ def test_a_difference_is_claimed_only_below_the_level() -> None:
     counts = {"first": 0, "second": 1, "condition": CLEAN, "first_rate": rate(9, 9), "second_rate": rate(0, 9)}
     assert Comparison(**counts, test=test, adjusted=0.05).finding == 0
     assert Comparison(**counts, test=test, adjusted=0.051).finding is None
+
+
+def test_where_a_run_stopped_early_it_is_not_tested(pair: tuple[RunRecord, RunRecord]) -> None:
+    """What it has decided are the images that fall first: they would make it look worse than it is."""
+    last = max(row["eps"] for row in pair[1].rows.to_pylist())
+    cut = edit_rows(
+        pair[1], lambda r: {**r, "outcome": "undecided"} if r["outcome"] == "robust" and r["eps"] == last else r
+    )
+    early = cut.summary.model_copy(update={"unfinished": "the budget was spent"})
+    half = RunRecord(cut.folder, cut.manifest, early, cut.rows)
+    assert [c.condition for c in compare((pair[0], half))] == [CLEAN, "L∞ 0.5/255", "L∞ 1/255"]
+    assert stopped([half], ["b"]) == [
+        "b stopped early (the budget was spent): where it has undecided images it is not tested."
+    ]
+    page = render_comparison([pair[0], half], compare((pair[0], half)))
+    assert "stopped early" in page
+    assert "Only the first" in page

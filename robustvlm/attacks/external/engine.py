@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from robustvlm.attacks.boundary import lengths
 from robustvlm.attacks.external.programs import Program, listening, program
 from robustvlm.attacks.external.spec import ExternalAttack, require_fit
 from robustvlm.attacks.external.watched import Watched
@@ -170,8 +171,7 @@ class ExternalEngine:
         finite = points.flatten(1).isfinite().all(1)
         self._broken += int((~finite).sum())
         points = torch.where(finite[:, None, None, None], points, x0)
-        delta = (points.double() - x0.double()).flatten(1)
-        size = (delta.abs().amax(1) if self.threat.norm == "Linf" else delta.norm(dim=1)) / self.threat.eps
+        size = lengths(points.double() - x0.double(), self.threat.norm) / self.threat.eps
         flat = points.double().flatten(1)
         beyond = torch.maximum(-flat.amin(1), flat.amax(1) - 1).clamp_min(0)
         # A pixel beyond [0, 1] counts as being outside by as much.

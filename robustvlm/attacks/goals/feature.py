@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.goals.base import REJECTED, Case, Goal
+from robustvlm.core.sums import row_sums, rows_times
 
 
 class FeatureGoal(Goal):
@@ -23,12 +24,12 @@ class FeatureGoal(Goal):
     def prediction(self, output: Tensor) -> Tensor:
         if self.head is None:
             return torch.full((len(output),), REJECTED, dtype=torch.int64, device=output.device)
-        return (output @ self.head.to(output).T).argmax(1)
+        return rows_times(output, self.head.to(output)).argmax(1)
 
     def confidence(self, output: Tensor) -> Tensor:
         if self.head is None:
             return torch.full((len(output),), float("nan"), dtype=torch.float64, device=output.device)
-        return (output @ self.head.to(output).T).double().softmax(1).amax(1)
+        return rows_times(output, self.head.to(output)).double().softmax(1).amax(1)
 
 
 class FeatureAway(FeatureGoal):
@@ -78,7 +79,7 @@ class FeatureTo(FeatureGoal):
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b.to(a)).sum(1)
+    return row_sums(a * b.to(a))
 
 
 def _own(case: Case) -> Tensor:
