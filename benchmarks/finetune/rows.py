@@ -76,7 +76,7 @@ def tune(
     config = TrainingConfig(
         steps=plan.steps,
         batch_size=benchmark.batch,
-        lr=benchmark.lr * variant.rate,
+        lr=benchmark.lr,
         warmup=10,
         precision="bf16",
         seed=seed,

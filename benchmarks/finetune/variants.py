@@ -18,14 +18,12 @@ class Variant:
         method: None: the model as it is.
         options: of the method.
         forest: use all trees, not the first alone.
-        rate: times the learning rate of the set.
     """
 
     title: str
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     forest: bool = False
-    rate: float = 1.0
 
 
 def _changed(**changes: Any) -> dict[str, Any]:
@@ -51,8 +49,5 @@ ABLATIONS = {
     "midpoints": Variant("superclass texts from their classes", "hierarchical", _changed(name_superclasses=False)),
     "frozen-texts": Variant("texts not trained", "hierarchical", _changed(train_texts=False)),
 }
-RATES = {
-    "simclip-slow": Variant("Sim-CLIP, a tenth of the rate", "simclip", rate=0.1),
-    "simclip-slower": Variant("Sim-CLIP, a hundredth of the rate", "simclip", rate=0.01),
-}
-VARIANTS = {**MAIN, **ABLATIONS, **RATES}
+OTHER_LOSSES = {"pmg-reverse": Variant("PMG-FT, divergences reversed", "pmg", {"reverse": True})}
+VARIANTS = {**MAIN, **ABLATIONS, **OTHER_LOSSES}

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 _MODEL = "Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance score."
 _OOD = "Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji]."
 _FIT = "Images of the known classes to learn from, or none [default: none; the training styles for the bundled data]."
-_SCORES = "all, or a list such as mcm,energy,knn (docs/detect.md lists them)."
+_SCORES = "all, or a list such as mcm,energy,knn (docs/detect.md lists them); own shows a model's own alone."
 _ATTACK = "Attacks of --under-attack; objectives do not matter, all climb the acceptance margin."
+_ORACLE = "Keep words that name a class of an unknown set: scores from words are then oracles, and the report says so."
+_TEMPERATURE = "Temperature of the scores from energies: they divide the logits by it; 1 is the model's own."
 _FAIL_IF = (
     "End with exit code 1 if this holds, e.g. 'auroc:mcm@near<0.8' or 'fpr95.high>50%'; without :SCORE or @SET, if it "
     "holds for any."
@@ -41,6 +43,8 @@ def detect(
     words: Annotated[
         Path | None, typer.Option(help="File of words outside the known classes [default: the bundled class trees].")
     ] = None,
+    oracle_words: Annotated[bool, typer.Option("--oracle-words", help=_ORACLE)] = False,
+    temperature: Annotated[float, typer.Option(help=_TEMPERATURE)] = 1.0,
     classes: Classes = None,
     templates: Templates = None,
     tree: TreeFile = None,
@@ -88,6 +92,8 @@ def detect(
         fit=fit,
         scores=scores,
         words=words,
+        oracle_words=oracle_words,
+        temperature=temperature,
         classes=classes,
         templates=templates,
         tree=tree,

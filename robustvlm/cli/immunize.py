@@ -12,6 +12,7 @@ from robustvlm.cli.closing import given_command
 from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
 from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName, Templates
 from robustvlm.cli.terminal import say, say_json
+from robustvlm.core.defaults import LAMBDA_INF
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
@@ -52,7 +53,7 @@ def immunize(
     ] = None,
     margin: Annotated[str, typer.Option(help=_MARGIN)] = "0.2",
     push_weight: Annotated[float, typer.Option(help="Weight of pushing from antibodies (lambda).")] = 1.0,
-    lambda_inf: Annotated[float, typer.Option("--lambda-inf", help="Weight of antibodies in the score.")] = 0.5,
+    lambda_inf: Annotated[float, typer.Option("--lambda-inf", help="Weight of antibodies in the score.")] = LAMBDA_INF,
     kappa: Annotated[
         str, typer.Option(help="Concentration in training: model (its temperature) or class (vMF estimates).")
     ] = "model",

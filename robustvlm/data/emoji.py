@@ -83,6 +83,7 @@ class EmojiSource(DataSource):
             templates=TEMPLATES,
             tree=emoji_tree(labels),
         )
+        self._shown: dict[str, None] = {}
         self._sprites = tuple(self._read())
 
     @classmethod
@@ -109,6 +110,10 @@ class EmojiSource(DataSource):
         """Return the drawing that an image is made of: its copies stand and fall together."""
         return sample_id.rpartition("/")[0]
 
+    def things(self) -> tuple[str, ...]:
+        """Return the names of the drawings of the split."""
+        return tuple(self._shown)
+
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         for copy in range(self.copies):
             for sprite in self._sprites:
@@ -125,6 +130,7 @@ class EmojiSource(DataSource):
         for row in table.to_pylist():
             label = label_of.get(row["name"], UNKNOWN)
             if (label == UNKNOWN) == (wanted != "id"):
+                self._shown.setdefault(row["name"])
                 yield Sprite(f"emoji/{row['style']}/{row['hexcode'].lower()}", label, row["image"])
 
     def _identity(self) -> Iterable[str]:

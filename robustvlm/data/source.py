@@ -75,6 +75,10 @@ class DataSource(ABC):
         """Return what images that are no independent evidence have in common, such as their drawing; else the id."""
         return sample_id
 
+    def things(self) -> tuple[str, ...]:
+        """Return the names of what the images show, be it a class or not, as far as the source knows."""
+        return self.class_names
+
     @abstractmethod
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         """Yield the items whose id is kept, in source order, calling `keep` exactly once per id before decoding."""

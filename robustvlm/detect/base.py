@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ def check_known(features: Tensor, labels: Tensor) -> None:
         raise UserError("features hold NaN or infinite values: leave those images out")
     if int(labels.min()) < 0:
         raise UserError("labels below 0 stand for unknown classes: learn from images of known classes only")
+
+
+def require_temperature(value: float) -> None:
+    """Refuse a temperature that nothing can be divided by."""
+    if not 0 < value < math.inf:
+        raise UserError(f"the temperature must be positive, got {value}: pass for example 1")
 
 
 def confidence(logits: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -42,6 +42,7 @@ class Supplies:
         encoder: the features are those of an encoder with texts, and not logits in their place.
         features, labels: unit features [N, D] and labels [N] of images of known classes, None if there are none.
         words: unit text embeddings [W, D] of words outside the known classes, None if there are none.
+        temperature: that energies divide the logits by; 1 is the model's own.
     """
 
     head: Head
@@ -49,6 +50,12 @@ class Supplies:
     features: Tensor | None = field(default=None, repr=False)
     labels: Tensor | None = field(default=None, repr=False)
     words: Tensor | None = field(default=None, repr=False)
+    temperature: float = 1.0
+
+    @property
+    def tempered(self) -> Head:
+        """The head at the temperature of energies."""
+        return replace(self.head, logit_scale=self.head.logit_scale / self.temperature)
 
     def has(self, need: Need) -> bool:
         """Whether a need can be met."""
@@ -91,7 +98,9 @@ def _neglabel(supplies: Supplies) -> Detector:
 def _sdis(supplies: Supplies) -> Detector:
     words, classes = _words(supplies), supplies.head.class_embeddings
     rows = safe_rows(words, classes.to(words))
-    return SDIS(classes, words[rows] if len(rows) else words)
+    if not len(rows):
+        raise UserError("every word is nearer to a known class than these are to each other: pass others with --words")
+    return SDIS(classes, words[rows])
 
 
 def _words(supplies: Supplies) -> Tensor:
@@ -105,24 +114,30 @@ SCORES: dict[str, Score] = {
         Score("msp", "MSP", "1610.02136", (), lambda s: MSP(s.head)),
         Score("mcm", "MCM", "2211.13445", ("encoder",), lambda s: MCM(s.head)),
         Score("max-logit", "MaxLogit", "1911.11132", (), lambda s: MaxLogit(s.head)),
-        Score("energy", "Energy", "2010.03759", (), lambda s: Energy(s.head)),
-        Score("delta-energy", "ΔEnergy", "2510.11296", ("encoder",), lambda s: DeltaEnergy(s.head)),
+        Score("energy", "Energy", "2010.03759", (), lambda s: Energy(s.head, s.temperature)),
+        Score(
+            "delta-energy",
+            "ΔEnergy",
+            "2510.11296",
+            ("encoder",),
+            lambda s: DeltaEnergy(s.head, temperature=s.temperature),
+        ),
         Score(
             "delta-energy-mean",
             "ΔEnergy, mean",
             "2510.11296",
             ("encoder",),
-            lambda s: DeltaEnergy(s.head, reset="mean"),
+            lambda s: DeltaEnergy(s.head, reset="mean", temperature=s.temperature),
         ),
-        Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.head)),
+        Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.tempered)),
         Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
         Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
-        Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.head)),
+        Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.tempered)),
         Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),
         Score("knn", "kNN", "2204.06507", ("encoder", "images"), lambda s: KNN(k=_neighbours(s))),
         Score("gda", "GDA", "2402.04087", ("encoder", "images"), lambda s: GDA(s.head)),
         Score("mixtures", "Class mixtures", "2308.15580", ("encoder", "images"), lambda _: ClassMixtures()),
-        Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.head)),
+        Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.tempered)),
         Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
     )
 }

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from robustvlm.detect.base import Detector, Head
+from robustvlm.detect.base import Detector, Head, require_temperature
 from robustvlm.errors import UserError
 
 Reset = Literal["joint", "mean"]
@@ -15,13 +15,17 @@ Reset = Literal["joint", "mean"]
 
 @dataclass(frozen=True, eq=False)
 class DeltaEnergy(Detector):
-    """E(s~) - E(s), where E(s) = -log sum_k exp(logit_scale s_k) and s~ has its largest cosines set to 0.
+    """E(s~) - E(s), where E(s) = -T log sum_k exp(logit_scale s_k / T) and s~ has its largest cosines set to 0.
 
-    Large for known images, whose energy hangs on few classes.
+    Large for known images, whose energy hangs on few classes. With one cosine reset it is -T log(1 - p_1 + 1 / Z) for
+    the largest softmax probability p_1 at that temperature and the sum Z of exponentials: wherever 1 / Z is nothing,
+    as at a CLIP's own temperature, it ranks images exactly as MSP does, and with two reset nearly as
+    -log(1 - p_1 - p_2). So the temperature decides what it sees; T = logit_scale takes the cosines as they are.
 
     Args:
         head: the zero-shot head.
         n_reset: how many of the largest cosines are set to 0.
+        temperature: T, on the logits; 1 is the model's own.
         reset: "joint", all of them at once (our reading, the default), or "mean", the mean over one at a time. With
             `n_reset` 1 the two agree.
 
@@ -37,15 +41,18 @@ class DeltaEnergy(Detector):
     head: Head
     n_reset: int = 2
     reset: Reset = "joint"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.reset not in ("joint", "mean"):
             raise UserError(f"the energy change resets cosines 'joint' or 'mean', got '{self.reset}'")
         if self.n_reset < 1:
             raise UserError(f"the energy change needs at least 1 cosine to reset, got {self.n_reset}")
+        require_temperature(self.temperature)
 
     def score(self, features: Tensor) -> Tensor:
-        return energy_change(self.head.logits(features), self.n_reset, self.reset)
+        logits = self.head.logits(features) / self.temperature
+        return self.temperature * energy_change(logits, self.n_reset, self.reset)
 
 
 def energy_change(logits: Tensor, n_reset: int = 2, reset: Reset = "joint") -> Tensor:

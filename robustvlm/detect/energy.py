@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustvlm.detect.base import Detector, Head
-from robustvlm.errors import UserError
+from robustvlm.detect.base import Detector, Head, require_temperature
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +43,7 @@ class Energy(Detector):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"the temperature must be positive, got {self.temperature}: pass for example 1")
+        require_temperature(self.temperature)
 
     def score(self, features: Tensor) -> Tensor:
         return free_energy(self.head.logits(features), self.temperature)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.detect.base import Detector
 from robustvlm.errors import UserError
 
@@ -21,12 +22,12 @@ class SDIS(Detector):
     Example:
         >>> import torch
         >>> SDIS(torch.eye(3)[:2], torch.eye(3)[2:]).score(torch.tensor([[0.0, 0.6, 0.8]]))
-        tensor([-0.2000])
+        tensor([0.2000])
     """
 
     prototypes: Tensor
     antibodies: Tensor
-    weight: float = 1.0
+    weight: float = LAMBDA_INF
 
     def __post_init__(self) -> None:
         for name, vectors in (("prototypes", self.prototypes), ("antibodies", self.antibodies)):

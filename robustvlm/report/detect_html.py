@@ -44,6 +44,7 @@ def render_detect_run(run: DetectRecord) -> str:
             summary=summary,
             words=words,
             titles=titles,
+            oracles=words.oracle_titles(summary),
             shown=run.shown,
             auroc=detect_plots.auroc_chart(summary.scores, [part.name for part in summary.unknown], key="auroc"),
             rocs=[_roc(run, part.name, key=f"roc{i}") for i, part in enumerate(summary.unknown)],

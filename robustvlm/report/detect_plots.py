@@ -54,7 +54,7 @@ def auroc_chart(scores: Sequence[ScoreSummary], sets: Sequence[str], *, key: str
         legend(figure, columns=3)
         best = max(scores, key=lambda score: sum(on.auroc.value for on in score.on))
         reached = ", ".join(f"{on.unknown} {on.auroc.value:.3f}" for on in best.on)
-        return as_svg(figure, key=key, alt=f"AUROC of every score. Best: {best.title}, {reached}.")
+        return as_svg(figure, key=key, alt=f"AUROC of every score. Highest mean: {best.title}, {reached}.")
 
 
 def roc_chart(curves: Sequence[Curve], *, key: str, unknown: str) -> Markup:

@@ -30,7 +30,7 @@ def detect_table(summary: DetectSummary) -> RenderableType:
     if summary.unreadable:
         first = summary.unreadable[0]
         parts.append(Text(f"{len(summary.unreadable):,} images could not be read; the first, {plain(first.id)}"))
-    lines = [words.own_sentence(summary), words.attack_sentence(summary)]
+    lines = [words.words_sentence(summary), words.own_sentence(summary), words.attack_sentence(summary)]
     parts += [Text(line) for line in (words.verdict(summary), words.comparison(summary), *lines) if line]
     return Group(*parts)
 
@@ -44,10 +44,12 @@ def _scores(summary: DetectSummary) -> Table:
         table.add_column("FPR95")
     table.add_column("needs")
     table.add_column("µs", justify="right")
+    oracles = words.oracle_titles(summary)
     for score in summary.scores:
         cells = [cell for on in score.on for cell in (_measured(on.auroc), _measured(on.fpr95))]
         style = "bold" if score.name == summary.best else ""
-        table.add_row(score.title, *cells, words.needs(score), f"{score.microseconds:.1f}", style=style)
+        title = f"{score.title} (oracle)" if score.title in oracles else score.title
+        table.add_row(title, *cells, words.needs(score), f"{score.microseconds:.1f}", style=style)
     return table
 
 

@@ -40,6 +40,7 @@ class DetectConfig(BaseModel):
         known, fit: data of known classes, judged and learnt from; fit is None where nothing may be learnt.
         unknown: sets of unknown images.
         words: fingerprint of the words outside the known classes.
+        oracle_words: words that name a class of an unknown set are kept; temperature: of energies, on the logits.
         draws: bootstrap samples.
     """
 
@@ -51,6 +52,8 @@ class DetectConfig(BaseModel):
     fit: str | None
     scores: list[str]
     words: str
+    oracle_words: bool = False
+    temperature: float = 1.0
     classes: str | None = None
     templates: str | None = None
     tree: str | None = None

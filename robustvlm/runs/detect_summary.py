@@ -28,7 +28,7 @@ class Measured(_Record):
 
 
 class Versus(_Record):
-    """How much larger the AUROC is than that of the best baseline on the same images, by paired bootstrap.
+    """How much larger the AUROC is than that of the best other baseline on the same images, by paired bootstrap.
 
     `p_holm` is adjusted for all scores that are compared on this set of unknown images.
     """
@@ -42,7 +42,7 @@ class Versus(_Record):
 
 
 class OnSet(_Record):
-    """One score on one set of unknown images; `versus` is None for the best baseline itself."""
+    """One score on one set of unknown images; `versus` is None where there is no other score to compare it with."""
 
     unknown: str
     auroc: Measured
@@ -89,6 +89,19 @@ class OwnDecision(_Record):
     accepted_known: Rate
     right: Rate
     accepted_unknown: dict[str, Rate]
+
+
+class WordsSummary(_Record):
+    """The words outside the known classes that scores used.
+
+    Args:
+        used: how many; naming: those that name a class of an unknown set, with the set's name.
+        oracle: whether these were kept all the same, so that scores from words know what they are tested on.
+    """
+
+    used: int
+    naming: dict[str, str]
+    oracle: bool
 
 
 class AttackedOnSet(_Record):
@@ -141,6 +154,7 @@ class DetectSummary(_Record):
         accuracy: share of known images whose class is right, refusals left aside.
         encode_ms: milliseconds per image of the encoder.
         best: name of the score with the highest mean AUROC over the sets.
+        words: those that scores used, None where none did.
         skipped: scores that could not be used, with the reason.
     """
 
@@ -155,6 +169,7 @@ class DetectSummary(_Record):
     best: str
     encode_ms: float
     own: OwnDecision | None = None
+    words: WordsSummary | None = None
     attacked: list[AttackedScore] = []
     adversarial: Adversarial | None = None
     eps_text: str | None = None

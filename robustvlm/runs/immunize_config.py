@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from robustvlm.core.defaults import LAMBDA_INF
+
 RECORD = "immunity.json"
 
 
@@ -42,7 +44,7 @@ class ImmunizeConfig(BaseModel):
     risk: float | None = None
     margin: float | None = 0.2
     push_weight: float = 1.0
-    weight: float = 0.5
+    weight: float = LAMBDA_INF
     kappa: str = "model"
     miss: float = 0.05
     min_images: int = 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.detect import (
     GDA,
     KNN,
@@ -81,6 +83,61 @@ def test_energy_change_by_hand(values: list[float], n_reset: int) -> None:
     assert energy_change(logits, n_reset).item() == pytest.approx(joint - energy, abs=1e-9)
     assert energy_change(logits, n_reset, "mean").item() == pytest.approx(sum(singles) / n_reset - energy, abs=1e-9)
     assert torch.allclose(energy_change(logits, 1), energy_change(logits, 1, "mean"))
+
+
+@given(st.lists(st.floats(0.0, 0.35), min_size=3, max_size=9, unique=True), st.sampled_from([60.0, 100.0]))
+@settings(max_examples=40, deadline=None)
+def test_energy_change_of_one_cosine_ranks_as_msp_at_the_model_s_own_temperature(
+    cosines: list[float], scale: float
+) -> None:
+    """The closed form: -log(1 - p1 + 1 / Z), where Z is the sum of exponentials."""
+    logits = scale * torch.tensor([cosines], dtype=torch.float64)
+    total = logits.exp().sum()
+    expected = -torch.log(1 - logits.softmax(1).amax() + 1 / total)
+    assert energy_change(logits, 1).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_energy_change_of_one_cosine_is_msp_by_rank_and_another_score_at_another_temperature() -> None:
+    draws = torch.Generator().manual_seed(3)
+    texts = F.normalize(torch.randn(20, 8, generator=draws, dtype=torch.float64) + 2.0, dim=1)
+    z = F.normalize(torch.randn(60, 8, generator=draws, dtype=torch.float64) + 2.0, dim=1)
+    head = Head(texts, 60.0)
+    order = MSP(head).score(z).argsort()
+    assert torch.equal(DeltaEnergy(head, n_reset=1).score(z).argsort(), order)
+    assert not torch.equal(DeltaEnergy(head, n_reset=1, temperature=60.0).score(z).argsort(), order)
+    assert not torch.equal(DeltaEnergy(head, n_reset=2).score(z).argsort(), order)
+    # The temperature by its definition: T times the change of energy of logits over T.
+    found = DeltaEnergy(head, temperature=30.0).score(z)
+    assert torch.allclose(found, 30.0 * energy_change(2.0 * z @ texts.T))
+
+
+def test_a_temperature_reaches_every_score_from_energies(clouds: Clouds) -> None:
+    names = ("energy", "delta-energy", "delta-energy-mean", "ash", "react", "vim")
+    labels = torch.arange(len(clouds.known)) % CLASSES
+    at = {
+        value: make_scores(names, Supplies(clouds.head, features=clouds.known, labels=labels, temperature=value))[0]
+        for value in (1.0, 8.0)
+    }
+    for name in names:
+        one, eight = (at[value][name].score(clouds.known) for value in (1.0, 8.0))
+        assert not torch.equal(one.argsort(), eight.argsort()), name
+
+
+def test_there_is_one_default_weight_of_antibodies() -> None:
+    from robustvlm.cli.immunize import immunize
+    from robustvlm.defenses.immunity import immunise
+    from robustvlm.runs.immunize_config import ImmunizeConfig
+
+    signatures = [inspect.signature(part).parameters for part in (immunize, immunise, SDIS)]
+    found = [signature.get("weight", signature.get("lambda_inf")) for signature in signatures]
+    assert [part.default for part in found if part is not None] == 3 * [LAMBDA_INF]
+    assert ImmunizeConfig().weight == LAMBDA_INF
+
+
+def test_s_dis_without_a_safe_word_is_refused(clouds: Clouds) -> None:
+    made, skipped = make_scores(["s-dis"], Supplies(clouds.head, words=clouds.head.class_embeddings))
+    assert not made
+    assert "nearer to a known class" in skipped[0].reason
 
 
 def test_resetting_every_cosine_leaves_the_energy() -> None:

@@ -117,6 +117,19 @@ def test_other_settings_need_another_name(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["lr"] == 0.02
 
 
+def test_a_run_under_the_loss_that_a_method_once_had_is_not_gone_on_with(tmp_path: Path) -> None:
+    run = prepared(tmp_path, steps=3, method="simclip")
+    assert run.manifest["model"]["loss"] == "cosine to the frozen original's features"
+    run.run()
+    path = tmp_path / "run" / "manifest.json"
+    old = json.loads(path.read_text())
+    del old["model"]["loss"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"model loss: None -> cosine to the frozen original"):
+        prepared(tmp_path, steps=3, method="simclip").run()
+    assert "loss" not in prepared(tmp_path, steps=3, method="tecoa").manifest["model"]
+
+
 @pytest.mark.parametrize(("method", "trainable"), [*((name, "all") for name in sorted(METHODS)), ("pmg", "ssf")])
 def test_every_method_trains_and_is_written(tmp_path: Path, method: str, trainable: str) -> None:
     tree = tmp_path / "tree.json"

@@ -27,8 +27,8 @@ class FinetuneSettings:
         method: a name of `METHODS`.
         trainable: `all`, `lora[:RANK]`, `ssf` or `last:N`.
         attack: the inner attack.
-        options: keyword arguments of the method: `options=HierarchicalOptions(...)` for hierarchical, `general` and
-            `clean` for pmg.
+        options: keyword arguments of the method: `options=HierarchicalOptions(...)` for hierarchical, `general`,
+            `clean` and `reverse` for pmg.
         seed: of the parameters that LoRA adds.
 
     Raises:

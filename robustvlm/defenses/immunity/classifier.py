@@ -52,6 +52,7 @@ class ImmunisedClassifier(Classifier):
             can_reject=True,
         )
         self.encoder, self.weight = encoder, immunity.weight
+        self.antibody_texts = tuple(text.text for text in immunity.antibodies.texts)
         sigma = encoder.sigma if isinstance(encoder, SmoothedVLM) else None
         self.smoothed = encoder if isinstance(encoder, SmoothedVLM) and sigma in immunity.noisy else None
         thresholds = immunity.thresholds if sigma is None else immunity.noisy.get(sigma, immunity.thresholds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.defenses.immunity.adapter import Adapter
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
 from robustvlm.defenses.immunity.prototypes import Prototypes
@@ -20,7 +21,6 @@ from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 
-DEFAULT_WEIGHT = 0.5
 KAPPAS = ("model", "class")
 
 
@@ -54,7 +54,7 @@ def immunise(
     *,
     logit_scale: float,
     kappa: str = "model",
-    weight: float = DEFAULT_WEIGHT,
+    weight: float = LAMBDA_INF,
     miss: float = DEFAULT_MISS,
     min_images: int = MIN_IMAGES,
     vaccine: VaccineSettings | None = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.attacks.oracle import full_precision_kernels
@@ -23,6 +23,7 @@ from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting.observer import DetectObserver
 from robustvlm.models import VLM
+from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.files import replacing
 from robustvlm.runs.summary import UnreadableImage
@@ -149,16 +150,16 @@ def kept(path: Path, make: Callable[[], Encoded]) -> Encoded:
 
 
 def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: Path) -> Tensor:
-    """Return unit text embeddings [W, D] of words, read back from the file if it holds as many."""
+    """Return unit text embeddings [W, D] of words, read back from the file if it holds those of the same words."""
+    wanted = fingerprint({}, (vlm.fingerprint, *words, "|", *templates))
     if path.exists():
-        with contextlib.suppress(OSError, SafetensorError, KeyError):
-            found = load_file(path)["words"]
-            if len(found) == len(words):
-                return found
+        with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("of") == wanted:
+                return file.get_tensor("words")
     with torch.inference_mode():
         made = class_embeddings(vlm, words, templates).float().cpu().clone()
     with replacing(path) as temporary:
-        temporary.write_bytes(save({"words": made}))
+        temporary.write_bytes(save({"words": made}, metadata={"of": wanted}))
     return made
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from robustvlm.attacks import LaneAttack
 from robustvlm.data.source import DataSource
+from robustvlm.data.unlabelled import Unlabelled
 from robustvlm.defenses import Classifier
 from robustvlm.evaluation.detecting.observer import DetectObserver
 from robustvlm.evaluation.detecting.session import Session
@@ -25,6 +26,7 @@ class PreparedDetect:
         config: its settings; folder: where it goes; manifest: what is written first.
         classifier: the model; known: images of known classes; unknown: sets of other images, by name.
         fit: images to learn from, None for none; words: outside the known classes.
+        naming: words that name a class of an unknown set, with the set's name: left out, unless oracles are asked for.
         attacks: on scores, empty without --under-attack; batch_size: images per encoder pass.
     """
 
@@ -33,9 +35,10 @@ class PreparedDetect:
     manifest: Manifest
     classifier: Classifier
     known: DataSource
-    unknown: list[tuple[str, DataSource]]
+    unknown: list[tuple[str, Unlabelled]]
     fit: DataSource | None
     words: tuple[str, ...]
+    naming: dict[str, str]
     attacks: list[LaneAttack]
     batch_size: int
 
@@ -53,6 +56,7 @@ class PreparedDetect:
                     unknown=self.unknown,
                     fit=self.fit,
                     words=self.words,
+                    naming=self.naming,
                     attacks=self.attacks,
                     batch_size=self.batch_size,
                     observer=observer or DetectObserver(),

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.data.specs import parse_spec
 from robustvlm.defenses import Classifier
 from robustvlm.detect import SDIS, Detector, Head, Supplies, make_scores
@@ -73,16 +74,24 @@ def score_all(detector: Detector, inputs: Tensor) -> Tensor:
 
 
 def make_panel(
-    classifier: Classifier, templates: Sequence[str], names: Sequence[str], fit: Encoded | None, words: Tensor | None
+    classifier: Classifier,
+    templates: Sequence[str],
+    names: Sequence[str],
+    fit: Encoded | None,
+    words: Tensor | None,
+    *,
+    temperature: float = 1.0,
 ) -> Panel:
     """Return the named scores for a model, fitted to `fit`; `words` are unit text embeddings [W, D].
+
+    Energies divide the logits by `temperature`.
 
     Raises UserError when none of them can be used.
     """
     head, encoder = head_and_kind(classifier, templates)
     features = None if fit is None or not encoder else fit.features
     labels = None if fit is None else fit.labels
-    supplies = Supplies(head, encoder, features, labels, words if encoder else None)
+    supplies = Supplies(head, encoder, features, labels, words if encoder else None, temperature)
     detectors, skipped = make_scores(names, supplies)
     reasons = {item.name: item.reason for item in skipped}
     own = own_sdis(classifier)
@@ -100,7 +109,7 @@ def own_sdis(classifier: Classifier) -> Detector | None:
     if not isinstance(prototypes, Tensor) or not isinstance(antibodies, Tensor) or not len(antibodies):
         return None
     flat = prototypes.detach().float().cpu().flatten(0, -2)
-    return SDIS(flat, antibodies.detach().float().cpu(), float(getattr(classifier, "weight", 1.0)))
+    return SDIS(flat, antibodies.detach().float().cpu(), float(getattr(classifier, "weight", LAMBDA_INF)))
 
 
 def head_and_kind(classifier: Classifier, templates: Sequence[str]) -> tuple[Head, bool]:

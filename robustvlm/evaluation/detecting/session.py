@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.data.source import DataSource
+from robustvlm.data.unlabelled import Unlabelled
 from robustvlm.defenses import Classifier
 from robustvlm.detect import SCORES
 from robustvlm.errors import UserError
@@ -21,12 +23,19 @@ from robustvlm.evaluation.detecting.encoding import Encoded, Encoder, embed_word
 from robustvlm.evaluation.detecting.gallery import save_mistakes
 from robustvlm.evaluation.detecting.ledger import AttackLedger
 from robustvlm.evaluation.detecting.observer import DetectObserver
-from robustvlm.evaluation.detecting.remarks import remarks
+from robustvlm.evaluation.detecting.remarks import (
+    of_antibodies,
+    of_constant_scores,
+    of_unknown_sets,
+    of_words,
+    remarks,
+    some_of,
+)
 from robustvlm.evaluation.detecting.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
 from robustvlm.evaluation.detecting.summarising import Scored
 from robustvlm.evaluation.images import Images, Picture
 from robustvlm.runs.detect_config import DetectConfig, UnderAttack
-from robustvlm.runs.detect_summary import OWN, Adversarial, AttackedScore, DetectSummary, SetSummary
+from robustvlm.runs.detect_summary import OWN, Adversarial, AttackedScore, DetectSummary, SetSummary, WordsSummary
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.results import write_rows
@@ -42,24 +51,33 @@ class Session:
     folder: RunFolder
     classifier: Classifier
     known: DataSource
-    unknown: list[tuple[str, DataSource]]
+    unknown: list[tuple[str, Unlabelled]]
     fit: DataSource | None
     words: tuple[str, ...]
+    naming: dict[str, str]
     attacks: list[LaneAttack]
     batch_size: int
     observer: DetectObserver
     encoded: dict[str, Encoded] = field(default_factory=dict)
     left_out: int = 0
+    known_after_all: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Do what is left to do, and write results, summary and pictures; the report is made from these."""
         began = time.monotonic()
         fit = self._encode()
-        panel = make_panel(self.classifier, self.known.templates, self.config.scores, fit, self._word_embeddings())
-        sets = [self._scored(name, source, panel) for name, source in self._sources()]
+        panel = make_panel(
+            self.classifier,
+            self.known.templates,
+            self.config.scores,
+            fit,
+            self._word_embeddings(),
+            temperature=self.config.temperature,
+        )
+        sets = summarising.usable([self._scored(name, source, panel) for name, source in self._sources()], panel)
         thresholds = summarising.thresholds_of(sets[0])
         attacked, adversarial, checks = self._under_attack(panel, sets, thresholds)
-        summary = self._summary(panel, sets, fit, thresholds, checks=[*remarks(self.encoded, fit, panel), *checks])
+        summary = self._summary(panel, sets, fit, thresholds, checks=[*self._remarks(sets, fit, panel), *checks])
         summary = summary.model_copy(
             update={"attacked": attacked, "adversarial": adversarial, "seconds": time.monotonic() - began}
         )
@@ -90,6 +108,8 @@ class Session:
         for number, (name, source) in enumerate(self._sources()):
             file = KNOWN if number == 0 else f"unknown-{number}"
             self.encoded[name] = encoder.encode(source, file, limit=self.config.limit, title=f"Encoding {name}")
+            if number:
+                self._leave_out_known(name, source.spec)
         self.encoded[KNOWN], self.left_out = of_known_classes(self.encoded[KNOWN])
         if not self.encoded[KNOWN].ids:
             raise UserError(f"no image of '{self.known.spec}' has one of its known classes: nothing can be judged")
@@ -101,6 +121,17 @@ class Session:
         require_apart(self.encoded[KNOWN], fit, self.known.spec, self.fit.spec)
         return fit
 
+    def _leave_out_known(self, name: str, spec: str) -> None:
+        """Leave the images of known classes out of a set of unknown ones, and remember how many of which."""
+        found = self.encoded[name]
+        self.encoded[name], counts = found.rows((found.labels < 0).nonzero().flatten()), Counter(found.labels.tolist())
+        self.known_after_all[name] = {
+            self.known.class_names[label]: count for label, count in sorted(counts.items()) if label >= 0
+        }
+        if not self.encoded[name].ids:
+            classes = some_of(self.known_after_all[name])
+            raise UserError(f"every image of '{spec}' is of a known class ({classes}): pass others to --ood")
+
     def _word_embeddings(self) -> Tensor | None:
         wanted = any("words" in SCORES[name].needs for name in self.config.scores)
         if not wanted or not self.words or self.classifier.vlm is None:
@@ -108,6 +139,18 @@ class Session:
         self.observer.begin(f"Embedding {len(self.words):,} words", None, 0)
         path = self.folder.features_path / "words.safetensors"
         return embed_words(self.classifier.vlm, self.words, self.known.templates, path)
+
+    def _remarks(self, sets: Sequence[Scored], fit: Encoded | None, panel: Panel) -> Iterator[Check]:
+        """Yield what the reader has to know of the data, the words and the scores."""
+        yield from of_unknown_sets(self.unknown, self.known_after_all, self.encoded)
+        if self._from_words(panel):
+            yield from of_words(self.naming, oracle=self.config.oracle_words)
+        yield from of_antibodies(self.classifier, self.unknown)
+        yield from remarks(self.encoded, fit, panel)
+        yield from of_constant_scores(sets)
+
+    def _from_words(self, panel: Panel) -> bool:
+        return any("words" in SCORES[name].needs for name in panel.detectors if name in SCORES)
 
     def _scored(self, name: str, source: DataSource, panel: Panel) -> Scored:
         found = self.encoded[name]
@@ -206,6 +249,9 @@ class Session:
             best=summarising.best_score(scores),
             encode_ms=mean_time(self.encoded),
             own=summarising.own_decision(known, unknown),
+            words=WordsSummary(used=len(self.words), naming=self.naming, oracle=self.config.oracle_words)
+            if self._from_words(panel)
+            else None,
             eps_text=None if config is None else config.eps_text,
             norm=None if config is None else config.norm,
             seconds=0.0,

@@ -10,6 +10,7 @@ from pathlib import Path
 from robustvlm.attacks import LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
 from robustvlm.data.specs import parse_spec
 from robustvlm.detect import SCORES, parse_scores
+from robustvlm.detect.base import require_temperature
 from robustvlm.errors import UserError, nearest
 from robustvlm.runs.detect_config import NamedData, UnderAttack
 from robustvlm.runs.detect_summary import OWN, OWN_SDIS
@@ -37,6 +38,8 @@ class Settings:
     fit: str | None = None
     scores: str = "all"
     words: Path | None = None
+    oracle_words: bool = False
+    temperature: float = 1.0
     classes: Path | None = None
     templates: Path | None = None
     tree: Path | None = None
@@ -69,7 +72,8 @@ class Settings:
                 raise UserError(f"{name} must be at least {least}, got {number}")
         if self.draws > _MOST_DRAWS:
             raise UserError(f"--draws must be at most {_MOST_DRAWS:,} bootstrap samples, got {self.draws:,}")
-        parse_scores(self.scores)
+        self.catalogue()
+        require_temperature(self.temperature)
         if self.known is not None and not self.unknown:
             raise UserError("unknown images are needed beside --id: pass --ood DATA, once for each set of them")
         if self.known is None and self.unknown:
@@ -82,6 +86,17 @@ class Settings:
             self.attacked_names(may_refuse=True)
         self.unknown_sets()
         return self
+
+    def catalogue(self) -> tuple[str, ...]:
+        """Return the scores of the catalogue that are asked for; those of the model are shown wherever it has any."""
+        names = [part.strip() for part in self.scores.split(",")]
+        rest = [name for name in names if name not in (OWN, OWN_SDIS)]
+        return parse_scores(",".join(rest)) if rest else ()
+
+    @property
+    def asks_own(self) -> bool:
+        """Whether a score of the model itself is asked for by name."""
+        return any(part.strip() in (OWN, OWN_SDIS) for part in self.scores.split(","))
 
     @property
     def known_spec(self) -> str:
@@ -132,12 +147,12 @@ class Settings:
         """Return the scores to attack; a model that may refuse has its own score attacked first."""
         own = [OWN] if may_refuse else []
         if self.attack_scores is None:
-            return own + [name for name in _ATTACKED if name in parse_scores(self.scores)]
+            return own + [name for name in _ATTACKED if name in self.catalogue()]
         wanted = [part.strip() for part in self.attack_scores.split(",")]
         for name in wanted:
             if name not in (*SCORES, OWN, OWN_SDIS):
                 raise UserError(f"unknown score '{name}' in --attack-scores: {nearest(name, [*SCORES, OWN])}")
-            if name in SCORES and name not in parse_scores(self.scores):
+            if name in SCORES and name not in self.catalogue():
                 raise UserError(f"the score '{name}' is to be attacked and not in --scores: add it there")
             if name == OWN and not may_refuse:
                 raise UserError("the model never refuses, so it has no acceptance of its own to attack: leave out own")

@@ -8,9 +8,10 @@ from typing import Any
 from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
+from robustvlm.data.nouns import same_things
 from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
-from robustvlm.detect import outside, parse_scores, read_words, tree_words
+from robustvlm.detect import outside, read_words, tree_words
 from robustvlm.errors import UserError
 from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.detecting.run import PreparedDetect
@@ -40,10 +41,15 @@ def prepare_detect(
         RunFolder(out, name)
     device = str(resolve_device(settings.device))
     known = open_data(settings.known_spec, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    unknown = [(named, open_unlabelled(named.spec)) for named in settings.unknown_sets()]
+    unknown = [(named, open_unlabelled(named.spec, known.class_names)) for named in settings.unknown_sets()]
     fit = None if settings.fit_spec is None else _open_fit(settings, known)
     words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
+    naming = {word: named.name for named, source in reversed(unknown) for word in same_things(words, source.things())}
+    if not settings.oracle_words:
+        words = tuple(word for word in words if word not in naming)
     classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
+    if settings.asks_own and not classifier.can_reject:
+        raise UserError("the model never refuses, so it has no score of its own: leave out own in --scores")
     under_attack = settings.under_attack_config(may_refuse=classifier.can_reject)
     if under_attack is not None:
         open_gradients(classifier)
@@ -52,8 +58,10 @@ def prepare_detect(
         known=settings.known_spec,
         unknown=[named for named, _ in unknown],
         fit=settings.fit_spec,
-        scores=list(parse_scores(settings.scores)),
+        scores=list(settings.catalogue()),
         words=fingerprint({}, words),
+        oracle_words=settings.oracle_words,
+        temperature=settings.temperature,
         classes=_text(settings.classes),
         templates=_text(settings.templates),
         tree=_text(settings.tree),
@@ -83,6 +91,7 @@ def prepare_detect(
         unknown=[(named.name, source) for named, source in unknown],
         fit=fit,
         words=words,
+        naming=naming,
         attacks=settings.attacks() if under_attack is not None else [],
         batch_size=settings.batch_size,
     )

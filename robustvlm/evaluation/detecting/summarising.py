@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,8 @@ from torch import Tensor
 from robustvlm.detect import BASELINES, SCORES, Bootstrap, Interval, auroc_interval, difference, threshold_at_tpr
 from robustvlm.detect.intervals import intervals_of
 from robustvlm.detect.metrics import all_metrics
+from robustvlm.errors import UserError
+from robustvlm.evaluation.detecting.scoring import Panel
 from robustvlm.runs.detect_summary import OWN, OWN_SDIS, Measured, OnSet, OwnDecision, ScoreSummary, Versus
 from robustvlm.stats import Rate, holm, rate
 
@@ -38,6 +40,27 @@ class Scored:
 def title_of(name: str) -> str:
     """Return a score's name as tables show it."""
     return _OF_THE_MODEL.get(name) or SCORES[name].title
+
+
+def usable(sets: Sequence[Scored], panel: Panel) -> list[Scored]:
+    """Return the sets without the scores that are not finite for some image, which the panel then names as skipped.
+
+    Raises UserError when no score is left.
+    """
+    bad = {
+        name: sum(int((~np.isfinite(part.scores[name])).sum()) for part in sets)
+        for name in sets[0].scores
+        if not all(np.isfinite(part.scores[name]).all() for part in sets)
+    }
+    for name, count in bad.items():
+        panel.detectors.pop(name, None)
+        panel.skipped[name] = f"it is NaN or infinite for {count:,} images"
+    if len(bad) == len(sets[0].scores):
+        raise UserError(
+            f"no score is finite for every image; the first, '{next(iter(bad))}', fails on {bad[next(iter(bad))]}"
+        )
+    kept = [name for name in sets[0].scores if name not in bad]
+    return [replace(part, scores={name: part.scores[name] for name in kept}) for part in sets]
 
 
 def decision_threshold(known: Array) -> float:
@@ -109,20 +132,17 @@ def _on_set(known: Scored, other: Scored, *, draws: int, seed: int) -> dict[str,
 
 
 def _compared(found: dict[str, OnSet], aurocs: Mapping[str, Array]) -> dict[str, OnSet]:
-    """Set every score against the best baseline of this set, p-values adjusted for the number of comparisons."""
-    baselines = [name for name in BASELINES if name in found]
-    if not baselines:
-        return found
-    best = max(baselines, key=lambda name: found[name].auroc.value)
-    others = [name for name in found if name != best]
+    """Set every score against the best other baseline of this set, p-values adjusted for the number of comparisons."""
+    rivals = {name: _best_baseline(found, name) for name in found}
     gaps = {
-        name: difference(found[name].auroc.value - found[best].auroc.value, aurocs[name] - aurocs[best])
-        for name in others
+        name: difference(found[name].auroc.value - found[rival].auroc.value, aurocs[name] - aurocs[rival])
+        for name, rival in rivals.items()
+        if rival is not None
     }
-    adjusted = dict(zip(others, holm([gaps[name].p_value for name in others]), strict=True))
+    adjusted = dict(zip(gaps, holm([gap.p_value for gap in gaps.values()]), strict=True))
     for name, gap in gaps.items():
         versus = Versus(
-            baseline=best,
+            baseline=str(rivals[name]),
             difference=gap.value,
             low=gap.low,
             high=gap.high,
@@ -131,6 +151,12 @@ def _compared(found: dict[str, OnSet], aurocs: Mapping[str, Array]) -> dict[str,
         )
         found[name] = found[name].model_copy(update={"versus": versus})
     return found
+
+
+def _best_baseline(found: Mapping[str, OnSet], but: str) -> str | None:
+    """Return the baseline with the highest AUROC on a set, other than the score that is compared; None without any."""
+    others = [name for name in BASELINES if name in found and name != but]
+    return max(others, key=lambda name: found[name].auroc.value, default=None)
 
 
 def best_score(scores: Sequence[ScoreSummary]) -> str:

@@ -14,11 +14,16 @@ from tiny_tower import NAMES, SmallVLM, images, make_task, small_forest, small_v
 from torch import Tensor
 
 from robustvlm.attacks import ThreatModel
-from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack
+from robustvlm.data import open_data
+from robustvlm.data.pixels import to_pixels
+from robustvlm.data.source import Sample
+from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack, finetune_task
 from robustvlm.defenses.finetune.hyperbolic import distances, hyp_avg
+from robustvlm.defenses.finetune.inner_attack import frozen
 from robustvlm.defenses.finetune.methods import Hierarchical
 from robustvlm.defenses.finetune.texts import ProjectedTexts
 from robustvlm.errors import UserError
+from robustvlm.models import load_model
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.training import Draws
 
@@ -109,28 +114,112 @@ def test_baselines_agree_with_their_formulas() -> None:
     vlm.load_state_dict(moved.state_dict())
     now, original = (10 * tower.encode_image(pixels) @ embeddings.T for tower in (moved, plain))
     p, q = now.softmax(1), original.softmax(1)
-    general = (p * (p.log() - q.log())).sum(1).mean()
+    general = (q * (q.log() - p.log())).sum(1).mean()
     terms = pmg.losses(pixels, labels, 0, DRAWS)
     torch.testing.assert_close(terms["loss"], F.cross_entropy(now, labels) + 2 * general, rtol=1e-4, atol=1e-5)
     assert terms["clean"].abs() < 1e-4
+    turned = make_task(vlm := small_vlm(), "pmg", attack=STILL, options={"reverse": True})
+    vlm.load_state_dict(moved.state_dict())
+    reverse = (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(turned.losses(pixels, labels, 0, DRAWS)["general"], reverse, rtol=1e-4, atol=1e-5)
+    assert not torch.isclose(general, reverse, rtol=1e-2)
 
-    simclip = make_task(small_vlm(), "simclip", attack=STILL)
+    simclip = make_task(vlm := small_vlm(), "simclip", attack=STILL)
     assert simclip.losses(pixels, labels, 0, DRAWS)["loss"].item() == pytest.approx(-1, abs=1e-5)
+    vlm.load_state_dict(moved.state_dict())
+    cosine = (moved.encode_image(pixels) * plain.encode_image(pixels)).sum(1).mean()
+    torch.testing.assert_close(simclip.losses(pixels, labels, 0, DRAWS)["loss"], -cosine, rtol=1e-4, atol=1e-5)
 
 
-def test_simclip_holds_each_side_constant_in_turn() -> None:
-    """Its gradient is half that of the full cosine with respect to each side, so twice the loss has all of it."""
-    vlm, pixels = small_vlm(), images()[0]
-    task = make_task(vlm, "simclip")
-    task.losses(pixels, images()[1], 0, DRAWS)["loss"].backward()
-    found = vlm.proj.grad.clone()  # type: ignore[union-attr]
-    attacked = make_task(other := small_vlm(), "simclip").method
-    adversarial = attacked.attack(
-        lambda x, _: -(other.encode_image(x) * other.encode_image(pixels).detach()).sum(), pixels, DRAWS
-    )[0]
-    other.proj.grad = None
-    (-(other.encode_image(adversarial) * other.encode_image(pixels)).sum(1).mean() / 2).backward()
-    torch.testing.assert_close(found, other.proj.grad, rtol=1e-3, atol=1e-6)
+def original_and_student() -> tuple[SmallVLM, SmallVLM]:
+    """Return an encoder and one a little away from it, as after some steps of training."""
+    plain, student = small_vlm(), small_vlm()
+    draws = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draws))
+    return plain, student
+
+
+def worst_of(student: SmallVLM, goal: Tensor, pixels: Tensor) -> Tensor:
+    """Return where the inner attack ends on the squared distance of features to a goal."""
+    attack = InnerAttack(threat=ThreatModel("Linf", 0.05), steps=2)
+    return attack(lambda x, _: (student.embed_image(x) - goal).square().sum(), pixels, DRAWS)[0]
+
+
+def test_simclip_is_the_cosine_to_the_frozen_original_and_its_second_half_has_no_gradient() -> None:
+    """Against a second implementation: value and gradient of both halves, at the end of FARE's inner attack."""
+    pixels, labels = images()
+    plain, student = original_and_student()
+    task = make_task(vlm := small_vlm(), "simclip")  # the teacher is the model as it is now
+    vlm.load_state_dict(student.state_dict())
+    loss = task.losses(pixels, labels, 0, DRAWS)["loss"]
+    loss.backward()
+    original = plain.embed_image(pixels).detach()
+    cosine = F.cosine_similarity(student.embed_image(worst_of(student, original, pixels)), original).mean()
+    (-cosine / 2).backward()
+    torch.testing.assert_close(loss, -cosine, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vlm.proj.grad, student.proj.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(vlm.stem.weight.grad, student.stem.weight.grad, rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in task.method.teacher.parameters())
+
+
+def test_simclip_attacks_the_squared_distance_as_fare_does() -> None:
+    pixels = images()[0]
+    plain, student = original_and_student()
+    for name in ("fare", "simclip"):
+        method = make_task(vlm := small_vlm(), name).method
+        vlm.load_state_dict(student.state_dict())
+        goal, found = method.worst_case(pixels, DRAWS)  # type: ignore[attr-defined]
+        torch.testing.assert_close(goal, plain.embed_image(pixels))
+        assert not goal.requires_grad
+        assert not found.requires_grad
+        torch.testing.assert_close(found, worst_of(student, goal, pixels))
+
+
+@pytest.mark.slow
+def test_simclip_makes_the_bundled_model_more_robust_and_keeps_its_accuracy() -> None:
+    """A smaller version of `finetune tiny --method simclip`: with its own features as partner, accuracy is lost."""
+    source = open_data("emoji?split=train&copies=1")
+    samples = [item for item in source.samples(limit=96) if isinstance(item, Sample)]
+    pixels = torch.stack([to_pixels(item.image, 64) for item in samples])
+    labels, ids = torch.tensor([item.label for item in samples]), [item.id for item in samples]
+    threat = ThreatModel("Linf", 2 / 255)
+    settings = FinetuneSettings(method="simclip", attack=InnerAttack(threat=threat, steps=2))
+    task = finetune_task(
+        vlm := load_model("tiny"),
+        settings,
+        class_names=source.class_names,
+        templates=source.templates,
+        calibration=pixels[:4],
+    )
+    method = task.method
+
+    def accuracies() -> tuple[float, float]:
+        with frozen(vlm):
+            attack = InnerAttack(threat=threat, steps=10)
+            found = attack(
+                lambda x, _: F.cross_entropy(method.logits(vlm, x), labels[:64], reduction="sum"),
+                pixels[:64],
+                Draws(1, 0, ids[:64]),
+            )[0]
+            with torch.no_grad():
+                clean, robust = (method.logits(vlm, x).argmax(1) == labels[:64] for x in (pixels[:64], found))
+        return float(clean.float().mean()), float(robust.float().mean())
+
+    before = accuracies()
+    optimizer = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad], lr=5e-4)
+    for step in range(16):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-4 * min(1.0, (step + 1) / 4)
+        rows = [(32 * step + i) % 96 for i in range(32)]
+        optimizer.zero_grad()
+        task.losses(pixels[rows], labels[rows], step, Draws(0, step, [ids[row] for row in rows]))["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+        optimizer.step()
+    after = accuracies()
+    assert after[0] > 0.75
+    assert after[1] > before[1] + 0.1
 
 
 def hierarchical(vlm: SmallVLM, attack: InnerAttack = STILL, **options: object) -> Hierarchical:

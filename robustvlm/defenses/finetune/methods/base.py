@@ -48,11 +48,14 @@ class Method(ABC):
         labelled: whether labels are read.
         attacked: whether the inner attack is used.
         needs_teacher: whether a frozen copy of the model is wanted.
+        loss: what is minimised, in words, of a method whose loss once was another: it goes into the manifest, so that
+            a run under the other loss is not gone on with under this one.
     """
 
     labelled = True
     attacked = True
     needs_teacher = False
+    loss = ""
 
     def __init__(self, materials: Materials) -> None:
         self.student, self.attack = materials.student, materials.attack

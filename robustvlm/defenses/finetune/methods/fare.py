@@ -21,11 +21,19 @@ class FARE(Method):
 
     def terms(self, pixels: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
         del labels
+        goal, adversarial = self.worst_case(pixels, draws)
+        return {"loss": self._error(adversarial, goal).mean()}
+
+    def worst_case(self, pixels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return the original model's features [B, D] of clean images, and the images [B, 3, S, S] farthest from them.
+
+        Neither carries a gradient.
+        """
         with torch.no_grad():
             goal = self.teacher.embed_image(pixels).float()
         with frozen(self.student):
             adversarial, _ = self.attack(lambda x, _: self._error(x, goal).sum(), pixels, draws)
-        return {"loss": self._error(adversarial, goal).mean()}
+        return goal, adversarial
 
     def _error(self, pixels: Tensor, goal: Tensor) -> Tensor:
         return (self.student.embed_image(pixels).float() - goal).square().sum(-1)

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.defenses.finetune.inner_attack import frozen
-from robustvlm.defenses.finetune.methods.base import Method
+from robustvlm.defenses.finetune.methods.fare import FARE
 from robustvlm.training import Draws
 
 
-class SimCLIP(Method):
-    """Negative cosine of the clean and the perturbed image's features, symmetric, each in turn held constant.
+class SimCLIP(FARE):
+    """Negative cosine of the worst case's features to those the original model has of the clean image, symmetric.
 
-    Nothing ties the features to those of the original model. Our reading: the inner attack lowers the cosine to the
-    student's own features of the clean image.
+    As the authors' program has it (speedlab-git/SimCLIP, train/adversarial_training_simclip.py): the partner is the
+    frozen original, so its half of the symmetric loss counts in the value and has no gradient, and the inner attack is
+    FARE's, on the squared distance of features that are not scaled. With the student's own features of the clean image
+    as the partner, as a Siamese network would have it, nothing ties the features to the texts and they collapse.
     """
 
-    labelled = False
+    loss = "cosine to the frozen original's features"
 
     def terms(self, pixels: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
         del labels
-        encode = self.student.encode_image
-        with frozen(self.student):
-            with torch.no_grad():
-                goal = encode(pixels)
-            adversarial, _ = self.attack(lambda x, _: -(encode(x) * goal).sum(), pixels, draws)
-        perturbed, clean = encode(adversarial), encode(pixels)
-        pull = (perturbed * clean.detach()).sum(-1) + (clean * perturbed.detach()).sum(-1)
-        return {"loss": -pull.mean() / 2}
+        original, adversarial = self.worst_case(pixels, draws)
+        student = self.student.embed_image(adversarial).float()
+        return {"loss": (_apart(student, original) + _apart(original, student)) / 2}
+
+
+def _apart(moved: Tensor, held: Tensor) -> Tensor:
+    """Return the mean negative cosine of features [B, D], the second of them held constant."""
+    return -F.cosine_similarity(moved, held.detach(), dim=-1).mean()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustvlm.data.nouns import words_of
 from robustvlm.defenses.immunity.antibodies.band import Band, class_cosines
-from robustvlm.defenses.immunity.antibodies.names import KnownNames, words_of
+from robustvlm.defenses.immunity.antibodies.names import KnownNames
 from robustvlm.defenses.immunity.antibodies.texts import CONTEXT, Antibodies, AntibodyText, Proposal
 from robustvlm.errors import UserError
 

@@ -2,68 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 
-_ARTICLES = frozenset(("a", "an", "the", "some"))
+from robustvlm.data.nouns import words_of
+
 _PREPOSITIONS = frozenset(
     ("in", "on", "at", "with", "under", "inside", "from", "for", "to", "without", "over", "behind")
 )
-_UNCHANGED = ("ss", "us", "is")
-_BUSES = re.compile("[^aeiou]uses$")  # octopuses and buses, not houses
-_IRREGULAR = {
-    "mice": "mouse",
-    "geese": "goose",
-    "men": "man",
-    "women": "woman",
-    "children": "child",
-    "feet": "foot",
-    "teeth": "tooth",
-    "oxen": "ox",
-    "people": "person",
-    "glasses": "glasses",  # to be told from a glass; of other pairs (scissors, jeans) there is no one half
-    "wolves": "wolf",
-    "leaves": "leaf",
-    "knives": "knife",
-    "loaves": "loaf",
-    "calves": "calf",
-    "halves": "half",
-    "shelves": "shelf",
-    "scarves": "scarf",
-    "hooves": "hoof",
-}
-
-
-@lru_cache(maxsize=65536)
-def words_of(text: str) -> tuple[str, ...]:
-    """Return the words that two spellings of one noun phrase share: case, hyphens, articles and plurals do not count.
-
-    Plurals by rule (a handful of irregular ones by list): good enough to compare two names with each other, where a
-    wrong singular does no harm as long as it is the same for both.
-
-    Example:
-        >>> words_of("The Ice-Creams"), words_of("cherries"), words_of("wolves")
-        (('ice', 'cream'), ('cherry',), ('wolf',))
-    """
-    plain = re.sub(r"[^\w\s]|_", " ", text.replace("'s", "").casefold())
-    return tuple(_singular(word) for word in plain.split() if word not in _ARTICLES)
-
-
-def _singular(word: str) -> str:
-    if word in _IRREGULAR:
-        return _IRREGULAR[word]
-    if len(word) < 4 or not word.endswith("s") or word.endswith(_UNCHANGED):
-        return word
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
-    if (
-        word.endswith(("ches", "shes", "xes", "sses", "zes"))
-        or (word.endswith("oes") and len(word) > 5)
-        or _BUSES.search(word)
-    ):
-        return word[:-2]
-    return word[:-1]
 
 
 class KnownNames:

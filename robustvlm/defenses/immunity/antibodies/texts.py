@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from robustvlm.defenses.immunity.antibodies.names import words_of
+from robustvlm.data.nouns import words_of
 from robustvlm.errors import UserError, nearest
 
 HARD_NEGATIVE = "hard-negative"
