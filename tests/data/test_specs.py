@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from robustvlm.data.classes import CIFAR10
-from robustvlm.data.names import read_class_names, readable, settle_names
+from robustvlm.data.classes import CIFAR10, read_class_names
+from robustvlm.data.labels import Own, natural_key, settle_names
+from robustvlm.data.names import readable
 from robustvlm.data.prompts import CIFAR, DEFAULT, IMAGENET, check_templates, fill, read_templates
 from robustvlm.data.specs import KINDS, open_data, parse_spec
 from robustvlm.errors import UserError
