@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robustvlm.cli.closing import say_remarks
 from robustvlm.cli.options import Device, Out, RecordAsJson, Resume, RunName
 from robustvlm.core.ranks import current_ranks
 
@@ -117,6 +118,7 @@ def _work(prepared: PreparedPurify, console: Console, settings: dict[str, Any]) 
     from robustvlm.training import TrainingObserver
 
     what = f"Purifying [bold]{escape(prepared.encoder.spec)}[/bold]"
+    say_remarks(console, prepared.manifest)
     with shown_training(console, what, prepared.folder.path) as progress:
 
         def observe(stage: Stage) -> TrainingObserver:

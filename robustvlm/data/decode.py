@@ -21,9 +21,12 @@ _FORMATS = (
 )  # fmt: skip
 # Image files by their names, whether this Pillow reads them or not: one that it cannot read is counted as unreadable.
 _SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .jif .pjpeg .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .tga "
-    ".avif .heic .heif .hif .jxl .ico .psd .svg .exr .cr2 .cr3 .nef .arw .dng".split()
-)
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif",
+        ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".avif", ".heic", ".heif",
+        ".hif", ".jxl", ".psd", ".svg", ".exr", ".cr2", ".cr3", ".nef", ".arw", ".dng",
+    }
+)  # fmt: skip
 # What image files begin with, of those kinds that can be told by it for certain.
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0...\0[\x0c\x28\x6c\x7c]\0\0\0|II\*\0|MM\0\*|"
@@ -113,7 +116,9 @@ def _decoded(file: IO[bytes]) -> Image.Image:
         except UnidentifiedImageError:
             file.seek(0)
             if _HEIC.match(file.read(32)):
-                raise DecodeError("a HEIC image, which needs the package pillow-heif: pip install pillow-heif") from None
+                raise DecodeError(
+                    "a HEIC image, which needs the package pillow-heif: pip install pillow-heif"
+                ) from None
             raise DecodeError("not an image of a known format") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise DecodeError(f"more than {Image.MAX_IMAGE_PIXELS} pixels: refused as a decompression bomb") from None

@@ -49,7 +49,9 @@ class HubSource(DataSource):
         self._texts = None
         if _is_text(features[self._label]):
             if streaming:
-                raise UserError(f"the labels of '{name}' are texts, which cannot be numbered while streaming: leave it out")
+                raise UserError(
+                    f"the labels of '{name}' are texts, which cannot be numbered while streaming: leave it out"
+                )
             values = [text for text in data.unique(self._label) if text is not None]
             self._texts = TextLabels(values, f"column '{self._label}' of {name}")
             names = self._texts.marks
@@ -121,7 +123,7 @@ def _load(name: str, *, config: str | None, split: str | None, revision: str | N
             own = str(data.split) if data.split is not None else None
             if split is not None and own != split:
                 raise UserError(
-                    f"'{name}' is one saved split ({own or 'it says not which'}), not '{split}': leave out ?split={split}"
+                    f"'{name}' is one saved split ({own or 'it does not say which'}): leave out ?split={split}"
                 )
             return data
         split = split or "test"

@@ -56,8 +56,10 @@ class ImageFolder(DataSource):
         super().__init__(spec or f"imagefolder:{root}", _display_names(marks))
         self.marks = marks
         if not self._files:
-            held = said_of(self._aside) or "nothing"
-            raise UserError(f"{root} has no image in a class folder; it holds {held}: expected DIR/CLASS/IMAGE")
+            raise UserError(
+                f"{root} has no image in a class folder: imagefolder expects DIR/CLASS/IMAGE, "
+                f"found {said_of(self._aside)}"
+            )
         if split is None and len(classes) == 1 and split_kind(classes[0].name):
             raise UserError(
                 f"the only folder with images in {root}, '{marks[0]}', looks like a split, not like a class: "
@@ -104,7 +106,7 @@ class ImageFolder(DataSource):
         if len(above) == 1 and self._within is not None:
             entries = [entry for entry in entries if entry.name == self._within]
         elif len(above) == 1:
-            _check_one_split(folder, [entry.name for entry in entries if entry.is_dir()])
+            _check_one_split(folder, [entry.name for entry in entries if os.path.isdir(entry.path)])
         for entry in entries:
             path = Path(entry.path)
             if is_junk(entry.name):

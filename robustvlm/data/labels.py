@@ -96,7 +96,7 @@ class TextLabels:
         for text in texts:
             first = of.setdefault(clean_name(text, where), text)
             if first != text:
-                raise UserError(f"{where} holds the labels {ascii(first)} and {ascii(text)}, which are one name: join them")
+                raise UserError(f"{where} holds the labels {first!a} and {text!a}, which are one name: join them")
 
     def __getitem__(self, text: str | None) -> int:
         return -1 if text is None else self._label_of.get(text, -1)
@@ -299,7 +299,7 @@ def _singulars(word: str) -> Iterator[str]:
 
 
 def _by_number(marks: Sequence[str], given: Sequence[str]) -> tuple[list[int], int] | None:
-    """Return the labels that marks such as "7" or "class_7" mean, and the number of the first class; None if unclear."""
+    """Return the labels that marks such as "7" or "class_7" mean and the first class's number; None if unclear."""
     numbers, frames = [], set()
     for mark in marks:
         parts = _DIGITS.split(name_key(mark))

@@ -116,5 +116,5 @@ def _once(pairs: list[tuple[str, object]], where: str) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise UserError(f"{where} has the key {ascii(twice)} twice")
+        raise UserError(f"{where} has the key {twice!a} twice")
     return found

@@ -51,17 +51,21 @@ class ParquetSource(DataSource):
             find_columns(file.schema_arrow, image, label, str(at)) for file, at in zip(opened, self._paths, strict=True)
         ]
         self._columns: Columns = found[0]
-        _check_same_names(self._paths, found)
         for other, at in zip(found, self._paths, strict=True):
             if other.text_labels != found[0].text_labels:
-                raise UserError(f"labels are texts in one of {self._paths[0]} and {at}, numbers in the other: make them alike")
+                raise UserError(
+                    f"labels are texts in one of {self._paths[0]} and {at}, numbers in the other: make them alike"
+                )
             if (other.image, other.label, other.text_labels) != (found[0].image, found[0].label, found[0].text_labels):
                 raise UserError(f"{at} has other columns than {self._paths[0]}: a folder must hold files of one schema")
+        _check_same_names(self._paths, found)
         self._rows = [file.metadata.num_rows for file in opened]
         if not sum(self._rows):
             raise UserError(f"{path} holds no row")
         label_name, found_labels = self._columns.label, self._distinct_labels()
-        self._texts = TextLabels(found_labels, f"column '{label_name}' of {path}") if self._columns.text_labels else None
+        self._texts = (
+            TextLabels(found_labels, f"column '{label_name}' of {path}") if self._columns.text_labels else None
+        )
         self._labels = [] if self._texts else sorted(found_labels)
         names = self._columns.class_names or (self._texts.marks if self._texts else ())
         super().__init__(spec or f"parquet:{path}", names)

@@ -147,9 +147,8 @@ class DataSource(ABC):
             advice = "pass --classes FILE with a name for every label"
             if label == count:
                 advice += "; if the labels begin at 1, begin them at 0"
-            raise UserError(
-                f"'{self.spec}' has label {label} ({where}) but {count} class names, for labels 0 to {count - 1}: {advice}"
-            )
+            found = f"'{self.spec}' has label {label} ({where}) but {count} class names"
+            raise UserError(f"{found}, for labels 0 to {count - 1}: {advice}")
 
     def fingerprint(self) -> str:
         """Return a hex digest of what the source holds: its kind, class names and content identity."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from robustvlm.data.decode import decode, one_line
 from robustvlm.data.classes import read_class_names
+from robustvlm.data.decode import decode, one_line
 from robustvlm.data.labels import label_of
 from robustvlm.data.names import read_lines
 from robustvlm.data.prompts import DEFAULT, check_templates
@@ -17,7 +17,23 @@ from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.errors import MissingExtra, UserError
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe", "jp2", "avif", "heic", "ppm", "pgm")
+_IMAGES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "jfif",
+    "jpe",
+    "jp2",
+    "avif",
+    "heic",
+    "ppm",
+    "pgm",
+)
 _LABELS = ("cls", "json", "txt")
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _JSON_KEYS = ("label", "cls", "class")
@@ -27,8 +43,8 @@ class WebDatasetSource(DataSource):
     """Samples of tar shards, streamed in order; ids are `SHARD/KEY`.
 
     A sample has an image (jpg, png, webp, ...) and a label: `cls` or `txt` with a number or class name, or `json` with
-    one under `label`, `cls` or `class`. Class names come from --classes or a file `classnames.txt` beside the shards or one
-    folder above, templates from a file `zeroshot_classification_templates.txt` there, as CLIP_benchmark lays them out.
+    one under `label`, `cls` or `class`. Class names come from --classes or a file `classnames.txt` beside the shards
+    or one folder above, templates from `zeroshot_classification_templates.txt` there, as CLIP_benchmark lays them out.
     A damaged shard is one recorded fault; its other samples and the next shards are still read.
 
     Raises:

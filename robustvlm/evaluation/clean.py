@@ -14,6 +14,7 @@ from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError
+from robustvlm.evaluation.describe import remarks_of
 from robustvlm.evaluation.metrics import N_BINS, calibration_bins, calibration_error, correct, superclass_correct
 from robustvlm.models.zero_shot import ZeroShotClassifier
 from robustvlm.stats import Rate, rate
@@ -49,6 +50,7 @@ class CleanResult(BaseModel):
     unknown: int
     unreadable: int
     unreadable_reasons: list[tuple[str, str]]
+    remarks: list[str] = []
     accuracy: Rate
     calibration_error: float
     mean_confidence: float
@@ -158,6 +160,7 @@ class _Tally:
             unknown=self.unknown,
             unreadable=self.unreadable,
             unreadable_reasons=self.reasons,
+            remarks=remarks_of(source, classifier.vlm),
             accuracy=rate(self.right, self.images),
             calibration_error=calibration_error(self.bins),
             mean_confidence=float(self.bins[1].sum() / self.images),

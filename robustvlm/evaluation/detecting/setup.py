@@ -12,7 +12,7 @@ from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import outside, parse_scores, read_words, tree_words
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.detecting.run import PreparedDetect
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.models.device import resolve_device
@@ -74,6 +74,7 @@ def prepare_detect(
     manifest = make_manifest(
         kind="detect", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
+    manifest["remarks"] = remarks_of(known, classifier.vlm)
     return PreparedDetect(
         config=config,
         folder=folder,
