@@ -65,6 +65,10 @@ class ImageFolder(DataSource):
                 f"the only folder with images in {root}, '{marks[0]}', looks like a split, not like a class: "
                 f"pass imagefolder:{classes[0]} or ?split={marks[0]}"
             )
+        if len(classes) == 1 and (inner := _only_folders(classes[0])):
+            self.remarks.append(
+                f"the only class, '{marks[0]}', holds {inner} folders: if they are classes, pass it itself"
+            )
         if self._aside:
             self.remarks.append(f"left aside: {said_of(self._aside)}")
 
@@ -171,6 +175,12 @@ def _check_one_split(folder: Path, names: list[str]) -> None:
         raise UserError(
             f"the class folder {folder} holds the splits {shown}: choose one with ?split={next(iter(found.values()))}"
         )
+
+
+def _only_folders(folder: Path) -> int:
+    """Return how many folders a class folder holds, 0 where images lie beside them."""
+    entries = [path for path in folder.iterdir() if not is_junk(path.name)] if folder.is_dir() else []
+    return len(entries) if all(path.is_dir() for path in entries) else 0
 
 
 def _display_names(folders: Sequence[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from robustvlm.data.names import check_names, clean_name, name_key
 from robustvlm.errors import UserError, nearest
 
 _DIGITS = re.compile(r"([0-9]+)")
+_LEADING_CODE = re.compile(r"^(n\d{8}|\d+)[\s._-]+(?=\D)")
 _MOST_SHOWN = 12
 _LONGEST_NUMBER = 18
 
@@ -117,8 +118,8 @@ def settle_names(own: Own, given: Sequence[str] | Mapping[str, str] | None, wher
     Example:
         >>> settle_names(Own(("cat", "dog"), ("cat", "dog")), ["dogs", "cats"], "x").names
         ('cats', 'dogs')
-        >>> settle_names(Own(("1", "2", "10"), ("1", "2", "10")), [f"n{i}" for i in range(11)], "x").labels
-        (1, 2, 10)
+        >>> settle_names(Own(("0", "2", "10"), ("0", "2", "10")), [f"n{i}" for i in range(11)], "x").labels
+        (0, 2, 10)
         >>> settle_names(Own(("cat", "dog"), ("cat", "dog")), ["Katze", "Hund"], "x")
         Traceback (most recent call last):
         robustvlm.errors.UserError: x: the class names file does not say for certain which class each name means \
@@ -271,8 +272,9 @@ def _keys(name: str) -> Iterator[str]:
 
 
 def _loose_forms(name: str) -> Iterator[str]:
-    """Yield spellings that certainly mean the same thing: without article, plural, joints, synonyms after a comma."""
-    for text in dict.fromkeys((name_key(name), name_key(name.partition(",")[0]))):
+    """Yield spellings that mean the same: without article, plural, joints, number before, synonyms after a comma."""
+    bare = _LEADING_CODE.sub("", name)
+    for text in dict.fromkeys(map(name_key, (name, name.partition(",")[0], bare))):
         plain = re.sub(r"[^\w\s]", "", text).split()
         if len(plain) > 1 and plain[0] in {"a", "an", "the"}:
             plain = plain[1:]

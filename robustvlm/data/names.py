@@ -34,7 +34,7 @@ def name_key(name: str) -> str:
 
 
 def clean_name(name: str, where: str) -> str:
-    """Return a name composed (NFC), with single spaces; refuse one that a terminal or a reader would take wrongly.
+    r"""Return a name composed (NFC), with single spaces; refuse one that a terminal or a reader would take wrongly.
 
     Raises:
         UserError: control characters, half of a surrogate pair, or marks that turn the direction of writing.

@@ -18,7 +18,7 @@ from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.data.tree_files import load_forest
 from robustvlm.errors import UserError, nearest
 
-_CODE = re.compile(r"\d+|n\d{8}|(class|label|c)[ _-]?\d+", re.IGNORECASE)
+_CODE = re.compile(r"(\d+|n\d{8}|(class|label|c)[ _-]?\d+)($|[ ._-])", re.IGNORECASE)
 _OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
 
 
@@ -127,12 +127,12 @@ def _settle(source: DataSource, classes: Path | None, where: str) -> None:
 
 def _wordless(names: tuple[str, ...]) -> list[str]:
     """Say of names that are no words that they are none: a text encoder makes little of them."""
-    codes = [name for name in names if _CODE.fullmatch(name)]
+    codes = [name for name in names if _CODE.match(name)]
     if not codes:
         return []
     return [
-        f"{len(codes)} of {len(names)} class names are numbers or codes, as '{codes[0]}', which tell a text encoder "
-        "little: --classes FILE gives words"
+        f"{len(codes)} of {len(names)} class names are or begin with numbers or codes, as '{codes[0]}', which tell a "
+        "text encoder little: --classes FILE gives words"
     ]
 
 

@@ -136,7 +136,8 @@ def one_split(files: Iterable[Path], split: str | None, where: object) -> list[P
     told = [kind for kind in of if kind is not None]
     if len(of) > 1 and told:
         kinds = ", ".join(f"{kind or 'unnamed'} ({len(group)} files)" for kind, group in of.items())
-        raise UserError(f"{where} holds several splits, {kinds}: choose one with ?split={told[-1]}, or pass its files")
+        first = "test" if "test" in told else told[-1]
+        raise UserError(f"{where} holds several splits, {kinds}: choose one with ?split={first}, or pass its files")
     return [file for group in of.values() for file in group]
 
 

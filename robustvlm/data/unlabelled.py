@@ -21,6 +21,7 @@ class Unlabelled(DataSource):
     def __init__(self, inner: DataSource) -> None:
         super().__init__(inner.spec, ())
         self.inner = inner
+        self.remarks = inner.remarks
 
     def ids(self) -> list[str] | None:
         """Return the ids of the other source."""

@@ -93,7 +93,7 @@ class WebDatasetSource(DataSource):
         if path.is_absolute() or ".." in path.parts:
             return Unreadable(name, "a key that leads out of its shard")
         if name in seen:
-            return Unreadable(name, "the same key twice in one shard")
+            return Unreadable(name, "the same key twice in one shard: the members of a sample must stand side by side")
         seen.add(name)
         if not keep(name):
             return None

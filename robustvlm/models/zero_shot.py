@@ -129,8 +129,8 @@ def cut_prompts(vlm: VLM, class_names: Sequence[str], templates: Sequence[str]) 
 
     Example:
         >>> from robustvlm.models import load_model
-        >>> cut_prompts(load_model("tiny"), ["apple", "dog " * 14], ["a {}"])[62:]
-        "than the text encoder reads; 1 token of 'a dog' are cut"
+        >>> cut_prompts(load_model("tiny"), ["apple", "dog " * 60], ["a {}"])[:43]
+        'the prompts of 1 of 2 classes are longer th'
     """
     longest = max(templates, key=len)
     cut = vlm.cut_tokens([longest.replace("{}", name) for name in class_names])

@@ -194,9 +194,7 @@ def _unnamed(old: list[str], new: tuple[str, ...]) -> list[str]:
     if not lost:
         return []
     shown = ", ".join(f"'{name}'" for name in lost[:6]) + (", ..." if len(lost) > 6 else "")
-    return [
-        f"{len(lost)} of {len(old)} classes of the kept images are not in the new list, so they are unknown: {shown}"
-    ]
+    return [f"{len(lost)} of {len(old)} classes of the kept images are not in the new list, so unknown: {shown}"]
 
 
 def _check(settings: Settings, source: Source, prompts: str | None) -> None:

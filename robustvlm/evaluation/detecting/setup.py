@@ -74,7 +74,10 @@ def prepare_detect(
     manifest = make_manifest(
         kind="detect", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
-    manifest["remarks"] = remarks_of(known, classifier.vlm)
+    others = [
+        remark for source in (*(source for _, source in unknown), *([fit] if fit else [])) for remark in source.remarks
+    ]
+    manifest["remarks"] = list(dict.fromkeys([*remarks_of(known, classifier.vlm), *others]))
     return PreparedDetect(
         config=config,
         folder=folder,

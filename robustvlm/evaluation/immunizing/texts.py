@@ -14,6 +14,7 @@ from torch import Tensor
 from robustvlm.core.seeds import generator
 from robustvlm.data import DataSource
 from robustvlm.data.classes import read_class_names
+from robustvlm.data.names import name_key
 from robustvlm.defenses.immunity.antibodies import (
     Antibodies,
     Band,
@@ -100,7 +101,8 @@ def superclasses(source: DataSource) -> tuple[str, ...]:
     for tree in source.tree or ():
         for level in range(1, tree.levels):
             names.update(dict.fromkeys(tree.level_names(level)))
-    return tuple(name for name in names if name not in source.class_names)
+    classes = set(map(name_key, source.class_names))
+    return tuple(name for name in names if name_key(name) not in classes)
 
 
 def diagnose(

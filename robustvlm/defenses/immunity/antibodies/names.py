@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
+from robustvlm.data.names import name_key
+
 _ARTICLES = frozenset(("a", "an", "the", "some"))
 _PREPOSITIONS = frozenset(
     ("in", "on", "at", "with", "under", "inside", "from", "for", "to", "without", "over", "behind")
@@ -46,7 +48,7 @@ def words_of(text: str) -> tuple[str, ...]:
         >>> words_of("The Ice-Creams"), words_of("cherries"), words_of("wolves")
         (('ice', 'cream'), ('cherry',), ('wolf',))
     """
-    plain = re.sub(r"[^\w\s]|_", " ", text.replace("'s", "").casefold())
+    plain = re.sub(r"[^\w\s]|_", " ", name_key(text.replace("'s", "")))
     return tuple(_singular(word) for word in plain.split() if word not in _ARTICLES)
 
 
