@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain
+from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain, say_remarks
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
@@ -179,6 +179,7 @@ def _work(prepared: Prepared, act: Callable[..., T], console: Console, settings:
     console.print(
         f"Attacking [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}"
     )
+    say_remarks(console, prepared.manifest)
     if current_ranks().size > 1:
         console.print(f"{current_ranks().size} processes share the images; the progress shown is that of the first.")
     with interruptible(f"everything so far is kept in '{prepared.folder.path}'"), AttackProgress(console) as progress:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain
+from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain, say_remarks
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
@@ -168,6 +168,7 @@ def _work(prepared: PreparedCertify, console: Console, *, fresh: bool, resume: b
     console.print(
         f"Certifying [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}"
     )
+    say_remarks(console, prepared.manifest)
     with (
         interruptible(f"everything so far is kept in '{prepared.folder.path}'"),
         CertifyProgress(console, samples=prepared.config.samples) as progress,

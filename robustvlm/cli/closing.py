@@ -6,13 +6,16 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
 from robustvlm.cli.terminal import say
 from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.ranks import current_ranks
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _S = TypeVar("_S", contravariant=True)
 
@@ -37,6 +40,14 @@ def interruptible(kept: str) -> Iterator[None]:
         if current_ranks().fail("interrupted"):  # of several processes one speaks
             say(f"stopped; {kept}: repeat the command to go on", err=True)
         raise typer.Exit(130) from None
+
+
+def say_remarks(console: Console, manifest: dict[str, Any]) -> None:
+    """Say what a reader of the results has to know of the data, before the work begins."""
+    from rich.text import Text
+
+    for remark in manifest.get("remarks", ()):
+        console.print(Text(f"Note: {remark}"), soft_wrap=True)
 
 
 def end_if_any_holds(conditions: Sequence[Condition[_S]], summary: _S) -> None:

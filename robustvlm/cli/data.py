@@ -100,6 +100,7 @@ def describe(source: DataSource, limit: int | None = None) -> dict[str, Any]:
         "first_ids": None if chosen is None else chosen[:_SHOWN],
         "class_names": list(source.class_names),
         "templates": list(source.templates),
+        "remarks": list(source.remarks),
         "trees": [
             {
                 "root": tree.root,
@@ -174,6 +175,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"  level {n}", f"{level['nodes']}: {_some(level['names'])}{mark}"))
     if not facts["trees"]:
         rows.append(("Tree", "none: pass --tree FILE for results by superclass"))
+    rows += [("Note", remark) for remark in facts["remarks"]]
     rows.append(("Fingerprint", facts["fingerprint"]))
     return rows + (_check_rows(facts["check"]) if "check" in facts else [])
 
@@ -187,6 +189,9 @@ def _check_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("Readable", readable), ("Unreadable", f"{found['unreadable']:,}")]
     if found["unknown_class"]:
         rows.insert(1, ("Unknown class", f"{found['unknown_class']:,}"))
+    bare = [name for name, count in found["images_per_class"].items() if not count]
+    if bare:
+        rows.append(("No image of", f"{len(bare)} classes: {_some(bare)}"))
     rows += [("", f"{fault['id']}: {fault['reason']}") for fault in found["faults"][:_FAULTS_SHOWN]]
     if found["unreadable"] > _FAULTS_SHOWN:
         rows.append(("", f"... and {found['unreadable'] - _FAULTS_SHOWN:,} more (--json lists all)"))

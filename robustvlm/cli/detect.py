@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain
+from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain, say_remarks
 from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
 from robustvlm.cli.terminal import say_json
 
@@ -126,6 +126,7 @@ def _work(prepared: PreparedDetect, console: Console, *, fresh: bool, resume: bo
     from robustvlm.cli.detect_progress import DetectProgress
 
     console.print(f"Scoring [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}")
+    say_remarks(console, prepared.manifest)
     with interruptible(f"everything so far is kept in '{prepared.folder.path}'"), DetectProgress(console) as progress:
         return prepared.run(progress, fresh=fresh, resume=resume)
 

@@ -99,6 +99,7 @@ def _notes(result: CleanResult) -> Iterator[str]:
     yield f"{result.images:,} images in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
     if result.unknown and result.unknown_rejected is None:
         yield f"{result.unknown:,} images of unknown classes are left out"
+    yield from (f"Note: {remark}" for remark in result.remarks)
     if result.unreadable:
         name, reason = result.unreadable_reasons[0]
         yield f"{result.unreadable:,} images could not be read; the first, {name}: {reason}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.closing import given_command
+from robustvlm.cli.closing import given_command, say_remarks
 from robustvlm.cli.options import Classes, Device, Out, RecordAsJson, Resume, RunName, Templates, one_radius
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
@@ -157,6 +157,7 @@ def _work(prepared: PreparedFinetune, console: Console, settings: dict[str, Any]
     from robustvlm.cli.training_progress import shown_training
 
     what = f"Fine-tuning [bold]{escape(prepared.vlm.spec)}[/bold] ({prepared.config.method})"
+    say_remarks(console, prepared.manifest)
     with shown_training(console, what, prepared.folder.path) as progress:
         return prepared.run(progress, **settings)
 

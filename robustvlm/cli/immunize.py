@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.closing import given_command
+from robustvlm.cli.closing import given_command, say_remarks
 from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
 from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName, Templates
 from robustvlm.cli.terminal import say, say_json
@@ -178,6 +178,7 @@ def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -
 
     from robustvlm.evaluation.immunizing.run import ImmunizeObserver
 
+    say_remarks(console, run.manifest)
     hidden = quiet or not console.is_terminal
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True,

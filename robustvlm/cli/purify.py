@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.closing import given_command
+from robustvlm.cli.closing import given_command, say_remarks
 from robustvlm.cli.options import Device, Out, RecordAsJson, Resume, RunName
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
@@ -115,6 +115,7 @@ def _work(prepared: PreparedPurify, console: Console, settings: dict[str, Any]) 
     from robustvlm.training import TrainingObserver
 
     what = f"Purifying [bold]{escape(prepared.encoder.spec)}[/bold]"
+    say_remarks(console, prepared.manifest)
     with shown_training(console, what, prepared.folder.path) as progress:
 
         def observe(stage: Stage) -> TrainingObserver:

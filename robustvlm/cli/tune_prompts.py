@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.closing import given_command
+from robustvlm.cli.closing import given_command, say_remarks
 from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName
 from robustvlm.cli.terminal import say_json
 
@@ -80,6 +80,7 @@ def _work(prepared: PreparedPrompts, console: Console, *, fresh: bool, quiet: bo
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    say_remarks(console, prepared.manifest)
     hidden = quiet or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         encoding = progress.add_task("Encoding", total=None, loss="")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from robustvlm.data import prompts
-from robustvlm.data.names import name_key
+from robustvlm.data.names import check_names, name_key, read_lines
 from robustvlm.data.taxonomy import Forest
 from robustvlm.data.tree_files import load_forest
 
@@ -77,7 +78,8 @@ def imagenet_names() -> tuple[str, ...]:
 def usual_names(class_names: Sequence[str]) -> tuple[str, ...]:
     """Return ImageNet's usual names in place of the lists of synonyms that many copies of it carry.
 
-    Those are known by their order: 1000 names, of which at least half begin with the usual name of their label.
+    Those are known by their order: 1000 names, of which at least half begin with the usual name of their label. Names
+    that two classes share, as in OpenAI's list, become distinct thereby.
 
     Example:
         >>> usual_names(["tench, Tinca tinca", "goldfish, Carassius auratus"])
@@ -86,9 +88,67 @@ def usual_names(class_names: Sequence[str]) -> tuple[str, ...]:
     names = tuple(class_names)
     if len(names) != KNOWN[-1].size or recognise(names) is not None:
         return names
-    usual = tuple(name for _, name in sorted(wordnet_names().items()))
-    alike = sum(name_key(a.partition(",")[0]) == name_key(b) for a, b in zip(names, usual, strict=True))
-    return usual if alike >= len(names) // 2 else names
+    return _usual_order() if _in_usual_order(names) else names
+
+
+def made_distinct(class_names: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """Return ImageNet's class names without names given twice, and what was changed, if anything was.
+
+    Published lists call two classes alike ("missile" and "sunglasses" in OpenAI's, "crane" and "maillot" in
+    torchvision's). Of a list that begins with the usual name in at least half of its 1000 places, names that mean
+    several classes are replaced by the usual names of those places; any other list is returned as it is.
+
+    Example:
+        >>> made_distinct(["cat", "dog", "cat"])
+        (('cat', 'dog', 'cat'), None)
+    """
+    names = tuple(class_names)
+    if len(names) != KNOWN[-1].size:
+        return names, None
+    usual, counts = _usual_order(), Counter(map(name_key, names))
+    twice = [label for label, name in enumerate(names) if counts[name_key(name)] > 1]
+    if not twice or not _in_usual_order(names):
+        return names, None
+    mended = tuple(usual[label] if label in set(twice) else name for label, name in enumerate(names))
+    return mended, f"names that two ImageNet classes share were made distinct: {what_changed(names, mended)}"
+
+
+def what_changed(before: Sequence[str], after: Sequence[str]) -> str:
+    """Return on one line which names are others than before.
+
+    Example:
+        >>> what_changed(["cat", "missile"], ["cat", "projectile"])
+        "1 'missile' -> 'projectile'"
+    """
+    pairs = enumerate(zip(before, after, strict=True))
+    said = [f"{label} '{a}' -> '{b}'" for label, (a, b) in pairs if name_key(a) != name_key(b)]
+    return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
+
+
+def read_class_names(path: Path) -> tuple[tuple[str, ...] | Mapping[str, str], str | None]:
+    """Return class names in label order from a text file (one a line) or JSON list; a JSON object renames classes.
+
+    Doubled names of ImageNet's lists are made distinct; the second value says so.
+
+    Raises:
+        UserError: no file, not text, no name, a name twice.
+    """
+    found, note = read_lines(path, "class names"), None
+    if isinstance(found, list):
+        names, note = made_distinct(found)
+        check_names(names, f"the class names file {path}")
+        return names, note
+    check_names(list(found.values()), f"the class names file {path}")
+    return found, None
+
+
+def _usual_order() -> tuple[str, ...]:
+    return tuple(name for _, name in sorted(wordnet_names().items()))
+
+
+def _in_usual_order(names: Sequence[str]) -> bool:
+    pairs = zip(names, _usual_order(), strict=True)
+    return sum(name_key(a.partition(",")[0]) == name_key(b) for a, b in pairs) >= len(names) // 2
 
 
 @cache

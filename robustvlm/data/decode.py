@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import stat
 import warnings
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -13,7 +16,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from robustvlm.data.source import Sample, Unreadable
 
 # Only raster formats decoded inside Pillow: its EPS reader, for one, hands the file to an interpreter.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF", "MPO")
+_FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF", "MPO", "HEIF", "JXL",
+)  # fmt: skip
+# Image files by their names, whether this Pillow reads them or not: one that it cannot read is counted as unreadable.
+_SUFFIXES = frozenset(
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif",
+        ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".avif", ".heic", ".heif",
+        ".hif", ".jxl", ".psd", ".svg", ".exr", ".cr2", ".cr3", ".nef", ".arw", ".dng",
+    }
+)  # fmt: skip
+# What image files begin with, of those kinds that can be told by it for certain.
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0...\0[\x0c\x28\x6c\x7c]\0\0\0|II\*\0|MM\0\*|"
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|\0\0\0\x0cJXL |....ftyp(avif|avis|hei[cxms]|hev[cxms]|mif1|msf1)|P[1-6]\s\d",
+    re.DOTALL,
+)
+_HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
+_PLUGINS = (("pillow_heif", "register_heif_opener"), ("pillow_jxl", None))
 _ALPHA_MODES = {"RGBA", "LA", "PA", "La", "RGBa"}
 _SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N"}
 
@@ -38,20 +59,25 @@ def decode(name: str, data: bytes | bytearray | memoryview | Path, label: int) -
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image as RGB, 8 bit: transparency over white, 16-bit grey scaled by 257, EXIF orientation applied.
 
-    Of an animation the frame it stands at is taken.
+    Of an animation the frame it stands at is taken; colour profiles and gamma are ignored, as CLIP's own
+    preprocessing does.
 
     Raises:
-        DecodeError: a mode without a defined white (32-bit integers or floats).
+        DecodeError: no pixels, or a mode without a defined white or meaning (32-bit integers, floats, L*a*b*).
 
     Example:
         >>> to_rgb(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0))
         (255, 255, 255)
     """
+    if min(image.size) < 1:
+        raise DecodeError("an image without pixels")
     image = _upright(image)
     if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format in {"PNG", "PPM"}):
         image = _eight_bit(image)
     if image.mode in {"I", "F"}:
         raise DecodeError(f"pixels of mode {image.mode} have no defined white: store the image with 8 or 16 bits")
+    if image.mode in {"LAB", "HSV"}:
+        raise DecodeError(f"colours of mode {image.mode} are not read: store the image as RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -88,6 +114,11 @@ def _decoded(file: IO[bytes]) -> Image.Image:
             with Image.open(file, formats=_known_formats()) as image:
                 return _converted(image)
         except UnidentifiedImageError:
+            file.seek(0)
+            if _HEIC.match(file.read(32)):
+                raise DecodeError(
+                    "a HEIC image, which needs the package pillow-heif: pip install pillow-heif"
+                ) from None
             raise DecodeError("not an image of a known format") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise DecodeError(f"more than {Image.MAX_IMAGE_PIXELS} pixels: refused as a decompression bomb") from None
@@ -109,12 +140,35 @@ def _converted(image: Image.Image) -> Image.Image:
         raise DecodeError(f"damaged image: {one_line(error)}") from None
 
 
+def image_suffixes() -> frozenset[str]:
+    """Return the endings, lower case, by which files count as images."""
+    return _SUFFIXES | _registered_suffixes()
+
+
+def looks_like_image(path: Path) -> bool:
+    """Whether a file begins as image files do, whatever it is called.
+
+    Example:
+        >>> looks_like_image(Path(__file__))
+        False
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as file:
+            return _MAGIC.match(file.read(32)) is not None
+    except OSError:
+        return False
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turned = ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF says nothing about the pixels, which are kept as stored
         return image
     turned.format = image.format
+    if not hasattr(turned, "tag_v2") and hasattr(image, "tag_v2"):
+        turned.tag_v2 = image.tag_v2  # type: ignore[attr-defined]
     return turned
 
 
@@ -123,12 +177,35 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     import numpy as np
 
     values = np.asarray(image).astype(np.int64).clip(0, 65535)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]
+    white = 2**bits - 1 if 8 < bits < 16 else 65535
+    grey = ((values.clip(0, white) * 255 + white // 2) // white).astype(np.uint8)
+    if tags.get(262) == 0:  # stored with white as zero, which Pillow leaves as it is at more than 8 bits
+        grey = 255 - grey
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey = np.where(values == key, 255, grey).astype(np.uint8)
+    return Image.fromarray(grey)
 
 
+@cache
 def _known_formats() -> tuple[str, ...]:
+    for module, register in _PLUGINS:
+        try:
+            plugin = import_module(module)
+        except ImportError:
+            continue
+        if register is not None:
+            getattr(plugin, register)()
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def _registered_suffixes() -> frozenset[str]:
+    known = _known_formats()
+    return frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in known)
 
 
 def one_line(error: object) -> str:

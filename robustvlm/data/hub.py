@@ -9,6 +9,7 @@ from typing import Any
 
 from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import decode, one_line
+from robustvlm.data.labels import TextLabels
 from robustvlm.data.parquet_schema import IMAGE_COLUMNS, LABEL_COLUMNS
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
@@ -31,7 +32,7 @@ class HubSource(DataSource):
         self,
         name: str,
         *,
-        split: str = "test",
+        split: str | None = None,
         config: str | None = None,
         revision: str | None = None,
         image: str | None = None,
@@ -39,12 +40,23 @@ class HubSource(DataSource):
         streaming: bool = False,
         spec: str | None = None,
     ) -> None:
-        self.name, self.split, self.streaming = name, split, streaming
+        self.name, self.split, self.streaming = name, split or "test", streaming
         data = _load(name, config=config, split=split, revision=revision, streaming=streaming)
         features = dict(data.features or data._resolve_features().features)
         self._image = _column(features, image, IMAGE_COLUMNS, _is_image, "image", name)
-        self._label = _column(features, label, LABEL_COLUMNS, _is_label, "label", name)
+        texts = any(_is_text(features[key]) for key in LABEL_COLUMNS if key in features)
+        fits = _is_label_or_text if label is not None or texts else _is_label
+        self._label = _column(features, label, LABEL_COLUMNS, fits, "label", name)
         names = getattr(features[self._label], "names", None) or ()
+        self._texts = None
+        if _is_text(features[self._label]):
+            if streaming:
+                raise UserError(
+                    f"the labels of '{name}' are texts, which cannot be numbered while streaming: leave it out"
+                )
+            values = [text for text in data.unique(self._label) if text is not None]
+            self._texts = TextLabels(values, f"column '{self._label}' of {name}")
+            names = self._texts.marks
         # Decoding is ours, so that a damaged image is a recorded fault and not the end of the run.
         self._data = data.select_columns([self._image, self._label])
         if _kind(features[self._image]) == "Image":
@@ -82,6 +94,8 @@ class HubSource(DataSource):
             data = value["bytes"] if value.get("bytes") is not None else value.get("path") and Path(value["path"])
         if not data:
             return Unreadable(name, "no image bytes in this row")
+        if self._texts is not None:
+            return decode(name, data, self._texts[label])
         return decode(name, data, UNKNOWN if label is None else int(label))
 
     def _identity(self) -> Iterable[str]:
@@ -102,12 +116,19 @@ def _datasets() -> Any:
     return datasets
 
 
-def _load(name: str, *, config: str | None, split: str, revision: str | None, streaming: bool) -> Any:
+def _load(name: str, *, config: str | None, split: str | None, revision: str | None, streaming: bool) -> Any:
     library = _datasets()
     path = Path(name).expanduser()
     try:
         if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-            return library.load_from_disk(str(path))
+            data = library.load_from_disk(str(path))
+            own = str(data.split) if data.split is not None else None
+            if split is not None and own != split:
+                raise UserError(
+                    f"'{name}' is one saved split ({own or 'it does not say which'}): leave out ?split={split}"
+                )
+            return data
+        split = split or "test"
         if (path / "dataset_dict.json").is_file():
             splits = library.load_from_disk(str(path))
             if split not in splits:
@@ -133,7 +154,15 @@ def _is_image(feature: Any) -> bool:
 
 
 def _is_label(feature: Any) -> bool:
-    return _kind(feature) == "ClassLabel" or "int" in str(getattr(feature, "dtype", ""))
+    return _kind(feature) == "ClassLabel" or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+
+
+def _is_text(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")) in {"string", "large_string"}
+
+
+def _is_label_or_text(feature: Any) -> bool:
+    return _is_label(feature) or _is_text(feature)
 
 
 def _column(
@@ -148,8 +177,12 @@ def _column(
         raise UserError(f"'{name}' has no column '{named}': {nearest(named, features)}")
     if named is not None and not fits(features[named]):
         raise UserError(f"the column '{named}' of '{name}' does not hold {what}s: it is {features[named]}")
-    order = [named] if named is not None else [*(key for key in usual if key in features), *features]
+    order = [named] if named is not None else [*(key for key in usual if key in features)]
     found = next((key for key in order if fits(features[key])), None)
+    if found is None:
+        # No usual name: the one column of the kind, if there is only one.
+        others = [key for key in features if fits(features[key])]
+        found = others[0] if len(others) == 1 else None
     if found is None:
         raise UserError(f"'{name}' has no {what} column: name one with ?{what}=NAME ({', '.join(features)})")
     return found

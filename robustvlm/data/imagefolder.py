@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustvlm.data.decode import decode
+from robustvlm.data.decode import decode, image_suffixes, looks_like_image
+from robustvlm.data.labels import natural_key
 from robustvlm.data.names import readable
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
+from robustvlm.data.splits import chosen_split, is_junk, said_of, split_kind
 from robustvlm.errors import UserError
-
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga", ".avif"}
-)
-_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "dev"})
 
 
 @dataclass(frozen=True)
@@ -28,33 +26,57 @@ class _File:
 
 
 class ImageFolder(DataSource):
-    """Images under `root/CLASS/`, at any depth; ids are paths relative to the root, labels follow the sorted folders.
+    """Images under `root/CLASS/`, at any depth; ids are paths relative to the root.
 
-    WordNet ids as folder names (n01440764) become ImageNet's class names; other names are read with "_" as a space.
-    A link that leads out of the root is a recorded fault unless `links` is true.
+    Labels follow the folders in natural order ("class_2" before "class_10"). WordNet ids as folder names (n01440764)
+    become ImageNet's class names; other names are read with "_" as a space. Folders that hold no image and what
+    systems leave behind (`__MACOSX`, `@eaDir`, ...) are no classes; they, and files that are no images, are named in
+    `remarks`. A link that leads out of the root is a recorded fault unless `links` is true.
 
     Raises:
-        UserError: no such folder, no class folder in it, no image, or folders that are splits and not classes.
+        UserError: no such folder, no class folder in it, no image, or several splits in one place and none chosen.
     """
 
-    def __init__(self, root: Path, *, links: bool = False, spec: str | None = None) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, links: bool = False, split: str | None = None, spec: str | None = None) -> None:
+        _check_folder(root)
+        root, within = chosen_split(root, split)
+        self.root, self._within = root, within
         self._links = links
-        folders = _class_folders(root)
-        super().__init__(spec or f"imagefolder:{root}", _display_names([folder.name for folder in folders]))
-        self._files = [
-            file
-            for label, folder in enumerate(folders)
-            for file in self._walk(folder, label, (os.path.realpath(root),))
-        ]
+        self._aside: Counter[str] = Counter()
+        classes: list[Path] = []
+        self._files: list[_File] = []
+        for folder in _class_folders(root, self._aside):
+            files = list(self._walk(folder, len(classes), (os.path.realpath(root),)))
+            if files:
+                classes.append(folder)
+                self._files += files
+            else:
+                self._aside[f"{_text(folder.name)} (no image in it)"] += 1
+        marks = tuple(_text(folder.name) for folder in classes)
+        super().__init__(spec or f"imagefolder:{root}", _display_names(marks))
+        self.marks = marks
         if not self._files:
-            raise UserError(f"{root} has {len(folders)} class folders but no image in them ({_shown_suffixes()})")
+            raise UserError(
+                f"{root} has no image in a class folder: imagefolder expects DIR/CLASS/IMAGE, "
+                f"found {said_of(self._aside)}"
+            )
+        if split is None and len(classes) == 1 and split_kind(classes[0].name):
+            raise UserError(
+                f"the only folder with images in {root}, '{marks[0]}', looks like a split, not like a class: "
+                f"pass imagefolder:{classes[0]} or ?split={marks[0]}"
+            )
+        if len(classes) == 1 and (inner := _only_folders(classes[0])):
+            self.remarks.append(
+                f"the only class, '{marks[0]}', holds {inner} folders: if they are classes, pass it itself"
+            )
+        if self._aside:
+            self.remarks.append(f"left aside: {said_of(self._aside)}")
 
     @classmethod
     def from_spec(cls, spec: Spec) -> ImageFolder:
-        """Open `imagefolder:DIR[?links=1]`."""
-        spec.check_options("links")
-        return cls(spec.path("folder"), links=spec.flag("links"), spec=spec.text)
+        """Open `imagefolder:DIR[?links=1&split=NAME]`."""
+        spec.check_options("links", "split")
+        return cls(spec.path("folder"), links=spec.flag("links"), split=spec.options.get("split"), spec=spec.text)
 
     def ids(self) -> list[str]:
         """Return the paths relative to the root, sorted within each class."""
@@ -85,14 +107,22 @@ class ImageFolder(DataSource):
             entries, fault = [], (error.strerror or str(error)).lower()
         if fault:
             yield _File(self._id(folder), folder, label, fault)
+        if len(above) == 1 and self._within is not None:
+            entries = [entry for entry in entries if entry.name == self._within]
+        elif len(above) == 1:
+            _check_one_split(folder, [entry.name for entry in entries if os.path.isdir(entry.path)])
         for entry in entries:
             path = Path(entry.path)
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(path):  # unlike the entry's own test, false for links that lead round in a circle
+            if is_junk(entry.name):
+                self._aside[_text(entry.name)] += 1
+            elif os.path.isdir(path):  # unlike the entry's own test, false for links that lead round in a circle
                 yield from self._walk(path, label, (*above, real))
-            elif path.suffix.lower() in SUFFIXES:
+            elif path.suffix.lower() in image_suffixes():
                 yield _File(self._id(path), path, label, self._fault(path))
+            elif (fault := self._fault(path)) is None and looks_like_image(path):
+                yield _File(self._id(path), path, label)
+            else:
+                self._aside[path.suffix.lower() or _text(entry.name)] += 1
 
     def _fault(self, path: Path) -> str | None:
         if self._links or not path.is_symlink():
@@ -102,36 +132,61 @@ class ImageFolder(DataSource):
 
     def _id(self, path: Path) -> str:
         # File names need not be valid text; ids are written to files that must be.
-        return path.relative_to(self.root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+        return _text(path.relative_to(self.root).as_posix())
 
 
-def _class_folders(root: Path) -> list[Path]:
+def _text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _check_folder(root: Path) -> None:
     if not root.exists():
         raise UserError(f"no folder {root}")
     if not root.is_dir():
         raise UserError(f"{root} is a file: imagefolder expects a folder with one subfolder a class")
+
+
+def _class_folders(root: Path, aside: Counter[str]) -> list[Path]:
+    """Return the folders that may be classes, in natural order; what else lies there is counted in `aside`."""
     try:
         entries = sorted(root.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the folder {root}: {error.strerror or error}") from None
-    folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    folders = []
+    for path in entries:
+        if path.is_dir() and not is_junk(path.name):
+            folders.append(path)
+        elif path.suffix.lower() in image_suffixes() and not is_junk(path.name):
+            aside["images beside the class folders"] += 1
+        else:
+            aside[_text(path.name)] += 1
     if not folders:
-        images = sum(path.suffix.lower() in SUFFIXES for path in entries)
+        images = aside["images beside the class folders"]
         held = f"{images} images but no class subfolders" if images else "nothing to read" if entries else "nothing"
         raise UserError(f"{root} holds {held}: imagefolder expects DIR/CLASS/IMAGE, one subfolder a class")
-    if {folder.name.lower() for folder in folders} <= _SPLITS:
-        raise UserError(f"the subfolders of {root} look like splits, not classes: pass imagefolder:{folders[-1]}")
-    return folders
+    return sorted(folders, key=lambda path: natural_key(path.name))
 
 
-def _display_names(folders: list[str]) -> tuple[str, ...]:
-    if all(name[:1] == "n" and len(name) == 9 and name[1:].isdigit() for name in folders):
+def _check_one_split(folder: Path, names: list[str]) -> None:
+    """Refuse a class folder with training and test images, which one number must not mix."""
+    found = {kind: name for name in names if (kind := split_kind(name)) is not None}
+    if len(found) > 1:
+        shown = ", ".join(f"'{name}'" for name in found.values())
+        raise UserError(
+            f"the class folder {folder} holds the splits {shown}: choose one with ?split={next(iter(found.values()))}"
+        )
+
+
+def _only_folders(folder: Path) -> int:
+    """Return how many folders a class folder holds, 0 where images lie beside them."""
+    entries = [path for path in folder.iterdir() if not is_junk(path.name)] if folder.is_dir() else []
+    return len(entries) if all(path.is_dir() for path in entries) else 0
+
+
+def _display_names(folders: Sequence[str]) -> tuple[str, ...]:
+    if folders and all(name[:1] == "n" and len(name) == 9 and name[1:].isdigit() for name in folders):
         from robustvlm.data.classes import wordnet_names
 
         known = wordnet_names()
         return tuple(known.get(name, name) for name in folders)
-    return readable([name.encode("utf-8", "backslashreplace").decode("utf-8") for name in folders])
-
-
-def _shown_suffixes() -> str:
-    return " ".join(sorted(SUFFIXES))
+    return readable(folders)

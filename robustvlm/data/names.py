@@ -4,21 +4,54 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from robustvlm.errors import UserError
 
+_JOINTS = re.compile(r"[\s_\-\u2010\u2011\u2012\u2013]+")
+# Marks that turn the direction of writing: a name that holds one reads differently from what it is.
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
 
 def name_key(name: str) -> str:
-    """Return what two spellings of one class name share: case, "_" and "-" do not count.
+    """Return what two spellings of one name share: case, "_", "-" and the way accents are stored do not count.
+
+    macOS stores file names decomposed ("e" and an accent), most lists have them composed: every comparison of names,
+    of classes, tree nodes, goals and words alike, goes through this key.
 
     Example:
         >>> name_key("Aquarium_Fish") == name_key("aquarium fish")
         True
+        >>> name_key("cafe\N{COMBINING ACUTE ACCENT}") == name_key("caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+        True
     """
-    return re.sub(r"[\s_\-]+", " ", name).strip().casefold()
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return _JOINTS.sub(" ", folded).strip()
+
+
+def clean_name(name: str, where: str) -> str:
+    r"""Return a name composed (NFC), with single spaces; refuse one that a terminal or a reader would take wrongly.
+
+    Raises:
+        UserError: control characters, half of a surrogate pair, or marks that turn the direction of writing.
+
+    Example:
+        >>> clean_name(" red  fox\n", "the list")
+        'red fox'
+        >>> clean_name("cat\x1b[2J", "the list")
+        Traceback (most recent call last):
+        robustvlm.errors.UserError: the list holds the name 'cat\x1b[2J' with the control character U+001B: remove it
+    """
+    text = " ".join(unicodedata.normalize("NFC", name).split())
+    bad = next((char for char in text if unicodedata.category(char) in _NO_TEXT or char in _TURNING), None)
+    if bad is not None:
+        shown = ascii(text if len(text) <= 60 else text[:57] + "...")
+        raise UserError(f"{where} holds the name {shown} with the control character U+{ord(bad):04X}: remove it")
+    return text
 
 
 def readable(names: Sequence[str]) -> tuple[str, ...]:
@@ -45,30 +78,26 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_lines(path: Path, what: str) -> list[str] | dict[str, str]:
-    """Return the lines of a text file (blank ones and # comments skipped), or a JSON list or object of strings."""
-    text = read_text(path, what)
-    if path.suffix.lower() != ".json":
-        lines = (line.strip() for line in text.splitlines())
-        return [line for line in lines if line and not line.startswith("#")]
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the {what} file {path} is not valid JSON: {error}") from None
-    items = list(value.values()) if isinstance(value, dict) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise UserError(f"the {what} file {path} must hold a JSON list of strings")
-    return value
-
-
-def read_class_names(path: Path) -> tuple[str, ...] | dict[str, str]:
-    """Return class names in label order from a text file (one a line) or JSON list; a JSON object renames classes.
+    """Return the lines of a text file (blank ones and # comments skipped), or a JSON list or object of strings.
 
     Raises:
-        UserError: no file, not text, no name, a name twice.
+        UserError: no such file, no text, no such JSON, a key twice, or a control character (see `clean_name`).
     """
-    found = read_lines(path, "class names")
-    check_names(list(found.values()) if isinstance(found, dict) else found, f"the class names file {path}")
-    return found if isinstance(found, dict) else tuple(found)
+    text = read_text(path, what)
+    where = f"the {what} file {path}"
+    if path.suffix.lower() != ".json":
+        lines = (line.strip() for line in text.splitlines())
+        return [clean_name(line, where) for line in lines if line and not line.startswith("#")]
+    try:
+        value = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    items = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise UserError(f"{where} must hold a JSON list of strings")
+    if isinstance(value, dict):
+        return {clean_name(key, where): clean_name(item, where) for key, item in value.items()}
+    return [clean_name(item, where) for item in items]
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -82,50 +111,10 @@ def check_names(names: Sequence[str], where: str) -> None:
         raise UserError(f"{where} names '{twice[0]}' {names.count(twice[0])} times: class names must differ")
 
 
-def settle_names(found: Sequence[str] | None, given: Sequence[str] | Mapping[str, str] | None, where: str) -> list[str]:
-    """Return the class names in label order, from what the source holds and what the user gave.
-
-    A given list replaces the source's names by position, unless it only reorders them, which labels cannot follow:
-    then the source's order stays. A given mapping renames single classes.
-
-    Raises:
-        UserError: no names at all, another count, or a list that moves a name of the source to another label.
-
-    Example:
-        >>> settle_names(["n01", "n02"], ["tench", "goldfish"], "x")
-        ['tench', 'goldfish']
-        >>> settle_names(["cat", "dog"], ["dog", "cat"], "x")
-        ['cat', 'dog']
-    """
-    if given is None:
-        if found is None:
-            raise UserError(f"{where} holds no class names: pass --classes FILE with one name a line, in label order")
-        return list(found)
-    if isinstance(given, Mapping):
-        return _renamed(found, given, where)
-    if found is None:
-        return list(given)
-    if len(found) != len(given):
-        raise UserError(f"{where} has {len(found)} classes, the class names file {len(given)}: they must be as many")
-    at = {name_key(name): i for i, name in enumerate(found)}
-    if {name_key(name) for name in given} == set(at):
-        by_key = {name_key(name): name for name in given}
-        return [by_key[name_key(name)] for name in found]
-    for i, name in enumerate(given):
-        if at.get(name_key(name), i) != i:
-            raise UserError(
-                f"class name {i + 1} of the file is '{name}', but {where} has '{found[i]}' there and "
-                f"'{name}' at {at[name_key(name)] + 1}: give the names in the order of the source"
-            )
-    return list(given)
-
-
-def _renamed(found: Sequence[str] | None, given: Mapping[str, str], where: str) -> list[str]:
-    if found is None:
-        raise UserError(f"{where} holds no class names to rename: pass a list of names, not a JSON object")
-    unknown = [name for name in given if name not in found]
-    if unknown:
-        raise UserError(f"{where} has no class '{unknown[0]}', which the class names file renames")
-    names = [given.get(name, name) for name in found]
-    check_names(names, f"{where} after renaming")
-    return names
+def _once(pairs: list[tuple[str, object]], where: str) -> dict[str, object]:
+    """Return a JSON object, in which a key given twice would lose its first value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise UserError(f"{where} has the key {twice!a} twice")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from robustvlm.data.decode import decode
+from robustvlm.data.labels import TextLabels
 from robustvlm.data.parquet_schema import Columns, find_columns
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
+from robustvlm.data.splits import chosen_split, one_split
 from robustvlm.errors import UserError
 
 _BATCH = 32
@@ -25,47 +28,66 @@ class ParquetSource(DataSource):
     """Rows of one Parquet file, or of a folder of them; ids are `STEM/ROW`.
 
     The image column holds bytes or a struct with `bytes`; the label column integers, or text that names the class.
-    Class names come from the schema's metadata (ClassLabel) where it has them. A null label is an unknown class.
+    Class names come from the schema's metadata (ClassLabel) where it has them. A null label is an unknown class, as is
+    -1. A folder's files must be of one split, told by their names, unless `split` chooses one.
 
     Raises:
-        UserError: no such file, not Parquet, no such column, a column of another type, a label without a class name.
+        UserError: no such file, not Parquet, no such column, a column of another type, a label without a class name,
+            several splits in one folder.
     """
 
     def __init__(
-        self, path: Path, *, image: str | None = None, label: str | None = None, spec: str | None = None
+        self,
+        path: Path,
+        *,
+        image: str | None = None,
+        label: str | None = None,
+        split: str | None = None,
+        spec: str | None = None,
     ) -> None:
-        self._paths = _paths(path)
+        self._paths = _paths(path, split)
         opened = [_open(file) for file in self._paths]
         found = [
             find_columns(file.schema_arrow, image, label, str(at)) for file, at in zip(opened, self._paths, strict=True)
         ]
         self._columns: Columns = found[0]
         for other, at in zip(found, self._paths, strict=True):
+            if other.text_labels != found[0].text_labels:
+                raise UserError(
+                    f"labels are texts in one of {self._paths[0]} and {at}, numbers in the other: make them alike"
+                )
             if (other.image, other.label, other.text_labels) != (found[0].image, found[0].label, found[0].text_labels):
                 raise UserError(f"{at} has other columns than {self._paths[0]}: a folder must hold files of one schema")
+        _check_same_names(self._paths, found)
         self._rows = [file.metadata.num_rows for file in opened]
         if not sum(self._rows):
             raise UserError(f"{path} holds no row")
-        self._labels = sorted(self._distinct_labels())
-        self._label_of = {name: i for i, name in enumerate(self._labels)} if self._columns.text_labels else {}
-        super().__init__(spec or f"parquet:{path}", self._columns.class_names or tuple(self._label_of))
+        label_name, found_labels = self._columns.label, self._distinct_labels()
+        self._texts = (
+            TextLabels(found_labels, f"column '{label_name}' of {path}") if self._columns.text_labels else None
+        )
+        self._labels = [] if self._texts else sorted(found_labels)
+        names = self._columns.class_names or (self._texts.marks if self._texts else ())
+        super().__init__(spec or f"parquet:{path}", names)
 
     @classmethod
     def from_spec(cls, spec: Spec) -> ParquetSource:
-        """Open `parquet:FILE[?image=COLUMN&label=COLUMN]`."""
-        spec.check_options("image", "label")
-        options = spec.options
-        return cls(spec.path("file"), image=options.get("image"), label=options.get("label"), spec=spec.text)
+        """Open `parquet:FILE[?image=COLUMN&label=COLUMN&split=NAME]`."""
+        spec.check_options("image", "label", "split")
+        return cls(spec.path("file"), spec=spec.text, **spec.options)
 
     def ids(self) -> list[str]:
         """Return `STEM/ROW` for every row, in file order."""
         return [self._id(n, row) for n, rows in enumerate(self._rows) for row in range(rows)]
 
     def check(self) -> None:
-        """Refuse labels that have no class name."""
-        if self._labels and not self._columns.text_labels:
-            for label in (self._labels[0], self._labels[-1]):
-                self.check_label(label, f"column '{self._columns.label}'")
+        """Refuse labels that have no class name; say where numbers may begin at 1 instead of 0."""
+        if not self._labels:
+            return
+        for label in (self._labels[0], self._labels[-1]):
+            self.check_label(label, f"column '{self._columns.label}'")
+        if self._labels[0] == 1 and self._labels == list(range(1, len(self.class_names))):
+            self.remarks.append(f"no image has label 0 ('{self.class_names[0]}'): do the labels begin at 1?")
 
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         for number, path in enumerate(self._paths):
@@ -104,9 +126,9 @@ class ParquetSource(DataSource):
         return decode(name, data, self._label(batch.column(self._columns.label)[row].as_py()))
 
     def _label(self, value: Any) -> int:
-        if value is None:
-            return UNKNOWN
-        return self._label_of[value] if self._columns.text_labels else int(value)
+        if self._texts is not None:
+            return self._texts[value]
+        return UNKNOWN if value is None else int(value)
 
     def _distinct_labels(self) -> set[Any]:
         found: set[Any] = set()
@@ -133,15 +155,31 @@ class ParquetSource(DataSource):
             yield digest.hexdigest()
 
 
-def _paths(path: Path) -> list[Path]:
+def _paths(path: Path, split: str | None) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.parquet"))
+        if not found:
+            path, _ = chosen_split(path, split)
+            found = sorted(path.glob("*.parquet"))
+        else:
+            found = one_split(found, split, path)
         if not found:
             raise UserError(f"the folder {path} holds no .parquet file")
         return found
     if not path.exists():
         raise UserError(f"no file {path}")
+    if split is not None:
+        raise UserError(f"{path} is one file: leave out ?split={split}, or pass the folder it lies in")
     return [path]
+
+
+def _check_same_names(paths: list[Path], found: list[Columns]) -> None:
+    """Refuse files that call one label by different names."""
+    for path, columns in zip(paths, found, strict=True):
+        if columns.class_names != found[0].class_names:
+            pairs = zip_longest(found[0].class_names, columns.class_names)
+            label, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise UserError(f"label {label} is '{one}' in {paths[0]} and '{other}' in {path}: files must agree")
 
 
 def _open(path: Path) -> pq.ParquetFile:

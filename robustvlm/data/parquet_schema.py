@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from robustvlm.data.names import check_names
 from robustvlm.errors import UserError, nearest
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -43,7 +42,7 @@ def find_columns(schema: pa.Schema, image: str | None, label: str | None, where:
     kind = _plain(schema.field(label).type)
     if not (pa.types.is_integer(kind) or _is_text(kind)):
         raise UserError(f"{where}: column '{label}' is {kind}; labels are integers or text")
-    names = () if _is_text(kind) else _class_names(schema.metadata or {}, label, where)
+    names = () if _is_text(kind) else _class_names(schema.metadata or {}, label)
     return Columns(image, label, _is_text(kind), names)
 
 
@@ -74,7 +73,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _class_names(metadata: dict[bytes, bytes], label: str, where: str) -> tuple[str, ...]:
+def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
     """Return the names in the metadata: of the label's ClassLabel feature, or a plain list under `classes`."""
     names = _json(metadata.get(b"classes"))
     hub = _json(metadata.get(b"huggingface"))
@@ -84,12 +83,11 @@ def _class_names(metadata: dict[bytes, bytes], label: str, where: str) -> tuple[
         names = hub["names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()
-    check_names(names, f"the schema of {where}")
     return tuple(names)
 
 
 def _json(value: bytes | None) -> Any:
     try:
         return json.loads(value) if value else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -6,11 +6,12 @@ import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from robustvlm.core.foreign_text import HIDDEN, without_secrets
 from robustvlm.core.network import Deadline, SteadyStream, open_url
 from robustvlm.data.specs import Spec
+from robustvlm.data.splits import chosen_split, is_junk, one_split
 from robustvlm.errors import UserError
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
@@ -53,7 +54,8 @@ def find_shards(spec: Spec) -> list[Shard]:
     """
     if not spec.rest:
         raise UserError("'wds' names no shard: write wds:PATH or wds:URL, for example wds:data/test-{000..007}.tar")
-    addresses = [address for pattern in _expand(spec.rest) for address in _resolve(pattern)]
+    split = spec.options.get("split")
+    addresses = [address for pattern in _expand(spec.rest) for address in _resolve(pattern, split)]
     stems = [_stem(address) for address in addresses]
     twice = Counter(stems)
     names = [stem if twice[stem] == 1 else f"{i:05d}-{stem}" for i, stem in enumerate(stems)]
@@ -69,7 +71,7 @@ def _expand(text: str) -> list[str]:
         raise UserError(f"the braces of '{text}' are not balanced: write for example {{000..007}}") from None
 
 
-def _resolve(address: str) -> list[str]:
+def _resolve(address: str, split: str | None) -> list[str]:
     scheme = address.partition(":")[0].lower()
     if address.lower().startswith(("http://", "https://")):
         if HIDDEN in address:
@@ -83,13 +85,24 @@ def _resolve(address: str) -> list[str]:
         raise UserError(f"shards are read from files and http(s) addresses, got '{address}': download or mount them")
     path = Path(address).expanduser()
     if path.is_dir():
-        found: list[Any] = sorted(str(file) for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+        found = _tars(path)
+        if not found:
+            path, _ = chosen_split(path, split)
+            found = _tars(path)
+        else:
+            found = one_split(found, split, path)
         if not found:
             raise UserError(f"the folder {path} holds no tar file")
-        return found
+        return sorted(map(str, found))
+    if split is not None:
+        raise UserError(f"{path} is no folder: leave out ?split={split}, or pass the folder above")
     if not path.is_file():
         raise UserError(f"no shard {path}")
     return [str(path)]
+
+
+def _tars(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.name.endswith(_SUFFIXES) and not is_junk(file.name)]
 
 
 def _stem(address: str) -> str:

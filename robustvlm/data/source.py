@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -66,6 +66,11 @@ class DataSource(ABC):
         self.class_names: tuple[str, ...] = tuple(class_names)
         self.templates: tuple[str, ...] = tuple(templates)
         self.tree = tree
+        self.marks: tuple[str, ...] = self.class_names
+        """What the source itself calls its classes (folder names, text labels), where that differs from the names."""
+        self.remarks: list[str] = []
+        """What a reader of any result has to know of the data: what was left aside, how names were understood."""
+        self._label_of: tuple[int, ...] | None = None
 
     def ids(self) -> list[str] | None:
         """Return the stable ids in source order, or None when only streaming can tell."""
@@ -102,9 +107,7 @@ class DataSource(ABC):
         else:
             items = self._first(limit, wanted)
         for item in items:
-            if isinstance(item, Sample):
-                self.check_label(item.label, item.id)
-            yield item
+            yield self._settled(item) if isinstance(item, Sample) else item
 
     def _first(self, limit: int, wanted: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         """Yield what `wanted` accepts among the first `limit` ids of a stream, then stop reading."""
@@ -125,23 +128,38 @@ class DataSource(ABC):
         except _LimitReached:
             return
 
+    def settle(self, class_names: Sequence[str], labels: Sequence[int] | None = None) -> None:
+        """Take the class names in label order; `labels` are those of the source's own classes, where they move."""
+        self.class_names = tuple(class_names)
+        self._label_of = None if labels is None else tuple(labels)
+
+    def _settled(self, item: Sample) -> Sample:
+        """Return a sample with its label among the settled class names."""
+        if self._label_of is None or item.label == UNKNOWN:
+            self.check_label(item.label, item.id)
+            return item
+        return replace(item, label=self._label_of[item.label])
+
     def check(self) -> None:
         """Refuse content that does not fit `class_names`; called once the names are settled, before any streaming."""
         return
 
     def check_label(self, label: int, where: str) -> None:
         """Refuse a label without a class name."""
-        if not UNKNOWN <= label < len(self.class_names):
-            raise UserError(
-                f"'{self.spec}' has label {label} ({where}) but {len(self.class_names)} class names, "
-                f"for labels 0 to {len(self.class_names) - 1}: pass --classes FILE with a name for every label"
-            )
+        count = len(self.class_names)
+        if not UNKNOWN <= label < count:
+            advice = "pass --classes FILE with a name for every label"
+            if label == count:
+                advice += "; if the labels begin at 1, begin them at 0"
+            found = f"'{self.spec}' has label {label} ({where}) but {count} class names"
+            raise UserError(f"{found}, for labels 0 to {count - 1}: {advice}")
 
     def fingerprint(self) -> str:
         """Return a hex digest of what the source holds: its kind, class names and content identity."""
         kind = self.spec.partition(":")[0].partition("?")[0]
         digest = hashlib.blake2b(digest_size=16)
-        for part in (kind, *self.class_names, "|", *self._identity()):
+        moved = () if self._label_of is None else (f"labels {self._label_of}",)
+        for part in (kind, *self.class_names, *moved, "|", *self._identity()):
             text = part.encode("utf-8", "surrogateescape")
             digest.update(len(text).to_bytes(8, "big") + text)
         return digest.hexdigest()

@@ -10,14 +10,16 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from robustvlm.core.foreign_text import without_secrets
-from robustvlm.data.classes import known_forest, recognise, usual_names
-from robustvlm.data.names import read_class_names, settle_names
-from robustvlm.data.prompts import read_templates
+from robustvlm.data.classes import known_forest, read_class_names, recognise, usual_names, what_changed
+from robustvlm.data.labels import Own, settle_names
+from robustvlm.data.names import check_names, clean_name
+from robustvlm.data.prompts import DEFAULT, read_templates
 from robustvlm.data.source import DataSource
 from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.data.tree_files import load_forest
 from robustvlm.errors import UserError, nearest
 
+_CODE = re.compile(r"(\d+|n\d{8}|(class|label|c)[ _-]?\d+)($|[ ._-])", re.IGNORECASE)
 _OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
 
 
@@ -94,20 +96,47 @@ def open_data(
     """
     parsed = parse_spec(spec)
     source = KINDS[parsed.kind](parsed)
-    own_names = usual_names(source.class_names) or None
-    names = settle_names(own_names, read_class_names(classes) if classes else None, f"'{spec}'")
-    if source.tree is not None:
-        source.tree = _renamed(source.tree, names)
-    source.class_names = tuple(names)
+    _settle(source, classes, f"'{spec}'")
     source.check()
     known = recognise(source.class_names) if source.tree is None else None
     if known is not None:
-        source.templates, source.tree = known.templates, known_forest(known, source.class_names)
+        source.tree = known_forest(known, source.class_names)
+        if source.templates == DEFAULT:  # else they lie beside the data
+            source.templates = known.templates
     if templates is not None:
         source.templates = read_templates(templates)
     if tree is not None:
         source.tree = load_forest(tree, source.class_names)
     return source
+
+
+def _settle(source: DataSource, classes: Path | None, where: str) -> None:
+    """Bring together what the source calls its classes and what the user gave, and write down what was changed."""
+    found = tuple(clean_name(name, where) for name in source.class_names)
+    names = usual_names(found)
+    if names != found:
+        source.remarks.append(f"ImageNet's usual class names are taken for: {what_changed(found, names)}")
+    if names:
+        check_names(names, where)
+    given, note = read_class_names(classes) if classes is not None else (None, None)
+    settled = settle_names(Own(source.marks, names or None), given, where)
+    if source.tree is not None:
+        if len(settled.names) != len(names):
+            raise UserError(f"{where} has {len(names)} classes, the class names file {len(settled.names)}")
+        source.tree = _renamed(source.tree, list(settled.names))
+    source.settle(settled.names, settled.labels)
+    source.remarks += [*([note] if note else []), *settled.notes, *_wordless(settled.names)]
+
+
+def _wordless(names: tuple[str, ...]) -> list[str]:
+    """Say of names that are no words that they are none: a text encoder makes little of them."""
+    codes = [name for name in names if _CODE.match(name)]
+    if not codes:
+        return []
+    return [
+        f"{len(codes)} of {len(names)} class names are or begin with numbers or codes, as '{codes[0]}', which tell a "
+        "text encoder little: --classes FILE gives words"
+    ]
 
 
 def _is_query(body: str, tail: str) -> bool:

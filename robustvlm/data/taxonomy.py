@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from robustvlm.data.names import name_key
 from robustvlm.errors import UserError, nearest
 
 _MOST_SUPERCLASSES = 50
@@ -149,7 +150,7 @@ class Forest:
         if not self.trees:
             raise UserError("a forest needs at least one tree")
         roots = [tree.root for tree in self.trees]
-        if len(set(roots)) < len(roots):
+        if len(set(map(name_key, roots))) < len(roots):
             raise UserError(f"the trees of a forest need different roots, got {', '.join(roots)}")
         for tree in self.trees[1:]:
             if tree.class_names != self.trees[0].class_names:
@@ -170,10 +171,10 @@ class Forest:
         """Return a tree by position or by the name of its root."""
         if isinstance(root, int):
             return self.trees[root]
-        found = {tree.root: tree for tree in self.trees}
-        if root not in found:
-            raise UserError(f"no tree '{root}' in the forest: {nearest(root, found)}")
-        return found[root]
+        found = {name_key(tree.root): tree for tree in self.trees}
+        if name_key(root) not in found:
+            raise UserError(f"no tree '{root}' in the forest: {nearest(root, [tree.root for tree in self.trees])}")
+        return found[name_key(root)]
 
     def restrict(self, class_names: Sequence[str]) -> Forest:
         """Return the forest over some of its classes."""

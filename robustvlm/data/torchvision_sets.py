@@ -36,9 +36,9 @@ class TorchvisionSource(DataSource):
     """
 
     def __init__(
-        self, name: str, root: Path, *, split: str = "test", download: bool = False, spec: str | None = None
+        self, name: str, root: Path, *, split: str | None = None, download: bool = False, spec: str | None = None
     ) -> None:
-        self.split = split
+        self.split = split or "test"
         kind = _find(name)
         self._data = _construct(kind, root, split, download)
         names = getattr(self._data, "classes", None) or _NAMES.get(kind.__name__, ())
@@ -52,8 +52,7 @@ class TorchvisionSource(DataSource):
         if not name or not colon:
             raise UserError(f"'{spec.text}' must be torchvision:NAME:ROOT, for example torchvision:CIFAR10:data")
         path = Path(root or ".").expanduser()
-        split = spec.options.get("split", "test")
-        return cls(name, path, split=split, download=spec.flag("download"), spec=spec.text)
+        return cls(name, path, split=spec.options.get("split"), download=spec.flag("download"), spec=spec.text)
 
     def ids(self) -> list[str]:
         """Return `SPLIT/INDEX` for every image."""
@@ -101,8 +100,11 @@ def _find(name: str) -> Any:
 _GENERIC = frozenset({"VisionDataset", "DatasetFolder", "ImageFolder"})
 
 
-def _construct(kind: Any, root: Path, split: str, download: bool) -> Any:
+def _construct(kind: Any, root: Path, split: str | None, download: bool) -> Any:
     accepted = inspect.signature(kind.__init__).parameters
+    if split is not None and not {"split", "train"} & set(accepted):
+        raise UserError(f"{kind.__name__} has no splits in torchvision: leave out ?split={split}")
+    split = split or "test"
     settings: dict[str, Any] = {"root": str(root)} if "root" in accepted else {}
     if "split" in accepted:
         settings["split"] = split

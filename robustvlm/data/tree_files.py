@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from robustvlm.data.names import read_text
+from robustvlm.data.names import clean_name, read_text
 from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.data.tree_build import build_tree
 from robustvlm.errors import UserError
@@ -92,7 +92,7 @@ def _node(node: Any, path: Path) -> tuple[str, list[Any]]:
     children = node.get("children") or []
     if not isinstance(children, list):
         raise UserError(f"{path}: the children of '{node['name']}' must be a list, got {_short(children)}")
-    return node["name"].strip(), children
+    return clean_name(node["name"], str(path)), children
 
 
 def _short(value: object) -> str:
@@ -102,7 +102,12 @@ def _short(value: object) -> str:
 
 def _from_csv(text: str, path: Path) -> list[Links]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=delimiter)]
+    try:
+        rows = [
+            [clean_name(cell, str(path)) for cell in row] for row in csv.reader(io.StringIO(text), delimiter=delimiter)
+        ]
+    except csv.Error as error:
+        raise UserError(f"{path}: not valid CSV: {error}") from None
     rows = [row for row in rows if any(row)]
     columns = ["parent", "child", "tree"]
     if rows and {"parent", "child"} <= {cell.lower() for cell in rows[0]}:

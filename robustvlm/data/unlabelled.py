@@ -28,6 +28,7 @@ class Unlabelled(DataSource):
     def __init__(self, inner: DataSource, known: Sequence[str] = ()) -> None:
         super().__init__(inner.spec, ())
         self.inner = inner
+        self.remarks = inner.remarks
         place = {name: number for number, name in enumerate(known)}
         self._known = {
             name: place[meant] for name, meant in same_things(inner.class_names, known, loosely=False).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,9 @@ class SmoothedVLM(VLM):
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.encode_text(texts)
+
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self.base.cut_tokens(texts)
 
     def _counts(self, images: int, n: int) -> list[int]:
         """Split n draws into passes of at most `rows_per_pass` rows, or one draw of every image."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from robustvlm.attacks import (
@@ -24,9 +23,10 @@ from robustvlm.attacks import (
 )
 from robustvlm.core.framing import Framing
 from robustvlm.data import DataSource
+from robustvlm.data.decode import decode, image_suffixes
 from robustvlm.data.names import name_key
 from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import UNKNOWN
+from robustvlm.data.source import UNKNOWN, Unreadable
 from robustvlm.data.taxonomy import Tree
 from robustvlm.defenses.base import Classifier
 from robustvlm.errors import UserError, nearest
@@ -36,7 +36,6 @@ from robustvlm.runs.summary import Check
 FORMS = ("misclassify", "superclass:LEVEL", "superclass:all", "superclass:matrix", "targeted:CLASS", "deny", "intrude",
          "feature", "feature:FILE.png", "feature:TEXT")  # fmt: skip
 KINDS = tuple(dict.fromkeys(form.partition(":")[0] for form in FORMS))
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,15 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
 
 
 def _class(text: str, class_names: Sequence[str]) -> int:
-    known = {name_key(name): label for label, name in enumerate(class_names)}
-    if name_key(text) in known:
-        return known[name_key(text)]
+    text = text.strip()
+    exact = [label for label, name in enumerate(class_names) if name == text]
+    named = exact or [label for label, name in enumerate(class_names) if name_key(name) == name_key(text)]
+    if len(named) > 1:
+        raise UserError(
+            f"'{text}' may be any of {len(named)} classes: write it as {class_names[named[0]]!r} is written"
+        )
+    if named:
+        return named[0]
     if text.isascii() and text.isdigit() and int(text) < len(class_names):
         return int(text)
     raise UserError(f"'{text}' is none of the {len(class_names)} classes: {nearest(text, class_names)}")
@@ -218,7 +223,7 @@ def _feature(text: str, target: str, classifier: Classifier, resolution: int, mi
     if not target:
         return Aim(text, (FeatureAway(min_cos, head=head),), Features(vlm), leave=False)
     with torch.no_grad():
-        if Path(target).suffix.lower() in _PICTURES:
+        if Path(target).suffix.lower() in image_suffixes():
             pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
             goal = FeatureTo(vlm.encode_image(pixels[None])[0], name=target, head=head)
         else:
@@ -227,10 +232,9 @@ def _feature(text: str, target: str, classifier: Classifier, resolution: int, mi
 
 
 def _picture(path: str, framing: Framing) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return to_pixels(image.convert("RGB"), framing)
-    except FileNotFoundError:
-        raise UserError(f"no picture at '{path}' to aim at") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the picture '{path}' to aim at: {error}") from None
+    if not Path(path).exists():
+        raise UserError(f"no picture at '{path}' to aim at")
+    found = decode(path, Path(path), UNKNOWN)
+    if isinstance(found, Unreadable):
+        raise UserError(f"cannot read the picture '{path}' to aim at: {found.reason}")
+    return to_pixels(found.image, framing)

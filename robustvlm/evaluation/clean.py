@@ -15,6 +15,7 @@ from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError
+from robustvlm.evaluation.describe import remarks_of
 from robustvlm.evaluation.metrics import calibration_bins, calibration_error, correct, superclass_correct
 from robustvlm.models.zero_shot import ZeroShotClassifier
 from robustvlm.stats import Rate, rate
@@ -50,6 +51,7 @@ class CleanResult(BaseModel):
     unknown: int
     unreadable: int
     unreadable_reasons: list[tuple[str, str]]
+    remarks: list[str] = []
     accuracy: Rate
     calibration_error: float
     mean_confidence: float
@@ -163,6 +165,7 @@ class _Tally:
             unknown=self.unknown,
             unreadable=self.unreadable,
             unreadable_reasons=self.reasons,
+            remarks=remarks_of(source, classifier.vlm),
             accuracy=rate(self.right, self.images),
             calibration_error=calibration_error(bins),
             mean_confidence=math.fsum(confidences.tolist()) / self.images,

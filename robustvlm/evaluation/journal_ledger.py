@@ -135,7 +135,9 @@ def _sum_of_passes(parts: Sequence[Cost]) -> Passes | None:
         return None
     total: Counter[str] = Counter()
     for part in parts:
-        total.update(part.passes.model_dump() if part.passes else {"untold": part.forward_passes + part.backward_passes})
+        total.update(
+            part.passes.model_dump() if part.passes else {"untold": part.forward_passes + part.backward_passes}
+        )
     return Passes(**total)
 
 

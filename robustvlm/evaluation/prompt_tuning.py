@@ -18,7 +18,7 @@ from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, ch
 from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.models import VLM, resolve_device
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
@@ -138,6 +138,7 @@ def prepare_prompts(
     manifest = make_manifest(
         kind="tune-prompts", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
+    manifest["remarks"] = remarks_of(source)
     return PreparedPrompts(config, settings, folder, manifest, vlm, source, learner)
 
 

@@ -26,7 +26,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.prepared import Prepared
 from robustvlm.evaluation.scrutiny import MODES
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -105,7 +105,8 @@ def prepare(
     data_facts = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     opened = open_gradients(classifier)
     aim = make_aim(goal, source=source, classifier=classifier, resolution=size, min_cos=min_cos)
-    aim = dataclasses.replace(aim, notes=_notes(opened))
+    remarks = remarks_of(source, classifier.vlm)
+    aim = dataclasses.replace(aim, notes=(*_notes(opened), *_data_notes(remarks)))
     _require_fit(attacks, aim, ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
     config = AttackConfig(
         model=model,
@@ -146,6 +147,7 @@ def prepare(
         model=model_facts,
         data=data_facts,
     )
+    manifest["remarks"] = remarks
     _require_text(manifest)
     return Prepared(config, attacks, source, classifier, aim, folder, manifest)
 
@@ -206,6 +208,10 @@ def _notes(opened: list[str]) -> tuple[Check, ...]:
         return ()
     said = "; ".join(opened)
     return (Check(name="gradient stand-ins", level="note", message=f"{said[0].upper()}{said[1:]}."),)
+
+
+def _data_notes(remarks: list[str]) -> tuple[Check, ...]:
+    return (Check(name="data and class names", level="note", message="; ".join(remarks) + "."),) if remarks else ()
 
 
 def _describe_model(classifier: Classifier) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,20 @@ class ClipVLM(VLM):
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(self.device))
+
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens of each text are cut off at the context length."""
+        room = self.tokenizer([""]).shape[1]
+        # A token is at least one byte long, so most texts need no second look.
+        return [self._cut(text, room) if len(text.encode("utf-8", "replace")) > room - 2 else 0 for text in texts]
+
+    def _cut(self, text: str, room: int) -> int:
+        encode = getattr(self.tokenizer, "encode", None)
+        if callable(encode):
+            return max(0, len(encode(text)) + 2 - room)  # with the tokens that begin and end a text
+        # Of other tokenizers we know only whether another word would still be read.
+        read, longer = self.tokenizer([text, f"{text} {text[-1:]}x"])
+        return int(torch.equal(read, longer))
 
     def _identity(self) -> Iterable[str]:
         return self.architecture, str(self.tokenizer(_PROBES).tolist())

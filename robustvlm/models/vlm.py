@@ -94,6 +94,10 @@ class VLM(nn.Module, ABC):
         """Same as `encode_image`."""
         return self.encode_image(pixels)
 
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens of each text are cut off at the context length; 0 where that is not known."""
+        return [0] * len(texts)
+
     def at_noise(self, sigma: float) -> VLM:
         """Return the model to use behind Gaussian noise of `sigma`: itself, unless a part of it is told the noise."""
         del sigma

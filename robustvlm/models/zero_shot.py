@@ -15,6 +15,9 @@ from robustvlm.models.vlm import VLM
 
 _TEXTS_PER_BATCH = 256
 
+_SAME = 1e-5
+"""Largest distance of two unit embeddings that count as one: of the same text, computed in two batches."""
+
 
 class ZeroShotClassifier(nn.Module):
     """A VLM with one unit embedding per class: logits = logit_scale * cosine(image, class), [B, K].
@@ -49,7 +52,8 @@ def zero_shot(
 
     A class's embedding is the normalised mean of its prompts' normalised embeddings (Radford et al. 2021,
     arXiv 2103.00020, section 3.1.4). With `cache`, embeddings are kept in memory and in the user's cache folder.
-    Raises UserError for fewer than 2 or repeated classes, and for a template without {}.
+    Raises UserError for fewer than 2 or repeated classes, classes that the text encoder gives one embedding, and for a
+    template without {}.
 
     Example:
         >>> from robustvlm.models import load_model
@@ -62,11 +66,16 @@ def zero_shot(
     embeddings = _embeddings(vlm, class_names, templates, cache=cache)
     if not torch.isfinite(embeddings).all():
         raise UserError(f"the text encoder of '{vlm.spec}' gives NaN or infinite values for these classes")
+    require_distinct(vlm, class_names, templates, embeddings)
     return ZeroShotClassifier(vlm, class_names, embeddings).eval()
 
 
-def class_embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+def class_embeddings(
+    vlm: VLM, class_names: Sequence[str], templates: Sequence[str], *, distinct: bool = False
+) -> torch.Tensor:
     """Return unit embeddings [K, D], encoding a bounded number of prompts at a time.
+
+    With `distinct`, two names with one embedding are a UserError (`require_distinct`).
 
     Example:
         >>> from robustvlm.models import load_model
@@ -84,7 +93,80 @@ def class_embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[s
                 [vlm.encode_text(prompts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(prompts), _TEXTS_PER_BATCH)]
             )
             rows.append(F.normalize(features.view(len(names), len(templates), -1).mean(dim=1), dim=-1))
-    return torch.cat(rows)
+    found = torch.cat(rows)
+    if distinct:
+        require_distinct(vlm, class_names, templates, found)
+    return found
+
+
+def require_distinct(vlm: VLM, class_names: Sequence[str], templates: Sequence[str], embeddings: torch.Tensor) -> None:
+    """Refuse classes with the same embedding [K, D]: one of them could never be the answer, whatever the image.
+
+    It happens to names that are cut at the encoder's context length before they differ, to names that differ in case
+    or spaces only, and with an encoder that was never trained.
+
+    Raises:
+        UserError: it names the first such pair, and how many there are.
+    """
+    pairs = _same_rows(embeddings)
+    if not pairs:
+        return
+    first, second = pairs[0]
+    prompts = [template.replace("{}", class_names[label]) for label in pairs[0] for template in templates]
+    if any(vlm.cut_tokens(prompts)):
+        why = "their prompts are cut at the encoder's context length before they differ: shorten them"
+    else:
+        why = "the text encoder cannot tell them apart: give them different names"
+    more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
+    raise UserError(
+        f"the classes {_short(class_names[first])} and {_short(class_names[second])} have the same text embedding in "
+        f"'{vlm.spec}', so that one of them could never win{more}; {why} with --classes"
+    )
+
+
+def cut_prompts(vlm: VLM, class_names: Sequence[str], templates: Sequence[str]) -> str | None:
+    """Return a sentence about the classes whose prompts exceed the encoder's context length, None if there are none.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> cut_prompts(load_model("tiny"), ["apple", "dog " * 60], ["a {}"])[:43]
+        'the prompts of 1 of 2 classes are longer th'
+    """
+    longest = max(templates, key=len)
+    cut = vlm.cut_tokens([longest.replace("{}", name) for name in class_names])
+    count = sum(tokens > 0 for tokens in cut)
+    if not count:
+        return None
+    first = next(label for label, tokens in enumerate(cut) if tokens > 0)
+    prompt = _short(longest.replace("{}", class_names[first]))
+    what = f"{cut[first]} token{'' if cut[first] == 1 else 's'}"
+    return (
+        f"the prompts of {count} of {len(class_names)} classes are longer than the text encoder reads; "
+        f"{what} of {prompt} are cut"
+    )
+
+
+def _same_rows(embeddings: torch.Tensor) -> list[tuple[int, int]]:
+    """Return the pairs of neighbours among equal rows [K, D], the earlier one first."""
+    rows = embeddings.detach().double().cpu()
+    # Rows that near are as near in any one direction, so only neighbours in its order need a look.
+    direction = F.normalize(torch.linspace(1.0, 40.0, rows.shape[1], dtype=rows.dtype).cos(), dim=0)
+    along = rows @ direction
+    order, pairs = along.argsort().tolist(), []
+    for place, one in enumerate(order):
+        for other in order[place + 1 :]:
+            if along[other] - along[one] > _SAME:
+                break
+            if (rows[one] - rows[other]).norm() <= _SAME:
+                pairs.append((min(one, other), max(one, other)))
+                break
+    return sorted(pairs)
+
+
+def _short(name: str) -> str:
+    """Return a name in quotes; of a long one the beginning and the end, where names of one pattern differ."""
+    text = " ".join(name.split())
+    return f"'{text}'" if len(text) <= 60 else f"'{text[:30].rstrip()} ... {text[-20:].lstrip()}'"
 
 
 def _embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool) -> torch.Tensor:

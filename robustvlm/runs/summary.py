@@ -165,7 +165,9 @@ def _at_eps(
             outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
         ),
         levels=level_summaries(rows, table, index, levels, waiting=waiting) if len(goals) == 1 else [],
-        transfer=level_transfer(rows, goals, index, levels, config, waiting=waiting) if len(goals) > 1 and levels else None,
+        transfer=level_transfer(rows, goals, index, levels, config, waiting=waiting)
+        if len(goals) > 1 and levels
+        else None,
         cosine=_cosine(recorded) if features else None,
         acceptance=_acceptance(recorded) if refuses else None,
     )
@@ -186,9 +188,7 @@ def _acceptance(recorded: Sequence[Point]) -> Acceptance:
     )
 
 
-def _attack(
-    table: Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int
-) -> AttackSummary:
+def _attack(table: Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int) -> AttackSummary:
     after = Counter(table.after(image, eps_index, attack_index) for image in table.images)
     total, held = len(table.images) + waiting, after["robust"]
     return AttackSummary(

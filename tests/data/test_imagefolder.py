@@ -116,8 +116,8 @@ def test_faults_are_one_clear_line(tmp_path: Path, plain: Callable[..., bytes]) 
         (flat / "a.png", "is a file: imagefolder expects a folder"),
         (empty, "holds nothing: imagefolder expects DIR/CLASS/IMAGE"),
         (flat, "1 images but no class subfolders"),
-        (hollow, "1 class folders but no image"),
-        (splits, "look like splits, not classes: pass imagefolder:.*/val"),
+        (hollow, "has no image in a class folder: .*found 'cat .no image in it.'"),
+        (splits, "subfolders 'train', 'val' of .* are splits, not classes: choose one with .split=val, or pass .*/val"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             open_data(f"imagefolder:{path}")

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from robustvlm.data.classes import CIFAR10
-from robustvlm.data.names import read_class_names, readable, settle_names
+from robustvlm.data.classes import CIFAR10, read_class_names
+from robustvlm.data.labels import Own, natural_key, settle_names
+from robustvlm.data.names import readable
 from robustvlm.data.prompts import CIFAR, DEFAULT, IMAGENET, check_templates, fill, read_templates
 from robustvlm.data.specs import KINDS, open_data, parse_spec
 from robustvlm.errors import UserError
@@ -72,7 +75,7 @@ def test_known_classes_bring_templates_and_tree(tmp_path: Path, folder: Path) ->
     assert open_data(f"imagefolder:{folder}").tree is None
     for name in CIFAR10:
         (tmp_path / "cifar" / name.capitalize()).mkdir(parents=True)
-    (tmp_path / "cifar" / "Cat" / "a.png").write_bytes((folder / "cat" / "0.png").read_bytes())
+        (tmp_path / "cifar" / name.capitalize() / "a.png").write_bytes((folder / "cat" / "0.png").read_bytes())
     source = open_data(f"imagefolder:{tmp_path / 'cifar'}")
     assert source.templates == CIFAR
     assert source.tree is not None
@@ -80,8 +83,8 @@ def test_known_classes_bring_templates_and_tree(tmp_path: Path, folder: Path) ->
 
 
 def test_files_override(tmp_path: Path, folder: Path) -> None:
-    classes, templates, tree = tmp_path / "c.txt", tmp_path / "t.txt", tmp_path / "t.csv"
-    classes.write_text("tabby\nhound\nvan\n")
+    classes, templates, tree = tmp_path / "c.json", tmp_path / "t.txt", tmp_path / "t.csv"
+    classes.write_text('{"dog": "hound", "cat": "tabby", "pickup_truck": "van"}')
     templates.write_text("# two\nart of a {}\n\n{}, seen from afar\nart of a {}\n")
     tree.write_text("parent,child\nroot,pet\npet,tabby\npet,hound\nroot,van\n")
     source = open_data(f"imagefolder:{folder}", classes=classes, templates=templates, tree=tree)
@@ -102,7 +105,7 @@ def test_class_name_files(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read_class_names(path)
     path.write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
-    assert read_class_names(path) == ("cat", "dog")
+    assert read_class_names(path) == (("cat", "dog"), None)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         read_class_names(path)
@@ -122,23 +125,74 @@ def test_class_name_files(tmp_path: Path) -> None:
         read_class_names(tmp_path)
 
 
+def settled(found: list[str] | None, given: object, *, marks: list[str] | None = None) -> list[str]:
+    """Return the name of each of the source's own classes."""
+    own = Own(tuple(marks or found or ()), None if found is None else tuple(found))
+    made = settle_names(own, given, "x")  # type: ignore[arg-type]
+    return list(made.names) if made.labels is None else [made.names[label] for label in made.labels]
+
+
 def test_settling_names() -> None:
     found = ["cat", "dog", "fox"]
-    assert settle_names(found, None, "x") == found
-    assert settle_names(found, ["Fox", "Cat", "Dog"], "x") == ["Cat", "Dog", "Fox"]
-    assert settle_names(found, ["tabby", "dog", "fox"], "x") == ["tabby", "dog", "fox"]
-    assert settle_names(None, ["a", "b"], "x") == ["a", "b"]
-    assert settle_names(found, {"fox": "red fox"}, "x") == ["cat", "dog", "red fox"]
-    for given, message in (
-        (["a", "b"], "has 3 classes, the class names file 2"),
+    assert settled(found, None) == found
+    assert settled(found, ["Fox", "Cat", "Dog"]) == ["Cat", "Dog", "Fox"]
+    assert settled(found, ["tabby", "dog", "fox"]) == ["tabby", "dog", "fox"]
+    assert settled(found, ["a fox", "dogs", "cats, felines"]) == ["cats, felines", "dogs", "a fox"]
+    assert settled(None, ["a", "b"]) == ["a", "b"]
+    assert settled(None, {"1": "dog", "0": "cat"}) == ["cat", "dog"]
+    assert settled(found, {"fox": "red fox"}) == ["cat", "dog", "red fox"]
+    assert settled(["tench", "goldfish"], {"n01443537": "koi"}, marks=["n01440764", "n01443537"]) == ["tench", "koi"]
+    assert settled(["wolves", "mice"], ["mouse", "wolf"]) == ["wolf", "mouse"]
+    assert settled(["T-shirt", "air plane"], ["airplane", "tshirt"]) == ["tshirt", "airplane"]
+    for names, message in (
+        (["a", "b"], "has 3 classes, the class names file 2, .*'cat' -> ., 'dog' -> ., 'fox' -> .; no class: 'a', 'b'"),
         (["dog", "tabby", "fox"], "class name 1 of the file is 'dog', but x has 'cat' there and 'dog' at 2"),
+        (["Katze", "Hund", "fox"], "does not say for certain .*'cat' -> ., 'dog' -> ., 'fox' -> 'fox'"),
         ({"wolf": "grey wolf"}, "has no class 'wolf'"),
         ({"cat": "dog"}, "names 'dog' 2 times"),
     ):
         with pytest.raises(UserError, match=message):
-            settle_names(found, given, "x")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="holds no class names to rename"):
-        settle_names(None, {"a": "b"}, "x")
+            settled(found, names)
+    with pytest.raises(UserError, match='keys "0" to "0"'):
+        settled(None, {"a": "b"})
+    with pytest.raises(UserError, match="does not say for certain"):
+        settled(["ka", "kb"], ["tench", "goldfish"])
+
+
+@pytest.mark.parametrize("form", ["{}", "{:03d}", "class_{}", "Class-{}"])
+def test_a_number_means_the_class_of_that_number(form: str) -> None:
+    names = [f"name{i}" for i in range(12)]
+    assert settled([form.format(i) for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)], names) == [
+        names[i] for i in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)
+    ]
+    assert settled([form.format(i) for i in range(1, 13)], names) == names
+    assert settled([form.format(i) for i in (0, 7, 11)], names) == ["name0", "name7", "name11"]
+    assert settled([form.format(i) for i in (1, 7, 12)], names) == ["name0", "name6", "name11"]
+    for unclear in ([1, 2, 11], [0, 12], [3]):
+        with pytest.raises(UserError, match="not every class has its name there"):
+            settled([form.format(i) for i in unclear], names)
+
+
+@given(st.permutations(CIFAR10), st.sampled_from(["{}", "{}s", "a {}", "the {}", "{}, see there"]))
+def test_no_order_of_the_list_moves_a_name(order: list[str], form: str) -> None:
+    names = settled(list(CIFAR10), [form.format(name) for name in order])
+    assert names == [form.format(name) for name in CIFAR10]
+
+
+def test_natural_order() -> None:
+    names = ["class_10", "class_2", "10", "2", "01", "a", "B", "2b10", "2b9", "9" * 5000]
+    assert sorted(names, key=natural_key) == [
+        "01",
+        "2",
+        "2b9",
+        "2b10",
+        "10",
+        "9" * 5000,
+        "B",
+        "a",
+        "class_2",
+        "class_10",
+    ]
 
 
 def test_readable_names_stay_distinct() -> None:

@@ -156,7 +156,7 @@ def test_faults_are_one_clear_line(shards: Path, tmp_path: Path, plain: Plain) -
         (f"{shards / 'none.tar'}", "no shard"),
         (f"{tmp_path / 'folder'}", "holds no tar file"),
         (f"{shards}/test-{{0..1.tar", "braces .* are not balanced"),
-        (f"{word}", "the label 'red fix' of 'word/a' is neither a number nor a class: did you mean 'red fox'"),
+        (f"{word}", "'word/a' has the label 'red fix', neither a number nor a class: did you mean 'red fox'"),
         (f"{number}", r"has label 7 \(number/a\) but 2 class names"),
         (f"{broken}", "the label of 'broken/a' is not valid JSON"),
         (f"{empty}", "holds no sample"),

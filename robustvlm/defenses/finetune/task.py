@@ -114,7 +114,7 @@ def finetune_task(
     kind = METHODS[settings.method]
     vlm.eval()
     teacher = copy.deepcopy(vlm).requires_grad_(False) if kind.needs_teacher else None
-    embeddings = class_embeddings(vlm, class_names, templates)
+    embeddings = class_embeddings(vlm, class_names, templates, distinct=True)
     make_trainable(vlm, settings.trainable, seed=settings.seed)
     materials = Materials(
         student=vlm,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,9 @@ class AdaptedVLM(VLM):
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.embed_text(texts)  # scaled to unit length once, by this model
+
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self.base.cut_tokens(texts)
 
     def _state(self) -> dict[str, object]:
         return dict(self.adapter.state_dict())

@@ -155,5 +155,5 @@ def immunise_without_images(
     """
     texts = tuple(AntibodyText(text, "") for text in antibodies)
     embedded = class_embeddings(vlm, list(antibodies), templates).float().cpu() if texts else torch.zeros(0, 1)
-    text = class_embeddings(vlm, class_names, templates).float().cpu()
+    text = class_embeddings(vlm, class_names, templates, distinct=True).float().cpu()
     return text_only(class_names, text, Antibodies(texts, embedded))

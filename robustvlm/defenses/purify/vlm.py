@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class PurifiedVLM(VLM):
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.encode_text(texts)
+
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self.base.cut_tokens(texts)
 
     @property
     def fingerprint(self) -> str:

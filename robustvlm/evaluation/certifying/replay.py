@@ -149,6 +149,7 @@ def prepare_replay(
         kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
     described = describe_plan(plan, config, best)
+    described["notes"] += _unnamed(data["class_names"], names)
     if chosen is not None:
         described["notes"].append(WHY[chosen])
     return PreparedCertify(config, folder, manifest | {"plan": described}, begin)
@@ -186,6 +187,16 @@ def relabel(rows: list[dict[str, Any]], old: list[str], new: tuple[str, ...]) ->
     places = {name_key(name): place for place, name in enumerate(new)}
     found = [-1 if row["label"] < 0 else places.get(name_key(old[row["label"]]), -1) for row in rows]
     return {row["index"]: label for row, label in zip(rows, found, strict=True)}
+
+
+def _unnamed(old: list[str], new: tuple[str, ...]) -> list[str]:
+    """Say which classes of the kept images the new list does not have: their images count as unknown."""
+    known = set(map(name_key, new))
+    lost = [name for name in old if name_key(name) not in known]
+    if not lost:
+        return []
+    shown = ", ".join(f"'{name}'" for name in lost[:6]) + (", ..." if len(lost) > 6 else "")
+    return [f"{len(lost)} of {len(old)} classes of the kept images are not in the new list, so unknown: {shown}"]
 
 
 def _check(settings: Settings, source: Source, prompts: str | None) -> None:

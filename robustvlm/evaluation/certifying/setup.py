@@ -14,7 +14,7 @@ from robustvlm.certify import OpensetRule, contrast_vectors
 from robustvlm.certify.normal import Array
 from robustvlm.core.ranks import Ranks
 from robustvlm.data import open_data
-from robustvlm.data.names import read_class_names
+from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.saved import saved_model
@@ -28,7 +28,7 @@ from robustvlm.evaluation.certifying.observer import CertifyObserver
 from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
 from robustvlm.evaluation.certifying.run import SamplingRun
 from robustvlm.evaluation.certifying.settings import DEFAULT_SIGMA, Settings
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.images import Images
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.device import resolve_device
@@ -97,7 +97,9 @@ def prepare_certify(
     manifest = make_manifest(
         kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
-    return PreparedCertify(config, folder, manifest | {"plan": describe_plan(plan, config, best)}, begin, illustrate)
+    described, remarks = describe_plan(plan, config, best), remarks_of(source, vlm)
+    described["notes"] += remarks
+    return PreparedCertify(config, folder, manifest | {"plan": described, "remarks": remarks}, begin, illustrate)
 
 
 def settle_sigma(settings: Settings) -> float:
@@ -212,10 +214,10 @@ def vectors_of_classes(
 
 def list_of_names(path: Path) -> tuple[str, ...]:
     """Return the class names of a file that lists them; UserError for one that maps labels to names."""
-    names = read_class_names(path)
-    if isinstance(names, dict):
+    names, _ = read_class_names(path)
+    if not isinstance(names, tuple):
         raise UserError(f"'{path}' maps labels to names: expected a list, one name a line")
-    return tuple(names)
+    return names
 
 
 def embed_classes(

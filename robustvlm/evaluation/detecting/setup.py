@@ -13,7 +13,7 @@ from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import outside, read_words, tree_words
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.detecting.run import PreparedDetect
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.models.device import resolve_device
@@ -82,6 +82,10 @@ def prepare_detect(
     manifest = make_manifest(
         kind="detect", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
+    others = [
+        remark for source in (*(source for _, source in unknown), *([fit] if fit else [])) for remark in source.remarks
+    ]
+    manifest["remarks"] = list(dict.fromkeys([*remarks_of(known, classifier.vlm), *others]))
     return PreparedDetect(
         config=config,
         folder=folder,

@@ -20,7 +20,7 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack
 from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
 from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
@@ -82,6 +82,7 @@ def prepare_finetune(
     manifest = make_manifest(
         kind="finetune", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
+    manifest["remarks"] = remarks_of(source, vlm)
     return PreparedFinetune(config, settings, training, source, val, forest, vlm, folder, manifest)
 
 

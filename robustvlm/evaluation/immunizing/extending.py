@@ -28,7 +28,7 @@ from robustvlm.defenses.immunity.saved import ImmunisedModel
 from robustvlm.defenses.prompts import Features
 from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.immunizing import record as facts
 from robustvlm.evaluation.immunizing.images import encode_both, open_held_out, read_features, write_features
 from robustvlm.evaluation.immunizing.measuring import judged, measure
@@ -319,6 +319,7 @@ def prepare_extension(
     manifest = make_manifest(
         kind="immunize", name=folder.name, command=command, config=settings, model=model_facts, data=data_facts
     )
+    manifest["remarks"] = remarks_of(source, vlm)
     return PreparedExtension(settings, folder, manifest, vlm, source, earlier, client)
 
 

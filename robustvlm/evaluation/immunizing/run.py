@@ -39,6 +39,7 @@ from robustvlm.evaluation.immunizing.texts import Made, diagnose, embedder, make
 from robustvlm.llm import LlmClient
 from robustvlm.models import VLM
 from robustvlm.models.saved import CARD_NAME, Card, write_card
+from robustvlm.models.zero_shot import require_distinct
 from robustvlm.report.immunize_html import write_immunize_report
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder
@@ -92,6 +93,7 @@ class PreparedImmunize:
     def _make(self) -> tuple[Immunity, Record]:
         embed = embedder(self.vlm, self.source.templates)
         text = embed(self.source.class_names)
+        require_distinct(self.vlm, self.source.class_names, self.source.templates, text)
         if not self.config.images:
             return self._from_texts(text)
         fit, held = encode_both(self.vlm, self.config, self.source, self.folder.features_path, self.observer.on_images)

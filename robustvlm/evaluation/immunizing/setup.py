@@ -11,7 +11,7 @@ from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.immunity.antibodies import Band, open_source
 from robustvlm.defenses.immunity.recipe import KAPPAS
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.immunizing.images import open_held_out
 from robustvlm.evaluation.immunizing.run import PreparedImmunize, vaccine_settings
 from robustvlm.evaluation.immunizing.texts import source_spec
@@ -59,6 +59,7 @@ def prepare_immunize(
     manifest = make_manifest(
         kind="immunize", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
+    manifest["remarks"] = remarks_of(source, vlm)
     return PreparedImmunize(config, folder, manifest, vlm, source, client)
 
 

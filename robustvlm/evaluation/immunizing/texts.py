@@ -13,7 +13,8 @@ from torch import Tensor
 
 from robustvlm.core.seeds import generator
 from robustvlm.data import DataSource
-from robustvlm.data.names import read_class_names
+from robustvlm.data.classes import read_class_names
+from robustvlm.data.names import name_key
 from robustvlm.defenses.immunity.antibodies import (
     Antibodies,
     Band,
@@ -100,7 +101,8 @@ def superclasses(source: DataSource) -> tuple[str, ...]:
     for tree in source.tree or ():
         for level in range(1, tree.levels):
             names.update(dict.fromkeys(tree.level_names(level)))
-    return tuple(name for name in names if name not in source.class_names)
+    classes = set(map(name_key, source.class_names))
+    return tuple(name for name in names if name_key(name) not in classes)
 
 
 def diagnose(
@@ -120,8 +122,8 @@ def diagnose(
     angle = degrees(acos(max(-1.0, min(1.0, made.band.risk))))
     found |= {"angle": angle, "coverage_crossed": _crossed(antibodies, angle, seed)}
     if near_names is not None:
-        names = read_class_names(Path(near_names))
-        if isinstance(names, dict):
+        names, _ = read_class_names(Path(near_names))
+        if not isinstance(names, tuple):
             raise UserError(f"'{near_names}' maps labels to names: expected a list, one name a line")
         within = coverage(antibodies, embed(list(names)), angle)
         found |= {"coverage_near": float(within.double().mean()), "near_names": len(names)}

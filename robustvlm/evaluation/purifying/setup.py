@@ -70,6 +70,7 @@ def prepare_purify(
     manifest = make_manifest(
         kind="purify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
+    manifest["remarks"] = source.remarks
     return PreparedPurify(config, settings, folder, manifest, encoder, images, pixels)
 
 

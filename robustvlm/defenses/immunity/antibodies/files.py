@@ -79,6 +79,12 @@ class FileSource(AntibodySource):
 
     def _csv(self, text: str) -> list[tuple[str, str, str]]:
         table = csv.DictReader(io.StringIO(text))
+        try:
+            return self._rows(table)
+        except csv.Error as error:
+            raise UserError(f"{self.path} is not valid CSV: {error}") from None
+
+    def _rows(self, table: csv.DictReader[str]) -> list[tuple[str, str, str]]:
         columns = [name.strip().lower() for name in table.fieldnames or ()]
         if not {"class", "text"} <= set(columns):
             raise UserError(f"{self.path}: a CSV of antibodies begins with the header class,text or class,text,kind")

@@ -1,0 +1,153 @@
+"""Splits in one place, and what is no data at all: training and test images must not become one number."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from robustvlm.errors import UserError
+
+_KINDS = {
+    "train": "train", "training": "train", "trainset": "train",
+    "val": "val", "valid": "val", "validation": "val", "valset": "val", "dev": "val",
+    "test": "test", "testing": "test", "testset": "test",
+}  # fmt: skip
+
+_JUNK = frozenset(
+    {
+        "__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+        "system volume information", "thumbs.db", "desktop.ini", "icon\r",
+    }
+)  # fmt: skip
+
+_MOST_SHOWN = 8
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is what systems and tools leave behind, never data: hidden ones are, too.
+
+    Example:
+        >>> is_junk("__MACOSX"), is_junk(".ipynb_checkpoints"), is_junk("cat")
+        (True, True, False)
+    """
+    return name.startswith(".") or name.casefold() in _JUNK
+
+
+def split_kind(name: str) -> str | None:
+    """Return which split a name stands for on its own: `train`, `val` or `test`, or None.
+
+    Example:
+        >>> split_kind("Validation"), split_kind("test"), split_kind("test tube")
+        ('val', 'test', None)
+    """
+    return _KINDS.get(name.casefold())
+
+
+def split_in(name: str) -> str | None:
+    """Return which split a longer name tells of, as `seg_train`, `test2017` or `train-00000-of-00002`, or None.
+
+    Example:
+        >>> split_in("seg_train"), split_in("test2017"), split_in("contest")
+        ('train', 'test', None)
+    """
+    kinds = {_KINDS[word] for word in re.findall(r"[a-z]+", name.casefold()) if word in _KINDS}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def chosen_split(root: Path, split: str | None) -> tuple[Path, str | None]:
+    """Return the folder of a split below `root`, or `root` itself where none is asked for and there is only one.
+
+    The second value is the split's folder within each class folder, where the classes come first (`cat/test`).
+
+    Raises:
+        UserError: several splits in one place and none chosen, or no such split.
+    """
+    folders = _folders(root)
+    if split is None:
+        found = _splits(folders)
+        if len(found) > 1:
+            first = next((name for kind, name in found if kind == "test"), found[-1][1])
+            shown = ", ".join(f"'{name}'" for _, name in found)
+            raise UserError(
+                f"the subfolders {shown} of {root} are splits, not classes: choose one with ?split={first}, "
+                f"or pass {root / first}"
+            )
+        return root, None
+    here = _named(folders, split)
+    if here is not None:
+        return here, None
+    within = {below.name for folder in folders if (below := _named(_folders(folder), split)) is not None}
+    if len(within) == 1:
+        return root, within.pop()
+    shown = ", ".join(f"'{name}'" for _, name in _splits(folders)) or "none"
+    raise UserError(f"{root} has no split '{split}': its splits are {shown}")
+
+
+def _splits(folders: list[Path]) -> list[tuple[str, str]]:
+    """Return kind and name of the folders that are splits; names of several words need folders inside, and no files."""
+    found = []
+    for folder in folders:
+        kind = split_kind(folder.name)
+        if kind is None and (kind := split_in(folder.name)) is not None and not _holds_folders_only(folder):
+            kind = None
+        if kind is not None:
+            found.append((kind, folder.name))
+    return found if len({kind for kind, _ in found}) > 1 else []
+
+
+def _named(folders: Iterable[Path], split: str) -> Path | None:
+    """Return the folder of a split: of that name, else the one that stands for the same split."""
+    folders = list(folders)
+    exact = [folder for folder in folders if folder.name == split]
+    alike = [folder for folder in folders if (kind := split_kind(split)) and split_kind(folder.name) == kind]
+    longer = [folder for folder in folders if (kind := split_kind(split)) and split_in(folder.name) == kind]
+    return next((found[0] for found in (exact, alike, longer) if len(found) == 1), None)
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir() and not is_junk(path.name))
+    except OSError:
+        return []
+
+
+def _holds_folders_only(folder: Path) -> bool:
+    entries = [path for path in folder.iterdir() if not is_junk(path.name)]
+    return bool(entries) and all(path.is_dir() for path in entries)
+
+
+def one_split(files: Iterable[Path], split: str | None, where: object) -> list[Path]:
+    """Return the files of one split, told by their names (`test-00000-of-00001`), or all where no split is told.
+
+    Raises:
+        UserError: files of several splits and none chosen, or none of the one that is.
+    """
+    of: dict[str | None, list[Path]] = {}
+    for file in files:
+        of.setdefault(split_in(file.name), []).append(file)
+    if split is not None:
+        wanted = split_kind(split) or split
+        found = of.get(wanted) or [file for group in of.values() for file in group if file.name.startswith(split)]
+        if not found:
+            raise UserError(f"{where} has no file of the split '{split}': {said_of(Counter(map(str, of)))}")
+        return found
+    told = [kind for kind in of if kind is not None]
+    if len(of) > 1 and told:
+        kinds = ", ".join(f"{kind or 'unnamed'} ({len(group)} files)" for kind, group in of.items())
+        first = "test" if "test" in told else told[-1]
+        raise UserError(f"{where} holds several splits, {kinds}: choose one with ?split={first}, or pass its files")
+    return [file for group in of.values() for file in group]
+
+
+def said_of(aside: Mapping[str, int]) -> str:
+    """Return what was left aside, the most first.
+
+    Example:
+        >>> said_of(Counter({".txt": 3, "__MACOSX": 1}))
+        "3 x '.txt', '__MACOSX'"
+    """
+    order = sorted(aside.items(), key=lambda item: (-item[1], item[0]))
+    said = [f"'{name}'" if count == 1 else f"{count:,} x '{name}'" for name, count in order[:_MOST_SHOWN]]
+    return ", ".join(said) + (f" and {len(order) - _MOST_SHOWN} kinds more" if len(order) > _MOST_SHOWN else "")
