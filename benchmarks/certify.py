@@ -103,7 +103,7 @@ def rate(options: argparse.Namespace) -> None:
 def _engine(
     encoder: NoisyEncoder, sigma: float, options: argparse.Namespace, tasks: list[Task], make: Callable[[Task], object]
 ) -> int:
-    engine = SamplingEngine(encoder, sigma=sigma, seed=0, lanes=options.lanes, device=options.device)
+    engine = SamplingEngine(encoder, seed=0, lanes=options.lanes, device=options.device)
     for _ in engine.run(tasks, make):  # type: ignore[arg-type]
         pass
     return engine.passes

@@ -34,8 +34,10 @@ from robustvlm.evaluation.certifying.setup import (
     make_config,
     plan_of,
     rule_of,
+    settle_deployed,
     vectors_of_classes,
 )
+from robustvlm.evaluation.certifying.trail import describe_trail
 from robustvlm.models.device import resolve_device
 from robustvlm.report.record import find_run
 from robustvlm.runs.certify_config import CertifyConfig
@@ -124,6 +126,8 @@ def prepare_replay(
             "n_pilot": source.config.n_pilot,
             "source": source.identity,
             "prompts": chosen,
+            "noise": source.config.noise,
+            "deployed": settle_deployed(settings, vlm),
         }
     )
     rule = rule_of(config, names)
@@ -137,7 +141,7 @@ def prepare_replay(
     plan = plan_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
     best = require_possible(plan, config)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    recorder = Recorder(config, plan, encoder.fingerprint, config.seed, text)
+    recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule)
     begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
     model_facts = describe_model(vlm) | describe_head(config, names)
     data_facts = {**data, "class_names": list(names), "templates": list(templates)}
@@ -149,7 +153,8 @@ def prepare_replay(
     described = describe_plan(plan, config, best)
     if chosen is not None:
         described["notes"].append(WHY[chosen])
-    return PreparedCertify(config, folder, manifest | {"plan": described}, begin)
+    trail = describe_trail(folder, manifest, judged=source.manifest)
+    return PreparedCertify(config, folder, manifest | {"plan": described, "trail": trail}, begin)
 
 
 def _begin(
