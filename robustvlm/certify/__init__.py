@@ -36,7 +36,14 @@ from robustvlm.certify.class_margin import class_angle, class_margin_radius, mea
 from robustvlm.certify.class_sequential import ClassTest
 from robustvlm.certify.cone import cone_cos, cone_radius, drift, norm_lower, norm_upper, side_upper
 from robustvlm.certify.covariance import Sideways, direction_cos, direction_radius, hcr_drift, sideways
-from robustvlm.certify.deployed import class_margin_needed, deployed_cos, deployed_from_angle, deployed_inner, predict, vote_share_needed
+from robustvlm.certify.deployed import (
+    class_margin_needed,
+    deployed_cos,
+    deployed_from_angle,
+    deployed_inner,
+    predict,
+    vote_share_needed,
+)
 from robustvlm.certify.deployed_feature import deployed_feature_cos, deployed_feature_radius
 from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
 from robustvlm.certify.distribution import cdf_lower, cdf_plug_in, cdf_radius, cdf_upper, layer_cake

@@ -62,7 +62,7 @@ class _Labelled(Certifier):
     def _choose(self, pilot: Array) -> int:
         return int(np.argmax(mean_feature(pilot)[0] @ self.text.T))
 
-    def _found(self, radius: float, stop: Stop = "fixed", **columns: float) -> Finding:
+    def _found(self, radius: float, columns: dict[str, float], stop: Stop = "fixed") -> Finding:
         return Finding(
             radius=radius,
             stop=stop,
@@ -124,7 +124,7 @@ class ClassRadius(_Labelled):
             columns["deployed_radius"] = radius(class_margin_needed(len(self.text) - 1, self.deployed, self.alpha))
         if self._baselines and not self.rounding:
             columns["mean_radius"] = mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
-        return self._found(radius(0.0), **columns)
+        return self._found(radius(0.0), columns)
 
 
 class VocabularyRadius(_Labelled):
@@ -157,7 +157,7 @@ class VocabularyRadius(_Labelled):
         variance = covariance_upper(rows, centre, 0.5 * self.alpha)
         ball = mean_ball(len(rows), 0.5 * self.alpha) + lost + self.rounding
         radius = vocabulary_radius(mean, self.text, self.label, self.sigma, ball=ball, variance=variance)
-        return self._found(radius, ball=ball, variance=variance)
+        return self._found(radius, {"ball": ball, "variance": variance})
 
 
 class ClassAtRadius(_Labelled):
@@ -193,7 +193,7 @@ class ClassAtRadius(_Labelled):
 
     def finding(self) -> Finding:
         decision: Decision = "open" if self._test is None else self._test.decision
-        return self._found(self._at if decision == "certified" else 0.0, _stop(decision))
+        return self._found(self._at if decision == "certified" else 0.0, {}, _stop(decision))
 
 
 class VoteRadius(_Labelled):
@@ -226,7 +226,7 @@ class VoteRadius(_Labelled):
         if self.deployed is not None:
             share = vote_share_needed(self.deployed, self.alpha)
             columns["deployed_radius"] = vote_radius(successes, len(rows), self.sigma, self.alpha, share=share)
-        return self._found(vote_radius(successes, len(rows), self.sigma, self.alpha), **columns)
+        return self._found(vote_radius(successes, len(rows), self.sigma, self.alpha), columns)
 
 
 class VoteAtRadius(_Labelled):
@@ -263,7 +263,7 @@ class VoteAtRadius(_Labelled):
     def finding(self) -> Finding:
         decision = self._test.decision
         share = self._won / max(1, self.counts["estimation"])
-        return self._found(self._at if decision == "certified" else 0.0, _stop(decision), votes=share)
+        return self._found(self._at if decision == "certified" else 0.0, {"votes": share}, _stop(decision))
 
 
 def check_rounding(rounding: float) -> float:

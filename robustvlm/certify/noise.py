@@ -1,14 +1,14 @@
 """Gaussian noise by address: every row is a function of (seed, image, settings, stage, row) and of nothing else.
 
-*Why the settings are part of the address.* A certificate is valid for a claim that was fixed before its noise was drawn.
-Prompts, thresholds, noise level, model and whatever else decides a claim can be changed after a look at the results; if
-the next run met the same noise, its claim would have been chosen by it. With the digest of the settings and of the image
-in the address, other settings meet other noise. Take the address function for random, as every use of a generator does.
-Let a user choose settings s_1, s_2, ... in turn, each with all results before it in view. If s_j is none of the earlier
-ones, its noise is independent of everything that s_j was chosen by, so given all of that its certificate is false with
-probability at most alpha; if s_j is an earlier one, its result is the earlier result. Hence every certificate holds at
-its alpha, however its settings came about. What no noise can repair is a choice *among* results: the best of J looks is
-false with probability at most J alpha (union bound), which is why a run counts the looks before it.
+*Why the settings are part of the address.* A certificate is valid for a claim that was fixed before its noise was
+drawn. Prompts, thresholds, noise level, model and whatever else decides a claim can be changed after a look at the
+results; if the next run met the same noise, its claim would have been chosen by it. With the digest of the settings and
+of the image in the address, other settings meet other noise. Take the address function for random, as every use of a
+generator does. Let a user choose settings s_1, s_2, ... in turn, each with all results before it in view. If s_j is
+none of the earlier ones, its noise is independent of everything that s_j was chosen by, so given all of that its
+certificate is false with probability at most alpha; if s_j is an earlier one, its result is the earlier result. Hence
+every certificate holds at its alpha, however its settings came about. What no noise can repair is a choice *among*
+results: the best of J looks is false with probability at most J alpha (union bound), so a run counts the looks.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def image_digest(pixels: Tensor) -> str:
     """Return the digest of an image [3, H, W] as it receives the noise, in float32: what a certificate is about.
 
     Example:
-        >>> image_digest(torch.zeros(3, 2, 2)) == image_digest(torch.zeros(3, 2, 2)) != image_digest(torch.ones(3, 2, 2))
-        True
+        >>> image_digest(torch.zeros(3, 2, 2)) == image_digest(torch.ones(3, 2, 2))
+        False
     """
     return settings_digest(pixels.detach().cpu().to(torch.float32).numpy())
 

@@ -179,8 +179,8 @@ def best_of(certificates: Sequence[Certificate], alpha: float) -> Certificate:
 
     Raises:
         UserError: the certificates are about different images, claims, labels, cosines, directions, thresholds, class
-            lists, noise levels or encoders (different statements), do not say which image they are about, or their error
-            probabilities add up to more than `alpha`.
+            lists, noise levels or encoders (different statements), do not say which image they are about, or their
+            error probabilities add up to more than `alpha`.
 
     Example:
         >>> best_of([], 0.001)
@@ -192,7 +192,7 @@ def best_of(certificates: Sequence[Certificate], alpha: float) -> Certificate:
     if len(certificates) > 1 and not all(c.image for c in certificates):
         raise UserError("the largest radius may only be taken for one image: name it (Certificate.image)")
     for c in certificates if len(certificates) > 1 else ():
-        named = {"direction": c.provenance.direction, "class": c.classes, "vote": c.classes}
+        named: dict[str, object] = {"direction": c.provenance.direction, "class": c.classes, "vote": c.classes}
         if c.claim.startswith("openset"):
             named[c.claim] = c.thresholds and c.classes
         if c.claim in named and not named[c.claim]:

@@ -2,8 +2,9 @@
 
 A resize in floating point is linear. One of 8-bit images is not: rounding makes two results differ by up to one grey
 level in every pixel, wherever the sources differ at all, so that a source change of length e may reach the model as
-`norm * e + sqrt(3 S S) / 255` and more (Pillow rounds between its two passes too). At 64 pixels that term is 0.43, at 224
-it is 1.52: more than most certified radii. So where an image of 8 bits was resized, no radius at the source is stated.
+`norm * e + sqrt(3 S S) / 255` and more (Pillow rounds between its two passes too). At 64 pixels that term is 0.43, at
+224 it is 1.52: more than most certified radii. So where an image of 8 bits was resized, no radius at the source is
+stated.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def _line_norm(source: int, target: int, interpolation: str) -> float:
 def resize_norm(width: int, height: int, target: int, interpolation: str = "bicubic") -> float:
     """Return a bound of the 2-norm of resizing the shorter side to `target` and cropping the centre square.
 
-    Of a resize in floating point, without rounding to 8 bits: a perturbation of l2 norm e at the source then reaches the
-    model with at most e times this, so that a radius R at the model's resolution is R / norm at the source. The norm of
-    the two-dimensional resize is the product of those of its lines; cropping only lowers it.
+    Of a resize in floating point, without rounding to 8 bits: a perturbation of l2 norm e at the source then reaches
+    the model with at most e times this, so that a radius R at the model's resolution is R / norm at the source. The
+    norm of the two-dimensional resize is the product of those of its lines; cropping only lowers it.
 
     Example:
         >>> [round(resize_norm(side, side, 224), 3) for side in (32, 224, 500)]
@@ -75,7 +76,7 @@ def resize_norm(width: int, height: int, target: int, interpolation: str = "bicu
 
 
 def source_norm(width: int, height: int, target: int) -> float | None:
-    """Return the factor from a change of an 8-bit image to that of the model's pixels: 1 if they are the same, else None.
+    """Return the factor from a change of an 8-bit image to that of the model's pixels: 1 if these are the same or None.
 
     Example:
         >>> source_norm(224, 224, 224), source_norm(256, 256, 224)

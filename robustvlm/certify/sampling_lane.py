@@ -113,6 +113,4 @@ class Verdicts:
 
 def _sampled(lane: Lane, finding: Finding) -> Sampled:
     seeds = {stage: lane.address.stream(stage) for stage in ("pilot", "estimation")}
-    return Sampled(
-        lane.task, finding, lane.passes, lane.seconds, lane.certifier.sigma, lane.address.image, seeds
-    )
+    return Sampled(lane.task, finding, lane.passes, lane.seconds, lane.certifier.sigma, lane.address.image, seeds)

@@ -39,7 +39,8 @@ def certify(
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Probability that an image's certificate is false, at most [default: 0.001; with --from-cache: the run's]."
+            help="Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of "
+            "the run]."
         ),
     ] = None,
     min_cos: Annotated[float, typer.Option(help="Cosine to certify (feature claims).")] = 0.5,

@@ -128,8 +128,8 @@ def _lines(summary: CertifySummary) -> Iterator[str]:
         yield f"{summary.failed_samples:,} noisy copies gave no finite feature and count as the worst value"
     split = "; ".join(f"{name}: {format_exact(alpha)}" for name, alpha in summary.risk.split.items())
     yield (
-        f"Error probability {format_exact(summary.risk.alpha)} per image ({split}); expected false certificates over the "
-        f"run: at most {format_up(summary.risk.expected_false)}"
+        f"Error probability {format_exact(summary.risk.alpha)} per image ({split}); expected false certificates over "
+        f"the run: at most {format_up(summary.risk.expected_false)}"
     )
     if len(summary.methods) > 1:
         alpha = format_exact(summary.risk.alpha)

@@ -6,9 +6,9 @@ import math
 from typing import Literal
 
 from robustvlm.certify import format_down, format_exact, format_up
-from robustvlm.evaluation.certifying.trail import trail_words
 from robustvlm.report.certify_record import CertifyRecord
 from robustvlm.report.wording import percent, plain
+from robustvlm.runs.certify_looks import trail_words
 from robustvlm.runs.certify_summary import CertifySummary, standing
 from robustvlm.stats import Rate
 

@@ -164,8 +164,7 @@ def _feature(config: CertifyConfig, baselines: bool) -> Plan:
         certifier = partial(FeatureTest, **common, n=config.samples, radius=config.radius)
     cos0 = config.min_cos
     return Plan(
-        statement="the smoothed features of image and attacked image have a cosine of at least "
-        + format_exact(cos0),
+        statement="the smoothed features of image and attacked image have a cosine of at least " + format_exact(cos0),
         rule=RULES["feature"],
         theorem="T4",
         bound="betting",

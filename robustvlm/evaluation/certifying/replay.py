@@ -37,10 +37,10 @@ from robustvlm.evaluation.certifying.setup import (
     settle_deployed,
     vectors_of_classes,
 )
-from robustvlm.evaluation.certifying.trail import describe_trail
 from robustvlm.models.device import resolve_device
 from robustvlm.report.record import find_run
 from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_looks import describe_trail
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
 

@@ -212,5 +212,11 @@ class ReplayRun:
         task = Task(row["image_id"], row["index"], torch.zeros(0), self.labels[row["index"]])
         drawn = Certificate.from_dict(json.loads(row["certificate"]))  # the samples are those of the first run
         return Sampled(
-            task, certifier.finding(), 0, time.perf_counter() - began, certifier.sigma, drawn.image, drawn.provenance.seeds
+            task=task,
+            finding=certifier.finding(),
+            passes=0,
+            seconds=time.perf_counter() - began,
+            sigma=certifier.sigma,
+            image=drawn.image,
+            seeds=drawn.provenance.seeds,
         )

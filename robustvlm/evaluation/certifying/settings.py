@@ -125,8 +125,8 @@ class Settings:
         """
         if self.alpha not in (None, config["alpha"]):
             raise UserError(
-                f"the error probability of kept features is that of their run, {config['alpha']}: leave out --alpha, or "
-                "sample anew"
+                f"the error probability of kept features is that of their run, {config['alpha']}: leave out --alpha, "
+                "or sample anew"
             )
         return replace(
             self,

@@ -28,7 +28,6 @@ from robustvlm.evaluation.certifying.observer import CertifyObserver
 from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
 from robustvlm.evaluation.certifying.run import SamplingRun
 from robustvlm.evaluation.certifying.settings import DEFAULT_ALPHA, DEFAULT_SIGMA, Settings
-from robustvlm.evaluation.certifying.trail import describe_trail, noise_settings
 from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.images import Images
 from robustvlm.models import VLM, zero_shot
@@ -36,6 +35,7 @@ from robustvlm.models.device import resolve_device
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_looks import describe_trail, noise_settings
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import make_manifest
 

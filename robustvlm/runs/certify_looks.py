@@ -2,8 +2,8 @@
 
 Every look has noise of its own, so that its certificates hold at their alpha whatever its settings were chosen by
 (`robustvlm.certify.noise`). Who picks the best of several looks multiplies the error probability all the same, and no
-run can know what was thrown away; what it can do is count. `certify-looks.jsonl`, beside the run folders, has a line for
-every look that was begun there, also of runs that were deleted or started over since.
+run can know what was thrown away; what it can do is count. `certify-looks.jsonl`, beside the run folders, has a line
+for every look that was begun there, also of runs that were deleted or started over since.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def noise_settings(config: CertifyConfig, model: Mapping[str, Any], texts: Mappi
         model: its facts; fingerprint and head are what count. texts: class names, templates, antibodies.
     """
     own = config.model_dump(exclude=_BESIDE)
-    parts = {"model": [model.get("fingerprint"), model.get("head")], **{name: list(some) for name, some in texts.items()}}
+    parts = {
+        "model": [model.get("fingerprint"), model.get("head")],
+        **{name: list(some) for name, some in texts.items()},
+    }
     return settings_digest(json.dumps([own, parts], sort_keys=True))
 
 
@@ -78,8 +81,8 @@ def trail_words(trail: Mapping[str, Any], alpha: float) -> str:
         else f"{same} of them share the noise of this one (kept features)"
     )
     return (
-        f"{looks} looks at these images in this folder of runs, this one included. {drawn}. A certificate is false with "
-        f"probability at most {alpha!r} by itself; the best of {looks} that is picked by its results, with up to "
+        f"{looks} looks at these images in this folder of runs, this one included. {drawn}. A certificate is false "
+        f"with probability at most {alpha!r} by itself; the best of {looks} that is picked by its results, with up to "
         f"{looks} times that. To publish one, fix its settings and certify once more with another --seed."
     )
 
@@ -98,7 +101,9 @@ def read_looks(out: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("images", "look", "noise", "run")):
+        if isinstance(entry, dict) and all(
+            isinstance(entry.get(key), str) for key in ("images", "look", "noise", "run")
+        ):
             found.append(entry)
     return found
 
