@@ -84,10 +84,10 @@ def rate(options: argparse.Namespace) -> None:
         return 8 * len(batch)
 
     def fixed() -> int:
-        return _engine(encoder, sigma, options, tasks[:4], lambda _: FeatureRadius(**common, n=512, n_pilot=200))
+        return _engine(encoder, options, tasks[:4], lambda _: FeatureRadius(**common, n=512, n_pilot=200))
 
     def early() -> int:
-        return _engine(encoder, sigma, options, tasks, lambda _: FeatureTest(**common, n=64, radius=0.25 * sigma))
+        return _engine(encoder, options, tasks, lambda _: FeatureTest(**common, n=64, radius=0.25 * sigma))
 
     rates: dict[str, list[float]] = {"bare encoder": [], "engine, fixed n": [], "engine, early stopping": []}
     bare()
@@ -101,9 +101,9 @@ def rate(options: argparse.Namespace) -> None:
 
 
 def _engine(
-    encoder: NoisyEncoder, sigma: float, options: argparse.Namespace, tasks: list[Task], make: Callable[[Task], object]
+    encoder: NoisyEncoder, options: argparse.Namespace, tasks: list[Task], make: Callable[[Task], object]
 ) -> int:
-    engine = SamplingEngine(encoder, sigma=sigma, seed=0, lanes=options.lanes, device=options.device)
+    engine = SamplingEngine(encoder, seed=0, lanes=options.lanes, device=options.device)
     for _ in engine.run(tasks, make):  # type: ignore[arg-type]
         pass
     return engine.passes

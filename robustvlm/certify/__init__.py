@@ -10,7 +10,7 @@ Every certificate is a pure function of bounds on the clean image's smoothed fea
 * `deployed`: what n0 inference samples keep of a certificate (T10);
 * `noise`, `sampling`, `engine`: fresh noise, what a claim wants of it, and batches of many images; with the certifiers
   `feature_claim`, `class_claim`, `openset_claim` (fixed n, or stopping as soon as a radius is decided);
-* `resize`: what a radius at the model's resolution is worth at the source image;
+* `resize`: what a radius at the model's resolution is worth at the source, for a resize in floating point;
 * `limits`: what settings can give at best; `record`: what a certificate must state; `rounding`: print it rounded down.
 
 Radii are in the pixel units of sigma and hold strictly inside, up to floating point. Zero is ABSTAIN.
@@ -36,7 +36,14 @@ from robustvlm.certify.class_margin import class_angle, class_margin_radius, mea
 from robustvlm.certify.class_sequential import ClassTest
 from robustvlm.certify.cone import cone_cos, cone_radius, drift, norm_lower, norm_upper, side_upper
 from robustvlm.certify.covariance import Sideways, direction_cos, direction_radius, hcr_drift, sideways
-from robustvlm.certify.deployed import deployed_cos, deployed_from_angle, deployed_inner, predict
+from robustvlm.certify.deployed import (
+    class_margin_needed,
+    deployed_cos,
+    deployed_from_angle,
+    deployed_inner,
+    predict,
+    vote_share_needed,
+)
 from robustvlm.certify.deployed_feature import deployed_feature_cos, deployed_feature_radius
 from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
 from robustvlm.certify.distribution import cdf_lower, cdf_plug_in, cdf_radius, cdf_upper, layer_cake
@@ -54,7 +61,7 @@ from robustvlm.certify.limits import (
     best_vote_test_radius,
     samples_needed,
 )
-from robustvlm.certify.noise import CHUNK, noise_chunk, stream_seed
+from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk, settings_digest, stream_seed
 from robustvlm.certify.normal import shift_down, shift_up
 from robustvlm.certify.open_vocabulary import covariance_upper, mean_ball, vocabulary_radius
 from robustvlm.certify.openset import (
@@ -72,8 +79,8 @@ from robustvlm.certify.openset_claim import OpensetRadius, RuleRadius
 from robustvlm.certify.openset_deployed import predict_openset
 from robustvlm.certify.openset_rule import OpensetRule
 from robustvlm.certify.record import Certificate, Provenance, best_of, expected_false
-from robustvlm.certify.resize import resize_matrix, resize_norm
-from robustvlm.certify.rounding import floor_to, format_down
+from robustvlm.certify.resize import resize_matrix, resize_norm, source_norm
+from robustvlm.certify.rounding import floor_to, format_down, format_exact, format_up
 from robustvlm.certify.sampling import Certifier, Finding, Request
 from robustvlm.certify.sampling_lane import Sampled, Task
 from robustvlm.certify.scores import as_scores, direction_scores, mean_feature, unit_rows
@@ -86,6 +93,7 @@ __all__ = [
     "ANYTIME_BOUNDS",
     "CHUNK",
     "VACUOUS",
+    "Address",
     "Band",
     "BettingState",
     "Certificate",
@@ -132,6 +140,7 @@ __all__ = [
     "cdf_radius",
     "cdf_upper",
     "class_angle",
+    "class_margin_needed",
     "class_margin_radius",
     "clopper_pearson_lower",
     "cone_cos",
@@ -156,10 +165,13 @@ __all__ = [
     "feature_radius",
     "floor_to",
     "format_down",
+    "format_exact",
+    "format_up",
     "halfspace_lower",
     "halfspace_shift",
     "hcr_drift",
     "hoeffding_lower",
+    "image_digest",
     "index_band",
     "layer_cake",
     "mean_ball",
@@ -183,10 +195,12 @@ __all__ = [
     "samples_needed",
     "score_lower",
     "score_upper",
+    "settings_digest",
     "shift_down",
     "shift_up",
     "side_upper",
     "sideways",
+    "source_norm",
     "stream_seed",
     "tangent_at",
     "tangent_radius",
@@ -197,4 +211,5 @@ __all__ = [
     "vocabulary_radius",
     "vote_predict",
     "vote_radius",
+    "vote_share_needed",
 ]

@@ -10,21 +10,41 @@ from robustvlm.certify.bounds.band import ell_band
 from robustvlm.certify.bounds.sequential import Decision, SequentialTest
 from robustvlm.certify.class_margin import mean_margin_radius, rival_normals
 from robustvlm.certify.class_sequential import ClassTest
+from robustvlm.certify.deployed import class_margin_needed, vote_share_needed
 from robustvlm.certify.halfspace import halfspace_shift
-from robustvlm.certify.normal import Array, check_alpha, check_sigma
+from robustvlm.certify.normal import Array, check_radius
 from robustvlm.certify.open_vocabulary import covariance_upper, mean_ball, vocabulary_radius
 from robustvlm.certify.sampling import Certifier, Finding, Stage, Stop
 from robustvlm.certify.scores import mean_feature
 from robustvlm.certify.vote import vote_radius
+from robustvlm.errors import UserError
 
 
 class _Labelled(Certifier):
     """Chooses the label in the pilot; the estimation samples have no say in it."""
 
-    def __init__(self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, early: bool) -> None:
-        super().__init__(("pilot", n_pilot), ("estimation", n - n_pilot), looks=("estimation",) if early else ())
+    def __init__(
+        self,
+        *,
+        text: ArrayLike,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        radius: float | None = None,
+    ) -> None:
         self.text = np.asarray(text, dtype=np.float64)
-        self.sigma, self.alpha = check_sigma(sigma), check_alpha(alpha)
+        self.radius = None if radius is None else check_radius(radius)
+        super().__init__(
+            ("pilot", n_pilot),
+            ("estimation", n - n_pilot),
+            sigma=sigma,
+            alpha=alpha,
+            settings=(self.text, self.radius),
+            looks=() if radius is None else ("estimation",),
+        )
+        if n_pilot < 1:
+            raise UserError("the label is chosen by pilot samples: pass n_pilot of at least 1")
         self.label = -1
         self._rows: dict[Stage, Array] = {}
 
@@ -33,10 +53,16 @@ class _Labelled(Certifier):
         if stage == "pilot":
             self.label = self._choose(rows)
 
+    @property
+    def _at(self) -> float:
+        """The radius in question, of a claim that stops early."""
+        assert self.radius is not None
+        return self.radius
+
     def _choose(self, pilot: Array) -> int:
         return int(np.argmax(mean_feature(pilot)[0] @ self.text.T))
 
-    def _found(self, radius: float, stop: Stop = "fixed", **columns: float) -> Finding:
+    def _found(self, radius: float, columns: dict[str, float], stop: Stop = "fixed") -> Finding:
         return Finding(
             radius=radius,
             stop=stop,
@@ -52,7 +78,8 @@ class _Labelled(Certifier):
 class ClassRadius(_Labelled):
     """The largest radius at which the mean feature keeps the pilot's class, from a fixed number of samples (P1-CDF).
 
-    Columns: `mean_radius`, the same claim from the mean margins alone (betting), at its own alpha.
+    Columns: `mean_radius`, the same claim from the mean margins alone (betting), at its own alpha; `deployed_radius`,
+    where the mean of `deployed` fresh samples keeps the class with probability 1 - alpha over these (same event).
 
     Args:
         text: [K, D] class embeddings, fixed before the noise was drawn or without looking at what it gave.
@@ -76,21 +103,28 @@ class ClassRadius(_Labelled):
         n: int,
         n_pilot: int,
         rounding: float = 0.0,
+        deployed: int | None = None,
         baselines: bool = True,
     ) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, early=False)
-        self.rounding, self._baselines = rounding, baselines
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
+        self.rounding, self.deployed, self._baselines = check_rounding(rounding), deployed, baselines
 
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
         band = ell_band(len(rows), self.alpha)
         normals = rival_normals(self.text, self.label)
-        # <m of the rounded features, v> >= rounding implies <m of the encoder's, v> >= 0, at x' as everywhere.
-        shift = 0.0 if normals is None else halfspace_shift(rows, normals, lambda _: self.rounding, band)
-        if not self._baselines or self.rounding:
-            return self._found(self.sigma * shift)
-        by_mean = mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
-        return self._found(self.sigma * shift, mean_radius=by_mean)
+
+        def radius(margin: float) -> float:
+            # <m of the rounded features, v> >= rounding implies <m of the encoder's, v> >= 0, at x' as everywhere.
+            least = margin + self.rounding
+            return 0.0 if normals is None else self.sigma * halfspace_shift(rows, normals, lambda _: least, band)
+
+        columns: dict[str, float] = {}
+        if self.deployed is not None:
+            columns["deployed_radius"] = radius(class_margin_needed(len(self.text) - 1, self.deployed, self.alpha))
+        if self._baselines and not self.rounding:
+            columns["mean_radius"] = mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
+        return self._found(radius(0.0), columns)
 
 
 class VocabularyRadius(_Labelled):
@@ -113,8 +147,8 @@ class VocabularyRadius(_Labelled):
     def __init__(
         self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, rounding: float = 0.0
     ) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, early=False)
-        self.rounding = rounding
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
+        self.rounding = check_rounding(rounding)
 
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
@@ -123,7 +157,7 @@ class VocabularyRadius(_Labelled):
         variance = covariance_upper(rows, centre, 0.5 * self.alpha)
         ball = mean_ball(len(rows), 0.5 * self.alpha) + lost + self.rounding
         radius = vocabulary_radius(mean, self.text, self.label, self.sigma, ball=ball, variance=variance)
-        return self._found(radius, ball=ball, variance=variance)
+        return self._found(radius, {"ball": ball, "variance": variance})
 
 
 class ClassAtRadius(_Labelled):
@@ -139,14 +173,14 @@ class ClassAtRadius(_Labelled):
     """
 
     def __init__(self, *, text: ArrayLike, radius: float, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, early=True)
-        self.radius = radius
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
         self._test: ClassTest | None = None
 
     def _absorb(self, stage: Stage, rows: Array) -> None:
         if stage == "pilot":
             self.label = self._choose(rows)
-            self._test = ClassTest(rows, self.text, self.label, a=self.radius / self.sigma, alpha=self.alpha)
+            a = self._at / self.sigma
+            self._test = ClassTest(rows, self.text, self.label, a=a, alpha=self.alpha)
         elif self._test is not None:
             self._test.update(rows)
 
@@ -159,13 +193,14 @@ class ClassAtRadius(_Labelled):
 
     def finding(self) -> Finding:
         decision: Decision = "open" if self._test is None else self._test.decision
-        return self._found(self.radius if decision == "certified" else 0.0, _stop(decision))
+        return self._found(self._at if decision == "certified" else 0.0, {}, _stop(decision))
 
 
 class VoteRadius(_Labelled):
     """The radius of the hard vote, another deployed rule than the mean feature's class (Cohen et al. 2019).
 
-    Column: `votes`, the share of estimation votes for the label.
+    Columns: `votes`, the share of estimation votes for the label; `deployed_radius`, where most of `deployed` fresh
+    votes are for the label with probability 1 - alpha over these (same event).
 
     Example:
         >>> certifier = VoteRadius(text=[[1.0, 0.0], [0.0, 1.0]], sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
@@ -175,8 +210,11 @@ class VoteRadius(_Labelled):
         0.6
     """
 
-    def __init__(self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, early=False)
+    def __init__(
+        self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, deployed: int | None = None
+    ) -> None:
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
+        self.deployed = deployed
 
     def _choose(self, pilot: Array) -> int:
         return vote_winner(pilot, self.text)
@@ -184,8 +222,11 @@ class VoteRadius(_Labelled):
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
         successes = int(votes_for(rows, self.text, self.label).sum())
-        radius = vote_radius(successes, len(rows), self.sigma, self.alpha)
-        return self._found(radius, votes=successes / len(rows))
+        columns = {"votes": successes / len(rows)}
+        if self.deployed is not None:
+            share = vote_share_needed(self.deployed, self.alpha)
+            columns["deployed_radius"] = vote_radius(successes, len(rows), self.sigma, self.alpha, share=share)
+        return self._found(vote_radius(successes, len(rows), self.sigma, self.alpha), columns)
 
 
 class VoteAtRadius(_Labelled):
@@ -201,9 +242,8 @@ class VoteAtRadius(_Labelled):
     """
 
     def __init__(self, *, text: ArrayLike, radius: float, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, early=True)
-        self.radius = radius
-        self._test = SequentialTest(float(ndtr(radius / self.sigma)), alpha=alpha)
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
+        self._test = SequentialTest(float(ndtr(self._at / self.sigma)), alpha=alpha)
         self._won = 0
 
     def _choose(self, pilot: Array) -> int:
@@ -223,7 +263,14 @@ class VoteAtRadius(_Labelled):
     def finding(self) -> Finding:
         decision = self._test.decision
         share = self._won / max(1, self.counts["estimation"])
-        return self._found(self.radius if decision == "certified" else 0.0, _stop(decision), votes=share)
+        return self._found(self._at if decision == "certified" else 0.0, {"votes": share}, _stop(decision))
+
+
+def check_rounding(rounding: float) -> float:
+    """Return a bound of how far kept features lie from the encoder's, if it is one; a negative one would add radius."""
+    if not (rounding >= 0.0 and np.isfinite(rounding)):
+        raise UserError(f"the bound of the features' rounding must be a finite number >= 0, got {rounding}")
+    return float(rounding)
 
 
 def votes_for(rows: Array, text: Array, label: int) -> np.ndarray:

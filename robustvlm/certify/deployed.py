@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import asin, cos, log
+from math import asin, cos, expm1, log, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,7 +11,7 @@ from robustvlm.certify.bounds.betting import log_gains, mix
 from robustvlm.certify.bounds.fixed import divergence
 from robustvlm.certify.class_margin import rival_normals
 from robustvlm.certify.fcsb import VACUOUS
-from robustvlm.certify.normal import Array, check_alpha, largest_true
+from robustvlm.certify.normal import Array, beta_quantile, check_alpha, largest_true
 from robustvlm.certify.open_vocabulary import mean_ball
 from robustvlm.certify.scores import as_scores, unit_rows
 from robustvlm.errors import UserError
@@ -67,6 +67,40 @@ def deployed_from_angle(cosine: float, norm: float, n0: int, alpha0: float) -> f
         return VACUOUS
     angle = float(np.arccos(min(cosine, 1.0))) + asin(ball / norm)
     return cos(angle) if angle < np.pi / 2 else VACUOUS
+
+
+def class_margin_needed(rivals: int, n0: int, alpha0: float) -> float:
+    """Return the margin `<m(x'), v>` to every rival that keeps the class of the mean of n0 fresh samples (T10).
+
+    With all margins (over unit directions v to the rivals) at least this, the argmax of the mean is another class with
+    probability at most alpha0 over the inference noise. For one rival the mean of n0 scores g = (1 + <f, v>) / 2 in
+    [0, 1] with expectation q falls to 1/2 with probability at most `exp(-n0 KL(1/2 || q))`, and `KL(1/2 || q) =
+    -ln(4 q (1 - q)) / 2` (Chernoff, Hoeffding 1963); the union over all rivals has to stay within alpha0. It is certain
+    only for margins that all hold at once, which a lower bound of the smallest margin gives (T8).
+
+    Example:
+        >>> [round(class_margin_needed(9, n0, 0.001), 3) for n0 in (16, 64, 1000)]
+        [0.824, 0.498, 0.134]
+    """
+    if n0 < 1 or rivals < 1:
+        raise UserError(f"the deployed mean needs at least one sample and one rival class, got n0 = {n0} and {rivals}")
+    return min(1.0, sqrt(-expm1(-2.0 * log(rivals / check_alpha(alpha0)) / n0)) + 1e-12)
+
+
+def vote_share_needed(n0: int, alpha0: float) -> float:
+    """Return the vote share at x' from which on most of n0 fresh votes are the label's, w.p. 1 - alpha0 (T10).
+
+    The label is sure to win with more than half of the votes: the exact binomial tail of at most half has to stay
+    within alpha0.
+
+    Example:
+        >>> [round(vote_share_needed(n0, 0.001), 3) for n0 in (16, 64, 1000)]
+        [0.851, 0.692, 0.549]
+    """
+    if n0 < 1:
+        raise UserError(f"a deployed vote needs at least one sample, got n0 = {n0}")
+    half = n0 // 2
+    return 1.0 - float(beta_quantile(check_alpha(alpha0), float(n0 - half), float(half + 1)))
 
 
 def predict(features: ArrayLike, text: ArrayLike, alpha0: float) -> int | None:

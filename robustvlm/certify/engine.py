@@ -2,7 +2,7 @@
 
 A pass costs the same whether its rows matter or not, so they are filled with pieces (up to a chunk of noise each) of
 as many images as it takes: first what is surely needed, then, when no image waits, what may be needed. Each row of
-noise comes from (run seed, image, stage, row number), so that an image's samples do not depend on its neighbours.
+noise comes from (seed, image, settings, stage, row number), so that an image's samples do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustvlm.certify.noise import CHUNK, noise_chunk, stream_seed
-from robustvlm.certify.normal import check_sigma
+from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk
 from robustvlm.certify.sampling import Certifier, Stage
 from robustvlm.certify.sampling_lane import Lane, Piece, Sampled, Task, Verdicts
 from robustvlm.core.memory import is_out_of_memory
@@ -41,7 +40,6 @@ class SamplingEngine:
 
     Args:
         encode: the encoder, with everything that happens after the noise.
-        sigma: noise level in [0, 1] pixels.
         seed: run seed.
         lanes: rows of a full pass.
         device: where noise is made and the encoder runs.
@@ -49,11 +47,15 @@ class SamplingEngine:
             smaller ones are used when no image waits. Default: full passes only.
         keep: told the features that certifiers used.
         on_pass: called after every pass with its rows and how many of them were needed or may be.
+        settings: digest of all that decides the claims of this run, the encoder included; other settings draw other
+            noise (see `robustvlm.certify.noise`). Default: that of each certifier, which does not know the encoder.
+
+    The noise level is the certifier's own.
 
     Example:
         >>> from robustvlm.certify.feature_claim import FeatureRadius
         >>> encode = lambda x: torch.nn.functional.normalize(x.flatten(1)[:, :4], dim=1)
-        >>> engine = SamplingEngine(encode, sigma=0.1, seed=0, lanes=64)
+        >>> engine = SamplingEngine(encode, seed=0, lanes=64)
         >>> tasks = [Task(str(i), i, torch.rand(3, 2, 2)) for i in range(3)]
         >>> found = engine.run(tasks, lambda task: FeatureRadius(cos0=0.5, sigma=0.1, alpha=0.01, n=400, n_pilot=100))
         >>> [sampled.finding.n for sampled in found]
@@ -64,15 +66,15 @@ class SamplingEngine:
         self,
         encode: Encode,
         *,
-        sigma: float,
         seed: int,
         lanes: int,
         device: torch.device | str = "cpu",
         rungs: Sequence[int] = (),
         keep: Keep | None = None,
         on_pass: Callable[[int, int], None] | None = None,
+        settings: str | None = None,
     ) -> None:
-        self.encode, self.sigma, self.seed = encode, check_sigma(sigma), seed
+        self.encode, self.seed, self.settings = encode, seed, settings
         self.device = torch.device(device)
         self.rungs = tuple(rungs) or (lanes,)
         self.passes = 0
@@ -126,7 +128,9 @@ class SamplingEngine:
             task = next(queue, None)
             if task is None:
                 break
-            lane = Lane(task, certifier(task), task.pixels.to(self.device, torch.float32))
+            own = certifier(task)
+            address = Address(self.seed, task.image_id, image_digest(task.pixels), self.settings or own.key)
+            lane = Lane(task, own, task.pixels.to(self.device, torch.float32), address)
             self._lanes.append(lane)
             room -= _fill(lane, pieces, room, perhaps=False)
         used = self.rungs[0] - room
@@ -164,10 +168,10 @@ class SamplingEngine:
         pixels = piece.lane.pixels
         if piece.stage == "clean":
             return pixels.expand(piece.rows, *pixels.shape)
-        stream = stream_seed(self.seed, piece.lane.task.image_id, piece.stage)
+        stream = piece.lane.address.stream(piece.stage)
         noise = noise_chunk(stream, piece.start // CHUNK, pixels.shape, self.device)
         first = piece.start % CHUNK
-        return noise[first : first + piece.rows].mul_(self.sigma).add_(pixels)
+        return noise[first : first + piece.rows].mul_(piece.lane.certifier.sigma).add_(pixels)
 
     def _judge(self, done: _Pass) -> list[Lane]:
         """Hand the features to their certifiers; return the lanes that are decided, which leave."""

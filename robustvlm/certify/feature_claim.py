@@ -18,7 +18,7 @@ from robustvlm.certify.covariance import direction_radius, sideways
 from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
 from robustvlm.certify.distribution import cdf_radius
 from robustvlm.certify.fcsb import fcsb_radius
-from robustvlm.certify.normal import Array, check_alpha, check_cos0, check_sigma, largest_true
+from robustvlm.certify.normal import Array, check_cos0, check_radius, check_sigma, largest_true
 from robustvlm.certify.sampling import Certifier, Finding, Stage
 from robustvlm.certify.scores import direction_scores, mean_feature
 from robustvlm.certify.vector_np import required_norm
@@ -56,8 +56,15 @@ class FeatureRadius(Certifier):
     def __init__(
         self, *, cos0: float, sigma: float, alpha: float, n: int, n_pilot: int, baselines: bool = True
     ) -> None:
-        super().__init__(("pilot", n_pilot), ("estimation", n - n_pilot), ("clean", 1 if baselines else 0))
-        self.cos0, self.sigma, self.alpha = check_cos0(cos0), check_sigma(sigma), check_alpha(alpha)
+        self.cos0 = check_cos0(cos0)
+        super().__init__(
+            ("pilot", n_pilot),
+            ("estimation", n - n_pilot),
+            ("clean", 1 if baselines else 0),
+            sigma=sigma,
+            alpha=alpha,
+            settings=(self.cos0,),
+        )
         self._baselines = baselines
         self._rows: dict[Stage, Array] = {}
 
@@ -124,9 +131,10 @@ class FeatureTest(Certifier):
     """
 
     def __init__(self, *, radius: float, cos0: float, sigma: float, alpha: float, n: int) -> None:
-        super().__init__(("estimation", n), looks=("estimation",))
-        self.radius, self.cos0, self.sigma = radius, check_cos0(cos0), check_sigma(sigma)
-        self.alpha = check_alpha(alpha)
+        self.radius, self.cos0 = check_radius(radius), check_cos0(cos0)
+        super().__init__(
+            ("estimation", n), sigma=sigma, alpha=alpha, settings=(self.radius, self.cos0), looks=("estimation",)
+        )
         norm = vector_table().required(self.cos0, radius / self.sigma)
         self._test = SequentialTest(0.5 * (1.0 + min(norm, 1.0)), alpha=alpha)
         self._direction: PredictableDirection | None = None

@@ -145,3 +145,18 @@ def check_cos0(cos0: float) -> float:
     if not 0.0 <= cos0 < 1.0:
         raise UserError(f"the cosine to certify must be at least 0 and below 1, got {cos0}: pass for example 0.5")
     return float(cos0)
+
+
+def check_radius(radius: float) -> float:
+    """Return a `radius` to certify if it is one.
+
+    Raises:
+        UserError: `radius` is not a positive finite number.
+
+    Example:
+        >>> check_radius(0.5)
+        0.5
+    """
+    if not (radius > 0.0 and np.isfinite(radius)):
+        raise UserError(f"the radius to certify must be a positive number, got {radius}")
+    return float(radius)

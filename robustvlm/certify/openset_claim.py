@@ -8,22 +8,39 @@ import numpy as np
 
 from robustvlm.certify.bounds.band import ell_band
 from robustvlm.certify.halfspace import halfspace_shift
-from robustvlm.certify.normal import Array, check_alpha, check_sigma
+from robustvlm.certify.normal import Array, check_radius
 from robustvlm.certify.openset import openset_score, pilot_choice
 from robustvlm.certify.openset_rule import Claims, OpensetRule
 from robustvlm.certify.sampling import Certifier, Finding, Stage, Stop
 from robustvlm.certify.scores import as_scores, mean_feature, unit_rows
 from robustvlm.certify.tangent import TangentTest
+from robustvlm.errors import UserError
 
 
 class _DecisionRadius(Certifier):
     """Settles in the pilot which linear claims keep the decision, and tests them on the estimation samples."""
 
-    def __init__(self, *, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None) -> None:
-        looks: tuple[Stage, ...] = () if radius is None else ("estimation",)
-        super().__init__(("pilot", n_pilot), ("estimation", n - n_pilot), looks=looks)
-        self.radius = radius
-        self.sigma, self.alpha = check_sigma(sigma), check_alpha(alpha)
+    def __init__(
+        self,
+        *,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        radius: float | None,
+        settings: tuple[object, ...],
+    ) -> None:
+        self.radius = None if radius is None else check_radius(radius)
+        super().__init__(
+            ("pilot", n_pilot),
+            ("estimation", n - n_pilot),
+            sigma=sigma,
+            alpha=alpha,
+            settings=(self.radius, *settings),
+            looks=() if radius is None else ("estimation",),
+        )
+        if n_pilot < 1:
+            raise UserError("the side is chosen by pilot samples: pass n_pilot of at least 1")
         self._claims: Claims | None = None
         self._score = 0.0
         self._rows: Array | None = None
@@ -109,8 +126,9 @@ class OpensetRadius(_DecisionRadius):
         n_pilot: int,
         radius: float | None = None,
     ) -> None:
-        super().__init__(sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
-        self.vectors, self.tau = vectors, float(tau)
+        self.vectors, self.tau = np.asarray(vectors, dtype=np.float64), float(tau)
+        settings = (self.vectors, self.tau)
+        super().__init__(sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius, settings=settings)
 
     def _chosen(self, centre: Array) -> tuple[Claims, float]:
         k, chosen = pilot_choice(centre, self.vectors)
@@ -140,7 +158,8 @@ class RuleRadius(_DecisionRadius):
     def __init__(
         self, *, rule: OpensetRule, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None = None
     ) -> None:
-        super().__init__(sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
+        settings = (rule.prototypes, rule.classes, rule.antibodies, rule.weight, rule.thresholds)
+        super().__init__(sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius, settings=settings)
         self.rule = rule
 
     def _chosen(self, centre: Array) -> tuple[Claims, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -38,7 +38,8 @@ class Provenance:
         seeds: seed per stream (pilot, estimation, inference); all different.
         dtype: precision of the encoder's forward pass, which is part of the encoder that is certified.
         encoder: hash of the encoder with everything after the noise.
-        resize_norm: 2-norm of the linear resize before the noise; a radius at the source image is radius / resize_norm.
+        resize_norm: 1 where the source image is what receives the noise, so that the radius is one of the source too;
+            None where it was resized and rounded to 8 bits, after which no radius at the source is stated.
         label_source, direction_source: what chose the label and the direction; the estimation samples cannot.
         direction: hash of the published direction, or "".
         deployed_n0: samples of the deployed smoother, or None for the ideal one.
@@ -63,7 +64,7 @@ class Provenance:
     dtype: str
     encoder: str
     alpha_split: dict[str, float] | None = None
-    resize_norm: float = 1.0
+    resize_norm: float | None = 1.0
     label_source: Source = "none"
     direction_source: Source = "none"
     direction: str = ""
@@ -93,10 +94,15 @@ class Certificate:
         radius: in pixel units of the tensor that receives the noise.
         cos0: certified cosine, for feature and direction claims.
         r: lower confidence bound the radius rests on (norm, score or share), if there is one.
-        label: certified class index, for class and vote claims.
+        label: certified class index, for class and vote claims; label_name: its name.
+        rule: whose answer is certified, in words. classes: digest of the list of `n_classes` class names.
+        thresholds: of an open-set decision: "tau", or "lowest" and "highest" of a model's own.
+        image_id, image: the image's name, and the digest of its pixels as they receive the noise.
+        deployed_radius: radius within which the mean (or the vote) of `provenance.deployed_n0` fresh copies keeps the
+            claim with probability 1 - alpha over them; None where nothing is stated of it.
 
     Raises:
-        UserError: the radius is negative or not finite, or the cosine is negative.
+        UserError: the radius is negative or not finite, the cosine is negative, or the deployed radius is the larger.
 
     Example:
         >>> how = Provenance(sigma=0.25, alpha=0.001, n=640, n_pilot=0, stop_rule="anytime", bound="betting",
@@ -113,9 +119,21 @@ class Certificate:
     cos0: float | None = None
     r: float | None = None
     label: int | None = None
+    label_name: str | None = None
+    rule: str = ""
+    classes: str | None = None
+    n_classes: int | None = None
+    thresholds: dict[str, float] | None = None
+    image_id: str = ""
+    image: str = ""
+    deployed_radius: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("claim", self.claim, Claim)
+        if self.deployed_radius is not None and not 0.0 <= self.deployed_radius <= self.radius:
+            raise UserError(
+                f"finitely many copies keep at most the radius {self.radius}, got a deployed {self.deployed_radius}"
+            )
         if not (math.isfinite(self.radius) and self.radius >= 0.0):
             raise UserError(f"a certified radius is a finite number >= 0 (0 is ABSTAIN), got {self.radius}")
         if self.cos0 is not None and not 0.0 <= self.cos0 < 1.0:
@@ -141,12 +159,28 @@ class Certificate:
         return cls(**{**data, "provenance": Provenance(**data["provenance"])})
 
 
+_STATEMENT: dict[str, Callable[[Certificate], object]] = {
+    "claim": lambda c: c.claim,
+    "label": lambda c: c.label,
+    "cosine": lambda c: c.cos0,
+    "image": lambda c: (c.image_id, c.image),
+    "rule": lambda c: c.rule,
+    "class list": lambda c: c.classes,
+    "thresholds": lambda c: None if c.thresholds is None else tuple(sorted(c.thresholds.items())),
+    "direction": lambda c: c.provenance.direction,
+    "sigma": lambda c: c.provenance.sigma,
+    "encoder": lambda c: (c.provenance.encoder, c.provenance.dtype),
+}
+"""What makes two certificates statements about the same thing, by name."""
+
+
 def best_of(certificates: Sequence[Certificate], alpha: float) -> Certificate:
     """Return the certificate with the largest radius, provided that taking the largest is sound at level `alpha`.
 
     Raises:
-        UserError: the certificates are about different claims, labels, cosines, noise levels or encoders (different
-            deployed rules), or their error probabilities add up to more than `alpha`.
+        UserError: the certificates are about different images, claims, labels, cosines, directions, thresholds, class
+            lists, noise levels or encoders (different statements), do not say which image they are about, or their
+            error probabilities add up to more than `alpha`.
 
     Example:
         >>> best_of([], 0.001)
@@ -155,9 +189,22 @@ def best_of(certificates: Sequence[Certificate], alpha: float) -> Certificate:
     """
     if not certificates:
         raise UserError("there is no certificate to choose from")
-    rules = {(c.claim, c.label, c.cos0, c.provenance.sigma, c.provenance.encoder) for c in certificates}
-    if len(rules) > 1:
-        raise UserError("the largest radius may only be taken among certificates of one deployed rule and claim")
+    if len(certificates) > 1 and not all(c.image for c in certificates):
+        raise UserError("the largest radius may only be taken for one image: name it (Certificate.image)")
+    for c in certificates if len(certificates) > 1 else ():
+        named: dict[str, object] = {"direction": c.provenance.direction, "class": c.classes, "vote": c.classes}
+        if c.claim.startswith("openset"):
+            named[c.claim] = c.thresholds and c.classes
+        if c.claim in named and not named[c.claim]:
+            raise UserError(
+                f"a {c.claim} certificate that does not name its direction, class list or thresholds cannot be compared"
+            )
+    differ = [name for name, of in _STATEMENT.items() if len({of(c) for c in certificates}) > 1]
+    if differ:
+        raise UserError(
+            "the largest radius may only be taken among certificates of one deployed rule and claim about one image; "
+            f"these differ in {', '.join(differ)}"
+        )
     spent = sum(c.provenance.alpha for c in certificates)
     if spent > check_alpha(alpha) * (1.0 + 1e-9):
         raise UserError(f"taking the best of {len(certificates)} spends alpha {spent:g}, more than {alpha:g}: split it")

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robustvlm.certify.noise import CHUNK
-from robustvlm.certify.normal import Array
+from robustvlm.certify.noise import CHUNK, settings_digest
+from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.errors import UserError
 
 Stage = Literal["clean", "pilot", "estimation"]
@@ -65,16 +65,34 @@ class Certifier(ABC):
     Stages run one after the other with sizes fixed beforehand; `looks` says in which of them the claim may be decided
     early, after every full chunk. Rows may arrive in pieces of any size and are looked at in the same steps.
 
+    The noise level is stated here and nowhere else: the engine draws noise of the certifier's `sigma`, so that a radius
+    cannot be counted in units of another level than its samples were drawn at.
+
     Args:
         stages: (stage, rows) in order; stages of no rows are left out.
+        sigma: noise level, in [0, 1] pixels. alpha: error probability.
+        settings: all else that decides the claim (texts, thresholds, radius, ...): numbers, texts and arrays.
         looks: stages in which `_decided` is asked after every chunk.
 
     Attributes:
+        key: digest of everything that decides the claim; other claims draw other noise (`robustvlm.certify.noise`).
         counts: rows used so far by stage.
         failed: noisy rows so far that were not finite.
     """
 
-    def __init__(self, *stages: tuple[Stage, int], looks: tuple[Stage, ...] = ()) -> None:
+    def __init__(
+        self,
+        *stages: tuple[Stage, int],
+        sigma: float,
+        alpha: float,
+        settings: tuple[object, ...] = (),
+        looks: tuple[Stage, ...] = (),
+    ) -> None:
+        self.sigma, self.alpha = check_sigma(sigma), check_alpha(alpha)
+        sizes = dict(stages)
+        if min(sizes.values()) < 0 or sizes.get("estimation", 0) < 1:
+            raise UserError(f"a claim needs estimation samples, got the stages {sizes}: pass a larger n than n_pilot")
+        self.key = settings_digest(type(self).__name__, self.sigma, self.alpha, stages, settings)
         self._stages = [(stage, size) for stage, size in stages if size > 0]
         self._looks = looks
         self.counts: dict[Stage, int] = {"clean": 0, "pilot": 0, "estimation": 0}

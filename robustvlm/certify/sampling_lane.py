@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from robustvlm.certify.noise import CHUNK
+from robustvlm.certify.noise import CHUNK, Address
 from robustvlm.certify.sampling import Certifier, Finding, Stage
 
 # Complete images that may wait for their finding; each holds its samples.
@@ -28,19 +28,27 @@ class Task:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The finding for one image, the encoder passes spent on it (unused ones included) and its share of the time."""
+    """The finding for one image, with what it was drawn from.
+
+    Attributes:
+        passes: encoder passes spent on it, unused ones included; seconds: its share of the time.
+        sigma: noise level of its samples. image: digest of its pixels. seeds: of its noise, by stage.
+    """
 
     task: Task
     finding: Finding
     passes: int
     seconds: float
+    sigma: float
+    image: str
+    seeds: dict[str, int]
 
 
 class Lane:
     """An image in work: how many rows of its current stage are on their way."""
 
-    def __init__(self, task: Task, certifier: Certifier, pixels: Tensor) -> None:
-        self.task, self.certifier, self.pixels = task, certifier, pixels
+    def __init__(self, task: Task, certifier: Certifier, pixels: Tensor, address: Address) -> None:
+        self.task, self.certifier, self.pixels, self.address = task, certifier, pixels, address
         self.stage: Stage | None = None
         self.taken = self.sent = self.passes = 0
         self.seconds = 0.0
@@ -104,4 +112,5 @@ class Verdicts:
 
 
 def _sampled(lane: Lane, finding: Finding) -> Sampled:
-    return Sampled(lane.task, finding, lane.passes, lane.seconds)
+    seeds = {stage: lane.address.stream(stage) for stage in ("pilot", "estimation")}
+    return Sampled(lane.task, finding, lane.passes, lane.seconds, lane.certifier.sigma, lane.address.image, seeds)

@@ -16,8 +16,10 @@ from robustvlm.certify.normal import check_alpha
 from robustvlm.errors import UserError
 
 
-def vote_radius(successes: int, n: int, sigma: float, alpha: float) -> float:
-    """Return `sigma Phi^-1(p)` with p the exact lower bound of the label's vote share; 0 means ABSTAIN.
+def vote_radius(successes: int, n: int, sigma: float, alpha: float, *, share: float = 0.5) -> float:
+    """Return the radius inside which the label's vote share stays above `share`; 0 means ABSTAIN.
+
+    `sigma (Phi^-1(p) - Phi^-1(share))` with p the exact lower bound of the share at the image.
 
     Args:
         successes: estimation votes for the label that the pilot chose; failed passes are votes for no class.
@@ -27,7 +29,7 @@ def vote_radius(successes: int, n: int, sigma: float, alpha: float) -> float:
         >>> round(vote_radius(9_900, 10_000, 0.25, 0.001), 4), vote_radius(50, 100, 0.25, 0.001)
         (0.5531, 0.0)
     """
-    return float(fcsb_radius(clopper_pearson_lower(successes, n, alpha), 0.0, sigma))
+    return float(fcsb_radius(clopper_pearson_lower(successes, n, alpha), 2.0 * share - 1.0, sigma))
 
 
 def vote_predict(counts: ArrayLike, alpha: float) -> int | None:

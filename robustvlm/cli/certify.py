@@ -34,7 +34,13 @@ def certify(
     claim: Annotated[str | None, typer.Option(help=_CLAIM)] = None,
     sigma: Annotated[float | None, typer.Option(help="Noise level in pixels scaled to [0, 1] [default: 0.25].")] = None,
     samples: Annotated[int, typer.Option(help="Noisy copies per image, at most.")] = 10_000,
-    alpha: Annotated[float, typer.Option(help="Probability that an image's certificate is false, at most.")] = 0.001,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of "
+            "the run]."
+        ),
+    ] = None,
     min_cos: Annotated[float, typer.Option(help="Cosine to certify (feature claims).")] = 0.5,
     radius: Annotated[
         float | None,
@@ -48,7 +54,8 @@ def certify(
     antibodies: Annotated[Path | None, typer.Option(help="File of names to score against (openset).")] = None,
     weight: Annotated[float, typer.Option(help="Weight of the antibodies (openset).")] = 1.0,
     deployed: Annotated[
-        int | None, typer.Option(help="Also certify the mean of this many fresh samples (feature claims).")
+        int | None,
+        typer.Option(help="Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0]."),
     ] = None,
     cache: Annotated[
         str | None, typer.Option(help="Keep the noisy features as float16 or float32, to certify other prompts later.")
@@ -120,7 +127,7 @@ def certify(
         classes=classes,
         templates=templates,
         tree=tree,
-        claim=claim or ("feature" if from_cache is None else "class"),
+        claim=("feature" if from_cache is None else "class") if claim is None else claim,
         sigma=sigma,
         samples=samples,
         alpha=alpha,
@@ -158,7 +165,9 @@ def _prepare(
     if from_cache is not None:
         return prepare_replay(settings, from_cache, prompts=prompts, out=out, name=name, command=command)
     if prompts is not None:
-        raise UserError("--prompts is for --from-cache: prompts fixed before the noise is drawn are independent")
+        raise UserError(
+            "--prompts is for --from-cache: a run that samples draws noise of its own for its prompts, fixed before it"
+        )
     return prepare_certify(settings, out=out, name=name, command=command)
 
 
@@ -182,6 +191,6 @@ def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, 
     if as_json:
         say_json(summary.model_dump_json(indent=2))
         return
-    console.print(certify_table(summary, prepared.manifest["plan"]))
+    console.print(certify_table(summary, prepared.manifest["plan"], prepared.manifest.get("trail")))
     console.print(f"Report:  {plain(prepared.folder.report_path)}")
     console.print(f"Results: {plain(prepared.folder.results_path)}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustvlm.certify import predict
+from robustvlm.certify import format_exact, predict
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
 from robustvlm.models.fingerprint import fingerprint
@@ -64,7 +64,7 @@ class SmoothedVLM(VLM):
                 f"'{base.spec}' is smoothed already, so +smooth:{sigma:g} is one too many: smooth the model below"
             )
         super().__init__(
-            spec=f"{base.spec}+smooth:{sigma:g}:{n0}",
+            spec=f"{base.spec}+smooth:{format_exact(sigma)}:{n0}",
             logit_scale=base.logit_scale,
             **base.framing.options(),
         )

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
-from robustvlm.certify import format_down
+from robustvlm.certify import format_down, format_exact
 from robustvlm.report import certify_plots, tables
 from robustvlm.report import certify_wording as words
 from robustvlm.report.certify_audit import load_audit
@@ -38,10 +38,13 @@ def render_certify_run(run: CertifyRecord) -> str:
             run=run,
             config=run.config,
             summary=run.summary,
-            sentence=words.verdict(run),
-            confidence=words.confidence(run),
+            sentence=words.verdict(run.summary, resolution=run.config.resolution),
+            state=words.state(run.summary),
+            confidence=words.confidence(run.summary),
+            rule=words.rule(run.summary),
             accuracy=words.accuracy(run),
-            certified=words.certified(run),
+            certified=words.certified(run.summary),
+            exact=format_exact,
             about_class=run.config.claim in ("class", "vote"),
             cards=_cards(run),
             charts=_charts(run),

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from robustvlm.certify import format_down
 from robustvlm.report.canvas import DASHES, INK, SERIES, STYLE, as_svg, legend, new_figure
 from robustvlm.stats import Rate
 
@@ -101,7 +102,7 @@ def _alt(lines: Sequence[Line]) -> str:
         picks = np.linspace(0, len(line.eps) - 1, min(5, len(line.eps))).astype(int)
         points = [
             f"{line.eps[i]:.3g}: "
-            + (f"{line.values[i]:.2f}" if line.values else f"{100 * (line.rates[i].value or 0):.1f}%")
+            + (format_down(line.values[i], 2) if line.values else f"{100 * (line.rates[i].value or 0):.1f}%")
             for i in picks
         ]
         parts.append(f"{line.name}: " + ", ".join(points))

@@ -23,7 +23,7 @@ from robustvlm.stats import rate
 
 METHODS = {
     "radius": "this certificate",
-    "deployed_radius": "deployed mean",
+    "deployed_radius": "deployed copies",
     "cone_radius": "cone (T3)",
     "paper_radius": "paper's bound",
     "fcsb_radius": "corrected FCSB",

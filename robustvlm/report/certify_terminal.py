@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from robustvlm.certify import format_down
+from robustvlm.certify import format_down, format_exact, format_up
+from robustvlm.report import certify_wording as words
 from robustvlm.report.wording import interval
 from robustvlm.runs.certify_summary import CertifySummary, CosinePoint
 from robustvlm.runs.summary import Check
@@ -18,6 +19,7 @@ from robustvlm.stats import Rate
 
 NAMES = {
     "radius": ("this claim", ""),
+    "deployed_radius": ("deployed copies", "what finitely many fresh copies keep of this claim"),
     "cone_radius": ("cone (T3)", "the same claim, closed form"),
     "paper_radius": ("paper's bound", "cosine to the image's own feature f(x), another claim"),
     "fcsb_radius": ("corrected FCSB", "cosine to the pilot's direction, another claim"),
@@ -26,6 +28,7 @@ NAMES = {
     "mean_radius": ("mean margins", "the same claim from means alone"),
 }
 _SHORT = {
+    "deployed_radius": "deployed",
     "cone_radius": "T3",
     "paper_radius": "paper",
     "fcsb_radius": "FCSB",
@@ -33,26 +36,35 @@ _SHORT = {
     "direction_radius": "F3",
     "mean_radius": "means",
 }
+_STANDINGS: dict[str, str] = {"held": "bold green", "neutral": "bold yellow", "none": "bold red"}
 _COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
 
-def certify_table(summary: CertifySummary, plan: Mapping[str, Any]) -> RenderableType:
-    """Return the closing tables of a certify run: by radius, by method, the cosine curve, cost, risk, threat model.
+def certify_table(
+    summary: CertifySummary, plan: Mapping[str, Any], trail: Mapping[str, Any] | None = None
+) -> RenderableType:
+    """Return the closing tables of a certify run: verdict, radii, methods, the cosine curve, cost, risk, threat model.
 
     Args:
         plan: of the manifest: what the claim is against (`threat`) and what else to know of it (`notes`).
+        trail: of the manifest: how often the images have been looked at.
     """
-    parts: list[RenderableType] = [_by_radius(summary), _by_method(summary)]
+    parts: list[RenderableType] = [
+        Text(words.verdict(summary), style=_STANDINGS[words.state(summary)]),
+        _by_radius(summary),
+        _by_method(summary),
+    ]
     if summary.curve:
         parts.append(_curve(summary))
     parts += [_finding(check) for check in summary.checks if check.level != "ok"]
     threat = "Threat model: " + "; ".join(plan["threat"])
-    parts += [Text(line) for line in (*_lines(summary), threat, *plan.get("notes", ()))]
+    looks = () if trail is None else (words.trail_words(trail, summary.risk.alpha),)
+    parts += [Text(line) for line in (*_lines(summary), threat, *plan.get("notes", ()), *looks)]
     return Group(*parts)
 
 
 def _by_radius(summary: CertifySummary) -> Table:
-    table = _table(f"Certified at a radius ({summary.images:,} images, sigma {summary.sigma:g}, l2)")
+    table = _table(f"Certified at a radius ({summary.images:,} images, sigma {format_exact(summary.sigma)}, l2)")
     table.add_column("radius")
     table.add_column("certified")
     with_class = summary.certified_correct is not None
@@ -62,7 +74,7 @@ def _by_radius(summary: CertifySummary) -> Table:
     for column in others:
         table.add_column(_SHORT[column])
     for point in summary.at:
-        cells = [f"{point.radius:g}", _rate(point.certified)]
+        cells = [format_exact(point.radius), _rate(point.certified)]
         if with_class:
             cells.append(_rate(point.correct))
         table.add_row(*cells, *(_percent(point.others[column]) for column in others))
@@ -93,7 +105,7 @@ def _curve(summary: CertifySummary) -> Table:
     for name in columns:
         table.add_column(titles.get(name, "deployed mean"))
     for point in points:
-        table.add_row(f"{point.eps:g}", *(format_down(getattr(point, name), 3) for name in columns))
+        table.add_row(format_exact(point.eps), *(format_down(getattr(point, name), 3) for name in columns))
     return table
 
 
@@ -103,6 +115,7 @@ def _has(points: Sequence[CosinePoint], name: str) -> bool:
 
 def _lines(summary: CertifySummary) -> Iterator[str]:
     yield f"Claim: within the radius, {summary.statement}."
+    yield f"Rule: {words.rule(summary)}"
     if summary.average_certified_radius is not None and summary.claim in ("class", "vote"):
         yield f"Average certified radius (wrong or abstained: 0): {format_down(summary.average_certified_radius, 4)}"
     samples = summary.samples
@@ -113,17 +126,15 @@ def _lines(summary: CertifySummary) -> Iterator[str]:
     )
     if summary.failed_samples:
         yield f"{summary.failed_samples:,} noisy copies gave no finite feature and count as the worst value"
-    split = "; ".join(f"{name}: {alpha:g}" for name, alpha in summary.risk.split.items())
+    split = "; ".join(f"{name}: {format_exact(alpha)}" for name, alpha in summary.risk.split.items())
     yield (
-        f"Error probability {summary.risk.alpha:g} per image ({split}); expected false certificates over the run: "
-        f"at most {summary.risk.expected_false:.3g}"
+        f"Error probability {format_exact(summary.risk.alpha)} per image ({split}); expected false certificates over "
+        f"the run: at most {format_up(summary.risk.expected_false)}"
     )
     if len(summary.methods) > 1:
-        yield f"The other columns are claims of their own at {summary.risk.alpha:g} each; the largest of all is none"
-    low, high = summary.resize_norm
-    if (low, high) != (1.0, 1.0):
-        norm = f"{high:.4g}" if high - low < 5e-4 else f"{low:.4g} to {high:.4g}"
-        yield f"Norm of the images' resize: {norm}; a radius at the source image is the radius divided by it"
+        alpha = format_exact(summary.risk.alpha)
+        yield f"The other columns are claims of their own at {alpha} each; the largest of all is none"
+    yield words.source(summary)
     if summary.unreadable:
         first = summary.unreadable[0]
         yield f"{len(summary.unreadable):,} images could not be read; the first, {first.id}: {first.reason}"

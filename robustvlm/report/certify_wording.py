@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from typing import Literal
 
-from robustvlm.certify import format_down
+from robustvlm.certify import format_down, format_exact, format_up
 from robustvlm.report.certify_record import CertifyRecord
 from robustvlm.report.wording import percent, plain
+from robustvlm.runs.certify_looks import trail_words
+from robustvlm.runs.certify_summary import CertifySummary, standing
 from robustvlm.stats import Rate
 
 _KEPT = {
@@ -15,18 +18,13 @@ _KEPT = {
     "vote": "the class that most noisy copies get is right and certified to stay",
     "openset": "the smoothed model's acceptance or rejection is certified to stay",
 }
-_RULES = {
-    "feature": "its feature is the mean over noise",
-    "class": "it answers with the class whose text is closest to the mean feature",
-    "vote": "it answers with the class that most noisy copies get, another rule than the mean feature's",
-    "openset": "it accepts or rejects by the score of its mean feature",
-}
+
+Standing = Literal["held", "neutral", "none"]
 
 
-def certified(run: CertifyRecord) -> Rate:
+def certified(summary: CertifySummary) -> Rate:
     """Return the share of images with a certificate, of those with the right class where the claim is about it."""
-    summary = run.summary
-    if run.config.claim in ("class", "vote") and summary.certified_correct is not None:
+    if summary.claim in ("class", "vote") and summary.certified_correct is not None:
         return summary.certified_correct
     held = summary.abstained
     return Rate(
@@ -38,19 +36,39 @@ def certified(run: CertifyRecord) -> Rate:
     )
 
 
-def verdict(run: CertifyRecord) -> str:
-    """Return the outcome in one sentence."""
-    found = certified(run)
-    kept = _KEPT[run.config.claim].format(min_cos=run.config.min_cos)
+def state(summary: CertifySummary) -> Standing:
+    """Return how a run stands at the radius it is judged by: half of the images or more, some of them, none."""
+    found = standing(summary)
+    if found is None or not found[1].successes:
+        return "none"
+    return "held" if 2 * found[1].successes >= found[1].total else "neutral"
+
+
+def verdict(summary: CertifySummary, *, resolution: int | None = None) -> str:
+    """Return the outcome in a sentence or two: how many images, how far, and what such a distance means.
+
+    Args:
+        resolution: side of the images in pixels, for the comparison with one grey level.
+    """
+    found = certified(summary)
+    cosine = "" if summary.min_cos is None else format_exact(summary.min_cos)
+    kept = _KEPT[summary.claim].format(min_cos=cosine or "the one asked for")
     if not found.successes:
-        return f"For none of the {found.total:,} images {kept} at any distance: every certificate abstains."
-    if run.config.radius is not None:
-        where = f"within the distance asked for, {run.config.radius:g} (L₂)"
-    else:
-        radii = run.radii("radius")
-        assert radii is not None  # there is a certificate
-        where = f"half of them within a distance of {format_down(float(np.median(radii[radii > 0])), 3)} (L₂) or more"
-    return f"For {found.successes:,} of {found.total:,} images ({percent(found.value)}) {kept}, {where}."
+        return f"For none of the {found.total:,} images {kept} at any distance."
+    who = f"For {found.successes:,} of {found.total:,} images ({percent(found.value)}) {kept}"
+    if summary.asked_radius is not None:
+        return f"{who}, within the distance asked for, {format_exact(summary.asked_radius)} (L₂)."
+    average, at = summary.average_certified_radius, standing(summary)
+    by_class = summary.claim in ("class", "vote") and average is not None
+    mean = format_down(average if by_class and average is not None else summary.mean_radius, 4)
+    zero = "a wrong class or an abstention counts as 0" if by_class else "an abstention counts as 0"
+    parts = [f"{who} within a distance that is {mean} (L₂) on average ({zero})."]
+    if at is not None:
+        parts.append(f"At the distance {format_exact(at[0])} it holds for {at[1].successes:,} of {at[1].total:,}.")
+    if resolution:
+        grey = math.sqrt(3 * resolution * resolution) / 255
+        parts.append(f"One grey level in every pixel is a distance of {format_up(grey)}.")
+    return " ".join(parts)
 
 
 def accuracy(run: CertifyRecord) -> str:
@@ -66,13 +84,43 @@ def accuracy(run: CertifyRecord) -> str:
     return words + (": features that noise has made alike are easily certified and of little use." if few else ".")
 
 
-def confidence(run: CertifyRecord) -> str:
+def confidence(summary: CertifySummary) -> str:
     """Say how often a certificate may be wrong, and how many of the run."""
-    risk = run.summary.risk
+    risk = summary.risk
     return (
-        f"Each image's certificate is wrong with probability at most {risk.alpha:g}; over the {run.summary.images:,}"
-        f" images of this run at most {risk.expected_false:.3g} false certificates are to be expected."
+        f"Each image's certificate is wrong with probability at most {format_exact(risk.alpha)}; over the"
+        f" {summary.images:,} images of this run at most {format_up(risk.expected_false)} false certificates are to be"
+        " expected."
     )
+
+
+def rule(summary: CertifySummary) -> str:
+    """Say whose answer is certified, and what is stated of finitely many copies."""
+    ideal = summary.rule or "the ideal smoothed model, of infinitely many copies"
+    kept = summary.deployed or "a deployed mean of finitely many copies keeps less, and nothing is stated of it"
+    return f"Certified is {ideal}; {kept}."
+
+
+def source(summary: CertifySummary) -> str:
+    """Say what the radii are worth at the source images."""
+    norms = summary.resize_norm
+    resized = summary.resized or (norms is not None and norms != (1.0, 1.0))
+    if not resized:
+        return "Images were not resized: the radii hold for the pixels of the (decoded, 8-bit) source images as well."
+    some = f"{summary.resized:,} of {summary.images:,} images were" if summary.resized else "Images were"
+    return (
+        f"{some} resized first and rounded to 8 bits, which is not linear: of changes made to the image before that,"
+        " nothing is certified."
+    )
+
+
+def trail(run: CertifyRecord) -> str:
+    """Say how often the images were looked at when the run began; "" for runs from before that was counted."""
+    found = run.manifest.get("trail")
+    try:
+        return trail_words(found, run.config.alpha) if isinstance(found, dict) else ""
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
@@ -80,22 +128,19 @@ def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
     config, summary = run.config, run.summary
     rows = [
         ("Statement", plain(summary.statement, 600)),
+        ("Rule", plain(rule(summary), 800)),
         (
             "Attacker",
             "Adds to the image any vector of Euclidean length (L₂) below the radius, where the noise is added: at"
-            f" {config.resolution} by {config.resolution} pixels on a scale from 0 to 1.{_source(summary.resize_norm)}",
+            f" {config.resolution} by {config.resolution} pixels on a scale from 0 to 1. {source(summary)}",
         ),
         (
             "Noise",
-            f"Gaussian with standard deviation {config.sigma:g} in the same pixels, added in float32 after the resize"
-            " and before the model's own normalisation, not clipped.",
+            f"Gaussian with standard deviation {format_exact(config.sigma)} in the same pixels, added in float32 after"
+            " the resize and before the model's own normalisation, not clipped. Whoever deploys the model must draw"
+            " fresh noise and use the same weights, resize and precision.",
         ),
-        (
-            "Rule",
-            f"The ideal smoothed model: {_RULES[config.claim]}. A deployed mean of finitely many copies keeps less; it"
-            " must draw fresh noise and use the same weights, resize and precision.",
-        ),
-        ("Error probability", confidence(run)),
+        ("Error probability", confidence(summary)),
         (
             "Rounding",
             "Radii are rounded down. They hold up to floating point: the arithmetic of the encoder"
@@ -103,17 +148,11 @@ def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
         ),
     ]
     if len(summary.risk.split) > 1:
-        parts = ", ".join(f"{plain(name, 40)} {part:g}" for name, part in summary.risk.split.items())
+        parts = ", ".join(f"{plain(name, 40)} {format_exact(part)}" for name, part in summary.risk.split.items())
         rows.insert(5, ("How it is split", parts))
+    if looks := trail(run):
+        rows.append(("Looks", plain(looks, 600)))
     rows += [("Note", plain(note, 800)) for note in (run.manifest.get("plan") or {}).get("notes", ())]
     if summary.failed_samples:
         rows.append(("Failed passes", f"{summary.failed_samples:,} noisy copies gave no finite feature; worst case."))
     return rows
-
-
-def _source(norms: tuple[float, float]) -> str:
-    low, high = norms
-    if low == high == 1.0:
-        return ""
-    span = f"{high:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g} to {high:.4g}"
-    return f" Images were resized before: a change of their source grows by a factor of up to {span} (resize norm)."

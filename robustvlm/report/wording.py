@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
+from robustvlm.certify.rounding import floor_to
 from robustvlm.report.goal_words import GoalWords, goal_words
 from robustvlm.runs.summary import EpsSummary, Estimate, Summary
 from robustvlm.stats import Mean, Rate
@@ -53,14 +54,14 @@ def percent(value: float | None) -> str:
 
 
 def interval(rate: Rate) -> str:
-    """Return the interval of a rate as percentages.
+    """Return the interval of a rate as percentages, rounded outwards: what is printed covers what was computed.
 
     Example:
         >>> interval(Rate(successes=8, total=10, value=0.8, low=0.4439, high=0.9748)).replace(RANGE, " to ")
-        '44.4 to 97.5%'
+        '44.3 to 97.5%'
     """
-    low = percent(rate.low).removesuffix("%")
-    return f"{low}{RANGE}{percent(rate.high)}"
+    low, high = floor_to(rate.low), -floor_to(-rate.high)
+    return f"{percent(low).removesuffix('%')}{RANGE}{percent(high)}"
 
 
 def norm_name(norm: str) -> str:

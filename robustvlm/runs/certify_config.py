@@ -19,7 +19,10 @@ class CertifyConfig(BaseModel):
         radius: certify at this radius and stop as soon as that is decided; None: the largest radius, all samples.
         at: radii at which the summary counts certified images.
         tau, antibodies, weight: threshold, file of antibody texts and their weight, for open-set claims.
-        deployed: samples of the deployed smoother whose bound is shown beside the ideal one.
+        deployed: samples of the deployed smoother whose bound is shown beside the ideal one; those of MODEL+smooth if
+            that is what is certified.
+        noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
+            from before it was, whose noise followed from seed and image alone.
         cache: number type in which noisy features are kept.
         source: fingerprint of the run whose kept features are judged instead of new ones.
         prompts: for kept features: whether the prompts were fixed without looking at what the features gave.
@@ -53,3 +56,4 @@ class CertifyConfig(BaseModel):
     device: str
     precision: str
     resolution: int
+    noise: str | None = None

@@ -58,6 +58,7 @@ class CertifyFact:
             open-set claims; -1 where there is none.
         correct: whether the prediction is right; None for an image of no known class.
         radius: certified, not rounded; 0 is ABSTAIN.
+        resize_norm: 1 where the radius is one at the source image too, which was not resized; else None (withheld).
         columns: by name of `COLUMNS`.
         certificate: the record as JSON (`robustvlm.certify.Certificate`).
     """
@@ -74,7 +75,7 @@ class CertifyFact:
     n_pilot: int
     failed: int
     r: float | None
-    resize_norm: float
+    resize_norm: float | None
     passes: int
     seconds: float
     certificate: str

@@ -18,12 +18,20 @@ from robustvlm.stats import Rate, rate
 CURVE_POINTS = 31
 CURVE_SIGMAS = 3.0
 METHODS = {
-    "feature": ("radius", "cone_radius", "paper_radius", "fcsb_radius", "cdf_radius", "direction_radius"),
-    "class": ("radius", "mean_radius"),
-    "vote": ("radius",),
+    "feature": (
+        "radius",
+        "deployed_radius",
+        "cone_radius",
+        "paper_radius",
+        "fcsb_radius",
+        "cdf_radius",
+        "direction_radius",
+    ),
+    "class": ("radius", "deployed_radius", "mean_radius"),
+    "vote": ("radius", "deployed_radius"),
     "openset": ("radius",),
 }
-"""Columns that hold radii, by claim, the claim's own first."""
+"""Columns that hold radii, by claim, the claim's own first and that of the deployed model next."""
 
 
 class _Record(BaseModel):
@@ -98,7 +106,12 @@ class CertifySummary(_Record):
         average_certified_radius: mean of the radius where the prediction is right, else 0 (ACR; Zhai et al. 2020).
         at: the share certified at given radii.
         curve: mean certified cosine over distance, for feature claims.
-        resize_norm: smallest and largest 2-norm of the images' resize; a radius at the source is radius / norm.
+        rule: whose answer is certified, in words; deployed: what is stated of finitely many copies, `deployed_n0` of
+            them, in words; "" where nothing was asked.
+        min_cos, asked_radius: cosine and radius that were asked for, where they were.
+        looks: at these images in the folder of runs, this one included; None in runs from before they were counted.
+        resized: images that were resized, of whose source nothing is stated. resize_norm: smallest and largest norm, in
+            runs from before that.
     """
 
     claim: str
@@ -118,12 +131,33 @@ class CertifySummary(_Record):
     samples: SampleCount
     risk: Risk
     failed_samples: int
-    resize_norm: tuple[float, float]
+    resize_norm: tuple[float, float] | None = None
+    rule: str = ""
+    deployed: str = ""
+    deployed_n0: int | None = None
+    min_cos: float | None = None
+    asked_radius: float | None = None
+    looks: int | None = None
+    resized: int = 0
     best_radius: float
     cost: Cost
     checks: list[Check]
     unreadable: list[UnreadableImage]
     unfinished: str | None = None
+
+
+def standing(summary: CertifySummary) -> tuple[float, Rate] | None:
+    """Return the radius by which a run is judged, and the share that holds there; None where it counted at no radius.
+
+    The radius that was asked for, else the smallest of those counted at (by default a quarter of sigma): a certificate
+    at any radius above zero, however small, is not yet worth a colour. Of claims about classes, right ones count.
+    """
+    wanted = [point for point in summary.at if summary.asked_radius in (None, point.radius)]
+    if not wanted:
+        return None
+    point = wanted[0]
+    right = summary.claim in ("class", "vote") and point.correct is not None
+    return point.radius, point.correct if right and point.correct is not None else point.certified
 
 
 def summarise_certify(
@@ -163,7 +197,13 @@ def summarise_certify(
         samples=_samples(table, config),
         risk=Risk(alpha=config.alpha, split=plan["alpha_split"], expected_false=config.alpha * len(table)),
         failed_samples=sum(row["failed"] for row in table),
-        resize_norm=(min(row["resize_norm"] for row in table), max(row["resize_norm"] for row in table)),
+        rule=plan.get("rule", ""),
+        deployed=plan.get("deployed", ""),
+        deployed_n0=config.deployed,
+        min_cos=config.min_cos,
+        asked_radius=config.radius,
+        looks=(manifest.get("trail") or {}).get("looks"),
+        resized=sum(row["resize_norm"] != 1.0 for row in table),
         best_radius=plan["best_radius"],
         cost=cost or Cost(),
         checks=list(checks),

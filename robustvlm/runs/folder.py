@@ -33,6 +33,7 @@ _FILES = (
     "trees.json",
     "soup.json",
     "results.parquet",
+    "certificates.jsonl",
     "attacked.parquet",
     "report.html",
     "gallery",

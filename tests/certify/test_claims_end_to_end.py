@@ -36,7 +36,7 @@ def sample(
     """Certify one image whose first pixel is `first` and whose others are zero."""
     pixels = torch.zeros(3, 2, 2)
     pixels[0, 0, 0] = first
-    engine = SamplingEngine(encode, sigma=SIGMA, seed=seed, lanes=512)
+    engine = SamplingEngine(encode, seed=seed, lanes=512)
     return next(iter(engine.run([Task("x", 0, pixels)], lambda _: make()))).finding
 
 

@@ -69,7 +69,7 @@ CLAIMS: dict[str, Callable[[], Certifier]] = {
 
 
 def run(make: Callable[[], Certifier], *, lanes: int, order: list[Task], **options: Any) -> dict[int, Finding]:
-    engine = SamplingEngine(options.pop("encode", encode), sigma=SIGMA, seed=1, lanes=lanes, **options)
+    engine = SamplingEngine(options.pop("encode", encode), seed=1, lanes=lanes, **options)
     return {found.task.index: found.finding for found in engine.run(order, lambda _: make())}
 
 
@@ -105,7 +105,7 @@ def test_judging_one_pass_while_the_next_runs_changes_nothing(claim: str, lanes:
             raise RuntimeError("CUDA out of memory")
         return encode(noisy)
 
-    engine = SamplingEngine(sometimes_full, sigma=SIGMA, seed=1, lanes=lanes)
+    engine = SamplingEngine(sometimes_full, seed=1, lanes=lanes)
     engine._depth = 1
     found = {sampled.task.index: sampled.finding for sampled in engine.run(tasks(5), lambda _: CLAIMS[claim]())}
     assert len(found) == 5
@@ -227,7 +227,7 @@ def test_an_encoder_that_only_fails_certifies_nothing() -> None:
 
 
 def test_undecided_images_cost_their_samples_and_decided_ones_little_more() -> None:
-    engine = SamplingEngine(encode, sigma=SIGMA, seed=1, lanes=96)
+    engine = SamplingEngine(encode, seed=1, lanes=96)
     found: list[Sampled] = list(engine.run(tasks(6), lambda _: CLAIMS["feature test"]()))
     for sampled in found:
         used = sampled.finding.n + sampled.finding.n_pilot

@@ -52,7 +52,7 @@ class Watched:
 def certify(
     encode: object, ids: list[str], *, claim: str = "vote", seed: int = 0, n: int = 300, alpha: float = 0.05
 ) -> dict[str, Finding]:
-    engine = SamplingEngine(encode, sigma=SIGMA, seed=seed, lanes=100)  # type: ignore[arg-type]
+    engine = SamplingEngine(encode, seed=seed, lanes=100)  # type: ignore[arg-type]
     tasks = [Task(name, i, torch.zeros(3, 2, 2)) for i, name in enumerate(ids)]
     common = {"sigma": SIGMA, "alpha": alpha, "n": n, "n_pilot": 100}
     make = {

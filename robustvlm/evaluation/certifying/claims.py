@@ -27,6 +27,8 @@ from robustvlm.certify import (
     best_vote_radius,
     best_vote_test_radius,
     feature_radius,
+    format_exact,
+    format_up,
     samples_needed,
 )
 from robustvlm.certify.normal import Array
@@ -36,19 +38,53 @@ from robustvlm.runs.certify_config import CertifyConfig
 
 _PILOT = 200
 
+RULES = {
+    "feature": "the mean feature m over the noise, of infinitely many copies",
+    "class": "the class whose text is nearest to the mean feature m over the noise, of infinitely many copies",
+    "vote": "the class that most of infinitely many noisy copies are put into (hard vote), another rule than the class "
+    "of the mean feature",
+    "openset": "accepted or rejected by the score of the mean feature m over the noise, of infinitely many copies",
+}
+"""The deployed rule that a claim is about: an ideal one, of which finitely many copies keep less (T10)."""
+
+_DEPLOYED = {
+    "feature": "the mean of {n0:,} fresh copies keeps this cosine to m(x)",
+    "class": "the class nearest to the mean of {n0:,} fresh copies is the certified one",
+    "vote": "the class with most of {n0:,} fresh votes is the certified one",
+}
+
+
+def deployed_rule(config: CertifyConfig) -> str:
+    """Say what the deployed columns state, of how many copies, or why there are none; "" where none are asked for."""
+    if config.deployed is None:
+        return ""
+    n0 = f"{config.deployed:,}"
+    if config.claim == "openset" or config.prompts == "adaptive" or (config.radius and config.claim != "feature"):
+        return (
+            f"of the model as it is deployed, with {n0} copies, this run states nothing"
+            + ("" if config.claim == "openset" else ": leave out --radius" if config.radius else "")
+            + "; the abstaining prediction from fresh copies keeps the certificate (docs/certify.md)"
+        )
+    what = _DEPLOYED[config.claim].format(n0=config.deployed)
+    return (
+        f"within the radius in the column deployed_radius, {what} with probability 1 - {format_exact(config.alpha)} "
+        "over their noise, at any image chosen without knowing it; 0: nothing is certified of it"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """One claim, ready to be decided for any number of images.
 
     Args:
-        statement: what a certificate says, in words.
+        statement: what a certificate says, in words. rule: whose answer that is, in words (`RULES`).
         theorem, bound, stop_rule, alpha_split, label_source, direction_source: as in the record of a certificate.
         best: radius that so many samples per image give at best.
         certifier: makes the certifier of one image.
     """
 
     statement: str
+    rule: str
     theorem: str
     bound: str
     stop_rule: StopRule
@@ -106,15 +142,16 @@ def require_possible(plan: Plan, config: CertifyConfig) -> float:
     if best > 0.0 and best >= wanted:
         return best
     needed = samples_needed(plan.best, wanted if wanted else 1e-9)
-    goal = f"a radius of {wanted:g}" if wanted else "any radius"
+    goal = f"a radius of {format_exact(wanted)}" if wanted else "any radius"
     cure = (
         f"pass --samples {needed} or more (without any spread in the samples; real images need more), a larger sigma "
         "or a larger alpha"
         if needed is not None
         else "no number of samples does it: pass a smaller radius or a larger sigma"
     )
-    have = f"{config.samples} samples at sigma {config.sigma:g} and alpha {config.alpha:g}"
-    raise UserError(f"{have} can certify {goal} for no image, whatever the model (at best {best:.4g}): {cure}")
+    have = f"{config.samples} samples at sigma {format_exact(config.sigma)} and alpha {format_exact(config.alpha)}"
+    most = format_up(best, 4)
+    raise UserError(f"{have} can certify {goal} for no image, whatever the model (at best {most}): {cure}")
 
 
 def _feature(config: CertifyConfig, baselines: bool) -> Plan:
@@ -127,7 +164,8 @@ def _feature(config: CertifyConfig, baselines: bool) -> Plan:
         certifier = partial(FeatureTest, **common, n=config.samples, radius=config.radius)
     cos0 = config.min_cos
     return Plan(
-        statement=f"the smoothed features of image and attacked image have a cosine of at least {cos0:g}",
+        statement="the smoothed features of image and attacked image have a cosine of at least " + format_exact(cos0),
+        rule=RULES["feature"],
         theorem="T4",
         bound="betting",
         stop_rule="fixed" if config.radius is None else "anytime",
@@ -146,6 +184,7 @@ def _class(config: CertifyConfig, text: Array, rounding: float) -> Plan:
     if config.prompts == "adaptive":
         return Plan(
             statement=f"{statement}, for prompts chosen at any time",
+            rule=RULES["class"],
             theorem="T7",
             bound="mcdiarmid+kl",
             stop_rule="fixed",
@@ -159,10 +198,11 @@ def _class(config: CertifyConfig, text: Array, rounding: float) -> Plan:
     if early:
         certifier = partial(ClassAtRadius, **common, radius=config.radius or 0.0)
     else:
-        certifier = partial(ClassRadius, **common, rounding=rounding)
+        certifier = partial(ClassRadius, **common, rounding=rounding, deployed=config.deployed)
     tool = "anytime test" if early else "ELL band"
     return Plan(
         statement=statement,
+        rule=RULES["class"],
         theorem="T6" if early else "T5",
         bound="tangent" if early else "ell",
         stop_rule="anytime" if early else "fixed",
@@ -181,7 +221,7 @@ def _vote(config: CertifyConfig, text: Array) -> Plan:
     if early:
         certifier = partial(VoteAtRadius, **common, radius=config.radius or 0.0)
     else:
-        certifier = partial(VoteRadius, **common)
+        certifier = partial(VoteRadius, **common, deployed=config.deployed)
 
     def best(n: int) -> float:
         rest = n - _fixed_pilot(config, n)
@@ -189,6 +229,7 @@ def _vote(config: CertifyConfig, text: Array) -> Plan:
 
     return Plan(
         statement="the class that most noisy copies are put into stays the same (hard vote)",
+        rule=RULES["vote"],
         theorem="T0",
         bound="betting" if early else "clopper-pearson",
         stop_rule="anytime" if early else "fixed",
@@ -206,7 +247,8 @@ def _openset(config: CertifyConfig, vectors: Array) -> Plan:
     # Whichever side is the easier one: the least mean score that accepting or rejecting asks for.
     target = 0.5 * (1.0 - abs(config.tau) / max(length, 1e-12))
     return Plan(
-        statement=f"the open-set score of the mean feature stays on its side of {config.tau:g}",
+        statement=f"the open-set score of the mean feature stays on its side of {format_exact(config.tau)}",
+        rule=RULES["openset"],
         theorem="T6" if early else "T5",
         bound="tangent" if early else "ell",
         stop_rule="anytime" if early else "fixed",
@@ -231,15 +273,17 @@ def _rule(config: CertifyConfig, rule: OpensetRule) -> Plan:
     # Whichever decision is the easiest one, as for a single threshold.
     target = 0.5 * (1.0 - float(np.abs(rule.thresholds).max()) / max(rule.reach, 1e-12))
     low, high = float(rule.thresholds.min()), float(rule.thresholds.max())
-    between = f"{low:g}" if low == high else f"{low:g} to {high:g}, by class"
+    between = format_exact(low) if low == high else f"{format_exact(low)} to {format_exact(high)}, by class"
     statement = f"the image stays accepted, or stays rejected (thresholds of the model: {between})"
     if config.tau is not None:
         statement = (
-            f"the score of the mean feature, not scaled to unit length, stays above or stays below {config.tau:g} "
+            "the score of the mean feature, not scaled to unit length, stays above or stays below "
+            f"{format_exact(config.tau)} "
             "(--tau in place of the model's thresholds: not the decision of the deployed model)"
         )
     return Plan(
         statement=statement,
+        rule=RULES["openset"],
         theorem="T6" if early else "T5",
         bound="tangent" if early else "ell",
         stop_rule="anytime" if early else "fixed",

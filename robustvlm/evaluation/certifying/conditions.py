@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from robustvlm.certify import format_exact
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.comparison import Comparison, parse_comparison
 from robustvlm.runs.certify_summary import CertifySummary
@@ -53,8 +54,10 @@ class CertifyCondition:
         for point in summary.at:
             if point.radius == self.radius:
                 return point.certified if self.quantity == "certified" else point.correct
-        known = ", ".join(f"{point.radius:g}" for point in summary.at)
-        raise UserError(f"'{self.text}' asks about the radius {self.radius:g}, the run counts at {known}: see --at")
+        known = ", ".join(format_exact(point.radius) for point in summary.at)
+        raise UserError(
+            f"'{self.text}' asks about the radius {format_exact(self.radius)}, the run counts at {known}: see --at"
+        )
 
 
 def parse_certify_condition(text: str) -> CertifyCondition:

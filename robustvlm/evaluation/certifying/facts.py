@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from robustvlm.certify import Certificate, Finding, Provenance, Sampled, deployed_feature_radius, stream_seed
+from robustvlm.certify import (
+    Certificate,
+    Finding,
+    OpensetRule,
+    Provenance,
+    Sampled,
+    deployed_feature_radius,
+    settings_digest,
+)
 from robustvlm.certify.normal import Array
 from robustvlm.evaluation.certifying.claims import Plan
 from robustvlm.runs.certify_config import CertifyConfig
@@ -22,16 +32,18 @@ class Recorder:
 
     Args:
         encoder: fingerprint of the encoder with its precision.
-        seed: seed of the noise. text: class embeddings [K, D] for the class of the mean feature; None: no classes.
+        text: class embeddings [K, D] for the class of the mean feature; None: no classes.
+        class_names: of the classes. rule: open-set rule of a model with thresholds of its own.
     """
 
     config: CertifyConfig
     plan: Plan
     encoder: str
-    seed: int
     text: Array | None
+    class_names: Sequence[str]
+    rule: OpensetRule | None = None
 
-    def fact(self, sampled: Sampled, *, resize_norm: float) -> CertifyFact:
+    def fact(self, sampled: Sampled, *, resize_norm: float | None) -> CertifyFact:
         """Return the row of an image."""
         task, found = sampled.task, sampled.finding
         prediction = self._prediction(found)
@@ -39,8 +51,10 @@ class Recorder:
         if self.config.claim == "feature" and self.config.deployed is not None:
             assert self.config.min_cos is not None
             columns["deployed_radius"] = deployed_feature_radius(
-                found.r or 0.0, self.config.min_cos, self.config.sigma, self.config.deployed, self.config.alpha
+                found.r or 0.0, self.config.min_cos, sampled.sigma, self.config.deployed, self.config.alpha
             )
+            if self.config.radius is not None:  # only this radius was asked about
+                columns["deployed_radius"] = min(columns["deployed_radius"], found.radius)
         return CertifyFact(
             index=task.index,
             image_id=task.image_id,
@@ -57,7 +71,7 @@ class Recorder:
             resize_norm=resize_norm,
             passes=sampled.passes,
             seconds=sampled.seconds,
-            certificate=json.dumps(self._certificate(task.image_id, found, resize_norm).to_dict()),
+            certificate=json.dumps(self._certificate(sampled, resize_norm, columns.get("deployed_radius")).to_dict()),
             columns=columns,
         )
 
@@ -73,17 +87,32 @@ class Recorder:
             return bool(prediction) == (label >= 0)
         return prediction == label if label >= 0 and prediction >= 0 else None
 
-    def _certificate(self, image_id: str, found: Finding, resize_norm: float) -> Certificate:
+    @cached_property
+    def _classes(self) -> str:
+        return settings_digest(list(self.class_names))
+
+    @cached_property
+    def _thresholds(self) -> dict[str, float] | None:
+        if self.config.claim != "openset":
+            return None
+        if self.rule is None:
+            assert self.config.tau is not None
+            return {"tau": self.config.tau}
+        limits = self.rule.thresholds
+        return {"lowest": float(limits.min()), "highest": float(limits.max())}
+
+    def _certificate(self, sampled: Sampled, resize_norm: float | None, deployed: float | None) -> Certificate:
+        found, image_id = sampled.finding, sampled.task.image_id
         feature = self.config.claim == "feature"  # its scores look back only, so that pilot samples count as well
         how = Provenance(
-            sigma=self.config.sigma,
+            sigma=sampled.sigma,
             alpha=self.config.alpha,
             alpha_split=self.plan.alpha_split,
             n=found.n + found.n_pilot if feature else found.n,
             n_pilot=0 if feature else found.n_pilot,
             stop_rule=self.plan.stop_rule,
             bound=self.plan.bound,
-            seeds={stage: stream_seed(self.seed, image_id, stage) for stage in ("pilot", "estimation")},
+            seeds=sampled.seeds,
             dtype=_DTYPES[self.config.precision],
             encoder=self.encoder,
             resize_norm=resize_norm,
@@ -92,6 +121,7 @@ class Recorder:
             deployed_n0=self.config.deployed,
         )
         claim = found.claim or self.config.claim
+        by_class = claim in ("class", "vote")
         return Certificate.from_dict(
             {
                 "claim": claim,
@@ -99,7 +129,15 @@ class Recorder:
                 "radius": found.radius,
                 "cos0": self.config.min_cos,
                 "r": found.r,
-                "label": found.prediction if claim in ("class", "vote") else None,
+                "label": found.prediction if by_class else None,
+                "label_name": self.class_names[found.prediction] if by_class and found.prediction is not None else None,
+                "rule": self.plan.rule,
+                "classes": None if feature else self._classes,
+                "n_classes": None if feature else len(self.class_names),
+                "thresholds": self._thresholds,
+                "image_id": image_id,
+                "image": sampled.image,
+                "deployed_radius": deployed,
                 "provenance": how.__dict__,
             }
         )

@@ -17,12 +17,15 @@ from robustvlm.evaluation.journal_ledger import new_session
 from robustvlm.evaluation.shared_folder import opened_by_all
 from robustvlm.report.certify_html import write_certify_report
 from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_looks import record_look
 from robustvlm.runs.certify_rows import make_certify_rows
 from robustvlm.runs.certify_summary import CertifySummary, summarise_certify
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.results import write_rows
+
+CERTIFICATES = "certificates.jsonl"
 
 
 class Work(Protocol):
@@ -59,6 +62,8 @@ class PreparedCertify:
             if self.folder.finished:
                 self._report(ranks, again=False)
             else:
+                if ranks.leader and "trail" in manifest:
+                    record_look(self.folder, manifest["trail"])
                 ledger = CertifyLedger(self.folder, rank=ranks.rank, session=ranks.share(new_session()))
                 try:
                     self.begin(ledger, (observer if ranks.leader else None) or CertifyObserver(), ranks).run()
@@ -89,6 +94,9 @@ def finish(ledger: CertifyLedger, manifest: Manifest) -> CertifySummary:
     rows = make_certify_rows(ledger.found.values())
     summary = summarise_certify(rows, manifest, cost=ledger.cost, checks=ledger.checks, unreadable=ledger.unreadable)
     write_rows(ledger.folder.results_path, rows)
+    # One record a line, for whoever takes a certificate elsewhere; the same as in the column of the results.
+    records = rows.column("certificate").to_pylist()
+    write_text(ledger.folder.path / CERTIFICATES, "".join(f"{record}\n" for record in records))
     write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
     return summary
 

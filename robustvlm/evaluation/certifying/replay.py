@@ -35,11 +35,13 @@ from robustvlm.evaluation.certifying.setup import (
     make_config,
     plan_of,
     rule_of,
+    settle_deployed,
     vectors_of_classes,
 )
 from robustvlm.models.device import resolve_device
 from robustvlm.report.record import find_run
 from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_looks import describe_trail
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
 
@@ -126,6 +128,8 @@ def prepare_replay(
             "n_pilot": source.config.n_pilot,
             "source": source.identity,
             "prompts": chosen,
+            "noise": source.config.noise,
+            "deployed": settle_deployed(settings, vlm),
         }
     )
     rule = rule_of(config, names)
@@ -139,7 +143,7 @@ def prepare_replay(
     plan = plan_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
     best = require_possible(plan, config)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    recorder = Recorder(config, plan, encoder.fingerprint, config.seed, text)
+    recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule)
     begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
     model_facts = describe_model(vlm) | describe_head(config, names)
     data_facts = {**data, "class_names": list(names), "templates": list(templates)}
@@ -152,7 +156,8 @@ def prepare_replay(
     described["notes"] += _unnamed(data["class_names"], names)
     if chosen is not None:
         described["notes"].append(WHY[chosen])
-    return PreparedCertify(config, folder, manifest | {"plan": described}, begin)
+    trail = describe_trail(folder, manifest, judged=source.manifest)
+    return PreparedCertify(config, folder, manifest | {"plan": described, "trail": trail}, begin)
 
 
 def _begin(

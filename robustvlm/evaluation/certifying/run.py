@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 
 import torch
 
-from robustvlm.certify import Sampled, SamplingEngine, Task, resize_norm
-from robustvlm.core.framing import Framing
+from robustvlm.certify import Certificate, Sampled, SamplingEngine, Task, source_norm
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable, select
 from robustvlm.errors import UserError
@@ -43,17 +43,16 @@ class SamplingRun:
         recorder: Recorder,
         encoder: NoisyEncoder,
         images: Images,
-        framing: Framing,
         best_radius: float,
         ledger: CertifyLedger,
         observer: CertifyObserver,
         ranks: Ranks,
     ) -> None:
         self.recorder, self.config = recorder, recorder.config
-        self.encoder, self.images, self.framing = encoder, images, framing
+        self.encoder, self.images = encoder, images
         self.best_radius = best_radius
         self.ledger, self.observer, self.ranks = ledger, observer, ranks
-        self._norms: dict[int, float] = {}
+        self._norms: dict[int, float | None] = {}
         self._began = self._noted = time.monotonic()
 
     def run(self) -> None:
@@ -65,8 +64,8 @@ class SamplingRun:
             writer = None if self.config.cache is None else FeatureWriter(self._features, self.config.cache)
             engine = SamplingEngine(
                 self.encoder,
-                sigma=self.config.sigma,
                 seed=self.config.seed,
+                settings=self.config.noise,
                 lanes=probed.rungs[0],
                 device=self.encoder.device,
                 rungs=probed.rungs,
@@ -139,7 +138,7 @@ class SamplingRun:
                 self.observer.image_done(None)
                 continue
             number = index(item.id)
-            self._norms[number] = resize_norm(*item.source_size, self.framing)
+            self._norms[number] = source_norm(*item.source_size, self.config.resolution)
             yield Task(item.id, number, item.pixels, item.label)
 
     def _passed(self, rows: int, used: int) -> None:
@@ -159,7 +158,7 @@ class ReplayRun:
     """Certifies images from the features that another run kept: no encoder pass is made.
 
     Args:
-        rows: of the run that kept the features: index, image_id, resize_norm.
+        rows: of the run that kept the features: index, image_id, resize_norm, certificate.
         features: folder of the kept features.
         labels: the images' classes in the new list, by index; -1 where it is not in it.
     """
@@ -211,4 +210,13 @@ class ReplayRun:
             used[wanted.stage] = start + wanted.sure
             certifier.take(rows)
         task = Task(row["image_id"], row["index"], torch.zeros(0), self.labels[row["index"]])
-        return Sampled(task, certifier.finding(), 0, time.perf_counter() - began)
+        drawn = Certificate.from_dict(json.loads(row["certificate"]))  # the samples are those of the first run
+        return Sampled(
+            task=task,
+            finding=certifier.finding(),
+            passes=0,
+            seconds=time.perf_counter() - began,
+            sigma=certifier.sigma,
+            image=drawn.image,
+            seeds=drawn.provenance.seeds,
+        )

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.attacks import PRECISIONS
+from robustvlm.certify.limits import N_MAX
 from robustvlm.certify.normal import check_alpha, check_cos0, check_sigma
+from robustvlm.defenses.smoothing import MAX_N0, MAX_SIGMA
 from robustvlm.errors import UserError, nearest
 
 CLAIMS = ("feature", "class", "vote", "openset")
 DEFAULT_SIGMA = 0.25
+DEFAULT_ALPHA = 0.001
 _AT_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -28,7 +31,7 @@ class Settings:
     claim: str = "feature"
     sigma: float | None = None
     samples: int = 10_000
-    alpha: float = 0.001
+    alpha: float | None = None
     min_cos: float = 0.5
     radius: float | None = None
     at: str | None = None
@@ -51,21 +54,26 @@ class Settings:
         """
         if self.claim not in CLAIMS:
             raise UserError(f"unknown claim '{self.claim}': {nearest(self.claim, CLAIMS)}")
-        check_alpha(self.alpha)
-        if self.sigma is not None:
-            check_sigma(self.sigma)
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+        if self.sigma is not None and check_sigma(self.sigma) > MAX_SIGMA:
+            raise UserError(
+                f"--sigma is at most {MAX_SIGMA:g}, got {self.sigma:g} (pixels are in [0, 1], so 0.25 is strong noise)"
+            )
         if self.claim == "feature":
             check_cos0(self.min_cos)
         _positive("--radius", self.radius)
-        for name, number, least in (
-            ("--samples", self.samples, 2),
-            ("--limit", self.limit, 1),
-            ("--lanes", self.lanes, 1),
-            ("--deployed", self.deployed, 1),
-            ("--seed", self.seed, 0),
+        for name, number, least, most in (
+            ("--samples", self.samples, 2, N_MAX),
+            ("--limit", self.limit, 1, None),
+            ("--lanes", self.lanes, 1, N_MAX),
+            ("--deployed", self.deployed, 1, MAX_N0),
+            ("--seed", self.seed, 0, None),
         ):
             if number is not None and number < least:
                 raise UserError(f"{name} must be at least {least}, got {number}")
+            if number is not None and most is not None and number > most:
+                raise UserError(f"{name} must be at most {most:,}, got {number:,}")
         if self.precision not in PRECISIONS:
             raise UserError(f"unknown precision '{self.precision}': {nearest(self.precision, PRECISIONS)}")
         self._check_openset(refuses)
@@ -78,14 +86,14 @@ class Settings:
                 raise UserError(f"'{self.model}' has antibodies of its own: leave out --antibodies")
             if (self.tau is None and not refuses) or not math.isfinite(self.tau or 0.0):
                 raise UserError("an open-set claim needs its threshold: pass --tau, chosen on other images")
-            if not self.weight >= 0.0:
-                raise UserError(f"--weight must not be negative, got {self.weight}")
+            if not (self.weight >= 0.0 and math.isfinite(self.weight)):
+                raise UserError(f"--weight must be a finite number that is not negative, got {self.weight}")
         elif self.tau is not None or self.antibodies is not None:
             raise UserError("--tau and --antibodies are for --claim openset")
-        if self.deployed is not None and self.claim != "feature":
+        if self.deployed is not None and self.claim == "openset":
             raise UserError(
-                f"--deployed is for --claim feature: the {self.claim} certificate holds for any number of inference "
-                "samples of the abstaining prediction (docs/certify.md)"
+                "--deployed is for feature, class and vote claims: an open-set certificate holds for any number of "
+                "inference samples of the abstaining decision (docs/certify.md)"
             )
 
     def _check_cache(self) -> None:
@@ -110,9 +118,19 @@ class Settings:
         return sorted(set(values))
 
     def with_source(self, config: dict[str, Any]) -> Settings:
-        """Return these settings with those of the run whose kept features are judged."""
+        """Return these settings with those of the run whose kept features are judged.
+
+        Raises:
+            UserError: another alpha: an error probability chosen after a look at the samples is none.
+        """
+        if self.alpha not in (None, config["alpha"]):
+            raise UserError(
+                f"the error probability of kept features is that of their run, {config['alpha']}: leave out --alpha, "
+                "or sample anew"
+            )
         return replace(
             self,
+            alpha=config["alpha"],
             model=config["model"],
             data=config["data"],
             sigma=config["sigma"],
@@ -125,4 +143,4 @@ class Settings:
 
 def _positive(name: str, value: float | None) -> None:
     if value is not None and not (value > 0.0 and math.isfinite(value)):
-        raise UserError(f"{name} must be a positive number, got {value:g}")
+        raise UserError(f"{name} must be a positive number, got {value}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustvlm.certify import OpensetRule, contrast_vectors
+from robustvlm.certify import OpensetRule, contrast_vectors, format_exact
 from robustvlm.certify.normal import Array
 from robustvlm.core.ranks import Ranks
 from robustvlm.data import open_data
@@ -20,14 +20,14 @@ from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certify_gallery import save_extremes
-from robustvlm.evaluation.certifying.claims import Plan, make_plan, pilot_size, require_possible
+from robustvlm.evaluation.certifying.claims import Plan, deployed_rule, make_plan, pilot_size, require_possible
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
 from robustvlm.evaluation.certifying.facts import Recorder
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
 from robustvlm.evaluation.certifying.observer import CertifyObserver
 from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
 from robustvlm.evaluation.certifying.run import SamplingRun
-from robustvlm.evaluation.certifying.settings import DEFAULT_SIGMA, Settings
+from robustvlm.evaluation.certifying.settings import DEFAULT_ALPHA, DEFAULT_SIGMA, Settings
 from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.images import Images
 from robustvlm.models import VLM, zero_shot
@@ -35,6 +35,7 @@ from robustvlm.models.device import resolve_device
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.certify_looks import describe_trail, noise_settings
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import make_manifest
 
@@ -64,20 +65,21 @@ def prepare_certify(
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
     _check_smoothing(vlm, settings)
-    config = config.model_copy(update={"resolution": vlm.image_size})
+    config = config.model_copy(update={"resolution": vlm.image_size, "deployed": settle_deployed(settings, vlm)})
     rule = rule_of(config, source.class_names)
     text = vectors_of_classes(config, vlm, source.class_names, source.templates)
     plan = plan_of(config, vlm, text, source.templates, rule=rule)
     best = require_possible(plan, config)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    recorder = Recorder(config, plan, encoder.fingerprint, config.seed, text)
+    model_facts, data_facts = describe_model(vlm) | describe_head(config, source.class_names), describe_data(source)
+    config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
+    recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule)
 
     def begin(ledger: CertifyLedger, observer: CertifyObserver, ranks: Ranks) -> Work:
         return SamplingRun(
             recorder=recorder,
             encoder=encoder,
             images=Images(source, limit=config.limit, resolution=vlm.framing),
-            framing=vlm.framing,
             best_radius=best,
             ledger=ledger,
             observer=observer,
@@ -91,15 +93,16 @@ def prepare_certify(
         sigma=sigma,
         seed=config.seed,
     )
-    model_facts, data_facts = describe_model(vlm) | describe_head(config, source.class_names), describe_data(source)
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("certify", settings.model, settings.data, identity))
     manifest = make_manifest(
         kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
-    described, remarks = describe_plan(plan, config, best), remarks_of(source, vlm)
-    described["notes"] += remarks
-    return PreparedCertify(config, folder, manifest | {"plan": described, "remarks": remarks}, begin, illustrate)
+    remarks = remarks_of(source, vlm)
+    plan_facts = describe_plan(plan, config, best)
+    plan_facts["notes"] += remarks
+    described = {"plan": plan_facts, "trail": describe_trail(folder, manifest), "remarks": remarks}
+    return PreparedCertify(config, folder, manifest | described, begin, illustrate)
 
 
 def settle_sigma(settings: Settings) -> float:
@@ -119,10 +122,34 @@ def settle_sigma(settings: Settings) -> float:
             raise UserError(f"'+{smoothing[0]}' must be written +smooth:SIGMA[:N0], as +smooth:0.25") from None
     if settings.sigma is not None and settings.sigma != within:
         raise UserError(
-            f"'{settings.model}' is smoothed with noise of {within:g}, and --sigma says {settings.sigma:g}: "
-            "leave out --sigma"
+            f"'{settings.model}' is smoothed with noise of {format_exact(within)}, and --sigma says "
+            f"{format_exact(settings.sigma)}: leave out --sigma"
         )
     return within
+
+
+def settle_deployed(settings: Settings, vlm: VLM) -> int | None:
+    """Return how many copies the deployed model averages over: those of a smoothed model, else those asked for.
+
+    Raises:
+        UserError: the smoothed model averages over another number than the one asked for.
+    """
+    if not isinstance(vlm, SmoothedVLM):
+        return settings.deployed
+    if settings.deployed not in (None, vlm.n0):
+        raise UserError(
+            f"'{settings.model}' is deployed with {vlm.n0:,} copies, and --deployed says {settings.deployed:,}: leave "
+            "it out, or write the number into the model, as +smooth:0.25:1000"
+        )
+    return vlm.n0
+
+
+def noise_of(
+    config: CertifyConfig, model: dict[str, Any], class_names: tuple[str, ...], templates: tuple[str, ...]
+) -> str:
+    """Return the digest of all that decides a run's certificates; see `robustvlm.certify.noise` for what it is for."""
+    against = () if config.antibodies is None else list_of_names(Path(config.antibodies))
+    return noise_settings(config, model, {"classes": class_names, "templates": templates, "antibodies": against})
 
 
 def _check_smoothing(vlm: VLM, settings: Settings) -> None:
@@ -145,7 +172,7 @@ def make_config(settings: Settings, *, sigma: float, device: str) -> CertifyConf
         sigma=sigma,
         samples=settings.samples,
         n_pilot=pilot_size(settings.claim, settings.samples, early=early),
-        alpha=settings.alpha,
+        alpha=DEFAULT_ALPHA if settings.alpha is None else settings.alpha,
         min_cos=settings.min_cos if settings.claim == "feature" else None,
         radius=settings.radius,
         at=settings.radii(sigma),
@@ -265,6 +292,8 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
     size = config.resolution
     return {
         "statement": plan.statement,
+        "rule": plan.rule,
+        "deployed": deployed_rule(config),
         "theorem": plan.theorem,
         "bound": plan.bound,
         "stop_rule": plan.stop_rule,
@@ -273,7 +302,7 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
         "notes": [],
         "threat": [
             f"every image whose l2 distance is below the radius, pixels in [0, 1], measured at {size} x {size} where "
-            "the noise is added; at the source image divide by the norm of the resize",
+            "the noise is added; of changes made before an image was resized nothing is stated",
             "up to floating point: noise and sum in float32, the encoder in the precision stated; the noise is not "
             "clipped, and what the encoder does after it (clamping, rounding) is part of the encoder",
         ],

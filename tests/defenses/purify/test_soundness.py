@@ -261,7 +261,7 @@ def test_certificates_of_a_composed_model_with_a_closed_form_hold() -> None:
     # cosine must not be above that of the truth, at any radius, for any image.
     k, shrink = 3.0, 1 + SIGMA**2
     vlm = PurifiedVLM(Circle(k), OwnDenoiser(lambda noisy, sigma: noisy / (1 + sigma**2), spec="shrink"), None)
-    engine = SamplingEngine(NoisyEncoder(vlm.at_noise(SIGMA)), sigma=SIGMA, seed=0, lanes=128)
+    engine = SamplingEngine(NoisyEncoder(vlm.at_noise(SIGMA)), seed=0, lanes=128)
     tasks = [Task(str(i), i, image_at(0.1 * i)[0]) for i in range(24)]
     cos0, alpha = 0.8, 0.05
 
@@ -273,7 +273,7 @@ def test_certificates_of_a_composed_model_with_a_closed_form_hold() -> None:
     assert sum(finding.r > norm for finding in found) <= 24 * alpha + 3  # type: ignore[operator]
     truth = math.acos(cos0) / (k / shrink)
     assert all(0 < finding.radius < truth for finding in found)
-    unpurified = SamplingEngine(NoisyEncoder(Circle(k)), sigma=SIGMA, seed=0, lanes=128)
+    unpurified = SamplingEngine(NoisyEncoder(Circle(k)), seed=0, lanes=128)
     plain = [sampled.finding.radius for sampled in unpurified.run(tasks, certifier)]
     assert sum(finding.radius for finding in found) > sum(plain)
 
@@ -281,7 +281,7 @@ def test_certificates_of_a_composed_model_with_a_closed_form_hold() -> None:
 def test_the_sampling_engine_gives_the_same_answer_in_any_company() -> None:
     def certify(count: int, lanes: int) -> dict[str, float]:
         encoder = NoisyEncoder(composed().at_noise(SIGMA))
-        engine = SamplingEngine(encoder, sigma=SIGMA, seed=0, lanes=lanes)
+        engine = SamplingEngine(encoder, seed=0, lanes=lanes)
         tasks = [Task(str(i), i, images(5)[i]) for i in range(count)]
         found = engine.run(
             tasks, lambda _: FeatureRadius(cos0=0.5, sigma=SIGMA, alpha=0.01, n=128, n_pilot=32, baselines=False)

@@ -1,0 +1,145 @@
+"""What a run's noise is drawn for, and how often its images have been looked at: the paper trail of certificates.
+
+Every look has noise of its own, so that its certificates hold at their alpha whatever its settings were chosen by
+(`robustvlm.certify.noise`). Who picks the best of several looks multiplies the error probability all the same, and no
+run can know what was thrown away; what it can do is count. `certify-looks.jsonl`, beside the run folders, has a line
+for every look that was begun there, also of runs that were deleted or started over since.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robustvlm.certify import settings_digest
+from robustvlm.errors import UserError
+from robustvlm.runs.certify_config import CertifyConfig
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.manifest import Manifest
+
+LEDGER = "certify-looks.jsonl"
+
+# What of a configuration decides no certificate, or is part of the digest by content instead of by path. Whatever is
+# added to the configuration later counts unless it is named here.
+_BESIDE = {
+    "data", "classes", "templates", "tree", "antibodies", "at", "deployed", "cache", "limit", "seed", "lanes", "device",
+    "source", "prompts", "noise",
+}  # fmt: skip
+_NAMED = 20
+
+
+def noise_settings(config: CertifyConfig, model: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) -> str:
+    """Return the digest of everything that decides the certificates of a run, except seed and images.
+
+    Args:
+        model: its facts; fingerprint and head are what count. texts: class names, templates, antibodies.
+    """
+    own = config.model_dump(exclude=_BESIDE)
+    parts = {
+        "model": [model.get("fingerprint"), model.get("head")],
+        **{name: list(some) for name, some in texts.items()},
+    }
+    return settings_digest(json.dumps([own, parts], sort_keys=True))
+
+
+def describe_trail(folder: RunFolder, manifest: Manifest, *, judged: Manifest | None = None) -> dict[str, Any]:
+    """Return what a manifest says of the looks at its images: its own, and those of other settings or seeds before.
+
+    Args:
+        folder: of the run; the ledger lies beside it. judged: manifest of the run whose kept features are judged.
+    """
+    look = _look(manifest, judged)
+    known = [entry for entry in read_looks(folder.path.parent) if entry["images"] == look["images"]]
+    if judged is not None:
+        known.append(_look(judged, None))
+    others = {entry["look"]: entry for entry in known if entry["look"] != look["look"]}
+    same = [entry for entry in others.values() if entry["noise"] == look["noise"]]
+    return {
+        "look": look,
+        "looks": len(others) + 1,
+        "same_noise": len(same) + 1,
+        "others": [str(entry["run"]) for entry in others.values()][-_NAMED:],
+    }
+
+
+def trail_words(trail: Mapping[str, Any], alpha: float) -> str:
+    """Say how often the images have been looked at and what that means for whoever chooses among the looks.
+
+    Example:
+        >>> trail_words({"looks": 1, "same_noise": 1, "others": []}, 0.001)
+        'First look at these images in this folder of runs; its noise was drawn for these very settings.'
+    """
+    looks, same = int(trail["looks"]), int(trail["same_noise"])
+    if looks == 1:
+        return "First look at these images in this folder of runs; its noise was drawn for these very settings."
+    drawn = (
+        "Its noise was drawn for these very settings"
+        if same == 1
+        else f"{same} of them share the noise of this one (kept features)"
+    )
+    return (
+        f"{looks} looks at these images in this folder of runs, this one included. {drawn}. A certificate is false "
+        f"with probability at most {alpha!r} by itself; the best of {looks} that is picked by its results, with up to "
+        f"{looks} times that. To publish one, fix its settings and certify once more with another --seed."
+    )
+
+
+def read_looks(out: Path) -> list[dict[str, Any]]:
+    """Return the looks that were begun in a folder of runs; lines that are none are left out."""
+    try:
+        lines = (out / LEDGER).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read '{out / LEDGER}' ({error.strerror}): it counts the looks at images") from None
+    found = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and all(
+            isinstance(entry.get(key), str) for key in ("images", "look", "noise", "run")
+        ):
+            found.append(entry)
+    return found
+
+
+def record_look(folder: RunFolder, trail: Mapping[str, Any]) -> None:
+    """Note in the ledger that a run has begun, unless it is there already."""
+    look = dict(trail["look"])
+    out = folder.path.parent
+    if any(entry["look"] == look["look"] for entry in read_looks(out)):
+        return
+    # Appended in one write, and never through a symbolic link, which could lead to a file of somebody else's.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        handle = os.open(out / LEDGER, flags, 0o644)
+        try:
+            os.write(handle, (json.dumps(look) + "\n").encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UserError(f"cannot write '{out / LEDGER}' ({error.strerror}): it counts the looks at images") from None
+
+
+def _look(manifest: Manifest, judged: Manifest | None) -> dict[str, Any]:
+    config, data = manifest["config"], manifest["data"]
+    images = settings_digest(str(data.get("spec")), str(data.get("fingerprint")))
+    # Without a digest of settings (earlier versions), the noise followed from the seed alone.
+    own = settings_digest(str(config.get("noise")), int(config["seed"]), images)
+    noise = own if judged is None else str(_look(judged, None)["noise"])
+    judging = json.dumps([config, data.get("class_names"), data.get("templates")], sort_keys=True, default=str)
+    return {
+        "images": images,
+        "look": own if judged is None else settings_digest(noise, judging),
+        "noise": noise,
+        "run": str(manifest["name"]),
+        "created": str(manifest["created"]),
+        "claim": str(config.get("claim")),
+        "model": str(config.get("model")),
+        "seed": int(config["seed"]),
+    }
