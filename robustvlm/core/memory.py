@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+# What torch's backends say: CUDA, MPS, XPU and the CPU's allocator; C++; oneDNN, cuBLAS, cuDNN, cuSOLVER.
+_SIGNS = (
+    "out of memory",
+    "out_of_memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "could not create a primitive",
+    "could not create a memory object",
+    "alloc_failed",
+    "invalid buffer size",
+    "buffer size too large",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -13,8 +26,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     Example:
         >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
         True
-        >>> is_out_of_memory(RuntimeError("shapes do not match"))
-        False
+        >>> is_out_of_memory(RuntimeError("could not create a primitive")), is_out_of_memory(RuntimeError("bad shape"))
+        (True, False)
     """
     text = str(error).lower()
     return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or any(sign in text for sign in _SIGNS)

@@ -1,16 +1,21 @@
 """What every chart is drawn on: colours, figure, legend, and the way to inline SVG.
 
-Text stays text, colours are the page's CSS variables, the same input gives the same bytes.
+Text stays text, colours are the page's CSS variables, the same input gives the same bytes. A chart that cannot be drawn
+says so in its place: no picture is worth a finished run's report.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import warnings
+from collections.abc import Callable
+from functools import wraps
 from html import escape
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -55,6 +60,32 @@ _SIZE = (4.8, 3.1)
 _LEGEND_WIDTH = 66
 
 
+_P = ParamSpec("_P")
+
+
+def chart(draw: Callable[_P, Markup]) -> Callable[_P, Markup]:
+    """Let a drawing function return a line of text where the numbers are such that it fails.
+
+    Example:
+        >>> @chart
+        ... def largest(values): return Markup(max(values))
+        >>> largest([])
+        Markup('<p class="small">This chart could not be drawn: ...</p>')
+    """
+
+    @wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Markup:
+        try:
+            # What matplotlib and numpy have to say of odd numbers is nothing for the terminal of a finished run.
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                return draw(*args, **kwargs)
+        except Exception as error:  # whatever a drawing library may raise, the report's numbers are more than its charts
+            return Markup('<p class="small">This chart could not be drawn: {}.</p>').format(str(error) or repr(error))
+
+    return drawn
+
+
 def new_figure(size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
     """Return an empty chart of `size` (width and height in inches), on the page's own ground."""
     figure = Figure(figsize=size, layout="constrained")
@@ -73,6 +104,8 @@ def legend(figure: Figure, *, title: str | None = None, columns: int | None = No
         columns: entries in a row at most, from the left; None for as many as their words have room for, on the right.
     """
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    if not labels:
+        return
     if title:
         handles, labels = [Patch(alpha=0), *handles], [title, *labels]
     style: dict[str, Any] = {"loc": "outside upper left", "handlelength": 1.6, "columnspacing": 1.4}

@@ -15,7 +15,7 @@ from robustvlm.report import certify_wording as words
 from robustvlm.report.certify_audit import load_audit
 from robustvlm.report.certify_record import METHODS, CertifyRecord, cosine_lines, load_certify_run, share_lines
 from robustvlm.report.gallery import data_uri
-from robustvlm.report.html import _environment, _write
+from robustvlm.report.html import _environment, _write, drawing
 from robustvlm.report.wording import DASH, plain
 
 
@@ -25,7 +25,9 @@ def write_certify_report(folder: Path, out: Path | None = None) -> Path:
     Raises UserError for a folder that holds no finished certify run.
     """
     path = out or folder / "report.html"
-    _write(path, render_certify_run(load_certify_run(folder)))
+    with drawing(folder):
+        page = render_certify_run(load_certify_run(folder))
+    _write(path, page)
     return path
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from robustvlm.certify import format_down
-from robustvlm.report.canvas import DASHES, INK, SERIES, STYLE, as_svg, legend, new_figure
+from robustvlm.report.canvas import DASHES, INK, SERIES, STYLE, as_svg, chart, legend, new_figure
 from robustvlm.stats import Rate
 
 _AXIS = "distance ε from the image (L₂, pixels in [0, 1])"
@@ -27,6 +27,7 @@ class Line:
     rates: tuple[Rate, ...] = ()
 
 
+@chart
 def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None) -> Markup:
     """Draw mean certified cosines over distance; an image without a certificate counts as -1, all that is sure then."""
     with mpl.rc_context(STYLE):
@@ -43,6 +44,7 @@ def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None) -> Mark
         return as_svg(figure, key=key, alt="Mean certified cosine against distance. " + _alt(lines))
 
 
+@chart
 def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
     """Draw the share of images certified at a distance, the first two lines with 95 % bands; `what` names the share."""
     with mpl.rc_context(STYLE):
@@ -68,6 +70,7 @@ def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
         return as_svg(figure, key=key, alt=f"{what} against distance. " + _alt(lines))
 
 
+@chart
 def samples_histogram(samples: Sequence[int], *, key: str, fixed: int) -> Markup:
     """Draw how many noisy copies each image took, beside the fixed number it would have been."""
     values = np.asarray(samples)

@@ -13,7 +13,7 @@ from robustvlm.report import detect_plots, tables
 from robustvlm.report import detect_wording as words
 from robustvlm.report.detect_record import DetectRecord, load_detect_run
 from robustvlm.report.gallery import data_uri
-from robustvlm.report.html import _environment, _write
+from robustvlm.report.html import _environment, _write, drawing
 from robustvlm.report.wording import duration, plain
 from robustvlm.runs.detect_summary import OWN, ScoreSummary
 
@@ -27,7 +27,9 @@ def write_detect_report(folder: Path, out: Path | None = None) -> Path:
     Raises UserError for a folder that holds no finished detect run.
     """
     path = out or folder / "report.html"
-    _write(path, render_detect_run(load_detect_run(folder)))
+    with drawing(folder):
+        page = render_detect_run(load_detect_run(folder))
+    _write(path, page)
     return path
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from robustvlm.detect.metrics import roc_points
-from robustvlm.report.canvas import DASHES, INK, MUTED, SERIES, STYLE, as_svg, legend, new_figure
+from robustvlm.report.canvas import DASHES, INK, MUTED, SERIES, STYLE, as_svg, chart, legend, new_figure
 from robustvlm.runs.detect_summary import ScoreSummary
 
 Array = NDArray[np.float64]
@@ -30,6 +30,7 @@ class Curve:
     unknown: Array
 
 
+@chart
 def auroc_chart(scores: Sequence[ScoreSummary], sets: Sequence[str], *, key: str) -> Markup:
     """Draw the AUROC of every score with its interval, a colour and marker per set of unknown images."""
     with mpl.rc_context(STYLE):
@@ -57,6 +58,7 @@ def auroc_chart(scores: Sequence[ScoreSummary], sets: Sequence[str], *, key: str
         return as_svg(figure, key=key, alt=f"AUROC of every score. Highest mean: {best.title}, {reached}.")
 
 
+@chart
 def roc_chart(curves: Sequence[Curve], *, key: str, unknown: str) -> Markup:
     """Draw ROC curves of some scores on one set, with the line at 95% of the known images."""
     with mpl.rc_context(STYLE):
@@ -74,6 +76,7 @@ def roc_chart(curves: Sequence[Curve], *, key: str, unknown: str) -> Markup:
         return as_svg(figure, key=key, alt=f"ROC curves on {unknown}: {', '.join(curve.name for curve in curves)}.")
 
 
+@chart
 def histogram(known: Array, unknown: Sequence[tuple[str, Array]], threshold: float, *, key: str, title: str) -> Markup:
     """Draw the distribution of a score over known and unknown images, as shares, with the threshold."""
     with mpl.rc_context(STYLE):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         raise UserError("nothing to report: expected one or more run folders, got none")
     default = runs[0].folder / "report.html" if len(runs) == 1 else runs[0].folder.resolve().parent / "comparison.html"
     path = out or default
-    _write(path, render_run(runs[0]) if len(runs) == 1 else render_comparison(runs, compare(runs)))
+    with drawing(runs[0].folder):
+        page = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs, compare(runs))
+    _write(path, page)
     return path
 
 
@@ -212,6 +215,21 @@ def _environment() -> Environment:
         first_goal=wording.first_goal,
     )
     return environment
+
+
+@contextmanager
+def drawing(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong inside while a report is drawn into one line: the run's numbers are there all the same."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"the report of '{folder}' could not be drawn ({said}); its numbers are whole, in summary.json beside it: "
+            "please report this with that file"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from robustvlm.errors import UserError
 from robustvlm.report import tables, training_plots
-from robustvlm.report.html import _environment, _write
+from robustvlm.report.html import _environment, _write, drawing
 from robustvlm.report.record import _read_json
 from robustvlm.runs.immunize_config import RECORD
 from robustvlm.stats import Rate
@@ -53,7 +53,9 @@ def load_immunize_run(folder: Path) -> ImmunizeRun:
 def write_immunize_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
     path = out or folder / "report.html"
-    _write(path, render_immunize_run(load_immunize_run(folder)))
+    with drawing(folder):
+        page = render_immunize_run(load_immunize_run(folder))
+    _write(path, page)
     return path
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from robustvlm.report.canvas import BAD, DASHES, GOOD, INK, SERIES, STYLE, as_svg, legend, new_figure
+from robustvlm.report.canvas import BAD, DASHES, GOOD, INK, SERIES, STYLE, as_svg, chart, legend, new_figure
 from robustvlm.report.series import Margins
 from robustvlm.report.wording import bounds, percent
 from robustvlm.stats import Rate
@@ -31,6 +31,7 @@ class Curve:
     most: tuple[Rate, ...] = ()
 
 
+@chart
 def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
     """Draw robust accuracy over eps with its 95 % band, one line per run."""
     with mpl.rc_context(STYLE):
@@ -71,6 +72,7 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
         return as_svg(figure, key=key, alt=f"Accuracy against perturbation size. {alt}.")
 
 
+@chart
 def margin_histogram(margins: Margins, *, key: str) -> Markup:
     """Draw the margins before and under attack over common bins; left of zero the model is wrong."""
     clean, attacked = np.asarray(margins.clean), np.asarray(margins.attacked)
@@ -96,9 +98,12 @@ def _bins_with_zero(values: npt.NDArray[np.float64]) -> list[float]:
     """Return about 30 equal bins over the values; zero is an edge, so that no bar mixes right and wrong."""
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     width = (high - low) / 28 or 1.0
-    return (width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)).tolist()
+    # Margins that are all zero, as of a head that was never trained, get one bar of their own.
+    last = max(np.ceil(high / width), np.floor(low / width) + 1)
+    return (width * np.arange(np.floor(low / width), last + 1)).tolist()
 
 
+@chart
 def steps_histogram(steps: Mapping[float, Sequence[int]], names: Mapping[float, str], *, key: str) -> Markup:
     """Draw how many gradient steps the successful attacks needed, stacked by eps."""
     every = [s for values in steps.values() for s in values]

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from robustvlm.report import tables, training_plots
-from robustvlm.report.html import _environment, _write
+from robustvlm.report.html import _environment, _write, drawing
 from robustvlm.report.record import _read_json
 from robustvlm.report.wording import DASH, duration, interval, percent, plain
 from robustvlm.runs.training_summary import TrainingSummary, read_training
@@ -55,7 +55,9 @@ def load_training_run(folder: Path) -> TrainingRun:
 def write_training_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
     path = out or folder / "report.html"
-    _write(path, render_training_run(load_training_run(folder)))
+    with drawing(folder):
+        page = render_training_run(load_training_run(folder))
+    _write(path, page)
     return path
 
 

@@ -8,12 +8,13 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from robustvlm.report.canvas import DASHES, INK, SERIES, STYLE, as_svg, legend, new_figure
+from robustvlm.report.canvas import DASHES, INK, SERIES, STYLE, as_svg, chart, legend, new_figure
 from robustvlm.stats import Mean, Rate
 
 Points = Sequence[tuple[int, float]]
 
 
+@chart
 def loss_curves(terms: Mapping[str, Points], *, key: str) -> Markup:
     """Draw every term of the loss over the steps, one line each."""
     with mpl.rc_context(STYLE):
@@ -31,6 +32,7 @@ def loss_curves(terms: Mapping[str, Points], *, key: str) -> Markup:
         return as_svg(figure, key=key, alt=f"Terms of the loss over the steps. {ends}.")
 
 
+@chart
 def rate_curves(rates: Mapping[str, Sequence[tuple[int, Rate]]], *, key: str, kept: int | None) -> Markup:
     """Draw rates over the steps with their 95 % bands, and mark the step whose weights were kept."""
     with mpl.rc_context(STYLE):
@@ -57,6 +59,7 @@ def rate_curves(rates: Mapping[str, Sequence[tuple[int, Rate]]], *, key: str, ke
         return as_svg(figure, key=key, alt=f"Validation over the steps. {ends}.")
 
 
+@chart
 def mean_curves(means: Mapping[str, Sequence[tuple[int, Mean]]], *, key: str) -> Markup:
     """Draw means over the steps with their 95 % bands, one line each."""
     with mpl.rc_context(STYLE):
@@ -78,6 +81,7 @@ def mean_curves(means: Mapping[str, Sequence[tuple[int, Mean]]], *, key: str) ->
         return as_svg(figure, key=key, alt=f"Means over the steps. {ends}.")
 
 
+@chart
 def level_norms(before: Mapping[int, float], after: Mapping[int, float], *, key: str) -> Markup:
     """Draw a quantity by level of the tree, the root on the left, before training and of the kept weights."""
     with mpl.rc_context(STYLE):
