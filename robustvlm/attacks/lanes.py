@@ -25,6 +25,7 @@ from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import generator
+from robustvlm.errors import UserError
 
 
 class LaneEngine:
@@ -89,7 +90,7 @@ class LaneEngine:
                 return
             try:
                 finished = self._advance()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.rungs[0] == 1:
                     raise
                 self._halve(waiting)
@@ -103,6 +104,11 @@ class LaneEngine:
             job = waiting.popleft() if waiting else next(source, None)
             if job is None:
                 break
+            if self.attack.objective.targeted and not job.targets:
+                raise UserError(
+                    f"image '{job.image_id}' names no class to aim at, which attack '{self.attack.name}' needs: pass "
+                    "Job(..., targets=(...)), the likeliest wrong classes first, or take an attack without targets"
+                )
             started.append(Lane(job, leave=self.leave))
         if started:
             states = [self._begin(lane) for lane in started]

@@ -30,7 +30,9 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 }
 
 # Beyond this a run would not end in a lifetime, and its tables would not fit into memory.
-_MOST = 100_000
+MOST = 100_000
+# Points of one image that an attack may look at, over all steps, restarts and targets.
+_MOST_POINTS = 1_000_000
 
 
 def options_of(attack: LaneAttack) -> list[str]:
@@ -60,13 +62,27 @@ def read_option(attack: LaneAttack, name: str, text: str) -> dict[str, Any]:
         raise UserError(f"option '{text}' of attack '{name}': expected {expected}, got '{value}'") from None
 
 
+def require_once(text: str) -> None:
+    """Refuse an attack's text that sets an option twice: one of the two values would be dropped without a word."""
+    keys = [option.partition("=")[0].strip() for option in text.split(":")[1:] if "=" in option]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"attack '{text}' sets {key} twice: leave one of them")
+
+
 def check(attack: LaneAttack) -> None:
     """Refuse settings under which an attack would do nothing or could not run."""
     budget = "steps" if attack.uses_gradient else "queries"
     for option, field in ((budget, "n_iter"), ("restarts", "n_restarts"), ("targets", "n_targets")):
         value = getattr(attack, field, None)
-        if value is not None and not 1 <= value <= _MOST:
-            raise UserError(f"attack '{attack.name}': {option} must be between 1 and {_MOST:,}, got {value:,}")
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"attack '{attack.name}': {option} must be between 1 and {MOST:,}, got {value:,}")
+    points = attack.n_iter * attack.n_restarts * (getattr(attack, "n_targets", None) or 1)
+    if points > _MOST_POINTS:
+        raise UserError(
+            f"attack '{attack.name}' would look at up to {points:,} points of every image, {_MOST_POINTS:,} may "
+            f"be at most: take fewer {budget}, restarts or targets"
+        )
     step_size = getattr(attack, "step_size", None)
     if step_size is not None and not 0 < step_size < float("inf"):
         raise UserError(f"attack '{attack.name}': step_size must be positive, got {step_size}")

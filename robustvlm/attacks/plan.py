@@ -26,7 +26,7 @@ from robustvlm.attacks.external.catalog import PACKAGES
 from robustvlm.attacks.external.spec import ExternalAttack, is_external, parse_external
 from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.objectives import objective
-from robustvlm.attacks.options import check, options_of, read_option
+from robustvlm.attacks.options import MOST, check, options_of, read_option, require_once
 from robustvlm.attacks.pgd import PGD
 from robustvlm.attacks.square import Square
 from robustvlm.errors import UserError, nearest
@@ -86,6 +86,11 @@ def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None =
         >>> [attack.name for attack in parse_attacks("fare:steps=50")]
         ['apgd-ce:steps=50', 'apgd-t:steps=50']
     """
+    for option, value in (("--steps", steps), ("--restarts", restarts)):
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"{option} must be between 1 and {MOST:,}, got {value:,}")
+    for part in text.split(","):
+        require_once(part.strip())
     parts = [member for part in text.split(",") for member in _expand(part.strip())]
     attacks: list[Attack] = [
         parse_external(part, steps=steps, restarts=restarts) if is_external(part) else _parse(part, steps, restarts)

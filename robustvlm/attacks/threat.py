@@ -66,7 +66,7 @@ def parse_norm(text: str) -> str:
 
 
 def parse_eps(text: str) -> list[tuple[str, float]]:
-    """Return (text, value) pairs, ascending and without repeats, for `4/255`, `0.5` or a list `1/255,2/255`.
+    """Return (text, value) pairs, ascending, for `4/255`, `0.5` or a list `1/255,2/255`; none may stand twice.
 
     Example:
         >>> parse_eps("2/255, 1/255")
@@ -76,7 +76,11 @@ def parse_eps(text: str) -> list[tuple[str, float]]:
     for part in text.split(","):
         if not part.strip():
             raise UserError(f"empty value in eps '{text}': expected numbers such as 2/255 separated by commas")
-        pairs.setdefault(_eps_value(part), part.strip())
+        value = _eps_value(part)
+        if value in pairs:
+            again = f"'{pairs[value]}' again" if pairs[value] == part.strip() else f"the same as '{pairs[value]}'"
+            raise UserError(f"eps '{part.strip()}' is {again}: name each radius once")
+        pairs[value] = part.strip()
     return [(pairs[value], value) for value in sorted(pairs)]
 
 

@@ -211,7 +211,7 @@ def _batches(source: DataSource, tally: _Tally, limit: int | None, batch_size: i
 def _logits(classifier: Classifier, pixels: torch.Tensor) -> torch.Tensor:
     try:
         return classifier(pixels)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(pixels) == 1:
             raise
     # Outside the handler, which would keep the failed pass's tensors alive.

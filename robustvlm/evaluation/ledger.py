@@ -127,8 +127,8 @@ class Ledger(JournalLedger):
     def cost(self) -> Cost:
         """Passes and time over all sessions, with what the passes were for.
 
-        What the attacks paid beyond the passes of finished images was spare. A killed session counts up to its last note
-        of its cost; images that it has finished since say of more passes, which are counted too.
+        What the attacks paid beyond the passes of finished images was spare. A killed session counts up to its last
+        note of them; images that it finished after that tell of more passes, which are counted too.
         """
         cost = super().cost
         if cost.passes is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
 from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.prepared import Prepared
-from robustvlm.evaluation.scrutiny import MODES
+from robustvlm.evaluation.scrutiny import MODES, STAND_INS
 from robustvlm.models.device import device_of_rank, resolve_device
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.folder import RunFolder, default_name
@@ -36,6 +37,10 @@ from robustvlm.runs.manifest import Manifest, make_manifest
 from robustvlm.runs.summary import Check
 
 _MOST_DRAWS = 10_000
+_MOST_LANES = 65_536
+_LARGEST = 2**63 - 1
+# Targets that attacks have unless told otherwise; with fewer classes they take one for each.
+_PLANNED_TARGETS = 9
 
 # Draws per gradient that random models get, unless the user or a plan says otherwise.
 _EOT = 10
@@ -92,7 +97,8 @@ def prepare(
         ThreatModel(norm, value)
     device = str(device_of_rank(resolve_device(device), current_ranks()))
     lanes = _lanes(lanes, device)
-    _check_numbers(limit=limit, seed=seed, resolution=resolution, precision=precision, eot=eot, draws=draws)
+    _check_numbers(limit=limit, seed=seed, resolution=resolution, eot=eot, draws=draws)
+    _check_precision(precision, device)
     check_goal(goal, min_cos)
     if checks not in MODES:
         raise UserError(f"unknown --checks '{checks}': {nearest(checks, MODES)}")
@@ -107,6 +113,7 @@ def prepare(
     aim = make_aim(goal, source=source, classifier=classifier, resolution=size, min_cos=min_cos)
     remarks = remarks_of(source, classifier.vlm)
     aim = dataclasses.replace(aim, notes=(*_notes(opened), *_data_notes(remarks)))
+    _require_ball(norm, radii, size)
     _require_fit(attacks, aim, ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
     config = AttackConfig(
         model=model,
@@ -168,6 +175,22 @@ def _require_fit(attacks: list[Attack], aim: Aim, threat: ThreatModel, *, n_clas
         if isinstance(item, ExternalAttack):
             for goal in aim.goals:
                 require_fit(item, threat, n_classes=n_classes, goal=goal)
+        elif (getattr(item, "n_targets", None) or 0) > max(n_classes - 1, _PLANNED_TARGETS):
+            raise UserError(
+                f"attack '{item.name}' asks for more targets than there are wrong classes: "
+                f"pass targets={max(n_classes - 1, 1)} or fewer"
+            )
+
+
+def _require_ball(norm: str, radii: list[tuple[str, float]], size: int) -> None:
+    """Refuse L2 balls that hold every image there is: the number was meant for another scale of pixels."""
+    text, largest = radii[-1]
+    whole = math.sqrt(3 * size * size)
+    if norm == "L2" and largest > whole:
+        raise UserError(
+            f"eps {text} is larger than the distance of any two images of {size} x {size} pixels in [0, 1], which is "
+            f"{whole:.4g}: for grey levels pass {text}/255"
+        )
 
 
 def _lanes(lanes: int | None, device: str) -> int:
@@ -175,23 +198,30 @@ def _lanes(lanes: int | None, device: str) -> int:
         return 256 if device.startswith("cuda") else 64
     if lanes < 1:
         raise UserError(f"--lanes must be at least 1, got {lanes}")
+    if lanes > _MOST_LANES:
+        raise UserError(f"--lanes must be at most {_MOST_LANES:,} images in one batch, got {lanes:,}")
     return lanes
 
 
-def _check_numbers(
-    *, limit: int | None, seed: int, resolution: int | None, precision: str, eot: int | None, draws: int | None
-) -> None:
+def _check_numbers(*, limit: int | None, seed: int, resolution: int | None, eot: int | None, draws: int | None) -> None:
     for option, count in (("--eot", eot), ("--draws", draws)):
         if count is not None and not 1 <= count <= _MOST_DRAWS:
             raise UserError(f"{option} must be between 1 and {_MOST_DRAWS:,} draws of the model, got {count:,}")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1 image, got {limit}")
+    if limit is not None and not 1 <= limit <= _LARGEST:
+        raise UserError(f"--limit must be at least 1 image, and less than 2^63, got {limit}")
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
+    if seed > _LARGEST:
+        raise UserError(f"--seed must be less than 2^63, got {seed}")
     if resolution is not None and not 8 <= resolution <= 4096:
         raise UserError(f"--resolution must be between 8 and 4096 pixels, got {resolution}")
+
+
+def _check_precision(precision: str, device: str) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}': {nearest(precision, PRECISIONS)}")
+    if precision == "fp64" and device.startswith("mps"):
+        raise UserError("--precision fp64: the device 'mps' has no 64-bit numbers; pass fp32, or --device cpu")
 
 
 def _require_text(manifest: Manifest) -> None:
@@ -207,7 +237,7 @@ def _notes(opened: list[str]) -> tuple[Check, ...]:
     if not opened:
         return ()
     said = "; ".join(opened)
-    return (Check(name="gradient stand-ins", level="note", message=f"{said[0].upper()}{said[1:]}."),)
+    return (Check(name=STAND_INS, level="note", message=f"{said[0].upper()}{said[1:]}."),)
 
 
 def _data_notes(remarks: list[str]) -> tuple[Check, ...]:

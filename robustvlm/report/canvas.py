@@ -80,7 +80,9 @@ def chart(draw: Callable[_P, Markup]) -> Callable[_P, Markup]:
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
                 return draw(*args, **kwargs)
-        except Exception as error:  # whatever a drawing library may raise, the report's numbers are more than its charts
+        except (
+            Exception
+        ) as error:  # whatever a drawing library may raise, the report's numbers are more than its charts
             return Markup('<p class="small">This chart could not be drawn: {}.</p>').format(str(error) or repr(error))
 
     return drawn

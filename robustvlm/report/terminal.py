@@ -52,8 +52,9 @@ def attack_table(summary: Summary, *, worst: int = 5) -> RenderableType:
 def _by_eps(summary: Summary) -> Table:
     words = wording.words_of(summary)
     about = "" if words.accuracy else f": {words.title}"
+    where = f"{wording.norm_name(summary.norm)}, {summary.clean_accuracy.total:,} images"
     table = _table(
-        f"Worst case over the attacks ({wording.norm_name(summary.norm)}, {summary.clean_accuracy.total:,} images){about}",
+        f"Worst case over the attacks ({where}){about}",
         caption=words.caption,
     )
     table.add_column("eps")

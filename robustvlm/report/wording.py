@@ -154,7 +154,8 @@ def cosines(at: EpsSummary, goal: str, *, unfinished: bool = False) -> str:
         return ""
     what = "to the target" if goal.partition(":")[2] else "to the clean feature (FCS)"
     return (
-        f"{'So far, mean' if unfinished else 'Mean'} cosine {what}: {number(at.cosine.clean)} unperturbed, {number(at.cosine.attacked)} under attack at"
+        f"{'So far, mean' if unfinished else 'Mean'} cosine {what}: {number(at.cosine.clean)} unperturbed,"
+        f" {number(at.cosine.attacked)} under attack at"
         f" {plain(at.eps_text, 20)} (95% intervals by Student's t over {at.cosine.attacked.total:,} images)."
     )
 
@@ -178,7 +179,8 @@ def acceptances(at: EpsSummary, *, unfinished: bool = False) -> str:
         return ""
     found = at.acceptance
     return (
-        f"{'So far accepted' if unfinished else 'Accepted'} and rejected: {found.clean_accepted:,} and {found.clean_rejected:,} images unperturbed,"
+        f"{'So far accepted' if unfinished else 'Accepted'} and rejected: {found.clean_accepted:,} and"
+        f" {found.clean_rejected:,} images unperturbed,"
         f" {found.accepted:,} and {found.rejected:,} under attack at {plain(at.eps_text, 20)}."
     )
 
@@ -277,6 +279,7 @@ def smaller_eps(summary: Summary) -> str:
         return ""
     at = summary.per_eps[0]
     if summary.unfinished and at.undecided:
-        return f"At {plain(at.eps_text)} the attack success rate lies between {success_bounds(at).replace(f' {RANGE} ', ' and ')}."
+        between = success_bounds(at).replace(f" {RANGE} ", " and ")
+        return f"At {plain(at.eps_text)} the attack success rate lies between {between}."
     rate = at.attack_success_rate
     return f"At {plain(at.eps_text)} the attack success rate is {percent(rate.value)} (95% interval {interval(rate)})."

@@ -89,8 +89,8 @@ class EpsSummary(_Record):
     `robust_accuracy` is over all evaluated images: the share on which the goal was reached neither unperturbed nor by
     an attack, which for `misclassify` is accuracy. `attack_success_rate` is over the images on which the goal was not
     reached unperturbed: for `misclassify` those right when clean. Images on which
-    an attack broke and none succeeded, or that a stopped run has not come to (`undecided`), count as not robust, and are
-    left out of the success rate; `robust_accuracy_at_most` is the robust accuracy if all of them were robust, and the
+    an attack broke and none succeeded, or that a stopped run has not come to (`undecided`), count as not robust, and
+    are left out of the success rate. `robust_accuracy_at_most` is the robust accuracy if all of them were robust; the
     bounds of the success rate are what it is if none of them falls, and if all do.
     """
 

@@ -92,7 +92,7 @@ class Stepper:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 terms = self._losses(pixels, labels, step, draws)
             (terms["loss"] / self.config.accumulate).backward()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise UserError(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import Linear, attack_all, fooled, right_jobs
 
-from robustvlm.attacks import ATTACKS, Square, ThreatModel, parse_attacks
+from robustvlm.attacks import ATTACKS, Job, LaneEngine, Oracle, Square, ThreatModel, parse_attacks
 from robustvlm.attacks.plan import PLANS, recommended_eot
 from robustvlm.errors import UserError
 
@@ -85,6 +85,34 @@ def test_every_attack_works_with_any_number_of_classes(classes):
         results = attack_all(model, attack, ThreatModel("Linf", 0.3), jobs, lanes=count)
         assert fooled(results) == set(range(count)), name
         assert all(torch.isfinite(result.adversarial).all() for result in results)
+
+
+@pytest.mark.parametrize(
+    ("text", "common", "said"),
+    [
+        ("pgd:steps=1:steps=2", {}, "sets steps twice"),
+        ("standard:targets=3:targets=4", {}, "sets targets twice"),
+        ("torchattacks:PGD:steps=3:steps=4", {}, "sets steps twice"),
+        ("fgsm", {"steps": -1}, "--steps must be between 1 and 100,000"),
+        ("fgsm", {"restarts": 0}, "--restarts must be between 1 and 100,000"),
+        ("torchattacks:FGSM", {"steps": 10**9}, "--steps must be between"),
+        ("apgd-t:targets=99999:steps=1000", {}, "at most 1,000,000"),
+        ("pgd:steps=100000:restarts=100000", {}, "at most 1,000,000"),
+        ("torchattacks:SPSA:nb_sample=1000000000000", {}, "from 0 to 100,000"),
+        ("torchattacks:PGD:alpha=nan", {}, "expected a number"),
+        ("pgd:step_size=nan", {}, "step_size must be positive"),
+    ],
+)
+def test_numbers_without_sense_or_end_are_refused(text, common, said):
+    with pytest.raises(UserError, match=said):
+        parse_attacks(text, **common)
+
+
+def test_a_job_without_targets_is_refused_by_an_attack_that_needs_one():
+    (attack,) = parse_attacks("apgd-t", steps=2)
+    engine = LaneEngine(Oracle(Linear(classes=4)), attack, ThreatModel("Linf", 0.1), lanes=2, seed=0)
+    with pytest.raises(UserError, match="image 'a' names no class to aim at"):
+        list(engine.run([Job("a", 0, torch.rand(3, 8, 8), label=0)]))
 
 
 def test_plans_name_attacks_that_exist():

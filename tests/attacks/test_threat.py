@@ -51,9 +51,18 @@ def test_random_starts_repeat_with_their_seed_and_fill_the_ball(norm):
     assert 0.09 < size <= 0.1
 
 
-def test_lists_of_eps_are_sorted_and_free_of_repeats():
-    assert [text for text, _ in parse_eps("4/255,1/255,4/255")] == ["1/255", "4/255"]
+def test_lists_of_eps_are_sorted():
+    assert [text for text, _ in parse_eps("4/255,1/255")] == ["1/255", "4/255"]
     assert parse_eps("8/255")[0][1] == 8 / 255
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("4/255,1/255,4/255", "'4/255' is '4/255' again"), ("0.25,1/4", "'1/4' is the same as '0.25'")],
+)
+def test_a_radius_that_stands_twice_is_refused(text, said):
+    with pytest.raises(UserError, match=said):
+        parse_eps(text)
 
 
 @pytest.mark.parametrize("text", ["0", "-1/255", "abc", "1/0", "", "1/255,,2/255", "nan", "inf", "0/255"])

@@ -1,4 +1,4 @@
-"""Every chart is drawn, or says that it could not be, whatever the numbers are: none, one, equal, huge, infinite, NaN."""
+"""Every chart is drawn, or says that it could not be, whatever the numbers are: none, equal, huge, infinite, NaN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from robustvlm.report.series import Margins
 from robustvlm.stats import mean, rate
 
 WriteRun = Callable[..., Path]
-ODD = st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-320, 1e300, -1e300, float("inf"), float("nan"), 3.7]), max_size=4)
+ODD = st.lists(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-320, 1e300, -1e300, float("inf"), float("nan"), 3.7]), max_size=4
+)
 RATES = st.lists(st.builds(lambda n, k: rate(min(k, n), n), st.integers(0, 3), st.integers(0, 3)), max_size=3)
 FIGURE = settings(max_examples=5, deadline=None, phases=[Phase.generate])
 
@@ -88,6 +90,7 @@ def test_a_fault_of_the_report_is_one_line_that_says_where_the_numbers_are(
     folder = write_run(tmp_path / "run", images=12, n_classes=4, eps=1)
 
     def broken(run: RunRecord) -> str:
+        del run
         raise IndexError("no such\nthing")
 
     monkeypatch.setattr(html, "render_run", broken)

@@ -109,7 +109,7 @@ class ExternalEngine:
                 now, later = batch[: self.rungs[0]], batch[self.rungs[0] :]
                 try:
                     results = self._attack(now)
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error) or self.rungs[0] == 1:
                         raise
                     self._halve()

@@ -23,6 +23,7 @@ from robustvlm.attacks.goals import Goal, Misclassify
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.errors import UserError, nearest
 
+_MOST = 100_000
 _OURS = "fgsm, pgd, apgd-ce, apgd-dlr, apgd-t, fab-t or square"
 
 
@@ -159,13 +160,20 @@ def _read(text: str, part: str, value: str, default: Any) -> Any:
         if isinstance(default, bool):
             return {"true": True, "false": False}[value.lower()]
         if isinstance(default, int):
-            return int(value) if float(value) == int(float(value)) else float(value)
+            return _within(text, part, int(value) if float(value) == int(float(value)) else float(value))
         if isinstance(default, float):
-            return float(Fraction(value.replace(" ", "")))
+            return _within(text, part, float(Fraction(value.replace(" ", ""))))
     except (ValueError, KeyError, ZeroDivisionError, OverflowError):
         kind = "true or false" if isinstance(default, bool) else "a number"
         raise UserError(f"option '{part}' of '{text}': expected {kind}, got '{value}'") from None
     return value
+
+
+def _within(text: str, part: str, number: float) -> float:
+    """Refuse numbers with which a package would not end in a lifetime, or would begin with nothing."""
+    if not 0 <= number <= _MOST:
+        raise UserError(f"option '{part}' of '{text}': expected a number from 0 to {_MOST:,}")
+    return number
 
 
 def package(name: str) -> Any:

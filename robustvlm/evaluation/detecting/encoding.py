@@ -173,7 +173,7 @@ def answers(classifier: Classifier, pixels: Tensor) -> tuple[Tensor | None, Tens
         features = None if classifier.vlm is None else classifier.vlm.encode_image(moved).float().cpu()
         output = classifier(moved).float().cpu() if features is None or classifier.can_reject else None
         return features, output
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(pixels) == 1:
             raise
     # Outside the handler, which would keep the failed pass's tensors alive.
