@@ -146,8 +146,18 @@ def copies_of(found: Encoded, fit: Encoded | None) -> int:
     """Return how many images have the feature of one that was learnt from, to three decimals: copies, as a rule."""
     if fit is None or fit.features is None or found.features is None:
         return 0
-    learnt = {row.tobytes() for row in _coarse(fit.features)}
-    return sum(row.tobytes() in learnt for row in _coarse(found.features))
+    return copies(found.features, fit.features)
+
+
+def copies(features: Tensor, others: Tensor) -> int:
+    """Return how many of the features [N, D] are among the others [M, D], to three decimals.
+
+    Example:
+        >>> copies(torch.eye(2), torch.eye(2)[1:])
+        1
+    """
+    there = {row.tobytes() for row in _coarse(others)}
+    return sum(row.tobytes() in there for row in _coarse(features))
 
 
 def _coarse(features: Tensor) -> npt.NDArray[np.int16]:

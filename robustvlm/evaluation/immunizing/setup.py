@@ -7,6 +7,7 @@ from pathlib import Path
 
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import open_data
+from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.immunity.antibodies import Band, open_source
 from robustvlm.defenses.immunity.recipe import KAPPAS
@@ -50,6 +51,7 @@ def prepare_immunize(
     )
     if config.images:
         open_held_out(config, source)
+    unknown = [open_unlabelled(spec, source.class_names) for spec in config.ood]
     vlm = load_pipeline(config.model, device=place)
     require_bare(vlm, config.model)
     model_facts = {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale}
@@ -60,7 +62,7 @@ def prepare_immunize(
         kind="immunize", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
     manifest["remarks"] = remarks_of(source, vlm)
-    return PreparedImmunize(config, folder, manifest, vlm, source, client)
+    return PreparedImmunize(config, folder, manifest, vlm, source, client, unknown)
 
 
 def require_bare(vlm: VLM, spec: str) -> None:
