@@ -22,8 +22,8 @@ def verdict(record: Record) -> str:
     else:
         first = "How many unknown images the model rejects has not been measured: pass --ood DATA."
     return (
-        f"{first} Of the known ones it wrongly refuses {_rate(Rate(**measures['rejected']))}: held-out images, which set "
-        "the thresholds too, so expect more elsewhere."
+        f"{first} Of the known ones it wrongly refuses {_rate(Rate(**measures['rejected']))}: held-out images, which "
+        "set the thresholds too, so expect more elsewhere."
     )
 
 
