@@ -16,6 +16,7 @@ from robustvlm.data.names import name_key
 from robustvlm.data.unlabelled import Unlabelled
 from robustvlm.defenses.prompts import Features, choose_shots, encode_source
 from robustvlm.errors import UserError
+from robustvlm.evaluation.overlap import in_both
 from robustvlm.models import VLM
 from robustvlm.runs.files import replacing
 from robustvlm.runs.immunize_config import ImmunizeConfig
@@ -128,10 +129,9 @@ def _encoded(
 
 
 def _require_apart(fit: Features, held: Features, fit_spec: str, held_spec: str) -> None:
-    both = set(fit.ids) & set(held.ids)
-    same_kind = fit_spec.partition("?")[0] == held_spec.partition("?")[0]
-    if both and same_kind:
+    both = in_both(fit_spec, fit.ids, held_spec, held.ids)
+    if both:
         raise UserError(
-            f"{len(both)} images are both in '{fit_spec}' and held out (the first, '{min(both)}'): "
+            f"{len(both)} images are both in '{fit_spec}' and held out (the first, '{both[0]}'): "
             "thresholds need images that taught nothing"
         )
