@@ -19,13 +19,9 @@ from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, ch
 from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError
-<<<<<<< HEAD
 from robustvlm.evaluation.describe import describe_data, remarks_of
-=======
-from robustvlm.evaluation.describe import describe_data
 from robustvlm.evaluation.detecting.scoring import copies
 from robustvlm.evaluation.overlap import in_both
->>>>>>> ca7744f (Images that teach are no validation images: refused or left out in finetune, purify and tune-prompts, by ids, place and features)
 from robustvlm.models import VLM, resolve_device
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings

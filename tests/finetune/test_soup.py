@@ -50,7 +50,7 @@ def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> 
 def test_what_a_run_was_trained_on_is_no_data_to_choose_by(tmp_path: Path) -> None:
     run = prepared(tmp_path, steps=2, name="a")
     run.run()
-    with pytest.raises(UserError, match="was trained on .*: pass --val images that no run was trained on"):
+    with pytest.raises(UserError, match=r"was trained on .*: pass --val images that no run was trained on"):
         soup(tmp_path, [OWN, str(run.folder.path)], method="greedy", data=run.config.data)
 
 
