@@ -25,6 +25,7 @@ _HELD_OUT = (
 _ANTIBODIES = "bank (bundled), a file, llm, wordnet, noise (baseline), none."
 _MARGIN = "Cosine of image and antibody above which they are pushed apart; auto takes it from the data."
 _NO_IMAGES = "From texts alone: no adapter, thresholds at 0."
+_ORACLE = "Keep antibodies that name a class of an --ood set: figures on it are then those of an oracle, and say so."
 _ADD_CLASS = "Add this class to the run MODEL, from its images in --data; the result is a new run."
 
 
@@ -69,6 +70,7 @@ def immunize(
     lr: Annotated[float, typer.Option(help="Learning rate of the adapter.")] = 3e-4,
     decay: Annotated[float, typer.Option(help="Weight of ||theta||^2 (eta).")] = 0.1,
     ood: Annotated[list[str] | None, typer.Option(help="Unknown images to measure on; may be repeated.")] = None,
+    oracle_words: Annotated[bool, typer.Option("--oracle-words", help=_ORACLE)] = False,
     near_names: Annotated[
         Path | None, typer.Option(help="File of names of near things, to measure the antibodies' coverage.")
     ] = None,
@@ -118,6 +120,7 @@ def immunize(
         decay=decay,
         sigmas=sorted(set(sigma or [])),
         ood=ood or [],
+        oracle_words=oracle_words,
         near_names=_text(near_names),
         add_class=add_class,
         seed=seed,
@@ -199,9 +202,12 @@ def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -
 def _show(record: dict[str, Any], folder: Path, console: Console) -> None:
     from rich.text import Text
 
+    from robustvlm.report.immunize_wording import verdict
+
     def say(line: str) -> None:
         console.print(Text(line), soft_wrap=True)
 
+    say(verdict(record))
     found, band = record["antibodies"], record["antibodies"]["band"]
     between = "" if band is None else f", band {band['safe']:.3f} to {band['risk']:.3f}"
     say(f"antibodies: {len(found['kept'])} kept, {len(found['dropped'])} dropped{between}")
@@ -230,16 +236,19 @@ def _show_measures(measures: dict[str, Any], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from robustvlm.report.immunize_wording import rejected_of
+
     if not measures:
         return
     table = Table("measure", title=None)
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_row("accuracy, held out", _rate(measures["accuracy_before"]), _rate(measures["accuracy_after"]))
-    table.add_row("known images rejected, held out", "", _rate(measures["rejected"]))
+    table.add_row("right and accepted, held out", "", _rate(measures["accepted_right"]))
+    table.add_row("known images wrongly refused, held out", "", _rate(measures["rejected"]))
     for spec, found in measures["unknown"].items():
         table.add_row(Text(f"AUROC, {spec} (before: MCM)"), _interval(found["auroc_mcm"]), _interval(found["auroc"]))
-        table.add_row(Text(f"accepted, {spec}"), "", _rate(found["accepted"]))
+        table.add_row(Text(f"unknown images rejected, {spec}"), "", _rate(rejected_of(found).model_dump()))
     console.print(table)
 
 

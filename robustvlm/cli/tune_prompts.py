@@ -108,6 +108,8 @@ def _show(record: dict[str, Any], prepared: PreparedPrompts, console: Console) -
             table.add_row(Text(f"AUROC of the energy change, {spec}"), *cells)
         console.print(table)
         console.print(Text(f"on {prepared.config.val}; 95 % intervals"), soft_wrap=True)
+    for note in record.get("notes", []):
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print(Text(f"model: {prepared.folder.path}"), soft_wrap=True)
 
 

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import UNKNOWN, DataSource, open_data
+from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
 from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError
 from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.detecting.scoring import copies
+from robustvlm.evaluation.overlap import in_both
 from robustvlm.models import VLM, resolve_device
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
@@ -72,18 +75,43 @@ class PreparedPrompts:
             )
             with torch.no_grad():
                 tuned = self.learner().cpu()
-            record = {"format": 1, "images": len(shots.ids), "history": history, **self._measured(tuned)}
+            record = {"format": 1, "images": len(shots.ids), "history": history, **self._measured(tuned, shots)}
             self._save(tuned, record)
             return record
 
-    def _measured(self, tuned: Tensor) -> Record:
+    def _measured(self, tuned: Tensor, shots: Features) -> Record:
         """Return accuracy and detection with the tuned and with the hand-written prompts, on `val` and `ood`."""
         if self.config.val is None:
             return {}
         known = encode_source(self.vlm, _matching(self.config.val, self.source))
-        unknown = {spec: encode_source(self.vlm, open_data(spec)) for spec in self.config.ood}
+        notes: list[str] = []
+        taught = set(in_both(self.config.val, known.ids, self.config.data, shots.ids))
+        if taught:
+            known = known.rows(
+                torch.tensor([row for row, name in enumerate(known.ids) if name not in taught], dtype=torch.int64)
+            )
+            notes.append(f"{len(taught)} images of --val taught the prompts and were left out")
+        if not known.ids:
+            raise UserError(
+                f"every image of --val '{self.config.val}' taught the prompts: pass others, or fewer --shots"
+            )
+        twins = copies(known.features, shots.features)
+        if twins:
+            notes.append(f"{twins} images of --val look to the model like images that taught the prompts")
+        unknown: dict[str, Features] = {}
+        for spec in self.config.ood:
+            found = encode_source(self.vlm, open_unlabelled(spec, self.source.class_names))
+            unknown[spec] = found.rows((found.labels < 0).nonzero().flatten())
+            left_out = len(found.ids) - len(unknown[spec].ids)
+            if not unknown[spec].ids:
+                raise UserError(f"every image of '{spec}' is of a known class: pass others to --ood")
+            if left_out:
+                notes.append(f"{left_out} images of '{spec}' are of known classes and were left out")
+        parts = {self.config.data: shots, self.config.val: known, **unknown}
+        notes += [f"{p.unreadable} images of '{name}' could not be read" for name, p in parts.items() if p.unreadable]
         plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
-        return {name: self._measures(known, unknown, texts) for name, texts in (("zero_shot", plain), ("tuned", tuned))}
+        measures = {n: self._measures(known, unknown, texts) for n, texts in (("zero_shot", plain), ("tuned", tuned))}
+        return {**measures, "notes": notes}
 
     def _measures(self, known: Features, unknown: dict[str, Features], texts: Tensor) -> Record:
         labelled = known.labels != UNKNOWN
@@ -127,12 +155,16 @@ def prepare_prompts(
     place = resolve_device(config.device)
     config = config.model_copy(update={"device": str(place)})
     source = open_data(config.data, classes=None if config.classes is None else Path(config.classes))
-    if config.val is not None:
-        _matching(config.val, source)
+    val = None if config.val is None else _matching(config.val, source)
+    unknown = [open_unlabelled(spec, source.class_names) for spec in config.ood]
     vlm = load_pipeline(config.model, device=place)
     learner = PromptLearner(vlm, source.class_names, length=config.context, start=config.start, seed=config.seed)
     model_facts = {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale}
     data_facts = describe_data(source)
+    if val is not None:
+        data_facts |= {"val": describe_data(val)}
+    if unknown:
+        data_facts |= {"ood": [other.fingerprint() for other in unknown]}
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("tune-prompts", config.model, config.data, identity))
     manifest = make_manifest(

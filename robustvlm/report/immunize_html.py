@@ -10,9 +10,11 @@ from typing import Any
 from markupsafe import Markup
 
 from robustvlm.errors import UserError
+from robustvlm.report import immunize_wording as words
 from robustvlm.report import tables, training_plots
 from robustvlm.report.html import _environment, _write, drawing
 from robustvlm.report.record import _read_json
+from robustvlm.report.wording import plain
 from robustvlm.runs.immunize_config import RECORD
 from robustvlm.stats import Rate
 
@@ -74,6 +76,8 @@ def render_immunize_run(run: ImmunizeRun) -> str:
                 run=run,
                 config=run.manifest["config"],
                 record=record,
+                verdict=words.verdict(record),
+                tone=words.tone(record),
                 cards=_cards(record["measures"]),
                 curve=_curve(record.get("vaccine")),
                 unknown=_unknown(record["measures"]),
@@ -93,16 +97,21 @@ def _cards(measures: dict[str, Any]) -> list[tuple[str, Rate, bool]]:
     named = (
         ("Accuracy before (zero-shot)", "accuracy_before", True),
         ("Accuracy after", "accuracy_after", True),
-        ("Known images rejected", "rejected", False),
+        ("Right and accepted", "accepted_right", True),
+        ("Known images wrongly refused", "rejected", False),
     )
-    return [(what, Rate(**measures[key]), good) for what, key, good in named if key in measures]
+    cards = [(what, Rate(**measures[key]), good) for what, key, good in named if key in measures]
+    unknown = measures.get("unknown", {})
+    rejected = [(f"Unknown images rejected, {plain(spec, 40)}", found, True) for spec, found in unknown.items()]
+    return cards + [(what, words.rejected_of(found), good) for what, found, good in rejected]
 
 
 def _unknown(measures: dict[str, Any]) -> list[tuple[str, int, str, str, Rate]]:
+    """Return per set its images, AUROC before and after, and the share rejected."""
     rows = []
     for spec, found in measures.get("unknown", {}).items():
         before, after = (_auroc(found[key]) for key in ("auroc_mcm", "auroc"))
-        rows.append((spec, found["images"], before, after, Rate(**found["accepted"])))
+        rows.append((spec, found["images"], before, after, words.rejected_of(found)))
     return rows
 
 

@@ -22,7 +22,8 @@ class ImmunizeConfig(BaseModel):
         margin: m of the hinge; None: from the data. push_weight: lambda. weight: lambda_inf. kappa: model or class.
         miss: share of known images that thresholds reject. min_images: held-out images for a class's own threshold.
         sigmas: noise levels with thresholds of their own, from `noise_draws` draws an image.
-        ood: data of unknown images to measure on. near_names: file of names that antibodies should cover.
+        ood: data of unknown images to measure on. oracle_words: antibodies that name a class of these are kept.
+        near_names: file of names that antibodies should cover.
         add_class: the class that was added to the run `model`.
     """
 
@@ -55,6 +56,7 @@ class ImmunizeConfig(BaseModel):
     sigmas: list[float] = []
     noise_draws: int = 64
     ood: list[str] = []
+    oracle_words: bool = False
     near_names: str | None = None
     add_class: str | None = None
     seed: int = 0

@@ -58,7 +58,7 @@ def test_a_run_from_command_to_table_and_report(place: Path, run: Run) -> None:
         "Known (8 images) against unknown (4 green)",
         "AUROC green",
         "Mahalanobis" if "Mahalanobis" in shown else "skipped mahalanobis",
-        "tells known from unknown images best",
+        "has the highest AUROC",
         "bootstrap intervals are too short",
         "Report:  runs/one/report.html",
     ):

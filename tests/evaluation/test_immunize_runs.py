@@ -35,9 +35,11 @@ from robustvlm.evaluation.immunizing.run import ImmunizeObserver, PreparedImmuni
 from robustvlm.evaluation.immunizing.setup import prepare_immunize
 from robustvlm.evaluation.setup import prepare
 from robustvlm.models.saved import CARD_NAME, read_card
+from robustvlm.report import immunize_wording
 from robustvlm.report.html import write_report
 from robustvlm.report.immunize_html import load_immunize_run, render_immunize_run
 from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
+from robustvlm.stats import rate
 
 MakeFolder = Callable[..., Path]
 MODEL = "small_encoders:Encoder"
@@ -208,6 +210,8 @@ def test_data_that_taught_cannot_be_held_out(make_folder: MakeFolder) -> None:
 
 def test_every_command_takes_the_run(make_folder: MakeFolder) -> None:
     photos, other = make_folder(), make_folder(12, "other")
+    for folder in list(other.iterdir()):  # things that the model does not know
+        folder.rename(other / f"no {folder.name}")
     run = made(photos, sigmas=[0.05], noise_draws=8)
     folder, out = str(run.folder.path), photos.parent / "runs"
     data = f"imagefolder:{photos}"
@@ -345,3 +349,93 @@ def test_a_class_is_added_and_the_others_are_checked(make_folder: MakeFolder, tm
         prepare_extension(config.model_copy(update={"add_class": "bat"}), out=photos.parent / "runs", name="bat")
     with pytest.raises(UserError, match="is none"):
         prepare_extension(config.model_copy(update={"model": "tiny"}), out=photos.parent / "runs", name="bare")
+
+
+def strangers(folder: Path, **counts: int) -> str:
+    """Return a spec of coloured pictures in folders of these names."""
+    for place, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            shade = (40 * number + 7 * place) % 256
+            Image.new("RGB", (16, 16), (shade, 20, 200 - 50 * place)).save(folder / name / f"{number}.png")
+    return f"imagefolder:{folder}"
+
+
+def test_antibodies_that_name_a_class_of_an_unknown_set_are_left_out_and_said(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    photos = make_folder()
+    unknown = strangers(tmp_path / "strange", Jackals=4, thing=3)
+    run = made(photos, ood=[unknown])
+    record = record_of(run)
+    assert "jackal" not in {text for text, _, _ in record["antibodies"]["kept"]}
+    assert ["jackal", "fox", f"it names a class of the unknown set '{unknown}'"] in record["antibodies"]["dropped"]
+    assert any(
+        "1 antibodies that name classes of the unknown sets were left out (jackal)" in n for n in record["notes"]
+    )
+    oracle = made(photos, name="oracle", ood=[unknown], oracle_words=True)
+    kept = record_of(oracle)
+    assert "jackal" in {text for text, _, _ in kept["antibodies"]["kept"]}
+    assert any(note.startswith("Oracle: 1 antibodies") for note in kept["notes"])
+    assert immunize_wording.tone(kept) != "held"
+    # A finished run keeps its antibodies, and `detect` says what they are to the sets that it is judged on.
+    settings = DetectSettings(
+        model=str(oracle.folder.path), known=f"imagefolder:{photos}", unknown=(f"near={unknown}",), draws=100,
+        scores="own,msp", device="cpu",
+    )  # fmt: skip
+    summary = prepare_detect(settings, out=tmp_path, name="judged").run()
+    assert any("Oracle: 1 antibodies of the model name classes" in check.message for check in summary.checks)
+    plain = prepare_detect(replace(settings, model=str(run.folder.path)), out=tmp_path, name="plain").run()
+    assert not any("Oracle" in check.message for check in plain.checks)
+
+
+def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_refused(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    unknown = strangers(tmp_path / "strange", thing=6, Cats=4)
+    run = made(make_folder(), ood=[unknown])
+    record = record_of(run)
+    measured = record["measures"]["unknown"][unknown]
+    assert (measured["images"], measured["known_classes"]) == (6, {"cat": 4})
+    assert measured["rejected"]["successes"] == 6 - measured["accepted"]["successes"]
+    # Against the model itself, image by image.
+    classifier = load_classifier(str(run.folder.path), ("cat", "dog", "fox"), ["{}"])
+    pixels = [np.asarray(Image.open(tmp_path / "strange" / "thing" / f"{n}.png")) for n in range(6)]
+    with torch.no_grad():
+        out = classifier(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255)
+    assert measured["rejected"]["successes"] == int((out[:, -1] <= 0).sum())
+    assert any("known classes were left out" in note and "cat (4)" in note for note in record["notes"])
+    said = immunize_wording.verdict(record)
+    share = f"{measured['rejected']['value']:.1%}"
+    assert said.startswith(f"Of unknown images the model rejects, at its own thresholds, {share} (")
+    assert f"wrongly refuses {record['measures']['rejected']['value']:.1%} (" in said
+    page = run.folder.report_path.read_text()
+    assert share in page
+    assert "Unknown images rejected" in page
+    assert "Known images wrongly refused" in page
+    without = record | {"measures": record["measures"] | {"unknown": {}}}
+    assert "has not been measured: pass --ood DATA" in immunize_wording.verdict(without)
+    assert immunize_wording.tone(without) == "neutral"
+
+
+@pytest.mark.parametrize(
+    ("rejected", "refused", "tone"), [(98, 3, "held"), (98, 30, "neutral"), (80, 3, "neutral"), (30, 3, "")]
+)
+def test_the_colour_of_the_verdict_says_what_it_means(rejected: int, refused: int, tone: str) -> None:
+    unknown = {"x": {"rejected": rate(rejected, 100).model_dump()}}
+    record = {"measures": {"unknown": unknown, "rejected": rate(refused, 100).model_dump()}, "notes": []}
+    assert immunize_wording.tone(record) == tone
+
+
+def test_held_out_copies_and_unreadable_images_are_said(make_folder: MakeFolder, tmp_path: Path) -> None:
+    photos = make_folder()
+    again = tmp_path / "again"
+    shutil.copytree(photos, again)
+    for number, path in enumerate(sorted(again.rglob("*.png"))):
+        path.rename(path.with_name(f"copy-{number}.png"))
+    (photos / "cat" / "broken.png").write_bytes(b"no picture")
+    record = record_of(made(photos, held_out=f"imagefolder:{again}"))
+    assert any(
+        note.startswith("36 held-out images look to the model like images that taught") for note in record["notes"]
+    )
+    assert any(f"1 images of 'imagefolder:{photos}' could not be read" in note for note in record["notes"])

@@ -92,12 +92,36 @@ def test_without_the_energy_terms_it_is_coop(prepare: Callable[..., PreparedProm
 def test_validation_and_unknown_images_are_measured(
     prepare: Callable[..., PreparedPrompts], make_folder: Callable[..., Path], photos: Path
 ) -> None:
-    ood = f"imagefolder:{make_folder(9, 'others')}"
+    others = make_folder(9, "others")
+    for name in ("dog", "fox"):
+        (others / name).rename(others / f"no {name}")
+    ood, cats = f"imagefolder:{others}", len(list((others / "cat").iterdir()))
     record = prepare(val=f"imagefolder:{photos}", ood=[ood]).run()
+    assert record["notes"][0] == "12 images of --val taught the prompts and were left out"
+    assert f"{cats} images of '{ood}' are of known classes and were left out" in record["notes"]
     for key in ("zero_shot", "tuned"):
-        assert record[key]["accuracy"]["total"] == 36
+        assert record[key]["accuracy"]["total"] == 36 - 12
         value, low, high = record[key]["auroc"][ood]
         assert 0 <= low <= value <= high <= 1
+
+
+def test_images_that_taught_are_no_validation(
+    prepare: Callable[..., PreparedPrompts], photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer --shots"):
+        prepare(shots=None, val=f"imagefolder:{photos}").run()
+    link = tmp_path / "link"
+    link.symlink_to(photos)  # the same place under another name
+    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer --shots"):
+        prepare(name="link", shots=None, val=f"imagefolder:{link}").run()
+    (tmp_path / "copy").mkdir()
+    for name in NAMES:
+        copied = tmp_path / "copy" / name
+        copied.mkdir()
+        for number, path in enumerate(sorted((photos / name).iterdir())):
+            (copied / f"other-{number}.png").write_bytes(path.read_bytes())
+    record = prepare(name="copy", val=f"imagefolder:{tmp_path / 'copy'}").run()
+    assert record["notes"] == ["12 images of --val look to the model like images that taught the prompts"]
 
 
 def test_mistakes_are_found_before_any_work(prepare: Callable[..., PreparedPrompts]) -> None:
@@ -131,10 +155,22 @@ def test_a_damaged_folder_is_one_clear_line(prepare: Callable[..., PreparedPromp
 def test_the_command_prints_what_changed(photos: Path, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(tune_prompts)
-    data = ["--data", f"imagefolder:{photos}", "--val", f"imagefolder:{photos}", "--out", str(tmp_path), "--name", "r"]
+    data = [
+        "--data",
+        f"imagefolder:{photos}",
+        "--val",
+        f"imagefolder:{photos}",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "r",
+        "--shots",
+        "4",
+    ]
     result = CliRunner().invoke(app, ["tiny", *data, "--epochs", "1", "--no-ebm"], catch_exceptions=False)
     assert result.exit_code == 0
     assert "hand-written prompts" in result.stdout
+    assert "note: 12 images of --val taught the prompts and were left out" in result.stdout
     card = read_card(tmp_path / "r")
     assert card is not None
     assert (card.kind, card.base, card.settings["class_names"]) == ("tune-prompts", "tiny", NAMES)

@@ -35,7 +35,7 @@ def prepare(make_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., P
 
     def make(name: str = "run", model: str = ENCODER, **settings: Any) -> PreparedPurify:
         few = {"steps": 6, "mapper_steps": 5, "batch_size": 8, "val_limit": 3, "sigma": [0.25, 0.5]}
-        config = PurifyConfig(model=model, data=f"imagefolder:{photos}", **(few | settings))
+        config = PurifyConfig(**({"model": model, "data": f"imagefolder:{photos}"} | few | settings))
         return prepare_purify(config, out=tmp_path / "runs", name=name, checkpoint_every=1)
 
     return make
@@ -205,6 +205,7 @@ def test_another_denoiser_of_the_same_name_makes_another_run(
         ({"model": f"{ENCODER}+smooth:0.25"}, "is smoothed already: purify 'small_encoders:Encoder'"),
         ({"denoiser": "blur"}, "module:callable"),
         ({"limit": 5}, "too small"),
+        ({"data": "emoji?copies=1", "val": "emoji?copies=2", "val_limit": 900}, "139 images of --val .* trained on"),
     ],
 )
 def test_mistakes_are_found_and_explained_in_one_line(

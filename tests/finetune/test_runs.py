@@ -214,6 +214,18 @@ def test_the_training_data_are_no_validation_data(tmp_path: Path) -> None:
     data = pictures(tmp_path / "pictures")
     with pytest.raises(UserError, match="--val names the training data"):
         prepared(tmp_path, val=data)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "pictures")
+    (tmp_path / "pictures" / "red" / "late.png").write_bytes((tmp_path / "pictures" / "red" / "0.png").read_bytes())
+    with pytest.raises(UserError, match="--val names the training data"):
+        prepared(tmp_path, val=f"imagefolder:{link}/")
+
+
+def test_drawings_that_are_trained_on_are_no_validation_data(tmp_path: Path) -> None:
+    train = "emoji?split=train&styles=noto&copies=1"
+    with pytest.raises(UserError, match=r"139 images of --val .* are also trained on \(the first, 'emoji/noto/"):
+        prepared(tmp_path, data=train, val="emoji?split=train&styles=noto&copies=2", val_limit=500)
+    prepared(tmp_path, data=train, val="emoji?split=val&copies=1")
 
 
 @pytest.mark.slow

@@ -47,6 +47,13 @@ def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> 
         assert torch.equal(load_pipeline(str(folder.path)).encode_image(pixels), good.vlm.encode_image(pixels))
 
 
+def test_what_a_run_was_trained_on_is_no_data_to_choose_by(tmp_path: Path) -> None:
+    run = prepared(tmp_path, steps=2, name="a")
+    run.run()
+    with pytest.raises(UserError, match=r"was trained on .*: pass --val images that no run was trained on"):
+        soup(tmp_path, [OWN, str(run.folder.path)], method="greedy", data=run.config.data)
+
+
 @pytest.mark.parametrize(
     ("models", "options", "message"),
     [

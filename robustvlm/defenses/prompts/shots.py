@@ -18,13 +18,26 @@ from robustvlm.models.vlm import VLM
 class Features:
     """Unit features [N, D] with labels [N], ids and groups; label -1 is an unknown class.
 
-    Images of one group (`DataSource.group`) show the same thing, and are one observation to an interval.
+    Images of one group (`DataSource.group`) show the same thing, and are one observation to an interval. `unreadable`
+    counts images that could not be read and are in none of the rows.
     """
 
     features: Tensor
     labels: Tensor
     ids: tuple[str, ...]
     groups: tuple[str, ...]
+    unreadable: int = 0
+
+    def rows(self, index: Tensor) -> Features:
+        """Return some of the images."""
+        chosen = index.tolist()
+        return Features(
+            self.features[index],
+            self.labels[index],
+            tuple(self.ids[i] for i in chosen),
+            tuple(self.groups[i] for i in chosen),
+            self.unreadable,
+        )
 
 
 def choose_shots(source: DataSource, shots: int | None, seed: int) -> list[str]:
@@ -64,7 +77,8 @@ def encode_source(
     parts: list[Tensor] = []
     labels: list[int] = []
     ids: list[str] = []
-    for batch in _batches(source, keep, limit, batch_size):
+    unreadable: list[str] = []
+    for batch in _batches(source, keep, limit, batch_size, unreadable):
         pixels = torch.stack([to_pixels(s.image, vlm.framing) for s in batch])
         with torch.no_grad():
             parts.append(vlm.encode_image(pixels.to(vlm.device)).float().cpu())
@@ -74,16 +88,20 @@ def encode_source(
             on_images(len(ids))
     if not parts:
         raise UserError(f"'{source.spec}' has no image that can be read")
-    return Features(torch.cat(parts), torch.tensor(labels), tuple(ids), tuple(source.group(name) for name in ids))
+    return Features(
+        torch.cat(parts), torch.tensor(labels), tuple(ids), tuple(source.group(name) for name in ids), len(unreadable)
+    )
 
 
 def _batches(
-    source: DataSource, keep: Callable[[str], bool] | None, limit: int | None, size: int
+    source: DataSource, keep: Callable[[str], bool] | None, limit: int | None, size: int, unreadable: list[str]
 ) -> Iterator[list[Sample]]:
     batch: list[Sample] = []
     for item in source.samples(keep=keep, limit=limit):
         if isinstance(item, Sample):
             batch.append(item)
+        else:
+            unreadable.append(item.id)
         if len(batch) == size:
             yield batch
             batch = []

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from robustvlm.core.defaults import LAMBDA_INF
-from robustvlm.data.specs import parse_spec
 from robustvlm.defenses import Classifier
 from robustvlm.detect import SDIS, Detector, Head, Supplies, make_scores
 from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting.encoding import Encoded
+from robustvlm.evaluation.overlap import in_both
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.detect_summary import OWN, OWN_SDIS
 
@@ -125,29 +125,30 @@ def head_and_kind(classifier: Classifier, templates: Sequence[str]) -> tuple[Hea
 
 def require_apart(known: Encoded, fit: Encoded | None, known_spec: str, fit_spec: str | None) -> None:
     """Refuse to judge scores on images that they have learnt from: they would know them by heart."""
-    if fit is None or fit_spec is None or not _same_place(known_spec, fit_spec):
-        return
-    both = set(known.ids) & set(fit.ids)
+    both = [] if fit is None or fit_spec is None else in_both(known_spec, known.ids, fit_spec, fit.ids)
     if both:
         raise UserError(
-            f"{len(both)} images are both in --fit and in --id (the first, '{min(both)}'): judge scores on images that "
+            f"{len(both)} images are both in --fit and in --id (the first, '{both[0]}'): judge scores on images that "
             "they have not learnt from"
         )
-
-
-def _same_place(first: str, second: str) -> bool:
-    """Whether equal ids mean equal images: ids of files are relative to their folder, those of emoji stand alone."""
-    one, other = parse_spec(first), parse_spec(second)
-    alike = (one.kind, one.rest, one.options) == (other.kind, other.rest, other.options)
-    return alike or one.kind == other.kind == "emoji"
 
 
 def copies_of(found: Encoded, fit: Encoded | None) -> int:
     """Return how many images have the feature of one that was learnt from, to three decimals: copies, as a rule."""
     if fit is None or fit.features is None or found.features is None:
         return 0
-    learnt = {row.tobytes() for row in _coarse(fit.features)}
-    return sum(row.tobytes() in learnt for row in _coarse(found.features))
+    return copies(found.features, fit.features)
+
+
+def copies(features: Tensor, others: Tensor) -> int:
+    """Return how many of the features [N, D] are among the others [M, D], to three decimals.
+
+    Example:
+        >>> copies(torch.eye(2), torch.eye(2)[1:])
+        1
+    """
+    there = {row.tobytes() for row in _coarse(others)}
+    return sum(row.tobytes() in there for row in _coarse(features))
 
 
 def _coarse(features: Tensor) -> npt.NDArray[np.int16]:

@@ -22,6 +22,7 @@ from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError
 from robustvlm.evaluation.describe import describe_data, remarks_of
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
+from robustvlm.evaluation.overlap import require_unseen
 from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -62,8 +63,14 @@ def prepare_finetune(
     config = config.model_copy(update={"device": str(device)})
     source, val = _open(config, config.data), None if config.val is None else _open(config, config.val)
     forest = _forest_of_all(source, config, ranks)
-    if val is not None and val.fingerprint() == source.fingerprint():
-        raise UserError(f"--val names the training data, '{config.data}': leave it out, and a part is held out of them")
+    if val is not None:
+        require_unseen(
+            val,
+            source,
+            option="--val",
+            limits=(config.val_limit, config.limit),
+            advice="leave --val out, and a part of them is held out",
+        )
     if config.method == "hierarchical" and forest is None:
         raise UserError(
             f"'{config.data}' has no class tree, which 'hierarchical' needs: pass --tree FILE, or --method tecoa"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def make_soup(
         RunFolder(out, name)
     config = config.model_copy(update={"device": str(resolve_device(config.device))})
     source = None if config.data is None else _open(config)
+    if source is not None:
+        _require_untaught(config.models, source)
     models = [load_pipeline(spec, device=config.device) for spec in config.models]
     facts: dict[str, Any] = {"spec": config.model, "fingerprint": models[0].fingerprint}
     facts |= {"ingredients": {spec: vlm.fingerprint for spec, vlm in zip(config.models, models, strict=True)}}
@@ -148,6 +151,17 @@ def _open(config: SoupConfig) -> DataSource:
     assert config.data is not None
     classes, templates = (None if text is None else Path(text) for text in (config.classes, config.templates))
     return open_data(config.data, classes=classes, templates=templates)
+
+
+def _require_untaught(specs: Sequence[str], source: DataSource) -> None:
+    """Refuse to choose or measure on the data that one of the runs was trained on, as their manifests name them."""
+    for spec in specs:
+        manifest = None
+        with contextlib.suppress(OSError, ValueError):
+            manifest = json.loads((Path(spec) / "manifest.json").read_text(encoding="utf-8"))
+        data = manifest.get("data") if isinstance(manifest, dict) else None
+        if isinstance(data, dict) and data.get("fingerprint") == source.fingerprint():
+            raise UserError(f"'{spec}' was trained on '{source.spec}': pass --val images that no run was trained on")
 
 
 def _check(config: SoupConfig) -> None:

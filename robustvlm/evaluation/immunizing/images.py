@@ -13,8 +13,10 @@ from safetensors.torch import save
 
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.names import name_key
+from robustvlm.data.unlabelled import Unlabelled
 from robustvlm.defenses.prompts import Features, choose_shots, encode_source
 from robustvlm.errors import UserError
+from robustvlm.evaluation.overlap import in_both
 from robustvlm.models import VLM
 from robustvlm.runs.files import replacing
 from robustvlm.runs.immunize_config import ImmunizeConfig
@@ -72,14 +74,18 @@ def encode_both(
     return fit, held
 
 
-def encode_unknown(vlm: VLM, spec: str, number: int, folder: Path, on_images: OnImages | None) -> Features:
-    """Return the features of the images of `--ood` data, all of them unknown."""
-    return _encoded(vlm, open_data(spec), folder / f"ood-{number}.safetensors", spec, on_images)
+def encode_unknown(vlm: VLM, source: Unlabelled, number: int, folder: Path, on_images: OnImages | None) -> Features:
+    """Return the features of the images of `--ood` data; those of a known class have it as their label."""
+    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", source.spec, on_images)
 
 
 def write_features(path: Path, found: Features) -> None:
     """Write features, whole or not at all."""
-    about = {"ids": json.dumps(found.ids), "groups": json.dumps(found.groups)}
+    about = {
+        "ids": json.dumps(found.ids),
+        "groups": json.dumps(found.groups),
+        "unreadable": json.dumps(found.unreadable),
+    }
     with replacing(path) as temporary:
         tensors = {"features": found.features.contiguous(), "labels": found.labels.contiguous()}
         temporary.write_bytes(save(tensors, metadata=about))
@@ -95,6 +101,7 @@ def read_features(path: Path) -> Features:
                 file.get_tensor("labels"),
                 tuple(json.loads(about["ids"])),
                 tuple(json.loads(about["groups"])),
+                int(json.loads(about.get("unreadable", "0"))),
             )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -122,10 +129,9 @@ def _encoded(
 
 
 def _require_apart(fit: Features, held: Features, fit_spec: str, held_spec: str) -> None:
-    both = set(fit.ids) & set(held.ids)
-    same_kind = fit_spec.partition("?")[0] == held_spec.partition("?")[0]
-    if both and same_kind:
+    both = in_both(fit_spec, fit.ids, held_spec, held.ids)
+    if both:
         raise UserError(
-            f"{len(both)} images are both in '{fit_spec}' and held out (the first, '{min(both)}'): "
+            f"{len(both)} images are both in '{fit_spec}' and held out (the first, '{both[0]}'): "
             "thresholds need images that taught nothing"
         )

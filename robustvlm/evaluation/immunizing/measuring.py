@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +15,8 @@ from robustvlm.defenses.immunity.score import class_scores, open_set_score
 from robustvlm.defenses.immunity.state import Immunity
 from robustvlm.defenses.prompts import Features
 from robustvlm.detect import auroc_interval
+from robustvlm.errors import UserError
+from robustvlm.evaluation.detecting.scoring import copies
 from robustvlm.stats import mcnemar_exact, rate
 
 
@@ -30,7 +33,7 @@ def judged(immunity: Immunity, features: Tensor) -> tuple[Tensor, Tensor]:
 def measure(
     immunity: Immunity, text: Tensor, logit_scale: float, held: Features | None, unknown: Mapping[str, Features]
 ) -> dict[str, Any]:
-    """Return the numbers of a run's record.
+    """Return the numbers of a run's record; unknown images that are of a known class (a label from 0) do not count.
 
     Before: the zero-shot head on class texts, with the largest softmax probability (MCM) as its detection score. After:
     classes by the nearest prototype; a right answer "accepted" is one that is not rejected either.
@@ -57,7 +60,10 @@ def measure(
     }
     groups = [group for group, wanted in zip(held.groups, known.tolist(), strict=True) if wanted]
     confidence = logits.softmax(dim=1).amax(dim=1)
-    for spec, other in unknown.items():
+    for spec, whole in unknown.items():
+        other = whole.rows((whole.labels < 0).nonzero().flatten())
+        if not other.ids:
+            raise UserError(f"every image of '{spec}' is of a known class: pass others to --ood")
         rival = (logit_scale * other.features @ text.T).softmax(dim=1).amax(dim=1)
         _, theirs = judged(immunity, other.features)
         interval = partial(auroc_interval, known_groups=groups, unknown_groups=other.groups)
@@ -66,5 +72,12 @@ def measure(
             "auroc_mcm": asdict(interval(confidence.double().numpy(), rival.double().numpy())),
             "auroc": asdict(interval(acceptance.double().numpy(), theirs.double().numpy())),
             "accepted": rate(int((theirs > 0).sum()), len(theirs)).model_dump(),
+            "rejected": rate(int((theirs <= 0).sum()), len(theirs)).model_dump(),
+            "known_classes": {
+                immunity.class_names[label]: count
+                for label, count in sorted(Counter(whole.labels.tolist()).items())
+                if label >= 0
+            },
+            "copies": copies(other.features, held.features),
         }
     return found

@@ -15,6 +15,7 @@ from robustvlm.defenses.immunity.prototypes import Prototypes, angle
 from robustvlm.defenses.immunity.recipe import Immunised
 from robustvlm.defenses.immunity.state import Immunity
 from robustvlm.defenses.prompts import Features
+from robustvlm.evaluation.detecting.remarks import some_of
 from robustvlm.evaluation.immunizing.texts import Made
 from robustvlm.runs.immunize_config import ImmunizeConfig
 
@@ -54,6 +55,7 @@ def antibody_facts(made: Made, config: ImmunizeConfig) -> Record:
         "band": None if made.band is None else {"safe": made.band.safe, "risk": made.band.risk},
         "kept": [[text.text, text.of_class, text.kind] for text in made.antibodies.texts],
         "dropped": [[gone.antibody.text, gone.antibody.of_class, gone.reason] for gone in made.dropped],
+        "naming_unknown": dict(made.naming),
     }
 
 
@@ -92,6 +94,41 @@ def alignment_error(immunity: Immunity, held: Features) -> float | None:
     return math.degrees(sum(angles) / len(angles)) if angles else None
 
 
+def _of_unknown(record: Record, config: ImmunizeConfig) -> list[str]:
+    """Return what has to be known of the unknown images: oracles, known classes and known images among them."""
+    found = []
+    naming, kept = record["antibodies"].get("naming_unknown", {}), {row[0] for row in record["antibodies"]["kept"]}
+    if naming and config.oracle_words:
+        told = [text for text in naming if text in kept]
+        found.append(
+            f"Oracle: {len(told)} antibodies name classes of the unknown sets ({some_of(told)}) and were kept "
+            "(--oracle-words): what the model rejects there is no measure of what it would reject."
+        )
+    elif naming:
+        found.append(
+            f"{len(naming)} antibodies that name classes of the unknown sets were left out ({some_of(naming)}): the "
+            "model would have been told what it is tested on. Without --ood they are kept."
+        )
+    for spec, measured in record["measures"].get("unknown", {}).items():
+        if measured["known_classes"]:
+            classes = some_of(f"{name} ({count})" for name, count in measured["known_classes"].items())
+            found.append(f"Images of known classes were left out of the unknown set '{spec}': {classes}.")
+        if measured["copies"]:
+            found.append(
+                f"{measured['copies']} images of the unknown set '{spec}' look to the model like known images: nothing "
+                "can tell an image from itself."
+            )
+    copies = record.get("copies", 0)
+    if copies:
+        found.append(
+            f"{copies} held-out images look to the model like images that taught it: thresholds and figures on them "
+            "are too good."
+        )
+    for name, count in record.get("unreadable", {}).items():
+        found.append(f"{count} images of '{name}' could not be read and are in no figure.")
+    return found
+
+
 def notes_of(record: Record, config: ImmunizeConfig) -> list[str]:
     """Return what a reader has to know before trusting the model, one sentence each."""
     found = []
@@ -101,6 +138,7 @@ def notes_of(record: Record, config: ImmunizeConfig) -> list[str]:
             "adapted, and an image far from all texts is rejected only if an antibody happens to be nearest."
         )
         return found
+    found += _of_unknown(record, config)
     rows = record["classes"]
     pooled = sum(bool(row.get("pooled")) for row in rows)
     if pooled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.data import DataSource
+from robustvlm.data.unlabelled import Unlabelled
 from robustvlm.defenses.immunity import (
     AdaptedVLM,
     Immunised,
@@ -31,6 +32,7 @@ from robustvlm.defenses.immunity.files import card_settings, save_tensors
 from robustvlm.defenses.immunity.losses import automatic_margin
 from robustvlm.defenses.immunity.recipe import thresholds_of
 from robustvlm.defenses.prompts import Features
+from robustvlm.evaluation.detecting.scoring import copies
 from robustvlm.evaluation.immunizing import record as facts
 from robustvlm.evaluation.immunizing.images import encode_both, encode_unknown, held_back, open_held_out
 from robustvlm.evaluation.immunizing.measuring import measure
@@ -68,6 +70,7 @@ class PreparedImmunize:
     vlm: VLM
     source: DataSource
     client: LlmClient | None = None
+    unknown: Sequence[Unlabelled] = ()
     observer: ImmunizeObserver = field(default_factory=ImmunizeObserver)
 
     def run(self, observer: ImmunizeObserver | None = None, *, fresh: bool = False) -> Record:
@@ -129,6 +132,7 @@ class PreparedImmunize:
             embedder(self.vlm, self.source.templates),
             prototypes.vectors,
             text,
+            unknown=self.unknown,
             client=self.client,
             on_classes=self.observer.on_classes,
         )
@@ -137,11 +141,7 @@ class PreparedImmunize:
         prototypes = text_prototypes(text)
         made = self._antibodies(prototypes, text)
         immunity = text_only(self.source.class_names, text, made.antibodies)
-        unknown = self._unknown()
-        record = self._common(immunity, prototypes, made, None) | {
-            "measures": {},
-            "accepted_unknown": {spec: len(found.ids) for spec, found in unknown.items()},
-        }
+        record = self._common(immunity, prototypes, made, None) | {"measures": {}}
         return immunity, record | {"notes": facts.notes_of(record, self.config)}
 
     def _told_of_noise(self, immunity: Immunity) -> Immunity:
@@ -180,8 +180,8 @@ class PreparedImmunize:
     def _unknown(self) -> dict[str, Features]:
         folder = self.folder.features_path
         return {
-            spec: encode_unknown(self.vlm, spec, i, folder, self.observer.on_images)
-            for i, spec in enumerate(self.config.ood)
+            spec: encode_unknown(self.vlm, source, i, folder, self.observer.on_images)
+            for i, (spec, source) in enumerate(zip(self.config.ood, self.unknown, strict=True))
         }
 
     def _common(self, immunity: Immunity, prototypes: Prototypes, made: Made, done: Immunised | None) -> Record:
@@ -208,8 +208,11 @@ class PreparedImmunize:
     ) -> Record:
         record = self._common(done.immunity, prototypes, made, done)
         record["diagnostics"]["eps_align_degrees"] = facts.alignment_error(done.immunity, held)
-        pooled = done.thresholds.pooled
+        pooled, unknown = done.thresholds.pooled, self._unknown()
+        parts = {self.config.data: fit, "the held-out data": held, **unknown}
         record |= {
+            "copies": copies(held.features, fit.features),
+            "unreadable": {name: part.unreadable for name, part in parts.items() if part.unreadable},
             "images": {"fit": len(fit.ids), "held_out": len(held.ids)},
             "vaccine": facts.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
             "pooled_fit": {**pooled.__dict__, "threshold": pooled.threshold(self.config.miss)},
@@ -217,7 +220,7 @@ class PreparedImmunize:
                 repr(sigma): [float(values.min()), float(values.median()), float(values.max())]
                 for sigma, values in done.immunity.noisy.items()
             },
-            "measures": measure(done.immunity, text, self.vlm.logit_scale, held, self._unknown()),
+            "measures": measure(done.immunity, text, self.vlm.logit_scale, held, unknown),
         }
         return record | {"notes": facts.notes_of(record, self.config)}
 

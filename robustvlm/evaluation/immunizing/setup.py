@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from robustvlm.core.ranks import current_ranks
-from robustvlm.data import open_data
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.immunity.antibodies import Band, open_source
 from robustvlm.defenses.immunity.recipe import KAPPAS
@@ -48,19 +49,23 @@ def prepare_immunize(
     source = open_data(
         config.data, classes=_path(config.classes), templates=_path(config.templates), tree=_path(config.tree)
     )
-    if config.images:
-        open_held_out(config, source)
+    held = open_held_out(config, source) if config.images else None
+    unknown = [open_unlabelled(spec, source.class_names) for spec in config.ood]
     vlm = load_pipeline(config.model, device=place)
     require_bare(vlm, config.model)
     model_facts = {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale}
     data_facts = describe_data(source)
+    if isinstance(held, DataSource):
+        data_facts |= {"held out": held.fingerprint()}
+    if unknown:
+        data_facts |= {"ood": [other.fingerprint() for other in unknown]}
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("immunize", config.model, config.data, identity))
     manifest = make_manifest(
         kind="immunize", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
     )
     manifest["remarks"] = remarks_of(source, vlm)
-    return PreparedImmunize(config, folder, manifest, vlm, source, client)
+    return PreparedImmunize(config, folder, manifest, vlm, source, client, unknown)
 
 
 def require_bare(vlm: VLM, spec: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import acos, degrees
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from robustvlm.core.seeds import generator
 from robustvlm.data import DataSource
 from robustvlm.data.classes import read_class_names
 from robustvlm.data.names import name_key
+from robustvlm.data.nouns import same_things
 from robustvlm.defenses.immunity.antibodies import (
     Antibodies,
     Band,
@@ -38,11 +39,15 @@ _FOLDS = 5
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """The antibodies of a run, those dropped with reasons, and the band (None where nothing was filtered)."""
+    """The antibodies of a run, those dropped with reasons, and the band (None where nothing was filtered).
+
+    `naming` are the proposed texts that name a class of an unknown set that is measured on, with its spec.
+    """
 
     antibodies: Antibodies
     dropped: tuple[Dropped, ...]
     band: Band | None
+    naming: Mapping[str, str] = field(default_factory=dict)
 
 
 def embedder(vlm: VLM, templates: Sequence[str]) -> Callable[[Sequence[str]], Tensor]:
@@ -71,13 +76,17 @@ def make_antibodies(
     prototypes: Tensor,
     text: Tensor,
     *,
+    unknown: Sequence[DataSource] = (),
     client: LlmClient | None = None,
     on_classes: Callable[[int], None] | None = None,
 ) -> Made:
     """Return the antibodies of all classes: generated, filtered by name and by band.
 
+    Those that name a class of an unknown set are dropped unless the settings ask for an oracle: the model would be told
+    what it is then tested on.
+
     Args:
-        prototypes: [K, M, D]. text: class embeddings [K, D].
+        prototypes: [K, M, D]. text: class embeddings [K, D]. unknown: the sets that will be measured on.
 
     Raises:
         UserError: an unknown source, or no band that leaves room.
@@ -90,9 +99,14 @@ def make_antibodies(
         return Made(noise_antibodies(count, dim, seed=config.seed), (), None)
     opened = open_source(config.antibodies, client=client, on_classes=on_classes)
     proposal = opened.propose(source.class_names)
+    texts = [text.text for text in proposal.texts]
+    naming = {text: other.spec for other in reversed(unknown) for text in same_things(texts, other.things())}
+    told = () if config.oracle_words else tuple(text for text in proposal.texts if text.text in naming)
+    proposal = replace(proposal, texts=tuple(text for text in proposal.texts if text not in told))
     band = automatic_band(prototypes, text, safe=config.safe, risk=config.risk)
     found = filter_antibodies(proposal, embed, prototypes, source.class_names, band=band, above=superclasses(source))
-    return Made(found.kept, found.dropped, band)
+    gone = [Dropped(text, f"it names a class of the unknown set '{naming[text.text]}'") for text in told]
+    return Made(found.kept, (*found.dropped, *gone), band, naming)
 
 
 def superclasses(source: DataSource) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from robustvlm.defenses.purify.train import check_encoder
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.setup import describe_model
 from robustvlm.evaluation.finetuning.validation import held_out
+from robustvlm.evaluation.overlap import require_unseen
 from robustvlm.evaluation.purifying.run import PreparedPurify
 from robustvlm.evaluation.purifying.settings import stage_settings
 from robustvlm.models import VLM
@@ -56,6 +57,14 @@ def prepare_purify(
     config = config.model_copy(update={"device": str(place)})
     source = open_data(config.data)
     val = None if config.val is None else open_data(config.val)
+    if val is not None:
+        require_unseen(
+            val,
+            source,
+            option="--val",
+            limits=(config.val_limit, config.limit),
+            advice="leave --val out, and a part of them is held out",
+        )
     encoder = load_pipeline(config.model, device=place)
     check_encoder(encoder, settings)
     images, pixels = _images(config, source, val, encoder)
