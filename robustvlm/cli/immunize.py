@@ -180,10 +180,8 @@ def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -
 
     say_remarks(console, run.manifest)
     hidden = quiet or not console.is_terminal
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True,
-        disable=hidden,
-    ) as progress:  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         encoding = progress.add_task("Encoding", total=None)
         asking = progress.add_task("Antibodies", total=None, visible=False)
         training = progress.add_task("Vaccinating", total=steps or None)
