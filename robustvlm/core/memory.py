@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+# The fourth is oneDNN's, the others are those of PyTorch, CUDA's libraries and C++.
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "could not create a primitive",
+    "not enough memory",
+    "bad_alloc",
+    "alloc_failed",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
