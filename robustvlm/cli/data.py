@@ -55,7 +55,7 @@ def data(
         require_none(given, "is for --make-tree: say --make-tree wordnet or --make-tree llm")
     source = open_data(spec, classes=classes, templates=templates, tree=tree)
     if make_tree is not None:
-        _make_tree(source, make_tree, tree_by, out, make_client(llm, llm_model), llm_prices)
+        _make_tree(source, make_tree, tree_by, out, make_client(llm, llm_model, llm_prices), llm_prices)
     facts = describe(source, limit)
     if check:
         facts["check"] = examine(source, limit, progress=not as_json)

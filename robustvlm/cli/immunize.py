@@ -123,7 +123,7 @@ def immunize(
         seed=seed,
         device=device,
     )
-    client = make_client(llm, llm_model)
+    client = make_client(llm, llm_model, llm_prices)
     prepare = prepare_immunize if add_class is None else prepare_extension
     command = given_command()
     prepared = prepare(config, client=client, out=out, name=name, command=command)
