@@ -22,7 +22,7 @@ class CertifyProgress(CertifyObserver):
     def __init__(self, console: Console, *, samples: int) -> None:
         self._console, self._samples = console, samples
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

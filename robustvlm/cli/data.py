@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
+from robustvlm.cli.options import require_none
 from robustvlm.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
@@ -49,9 +50,12 @@ def data(
     """Describe a data set: images, classes, prompts, class tree, and with --check what cannot be read."""
     from robustvlm.data import open_data
 
+    given = {"--tree-by": tree_by, "--out": out, "--llm": llm, "--llm-model": llm_model, "--llm-prices": llm_prices}
+    if make_tree is None:
+        require_none(given, "is for --make-tree: say --make-tree wordnet or --make-tree llm")
     source = open_data(spec, classes=classes, templates=templates, tree=tree)
     if make_tree is not None:
-        _make_tree(source, make_tree, tree_by, out, make_client(llm, llm_model), llm_prices)
+        _make_tree(source, make_tree, tree_by, out, make_client(llm, llm_model, llm_prices), llm_prices)
     facts = describe(source, limit)
     if check:
         facts["check"] = examine(source, limit, progress=not as_json)

@@ -101,6 +101,8 @@ def _line(error: BaseException) -> tuple[str, int]:
             return f"{_UNREADABLE[kind.__name__]}: {_brief(error)}", MISTAKE
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {_brief(error)}", MISTAKE
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({_brief(error)}{_place(error)})", MISTAKE
     own = _users_frame(error.__traceback__)
     if own is not None:
         return f"code outside robustvlm failed: {type(error).__name__}: {_brief(error)} ({own})", MISTAKE

@@ -126,7 +126,7 @@ def immunize(
         seed=seed,
         device=device,
     )
-    client = make_client(llm, llm_model)
+    client = make_client(llm, llm_model, llm_prices)
     prepare = prepare_immunize if add_class is None else prepare_extension
     command = given_command()
     prepared = prepare(config, client=client, out=out, name=name, command=command)
@@ -183,10 +183,8 @@ def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -
 
     say_remarks(console, run.manifest)
     hidden = quiet or not console.is_terminal
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True,
-        disable=hidden,
-    ) as progress:  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         encoding = progress.add_task("Encoding", total=None)
         asking = progress.add_task("Antibodies", total=None, visible=False)
         training = progress.add_task("Vaccinating", total=steps or None)

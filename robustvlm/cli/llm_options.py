@@ -25,19 +25,23 @@ LlmPrices = Annotated[
 ]
 
 
-def make_client(url: str | None, model: str | None) -> LlmClient | None:
+def make_client(url: str | None, model: str | None, prices: str | None = None) -> LlmClient | None:
     """Return the client that the options name, None where they name none.
 
     Raises:
-        UserError: one option without the other, or no URL.
+        UserError: one option without the other, no URL, or prices that are none.
 
     Example:
         >>> make_client(None, None) is None
         True
     """
     from robustvlm.errors import UserError
-    from robustvlm.llm import Endpoint, LlmClient
+    from robustvlm.llm import Endpoint, LlmClient, Prices
 
+    if prices is not None:
+        Prices.parse(prices)
+        if url is None and model is None:
+            raise UserError("--llm-prices is for --llm URL and --llm-model NAME")
     if url is None and model is None:
         return None
     if url is None or model is None:

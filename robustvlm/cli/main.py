@@ -25,6 +25,7 @@ from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, explain
 from robustvlm.cli.finetune import finetune
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.models import models
+from robustvlm.cli.options import check_given
 from robustvlm.cli.purify import purify
 from robustvlm.cli.report import report
 from robustvlm.cli.soup import soup
@@ -42,10 +43,15 @@ _NoCode = Annotated[
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with the option that all have; whatever it raises goes past the command-line library."""
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("no_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_NoCode)
+    signature = signature.replace(parameters=[*signature.parameters.values(), option])
 
     @functools.wraps(command)
     def run(*arguments: Any, no_code: bool, **options: Any) -> None:
         try:
+            if sys.argv[1:2] == [command.__name__.replace("_", "-")]:
+                check_given(sys.argv[2:], signature.parameters)
             with code_policy(refused=no_code, given=sys.argv[1:]):
                 command(*arguments, **options)
         except typer.Exit as error:
@@ -55,11 +61,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except BaseException as error:
             raise Ended(error) from error
 
-    signature = inspect.signature(command, eval_str=True)
-    option = inspect.Parameter("no_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_NoCode)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    run.__annotations__["no_code"] = _NoCode
     return run
 
 

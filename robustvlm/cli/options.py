@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import ArgumentInfo
 
 Classes = Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")]
 Templates = Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")]
@@ -22,6 +25,67 @@ Resume = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name first.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 RecordAsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")]
+
+
+def check_given(tokens: Sequence[str], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Refuse what a command line can hold without anybody noticing: empty values, and an option given twice.
+
+    An empty value is most often a shell variable that is not set, and as a path it would be the current folder.
+
+    Args:
+        tokens: what stands behind the command's name.
+        parameters: of the command's function, annotated as for typer.
+
+    Raises:
+        UserError: naming the option.
+    """
+    from robustvlm.errors import UserError
+
+    known = {name: parameter for parameter in parameters.values() for name in _names(parameter)}
+    seen: dict[str, str] = {}
+    for number, token in enumerate(tokens):
+        if token == "--":
+            break
+        option, equals, value = token.partition("=")
+        parameter = known.get(option)
+        if parameter is None:
+            if not token and (number == 0 or tokens[number - 1] not in known):
+                raise UserError("an argument is empty: leave it out or give it a value")
+            continue
+        if not equals and number + 1 < len(tokens) and "bool" not in str(parameter.annotation):
+            value = tokens[number + 1]
+            equals = "="
+        if equals and not value and parameter.default != "":
+            raise UserError(f"the value of {option} is empty: leave the option out or give it a value")
+        if "list[" not in str(parameter.annotation):
+            if parameter.name in seen:
+                if seen[parameter.name] == option:
+                    raise UserError(f"{option} is given twice: say which value is meant")
+                raise UserError(f"{seen[parameter.name]} and {option} contradict each other: give one of them")
+            seen[parameter.name] = option
+
+
+def _names(parameter: inspect.Parameter) -> list[str]:
+    """Return how an option is written on the command line; nothing for an argument."""
+    info = parameter.annotation.__metadata__[0]
+    if isinstance(info, ArgumentInfo):
+        return []
+    texts = [info.default, *(info.param_decls or ())]  # inside Annotated typer takes the first for a default
+    declared = [part for text in texts if isinstance(text, str) for part in text.split("/") if part.startswith("-")]
+    return declared or [f"--{parameter.name.replace('_', '-')}"]
+
+
+def require_none(given: Mapping[str, object], why: str) -> None:
+    """Refuse options that would have no effect.
+
+    Example:
+        >>> require_none({"--llm": None}, "is for --make-tree")
+    """
+    from robustvlm.errors import UserError
+
+    useless = [option for option, value in given.items() if value]
+    if useless:
+        raise UserError(f"{useless[0]} {why}")
 
 
 def one_radius(text: str, option: str) -> tuple[str, float]:

@@ -31,7 +31,7 @@ class AttackProgress(Observer):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = Progress(
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -92,5 +92,6 @@ class AttackProgress(Observer):
         self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
         if not self._console.is_terminal and self._images:
             seconds = time.monotonic() - self._began
-            self._console.print(f"{self._title}: {self._images} images, {self._passes:,} passes, {seconds:.0f} s")
+            line = f"{self._title}: {self._images} images, {self._passes:,} passes, {seconds:.0f} s"
+            self._console.print(line, markup=False)
         self._task = None

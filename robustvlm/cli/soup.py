@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from robustvlm.cli.closing import given_command
-from robustvlm.cli.options import Classes, Device, Out, Templates, one_radius
+from robustvlm.cli.options import Classes, Device, Out, Templates, one_radius, require_none
 from robustvlm.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def soup(
     from robustvlm.evaluation.finetuning.souping import make_soup
     from robustvlm.runs.soup_config import SoupConfig
 
+    if val is None:
+        require_none({"--classes": classes, "--templates": templates}, "is for --val, and there is none")
     eps_text, radius = one_radius(eps, "--eps")
     config = SoupConfig(
         model=models[0],

@@ -134,7 +134,7 @@ def _secret(plain: str) -> bool:
 def _steers(mark: str) -> bool:
     if mark.isprintable() or mark in "\u200c\u200d":
         return False
-    return unicodedata.category(mark) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return unicodedata.category(mark) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 
 
 def _escaped(mark: str, lines: bool) -> str:

@@ -15,6 +15,7 @@ _SIGNS = (
     "alloc_failed",
     "invalid buffer size",
     "buffer size too large",
+    "not enough memory",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import http.client
 import io
@@ -14,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from typing import IO, Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from robustvlm.errors import UserError
 
@@ -100,6 +102,8 @@ def open_url(
 ) -> Any:
     """Return the response to an HTTP request; its reads obey the deadline too.
 
+    A user name and password in the URL are sent to its server alone, as HTTP's basic authentication.
+
     Args:
         direct: pass over the proxies that the environment names.
         follow: follow redirects; else they are errors as other refusals.
@@ -108,10 +112,23 @@ def open_url(
         OSError: as `urllib.request.urlopen`; TimeoutError when the time is over.
         http.client.HTTPException: what came is no HTTP.
     """
+    if isinstance(request, str):
+        request = _signed_in(request)
     handlers: list[Any] = [_Http(deadline), _Https(deadline)]
     handlers += [urllib.request.ProxyHandler({})] if direct else []
     handlers += [] if follow else [_StayHere]
     return urllib.request.build_opener(*handlers).open(request, timeout=deadline.left())
+
+
+def _signed_in(url: str) -> urllib.request.Request:
+    parts = urlsplit(url)
+    user, at, place = parts.netloc.rpartition("@")
+    request = urllib.request.Request(urlunsplit(parts._replace(netloc=place)))
+    if at:
+        name, _, password = user.partition(":")
+        basic = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode("ascii")
+        request.add_unredirected_header("Authorization", f"Basic {basic}")
+    return request
 
 
 class SteadyStream(io.RawIOBase):

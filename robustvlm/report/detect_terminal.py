@@ -40,7 +40,7 @@ def _scores(summary: DetectSummary) -> Table:
     table = _table(f"Known ({summary.known.images:,} images) against unknown ({sets})")
     table.add_column("score")
     for part in summary.unknown:
-        table.add_column(f"AUROC {plain(part.name, 40)}")
+        table.add_column(Text(f"AUROC {plain(part.name, 40)}"))
         table.add_column("FPR95")
     table.add_column("needs")
     table.add_column("µs", justify="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,25 @@ def test_passing_faults_are_tried_again(make_client: Make, slept: list[float], f
         assert client.ask("A?", Animal).name == "cat"
     assert len(script.requests) == client.usage.requests == 3
     assert 0.25 <= slept[0] < 0.5 <= slept[1] < 1.0
+
+
+def test_all_requests_of_a_question_together_have_a_deadline(make_client: Make) -> None:
+    with serving(hang) as script:
+        began = time.monotonic()
+        with pytest.raises(LlmError, match=r"no usable answer in 0 s; the last: no .*answer in time"):
+            make_client(script, timeout=0.2, patience=0.3, attempts=50).ask("A?", Animal)
+        assert time.monotonic() - began < 3.0
+
+
+def test_a_key_in_the_address_is_not_shown(make_client: Make) -> None:
+    with serving(status(404)) as script:
+        client = make_client(script)
+        client.endpoint = Endpoint(f"{script.url}?api_key=s3cret", "m")
+        with pytest.raises(LlmError) as raised:
+            client.ask("A?", Animal)
+    assert script.paths[0].endswith("?api_key=s3cret")
+    assert "api_key=***" in str(raised.value)
+    assert "s3cret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("slow", [hang, trickle])

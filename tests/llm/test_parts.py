@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import stat
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from robustvlm.errors import UserError
 from robustvlm.llm.answers import BadAnswer, find_json
+from robustvlm.llm.cache import AnswerCache
 from robustvlm.llm.endpoint import Endpoint, api_key
 from robustvlm.llm.retry import LONGEST_PAUSE, pause, retry_after
 from robustvlm.llm.usage import Prices
@@ -98,3 +103,54 @@ def test_prices_are_not_negative() -> None:
     for text in ("-1,2", "nan,1", "inf,1"):
         with pytest.raises(UserError, match="numbers of at least 0"):
             Prices.parse(text)
+
+
+@pytest.mark.parametrize(
+    "piece", ['{"a":', '{"', "{", "<think>", '{"a": [{', '{ "x', "{}{", '{"\\', "<think></think>{"], ids=repr
+)
+def test_a_long_answer_is_read_in_linear_time(piece: str) -> None:
+    began = time.perf_counter()
+    with contextlib.suppress(BadAnswer):
+        find_json(piece * (400_000 // len(piece)))
+    assert time.perf_counter() - began < 5.0  # quadratic, it takes minutes
+
+
+@pytest.mark.parametrize("text", ['{"x: {"a": 1}', "{braces} {{}} {'b': 2} {\"a\": 1}", '{"q" {"a": 1} </think>'])
+def test_json_is_found_behind_what_is_none(text: str) -> None:
+    assert find_json(text) in ({"a": 1}, {})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> AnswerCache:
+    found = AnswerCache(tmp_path / "answers")
+    found.put("k", '{"a": 1}', model="m", prompt="a secret question")
+    return found
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_answers_are_for_nobody_else_to_read(cache: AnswerCache) -> None:
+    assert (mode(cache.folder), mode(cache.folder / "k.json")) == (0o700, 0o600)
+    assert cache.get("k") == '{"a": 1}'
+
+
+def test_answers_that_others_can_read_are_closed(cache: AnswerCache) -> None:
+    cache.folder.chmod(0o755)
+    (cache.folder / "k.json").chmod(0o644)
+    assert cache.get("k") == '{"a": 1}'
+    assert (mode(cache.folder), mode(cache.folder / "k.json")) == (0o700, 0o600)
+
+
+@pytest.mark.parametrize("where", ["folder", "file", "link"])
+def test_answers_that_others_could_have_written_are_not_believed(cache: AnswerCache, where: str) -> None:
+    file = cache.folder / "k.json"
+    if where == "folder":
+        cache.folder.chmod(0o777)
+    elif where == "file":
+        file.chmod(0o666)
+    else:
+        file.rename(cache.folder / "other.json")
+        file.symlink_to("other.json")
+    assert cache.get("k") is None
