@@ -1,1 +1,1 @@
-"""What does the program do when it is killed, fed nonsense, short of room or bereft of a rank? `make torture` counts."""
+"""What becomes of the program when it is killed, fed nonsense, short of room or bereft of a rank: `make torture`."""

@@ -9,7 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ def torture(bench: Bench, item: Command, times: int, draws: random.Random) -> Fu
 
 
 @contextmanager
-def _small_disk(bench: Bench, item: Command, name: str, room: int) -> Iterator[tuple[Path, object]]:
+def _small_disk(bench: Bench, item: Command, name: str, room: int) -> Iterator[tuple[Path, Callable[[], Ended]]]:
     """Yield a place with little room and what runs the command there; its files outlive the small disk."""
     place = bench.place(name, item.needs)
     small = bench.root / f"{name}-small"

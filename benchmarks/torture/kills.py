@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ from benchmarks.torture.commands import Bench, Command
 from benchmarks.torture.compare import differences
 
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.link", "os.symlink")
-_MOST_TRIES = 3
 
 
 @dataclass
@@ -79,7 +79,7 @@ def watch_writes(counter: Counter, inside: Path, *, kill_at: int | None = None) 
                 _die()
             sync(descriptor)
 
-        os.fsync = fsync
+        os.fsync = fsync  # type: ignore[assignment]
         _watch_journal(event)
 
     return install
@@ -171,7 +171,7 @@ def _judge(
         found.differ += 1
         found.notes.append(_note(item, story, "; ".join(differ[:5])))
     else:
-        _remove(place)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _note(item: Command, story: Sequence[str], what: str) -> str:
@@ -184,9 +184,3 @@ def _spread(events: int, count: int, draws: random.Random) -> list[int]:
     points = [draws.randrange(i * events // count, (i + 1) * events // count) + 1 for i in range(count)]
     draws.shuffle(points)
     return points
-
-
-def _remove(place: Path) -> None:
-    import shutil
-
-    shutil.rmtree(place, ignore_errors=True)

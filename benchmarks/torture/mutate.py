@@ -87,8 +87,7 @@ def strange_file(path: Path, kind: str) -> None:
     """Put something else in place of a file.
 
     Args:
-        kind: empty, folder, fifo, loop (a link to itself), nowhere (a link to nothing), deep (JSON), random, zeros,
-            utf16, surrogates, long (one line of a megabyte), binary, missing.
+        kind: one of `STRANGE`.
     """
     if path.is_dir() and not path.is_symlink():
         import shutil
@@ -130,7 +129,7 @@ STRANGE = (
     "empty", "deep", "random", "zeros", "utf16", "surrogates", "latin1", "long", "brackets", "list", "number", "huge",
     "folder", "fifo", "loop", "nowhere", "device", "missing",
 )  # fmt: skip
-"""Kinds of `strange_file`; none of them can be taken for a file with names, results or weights, but for the text ones."""
+"""Kinds of `strange_file`."""
 
 NEVER_RIGHT = frozenset(STRANGE) - {"long", "random", "zeros", "latin1", "utf16", "number", "huge"}
-"""Kinds that must be refused whatever the file is for."""
+"""Kinds that must be refused even where some text is expected, of which the others may be examples."""
