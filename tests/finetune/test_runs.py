@@ -94,6 +94,7 @@ class Interrupted(TrainingObserver):
             raise KeyboardInterrupt
 
 
+@pytest.mark.equality
 def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path, name="stopped").run(Interrupted())
@@ -216,6 +217,7 @@ def test_the_training_data_are_no_validation_data(tmp_path: Path) -> None:
         prepared(tmp_path, val=data)
 
 
+@pytest.mark.equality
 @pytest.mark.slow
 def test_two_ranks_tune_what_one_would(tmp_path: Path) -> None:
     """The hierarchical method averages over the images of all ranks and trains the text projection."""
