@@ -35,7 +35,9 @@ class Ended:
 
     @property
     def traceback(self) -> bool:
-        return "Traceback (most recent call last)" in self.err + self.out
+        """Whether it broke: Python's own words, or the program's for a fault of its own."""
+        said = self.err + self.out
+        return "Traceback (most recent call last)" in said or "a fault of robustvlm" in said
 
     @property
     def complaints(self) -> list[str]:
