@@ -49,7 +49,7 @@ def write_good_files(place: Path) -> None:
     rows = []
     for name in NAMES:
         folder = place / "photos" / name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for number in range(2):
             colour = tuple(draws.randrange(256) for _ in range(3))
             Image.new("RGB", (20, 16), colour).save(folder / f"{number}.png")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.torture.forking import Ended, command, run_forked
+from benchmarks.torture.forking import Body, Ended, command, run_forked
 
 _ATTACK = "--attack pgd:steps=3,apgd-ce:steps=3 --eps 1/255,2/255 --limit 8 --lanes 4 --checks quick"
 _TRAINING = "--batch-size 8 --limit 32 --checkpoint-every 1"
@@ -48,10 +48,15 @@ BY_NAME = {command.name: command for command in COMMANDS}
 
 
 class Bench:
-    """A folder in which commands run, each in a place of its own, with one warm cache for all."""
+    """A folder in which commands run, each in a place of its own, with one warm cache for all.
 
-    def __init__(self, root: Path, *, timeout: float) -> None:
-        self.root, self.timeout = root, timeout
+    Args:
+        root: the folder; timeout: seconds after which a command hangs.
+        program: what runs the words of a command line; another program in tests of this one.
+    """
+
+    def __init__(self, root: Path, *, timeout: float, program: Callable[[Sequence[str]], Body] = command) -> None:
+        self.root, self.timeout, self.program = root, timeout, program
         self.root.mkdir(parents=True, exist_ok=True)
         self._made: dict[str, Path] = {}
 
@@ -77,7 +82,7 @@ class Bench:
         """Run a command in its place."""
         environment = {"XDG_CACHE_HOME": str(self.root / "cache"), "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
         return run_forked(
-            command(words),
+            self.program(words),
             cwd=place,
             timeout=self.timeout,
             prepare=prepare,

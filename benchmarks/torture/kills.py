@@ -132,17 +132,15 @@ def torture(bench: Bench, item: Command, kills: int, draws: random.Random) -> Ki
     whole = bench.place(f"count-{item.name}", item.needs)
     ended = bench.run(item.words, whole, prepare=watch_writes(counter, whole))
     found = Kills(item.name, counter.value)
+    # The first kill of a place is at an event, as long as there are numbers left, the others at random moments.
     points = _spread(counter.value, (kills + 1) // 2, draws)
-    chain = 0
-    tries = 0
-    while found.at_events + found.at_random < kills and tries < 2 * kills:
+    chain = misses = 0
+    while found.at_events + found.at_random < kills and misses <= kills:
         chain += 1
-        place = bench.place(f"kill-{item.name}-{chain}", item.needs)
-        story: list[str] = []
+        place, story = bench.place(f"kill-{item.name}-{chain}", item.needs), list[str]()
         for _ in range(draws.choice((1, 1, 2))):
-            tries += 1
-            if points and found.at_events <= found.at_random:
-                point = points.pop()
+            point = points.pop() if points and not story else None
+            if point is not None:
                 dead = bench.run(item.words, place, prepare=watch_writes(Counter(), place, kill_at=point))
                 found.at_events += dead.code == -signal.SIGKILL
                 story.append(f"event {point}")
@@ -151,6 +149,7 @@ def torture(bench: Bench, item: Command, kills: int, draws: random.Random) -> Ki
                 dead = bench.run(item.words, place, kill_after=moment)
                 found.at_random += dead.code == -signal.SIGKILL
                 story.append(f"{moment:.2f} s")
+            misses += dead.code != -signal.SIGKILL  # it was through before
             if dead.code not in (-signal.SIGKILL, 0):
                 found.failed += 1
                 found.notes.append(_note(item, story, f"exit code {dead.code}: {dead.err[-300:]}"))

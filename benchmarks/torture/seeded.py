@@ -32,6 +32,19 @@ _BASE = {
 }
 """By command the line that an option is added to."""
 
+_SPEC = {
+    "attack": "attack {} --attack fgsm --eps 1/255 --limit 4 --checks none",
+    "evaluate": "evaluate {} --limit 4",
+    "certify": "certify {} --samples 64 --limit 3 --lanes 32",
+    "detect": "detect {} --limit 8 --fit-limit 16 --draws 100",
+    "data": "data {}",
+    "soup": "soup {} tiny --name r",
+    "report": "report {}",
+    "export": "export {} exported",
+    "build": "build --encoder {} --name r",
+}
+"""By command the line that a model, a data set or a run is put into."""
+
 _NO_NUMBERS = ("x", "", "nan", "1,5", "0x10", "--")
 _ODD_NUMBERS = ("0", "1e30", "inf", "99999999999999999999", "9" * 400, "1e-300")
 _TEXTS = (
@@ -39,6 +52,37 @@ _TEXTS = (
     *("x" * 100_000, "1e400", "nan", "1/0", "1/255,1/255", "0,0", "cpu:5", "cuda:99", "os:system", "sys:exit"),
     *("pgd:steps=1:steps=2", "pgd:steps=-1", "fgsm:x=1", "imagefolder:", "parquet:/dev/null", "wds:", "hf:"),
     *("torchvision::", "http://user:pass@127.0.0.1:9/x"),
+)
+_SPECS = (
+    *(
+        "",
+        " ",
+        "nowhere",
+        ".",
+        "..",
+        "/",
+        "/dev/null",
+        "photos",
+        "photos.tar",
+        "classes.txt",
+        "runs",
+        "tiny/",
+        "tiny/x",
+    ),
+    *(
+        "tiny+",
+        "tiny+smooth",
+        "tiny+smooth:",
+        "tiny+smooth:nan",
+        "tiny+smooth:-1",
+        "tiny+reject:x",
+        "tiny+smooth:0.1:0",
+    ),
+    *("tiny+tiny", "+smooth:0.1", "ViT-B-32/nowhere", "ViT-B-32/photos.tar", "hf-hub:", "hf-hub:a/b", "nowhere:f"),
+    *("os:system", "os:nowhere", "sys:exit", "json:", ":loads", "tiny:tiny", "ti\x1b[31mny", "\udcff", "x" * 5000),
+    *("emoji?", "emoji?x=1", "emoji?split=nowhere", "emoji?copies=-1", "imagefolder:", "imagefolder:nowhere"),
+    *("parquet:", "parquet:classes.txt", "wds:", "wds:classes.txt", "wds:{0..99999999}.tar", "torchvision:", "hf:"),
+    *("torchvision:CIFAR10:nowhere", "http://user:pass@127.0.0.1:9/x.tar", "wds:http://127.0.0.1:9/x.tar"),
 )
 _MAY_BE_EMPTY = ("smooth", "purify", "immunize")
 
@@ -95,14 +139,18 @@ def options(draws: random.Random) -> Iterator[Bad]:
     from robustvlm.cli import main as program
 
     while True:
+        if draws.random() < 0.2:
+            command, value = draws.choice(sorted(_SPEC)), draws.choice(_SPECS)
+            yield Bad("spec", f"{command} {value[:40]!r}", _SPEC[command].format(shlex.quote(value)), wrong=True)
+            continue
         command = draws.choice(sorted(_BASE))
         function = getattr(program, command)
         hints = typing.get_type_hints(function)
         name = draws.choice([name for name in inspect.signature(function).parameters if name in hints])
-        option, value = _spelled(function, name), _value(hints[name], name, draws)
-        if option is not None and value is not None:
-            line = f"{_BASE[command]} {option}={shlex.quote(value[0])}"
-            yield Bad("option", f"{command} {option} {value[0][:40]!r}", line, wrong=value[1])
+        option, found = _spelled(function, name), _value(hints[name], name, draws)
+        if option is not None and found is not None:
+            line = f"{_BASE[command]} {option}={shlex.quote(found[0])}"
+            yield Bad("option", f"{command} {option} {found[0][:40]!r}", line, wrong=found[1])
 
 
 def _spelled(function: Callable[..., object], name: str) -> str | None:
