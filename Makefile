@@ -1,13 +1,21 @@
 # Two commands set everything up on a machine with Python 3.10 or newer, make and git:
 #   make demo   attack the bundled model on the bundled images, certify it, and say where the reports are
 #   make test   check style and types, and run the tests
+# For those who change the program (each takes long):
+#   make test-slow    the heavier tests
+#   make test-matrix  the tests with the oldest and the newest releases of torch and the rest; equality tests on every CPU
+#   make torture      kill it, feed it nonsense, fill its disk, and count what is lost
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two test processes with one thread each beat one process with two threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow format clean
+# Pythons for the oldest and the newest releases of what the project stands on, in environments of their own.
+OLDEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= $(PYTHON)
+
+.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality torture format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -22,6 +30,25 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) -q -m slow
+
+test-matrix: test-oldest test-newest test-equality
+
+test-oldest: pyproject.toml tools/matrix/oldest.txt
+	$(OLDEST_PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c tools/matrix/oldest.txt -e '.[test]'
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-oldest/bin/python -m pytest -n $(WORKERS) -q
+
+test-newest: pyproject.toml
+	$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-newest/bin/python -m pytest -n $(WORKERS) -q
+
+test-equality: $(VENV)/.installed-test
+	$(BIN)/python tools/matrix/equality.py
+
+# TORTURE='--quick' for a look, or '--kills 50 --inputs 0'
+torture: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.torture $(TORTURE)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix robustvlm tests tools benchmarks
@@ -39,4 +66,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

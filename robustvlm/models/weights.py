@@ -66,7 +66,8 @@ def _read_pickled_tensors(path: Path) -> object:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        blocked = re.search(r"GLOBAL:? (?:'|`)?([\w.]+)", str(error))
+        # Since torch 2.4 the message names a global, before a class.
+        blocked = re.search(r"(?:GLOBAL:?|Unsupported class) (?:'|`)?([\w.]+)", str(error))
         if blocked:
             what = f"'{path}' would run code when loaded (it calls {blocked[1]}) and is refused"
             raise UserError(f"{what}: save its state dict as .safetensors") from error

@@ -43,6 +43,7 @@ def test_answers_do_not_depend_on_lanes_or_order(name, lanes, shuffle):
     assert [a.margin for a in straight] == pytest.approx([b.margin for b in other], abs=1e-9)
 
 
+@pytest.mark.equality
 def test_the_same_run_twice_is_the_same_to_the_bit():
     model, jobs = Curved(), right_jobs(Curved(), 20)
     first, second = (attack_all(model, ATTACKS["apgd-ce:steps=8"], THREAT, jobs) for _ in range(2))

@@ -66,6 +66,7 @@ def test_nan_is_seen():
     assert not ask(Sick()).finite
 
 
+@pytest.mark.equality
 def test_rungs_are_batch_sizes_on_which_rows_are_the_same_to_the_bit():
     class Shaped(Curved):
         """Rounds differently below eight rows, as many matrix kernels do."""

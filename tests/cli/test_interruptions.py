@@ -54,6 +54,7 @@ def straight(call: Call, tmp_path: Path) -> Path:
     return tmp_path / "runs" / "straight"
 
 
+@pytest.mark.equality
 def test_killed_and_repeated_a_run_ends_as_if_nothing_had_happened(call: Call, straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "killed"
     lines = random.randrange(1, 36)

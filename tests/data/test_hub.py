@@ -28,8 +28,8 @@ def saved(tmp_path: Path, plain: Callable[..., bytes]) -> Path:
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["cat", "dog"])})
     images = [{"bytes": plain((i, 0, 0)) if i != 4 else b"junk", "path": None} for i in range(6)]
     data = datasets.Dataset.from_dict({"img": images, "fine_label": [0, 1, 0, 1, 0, 1]}, features=features)
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
+    data.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": data}).save_to_disk(str(tmp_path / "splits"))
     (tmp_path / "files").mkdir()
     data.to_parquet(tmp_path / "files" / "test.parquet")
     return tmp_path

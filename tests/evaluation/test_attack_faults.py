@@ -69,6 +69,7 @@ def test_corrupt_images_are_recorded_skipped_and_counted(make_folder: Photos, la
     assert len(rows(run)) == 17
 
 
+@pytest.mark.equality
 def test_corrupt_images_change_no_other_image_and_survive_a_resume(make_folder: Photos) -> None:
     whole = prepared(make_folder(20, "whole"))
     whole.run()
@@ -239,6 +240,7 @@ def test_a_damaged_stream_is_read_as_far_as_it_goes(shards: Path) -> None:
     assert not [row for row in rows(run) if row["outcome"] == "failed"]
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("pieces", [[0], [3, 9], [17, 2, 30]])
 def test_a_damaged_stream_resumes_to_the_same_rows(shards: Path, pieces: list[int]) -> None:
     straight = streamed(shards, "straight", **CURVE)

@@ -44,6 +44,7 @@ def straight(make_folder: Photos) -> Prepared:
     return run
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("seed", range(5))
 def test_interrupted_anywhere_and_resumed_is_the_same_to_the_bit(straight: Prepared, tmp_path: Path, seed: int) -> None:
     draws = random.Random(seed)
@@ -54,6 +55,7 @@ def test_interrupted_anywhere_and_resumed_is_the_same_to_the_bit(straight: Prepa
     assert len(pictures(again.folder.gallery_path)) == 12
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_any_byte_of_the_journal_and_resumed_is_the_same(straight: Prepared, seed: int) -> None:
     expected, shown = table(straight), pictures(straight.folder.gallery_path)

@@ -107,6 +107,7 @@ def test_other_models_missing_images_and_unfinished_runs(pictures: Path, monkeyp
         run_audit(str(folder), steps=0)
 
 
+@pytest.mark.equality
 def test_a_killed_audit_goes_on_where_it_was(pictures: Path) -> None:
     folder = finished(pictures, "class")
     straight = audit_folder(folder, QUICK)

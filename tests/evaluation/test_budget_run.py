@@ -30,6 +30,7 @@ def spent(summary: Summary) -> int:
     return summary.cost.forward_passes + summary.cost.backward_passes
 
 
+@pytest.mark.equality
 def test_a_growing_budget_narrows_the_bounds_and_ends_at_the_same_results(make_folder: Photos) -> None:
     photos = make_folder()
     straight = prepared(photos, name="straight", **CURVE)
@@ -62,6 +63,7 @@ def test_a_growing_budget_narrows_the_bounds_and_ends_at_the_same_results(make_f
     assert [at.model_dump() for at in final.per_eps] == [at.model_dump() for at in end.per_eps]
 
 
+@pytest.mark.equality
 def test_a_budget_spent_before_the_attacks_says_what_was_not_looked_at(make_folder: Photos) -> None:
     run = prepared(make_folder(24), lanes=4)
     summary = run.run(budget=parse_budget("1pass"))
@@ -76,6 +78,7 @@ def test_a_budget_spent_before_the_attacks_says_what_was_not_looked_at(make_fold
     assert run.run().unfinished is None
 
 
+@pytest.mark.equality
 def test_a_finished_run_needs_no_budget(make_folder: Photos) -> None:
     run = prepared(make_folder(12))
     done = run.run(budget=parse_budget("1e9passes"))
@@ -83,6 +86,7 @@ def test_a_finished_run_needs_no_budget(make_folder: Photos) -> None:
     assert run.run(budget=parse_budget("1pass")) == done
 
 
+@pytest.mark.equality
 def test_the_estimate_bounds_what_the_attacks_cost_and_keeps_the_clean_pass(make_folder: Photos) -> None:
     photos = make_folder()
     run = prepared(photos, checks="none", **CURVE)

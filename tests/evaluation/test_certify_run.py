@@ -22,6 +22,7 @@ from robustvlm.evaluation.certifying.setup import prepare_certify
 MakeFolder = Callable[..., Path]
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize(
     "options",
     [{"claim": "feature"}, {"claim": "feature", "radius": 0.02}, {"claim": "class", "radius": 0.01}, {"claim": "vote"}],

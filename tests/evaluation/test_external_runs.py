@@ -27,6 +27,7 @@ def test_they_stand_beside_our_own(make_folder: MakeFolder) -> None:
     assert summary.cost.backward_passes > 0
 
 
+@pytest.mark.equality
 def test_an_interrupted_run_ends_with_the_same_images(make_folder: MakeFolder) -> None:
     photos = make_folder(18)
     straight = prepared(photos, out=photos.parent / "straight", **MIXED)

@@ -156,6 +156,7 @@ def test_the_level_matrix_attacks_every_image_at_every_level(make_folder: Photos
     assert summary.images.exposed == 20 - len(wrong)
 
 
+@pytest.mark.equality
 def test_an_interrupted_matrix_ends_as_an_uninterrupted_one(make_folder: Photos, tree: Path) -> None:
     whole = matrix(make_folder, tree, "whole")
     whole.run()

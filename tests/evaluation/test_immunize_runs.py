@@ -104,6 +104,7 @@ def test_the_same_command_makes_the_same_model_and_finds_it_again(make_folder: M
         prepare_immunize(settings_of(photos, miss=0.1), out=photos.parent / "runs", name="run").run()
 
 
+@pytest.mark.equality
 def test_a_run_that_was_cut_short_is_no_model_and_goes_on(make_folder: MakeFolder) -> None:
     photos = make_folder()
 

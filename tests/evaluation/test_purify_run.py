@@ -92,6 +92,7 @@ class Killer(TrainingObserver):
             raise KeyboardInterrupt
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("stage", ["purifier", "mapper"])
 def test_killed_and_resumed_equals_straight(prepare: Callable[..., PreparedPurify], stage: str) -> None:
     straight = prepare("straight")
@@ -114,6 +115,7 @@ def test_training_does_not_depend_on_how_the_batch_is_cut(prepare: Callable[...,
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
+@pytest.mark.equality
 @pytest.mark.slow
 def test_two_ranks_train_what_one_would(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     photos = make_folder()

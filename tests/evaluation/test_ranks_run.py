@@ -44,6 +44,7 @@ def ours(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith(("error: ", "stopped", "interrupted"))]
 
 
+@pytest.mark.equality
 def test_two_processes_give_the_results_of_one(make_folder: Photos) -> None:
     photos = make_folder(24)
     alone = prepared(photos, name="alone", **CURVE)
@@ -65,6 +66,7 @@ def _stopped_after(run: Prepared, images: int) -> None:
         run.run(Interrupt(images))
 
 
+@pytest.mark.equality
 def test_a_run_of_several_processes_is_continued_by_one(make_folder: Photos) -> None:
     photos = make_folder(24)
     alone = prepared(photos, name="alone", **CURVE)
@@ -82,6 +84,7 @@ def test_a_run_of_several_processes_is_continued_by_one(make_folder: Photos) -> 
     assert pictures(last.folder.gallery_path) == pictures(alone.folder.gallery_path)
 
 
+@pytest.mark.equality
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped_and_one_where_two_were_killed(make_folder: Photos) -> None:
     photos = make_folder(24)

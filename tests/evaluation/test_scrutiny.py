@@ -55,6 +55,7 @@ def test_unknown_modes_are_named(photos: Path) -> None:
         prepared(photos, checks="ful")
 
 
+@pytest.mark.equality
 def test_an_interrupted_run_asks_only_what_is_left(photos: Path) -> None:
     whole = prepared(photos, checks="full", name="whole").run()
     done = 24 + whole.per_eps[0].per_attack[0].attacked + 2

@@ -94,6 +94,7 @@ class Interrupted(TrainingObserver):
             raise KeyboardInterrupt
 
 
+@pytest.mark.equality
 def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path, name="stopped").run(Interrupted())
@@ -228,6 +229,7 @@ def test_drawings_that_are_trained_on_are_no_validation_data(tmp_path: Path) -> 
     prepared(tmp_path, data=train, val="emoji?split=val&copies=1")
 
 
+@pytest.mark.equality
 @pytest.mark.slow
 def test_two_ranks_tune_what_one_would(tmp_path: Path) -> None:
     """The hierarchical method averages over the images of all ranks and trains the text projection."""

@@ -36,6 +36,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.equality
 def test_killed_and_resumed_equals_straight_to_the_bit(tmp_path: Path) -> None:
     # In the middle of the fourth epoch, three steps after a checkpoint.
     run(tmp_path / "killed", tmp_path / "a", "dropout=1", kill_at=13)
@@ -98,6 +99,7 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path: Path) -> None:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.equality
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     run(tmp_path / "two", tmp_path / "two.safetensors", "together=1", ranks=2)
