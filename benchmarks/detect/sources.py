@@ -35,7 +35,7 @@ class Kept:
         assert self.classifier.vlm is not None
         words = outside(tree_words(), source.class_names, source.tree)
         path = self.folder / f"words-{len(words)}.safetensors"
-        return embed_words(self.classifier.vlm, words, source.templates, path)
+        return embed_words(self.classifier.vlm, words, source.templates, path, owner={})
 
     def own_scores(self, spec: str) -> dict[str, Tensor]:
         """Return the model's own scores of every image of a spec, in source order: acceptance, and S_DIS if it has it.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustvlm.defenses.base import Classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import resize
-from robustvlm.models.custom import source_of, state_of
+from robustvlm.models.custom import Hidden, source_of, state_of
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.hub import brief
 from robustvlm.models.vlm import INTERPOLATIONS
@@ -29,6 +29,7 @@ class OwnClassifier(Classifier):
             can_reject=bool(getattr(model, "can_reject", False)),
         )
         self.model = model
+        self._hidden = Hidden(model)
         # A plain object is no part that `modules()` visits, so its declaration is repeated here.
         self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
         self.surrogate = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
@@ -42,7 +43,7 @@ class OwnClassifier(Classifier):
     @property
     def fingerprint(self) -> str:
         extra = (self.spec, *source_of(self.model), str(self.image_size), self.interpolation)
-        return fingerprint(state_of(self.model), extra)
+        return fingerprint(state_of(self.model) | self._hidden.state(), extra)
 
 
 def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.device) -> OwnClassifier:

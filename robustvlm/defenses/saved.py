@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from robustvlm.certify import OpensetRule
+from robustvlm.core.probe import change_of
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, zero_shot
+from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card
 
 KINDS = {
@@ -100,12 +102,26 @@ class SavedModel(ABC):
             raise UserError(f"the card of '{self.folder}' names no base model: make the model again")
         with _once(self.folder), named_by(f"the card of '{self.folder}'"):
             vlm = load_pipeline(self.card.base, device=device)
-        if self.card.base_fingerprint not in (None, vlm.fingerprint):
-            raise UserError(
-                f"the model '{self.card.base}' is no longer the one that '{self.folder}' was made for: "
-                "bring that one back, or make this one again"
-            )
+        require_same_base(self.card, vlm, self.folder)
         return vlm
+
+
+def require_same_base(card: Card, vlm: VLM, folder: Path) -> None:
+    """Refuse another model than the one that a folder was made for, by its digest and by what it answers.
+
+    Raises:
+        UserError: what differs.
+    """
+    different = None
+    if card.base_fingerprint not in (None, vlm.fingerprint):
+        different = "its weights or settings are others"
+    elif card.base_probe is not None:
+        different = change_of(card.base_probe, probe_encoder(vlm))
+    if different is not None:
+        raise UserError(
+            f"the model '{card.base}' is no longer the one that '{folder}' was made for ({different}): "
+            "bring that one back, or make this one again"
+        )
 
 
 def saved_model(spec: str) -> SavedModel | None:

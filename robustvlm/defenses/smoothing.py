@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,7 @@ class SmoothedVLM(VLM):
         )
         self.base, self.sigma, self.n0, self.rows_per_pass = base.at_noise(sigma), float(sigma), n0, rows_per_pass
         self.purifier, self.mapper = purifier, mapper
+        self._still = False
         self.eval()
         self.to(base.device)
 
@@ -91,6 +93,8 @@ class SmoothedVLM(VLM):
         An unbiased estimate of m(x).
         """
         clean = resize(pixels, self.image_size, self.interpolation)
+        if self._still:
+            return self.encode_noisy(clean)
         counts = self._counts(len(clean), n)
         total: Tensor | None = None
         for count in counts:
@@ -101,6 +105,15 @@ class SmoothedVLM(VLM):
             total = part if total is None else total + part
         assert total is not None
         return total / n
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Answer without noise, with `f` of the pixels as they come, so that the answer is no matter of chance."""
+        self._still = True
+        try:
+            yield
+        finally:
+            self._still = False
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.mean_feature(pixels, self.n0)

@@ -15,6 +15,7 @@ from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.evaluation.certifying.setup import describe_model
 from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
+from robustvlm.runs.checksums import forget_checksums, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import make_manifest
@@ -72,7 +73,8 @@ def assemble(
     place = resolve_device(device)
     facts = {"spec": recipe.encoder}
     manifest = make_manifest(kind="build", name=folder.name, command=command, config=config, model=facts, data={})
-    with folder.opened(manifest, fresh=fresh):
+    with folder.opened(manifest, fresh=fresh) as known:
+        forget_checksums(folder.path)
         if (folder.path / PARTS).exists():
             shutil.rmtree(folder.path / PARTS)
         vlm, misfits = build_pipeline(recipe, folder.path, accept_misfits=accept_misfits, device=place)
@@ -80,6 +82,7 @@ def assemble(
         record = {"name": folder.name, "parts": list(stages), "model": describe_model(vlm)}
         record["misfits"] = [str(wrong) for wrong in misfits]
         write_text(folder.summary_path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_checksums(folder.path, known)
     return Built(folder.path, stages, misfits)
 
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from robustvlm.core.probe import change_of
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.pixels import to_pixels
@@ -25,9 +26,11 @@ from robustvlm.evaluation.audit_partial import Partial
 from robustvlm.evaluation.audit_search import Effort
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
 from robustvlm.evaluation.certifying.setup import describe_head
+from robustvlm.evaluation.describe import probe_of
 from robustvlm.models import VLM
 from robustvlm.report.certify_record import CertifyRecord, load_certify_run
 from robustvlm.runs.files import write_text
+from robustvlm.runs.manifest import run_identity
 
 
 class AuditResult(BaseModel):
@@ -36,6 +39,7 @@ class AuditResult(BaseModel):
     Args:
         quantity: what was measured, in words.
         effort: settings of the search. passes: noisy images through the encoder; a gradient counts twice.
+        of: identity of the audited run, None for runs from before there were identities.
         certified: images of the run with a certificate; `findings` may cover fewer.
     """
 
@@ -50,6 +54,7 @@ class AuditResult(BaseModel):
     passes: int
     seconds: float
     findings: list[Finding]
+    of: str | None = None
 
     @property
     def broken(self) -> list[Finding]:
@@ -106,13 +111,15 @@ def audit_folder(
     )  # fmt: skip
     with named_by(f"the manifest of '{folder}'"):
         vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
+    _require_same_model(run, vlm, source)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
-    _require_same_model(run, encoder, source.class_names)
     model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)
     make = claim_maker(run, vlm, source)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
     wanted = {name: rows[name] for name in select(rows, limit)}
-    header = {"effort": asdict(effort), "seed": seed, "images": len(wanted), "run": run.manifest.get("created")}
+    identity = run_identity(run.manifest)
+    header = {"effort": asdict(effort), "seed": seed, "images": len(wanted)}
+    header |= {"run": run.manifest.get("created") if identity is None else identity}
     with Partial(folder / "audit.jsonl", json.loads(json.dumps(header))) as partial:
         left = {name: row for name, row in wanted.items() if not partial.has(row)}
         for row, pixels in _images(run, source, left, vlm):
@@ -127,6 +134,7 @@ def audit_folder(
         done = [partial.done[name] for name in wanted]
     result = AuditResult(
         run=run.name,
+        of=identity,
         claim=run.config.claim,
         quantity=CLAIMS[run.config.claim].quantity,
         certified=len(rows),
@@ -145,11 +153,20 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _require_same_model(run: CertifyRecord, encoder: NoisyEncoder, class_names: tuple[str, ...]) -> None:
-    before = run.manifest.get("model") or {}
-    head = describe_head(run.config, class_names).get("head")
-    if (before.get("fingerprint"), before.get("head")) != (encoder.vlm.fingerprint, head):
-        raise UserError(f"the model '{run.config.model}' has changed since '{run.folder}' was certified: certify again")
+def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource) -> None:
+    """Refuse another model than the certified one, by its digest and by what it answers."""
+    before, probe = run.manifest.get("model") or {}, run.manifest.get("probe")
+    head = describe_head(run.config, source.class_names).get("head")
+    answers = None
+    if (before.get("fingerprint"), before.get("head")) != (vlm.fingerprint, head):
+        answers = "its weights or settings are others"
+    elif probe is not None:
+        data = run.manifest["data"]
+        answers = change_of(probe, probe_of(vlm, data["class_names"], data["templates"]))
+    if answers is not None:
+        raise UserError(
+            f"the model '{run.config.model}' has changed since '{run.folder}' was certified ({answers}): certify again"
+        )
 
 
 def _images(

@@ -1,12 +1,43 @@
-"""What the manifest of a run says of its data, and what a reader has to know of it beside."""
+"""What the manifest of a run says of its data, what a reader has to know of it, and how its model is known again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from robustvlm.data import DataSource
+from robustvlm.defenses import Classifier
 from robustvlm.models import VLM
+from robustvlm.models.probe import probe_model
 from robustvlm.models.zero_shot import cut_prompts
+
+_PROMPTS = 4
+
+
+def probe_of(
+    model: VLM | Classifier,
+    class_names: Sequence[str] = (),
+    templates: Sequence[str] = (),
+    *,
+    resolution: int | None = None,
+) -> dict[str, Any]:
+    """Return the model's answers to fixed inputs, for the manifest: what it is known by besides its digest.
+
+    Of an encoder they are features of images and of a few of the prompts; of a classifier also its class vectors and
+    its outputs.
+
+    Args:
+        resolution: of the run's images, where it is not the model's own.
+    """
+    classifier = isinstance(model, Classifier)
+    return probe_model(
+        model,
+        image_size=resolution or model.image_size,
+        device=model.device,
+        texts=[templates[0].replace("{}", name) for name in class_names[:_PROMPTS]] if templates else (),
+        class_vectors=model.class_embeddings if classifier else None,
+        outputs=classifier,
+    )
 
 
 def describe_data(source: DataSource) -> dict[str, Any]:

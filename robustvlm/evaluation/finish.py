@@ -10,6 +10,7 @@ from robustvlm.evaluation import checks
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.scrutiny import published
 from robustvlm.report.html import write_report
+from robustvlm.runs.checksums import forget_checksums, write_checksums
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.files import write_text
 from robustvlm.runs.manifest import Manifest
@@ -49,8 +50,10 @@ def finish(ledger: Ledger, manifest: Manifest, attacks: Sequence[Attack]) -> Sum
         estimate=ledger.estimate,
     )
     trim_gallery(ledger.folder.gallery_path)
+    forget_checksums(ledger.folder.path)
     write_rows(ledger.folder.results_path, rows)
     write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+    write_checksums(ledger.folder.path, manifest)
     write_report([ledger.folder.path], ledger.folder.report_path)
     return summary
 

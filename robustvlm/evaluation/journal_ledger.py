@@ -13,7 +13,10 @@ from robustvlm.data.source import Unreadable
 from robustvlm.errors import UserError
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.journal import Journal, JournalReader
+from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.summary import Check, Cost, Passes, UnreadableImage
+
+_OWNER = "run"
 
 
 def new_session() -> str:
@@ -30,6 +33,12 @@ class JournalLedger(ABC):
     Args:
         rank: number of this process; each writes a journal of its own, so that none waits for another.
         session: name of the session, the same for all its processes.
+
+    Attributes:
+        owner: identity of the run, which every journal begins with; None for runs from before there were identities.
+
+    Raises:
+        UserError: a journal is damaged, or another run's.
     """
 
     def __init__(self, folder: RunFolder, *, rank: int = 0, session: str | None = None) -> None:
@@ -39,8 +48,11 @@ class JournalLedger(ABC):
         self._checks: dict[str, Check] = {}
         self._costs: dict[tuple[str, int], Cost] = {}
         self._readers: dict[Path, JournalReader] = {}
+        self.owner = run_identity(folder.manifest() or {})
         self._read()
         self._journal = Journal(folder.journal_of(rank))
+        if self.owner is not None and self._journal.empty:
+            self._journal.append({"kind": _OWNER, "id": self.owner})
 
     @abstractmethod
     def _take_own(self, kind: str, fact: dict[str, Any]) -> None:
@@ -108,6 +120,15 @@ class JournalLedger(ABC):
                     self._take_from_disk(path, number, fact)
 
     def _take_from_disk(self, path: Path, number: int, fact: dict[str, Any]) -> None:
+        if number == 1 or fact.get("kind") == _OWNER:
+            found = fact.get("id") if fact.get("kind") == _OWNER else None
+            if found != self.owner:
+                raise UserError(
+                    f"'{path}' is the journal of another run than '{self.folder.manifest_path}' says: put the run's own "
+                    "back, or start over with --fresh"
+                )
+            if found is not None:
+                return
         try:
             self._take(dict(fact))
         except (KeyError, TypeError, ValueError):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.core.ranks import current_ranks
+from robustvlm.core.reading import read_json
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import load_pipeline
@@ -19,12 +20,14 @@ from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, ch
 from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.detecting.scoring import copies
 from robustvlm.evaluation.overlap import in_both
 from robustvlm.models import VLM, resolve_device
+from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.runs.checksums import forget_checksums, require_unchanged, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
@@ -58,11 +61,11 @@ class PreparedPrompts:
         Raises:
             UserError: a class without an image, a loss that is not finite, or an earlier run under other settings.
         """
-        with self.folder.opened(self.manifest, fresh=fresh):
+        with self.folder.opened(self.manifest, fresh=fresh) as manifest:
             path = self.folder.path / RECORD
-            if path.exists() and (self.folder.path / CARD_NAME).exists():
-                found: Record = json.loads(path.read_text(encoding="utf-8"))
-                return found
+            if path.exists() and (self.folder.path / CARD_NAME).exists() and self.folder.sealed:
+                require_unchanged(self.folder.path, manifest, what="tune-prompts ")
+                return dict(read_json(path, advice="delete it, the command makes it again"))
             chosen = frozenset(choose_shots(self.source, self.config.shots, self.config.seed))
             shots = encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=on_images)
             history = tune(
@@ -76,7 +79,9 @@ class PreparedPrompts:
             with torch.no_grad():
                 tuned = self.learner().cpu()
             record = {"format": 1, "images": len(shots.ids), "history": history, **self._measured(tuned, shots)}
+            forget_checksums(self.folder.path)
             self._save(tuned, record)
+            write_checksums(self.folder.path, manifest)
             return record
 
     def _measured(self, tuned: Tensor, shots: Features) -> Record:
@@ -134,7 +139,8 @@ class PreparedPrompts:
         save_prompts(self.folder.path, self.learner.context, tuned)
         write_text(self.folder.path / RECORD, json.dumps(record, indent=1) + "\n")
         settings = {"class_names": list(self.source.class_names), "n_reset": self.config.n_reset, "prompts": PROMPTS}
-        write_card(self.folder.path, Card("tune-prompts", self.config.model, self.vlm.fingerprint, settings))
+        probe = probe_encoder(self.vlm)
+        write_card(self.folder.path, Card("tune-prompts", self.config.model, self.vlm.fingerprint, settings, probe))
 
 
 def prepare_prompts(
@@ -168,7 +174,13 @@ def prepare_prompts(
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("tune-prompts", config.model, config.data, identity))
     manifest = make_manifest(
-        kind="tune-prompts", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+        kind="tune-prompts",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe_of(vlm, source.class_names, source.templates),
     )
     manifest["remarks"] = remarks_of(source)
     return PreparedPrompts(config, settings, folder, manifest, vlm, source, learner)

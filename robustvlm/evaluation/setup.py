@@ -27,7 +27,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
-from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.prepared import Prepared
 from robustvlm.evaluation.scrutiny import MODES, STAND_INS
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -109,6 +109,7 @@ def prepare(
     size = resolution or classifier.image_size
     model_facts = _describe_model(classifier)
     data_facts = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
+    probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)
     aim = make_aim(goal, source=source, classifier=classifier, resolution=size, min_cos=min_cos)
     remarks = remarks_of(source, classifier.vlm)
@@ -153,6 +154,7 @@ def prepare(
         config=config,
         model=model_facts,
         data=data_facts,
+        probe=probe,
     )
     manifest["remarks"] = remarks
     _require_text(manifest)

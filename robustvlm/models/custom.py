@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import nn
 from robustvlm.core.user_code import import_user_module, no_exit
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.hub import brief
+from robustvlm.models.reach import Reached
 from robustvlm.models.vlm import VLM
 
 
@@ -37,6 +38,7 @@ class Encoder(Protocol):
 
 
 _MEMBERS = ("encode_image", "encode_text", "image_size", "logit_scale")
+_METHODS = ("encode_image", "encode_text", "__call__", "forward")
 
 
 class CustomVLM(VLM):
@@ -50,6 +52,7 @@ class CustomVLM(VLM):
             interpolation=getattr(encoder, "interpolation", "bicubic"),
         )
         self.encoder = encoder
+        self._hidden = Hidden(encoder)
         self.eval().requires_grad_(False)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -59,7 +62,8 @@ class CustomVLM(VLM):
         return self.encoder.encode_text(texts)
 
     def _state(self) -> Mapping[str, object]:
-        return self.state_dict() if isinstance(self.encoder, nn.Module) else state_of(self.encoder)
+        own = self.state_dict() if isinstance(self.encoder, nn.Module) else state_of(self.encoder)
+        return own | self._hidden.state()
 
     def _identity(self) -> Iterable[str]:
         return self.spec, *source_of(self.encoder)
@@ -67,15 +71,58 @@ class CustomVLM(VLM):
 
 def state_of(thing: object) -> dict[str, object]:
     """Return the tensors of a user's object, module or not, by name."""
-    if isinstance(thing, nn.Module):
-        return dict(thing.state_dict())
-    state: dict[str, object] = {}
-    for name, value in vars(thing).items() if hasattr(thing, "__dict__") else ():
+    state: dict[str, object] = dict(thing.state_dict()) if isinstance(thing, nn.Module) else {}
+    plain = hasattr(thing, "__dict__") and not isinstance(thing, nn.Module)
+    for name, value in vars(thing).items() if plain else ():
         if isinstance(value, nn.Module):
             state.update({f"{name}.{key}": tensor for key, tensor in value.state_dict().items()})
         elif isinstance(value, torch.Tensor):
             state[name] = value
     return state
+
+
+class Hidden:
+    """The weights of a user's object that stand where `state_of` does not look: lists, dicts, closures, globals, arrays.
+
+    They are found when this is made, and read as they are then. What an object hides deeper still (a file that it reads,
+    a C extension) shows in its answers, see `robustvlm.core.probe`.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> class Encoder:
+        ...     def __init__(self): self.parts = [net]
+        >>> sorted(Hidden(Encoder()).state())
+        ['/parts/0.bias', '/parts/0.weight']
+    """
+
+    def __init__(self, thing: object) -> None:
+        known = {id(module) for module in _open_modules(thing)}
+        seen = {id(value) for value in vars(thing).values()} if hasattr(thing, "__dict__") else set()
+        try:
+            reached = Reached(thing, methods=_METHODS, private=True)
+        except RecursionError:  # an object like a long chain
+            self._modules, self._tensors, self._arrays = {}, {}, {}
+            return
+        self._modules = {path: module for path, module in reached.modules.items() if id(module) not in known}
+        self._tensors = {path: tensor for path, tensor in reached.tensors.items() if id(tensor) not in seen}
+        self._arrays = {path: array for path, array in reached.arrays.items() if array.dtype.kind in "biufc"}
+
+    def state(self) -> dict[str, object]:
+        """Return the tensors by how they are reached, as they are now; arrays as tensors."""
+        found: dict[str, object] = dict(self._tensors)
+        for path, module in self._modules.items():
+            found.update({f"{path}.{name}": tensor for name, tensor in module.state_dict().items()})
+        for path, array in self._arrays.items():
+            found[path] = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8) if array.size else array.shape
+        return found
+
+
+def _open_modules(thing: object) -> Iterator[nn.Module]:
+    """Yield the networks whose weights `state_of` returns."""
+    tops = [thing] if isinstance(thing, nn.Module) else list(vars(thing).values()) if hasattr(thing, "__dict__") else []
+    for top in tops:
+        if isinstance(top, nn.Module):
+            yield from top.modules()
 
 
 def source_of(thing: object) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.reading import first_line, read_json
 from robustvlm.errors import UserError
 from robustvlm.runs.files import write_text
 
@@ -25,12 +26,14 @@ class Card:
         base: spec of the model that it stands on, None for a model that needs no other.
         base_fingerprint: digest of that model when this one was made.
         settings: whatever else the kind needs, as plain JSON.
+        base_probe: what that model answered to fixed inputs then (`robustvlm.models.probe`).
     """
 
     kind: str
     base: str | None = None
     base_fingerprint: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    base_probe: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -46,6 +49,8 @@ def write_card(folder: Path, card: Card) -> None:
     content: dict[str, Any] = {"format": FORMAT, "kind": card.kind, "settings": dict(card.settings)}
     if card.base is not None:
         content["base"] = {"spec": card.base, "fingerprint": card.base_fingerprint}
+        if card.base_probe is not None:
+            content["base"] |= {"probe": dict(card.base_probe)}
         place, operators = _split_folder(card.base)
         if place is not None:
             # Folders are compared where links lead: a relative way out of a linked folder would miss.
@@ -59,25 +64,33 @@ def read_card(folder: Path) -> Card | None:
     Raises UserError for a card that cannot be read or is of a later format.
     """
     path = folder / CARD_NAME
-    if not path.is_file():
+    try:
+        content = read_json(path, advice="make the model again")
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         version, kind, settings, base = (content.get(key) for key in ("format", "kind", "settings", "base"))
-        if not isinstance(version, int) or not isinstance(kind, str) or not isinstance(settings, dict):
+        if (
+            not isinstance(version, int)
+            or isinstance(version, bool)
+            or not isinstance(kind, str)
+            or not isinstance(settings, dict)
+        ):
             raise ValueError("no format, kind or settings")
         if base is not None and not isinstance(base["spec"], str):
             raise ValueError("base names no spec")
         for key in ("relative", "operators", "fingerprint") if base is not None else ():
             if not isinstance(base.get(key), str | None):
                 raise ValueError(f"base {key} must be text, got {base[key]!r}")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is not the card of a model ({error}): make the model again") from None
+        if base is not None and not isinstance(base.get("probe"), dict | None):
+            raise ValueError(f"base probe must be an object, got a {type(base['probe']).__name__}")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is not the card of a model ({first_line(error)}): make the model again") from None
     if version > FORMAT:
         raise UserError(f"'{path}' is of format {version}, this robustvlm reads up to {FORMAT}: update robustvlm")
     if base is None:
         return Card(kind, settings=settings)
-    return Card(kind, _found(folder, base), base.get("fingerprint"), settings)
+    return Card(kind, _found(folder, base), base.get("fingerprint"), settings, base.get("probe"))
 
 
 def _found(folder: Path, base: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.clip import ClipVLM, build_clip
 from robustvlm.models.custom import load_custom
@@ -19,6 +19,7 @@ from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import SUFFIXES
+from robustvlm.runs.manifest import kind_of_run
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"tiny": _ASSETS / "tiny", "tiny-robust": _ASSETS / "tiny-robust"}
@@ -111,9 +112,8 @@ def _from_folder(folder: Path, spec: str) -> ClipVLM:
 
 def _why_no_model(folder: Path, spec: str) -> str:
     wanted = f"{CONFIG_NAME} and {WEIGHT_NAMES[0]}"
-    try:
-        kind = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
+    kind = kind_of_run(folder)
+    if kind is None:
         return f"the folder '{spec}' holds no model: expected {wanted}"
     if kind in _MAKERS:
         return f"the run '{spec}' of `robustvlm {kind}` has not ended: give its command again to go on"
@@ -126,7 +126,7 @@ def _from_hub(repo: str, spec: str) -> ClipVLM:
         raise UserError(f"a hub model is named hf-hub:ORG/REPO, got '{spec}'")
     config = hub_file(repo, [CONFIG_NAME], advice=advice)
     weights = hub_file(repo, WEIGHT_NAMES, advice=advice)
-    text = json.loads(config.read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
+    text = read_json(config).get("model_cfg", {}).get("text_cfg", {})
     # A tokenizer of transformers is named by the hub config, not stored beside the two files fetched here.
     tokenizer = spec if text.get("hf_tokenizer_name") else None
     merges = (text.get("tokenizer_kwargs") or {}).get("bpe_path")

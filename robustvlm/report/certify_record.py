@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from robustvlm.errors import UserError
 from robustvlm.report.certify_plots import Line
-from robustvlm.report.record import _first_line, _read_json
+from robustvlm.report.record import read_json_of, read_manifest_of
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_rows import CERTIFY_SCHEMA
 from robustvlm.runs.certify_summary import CertifySummary
+from robustvlm.runs.checksums import require_unchanged
+from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.results import read_rows
 from robustvlm.stats import rate
 
 METHODS = {
@@ -37,6 +37,8 @@ _DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_rad
 _CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
            "deployed": "deployed mean"}  # fmt: skip
 _POINTS = 121
+_ALWAYS = ("index", "image_id", "label", "prediction", "claim", "radius", "n", "n_pilot", "resize_norm", "certificate")
+_WANTED = pa.schema([field.with_nullable(field.name not in _ALWAYS) for field in CERTIFY_SCHEMA])
 
 
 @dataclass(frozen=True)
@@ -75,42 +77,31 @@ class CertifyRecord:
 
 def is_certify_run(folder: Path) -> bool:
     """Whether the folder's manifest says that it is a certify run; False where none can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == "certify"
+    return kind_of_run(folder) == "certify"
 
 
 def load_certify_run(folder: Path) -> CertifyRecord:
     """Read a finished certify run; UserError when it has not ended, is of another kind, or a file is damaged."""
-    manifest = _read_json(folder / "manifest.json", f"'{folder}' is no run folder: expected a manifest.json in it")
-    if manifest.get("kind") != "certify":
-        raise UserError(f"'{folder}' is no certify run: expected a run of kind 'certify', got {manifest.get('kind')!r}")
+    manifest = read_manifest_of(folder)
+    if manifest["kind"] != "certify":
+        raise UserError(f"'{folder}' is no certify run: expected a run of kind 'certify', got {manifest['kind']!r}")
     unfinished = f"the run '{folder}' has not ended: give its certify command again to go on"
-    try:
-        config = CertifyConfig.model_validate(manifest.get("config"))
-        where = folder / "summary.json"
-        summary = CertifySummary.model_validate(_read_json(where, unfinished))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        raise UserError(f"'{folder}' is not a certify run of this version: {field}: {problem['msg']}") from error
-    rows = _rows(folder / "results.parquet", unfinished)
-    return CertifyRecord(folder=folder, manifest=manifest, config=config, summary=summary, rows=rows)
-
-
-def _rows(path: Path, if_absent: str) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise UserError(if_absent) from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read '{path}': {_first_line(error)}") from error
-    missing = [column for column in CERTIFY_SCHEMA.names if column not in table.column_names]
-    if missing:
-        raise UserError(f"'{path}' lacks the column '{missing[0]}': run the certification again")
-    return table
+    again = "run the certification again"
+    path = folder / "summary.json"
+    require_shape(
+        CertifyConfig, manifest["config"], folder / "manifest.json", f": not a certify run of this version, {again}"
+    )
+    content = read_json_of(path, unfinished)
+    require_shape(CertifySummary, content, path, f": not a certify run of this version, {again}")
+    require_unchanged(folder, manifest, what="certify ")
+    rows = read_rows(folder / "results.parquet", _WANTED, if_absent=unfinished, again=again)
+    return CertifyRecord(
+        folder=folder,
+        manifest=manifest,
+        config=CertifyConfig.model_validate(manifest["config"]),
+        summary=CertifySummary.model_validate(content),
+        rows=rows,
+    )
 
 
 def cosine_lines(run: CertifyRecord) -> list[Line]:

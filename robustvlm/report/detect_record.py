@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from robustvlm.errors import UserError
-from robustvlm.report.record import _first_line, _read_json
+from robustvlm.report.record import read_json_of, read_manifest_of
+from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.detect_config import DetectConfig
 from robustvlm.runs.detect_summary import OWN, DetectSummary, ScoreSummary
+from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.results import read_rows
 
-_COLUMNS = ("set", "image_id", "label", "prediction")
+_COLUMNS = (("set", pa.string()), ("image_id", pa.string()), ("label", pa.int32()), ("prediction", pa.int32()))
 
 
 @dataclass(frozen=True)
@@ -55,39 +55,25 @@ class DetectRecord:
 
 def is_detect_run(folder: Path) -> bool:
     """Whether the folder's manifest says that it is a detect run; False where none can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == "detect"
+    return kind_of_run(folder) == "detect"
 
 
 def load_detect_run(folder: Path) -> DetectRecord:
     """Read a finished detect run; UserError when it has not ended, is of another kind, or a file is damaged."""
-    manifest = _read_json(folder / "manifest.json", f"'{folder}' is no run folder: expected a manifest.json in it")
-    if manifest.get("kind") != "detect":
-        raise UserError(f"'{folder}' is no detect run: expected a run of kind 'detect', got {manifest.get('kind')!r}")
+    manifest = read_manifest_of(folder)
+    if manifest["kind"] != "detect":
+        raise UserError(f"'{folder}' is no detect run: expected a run of kind 'detect', got {manifest['kind']!r}")
     unfinished = f"the run '{folder}' has not ended: give its detect command again to go on"
-    try:
-        config = DetectConfig.model_validate(manifest.get("config"))
-        summary = DetectSummary.model_validate(_read_json(folder / "summary.json", unfinished))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UserError(f"'{folder}' is not a detect run of this version: {where}: {problem['msg']}") from error
-    return DetectRecord(folder, manifest, config, summary, _rows(folder / "results.parquet", unfinished, summary))
-
-
-def _rows(path: Path, if_absent: str, summary: DetectSummary) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise UserError(if_absent) from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read '{path}': {_first_line(error)}") from error
-    missing = [
-        name for name in (*_COLUMNS, *(score.name for score in summary.scores)) if name not in table.column_names
-    ]
-    if missing:
-        raise UserError(f"'{path}' lacks the column '{missing[0]}': run the detection again")
-    return table
+    again = "run the detection again"
+    path = folder / "summary.json"
+    require_shape(
+        DetectConfig, manifest["config"], folder / "manifest.json", f": not a detect run of this version, {again}"
+    )
+    content = read_json_of(path, unfinished)
+    require_shape(DetectSummary, content, path, f": not a detect run of this version, {again}")
+    config, summary = DetectConfig.model_validate(manifest["config"]), DetectSummary.model_validate(content)
+    require_unchanged(folder, manifest, what="detect ")
+    wanted = [*_COLUMNS, *((score.name, pa.float64()) for score in summary.scores)]
+    fields = pa.schema([pa.field(name, kind, nullable=False) for name, kind in wanted])
+    rows = read_rows(folder / "results.parquet", fields, if_absent=unfinished, again=again)
+    return DetectRecord(folder, manifest, config, summary, rows)

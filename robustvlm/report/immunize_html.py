@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from robustvlm.errors import UserError
 from robustvlm.report import immunize_wording as words
 from robustvlm.report import tables, training_plots
 from robustvlm.report.html import _environment, _write, drawing
-from robustvlm.report.record import _read_json
+from robustvlm.report.record import read_json_of, read_manifest_of
 from robustvlm.report.wording import plain
-from robustvlm.runs.immunize_config import RECORD
+from robustvlm.runs.checksums import require_unchanged
+from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
+from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.stats import Rate
 
 # More would be a file, not a report; all of them are in the record.
@@ -38,17 +39,20 @@ class ImmunizeRun:
 
 def is_immunize_run(folder: Path) -> bool:
     """Whether the folder's manifest says that it is an immunised model; False where none can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == "immunize"
+    return kind_of_run(folder) == "immunize"
 
 
 def load_immunize_run(folder: Path) -> ImmunizeRun:
     """Read a finished immunize run; UserError when it has not ended or a file is damaged."""
-    manifest = _read_json(folder / "manifest.json", f"'{folder}' is no run folder: expected a manifest.json in it")
-    record = _read_json(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
+    manifest = read_manifest_of(folder)
+    require_shape(
+        ImmunizeConfig,
+        manifest["config"],
+        folder / "manifest.json",
+        ": its config is not of this version; run it again",
+    )
+    record = read_json_of(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
+    require_unchanged(folder, manifest, what="immunize ")
     return ImmunizeRun(folder, manifest, record)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import ValidationError
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
 
+from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError, nearest
+from robustvlm.runs.checksums import require_unchanged
+from robustvlm.runs.manifest import Manifest, read_manifest, require_shape
+from robustvlm.runs.results import SCHEMA, read_rows, required
 from robustvlm.runs.summary import Summary
 from robustvlm.runs.verdicts import Verdicts, verdicts
 
@@ -32,7 +35,34 @@ COLUMNS = (
 
 _GOAL = "goal"
 
-_NEEDED = {"config": ("model", "data", "norm", "eps", "eps_text", "attack"), "data": ("class_names",)}
+
+class _Config(BaseModel):
+    """The settings that a report reads, of this version and earlier ones."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    data: str
+    norm: str
+    eps: list[float]
+    eps_text: list[str]
+    attack: list[str]
+    goal: str = "misclassify"
+    goals: list[str] = ["misclassify"]
+    second_opinion: str | None = None
+
+
+class _Classes(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    class_names: list[str]
+
+
+class _Needed(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    config: _Config
+    data: _Classes
 
 
 @dataclass(frozen=True)
@@ -86,59 +116,61 @@ def find_run(name: str | Path, *, root: Path = Path("runs")) -> Path:
 def load_run(folder: Path) -> RunRecord:
     """Read a finished attack run.
 
-    Raises UserError when the folder holds no run, the run has not ended, is of another kind, or a file is damaged.
+    Raises UserError when the folder holds no run, the run has not ended, is of another kind, or a file is damaged, or
+    is not what the run wrote.
     """
-    manifest = _read_json(folder / "manifest.json", f"'{folder}' is no run folder: expected a manifest.json in it")
-    if manifest.get("kind") != "attack":
-        raise UserError(f"cannot report on '{folder}': expected a run of kind 'attack', got {manifest.get('kind')!r}")
-    for part, keys in _NEEDED.items():
-        missing = [key for key in keys if key not in (manifest.get(part) or {})]
-        if missing:
-            raise UserError(f"'{folder / 'manifest.json'}' lacks {part}.{missing[0]}: run the attack again")
+    manifest = read_manifest_of(folder)
+    if manifest["kind"] != "attack":
+        raise UserError(f"cannot report on '{folder}': expected a run of kind 'attack', got {manifest['kind']!r}")
+    require_shape(_Needed, manifest, folder / "manifest.json", ": run the attack again")
     unfinished = f"the run '{folder}' has not ended: give its attack command again to go on, then report"
-    return RunRecord(
-        folder=folder,
-        manifest=manifest,
-        summary=_summary(folder / "summary.json", _read_json(folder / "summary.json", unfinished)),
-        rows=_rows(folder / "results.parquet", unfinished, (manifest["config"].get("goals") or [None])[0]),
-    )
+    path = folder / "summary.json"
+    summary = _summary(path, read_json_of(path, unfinished))
+    require_unchanged(folder, manifest, what="attack ")
+    rows = _rows(folder / "results.parquet", unfinished, (manifest["config"].get("goals") or [None])[0])
+    _require_labels(rows, manifest, folder)
+    return RunRecord(folder=folder, manifest=manifest, summary=summary, rows=rows)
 
 
-def _read_json(path: Path, if_absent: str) -> dict[str, Any]:
+def read_manifest_of(folder: Path) -> Manifest:
+    """Return the manifest of a run folder; UserError when there is none or it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(if_absent) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read '{path}': {_first_line(error)}") from error
+        return read_manifest(folder / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it") from None
+
+
+def read_json_of(path: Path, if_absent: str) -> dict[str, Any]:
+    """Return a JSON object of a run folder; UserError when it is missing, damaged or no object."""
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise UserError(if_absent) from None
     if not isinstance(content, dict):
         raise UserError(f"cannot read '{path}': expected a JSON object, got {type(content).__name__}")
     return content
 
 
 def _summary(path: Path, content: dict[str, Any]) -> Summary:
-    try:
-        return Summary.model_validate(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UserError(f"'{path}' is not a run summary of this version: {where}: {problem['msg']}") from error
+    require_shape(Summary, content, path, ": not a run summary of this version, run the attack again")
+    return Summary.model_validate(content)
 
 
 def _rows(path: Path, if_absent: str, goal: str | None) -> pa.Table:
-    try:
-        present = set(pq.read_schema(path).names)
-        missing = [column for column in COLUMNS if column not in present]
-        if missing:
-            raise UserError(f"'{path}' lacks the column '{missing[0]}': run the attack again")
-        # Runs from before there were goals have no such column.
-        chosen = [(_GOAL, "=", goal)] if goal is not None and _GOAL in present else None
-        return pq.read_table(path, columns=list(COLUMNS), filters=chosen)
-    except FileNotFoundError as error:
-        raise UserError(if_absent) from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read '{path}': {_first_line(error)}") from error
+    table = read_rows(path, required(SCHEMA, COLUMNS), if_absent=if_absent, again="run the attack again")
+    # Runs from before there were goals have no such column.
+    if goal is not None and _GOAL in table.column_names:
+        table = table.filter(pc.field(_GOAL) == goal)
+    return table.select(list(COLUMNS))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _require_labels(rows: pa.Table, manifest: Manifest, folder: Path) -> None:
+    """Refuse rows whose classes are not among those of the manifest."""
+    classes = len(manifest["data"]["class_names"])
+    for name in ("label", "clean_prediction"):
+        highest = pc.max(rows.column(name)).as_py()
+        if highest is not None and highest >= classes:
+            raise UserError(
+                f"the column '{name}' of '{folder / 'results.parquet'}' holds {highest}, and the manifest has {classes} "
+                "classes: run the attack again"
+            )

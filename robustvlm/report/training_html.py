@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict
 
 from robustvlm.report import tables, training_plots
 from robustvlm.report.html import _environment, _write, drawing
-from robustvlm.report.record import _read_json
+from robustvlm.report.record import read_manifest_of
 from robustvlm.report.wording import DASH, duration, interval, percent, plain
+from robustvlm.runs.checksums import require_unchanged
+from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.runs.training_summary import TrainingSummary, read_training
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import History, Validation
@@ -39,17 +41,34 @@ class TrainingRun:
 
 def is_training_run(folder: Path) -> bool:
     """Whether the folder's manifest says that something was trained; False where none can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") in KINDS
+    return kind_of_run(folder) in KINDS
 
 
 def load_training_run(folder: Path) -> TrainingRun:
     """Read a finished training run; UserError when it has not ended or a file is damaged."""
-    manifest = _read_json(folder / "manifest.json", f"'{folder}' is no run folder: expected a manifest.json in it")
-    return TrainingRun(folder, manifest, read_training(folder))
+    manifest = read_manifest_of(folder)
+    require_shape(_Needed, manifest, folder / "manifest.json", ": give the run's command again with --fresh")
+    summary = read_training(folder)
+    require_unchanged(folder, manifest)
+    return TrainingRun(folder, manifest, summary)
+
+
+class _Config(BaseModel):
+    """The settings that a report reads."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    data: str
+    norm: str = ""
+    eps_text: str = ""
+    inner_steps: int = 0
+
+
+class _Needed(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    config: _Config
 
 
 def write_training_report(folder: Path, out: Path | None = None) -> Path:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from robustvlm.errors import UserError
 
@@ -76,6 +78,50 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     with replacing(path, private=private) as temporary:
         # A name with a lone surrogate (a file name of another encoding) must not lose everything beside it.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def open_own(path: Path, mode: str) -> IO[bytes]:
+    """Open a file of a folder that may come from others, to write into it as it is: "ab" or "r+b", unbuffered.
+
+    Links are not followed, or a stranger's folder could have a file of yours changed; pipes and devices are refused.
+    It is made where there is none (and only readable by others where the umask allows it).
+
+    Raises:
+        UserError: something else than a file is there.
+    """
+    flags = os.O_RDWR | os.O_CREAT | (os.O_APPEND if "a" in mode else 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_CLOEXEC", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(
+                f"'{path}' is no file but {kind_of(path)}: a run neither follows nor replaces it"
+            ) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"'{path}' is no file but {kind_of(path)}: a run neither follows nor replaces it")
+    return os.fdopen(descriptor, mode, buffering=0)
+
+
+def kind_of(path: Path) -> str:
+    """Say what stands at a path, links not followed.
+
+    Example:
+        >>> kind_of(Path("/dev/null"))
+        'a device'
+    """
+    mode = path.lstat().st_mode
+    kinds = (
+        (stat.S_ISLNK, "a link"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISREG, "a file"),
+    )
+    return next((name for test, name in kinds if test(mode)), "a device")
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.core.foreign_text import secrets_cut, without_secrets
+from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError
-from robustvlm.runs.files import TEMPORARY, named_disk_errors, write_text
-from robustvlm.runs.manifest import Manifest, is_manifest, require_same
+from robustvlm.runs import checksums
+from robustvlm.runs.files import TEMPORARY, kind_of, named_disk_errors, open_own, write_text
+from robustvlm.runs.manifest import Manifest, read_manifest, require_same
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _LOCK = "run.lock"
@@ -24,6 +27,7 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 # a run starts over, so that a deletion cut short leaves nothing that could be taken for results; the manifest marks the
 # folder as ours.
 _FILES = (
+    checksums.NAME,
     "model.json",
     "prompts.json",
     "immunity.json",
@@ -105,7 +109,7 @@ class RunFolder:
         """Return the journals that are there, of however many processes, that of rank 0 first."""
         others = (path for path in self.path.glob("journal-*.jsonl") if _RANK_JOURNAL.fullmatch(path.name))
         found = [self.journal_path, *sorted(others, key=lambda path: (len(path.name), path.name))]
-        return [path for path in found if path.exists()]
+        return [path for path in found if os.path.lexists(path)]
 
     @property
     def results_path(self) -> Path:
@@ -138,25 +142,22 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the results are complete; the report may still have to be made from them."""
-        if not (self.summary_path.exists() and self.results_path.exists()):
+        if not (self.summary_path.exists() and self.results_path.exists() and self.sealed):
             return False
-        try:
-            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read '{self.summary_path}' ({error}): delete it, the run makes it again") from None
+        summary = read_json(self.summary_path, advice="delete it, the run makes it again")
         return not (isinstance(summary, dict) and summary.get("unfinished"))
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the run has written down the digests of its results, which it does last."""
+        return checksums.sealed(self.path, self.manifest() or {})
 
     def manifest(self) -> Manifest | None:
         """Return the manifest on disk, or None when the run has not begun."""
-        if not self.manifest_path.exists():
-            return None
         try:
-            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read '{self.manifest_path}' ({error}): choose another --name") from None
-        if not is_manifest(manifest):
-            raise UserError(f"'{self.manifest_path}' is not the manifest of a run: choose another --name")
-        return manifest
+            return read_manifest(self.manifest_path, advice="choose another --name")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     @contextmanager
     def opened(self, manifest: Manifest, *, fresh: bool = False, resume: bool = False) -> Iterator[Manifest]:
@@ -174,9 +175,11 @@ class RunFolder:
             with self._lock():
                 if fresh:
                     self._clear()
+                self._check_entries()
                 self._sweep()
                 old = self.manifest()
                 if old is None:
+                    self._check_empty()
                     write_text(self.manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
                 else:
                     require_same(old, manifest, self.path)
@@ -199,14 +202,39 @@ class RunFolder:
             raise UserError(f"'{self.path}' is no folder: choose another --name")
         if not self.path.exists() or (self.path / _LOCK).exists() or self.manifest() is not None:
             return
+        self._check_empty()
         strangers = sorted(entry.name for entry in self.path.iterdir())
         if strangers:
             raise UserError(
                 f"'{self.path}' holds other files and no run (for example '{strangers[0]}'): choose another --name"
             )
 
+    def _check_empty(self) -> None:
+        """Refuse results without a manifest: nothing says what they are, and a new one would say something false."""
+        left = [path.name for path in self._own() if path.name != self.manifest_path.name and os.path.lexists(path)]
+        if left:
+            raise UserError(
+                f"'{self.path}' holds what a run has written ('{left[0]}') but no {self.manifest_path.name} that says "
+                "which run it was: bring it back, choose another --name, or start over with --fresh"
+            )
+
+    def _check_entries(self) -> None:
+        """Refuse links and pipes in place of what a run writes: they could lead out of the folder, or never answer."""
+        for entry in (self.path / _LOCK, *self._own()):
+            inside = entry.rglob("*") if entry.is_dir() and not entry.is_symlink() else ()
+            for path in (entry, *inside):
+                if os.path.lexists(path) and kind_of(path) not in ("a file", "a folder"):
+                    raise UserError(
+                        f"'{path}' is {kind_of(path)}, which no run makes: remove it, choose another --name, or start "
+                        "over with --fresh"
+                    )
+
+    def _own(self) -> list[Path]:
+        """Return the paths of everything that a run writes besides its lock, there or not, in the order of deletion."""
+        return [self.summary_path, *self.journals(), *(self.path / name for name in _FILES)]
+
     def _clear(self) -> None:
-        for path in (self.summary_path, *self.journals(), *(self.path / name for name in _FILES)):
+        for path in self._own():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -214,8 +242,9 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Delete the temporary files of a process that was killed; nobody else writes here while the lock is held."""
-        for folder in (self.path, self.gallery_path, self.adversarial_path, self.features_path):
-            for path in folder.glob(f".*{TEMPORARY}"):
+        inside = [path for path in self._own() if path.is_dir() and not path.is_symlink()]
+        for left in (self.path.glob(f".*{TEMPORARY}"), *(folder.rglob(f".*{TEMPORARY}") for folder in inside)):
+            for path in list(left):
                 path.unlink(missing_ok=True)
 
     @contextmanager
@@ -226,7 +255,7 @@ class RunFolder:
         except ImportError:  # Windows: no advisory locks; two processes on one run are the user's to avoid
             yield
             return
-        with (self.path / _LOCK).open("w") as handle:
+        with open_own(self.path / _LOCK, "r+b") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.reading import NotRegular, parse_json, require_regular
 from robustvlm.errors import UserError
+from robustvlm.runs.files import open_own
 
 # A line reaches the operating system at once, which survives the death of the process; it is forced to the disk, which
 # survives a power cut, at most this often.
@@ -33,13 +35,16 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         _cut_torn_line(path)
-        self._file = path.open("ab", buffering=0)
+        self._file = open_own(path, "ab")
         self._synced = time.monotonic()
 
     def append(self, fact: dict[str, Any]) -> None:
         """Write one fact as one line."""
         line = json.dumps(fact, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogateescape") + b"\n"
-        start, written = os.fstat(self._file.fileno()).st_size, 0
+        about = os.fstat(self._file.fileno())
+        if about.st_nlink == 0:
+            raise UserError(_gone(self.path))
+        start, written = about.st_size, 0
         try:
             # Unbuffered writes may take only a part, for example on a disk that is filling up.
             while written < len(line):
@@ -51,7 +56,14 @@ class Journal:
             raise
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._file.fileno())
+            if not self.path.exists():  # moved away together with its folder
+                raise UserError(_gone(self.path))
             self._synced = time.monotonic()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no fact has been written yet."""
+        return os.fstat(self._file.fileno()).st_size == 0
 
     def close(self) -> None:
         """Force everything to the disk and close the file."""
@@ -92,8 +104,12 @@ class JournalReader:
 
     def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield number and fact of every whole line that was added since the last call."""
-        if not self.path.exists():
+        try:
+            require_regular(self.path)
+        except FileNotFoundError:
             return
+        except NotRegular as error:
+            raise UserError(f"{error}: put the run's journal back, or start over with --fresh") from None
         with self.path.open("rb") as handle:
             handle.seek(self._offset)
             for line in handle:
@@ -105,18 +121,20 @@ class JournalReader:
 
     def _fact(self, line: bytes) -> dict[str, Any]:
         try:
-            fact = json.loads(line.decode("utf-8", "surrogateescape"))
-        except (ValueError, RecursionError):
+            fact = parse_json(line.decode("utf-8", "surrogateescape"))
+        except ValueError:
             fact = None
         if not isinstance(fact, dict):
             raise UserError(f"line {self._lines} of '{self.path}' is damaged: repair it, or start over with --fresh")
         return fact
 
 
+def _gone(path: Path) -> str:
+    return f"the run's folder was deleted or moved while it was at work: '{path}' is no longer there"
+
+
 def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("r+b") as handle:
+    with open_own(path, "r+b") as handle:
         end = handle.seek(0, os.SEEK_END)
         keep = end
         while keep > 0:

@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError
+from robustvlm.runs.manifest import require_shape
 from robustvlm.training.history import History
 
 NAME = "training.json"
@@ -39,12 +41,10 @@ class TrainingSummary(BaseModel):
 
 def read_training(folder: Path) -> TrainingSummary:
     """Return the summary of a finished training run; raise UserError if there is none or it is damaged."""
+    advice = "delete it and give the run's command again"
     try:
-        return TrainingSummary.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
+        content = read_json(folder / NAME, advice=advice)
     except FileNotFoundError:
         raise UserError(f"the run '{folder}' has not ended: give its command again to go on") from None
-    except (OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"cannot read '{folder / NAME}' ({first}): delete it and give the run's command again"
-        ) from None
+    require_shape(TrainingSummary, content, folder / NAME, f": {advice}")
+    return TrainingSummary.model_validate(content)

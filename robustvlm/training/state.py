@@ -34,8 +34,8 @@ class TrainingState:
     There is no state of random generators: every draw is a function of the seed, the step and the image.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, *, images: int) -> None:
-        self.config, self.images = config, images
+    def __init__(self, module: nn.Module, config: TrainingConfig, *, images: int, run: str | None = None) -> None:
+        self.config, self.images, self.run = config, images, run
         self.weights = Weights(module)
         self.optimizer = make_optimizer(self.weights, config)
         self.average = Average(self.weights, config.ema) if config.ema is not None else None
@@ -56,7 +56,11 @@ class TrainingState:
         if self.pending.sums:
             parts["pending"] = self.pending.sums
         facts: dict[str, Any] = {"pending": [self.pending.norms, self.pending.counted]}
-        facts |= {"step": self.step, "history": self.history.model_dump(mode="json")} | self._conditions()
+        facts |= {
+            "run": self.run,
+            "step": self.step,
+            "history": self.history.model_dump(mode="json"),
+        } | self._conditions()
         write_checkpoint(folder / LAST, parts, facts)
 
     def load(self, folder: Path) -> bool:
@@ -64,10 +68,15 @@ class TrainingState:
 
         Raises UserError when it was made under other settings.
         """
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / LAST
         if not path.exists():
             return False
         parts, facts = read_checkpoint(path)
+        if facts.get("run") != self.run:
+            raise UserError(
+                f"the checkpoint '{path}' is another run's: put this run's back, or start over with --fresh"
+            )
         wanted = self._conditions()
         other = [key for key, value in wanted.items() if facts.get(key) != value]
         if other:
@@ -91,7 +100,7 @@ class TrainingState:
     def save_best(self, folder: Path) -> None:
         """Write the values to keep as the best so far."""
         best = self.history.best()
-        facts = {"step": self.step, "validation": best.model_dump(mode="json") if best else None}
+        facts = {"step": self.step, "validation": best.model_dump(mode="json") if best else None, "run": self.run}
         write_checkpoint(folder / BEST, {"weights": self.kept or self.weights.state()}, facts)
 
     def load_kept(self, folder: Path) -> None:
@@ -115,7 +124,8 @@ class TrainingState:
         if not (folder / BEST).exists():
             return None
         parts, facts = read_checkpoint(folder / BEST)
-        return parts["weights"] if facts["step"] == self.history.best_step else None
+        same = facts.get("run") == self.run and facts.get("step") == self.history.best_step
+        return parts["weights"] if same else None
 
     def _conditions(self) -> dict[str, Any]:
         settings = {key: value for key, value in asdict(self.config).items() if key not in _FREE}

@@ -64,15 +64,18 @@ class Trainer:
         self.device = next(task.module.parameters()).device
         self.part = config.part_size(self.ranks.size)
 
-    def fit(self, folder: Path) -> History:
+    def fit(self, folder: Path, *, run: str | None = None) -> History:
         """Train to the last step, with checkpoints in `folder`; leave the best weights in the module.
+
+        Args:
+            run: identity of the run, which the checkpoints carry; those of another one are refused.
 
         Raises:
             UserError: divergence, a checkpoint made under other settings, no memory, a full disk, a failed peer.
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with named_disk_errors(folder), process_group(self.ranks, self.device), torch.random.fork_rng(devices):
-            state = TrainingState(self.task.module, self.config, images=len(self.data))
+            state = TrainingState(self.task.module, self.config, images=len(self.data), run=run)
             state.load(folder)
             Session(self, state, folder).run()
             self.ranks.barrier()

@@ -19,6 +19,7 @@ from robustvlm.evaluation.audit_search import Effort
 from robustvlm.evaluation.certifying.settings import Settings
 from robustvlm.evaluation.certifying.setup import prepare_certify
 from robustvlm.models.custom import CustomVLM
+from robustvlm.runs.checksums import write_checksums
 
 QUICK = Effort(starts=4, steps=15, draws=8, choice=64, evidence=1000, fractions=(0.5, 1.0))
 
@@ -55,6 +56,7 @@ def stretch(folder: Path, factor: float) -> None:
             column = pa.array(np.minimum(values, 0.999) if name == "r" else values)
             table = table.set_column(table.schema.get_field_index(name), name, column)
     pq.write_table(table, folder / "results.parquet")
+    write_checksums(folder, json.loads((folder / "manifest.json").read_text()))  # as a faulty run would have done
 
 
 @pytest.mark.parametrize("claim", ["feature", "class", "vote", "openset"])

@@ -32,10 +32,10 @@ def _edit_manifest(folder: Path, **change: object) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "is no run folder"),
     "manifest cut off": (lambda f: (f / "manifest.json").write_text('{"kind": '), "cannot read"),
-    "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), "expected a JSON object, got list"),
+    "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), "is not the manifest of a run"),
     "another kind": (lambda f: _edit_manifest(f, kind="certify"), "expected a run of kind 'attack', got 'certify'"),
-    "config incomplete": (lambda f: _edit_manifest(f, config={}), "lacks config.model"),
-    "data not there": (lambda f: _edit_manifest(f, data=None), "lacks data.class_names"),
+    "config incomplete": (lambda f: _edit_manifest(f, config={}), "damaged (config.model: Field required)"),
+    "data not there": (lambda f: _edit_manifest(f, data=None), "damaged (data: "),
     "no summary": (lambda f: (f / "summary.json").unlink(), "has not ended"),
     "no results": (lambda f: (f / "results.parquet").unlink(), "has not ended"),
     "summary of another shape": (lambda f: (f / "summary.json").write_text('{"norm": "L2"}'), "images: Field required"),

@@ -11,8 +11,10 @@ from robustvlm.defenses.build.copying import copy_model, copy_part
 from robustvlm.defenses.build.fitting import Misfit, Part, Unfitted, levels_used, misfit, read_parts_of, unfitted
 from robustvlm.defenses.build.recipe import Recipe
 from robustvlm.defenses.pipeline import apply_operations, load_pipeline
+from robustvlm.defenses.saved import require_same_base
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
+from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 
 PARTS = "parts"
@@ -40,7 +42,9 @@ def build_pipeline(
     shown, clean = recipe.encoder, [vlm.fingerprint]
     for part in parts:
         wrong = misfit(part, shown, vlm.fingerprint, clean, levels_used(part, recipe.sigma))
-        if wrong is not None:
+        if wrong is None:
+            require_same_base(part.card, vlm, part.folder)
+        else:
             if not wrong.harmless and not accept_misfits:
                 raise UserError(f"{wrong}; --accept-misfits builds it anyway")
             found.append(wrong)
@@ -50,14 +54,19 @@ def build_pipeline(
         shown, clean = str(part.folder), [*clean, vlm.fingerprint]
     _try_out(apply_operations(vlm, recipe.smoothing), recipe)
     settings = {"smooth": recipe.smooth}
-    write_card(folder, Card("build", base=spec, base_fingerprint=vlm.fingerprint, settings=settings))
+    write_card(folder, Card("build", spec, vlm.fingerprint, settings, probe_encoder(vlm)))
     return load_pipeline(str(folder), device=device), tuple(found)
 
 
 def _put_on(part: Part, spec: str, vlm: VLM, target: Path, device: torch.device | str) -> tuple[str, VLM]:
     """Copy a part with a card that names the model before it; return its spec and itself."""
-    copy_part(part.folder, target, dataclasses.replace(part.card, base=spec, base_fingerprint=vlm.fingerprint))
+    copy_part(part.folder, target, _on(part.card, spec, vlm))
     return str(target), load_pipeline(str(target), device=device)
+
+
+def _on(card: Card, spec: str, vlm: VLM) -> Card:
+    """Return the card of a part that stands on another model now, or on a copy of its own."""
+    return dataclasses.replace(card, base=spec, base_fingerprint=vlm.fingerprint, base_probe=probe_encoder(vlm))
 
 
 def _try_out(vlm: VLM, recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from robustvlm.runs.files import replacing
 RECORDS = frozenset(
     {
         "manifest.json",
+        "checksums.json",
         "run.lock",
         "summary.json",
         "training.json",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,9 +32,7 @@ class FinetunedModel(SavedModel):
         return vlm
 
 
-def save_finetuned(
-    folder: Path, vlm: VLM, *, kind: str, base: str, base_fingerprint: str, settings: dict[str, Any]
-) -> None:
+def save_finetuned(folder: Path, vlm: VLM, card: Card) -> None:
     """Write a model with changed weights into `folder`, LoRA and SSF merged in; the card comes last.
 
     An open_clip model becomes a folder that open_clip reads by itself; of any other the changed weights are kept, and
@@ -49,7 +46,7 @@ def save_finetuned(
         values = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
         with replacing(folder / OVERLAY) as temporary:
             save_file(values, temporary, metadata={"format": "pt"})
-    write_card(folder, Card(kind, base=base, base_fingerprint=base_fingerprint, settings=settings))
+    write_card(folder, card)
 
 
 @torch.no_grad()

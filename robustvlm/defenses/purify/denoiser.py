@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from robustvlm.defenses.purify.reach import Reached, file_digest
 from robustvlm.errors import UserError
 from robustvlm.models.custom import create
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.hub import brief
+from robustvlm.models.reach import Reached, file_digest
 from robustvlm.models.zoo import names_a_callable
 
 _TRIAL_SIGMA = 0.25

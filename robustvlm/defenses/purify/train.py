@@ -82,6 +82,7 @@ def train_parts(
     *,
     ranks: Ranks | None = None,
     observe: Observe | None = None,
+    run: str | None = None,
 ) -> tuple[Parts, Mapping[Stage, History]]:
     """Train purifier and mapper around a frozen encoder; killed at any moment, the same call goes on.
 
@@ -90,7 +91,7 @@ def train_parts(
         data: training images, whose labels are not looked at.
         held_out: images [N, 3, S, S] on which the Gaussian robustness score is watched.
         folder: for checkpoints, in a folder for each stage.
-        ranks: of a distributed job; observe: who watches a stage.
+        ranks: of a distributed job; observe: who watches a stage; run: identity of the run that the checkpoints are of.
 
     Returns:
         The parts, and the record of each stage that was trained.
@@ -106,7 +107,7 @@ def train_parts(
 
     def fit(stage: Stage, task: Task) -> None:
         trainer = Trainer(task, data, settings.config(stage), ranks=ranks, observer=observe(stage))
-        records[stage] = trainer.fit(folder / stage)
+        records[stage] = trainer.fit(folder / stage, run=run)
         task.module.requires_grad_(False)
 
     purifier: Purifier | OwnDenoiser | None = None

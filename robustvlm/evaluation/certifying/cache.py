@@ -15,9 +15,11 @@ from safetensors.numpy import save
 
 from robustvlm.certify import Task
 from robustvlm.certify.sampling import Stage
+from robustvlm.core.reading import require_regular
 from robustvlm.errors import UserError
 from robustvlm.runs.certify_config import CacheType
 from robustvlm.runs.files import replacing
+from robustvlm.runs.manifest import Manifest, run_identity
 
 STAGES: tuple[Stage, ...] = ("pilot", "estimation", "clean")
 _BYTES = {"float16": 2, "float32": 4}
@@ -61,10 +63,14 @@ def require_room(folder: Path, needed: int) -> None:
 
 
 class FeatureWriter:
-    """Gathers the features of images in work and writes them when an image is done, each file whole or not at all."""
+    """Gathers the features of images in work and writes them when an image is done, each file whole or not at all.
 
-    def __init__(self, folder: Path, kind: CacheType) -> None:
-        self.folder, self.kind = folder, kind
+    Args:
+        run: identity of the run that samples, which each file carries: features are evidence for its model and noise only.
+    """
+
+    def __init__(self, folder: Path, kind: CacheType, *, run: str | None = None) -> None:
+        self.folder, self.kind, self.run = folder, kind, run
         self._parts: dict[int, dict[Stage, list[NDArray[Any]]]] = {}
 
     def add(self, task: Task, stage: Stage, rows: NDArray[np.float32]) -> None:
@@ -76,8 +82,9 @@ class FeatureWriter:
         """Write the file of a finished image."""
         stages = self._parts.pop(task.index, {})
         tensors: dict[str, NDArray[Any]] = {stage: np.concatenate(parts) for stage, parts in stages.items()}
+        about = {"image_id": task.image_id, "dtype": self.kind} | ({} if self.run is None else {"run": self.run})
         with replacing(feature_file(self.folder, task.index)) as temporary:
-            temporary.write_bytes(save(tensors, metadata={"image_id": task.image_id, "dtype": self.kind}))
+            temporary.write_bytes(save(tensors, metadata=about))
 
 
 def feature_file(folder: Path, index: int) -> Path:
@@ -92,16 +99,27 @@ class Kept:
     stages: dict[Stage, NDArray[np.float32]]
 
 
-def read_features(folder: Path, index: int, image_id: str) -> Kept:
-    """Return the kept features of an image; UserError when the file is missing, damaged or another image's."""
+def read_features(folder: Path, index: int, image_id: str, source: Manifest) -> Kept:
+    """Return the kept features of an image.
+
+    Raises:
+        UserError: the file is missing, damaged, another image's, or does not show that it is of the run `source`.
+    """
     path = feature_file(folder, index)
     try:
+        require_regular(path)
         with safe_open(path, framework="np") as file:
-            owner = (file.metadata() or {}).get("image_id")
+            about = file.metadata() or {}
+            owner = about.get("image_id")
             names = set(file.keys())
             stages = {stage: file.get_tensor(stage).astype(np.float32) for stage in STAGES if stage in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the kept features '{path}' ({error}): make them again with --cache") from None
     if owner != image_id or "estimation" not in stages:
         raise UserError(f"'{path}' holds features of '{owner}', expected '{image_id}': make them again with --cache")
+    if about.get("run") is None or about["run"] != run_identity(source):
+        raise UserError(
+            f"nothing shows that the kept features '{path}' are of the run that they lie in (another run's, or from a "
+            "version that did not note it): make them again with --cache"
+        )
     return Kept(stages)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from robustvlm.core.ranks import Ranks, current_ranks
+from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
 from robustvlm.evaluation.certifying.observer import CertifyObserver
@@ -20,9 +21,10 @@ from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_looks import record_look
 from robustvlm.runs.certify_rows import make_certify_rows
 from robustvlm.runs.certify_summary import CertifySummary, summarise_certify
+from robustvlm.runs.checksums import forget_checksums, require_unchanged, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder
-from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.manifest import Manifest, require_shape
 from robustvlm.runs.results import write_rows
 
 CERTIFICATES = "certificates.jsonl"
@@ -60,7 +62,9 @@ class PreparedCertify:
         ranks = current_ranks()
         with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume) as manifest:
             if self.folder.finished:
-                self._report(ranks, again=False)
+                require_unchanged(self.folder.path, manifest, what="certify ")
+                if ranks.leader and not self.folder.report_path.exists():  # a crash may leave the last file unwritten
+                    write_certify_report(self.folder.path)
             else:
                 if ranks.leader and "trail" in manifest:
                     record_look(self.folder, manifest["trail"])
@@ -71,18 +75,17 @@ class PreparedCertify:
                     if ranks.leader:
                         ledger.sync()
                         finish(ledger, manifest)
-                        self._report(ranks, again=True)
+                        self._report(manifest)
                 finally:
                     ledger.close()
             ranks.barrier()
             return read_summary(self.folder)
 
-    def _report(self, ranks: Ranks, *, again: bool) -> None:
-        """Write the report and its pictures; a crash may have left a finished run without."""
-        if not ranks.leader or (self.folder.report_path.exists() and not again):
-            return
+    def _report(self, manifest: Manifest) -> None:
+        """Write pictures and report; with the pictures the results are complete."""
         if self.illustrate is not None:
             self.illustrate(self.folder.gallery_path, pq.read_table(self.folder.results_path).to_pylist())
+        write_checksums(self.folder.path, manifest)
         write_certify_report(self.folder.path)
 
 
@@ -93,6 +96,7 @@ def finish(ledger: CertifyLedger, manifest: Manifest) -> CertifySummary:
         raise UserError(f"none of the {len(reasons)} images can be read (the first, {', '.join(reasons[:1])})")
     rows = make_certify_rows(ledger.found.values())
     summary = summarise_certify(rows, manifest, cost=ledger.cost, checks=ledger.checks, unreadable=ledger.unreadable)
+    forget_checksums(ledger.folder.path)
     write_rows(ledger.folder.results_path, rows)
     # One record a line, for whoever takes a certificate elsewhere; the same as in the column of the results.
     records = rows.column("certificate").to_pylist()
@@ -103,8 +107,7 @@ def finish(ledger: CertifyLedger, manifest: Manifest) -> CertifySummary:
 
 def read_summary(folder: RunFolder) -> CertifySummary:
     """Return the summary of a finished run."""
-    try:
-        return CertifySummary.model_validate_json(folder.summary_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read '{folder.summary_path}' ({first}): delete it, the run makes it again") from None
+    advice = "delete it, the run makes it again"
+    content = read_json(folder.summary_path, advice=advice)
+    require_shape(CertifySummary, content, folder.summary_path, f": {advice}")
+    return CertifySummary.model_validate(content)

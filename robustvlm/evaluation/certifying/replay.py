@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.user_code import named_by
 from robustvlm.data.names import name_key
@@ -38,7 +37,10 @@ from robustvlm.evaluation.certifying.setup import (
     settle_deployed,
     vectors_of_classes,
 )
+from robustvlm.evaluation.describe import probe_of
+from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
+from robustvlm.report.certify_record import load_certify_run
 from robustvlm.report.record import find_run
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_looks import describe_trail
@@ -83,7 +85,7 @@ def open_source(run: str, *, root: Path) -> Source:
         raise UserError(f"the run '{path}' kept no features: make it with --cache float16")
     if not folder.finished:
         raise UserError(f"the run '{path}' has not ended: give its command again to go on")
-    return Source(folder, manifest, config, pq.read_table(folder.results_path).to_pylist())
+    return Source(folder, manifest, config, load_certify_run(path).rows.to_pylist())
 
 
 def prepare_replay(
@@ -120,8 +122,7 @@ def prepare_replay(
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
     with named_by(f"the manifest of '{source.folder.path}'"):
         vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
-    if describe_model(vlm).items() - source.manifest["model"].items():
-        raise UserError(f"the model '{settings.model}' is no longer the one of the run '{source.folder.path}'")
+    require_same_model(source, vlm)
     config = make_config(settings, sigma=source.config.sigma, device=device).model_copy(
         update={
             "resolution": source.config.resolution,
@@ -142,6 +143,7 @@ def prepare_replay(
     clean_kept = source.config.claim == "feature"
     plan = plan_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
     best = require_possible(plan, config)
+    probe = probe_of(vlm, names, templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
     recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule)
     begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
@@ -150,7 +152,13 @@ def prepare_replay(
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("certify", settings.model, "kept", identity))
     manifest = make_manifest(
-        kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+        kind="certify",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe,
     )
     described = describe_plan(plan, config, best)
     described["notes"] += _unnamed(data["class_names"], names)
@@ -158,6 +166,25 @@ def prepare_replay(
         described["notes"].append(WHY[chosen])
     trail = describe_trail(folder, manifest, judged=source.manifest)
     return PreparedCertify(config, folder, manifest | {"plan": described, "trail": trail}, begin)
+
+
+def require_same_model(source: Source, vlm: VLM) -> None:
+    """Refuse another model than the one whose features were kept, by its digest and by what it answers.
+
+    Raises:
+        UserError: what differs.
+    """
+    before = source.manifest["model"]
+    now = describe_model(vlm)
+    other = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    data, probe = source.manifest["data"], source.manifest.get("probe")
+    if not other and probe is not None:
+        answers = change_of(probe, probe_of(vlm, data["class_names"], data["templates"]))
+        other = [] if answers is None else [answers]
+    if other:
+        raise UserError(
+            f"the model '{vlm.spec}' is no longer the one of the run '{source.folder.path}': {'; '.join(other)}"
+        )
 
 
 def _begin(
@@ -174,6 +201,7 @@ def _begin(
         recorder=recorder,
         rows=source.rows,
         features=source.folder.features_path,
+        source=source.manifest,
         labels=relabel(source.rows, source.manifest["data"]["class_names"], names),
         best_radius=best,
         ledger=ledger,

@@ -20,6 +20,7 @@ from robustvlm.evaluation.certifying.facts import Recorder
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
 from robustvlm.evaluation.certifying.observer import CertifyObserver, Forecast
 from robustvlm.evaluation.images import Images, Picture
+from robustvlm.runs.manifest import Manifest
 
 # A killed session loses its count of passes since the last note of it.
 _COST_SECONDS = 5.0
@@ -61,7 +62,11 @@ class SamplingRun:
         try:
             probed = self._probe()
             self._announce(probed)
-            writer = None if self.config.cache is None else FeatureWriter(self._features, self.config.cache)
+            writer = (
+                None
+                if self.config.cache is None
+                else FeatureWriter(self._features, self.config.cache, run=self.ledger.owner)
+            )
             engine = SamplingEngine(
                 self.encoder,
                 seed=self.config.seed,
@@ -159,7 +164,7 @@ class ReplayRun:
 
     Args:
         rows: of the run that kept the features: index, image_id, resize_norm, certificate.
-        features: folder of the kept features.
+        features: folder of the kept features; source: manifest of the run that they must be of.
         labels: the images' classes in the new list, by index; -1 where it is not in it.
     """
 
@@ -169,6 +174,7 @@ class ReplayRun:
         recorder: Recorder,
         rows: Sequence[Mapping[str, Any]],
         features: Path,
+        source: Manifest,
         labels: Mapping[int, int],
         best_radius: float,
         ledger: CertifyLedger,
@@ -176,6 +182,7 @@ class ReplayRun:
         ranks: Ranks,
     ) -> None:
         self.recorder, self.rows, self.features, self.labels = recorder, rows, features, labels
+        self.source = source
         self.best_radius = best_radius
         self.ledger, self.observer, self.ranks = ledger, observer, ranks
 
@@ -199,7 +206,7 @@ class ReplayRun:
 
     def _judged(self, row: Mapping[str, Any]) -> Sampled:
         began = time.perf_counter()
-        kept = read_features(self.features, row["index"], row["image_id"])
+        kept = read_features(self.features, row["index"], row["image_id"], self.source)
         certifier = self.recorder.plan.certifier()
         used = dict.fromkeys(kept.stages, 0)
         while (wanted := certifier.request()) is not None:

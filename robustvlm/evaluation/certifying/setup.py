@@ -28,7 +28,7 @@ from robustvlm.evaluation.certifying.observer import CertifyObserver
 from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
 from robustvlm.evaluation.certifying.run import SamplingRun
 from robustvlm.evaluation.certifying.settings import DEFAULT_ALPHA, DEFAULT_SIGMA, Settings
-from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.images import Images
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.device import resolve_device
@@ -70,6 +70,7 @@ def prepare_certify(
     text = vectors_of_classes(config, vlm, source.class_names, source.templates)
     plan = plan_of(config, vlm, text, source.templates, rule=rule)
     best = require_possible(plan, config)
+    probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
     model_facts, data_facts = describe_model(vlm) | describe_head(config, source.class_names), describe_data(source)
     config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
@@ -96,7 +97,13 @@ def prepare_certify(
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("certify", settings.model, settings.data, identity))
     manifest = make_manifest(
-        kind="certify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+        kind="certify",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe,
     )
     remarks = remarks_of(source, vlm)
     plan_facts = describe_plan(plan, config, best)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from robustvlm.attacks.oracle import full_precision_kernels
 from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.reading import parse_json, require_regular
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
@@ -26,10 +27,12 @@ from robustvlm.models import VLM
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.files import replacing
+from robustvlm.runs.manifest import Manifest, require_owner, run_identity
 from robustvlm.runs.summary import UnreadableImage
 
 # Images per file: a killed run loses what it had of one.
 CHUNK = 512
+_RUN = "run"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +70,22 @@ class Encoder:
     """Encodes sets of images with a classifier and keeps what it says, in files of `CHUNK` images.
 
     Args:
-        classifier: the model; folder: of the kept features; seed: of the draws of a random model.
+        classifier: the model; folder: of the kept features; owner: manifest of their run.
+        seed: of the draws of a random model.
         batch_size: images per pass, halved for as long as memory runs out.
     """
 
     def __init__(
-        self, classifier: Classifier, folder: Path, *, seed: int, batch_size: int, observer: DetectObserver
+        self,
+        classifier: Classifier,
+        folder: Path,
+        *,
+        owner: Manifest,
+        seed: int,
+        batch_size: int,
+        observer: DetectObserver,
     ) -> None:
-        self.classifier, self.folder, self.seed = classifier, folder, seed
+        self.classifier, self.folder, self.owner, self.seed = classifier, folder, owner, seed
         self.batch_size, self.observer = batch_size, observer
 
     def encode(self, source: DataSource, name: str, *, limit: int | None, title: str) -> Encoded:
@@ -82,13 +93,13 @@ class Encoder:
 
         Raises UserError when no image can be read, or the model's output is not finite.
         """
-        chunks = [_read(path) for path in self._files(name)]
+        chunks = [_read(path, self.owner) for path in self._files(name)]
         known = {item for chunk in chunks for item in (*chunk.ids, *(image.id for image in chunk.unreadable))}
         ids = source.ids()
         total = limit if ids is None else len(select(ids, limit))
         self.observer.begin(title, total, len(known))
         for part in self._fresh(source, known, limit):
-            _write(self.folder / f"{name}-{len(chunks):05d}.safetensors", part)
+            _write(self.folder / f"{name}-{len(chunks):05d}.safetensors", part, self.owner)
             chunks.append(part)
         if not any(chunk.ids for chunk in chunks):
             raise UserError(_why_none(source.spec, [image for chunk in chunks for image in chunk.unreadable]))
@@ -142,24 +153,25 @@ class Encoder:
         return Encoded([sample.id for sample in batch], labels, features, output, seconds)
 
 
-def kept(path: Path, make: Callable[[], Encoded]) -> Encoded:
-    """Return what the file holds; made and written first when there is none."""
+def kept(path: Path, make: Callable[[], Encoded], *, owner: Manifest) -> Encoded:
+    """Return what the file of a run holds; made and written first when there is none."""
     if not path.exists():
-        _write(path, make())
-    return _read(path)
+        _write(path, make(), owner)
+    return _read(path, owner)
 
 
-def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: Path) -> Tensor:
-    """Return unit text embeddings [W, D] of words, read back from the file if it holds those of the same words."""
-    wanted = fingerprint({}, (vlm.fingerprint, *words, "|", *templates))
-    if path.exists():
-        with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("of") == wanted:
+def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: Path, *, owner: Manifest) -> Tensor:
+    """Return unit text embeddings [W, D] of words, read back from the run's own file if it holds those of the same."""
+    wanted = _carried(owner) | {"of": fingerprint({}, (vlm.fingerprint, *words, "|", *templates))}
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        require_regular(path)
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}) == wanted:
                 return file.get_tensor("words")
     with torch.inference_mode():
         made = class_embeddings(vlm, words, templates).float().cpu().clone()
     with replacing(path) as temporary:
-        temporary.write_bytes(save({"words": made}, metadata={"of": wanted}))
+        temporary.write_bytes(save({"words": made}, metadata=wanted))
     return made
 
 
@@ -207,12 +219,18 @@ def _ordered(found: Encoded, ids: Sequence[str] | None) -> Encoded:
     return found.rows(torch.tensor(order, dtype=torch.int64))
 
 
-def _write(path: Path, part: Encoded) -> None:
+def _carried(owner: Manifest) -> dict[str, str]:
+    """Return what a file of kept features says of the run that it belongs to."""
+    identity = run_identity(owner)
+    return {} if identity is None else {_RUN: identity}
+
+
+def _write(path: Path, part: Encoded, owner: Manifest) -> None:
     tensors = {"labels": part.labels}
     for name, values in (("features", part.features), ("output", part.output)):
         if values is not None:
             tensors[name] = values.contiguous()
-    about = {
+    about = _carried(owner) | {
         "ids": json.dumps(part.ids),
         "seconds": repr(part.seconds),
         "unreadable": json.dumps([image.model_dump() for image in part.unreadable]),
@@ -222,18 +240,20 @@ def _write(path: Path, part: Encoded) -> None:
         temporary.write_bytes(save(tensors, metadata=about))
 
 
-def _read(path: Path) -> Encoded:
+def _read(path: Path, owner: Manifest) -> Encoded:
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             about, names = file.metadata() or {}, set(file.keys())
             found = {name: file.get_tensor(name) for name in names}
+        require_owner(about.get(_RUN), owner, path)
         return Encoded(
-            list(json.loads(about["ids"])),
+            list(parse_json(about["ids"])),
             found["labels"],
             found.get("features"),
             found.get("output"),
             float(about["seconds"]),
-            [UnreadableImage(**image) for image in json.loads(about["unreadable"])],
+            [UnreadableImage(**image) for image in parse_json(about["unreadable"])],
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

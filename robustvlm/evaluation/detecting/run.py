@@ -46,10 +46,11 @@ class PreparedDetect:
         self, observer: DetectObserver | None = None, *, fresh: bool = False, resume: bool = False
     ) -> DetectSummary:
         """Start or continue the run, write its files and return the summary; of a finished run, return its summary."""
-        with self.folder.opened(self.manifest, fresh=fresh, resume=resume):
+        with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as manifest:
             if not self.folder.finished:
                 session = Session(
                     config=self.config,
+                    manifest=manifest,
                     folder=self.folder,
                     classifier=self.classifier,
                     known=self.known,

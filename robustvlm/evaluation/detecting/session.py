@@ -34,10 +34,12 @@ from robustvlm.evaluation.detecting.remarks import (
 from robustvlm.evaluation.detecting.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
 from robustvlm.evaluation.detecting.summarising import Scored
 from robustvlm.evaluation.images import Images, Picture
+from robustvlm.runs.checksums import forget_checksums, write_checksums
 from robustvlm.runs.detect_config import DetectConfig, UnderAttack
 from robustvlm.runs.detect_summary import OWN, Adversarial, AttackedScore, DetectSummary, SetSummary, WordsSummary
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.results import write_rows
 from robustvlm.runs.summary import Check
 from robustvlm.stats import rate
@@ -48,6 +50,7 @@ class Session:
     """One go at a detect run; see `PreparedDetect` for the arguments."""
 
     config: DetectConfig
+    manifest: Manifest
     folder: RunFolder
     classifier: Classifier
     known: DataSource
@@ -89,9 +92,11 @@ class Session:
             thresholds[shown],
             framing=self.classifier.framing,
         )
+        forget_checksums(self.folder.path)
         write_rows(self.folder.results_path, summarising.rows_of(sets))
         self.folder.report_path.unlink(missing_ok=True)
         write_text(self.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+        write_checksums(self.folder.path, self.manifest)
 
     def _sources(self) -> list[tuple[str, DataSource]]:
         return [(KNOWN, self.known), *self.unknown]
@@ -101,6 +106,7 @@ class Session:
         encoder = Encoder(
             self.classifier,
             self.folder.features_path,
+            owner=self.manifest,
             seed=self.config.seed,
             batch_size=self.batch_size,
             observer=self.observer,
@@ -138,7 +144,7 @@ class Session:
             return None
         self.observer.begin(f"Embedding {len(self.words):,} words", None, 0)
         path = self.folder.features_path / "words.safetensors"
-        return embed_words(self.classifier.vlm, self.words, self.known.templates, path)
+        return embed_words(self.classifier.vlm, self.words, self.known.templates, path, owner=self.manifest)
 
     def _remarks(self, sets: Sequence[Scored], fit: Encoded | None, panel: Panel) -> Iterator[Check]:
         """Yield what the reader has to know of the data, the words and the scores."""
@@ -209,6 +215,7 @@ class Session:
         fooled = kept(
             self.folder.features_path / "adversarial.safetensors",
             lambda: fool(self.classifier, pictures, self.attacks[0], threat, lanes=config.lanes, seed=self.config.seed),
+            owner=self.manifest,
         )
         if not fooled.ids:
             return None

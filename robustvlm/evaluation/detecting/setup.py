@@ -13,7 +13,7 @@ from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import outside, read_words, tree_words
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.detecting.run import PreparedDetect
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.models.device import resolve_device
@@ -50,6 +50,7 @@ def prepare_detect(
     classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
     if settings.asks_own and not classifier.can_reject:
         raise UserError("the model never refuses, so it has no score of its own: leave out own in --scores")
+    probe = probe_of(classifier, known.class_names, known.templates)
     under_attack = settings.under_attack_config(may_refuse=classifier.can_reject)
     if under_attack is not None:
         open_gradients(classifier)
@@ -80,7 +81,13 @@ def prepare_detect(
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("detect", settings.model, settings.known_spec, identity))
     manifest = make_manifest(
-        kind="detect", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+        kind="detect",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe,
     )
     others = [
         remark for source in (*(source for _, source in unknown), *([fit] if fit else [])) for remark in source.remarks

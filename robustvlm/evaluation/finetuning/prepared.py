@@ -15,12 +15,15 @@ from robustvlm.errors import UserError
 from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, held_out, validation_images
 from robustvlm.evaluation.shared_folder import opened_by_all
 from robustvlm.models import VLM
-from robustvlm.report.training_html import write_training_report
+from robustvlm.models.probe import probe_encoder
+from robustvlm.models.saved import Card
+from robustvlm.report.training_html import load_training_run, write_training_report
+from robustvlm.runs.checksums import forget_checksums, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.finetune_config import FinetuneConfig
 from robustvlm.runs.folder import RunFolder
-from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.training_summary import NAME, TrainingSummary, read_training
+from robustvlm.runs.manifest import Manifest, run_identity
+from robustvlm.runs.training_summary import NAME, TrainingSummary
 from robustvlm.training import (
     LabelledImages,
     RobustValidation,
@@ -60,17 +63,17 @@ class PreparedFinetune:
     ) -> TrainingSummary:
         """Train, or go on training, write the model and the report, and return the record; of a finished run, its."""
         ranks = current_ranks()
-        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume):
-            if not (self.folder.path / NAME).exists():
-                self._train(ranks, observer)
+        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume) as manifest:
+            if not ((self.folder.path / NAME).exists() and self.folder.sealed):
+                self._train(ranks, observer, manifest)
             ranks.barrier()
-            summary = read_training(self.folder.path)
+            summary = load_training_run(self.folder.path).summary
             if ranks.leader and not self.folder.report_path.exists():
                 write_training_report(self.folder.path)
         return summary
 
-    def _train(self, ranks: Ranks, observer: TrainingObserver | None) -> None:
-        base, fingerprint = self.vlm.spec, self.vlm.fingerprint
+    def _train(self, ranks: Ranks, observer: TrainingObserver | None, manifest: Manifest) -> None:
+        base, fingerprint, probe = self.vlm.spec, self.vlm.fingerprint, probe_encoder(self.vlm)
         images, held = self._images()
         batch = next(iter(images.batches([range(min(_CALIBRATION, len(images)))])))
         task = finetune_task(
@@ -83,17 +86,17 @@ class PreparedFinetune:
         )
         validation = self._validation(task, held)
         history = Trainer(task, images, self.training, validation=validation, ranks=ranks, observer=observer).fit(
-            self.folder.path
+            self.folder.path, run=run_identity(manifest)
         )
         if not ranks.leader:
             return
+        forget_checksums(self.folder.path)
         trained = sum(p.numel() for p in self.vlm.parameters() if p.requires_grad)
         if self.forest is not None:
             save_forest(self.forest, self.folder.path / TREES)
         method = {"method": self.config.method, **task.method.settings()}
-        save_finetuned(
-            self.folder.path, self.vlm, kind="finetune", base=base, base_fingerprint=fingerprint, settings=method
-        )
+        card = Card("finetune", base=base, base_fingerprint=fingerprint, settings=method, base_probe=probe)
+        save_finetuned(self.folder.path, self.vlm, card)
         summary = TrainingSummary(
             kind="finetune",
             method=self.config.method,
@@ -106,6 +109,7 @@ class PreparedFinetune:
             history=history,
         )
         write_text(self.folder.path / NAME, summary.model_dump_json(indent=2) + "\n")
+        write_checksums(self.folder.path, manifest)
         write_training_report(self.folder.path)
 
     def _images(self) -> tuple[TrainingImages, LabelledImages]:

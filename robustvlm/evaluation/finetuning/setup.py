@@ -20,7 +20,7 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack
 from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
 from robustvlm.evaluation.overlap import require_unseen
 from robustvlm.llm import Endpoint, LlmClient
@@ -87,7 +87,13 @@ def prepare_finetune(
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("finetune", config.model, config.data, identity))
     manifest = make_manifest(
-        kind="finetune", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+        kind="finetune",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe_of(vlm, source.class_names, source.templates),
     )
     manifest["remarks"] = remarks_of(source, vlm)
     return PreparedFinetune(config, settings, training, source, val, forest, vlm, folder, manifest)

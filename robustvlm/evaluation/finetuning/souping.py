@@ -13,19 +13,22 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from robustvlm.attacks import ThreatModel
+from robustvlm.core.reading import read_json
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune.saved import overlay, save_finetuned
 from robustvlm.defenses.finetune.soup import Tasting, averaged, greedy, require_alike
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.describe import describe_data
+from robustvlm.evaluation.describe import describe_data, probe_of
 from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, validation_images
 from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
-from robustvlm.models.saved import read_card
+from robustvlm.models.probe import probe_encoder
+from robustvlm.models.saved import Card, read_card
+from robustvlm.runs.checksums import forget_checksums, require_unchanged, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder, default_name
-from robustvlm.runs.manifest import make_manifest
+from robustvlm.runs.manifest import make_manifest, require_shape
 from robustvlm.runs.soup_config import SoupConfig
 from robustvlm.stats import Mean, Rate
 from robustvlm.training import RobustValidation
@@ -66,14 +69,27 @@ def make_soup(
     identity = config.model_dump() | {"model facts": facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("soup", config.model, config.method, identity))
     manifest = make_manifest(
-        kind="soup", name=folder.name, command=command, config=config, model=facts, data=data_facts
-    )
-    with folder.opened(manifest, fresh=fresh):
+        kind="soup", name=folder.name, command=command, config=config, model=facts, data=data_facts,
+        probe=_probe_of_all(models),
+    )  # fmt: skip
+    with folder.opened(manifest, fresh=fresh) as known:
         path = folder.path / NAME
-        if not path.exists():
+        if not (path.exists() and folder.sealed):
+            forget_checksums(folder.path)
             soup = _cook(config, models, source, folder.path)
             write_text(path, soup.model_dump_json(indent=2) + "\n")
-        return Soup.model_validate(json.loads(path.read_text(encoding="utf-8"))), folder
+            write_checksums(folder.path, known)
+        require_unchanged(folder.path, known, what="soup ")
+        content = read_json(path, advice="delete it, the command makes it again")
+        require_shape(Soup, content, path, ": delete it, the command makes it again")
+        return Soup.model_validate(content), folder
+
+
+def _probe_of_all(models: Sequence[VLM]) -> dict[str, Any]:
+    """Return the answers of every ingredient to fixed inputs, as one probe."""
+    probes = [probe_of(vlm) for vlm in models]
+    parts = {f"{name} (model {n})": part for n, one in enumerate(probes, 1) for name, part in one["parts"].items()}
+    return probes[0] | {"parts": parts}
 
 
 def _cook(config: SoupConfig, models: list[VLM], source: DataSource | None, folder: Path) -> Soup:
@@ -83,7 +99,7 @@ def _cook(config: SoupConfig, models: list[VLM], source: DataSource | None, fold
     ]
     require_alike(states)
     _require_one_function(config.models, models)
-    vlm, fingerprint = models[0], models[0].fingerprint
+    vlm, fingerprint, probe = models[0], models[0].fingerprint, probe_encoder(models[0])
     measure = None if source is None else _measure(config, vlm, source)
     tasted = [Tasting(spec, 0.0, True) for spec, _ in states]
     if config.method == "uniform":
@@ -94,7 +110,8 @@ def _cook(config: SoupConfig, models: list[VLM], source: DataSource | None, fold
         state, tasted = greedy(states, lambda values: _number(measure(values)[by]))
     overlay(vlm, state, what="the soup")
     settings = {"method": config.method, "models": [step.name for step in tasted if step.kept]}
-    save_finetuned(folder, vlm, kind="soup", base=config.model, base_fingerprint=fingerprint, settings=settings)
+    card = Card("soup", base=config.model, base_fingerprint=fingerprint, settings=settings, base_probe=probe)
+    save_finetuned(folder, vlm, card)
     return Soup(method=config.method, tasted=tasted, measures={} if measure is None else dict(measure(state)))
 
 
@@ -123,7 +140,11 @@ def _design(vlm: VLM) -> list[str]:
 def _root(spec: str) -> str | None:
     """Return the fingerprint of the model that a run was tuned from, through all runs between; None if not known."""
     found, folder = None, Path(spec)
+    passed: set[Path] = set()
     while (card := read_card(folder) if folder.is_dir() else None) is not None and card.base is not None:
+        if folder.resolve() in passed:
+            raise UserError(f"the model '{spec}' stands on itself: its card leads back to '{folder}'")
+        passed.add(folder.resolve())
         found, folder = card.base_fingerprint, Path(card.base)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from robustvlm.defenses.immunity.saved import ImmunisedModel
 from robustvlm.defenses.prompts import Features
 from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.immunizing import record as facts
 from robustvlm.evaluation.immunizing.images import encode_both, open_held_out, read_features, write_features
 from robustvlm.evaluation.immunizing.measuring import judged, measure
@@ -56,10 +55,11 @@ class Earlier:
     model: ImmunisedModel
     record: Record
     config: ImmunizeConfig
+    manifest: Manifest
 
     def features(self, name: str) -> Features:
         """Return the features that the run has kept of its images."""
-        return read_features(self.model.folder / "features" / f"{name}.safetensors")
+        return read_features(self.model.folder / "features" / f"{name}.safetensors", self.manifest)
 
     def prototypes(self) -> Prototypes:
         """Return the prototypes with what the record knows of them."""
@@ -88,18 +88,18 @@ class PreparedExtension:
 
     def run(self, observer: ImmunizeObserver | None = None, *, fresh: bool = False) -> Record:
         """Make the larger model and return its record, with what became of the other classes under `added`."""
-        work = replace(self, observer=observer or self.observer)
-        with self.folder.opened(self.manifest, fresh=fresh):
+        with self.folder.opened(self.manifest, fresh=fresh) as manifest:
+            work = replace(self, observer=observer or self.observer, manifest=manifest)
             path = self.folder.path / RECORD
-            if path.exists() and (self.folder.path / CARD_NAME).exists():
-                found: Record = json.loads(path.read_text(encoding="utf-8"))
+            if path.exists() and (self.folder.path / CARD_NAME).exists() and self.folder.sealed:
+                found: Record = load_immunize_run(self.folder.path).record
             else:
                 began = time.monotonic()
                 made, found = work._from_images() if self.config.images else work._from_texts()
                 found["seconds"] = round(time.monotonic() - began, 3)
                 base = self.earlier.model.card.base
                 assert base is not None  # its base was loaded
-                save_model(self.folder.path, made, found, base, self.vlm)
+                save_model(self.folder.path, made, found, base, self.vlm, manifest)
             if not self.folder.report_path.exists():
                 write_immunize_report(self.folder.path)
             return found
@@ -135,11 +135,13 @@ class PreparedExtension:
         folder = self.folder.features_path
         new_fit, new_held = (
             self._new(found)
-            for found in encode_both(self.vlm, self.config, self.source, folder / "new", self.observer.on_images)
+            for found in encode_both(
+                self.vlm, self.config, self.source, folder / "new", self.observer.on_images, owner=self.manifest
+            )
         )
         fit, held = _joined(self.earlier.features("fit"), new_fit), _joined(self.earlier.features("held-out"), new_held)
-        write_features(folder / "fit.safetensors", fit)
-        write_features(folder / "held-out.safetensors", held)
+        write_features(folder / "fit.safetensors", fit, self.manifest)
+        write_features(folder / "held-out.safetensors", held, self.manifest)
         prototypes = self._prototypes(new_fit, text)
         made = self._antibodies(prototypes)
         margin = self.earlier.record["vaccine"]["margin"]
@@ -317,7 +319,13 @@ def prepare_extension(
     if folder.path.resolve() == earlier.model.folder.resolve():
         raise UserError(f"'{folder.path}' is the run that the class is added to: choose another --name")
     manifest = make_manifest(
-        kind="immunize", name=folder.name, command=command, config=settings, model=model_facts, data=data_facts
+        kind="immunize",
+        name=folder.name,
+        command=command,
+        config=settings,
+        model=model_facts,
+        data=data_facts,
+        probe=probe_of(vlm, source.class_names, source.templates),
     )
     manifest["remarks"] = remarks_of(source, vlm)
     return PreparedExtension(settings, folder, manifest, vlm, source, earlier, client)
@@ -330,7 +338,7 @@ def _earlier(spec: str) -> Earlier:
     run = load_immunize_run(model.folder)
     if "templates" not in run.record:
         raise UserError(f"the record of '{spec}' lacks its prompts: make that run again")
-    return Earlier(model, run.record, ImmunizeConfig.model_validate(run.manifest["config"]))
+    return Earlier(model, run.record, ImmunizeConfig.model_validate(run.manifest["config"]), run.manifest)
 
 
 def _check_class(name: str, source: DataSource, known: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from robustvlm.core.reading import parse_json, require_regular
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.names import name_key
 from robustvlm.data.unlabelled import Unlabelled
@@ -20,6 +21,7 @@ from robustvlm.evaluation.overlap import in_both
 from robustvlm.models import VLM
 from robustvlm.runs.files import replacing
 from robustvlm.runs.immunize_config import ImmunizeConfig
+from robustvlm.runs.manifest import Manifest, require_owner, run_identity
 
 OnImages = Callable[[str, int], None]
 
@@ -52,9 +54,15 @@ def open_held_out(config: ImmunizeConfig, source: DataSource) -> DataSource | fl
 
 
 def encode_both(
-    vlm: VLM, config: ImmunizeConfig, source: DataSource, folder: Path, on_images: OnImages | None
+    vlm: VLM,
+    config: ImmunizeConfig,
+    source: DataSource,
+    folder: Path,
+    on_images: OnImages | None,
+    *,
+    owner: Manifest,
 ) -> tuple[Features, Features]:
-    """Return the features of the images to learn from and of the held-out ones."""
+    """Return the features of the images to learn from and of the held-out ones, kept in `folder` of the run `owner`."""
     other = open_held_out(config, source)
     chosen = None if config.shots is None else frozenset(choose_shots(source, config.shots, config.seed))
     share = other if isinstance(other, float) else 0.0
@@ -62,26 +70,30 @@ def encode_both(
     def teaches(name: str) -> bool:
         return (chosen is None or name in chosen) and not held_back(source.group(name), share, config.seed)
 
-    fit = _encoded(vlm, source, folder / "fit.safetensors", "fit", on_images, keep=teaches)
+    fit = _encoded(vlm, source, folder / "fit.safetensors", "fit", on_images, owner=owner, keep=teaches)
     if isinstance(other, DataSource):
-        held = _encoded(vlm, other, folder / "held-out.safetensors", "held out", on_images)
+        held = _encoded(vlm, other, folder / "held-out.safetensors", "held out", on_images, owner=owner)
         _require_apart(fit, held, source.spec, other.spec)
     else:
         held = _encoded(
-            vlm, source, folder / "held-out.safetensors", "held out", on_images,
+            vlm, source, folder / "held-out.safetensors", "held out", on_images, owner=owner,
             keep=lambda name: held_back(source.group(name), share, config.seed),
         )  # fmt: skip
     return fit, held
 
 
-def encode_unknown(vlm: VLM, source: Unlabelled, number: int, folder: Path, on_images: OnImages | None) -> Features:
+def encode_unknown(
+    vlm: VLM, source: Unlabelled, number: int, folder: Path, on_images: OnImages | None, *, owner: Manifest
+) -> Features:
     """Return the features of the images of `--ood` data; those of a known class have it as their label."""
-    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", source.spec, on_images)
+    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", source.spec, on_images, owner=owner)
 
 
-def write_features(path: Path, found: Features) -> None:
-    """Write features, whole or not at all."""
-    about = {
+def write_features(path: Path, found: Features, owner: Manifest) -> None:
+    """Write features, whole or not at all, with the identity of their run."""
+    identity = run_identity(owner)
+    about = {} if identity is None else {"run": identity}
+    about |= {
         "ids": json.dumps(found.ids),
         "groups": json.dumps(found.groups),
         "unreadable": json.dumps(found.unreadable),
@@ -91,17 +103,19 @@ def write_features(path: Path, found: Features) -> None:
         temporary.write_bytes(save(tensors, metadata=about))
 
 
-def read_features(path: Path) -> Features:
-    """Return kept features; UserError where there are none or the file is damaged."""
+def read_features(path: Path, owner: Manifest) -> Features:
+    """Return kept features; UserError where there are none, the file is damaged or another run's than `owner`."""
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
+            require_owner(about.get("run"), owner, path)
             return Features(
                 file.get_tensor("features"),
                 file.get_tensor("labels"),
-                tuple(json.loads(about["ids"])),
-                tuple(json.loads(about["groups"])),
-                int(json.loads(about.get("unreadable", "0"))),
+                tuple(parse_json(about["ids"])),
+                tuple(parse_json(about["groups"])),
+                int(parse_json(about.get("unreadable", "0"))),
             )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -115,6 +129,7 @@ def _encoded(
     title: str,
     on_images: OnImages | None,
     *,
+    owner: Manifest,
     keep: Callable[[str], bool] | None = None,
 ) -> Features:
     """Encode once; a run that was cut short finds what it had finished. The settings are the same, or it would not be
@@ -124,8 +139,8 @@ def _encoded(
         found = encode_source(vlm, source, keep=keep, on_images=told)
         if not torch.isfinite(found.features).all():
             raise UserError(f"model '{vlm.spec}' gives NaN or infinite features for images of '{source.spec}'")
-        write_features(path, found)
-    return read_features(path)
+        write_features(path, found, owner)
+    return read_features(path, owner)
 
 
 def _require_apart(fit: Features, held: Features, fit_spec: str, held_spec: str) -> None:

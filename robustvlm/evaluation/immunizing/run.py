@@ -40,9 +40,11 @@ from robustvlm.evaluation.immunizing.noise import noisy_means
 from robustvlm.evaluation.immunizing.texts import Made, diagnose, embedder, make_antibodies
 from robustvlm.llm import LlmClient
 from robustvlm.models import VLM
+from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import require_distinct
-from robustvlm.report.immunize_html import write_immunize_report
+from robustvlm.report.immunize_html import load_immunize_run, write_immunize_report
+from robustvlm.runs.checksums import forget_checksums, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
@@ -79,16 +81,16 @@ class PreparedImmunize:
         Raises:
             UserError: images, antibodies or settings that nothing can be made of, or an earlier run under others.
         """
-        work = replace(self, observer=observer or self.observer)
-        with self.folder.opened(self.manifest, fresh=fresh):
+        with self.folder.opened(self.manifest, fresh=fresh) as manifest:
+            work = replace(self, observer=observer or self.observer, manifest=manifest)
             path = self.folder.path / RECORD
-            if path.exists() and (self.folder.path / CARD_NAME).exists():
-                found: Record = json.loads(path.read_text(encoding="utf-8"))
+            if path.exists() and (self.folder.path / CARD_NAME).exists() and self.folder.sealed:
+                found: Record = load_immunize_run(self.folder.path).record
             else:
                 began = time.monotonic()
                 made, found = work._make()
                 found["seconds"] = round(time.monotonic() - began, 3)
-                save_model(self.folder.path, made, found, self.config.model, self.vlm)
+                save_model(self.folder.path, made, found, self.config.model, self.vlm, manifest)
             if not self.folder.report_path.exists():
                 write_immunize_report(self.folder.path)
             return found
@@ -99,7 +101,14 @@ class PreparedImmunize:
         require_distinct(self.vlm, self.source.class_names, self.source.templates, text)
         if not self.config.images:
             return self._from_texts(text)
-        fit, held = encode_both(self.vlm, self.config, self.source, self.folder.features_path, self.observer.on_images)
+        fit, held = encode_both(
+            self.vlm,
+            self.config,
+            self.source,
+            self.folder.features_path,
+            self.observer.on_images,
+            owner=self.manifest,
+        )
         xi = None if self.config.xi is None else math.radians(self.config.xi)
         prototypes = fit_prototypes(
             fit.features, fit.labels, text, xi=xi, per_class=self.config.per_class, seed=self.config.seed
@@ -180,7 +189,7 @@ class PreparedImmunize:
     def _unknown(self) -> dict[str, Features]:
         folder = self.folder.features_path
         return {
-            spec: encode_unknown(self.vlm, source, i, folder, self.observer.on_images)
+            spec: encode_unknown(self.vlm, source, i, folder, self.observer.on_images, owner=self.manifest)
             for i, (spec, source) in enumerate(zip(self.config.ood, self.unknown, strict=True))
         }
 
@@ -242,8 +251,10 @@ def vaccine_settings(config: ImmunizeConfig, margin: float) -> VaccineSettings:
     )
 
 
-def save_model(folder: Path, immunity: Immunity, record: Record, base: str, vlm: VLM) -> None:
-    """Write tensors and record, and the card last: a folder with a card is whole."""
+def save_model(folder: Path, immunity: Immunity, record: Record, base: str, vlm: VLM, manifest: Manifest) -> None:
+    """Write tensors and record, then the card, without which the folder is no model, and the digests of all."""
+    forget_checksums(folder)
     save_tensors(folder, immunity)
     write_text(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    write_card(folder, Card("immunize", base, vlm.fingerprint, card_settings(immunity)))
+    write_card(folder, Card("immunize", base, vlm.fingerprint, card_settings(immunity), probe_encoder(vlm)))
+    write_checksums(folder, manifest)

@@ -12,7 +12,7 @@ from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.immunity.antibodies import Band, open_source
 from robustvlm.defenses.immunity.recipe import KAPPAS
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.describe import describe_data, remarks_of
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.immunizing.images import open_held_out
 from robustvlm.evaluation.immunizing.run import PreparedImmunize, vaccine_settings
 from robustvlm.evaluation.immunizing.texts import source_spec
@@ -62,7 +62,13 @@ def prepare_immunize(
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("immunize", config.model, config.data, identity))
     manifest = make_manifest(
-        kind="immunize", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+        kind="immunize",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe_of(vlm, source.class_names, source.templates),
     )
     manifest["remarks"] = remarks_of(source, vlm)
     return PreparedImmunize(config, folder, manifest, vlm, source, client, unknown)

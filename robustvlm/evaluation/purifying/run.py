@@ -15,13 +15,15 @@ from robustvlm.defenses.purify.train import Observe, PurifySettings, train_parts
 from robustvlm.evaluation.purifying.history import joined
 from robustvlm.evaluation.shared_folder import opened_by_all
 from robustvlm.models import VLM
+from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
-from robustvlm.report.training_html import write_training_report
+from robustvlm.report.training_html import load_training_run, write_training_report
+from robustvlm.runs.checksums import forget_checksums, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder
-from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.manifest import Manifest, run_identity
 from robustvlm.runs.purify_config import PurifyConfig
-from robustvlm.runs.training_summary import NAME, TrainingSummary, read_training
+from robustvlm.runs.training_summary import NAME, TrainingSummary
 from robustvlm.training import TrainingData
 from robustvlm.training.history import History
 
@@ -51,16 +53,16 @@ class PreparedPurify:
     def run(self, observe: Observe | None = None, *, fresh: bool = False, resume: bool = False) -> TrainingSummary:
         """Train, or go on training, write the model and the report, and return the record; of a finished run, its."""
         ranks = current_ranks()
-        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume):
-            if not (self.folder.path / NAME).exists():
-                self._train(ranks, observe)
+        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume) as manifest:
+            if not ((self.folder.path / NAME).exists() and self.folder.sealed):
+                self._train(ranks, observe, manifest)
             ranks.barrier()
-            summary = read_training(self.folder.path)
+            summary = load_training_run(self.folder.path).summary
             if ranks.leader and not self.folder.report_path.exists():
                 write_training_report(self.folder.path)
         return summary
 
-    def _train(self, ranks: Ranks, observe: Observe | None) -> None:
+    def _train(self, ranks: Ranks, observe: Observe | None, manifest: Manifest) -> None:
         held_out = self.held_out.to(self.encoder.device)
         before = scores(self.encoder, held_out, self.settings.levels)
         parts, records = train_parts(
@@ -71,18 +73,27 @@ class PreparedPurify:
             self.folder.path / CHECKPOINTS,
             ranks=ranks,
             observe=observe,
+            run=run_identity(manifest),
         )
         if not ranks.leader:
             return
+        forget_checksums(self.folder.path)
         write_parts(self.folder.path, parts)
         write_card(self.folder.path, self._card(parts))
         summary = self._summary(parts, joined({str(stage): record for stage, record in records.items()}, before), ranks)
         write_text(self.folder.path / NAME, summary.model_dump_json(indent=2) + "\n")
+        write_checksums(self.folder.path, manifest)
         write_training_report(self.folder.path)
 
     def _card(self, parts: Parts) -> Card:
         fingerprint = self.manifest["model"]["fingerprint"]
-        return Card("purify", base=self.config.model, base_fingerprint=fingerprint, settings=parts.settings())
+        return Card(
+            "purify",
+            base=self.config.model,
+            base_fingerprint=fingerprint,
+            settings=parts.settings(),
+            base_probe=probe_encoder(self.encoder),
+        )
 
     def _summary(self, parts: Parts, history: History, ranks: Ranks) -> TrainingSummary:
         sizes = _sizes(parts)

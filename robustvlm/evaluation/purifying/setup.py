@@ -16,6 +16,7 @@ from robustvlm.defenses.purify import load_denoiser
 from robustvlm.defenses.purify.train import check_encoder
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.setup import describe_model
+from robustvlm.evaluation.describe import probe_of
 from robustvlm.evaluation.finetuning.validation import held_out
 from robustvlm.evaluation.overlap import require_unseen
 from robustvlm.evaluation.purifying.run import PreparedPurify
@@ -77,7 +78,13 @@ def prepare_purify(
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("purify", config.model, config.data, identity))
     manifest = make_manifest(
-        kind="purify", name=folder.name, command=command, config=config, model=model_facts, data=data_facts
+        kind="purify",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe_of(encoder),
     )
     manifest["remarks"] = source.remarks
     return PreparedPurify(config, settings, folder, manifest, encoder, images, pixels)

@@ -26,6 +26,7 @@ _OURS = Path(__file__).parents[2]
 _LIBRARIES = ("site-packages", "dist-packages")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 _GLOBALS = (nn.Module, Tensor, np.ndarray, int, float, str, dict, list, tuple)
+_TORCHS = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -36,9 +37,12 @@ class Reached:
     plain values, containers, or functions and objects of the user's; containers and the user's objects into all they
     hold, those of libraries as far as they hold networks and tensors.
 
+    Args:
+        methods: names of the methods whose closures and globals count; private: so do private attributes of networks.
+
     Attributes:
         modules: networks by how they are reached; those inside one of them are not listed again.
-        tensors: tensors outside networks. facts: plain values and where they stand, source files by digest.
+        tensors: tensors outside networks. arrays: of numpy. facts: plain values and where they stand, source files by digest.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -46,9 +50,13 @@ class Reached:
         {'/net': Linear(in_features=2, out_features=2, bias=True)}
     """
 
-    def __init__(self, thing: object) -> None:
+    def __init__(
+        self, thing: object, *, methods: tuple[str, ...] = ("__call__", "forward"), private: bool = False
+    ) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+        self._method_names, self._private = methods, private
         self._values: set[str] = set()
         self._seen: dict[int, object] = {}  # the objects are kept, for an id may be given again
         self._walk(thing, "")
@@ -77,6 +85,7 @@ class Reached:
         if isinstance(thing, Tensor):
             self.tensors[path] = thing
         elif isinstance(thing, np.ndarray) and not thing.dtype.hasobject:
+            self.arrays[path] = thing
             digest = hashlib.blake2b(thing.tobytes(), digest_size=16).hexdigest()
             self._values.add(f"{path}={thing.dtype}{thing.shape}{digest}")
         elif isinstance(thing, nn.Module):
@@ -118,7 +127,8 @@ class Reached:
             if not _is_library(type(part)):
                 self._methods(type(part), here)
                 for name, value in vars(part).items():
-                    if not name.startswith("_") and name != "training":
+                    hidden = name in _TORCHS if self._private else name.startswith("_")
+                    if not hidden and name != "training":
                         self._walk(value, f"{here}/{name}")
 
     def _methods(self, kind: type, path: str) -> None:
@@ -127,7 +137,7 @@ class Reached:
         self._values.add(f"{path} is a {kind.__qualname__}{_digest_of(kind)}")
         if _OURS in (_file(kind) or Path()).parents:  # how our code is cut into functions is no part of what it does
             return
-        for name in ("__call__", "forward"):
+        for name in self._method_names:
             method = getattr(kind, name, None)
             if isinstance(method, types.FunctionType) and not _is_library(method):
                 self._function(method, path)
