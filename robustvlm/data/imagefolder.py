@@ -31,7 +31,8 @@ class ImageFolder(DataSource):
     Labels follow the folders in natural order ("class_2" before "class_10"). WordNet ids as folder names (n01440764)
     become ImageNet's class names; other names are read with "_" as a space. Folders that hold no image and what
     systems leave behind (`__MACOSX`, `@eaDir`, ...) are no classes; they, and files that are no images, are named in
-    `remarks`. With `empty`, folders without images are classes too. A link that leads out of the root is a recorded fault unless `links` is true.
+    `remarks`. With `empty`, folders without images are classes too. A link that leads out of the root is a recorded
+    fault unless `links` is true.
 
     Raises:
         UserError: no such folder, no class folder in it, no image, or several splits in one place and none chosen.

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.data.classes import CIFAR10, read_class_names
+from robustvlm.data.classes import CIFAR10, imagenet_names, made_distinct, read_class_names
 from robustvlm.data.labels import Own, natural_key, settle_names
 from robustvlm.data.names import readable
 from robustvlm.data.prompts import CIFAR, DEFAULT, IMAGENET, check_templates, fill, read_templates
 from robustvlm.data.specs import KINDS, open_data, parse_spec
+from robustvlm.data.tree_files import load_forest
 from robustvlm.errors import UserError
 
 
@@ -220,3 +221,43 @@ def test_templates(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text('{"x {}": "y {}"}')
     with pytest.raises(UserError, match="must hold a list"):
         read_templates(tmp_path / "t.json")
+
+
+def test_class_name_files_that_are_not_text_for_a_reader(tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    for text, message in (
+        ('["\\ud800", "b"]', "U.D800"),
+        ('["a\\u001b[2J", "b"]', "U.001B"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a": "x", "a": "y"}', "the key 'a' twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message) as caught:
+            read_class_names(path)
+        assert "\x1b" not in str(caught.value)
+    long = tmp_path / "tree.csv"
+    long.write_text("parent,child\nroot," + "x" * 140_000)
+    with pytest.raises(UserError, match="not valid CSV: field larger"):
+        load_forest(long, ["x"])
+
+
+def test_codes_for_names_are_told(folder: Path, tmp_path: Path) -> None:
+    assert open_data(f"imagefolder:{folder}").remarks == []
+    (folder / "cat").rename(folder / "001.cat")
+    assert "begin with numbers or codes, as '001.cat'" in open_data(f"imagefolder:{folder}").remarks[0]
+    names = tmp_path / "names.txt"
+    names.write_text("dog\ncat\npickup truck\n")
+    assert open_data(f"imagefolder:{folder}", classes=names).class_names == ("cat", "dog", "pickup truck")
+
+
+def test_imagenet_lists_lose_their_doubled_names() -> None:
+    names = list(imagenet_names())
+    assert made_distinct(names) == (tuple(names), None)
+    doubled = list(names)
+    doubled[744], doubled[836] = doubled[657], doubled[837]
+    mended, said = made_distinct(doubled)
+    assert list(mended) == names
+    assert said is not None
+    assert "744 'missile' -> 'projectile'" in said
+    other = [f"class {i}" for i in range(999)] + ["class 0"]
+    assert made_distinct(other) == (tuple(other), None)
