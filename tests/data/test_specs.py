@@ -137,7 +137,6 @@ def test_settling_names() -> None:
     found = ["cat", "dog", "fox"]
     assert settled(found, None) == found
     assert settled(found, ["Fox", "Cat", "Dog"]) == ["Cat", "Dog", "Fox"]
-    assert settled(found, ["tabby", "dog", "fox"]) == ["tabby", "dog", "fox"]
     assert settled(found, ["a fox", "dogs", "cats, felines"]) == ["cats, felines", "dogs", "a fox"]
     assert settled(None, ["a", "b"]) == ["a", "b"]
     assert settled(None, {"1": "dog", "0": "cat"}) == ["cat", "dog"]
@@ -145,9 +144,16 @@ def test_settling_names() -> None:
     assert settled(["tench", "goldfish"], {"n01443537": "koi"}, marks=["n01440764", "n01443537"]) == ["tench", "koi"]
     assert settled(["wolves", "mice"], ["mouse", "wolf"]) == ["wolf", "mouse"]
     assert settled(["T-shirt", "air plane"], ["airplane", "tshirt"]) == ["tshirt", "airplane"]
+    assert settled(["buses", "glasses"], ["glasses", "bus"]) == ["bus", "glasses"]
+    with pytest.raises(UserError, match="does not say for certain"):  # signs that are no letters tell words apart
+        settled(["\u0915\u0940", "x"], ["y", "\u0915\u093e"])
     for names, message in (
         (["a", "b"], "has 3 classes, the class names file 2, .*'cat' -> ., 'dog' -> ., 'fox' -> .; no class: 'a', 'b'"),
-        (["dog", "tabby", "fox"], "class name 1 of the file is 'dog', but x has 'cat' there and 'dog' at 2"),
+        (
+            ["tabby", "dog", "fox"],
+            "does not say for certain .*'cat' -> ., 'dog' -> 'dog', 'fox' -> 'fox'; no class: 'tabby'",
+        ),
+        (["dog", "tabby", "fox"], "'cat' -> ., .*, and 'dog' stands at another place"),
         (["Katze", "Hund", "fox"], "does not say for certain .*'cat' -> ., 'dog' -> ., 'fox' -> 'fox'"),
         ({"wolf": "grey wolf"}, "has no class 'wolf'"),
         ({"cat": "dog"}, "names 'dog' 2 times"),
@@ -259,5 +265,13 @@ def test_imagenet_lists_lose_their_doubled_names() -> None:
     assert list(mended) == names
     assert said is not None
     assert "744 'missile' -> 'projectile'" in said
+    reworded = [f"wording {i}" if i % 3 == 0 else name for i, name in enumerate(names)]
+    own = Own(tuple(names), tuple(names))
+    made = settle_names(own, reworded, "x")
+    assert list(made.names) == reworded
+    assert made.notes[0].startswith("334 names of the list are taken by their place: 0 'tench' -> 'wording 0', 3 ")
+    reworded[1], reworded[2] = reworded[2], reworded[1]
+    with pytest.raises(UserError, match="'goldfish' stands at another place"):
+        settle_names(own, reworded, "x")
     other = [f"class {i}" for i in range(999)] + ["class 0"]
     assert made_distinct(other) == (tuple(other), None)
