@@ -130,6 +130,7 @@ def immunize(
     prepare = prepare_immunize if add_class is None else prepare_extension
     command = given_command()
     prepared = prepare(config, client=client, out=out, name=name, command=command)
+    say_remarks(Console(stderr=True), prepared.manifest)
     record = _work(prepared.run, Console(stderr=True), fresh=fresh, quiet=as_json, steps=steps)
     if as_json:
         say_json(json.dumps(record, indent=2, ensure_ascii=False))
@@ -181,7 +182,6 @@ def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -
 
     from robustvlm.evaluation.immunizing.run import ImmunizeObserver
 
-    say_remarks(console, run.manifest)
     hidden = quiet or not console.is_terminal
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:

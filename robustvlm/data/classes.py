@@ -94,7 +94,7 @@ def usual_names(class_names: Sequence[str]) -> tuple[str, ...]:
 def made_distinct(class_names: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     """Return ImageNet's class names without names given twice, and what was changed, if anything was.
 
-    Published lists call two classes alike ("missile" and "sunglasses" in OpenAI's, "crane" and "maillot" in
+    Published lists call two classes alike ("missile" and "sunglasses" in OpenAI's, "Cardigan" and "cardigan" in
     torchvision's). Of a list that begins with the usual name in at least half of its 1000 places, names that mean
     several classes are replaced by the usual names of those places; any other list is returned as it is.
 

@@ -62,6 +62,9 @@ class HubSource(DataSource):
         if _kind(features[self._image]) == "Image":
             self._data = self._data.cast_column(self._image, _datasets().Image(decode=False))
         super().__init__(spec or f"hf:{name}", tuple(names))
+        own = str(getattr(data, "split", None) or self.split)
+        if own != self.split:
+            self.remarks.append(f"the data were saved as the split '{own}'")
 
     @classmethod
     def from_spec(cls, spec: Spec) -> HubSource:
@@ -75,6 +78,12 @@ class HubSource(DataSource):
     def ids(self) -> list[str] | None:
         """Return `SPLIT/INDEX` for every image, or None when streaming."""
         return None if self.streaming else [f"{self.split}/{i}" for i in range(len(self._data))]
+
+    def check(self) -> None:
+        """Refuse labels that have no class name; say where numbers may begin at 1 instead of 0."""
+        if self._texts is None and not self.streaming:
+            labels = {label for label in self._data.unique(self._label) if label is not None}
+            self.check_numbers(labels, f"column '{self._label}'")
 
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         if self.streaming:

@@ -31,13 +31,22 @@ class ImageFolder(DataSource):
     Labels follow the folders in natural order ("class_2" before "class_10"). WordNet ids as folder names (n01440764)
     become ImageNet's class names; other names are read with "_" as a space. Folders that hold no image and what
     systems leave behind (`__MACOSX`, `@eaDir`, ...) are no classes; they, and files that are no images, are named in
-    `remarks`. A link that leads out of the root is a recorded fault unless `links` is true.
+    `remarks`. With `empty`, folders without images are classes too. A link that leads out of the root is a recorded
+    fault unless `links` is true.
 
     Raises:
         UserError: no such folder, no class folder in it, no image, or several splits in one place and none chosen.
     """
 
-    def __init__(self, root: Path, *, links: bool = False, split: str | None = None, spec: str | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        links: bool = False,
+        empty: bool = False,
+        split: str | None = None,
+        spec: str | None = None,
+    ) -> None:
         _check_folder(root)
         root, within = chosen_split(root, split)
         self.root, self._within = root, within
@@ -47,7 +56,7 @@ class ImageFolder(DataSource):
         self._files: list[_File] = []
         for folder in _class_folders(root, self._aside):
             files = list(self._walk(folder, len(classes), (os.path.realpath(root),)))
-            if files:
+            if files or empty:
                 classes.append(folder)
                 self._files += files
             else:
@@ -74,9 +83,10 @@ class ImageFolder(DataSource):
 
     @classmethod
     def from_spec(cls, spec: Spec) -> ImageFolder:
-        """Open `imagefolder:DIR[?links=1&split=NAME]`."""
-        spec.check_options("links", "split")
-        return cls(spec.path("folder"), links=spec.flag("links"), split=spec.options.get("split"), spec=spec.text)
+        """Open `imagefolder:DIR[?links=1&empty=1&split=NAME]`."""
+        spec.check_options("links", "empty", "split")
+        links, empty, split = spec.flag("links"), spec.flag("empty"), spec.options.get("split")
+        return cls(spec.path("folder"), links=links, empty=empty, split=split, spec=spec.text)
 
     def ids(self) -> list[str]:
         """Return the paths relative to the root, sorted within each class."""

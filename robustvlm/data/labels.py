@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections import Counter
@@ -10,24 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from robustvlm.data.names import check_names, clean_name, name_key
+from robustvlm.data.nouns import words_of
 from robustvlm.errors import UserError, nearest
 
 _DIGITS = re.compile(r"([0-9]+)")
 _LEADING_CODE = re.compile(r"^(n\d{8}|\d+)[\s._-]+(?=\D)")
 _MOST_SHOWN = 12
+_FEW = 4
 _LONGEST_NUMBER = 18
 
-_IN_PLACE = 0.8
-"""Share of the names that must stand for the class at their own place before the rest is taken by place as well."""
-
 _IMAGENET = 1000
-_FEW = 4
-"""With so few classes one that is left over takes the name that is left over."""
-
-_IRREGULAR = {
-    "mice": "mouse", "geese": "goose", "children": "child", "people": "person", "feet": "foot", "teeth": "tooth",
-    "oxen": "ox", "men": "man", "women": "woman",
-}  # fmt: skip
+"""Lists of so many classes are ImageNet's, whose order is fixed while the wordings differ from list to list."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +99,10 @@ def settle_names(own: Own, given: Sequence[str] | Mapping[str, str] | None, wher
     """Return class names and labels from what the source holds and what the user gave.
 
     Of a given list, every name goes to the class it certainly means: the one of the same name (case, "_", "-",
-    plural, article and synonyms after a comma aside), else the one of its number ("7", "class_7"; from 0, or from 1
-    where that alone fits). A list in the order of the source may word a few names anew. Anything else is refused with
-    the table of what was found. A list may be longer than what the source holds: a part of a set has not all classes.
+    plural, article, a number before it and synonyms after a comma aside), else the one of its number ("7", "class_7";
+    from 0, or from 1 where that alone fits). Anything else is refused with the table of what was found; only of
+    ImageNet's 1000 classes half may be worded anew, by their place. A list may be longer than what the source holds: a
+    part of a set has not all classes.
     A given mapping renames single classes, by their name or by what the source calls them.
 
     Raises:
@@ -123,7 +116,8 @@ def settle_names(own: Own, given: Sequence[str] | Mapping[str, str] | None, wher
         >>> settle_names(Own(("cat", "dog"), ("cat", "dog")), ["Katze", "Hund"], "x")
         Traceback (most recent call last):
         robustvlm.errors.UserError: x: the class names file does not say for certain which class each name means \
-('cat' -> ?, 'dog' -> ?; no class: 'Katze', 'Hund'): give the names of the data, or a JSON object {"cat": "NAME", ...}
+('cat' -> ?, 'dog' -> ?; no class: 'Katze', 'Hund'): give the names of the data in any order, or a JSON object \
+{"cat": "NAME", ...}
     """
     if given is None:
         if own.names is None:
@@ -220,21 +214,16 @@ def _from_list(own: Own, given: tuple[str, ...], where: str) -> Settled:
             f"name there ({_table(own, given, matches)})"
         )
     moved = next((place for place, at in matches.items() if at is not None and at != place), None)
-    if moved is not None:
-        at = matches[moved] or 0
-        raise UserError(
-            f"class name {at + 1} of the file is '{given[at]}', but {where} has '{own.names[at]}' there and "
-            f"'{own.names[moved]}' at {moved + 1}: give the names in the order of the source, or all of its names "
-            f"({_table(own, given, matches)})"
-        )
-    if not _in_order(own, given, matches):
-        first_mark = own.marks[0]
-        raise UserError(
-            f"{where}: the class names file does not say for certain which class each name means "
-            f"({_table(own, given, matches)}): give the names of the data, or a JSON object "
-            f'{{"{first_mark}": "NAME", ...}}'
-        )
-    return Settled(given)
+    reworded = [place for place, at in matches.items() if at is None]
+    if moved is None and len(given) == _IMAGENET and len(reworded) <= len(given) // 2:
+        shown = ", ".join(f"{place} '{own.names[place]}' -> '{given[place]}'" for place in reworded[:_FEW])
+        return Settled(given, None, (f"{len(reworded)} names of the list are taken by their place: {shown}, ...",))
+    where_else = "" if moved is None else f", and '{own.names[moved]}' stands at another place"
+    raise UserError(
+        f"{where}: the class names file does not say for certain which class each name means "
+        f"({_table(own, given, matches)}){where_else}: give the names of the data in any order, or a JSON object "
+        f'{{"{own.marks[0]}": "NAME", ...}}'
+    )
 
 
 def _placed(own: Own, given: tuple[str, ...], labels: Sequence[int]) -> Settled:
@@ -272,32 +261,12 @@ def _keys(name: str) -> Iterator[str]:
 
 
 def _loose_forms(name: str) -> Iterator[str]:
-    """Yield spellings that mean the same: without article, plural, joints, number before, synonyms after a comma."""
-    bare = _LEADING_CODE.sub("", name)
-    for text in dict.fromkeys(map(name_key, (name, name.partition(",")[0], bare))):
-        plain = re.sub(r"[^\w\s]", "", text).split()
-        if len(plain) > 1 and plain[0] in {"a", "an", "the"}:
-            plain = plain[1:]
-        if plain:
-            for last in _singulars(plain[-1]):
-                yield "".join((*plain[:-1], last))
-
-
-def _singulars(word: str) -> Iterator[str]:
-    """Yield the word and what it may be the plural of."""
-    yield word
-    if word in _IRREGULAR:
-        yield _IRREGULAR[word]
-    if len(word) < 4 or not word.endswith("s") or word.endswith("ss"):
-        return
-    yield word[:-1]
-    if word.endswith("es"):
-        yield word[:-2]
-    if word.endswith("ies"):
-        yield word[:-3] + "y"
-    if word.endswith("ves"):
-        yield word[:-3] + "f"
-        yield word[:-3] + "fe"
+    """Yield spellings that mean the same: without articles, plurals, joints, number before, synonyms after a comma."""
+    for text in dict.fromkeys((name, name.partition(",")[0], _LEADING_CODE.sub("", name))):
+        # Rules of English for English: of other scripts the rules would drop signs that tell words apart.
+        words = words_of(text) if text.isascii() else name_key(text).split()
+        if words:
+            yield "".join(words)
 
 
 def _by_number(marks: Sequence[str], given: Sequence[str]) -> tuple[list[int], int] | None:
@@ -316,28 +285,6 @@ def _by_number(marks: Sequence[str], given: Sequence[str]) -> tuple[list[int], i
     if 0 not in numbers and max(numbers) == len(given):
         return [number - 1 for number in numbers], 1
     return None
-
-
-def _in_order(own: Own, given: Sequence[str], matches: Mapping[int, int | None]) -> bool:
-    """Whether a list as long as the source is in its order: nearly every name stands for the class at its place."""
-    assert own.names is not None
-    left = [place for place, at in matches.items() if at is None]
-    total = len(given)
-    if total == _IMAGENET and len(left) <= total // 2:
-        return True  # lists of ImageNet's classes differ in many wordings, but not in their order
-    if total - len(left) < _IN_PLACE * total and not (len(left) == 1 and total <= _FEW):
-        return False
-    return all(_likest(given[place], [own.names[other] for other in left], own.names[place]) for place in left)
-
-
-def _likest(name: str, others: Sequence[str], own: str) -> bool:
-    """Whether no other open class has a clearly more similar name than the one at its place."""
-
-    def alike(other: str) -> float:
-        return difflib.SequenceMatcher(None, name_key(name), name_key(other)).ratio()
-
-    mine = alike(own)
-    return all(alike(other) <= max(mine, 0.6) for other in others if other != own)
 
 
 def _places(own: Own) -> dict[str, set[int]]:

@@ -82,12 +82,7 @@ class ParquetSource(DataSource):
 
     def check(self) -> None:
         """Refuse labels that have no class name; say where numbers may begin at 1 instead of 0."""
-        if not self._labels:
-            return
-        for label in (self._labels[0], self._labels[-1]):
-            self.check_label(label, f"column '{self._columns.label}'")
-        if self._labels[0] == 1 and self._labels == list(range(1, len(self.class_names))):
-            self.remarks.append(f"no image has label 0 ('{self.class_names[0]}'): do the labels begin at 1?")
+        self.check_numbers(self._labels, f"column '{self._columns.label}'")
 
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         for number, path in enumerate(self._paths):

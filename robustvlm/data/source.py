@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -143,6 +143,15 @@ class DataSource(ABC):
     def check(self) -> None:
         """Refuse content that does not fit `class_names`; called once the names are settled, before any streaming."""
         return
+
+    def check_numbers(self, labels: Collection[int], where: str) -> None:
+        """Refuse numbers without a class name among all labels; say where they may begin at 1 instead of 0."""
+        if not labels:
+            return
+        for label in (min(labels), max(labels)):
+            self.check_label(label, where)
+        if set(labels) - {UNKNOWN} == set(range(1, len(self.class_names))):
+            self.remarks.append(f"no image has label 0 ('{self.class_names[0]}'): do the labels begin at 1?")
 
     def check_label(self, label: int, where: str) -> None:
         """Refuse a label without a class name."""

@@ -105,7 +105,7 @@ def evaluate_clean(
             on_images(tally.images + tally.unknown + tally.unreadable)
     if tally.images == 0:
         raise UserError(_why_none(source.spec, tally))
-    return tally.result(classifier, source, time.perf_counter() - start)
+    return tally.result(classifier, source, time.perf_counter() - start, limit=limit)
 
 
 class _Tally:
@@ -114,6 +114,8 @@ class _Tally:
     def __init__(self, forest: Forest | None, class_names: tuple[str, ...], *, refuses: bool) -> None:
         self.refuses = refuses
         self.rejected = self.unknown_rejected = 0
+        self.classes = class_names
+        self.seen: set[int] = set()
         self.images = self.right = self.unknown = self.unreadable = 0
         self.confidences: list[torch.Tensor] = []
         self.hits: list[torch.Tensor] = []
@@ -140,6 +142,7 @@ class _Tally:
             return
         right = correct(logits, labels)
         self.images += len(labels)
+        self.seen.update(labels.tolist())
         self.right += int((right & accepted).sum())
         self.confidences.append(logits.softmax(dim=-1).amax(dim=-1))
         self.hits.append(right)
@@ -152,7 +155,17 @@ class _Tally:
         if len(self.reasons) < _REASONS_KEPT:
             self.reasons.append((item.id, item.reason))
 
-    def result(self, classifier: Classifier, source: DataSource, seconds: float) -> CleanResult:
+    def without_images(self, *, whole: bool) -> list[str]:
+        """Say which classes no image of the whole set is of: they only make the task harder."""
+        lost = [name for label, name in enumerate(self.classes) if label not in self.seen]
+        if not whole or not lost:
+            return []
+        shown = ", ".join(f"'{name}'" for name in lost[:6]) + (", ..." if len(lost) > 6 else "")
+        return [f"no image that can be read is of {len(lost)} of the {len(self.classes)} classes: {shown}"]
+
+    def result(
+        self, classifier: Classifier, source: DataSource, seconds: float, *, limit: int | None = None
+    ) -> CleanResult:
         # Summed once over all images: sums of batches would depend on the batch size in their last digits.
         confidences = torch.cat(self.confidences)
         bins = calibration_bins(confidences, torch.cat(self.hits))
@@ -165,7 +178,7 @@ class _Tally:
             unknown=self.unknown,
             unreadable=self.unreadable,
             unreadable_reasons=self.reasons,
-            remarks=remarks_of(source, classifier.vlm),
+            remarks=[*remarks_of(source, classifier.vlm), *self.without_images(whole=limit is None)],
             accuracy=rate(self.right, self.images),
             calibration_error=calibration_error(bins),
             mean_confidence=math.fsum(confidences.tolist()) / self.images,

@@ -113,14 +113,17 @@ def require_distinct(vlm: VLM, class_names: Sequence[str], templates: Sequence[s
         return
     first, second = pairs[0]
     prompts = [template.replace("{}", class_names[label]) for label in pairs[0] for template in templates]
-    if any(vlm.cut_tokens(prompts)):
-        why = "their prompts are cut at the encoder's context length before they differ: shorten them"
+    cut = max(vlm.cut_tokens(prompts))
+    if cut:
+        why = (
+            f"prompts are truncated to the encoder's context length ({cut} tokens too long) before they differ: shorten"
+        )
     else:
-        why = "the text encoder cannot tell them apart: give them different names"
+        why = "the text encoder cannot tell these names apart: change them"
     more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
     raise UserError(
-        f"the classes {_short(class_names[first])} and {_short(class_names[second])} have the same text embedding in "
-        f"'{vlm.spec}', so that one of them could never win{more}; {why} with --classes"
+        f"the classes {_short(class_names[first])} and {_short(class_names[second])} have the same embedding in "
+        f"'{vlm.spec}', so that one of them could never be the answer{more}; {why} with --classes"
     )
 
 
@@ -141,8 +144,8 @@ def cut_prompts(vlm: VLM, class_names: Sequence[str], templates: Sequence[str]) 
     prompt = _short(longest.replace("{}", class_names[first]))
     what = f"{cut[first]} token{'' if cut[first] == 1 else 's'}"
     return (
-        f"the prompts of {count} of {len(class_names)} classes are longer than the text encoder reads; "
-        f"{what} of {prompt} are cut"
+        f"the prompts of {count} of {len(class_names)} classes are longer than the text encoder reads and are "
+        f"truncated: {what} of {prompt} are cut"
     )
 
 

@@ -58,3 +58,14 @@ def test_the_bundled_data_and_its_tree() -> None:
     shown = call("emoji?copies=1")
     assert "superclasses in reports" in shown
     assert "emoji/twemoji/" in shown
+
+
+def test_what_was_left_aside_is_shown(photos: Path) -> None:
+    (photos / "__MACOSX").mkdir()
+    (photos / "cat" / "notes.txt").write_text("no image")
+    (photos / "bird").mkdir()
+    (photos / "bird" / "0.png").write_bytes(b"junk")
+    shown = call(f"imagefolder:{photos}", "--check")
+    assert "left aside: '.txt', '__MACOSX'" in shown
+    assert "1 classes: bird" in shown
+    assert json.loads(call(f"imagefolder:{photos}", "--json"))["remarks"] == ["left aside: '.txt', '__MACOSX'"]

@@ -25,7 +25,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing folder": (["attack", "--data", "imagefolder:nowhere"], "no folder nowhere"),
     "missing file": (["attack", "--data", "parquet:nowhere.parquet"], "no file nowhere.parquet"),
     "empty folder": (["attack", "--data", "imagefolder:empty"], "empty holds nothing"),
-    "folder without images": (["attack", "--data", "imagefolder:no_images"], "no image in them"),
+    "folder without images": (["attack", "--data", "imagefolder:no_images"], "has no image in a class folder"),
     "only corrupt images": (["attack", "own_encoders:Mean", "--data", "imagefolder:corrupt"], "none of its 2 images"),
     "one class": (["attack", "own_encoders:Mean", "--data", "imagefolder:one"], "at least 2 classes"),
     "unknown kind of data": (["attack", "--data", "imgfolder:photos"], "did you mean 'imagefolder'"),

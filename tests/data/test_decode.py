@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from robustvlm.data.decode import decode
+from robustvlm.data.decode import DecodeError, decode, to_rgb
 from robustvlm.data.source import Sample, Unreadable
 
 Plain = Callable[..., bytes]
@@ -150,3 +150,66 @@ def test_no_bytes_raise(patch: bytes, at: int, kind: str) -> None:
     data[at : at + len(patch)] = patch
     item = decode("x", bytes(data), 1)
     assert isinstance(item, Unreadable) or item.image.mode == "RGB"
+
+
+def tiff(bits: int, photometric: int, data: bytes) -> bytes:
+    """Return an uncompressed grey TIFF of 2 x 2 pixels, written by hand: Pillow writes no such ones."""
+    tags = [
+        (256, 2),
+        (257, 2),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 2),
+        (279, len(data)),
+    ]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data", "grey"),
+    [
+        (16, 1, b"\xff" * 8, 255),
+        (16, 0, b"\xff" * 8, 0),  # stored with white as zero
+        (16, 0, bytes(8), 255),
+        (12, 1, b"\xff" * 6, 255),  # 4095 is white
+        (12, 1, b"\x80\x08" * 3, 128),
+        (8, 0, b"\xff" * 4, 0),
+    ],
+)
+def test_grey_tiffs_of_every_depth(bits: int, photometric: int, data: bytes, grey: int) -> None:
+    assert pixel(tiff(bits, photometric, data)) == (grey,) * 3
+
+
+def png(colour: int, bits: int, row: bytes, *chunks: tuple[bytes, bytes], width: int = 2) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, 2, bits, colour, 0, 0, 0)
+    body = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress((b"\0" + row) * 2)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in body)
+
+
+def test_png_of_sixteen_bits_and_with_a_transparent_colour() -> None:
+    rgb, grey = struct.pack(">3H", 257 * 200, 257 * 30, 257 * 60), struct.pack(">H", 257 * 200)
+    assert pixel(png(2, 16, rgb * 2)) == (200, 30, 60)
+    assert pixel(png(6, 16, (rgb + bytes(2)) * 2)) == (255, 255, 255)
+    assert pixel(png(0, 16, grey * 2)) == (200, 200, 200)
+    assert pixel(png(0, 16, grey * 2, (b"tRNS", grey))) == (255, 255, 255)
+    assert pixel(png(2, 16, rgb * 2, (b"tRNS", rgb))) == (255, 255, 255)
+    assert pixel(png(0, 8, bytes([200] * 2), (b"gAMA", struct.pack(">I", 100_000)))) == (200, 200, 200)
+
+
+def test_what_has_no_plain_colours_is_a_reason() -> None:
+    assert "LAB" in reason(saved(Image.new("LAB", (4, 4), (50, 128, 128)), "TIFF"))
+    assert "no defined white" in reason(saved(Image.new("I", (4, 4), 70_000), "TIFF"))
+    assert "HEIC" in reason(b"\0\0\0\x18ftypheic" + bytes(99)) or "damaged" in reason(b"\0\0\0\x18ftypheic" + bytes(99))
+    with pytest.raises(DecodeError, match="without pixels"):
+        to_rgb(Image.new("RGB", (0, 4)))
+    red = pixel(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
+    assert red[0] > 250
+    assert max(red[1:]) < 5
+    assert pixel(saved(Image.new("YCbCr", (16, 16), (76, 85, 255)), "TIFF"))[0] > 250

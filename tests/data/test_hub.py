@@ -77,3 +77,24 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(UserError, match=r"pip install 'robustvlm\[hub\]'"):
         open_data("hf:some/set")
+
+
+def test_text_labels_and_splits_that_are_not_there(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [{"bytes": plain(), "path": None}] * 3, "label": ["10", "2", None]}
+    datasets.Dataset.from_dict(rows, features=features, split="train").save_to_disk(tmp_path / "one")
+    source = open_data(f"hf:{tmp_path / 'one'}")
+    assert source.class_names == ("2", "10")
+    assert [item.label for item in source.samples() if isinstance(item, Sample)] == [1, 0, -1]
+    with pytest.raises(UserError, match=r"is one saved split .train."):
+        open_data(f"hf:{tmp_path / 'one'}?split=test")
+
+
+def test_one_of_several_numbers_is_not_taken_for_the_label(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "image_id": datasets.Value("int64"), "species": datasets.Value("int64")}
+    )
+    rows = {"image": [{"bytes": plain(), "path": None}], "image_id": [7], "species": [0]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "one")
+    with pytest.raises(UserError, match=r"no label column: name one with .label=NAME"):
+        open_data(f"hf:{tmp_path / 'one'}")

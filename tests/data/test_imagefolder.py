@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +123,121 @@ def test_faults_are_one_clear_line(tmp_path: Path, plain: Callable[..., bytes]) 
         with pytest.raises(UserError, match=message) as caught:
             open_data(f"imagefolder:{path}")
         assert "\n" not in str(caught.value)
+
+
+def tree(root: Path, data: bytes, *paths: str) -> str:
+    """Write the same image at every path (a folder where it ends in "/") and return the spec of the folder."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).mkdir() if path.endswith("/") else (root / path).write_bytes(data)
+    return f"imagefolder:{root}"
+
+
+def test_labels_follow_numbers_in_their_natural_order(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    spec = tree(tmp_path, plain(), *(f"class_{i}/a.png" for i in range(12)))
+    assert [item.id for item in open_data(spec).samples()] == [f"class_{i}/a.png" for i in range(12)]
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"name{i}\n" for i in range(12)))
+    source = open_data(spec, classes=names)
+    for item in source.samples():
+        assert isinstance(item, Sample)
+        assert source.class_names[item.label] == "name" + item.id.split("/")[0].removeprefix("class_")
+
+
+def test_a_part_of_the_classes_keeps_their_labels(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbirds\ncat\ndog\n")
+    source = open_data(tree(tmp_path / "x", plain(), "dog/a.png", "bird/a.png"), classes=names)
+    assert source.class_names == ("ant", "birds", "cat", "dog")
+    assert [item.label for item in source.samples() if isinstance(item, Sample)] == [1, 3]
+    assert source.remarks == ["the data holds 2 of the 4 classes named: the others stand for no image"]
+    names.write_text("dog\nant\nbirds\ncat\n")
+    moved = open_data(tree(tmp_path / "x", plain()), classes=names)
+    assert [item.label for item in moved.samples() if isinstance(item, Sample)] == [2, 0]
+    assert moved.fingerprint() != source.fingerprint()
+
+
+def test_what_is_no_class_and_no_image_is_named(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    junk = ("__MACOSX/cat/a.png", "@eaDir/a.png", ".ipynb_checkpoints/a.png", "cat/@eaDir/a.png", "dog/._a.png")
+    none = ("lost+found/", "empty/", "notes/readme.txt", "beside.png")
+    spec = tree(tmp_path, plain(), "cat/a.png", "dog/a.png", *junk, *none)
+    (tmp_path / "notes" / "readme.txt").write_text("no image")
+    (tmp_path / "dog" / "list.csv").write_text("a,b")
+    source = open_data(spec)
+    assert source.class_names == ("cat", "dog")
+    assert source.ids() == ["cat/a.png", "dog/a.png"]
+    for name in (
+        "__MACOSX",
+        "2 x '@eaDir'",
+        ".ipynb_checkpoints",
+        "empty (no image",
+        ".csv",
+        "images beside the class",
+    ):
+        assert name in source.remarks[0]
+    assert open_data(spec + "?empty=1").class_names == ("cat", "dog", "empty", "notes")
+
+
+def test_images_are_known_by_what_is_in_them(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    spec = tree(tmp_path, plain(), "cat/a.png", "cat/noend", "cat/odd.dat", "cat/B.JPE")
+    (tmp_path / "cat" / "c.jfif").write_bytes(plain(kind="JPEG"))
+    (tmp_path / "cat" / "d.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (tmp_path / "cat" / "e.txt").write_text("BM is no bitmap, MM no TIFF")
+    items = {item.id: item for item in open_data(spec).samples()}
+    assert set(items) == {f"cat/{name}" for name in ("a.png", "noend", "odd.dat", "B.JPE", "c.jfif", "d.heic")}
+    fault = items.pop("cat/d.heic")
+    assert isinstance(fault, Unreadable) == (fault.id == "cat/d.heic")
+    assert all(isinstance(item, Sample) for item in items.values())
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("train/cat/a.png", "train/dog/a.png", "test/cat/a.png", "test/dog/b.png"),
+        ("train/cat/a.png", "train/dog/a.png", "test/cat/a.png", "test/dog/b.png", "annotations/a.png"),
+        ("Training/cat/a.png", "Testing/cat/a.png", "Testing/dog/b.png"),
+        ("seg_train/cat/a.png", "seg_test/cat/a.png", "seg_test/dog/b.png", "seg_pred/a.png"),
+        ("cat/train/a.png", "cat/test/a.png", "dog/train/a.png", "dog/test/b.png"),
+    ],
+)
+def test_training_and_test_images_are_not_mixed(
+    tmp_path: Path, plain: Callable[..., bytes], paths: tuple[str, ...]
+) -> None:
+    spec = tree(tmp_path, plain(), *paths)
+    with pytest.raises(UserError, match=r"splits.*choose one with \?split=\w*[tT]est"):
+        open_data(spec)
+    source = open_data(spec + "?split=test")
+    assert source.class_names == ("cat", "dog")
+    assert len(list(source.samples())) == 2
+    with pytest.raises(UserError, match="no split 'val'"):
+        open_data(spec + "?split=val")
+
+
+def test_a_train_may_be_a_vehicle(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    spec = tree(tmp_path / "a", plain(), "train/a.png", "bus/a.png", "test tube/a.png")
+    assert open_data(spec).class_names == ("bus", "test tube", "train")
+    with pytest.raises(
+        UserError, match=r"looks like a split, not like a class: pass imagefolder:.*/test or .split=test"
+    ):
+        open_data(tree(tmp_path / "b", plain(), "test/cat/a.png", "test/dog/a.png", "labels/"))
+
+
+def test_names_of_macos_are_those_of_the_list(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    words = ["\uace0\uc591\uc774", "\uac1c", "caf\u00e9"]
+    spec = tree(tmp_path / "x", plain(), *(f"{unicodedata.normalize('NFD', word)}/a.png" for word in words))
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(words), encoding="utf-8")
+    source = open_data(spec, classes=names)
+    for item in source.samples():
+        assert isinstance(item, Sample)
+        assert source.class_names[item.label] == unicodedata.normalize("NFC", item.id.split("/")[0])
+    assert set(open_data(spec).class_names) == set(words)
+    with pytest.raises(UserError, match="2 times"):
+        open_data(tree(tmp_path / "y", plain(), "caf\u00e9/a.png", "cafe\u0301/a.png"))
+
+
+@pytest.mark.parametrize("name", ["ca\x1b[2Jt", "ca\u202et", "ca\x07t"])
+def test_names_that_would_steer_a_terminal_are_refused(tmp_path: Path, plain: Callable[..., bytes], name: str) -> None:
+    with pytest.raises(UserError, match=r"control character U\+") as caught:
+        open_data(tree(tmp_path, plain(), f"{name}/a.png", "dog/a.png"))
+    assert str(caught.value).isprintable()

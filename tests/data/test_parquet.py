@@ -170,3 +170,61 @@ def test_faults_are_one_clear_line(tmp_path: Path, plain: Plain) -> None:
         with pytest.raises(UserError, match=message) as caught:
             open_data(f"parquet:{spec}")
         assert "\n" not in str(caught.value)
+
+
+def test_texts_that_are_numbers_are_the_labels_of_those_numbers(tmp_path: Path, plain: Plain) -> None:
+    order = [3, 0, 11, 10, 1, 2, 4, 5, 6, 7, 8, 9]
+    texts = [*map(str, order), "-1", None]
+    path = write(tmp_path / "a.parquet", [struct(plain())] * 14, texts, label=pa.string())
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"name{i}\n" for i in range(12)))
+    source = open_data(f"parquet:{path}", classes=names)
+    found = [
+        source.class_names[item.label] for item in source.samples() if isinstance(item, Sample) and item.label >= 0
+    ]
+    assert found == [f"name{i}" for i in order]
+    assert [item.label for item in source.samples() if isinstance(item, Sample)][-2:] == [-1, -1]
+    assert "are or begin with numbers" in open_data(f"parquet:{path}").remarks[0]
+
+
+def test_labels_that_begin_at_one_are_told(tmp_path: Path, plain: Plain) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\n")
+    path = write(tmp_path / "a.parquet", [struct(plain())] * 3, [1, 2, 3])
+    with pytest.raises(UserError, match=r"has label 3 .* but 3 class names.*if the labels begin at 1"):
+        open_data(f"parquet:{path}", classes=names)
+    path = write(tmp_path / "b.parquet", [struct(plain())] * 2, [1, 2])
+    assert open_data(f"parquet:{path}", classes=names).remarks == [
+        "no image has label 0 ('ant'): do the labels begin at 1?"
+    ]
+
+
+def test_splits_in_one_folder_are_asked_for(tmp_path: Path, plain: Plain) -> None:
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        write(tmp_path / f"{name}.parquet", [struct(plain())], [0], names=["cat"])
+    with pytest.raises(UserError, match=r"several splits, test .*train .*choose one with \?split=test"):
+        open_data(f"parquet:{tmp_path}")
+    assert open_data(f"parquet:{tmp_path}?split=test").ids() == ["test-00000-of-00001/0"]
+    with pytest.raises(UserError, match="no file of the split 'val'"):
+        open_data(f"parquet:{tmp_path}?split=val")
+    for name in ("train", "validation"):
+        (tmp_path / "sub" / name).mkdir(parents=True)
+        write(tmp_path / "sub" / name / "a.parquet", [struct(plain())], [0], names=["cat"])
+    with pytest.raises(UserError, match="are splits"):
+        open_data(f"parquet:{tmp_path / 'sub'}")
+    assert open_data(f"parquet:{tmp_path / 'sub'}?split=val").ids() == ["a/0"]
+
+
+def test_files_that_disagree_about_names_or_labels_are_refused(tmp_path: Path, plain: Plain) -> None:
+    for name, names in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        write(tmp_path / f"{name}.parquet", [struct(plain())], [0], names=names)
+    with pytest.raises(UserError, match=r"label 0 is 'cat' in .*a.parquet and 'dog' in .*b.parquet"):
+        open_data(f"parquet:{tmp_path}")
+    for texts, message in (
+        (["cat", ""], "an empty label"),
+        (["cat", "cat "], "are one name"),
+        (["ca\x1b", "x"], "U.001B"),
+    ):
+        path = write(tmp_path / "c.parquet", [struct(plain())] * 2, texts, label=pa.string())
+        with pytest.raises(UserError, match=message):
+            open_data(f"parquet:{path}")

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.data.classes import CIFAR10, read_class_names
+from robustvlm.data.classes import CIFAR10, imagenet_names, made_distinct, read_class_names
 from robustvlm.data.labels import Own, natural_key, settle_names
 from robustvlm.data.names import readable
 from robustvlm.data.prompts import CIFAR, DEFAULT, IMAGENET, check_templates, fill, read_templates
 from robustvlm.data.specs import KINDS, open_data, parse_spec
+from robustvlm.data.tree_files import load_forest
 from robustvlm.errors import UserError
 
 
@@ -136,7 +137,6 @@ def test_settling_names() -> None:
     found = ["cat", "dog", "fox"]
     assert settled(found, None) == found
     assert settled(found, ["Fox", "Cat", "Dog"]) == ["Cat", "Dog", "Fox"]
-    assert settled(found, ["tabby", "dog", "fox"]) == ["tabby", "dog", "fox"]
     assert settled(found, ["a fox", "dogs", "cats, felines"]) == ["cats, felines", "dogs", "a fox"]
     assert settled(None, ["a", "b"]) == ["a", "b"]
     assert settled(None, {"1": "dog", "0": "cat"}) == ["cat", "dog"]
@@ -144,9 +144,16 @@ def test_settling_names() -> None:
     assert settled(["tench", "goldfish"], {"n01443537": "koi"}, marks=["n01440764", "n01443537"]) == ["tench", "koi"]
     assert settled(["wolves", "mice"], ["mouse", "wolf"]) == ["wolf", "mouse"]
     assert settled(["T-shirt", "air plane"], ["airplane", "tshirt"]) == ["tshirt", "airplane"]
+    assert settled(["buses", "glasses"], ["glasses", "bus"]) == ["bus", "glasses"]
+    with pytest.raises(UserError, match="does not say for certain"):  # signs that are no letters tell words apart
+        settled(["\u0915\u0940", "x"], ["y", "\u0915\u093e"])
     for names, message in (
         (["a", "b"], "has 3 classes, the class names file 2, .*'cat' -> ., 'dog' -> ., 'fox' -> .; no class: 'a', 'b'"),
-        (["dog", "tabby", "fox"], "class name 1 of the file is 'dog', but x has 'cat' there and 'dog' at 2"),
+        (
+            ["tabby", "dog", "fox"],
+            "does not say for certain .*'cat' -> ., 'dog' -> 'dog', 'fox' -> 'fox'; no class: 'tabby'",
+        ),
+        (["dog", "tabby", "fox"], "'cat' -> ., .*, and 'dog' stands at another place"),
         (["Katze", "Hund", "fox"], "does not say for certain .*'cat' -> ., 'dog' -> ., 'fox' -> 'fox'"),
         ({"wolf": "grey wolf"}, "has no class 'wolf'"),
         ({"cat": "dog"}, "names 'dog' 2 times"),
@@ -220,3 +227,51 @@ def test_templates(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text('{"x {}": "y {}"}')
     with pytest.raises(UserError, match="must hold a list"):
         read_templates(tmp_path / "t.json")
+
+
+def test_class_name_files_that_are_not_text_for_a_reader(tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    for text, message in (
+        ('["\\ud800", "b"]', "U.D800"),
+        ('["a\\u001b[2J", "b"]', "U.001B"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a": "x", "a": "y"}', "the key 'a' twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message) as caught:
+            read_class_names(path)
+        assert "\x1b" not in str(caught.value)
+    long = tmp_path / "tree.csv"
+    long.write_text("parent,child\nroot," + "x" * 140_000)
+    with pytest.raises(UserError, match="not valid CSV: field larger"):
+        load_forest(long, ["x"])
+
+
+def test_codes_for_names_are_told(folder: Path, tmp_path: Path) -> None:
+    assert open_data(f"imagefolder:{folder}").remarks == []
+    (folder / "cat").rename(folder / "001.cat")
+    assert "begin with numbers or codes, as '001.cat'" in open_data(f"imagefolder:{folder}").remarks[0]
+    names = tmp_path / "names.txt"
+    names.write_text("dog\ncat\npickup truck\n")
+    assert open_data(f"imagefolder:{folder}", classes=names).class_names == ("cat", "dog", "pickup truck")
+
+
+def test_imagenet_lists_lose_their_doubled_names() -> None:
+    names = list(imagenet_names())
+    assert made_distinct(names) == (tuple(names), None)
+    doubled = list(names)
+    doubled[744], doubled[836] = doubled[657], doubled[837]
+    mended, said = made_distinct(doubled)
+    assert list(mended) == names
+    assert said is not None
+    assert "744 'missile' -> 'projectile'" in said
+    reworded = [f"wording {i}" if i % 3 == 0 else name for i, name in enumerate(names)]
+    own = Own(tuple(names), tuple(names))
+    made = settle_names(own, reworded, "x")
+    assert list(made.names) == reworded
+    assert made.notes[0].startswith("334 names of the list are taken by their place: 0 'tench' -> 'wording 0', 3 ")
+    reworded[1], reworded[2] = reworded[2], reworded[1]
+    with pytest.raises(UserError, match="'goldfish' stands at another place"):
+        settle_names(own, reworded, "x")
+    other = [f"class {i}" for i in range(999)] + ["class 0"]
+    assert made_distinct(other) == (tuple(other), None)

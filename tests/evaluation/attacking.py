@@ -35,7 +35,9 @@ def prepared(photos: Path, model: str = "Encoder", *, data: str | None = None, *
     """
     settings = {"attack": "pgd:steps=6", "eps": "2/255", "lanes": 8, "name": "run", "checks": "none", **settings}
     settings.setdefault("out", photos.parent / "runs")
-    return prepare(model=f"small_encoders:{model}", data=data or f"imagefolder:{photos}", device="cpu", **settings)
+    return prepare(
+        model=f"small_encoders:{model}", data=data or f"imagefolder:{photos}?empty=1", device="cpu", **settings
+    )
 
 
 def run_in_pieces(make: Any, pieces: list[int]) -> Prepared:

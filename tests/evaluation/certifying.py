@@ -17,7 +17,7 @@ from robustvlm.runs.certify_rows import CertifyFact
 def prepared(photos: Path, model: str = "Encoder", *, name: str = "run", **options: Any) -> PreparedCertify:
     """Prepare a run on an image folder; it lies in "runs" beside the folder."""
     options = {"samples": 300, "sigma": 0.05, "lanes": 64, "claim": "class", "alpha": 0.01, **options}
-    settings = Settings(model=f"small_encoders:{model}", data=f"imagefolder:{photos}", device="cpu", **options)
+    settings = Settings(model=f"small_encoders:{model}", data=f"imagefolder:{photos}?empty=1", device="cpu", **options)
     return prepare_certify(settings, out=photos.parent / "runs", name=name)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, load_model, zero_shot
 from robustvlm.models.embedding_cache import cache_file, forget_embeddings
+from robustvlm.models.zero_shot import cut_prompts
 
 NAMES = ["apple", "border collie", "truck {}", "Émile's café"]
 TEMPLATES = ["a photo of a {}.", "{}", "the {} and the {}"]
@@ -174,3 +175,39 @@ def test_a_text_tower_that_breaks_is_named() -> None:
     vlm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN or infinite"):
         zero_shot(vlm, NAMES, TEMPLATES)
+
+
+def test_classes_with_one_embedding_are_refused_by_name(vlm: VLM) -> None:
+    long = "a drawing on paper of " * 30
+    with pytest.raises(
+        UserError, match=r"cat' and 'a drawing .* dog' have the same embedding .*truncated .*tokens too long"
+    ):
+        zero_shot(vlm, [f"{long}cat", f"{long}dog"], ["{}"], cache=False)
+    with pytest.raises(
+        UserError, match=r"the classes 'cat' and 'CAT' have the same embedding .*cannot tell these names"
+    ):
+        zero_shot(vlm, ["dog", "cat", "CAT", "fox"], ["a {}"], cache=False)
+    assert len(zero_shot(vlm, ["dog", "cat", "fox"], ["a {}"], cache=False).class_names) == 3
+
+
+def test_own_encoders_are_asked_as_well() -> None:
+    class Folded(Counting):
+        def _text_features(self, texts: list[str]) -> torch.Tensor:
+            return super()._text_features([text[:9] for text in texts])
+
+    with pytest.raises(UserError, match=r"'long ago one' and 'long ago two' have the same embedding .*3 such pairs"):
+        zero_shot(
+            Folded(), ["long ago one", "x", "long ago two", "long ago three", "long ago four"], ["{}"], cache=False
+        )
+    zero_shot(Folded(), ["one", "two"], ["{}"], cache=False)
+
+
+def test_prompts_beyond_the_context_are_told(vlm: VLM) -> None:
+    room = vlm.tokenizer([""]).shape[1]  # type: ignore[operator]
+    fits, one_more = "cat " * (room - 2), "cat " * (room - 1)
+    assert vlm.cut_tokens(["cat", fits, one_more, one_more + "cat cat"]) == [0, 0, 1, 3]
+    assert cut_prompts(vlm, ["cat", fits], ["{}"]) is None
+    said = cut_prompts(vlm, ["cat", one_more], ["{}"])
+    assert said is not None
+    assert "the prompts of 1 of 2 classes" in said
+    assert "1 token of 'cat cat" in said
