@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 Thing = TypeVar("Thing")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @contextlib.contextmanager
-def borrowed(module: nn.Module) -> Iterator[None]:
+def borrowed(module: nn.Module, *, frozen: bool = True) -> Iterator[None]:
     """Put a module into evaluation mode with frozen weights, and every part and weight back as it was, error or not.
 
-    Gradients with regard to inputs pass frozen weights; none is left in their `.grad`.
+    Gradients with regard to inputs pass frozen weights; none is left in their `.grad`. Without `frozen` only modes are
+    switched, so that what was made inside can be trained on.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
@@ -29,7 +31,7 @@ def borrowed(module: nn.Module) -> Iterator[None]:
     """
     # The flags themselves, not train() and eval(): these may do more, and know one mode for all parts.
     training = [part for part in module.modules() if part.training]
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in module.parameters() if frozen and parameter.requires_grad]
     try:
         for part in training:
             part.training = False
@@ -43,7 +45,7 @@ def borrowed(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def placed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     """Return a module itself if all of it is on `device` in `dtype` already, else a copy that is.
 
     Example:

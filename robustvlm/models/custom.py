@@ -48,6 +48,19 @@ def framing_declared(thing: object) -> dict[str, Any]:
 _MEMBERS = ("encode_image", "encode_text", "image_size", "logit_scale")
 
 
+class _ImageSide(nn.Module):
+    """A user's `encode_image` as a part of the model, which may say that it has no gradient (see `open_gradients`)."""
+
+    def __init__(self, encoder: Any, spec: str) -> None:
+        super().__init__()
+        self.ask = Boundary(encoder.encode_image, what=f"encode_image of '{spec}'", parts=encoder)
+        self.differentiable = getattr(encoder, "differentiable", True)
+        self.surrogate = getattr(encoder, "surrogate", None)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.ask(pixels)
+
+
 class CustomVLM(VLM):
     """A user's encoder; its features are scaled to unit norm, its weights frozen, its source part of its identity.
 
@@ -62,20 +75,21 @@ class CustomVLM(VLM):
             **framing_declared(encoder),
         )
         self.encoder = encoder
-        self._ask = Boundary(encoder.encode_image, what=f"encode_image of '{spec}'", parts=encoder)
+        self.images = _ImageSide(encoder, spec)
         self.eval().requires_grad_(False)
 
     def settle(self, pixels: torch.Tensor) -> torch.Tensor:
         """Try the encoder out on pixels, and learn how it has to be asked."""
-        return self._ask.settle(pixels)
+        return self.images.ask.settle(pixels)
 
     @property
     def in_half(self) -> bool:
         """Whether features are computed in half precision."""
-        return self._ask.in_half
+        return self.images.ask.in_half
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._ask(pixels)
+        features: torch.Tensor = self.images(pixels)
+        return features
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
         with same_process():
