@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustvlm.core.user_code import no_exit
 from robustvlm.errors import UserError
 
 HALF = (torch.float16, torch.bfloat16)
@@ -82,7 +83,7 @@ class Boundary:
         if self._dtype is not None:
             given = given.to(self._dtype)
         kept = torch.random.fork_rng(devices=_devices(pixels)) if self._seeds else contextlib.nullcontext()
-        with same_process(), kept:
+        with same_process(), kept, no_exit(self.what):
             output = self.call(given)
         rows = self._checked(output, len(pixels), wants_gradient)
         self.in_half = self.in_half or rows.dtype in HALF

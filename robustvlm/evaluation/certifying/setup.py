@@ -71,7 +71,10 @@ def prepare_certify(
     plan = plan_of(config, vlm, text, source.templates, rule=rule)
     best = require_possible(plan, config)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    model_facts, data_facts = describe_model(encoder.vlm) | describe_head(config, source.class_names), describe_data(source)
+    model_facts, data_facts = (
+        describe_model(encoder.vlm) | describe_head(config, source.class_names),
+        describe_data(source),
+    )
     config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
     recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule)
 
