@@ -72,6 +72,7 @@ def tune(
         templates=benchmark.train.templates,
         calibration=first.pixels,
         forest=forest,
+        in_place=True,
     )
     config = TrainingConfig(
         steps=plan.steps,

@@ -15,6 +15,8 @@ from robustvlm.attacks.objectives import Objective
 from robustvlm.attacks.tally import Answer, Tally
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError, nearest
+from robustvlm.models.borrowed import borrowed, placed
+from robustvlm.models.boundary import Boundary
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 
@@ -35,7 +37,8 @@ class Oracle:
     """Answers and input gradients of a model, at a stated precision, with passes and time counted.
 
     Args:
-        model: module from pixels [B, 3, H, W] in [0, 1] to outputs [B, O]; put into eval mode, parameters frozen.
+        model: module from pixels [B, 3, H, W] in [0, 1] to outputs [B, O]; it is in evaluation mode and frozen during
+            a pass, and left as it was. One on another device or in another precision is copied here, as it is now.
         device: where the passes run.
         precision: "fp32"; "bf16" for gradients under autocast (answers are confirmed in fp32); "fp64" to check.
         eot: draws of a random model over which losses and gradients are averaged (expectation over transformation,
@@ -66,18 +69,18 @@ class Oracle:
         self.precision = precision
         self.device = torch.device(device)
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
-        self.model = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.model = placed(model, self.device, self.dtype)
         self.layout = _layout(model)
-        self.model.to(memory_format=self.layout)
         self.eot, self.draws, self.seed = eot, draws, seed
         self.passes = Passes()
-        self._fast: Logits = torch.compile(self.model) if compiled else self.model
+        self._plain = Boundary(self.model, what="the model")
+        self._fast = Boundary(torch.compile(self.model), what="the model") if compiled else self._plain
         self._drawn = 0
 
     @property
     def confirmed(self) -> bool:
         """Whether an answer that comes with a gradient is final, so that it needs no second look."""
-        return self.precision != "bf16" and self.eot == self.draws == 1 and self._fast is self.model
+        return self.precision != "bf16" and self.eot == self.draws == 1 and self._fast is self._plain
 
     @property
     def look_passes(self) -> int:
@@ -87,7 +90,18 @@ class Oracle:
     def confirm(self, x: Tensor) -> Tensor:
         """Return full-precision outputs [B, O] of images [B, 3, H, W], one draw of a random model."""
         with self._counted(len(x), backward=False), self._drawing(), torch.no_grad():
-            return self.model(x.to(self.device, self.dtype, memory_format=self.layout)).detach()
+            return self.outputs(x).detach()
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return the model's outputs [B, O] for images on any device; uncounted, and with a gradient if `x` has one.
+
+        The model gets a copy of the images, which it may change in place; its outputs are in float32 at least.
+        """
+        return self._ask(self._plain, x.to(self.device, self.dtype, memory_format=self.layout))
+
+    def _ask(self, boundary: Boundary, x: Tensor) -> Tensor:
+        with borrowed(self.model):
+            return boundary(x)
 
     def judge(self, x: Tensor, goal: Goal, case: Case) -> Answer:
         """Return the answers that decide outcomes: full precision, `draws` fresh draws of a random model."""
@@ -120,7 +134,7 @@ class Oracle:
         x = x.detach().to(memory_format=self.layout, copy=True).requires_grad_(gradient)
         with self._counted(len(x), backward=gradient), self._drawing(), torch.set_grad_enabled(gradient):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                output = self._fast(x)
+                output = self._ask(self._fast, x)
             output = output.to(self.dtype)
             loss = loss_of(output)
             # Rows do not interact, so the gradient of the sum holds every image's own gradient.

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from robustvlm.defenses.base import Classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import resize
-from robustvlm.models.custom import Hidden, source_of, state_of
+from robustvlm.models.borrowed import own_copy
+from robustvlm.models.boundary import Boundary, in_own_precision
+from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.hub import brief
 from robustvlm.models.vlm import INTERPOLATIONS
@@ -25,24 +27,39 @@ class OwnClassifier(Classifier):
             spec=spec,
             class_names=class_names,
             image_size=model.image_size,
-            interpolation=getattr(model, "interpolation", "bicubic"),
             can_reject=bool(getattr(model, "can_reject", False)),
+            **framing_declared(model),
         )
         self.model = model
         self._hidden = Hidden(model)
+        call = model if callable(model) else model.forward
+        self._ask = Boundary(call, what=f"'{spec}'", parts=model)
         # A plain object is no part that `modules()` visits, so its declaration is repeated here.
         self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
         self.surrogate = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
         self.eval().requires_grad_(False)
 
+    @property
+    def in_half(self) -> bool:
+        """Whether logits are computed in half precision."""
+        return self._ask.in_half
+
+    def settle(self, pixels: Tensor) -> Tensor:
+        """Try the classifier out on pixels of its size, and learn how it has to be asked."""
+        return self._ask.settle(pixels)
+
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits [B, K], or [B, K + 1] with the acceptance score last."""
-        pixels = resize(pixels, self.image_size, self.interpolation)
-        return self.model(pixels) if callable(self.model) else self.model.forward(pixels)
+        """Return logits [B, K], or [B, K + 1] with the acceptance score last; in float32 at least."""
+        return self._ask(resize(pixels, self.image_size, self.interpolation))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OwnClassifier:
+        # The precision of a user's weights is part of what is evaluated.
+        return super()._apply(in_own_precision(fn), recurse)
 
     @property
     def fingerprint(self) -> str:
-        extra = (self.spec, *source_of(self.model), str(self.image_size), self.interpolation)
+        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
+        extra = (self.spec, *source_of(self.model), *framing)
         return fingerprint(state_of(self.model) | self._hidden.state(), extra)
 
 
@@ -60,7 +77,8 @@ def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.dev
         raise UserError(f"'{spec}' asks for the unknown interpolation '{how}'; {nearest(str(how), INTERPOLATIONS)}")
     if not isinstance(model, nn.Module) and callable(getattr(model, "to", None)):
         model = model.to(place) or model
-    classifier = OwnClassifier(model, spec=spec, class_names=class_names)
+    # A caller may go on using what the callable returned.
+    classifier = OwnClassifier(own_copy(model), spec=spec, class_names=class_names)
     classifier.to(place)
     _try_out(classifier, place)
     return classifier
@@ -74,11 +92,11 @@ def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
     must += " classes and one acceptance score" if classifier.can_reject else " classes"
     try:
         with torch.no_grad():
-            output = classifier(pixels)
+            output = classifier.settle(pixels)
+    except UserError:
+        raise
     except Exception as error:  # the user's classifier may fail in any way
         raise UserError(f"{must}, it raised {type(error).__name__}: {brief(error)}") from error
-    if not isinstance(output, Tensor):
-        raise UserError(f"{must}, got a {type(output).__name__}")
     if output.shape != (2, wanted) or not output.is_floating_point():
         advice = "" if output.ndim != 2 else ": pass data with the classes that it was made for"
         raise UserError(f"{must}, got {output.dtype} {list(output.shape)}{advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from robustvlm.certify import format_exact, predict
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
+from robustvlm.models.borrowed import borrowed
 from robustvlm.models.fingerprint import fingerprint
 
 DEFAULT_N0 = 64
@@ -55,6 +57,11 @@ class SmoothedVLM(VLM):
         mapper: Hook | None = None,
         rows_per_pass: int = ROWS_PER_PASS,
     ) -> None:
+        if not isinstance(base, VLM):
+            raise UserError(
+                f"only an encoder can be smoothed, by its mean feature, and a {type(base).__name__} is none: give it "
+                "encode_image, encode_text, image_size and logit_scale, and load it as module:callable (docs/models.md)"
+            )
         if not 0.0 < sigma <= MAX_SIGMA:
             pixels = " (pixels are in [0, 1], so 0.25 is strong noise)" if sigma > MAX_SIGMA else ""
             raise UserError(f"sigma must be above 0 and at most {MAX_SIGMA:g}, got {sigma:g}{pixels}: pass 0.25")
@@ -70,15 +77,17 @@ class SmoothedVLM(VLM):
             **base.framing.options(),
         )
         self.base, self.sigma, self.n0, self.rows_per_pass = base.at_noise(sigma), float(sigma), n0, rows_per_pass
-        self.purifier, self.mapper = purifier, mapper
+        self.purifier, self.mapper = _beside(base, purifier), _beside(base, mapper)
+        self._anchor = self._anchor.to(base.device)
+        self.training = False
         self._still = False
-        self.eval()
-        self.to(base.device)
 
     def encode_noisy(self, noisy: Tensor) -> Tensor:
         """Return `f` of noisy images [R, 3, S, S] at the model's resolution: unit features [R, D]."""
-        features = self.base.encode_image(noisy if self.purifier is None else self.purifier(noisy))
-        return features if self.mapper is None else F.normalize(self.mapper(features), dim=-1)
+        # The hooks are the caller's, and may be in training.
+        with borrowed(self, frozen=False):
+            features = self.base.encode_image(noisy if self.purifier is None else self.purifier(noisy))
+            return features if self.mapper is None else F.normalize(self.mapper(features), dim=-1)
 
     def noisy_features(self, pixels: Tensor, n: int) -> Tensor:
         """Return features [B, n, D] of `n` noisy copies of each image [B, 3, H, H], fresh noise, no gradient."""
@@ -144,6 +153,13 @@ class SmoothedVLM(VLM):
         """Digest of the base model, the noise and the hooks."""
         hooks = [f"{name}: {_identity(hook)}" for name, hook in (("purifier", self.purifier), ("mapper", self.mapper))]
         return fingerprint({}, (self.base.fingerprint, "smooth", repr(self.sigma), str(self.n0), *hooks))
+
+
+def _beside(base: VLM, hook: Hook | None) -> Hook | None:
+    """Return a hook on the model's device: a module that is elsewhere is copied there."""
+    if not isinstance(hook, nn.Module) or all(tensor.device == base.device for tensor in hook.state_dict().values()):
+        return hook
+    return copy.deepcopy(hook).to(base.device)
 
 
 def smooth(

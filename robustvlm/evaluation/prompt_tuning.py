@@ -16,6 +16,7 @@ from robustvlm.core.reading import read_json
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
 from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
 from robustvlm.detect import auroc_interval, energy_change
@@ -27,6 +28,7 @@ from robustvlm.models import VLM, resolve_device
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.models.zoo import names_a_callable
 from robustvlm.runs.checksums import forget_checksums, require_unchanged, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder, default_name
@@ -187,6 +189,11 @@ def prepare_prompts(
 
 
 def _check(config: PromptConfig) -> None:
+    base = split_spec(config.model)[0]
+    if names_a_callable(base) and not Path(base).is_dir():
+        raise UserError(
+            f"prompts can be tuned for open_clip models, whose token embeddings can be reached; '{base}' is your own"
+        )
     if current_ranks().size > 1:
         raise UserError("`robustvlm tune-prompts` works in one process: start it without torchrun")
     for name, value in (("shots", config.shots), ("context", config.context), ("c", config.n_reset)):

@@ -113,7 +113,7 @@ def prepare(
     opened = open_gradients(classifier)
     aim = make_aim(goal, source=source, classifier=classifier, resolution=size, min_cos=min_cos)
     remarks = remarks_of(source, classifier.vlm)
-    aim = dataclasses.replace(aim, notes=(*_notes(opened), *_data_notes(remarks)))
+    aim = dataclasses.replace(aim, notes=(*_notes(opened, classifier), *_data_notes(remarks)))
     _require_ball(norm, radii, size)
     _require_fit(attacks, aim, ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
     config = AttackConfig(
@@ -235,11 +235,18 @@ def _require_text(manifest: Manifest) -> None:
         raise UserError(f"a path or name in the settings is not valid text (UTF-8), near {shown}: rename it") from None
 
 
-def _notes(opened: list[str]) -> tuple[Check, ...]:
-    if not opened:
-        return ()
-    said = "; ".join(opened)
-    return (Check(name=STAND_INS, level="note", message=f"{said[0].upper()}{said[1:]}."),)
+def _notes(opened: list[str], classifier: Classifier) -> tuple[Check, ...]:
+    found = []
+    if opened:
+        said = "; ".join(opened)
+        found.append(Check(name=STAND_INS, level="note", message=f"{said[0].upper()}{said[1:]}."))
+    if any(getattr(part, "in_half", False) for part in classifier.modules()):
+        message = (
+            "The model computes in half precision, and is judged as it does. Gradients are scaled on their way back "
+            "through it, image by image, so that small ones are not rounded to zero; they keep its rounding."
+        )
+        found.append(Check(name="half precision", level="note", message=message))
+    return tuple(found)
 
 
 def _data_notes(remarks: list[str]) -> tuple[Check, ...]:

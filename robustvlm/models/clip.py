@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from robustvlm.errors import MissingExtra, UserError
+from robustvlm.models.boundary import same_random_state
 from robustvlm.models.clip_preprocess import check_settings, preprocessing_of, require_equal, settings_of
 from robustvlm.models.clip_tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from robustvlm.models.hub import brief, hub_file
@@ -87,7 +88,7 @@ def build_clip(
         config = open_clip.get_model_config(source)
         _check_text_config(config["text_cfg"], spec, tokenizer_inside=(tokenizer_source or source).startswith(_FOLDER))
         values = read_weights(weights)
-        with _quiet():
+        with _quiet(), same_random_state():
             model = open_clip.create_model(
                 source,
                 load_weights=False,

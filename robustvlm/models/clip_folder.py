@@ -72,7 +72,7 @@ def clip_config(vlm: ClipVLM, merges: Path | None = None) -> dict[str, Any]:
 
 
 def _write_tokenizer(vlm: ClipVLM, folder: Path) -> Path | None:
-    """Write the tokenizer, unless it is CLIP's own, which open_clip carries; return the merges file, if there is one."""
+    """Write the tokenizer, unless it is CLIP's own, which open_clip carries; return the merges file, if any."""
     import open_clip
 
     tokenizer: Any = vlm.tokenizer

@@ -15,6 +15,8 @@ from torch import nn
 
 from robustvlm.core.user_code import import_user_module, no_exit
 from robustvlm.errors import UserError, nearest
+from robustvlm.models.borrowed import own_copy
+from robustvlm.models.boundary import Boundary, in_own_precision, same_process, same_random_state
 from robustvlm.models.hub import brief
 from robustvlm.models.reach import Reached
 from robustvlm.models.vlm import VLM
@@ -23,8 +25,9 @@ from robustvlm.models.vlm import VLM
 class Encoder(Protocol):
     """What the callable of a `module:callable` spec has to return; normalisation is the encoder's own business.
 
-    `logit_scale` is the factor on cosine similarities (CLIP's learnt parameter after exp, 100 for most). An optional
-    attribute `interpolation` ("bicubic" by default, or "bilinear") says how images are resized to `image_size`.
+    `logit_scale` is the factor on cosine similarities (CLIP's learnt parameter after exp, 100 for most). Optional
+    attributess `interpolation` ("bicubic" by default, or "bilinear"), `resize_mode` ("shortest" by default, "squash",
+    "longest") and `fill_color` (0) say how images are brought to `image_size`; see `Framing`.
     """
 
     image_size: int
@@ -37,29 +40,67 @@ class Encoder(Protocol):
         """Return features [N, D] of N texts."""
 
 
+def framing_declared(thing: object) -> dict[str, Any]:
+    """Return what a user's object says of how images are brought to its size, under the names that models take."""
+    found = {name: getattr(thing, name, None) for name in ("interpolation", "resize_mode", "fill_color")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 _MEMBERS = ("encode_image", "encode_text", "image_size", "logit_scale")
 _METHODS = ("encode_image", "encode_text", "__call__", "forward")
 
 
+class _ImageSide(nn.Module):
+    """A user's `encode_image` as a part of the model, which may say that it has no gradient (see `open_gradients`)."""
+
+    def __init__(self, encoder: Any, spec: str) -> None:
+        super().__init__()
+        self.ask = Boundary(encoder.encode_image, what=f"encode_image of '{spec}'", parts=encoder)
+        self.differentiable = getattr(encoder, "differentiable", True)
+        self.surrogate = getattr(encoder, "surrogate", None)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.ask(pixels)
+
+
 class CustomVLM(VLM):
-    """A user's encoder; its features are scaled to unit norm, its weights frozen, its source part of its identity."""
+    """A user's encoder; its features are scaled to unit norm, its weights frozen, its source part of its identity.
+
+    Built on a module, it freezes and moves that very module: `wrap_encoder` takes a copy first.
+    """
 
     def __init__(self, encoder: Any, *, spec: str) -> None:
         super().__init__(
             spec=spec,
             image_size=encoder.image_size,
             logit_scale=float(encoder.logit_scale),
-            interpolation=getattr(encoder, "interpolation", "bicubic"),
+            **framing_declared(encoder),
         )
         self.encoder = encoder
         self._hidden = Hidden(encoder)
+        self.images = _ImageSide(encoder, spec)
         self.eval().requires_grad_(False)
 
+    def settle(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Try the encoder out on pixels, and learn how it has to be asked."""
+        return self.images.ask.settle(pixels)
+
+    @property
+    def in_half(self) -> bool:
+        """Whether features are computed in half precision."""
+        return self.images.ask.in_half
+
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.encoder.encode_image(pixels)
+        features: torch.Tensor = self.images(pixels)
+        return features
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
-        return self.encoder.encode_text(texts)
+        with same_process():
+            return self.encoder.encode_text(texts)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CustomVLM:
+        # The precision of a user's weights is part of what is evaluated.
+        return super()._apply(in_own_precision(fn), recurse)
 
     def _state(self) -> Mapping[str, object]:
         own = self.state_dict() if isinstance(self.encoder, nn.Module) else state_of(self.encoder)
@@ -158,7 +199,8 @@ def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
         raise UserError(f"'{spec}': logit_scale must be a positive number (100 for most CLIPs), got {scale!r}")
     if not isinstance(encoder, nn.Module) and callable(getattr(encoder, "to", None)):
         encoder = encoder.to(device) or encoder
-    vlm = CustomVLM(encoder, spec=spec).to(device)
+    # A caller may go on using what the callable returned.
+    vlm = CustomVLM(own_copy(encoder), spec=spec).to(device)
     _try_out(vlm)
     return vlm
 
@@ -167,7 +209,8 @@ def create(spec: str) -> Any:
     """Return what the callable of a `module:callable` spec returns, or raise a UserError that says why it cannot."""
     module_name, _, attribute = spec.partition(":")
     try:
-        target: Any = import_user_module(spec)
+        with same_process(), same_random_state():
+            target: Any = import_user_module(spec)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -185,7 +228,7 @@ def create(spec: str) -> Any:
     if not callable(target):
         raise UserError(f"'{spec}' is a {type(target).__name__}, not a callable that returns the encoder")
     try:
-        with no_exit(f"'{spec}'"):
+        with no_exit(f"'{spec}'"), same_process(), same_random_state():
             return target()
     except UserError:
         raise
@@ -198,7 +241,7 @@ def _try_out(vlm: CustomVLM) -> None:
     texts = ["a photo of a cat", "a photo of a dog"]
     with torch.no_grad():
         widths = [
-            _width(vlm, "encode_image", lambda: vlm.encoder.encode_image(pixels), f"pixels {list(pixels.shape)}"),
+            _width(vlm, "encode_image", lambda: vlm.settle(pixels), f"pixels {list(pixels.shape)}"),
             _width(vlm, "encode_text", lambda: vlm.encoder.encode_text(texts), "2 texts"),
         ]
     if widths[0] != widths[1]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from robustvlm.errors import UserError
+from robustvlm.models.borrowed import borrowed
 from robustvlm.models.embedding_cache import cache_key, load_embeddings, save_embeddings
 from robustvlm.models.vlm import VLM
 
@@ -63,11 +64,14 @@ def zero_shot(
     """
     _check_names(class_names)
     _check_templates(templates)
-    embeddings = _embeddings(vlm, class_names, templates, cache=cache)
+    with borrowed(vlm):
+        embeddings = _embeddings(vlm, class_names, templates, cache=cache)
     if not torch.isfinite(embeddings).all():
         raise UserError(f"the text encoder of '{vlm.spec}' gives NaN or infinite values for these classes")
     require_distinct(vlm, class_names, templates, embeddings)
-    return ZeroShotClassifier(vlm, class_names, embeddings).eval()
+    classifier = ZeroShotClassifier(vlm, class_names, embeddings)
+    classifier.training = False  # but not the caller's model, which is part of it
+    return classifier
 
 
 def class_embeddings(

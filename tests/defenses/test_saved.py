@@ -13,7 +13,7 @@ import torch
 from robustvlm.defenses import load_classifier, load_pipeline, saved
 from robustvlm.defenses.saved import SavedModel, saved_model
 from robustvlm.errors import UserError
-from robustvlm.models import VLM
+from robustvlm.models import VLM, load_model
 from robustvlm.models.saved import CARD_NAME, Card, read_card, write_card
 
 
@@ -121,3 +121,14 @@ def test_a_card_keeps_what_it_was_given(tmp_path: Path) -> None:
     assert read_card(tmp_path) == card
     assert "relative" not in json.loads((tmp_path / CARD_NAME).read_text())["base"]
     assert read_card(tmp_path / "nothing") is None
+
+
+@pytest.mark.usefixtures("shifted")
+def test_load_model_takes_such_a_folder_too(tmp_path: Path) -> None:
+    folder = make(tmp_path / "one")
+    assert load_model(str(folder)).fingerprint == load_pipeline(str(folder)).fingerprint
+    (folder / "manifest.json").write_text('{"kind": "purify"}')  # as a finished run has it
+    assert isinstance(load_model(str(folder)), Shifted)
+    (folder / CARD_NAME).unlink()
+    with pytest.raises(UserError, match="has not ended"):
+        load_model(str(folder))

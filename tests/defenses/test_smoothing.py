@@ -173,6 +173,12 @@ class TestAbstainingPrediction:
         assert answers.count(1) <= 2
         assert answers.count(0) > 0
 
+    def test_needs_an_encoder(self) -> None:
+        with pytest.raises(
+            UserError, match="only an encoder can be smoothed, by its mean feature, and a Linear is none"
+        ):
+            smooth(torch.nn.Linear(2, 2), 0.25)  # type: ignore[arg-type]
+
     def test_needs_a_smoothed_model(self) -> None:
         with pytest.raises(UserError, match="not smoothed"):
             SmoothedClassifier(zero_shot(Circle(), ["0", "90"], ["{}"], cache=False))

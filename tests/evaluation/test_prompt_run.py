@@ -174,3 +174,10 @@ def test_the_command_prints_what_changed(photos: Path, tmp_path: Path) -> None:
     card = read_card(tmp_path / "r")
     assert card is not None
     assert (card.kind, card.base, card.settings["class_names"]) == ("tune-prompts", "tiny", NAMES)
+
+
+def test_an_own_encoder_is_refused_before_its_code_runs(prepare: Callable[..., PreparedPrompts]) -> None:
+    with pytest.raises(
+        UserError, match=r"prompts can be tuned for open_clip models, .*; 'no_such_module:make' is your own"
+    ):
+        prepare(model="no_such_module:make")

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from robustvlm.attacks import Oracle
+from robustvlm.attacks.objectives import objective
+from robustvlm.attacks.probe import probe
+from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.errors import UserError
+from robustvlm.evaluation.certifying.encoder import NoisyEncoder, probe_encoder
 from robustvlm.models import load_model
 
 GOOD = """
@@ -156,3 +161,83 @@ def test_the_documented_example_works(write: Callable[..., str]) -> None:
     (gradient,) = torch.autograd.grad(vlm.encode_image(pixels).sum(), pixels)
     assert gradient.abs().sum() > 0
     assert vlm.encode_text(["a photo of a cat"]).shape[1] == vlm.encode_image(pixels).shape[1]
+
+
+KINDS = """
+Good = Encoder
+
+class InPlace(Good):
+    def encode_image(self, pixels):
+        return super().encode_image(pixels.sub_(0.5).div_(0.25))
+
+class OutOfPlace(Good):
+    def encode_image(self, pixels):
+        return super().encode_image((pixels - 0.5) / 0.25)
+
+class Blind(Good):
+    @torch.inference_mode()
+    def encode_image(self, pixels):
+        return super().encode_image(pixels)
+
+class Declared(Blind):
+    differentiable = False
+    def surrogate(self, pixels):
+        return Good.encode_image(self, pixels)
+
+class Half(Good):
+    def __init__(self):
+        super().__init__()
+        self.image.bfloat16()
+    def encode_image(self, pixels):
+        return self.image(pixels.bfloat16().flatten(1))
+
+class Squashed(Good):
+    resize_mode = "squash"
+"""
+
+
+@pytest.fixture
+def kinds(write: Callable[..., str]) -> Callable[[str], Oracle]:
+    module = write(GOOD + KINDS)
+
+    def oracle(name: str) -> Oracle:
+        vlm = load_model(f"{module}:{name}")
+        open_gradients(vlm)
+        return Oracle(vlm)
+
+    return oracle
+
+
+def _gradient(oracle: Oracle) -> torch.Tensor:
+    labels = torch.zeros(4, dtype=torch.int64)
+    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return oracle.gradient(pixels, objective("ce"), labels, labels)[2]
+
+
+def test_an_encoder_that_normalises_in_place_is_one_that_does_not(kinds: Callable[[str], Oracle]) -> None:
+    pixels = torch.rand(4, 3, 8, 8)
+    before = pixels.clone()
+    first, second = kinds("InPlace"), kinds("OutOfPlace")
+    assert torch.equal(first.confirm(pixels), second.confirm(pixels))
+    assert torch.equal(pixels, before)
+    assert torch.equal(_gradient(first), _gradient(second))
+    assert not probe(first, pixels, torch.zeros(4, dtype=torch.int64)).random
+    assert probe_encoder(NoisyEncoder(first.model), pixels, 0.1, 4, model="own").checks == ()  # and not "random"
+
+
+def test_an_encoder_without_a_gradient_says_so_or_brings_another(kinds: Callable[[str], Oracle]) -> None:
+    with pytest.raises(UserError, match=r"encode_image of '.*:Blind' has no gradient, which gradient attacks need"):
+        _gradient(kinds("Blind"))
+    torch.testing.assert_close(_gradient(kinds("Declared")), _gradient(kinds("Good")))
+
+
+def test_half_precision_is_kept_and_widened(kinds: Callable[[str], Oracle]) -> None:
+    oracle = kinds("Half")
+    assert oracle.model.encoder.image.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert oracle.model.in_half
+    assert oracle.confirm(torch.rand(2, 3, 8, 8)).dtype == torch.float32
+    assert _gradient(oracle).abs().flatten(1).amax(1).min() > 0
+
+
+def test_how_images_are_brought_to_it_is_the_encoders_to_say(kinds: Callable[[str], Oracle]) -> None:
+    assert kinds("Squashed").model.framing.resize_mode == "squash"

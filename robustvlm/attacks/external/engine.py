@@ -23,6 +23,7 @@ from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError
+from robustvlm.models.boundary import same_random_state
 
 # Beyond this share of eps a point is outside its ball for more than rounding in float32.
 _ROUNDING = 1e-4
@@ -148,7 +149,7 @@ class ExternalEngine:
 
     def _call(self, run: Program, x0: Tensor, label: Tensor, seed: int) -> Tensor:
         """Return the points that the package finds; its failures become one line that names it."""
-        with listening() as heard:
+        with same_random_state(), listening() as heard:
             try:
                 points = run(x0.clone(), label.clone(), seed)
             except UserError:

@@ -89,11 +89,13 @@ def finetune_task(
     templates: Sequence[str],
     calibration: Tensor,
     forest: Forest | None = None,
+    in_place: bool = False,
 ) -> FinetuneTask:
-    """Return the task that fine-tunes `vlm` in place, its parameters made ready.
+    """Return the task that fine-tunes a copy of `vlm`, which is its `vlm`, with the parameters made ready.
 
     Args:
         vlm: on the device to train on. Batch normalisation keeps its statistics throughout.
+        in_place: train `vlm` itself instead, which spares the memory of a copy.
         class_names, templates: of the training data.
         calibration: some training images [B, 3, S, S]; the same ones when a run is resumed.
         forest: class trees over the same classes.
@@ -112,6 +114,7 @@ def finetune_task(
         ['loss']
     """
     kind = METHODS[settings.method]
+    vlm = vlm if in_place else copy.deepcopy(vlm)
     vlm.eval()
     teacher = copy.deepcopy(vlm).requires_grad_(False) if kind.needs_teacher else None
     embeddings = class_embeddings(vlm, class_names, templates, distinct=True)

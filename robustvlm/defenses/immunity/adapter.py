@@ -56,7 +56,7 @@ class AdaptedVLM(VLM):
             **base.framing.options(),
         )
         self.base, self.adapter = base, adapter
-        self.eval().requires_grad_(False)
+        self.training = False
         self.to(base.device)
 
     def at_noise(self, sigma: float) -> VLM:

@@ -60,7 +60,7 @@ class ImmunisedClassifier(Classifier):
         self.register_buffer("antibodies", immunity.antibodies.embeddings.detach().clone())
         self.register_buffer("thresholds", thresholds.detach().clone())
         self.to(encoder.device)
-        self.eval()
+        self.training = False
 
     @property
     def vlm(self) -> VLM:

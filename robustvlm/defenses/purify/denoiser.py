@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.errors import UserError
+from robustvlm.models.borrowed import own_copy
+from robustvlm.models.boundary import same_process
 from robustvlm.models.custom import create
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.hub import brief
@@ -59,7 +61,9 @@ class OwnDenoiser(nn.Module):
 
     def forward(self, noisy: Tensor, sigma: float) -> Tensor:
         """Return the user's estimate, refused where its shape is another."""
-        estimate: Tensor = self.denoiser(noisy, sigma)
+        with same_process():
+            # A copy, which it may change in place.
+            estimate: Tensor = self.denoiser(noisy.clone(), sigma)
         if not isinstance(estimate, Tensor) or estimate.shape != noisy.shape:
             came = list(estimate.shape) if isinstance(estimate, Tensor) else f"a {type(estimate).__name__}"
             raise UserError(f"the denoiser '{self.spec}' must return pixels {list(noisy.shape)}, got {came}")
@@ -89,7 +93,7 @@ def load_denoiser(spec: str, image_size: int, device: torch.device) -> OwnDenois
         raise UserError(f"'{spec}' must return a denoiser, called with pixels and sigma: {type(thing).__name__} cannot")
     if not isinstance(thing, nn.Module) and callable(getattr(thing, "to", None)):
         thing = thing.to(device) or thing
-    denoiser = OwnDenoiser(thing, spec=spec).to(device)
+    denoiser = OwnDenoiser(own_copy(thing), spec=spec).to(device)
     pixels = torch.linspace(0, 1, 2 * 3 * image_size**2, device=device).view(2, 3, image_size, image_size)
     wanted = f"the denoiser '{spec}' of pixels {list(pixels.shape)} and sigma {_TRIAL_SIGMA} must return finite pixels"
     try:

@@ -15,6 +15,7 @@ from robustvlm.defenses import SmoothedVLM
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.certifying.draws import find_dependence
 from robustvlm.models import VLM
+from robustvlm.models.borrowed import borrowed, placed
 from robustvlm.runs.summary import Check
 
 # Rounding between batch shapes moves a feature by about 1e-6; batch statistics move it by percents.
@@ -42,10 +43,8 @@ class NoisyEncoder:
         if precision not in PRECISIONS:
             raise UserError(f"unknown precision '{precision}': {nearest(precision, PRECISIONS)}")
         self.precision = precision
-        self.vlm = vlm.eval().requires_grad_(False)
-        if precision == "fp64":
-            self.vlm.double()
-        self._encode = vlm.encode_noisy if isinstance(vlm, SmoothedVLM) else vlm.encode_image
+        self.vlm = placed(vlm, vlm.device, torch.float64) if precision == "fp64" else vlm
+        self._encode = self.vlm.encode_noisy if isinstance(self.vlm, SmoothedVLM) else self.vlm.encode_image
         self.device = vlm.device
         self.passes = 0
         self.seconds = 0.0
@@ -59,7 +58,7 @@ class NoisyEncoder:
         """Return unit features [R, D] of noisy images [R, 3, S, S]."""
         began = time.perf_counter()
         half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with torch.inference_mode(), full_precision_kernels(), half:
+        with borrowed(self.vlm), torch.inference_mode(), full_precision_kernels(), half:
             features = self._encode(noisy.double() if self.precision == "fp64" else noisy)
         self.passes += len(noisy)
         self.seconds += time.perf_counter() - began

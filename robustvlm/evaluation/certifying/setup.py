@@ -72,7 +72,10 @@ def prepare_certify(
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    model_facts, data_facts = describe_model(vlm) | describe_head(config, source.class_names), describe_data(source)
+    model_facts, data_facts = (
+        describe_model(encoder.vlm) | describe_head(config, source.class_names),
+        describe_data(source),
+    )
     config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
     recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule)
 

@@ -83,6 +83,7 @@ class PreparedFinetune:
             templates=self.source.templates,
             calibration=batch.pixels.to(self.vlm.device),
             forest=self.forest,
+            in_place=True,
         )
         validation = self._validation(task, held)
         history = Trainer(task, images, self.training, validation=validation, ranks=ranks, observer=observer).fit(

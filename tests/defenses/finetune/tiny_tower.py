@@ -83,4 +83,5 @@ def make_task(vlm: VLM, method: str, forest: Forest | None = None, **settings: o
         templates=("{}", "a {}"),
         calibration=images(5, seed=2)[0],
         forest=forest,
+        in_place=True,
     )

@@ -1,0 +1,211 @@
+"""Where this program hands pixels to a user's code: nothing it does to them, or to the process, comes back in."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustvlm.core.user_code import no_exit
+from robustvlm.errors import UserError
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Boundary:
+    """Calls a user's function of pixels [B, 3, H, W] and returns its rows [B, D] in float32 (float64 for such pixels).
+
+    * The function gets a copy, so that one that normalises in place works as one that does not; what it returns is a
+      copy too, which it cannot change afterwards.
+    * Gradients pass it scaled, row by row, to a size that half precision can hold, and are scaled back behind it. All
+      factors are powers of two and rows do not interact, so that in float32 not a bit changes; in float16 what would
+      have been rounded to zero is not (loss scaling, Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+    * Settings of the process that the function changes are put back (`same_process`).
+
+    Args:
+        call: the function; what: how errors name it, as "encode_image of 'my:encoder'".
+        parts: modules that it runs, for what their parameters say of its precision.
+
+    Example:
+        >>> weight = torch.full((12, 2), 1e-4)
+        >>> ask = Boundary(lambda x: (x.sub_(0.5).flatten(1).half() @ weight.half()), what="my:model")
+        >>> pixels = torch.rand(1, 3, 2, 2, requires_grad=True)
+        >>> (grad,) = torch.autograd.grad(1e-6 * ask(pixels)[:, 0].sum(), pixels)
+        >>> torch.allclose(grad, torch.tensor(1e-10), rtol=1e-2), ask.in_half
+        (True, True)
+    """
+
+    def __init__(self, call: Callable[[Tensor], Any], *, what: str, parts: Any = None) -> None:
+        self.call, self.what = call, what
+        parameters = parts.parameters() if isinstance(parts, nn.Module) else ()
+        kinds = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+        self.in_half = bool(kinds & set(HALF))
+        # A module all in half precision may leave it to its caller to hand over such pixels; see `settle`.
+        self._dtype: torch.dtype | None = None
+        self._other = kinds.pop() if len(kinds) == 1 and self.in_half else None
+        self._seeds = False
+
+    def settle(self, pixels: Tensor) -> Tensor:
+        """Try the function out on pixels: which dtype it takes, and whether it seeds the process's random draws."""
+        try:
+            output = self(pixels)
+        except RuntimeError:
+            if self._other is None:
+                raise
+            self._dtype = self._other
+            output = self(pixels)
+        states = []
+        for seed in (1, 2):
+            with torch.random.fork_rng(devices=_devices(pixels)):
+                torch.manual_seed(seed)
+                self(pixels)
+                states.append(torch.random.get_rng_state())
+        # Two streams that differ before and agree behind it: noise drawn around it would be the same in every pass.
+        self._seeds = torch.equal(*states)
+        return output
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the rows of a batch.
+
+        Raises:
+            UserError: the output is no tensor of one row for each image, or has no gradient where one is needed.
+        """
+        wants_gradient = torch.is_grad_enabled() and pixels.requires_grad
+        if torch.compiler.is_compiling():  # which sees through neither of the functions below
+            return self._checked(self.call(pixels.clone()), len(pixels), wants_gradient).to(pixels.dtype, copy=True)
+        scale = _Scale()
+        given = _Behind.apply(pixels, scale) if wants_gradient else pixels.clone()
+        if self._dtype is not None:
+            given = given.to(self._dtype)
+        kept = torch.random.fork_rng(devices=_devices(pixels)) if self._seeds else contextlib.nullcontext()
+        with same_process(), kept, no_exit(self.what):
+            output = self.call(given)
+        rows = self._checked(output, len(pixels), wants_gradient)
+        self.in_half = self.in_half or rows.dtype in HALF
+        wide = torch.float64 if pixels.dtype == torch.float64 else torch.float32
+        if not wants_gradient:
+            return rows.to(wide, copy=True, memory_format=torch.contiguous_format)
+        widened: Tensor = _Before.apply(rows, scale, wide)
+        return widened
+
+    def _checked(self, output: Any, rows: int, wants_gradient: bool) -> Tensor:
+        wanted = f"{self.what} must return a tensor of {rows} rows for {rows} images"
+        if not isinstance(output, Tensor):
+            raise UserError(f"{wanted}, got a {type(output).__name__}")
+        if output.ndim != 2 or len(output) != rows or not output.is_floating_point():
+            raise UserError(f"{wanted}, got {output.dtype} {list(output.shape)}")
+        if wants_gradient and not output.requires_grad:
+            raise UserError(
+                f"{self.what} has no gradient, which gradient attacks need: leave out no_grad, inference_mode, detach "
+                "and numpy in it, or set differentiable = False on it (docs/attacks.md, parts without gradient)"
+            )
+        return output
+
+
+class _Scale:
+    """The factor of every row on its way back through one call."""
+
+    factor: Tensor | None = None
+
+
+class _Before(torch.autograd.Function):
+    """Widens rows to float32; on the way back, scales the gradient of every row to a size near one and narrows it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scale: _Scale, wide: torch.dtype) -> Tensor:
+        ctx.scale, ctx.dtype = scale, rows.dtype
+        return rows.to(wide, copy=True, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0]
+        factor = _power_of_two_near_inverse(grad.detach().abs().amax(1))
+        ctx.scale.factor = factor
+        return (grad * factor[:, None]).to(ctx.dtype), None, None
+
+
+class _Behind(torch.autograd.Function):
+    """Copies pixels; on the way back, takes the factor of `_Before` out of their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, scale: _Scale) -> Tensor:
+        ctx.scale = scale
+        return pixels.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad, factor = grads[0], ctx.scale.factor
+        if factor is None:
+            return grad, None
+        return grad / factor.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1)), None
+
+
+def _power_of_two_near_inverse(size: Tensor) -> Tensor:
+    """Return powers of two that bring sizes [B] to between 4 and 8, to the bit; 1 for what is zero or not finite.
+
+    Example:
+        >>> _power_of_two_near_inverse(torch.tensor([1.0, 3e-9, 0.0, float("inf")])).log2().tolist()
+        [2.0, 31.0, 0.0, 0.0]
+    """
+    size = size.float()
+    exponent = (size.view(torch.int32) >> 23) - 127
+    # The exponent's bits themselves: a library's power or logarithm may be off in the last place.
+    found = (((2 - exponent).clamp(-120, 120) + 127) << 23).view(torch.float32)
+    return torch.where(size.isfinite() & (size > 0), found, torch.ones_like(size))
+
+
+def in_own_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a conversion of a module's tensors that leaves half precision what it is."""
+
+    def converted(tensor: Tensor) -> Tensor:
+        found = convert(tensor)
+        return found.to(tensor.dtype) if tensor.dtype in HALF and found.dtype not in HALF else found
+
+    return converted
+
+
+def _devices(pixels: Tensor) -> list[torch.device]:
+    return [pixels.device] if pixels.device.type == "cuda" else []
+
+
+@contextlib.contextmanager
+def same_process() -> Iterator[None]:
+    """Put back what a user's code may change for the whole process: gradient mode, dtype, determinism, threads."""
+    cudnn = torch.backends.cudnn
+    grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    exact, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = (cudnn.deterministic, cudnn.benchmark)
+    try:
+        yield
+    finally:
+        if torch.is_grad_enabled() != grad:
+            torch.set_grad_enabled(grad)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()) != (
+            exact,
+            warn,
+        ):
+            torch.use_deterministic_algorithms(exact, warn_only=warn)
+        if (cudnn.deterministic, cudnn.benchmark) != flags:
+            cudnn.deterministic, cudnn.benchmark = flags
+
+
+@contextlib.contextmanager
+def same_random_state() -> Iterator[None]:
+    """Put the random states of torch, NumPy and Python back as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    ours, theirs = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(theirs)
