@@ -74,7 +74,7 @@ def has_gradient(vlm: SmoothedVLM, points: Tensor, score: Score, aim: Tensor) ->
 
 
 def _estimate(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int) -> Tensor:
-    """`E[noise score(x + sigma noise)] / sigma` is the gradient of a smoothed score (Stein); of noise in opposed pairs."""
+    """Return `E[noise score(x + sigma noise)] / sigma`, the gradient of a smoothed score (Stein), from opposed pairs."""
     half = max(1, draws // 2)
     noise = torch.randn(len(x), half, *x.shape[1:], device=x.device, dtype=x.dtype)
     moved = (vlm.sigma * torch.stack([noise, -noise], dim=1)).flatten(1, 2)
@@ -160,9 +160,7 @@ def _downhill(points: Tensor, grad: Tensor) -> Tensor:
     return lengths(points) * unit(1e-3 * unit(points) - unit(grad))
 
 
-def _correlate(
-    vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, aim: Tensor, *, draws: int
-) -> Tensor:
+def _correlate(vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, aim: Tensor, *, draws: int) -> Tensor:
     total = 1e-6 * unit(points)
     for _ in range(draws // vlm.rows_per_pass + 1):
         noise = torch.randn(vlm.rows_per_pass, *clean.shape[1:], device=clean.device, dtype=clean.dtype)
