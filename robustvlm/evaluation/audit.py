@@ -84,8 +84,9 @@ def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: floa
         torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
         clean = target.pixels.to(vlm.device)
         claim = target.claim(_features(vlm, clean, effort.choice), _features(vlm, clean, effort.evidence))
-        if getattr(claim, "sigma", vlm.sigma) != vlm.sigma:
-            raise UserError(f"the certificate is about noise of {claim.sigma}, the model's is {vlm.sigma}")
+        level = getattr(claim, "sigma", None)
+        if level not in (None, vlm.sigma):
+            raise UserError(f"the certificate is about noise of {level}, the model's is {vlm.sigma}")
         full = target.radius * _INSIDE
         blind = not _sees(vlm, clean, full, claim)
         aim = torch.arange(effort.starts, device=vlm.device) // len(BLIND_STARTS if blind else STARTS)

@@ -74,7 +74,7 @@ def has_gradient(vlm: SmoothedVLM, points: Tensor, score: Score, aim: Tensor) ->
 
 
 def _estimate(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int) -> Tensor:
-    """Return `E[noise score(x + sigma noise)] / sigma`, the gradient of a smoothed score (Stein), from opposed pairs."""
+    """Return `E[noise score(x + sigma noise)] / sigma`, a smoothed score's gradient (Stein), from opposed pairs."""
     half = max(1, draws // 2)
     noise = torch.randn(len(x), half, *x.shape[1:], device=x.device, dtype=x.dtype)
     moved = (vlm.sigma * torch.stack([noise, -noise], dim=1)).flatten(1, 2)
