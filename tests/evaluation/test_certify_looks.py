@@ -162,9 +162,9 @@ def test_the_copies_of_a_smoothed_model_fill_the_deployed_column(make_folder: Ma
 
 
 def test_an_open_set_run_of_a_smoothed_model_says_that_its_copies_are_not_covered(make_folder: MakeFolder) -> None:
-    photos = make_folder(2)
+    photos = make_folder(6)
     settings = Settings(
-        model="small_encoders:Encoder+smooth:0.05:4", data=f"imagefolder:{photos}", claim="openset", tau=0.1,
+        model="small_encoders:Encoder+smooth:0.05:4", data=f"imagefolder:{photos}", claim="openset", tau=0.1, limit=2,
         samples=300, alpha=0.01, device="cpu",
     )  # fmt: skip
     summary = prepare_certify(settings, out=photos.parent / "runs", name="run").run()
