@@ -20,10 +20,15 @@ def run_audit(
     steps: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """Audit a run given by folder or name, print what was found and return the exit code: 1 if a bound is broken."""
+    """Audit a run given by folder or name, print what was found and return the exit code: 1 if a bound is broken.
+
+    Raises:
+        UserError: the audit could not be made, for whatever reason: 1 is kept for certificates that are false.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from robustvlm.cli.console import Console
+    from robustvlm.core.memory import is_out_of_memory
     from robustvlm.errors import UserError
     from robustvlm.evaluation.audit_run import audit_folder
     from robustvlm.evaluation.audit_search import Effort
@@ -32,7 +37,7 @@ def run_audit(
     from robustvlm.report.certify_html import write_certify_report
     from robustvlm.report.record import find_run
 
-    for name, value in (("starts", starts), ("steps", steps)):
+    for name, value in (("starts", starts), ("steps", steps), ("images (--limit)", limit)):
         if value is not None and value < 1:
             raise UserError(f"the audit needs at least 1 of its {name}, got {value}")
     default = Effort()
@@ -42,14 +47,22 @@ def run_audit(
     columns = (TextColumn("Attacking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("audit", total=None)
-        result = audit_folder(
-            folder,
-            effort,
-            limit=limit,
-            seed=seed,
-            device=str(resolve_device(device)),
-            on_image=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        try:
+            result = audit_folder(
+                folder,
+                effort,
+                limit=limit,
+                seed=seed,
+                device=str(resolve_device(device)),
+                on_image=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:  # the encoder may be the user's code, which fails in any way
+            if is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"the audit of '{run}' failed: {type(error).__name__}: {said}") from error
     report = write_certify_report(folder)
     content = result.model_dump(mode="json")
     if as_json:

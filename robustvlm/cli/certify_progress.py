@@ -7,7 +7,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from robustvlm.certify import format_down
+from robustvlm.certify import format_up
 from robustvlm.cli.console import Console
 from robustvlm.evaluation.certifying.observer import CertifyObserver, Forecast
 from robustvlm.runs.certify_rows import CertifyFact
@@ -90,14 +90,14 @@ def forecast_line(forecast: Forecast) -> str:
 
     Example:
         >>> forecast_line(Forecast(10, 1000, 10_000, 42.0, 0.5))
-        '10 images, at most 1,000 samples each: up to 10,000 encoder passes, about 0:42; radius at best 0.500'
+        '10 images, at most 1,000 samples each: up to 10,000 encoder passes, about 0:42; radius at best 0.5'
     """
     images = "images" if forecast.images is None else f"{forecast.images:,} images"
     cost = ""
     if forecast.passes is not None and forecast.seconds is not None:
         cost = f": up to {forecast.passes:,} encoder passes, about {clock(forecast.seconds)}"
     kept = f"; kept features take {forecast.cache_bytes / 1e6:,.1f} MB" if forecast.cache_bytes else ""
-    best = format_down(forecast.best_radius, 3)
+    best = format_up(forecast.best_radius, 3)
     return f"{images}, at most {forecast.samples:,} samples each{cost}; radius at best {best}{kept}"
 
 

@@ -12,11 +12,24 @@ from torch import Tensor
 
 from robustvlm.core.seeds import derive_seed
 from robustvlm.defenses import SmoothedVLM
+from robustvlm.errors import UserError
 from robustvlm.evaluation.audit_claims import Array, Claim
-from robustvlm.evaluation.audit_search import STARTS, Effort, descend, into_ball, starts, unit
+from robustvlm.evaluation.audit_search import (
+    BLIND_STARTS,
+    STARTS,
+    Effort,
+    descend,
+    has_gradient,
+    into_ball,
+    starts,
+    unit,
+)
 
 # Bounds hold strictly inside the radius, and up to floating point.
 _INSIDE = 1.0 - 1e-5
+
+BLIND = ", without a gradient"
+"""What is added to a start's kind where the encoder gave no gradient."""
 
 
 class Finding(BaseModel):
@@ -62,20 +75,29 @@ def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: floa
         vlm: the smoothed model with the certificate's noise level.
         alpha: probability of calling a true bound broken, over the findings of this image.
         seed: of the run; noise is fresh, from streams of its own.
+
+    Raises:
+        UserError: the certificate is about another noise level than the model's.
     """
     cuda = [vlm.device] if vlm.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
         clean = target.pixels.to(vlm.device)
         claim = target.claim(_features(vlm, clean, effort.choice), _features(vlm, clean, effort.evidence))
+        level = getattr(claim, "sigma", None)
+        if level not in (None, vlm.sigma):
+            raise UserError(f"the certificate is about noise of {level}, the model's is {vlm.sigma}")
         full = target.radius * _INSIDE
-        aim = torch.arange(effort.starts, device=vlm.device) // len(STARTS)
-        begin, kinds = starts(vlm, clean, full, claim.score, aim)
-        found = descend(vlm, clean, begin, full, claim.score, aim, effort)
+        blind = not _sees(vlm, clean, full, claim)
+        aim = torch.arange(effort.starts, device=vlm.device) // len(BLIND_STARTS if blind else STARTS)
+        begin, kinds = starts(vlm, clean, full, claim.score, aim, blind=blind)
+        found = descend(vlm, clean, begin, full, claim.score, aim, effort, blind=blind)
         findings = []
         for fraction in sorted(effort.fractions, reverse=True):
             eps = fraction * full
-            points = _at(vlm, clean, found, eps, claim, aim, effort) if fraction < 1.0 else _pushed(clean, found, eps)
+            points = _pushed(clean, found, eps)
+            if fraction < 1.0:
+                points = _refined(vlm, clean, points, eps, claim, aim, effort, blind=blind)
             values = [claim.value(_features(vlm, point[None], effort.choice)) for point in points]
             best = int(np.argmin(values))
             evidence = _features(vlm, points[best : best + 1], effort.evidence)
@@ -87,19 +109,34 @@ def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: floa
                     bound=claim.bound(eps),
                     lowest=claim.value(evidence),
                     upper=claim.upper(evidence, alpha / len(effort.fractions)),
-                    start=kinds[best % len(kinds)],
+                    start=kinds[best % len(kinds)] + (BLIND if blind else ""),
                 )
             )
     return findings[::-1]
 
 
-def _at(
-    vlm: SmoothedVLM, clean: Tensor, found: Tensor, eps: float, claim: Claim, aim: Tensor, effort: Effort
+def _sees(vlm: SmoothedVLM, clean: Tensor, eps: float, claim: Claim) -> bool:
+    """Whether there is a gradient to follow, at the clean image or at a random point of the ball."""
+    draws = torch.Generator().manual_seed(0)
+    aside = torch.randn(clean.shape, generator=draws).to(clean.device, clean.dtype)
+    points = torch.cat([clean, clean + eps * unit(aside)])
+    return has_gradient(vlm, points, claim.score, torch.zeros(len(points), dtype=torch.long, device=clean.device))
+
+
+def _refined(
+    vlm: SmoothedVLM,
+    clean: Tensor,
+    drawn_in: Tensor,
+    eps: float,
+    claim: Claim,
+    aim: Tensor,
+    effort: Effort,
+    *,
+    blind: bool,
 ) -> Tensor:
     """Return points at a smaller distance: those of the full radius drawn in, as they are and after a short descent."""
-    drawn_in = _pushed(clean, found, eps)
     short = Effort(steps=max(1, effort.steps // 4), draws=effort.draws)
-    refined = descend(vlm, clean, drawn_in - clean, eps, claim.score, aim, short)
+    refined = descend(vlm, clean, drawn_in - clean, eps, claim.score, aim, short, blind=blind)
     return torch.cat([drawn_in, _pushed(clean, refined, eps)])
 
 

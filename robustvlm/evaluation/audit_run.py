@@ -13,6 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from robustvlm.attacks.oracle import full_precision_kernels
+from robustvlm.certify import image_digest
 from robustvlm.core.probe import change_of
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
@@ -78,7 +80,8 @@ class _Deployed(SmoothedVLM):
         """Return unit features of noisy images [R, 3, S, S], as the run's encoder does."""
         self.rows += len(noisy) * (2 if torch.is_grad_enabled() else 1)
         wide = noisy.double() if self._precision == "fp64" else noisy
-        with torch.autocast(noisy.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
+        half = torch.autocast(noisy.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16")
+        with full_precision_kernels(), half:
             return self._encode(wide)
 
 
@@ -177,6 +180,18 @@ def _images(
     for item in source.samples(keep=lambda name: name in waiting):
         if isinstance(item, Sample) and item.id in waiting:
             pixels = to_pixels(item.image, vlm.framing.at(run.config.resolution))
-            yield waiting.pop(item.id), pixels[None]
+            row = waiting.pop(item.id)
+            _require_same_image(row, pixels, run)
+            yield row, pixels[None]
         if not waiting:
             return
+
+
+def _require_same_image(row: dict[str, Any], pixels: Tensor, run: CertifyRecord) -> None:
+    """Refuse an image that is no longer the one that was certified, as far as the run says which that was."""
+    try:
+        known = json.loads(row["certificate"]).get("image")
+    except (TypeError, ValueError, AttributeError):
+        known = None
+    if known and known != image_digest(pixels):
+        raise UserError(f"the image '{row['image_id']}' has changed since '{run.folder}' was certified: certify again")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from robustvlm.core.memory import is_out_of_memory
 from robustvlm.defenses import SmoothedVLM
 
 # From features [R, n, D] of n noisy copies of R points, and each row's aim [R], to values [R] to be made small.
 Score = Callable[[Tensor, Tensor], Tensor]
 
 STARTS = ("random", "curvature", "encoder", "correlation")
+BLIND_STARTS = ("random", "correlation")
+"""Kinds of starts without and with an encoder that gives no gradient."""
 _MOMENTUM = 0.7
 _ROUNDS = 3
-_CORRELATED = 1024
+_CORRELATED, _BLIND_CORRELATED = 1024, 4096
+# Estimates from values alone are noisy: more draws, and a velocity that averages over more steps.
+_BLIND_DRAWS = 128
+_BLIND_MOMENTUM = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +49,39 @@ class Effort:
     alpha: float = 0.001
 
 
-def gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int) -> Tensor:
-    """Return the gradient [R, 3, S, S] of the score at points x [R, 3, S, S], over fresh noise."""
-    return torch.cat([_gradient(vlm, x[rows], score, aim[rows], draws) for rows in _groups(vlm, len(x), draws)])
+def gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int, *, blind: bool = False) -> Tensor:
+    """Return the gradient [R, 3, S, S] of the score at points x [R, 3, S, S], over fresh noise.
+
+    Args:
+        blind: estimate it from values alone, of more draws, for an encoder without a gradient.
+    """
+    one, draws = (_estimate, max(draws, _BLIND_DRAWS)) if blind else (_gradient, draws)
+    return torch.cat([one(vlm, x[rows], score, aim[rows], draws) for rows in _groups(vlm, len(x), draws)])
+
+
+def has_gradient(vlm: SmoothedVLM, points: Tensor, score: Score, aim: Tensor) -> bool:
+    """Whether the encoder gives a gradient at points [R, 3, S, S] that is not zero everywhere; no random state is used.
+
+    Parts that cut the gradient make torch refuse; others (rounding, steps, saturation) make it vanish.
+    """
+    with torch.random.fork_rng(devices=[vlm.device] if vlm.device.type == "cuda" else []):
+        try:
+            return bool(gradient(vlm, points, score, aim, 4).abs().amax() > 0.0)
+        except Exception as error:  # the encoder may be the user's code, which fails in any way
+            if is_out_of_memory(error):
+                raise
+            return False
+
+
+def _estimate(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int) -> Tensor:
+    """Return `E[noise score(x + sigma noise)] / sigma`, a smoothed score's gradient (Stein), from opposed pairs."""
+    half = max(1, draws // 2)
+    noise = torch.randn(len(x), half, *x.shape[1:], device=x.device, dtype=x.dtype)
+    moved = (vlm.sigma * torch.stack([noise, -noise], dim=1)).flatten(1, 2)
+    with torch.no_grad():
+        features = vlm.encode_noisy((x[:, None] + moved).flatten(0, 1))[:, None]
+        values = torch.nan_to_num(score(features, aim.repeat_interleave(2 * half))).view(len(x), 2, half)
+    return torch.einsum("rn,rnchw->rchw", values[:, 0] - values[:, 1], noise) / (2.0 * half * vlm.sigma)
 
 
 def _gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int) -> Tensor:
@@ -58,7 +95,15 @@ def _gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int
 
 
 def descend(
-    vlm: SmoothedVLM, clean: Tensor, start: Tensor, eps: float, score: Score, aim: Tensor, effort: Effort
+    vlm: SmoothedVLM,
+    clean: Tensor,
+    start: Tensor,
+    eps: float,
+    score: Score,
+    aim: Tensor,
+    effort: Effort,
+    *,
+    blind: bool = False,
 ) -> Tensor:
     """Return the points [R, 3, S, S] where normalised momentum descent from `clean + start` ends, inside the l2 ball.
 
@@ -66,14 +111,16 @@ def descend(
     """
     delta, velocity = start, torch.zeros_like(start)
     for step in range(effort.steps):
-        grad = gradient(vlm, clean + delta, score, aim, effort.draws)
-        velocity = _MOMENTUM * velocity + unit(grad)
+        grad = gradient(vlm, clean + delta, score, aim, effort.draws, blind=blind)
+        velocity = (_BLIND_MOMENTUM if blind else _MOMENTUM) * velocity + unit(grad)
         size = eps * (1.0 - step / effort.steps)
         delta = into_ball(delta - size * unit(velocity), eps)
     return clean + delta
 
 
-def starts(vlm: SmoothedVLM, clean: Tensor, eps: float, score: Score, aim: Tensor) -> tuple[Tensor, list[str]]:
+def starts(
+    vlm: SmoothedVLM, clean: Tensor, eps: float, score: Score, aim: Tensor, *, blind: bool = False
+) -> tuple[Tensor, list[str]]:
     """Return one start [R, 3, S, S] of length `eps` per aim, and its kind.
 
     * random: uniform on the sphere;
@@ -82,10 +129,14 @@ def starts(vlm: SmoothedVLM, clean: Tensor, eps: float, score: Score, aim: Tenso
     * encoder: where a descent on the plain encoder ends, without noise;
     * correlation: away from the noise that goes with high values, `E[noise score] = sigma^2 grad` (Stein's identity),
       which needs no gradient of the encoder.
+
+    With `blind`, those that need none: random and correlation.
     """
-    kinds = [STARTS[i % len(STARTS)] for i in range(len(aim))]
+    known = BLIND_STARTS if blind else STARTS
+    kinds = [known[i % len(known)] for i in range(len(aim))]
     points = eps * unit(torch.randn(len(aim), *clean.shape[1:], device=clean.device, dtype=clean.dtype))
-    for kind, move in (("curvature", _turn), ("encoder", _turn_plain), ("correlation", _correlate)):
+    correlate = partial(_correlate, draws=_BLIND_CORRELATED if blind else _CORRELATED)
+    for kind, move in (("curvature", _turn), ("encoder", _turn_plain), ("correlation", correlate)):
         rows = [i for i, name in enumerate(kinds) if name == kind]
         if rows:
             points[rows] = eps * unit(move(vlm, clean, points[rows], score, aim[rows]))
@@ -109,9 +160,9 @@ def _downhill(points: Tensor, grad: Tensor) -> Tensor:
     return lengths(points) * unit(1e-3 * unit(points) - unit(grad))
 
 
-def _correlate(vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, aim: Tensor) -> Tensor:
+def _correlate(vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, aim: Tensor, *, draws: int) -> Tensor:
     total = 1e-6 * unit(points)
-    for _ in range(_CORRELATED // vlm.rows_per_pass + 1):
+    for _ in range(draws // vlm.rows_per_pass + 1):
         noise = torch.randn(vlm.rows_per_pass, *clean.shape[1:], device=clean.device, dtype=clean.dtype)
         with torch.no_grad():
             features = vlm.encode_noisy(clean + vlm.sigma * noise)[:, None]

@@ -14,6 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from robustvlm.certify import floor_to, format_down
+from robustvlm.evaluation.audit import BLIND
 from robustvlm.report.wording import plain
 
 
@@ -51,14 +53,15 @@ def audit_view(content: dict[str, Any]) -> AuditView:
     images = len({f["image_id"] for f in findings})
     broken = [f for f in findings if f["upper"] < f["bound"]]
     return AuditView(
-        sentence=_sentence(images, broken),
+        sentence=_sentence(images, broken) + _search(findings),
         quantity=plain(content.get("quantity", "certified quantity"), 120),
         broken=bool(broken),
         rows=[_row(x, [f for f in findings if float(f["fraction"]) == x]) for x in fractions],
         worst=[
             (
                 plain(f["image_id"], 80),
-                f"{f['lowest']:.4f} (at most {f['upper']:.4f}) at distance {f['eps']:.4g}, certified {f['bound']:.4f}",
+                f"{f['lowest']:.4f} (at most {_up(f['upper'])}) at distance {_up(f['eps'])}, certified "
+                f"{format_down(f['bound'], 4)}",
             )
             for f in sorted(broken or findings, key=lambda f: float(f["lowest"] - f["bound"]))[:5]
         ],
@@ -74,13 +77,26 @@ def _sentence(images: int, broken: Sequence[dict[str, Any]]) -> str:
     return f"No attack got below a certified bound on any of {images:,} images."
 
 
+def _search(findings: Sequence[dict[str, Any]]) -> str:
+    """Say where the search had no gradient to follow, which makes it the weaker one."""
+    blind = len({f["image_id"] for f in findings if str(f.get("start", "")).endswith(BLIND)})
+    if not blind:
+        return ""
+    return f" The encoder gave no gradient on {blind:,} of them, which were searched without one: that finds less."
+
+
+def _up(value: float) -> str:
+    """Return an upper limit with four decimals, rounded up."""
+    return f"{-floor_to(-float(value), 4):.4f}"
+
+
 def _row(fraction: float, findings: Sequence[dict[str, Any]]) -> AuditRow:
     lowest, bound = (np.array([float(f[key]) for f in findings]) for key in ("lowest", "bound"))
     broken = sum(f["upper"] < f["bound"] for f in findings)
     return AuditRow(
         fraction=f"{100 * fraction:.3g}%",
         images=len(findings),
-        bound=f"{np.median(bound):.3f}",
+        bound=format_down(float(np.median(bound)), 3),
         lowest=f"{lowest.min():.3f} / {np.median(lowest):.3f}",
         room=f"{(lowest - bound).min():.3f} / {np.median(lowest - bound):.3f}",
         unsettled=int((lowest < bound).sum()) - broken,

@@ -128,7 +128,7 @@ def record_look(folder: RunFolder, trail: Mapping[str, Any]) -> None:
 
 def _look(manifest: Manifest, judged: Manifest | None) -> dict[str, Any]:
     config, data = manifest["config"], manifest["data"]
-    images = settings_digest(str(data.get("spec")), str(data.get("fingerprint")))
+    images = settings_digest(str(data.get("spec")))
     # Without a digest of settings (earlier versions), the noise followed from the seed alone.
     own = settings_digest(str(config.get("noise")), int(config["seed"]), images)
     noise = own if judged is None else str(_look(judged, None)["noise"])

@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from robustvlm.certify import (
+    ClassRadius,
     ClassTest,
     TangentTest,
     cdf_radius,
     class_angle,
+    class_margin_needed,
     class_margin_radius,
     clopper_pearson_lower,
     covariance_upper,
@@ -25,6 +27,7 @@ from robustvlm.certify import (
     vocabulary_radius,
     vote_predict,
     vote_radius,
+    vote_share_needed,
 )
 from robustvlm.errors import UserError
 
@@ -171,6 +174,59 @@ def test_deployed_corrections_shrink_with_n0() -> None:
         deployed_inner(0.5, 0, 0.001)
     with pytest.raises(UserError, match="one sample"):
         mean_ball(0, 0.1)
+
+
+@pytest.mark.parametrize("n0", [1, 2, 5, 16, 63])
+def test_share_for_a_deployed_vote_is_the_end_of_the_exact_tail(n0: int) -> None:
+    share = vote_share_needed(n0, 0.01)
+    assert binom.cdf(n0 // 2, n0, share) == pytest.approx(0.01, rel=1e-6)
+    assert binom.cdf(n0 // 2, n0, share) <= 0.01 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("rivals", "n0", "alpha0"), [(1, 16, 0.05), (9, 64, 0.01), (999, 300, 0.001)])
+def test_margin_for_a_deployed_mean_meets_chernoffs_bound(rivals: int, n0: int, alpha0: float) -> None:
+    q = 0.5 * (1.0 + class_margin_needed(rivals, n0, alpha0))
+    divergence = 0.5 * np.log(0.5 / q) + 0.5 * np.log(0.5 / (1.0 - q))  # KL(1/2 || q), written out
+    assert rivals * np.exp(-n0 * divergence) == pytest.approx(alpha0, rel=1e-6)
+    draws = np.random.default_rng(0)
+    # Two-valued scores are the worst law: even all rivals at once flip the mean's class no more often than alpha0.
+    wins = draws.binomial(n0, q, size=(4000, min(rivals, 20)))
+    assert (2 * wins <= n0).any(axis=1).mean() <= alpha0 + 3 * np.sqrt(alpha0 / 4000)
+
+
+def test_what_is_deployed_keeps_less_and_in_the_limit_everything() -> None:
+    rows, pilot = ROWS, PILOT[:100]
+    radii = []
+    for n0 in (None, 4, 64, 1000, 10**6):
+        certifier = ClassRadius(text=TEXT, sigma=0.25, alpha=0.001, n=1100, n_pilot=100, deployed=n0, baselines=False)
+        certifier.take(pilot)
+        certifier.take(rows)
+        found = certifier.finding()
+        assert found.prediction == 7
+        radii.append(found.columns.get("deployed_radius"))
+        assert found.radius == pytest.approx(class_margin_radius(ROWS, TEXT, 7, 0.25, BAND), rel=1e-6)
+    assert radii[0] is None
+    assert radii[1] == 0.0
+    assert 0.0 <= radii[2] < radii[3] < radii[4] <= found.radius  # type: ignore[operator]
+    assert radii[4] > 0.9 * found.radius
+    needed = class_margin_needed(CLASSES - 1, 1000, 0.001)
+    normals = rival_normals(TEXT, 7)
+    assert normals is not None
+    # A second implementation: the radius at which the smallest margin's lower bound is the one that is needed.
+    by_bound = min(cdf_radius(0.5 * (1.0 + ROWS @ v), 0.5 * (1.0 + needed), 0.25, BAND) for v in normals)
+    assert radii[3] == pytest.approx(by_bound, rel=1e-5)
+
+
+@pytest.mark.parametrize("rounding", [-1e-4, float("nan"), float("inf")])
+def test_a_rounding_that_would_add_radius_is_refused(rounding: float) -> None:
+    with pytest.raises(UserError, match="finite number >= 0"):
+        ClassRadius(text=TEXT, sigma=0.25, alpha=0.001, n=300, n_pilot=100, rounding=rounding)
+
+
+@pytest.mark.parametrize("sizes", [{"n": 100, "n_pilot": 100}, {"n": 100, "n_pilot": 0}, {"n": 10, "n_pilot": 20}])
+def test_claims_without_estimation_or_pilot_samples_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="n_pilot"):
+        ClassRadius(text=TEXT, sigma=0.25, alpha=0.001, **sizes)
 
 
 def test_label_and_text_errors() -> None:

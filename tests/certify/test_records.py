@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.certify import Certificate, Provenance, best_of, expected_false, floor_to, format_down
+from robustvlm.certify import (
+    Certificate,
+    Provenance,
+    best_of,
+    expected_false,
+    floor_to,
+    format_down,
+    format_exact,
+    format_up,
+)
 from robustvlm.errors import UserError
 
 HOW = Provenance(
@@ -26,7 +35,9 @@ HOW = Provenance(
     direction_source="predictable",
     deployed_n0=1000,
 )
-GOOD = Certificate(claim="class", theorem="T5+T8", radius=0.31, label=3, provenance=HOW)
+GOOD = Certificate(
+    claim="class", theorem="T5+T8", radius=0.31, label=3, provenance=HOW, image_id="a", image="f00", classes="c1"
+)
 
 
 def test_round_trip_through_json() -> None:
@@ -88,6 +99,47 @@ def test_the_best_is_only_taken_within_one_rule_and_alpha() -> None:
         best_of([half, vote], 0.001)
     with pytest.raises(UserError, match="one deployed rule"):
         best_of([half, replace(better, label=2)], 0.001)
+
+
+@pytest.mark.parametrize(
+    ("differs", "name"),
+    [
+        ({"image": "f01"}, "image"), ({"image_id": "b"}, "image"), ({"classes": "c2"}, "class list"),
+        ({"rule": "another"}, "rule"),
+    ],
+)  # fmt: skip
+def test_the_best_is_not_taken_over_images_or_class_lists(differs: dict[str, str], name: str) -> None:
+    half = replace(GOOD, provenance=replace(HOW, alpha=0.0005, alpha_split=None))
+    with pytest.raises(UserError, match=f"these differ in {name}"):
+        best_of([half, replace(half, radius=0.4, **differs)], 0.001)
+
+
+def test_the_best_is_only_taken_where_it_is_said_of_what() -> None:
+    half = replace(GOOD, provenance=replace(HOW, alpha=0.0005, alpha_split=None))
+    with pytest.raises(UserError, match="name it"):
+        best_of([replace(half, image=""), replace(half, image="")], 0.001)
+    accepts = replace(half, claim="openset-accept", label=None)
+    with pytest.raises(UserError, match="thresholds"):
+        best_of([accepts, accepts], 0.001)
+    known = replace(accepts, thresholds={"tau": 0.3})
+    with pytest.raises(UserError, match="these differ in thresholds"):
+        best_of([known, replace(known, thresholds={"tau": 0.31})], 0.001)
+    along = replace(half, claim="direction", cos0=0.5, label=None)
+    with pytest.raises(UserError, match="does not name its direction"):
+        best_of([along, along], 0.001)
+
+
+def test_a_deployed_radius_is_never_the_larger_one() -> None:
+    assert replace(GOOD, deployed_radius=0.3).deployed_radius == 0.3
+    for radius in (0.32, -0.1, float("nan")):
+        with pytest.raises(UserError, match="finitely many copies"):
+            replace(GOOD, deployed_radius=radius)
+
+
+@given(st.floats(1e-9, 1e9), st.integers(1, 6))
+def test_upper_limits_are_printed_at_least_as_high_and_requests_exactly(value: float, digits: int) -> None:
+    assert value <= float(format_up(value, digits)) <= value * (1 + 10.0 ** (1 - digits) * (1 + 1e-9))
+    assert float(format_exact(value)) == value
 
 
 @given(st.floats(-1e3, 1e3), st.integers(0, 6))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import ndtr
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from robustvlm.certify import (
@@ -138,6 +139,76 @@ def betting_or_binomial(votes: np.ndarray, alpha: float) -> float:
     from robustvlm.certify import clopper_pearson_lower
 
     return float(clopper_pearson_lower(int(votes.sum()), len(votes), alpha))
+
+
+def test_noise_is_of_the_level_that_the_radius_counts_in() -> None:
+    """One place for sigma: the certifier's. The true radius of the half-space is B whatever sigma is."""
+    for sigma in (0.05, SIGMA):
+        watched = Watched()
+        engine = SamplingEngine(watched, seed=0, lanes=100)
+        make = ClassRadius(text=TEXT, sigma=sigma, alpha=0.05, n=2000, n_pilot=100)
+        (sampled,) = engine.run([Task("a", 0, torch.zeros(3, 2, 2))], lambda _: make)  # noqa: B023
+        assert watched.noise.std().item() == pytest.approx(sigma, rel=0.03)
+        assert sampled.sigma == make.sigma == sigma
+        assert sampled.finding.radius <= B
+    with pytest.raises(TypeError, match="sigma"):
+        SamplingEngine(half_space, sigma=0.05, seed=0, lanes=8)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sigma": 0.51}, {"alpha": 0.04}, {"n": 301}, {"n_pilot": 99}, {"text": -TEXT}, {"claim": VoteRadius},
+        {"seed": 1}, {"image": 0.5}, {"settings": "of another model"},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_whatever_decides_a_claim_draws_noise_of_its_own(change: dict[str, object]) -> None:
+    def noise(**options: object) -> Tensor:
+        level = float(options["sigma"])  # type: ignore[arg-type]
+        watched = Watched()
+        engine = SamplingEngine(watched, seed=options.pop("seed"), lanes=100, settings=options.pop("settings"))  # type: ignore[arg-type]
+        pixels, make = torch.full((3, 2, 2), options.pop("image")), options.pop("claim")  # type: ignore[call-overload]
+        list(engine.run([Task("a", 0, pixels)], lambda _: make(**options)))  # type: ignore[operator]
+        return (watched.noise - pixels.flatten()) / level
+
+    same = {
+        "text": TEXT, "sigma": SIGMA, "alpha": 0.05, "n": 300, "n_pilot": 100, "claim": ClassRadius, "seed": 0,
+        "image": 0.0, "settings": None,
+    }  # fmt: skip
+    first, again, other = (noise(**one) for one in (same, same, same | change))
+    assert torch.equal(first, again)
+    nearest = torch.cdist(first[:50], other[:50]).min()
+    assert nearest > 0.1  # no row of one is a row of the other, at another place or scale
+
+
+def tuned(runs: int, *, settings: str | None) -> int:
+    """Count false certificates of classes that were fitted to the features of a first look, in a second look.
+
+    Features are uniform on the sphere: no class is nearer than another, so that any radius above zero is false.
+    """
+    encode = lambda noisy: torch.nn.functional.normalize(noisy.flatten(1), dim=1)  # noqa: E731
+    common = {"sigma": SIGMA, "alpha": 0.05, "n": 264, "n_pilot": 64}
+    seen: list[np.ndarray] = []
+    keep = lambda task, stage, rows: seen.append(rows)  # noqa: E731, ARG005
+    false = 0
+    for run in range(runs):
+        seen.clear()
+        task = Task(str(run), 0, torch.zeros(3, 8, 8))
+        engine = SamplingEngine(encode, seed=0, lanes=264, settings=settings, keep=keep)
+        list(engine.run([task], lambda _: ClassRadius(text=np.eye(2, 192), **common, baselines=False)))
+        best = np.concatenate(seen).mean(axis=0, keepdims=True)
+        again = SamplingEngine(encode, seed=0, lanes=264, settings=settings)
+        text = np.concatenate([best, -best])
+        (found,) = again.run([task], lambda _: ClassRadius(text=text, **common, baselines=False))  # noqa: B023
+        false += found.finding.radius > 0.0
+    return false
+
+
+def test_prompts_fitted_to_a_first_look_certify_nothing_false_in_the_next() -> None:
+    assert tuned(25, settings="noise that the prompts do not enter") > 10  # the harm: most of them
+    false = tuned(60, settings=None)
+    assert binom.sf(false - 1, 60, 0.05) > 1e-4
 
 
 class Plain(VLM):

@@ -64,7 +64,9 @@ def test_a_run_from_command_to_tables_report_and_gate(place: Path, run: Run) -> 
         "expected false certificates over the run: at most 0.004",
         "Threat model: every image whose l2 distance is below the radius",
         "up to floating point",
-        "Norm of the images' resize: 0.",
+        "2 of 4 images were resized first and rounded to 8 bits",
+        "of infinitely many copies; within the radius in the column deployed_radius, the mean of 400 fresh copies",
+        "First look at these images in this folder of runs",
     ):
         assert words in shown, words
     assert (place / "runs" / "one" / "report.html").stat().st_size > 10_000

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from analytic_encoders import Analytic, Circle, HalfSpace, image_at
+from analytic_encoders import Analytic, Circle, HalfSpace, along, image_at
 from scipy.special import ndtr
+from torch import Tensor
 
 from robustvlm.certify import vector_radius
 from robustvlm.defenses import SmoothedVLM, smooth
+from robustvlm.errors import UserError
 from robustvlm.evaluation.audit import Finding, Target, audit_image
 from robustvlm.evaluation.audit_claims import (
     Array,
@@ -78,6 +80,37 @@ def test_a_bound_that_is_exactly_attained_is_not_called_broken() -> None:
 def test_the_attack_reaches_the_closed_form() -> None:
     lowest = run(smooth(Circle(), SIGMA), 1.2, feature(1.2))[-1].lowest
     assert lowest == pytest.approx(math.cos(1.2), abs=0.05)
+
+
+class Step(HalfSpace):
+    """The half-space encoder without any gradient: cut off (as in user code), or zero everywhere."""
+
+    def __init__(self, *, cut: bool) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        sign = torch.where(along(pixels) <= self.b, 1.0, -1.0)
+        sign = sign if self.cut else sign + 0.0 * pixels.flatten(1).sum(dim=1)
+        return torch.stack([sign, 1e-3 * torch.ones_like(sign)], dim=-1)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_an_encoder_without_a_gradient_is_searched_without(cut: bool) -> None:
+    radius, text = 0.9, TEXT * np.array([[1.0], [-1.0]]) @ np.array([[1.0, 0.0], [1.0, 0.0]])
+    model = smooth(Step(cut=cut), SIGMA)
+    for factor, broken in ((0.95, False), (1.3, True)):
+        claim = ClassClaim(text=text, label=0, radius=factor * radius)
+        target = Target(image_id="a", pixels=image_at(0.0), radius=factor * radius, claim=lambda *_, c=claim: c)
+        quick = Effort(starts=2, steps=15, choice=64, evidence=1500, fractions=(1.0,))
+        (found,) = audit_image(model, target, quick, alpha=0.001, seed=0)
+        assert found.start.endswith(", without a gradient")
+        assert found.broken == broken
+
+
+def test_a_certificate_of_another_noise_level_is_refused() -> None:
+    with pytest.raises(UserError, match=r"noise of 0\.5, the model's is 0\.25"):
+        run(smooth(Circle(), 0.25), 0.1, feature(0.1, r=NORMS["circle"]))
 
 
 def test_directions_classes_and_votes() -> None:

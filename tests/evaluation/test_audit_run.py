@@ -86,6 +86,26 @@ def test_the_exit_code_and_the_report_say_what_was_found(
     assert "these certificates are false" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_exit_code_one_is_kept_for_false_certificates(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished(pictures, "class")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("an encoder of the user's broke")
+
+    monkeypatch.setattr("robustvlm.evaluation.audit_run.audit_image", fail)
+    with pytest.raises(UserError, match="failed: RuntimeError: an encoder of the user's broke"):
+        run_audit(str(folder), device="cpu")
+    with pytest.raises(UserError, match="at least 1 of its images"):
+        run_audit(str(folder), limit=0)
+
+
+def test_another_image_under_the_same_name_is_not_audited(pictures: Path) -> None:
+    folder = finished(pictures, "class")
+    Image.new("RGB", (SIDE, SIDE), (9, 9, 9)).save(pictures / "90" / "90.png")
+    with pytest.raises(UserError, match=r"'.*90\.png' has changed since"):
+        audit_folder(folder, QUICK)
+
+
 def test_a_single_radius_is_audited_as_asked(pictures: Path) -> None:
     folder = finished(pictures, "feature", radius=0.3)
     findings = audit_folder(folder, QUICK).findings

@@ -144,7 +144,8 @@ def test_a_feature_report_has_every_part(tmp_path: Path, write_certify_run: Writ
     assert len(set(ids)) == len(ids)
     for words in ("paper&#39;s bound", "cone (T3)", "false certificates", "Gaussian", "L₂", "up to floating point"):
         assert words in text, words
-    assert "factor of up to 2 (resize norm)" in text
+    assert "60 of 60 images were resized first and rounded to 8 bits" in text
+    assert "of infinitely many copies" in text
 
 
 @pytest.mark.parametrize("claim", ["class", "vote", "openset"])
@@ -171,7 +172,8 @@ def test_numbers_are_those_of_the_rows(tmp_path: Path, write_certify_run: WriteR
     assert np.all(np.array(cosine["this certificate"]) >= np.array(cosine["cone (T3)"]) - 0.011)
     certified = int((radii > 0).sum())
     assert "right class for 85.0% of the images." in accuracy(run)
-    assert verdict(run).startswith(f"For {certified:,} of 60 images")
+    assert verdict(run.summary).startswith(f"For {certified:,} of 60 images")
+    assert f"At the distance 0.0625 it holds for {int((radii >= 0.0625).sum())} of 60." in verdict(run.summary)
 
 
 def test_certified_accuracy_counts_right_classes_only(tmp_path: Path, write_certify_run: WriteRun) -> None:

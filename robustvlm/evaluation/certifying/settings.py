@@ -15,7 +15,7 @@ from robustvlm.errors import UserError, nearest
 
 CLAIMS = ("feature", "class", "vote", "openset")
 DEFAULT_SIGMA = 0.25
-DEFAULT_ALPHA = 0.001
+DEFAULT_ALPHA, MAX_ALPHA = 0.001, 0.5
 _AT_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -54,8 +54,8 @@ class Settings:
         """
         if self.claim not in CLAIMS:
             raise UserError(f"unknown claim '{self.claim}': {nearest(self.claim, CLAIMS)}")
-        if self.alpha is not None:
-            check_alpha(self.alpha)
+        if self.alpha is not None and check_alpha(self.alpha) > MAX_ALPHA:
+            raise UserError(f"--alpha is an error probability, at most {MAX_ALPHA:g}, got {self.alpha}: pass 0.001")
         if self.sigma is not None and check_sigma(self.sigma) > MAX_SIGMA:
             raise UserError(
                 f"--sigma is at most {MAX_SIGMA:g}, got {self.sigma:g} (pixels are in [0, 1], so 0.25 is strong noise)"
