@@ -1,4 +1,4 @@
-"""All numbers of a run agree: rows, summary, terminal, page and JSON, whatever the goal, the model and the way it ended."""
+"""All numbers of a run agree, whatever the goal, the model and its end: rows, summary, terminal, page and JSON."""
 
 from __future__ import annotations
 
