@@ -114,7 +114,7 @@ def require_distinct(vlm: VLM, class_names: Sequence[str], templates: Sequence[s
     first, second = pairs[0]
     prompts = [template.replace("{}", class_names[label]) for label in pairs[0] for template in templates]
     if any(vlm.cut_tokens(prompts)):
-        why = "their prompts are cut at the encoder's context length before they differ: shorten them"
+        why = "their prompts are truncated at the encoder's context length before they differ: shorten them"
     else:
         why = "the text encoder cannot tell them apart: give them different names"
     more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
