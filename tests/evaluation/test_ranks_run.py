@@ -56,6 +56,9 @@ def test_two_processes_give_the_results_of_one(make_folder: Photos) -> None:
     assert table(two).equals(table(alone))
     assert pictures(two.folder.gallery_path) == pictures(alone.folder.gallery_path)
     assert json.loads(done.stdout) == json.loads(two.folder.summary_path.read_text()), "one process prints"
+    cost = json.loads(done.stdout)["cost"]
+    assert sum(cost["passes"].values()) == cost["forward_passes"] + cost["backward_passes"]
+    assert cost["passes"]["images"] == sum(table(two)["passes"].to_pylist())
     kinds = [[fact["kind"] for fact in read_journal(path)] for path in two.folder.journals()]
     assert [kind.count("clean") for kind in kinds] == [12, 12]
     assert all(kind.count("attack") > 5 for kind in kinds)
