@@ -15,11 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.common import markdown
 from benchmarks.torture import disk, inputs, kills, ranks
-from benchmarks.torture.commands import COMMANDS, Bench, Command
-from benchmarks.torture.forking import load_everything
+from benchmarks.torture.commands import BY_NAME, COMMANDS, Bench, Command
+from benchmarks.torture.forking import in_parallel, load_everything
+
+T = TypeVar("T")
 
 _QUICK = {"kills": 12, "inputs": 60, "disks": 6, "ranks": 2}
 _OF_INPUTS = ("inputs", *inputs.OUTCOMES)
@@ -56,6 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="torture this command alone, with kills and full disks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a command hangs")
+    parser.add_argument("--workers", type=int, default=2, help="processes side by side")
     parser.add_argument("--out", default=None, help="folder to work in, kept [default: a temporary one]")
     found = parser.parse_args()
     if found.quick:
@@ -66,11 +70,10 @@ def _options() -> argparse.Namespace:
 def _kills(bench: Bench, commands: list[Command], options: argparse.Namespace) -> list[str]:
     if options.kills == 0:
         return []
-    found = [
-        kills.torture(bench, item, count, _draws(options, f"kill {item.name}"))
-        for item, count in zip(commands, _shares(options.kills, len(commands)), strict=True)
-        if count
-    ]
+    found = _by_commands(
+        bench, commands, options.kills, options.workers,
+        lambda item, count: kills.torture(bench, item, count, _draws(options, f"kill {item.name}")),
+    )  # fmt: skip
     rows: list[list[object]] = [[k.name, k.events, k.at_events, k.at_random, k.failed, k.differ] for k in found]
     header = ("killed", "write events of a run", "kills at events", "at random moments", "resumes failed", "differ")
     _table(header, [*rows, _sums("all", rows)])
@@ -80,11 +83,10 @@ def _kills(bench: Bench, commands: list[Command], options: argparse.Namespace) -
 def _disks(bench: Bench, commands: list[Command], options: argparse.Namespace) -> list[str]:
     if options.disks == 0:
         return []
-    found = [
-        disk.torture(bench, item, count, _draws(options, f"disk {item.name}"))
-        for item, count in zip(commands, _shares(options.disks, len(commands)), strict=True)
-        if count
-    ]
+    found = _by_commands(
+        bench, commands, options.disks, options.workers,
+        lambda item, count: disk.torture(bench, item, count, _draws(options, f"disk {item.name}")),
+    )  # fmt: skip
     rows: list[list[object]] = [[f.name, f.filled, f.passed, f.bad, f.failed, f.differ] for f in found]
     header = ("disk of", "was full", "sufficed", "no clear line", "resumes failed", "differ")
     _table(header, [*rows, _sums("all", rows)])
@@ -94,7 +96,8 @@ def _disks(bench: Bench, commands: list[Command], options: argparse.Namespace) -
 def _inputs(bench: Bench, options: argparse.Namespace) -> list[str]:
     if options.inputs == 0:
         return []
-    found = inputs.torture(bench, inputs.generate(options.inputs, _draws(options, "inputs")))
+    bad = inputs.generate(options.inputs, _draws(options, "inputs"))
+    found = inputs.torture(bench, bad, workers=options.workers)
     rows: list[list[object]] = [
         [kind, counts.total(), *(counts[outcome] for outcome in inputs.OUTCOMES)]
         for kind, counts in sorted(found.counts.items())
@@ -115,6 +118,17 @@ def _ranks(bench: Bench, options: argparse.Namespace) -> list[str]:
 
 def _draws(options: argparse.Namespace, purpose: str) -> random.Random:
     return random.Random(f"{options.seed} {purpose}")
+
+
+def _by_commands(
+    bench: Bench, commands: list[Command], total: int, workers: int, work: Callable[[Command, int], T]
+) -> list[T]:
+    """Return what `work` gives for each command with its share of the total, in the order of the commands."""
+    shares = [(item, count) for item, count in zip(commands, _shares(total, len(commands)), strict=True) if count]
+    for name in sorted({need for item, _ in shares for need in item.needs}):
+        bench.straight(BY_NAME[name])
+    parts = in_parallel(lambda part: [work(*share) for share in shares[part::workers]], workers)
+    return [parts[number % workers][number // workers] for number in range(len(shares))]
 
 
 def _shares(total: int, parts: int) -> list[int]:

@@ -6,13 +6,12 @@ import random
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from benchmarks.torture import planted, seeded
 from benchmarks.torture.bad import Bad, write_good_files
-from benchmarks.torture.commands import Bench
-from benchmarks.torture.forking import Ended
+from benchmarks.torture.commands import BY_NAME, Bench
+from benchmarks.torture.forking import Ended, in_parallel
 
 REFUSED, WORKED, TRACEBACK, HUNG, SILENT, OTHER = "refused", "worked", "traceback", "hung", "silent", "other"
 OUTCOMES = (REFUSED, WORKED, TRACEBACK, HUNG, SILENT, OTHER)
@@ -63,14 +62,28 @@ def generate(count: int, draws: random.Random) -> list[Bad]:
     return found
 
 
-def torture(bench: Bench, bad: list[Bad], report: Callable[[int, Tally], None] = lambda *_: None) -> Tally:
-    """Give every bad input to the program."""
+def torture(bench: Bench, bad: list[Bad], *, workers: int = 1) -> Tally:
+    """Give every bad input to the program, by so many processes side by side."""
+    for name in sorted({need for item in bad for need in item.needs}):
+        bench.straight(BY_NAME[name])
+    if workers == 1:
+        return _given(bench, bad, range(len(bad)))
+    tallies = in_parallel(lambda part: _given(bench, bad, range(part, len(bad), workers)), workers)
+    whole = Tally()
+    for tally in tallies:
+        whole.faults += tally.faults
+        for kind, counts in tally.counts.items():
+            whole.counts.setdefault(kind, Counter()).update(counts)
+    return whole
+
+
+def _given(bench: Bench, bad: list[Bad], numbers: range) -> Tally:
     tally = Tally()
-    for number, item in enumerate(bad):
+    for number in numbers:
+        item = bad[number]
         place = bench.place(f"bad-{number}", item.needs)
         write_good_files(place)
         item.spoil(place)
         tally.add(item, bench.run(shlex.split(item.line), place))
         shutil.rmtree(place, ignore_errors=True)
-        report(number + 1, tally)
     return tally

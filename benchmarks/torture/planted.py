@@ -130,7 +130,7 @@ def _images() -> Iterator[Bad]:
     yield Bad("images", "one class", data, _one_class, wrong=True)
     for what, content in _PICTURES.items():
         one, every = writing("photos/apple/0.png", content), partial(_every_image, content)
-        yield Bad("images", f"one is {what}", data, one, wrong=True, clue="unreadable")
+        yield Bad("images", f"one is {what}", data, one, wrong=True, clue="could not be read")
         yield Bad("images", f"one is {what}", "data imagefolder:photos --check", one, wrong=True, clue="0.png")
         yield Bad("images", f"every one is {what}", data, every, wrong=True)
         yield Bad("images", f"every one is {what}", f"{_ATTACK} {IMAGES}", every, wrong=True)

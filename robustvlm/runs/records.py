@@ -138,7 +138,7 @@ class Passes(_Record):
         return self.images + self.spare + self.clean + self.questions + self.checks + self.untold
 
 
-class Cost(_Record):
+class Cost(_Record, protected_namespaces=()):  # pydantic before 2.10 warns of names that begin with "model_"
     """Encoder passes (one image through the encoder once) and wall time; `model_seconds` is the part inside it.
 
     `passes` says what forward and backward passes were made for, and sums to both together.

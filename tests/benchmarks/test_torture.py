@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -135,7 +136,7 @@ def refuses_twice() -> None:
         (lambda: None, False, inputs.WORKED),
         (lambda: print("1 image is unreadable"), True, inputs.WORKED),
         (lambda: time.sleep(60), False, inputs.HUNG),
-        (lambda: os.abort(), False, inputs.OTHER),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), False, inputs.OTHER),
     ],
 )
 def test_every_outcome_is_told_apart(tmp_path: Path, body: Body, wrong: bool, outcome: str) -> None:
@@ -146,6 +147,19 @@ def test_every_outcome_is_told_apart(tmp_path: Path, body: Body, wrong: bool, ou
     tally.add(bad, ended)
     assert tally.counts == {"kind": {outcome: 1}}
     assert len(tally.faults) == (outcome not in (inputs.REFUSED, inputs.WORKED))
+
+
+def test_inputs_are_shared_among_processes(tmp_path: Path) -> None:
+    def program(words: Sequence[str]) -> Body:
+        return {"refuse": refuses, "raise": raises, "pass": lambda: None}[words[0]]
+
+    bad = [Bad(line, str(n), line, wrong=True) for n, line in enumerate(["refuse", "raise", "pass"] * 2)]
+    for workers in (1, 2):
+        tortured = Bench(tmp_path / str(workers), timeout=20.0, program=program)
+        tally = inputs.torture(tortured, bad, workers=workers)
+        found = {"refuse": {inputs.REFUSED: 2}, "raise": {inputs.TRACEBACK: 2}, "pass": {inputs.SILENT: 2}}
+        assert tally.counts == found
+        assert len(tally.faults) == 4
 
 
 def test_a_fault_that_the_program_calls_its_own_is_one() -> None:

@@ -146,7 +146,7 @@ class Looking(Toy):
     seen: set[tuple[bool, torch.dtype]]
 
     def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
-        self.seen = getattr(self, "seen", set()) | {(torch.is_autocast_enabled("cpu"), pixels.dtype)}
+        self.seen = getattr(self, "seen", set()) | {(torch.is_autocast_cpu_enabled(), pixels.dtype)}
         return super().losses(pixels, labels, step, draws)
 
 
