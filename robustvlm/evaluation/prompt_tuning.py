@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.defenses import load_pipeline
@@ -81,7 +82,7 @@ class PreparedPrompts:
         if self.config.val is None:
             return {}
         known = encode_source(self.vlm, _matching(self.config.val, self.source))
-        unknown = {spec: encode_source(self.vlm, open_data(spec)) for spec in self.config.ood}
+        unknown = {without_secrets(spec): encode_source(self.vlm, open_data(spec)) for spec in self.config.ood}
         plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
         return {name: self._measures(known, unknown, texts) for name, texts in (("zero_shot", plain), ("tuned", tuned))}
 

@@ -27,6 +27,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         raise UserError(f"unknown device '{device}': pass auto, cpu, cuda, cuda:0 or mps") from error
     if found.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"the device '{device}' is not one that models run on: pass auto, cpu, cuda, cuda:0 or mps")
+    if found.type != "cuda" and (found.index or 0) > 0:
+        raise UserError(f"the device '{device}' is not there: there is one '{found.type}', without a number")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"the device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     if found.type == "mps" and not torch.backends.mps.is_available():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.data import DataSource
 from robustvlm.defenses.immunity import (
     AdaptedVLM,
@@ -180,7 +181,7 @@ class PreparedImmunize:
     def _unknown(self) -> dict[str, Features]:
         folder = self.folder.features_path
         return {
-            spec: encode_unknown(self.vlm, spec, i, folder, self.observer.on_images)
+            without_secrets(spec): encode_unknown(self.vlm, spec, i, folder, self.observer.on_images)
             for i, spec in enumerate(self.config.ood)
         }
 
