@@ -26,7 +26,7 @@ class Console(RichConsole):
     def __init__(self, *, stderr: bool = False, quiet: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, quiet=quiet, width=width, emoji=False)
 
-    def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]  # its keywords are handed on
+    def render_str(self, text: str, **settings: Any) -> Text:
         """Return a string as a text; one that is no valid markup is taken as it stands."""
         text = _fit(text)
         try:

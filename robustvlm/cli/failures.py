@@ -64,6 +64,8 @@ def explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         raise error
     explained, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if type(error).__name__ == "Exit" and exit_code:  # the command has said why; none of ours declares success so
+        return int(exit_code)
     if callable(explained) and isinstance(exit_code, int):
         return _usage(error, str(explained()), exit_code)
     return complain(*_line(error))

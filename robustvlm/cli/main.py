@@ -21,7 +21,7 @@ from robustvlm.cli.data import data
 from robustvlm.cli.detect import detect
 from robustvlm.cli.evaluate import evaluate
 from robustvlm.cli.export import export
-from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, explain
+from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
 from robustvlm.cli.finetune import finetune
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.models import models
@@ -54,10 +54,6 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 check_given(sys.argv[2:], signature.parameters)
             with code_policy(refused=no_code, given=sys.argv[1:]):
                 command(*arguments, **options)
-        except typer.Exit as error:
-            if error.exit_code:
-                raise
-            raise Ended(error) from error  # no command of ours declares success so
         except BaseException as error:
             raise Ended(error) from error
 
@@ -140,6 +136,8 @@ def _run() -> int:
         raise BrokenPipeError from error
     except BaseException as error:
         return explain(error)
+    if code == INTERRUPTED:  # not from a command: the command-line library was interrupted while it read the options
+        return complain("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -41,7 +41,7 @@ def check_given(tokens: Sequence[str], parameters: Mapping[str, inspect.Paramete
     """
     from robustvlm.errors import UserError
 
-    known = {name: parameter for parameter in parameters.values() for name in _names(parameter)}
+    known = {name: parameter for parameter in parameters.values() for name in option_names(parameter)}
     seen: dict[str, str] = {}
     for number, token in enumerate(tokens):
         if token == "--":
@@ -65,7 +65,7 @@ def check_given(tokens: Sequence[str], parameters: Mapping[str, inspect.Paramete
             seen[parameter.name] = option
 
 
-def _names(parameter: inspect.Parameter) -> list[str]:
+def option_names(parameter: inspect.Parameter) -> list[str]:
     """Return how an option is written on the command line; nothing for an argument."""
     info = parameter.annotation.__metadata__[0]
     if isinstance(info, ArgumentInfo):

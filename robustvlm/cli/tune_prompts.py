@@ -11,6 +11,7 @@ import typer
 from robustvlm.cli.closing import given_command, say_remarks
 from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName
 from robustvlm.cli.terminal import say_json
+from robustvlm.core.foreign_text import without_secrets
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
@@ -103,7 +104,7 @@ def _show(record: dict[str, Any], prepared: PreparedPrompts, console: Console) -
         for heading in ("measure", "hand-written prompts", "tuned"):
             table.add_column(heading, justify="left" if heading == "measure" else "right")
         table.add_row("accuracy", *(_rate(record[key]["accuracy"]) for key in ("zero_shot", "tuned")))
-        for spec in prepared.config.ood:
+        for spec in map(without_secrets, prepared.config.ood):
             cells = (_interval(record[key]["auroc"][spec]) for key in ("zero_shot", "tuned"))
             table.add_row(Text(f"AUROC of the energy change, {spec}"), *cells)
         console.print(table)

@@ -56,7 +56,7 @@ def secrets_cut(value: Any) -> Any:
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, Mapping):
-        return {key: secrets_cut(item) for key, item in value.items()}
+        return {secrets_cut(key): secrets_cut(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [secrets_cut(item) for item in value]
     return value

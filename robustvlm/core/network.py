@@ -177,7 +177,7 @@ class _Raw(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         self._sock.settimeout(self._deadline.left())
-        return self._stream.readinto(buffer)  # type: ignore[attr-defined, no-any-return]  # unbuffered: a SocketIO
+        return self._stream.readinto(buffer)
 
     def close(self) -> None:
         self._stream.close()
@@ -191,16 +191,20 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Raw(sock, deadline))
 
 
-class _Timed:
-    """What both kinds of connection do alike: connect, send and hand on the deadline."""
+class _Connection(http.client.HTTPConnection):
+    """A connection that looks up, connects, sends and receives under one deadline."""
 
-    sock: Any
-    timeout: Any
-
-    def _obey(self, deadline: Deadline) -> None:
+    def __init__(self, *arguments: Any, deadline: Deadline, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         self._deadline = deadline
-        self.response_class = functools.partial(_Response, deadline=deadline)
+        self.response_class = functools.partial(_Response, deadline=deadline)  # type: ignore[assignment]
         self._create_connection = self._connected
+
+    def send(self, data: Any) -> None:
+        """Send bytes; connected first, where it is not."""
+        if self.sock is not None:
+            self.sock.settimeout(self._deadline.left())
+        super().send(data)
 
     def _connected(self, address: tuple[str, int], timeout: object = None, source: Any = None) -> socket.socket:
         del timeout
@@ -226,26 +230,8 @@ class _Timed:
         raise failure
 
 
-class _HttpConnection(_Timed, http.client.HTTPConnection):
-    def __init__(self, *arguments: Any, deadline: Deadline, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._obey(deadline)
-
-    def send(self, data: Any) -> None:
-        if self.sock is not None:
-            self.sock.settimeout(self._deadline.left())
-        super().send(data)
-
-
-class _HttpsConnection(_Timed, http.client.HTTPSConnection):
-    def __init__(self, *arguments: Any, deadline: Deadline, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._obey(deadline)
-
-    def send(self, data: Any) -> None:
-        if self.sock is not None:
-            self.sock.settimeout(self._deadline.left())
-        super().send(data)
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
+    """The same, encrypted."""
 
 
 class _Http(urllib.request.HTTPHandler):
@@ -254,7 +240,7 @@ class _Http(urllib.request.HTTPHandler):
         self._deadline = deadline
 
     def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(functools.partial(_HttpConnection, deadline=self._deadline), req)  # type: ignore[arg-type]
+        return self.do_open(functools.partial(_Connection, deadline=self._deadline), req)
 
 
 class _Https(urllib.request.HTTPSHandler):
@@ -263,5 +249,5 @@ class _Https(urllib.request.HTTPSHandler):
         self._deadline = deadline
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        factory = functools.partial(_HttpsConnection, deadline=self._deadline)
-        return self.do_open(factory, req, context=self._context)  # type: ignore[arg-type, attr-defined]
+        factory = functools.partial(_SecureConnection, deadline=self._deadline)
+        return self.do_open(factory, req, context=self._context)  # type: ignore[attr-defined]

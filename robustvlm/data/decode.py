@@ -13,6 +13,7 @@ from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.data.source import Sample, Unreadable
 
 # Only raster formats decoded inside Pillow: its EPS reader, for one, hands the file to an interpreter.
@@ -210,5 +211,5 @@ def _registered_suffixes() -> frozenset[str]:
 
 def one_line(error: object) -> str:
     """Return the text of an error on one line of at most 160 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.ranks import current_ranks
 from robustvlm.core.reading import read_json
 from robustvlm.data import UNKNOWN, DataSource, open_data
@@ -100,7 +101,8 @@ class PreparedPrompts:
             notes.append(f"{len(taught)} images of --val taught the prompts and were left out")
         if not known.ids:
             raise UserError(
-                f"every image of --val '{self.config.val}' taught the prompts: pass others, or fewer --shots"
+                f"every image of --val '{without_secrets(self.config.val)}' taught the prompts: "
+                "pass others, or fewer --shots"
             )
         twins = copies(known.features, shots.features)
         if twins:
@@ -108,14 +110,15 @@ class PreparedPrompts:
         unknown: dict[str, Features] = {}
         for spec in self.config.ood:
             found = encode_source(self.vlm, open_unlabelled(spec, self.source.class_names))
-            unknown[spec] = found.rows((found.labels < 0).nonzero().flatten())
-            left_out = len(found.ids) - len(unknown[spec].ids)
-            if not unknown[spec].ids:
-                raise UserError(f"every image of '{spec}' is of a known class: pass others to --ood")
+            name = without_secrets(spec)
+            unknown[name] = found.rows((found.labels < 0).nonzero().flatten())
+            left_out = len(found.ids) - len(unknown[name].ids)
+            if not unknown[name].ids:
+                raise UserError(f"every image of '{name}' is of a known class: pass others to --ood")
             if left_out:
-                notes.append(f"{left_out} images of '{spec}' are of known classes and were left out")
-        parts = {self.config.data: shots, self.config.val: known, **unknown}
-        notes += [f"{p.unreadable} images of '{name}' could not be read" for name, p in parts.items() if p.unreadable]
+                notes.append(f"{left_out} images of '{name}' are of known classes and were left out")
+        parts = {without_secrets(self.config.data): shots, without_secrets(self.config.val): known, **unknown}
+        notes += [f"{p.unreadable} images of '{n}' could not be read" for n, p in parts.items() if p.unreadable]
         plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
         measures = {n: self._measures(known, unknown, texts) for n, texts in (("zero_shot", plain), ("tuned", tuned))}
         return {**measures, "notes": notes}

@@ -96,7 +96,8 @@ def find_json(text: str) -> Any:
 
 def _without_thoughts(text: str) -> str:
     """Return a text without what stands between <think> and </think>, in one walk."""
-    kept, at = [], 0
+    kept: list[str] = []
+    at = 0
     while True:
         begin = text.find("<think>", at)
         end = text.find("</think>", begin) if begin >= 0 else -1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
+import inspect
 import io
 import json
 import os
@@ -12,12 +14,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from command_line import MEAN, OWN, Call
 
 from robustvlm.cli import failures, terminal
 from robustvlm.cli.console import Console
+from robustvlm.cli.main import app
+from robustvlm.cli.options import option_names
 from robustvlm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_place")
@@ -173,6 +178,39 @@ def test_an_interrupt_at_any_moment_says_so(call: Call, command: str) -> None:
     assert (ended.code, only_line(ended.err)) == (130, "interrupted")
 
 
+@pytest.mark.parametrize("moment", ["loading", "later"])
+def test_an_interrupt_while_the_program_loads_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    from robustvlm.__main__ import run
+
+    handlers: list[object] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append((number, handler)))
+    if moment == "later":
+        monkeypatch.setattr("robustvlm.cli.main.main", interrupted)
+    else:
+        monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run()
+    monkeypatch.undo()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert handlers[0][0] == signal.SIGTERM  # type: ignore[index]
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_options_are_read_says_so(call: Call) -> None:
+    with raising("robustvlm.cli.main.check_given", KeyboardInterrupt()):
+        assert call("data").err == "interrupted\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("robustvlm.cli.main.app", lambda **_: 130)  # what typer makes of one
+        ended = call("data")
+    assert (ended.code, ended.err) == (130, "interrupted\n")
+
+
 class SafetensorError(Exception):
     """Named as the package's, which is no OSError."""
 
@@ -299,6 +337,30 @@ def test_odd_command_lines_end_in_one_short_line(call: Call, kind: str) -> None:
     assert "s3cret" not in ended.out + ended.err
     assert "\x1b" not in line
     assert len(line) < 2000
+
+
+COMMANDS = {str(command.name): command.callback for command in app.registered_commands}
+NUMBERS = {"int": ["x", "1e3", "0x10", "1.5"], "float": ["x", "1,5", "--"]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_every_command_refuses_what_it_cannot_be(call: Call, command: str) -> None:
+    """Nothing is loaded: this is about how the options are declared."""
+    callback = COMMANDS[command]
+    assert callback is not None
+    parameters = inspect.signature(callback).parameters
+    assert "no_code" in parameters
+    # An argument that is missing would be complained of first.
+    needed = ["x", "y"] if command in ("export", "soup", "report") else []
+    for parameter in parameters.values():
+        names, kind = option_names(parameter), str(get_args(parameter.annotation)[0])
+        values = [] if "bool" in kind else [] if parameter.default == "" else [""]
+        values += [bad for number, texts in NUMBERS.items() if number in kind for bad in texts]
+        for name in names:
+            for value in values:
+                ended = call(command, *needed, f"{name}={value}")
+                assert ended.code == 2, (name, value)
+                assert name in only_line(ended.err)
 
 
 def test_a_repeatable_option_may_be_given_twice(call: Call) -> None:

@@ -68,6 +68,7 @@ TRICKLES = {
     "chunks": slowly(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
     "trailers": slowly(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: y\r\n"),
     "body": slowly(b"HTTP/1.1 200 OK\r\n\r\n", b"a"),
+    "TLS": slowly(b"", b"\x16"),
     "redirect": slowly(b"HTTP/1.1 302 Found\r\nLocation: /x\r\n", b"X: y\r\n"),
 }
 
@@ -83,7 +84,7 @@ def test_a_trickle_ends_at_the_deadline(kind: str) -> None:
     with serving(TRICKLES[kind]) as url:
         began = time.monotonic()
         with pytest.raises((TimeoutError, urllib.error.URLError)) as raised:
-            exchange(url)
+            exchange(url.replace("http:", "https:") if kind == "TLS" else url)
         assert time.monotonic() - began < 3.0
     assert isinstance(getattr(raised.value, "reason", raised.value), TimeoutError)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.data import DataSource
 from robustvlm.data.unlabelled import Unlabelled
 from robustvlm.defenses.immunity import (
@@ -189,7 +190,9 @@ class PreparedImmunize:
     def _unknown(self) -> dict[str, Features]:
         folder = self.folder.features_path
         return {
-            spec: encode_unknown(self.vlm, source, i, folder, self.observer.on_images, owner=self.manifest)
+            without_secrets(spec): encode_unknown(
+                self.vlm, source, i, folder, self.observer.on_images, owner=self.manifest
+            )
             for i, (spec, source) in enumerate(zip(self.config.ood, self.unknown, strict=True))
         }
 
