@@ -1,9 +1,9 @@
 """The fixed questions by which a model is known again, and the comparison of two sets of answers.
 
-A digest of weights says that nothing was changed where we look; a model can keep what decides its answers elsewhere (a
-list, a closure, a file that it reads). What it answers to fixed inputs tells. The answers are kept as sketches: each row
-as a few sums of its entries with fixed signs, so that a changed row changes them by about its own change, whatever the
-number of entries.
+A digest of weights says that nothing was changed where we look; a model can keep what decides its answers elsewhere
+(a list, a closure, a file that it reads). What it answers to fixed inputs tells. The answers are kept as sketches: each
+row as a few sums of its entries with fixed signs, so that a changed row changes them by about its own change, whatever
+the number of entries.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def probe_pixels(size: int) -> NDArray[np.float32]:
     """Return `IMAGES` images [N, 3, S, S] with values k/255, the same on every machine: made of integers alone.
 
     Two of them vary over the whole image (ramps that fold back, and coarse squares), two over a few pixels (stripes and
-    noise), each through the whole range of values. On the 8-bit grid a model that rounds its input has nothing to decide.
+    noise), each through the whole range of values. On the 8-bit grid a model that rounds its input decides nothing.
 
     Example:
         >>> pixels = probe_pixels(16)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from robustvlm.core import reading
 from robustvlm.errors import UserError
 
 _JOINTS = re.compile(r"[\s_\-\u2010\u2011\u2012\u2013]+")
@@ -68,7 +69,9 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
 def read_text(path: Path, what: str) -> str:
     """Return the text of a small user file; `what` names its purpose in the error."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return reading.read_text(path, encoding="utf-8-sig")
+    except reading.NotRegular as error:
+        raise UserError(f"cannot read the {what} file: {error}") from None
     except FileNotFoundError:
         raise UserError(f"no {what} file at {path}") from None
     except UnicodeDecodeError:

@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 
+from robustvlm.core.reading import parse_json
 from robustvlm.data.names import clean_name, read_text
 from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.data.tree_build import build_tree
 from robustvlm.errors import UserError
+from robustvlm.runs.files import write_text
 
 Links = list[tuple[str, str]]
 
@@ -54,12 +56,12 @@ def save_forest(forest: Forest, path: Path | str) -> None:
     """Write a forest as nested JSON; a forest of one tree is written as that tree."""
     nested = [tree.to_nested() for tree in forest]
     text = json.dumps(nested[0] if len(nested) == 1 else nested, indent=1, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_text(Path(path), text + "\n")
 
 
 def _parse(text: str, path: Path) -> Any:
     try:
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        return parse_json(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
 

@@ -9,6 +9,17 @@ from robustvlm.evaluation.audit import Finding
 from robustvlm.runs.journal import Journal, read_journal
 
 
+def _is_fact(fact: dict[str, Any]) -> bool:
+    """Whether a line of the journal is one of those that `Partial.add` writes; others count as not there."""
+    try:
+        findings = [Finding(**finding) for finding in fact["findings"]]
+        return isinstance(fact["image_id"], str) and float(
+            fact["radius"] + fact["passes"] + fact["seconds"]
+        ) >= 0 <= len(findings)
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 class Partial:
     """The images that an audit has finished, in a journal whose first line holds the settings.
 
@@ -19,7 +30,9 @@ class Partial:
         facts = list(read_journal(path))
         if facts[:1] != [header]:
             path.unlink(missing_ok=True)
-        self.done: dict[str, dict[str, Any]] = {fact["image_id"]: fact for fact in facts[1:] if facts[0] == header}
+        self.done: dict[str, dict[str, Any]] = {
+            fact["image_id"]: fact for fact in facts[1:] if facts[0] == header and _is_fact(fact)
+        }
         self._journal = Journal(path)
         if facts[:1] != [header]:
             self._journal.append(header)

@@ -124,8 +124,8 @@ class JournalLedger(ABC):
             found = fact.get("id") if fact.get("kind") == _OWNER else None
             if found != self.owner:
                 raise UserError(
-                    f"'{path}' is the journal of another run than '{self.folder.manifest_path}' says: put the run's own "
-                    "back, or start over with --fresh"
+                    f"'{path}' is the journal of another run than '{self.folder.manifest_path}' says: "
+                    "put the run's own back, or start over with --fresh"
                 )
             if found is not None:
                 return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from robustvlm.core.framing import RESIZE_MODES, Framing
+from robustvlm.core.reading import read_json
 from robustvlm.data.pixels import to_pixels
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.hub import CONFIG_NAME
@@ -38,7 +38,7 @@ def check_settings(folder: Path, spec: str) -> None:
     """Refuse a folder whose `preprocess_cfg` has keys that open_clip would drop without a word."""
     from open_clip.transform import PreprocessCfg
 
-    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    content = read_json(folder / CONFIG_NAME)
     found = content.get("preprocess_cfg") or {}
     known = {field.name for field in dataclasses.fields(PreprocessCfg)}
     for key, value in found.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError
 from robustvlm.models.hub import CONFIG_NAME
 
@@ -36,7 +36,7 @@ def load_tokenizer(source: str, folder_source: str, spec: str) -> Tokenizer:
 
 def bpe_file(folder: Path, spec: str) -> Path | None:
     """Return the merges file of a model folder: the one its config names, else the only bpe_*.txt.gz beside it."""
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_NAME)
     text = config.get("model_cfg", {}).get("text_cfg", {})
     named = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     if named:

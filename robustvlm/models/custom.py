@@ -123,10 +123,10 @@ def state_of(thing: object) -> dict[str, object]:
 
 
 class Hidden:
-    """The weights of a user's object that stand where `state_of` does not look: lists, dicts, closures, globals, arrays.
+    """The weights of a user's object where `state_of` does not look: in lists, dicts, closures, globals, arrays.
 
-    They are found when this is made, and read as they are then. What an object hides deeper still (a file that it reads,
-    a C extension) shows in its answers, see `robustvlm.core.probe`.
+    They are found when this is made, and read as they are later. What an object hides deeper still (a file that it
+    reads, a C extension) shows in its answers, see `robustvlm.core.probe`.
 
     Example:
         >>> net = nn.Linear(2, 2)

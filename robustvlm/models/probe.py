@@ -67,8 +67,8 @@ def probe_model(
         if outputs:
             questions["outputs"] = lambda: _asked(model, noisy, device, rounding)
         for name, question in questions.items():
-            # What a user's model fails on here it fails on in the run as well, which says so in its own words; an answer
-            # that was there before and is missing now counts as another one.
+            # What a user's model fails on here it fails on in the run as well, which says so in its own words; an
+            # answer that was there before and is missing now counts as another one.
             with contextlib.suppress(Exception):
                 parts[name] = question()
     return {"format": known.FORMAT, "image_size": image_size, "parts": parts}

@@ -42,7 +42,8 @@ class Reached:
 
     Attributes:
         modules: networks by how they are reached; those inside one of them are not listed again.
-        tensors: tensors outside networks. arrays: of numpy. facts: plain values and where they stand, source files by digest.
+        tensors: tensors outside networks. arrays: of numpy.
+        facts: plain values and where they stand, source files by digest.
 
     Example:
         >>> net = nn.Linear(2, 2)

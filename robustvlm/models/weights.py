@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from robustvlm.core.reading import require_regular
 from robustvlm.errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -55,6 +56,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_safetensors(path: Path) -> object:
     try:
+        require_regular(path)
         return load_file(path, device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"'{path}' is damaged or no safetensors file ({error}): fetch or save it again") from error

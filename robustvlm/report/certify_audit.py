@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from robustvlm.certify import floor_to, format_down
+from robustvlm.core.reading import read_json
+from robustvlm.errors import UserError
 from robustvlm.evaluation.audit import BLIND
 from robustvlm.report.wording import plain
+from robustvlm.runs.manifest import Manifest, run_identity
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,20 @@ def _row(fraction: float, findings: Sequence[dict[str, Any]]) -> AuditRow:
     )
 
 
-def load_audit(path: Path) -> AuditView | None:
-    """Return the audit stored beside a run, or None when there is none that can be read."""
+def load_audit(path: Path, manifest: Manifest) -> AuditView | None:
+    """Return the audit stored beside the run of a manifest, or None when there is none that can be read.
+
+    Raises:
+        UserError: it is the audit of another run.
+    """
     try:
-        return audit_view(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = read_json(path)
+        view = audit_view(content)
+    except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if content.get("of") != run_identity(manifest):
+        raise UserError(f"'{path}' is the audit of another run: delete it, or give `robustvlm certify --audit` again")
+    return view
 
 
 def audit_table(content: dict[str, Any]) -> RenderableType:

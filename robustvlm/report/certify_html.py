@@ -10,6 +10,7 @@ from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from robustvlm.certify import format_down, format_exact
+from robustvlm.core.reading import require_regular
 from robustvlm.report import certify_plots, tables
 from robustvlm.report import certify_wording as words
 from robustvlm.report.certify_audit import load_audit
@@ -53,7 +54,7 @@ def render_certify_run(run: CertifyRecord) -> str:
             methods=_methods(run),
             names=METHODS,
             gallery=load_extremes(run),
-            audit=load_audit(run.folder / "audit.json"),
+            audit=load_audit(run.folder / "audit.json", run.manifest),
             findings=tables.findings(run.summary.checks),
             assumptions=words.assumptions(run),
             cost=[*_copies(run), *tables.cost_rows(run.summary.cost)],
@@ -167,6 +168,7 @@ def load_extremes(run: CertifyRecord) -> list[tuple[str, list[Extreme]]]:
 
 
 def _extreme(path: Path, run: CertifyRecord) -> tuple[tuple[float, int], Extreme]:
+    require_regular(path)
     with safe_open(path, framework="np") as file:
         clean, noisy = file.get_tensor("clean"), file.get_tensor("noisy")
         about = file.metadata() or {}

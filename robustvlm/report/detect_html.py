@@ -8,6 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
+from robustvlm.core.reading import require_regular
 from robustvlm.detect import BASELINES
 from robustvlm.report import detect_plots, tables
 from robustvlm.report import detect_wording as words
@@ -110,6 +111,7 @@ def load_mistakes(run: DetectRecord) -> list[tuple[str, list[Mistake]]]:
     found: dict[str, list[tuple[int, Mistake]]] = {}
     for path in sorted((run.folder / "gallery").glob("*.safetensors")):
         try:
+            require_regular(path)
             with safe_open(path, framework="np") as file:
                 image, about = file.get_tensor("image"), file.metadata() or {}
             title = (

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from robustvlm.core.reading import require_regular
 from robustvlm.report.wording import percent, plain
 
 Pixels = npt.NDArray[np.float32]
@@ -51,6 +52,7 @@ def load_gallery(folder: Path, class_names: Sequence[str], eps_texts: dict[float
 
 
 def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -> Example:
+    require_regular(path)
     with safe_open(path, framework="np") as file:
         clean, adversarial = file.get_tensor("clean"), file.get_tensor("adversarial")
         about = file.metadata() or {}

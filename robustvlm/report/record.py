@@ -171,6 +171,6 @@ def _require_labels(rows: pa.Table, manifest: Manifest, folder: Path) -> None:
         highest = pc.max(rows.column(name)).as_py()
         if highest is not None and highest >= classes:
             raise UserError(
-                f"the column '{name}' of '{folder / 'results.parquet'}' holds {highest}, and the manifest has {classes} "
-                "classes: run the attack again"
+                f"the column '{name}' of '{folder / 'results.parquet'}' holds {highest}, and the manifest has "
+                f"{classes} classes: run the attack again"
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.certify import settings_digest
+from robustvlm.core.reading import first_line, parse_json, read_bytes
 from robustvlm.errors import UserError
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.folder import RunFolder
@@ -90,16 +91,16 @@ def trail_words(trail: Mapping[str, Any], alpha: float) -> str:
 def read_looks(out: Path) -> list[dict[str, Any]]:
     """Return the looks that were begun in a folder of runs; lines that are none are left out."""
     try:
-        lines = (out / LEDGER).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_bytes(out / LEDGER).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"cannot read '{out / LEDGER}' ({error.strerror}): it counts the looks at images") from None
+        raise UserError(f"cannot read '{out / LEDGER}' ({first_line(error)}): it counts the looks at images") from None
     found = []
     for line in lines:
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             continue
         if isinstance(entry, dict) and all(
             isinstance(entry.get(key), str) for key in ("images", "look", "noise", "run")
@@ -115,7 +116,7 @@ def record_look(folder: RunFolder, trail: Mapping[str, Any]) -> None:
     if any(entry["look"] == look["look"] for entry in read_looks(out)):
         return
     # Appended in one write, and never through a symbolic link, which could lead to a file of somebody else's.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         handle = os.open(out / LEDGER, flags, 0o644)
         try:

@@ -17,8 +17,8 @@ from robustvlm.runs.manifest import Manifest, require_shape, run_identity
 NAME = "checksums.json"
 FORMAT = 1
 
-# What a run ends with. Not among them: what it goes on from (journals, checkpoints, kept features, each bound to the run
-# by itself), reports, which are made again from these files, and audits, which come later.
+# What a run ends with. Not among them: what it goes on from (journals, checkpoints, kept features, each bound to the
+# run by itself), reports, which are made again from these files, and audits, which come later.
 _FINAL = (
     "summary.json",
     "results.parquet",
@@ -121,6 +121,8 @@ def require_unchanged(folder: Path, manifest: Manifest, *, what: str = "") -> No
 
 
 def _again(name: str) -> str:
+    if name.startswith("gallery/"):
+        return "start over with --fresh"
     return f"delete '{NAME}' and give the run's command again, which makes '{name}' anew"
 
 

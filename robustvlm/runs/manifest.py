@@ -122,7 +122,8 @@ def require_owner(found: str | None, manifest: Manifest, path: Path, *, old: boo
     if found != identity or (found is None and not old):
         whose = "another run's" if found is not None else "not known to be of this run"
         raise UserError(
-            f"'{path}' is {whose}: put the run's own file back, or give the run's command with --fresh or another --name"
+            f"'{path}' is {whose}: put the run's own file back, or give the run's command with --fresh or another "
+            "--name"
         )
 
 
@@ -263,8 +264,8 @@ def require_same(old: Manifest, new: Manifest, folder: Path) -> None:
         answers = change_of(old["probe"], new["probe"])
         if answers is not None:
             raise UserError(
-                f"the model '{(new.get('model') or {}).get('spec')}' is not the one that the run in '{folder}' was made "
-                f"with: {answers}; bring that model back, choose another --name, or start over with --fresh"
+                f"the model '{(new.get('model') or {}).get('spec')}' is not the one that the run in '{folder}' was "
+                f"made with: {answers}; bring that model back, choose another --name, or start over with --fresh"
             )
     if found:
         raise UserError(

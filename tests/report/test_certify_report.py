@@ -247,9 +247,9 @@ class TestAuditTable:
     def test_nothing_to_audit(self, tmp_path: Path) -> None:
         assert "nothing to attack" in audit_view({"findings": []}).sentence
         assert audit_table({"findings": []}) is not None
-        assert load_audit(tmp_path / "none.json") is None
+        assert load_audit(tmp_path / "none.json", {}) is None
         (tmp_path / "bad.json").write_text("[1]")
-        assert load_audit(tmp_path / "bad.json") is None
+        assert load_audit(tmp_path / "bad.json", {}) is None
 
 
 def test_the_noise_that_is_shown_is_that_of_the_run(tmp_path: Path, write_certify_run: WriteRun) -> None:

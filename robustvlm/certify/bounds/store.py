@@ -14,6 +14,7 @@ from platformdirs import user_cache_dir
 
 from robustvlm.certify.bounds.ell import calibrate
 from robustvlm.certify.normal import check_alpha
+from robustvlm.core.reading import parse_json, read_text
 
 COMPUTE_UP_TO = 20_000
 """Largest n whose level is computed on demand (about 6 s); larger bands use the fallback without calibration."""
@@ -51,7 +52,7 @@ def shipped_levels() -> dict[str, float]:
 
 def _read_cache(path: Path) -> dict[str, list[object]]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(read_text(path))
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}

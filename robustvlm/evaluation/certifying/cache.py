@@ -66,7 +66,7 @@ class FeatureWriter:
     """Gathers the features of images in work and writes them when an image is done, each file whole or not at all.
 
     Args:
-        run: identity of the run that samples, which each file carries: features are evidence for its model and noise only.
+        run: identity of the run that samples, which each file carries: features are evidence for its model alone.
     """
 
     def __init__(self, folder: Path, kind: CacheType, *, run: str | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,8 +177,8 @@ def _require_untaught(specs: Sequence[str], source: DataSource) -> None:
     """Refuse to choose or measure on the data that one of the runs was trained on, as their manifests name them."""
     for spec in specs:
         manifest = None
-        with contextlib.suppress(OSError, ValueError):
-            manifest = json.loads((Path(spec) / "manifest.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, UserError):
+            manifest = read_json(Path(spec) / "manifest.json")
         data = manifest.get("data") if isinstance(manifest, dict) else None
         if isinstance(data, dict) and data.get("fingerprint") == source.fingerprint():
             raise UserError(f"'{spec}' was trained on '{source.spec}': pass --val images that no run was trained on")

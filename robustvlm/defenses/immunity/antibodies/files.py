@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from robustvlm.core.reading import parse_json
 from robustvlm.data.names import name_key, read_text
 from robustvlm.defenses.immunity.antibodies.entries import Entry, to_proposal
 from robustvlm.defenses.immunity.antibodies.texts import HARD_NEGATIVE, AntibodySource, AntibodyText, Proposal
@@ -63,8 +63,8 @@ class FileSource(AntibodySource):
 
     def _json(self, text: str) -> dict[str, Entry]:
         try:
-            content: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            content: Any = parse_json(text)
+        except ValueError as error:
             raise UserError(f"{self.path} is not valid JSON: {error}") from None
         classes = content.get("classes", content) if isinstance(content, dict) else None
         if not isinstance(classes, dict):
