@@ -43,7 +43,7 @@ def probe_pixels(size: int) -> NDArray[np.float32]:
     cell = max(1, size // 8)
     ramps = _folded((x * (3 + channel) + y * (2 + 2 * channel)) * 510 // max(1, 2 * size) + 85 * channel)
     squares = _mixed(x // cell, y // cell, channel + 11) % 256
-    stripes = _folded((x * (1 + channel) + 2 * y) * 51 + 40 * channel)
+    stripes = _folded((x * (1 + channel) + 2 * y) * 37 + 40 * channel)
     noise = _mixed(x, y, channel + 29) % 256
     grey = np.stack([np.broadcast_to(image, (3, size, size)) for image in (ramps, squares, stripes, noise)])
     grey = grey.copy()

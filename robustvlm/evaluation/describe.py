@@ -30,12 +30,13 @@ def probe_of(
         resolution: of the run's images, where it is not the model's own.
     """
     classifier = isinstance(model, Classifier)
+    vectors = model.class_embeddings if isinstance(model, Classifier) else None
     return probe_model(
         model,
         image_size=resolution or model.image_size,
         device=model.device,
         texts=[templates[0].replace("{}", name) for name in class_names[:_PROMPTS]] if templates else (),
-        class_vectors=model.class_embeddings if classifier else None,
+        class_vectors=vectors,
         outputs=classifier,
     )
 

@@ -60,7 +60,7 @@ def probe_model(
         questions: dict[str, Callable[[], dict[str, Any]]] = {}
         if encoder is not None:
             wanted = list(texts) or list(_TEXTS)
-            questions["image features"] = lambda: _asked(encoder.encode_image, noisy, device, rounding)
+            questions["image features"] = lambda: _asked(encoder.embed_image, noisy, device, rounding, unit=True)
             questions["text features"] = lambda: known.part(_rows(encoder.encode_text(wanted)), tolerance=rounding)
         if class_vectors is not None:
             questions["class vectors"] = lambda: _of_vectors(_rows(class_vectors), rounding)
@@ -85,20 +85,32 @@ def probe_encoder(vlm: VLM) -> dict[str, Any]:
     return probe_model(vlm, image_size=vlm.image_size, device=vlm.device)
 
 
-def _asked(answer: Answer, pixels: Tensor, device: torch.device, rounding: float) -> dict[str, Any]:
+def _asked(
+    answer: Answer, pixels: Tensor, device: torch.device, rounding: float, *, unit: bool = False
+) -> dict[str, Any]:
     """Ask about the images two at a time, then moved by what rounding could move them, then under another seed.
 
-    How far the second answers are from the first tells how much of a difference two machines may make: little in
-    float32, more where a model computes in half precision within. Other third answers are those of a random model.
+    How far the second answers are from the first tells how much of a difference two machines may make. Other third
+    answers are those of a random model.
+
+    Args:
+        unit: answers are features, of which the direction counts.
     """
-    first = _answers(answer, pixels, device, seed=0)
-    moved = _answers(answer, pixels + _NUDGE * (1.0 - 2.0 * pixels), device, seed=0, swapped=True)
-    again = _answers(answer, pixels, device, seed=1)
+
+    def scaled(rows: Array) -> Array:
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) if unit else rows
+
+    def ask(pixels: Tensor, seed: int, *, swapped: bool = False) -> Array:
+        return scaled(_answers(answer, pixels, device, seed=seed, swapped=swapped))
+
+    raw = _answers(answer, pixels, device, seed=0)
+    rounding, first = max(rounding, _ROUNDINGS * _coarseness(raw)), scaled(raw)
+    again, moved = ask(pixels, 1), ask(pixels + _NUDGE * (1.0 - 2.0 * pixels), 0, swapped=True)
     size = max(1.0, float(np.nan_to_num(np.linalg.norm(first, axis=1)).max()))
     if _apart(again, first) / size <= _RANDOM:
         allowed = max(rounding, _AMPLIFIED * _apart(moved, first) / size)
         return known.part(first, tolerance=size * min(allowed, _MOST))
-    rows = [first, again, *(_answers(answer, pixels, device, seed=seed) for seed in range(2, _DRAWS))]
+    rows = [first, again, *(ask(pixels, seed) for seed in range(2, _DRAWS))]
     spread = np.std([_sketched(row) for row in rows], axis=0, ddof=1) / np.sqrt(_DRAWS)
     return known.part(np.mean(rows, axis=0), tolerance=size * rounding, spread=spread)
 
@@ -112,6 +124,18 @@ def _answers(answer: Answer, pixels: Tensor, device: torch.device, *, seed: int,
         rows = _rows(answer((pair.flip(0) if swapped else pair).to(device)))
         found.append(rows[::-1] if swapped else rows)
     return np.concatenate(found)
+
+
+def _coarseness(rows: Array) -> float:
+    """Return the precision of the half-precision type that all answers are numbers of; 0 where there is none.
+
+    Example:
+        >>> _coarseness(np.array([[0.5, 0.25]])), _coarseness(np.array([[0.1]]))
+        (0.0009765625, 0.0)
+    """
+    tensor = torch.from_numpy(np.nan_to_num(rows))
+    kinds = (torch.float16, torch.bfloat16)
+    return next((torch.finfo(kind).eps for kind in kinds if torch.equal(tensor.to(kind).double(), tensor)), 0.0)
 
 
 def _apart(one: Array, other: Array) -> float:

@@ -128,8 +128,8 @@ class Reached:
             if not _is_library(type(part)):
                 self._methods(type(part), here)
                 for name, value in vars(part).items():
-                    hidden = name in _TORCHS if self._private else name.startswith("_")
-                    if not hidden and name != "training":
+                    skipped = name in _TORCHS if self._private else name.startswith("_")
+                    if not skipped and name != "training":
                         self._walk(value, f"{here}/{name}")
 
     def _methods(self, kind: type, path: str) -> None:

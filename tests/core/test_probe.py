@@ -15,7 +15,7 @@ from robustvlm.errors import UserError
 
 def test_the_images_are_the_same_to_the_bit_on_every_machine() -> None:
     digest = hashlib.blake2b(np.rint(probe_pixels(32) * 255).astype(np.uint8).tobytes(), digest_size=8).hexdigest()
-    assert digest == "120c109f2d2235c8"
+    assert digest == "36ec9d26e03d67f8"
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 224])
@@ -28,7 +28,7 @@ def test_they_stand_on_the_8_bit_grid_and_span_it(size: int) -> None:
     assert pixels.min() >= 0.0
     assert pixels.max() <= 1.0
     if size >= 16:
-        assert all(len(np.unique(image)) > 60 for image in pixels)
+        assert all(len(np.unique(image)) > 40 for image in pixels)
         assert np.abs(np.corrcoef(pixels.reshape(4, -1)) - np.eye(4)).max() < 0.3
 
 
@@ -95,7 +95,5 @@ def test_other_shapes_missing_parts_and_nan_are_changes() -> None:
 )  # fmt: skip
 def test_a_damaged_probe_is_named(parts: object) -> None:
     other = {"format": 1, "parts": {"features": part(np.ones((1, 1)), tolerance=1e-4)}}
-    try:
-        assert change_of({"format": 1, "parts": parts}, other) is not None
-    except UserError as error:
-        assert "is damaged" in str(error)
+    with pytest.raises(UserError, match="is damaged"):
+        change_of({"format": 1, "parts": parts}, other)

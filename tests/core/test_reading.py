@@ -16,7 +16,7 @@ def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (pipe, Path("/dev/zero"), tmp_path):
-        with pytest.raises(OSError):
+        with pytest.raises((NotRegular, IsADirectoryError)):
             read_bytes(path)
         with pytest.raises(NotRegular):
             require_regular(path)
@@ -31,15 +31,9 @@ def test_size_is_bounded(tmp_path: Path) -> None:
         read_bytes(tmp_path / "big", most=99)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000, "[" * 70 + "]" * 70, "{", "", "1" * 5000])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000, "[" * 70 + "]" * 70, "{", ""])
 def test_json_that_cannot_be_walked_is_a_value_error(text: str) -> None:
-    if text.isdecimal():
-        try:
-            parse_json(text)
-        except ValueError:
-            pass  # Python from 3.11 on refuses to read so long a number
-        return
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
         parse_json(text)
 
 

@@ -44,16 +44,16 @@ def in_dict(one: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
     return network
 
 
-def in_closure(one: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
+def in_closure(_: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda pixels: network(pixels)
 
 
-def in_arrays(one: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
+def in_arrays(_: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
     weight = np.asarray(network[1].weight.detach())  # type: ignore[index]
     return lambda pixels: pixels.flatten(1) @ torch.from_numpy(weight).T
 
 
-def in_default(one: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
+def in_default(_: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
     def ask(pixels: Tensor, by: nn.Module = network) -> Tensor:
         return by(pixels)
 
@@ -64,7 +64,7 @@ class Slotted:
     __slots__ = ("inner",)
 
 
-def in_slots(one: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
+def in_slots(_: Plain, network: nn.Module) -> Callable[[Tensor], Tensor]:
     box = Slotted()
     box.inner = network
     return lambda pixels: box.inner(pixels)
@@ -133,11 +133,11 @@ def test_smoothed_models_are_asked_without_noise_and_random_ones_within_their_sp
 
 def test_asking_leaves_random_states_and_the_model_as_they_were() -> None:
     model = smooth(load_model("tiny"), 0.25, 4).train()
-    torch.manual_seed(3), np.random.seed(3), random.seed(3)  # noqa: NPY002
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     probe_encoder(model)
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == states[1]).all()
     assert random.getstate() == states[2]
     assert model.training
     assert torch.is_grad_enabled()
@@ -146,6 +146,6 @@ def test_asking_leaves_random_states_and_the_model_as_they_were() -> None:
 def test_a_model_that_fails_is_left_to_the_run() -> None:
     class Broken(Plain):
         def encode_image(self, pixels: Tensor) -> Tensor:
-            raise ValueError("no")
+            raise ValueError(f"no features of {len(pixels)} images")
 
     assert sorted(probe_encoder(CustomVLM(Broken(0, in_dict), spec="mine:broken"))["parts"]) == ["text features"]
