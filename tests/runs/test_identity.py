@@ -47,7 +47,7 @@ def test_results_without_a_manifest_are_given_no_new_one(tmp_path: Path, left: s
     folder.manifest_path.unlink()
     (folder.path / left).write_text("x")
     for options in ({}, {"resume": True}):
-        with pytest.raises(UserError, match="no manifest.json that says|there is no run to resume"):
+        with pytest.raises(UserError, match=r"no manifest.json that says|there is no run to resume"):
             begin(folder, **options)
     assert not folder.manifest_path.exists()
     begin(folder, fresh=True)
@@ -82,7 +82,7 @@ def test_results_and_digests_of_another_run_are_refused_together(tmp_path: Path)
     finish(one), finish(other, manifest("2e"))
     for name in ("summary.json", "results.parquet", "checksums.json"):
         shutil.copy(other.path / name, one.path / name)
-    with pytest.raises(UserError, match="not those of its manifest.json"):
+    with pytest.raises(UserError, match=r"not those of its manifest.json"):
         require_unchanged(one.path, manifest())
 
 
@@ -90,7 +90,7 @@ def test_results_and_digests_of_another_run_are_refused_together(tmp_path: Path)
 def test_a_manifest_that_was_edited_after_the_run_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = RunFolder(tmp_path, "run")
     finish(folder)
-    with pytest.raises(UserError, match="not those of its manifest.json"):
+    with pytest.raises(UserError, match=r"not those of its manifest.json"):
         require_unchanged(folder.path, manifest(**change))
 
 
@@ -98,7 +98,7 @@ def test_a_file_that_the_run_did_not_write_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "run")
     finish(folder)
     folder.attacked_path.write_text("of another run")
-    with pytest.raises(UserError, match="'attacked.parquet' in .* is no file of this run: remove it"):
+    with pytest.raises(UserError, match=r"'attacked.parquet' in .* is no file of this run: remove it"):
         require_unchanged(folder.path, manifest())
 
 
@@ -152,7 +152,9 @@ def test_the_identity_survives_the_way_through_a_file() -> None:
 
 def test_a_model_that_answers_otherwise_is_refused_by_what_differs(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "run")
-    probes = [{"format": 1, "parts": {"logits": part(np.array([[x, 0.0]]), tolerance=1e-3)}} for x in (1.0, 1.0001, 2.0)]
+    probes = [
+        {"format": 1, "parts": {"logits": part(np.array([[x, 0.0]]), tolerance=1e-3)}} for x in (1.0, 1.0001, 2.0)
+    ]
     begin(folder, manifest(probe=probes[0], model={"spec": "mine:make"}))
     begin(folder, manifest(probe=probes[1], model={"spec": "mine:make"}))
     begin(folder, manifest(model={"spec": "mine:make"}))
@@ -171,7 +173,7 @@ def test_a_model_that_answers_otherwise_is_refused_by_what_differs(tmp_path: Pat
 def test_a_manifest_of_the_wrong_shape_is_one_clear_line(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest() | change))
-    with pytest.raises(UserError, match="is damaged|is not the manifest") as caught:
+    with pytest.raises(UserError, match=r"is damaged|is not the manifest") as caught:
         read_manifest(path)
     assert "\n" not in str(caught.value)
 
