@@ -33,6 +33,24 @@ def name_key(name: str) -> str:
     return _JOINTS.sub(" ", folded).strip()
 
 
+def places_of(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Return where each wanted name stands among `names`: spelled so, else the only one with the same key; else None.
+
+    Example:
+        >>> places_of(["red fox", "a", "A", "Cat"], ["Red_Fox", "A", "a", "dog"])
+        [0, 2, 1, None]
+    """
+    exact = {name: place for place, name in enumerate(names)}
+    alike: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        alike.setdefault(name_key(name), []).append(place)
+    found: list[int | None] = []
+    for name in wanted:
+        places = [exact[name]] if name in exact else alike.get(name_key(name), [])
+        found.append(places[0] if len(places) == 1 else None)
+    return found
+
+
 def clean_name(name: str, where: str) -> str:
     r"""Return a name composed (NFC), with single spaces; refuse one that a terminal or a reader would take wrongly.
 
