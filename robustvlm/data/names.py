@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from robustvlm.errors import UserError
 _JOINTS = re.compile(r"[\s_\-\u2010\u2011\u2012\u2013]+")
 # Marks that turn the direction of writing: a name that holds one reads differently from what it is.
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/")
 _NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
@@ -86,6 +88,10 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
 def read_text(path: Path, what: str) -> str:
     """Return the text of a small user file; `what` names its purpose in the error."""
     try:
+        # A pipe nobody writes to never ends; the shell's own (`--classes <(...)`) do.
+        special = stat.S_ISFIFO(mode := path.stat().st_mode) or stat.S_ISCHR(mode)
+        if special and not str(path).startswith(_STREAMS):
+            raise UserError(f"the {what} file {path} is no regular file")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no {what} file at {path}") from None
