@@ -74,9 +74,11 @@ class ImageFolder(DataSource):
                 f"the only folder with images in {root}, '{marks[0]}', looks like a split, not like a class: "
                 f"pass imagefolder:{classes[0]} or ?split={marks[0]}"
             )
-        if len(classes) == 1 and (inner := _only_folders(classes[0])):
+        if within is None and all(file.id.count("/") > 1 for file in self._files):
+            first = self._files[0].id.split("/")
             self.remarks.append(
-                f"the only class, '{marks[0]}', holds {inner} folders: if they are classes, pass it itself"
+                f"the images lie in folders below the class folders, as '{first[1]}' in '{first[0]}', and those are no "
+                f"classes: if they should be, pass the folder above them"
             )
         if self._aside:
             self.remarks.append(f"left aside: {said_of(self._aside)}")
@@ -120,7 +122,7 @@ class ImageFolder(DataSource):
         if len(above) == 1 and self._within is not None:
             entries = [entry for entry in entries if entry.name == self._within]
         elif len(above) == 1:
-            _check_one_split(folder, [entry.name for entry in entries if os.path.isdir(entry.path)])
+            _check_one_split(folder, [e.name for e in entries if split_kind(e.name) and os.path.isdir(e.path)])
         for entry in entries:
             path = Path(entry.path)
             if is_junk(entry.name):
@@ -185,12 +187,6 @@ def _check_one_split(folder: Path, names: list[str]) -> None:
         raise UserError(
             f"the class folder {folder} holds the splits {shown}: choose one with ?split={next(iter(found.values()))}"
         )
-
-
-def _only_folders(folder: Path) -> int:
-    """Return how many folders a class folder holds, 0 where images lie beside them."""
-    entries = [path for path in folder.iterdir() if not is_junk(path.name)] if folder.is_dir() else []
-    return len(entries) if all(path.is_dir() for path in entries) else 0
 
 
 def _display_names(folders: Sequence[str]) -> tuple[str, ...]:

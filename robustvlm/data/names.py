@@ -15,6 +15,7 @@ from robustvlm.errors import UserError
 _JOINTS = re.compile(r"[\s_\-\u2010\u2011\u2012\u2013]+")
 # Marks that turn the direction of writing: a name that holds one reads differently from what it is.
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/")
 _NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
@@ -32,6 +33,24 @@ def name_key(name: str) -> str:
     """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
     return _JOINTS.sub(" ", folded).strip()
+
+
+def places_of(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Return where each wanted name stands among `names`: spelled so, else the only one with the same key; else None.
+
+    Example:
+        >>> places_of(["red fox", "a", "A", "Cat"], ["Red_Fox", "A", "a", "dog"])
+        [0, 2, 1, None]
+    """
+    exact = {name: place for place, name in enumerate(names)}
+    alike: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        alike.setdefault(name_key(name), []).append(place)
+    found: list[int | None] = []
+    for name in wanted:
+        places = [exact[name]] if name in exact else alike.get(name_key(name), [])
+        found.append(places[0] if len(places) == 1 else None)
+    return found
 
 
 def clean_name(name: str, where: str) -> str:
@@ -69,6 +88,8 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
 def read_text(path: Path, what: str) -> str:
     """Return the text of a small user file; `what` names its purpose in the error."""
     try:
+        if str(path).startswith(_STREAMS):  # the shell's own pipes: `--classes <(...)`
+            return path.read_text(encoding="utf-8-sig")
         return reading.read_text(path, encoding="utf-8-sig")
     except reading.NotRegular as error:
         raise UserError(f"cannot read the {what} file: {error}") from None

@@ -178,6 +178,8 @@ def _check_same_names(paths: list[Path], found: list[Columns]) -> None:
 
 
 def _open(path: Path) -> pq.ParquetFile:
+    if not path.is_file():  # to open a pipe would wait for its writer
+        raise UserError(f"{path} is no regular file")
     try:
         # Buffered reading keeps pages, not whole column chunks, in memory.
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)

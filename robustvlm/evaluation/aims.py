@@ -24,7 +24,7 @@ from robustvlm.attacks import (
 from robustvlm.core.framing import Framing
 from robustvlm.data import DataSource
 from robustvlm.data.decode import decode, image_suffixes
-from robustvlm.data.names import name_key
+from robustvlm.data.names import name_key, places_of
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import UNKNOWN, Unreadable
 from robustvlm.data.taxonomy import Tree
@@ -147,14 +147,12 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
 
 def _class(text: str, class_names: Sequence[str]) -> int:
     text = text.strip()
-    exact = [label for label, name in enumerate(class_names) if name == text]
-    named = exact or [label for label, name in enumerate(class_names) if name_key(name) == name_key(text)]
-    if len(named) > 1:
-        raise UserError(
-            f"'{text}' may be any of {len(named)} classes: write it as {class_names[named[0]]!r} is written"
-        )
+    (label,) = places_of([text], class_names)
+    if label is not None:
+        return label
+    named = [name for name in class_names if name_key(name) == name_key(text)]
     if named:
-        return named[0]
+        raise UserError(f"'{text}' may be any of {len(named)} classes: write one as it is, '{named[0]}'")
     if text.isascii() and text.isdigit() and int(text) < len(class_names):
         return int(text)
     raise UserError(f"'{text}' is none of the {len(class_names)} classes: {nearest(text, class_names)}")

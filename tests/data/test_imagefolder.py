@@ -241,3 +241,10 @@ def test_names_that_would_steer_a_terminal_are_refused(tmp_path: Path, plain: Ca
     with pytest.raises(UserError, match=r"control character U\+") as caught:
         open_data(tree(tmp_path, plain(), f"{name}/a.png", "dog/a.png"))
     assert str(caught.value).isprintable()
+
+
+def test_classes_that_hold_only_folders_are_told(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    source = open_data(tree(tmp_path, plain(), "animal/cat/a.png", "animal/dog/a.png", "vehicle/car/a.png"))
+    assert source.class_names == ("animal", "vehicle")
+    assert "as 'cat' in 'animal', and those are no classes" in source.remarks[0]
+    assert not open_data(tree(tmp_path, plain(), "animal/a.png")).remarks

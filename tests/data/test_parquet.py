@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,11 @@ def test_faults_are_one_clear_line(tmp_path: Path, plain: Plain) -> None:
     no_rows = write(tmp_path / "none.parquet", [], [], names=["cat"])
     twice = write(tmp_path / "twice.parquet", [struct(plain())], [0], names=["cat", "cat"])
     (tmp_path / "junk.parquet").write_bytes(b"PAR1 junk")
+    os.mkfifo(tmp_path / "pipe.parquet")
     (tmp_path / "folder").mkdir()
     for spec, message in (
         (f"{tmp_path / 'missing.parquet'}", "no file"),
+        (f"{tmp_path / 'pipe.parquet'}", "is no regular file"),
         (f"{tmp_path / 'junk.parquet'}", "is not a readable Parquet file"),
         (f"{tmp_path / 'folder'}", "holds no .parquet file"),
         (f"{good}?image=imag", "has no column 'imag': did you mean 'image'"),

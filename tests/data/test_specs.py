@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,9 @@ def test_class_name_files_that_are_not_text_for_a_reader(tmp_path: Path) -> None
         with pytest.raises(UserError, match=message) as caught:
             read_class_names(path)
         assert "\x1b" not in str(caught.value)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_class_names(tmp_path / "pipe.txt")
     long = tmp_path / "tree.csv"
     long.write_text("parent,child\nroot," + "x" * 140_000)
     with pytest.raises(UserError, match="not valid CSV: field larger"):

@@ -90,3 +90,8 @@ def test_faults_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=message) as caught:
         open_data(spec)
     assert "\n" not in str(caught.value)
+
+
+def test_a_split_that_the_set_does_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"FakeData has no splits in torchvision: leave out \?split=train"):
+        open_data("torchvision:FakeData:.?split=train")

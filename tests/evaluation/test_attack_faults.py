@@ -82,6 +82,16 @@ def test_corrupt_images_change_no_other_image_and_survive_a_resume(make_folder: 
     assert [image.id for image in run.run().unreadable] == [name]
 
 
+def test_what_was_left_aside_stands_in_manifest_and_checks(make_folder: Photos) -> None:
+    photos = make_folder(6)
+    (photos / "__MACOSX").mkdir()
+    (photos / "dog" / "notes.txt").write_text("no image")
+    run = prepared(photos)
+    said = "left aside: '.txt', '__MACOSX'"
+    assert run.manifest["remarks"] == [said]
+    assert check(run.run(), "data and class names") == ("note", said + ".")
+
+
 def test_a_folder_of_nothing_but_corrupt_images_says_so(make_folder: Photos) -> None:
     photos = make_folder(6)
     for path in first_files(photos):

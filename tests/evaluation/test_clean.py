@@ -149,6 +149,18 @@ def test_limit_and_progress() -> None:
     assert told[-1] <= 20
 
 
+def test_classes_without_an_image_are_named_and_so_is_what_was_left_aside() -> None:
+    class Three(Noise):
+        def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+            return (item for item in super()._stream(keep) if isinstance(item, Unreadable) or item.label < 2)
+
+    source = Three()
+    source.remarks.append("left aside: '.txt'")
+    whole = evaluate_clean(classifier(), source)
+    assert whole.remarks == ["left aside: '.txt'", "no image that can be read is of 2 of the 4 classes: 'blue', 'cyan'"]
+    assert evaluate_clean(classifier(), source, limit=20).remarks == ["left aside: '.txt'"]
+
+
 def test_without_a_tree_there_are_no_levels() -> None:
     assert evaluate_clean(classifier(), Noise(tree=None)).superclass_accuracy == []
 

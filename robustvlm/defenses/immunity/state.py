@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from robustvlm.data.names import name_key
+from robustvlm.data.names import places_of
 from robustvlm.defenses.immunity.adapter import Adapter
 from robustvlm.defenses.immunity.antibodies import Antibodies
 from robustvlm.errors import UserError
@@ -52,17 +52,16 @@ class Immunity:
         Raises:
             UserError: other classes; `where` names the model.
         """
-        row_of = {name_key(name): row for row, name in enumerate(self.class_names)}
-        strange = next((name for name in class_names if name_key(name) not in row_of), None)
-        asked = {name_key(name) for name in class_names}
-        missing = next((name for name in self.class_names if name_key(name) not in asked), None)
+        places = places_of(class_names, self.class_names)
+        strange = next((name for name, place in zip(class_names, places, strict=True) if place is None), None)
+        missing = next((name for row, name in enumerate(self.class_names) if row not in places), None)
         if strange is not None or missing is not None:
             what = f"'{strange}' is none of them" if strange is not None else f"the data lack '{missing}'"
             raise UserError(
                 f"'{where}' was immunised for {len(self.class_names)} classes and {what}: pass data with those "
                 "classes, or immunise a model for these (one more class: --add-class)"
             )
-        rows = torch.tensor([row_of[name_key(name)] for name in class_names], device=self.prototypes.device)
+        rows = torch.tensor([place for place in places if place is not None], device=self.prototypes.device)
         return replace(
             self,
             class_names=tuple(class_names),

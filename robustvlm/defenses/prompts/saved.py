@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustvlm.data.names import name_key
+from robustvlm.data.names import places_of
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.defenses.saved import SavedModel
 from robustvlm.errors import UserError
@@ -50,14 +50,14 @@ class PromptTunedModel(SavedModel):
             raise UserError(
                 f"'{self.folder}' is damaged: its embeddings do not fit its classes; tune the prompts again"
             )
-        row_of = {name_key(str(name)): row for row, name in enumerate(names)}
-        unknown = [name for name in class_names if name_key(name) not in row_of]
+        places = places_of(class_names, [str(name) for name in names])
+        unknown = [name for name, place in zip(class_names, places, strict=True) if place is None]
         if unknown:
             raise UserError(
                 f"the prompts of '{self.folder}' were tuned for {len(names)} classes, '{unknown[0]}' is none of them: "
                 "pass data with those classes, or tune prompts for these"
             )
-        rows = embeddings[[row_of[name_key(name)] for name in class_names]]
+        rows = embeddings[[place for place in places if place is not None]]
         return TunedClassifier(ZeroShotClassifier(encoder, class_names, rows)).eval()
 
 

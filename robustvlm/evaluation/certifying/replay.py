@@ -10,7 +10,7 @@ from typing import Any
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.user_code import named_by
-from robustvlm.data.names import name_key
+from robustvlm.data.names import places_of
 from robustvlm.data.prompts import read_templates
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.pipeline import split_spec
@@ -217,15 +217,14 @@ def relabel(rows: list[dict[str, Any]], old: list[str], new: tuple[str, ...]) ->
         >>> relabel([{"index": 0, "label": 1}, {"index": 1, "label": 0}], ["cat", "dog"], ("wolf", "Dog"))
         {0: 1, 1: -1}
     """
-    places = {name_key(name): place for place, name in enumerate(new)}
-    found = [-1 if row["label"] < 0 else places.get(name_key(old[row["label"]]), -1) for row in rows]
+    places = [-1 if place is None else place for place in places_of(old, new)]
+    found = [-1 if row["label"] < 0 else places[row["label"]] for row in rows]
     return {row["index"]: label for row, label in zip(rows, found, strict=True)}
 
 
 def _unnamed(old: list[str], new: tuple[str, ...]) -> list[str]:
     """Say which classes of the kept images the new list does not have: their images count as unknown."""
-    known = set(map(name_key, new))
-    lost = [name for name in old if name_key(name) not in known]
+    lost = [name for name, place in zip(old, places_of(old, new), strict=True) if place is None]
     if not lost:
         return []
     shown = ", ".join(f"'{name}'" for name in lost[:6]) + (", ..." if len(lost) > 6 else "")
