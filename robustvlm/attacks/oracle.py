@@ -73,8 +73,10 @@ class Oracle:
         self.layout = _layout(model)
         self.eot, self.draws, self.seed = eot, draws, seed
         self.passes = Passes()
-        self._plain = Boundary(self.model, what="the model")
-        self._fast = Boundary(torch.compile(self.model), what="the model") if compiled else self._plain
+        self._plain = Boundary(self.model, what="the model", parts=self.model)
+        self._fast = (
+            Boundary(torch.compile(self.model), what="the model", parts=self.model) if compiled else self._plain
+        )
         self._drawn = 0
 
     @property

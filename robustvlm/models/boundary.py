@@ -24,12 +24,13 @@ class Boundary:
       copy too, which it cannot change afterwards.
     * Gradients pass it scaled, row by row, to a size that half precision can hold, and are scaled back behind it. All
       factors are powers of two and rows do not interact, so that in float32 not a bit changes; in float16 what would
-      have been rounded to zero is not (loss scaling, Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+      have been rounded to zero is not (loss scaling, Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). Where
+      weights are being trained, nothing is scaled.
     * Settings of the process that the function changes are put back (`same_process`).
 
     Args:
         call: the function; what: how errors name it, as "encode_image of 'my:encoder'".
-        parts: modules that it runs, for what their parameters say of its precision.
+        parts: the module that it runs, if it is one: its parameters say in which precision, and whether they train.
 
     Example:
         >>> weight = torch.full((12, 2), 1e-4)
@@ -42,8 +43,8 @@ class Boundary:
 
     def __init__(self, call: Callable[[Tensor], Any], *, what: str, parts: Any = None) -> None:
         self.call, self.what = call, what
-        parameters = parts.parameters() if isinstance(parts, nn.Module) else ()
-        kinds = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+        self._parts = parts if isinstance(parts, nn.Module) else nn.Module()
+        kinds = {parameter.dtype for parameter in self._parts.parameters() if parameter.is_floating_point()}
         self.in_half = bool(kinds & set(HALF))
         # A module all in half precision may leave it to its caller to hand over such pixels; see `settle`.
         self._dtype: torch.dtype | None = None
@@ -78,8 +79,10 @@ class Boundary:
         wants_gradient = torch.is_grad_enabled() and pixels.requires_grad
         if torch.compiler.is_compiling():  # which sees through neither of the functions below
             return self._checked(self.call(pixels.clone()), len(pixels), wants_gradient).to(pixels.dtype, copy=True)
+        # Weights that are being trained would meet the factors, which only pixels are freed of.
+        scales = wants_gradient and not any(parameter.requires_grad for parameter in self._parts.parameters())
         scale = _Scale()
-        given = _Behind.apply(pixels, scale) if wants_gradient else pixels.clone()
+        given = _Behind.apply(pixels, scale) if scales else pixels.clone()
         if self._dtype is not None:
             given = given.to(self._dtype)
         kept = torch.random.fork_rng(devices=_devices(pixels)) if self._seeds else contextlib.nullcontext()
@@ -88,7 +91,7 @@ class Boundary:
         rows = self._checked(output, len(pixels), wants_gradient)
         self.in_half = self.in_half or rows.dtype in HALF
         wide = torch.float64 if pixels.dtype == torch.float64 else torch.float32
-        if not wants_gradient:
+        if not scales:
             return rows.to(wide, copy=True, memory_format=torch.contiguous_format)
         widened: Tensor = _Before.apply(rows, scale, wide)
         return widened

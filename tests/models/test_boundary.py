@@ -170,3 +170,15 @@ def test_random_states_are_put_back() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
+
+
+def test_weights_that_are_trained_get_their_own_gradient() -> None:
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), pixels(grad=True)
+    Boundary(net, what="f", parts=net)(x).square().sum().backward()
+    found, of_pixels = net[1].weight.grad, x.grad
+    assert found is not None
+    net.zero_grad()
+    y = pixels(grad=True)
+    net(y).square().sum().backward()
+    torch.testing.assert_close(found, net[1].weight.grad)
+    torch.testing.assert_close(of_pixels, y.grad)
