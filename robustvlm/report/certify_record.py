@@ -37,7 +37,7 @@ _DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_rad
 _CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
            "deployed": "deployed mean"}  # fmt: skip
 _POINTS = 121
-_ALWAYS = ("index", "image_id", "label", "prediction", "claim", "radius", "n", "n_pilot", "resize_norm", "certificate")
+_ALWAYS = ("index", "image_id", "label", "prediction", "claim", "radius", "n", "n_pilot", "certificate")
 _WANTED = pa.schema([field.with_nullable(field.name not in _ALWAYS) for field in CERTIFY_SCHEMA])
 
 

@@ -27,7 +27,7 @@ def seeds(run: Any) -> dict[str, int]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"classes": "cat\ndog\nwolf\n"}, {"templates": "a drawing of a {}\n"}, {"claim": "vote"}, {"sigma": 0.06},
+        {"classes": '{"cat": "kitten", "dog": "dog", "fox": "fox"}'}, {"templates": "a drawing of a {}\n"}, {"claim": "vote"}, {"sigma": 0.06},
         {"samples": 320}, {"alpha": 0.02}, {"radius": 0.01}, {"seed": 1}, {"precision": "fp64"},
         {"model": "Encoder+smooth:0.05:8"},
     ],
@@ -39,8 +39,9 @@ def test_settings_that_could_be_chosen_after_a_look_draw_other_noise(
     photos = make_folder(2)
     for name in ("classes", "templates"):
         if name in change:
-            (tmp_path / name).write_text(change[name])
-            change = {name: tmp_path / name}
+            path = tmp_path / ("classes.json" if name == "classes" else "templates.txt")
+            path.write_text(change[name])
+            change = {name: path}
     model = change.pop("model", "Encoder")
     first, second = prepared(photos), prepared(photos, model, name="other", **{"sigma": 0.05, **change})
     first.run()

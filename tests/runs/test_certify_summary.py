@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from robustvlm.certify import cone_cos, fcsb_cos, vector_cos
+from robustvlm.report.certify_terminal import certify_table
+from robustvlm.report.certify_wording import rule, source, state, verdict
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_rows import CERTIFY_SCHEMA, COLUMNS, CertifyFact, make_certify_rows
-from robustvlm.runs.certify_summary import CertifySummary, summarise_certify
+from robustvlm.runs.certify_summary import CertifySummary, standing, summarise_certify
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
@@ -118,3 +121,43 @@ def test_rows_hold_every_column_and_order_by_image() -> None:
 def test_a_run_without_images_has_no_summary() -> None:
     with pytest.raises(ValueError, match="without images"):
         summarise_certify([], manifest())
+
+
+def test_colour_and_verdict_go_by_a_distance_that_was_asked_about() -> None:
+    """A mean radius of 0.0034 is no success, however many images have one."""
+    tiny = summary(*(fact(i, 0.0034) for i in range(4)))
+    some = summary(fact(0, 0.2), *(fact(i, 0.0034) for i in range(1, 4)))
+    half = summary(fact(0, 0.2), fact(1, 0.1), fact(2, 0.0), fact(3, 0.0))
+    nothing = summary(fact(0, 0.0), fact(1, 0.0))
+    assert [state(one) for one in (tiny, some, half, nothing)] == ["none", "neutral", "held", "none"]
+    assert "0.0034 (L₂) on average" in verdict(tiny)
+    assert "At the distance 0.1 it holds for 0 of 4." in verdict(tiny)
+    assert verdict(nothing).startswith("For none of the 2 images")
+    wrong = summary(
+        *(fact(i, 0.2, correct=False, claim="class", r=None) for i in range(4)), claim="class", min_cos=None
+    )
+    assert state(wrong) == "none"  # certified to stay wrong
+    asked = summary(fact(0, 0.3, stop="certified"), fact(1, 0.0, stop="futile"), radius=0.3, at=[0.01, 0.3])
+    assert standing(asked) == (0.3, asked.at[1].certified)
+    assert "One grey level in every pixel is a distance of 0.218." in verdict(tiny, resolution=32)
+
+
+def test_what_was_asked_for_is_printed_as_asked_and_bounds_on_the_safe_side() -> None:
+    low = 0.1234567
+    found = summary(fact(0, low), fact(1, 0.0), at=[low], alpha=0.0123456, sigma=0.5000001)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(certify_table(found, {"threat": [], "alpha_split": {}}))
+    text = shown.get()
+    assert "0.123457" not in text  # rounded up
+    assert text.count("0.1234567") >= 2
+    assert "sigma 0.5000001" in text
+    assert "Error probability 0.0123456 per image" in text
+    assert "at most 0.0247" in text  # 2 * 0.0123456 = 0.0246912
+
+
+def test_runs_say_which_rule_and_which_source_they_are_about() -> None:
+    found = summary(fact(0, 0.3), fact(1, 0.3, resize_norm=None))
+    assert "1 of 2 images were resized first and rounded to 8 bits" in source(found)
+    assert "not resized" in source(summary(fact(0, 0.3)))
+    assert "nothing is stated of it" in rule(found)

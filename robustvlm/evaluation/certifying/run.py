@@ -198,7 +198,9 @@ class ReplayRun:
             for row in left:
                 if self.ranks.mine(row["index"]):
                     self.ranks.check()
-                    fact = self.recorder.fact(self._judged(row), resize_norm=row["resize_norm"])
+                    # Earlier versions kept the norm of a resize that was rounded, which certifies nothing.
+                    norm = 1.0 if row["resize_norm"] == 1.0 else None
+                    fact = self.recorder.fact(self._judged(row), resize_norm=norm)
                     self.ledger.add_image(fact)
                     self.observer.image_done(fact)
         finally:
