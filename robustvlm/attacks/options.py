@@ -31,6 +31,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 
 # Beyond this a run would not end in a lifetime, and its tables would not fit into memory.
 MOST = 100_000
+_SMALLEST_STEP = 1e-7
 # Points of one image that an attack may look at, over all steps, restarts and targets.
 _MOST_POINTS = 1_000_000
 
@@ -80,12 +81,17 @@ def check(attack: LaneAttack) -> None:
     points = attack.n_iter * attack.n_restarts * (getattr(attack, "n_targets", None) or 1)
     if points > _MOST_POINTS:
         raise UserError(
-            f"attack '{attack.name}' would look at up to {points:,} points of every image, {_MOST_POINTS:,} may "
-            f"be at most: take fewer {budget}, restarts or targets"
+            f"attack '{attack.name}' would look at up to {points:,} points of every image: take fewer "
+            f"{budget}, restarts or targets, for at most {_MOST_POINTS:,}"
         )
     step_size = getattr(attack, "step_size", None)
-    if step_size is not None and not 0 < step_size < float("inf"):
+    if step_size is not None and not step_size > 0:
         raise UserError(f"attack '{attack.name}': step_size must be positive, got {step_size}")
+    if step_size is not None and not _SMALLEST_STEP <= step_size <= MOST:
+        raise UserError(
+            f"attack '{attack.name}': step_size must be between {_SMALLEST_STEP:g} (the least to move a bright pixel "
+            f"in float32) and {MOST:,}, got {step_size:g}"
+        )
     p_init = getattr(attack, "p_init", None)
     if p_init is not None and not 0 < p_init <= 1:
         raise UserError(f"attack '{attack.name}': p_init must be above 0 and at most 1, got {p_init}")

@@ -177,3 +177,14 @@ def test_bad_attack_texts_are_refused_in_one_line(text):
     with pytest.raises(UserError) as error:
         parse_attacks(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("eps", [1e-300, 1e-45, 1e-9, 1.0])
+@pytest.mark.parametrize("name", [*EVERY, "fab-t", "square:queries=12"])
+def test_radii_without_measure_end_in_finite_answers_inside_the_ball(name, eps, norm):
+    model = Linear(classes=4)
+    for result in attack_all(model, attacks_of(name, steps=3), ThreatModel(norm, eps), right_jobs(model, 2)):
+        assert (result.linf if norm == "Linf" else result.l2) <= eps
+        assert math.isfinite(result.margin)
+        assert torch.isfinite(result.adversarial).all()

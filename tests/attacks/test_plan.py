@@ -101,6 +101,8 @@ def test_every_attack_works_with_any_number_of_classes(classes):
         ("torchattacks:SPSA:nb_sample=1000000000000", {}, "from 0 to 100,000"),
         ("torchattacks:PGD:alpha=nan", {}, "expected a number"),
         ("pgd:step_size=nan", {}, "step_size must be positive"),
+        ("pgd:step_size=1e-300", {}, "the least to move a bright pixel"),
+        ("pgd:step_size=1e300", {}, "step_size must be between"),
     ],
 )
 def test_numbers_without_sense_or_end_are_refused(text, common, said):

@@ -255,3 +255,9 @@ def test_too_few_classes_for_a_loss_are_noted() -> None:
 def test_a_model_that_is_never_right_leaves_nothing_to_attack() -> None:
     wrong = [replace(fact, prediction=0, exposed=False) for fact in CLEAN]
     assert of_results([], clean=wrong)["something to attack"][0] == "fault"
+
+
+@pytest.mark.parametrize(("eps", "fires"), [(1e-9, True), (1e-300, True), (1e-6, False), (1 / 255, False)])
+def test_a_radius_in_which_nothing_can_move_is_no_test(eps: float, fires: bool) -> None:
+    found = checks.of_results([], [], threats=[ThreatModel("Linf", eps)], attacks=[], n_classes=3)
+    assert any(check.name == "size of the radius" and check.level == "warning" for check in found) is fires

@@ -13,6 +13,8 @@ from robustvlm.runs.summary import Check
 from robustvlm.stats import rate
 
 _BALL_SLACK = 1e-6
+# Between neighbouring float32 numbers just below 1.
+_SPACING = 2.0**-24
 # AutoAttack warns when its black-box attack takes more than this share of accuracy from the white-box ones.
 _BLACK_BOX_SHARE = 0.002
 # Attacks of the published packages that ask for no gradient.
@@ -39,7 +41,7 @@ def of_results(
         pixels: values in one image (3 H W), to compare radii of the two norms.
     """
     failed = sum(fact.outcome == FAILED for fact in found) + sum(fact.prediction == NO_ANSWER for fact in clean)
-    checks = [_inside_ball(found, threats)]
+    checks = [_inside_ball(found, threats), *_tiny_radius(threats)]
     if failed:
         message = (
             f"{failed} answers could not be had (output not finite, or the image was lost): not counted as robust."
@@ -77,6 +79,18 @@ def _inside_ball(found: Sequence[AttackFact], threats: Sequence[ThreatModel]) ->
         level="ok",
         message="Every adversarial image, measured in float64, lies in its ball and in [0, 1].",
     )
+
+
+def _tiny_radius(threats: Sequence[ThreatModel]) -> list[Check]:
+    """Warn of balls in which hardly a float32 pixel can move: whatever is robust there says nothing of the model."""
+    tiny = [threat for threat in threats if threat.eps < _SPACING]
+    if not tiny:
+        return []
+    message = (
+        f"At eps {tiny[0].eps:.4g} pixels hardly move at all: numbers of 32 bits near 1 lie {_SPACING:.2g} apart. "
+        "What is robust there was not put to the test."
+    )
+    return [Check(name="size of the radius", level="warning", message=message)]
 
 
 def black_box(
