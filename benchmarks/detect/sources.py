@@ -25,7 +25,7 @@ class Kept:
     def __init__(self, cache: Path, classifier: Classifier) -> None:
         self.folder = cache / classifier.fingerprint[:12]
         self.classifier = classifier
-        self._encoder = Encoder(classifier, self.folder, seed=0, batch_size=64, observer=DetectObserver())
+        self._encoder = Encoder(classifier, self.folder, owner={}, seed=0, batch_size=64, observer=DetectObserver())
 
     def answers(self, spec: str, limit: int | None = None) -> Encoded:
         """Return the answers for the images of a spec."""

@@ -43,8 +43,8 @@ def encoded(vlm: VLM, source: DataSource, folder: Path, name: str, limit: int | 
     """Return the features of a source, from the folder if they are there."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        write_features(path, encode_source(vlm, source, limit=limit))
-    return read_features(path)
+        write_features(path, encode_source(vlm, source, limit=limit), {})
+    return read_features(path, {})
 
 
 def rows(found: Features, mask: Tensor, labels: Tensor | None = None) -> Features:
