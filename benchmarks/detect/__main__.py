@@ -33,7 +33,7 @@ def emoji(options: argparse.Namespace) -> None:
     source = open_data("emoji")
     kept = Kept(options.cache, load_classifier(options.model, source.class_names, source.templates))
     head = Head(kept.classifier.class_embeddings, kept.classifier.logit_scale)  # type: ignore[arg-type]
-    words = kept.words(source)
+    words = kept.words(source, [open_data(f"emoji?split={name}") for name in ("near", "far")])
     seen, fit_on_others = f"emoji?split=train&styles={SEEN}", f"emoji?split=train&styles={OTHERS}"
     cases = [
         ("unseen style (Twemoji)", "emoji", "twemoji", "emoji?split=train"),
@@ -64,7 +64,7 @@ def cifar10(options: argparse.Namespace) -> None:
     source = open_data(f"parquet:{options.test}")
     kept = Kept(options.cache, load_classifier(options.model, source.class_names, source.templates))
     assert kept.classifier.vlm is not None
-    vlm, words = kept.classifier.vlm, kept.words(source)
+    vlm, words = kept.classifier.vlm, kept.words(source, [open_data("emoji")])
     texts = class_embeddings(vlm, source.class_names, source.templates)
     test, train = kept.answers(f"parquet:{options.test}"), kept.answers(f"parquet:{options.train}", options.fit_limit)
     far = _features(kept.answers("emoji"))

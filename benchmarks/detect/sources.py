@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from robustvlm.data import open_data
+from robustvlm.data.nouns import same_things
 from robustvlm.data.source import DataSource
 from robustvlm.defenses import Classifier
 from robustvlm.detect import outside, tree_words
@@ -14,6 +16,7 @@ from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting.encoding import Encoded, Encoder, embed_words
 from robustvlm.evaluation.detecting.observer import DetectObserver
 from robustvlm.evaluation.detecting.scoring import own_sdis, score_all
+from robustvlm.models.fingerprint import fingerprint
 
 
 class Kept:
@@ -30,11 +33,17 @@ class Kept:
         name = f"{source.fingerprint()[:12]}-{limit or 'all'}"
         return self._encoder.encode(source, name, limit=limit, title=spec)
 
-    def words(self, source: DataSource) -> Tensor:
-        """Return unit embeddings of the words of the bundled trees that are outside the classes of a source."""
+    def words(self, source: DataSource, unknown: Sequence[DataSource]) -> Tensor:
+        """Return unit embeddings of the words of the bundled trees that are outside the classes of a source.
+
+        Words that name what the unknown sets show are left out: they would tell a score what it is tested on.
+        """
         assert self.classifier.vlm is not None
         words = outside(tree_words(), source.class_names, source.tree)
-        path = self.folder / f"words-{len(words)}.safetensors"
+        naming = same_things(words, [name for other in unknown for name in other.things()])
+        print(f"{len(naming)} of {len(words)} words name what the unknown sets show and are left out")
+        words = tuple(word for word in words if word not in naming)
+        path = self.folder / f"words-{fingerprint({}, words)[:12]}.safetensors"
         return embed_words(self.classifier.vlm, words, source.templates, path, owner={})
 
     def own_scores(self, spec: str) -> dict[str, Tensor]:

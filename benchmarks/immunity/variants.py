@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from robustvlm.data.nouns import words_of
 from robustvlm.defenses.immunity import (
     Immunised,
     Immunity,
@@ -28,7 +29,6 @@ from robustvlm.defenses.immunity.antibodies import (
     noise_antibodies,
     open_source,
 )
-from robustvlm.defenses.immunity.antibodies.names import words_of
 from robustvlm.defenses.immunity.losses import automatic_margin
 from robustvlm.detect import Head, Supplies, make_scores
 from robustvlm.evaluation.immunizing.measuring import judged

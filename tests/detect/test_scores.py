@@ -90,11 +90,11 @@ def test_energy_change_by_hand(values: list[float], n_reset: int) -> None:
 def test_energy_change_of_one_cosine_ranks_as_msp_at_the_model_s_own_temperature(
     cosines: list[float], scale: float
 ) -> None:
-    """The closed form: -log(1 - p1 + 1 / Z), where Z is the sum of exponentials."""
+    """The closed form: -log(1 - p1 + 1 / Z), where Z is the sum of exponentials, and p1 the largest softmax."""
     logits = scale * torch.tensor([cosines], dtype=torch.float64)
-    total = logits.exp().sum()
-    expected = -torch.log(1 - logits.softmax(1).amax() + 1 / total)
-    assert energy_change(logits, 1).item() == pytest.approx(expected.item(), abs=1e-6)
+    total, rest = logits.exp().sum(), logits.exp().sort().values[0, :-1].sum()
+    expected = -torch.log(rest / total + 1 / total)  # 1 - p1 without its rounding
+    assert energy_change(logits, 1).item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9)
 
 
 def test_energy_change_of_one_cosine_is_msp_by_rank_and_another_score_at_another_temperature() -> None:

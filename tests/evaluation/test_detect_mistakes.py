@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from robustvlm.errors import UserError
 def test_images_that_were_learnt_from(detect_run: DetectRun, detect_images: Path) -> None:
     with pytest.raises(UserError, match="18 images are both in --fit and in --id"):
         detect_run(fit=f"imagefolder:{detect_images}/known").run()
-    # The same images in another folder have other ids; they are noticed all the same.
-    link = detect_images / "copy"
+    link, copy = detect_images / "link", detect_images / "copy"
     if not link.exists():
         link.symlink_to(detect_images / "known")
-    summary = detect_run(name="copies", fit=f"imagefolder:{link}").run()
+        shutil.copytree(detect_images / "known", copy)
+    with pytest.raises(UserError, match="18 images are both in --fit and in --id"):
+        detect_run(name="link", fit=f"imagefolder:{link}/").run()
+    # In another folder equal ids say nothing; the images are noticed all the same.
+    summary = detect_run(name="copies", fit=f"imagefolder:{copy}").run()
     assert any(check.level == "warning" and "18 of 18" in check.message for check in summary.checks)
 
 

@@ -42,7 +42,7 @@ def test_from_training_to_soup_and_export(tmp_path: Path, capsys: pytest.Capture
     code, out, _ = call(capsys, "report", str(tmp_path / "a"), "--json")
     assert json.loads(out)["runs"][0]["summary"]["steps"] == 3
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    code, out, _ = call(capsys, "soup", *runs, "--out", str(tmp_path), "--name", "c", "--val", data, "--device", "cpu")
+    code, out, _ = call(capsys, "soup", *runs, "--out", str(tmp_path), "--name", "c", "--val", val, "--device", "cpu")
     assert code == 0
     assert "clean accuracy: " in out
     code, out, _ = call(capsys, "export", str(tmp_path / "c"), str(tmp_path / "d"), "--half")
