@@ -340,7 +340,7 @@ def test_odd_command_lines_end_in_one_short_line(call: Call, kind: str) -> None:
 
 
 COMMANDS = {str(command.name): command.callback for command in app.registered_commands}
-NUMBERS = {"int": ["x", "1e3", "0x10", "1.5"], "float": ["x", "1,5", "--"]}
+NUMBERS = {"int": ["1e3"], "float": ["1,5"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
