@@ -233,6 +233,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "surrogates": (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates"), 2, "not valid Unicode"),
     "wrong setting": (ValidationError(), 2, "config.eps: Input should be a number"),
     "huge number": (OverflowError("int too big to convert"), 2, "a number is too large"),
+    "huge number for torch": (ValueError("Overflow when unpacking long long"), 2, "a number is too large"),
     "end of file": (EOFError(), 2, "a file ends too early"),
     "success of others": (SystemExit(0), 2, "ended the program"),
     "a fault": (KeyError("x"), 3, "a fault of robustvlm, please report it: KeyError: 'x'"),
