@@ -103,7 +103,7 @@ def _line(error: BaseException) -> tuple[str, int]:
             return f"{_UNREADABLE[kind.__name__]}: {_brief(error)}", MISTAKE
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {_brief(error)}", MISTAKE
-    if isinstance(error, OverflowError):
+    if isinstance(error, OverflowError) or "overflow when unpacking" in str(error).lower():  # the second is torch's
         return f"a number is too large ({_brief(error)}{_place(error)})", MISTAKE
     own = _users_frame(error.__traceback__)
     if own is not None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torchvision import datasets
 
+from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import DecodeError, one_line, to_rgb
 from robustvlm.data.names import readable
 from robustvlm.data.source import DataSource, Sample, Unreadable
@@ -115,6 +117,8 @@ def _construct(kind: Any, root: Path, split: str | None, download: bool) -> Any:
     if "download" in accepted:
         settings["download"] = download
     try:
+        if download:
+            return within(download_seconds(), partial(kind, **settings))
         return kind(**settings)
     except (RuntimeError, FileNotFoundError, NotADirectoryError) as error:
         if download or "download" not in accepted:

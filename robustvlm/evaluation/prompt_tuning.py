@@ -81,6 +81,8 @@ class PreparedPrompts:
             )
             with torch.no_grad():
                 tuned = self.learner().cpu()
+            if not tuned.isfinite().all():
+                raise UserError(f"the tuned prompts are not finite: pass a smaller --lr than {self.config.lr:g}")
             record = {"format": 1, "images": len(shots.ids), "history": history, **self._measured(tuned, shots)}
             forget_checksums(self.folder.path)
             self._save(tuned, record)

@@ -79,7 +79,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "negative seed": (["attack", "--seed", "-1"], "--seed must not be negative"),
     "unknown device": (["attack", "--device", "tpu"], "pass auto, cpu, cuda"),
     "device without data": (["attack", "--device", "meta"], "pass auto, cpu, cuda"),
-    "second processor": (["attack", "--device", "cpu:5"], "there is one 'cpu'"),
     "missing device": (["attack", "--device", "cuda:99"], "is not there"),
     "unknown precision": (["attack", "--precision", "fp8"], "unknown precision 'fp8'"),
     "tiny resolution": (["attack", "--resolution", "4"], "between 8 and 4096"),

@@ -233,6 +233,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "surrogates": (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates"), 2, "not valid Unicode"),
     "wrong setting": (ValidationError(), 2, "config.eps: Input should be a number"),
     "huge number": (OverflowError("int too big to convert"), 2, "a number is too large"),
+    "huge number for torch": (ValueError("Overflow when unpacking long long"), 2, "a number is too large"),
     "end of file": (EOFError(), 2, "a file ends too early"),
     "success of others": (SystemExit(0), 2, "ended the program"),
     "a fault": (KeyError("x"), 3, "a fault of robustvlm, please report it: KeyError: 'x'"),
@@ -340,7 +341,7 @@ def test_odd_command_lines_end_in_one_short_line(call: Call, kind: str) -> None:
 
 
 COMMANDS = {str(command.name): command.callback for command in app.registered_commands}
-NUMBERS = {"int": ["x", "1e3", "0x10", "1.5"], "float": ["x", "1,5", "--"]}
+NUMBERS = {"int": ["1e3"], "float": ["1,5"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -68,7 +68,7 @@ TRICKLES = {
     "chunks": slowly(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
     "trailers": slowly(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: y\r\n"),
     "body": slowly(b"HTTP/1.1 200 OK\r\n\r\n", b"a"),
-    "TLS": slowly(b"", b"\x16"),
+    "TLS": slowly(b"\x16\x03\x03\x40\x00", b"\x02"),
     "redirect": slowly(b"HTTP/1.1 302 Found\r\nLocation: /x\r\n", b"X: y\r\n"),
 }
 

@@ -1,6 +1,6 @@
 """Run the equality tests (resumed = straight, ranks, budgets) as every kind of CPU computes, with one and two threads.
 
-    python tools/matrix/equality.py [words for pytest]
+python tools/matrix/equality.py [words for pytest]
 """
 
 from __future__ import annotations
