@@ -58,7 +58,6 @@ class Bench:
     def __init__(self, root: Path, *, timeout: float, program: Callable[[Sequence[str]], Body] = command) -> None:
         self.root, self.timeout, self.program = root, timeout, program
         self.root.mkdir(parents=True, exist_ok=True)
-        self._made: dict[str, Path] = {}
 
     def place(self, name: str, needs: tuple[str, ...] = ()) -> Path:
         """Return a folder with the results of earlier commands in it."""
@@ -92,14 +91,15 @@ class Bench:
 
     def straight(self, item: Command, *, again: bool = False) -> Path:
         """Return the place of an uninterrupted run of this command, made once (or twice, to see what time changes)."""
-        key = f"straight-{item.name}{'-again' if again else ''}"
-        if key not in self._made:
-            place = self.place(key, item.needs)
+        place = self.root / f"straight-{item.name}{'-again' if again else ''}"
+        done = place.with_name(f".{place.name}.done")  # on disk, so that every worker knows of it
+        if not done.exists():
+            self.place(place.name, item.needs)
             ended = self.run(item.words, place)
             if ended.code != 0:
                 raise SystemExit(f"robustvlm {item.line}: exit code {ended.code}\n{ended.err[-2000:]}")
-            self._made[key] = place
-        return self._made[key]
+            done.touch()
+        return place
 
 
 def _copy(source: Path, target: Path) -> None:
