@@ -27,7 +27,8 @@ def seeds(run: Any) -> dict[str, int]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"classes": '{"cat": "kitten", "dog": "dog", "fox": "fox"}'}, {"templates": "a drawing of a {}\n"}, {"claim": "vote"}, {"sigma": 0.06},
+        {"classes": '{"cat": "kitten", "dog": "dog", "fox": "fox"}'}, {"templates": "a drawing of a {}\n"},
+        {"claim": "vote"}, {"sigma": 0.06},
         {"samples": 320}, {"alpha": 0.02}, {"radius": 0.01}, {"seed": 1}, {"precision": "fp64"},
         {"model": "Encoder+smooth:0.05:8"},
     ],
