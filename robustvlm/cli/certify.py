@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain, say_remarks
-from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
+from robustvlm.cli.options import (
+    Classes,
+    Device,
+    Out,
+    Resume,
+    RunName,
+    SummaryAsJson,
+    Templates,
+    TreeFile,
+    require_none,
+)
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 
@@ -105,6 +115,8 @@ def certify(
     if audit is not None:
         from robustvlm.cli.certify_audit import run_audit
 
+        others = {"--fail-if": fail_if, "--from-cache": from_cache, "--prompts": prompts, "--name": name}
+        require_none(others, "is not for --audit: what is audited stands in the run")
         broken = run_audit(
             audit,
             out=out,
@@ -118,6 +130,7 @@ def certify(
         if broken:
             raise typer.Exit(broken)
         return
+    require_none({"--audit-starts": audit_starts, "--audit-steps": audit_steps}, "is for --audit RUN")
     conditions = [parse_certify_condition(text) for text in fail_if or []]
     ranks = current_ranks()
     console = Console(stderr=as_json, quiet=not ranks.leader)

@@ -83,7 +83,7 @@ def require_none(given: Mapping[str, object], why: str) -> None:
     """
     from robustvlm.errors import UserError
 
-    useless = [option for option, value in given.items() if value]
+    useless = [option for option, value in given.items() if value not in (None, [])]
     if useless:
         raise UserError(f"{useless[0]} {why}")
 

@@ -317,6 +317,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "nothing to price": (["immunize", "--llm-prices", "1,2"], "--llm-prices is for --llm URL"),
     "no prices": (["immunize", "--llm-prices", "cheap"], "prices are written IN,OUT"),
     "nothing to measure": (["soup", "tiny", "tiny", "--classes", "names"], "--classes is for --val"),
+    "nothing to audit": (["certify", "--audit-steps", "0"], "--audit-steps is for --audit RUN"),
+    "no gate of an audit": (["certify", "--audit", "x", "--fail-if", "mean_radius<1"], "--fail-if is not for --audit"),
     "password": (["data", "wds:ftp://me:s3cret@host/a.tar"], "ftp://***@host/a.tar"),
     "signature": (["data", "nope:https://h/a.tar?sig=s3cret"], "unknown data kind 'nope'"),
     "key of a language model": (
