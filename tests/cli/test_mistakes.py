@@ -19,7 +19,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "incomplete encoder": (["attack", "own_encoders:Half", "--data", "imagefolder:photos"], "Half has no encode_image"),
     "encoder without gradient": (
         ["attack", "own_encoders:Detached", "--data", "imagefolder:photos"],
-        "gives no gradient",
+        "has no gradient",
     ),
     "coupled encoder": (["attack", "own_encoders:Coupled", "--data", "imagefolder:photos"], "--lanes 1"),
     "missing folder": (["attack", "--data", "imagefolder:nowhere"], "no folder nowhere"),
