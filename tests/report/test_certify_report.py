@@ -221,7 +221,7 @@ def test_unfinished_foreign_and_damaged_runs(tmp_path: Path, write_certify_run: 
     (folder / "results.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot read"):
         load_certify_run(folder)
-    (folder / "manifest.json").write_text('{"kind": "attack"}')
+    (folder / "manifest.json").write_text('{"format": 1, "kind": "attack", "config": {}}')
     with pytest.raises(UserError, match="is no certify run"):
         load_certify_run(folder)
 
