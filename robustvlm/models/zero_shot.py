@@ -158,8 +158,8 @@ def _same_rows(embeddings: torch.Tensor) -> list[tuple[int, int]]:
     rows = embeddings.detach().double().cpu()
     # Rows that near are as near in any one direction, so only neighbours in its order need a look.
     direction = F.normalize(torch.linspace(1.0, 40.0, rows.shape[1], dtype=rows.dtype).cos(), dim=0)
-    along = rows @ direction
-    order, pairs = along.argsort().tolist(), []
+    projected = rows @ direction
+    along, order, pairs = projected.tolist(), projected.argsort().tolist(), []
     for place, one in enumerate(order):
         for other in order[place + 1 :]:
             if along[other] - along[one] > _SAME:
