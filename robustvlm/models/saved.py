@@ -93,6 +93,24 @@ def read_card(folder: Path) -> Card | None:
     return Card(kind, _found(folder, base), base.get("fingerprint"), settings, base.get("probe"))
 
 
+def require_ground(folder: Path, card: Card) -> None:
+    """Refuse a model whose card leads back to itself, over whatever models between: it would never end.
+
+    Example:
+        >>> require_ground(Path("runs/some"), Card("purify", base="tiny"))
+    """
+    passed = [folder.resolve()]
+    below: Card | None = card
+    while below is not None and below.base is not None:
+        place, _ = _split_folder(below.base)
+        if place is None:
+            return
+        if place.resolve() in passed:
+            raise UserError(f"the model '{folder}' stands on itself: the cards below it lead back to '{place}'")
+        passed.append(place.resolve())
+        below = read_card(place)
+
+
 def _found(folder: Path, base: dict[str, Any]) -> str:
     near = folder / base["relative"] if base.get("relative") else None
     return f"{near}{base.get('operators') or ''}" if near is not None and near.is_dir() else str(base["spec"])
