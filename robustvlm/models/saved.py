@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robustvlm.core.reading import first_line, read_json
+from robustvlm.core.reading import first_line, parse_json, read_text
 from robustvlm.errors import UserError
 from robustvlm.runs.files import write_text
 
@@ -65,10 +65,7 @@ def read_card(folder: Path) -> Card | None:
     """
     path = folder / CARD_NAME
     try:
-        content = read_json(path, advice="make the model again")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
+        content = parse_json(read_text(path))
         version, kind, settings, base = (content.get(key) for key in ("format", "kind", "settings", "base"))
         if (
             not isinstance(version, int)
@@ -84,7 +81,9 @@ def read_card(folder: Path) -> Card | None:
                 raise ValueError(f"base {key} must be text, got {base[key]!r}")
         if base is not None and not isinstance(base.get("probe"), dict | None):
             raise ValueError(f"base probe must be an object, got a {type(base['probe']).__name__}")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not the card of a model ({first_line(error)}): make the model again") from None
     if version > FORMAT:
         raise UserError(f"'{path}' is of format {version}, this robustvlm reads up to {FORMAT}: update robustvlm")
