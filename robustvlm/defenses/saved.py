@@ -21,7 +21,7 @@ from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.probe import probe_encoder
-from robustvlm.models.saved import Card, read_card
+from robustvlm.models.saved import Card, read_card, require_ground
 
 KINDS = {
     "finetune": "robustvlm.defenses.finetune.saved:FinetunedModel",
@@ -133,6 +133,7 @@ def saved_model(spec: str) -> SavedModel | None:
     card = read_card(Path(place)) if os.path.isdir(place) else None
     if card is None:
         return None
+    require_ground(Path(place), card)
     if card.kind not in KINDS:
         raise UserError(f"'{spec}' is a model of the unknown kind '{card.kind}'; {nearest(card.kind, KINDS)}")
     module, _, name = KINDS[card.kind].partition(":")

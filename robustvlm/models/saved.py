@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robustvlm.core.reading import first_line, read_json
+from robustvlm.core.reading import first_line, parse_json, read_text
 from robustvlm.errors import UserError
 from robustvlm.runs.files import write_text
 
@@ -65,10 +65,7 @@ def read_card(folder: Path) -> Card | None:
     """
     path = folder / CARD_NAME
     try:
-        content = read_json(path, advice="make the model again")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
+        content = parse_json(read_text(path))
         version, kind, settings, base = (content.get(key) for key in ("format", "kind", "settings", "base"))
         if (
             not isinstance(version, int)
@@ -84,13 +81,33 @@ def read_card(folder: Path) -> Card | None:
                 raise ValueError(f"base {key} must be text, got {base[key]!r}")
         if base is not None and not isinstance(base.get("probe"), dict | None):
             raise ValueError(f"base probe must be an object, got a {type(base['probe']).__name__}")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not the card of a model ({first_line(error)}): make the model again") from None
     if version > FORMAT:
         raise UserError(f"'{path}' is of format {version}, this robustvlm reads up to {FORMAT}: update robustvlm")
     if base is None:
         return Card(kind, settings=settings)
     return Card(kind, _found(folder, base), base.get("fingerprint"), settings, base.get("probe"))
+
+
+def require_ground(folder: Path, card: Card) -> None:
+    """Refuse a model whose card leads back to itself, over whatever models between: it would never end.
+
+    Example:
+        >>> require_ground(Path("runs/some"), Card("purify", base="tiny"))
+    """
+    passed = [folder.resolve()]
+    below: Card | None = card
+    while below is not None and below.base is not None:
+        place, _ = _split_folder(below.base)
+        if place is None:
+            return
+        if place.resolve() in passed:
+            raise UserError(f"the model '{folder}' stands on itself: the cards below it lead back to '{place}'")
+        passed.append(place.resolve())
+        below = read_card(place)
 
 
 def _found(folder: Path, base: dict[str, Any]) -> str:

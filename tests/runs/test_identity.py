@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from robustvlm.core.probe import part
+from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
+from robustvlm.evaluation.finetuning.souping import _root
+from robustvlm.models.saved import Card, write_card
 from robustvlm.runs.checksums import require_unchanged, write_checksums
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.journal import Journal
@@ -211,3 +214,15 @@ def test_leftovers_inside_the_folders_of_a_training_are_swept(tmp_path: Path) ->
     left.write_text("half")
     begin(folder)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_cards_that_lead_back_to_themselves_are_refused(tmp_path: Path, length: int) -> None:
+    folders = [tmp_path / str(number) for number in range(length)]
+    for folder in folders:
+        folder.mkdir()
+    for number, folder in enumerate(folders):
+        write_card(folder, Card("build", base=str(folders[(number + 1) % length]), base_fingerprint="ab"))
+    for ask in (saved_model, _root):
+        with pytest.raises(UserError, match="stands on itself"):
+            ask(str(folders[0]))

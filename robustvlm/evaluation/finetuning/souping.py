@@ -23,7 +23,7 @@ from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, valid
 from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
 from robustvlm.models.probe import probe_encoder
-from robustvlm.models.saved import Card, read_card
+from robustvlm.models.saved import Card, read_card, require_ground
 from robustvlm.runs.checksums import forget_checksums, require_unchanged, write_checksums
 from robustvlm.runs.files import write_text
 from robustvlm.runs.folder import RunFolder, default_name
@@ -139,11 +139,9 @@ def _design(vlm: VLM) -> list[str]:
 def _root(spec: str) -> str | None:
     """Return the fingerprint of the model that a run was tuned from, through all runs between; None if not known."""
     found, folder = None, Path(spec)
-    passed: set[Path] = set()
     while (card := read_card(folder) if folder.is_dir() else None) is not None and card.base is not None:
-        if folder.resolve() in passed:
-            raise UserError(f"the model '{spec}' stands on itself: its card leads back to '{folder}'")
-        passed.add(folder.resolve())
+        if found is None:
+            require_ground(folder, card)
         found, folder = card.base_fingerprint, Path(card.base)
     return found
 
