@@ -212,8 +212,8 @@ def test_kept_word_embeddings_are_those_of_the_same_words(tmp_path: Path) -> Non
     from small_encoders import Encoder
 
     vlm, path = CustomVLM(Encoder(), spec="small_encoders:Encoder"), tmp_path / "words.safetensors"
-    first = embed_words(vlm, ["one", "two"], ["{}"], path)
-    other = embed_words(vlm, ["one", "six"], ["{}"], path)
+    first = embed_words(vlm, ["one", "two"], ["{}"], path, owner={})
+    other = embed_words(vlm, ["one", "six"], ["{}"], path, owner={})
     assert torch.equal(first[0], other[0])
     assert not torch.equal(first[1], other[1])
-    assert torch.equal(embed_words(vlm, ["one", "six"], ["{}"], path), other)
+    assert torch.equal(embed_words(vlm, ["one", "six"], ["{}"], path, owner={}), other)
