@@ -104,7 +104,9 @@ def test_two_processes_go_on_where_one_stopped_and_one_where_two_were_killed(mak
     done = torchrun(photos, "--name=killed", model="KillsRank1")
     assert done.returncode != 0
     kept = f"stopped; everything so far is kept in '{killed.folder.path}': repeat the command to go on"
-    assert ours(done) == [kept], "torchrun ends the other one, which says what to do"
+    died = "error: rank 1 of 2 has died; what is finished is kept: repeat the command to go on"
+    assert ours(done) in ([kept], [died]), "the other one ends by itself, or torchrun ends it, and says what to do"
+    assert "Traceback" not in done.stderr.partition("torch.distributed.elastic")[0]
     killed.run(resume=True)
     assert table(killed).equals(table(alone))
 
