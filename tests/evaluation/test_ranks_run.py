@@ -30,8 +30,8 @@ def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def torchrun(photos: Path, *words: str, model: str = "Encoder", **changed: str) -> subprocess.CompletedProcess[str]:
     """Run `robustvlm attack` on the photos in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "robustvlm", "attack", f"small_encoders:{model}", f"--data=imagefolder:{photos}", "--device=cpu"]
-    command += ["--checks=none"]  # as in `prepared`, whose runs are gone on with here
+    command += ["-m", "robustvlm", "attack", f"small_encoders:{model}", f"--data=imagefolder:{photos}?empty=1"]
+    command += ["--device=cpu", "--checks=none"]  # as in `prepared`, whose runs are gone on with here
     command += [f"--{name}={value}" for name, value in (CURVE | changed).items()]
     command += [f"--out={photos.parent / 'runs'}", *words]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
