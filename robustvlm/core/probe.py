@@ -113,11 +113,12 @@ def change_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
 
 def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     before, after = _numbers(old["values"]), _numbers(new["values"])
+    tolerance = max(float(old["tolerance"]), float(new["tolerance"]))
     if before.shape != after.shape:
         return f"its {name} are of another shape ({len(before)} rows before, {len(after)} now)"
     if not np.array_equal(np.isfinite(before), np.isfinite(after)):
         return f"its {name} of fixed inputs are NaN or infinite in other places"
-    allowed = max(float(old["tolerance"]), float(new["tolerance"])) + np.zeros(before.shape)
+    allowed = tolerance + np.zeros(before.shape)
     if "spread" in old or "spread" in new:
         spreads = [_numbers(probe["spread"]) if "spread" in probe else np.zeros(before.shape) for probe in (old, new)]
         allowed = allowed + _SPREADS * np.sqrt(spreads[0] ** 2 + spreads[1] ** 2)

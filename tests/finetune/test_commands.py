@@ -29,8 +29,8 @@ def test_from_training_to_soup_and_export(tmp_path: Path, capsys: pytest.Capture
     base, data = str(clip_folder(tmp_path / "base")), pictures(tmp_path / "pictures", each=6)
     val = pictures(tmp_path / "val", each=4)
     common = ["--data", data, "--val", val, "--out", str(tmp_path), "--device", "cpu", "--val-steps", "2"]
-    train = ["finetune", base, "--method", "tecoa", "--steps", "3", "--batch-size", "6", "--lr", "1e-3", *common]
-    code, out, _ = call(capsys, *train, "--name", "a")
+    train = ["finetune", base, "--steps", "3", "--batch-size", "6", "--lr", "1e-3", *common]
+    code, out, _ = call(capsys, *train, "--name", "a", "--method", "tecoa")
     assert code == 0
     assert "3 steps to go: " in out
     assert "encoder passes, about" in out

@@ -175,7 +175,7 @@ def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
     assert "&lt;script&gt;x" in page
     kept = summary.history.best()
     assert kept is not None
-    assert f"weights of step {kept.step}" in page
+    assert f"which chose the weights (those of step {kept.step} of" in page
     assert re.search(rf"Encoder passes</dt><dd>{summary.history.passes:,} ", page)
 
 

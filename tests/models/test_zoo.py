@@ -78,7 +78,8 @@ class TestFolder:
     def test_broken_config(self, save_clip: Callable[..., Path], config: str) -> None:
         folder = save_clip()
         (folder / "open_clip_config.json").write_text(config)
-        assert "cannot be built from its config" in refused(str(folder))
+        said = refused(str(folder))
+        assert "cannot be built from its config" in said or "open_clip_config.json' (Expecting" in said
 
     def test_non_square_models_are_unsupported(self, save_clip: Callable[..., Path]) -> None:
         from_config = {
