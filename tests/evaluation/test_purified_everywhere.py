@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from robustvlm.cli.main import app
+from robustvlm.core.probe import probe_pixels
+from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.errors import UserError
 
 ENCODER = "small_encoders:Encoder"
@@ -59,8 +62,10 @@ def test_certify_takes_the_noise_of_the_pipeline(pipeline: tuple[Path, str], out
     assert whole["mean_radius"] == pytest.approx(parts["mean_radius"], rel=0.2)  # each behind noise of its own
     manifests = [json.loads(path.read_text()) for path in out.glob("certify-*/manifest.json")]
     assert {manifest["config"]["sigma"] for manifest in manifests} == {0.25}
-    one, other = (manifest["probe"]["parts"]["image features"]["values"] for manifest in manifests)
-    assert one == other, "the same function of noisy images"
+    smoothed, behind = load_pipeline(str(model)), load_pipeline(str(out / "pure")).at_noise(0.25)
+    assert isinstance(smoothed, SmoothedVLM)
+    noisy = torch.from_numpy(probe_pixels(smoothed.image_size))
+    assert torch.equal(smoothed.encode_noisy(noisy), behind.encode_image(noisy)), "the same function of noisy images"
     with pytest.raises(UserError, match=r"smoothed with noise of 0.25, and --sigma says 0.5"):
         command("certify", model, "--sigma", 0.5, *shared)
     with pytest.raises(UserError, match="smoothed twice"):
