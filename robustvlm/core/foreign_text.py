@@ -11,11 +11,21 @@ from typing import Any
 HIDDEN = "***"
 """What stands where a secret stood."""
 
-_USER = re.compile(r"(?<![\w+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}://)([^\s/?#\\@]*@)+")
-# A key and its value, as in the query or fragment of a URL; a percent-encoded "=" or "&" ends nothing.
-_PAIR = re.compile(r"([?&#;])([\w.~%-]{1,80})=([^\s&#;'\"<>\\]*)")
-_URL = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>\\]+")
-_SECRET_WORDS = ("sig", "token", "secret", "passw", "pwd", "credential", "apikey", "accesskey", "auth", "session")
+_SCHEME = r"(?<![\w+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}://)"
+_USER = re.compile(_SCHEME + r"([^\s/?#\\@]*@)+")
+# A password with a "/", "?" or "#" that should have been percent-encoded; what follows the colon is no port.
+_LOOSE_USER = re.compile(_SCHEME + r"[^\s/?#@:\[\]\\]{1,80}:(?!\d+[/?#])[^\s@'\"<>\\]{1,200}@")
+# A key and its value, as in the query or fragment of a URL; a percent-encoded "=" or "&" ends nothing. JSON may have
+# its "&" escaped.
+_PAIR = re.compile(r"([?&#;]|\\u0026)([\w.~%-]{1,80})=([^\s&#;'\"<>\\]*)")
+_URL = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://(?:[^\s'\"<>\\]|\\u0026)+")
+# A path with a query: HTTP clients name a URL so in their errors, the host apart.
+_PATH = re.compile(r"(?<![^\s'\"(=])/[^\s'\"<>\\?]{0,500}\?(?:[^\s'\"<>\\]|\\u0026)+")
+_SECRET_WORDS = (
+    "signature", "token", "secret", "passw", "credential", "apikey", "accesskey", "authoriz", "authkey", "session",
+)  # fmt: skip
+# Short ones count at the end only: "usersig" is one, "design" and "author" are none.
+_SECRET_ENDS = ("sig", "pwd", "auth")
 _SECRET_NAMES = frozenset(("key", "pass", "policy", "hmac", "jwt", "ticket"))
 # Beside the signature itself: what is new in each URL that a store signs (AWS and its kin, Google, Azure, CloudFront).
 _SIGNED_WITH = frozenset(
@@ -40,7 +50,9 @@ def without_secrets(text: str) -> str:
         'class 3 of 7'
     """
     if "://" in text:
-        text = _URL.sub(_bare, _USER.sub(rf"\1{HIDDEN}@", text))
+        text = _URL.sub(_bare, _LOOSE_USER.sub(rf"\1{HIDDEN}@", _USER.sub(rf"\1{HIDDEN}@", text)))
+    if "?" in text and "=" in text:
+        text = _PATH.sub(lambda found: _bare(found, digests=False), text)
     if "earer" in text.lower() or "asic " in text.lower():
         text = _BEARER.sub(rf"\1 {HIDDEN}", text)
     return _TOKEN.sub(HIDDEN, text)
@@ -102,7 +114,8 @@ def visible_json(text: str) -> str:
     return "".join(_json_escape(mark) if mark not in "\n\t\r" and _steers(mark) else mark for mark in text)
 
 
-def _bare(found: re.Match[str]) -> str:
+def _bare(found: re.Match[str], *, digests: bool = True) -> str:
+    """Return an address without the values of secret names; `digests` stand for values that look random."""
     url = found.group()
     names = {_plain(name) for _, name, _ in _PAIR.findall(url)}
     signed = any(_secret(name) for name in names)
@@ -111,7 +124,7 @@ def _bare(found: re.Match[str]) -> str:
         mark, name, value = pair.groups()
         plain = _plain(name)
         if not value or not (_secret(plain) or (signed and plain in _SIGNED_WITH)):
-            if not _OPAQUE.fullmatch(value):
+            if not digests or not _OPAQUE.fullmatch(value):
                 return pair.group()
             return (
                 f"{mark}{name}={HIDDEN}{hashlib.blake2b(value.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
@@ -128,7 +141,7 @@ def _plain(name: str) -> str:
 def _secret(plain: str) -> bool:
     if plain.startswith(("xamz", "xgoog", "xoss", "xcos")) or plain in _SECRET_NAMES:
         return True
-    return any(word in plain for word in _SECRET_WORDS)
+    return plain.endswith(_SECRET_ENDS) or plain.startswith("sigv") or any(word in plain for word in _SECRET_WORDS)
 
 
 def _steers(mark: str) -> bool:

@@ -14,6 +14,8 @@ from robustvlm.errors import UserError, nearest
 
 _DIGITS = re.compile(r"([0-9]+)")
 _LEADING_CODE = re.compile(r"^(n\d{8}|\d+)[\s._-]+(?=\D)")
+# Signs that tell names apart ("C++" from "C#"), and numbers that are more than one run of digits ("1.5" is not "15").
+_TELLING = re.compile(r"[^\w\s\-'\u2019\".,;:()&/!?]|\d[.,:/]\d|(?:^|\s)-\d")
 _MOST_SHOWN = 12
 _FEW = 4
 _LONGEST_NUMBER = 18
@@ -238,7 +240,7 @@ def _by_name(own: Own, given: Sequence[str]) -> dict[int, int | None]:
     """Return, for each class of the source, the one given name that certainly means it, or None."""
     assert own.names is not None
     matches: dict[int, int | None] = dict.fromkeys(range(len(own.names)))
-    for forms in (_keys, _loose_forms):
+    for forms in (_spelled, _keys, _loose_forms):
         free = set(range(len(given))) - set(matches.values())
         meant: dict[str, set[int]] = {}
         for at in free:
@@ -247,13 +249,18 @@ def _by_name(own: Own, given: Sequence[str]) -> dict[int, int | None]:
         claims: dict[int, set[int]] = {}
         for place in (place for place, at in matches.items() if at is None):
             texts = {own.marks[place], own.names[place]}
-            claims[place] = {at for text in texts for form in forms(text) for at in meant.get(form, ())}
+            found = {(text, at) for text in texts for form in forms(text) for at in meant.get(form, ())}
+            claims[place] = {at for text, at in found if not _numbered_apart(text, given[at])}
         claimed = Counter(at for ats in claims.values() for at in ats)
         for place, ats in claims.items():
             # Certain only where neither side has a choice.
             if len(ats) == 1 and claimed[(at := next(iter(ats)))] == 1:
                 matches[place] = at
     return matches
+
+
+def _spelled(name: str) -> Iterator[str]:
+    yield unicodedata.normalize("NFC", name)
 
 
 def _keys(name: str) -> Iterator[str]:
@@ -264,9 +271,15 @@ def _loose_forms(name: str) -> Iterator[str]:
     """Yield spellings that mean the same: without articles, plurals, joints, number before, synonyms after a comma."""
     for text in dict.fromkeys((name, name.partition(",")[0], _LEADING_CODE.sub("", name))):
         # Rules of English for English: of other scripts the rules would drop signs that tell words apart.
-        words = words_of(text) if text.isascii() else name_key(text).split()
+        words = words_of(text) if text.isascii() and not _TELLING.search(text) else name_key(text).split()
         if words:
-            yield "".join(words)
+            yield re.sub(r"(?<!\d) | (?!\d)", "", " ".join(words))
+
+
+def _numbered_apart(one: str, other: str) -> bool:
+    """Whether both names begin with a number or code, and with another one ("1 dollar", "10 dollar")."""
+    first, second = _LEADING_CODE.match(one), _LEADING_CODE.match(other)
+    return first is not None and second is not None and first[1].lstrip("0") != second[1].lstrip("0")
 
 
 def _by_number(marks: Sequence[str], given: Sequence[str]) -> tuple[list[int], int] | None:

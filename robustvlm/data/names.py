@@ -12,7 +12,8 @@ from pathlib import Path
 from robustvlm.core import reading
 from robustvlm.errors import UserError
 
-_JOINTS = re.compile(r"[\s_\-\u2010\u2011\u2012\u2013]+")
+# A "-" before a digit at the beginning of a word is a sign, and tells two numbers apart.
+_JOINTS = re.compile(r"(?:[\s_\u2010\u2011\u2012\u2013]|(?<=[^\s_])-|-(?!\d))+")
 # Marks that turn the direction of writing: a name that holds one reads differently from what it is.
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/")
@@ -28,6 +29,8 @@ def name_key(name: str) -> str:
     Example:
         >>> name_key("Aquarium_Fish") == name_key("aquarium fish")
         True
+        >>> name_key("-5"), name_key("class_-5"), name_key("class-5")
+        ('-5', 'class -5', 'class 5')
         >>> name_key("cafe\N{COMBINING ACUTE ACCENT}") == name_key("caf\N{LATIN SMALL LETTER E WITH ACUTE}")
         True
     """

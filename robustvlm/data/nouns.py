@@ -45,8 +45,9 @@ def words_of(text: str) -> tuple[str, ...]:
         (('ice', 'cream'), ('cherry',), ('wolf',))
     """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).replace("'s", "").casefold())
-    plain = re.sub(r"[^\w\s]|_", " ", folded)
-    return tuple(_singular(word) for word in plain.split() if word not in _ARTICLES)
+    words = re.sub(r"[^\w\s]|_", " ", folded).split()
+    # The last word is no article: it tells "vitamin A" from "vitamin".
+    return tuple(_singular(word) for word in words[:-1] if word not in _ARTICLES) + tuple(map(_singular, words[-1:]))
 
 
 def _singular(word: str) -> str:

@@ -135,8 +135,8 @@ class DataSource(ABC):
 
     def _settled(self, item: Sample) -> Sample:
         """Return a sample with its label among the settled class names."""
+        self.check_label(item.label, item.id)
         if self._label_of is None or item.label == UNKNOWN:
-            self.check_label(item.label, item.id)
             return item
         return replace(item, label=self._label_of[item.label])
 
@@ -150,12 +150,12 @@ class DataSource(ABC):
             return
         for label in (min(labels), max(labels)):
             self.check_label(label, where)
-        if set(labels) - {UNKNOWN} == set(range(1, len(self.class_names))):
+        if self._label_of is None and set(labels) - {UNKNOWN} == set(range(1, len(self.class_names))):
             self.remarks.append(f"no image has label 0 ('{self.class_names[0]}'): do the labels begin at 1?")
 
     def check_label(self, label: int, where: str) -> None:
-        """Refuse a label without a class name."""
-        count = len(self.class_names)
+        """Refuse a label, of those that the source itself has, without a class name."""
+        count = len(self.class_names if self._label_of is None else self._label_of)
         if not UNKNOWN <= label < count:
             advice = "pass --classes FILE with a name for every label"
             if label == count:

@@ -86,12 +86,17 @@ def chosen_split(root: Path, split: str | None) -> tuple[Path, str | None]:
 
 
 def _splits(folders: list[Path]) -> list[tuple[str, str]]:
-    """Return kind and name of the folders that are splits; names of several words need folders inside, and no files."""
+    """Return kind and name of the folders that are splits.
+
+    Names of several words ("test tube") need folders inside and no files, or others that are the same but for the word
+    of the split ("train2017", "val2017").
+    """
+    alike = Counter(rest for rest, _ in {(_rest_of(folder.name), split_in(folder.name)) for folder in folders})
     found = []
     for folder in folders:
         kind = split_kind(folder.name)
-        if kind is None and (kind := split_in(folder.name)) is not None and not _holds_folders_only(folder):
-            kind = None
+        if kind is None and (kind := split_in(folder.name)) is not None:
+            kind = kind if alike[_rest_of(folder.name)] > 1 or _holds_folders_only(folder) else None
         if kind is not None:
             found.append((kind, folder.name))
     return found if len({kind for kind, _ in found}) > 1 else []
@@ -111,6 +116,13 @@ def _folders(root: Path) -> list[Path]:
         return sorted(path for path in root.iterdir() if path.is_dir() and not is_junk(path.name))
     except OSError:
         return []
+
+
+def _rest_of(name: str) -> str | None:
+    """Return a longer name without the word that tells its split; None where it tells none."""
+    if split_in(name) is None:
+        return None
+    return re.sub(r"[a-z]+", lambda word: "*" if word.group() in _KINDS else word.group(), name.casefold())
 
 
 def _holds_folders_only(folder: Path) -> bool:

@@ -103,7 +103,16 @@ class WebDatasetSource(DataSource):
         label = next(((key, row[key]) for key in self._label_names if key in row), None)
         if label is None:
             return Unreadable(name, f"no label among its members ({_members(row)})")
-        return decode(name, image, _label(*label, self.class_names, f"'{name}'"))
+        return decode(name, image, self._meant(*label, f"'{name}'"))
+
+    def _meant(self, kind: str, data: bytes, where: str) -> int:
+        """Return the label as the source itself counts: by the names beside the shards, as long as there are any."""
+        try:
+            return _label(kind, data, self.marks or self.class_names, where)
+        except UserError:
+            if not self.marks or self._label_of is not None:
+                raise
+            return _label(kind, data, self.class_names, where)  # of the same order
 
     def _identity(self) -> Iterable[str]:
         return (f"{shard.name} {shard.size}" for shard in self._shards)

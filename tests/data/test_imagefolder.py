@@ -213,6 +213,13 @@ def test_training_and_test_images_are_not_mixed(
         open_data(spec + "?split=val")
 
 
+def test_splits_that_hold_images_are_no_classes(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    with pytest.raises(UserError, match=r"'train2017', 'val2017' of .* are splits"):
+        open_data(tree(tmp_path / "a", plain(), "train2017/a.png", "val2017/a.png"))
+    names = open_data(tree(tmp_path / "b", plain(), "train station/a.png", "test tube/a.png")).class_names
+    assert names == ("test tube", "train station")
+
+
 def test_a_train_may_be_a_vehicle(tmp_path: Path, plain: Callable[..., bytes]) -> None:
     spec = tree(tmp_path / "a", plain(), "train/a.png", "bus/a.png", "test tube/a.png")
     assert open_data(spec).class_names == ("bus", "test tube", "train")

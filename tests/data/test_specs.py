@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustvlm.data.classes import CIFAR10, imagenet_names, made_distinct, read_class_names
-from robustvlm.data.labels import Own, natural_key, settle_names
+from robustvlm.data.labels import Own, label_of, natural_key, settle_names
 from robustvlm.data.names import readable
 from robustvlm.data.prompts import CIFAR, DEFAULT, IMAGENET, check_templates, fill, read_templates
 from robustvlm.data.specs import KINDS, open_data, parse_spec
@@ -165,6 +165,36 @@ def test_settling_names() -> None:
         settled(None, {"a": "b"})
     with pytest.raises(UserError, match="does not say for certain"):
         settled(["ka", "kb"], ["tench", "goldfish"])
+
+
+@pytest.mark.parametrize(
+    ("found", "given"),
+    [
+        (["1 dollar note", "5 dollar note"], ["10 dollar note", "5 dollar note"]),
+        (["0_cat", "1_dog"], ["1_cat", "0_dog"]),
+        (["c", "c++"], ["c#", "c"]),
+        (["10", "-5"], ["-10", "5"]),
+        (["1.5", "3"], ["15", "3"]),
+        (["1-5", "6-10"], ["6-10", "15"]),
+        (["vitamin a", "vitamin b"], ["vitamin", "vitamin b"]),
+        (["temp 6", "temp -5"], ["temp 5", "temp -6"]),
+    ],
+)
+def test_names_that_differ_in_numbers_or_signs_are_no_match(found: list[str], given: list[str]) -> None:
+    with pytest.raises(UserError, match="does not say for certain"):
+        settled(found, given)
+
+
+@pytest.mark.parametrize(
+    "names", [["Polish", "polish", "cat"], ["-10", "10", "5"], ["c", "c++", "c#"], ["a", "the", "an"]]
+)
+def test_the_same_spelling_is_certain_whatever_else_is_alike(names: list[str]) -> None:
+    assert settled(names, names[::-1]) == names
+
+
+def test_the_unknown_class_is_none_of_the_numbers() -> None:
+    assert label_of("-1", ["0", "1", "2"], "x") == -1
+    assert label_of("1", ["0", "1", "2"], "x") == 1
 
 
 @pytest.mark.parametrize("form", ["{}", "{:03d}", "class_{}", "Class-{}"])

@@ -200,6 +200,28 @@ def test_files_of_clip_benchmark_beside_the_shards_are_used(tmp_path: Path, plai
     assert open_data(f"wds:{tmp_path / 'test'}", classes=mine).class_names == imagenet_names()
 
 
+@pytest.mark.parametrize(("kind", "labels"), [("txt", (b"dog", b"cat")), ("cls", (b"1", b"0"))])
+def test_labels_are_those_of_the_names_beside_the_shards_whatever_list_is_given(
+    tmp_path: Path, plain: Plain, kind: str, labels: tuple[bytes, bytes]
+) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    members = [pair for n, label in enumerate(labels) for pair in ((f"{n}.png", plain()), (f"{n}.{kind}", label))]
+    write_tar(tmp_path / "a.tar", members)
+    mine = tmp_path / "mine.json"
+    for names, wanted in (
+        (["bird", "cat", "fox", "dog"], ["dog", "cat"]),
+        (["dogs", "cats"], ["dogs", "cats"]),
+        ({"cat": "kitten"}, ["dog", "kitten"]),
+    ):
+        mine.write_text(json.dumps(names))
+        source = open_data(f"wds:{tmp_path}", classes=mine)
+        assert [source.class_names[item.label] for item in source.samples() if isinstance(item, Sample)] == wanted
+    write_tar(tmp_path / "a.tar", [("0.png", plain()), ("0.cls", b"2")])
+    mine.write_text(json.dumps(["bird", "cat", "fox", "dog"]))
+    with pytest.raises(UserError, match="has label 2"):
+        list(open_data(f"wds:{tmp_path}", classes=mine).samples())
+
+
 @pytest.mark.parametrize(
     ("kind", "label", "names"),
     [

@@ -11,6 +11,7 @@ from detecting import DetectRun
 from PIL import Image
 
 from robustvlm.errors import UserError
+from robustvlm.evaluation.detecting.settings import Settings
 
 
 def test_images_that_were_learnt_from(detect_run: DetectRun, detect_images: Path) -> None:
@@ -51,6 +52,11 @@ def test_mistakes_are_one_line(detect_run: DetectRun, changes: dict[str, Any], w
     with pytest.raises(UserError, match=words) as caught:
         detect_run(**changes).run()
     assert "\n" not in str(caught.value)
+
+
+def test_a_set_is_not_called_by_a_secret() -> None:
+    (named,) = Settings(known="emoji", unknown=("wds:https://me:s3cret@host/far.tar?sig=s3cret",)).unknown_sets()
+    assert named.name == "far"
 
 
 def test_other_settings_are_another_run(detect_run: DetectRun) -> None:

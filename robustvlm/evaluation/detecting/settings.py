@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustvlm.attacks import LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.core.foreign_text import without_secrets
 from robustvlm.data.specs import parse_spec
 from robustvlm.detect import SCORES, parse_scores
 from robustvlm.detect.base import require_temperature
@@ -175,11 +176,16 @@ class Settings:
 
 
 def _short_name(spec: str) -> str:
-    """Return a name for a data spec: its split, or the last word of what it names."""
+    """Return a name for a data spec: its split, or the last word of what it names; nothing of an address's query."""
     parsed = parse_spec(spec)
     split = parsed.options.get("split")
     if split:
         return split
-    words = re.findall(r"[A-Za-z0-9][\w-]*", parsed.rest) or [parsed.kind]
+    words = re.findall(r"[A-Za-z0-9][\w-]*", _place(parsed.rest)) or [parsed.kind]
     stem = [word for word in words if word not in ("parquet", "tar", "json")] or words
     return stem[-1][:40]
+
+
+def _place(rest: str) -> str:
+    """Return a path or address without its user, password and query, which may be secret."""
+    return without_secrets(rest).partition("?")[0] if "://" in rest else rest

@@ -221,7 +221,7 @@ class PreparedImmunize:
         record = self._common(done.immunity, prototypes, made, done)
         record["diagnostics"]["eps_align_degrees"] = facts.alignment_error(done.immunity, held)
         pooled, unknown = done.thresholds.pooled, self._unknown()
-        parts = {self.config.data: fit, "the held-out data": held, **unknown}
+        parts = {without_secrets(self.config.data): fit, "the held-out data": held, **unknown}
         record |= {
             "copies": copies(held.features, fit.features),
             "unreadable": {name: part.unreadable for name, part in parts.items() if part.unreadable},
