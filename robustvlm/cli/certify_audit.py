@@ -28,6 +28,7 @@ def run_audit(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from robustvlm.cli.console import Console
+    from robustvlm.core.foreign_text import one_line
     from robustvlm.core.memory import is_out_of_memory
     from robustvlm.errors import UserError
     from robustvlm.evaluation.audit_run import audit_folder
@@ -61,7 +62,7 @@ def run_audit(
         except Exception as error:  # the encoder may be the user's code, which fails in any way
             if is_out_of_memory(error):
                 raise
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, limit=200)
             raise UserError(f"the audit of '{run}' failed: {type(error).__name__}: {said}") from error
     report = write_certify_report(folder)
     content = result.model_dump(mode="json")

@@ -58,6 +58,17 @@ def without_secrets(text: str) -> str:
     return _TOKEN.sub(HIDDEN, text)
 
 
+def one_line(error: object, *, limit: int = 160) -> str:
+    """Return the text of an error on one line of at most `limit` characters, without secrets; its type if it has none.
+
+    Example:
+        >>> one_line(ValueError("no\\nsuch thing")), one_line(KeyError()), one_line(ValueError("long " * 9), limit=12)
+        ('no such thing', 'KeyError', 'long long...')
+    """
+    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def secrets_cut(value: Any) -> Any:
     """Return plain data (mappings, lists, texts, numbers) with `without_secrets` applied to every text in it.
 

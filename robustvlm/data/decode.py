@@ -13,7 +13,7 @@ from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.foreign_text import one_line
 from robustvlm.data.source import Sample, Unreadable
 
 # Only raster formats decoded inside Pillow: its EPS reader, for one, hands the file to an interpreter.
@@ -207,9 +207,3 @@ def _known_formats() -> tuple[str, ...]:
 def _registered_suffixes() -> frozenset[str]:
     known = _known_formats()
     return frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in known)
-
-
-def one_line(error: object) -> str:
-    """Return the text of an error on one line of at most 160 characters."""
-    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.foreign_text import one_line
 from robustvlm.core.network import download_seconds, within
-from robustvlm.data.decode import decode, one_line
+from robustvlm.data.decode import decode
 from robustvlm.data.labels import TextLabels
 from robustvlm.data.parquet_schema import IMAGE_COLUMNS, LABEL_COLUMNS
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable

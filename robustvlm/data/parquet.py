@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from robustvlm.core.foreign_text import one_line
 from robustvlm.data.decode import decode
 from robustvlm.data.labels import TextLabels
 from robustvlm.data.parquet_schema import Columns, find_columns
@@ -108,7 +109,7 @@ class ParquetSource(DataSource):
                         yield self._sample(ids[done], batch, row)
                     done += 1
         except (pa.ArrowException, OSError) as error:
-            reason = f"damaged Parquet data: {' '.join(str(error).split())[:120]}"
+            reason = f"damaged Parquet data: {one_line(error, limit=120)}"
             yield from (
                 Unreadable(name, reason) for name, wanted in zip(ids[done:], kept[done:], strict=True) if wanted
             )
@@ -184,4 +185,4 @@ def _open(path: Path) -> pq.ParquetFile:
         # Buffered reading keeps pages, not whole column chunks, in memory.
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"{path} is not a readable Parquet file: {one_line(error)}") from None

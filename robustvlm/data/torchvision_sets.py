@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
+from robustvlm.core.foreign_text import one_line
 from robustvlm.core.network import download_seconds, within
-from robustvlm.data.decode import DecodeError, one_line, to_rgb
+from robustvlm.data.decode import DecodeError, to_rgb
 from robustvlm.data.names import readable
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from robustvlm.core.foreign_text import one_line
 from robustvlm.core.reading import parse_json
 from robustvlm.data.names import clean_name, read_text
 from robustvlm.data.taxonomy import Forest, Tree
@@ -63,7 +64,7 @@ def _parse(text: str, path: Path) -> Any:
     try:
         return parse_json(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid {path.suffix[1:].upper()}: {one_line(error)}") from None
 
 
 def _from_nested(value: Any, path: Path) -> list[Links]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from robustvlm.core.foreign_text import one_line
 from robustvlm.data.classes import read_class_names
-from robustvlm.data.decode import decode, one_line
+from robustvlm.data.decode import decode
 from robustvlm.data.labels import label_of
 from robustvlm.data.names import read_lines
 from robustvlm.data.prompts import DEFAULT, check_templates

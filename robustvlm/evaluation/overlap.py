@@ -61,6 +61,15 @@ def require_unseen(
         )
 
 
+def require_unseen_validation(
+    val: DataSource | None, taught: DataSource, *, val_limit: int | None, limit: int | None
+) -> None:
+    """Refuse `--val` images of a training that are among those that it is taught with; see `require_unseen`."""
+    if val is not None:
+        advice = "leave --val out, and a part of them is held out"
+        require_unseen(val, taught, option="--val", limits=(val_limit, limit), advice=advice)
+
+
 def _resolved(rest: str) -> str:
     """Return a path in one spelling, links followed; whatever is no path stays as it is in effect."""
     return os.path.realpath(os.path.expanduser(rest)) if rest else rest

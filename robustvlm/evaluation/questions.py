@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from robustvlm.attacks import Oracle, Probe, probe
+from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.errors import UserError
 from robustvlm.runs.summary import Check
@@ -48,5 +49,5 @@ def _failure(error: Exception, oracle: Oracle, n_images: int, model: str) -> str
             f"model '{model}' gives no gradient with respect to the pixels: its image encoder must be differentiable, "
             "without torch.no_grad, detach or numpy inside"
         )
-    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    said = f"{type(error).__name__}: {one_line(error, limit=200)}"
     return f"model '{model}' failed on a batch of {n_images} images in {oracle.precision}: {said}"

@@ -26,7 +26,7 @@ class Encoder(Protocol):
     """What the callable of a `module:callable` spec has to return; normalisation is the encoder's own business.
 
     `logit_scale` is the factor on cosine similarities (CLIP's learnt parameter after exp, 100 for most). Optional
-    attributess `interpolation` ("bicubic" by default, or "bilinear"), `resize_mode` ("shortest" by default, "squash",
+    attributes `interpolation` ("bicubic" by default, or "bilinear"), `resize_mode` ("shortest" by default, "squash",
     "longest") and `fill_color` (0) say how images are brought to `image_size`; see `Framing`.
     """
 

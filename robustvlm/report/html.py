@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from robustvlm import __version__
+from robustvlm.core.foreign_text import one_line
 from robustvlm.errors import UserError
 from robustvlm.report import plots, tables, wording
 from robustvlm.report.compare import Comparison, compare, findings, stopped
@@ -225,7 +226,7 @@ def drawing(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        said = f"{type(error).__name__}: {one_line(error, limit=200)}"
         raise UserError(
             f"the report of '{folder}' could not be drawn ({said}); its numbers are whole, in summary.json beside it: "
             "please report this with that file"

@@ -108,6 +108,17 @@ def run_identity(manifest: Manifest) -> str | None:
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def carried(manifest: Manifest) -> dict[str, str]:
+    """Return what a file of a run's folder has to say of its run, under "run"; `require_owner` compares it.
+
+    Example:
+        >>> carried({"format": 1})
+        {}
+    """
+    identity = run_identity(manifest)
+    return {} if identity is None else {"run": identity}
+
+
 def require_owner(found: str | None, manifest: Manifest, path: Path, *, old: bool = True) -> None:
     """Refuse a file of a run's folder that does not carry the run's identity.
 

@@ -20,6 +20,7 @@ from robustvlm.attacks.oracle import Oracle
 from robustvlm.attacks.rungs import smallest
 from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
+from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError
@@ -157,7 +158,7 @@ class ExternalEngine:
             except Exception as error:
                 if is_out_of_memory(error) or error is self._model.refusal:
                     raise
-                said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                said = f"{type(error).__name__}: {one_line(error, limit=200)}"
                 raise UserError(
                     f"'{self.attack.name}' failed inside its package on {len(x0)} images ({said}): "
                     "check its options, or take our own attack of that kind"

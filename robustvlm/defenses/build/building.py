@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from robustvlm.core.foreign_text import one_line
 from robustvlm.defenses.build.copying import copy_model, copy_part
 from robustvlm.defenses.build.fitting import Misfit, Part, Unfitted, levels_used, misfit, read_parts_of, unfitted
 from robustvlm.defenses.build.recipe import Recipe
@@ -77,7 +78,7 @@ def _try_out(vlm: VLM, recipe: Recipe) -> None:
         with torch.no_grad():
             widths = vlm.encode_image(pixels).shape[1], vlm.encode_text(["a photo"]).shape[1]
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, limit=200)
         raise UserError(f"the parts do not work together on '{recipe.encoder}' ({said})") from error
     if widths[0] != widths[1]:
         raise UserError(f"the parts give image features of {widths[0]} dimensions, text features of {widths[1]}")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from robustvlm.core.foreign_text import one_line
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
 from robustvlm.defenses.purify.mapper import Mapper, MapperShape
@@ -144,7 +145,7 @@ def _read(folder: Path, name: str, make: Callable[[], Part]) -> Part:
     try:
         part.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, limit=200)
         raise UserError(f"'{folder / name}' does not fit its card ({reason}): train it again") from None
     return part
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.oracle import PRECISIONS, full_precision_kernels
+from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.errors import UserError, nearest
@@ -100,7 +101,7 @@ def probe_encoder(encoder: NoisyEncoder, images: Tensor, sigma: float, lanes: in
             raise
         except Exception as error:  # the encoder may be the user's code, which fails in any way
             if not is_out_of_memory(error):
-                said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                said = f"{type(error).__name__}: {one_line(error, limit=200)}"
                 raise UserError(f"model '{model}' failed on {lanes} noisy images: {said}") from error
             if lanes == 1:
                 raise

@@ -27,12 +27,11 @@ from robustvlm.models import VLM
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.files import replacing
-from robustvlm.runs.manifest import Manifest, require_owner, run_identity
+from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.summary import UnreadableImage
 
 # Images per file: a killed run loses what it had of one.
 CHUNK = 512
-_RUN = "run"
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +161,7 @@ def kept(path: Path, make: Callable[[], Encoded], *, owner: Manifest) -> Encoded
 
 def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: Path, *, owner: Manifest) -> Tensor:
     """Return unit text embeddings [W, D] of words, read back from the run's own file if it holds those of the same."""
-    wanted = _carried(owner) | {"of": fingerprint({}, (vlm.fingerprint, *words, "|", *templates))}
+    wanted = carried(owner) | {"of": fingerprint({}, (vlm.fingerprint, *words, "|", *templates))}
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         require_regular(path)
         with safe_open(path, framework="pt") as file:
@@ -219,18 +218,12 @@ def _ordered(found: Encoded, ids: Sequence[str] | None) -> Encoded:
     return found.rows(torch.tensor(order, dtype=torch.int64))
 
 
-def _carried(owner: Manifest) -> dict[str, str]:
-    """Return what a file of kept features says of the run that it belongs to."""
-    identity = run_identity(owner)
-    return {} if identity is None else {_RUN: identity}
-
-
 def _write(path: Path, part: Encoded, owner: Manifest) -> None:
     tensors = {"labels": part.labels}
     for name, values in (("features", part.features), ("output", part.output)):
         if values is not None:
             tensors[name] = values.contiguous()
-    about = _carried(owner) | {
+    about = carried(owner) | {
         "ids": json.dumps(part.ids),
         "seconds": repr(part.seconds),
         "unreadable": json.dumps([image.model_dump() for image in part.unreadable]),
@@ -246,7 +239,7 @@ def _read(path: Path, owner: Manifest) -> Encoded:
         with safe_open(path, framework="pt") as file:
             about, names = file.metadata() or {}, set(file.keys())
             found = {name: file.get_tensor(name) for name in names}
-        require_owner(about.get(_RUN), owner, path)
+        require_owner(about.get("run"), owner, path)
         return Encoded(
             list(parse_json(about["ids"])),
             found["labels"],

@@ -22,7 +22,7 @@ from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError
 from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
-from robustvlm.evaluation.overlap import require_unseen
+from robustvlm.evaluation.overlap import require_unseen_validation
 from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -63,14 +63,7 @@ def prepare_finetune(
     config = config.model_copy(update={"device": str(device)})
     source, val = _open(config, config.data), None if config.val is None else _open(config, config.val)
     forest = _forest_of_all(source, config, ranks)
-    if val is not None:
-        require_unseen(
-            val,
-            source,
-            option="--val",
-            limits=(config.val_limit, config.limit),
-            advice="leave --val out, and a part of them is held out",
-        )
+    require_unseen_validation(val, source, val_limit=config.val_limit, limit=config.limit)
     if config.method == "hierarchical" and forest is None:
         raise UserError(
             f"'{config.data}' has no class tree, which 'hierarchical' needs: pass --tree FILE, or --method tecoa"

@@ -21,7 +21,7 @@ from robustvlm.evaluation.overlap import in_both
 from robustvlm.models import VLM
 from robustvlm.runs.files import replacing
 from robustvlm.runs.immunize_config import ImmunizeConfig
-from robustvlm.runs.manifest import Manifest, require_owner, run_identity
+from robustvlm.runs.manifest import Manifest, carried, require_owner
 
 OnImages = Callable[[str, int], None]
 
@@ -91,9 +91,7 @@ def encode_unknown(
 
 def write_features(path: Path, found: Features, owner: Manifest) -> None:
     """Write features, whole or not at all, with the identity of their run."""
-    identity = run_identity(owner)
-    about = {} if identity is None else {"run": identity}
-    about |= {
+    about = carried(owner) | {
         "ids": json.dumps(found.ids),
         "groups": json.dumps(found.groups),
         "unreadable": json.dumps(found.unreadable),

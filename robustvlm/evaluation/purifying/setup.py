@@ -18,7 +18,7 @@ from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.setup import describe_model
 from robustvlm.evaluation.describe import probe_of
 from robustvlm.evaluation.finetuning.validation import held_out
-from robustvlm.evaluation.overlap import require_unseen
+from robustvlm.evaluation.overlap import require_unseen_validation
 from robustvlm.evaluation.purifying.run import PreparedPurify
 from robustvlm.evaluation.purifying.settings import stage_settings
 from robustvlm.models import VLM
@@ -58,14 +58,7 @@ def prepare_purify(
     config = config.model_copy(update={"device": str(place)})
     source = open_data(config.data)
     val = None if config.val is None else open_data(config.val)
-    if val is not None:
-        require_unseen(
-            val,
-            source,
-            option="--val",
-            limits=(config.val_limit, config.limit),
-            advice="leave --val out, and a part of them is held out",
-        )
+    require_unseen_validation(val, source, val_limit=config.val_limit, limit=config.limit)
     encoder = load_pipeline(config.model, device=place)
     check_encoder(encoder, settings)
     images, pixels = _images(config, source, val, encoder)
