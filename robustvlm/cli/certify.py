@@ -20,6 +20,7 @@ from robustvlm.cli.options import (
     require_none,
 )
 from robustvlm.cli.terminal import say_json
+from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def certify(
         typer.Option(help="Threshold of the score, from other images (openset); in place of the model's own."),
     ] = None,
     antibodies: Annotated[Path | None, typer.Option(help="File of names to score against (openset).")] = None,
-    weight: Annotated[float, typer.Option(help="Weight of the antibodies (openset).")] = 1.0,
+    weight: Annotated[float, typer.Option(help="Weight of the antibodies (openset).")] = LAMBDA_INF,
     deployed: Annotated[
         int | None,
         typer.Option(help="Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0]."),

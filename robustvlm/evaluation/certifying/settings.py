@@ -10,6 +10,7 @@ from typing import Any
 from robustvlm.attacks import PRECISIONS
 from robustvlm.certify.limits import N_MAX
 from robustvlm.certify.normal import check_alpha, check_cos0, check_sigma
+from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.defenses.smoothing import MAX_N0, MAX_SIGMA
 from robustvlm.errors import UserError, nearest
 
@@ -37,7 +38,7 @@ class Settings:
     at: str | None = None
     tau: float | None = None
     antibodies: Path | None = None
-    weight: float = 1.0
+    weight: float = LAMBDA_INF
     deployed: int | None = None
     cache: str | None = None
     limit: int | None = None
