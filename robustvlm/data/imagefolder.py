@@ -80,6 +80,8 @@ class ImageFolder(DataSource):
                 f"the images lie in folders below the class folders, as '{first[1]}' in '{first[0]}', and those are no "
                 f"classes: if they should be, pass the folder above them"
             )
+        elif within is None:
+            self.remarks += self._split_among_classes()
         if self._aside:
             self.remarks.append(f"left aside: {said_of(self._aside)}")
 
@@ -135,6 +137,22 @@ class ImageFolder(DataSource):
                 yield _File(self._id(path), path, label)
             else:
                 self._aside[path.suffix.lower() or _text(entry.name)] += 1
+
+    def _split_among_classes(self) -> list[str]:
+        """Say of a class that bears the name of a split, and holds folders, that it may be one."""
+        below: dict[int, set[str]] = {}
+        for file in self._files:
+            below.setdefault(file.label, set()).add(file.id.partition("/")[2].rpartition("/")[0])
+        found = []
+        for label, mark in enumerate(self.marks):
+            folders = sorted(below.get(label, ()))
+            if split_kind(mark) and folders and all(folders):
+                shown = ", ".join(f"'{name}'" for name in folders[:3])
+                found.append(
+                    f"'{mark}' is taken for a class, and its folders ({shown}) are none: if it is a split, "
+                    f"pass ?split={mark}"
+                )
+        return found
 
     def _fault(self, path: Path) -> str | None:
         if self._links or not path.is_symlink():

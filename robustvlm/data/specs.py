@@ -19,7 +19,7 @@ from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.data.tree_files import load_forest
 from robustvlm.errors import UserError, nearest
 
-_CODE = re.compile(r"(\d+|n\d{8}|(class|label|c)[ _-]?\d+)($|[ ._-])", re.IGNORECASE)
+_CODE = re.compile(r"(-?\d+|n\d{8}|(class|label|c)[ _-]?\d+)($|[ ._-])", re.IGNORECASE)
 _OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
 
 

@@ -141,7 +141,8 @@ def one_split(files: Iterable[Path], split: str | None, where: object) -> list[P
         of.setdefault(split_in(file.name), []).append(file)
     if split is not None:
         wanted = split_kind(split) or split
-        found = of.get(wanted) or [file for group in of.values() for file in group if file.name.startswith(split)]
+        begins = re.compile(re.escape(split) + r"(?![A-Za-z])")
+        found = of.get(wanted) or [file for group in of.values() for file in group if begins.match(file.name)]
         if not found:
             raise UserError(f"{where} has no file of the split '{split}': {said_of(Counter(map(str, of)))}")
         return found

@@ -220,6 +220,13 @@ def test_splits_that_hold_images_are_no_classes(tmp_path: Path, plain: Callable[
     assert names == ("test tube", "train station")
 
 
+def test_a_split_beside_something_else_is_told(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    spec = tree(tmp_path, plain(), "train/cat/a.png", "train/dog/a.png", "meta/a.png")
+    (remark,) = open_data(spec).remarks
+    assert remark.startswith("'train' is taken for a class, and its folders ('cat', 'dog') are none")
+    assert open_data(spec + "?split=train").class_names == ("cat", "dog")
+
+
 def test_a_train_may_be_a_vehicle(tmp_path: Path, plain: Callable[..., bytes]) -> None:
     spec = tree(tmp_path / "a", plain(), "train/a.png", "bus/a.png", "test tube/a.png")
     assert open_data(spec).class_names == ("bus", "test tube", "train")

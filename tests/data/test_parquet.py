@@ -15,6 +15,7 @@ import pytest
 from robustvlm.data.parquet import ParquetSource
 from robustvlm.data.source import Sample, Unreadable
 from robustvlm.data.specs import open_data
+from robustvlm.data.splits import one_split
 from robustvlm.errors import UserError
 
 Plain = Callable[..., bytes]
@@ -200,6 +201,13 @@ def test_labels_that_begin_at_one_are_told(tmp_path: Path, plain: Plain) -> None
     assert open_data(f"parquet:{path}", classes=names).remarks == [
         "no image has label 0 ('ant'): do the labels begin at 1?"
     ]
+
+
+def test_a_split_is_named_whole(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("train-0.parquet", "test-0.parquet", "odd_ones-0.parquet")]
+    assert one_split(files, "odd_ones", tmp_path) == files[2:]
+    with pytest.raises(UserError, match="no file of the split 't'"):
+        one_split(files, "t", tmp_path)
 
 
 def test_splits_in_one_folder_are_asked_for(tmp_path: Path, plain: Plain) -> None:
