@@ -154,8 +154,6 @@ def _label(kind: str, data: bytes, class_names: Sequence[str], where: str) -> in
             raise UserError(f"the label of {where} is not valid JSON") from None
         if isinstance(value, dict):
             value = next((value[key] for key in _JSON_KEYS if key in value), None)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     return label_of(value if isinstance(value, str) else json.dumps(value), class_names, where)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import SUFFIXES
 from robustvlm.runs.manifest import kind_of_run
 
+_log = logging.getLogger("robustvlm")
 _ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"tiny": _ASSETS / "tiny", "tiny-robust": _ASSETS / "tiny-robust"}
 ADVERSARIALLY_TRAINED = frozenset({"tiny-robust"})
@@ -152,7 +154,12 @@ def _from_name(spec: str) -> ClipVLM:
     if not os.path.exists(path) and path.suffix not in SUFFIXES:
         hint = nearest(rest, _tags(name)) if _tags(name) else "open_clip has no published weights for it"
         raise UserError(f"'{name}' has no weights '{rest}', and there is no such file; {hint}")
-    return build_clip(name, path, spec=spec, preprocess=_shared_preprocess(name))
+    vlm = build_clip(name, path, spec=spec, preprocess=_shared_preprocess(name))
+    if unsure := _unsure(name):
+        _log.warning(
+            "the file of '%s' does not say how it was trained: %s; a model folder's config says it", spec, unsure
+        )
+    return vlm
 
 
 def _split(spec: str, architectures: list[str]) -> tuple[str, str]:
@@ -178,8 +185,34 @@ def _tags(name: str) -> list[str]:
 
 def _shared_preprocess(name: str) -> dict[str, Any] | None:
     """Return what all published weights of an architecture agree on, so that a local SigLIP gets SigLIP's mean."""
+    found = _published_preprocess(name)
+    return found[0] if found and all(other == found[0] for other in found) else None
+
+
+def _published_preprocess(name: str) -> list[dict[str, Any]]:
     from open_clip.pretrained import get_pretrained_cfg
 
     keys = ("mean", "std", "interpolation", "resize_mode")
-    found = [{key: get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in _tags(name)]
-    return found[0] if found and all(other == found[0] for other in found) else None
+    return [{key: get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in _tags(name)]
+
+
+def _unsure(name: str) -> str:
+    """Say what a checkpoint of an architecture may have been trained with other than it is read with; "" if nothing.
+
+    Example:
+        >>> _unsure("ViT-B-16-SigLIP")
+        ''
+        >>> _unsure("RN50")
+        "published weights of this architecture use QuickGELU, and GELU is taken ('RN50-quickgelu' has the other)"
+    """
+    from open_clip import get_model_config
+    from open_clip.pretrained import get_pretrained_cfg
+
+    found, said = _published_preprocess(name), []
+    differ = [key for key in (found[0] if found else ()) if any(one[key] != found[0][key] for one in found)]
+    if differ:
+        said.append(f"differ in {' and '.join(differ)}, and CLIP's own are taken")
+    quick = (get_model_config(name) or {}).get("quick_gelu", False)
+    if not quick and any(get_pretrained_cfg(name, tag).get("quick_gelu") for tag in _tags(name)):
+        said.append(f"use QuickGELU, and GELU is taken ('{name}-quickgelu' has the other)")
+    return f"published weights of this architecture {'; some '.join(said)}" if said else ""

@@ -22,6 +22,7 @@ FORMAT = 1
 _FINAL = (
     "summary.json",
     "results.parquet",
+    "certificates.jsonl",
     "attacked.parquet",
     "gallery",
     "training.json",

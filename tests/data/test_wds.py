@@ -230,6 +230,7 @@ def test_labels_are_those_of_the_names_beside_the_shards_whatever_list_is_given(
         ("json", b'{"label": 1.0}', "cat\ndog"),
         ("json", b"[" * 100_000, "cat\ndog"),
         ("cls", b"1", "1\n2\n0"),
+        ("json", b'{"label": 1}', "1\n2\n0"),
         ("txt", b"Cat", "cat\nCAT"),
     ],
 )

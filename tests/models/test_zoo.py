@@ -161,6 +161,19 @@ class TestName:
         # The weights of this one were trained with different means: none can be assumed.
         assert zoo._shared_preprocess("ViT-L-14") is None
 
+    def test_what_a_checkpoint_leaves_open_is_told(
+        self, architecture: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert "differ in mean and std" in zoo._unsure("ViT-L-14")
+        assert "QuickGELU" in zoo._unsure("ViT-L-14")
+        assert zoo._unsure("ViT-L-14-quickgelu") == zoo._unsure("ViT-B-16-SigLIP") == ""
+        weights = f"mini-8/{architecture}/open_clip_model.safetensors"
+        load_model(weights)
+        assert not caplog.messages
+        monkeypatch.setattr(zoo, "_unsure", lambda name: f"{name} is open")
+        load_model(weights)
+        assert "does not say how it was trained: mini-8 is open" in caplog.messages[0]
+
 
 class TestPretrained:
     def test_tag_decides_normalisation_and_activation(
