@@ -151,11 +151,6 @@ def _features(vlm: SmoothedVLM, pixels: Tensor, n: int) -> Array:
         return vlm.noisy_features(pixels, n)[0].double().cpu().numpy()
 
 
-def share_alpha(alpha: float, images: int) -> float:
-    """Return each image's part of the audit's alpha."""
-    return alpha / max(1, images)
-
-
 def worst(findings: Sequence[Finding]) -> Finding | None:
     """Return the finding with the least room above its bound, or None when there is none."""
     return min(findings, key=lambda finding: finding.lowest - finding.bound, default=None)

@@ -278,3 +278,9 @@ def test_two_ranks_tune_what_one_would(tmp_path: Path) -> None:
 def test_options_of_a_method_are_checked(method: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_options(method, [text])
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 5000])
+def test_options_of_absurd_length_are_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="is on or off"):
+        parse_options("pmg", [f"reverse={text}"])

@@ -49,7 +49,7 @@ def _switches(method: str) -> dict[str, bool]:
 def _value(name: str, text: str, switch: bool) -> bool | float:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # thousands of digits, or of brackets
         value = text
     if switch:
         if not isinstance(value, bool):
