@@ -41,13 +41,14 @@ def words_of(text: str) -> tuple[str, ...]:
     wrong singular does no harm as long as it is the same for both.
 
     Example:
-        >>> words_of("The Ice-Creams"), words_of("cherries"), words_of("wolves")
-        (('ice', 'cream'), ('cherry',), ('wolf',))
+        >>> words_of("The Ice-Creams"), words_of("cherries"), words_of("wolves"), words_of("vitamin A")
+        (('ice', 'cream'), ('cherry',), ('wolf',), ('vitamin', 'a'))
     """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).replace("'s", "").casefold())
     words = re.sub(r"[^\w\s]|_", " ", folded).split()
-    # The last word is no article: it tells "vitamin A" from "vitamin".
-    return tuple(_singular(word) for word in words[:-1] if word not in _ARTICLES) + tuple(map(_singular, words[-1:]))
+    # An "a" at the end is no article: it tells "vitamin A" from "vitamin".
+    last = words[-1:] == ["a"]
+    return tuple(_singular(word) for word in words if word not in _ARTICLES) + ("a",) * last
 
 
 def _singular(word: str) -> str:
