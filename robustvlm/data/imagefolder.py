@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,13 +53,17 @@ class ImageFolder(DataSource):
         self.root, self._within = root, within
         self._links = links
         self._aside: Counter[str] = Counter()
+        above = (os.path.realpath(root),)
+        walked = [(folder, list(self._walk(folder, 0, above))) for folder in _class_folders(root, self._aside)]
+        filled = [folder for folder, files in walked if files]
+        # One class says nothing: beside a single folder with images, the empty ones can only be the other classes.
+        empty = empty or (len(filled) == 1 and split_kind(filled[0].name) is None)
         classes: list[Path] = []
         self._files: list[_File] = []
-        for folder in _class_folders(root, self._aside):
-            files = list(self._walk(folder, len(classes), (os.path.realpath(root),)))
+        for folder, files in walked:
             if files or empty:
+                self._files += [dataclasses.replace(file, label=len(classes)) for file in files]
                 classes.append(folder)
-                self._files += files
             else:
                 self._aside[f"{_text(folder.name)} (no image in it)"] += 1
         marks = tuple(_text(folder.name) for folder in classes)
@@ -82,6 +87,8 @@ class ImageFolder(DataSource):
             )
         elif within is None:
             self.remarks += self._split_among_classes()
+        if len(filled) == 1 < len(classes):
+            self.remarks.append(f"only '{_text(filled[0].name)}' holds images: the empty folders count as classes")
         if self._aside:
             self.remarks.append(f"left aside: {said_of(self._aside)}")
 

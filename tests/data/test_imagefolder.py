@@ -262,3 +262,13 @@ def test_classes_that_hold_only_folders_are_told(tmp_path: Path, plain: Callable
     assert source.class_names == ("animal", "vehicle")
     assert "as 'cat' in 'animal', and those are no classes" in source.remarks[0]
     assert not open_data(tree(tmp_path, plain(), "animal/a.png")).remarks
+
+
+def test_beside_one_folder_with_images_the_empty_ones_are_the_other_classes(tmp_path: Path) -> None:
+    for name in ("ape", "bee", "cat"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "bee" / "0.png")
+    source = open_data(f"imagefolder:{tmp_path}")
+    assert source.class_names == ("ape", "bee", "cat")
+    assert [sample.label for sample in source.samples()] == [1]
+    assert source.remarks == ["only 'bee' holds images: the empty folders count as classes"]
