@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from robustvlm.data.imagefolder import ImageFolder
 from robustvlm.data.source import Sample, Unreadable
