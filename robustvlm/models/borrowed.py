@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from robustvlm.models.reach import Reached
+
 Thing = TypeVar("Thing")
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -65,11 +67,35 @@ def placed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
 def own_copy(thing: Thing) -> Thing:
     """Return a copy of a user's module to freeze and move at will, the module itself where it cannot be copied.
 
-    Objects that are no modules are not switched or frozen, and stay what they are.
+    A copy that still runs parts of the original (a patched `forward`, a function that holds on to them: Python copies
+    no functions) is none: these parts would keep their training mode and their device. Objects that are no modules are
+    not switched or frozen, and stay what they are.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> own_copy(net) is net
+        False
+        >>> net.forward = lambda x: nn.functional.linear(x, net.weight)
+        >>> own_copy(net) is net
+        True
     """
     if not isinstance(thing, nn.Module):
         return thing
     try:
-        return copy.deepcopy(thing)
+        found = copy.deepcopy(thing)
+        return thing if _leads_back(found, thing) else found
     except Exception:  # locks, handles, tensors of a graph: anything may stand in a user's object
         return thing
+
+
+def _leads_back(found: nn.Module, original: nn.Module) -> bool:
+    """Whether what the parts of a copy hold leads to a part of the original that was to be copied."""
+    own, copied = (
+        {id(part) for parts in (one.modules(), one.parameters(), one.buffers()) for part in parts}
+        for one in (original, found)
+    )
+    names = vars(nn.Module()).keys()
+    held = [value for part in found.modules() for name, value in vars(part).items() if name not in names]
+    reached = Reached(held, private=True)
+    modules = (part for module in reached.modules.values() for part in module.modules())
+    return any(id(part) in own - copied for parts in (modules, reached.tensors.values()) for part in parts)

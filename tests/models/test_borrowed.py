@@ -21,7 +21,8 @@ from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
 from robustvlm.evaluation.clean import evaluate_clean
 from robustvlm.models import load_model, zero_shot
-from robustvlm.models.borrowed import borrowed
+from robustvlm.models.borrowed import borrowed, own_copy
+from robustvlm.models.custom import wrap_encoder
 from robustvlm.models.vlm import VLM
 
 
@@ -186,6 +187,51 @@ def test_an_object_that_a_factory_keeps_is_copied(monkeypatch: pytest.MonkeyPatc
         made(torch.zeros(2, 3, 4, 4))
         assert snapshot(module.kept) == before
         assert not any(part.training for part in made.modules())
+
+
+class _Patched(nn.Module):
+    """Runs dropout through what a deep copy shares with its original: `hold` makes it of the network."""
+
+    image_size, logit_scale = 4, 10.0
+
+    def __init__(self, hold: Callable[[nn.Module], object]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 3))
+        self.held = hold(self.net)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        return self.net(x) if self.held is None else self.held(x)  # type: ignore[no-any-return, operator]
+
+    forward = encode_image
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        return torch.eye(3)[: len(texts)] + 0.1
+
+
+def _patch_layer(net: nn.Module) -> None:
+    """Replace a layer's forward by a function around it, as adapters of low rank do."""
+    layer = net[1]  # type: ignore[index]
+    inner = type(layer).forward
+    layer.forward = lambda x: inner(layer, x)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda net: lambda x: net(x), lambda net: [lambda x: net(x)][0], _patch_layer],
+    ids=["closure", "list", "layer"],
+)
+def test_a_copy_that_would_run_the_original_is_none(hold: Callable[[nn.Module], object]) -> None:
+    pixels = torch.rand(4, 3, 4, 4)
+    for made in (wrap_encoder(_Patched(hold), "my:encoder", torch.device("cpu")), own_copy(_Patched(hold)).eval()):
+        answer = made.encode_image
+        with torch.no_grad():
+            assert torch.equal(answer(pixels), answer(pixels))  # no dropout: all that is run is in evaluation mode
+
+
+def test_a_module_that_shares_what_is_no_part_of_it_is_copied() -> None:
+    beside = nn.Linear(2, 2)
+    plain = _Patched(lambda _: lambda x: beside(x))
+    assert own_copy(plain) is not plain
 
 
 def test_borrowing_ends_with_an_error_too() -> None:
