@@ -18,7 +18,8 @@ NAME = "checksums.json"
 FORMAT = 1
 
 # What a run ends with. Not among them: what it goes on from (journals, checkpoints, kept features, each bound to the
-# run by itself), reports, which are made again from these files, and audits, which come later.
+# run by itself), reports, which are made again from these files, audits, which come later, and all adversarial images,
+# where they were asked for: they may be many, and nothing reads them.
 _FINAL = (
     "summary.json",
     "results.parquet",

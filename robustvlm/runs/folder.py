@@ -202,20 +202,20 @@ class RunFolder:
             raise UserError(f"'{self.path}' is no folder: choose another --name")
         if not self.path.exists() or (self.path / _LOCK).exists() or self.manifest() is not None:
             return
-        self._check_empty()
+        self._check_empty(advice="bring it back, or choose another --name")
         strangers = sorted(entry.name for entry in self.path.iterdir())
         if strangers:
             raise UserError(
                 f"'{self.path}' holds other files and no run (for example '{strangers[0]}'): choose another --name"
             )
 
-    def _check_empty(self) -> None:
+    def _check_empty(self, *, advice: str = "bring it back, choose another --name, or start over with --fresh") -> None:
         """Refuse results without a manifest: nothing says what they are, and a new one would say something false."""
         left = [path.name for path in self._own() if path.name != self.manifest_path.name and os.path.lexists(path)]
         if left:
             raise UserError(
                 f"'{self.path}' holds what a run has written ('{left[0]}') but no {self.manifest_path.name} that says "
-                "which run it was: bring it back, choose another --name, or start over with --fresh"
+                f"which run it was: {advice}"
             )
 
     def _check_entries(self) -> None:

@@ -38,6 +38,7 @@ def finish(folder: RunFolder, made: dict[str, Any] | None = None) -> None:
     begin(folder, made)
     folder.summary_path.write_text("{}")
     folder.results_path.write_text("rows")
+    (folder.path / "certificates.jsonl").write_text("records")
     write_checksums(folder.path, made or manifest())
 
 
@@ -57,6 +58,16 @@ def test_results_without_a_manifest_are_given_no_new_one(tmp_path: Path, left: s
     assert sorted(path.name for path in folder.path.iterdir()) == ["manifest.json", "run.lock"]
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_results_without_manifest_and_lock_are_not_ours_to_delete(tmp_path: Path, fresh: bool) -> None:
+    folder = RunFolder(tmp_path, "run")
+    folder.path.mkdir()
+    folder.results_path.write_text("rows")
+    with pytest.raises(UserError, match=r"bring it back, or choose another --name$"):
+        begin(folder, fresh=fresh)
+    assert folder.results_path.read_text() == "rows"
+
+
 def test_a_run_that_was_killed_before_its_manifest_begins(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "run")
     folder.path.mkdir()
@@ -66,7 +77,7 @@ def test_a_run_that_was_killed_before_its_manifest_begins(tmp_path: Path) -> Non
     assert folder.manifest() == manifest()
 
 
-@pytest.mark.parametrize("name", ["summary.json", "results.parquet"])
+@pytest.mark.parametrize("name", ["summary.json", "results.parquet", "certificates.jsonl"])
 def test_a_changed_or_missing_result_is_refused(tmp_path: Path, name: str) -> None:
     folder = RunFolder(tmp_path, "run")
     finish(folder)
