@@ -95,7 +95,8 @@ class Certificate:
         cos0: certified cosine, for feature and direction claims.
         r: lower confidence bound the radius rests on (norm, score or share), if there is one.
         label: certified class index, for class and vote claims; label_name: its name.
-        rule: whose answer is certified, in words. classes: digest of the list of `n_classes` class names.
+        rule: whose answer is certified, in words. classes: digest of the list of `n_classes` class names; prompts: of
+            all else that tells them apart, as templates, antibodies and their weight, class vectors of a model's own.
         thresholds: of an open-set decision: "tau", or "lowest" and "highest" of a model's own.
         image_id, image: the image's name, and the digest of its pixels as they receive the noise.
         deployed_radius: radius within which the mean (or the vote) of `provenance.deployed_n0` fresh copies keeps the
@@ -123,6 +124,7 @@ class Certificate:
     rule: str = ""
     classes: str | None = None
     n_classes: int | None = None
+    prompts: str | None = None
     thresholds: dict[str, float] | None = None
     image_id: str = ""
     image: str = ""
@@ -166,6 +168,7 @@ _STATEMENT: dict[str, Callable[[Certificate], object]] = {
     "image": lambda c: (c.image_id, c.image),
     "rule": lambda c: c.rule,
     "class list": lambda c: c.classes,
+    "prompts": lambda c: c.prompts,
     "thresholds": lambda c: None if c.thresholds is None else tuple(sorted(c.thresholds.items())),
     "direction": lambda c: c.provenance.direction,
     "sigma": lambda c: c.provenance.sigma,
@@ -179,8 +182,8 @@ def best_of(certificates: Sequence[Certificate], alpha: float) -> Certificate:
 
     Raises:
         UserError: the certificates are about different images, claims, labels, cosines, directions, thresholds, class
-            lists, noise levels or encoders (different statements), do not say which image they are about, or their
-            error probabilities add up to more than `alpha`.
+            lists, prompts, noise levels or encoders (different statements), do not say which image they are about, or
+            their error probabilities add up to more than `alpha`.
 
     Example:
         >>> best_of([], 0.001)

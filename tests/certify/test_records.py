@@ -105,7 +105,7 @@ def test_the_best_is_only_taken_within_one_rule_and_alpha() -> None:
     ("differs", "name"),
     [
         ({"image": "f01"}, "image"), ({"image_id": "b"}, "image"), ({"classes": "c2"}, "class list"),
-        ({"rule": "another"}, "rule"),
+        ({"rule": "another"}, "rule"), ({"prompts": "d3"}, "prompts"),
     ],
 )  # fmt: skip
 def test_the_best_is_not_taken_over_images_or_class_lists(differs: dict[str, str], name: str) -> None:

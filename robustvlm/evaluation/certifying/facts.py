@@ -33,7 +33,8 @@ class Recorder:
     Args:
         encoder: fingerprint of the encoder with its precision.
         text: class embeddings [K, D] for the class of the mean feature; None: no classes.
-        class_names: of the classes. rule: open-set rule of a model with thresholds of its own.
+        class_names: of the classes; prompts: digest of all else that tells them apart (`setup.prompts_of`).
+        rule: open-set rule of a model with thresholds of its own.
     """
 
     config: CertifyConfig
@@ -42,6 +43,7 @@ class Recorder:
     text: Array | None
     class_names: Sequence[str]
     rule: OpensetRule | None = None
+    prompts: str | None = None
 
     def fact(self, sampled: Sampled, *, resize_norm: float | None) -> CertifyFact:
         """Return the row of an image."""
@@ -134,6 +136,7 @@ class Recorder:
                 "rule": self.plan.rule,
                 "classes": None if feature else self._classes,
                 "n_classes": None if feature else len(self.class_names),
+                "prompts": self.prompts,
                 "thresholds": self._thresholds,
                 "image_id": image_id,
                 "image": sampled.image,

@@ -33,6 +33,7 @@ from robustvlm.evaluation.certifying.setup import (
     list_of_names,
     make_config,
     plan_of,
+    prompts_of,
     rule_of,
     settle_deployed,
     vectors_of_classes,
@@ -145,9 +146,10 @@ def prepare_replay(
     best = require_possible(plan, config)
     probe = probe_of(vlm, names, templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule)
-    begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
     model_facts = describe_model(vlm) | describe_head(config, names)
+    prompts_told = prompts_of(config, model_facts, templates)
+    recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule, prompts_told)
+    begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
     data_facts = {**data, "class_names": list(names), "templates": list(templates)}
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
     folder = RunFolder(out, name or default_name("certify", settings.model, "kept", identity))

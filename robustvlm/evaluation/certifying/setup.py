@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustvlm.certify import OpensetRule, contrast_vectors, format_exact
+from robustvlm.certify import OpensetRule, contrast_vectors, format_exact, settings_digest
 from robustvlm.certify.normal import Array
 from robustvlm.core.ranks import Ranks
 from robustvlm.data import open_data
@@ -77,7 +77,8 @@ def prepare_certify(
         describe_data(source),
     )
     config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
-    recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule)
+    prompts = prompts_of(config, model_facts, source.templates)
+    recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule, prompts)
 
     def begin(ledger: CertifyLedger, observer: CertifyObserver, ranks: Ranks) -> Work:
         return SamplingRun(
@@ -158,8 +159,19 @@ def noise_of(
     config: CertifyConfig, model: dict[str, Any], class_names: tuple[str, ...], templates: tuple[str, ...]
 ) -> str:
     """Return the digest of all that decides a run's certificates; see `robustvlm.certify.noise` for what it is for."""
-    against = () if config.antibodies is None else list_of_names(Path(config.antibodies))
-    return noise_settings(config, model, {"classes": class_names, "templates": templates, "antibodies": against})
+    texts = {"classes": class_names, "templates": templates, "antibodies": _antibodies(config)}
+    return noise_settings(config, model, texts)
+
+
+def prompts_of(config: CertifyConfig, model: dict[str, Any], templates: tuple[str, ...]) -> str | None:
+    """Return the digest of what tells the classes of a claim apart beside their names; None where none are told."""
+    if config.claim == "feature":
+        return None
+    return settings_digest(list(templates), list(_antibodies(config)), config.weight, model.get("head"))
+
+
+def _antibodies(config: CertifyConfig) -> tuple[str, ...]:
+    return () if config.antibodies is None else list_of_names(Path(config.antibodies))
 
 
 def _check_smoothing(vlm: VLM, settings: Settings) -> None:
@@ -218,8 +230,7 @@ def plan_of(
     assert text is not None
     against = np.zeros((0, text.shape[1]))
     if config.antibodies is not None:
-        names = list_of_names(Path(config.antibodies))
-        against = _array(class_embeddings(vlm, names, templates))
+        against = _array(class_embeddings(vlm, _antibodies(config), templates))
     return make_plan(config, vectors=contrast_vectors(text, against, config.weight))
 
 
