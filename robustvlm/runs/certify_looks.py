@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.certify import settings_digest
+from robustvlm.core.probe import change_of
 from robustvlm.core.reading import first_line, parse_json, read_bytes
 from robustvlm.errors import UserError
 from robustvlm.runs.certify_config import CertifyConfig
@@ -56,13 +57,16 @@ def describe_trail(folder: RunFolder, manifest: Manifest, *, judged: Manifest | 
     known = [entry for entry in read_looks(folder.path.parent) if entry["images"] == look["images"]]
     if judged is not None:
         known.append(_look(judged, None))
-    others = {entry["look"]: entry for entry in known if entry["look"] != look["look"]}
-    same = [entry for entry in others.values() if entry["noise"] == look["noise"]]
+    others: list[dict[str, Any]] = []
+    for entry in known:
+        if not any(_same(entry, other) for other in (look, *others)):
+            others.append(entry)
+    same = [entry for entry in others if entry["noise"] == look["noise"]]
     return {
         "look": look,
         "looks": len(others) + 1,
         "same_noise": len(same) + 1,
-        "others": [str(entry["run"]) for entry in others.values()][-_NAMED:],
+        "others": [str(entry["run"]) for entry in others][-_NAMED:],
     }
 
 
@@ -79,7 +83,7 @@ def trail_words(trail: Mapping[str, Any], alpha: float) -> str:
     drawn = (
         "Its noise was drawn for these very settings"
         if same == 1
-        else f"{same} of them share the noise of this one (kept features)"
+        else f"{same} of them share the noise of this one (kept features, or a model changed where no digest looks)"
     )
     return (
         f"{looks} looks at these images in this folder of runs, this one included. {drawn}. A certificate is false "
@@ -113,7 +117,7 @@ def record_look(folder: RunFolder, trail: Mapping[str, Any]) -> None:
     """Note in the ledger that a run has begun, unless it is there already."""
     look = dict(trail["look"])
     out = folder.path.parent
-    if any(entry["look"] == look["look"] for entry in read_looks(out)):
+    if any(_same(entry, look) for entry in read_looks(out)):
         return
     # Appended in one write, and never through a symbolic link, which could lead to a file of somebody else's.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -125,6 +129,19 @@ def record_look(folder: RunFolder, trail: Mapping[str, Any]) -> None:
             os.close(handle)
     except OSError as error:
         raise UserError(f"cannot write '{out / LEDGER}' ({error.strerror}): it counts the looks at images") from None
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two entries are one look: a model can change where its digest does not see it, but its answers tell."""
+    if one["look"] != other["look"]:
+        return False
+    before, now = one.get("probe"), other.get("probe")
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return True
+    try:
+        return change_of(before, now) is None
+    except UserError:  # a damaged line
+        return False
 
 
 def _look(manifest: Manifest, judged: Manifest | None) -> dict[str, Any]:
@@ -143,4 +160,5 @@ def _look(manifest: Manifest, judged: Manifest | None) -> dict[str, Any]:
         "claim": str(config.get("claim")),
         "model": str(config.get("model")),
         "seed": int(config["seed"]),
+        "probe": manifest.get("probe"),
     }

@@ -43,11 +43,14 @@ def test_settings_that_could_be_chosen_after_a_look_draw_other_noise(
             path = tmp_path / ("classes.json" if name == "classes" else "templates.txt")
             path.write_text(change[name])
             change = {name: path}
+    with_other_prompts = "templates" in change
     model = change.pop("model", "Encoder")
     first, second = prepared(photos), prepared(photos, model, name="other", **{"sigma": 0.05, **change})
     first.run()
     second.run()
     assert set(seeds(first).values()).isdisjoint(seeds(second).values())
+    records = [json.loads(rows(run)[0]["certificate"]) for run in (first, second)]
+    assert (records[0]["prompts"] != records[1]["prompts"]) == with_other_prompts
     trail = second.folder.manifest()["trail"]  # type: ignore[index]
     assert prepared(photos).manifest["trail"]["looks"] == 2
     assert (first.manifest["trail"]["looks"], second.manifest["trail"]["looks"]) == (1, 1)  # none had run yet
@@ -97,6 +100,23 @@ def test_looks_are_counted_over_deleted_and_fresh_runs(make_folder: MakeFolder) 
     assert "4 looks at these images" in text
     assert "with up to 4 times that" in text
     assert json.loads(last.folder.summary_path.read_text())["looks"] == 4
+
+
+def test_a_model_that_changed_where_no_digest_looks_is_another_look(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    first = prepared(photos)
+    first.run()
+    ledger = photos.parent / "runs" / LEDGER
+    (line,) = read_looks(ledger.parent)
+    line["probe"]["parts"]["image features"]["values"][0][0] += 0.1
+    for changed, looks in (("", 1), (json.dumps(line), 2), (json.dumps(line | {"probe": {"format": 1}}), 2)):
+        if changed:
+            ledger.write_text(changed + "\n")
+        again = prepared(photos, name="again")
+        trail = again.manifest["trail"]
+        assert (trail["looks"], trail["same_noise"]) == (looks, looks)
+        record_look(again.folder, trail)
+        assert len(read_looks(ledger.parent)) == looks
 
 
 def test_kept_features_count_as_looks_at_the_same_noise(make_folder: MakeFolder) -> None:
