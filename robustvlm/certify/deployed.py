@@ -100,7 +100,8 @@ def vote_share_needed(n0: int, alpha0: float) -> float:
     if n0 < 1:
         raise UserError(f"a deployed vote needs at least one sample, got n0 = {n0}")
     half = n0 // 2
-    return 1.0 - float(beta_quantile(check_alpha(alpha0), float(n0 - half), float(half + 1)))
+    found = 1.0 - float(beta_quantile(check_alpha(alpha0), float(n0 - half), float(half + 1)))
+    return max(0.5, found)  # no deployed vote keeps more than the ideal one, in the last digit either
 
 
 def predict(features: ArrayLike, text: ArrayLike, alpha0: float) -> int | None:

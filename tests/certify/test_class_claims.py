@@ -183,6 +183,10 @@ def test_share_for_a_deployed_vote_is_the_end_of_the_exact_tail(n0: int) -> None
     assert binom.cdf(n0 // 2, n0, share) <= 0.01 * (1 + 1e-9)
 
 
+def test_a_deployed_vote_never_needs_less_than_the_ideal_one() -> None:
+    assert all(vote_share_needed(n0, 0.5) >= 0.5 for n0 in range(1, 200))  # at 81 by the last digit
+
+
 @pytest.mark.parametrize(("rivals", "n0", "alpha0"), [(1, 16, 0.05), (9, 64, 0.01), (999, 300, 0.001)])
 def test_margin_for_a_deployed_mean_meets_chernoffs_bound(rivals: int, n0: int, alpha0: float) -> None:
     q = 0.5 * (1.0 + class_margin_needed(rivals, n0, alpha0))
