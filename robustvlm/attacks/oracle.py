@@ -17,6 +17,7 @@ from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.borrowed import borrowed, placed
 from robustvlm.models.boundary import Boundary
+from robustvlm.models.device import full_precision_kernels
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 
@@ -170,15 +171,3 @@ def _layout(model: nn.Module) -> torch.memory_format:
     spatial = [part for part in model.modules() if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
     # A transformer has one such layer, which cuts the image into patches; a convolutional encoder has many.
     return torch.channels_last if len(spatial) > 3 else torch.contiguous_format
-
-
-@contextlib.contextmanager
-def full_precision_kernels() -> Iterator[None]:
-    """Run float32 as float32 (no TF32) with reproducible cuDNN kernels, and restore the caller's settings."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before

@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from robustvlm.attacks.oracle import full_precision_kernels
 from robustvlm.certify import image_digest
 from robustvlm.core.probe import change_of
 from robustvlm.core.user_code import named_by
@@ -30,6 +29,7 @@ from robustvlm.evaluation.certifying.encoder import NoisyEncoder
 from robustvlm.evaluation.certifying.setup import describe_head
 from robustvlm.evaluation.describe import probe_of
 from robustvlm.models import VLM
+from robustvlm.models.device import full_precision_kernels
 from robustvlm.report.certify_record import CertifyRecord, load_certify_run
 from robustvlm.runs.files import write_text
 from robustvlm.runs.manifest import run_identity

@@ -95,7 +95,7 @@ class CustomVLM(VLM):
         return features
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
-        with same_process():
+        with same_process(), no_exit(f"encode_text of '{self.spec}'"):
             return self.encoder.encode_text(texts)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CustomVLM:

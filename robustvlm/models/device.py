@@ -1,6 +1,9 @@
-"""Which device to run on."""
+"""Which device to run on, and how exactly."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -56,3 +59,15 @@ def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
         )
     torch.cuda.set_device(ranks.local_rank)
     return device
+
+
+@contextlib.contextmanager
+def full_precision_kernels() -> Iterator[None]:
+    """Run float32 as float32 (no TF32) with reproducible cuDNN kernels, and restore the caller's settings."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before

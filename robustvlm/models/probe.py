@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from robustvlm.core import probe as known
 from robustvlm.core.probe import Array
+from robustvlm.models.borrowed import borrowed
+from robustvlm.models.boundary import same_random_state
+from robustvlm.models.device import full_precision_kernels
 from robustvlm.models.vlm import VLM
 
 TOLERANCE = 1e-4
@@ -41,8 +45,8 @@ def probe_model(
     """Return what a manifest keeps of a model's answers to fixed inputs.
 
     Noise of a smoothing is left out (its level and number of draws are settings); a model that draws by itself is asked
-    often, under seeds that are always the same, and its mean is compared within the spread. Torch's random state, the
-    caller's settings of kernels and the model are left as they were.
+    often, under seeds that are always the same, and its mean is compared within the spread. Random states, the caller's
+    settings of kernels and the model are left as they were.
 
     Args:
         model: an encoder, whose features are asked for, or a classifier on top of one or on its own.
@@ -54,7 +58,7 @@ def probe_model(
     encoder = model if isinstance(model, VLM) else getattr(model, "vlm", None)
     pixels = torch.from_numpy(known.probe_pixels(image_size))
     parts: dict[str, Any] = {}
-    with _as_is(model, device) as sigma:
+    with _as_is(model) as sigma:
         noisy = pixels + sigma * torch.from_numpy(known.probe_noise(tuple(pixels.shape)))
         rounding = _rounding(model)
         questions: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -166,23 +170,16 @@ def _rounding(model: nn.Module) -> float:
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
+    random.seed(seed)
 
 
 @contextlib.contextmanager
-def _as_is(model: nn.Module, device: torch.device) -> Iterator[float]:
+def _as_is(model: nn.Module) -> Iterator[float]:
     """Ask without gradients, in full float32, and leave all as it was; yield the noise level of a smoothing inside."""
     smoothing = [part for part in model.modules() if isinstance(part, VLM) and hasattr(part, "still")]
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
-    state = np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), contextlib.ExitStack() as stack:
+    modes = borrowed(model, frozen=False)
+    with same_random_state(), torch.no_grad(), full_precision_kernels(), modes, contextlib.ExitStack() as stack:
         for part in smoothing:
             still: Callable[[], contextlib.AbstractContextManager[None]] = part.still  # type: ignore[assignment]
             stack.enter_context(still())
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
-        try:
-            yield max((float(getattr(part, "sigma", 0.0)) for part in smoothing), default=0.0)
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
-            np.random.set_state(state)
+        yield max((float(getattr(part, "sigma", 0.0)) for part in smoothing), default=0.0)

@@ -241,3 +241,12 @@ def test_half_precision_is_kept_and_widened(kinds: Callable[[str], Oracle]) -> N
 
 def test_how_images_are_brought_to_it_is_the_encoders_to_say(kinds: Callable[[str], Oracle]) -> None:
     assert kinds("Squashed").model.framing.resize_mode == "squash"
+
+
+def test_a_text_encoder_that_ends_the_program_has_failed(write: Callable[..., str]) -> None:
+    leaving = GOOD.replace(
+        "    def encode_text(self, texts):", "    def encode_text(self, texts):\n        texts[2:] and exit(0)"
+    )
+    vlm = load_model(f"{write(leaving)}:Encoder")
+    with pytest.raises(UserError, match=r"encode_text of 'user_encoder_.*' ended the program"):
+        vlm.encode_text(["a", "b", "c"])

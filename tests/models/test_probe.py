@@ -143,6 +143,32 @@ def test_asking_leaves_random_states_and_the_model_as_they_were() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_draws_of_python_itself_are_the_same_every_time() -> None:
+    class Rare(Plain):
+        def encode_image(self, pixels: Tensor) -> Tensor:
+            return super().encode_image(pixels if random.random() < 0.5 else pixels.flip(-1))
+
+    model = CustomVLM(Rare(0, in_dict), spec="mine:rare")
+    random.seed(0)
+    first = probe_encoder(model)
+    assert all(probe_encoder(model) == first for _ in range(4))
+
+
+def test_a_model_in_training_is_asked_as_it_will_be_used() -> None:
+    class Dropped(Plain, nn.Module):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            Plain.__init__(self, 0, in_dict)
+            self.norm = nn.BatchNorm2d(3)
+
+        def encode_image(self, pixels: Tensor) -> Tensor:
+            return super().encode_image(self.norm(pixels))
+
+    model = CustomVLM(Dropped(), spec="mine:dropped").train()
+    probe_encoder(model)
+    assert (model.encoder.norm.training, int(model.encoder.norm.num_batches_tracked)) == (True, 0)
+
+
 def test_a_model_that_fails_is_left_to_the_run() -> None:
     class Broken(Plain):
         def encode_image(self, pixels: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks.oracle import Oracle, full_precision_kernels
+from robustvlm.attacks.oracle import Oracle
+from robustvlm.models.device import full_precision_kernels
 
 
 class Watched(nn.Module):

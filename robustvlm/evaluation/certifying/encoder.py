@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.oracle import PRECISIONS, full_precision_kernels
+from robustvlm.attacks.oracle import PRECISIONS
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.defenses import SmoothedVLM
@@ -17,6 +17,7 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.certifying.draws import find_dependence
 from robustvlm.models import VLM
 from robustvlm.models.borrowed import borrowed, placed
+from robustvlm.models.device import full_precision_kernels
 from robustvlm.runs.summary import Check
 
 # Rounding between batch shapes moves a feature by about 1e-6; batch statistics move it by percents.

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.attacks.oracle import full_precision_kernels
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.reading import parse_json, require_regular
 from robustvlm.core.seeds import derive_seed
@@ -24,6 +23,7 @@ from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting.observer import DetectObserver
 from robustvlm.models import VLM
+from robustvlm.models.device import full_precision_kernels
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.files import replacing
