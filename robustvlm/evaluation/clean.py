@@ -18,6 +18,7 @@ from robustvlm.errors import UserError
 from robustvlm.evaluation.describe import remarks_of
 from robustvlm.evaluation.metrics import calibration_bins, calibration_error, correct, superclass_correct
 from robustvlm.models.borrowed import borrowed
+from robustvlm.models.device import full_precision_kernels
 from robustvlm.models.zero_shot import ZeroShotClassifier
 from robustvlm.stats import Rate, rate
 
@@ -98,7 +99,7 @@ def evaluate_clean(
     start = time.perf_counter()
     for batch in _batches(source, tally, limit, batch_size):
         pixels = torch.stack([to_pixels(sample.image, classifier.framing) for sample in batch])
-        with borrowed(classifier), torch.inference_mode():
+        with borrowed(classifier), torch.inference_mode(), full_precision_kernels():
             output = _logits(classifier, pixels.to(classifier.device)).cpu()
         _check_finite(output, batch, classifier.spec)
         tally.add(output, torch.tensor([sample.label for sample in batch]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -63,11 +65,40 @@ def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
 
 @contextlib.contextmanager
 def full_precision_kernels() -> Iterator[None]:
-    """Run float32 as float32 (no TF32) with reproducible cuDNN kernels, and restore the caller's settings."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
+    """Run float32 as float32 (no TF32, no bfloat16 within) with reproducible cuDNN kernels; restore all settings.
+
+    Example:
+        >>> with full_precision_kernels():
+        ...     torch.backends.cudnn.deterministic
+        True
+    """
+    switches = _switches()
     try:
+        for put, exact, _ in switches:
+            put(exact)
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        for put, _, before in switches:
+            put(before)
+
+
+def _switches() -> list[tuple[Callable[[Any], None], object, object]]:
+    """Return torch's settings of how exactly float32 is computed: how to set one, its exact value and the present one.
+
+    Since torch 2.9 each backend has a precision of its own; where these were set, the older flags refuse to be read.
+    """
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    found: list[tuple[Callable[[Any], None], object, object]] = []
+    with contextlib.suppress(RuntimeError):
+        found.append((torch.set_float32_matmul_precision, "highest", torch.get_float32_matmul_precision()))
+    with contextlib.suppress(RuntimeError):
+        found.append((partial(setattr, cudnn, "allow_tf32"), False, cudnn.allow_tf32))
+    parts: list[Any] = [torch.backends.cuda.matmul]
+    parts += [getattr(mkldnn, name, None) for name in ("matmul", "conv", "rnn")]
+    parts += [getattr(cudnn, name, None) for name in ("conv", "rnn")]
+    for part in parts:
+        if hasattr(part, "fp32_precision"):
+            found.append((partial(setattr, part, "fp32_precision"), "ieee", part.fp32_precision))
+    found.append((partial(setattr, cudnn, "deterministic"), True, cudnn.deterministic))
+    found.append((partial(setattr, cudnn, "benchmark"), False, cudnn.benchmark))
+    return found

@@ -11,6 +11,7 @@ from torch import nn
 
 from robustvlm.errors import UserError
 from robustvlm.models.borrowed import borrowed
+from robustvlm.models.device import full_precision_kernels
 from robustvlm.models.embedding_cache import cache_key, load_embeddings, save_embeddings
 from robustvlm.models.vlm import VLM
 
@@ -88,7 +89,7 @@ def class_embeddings(
     """
     per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), full_precision_kernels():
         for start in range(0, len(class_names), per_batch):
             names = class_names[start : start + per_batch]
             prompts = [template.replace("{}", name) for name in names for template in templates]

@@ -1,13 +1,19 @@
-"""Every process of a job gets a GPU of its own, or one line on why it cannot."""
+"""Every process of a job gets a GPU of its own, or one line on why it cannot; float32 is float32 on any device."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from robustvlm.core.ranks import Ranks
+from robustvlm.data import open_data
 from robustvlm.errors import UserError
-from robustvlm.models.device import device_of_rank
+from robustvlm.evaluation.clean import evaluate_clean
+from robustvlm.models.device import _switches, device_of_rank, full_precision_kernels
+from robustvlm.models.vlm import VLM
+from robustvlm.models.zero_shot import ZeroShotClassifier, class_embeddings
 
 CUDA = torch.device("cuda")
 
@@ -40,3 +46,69 @@ def test_one_gpu_for_all_or_too_few_of_them_are_refused(chosen: list[int]) -> No
     ):
         device_of_rank(CUDA, Ranks(2, 3, 2))
     assert chosen == []
+
+
+def _by_flag() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def _by_backend() -> None:
+    for part in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
+        if hasattr(part, "fp32_precision"):
+            part.fp32_precision = "tf32" if part is torch.backends.cuda.matmul else "bf16"
+
+
+def _for_all() -> None:
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize(
+    "choose", [lambda: torch.set_float32_matmul_precision("medium"), _by_flag, _by_backend, _for_all]
+)
+def test_float32_is_exact_whatever_a_program_has_set_and_settings_stay(choose: Callable[[], None]) -> None:
+    before = [(put, now) for put, _, now in _switches()]
+    everywhere = getattr(torch.backends, "fp32_precision", None)
+    try:
+        choose()
+        chosen = [now for *_, now in _switches()]
+        with full_precision_kernels(), full_precision_kernels():
+            assert all(now == exact for _, exact, now in _switches())
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert [now for *_, now in _switches()] == chosen
+    finally:
+        if everywhere is not None:
+            torch.backends.fp32_precision = everywhere
+        for put, now in before:
+            put(now)
+
+
+class _Told(VLM):
+    """Writes down how exactly it is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__(spec="told", image_size=64, logit_scale=10.0)
+        self.told: list[str] = []
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.told.append(torch.get_float32_matmul_precision())
+        return pixels.mean((2, 3))
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        self.told.append(torch.get_float32_matmul_precision())
+        return torch.tensor([[1.0, len(text), len(text) ** 2] for text in texts])
+
+
+def test_prompts_and_clean_images_are_embedded_as_exactly_as_attacked_ones() -> None:
+    source = open_data("emoji")
+    before = torch.get_float32_matmul_precision()
+    vlm = _Told()
+    try:
+        torch.set_float32_matmul_precision("high")
+        class_embeddings(vlm, ["a", "bb"], ["{}"])
+        evaluate_clean(
+            ZeroShotClassifier(vlm, source.class_names, torch.eye(len(source.class_names), 3)), source, limit=1
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert vlm.told == ["highest", "highest"]
