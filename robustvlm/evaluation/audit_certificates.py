@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from robustvlm.certify import contrast_vectors
 from robustvlm.data.source import DataSource
 from robustvlm.evaluation.audit_claims import Array, Claim, ClassClaim, FeatureClaim, VoteClaim
 from robustvlm.evaluation.audit_openset import OpensetClaim, RuleClaim
-from robustvlm.evaluation.certifying.setup import list_of_names, rule_of, vectors_of_classes
+from robustvlm.evaluation.certifying.setup import openset_vectors, rule_of, vectors_of_classes
 from robustvlm.models import VLM
-from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.report.certify_record import CertifyRecord
-from robustvlm.runs.certify_config import CertifyConfig
 
 MakeClaim = Callable[[dict[str, Any]], Callable[[Array, Array], Claim]]
 
@@ -51,15 +47,6 @@ def claim_maker(run: CertifyRecord, vlm: VLM, source: DataSource) -> MakeClaim:
             lambda *_: VoteClaim(text=text, label=row["prediction"], radius=row["radius"], logit_scale=vlm.logit_scale)
         )
     return lambda row: lambda *_: ClassClaim(text=text, label=row["prediction"], radius=row["radius"])
-
-
-def openset_vectors(config: CertifyConfig, vlm: VLM, text: Array, templates: tuple[str, ...]) -> Array:
-    """Return the vectors [K, A, D] of a run's open-set score."""
-    against = np.zeros((0, text.shape[1]))
-    if config.antibodies is not None:
-        names = list_of_names(Path(config.antibodies))
-        against = class_embeddings(vlm, names, templates).double().cpu().numpy()
-    return contrast_vectors(text, against, config.weight)
 
 
 def _feature(row: dict[str, Any], run: CertifyRecord, steering: Array, evidence: Array) -> FeatureClaim:

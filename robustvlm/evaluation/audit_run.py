@@ -26,7 +26,7 @@ from robustvlm.evaluation.audit_certificates import CLAIMS, claim_maker
 from robustvlm.evaluation.audit_partial import Partial
 from robustvlm.evaluation.audit_search import Effort
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
-from robustvlm.evaluation.certifying.setup import describe_head
+from robustvlm.evaluation.certifying.setup import describe_head, prompts_of
 from robustvlm.evaluation.describe import probe_of
 from robustvlm.models import VLM
 from robustvlm.models.device import full_precision_kernels
@@ -115,6 +115,7 @@ def audit_folder(
     with named_by(f"the manifest of '{folder}'"):
         vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
     _require_same_model(run, vlm, source)
+    _require_same_texts(run, source)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
     model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)
     make = claim_maker(run, vlm, source)
@@ -172,6 +173,34 @@ def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource) -> Non
         )
 
 
+def _require_same_texts(run: CertifyRecord, source: DataSource) -> None:
+    """Refuse other classes, templates or antibodies than the certified claims are about: their files may have changed.
+
+    Raises:
+        UserError: what differs.
+    """
+    if run.config.claim == "feature":
+        return
+    data = run.manifest["data"]
+    now = {"class_names": list(source.class_names), "templates": list(source.templates)}
+    other = [key.replace("_", " ") for key, texts in now.items() if data.get(key, texts) != texts]
+    told = prompts_of(run.config, run.manifest["model"], source.templates)
+    if not other and any(_certified(row, "prompts") not in (None, told) for row in run.rows.to_pylist()):
+        other = ["antibodies"]
+    if other:
+        raise UserError(
+            f"the {' and '.join(other)} of '{run.folder}' have changed since it was certified: certify again"
+        )
+
+
+def _certified(row: dict[str, Any], key: str) -> Any:
+    """Return what a row's certificate says of something; None where it says nothing."""
+    try:
+        return json.loads(row["certificate"]).get(key)
+    except (TypeError, ValueError, AttributeError):
+        return None
+
+
 def _images(
     run: CertifyRecord, source: DataSource, rows: dict[str, dict[str, Any]], vlm: VLM
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -189,9 +218,6 @@ def _images(
 
 def _require_same_image(row: dict[str, Any], pixels: Tensor, run: CertifyRecord) -> None:
     """Refuse an image that is no longer the one that was certified, as far as the run says which that was."""
-    try:
-        known = json.loads(row["certificate"]).get("image")
-    except (TypeError, ValueError, AttributeError):
-        known = None
+    known = _certified(row, "image")
     if known and known != image_digest(pixels):
         raise UserError(f"the image '{row['image_id']}' has changed since '{run.folder}' was certified: certify again")

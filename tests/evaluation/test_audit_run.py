@@ -106,6 +106,20 @@ def test_another_image_under_the_same_name_is_not_audited(pictures: Path) -> Non
         audit_folder(folder, QUICK)
 
 
+@pytest.mark.parametrize("claim", ["class", "vote", "openset"])
+def test_other_texts_than_the_certified_ones_are_not_audited(pictures: Path, claim: str) -> None:
+    antibodies = pictures.parent / "antibodies.txt"
+    antibodies.write_text("180\n")
+    folder = finished(pictures, claim, **({"tau": 0.1, "antibodies": antibodies} if claim == "openset" else {}))
+    antibodies.write_text("120\n")
+    if claim == "openset":
+        with pytest.raises(UserError, match=r"the antibodies of .* have changed since it was certified"):
+            audit_folder(folder, QUICK)
+    (pictures.parent / "templates.txt").write_text("1{}\n")
+    with pytest.raises(UserError, match=r"the templates of .* have changed since it was certified"):
+        audit_folder(folder, QUICK)
+
+
 def test_a_single_radius_is_audited_as_asked(pictures: Path) -> None:
     folder = finished(pictures, "feature", radius=0.3)
     findings = audit_folder(folder, QUICK).findings

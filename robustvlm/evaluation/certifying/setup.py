@@ -228,10 +228,15 @@ def plan_of(
     if config.claim != "openset":
         return make_plan(config, text=text, rounding=rounding, baselines=baselines)
     assert text is not None
+    return make_plan(config, vectors=openset_vectors(config, vlm, text, templates))
+
+
+def openset_vectors(config: CertifyConfig, vlm: VLM, text: Array, templates: tuple[str, ...]) -> Array:
+    """Return the vectors [K, A, D] of a run's open-set score."""
     against = np.zeros((0, text.shape[1]))
     if config.antibodies is not None:
         against = _array(class_embeddings(vlm, _antibodies(config), templates))
-    return make_plan(config, vectors=contrast_vectors(text, against, config.weight))
+    return contrast_vectors(text, against, config.weight)
 
 
 def rule_of(config: CertifyConfig, class_names: tuple[str, ...]) -> OpensetRule | None:
