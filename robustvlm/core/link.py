@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from robustvlm.core.reading import first_line
 from robustvlm.core.watch import Watch
 from robustvlm.errors import UserError
 
@@ -199,5 +200,4 @@ class _named(contextlib.AbstractContextManager[None]):
         watch = self._watch
         if watch is not None and watch.wait_for(lambda: watch.trouble is not None, seconds=2.0):
             raise UserError(str(watch.trouble)) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the connection between the processes of this job is lost ({reason[:200]})") from error
+        raise UserError(f"the connection between the processes of this job is lost ({first_line(error)})") from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from robustvlm.core.link import Link
+from robustvlm.core.reading import first_line
 from robustvlm.core.watch import Watch
 from robustvlm.errors import UserError
 
@@ -144,8 +145,7 @@ def _connected(place: Ranks, address: tuple[str, int, bool], prefix: str) -> Ran
     # AttributeError: a torch built without torch.distributed; ValueError: the hub's word is not understood
     except (RuntimeError, AttributeError, OSError, ValueError) as error:
         raise UserError(
-            f"rank {place.rank} of {place.size} cannot reach the other processes at {host}:{port} "
-            f"({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+            f"rank {place.rank} of {place.size} cannot reach the other processes at {host}:{port} ({first_line(error)})"
         ) from error
     link = Link(board, rank=place.rank, size=place.size, hosts_store=hosts_store, watch=watch)
     return Ranks(place.rank, place.size, place.local_rank, link)

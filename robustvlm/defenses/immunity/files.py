@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from robustvlm.core.reading import first_line
 from robustvlm.defenses.immunity.adapter import Adapter
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
 from robustvlm.defenses.immunity.state import Immunity
@@ -70,5 +71,6 @@ def load_immunity(folder: Path, settings: Mapping[str, Any]) -> Immunity:
             noisy,
         )
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, UserError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{folder}' is no immunised model that can be read ({reason}): make it again") from None
+        raise UserError(
+            f"'{folder}' is no immunised model that can be read ({first_line(error)}): make it again"
+        ) from None

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.core.memory import is_out_of_memory
-from robustvlm.core.reading import parse_json, require_regular
+from robustvlm.core.reading import first_line, parse_json, require_regular
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data.pixels import to_pixels
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
@@ -249,9 +249,8 @@ def _read(path: Path, owner: Manifest) -> Encoded:
             [UnreadableImage(**image) for image in parse_json(about["unreadable"])],
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot read the kept features '{path}' ({reason}): delete it, the run makes it again"
+            f"cannot read the kept features '{path}' ({first_line(error)}): delete it, the run makes it again"
         ) from None
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from robustvlm.core.reading import parse_json, require_regular
+from robustvlm.core.reading import first_line, parse_json, require_regular
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.names import name_key
 from robustvlm.data.unlabelled import Unlabelled
@@ -116,8 +116,7 @@ def read_features(path: Path, owner: Manifest) -> Features:
                 int(parse_json(about.get("unreadable", "0"))),
             )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read the kept features '{path}' ({reason}): make the run again") from None
+        raise UserError(f"cannot read the kept features '{path}' ({first_line(error)}): make the run again") from None
 
 
 def _encoded(
