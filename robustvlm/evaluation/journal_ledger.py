@@ -101,10 +101,14 @@ class JournalLedger(ABC):
             self._add({"kind": "unreadable", "index": index, "id": item.id, "reason": item.reason})
 
     def add_checks(self, checks: list[Check]) -> None:
-        """Record findings; one of the same name replaces the earlier one."""
-        for check in checks:
-            if self._checks.get(check.name) != check:
-                self._add({"kind": "check", **check.model_dump()})
+        """Record findings; one of the same name replaces the earlier one.
+
+        All in one line: of findings that were made together a killed session leaves all or none, and the next one asks
+        again where there is none.
+        """
+        new = [check.model_dump() for check in checks if self._checks.get(check.name) != check]
+        if new:
+            self._add({"kind": "checks", "checks": new})
 
     def _add_cost(self, cost: Cost) -> None:
         self._add({"kind": "cost", "session": self.session, "rank": self.rank, **cost.model_dump()})
@@ -141,7 +145,9 @@ class JournalLedger(ABC):
         kind = fact.pop("kind")
         if kind == "unreadable":
             self._unreadable[fact["index"]] = UnreadableImage(id=fact["id"], reason=fact["reason"])
-        elif kind == "check":
+        elif kind == "checks":
+            self._checks |= {check["name"]: Check(**check) for check in fact["checks"]}
+        elif kind == "check":  # journals of 0.1.0 before its release
             self._checks[fact["name"]] = Check(**fact)
         elif kind == "cost":
             key = fact.pop("session"), fact.pop("rank", 0)

@@ -56,6 +56,26 @@ def test_interrupted_anywhere_and_resumed_is_the_same_to_the_bit(straight: Prepa
 
 
 @pytest.mark.equality
+def test_killed_among_its_first_questions_a_run_ends_with_all_of_their_answers(make_folder: Photos) -> None:
+    """At every byte of the line that holds them, and before and after it."""
+    photos = make_folder(8)
+    run = prepared(photos, attack="pgd:steps=2", checks="quick")
+    asked = {check.name for check in run.run().checks}
+    journal = run.folder.journal_path
+    assert {"finite output", "logits", "gradient as stated"} <= asked
+    lines = journal.read_bytes().splitlines(keepends=True)
+    number = next(number for number, line in enumerate(lines) if json.loads(line)["kind"] == "checks")
+    before, line = b"".join(lines[:number]), lines[number]
+    for kept in (0, len(line) // 3, len(line) - 1, len(line)):
+        shutil.rmtree(run.folder.gallery_path, ignore_errors=True)
+        for made in ("results.parquet", "summary.json", "checksums.json", "report.html"):
+            (run.folder.path / made).unlink(missing_ok=True)
+        journal.write_bytes(before + line[:kept])
+        again = prepared(photos, attack="pgd:steps=2", checks="quick").run()
+        assert {check.name for check in again.checks} == asked, f"killed after {kept} bytes"
+
+
+@pytest.mark.equality
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_any_byte_of_the_journal_and_resumed_is_the_same(straight: Prepared, seed: int) -> None:
     expected, shown = table(straight), pictures(straight.folder.gallery_path)

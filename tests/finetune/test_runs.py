@@ -71,6 +71,13 @@ def test_an_exported_run_is_read_by_open_clip_itself(tmp_path: Path) -> None:
         texts = model.encode_text(tokens(["a red thing", "blue"]), normalize=True)
     torch.testing.assert_close(images, vlm.encode_image(PIXELS))
     torch.testing.assert_close(texts, vlm.encode_text(["a red thing", "blue"]))
+    export_model(str(run.folder.path), tmp_path / "out")  # the same again: it is there already
+    for other, half in ((tmp_path / "base", False), (run.folder.path, True)):
+        with pytest.raises(UserError, match="not an empty folder: choose another one"):
+            export_model(str(other), tmp_path / "out", half=half)
+    export_model(str(run.folder.path), tmp_path / "halved", half=True)
+    export_model(str(run.folder.path), tmp_path / "halved", half=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty folder: choose another one"):
         export_model(str(run.folder.path), tmp_path / "out")
 

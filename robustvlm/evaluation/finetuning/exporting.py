@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from robustvlm.defenses import load_pipeline
 from robustvlm.errors import UserError
 from robustvlm.models.clip import ClipVLM
-from robustvlm.models.clip_folder import MERGES, write_clip_folder
+from robustvlm.models.clip_folder import CONFIG_NAME, MERGES, write_clip_folder
 from robustvlm.models.hub import WEIGHT_NAMES
 from robustvlm.runs.files import TEMPORARY, named_disk_errors
 
@@ -15,8 +17,8 @@ from robustvlm.runs.files import TEMPORARY, named_disk_errors
 def export_model(spec: str, out: Path, *, half: bool = False) -> None:
     """Write the open_clip model that `spec` names into the folder `out`.
 
-    An export that was cut short is made anew. Raises UserError when the model is not a plain open_clip model, or `out`
-    holds other files.
+    An export that was cut short is made anew, and one that is there already stays. Raises UserError when the model is
+    not a plain open_clip model, or `out` holds anything else.
 
     Example:
         >>> import tempfile
@@ -25,14 +27,19 @@ def export_model(spec: str, out: Path, *, half: bool = False) -> None:
         >>> (out / "open_clip_model.safetensors").is_file()
         True
     """
+    taken = UserError(f"'{out}' is there already and not an empty folder: choose another one to export to")
     if out.exists() and (not out.is_dir() or not _ours(out)):
-        raise UserError(f"'{out}' is there already and not an empty folder: choose another one to export to")
+        raise taken
     vlm = load_pipeline(spec)
     if not isinstance(vlm, ClipVLM):
         raise UserError(
             f"'{spec}' is more than an open_clip model (a {type(vlm).__name__}), which open_clip cannot hold: "
             "export the fine-tuned encoder that it stands on"
         )
+    if (out / CONFIG_NAME).exists():  # it is written last
+        if not _holds(out, vlm, half=half):
+            raise taken
+        return
     with named_disk_errors(out):
         for left in out.glob(f".*{TEMPORARY}"):
             left.unlink()
@@ -40,6 +47,25 @@ def export_model(spec: str, out: Path, *, half: bool = False) -> None:
 
 
 def _ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but what an export that was cut short leaves: the config is written last."""
+    """Whether a folder holds nothing but what an export writes, whole or cut short."""
     names = [path.name for path in folder.iterdir()]
-    return all(name in (MERGES, WEIGHT_NAMES[0]) or name.endswith(TEMPORARY) for name in names)
+    return all(name in (MERGES, WEIGHT_NAMES[0], CONFIG_NAME) or name.endswith(TEMPORARY) for name in names)
+
+
+def _holds(folder: Path, vlm: ClipVLM, *, half: bool) -> bool:
+    """Whether an exported folder is that of this model: the same parts with the same weights."""
+    try:
+        found = load_pipeline(str(folder))
+    except UserError:
+        return False
+    if not isinstance(found, ClipVLM) or _parts(found) != _parts(vlm):
+        return False
+    kept, wanted = found.model.state_dict(), vlm.model.state_dict()
+    rounded = {name: tensor.half().to(tensor.dtype) if half and tensor.is_floating_point() else tensor
+               for name, tensor in wanted.items()}  # fmt: skip
+    return kept.keys() == wanted.keys() and all(torch.equal(kept[name], rounded[name]) for name in wanted)
+
+
+def _parts(vlm: ClipVLM) -> list[str]:
+    # The temperature is one of the weights, and rounded as they are.
+    return [text for text in vlm.design if text != repr(vlm.logit_scale)]
