@@ -57,8 +57,8 @@ def require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the kept features would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in '{place}': "
-            "pass --cache float16, fewer --samples or another --out"
+            f"no space left on the disk for the kept features: they would take {needed / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB are free in '{place}': pass --cache float16, fewer --samples or another --out"
         )
 
 
