@@ -111,8 +111,15 @@ def run_forked(
     if pid == 0:
         _child(body, cwd, out, err, prepare, environment or {})
     code, hung = _wait(pid, timeout, kill_after)
-    texts = [path.read_bytes()[-_LONGEST:].decode("utf-8", "replace") for path in (out, err)]
+    texts = [_tail(path) for path in (out, err)]
     return Ended(code, texts[0], texts[1], time.monotonic() - began, hung)
+
+
+def _tail(path: Path) -> str:
+    try:
+        return path.read_bytes()[-_LONGEST:].decode("utf-8", "replace")
+    except FileNotFoundError:  # killed before it could say anything
+        return ""
 
 
 def in_parallel(work: Callable[[int], T], workers: int) -> list[T]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from robustvlm.core.reading import read_json
+from robustvlm.core.reading import MOST_BYTES, NotRegular, read_json, require_regular
 from robustvlm.errors import UserError
 from robustvlm.models.hub import CONFIG_NAME
 
@@ -55,8 +55,11 @@ def bpe_file(folder: Path, spec: str) -> Path | None:
 
 def _check_merges(path: Path, spec: str) -> None:
     try:
+        require_regular(path)
         with gzip.open(path) as file:
-            file.read().decode("utf-8")
+            if len(content := file.read(MOST_BYTES + 1)) > MOST_BYTES:
+                raise NotRegular("it unpacks to more than any merges file holds")
+        content.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"model '{spec}' names the merges file '{path}', which is not there") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,3 +93,11 @@ def test_what_a_written_folder_keeps(save_clip: Callable[..., Path], tmp_path: P
     pixels, texts = torch.rand(2, 3, 16, 16), ["Hot-Dog, please!"]
     assert torch.equal(again.encode_image(pixels), vlm.encode_image(pixels))
     assert torch.equal(again.encode_text(texts), vlm.encode_text(texts))
+
+
+def test_a_pipe_for_a_merges_file_is_refused_and_not_waited_for(tiny: Path) -> None:
+    (path,) = tiny.glob("bpe_*.txt.gz")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"the merges file .* is damaged \(.* is no regular file\)"):
+        load_model(str(tiny))
