@@ -47,13 +47,18 @@ def write_clip_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     merges = _write_tokenizer(vlm, folder)
-    values = {
-        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
-        for name, tensor in (state or vlm.model.state_dict()).items()
-    }
+    values = stored_weights(state or vlm.model.state_dict(), half=half)
     with replacing(folder / WEIGHT_NAMES[0]) as temporary:
         save_file(values, temporary, metadata={"format": "pt"})
     write_text(folder / CONFIG_NAME, json.dumps(clip_config(vlm, merges), indent=2) + "\n")
+
+
+def stored_weights(state: Mapping[str, torch.Tensor], *, half: bool = False) -> dict[str, torch.Tensor]:
+    """Return weights as they are written: on the CPU, each with memory of its own, with 16 bits if `half`."""
+    return {
+        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
+        for name, tensor in state.items()
+    }
 
 
 def clip_config(vlm: ClipVLM, merges: Path | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from robustvlm.errors import UserError
+from robustvlm.evaluation.finetuning.exporting import export_model
 from robustvlm.models import load_model
 from robustvlm.models.clip_folder import MERGES, write_clip_folder
 from robustvlm.models.zoo import BUNDLED
@@ -101,3 +102,17 @@ def test_a_pipe_for_a_merges_file_is_refused_and_not_waited_for(tiny: Path) -> N
     os.mkfifo(path)
     with pytest.raises(UserError, match=r"the merges file .* is damaged \(.* is no regular file\)"):
         load_model(str(tiny))
+
+
+def test_exporting_what_is_there_already_is_no_mistake_and_another_model_is_one(tiny: Path) -> None:
+    """Also with a merges file, whose path stands in both configs and differs."""
+    first, second = tiny.parent / "first", tiny.parent / "second"
+    export_model(str(tiny), first)
+    export_model(str(first), second)
+    before = [(path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(second.iterdir())]
+    export_model(str(first), second)
+    assert [(path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(second.iterdir())] == before
+    with pytest.raises(UserError, match="choose another one to export to"):
+        export_model(str(first), second, half=True)
+    with pytest.raises(UserError, match="choose another one to export to"):
+        export_model("tiny-robust", second)

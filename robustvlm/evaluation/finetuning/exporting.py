@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from robustvlm.core.reading import read_json
 from robustvlm.defenses import load_pipeline
 from robustvlm.errors import UserError
 from robustvlm.models.clip import ClipVLM
-from robustvlm.models.clip_folder import CONFIG_NAME, MERGES, write_clip_folder
-from robustvlm.models.hub import WEIGHT_NAMES
+from robustvlm.models.clip_folder import MERGES, clip_config, stored_weights, write_clip_folder
+from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES
 from robustvlm.runs.files import TEMPORARY, named_disk_errors
 
 
@@ -53,19 +57,15 @@ def _ours(folder: Path) -> bool:
 
 
 def _holds(folder: Path, vlm: ClipVLM, *, half: bool) -> bool:
-    """Whether an exported folder is that of this model: the same parts with the same weights."""
+    """Whether an exported folder is that of this model: what would be written stands there already."""
+    merges = folder / MERGES
     try:
-        found = load_pipeline(str(folder))
-    except UserError:
+        config, kept = read_json(folder / CONFIG_NAME), load_file(folder / WEIGHT_NAMES[0])
+    except (OSError, SafetensorError, UserError):
         return False
-    if not isinstance(found, ClipVLM) or _parts(found) != _parts(vlm):
-        return False
-    kept, wanted = found.model.state_dict(), vlm.model.state_dict()
-    rounded = {name: tensor.half().to(tensor.dtype) if half and tensor.is_floating_point() else tensor
-               for name, tensor in wanted.items()}  # fmt: skip
-    return kept.keys() == wanted.keys() and all(torch.equal(kept[name], rounded[name]) for name in wanted)
-
-
-def _parts(vlm: ClipVLM) -> list[str]:
-    # The temperature is one of the weights, and rounded as they are.
-    return [text for text in vlm.design if text != repr(vlm.logit_scale)]
+    wanted = stored_weights(vlm.model.state_dict(), half=half)
+    return (
+        config == json.loads(json.dumps(clip_config(vlm, merges if merges.exists() else None)))
+        and kept.keys() == wanted.keys()
+        and all(kept[name].dtype == t.dtype and torch.equal(kept[name], t) for name, t in wanted.items())
+    )
