@@ -17,9 +17,22 @@ from robustvlm.errors import UserError
 TEMPORARY = ".part"
 """How the names of files end that are not complete yet."""
 
+_THEIRS = ".tmp"
+"""How the names of files begin that safetensors has not completed yet."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)", re.IGNORECASE)
 _REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what a killed process left of a file it was writing, by itself or by safetensors.
+
+    Example:
+        >>> [is_temporary(name) for name in (".model.json.x1y2.part", ".tmpvOESOB", "tmp.part", ".template")]
+        [True, True, False, False]
+    """
+    return name.startswith(".") and (name.endswith(TEMPORARY) or (name.startswith(_THEIRS) and len(name) == 10))
 
 
 @contextmanager

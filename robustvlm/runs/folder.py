@@ -16,7 +16,7 @@ from robustvlm.core.foreign_text import secrets_cut, without_secrets
 from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError
 from robustvlm.runs import checksums
-from robustvlm.runs.files import TEMPORARY, kind_of, named_disk_errors, open_own, write_text
+from robustvlm.runs.files import is_temporary, kind_of, named_disk_errors, open_own, write_text
 from robustvlm.runs.manifest import Manifest, read_manifest, require_same
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -243,8 +243,8 @@ class RunFolder:
     def _sweep(self) -> None:
         """Delete the temporary files of a process that was killed; nobody else writes here while the lock is held."""
         inside = [path for path in self._own() if path.is_dir() and not path.is_symlink()]
-        for left in (self.path.glob(f".*{TEMPORARY}"), *(folder.rglob(f".*{TEMPORARY}") for folder in inside)):
-            for path in list(left):
+        for left in (self.path.glob(".*"), *(folder.rglob(".*") for folder in inside)):
+            for path in [path for path in left if is_temporary(path.name) and not path.is_dir()]:
                 path.unlink(missing_ok=True)
 
     @contextmanager

@@ -107,7 +107,11 @@ def test_a_pipe_for_a_merges_file_is_refused_and_not_waited_for(tiny: Path) -> N
 def test_exporting_what_is_there_already_is_no_mistake_and_another_model_is_one(tiny: Path) -> None:
     """Also with a merges file, whose path stands in both configs and differs."""
     first, second = tiny.parent / "first", tiny.parent / "second"
+    first.mkdir()
+    for left in (".tmpvOESOB", ".open_clip_model.safetensors.kzwoaq_a.part"):  # of an export that was killed
+        (first / left).write_bytes(b"half")
     export_model(str(tiny), first)
+    assert not list(first.glob(".*"))
     export_model(str(first), second)
     before = [(path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(second.iterdir())]
     export_model(str(first), second)

@@ -15,7 +15,7 @@ from robustvlm.errors import UserError
 from robustvlm.models.clip import ClipVLM
 from robustvlm.models.clip_folder import MERGES, clip_config, stored_weights, write_clip_folder
 from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES
-from robustvlm.runs.files import TEMPORARY, named_disk_errors
+from robustvlm.runs.files import is_temporary, named_disk_errors
 
 
 def export_model(spec: str, out: Path, *, half: bool = False) -> None:
@@ -45,7 +45,7 @@ def export_model(spec: str, out: Path, *, half: bool = False) -> None:
             raise taken
         return
     with named_disk_errors(out):
-        for left in out.glob(f".*{TEMPORARY}"):
+        for left in [path for path in out.glob(".*") if is_temporary(path.name)]:
             left.unlink()
         write_clip_folder(vlm, out, half=half)
 
@@ -53,7 +53,7 @@ def export_model(spec: str, out: Path, *, half: bool = False) -> None:
 def _ours(folder: Path) -> bool:
     """Whether a folder holds nothing but what an export writes, whole or cut short."""
     names = [path.name for path in folder.iterdir()]
-    return all(name in (MERGES, WEIGHT_NAMES[0], CONFIG_NAME) or name.endswith(TEMPORARY) for name in names)
+    return all(name in (MERGES, WEIGHT_NAMES[0], CONFIG_NAME) or is_temporary(name) for name in names)
 
 
 def _holds(folder: Path, vlm: ClipVLM, *, half: bool) -> bool:
