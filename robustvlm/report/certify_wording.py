@@ -37,11 +37,15 @@ def certified(summary: CertifySummary) -> Rate:
 
 
 def state(summary: CertifySummary) -> Standing:
-    """Return how a run stands at the radius it is judged by: half of the images or more, some of them, none."""
+    """Return how a run stands: "held" where half of the images keep the radius that was asked for, "none" where none.
+
+    Without a radius that was asked for nobody has said what would be good: "neutral", however far certificates reach.
+    """
     found = standing(summary)
     if found is None or not found[1].successes:
         return "none"
-    return "held" if 2 * found[1].successes >= found[1].total else "neutral"
+    asked = summary.asked_radius is not None
+    return "held" if asked and 2 * found[1].successes >= found[1].total else "neutral"
 
 
 def verdict(summary: CertifySummary, *, resolution: int | None = None) -> str:

@@ -129,7 +129,7 @@ def test_colour_and_verdict_go_by_a_distance_that_was_asked_about() -> None:
     some = summary(fact(0, 0.2), *(fact(i, 0.0034) for i in range(1, 4)))
     half = summary(fact(0, 0.2), fact(1, 0.1), fact(2, 0.0), fact(3, 0.0))
     nothing = summary(fact(0, 0.0), fact(1, 0.0))
-    assert [state(one) for one in (tiny, some, half, nothing)] == ["none", "neutral", "held", "none"]
+    assert [state(one) for one in (tiny, some, half, nothing)] == ["none", "neutral", "neutral", "none"]
     assert "0.0034 (L₂) on average" in verdict(tiny)
     assert "At the distance 0.1 it holds for 0 of 4." in verdict(tiny)
     assert verdict(nothing).startswith("For none of the 2 images")
@@ -139,6 +139,7 @@ def test_colour_and_verdict_go_by_a_distance_that_was_asked_about() -> None:
     assert state(wrong) == "none"  # certified to stay wrong
     asked = summary(fact(0, 0.3, stop="certified"), fact(1, 0.0, stop="futile"), radius=0.3, at=[0.01, 0.3])
     assert standing(asked) == (0.3, asked.at[1].certified)
+    assert state(asked) == "held", "half of the images keep what was asked for"
     assert "One grey level in every pixel is a distance of 0.218." in verdict(tiny, resolution=32)
 
 
