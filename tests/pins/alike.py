@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file
 from shapes import lines_of
 
-# Time, and the digests of what may differ in the last bits.
-_BESIDE = ("seconds", "microseconds", "fingerprint", "run", "name", "probe", "loading", "bpe_path")
+_BESIDE = re.compile(r".*seconds.*|cost|encode_ms|fingerprint|looks|bpe_path|peak_memory|probe")
+"""Keys of what it took, what else was looked at in the same place, and digests of what may differ in the last bits."""
+
 _MARGIN = 2e-3
 """How far numbers of two CPUs may lie apart: rounding, carried through some steps of an attack or of training."""
 
@@ -41,7 +43,7 @@ def _content(path: Path) -> Any:
 
 def _apart(one: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
-        kept = [{key for key in each if not key.endswith(_BESIDE)} for each in (one, other)]
+        kept = [{key for key in each if not _BESIDE.fullmatch(key)} for each in (one, other)]
         lost = [f"{where} has {key} in one alone" for key in sorted(kept[0] ^ kept[1])]
         return lost + [
             said for key in sorted(kept[0] & kept[1]) for said in _apart(one[key], other[key], f"{where}.{key}")

@@ -1,4 +1,4 @@
-"""Made the runs in `before/` with an earlier version: finished ones of every command, and some that were killed.
+"""Makes the runs in `before/` with an earlier version: finished ones of every command, and some that were killed.
 
     git worktree add ../old COMMIT
     OMP_NUM_THREADS=1 PYTHONPATH=../old python tests/pins/make_before.py tests/pins/before

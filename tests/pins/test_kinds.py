@@ -1,4 +1,4 @@
-"""Words that stand in the files of earlier runs, kept in `kinds.json`: kinds of models, attacks, scores and their parts.
+"""Words that stand in files of earlier runs, kept in `kinds.json`: kinds of models, attacks, scores and their parts.
 
 A card names the kind of its model, a seed is made of the name of an attack, and the digest of a gate is made of the
 classes and fields of its scores (fields with `()` behind are the name of a class).
