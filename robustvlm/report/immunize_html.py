@@ -11,7 +11,7 @@ from markupsafe import Markup
 from robustvlm.errors import UserError
 from robustvlm.report import immunize_wording as words
 from robustvlm.report import tables, training_plots
-from robustvlm.report.html import _environment, _write, drawing
+from robustvlm.report.page import drawing, page, write_page
 from robustvlm.report.record import read_json_of, read_manifest_of
 from robustvlm.report.wording import plain
 from robustvlm.runs.checksums import require_unchanged
@@ -60,8 +60,8 @@ def write_immunize_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
     path = out or folder / "report.html"
     with drawing(folder):
-        page = render_immunize_run(load_immunize_run(folder))
-    _write(path, page)
+        text = render_immunize_run(load_immunize_run(folder))
+    write_page(path, text)
     return path
 
 
@@ -73,25 +73,22 @@ def render_immunize_run(run: ImmunizeRun) -> str:
     """
     record = run.record
     try:
-        return (
-            _environment()
-            .get_template("immunize.html.j2")
-            .render(
-                run=run,
-                config=run.manifest["config"],
-                record=record,
-                verdict=words.verdict(record),
-                tone=words.tone(record),
-                cards=_cards(record["measures"]),
-                curve=_curve(record.get("vaccine")),
-                unknown=_unknown(record["measures"]),
-                diagnostics=_diagnostics(record),
-                classes=record["classes"][:_ROWS],
-                kept=record["antibodies"]["kept"][:_ROWS],
-                dropped=record["antibodies"]["dropped"][:_ROWS],
-                added=record.get("added"),
-                manifest=tables.manifest_rows(run.manifest),
-            )
+        return page(
+            "immunize.html.j2",
+            run=run,
+            config=run.manifest["config"],
+            record=record,
+            verdict=words.verdict(record),
+            tone=words.tone(record),
+            cards=_cards(record["measures"]),
+            curve=_curve(record.get("vaccine")),
+            unknown=_unknown(record["measures"]),
+            diagnostics=_diagnostics(record),
+            classes=record["classes"][:_ROWS],
+            kept=record["antibodies"]["kept"][:_ROWS],
+            dropped=record["antibodies"]["dropped"][:_ROWS],
+            added=record.get("added"),
+            manifest=tables.manifest_rows(run.manifest),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{run.folder / RECORD}' is no record of `robustvlm immunize` ({error})") from None

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.report import tables, training_plots
-from robustvlm.report.html import _environment, _write, drawing
+from robustvlm.report.page import drawing, page, write_page
 from robustvlm.report.record import read_manifest_of
 from robustvlm.report.wording import DASH, duration, interval, percent, plain
 from robustvlm.runs.checksums import require_unchanged
@@ -75,31 +75,28 @@ def write_training_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
     path = out or folder / "report.html"
     with drawing(folder):
-        page = render_training_run(load_training_run(folder))
-    _write(path, page)
+        text = render_training_run(load_training_run(folder))
+    write_page(path, text)
     return path
 
 
 def render_training_run(run: TrainingRun) -> str:
     """Return the report of one training run as HTML."""
     history = run.summary.history
-    return (
-        _environment()
-        .get_template("training.html.j2")
-        .render(
-            run=run,
-            config=run.manifest["config"],
-            summary=run.summary,
-            sentence=verdict(run.summary),
-            cards=_cards(history),
-            charts=_charts(history),
-            measures=measure_rows(history),
-            warnings=history.warnings,
-            settings=tables.manifest_rows({"method": run.summary.settings}) if run.summary.settings else [],
-            skipped=sorted(history.skipped.items()),
-            cost=cost_rows(run.summary),
-            manifest=tables.manifest_rows(run.manifest),
-        )
+    return page(
+        "training.html.j2",
+        run=run,
+        config=run.manifest["config"],
+        summary=run.summary,
+        sentence=verdict(run.summary),
+        cards=_cards(history),
+        charts=_charts(history),
+        measures=measure_rows(history),
+        warnings=history.warnings,
+        settings=tables.manifest_rows({"method": run.summary.settings}) if run.summary.settings else [],
+        skipped=sorted(history.skipped.items()),
+        cost=cost_rows(run.summary),
+        manifest=tables.manifest_rows(run.manifest),
     )
 
 
