@@ -12,11 +12,11 @@ from robustvlm.errors import UserError
 from robustvlm.report import immunize_wording as words
 from robustvlm.report import tables, training_plots
 from robustvlm.report.page import drawing, page, write_page
-from robustvlm.report.record import read_json_of, read_manifest_of
 from robustvlm.report.wording import plain
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
 from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.stats import Rate
 
 # More would be a file, not a report; all of them are in the record.
@@ -51,7 +51,7 @@ def load_immunize_run(folder: Path) -> ImmunizeRun:
         folder / "manifest.json",
         ": its config is not of this version; run it again",
     )
-    record = read_json_of(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
+    record = read_object(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
     require_unchanged(folder, manifest, what="immunize ")
     return ImmunizeRun(folder, manifest, record)
 

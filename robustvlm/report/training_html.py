@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict
 
 from robustvlm.report import tables, training_plots
 from robustvlm.report.page import drawing, page, write_page
-from robustvlm.report.record import read_manifest_of
 from robustvlm.report.wording import DASH, duration, interval, percent, plain
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.read import read_manifest_of
 from robustvlm.runs.training_summary import TrainingSummary, read_training
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import History, Validation

@@ -42,11 +42,11 @@ from robustvlm.evaluation.describe import probe_of
 from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
 from robustvlm.report.certify_record import load_certify_run
-from robustvlm.report.record import find_run
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_looks import describe_trail
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
+from robustvlm.runs.read import find_run
 
 PROMPTS = ("adaptive", "independent")
 
