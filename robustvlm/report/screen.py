@@ -47,29 +47,31 @@ def show(console: Console, what: Report | Iterable[Block | Verdict], *closing: C
         <BLANKLINE>
     """
     blocks = sections.terminal_blocks(what) if isinstance(what, Report) else sections.flat(what)
+    loud = "bold"  # the first sentence of the first verdict
     for block in (*blocks, *closing):
         if isinstance(block, Closing):
             width = max(map(len, block.places), default=0) + 1
             for name, place in block.places.items():
                 console.print(RichText(f"{name + ':':<{width}} {place}"), soft_wrap=True)
+        elif isinstance(block, Verdict):
+            for line in block.lines:
+                console.print(text(line, loud))
+                loud = ""
         else:
             for part in _drawn(block):
                 console.print(part)
 
 
-def _drawn(block: Block | Verdict) -> Iterable[RichText | FittedTable]:
-    if isinstance(block, Verdict):
-        for i, line in enumerate(block.lines):
-            yield text(line, "bold" if i == 0 else "")
-    elif isinstance(block, sections.Checks):
+def _drawn(block: Block) -> Iterable[RichText | FittedTable]:
+    if isinstance(block, sections.Checks):
         yield from (_finding(finding) for finding in block.findings if finding.level != "ok")
     elif isinstance(block, sections.Chart) and block.text:
         yield text(block.text)
-    elif isinstance(block, sections.Text) and block.only != "page":
+    elif isinstance(block, sections.Text) and block.only != "page" and block.kind != "lead":
         yield text(block.line, "dim" if block.kind == "small" else "")
     elif isinstance(block, sections.Facts) and block.only != "page":
-        for label, value in block.rows:
-            yield text([f"{label}: ", *parts_of(value)])
+        columns = [sections.Column(""), sections.Column("")]
+        yield FittedTable(sections.Table(columns, block.rows, title=block.title), heads=False)
     elif isinstance(block, sections.Table) and block.only != "page" and block.rows:
         yield FittedTable(block)
 
@@ -99,8 +101,8 @@ def _finding(finding: Finding) -> RichText:
 class FittedTable:
     """A table that is cut between columns, each part with the rows' names, where it is wider than the terminal."""
 
-    def __init__(self, table: sections.Table) -> None:
-        self._table = table
+    def __init__(self, table: sections.Table, *, heads: bool = True) -> None:
+        self._table, self._shows_heads = table, heads
         self._heads = [_head(column) for column in table.columns]
         self._rows = [row if isinstance(row, str) else [text(cell) for cell in row] for row in table.rows]
 
@@ -111,25 +113,16 @@ class FittedTable:
         ]
         least = [max(map(_longest_word, column)) for column in cells]
         wished = [max(cell_len(cell.plain) for cell in column) for column in cells]
-        parts = split(least, options.max_width)
-        for i, part in enumerate(parts):
-            yield self._part(
-                part,
-                narrowed([least[k] for k in part], [wished[k] for k in part], options.max_width),
-                first=i == 0,
-                last=i == len(parts) - 1,
-            )
+        if self._table.title:
+            yield RichText(straight(self._table.title), style="bold")
+        for part in split(least, options.max_width):
+            yield self._part(part, narrowed([least[k] for k in part], [wished[k] for k in part], options.max_width))
+        if self._table.caption:
+            yield text(self._table.caption, "dim")
 
-    def _part(self, part: Sequence[int], widths: Sequence[int], *, first: bool, last: bool) -> RichTable:
+    def _part(self, part: Sequence[int], widths: Sequence[int]) -> RichTable:
         table = self._table
-        drawn = RichTable(
-            title=RichText(straight(table.title), style="bold") if table.title and first else None,
-            caption=text(table.caption, "dim") if table.caption and last else None,
-            title_justify="left",
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
+        drawn = RichTable(box=box.SIMPLE_HEAD, show_header=self._shows_heads, pad_edge=False)
         for k, width in zip(part, widths, strict=True):
             justify = "right" if table.columns[k].number else "left"
             drawn.add_column(self._heads[k], justify=justify, width=width, overflow="fold")  # type: ignore[arg-type]
