@@ -7,7 +7,7 @@ A command describes its run once, as a Report made of Sections of blocks. `repor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from markupsafe import Markup
@@ -81,10 +81,12 @@ Inline = str | Code | Name | Small | Measure
 Line = Inline | Sequence[Inline]
 """A line of text: one word or several, put side by side as they are (spaces are the author's)."""
 
+Row = Sequence[Line] | str
+
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is how loud it is."""
+    """A paragraph; `kind` is how loud it is. Those that lead a section, which explain it, are for the page."""
 
     line: Line
     kind: Literal["plain", "lead", "small"] = "plain"
@@ -110,7 +112,7 @@ class Table:
     """
 
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Line] | str]
+    rows: Sequence[Row]
     title: str = ""
     caption: Line = ""
     strong: frozenset[int] = frozenset()
@@ -123,6 +125,7 @@ class Facts:
 
     rows: Sequence[tuple[str, Line]]
     kind: Literal["list", "sentences", "settings"] = "list"
+    title: str = ""
     only: Where = "page"
 
 
@@ -189,7 +192,10 @@ Block = Text | Table | Facts | Chart | Checks | Pictures | Pair | More | Closing
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a report; `key` is its anchor, `short` its name in the navigation ("" leaves it out)."""
+    """A titled part of a report; `key` is its anchor, `short` its name in the navigation ("" leaves it out).
+
+    A section whose blocks are all for the terminal is left out of the page.
+    """
 
     title: str
     blocks: Sequence[Block]
@@ -209,10 +215,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome in a few sentences, the first of them the most important; `tone` is its colour: bad is red."""
+    """The outcome in a few sentences; `tone` is its colour: "held" green, "" red, "neutral" neither."""
 
     lines: Sequence[Line]
-    tone: Literal["good", "bad", "neutral"] = "neutral"
+    tone: str = "neutral"
 
 
 @dataclass(frozen=True)
@@ -298,14 +304,14 @@ def left_out(reasons: Sequence[tuple[str, str]], what: str) -> list[Block]:
 def terminal_blocks(report: Report) -> Iterator[Block | Verdict]:
     """Yield what the terminal shows of a report, in its order: the sections' blocks, then the verdicts.
 
-    A table without a title gets that of its section.
+    The first table of a section has the section's title, where it has none of its own.
     """
     for section in report.sections:
         title = section.title
         for block in flat(section.blocks):
-            if isinstance(block, Table) and not block.title and title:
-                yield Table(block.columns, block.rows, title, block.caption, block.strong, block.only)
-                title = ""
+            if isinstance(block, (Table, Facts)) and block.only != "page":
+                yield block if block.title else replace(block, title=title)
+                title = title if block.title else ""
             else:
                 yield block
     yield from report.verdicts

@@ -26,6 +26,7 @@ from robustvlm.report.sections import (
     More,
     Pair,
     Report,
+    Row,
     Section,
     Table,
     Verdict,
@@ -162,7 +163,7 @@ def _measures(summary: TrainingSummary) -> list[Section]:
     if summary.kind == "purify":
         title = "Gaussian robustness score, images held out"
         columns = [Column("Noise"), Column("Encoder alone"), Column("This model")]
-    rows = [
+    rows: list[Row] = [
         (plain(name.removeprefix(_SCORE_AT), 80), *(Measure.of(found.measures.get(name)) for found in (first, kept)))
         for name in _order(kept)
     ]

@@ -8,8 +8,10 @@ import re
 
 import pytest
 from markupsafe import Markup
+from pages import HOSTILE, Page
 from rich.console import Console
 
+from robustvlm.report.making import build_blocks, prompt_blocks, soup_blocks
 from robustvlm.report.page import page_of
 from robustvlm.report.screen import narrowed, show, split
 from robustvlm.report.sections import (
@@ -37,7 +39,6 @@ from robustvlm.report.sections import (
 )
 from robustvlm.report.tables import Finding
 from robustvlm.stats import rate
-from tests.report.test_html import HOSTILE, Page
 
 
 def shown(*blocks: object, width: int = 80) -> str:
@@ -146,3 +147,25 @@ def test_what_is_for_one_place_is_not_in_the_other() -> None:
 def test_a_fault_anywhere_raises_the_alarm() -> None:
     assert "cannot be trusted" in page_of(report("harmless"))
     assert "cannot be trusted" not in page_of(Report("k", "n", "k", "f", [], []))
+
+
+def test_a_soup_names_every_ingredient_and_measure() -> None:
+    said = shown(*soup_blocks([("runs/a", True, 0.5), ("runs/b", False, 0.25)], {"clean accuracy": rate(1, 2)}))
+    for words in ("runs/a kept 50.0%", "runs/b left out 25.0%", "clean accuracy 50.0% 1.2"):
+        assert words in " ".join(said.split())
+    assert "Soup with it" not in shown(*soup_blocks([("a", True, None)], {}))
+
+
+def test_tuned_prompts_stand_beside_the_hand_written_ones() -> None:
+    side = {"accuracy": rate(1, 2).model_dump(), "auroc": {"x": [0.5, 0.25, 0.75]}}
+    record = {"images": 1200, "history": [{"loss": 0.5}], "zero_shot": side, "tuned": side, "notes": ["mind the gap"]}
+    said = shown(*prompt_blocks(record, val="data", ood=["x"]))
+    for words in ("1,200 images, loss 0.500", "AUROC of the energy change, x", "0.500  0.250", "mind the gap"):
+        assert words in said
+    assert "accuracy" not in shown(*prompt_blocks({"images": 1, "history": [{"loss": 1.0}]}, val=None, ood=[]))
+
+
+def test_a_pipeline_names_its_parts_in_order_and_what_does_not_fit() -> None:
+    said = shown(*build_blocks(["encoder tiny", "smoothing 0.25:8"], ["the head was made for another encoder"]))
+    assert "encoder tiny > smoothing 0.25:8" in said
+    assert "warning: the head was made for another encoder" in said
