@@ -39,11 +39,12 @@ from robustvlm.attacks.plan import ATTACKS, PLANS, Attack, Plan, parse_attacks, 
 from robustvlm.attacks.probe import Probe, probe
 from robustvlm.attacks.square import Square
 from robustvlm.attacks.tally import Answer
-from robustvlm.attacks.threat import NORMS, ThreatModel, parse_eps, parse_norm, project
+from robustvlm.attacks.threat import DEFAULT_EPS, NORMS, ThreatModel, parse_eps, parse_norm, project
 
 __all__ = [
     "APGD",
     "ATTACKS",
+    "DEFAULT_EPS",
     "FAB",
     "FAILED",
     "FOOLED",

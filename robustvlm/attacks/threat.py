@@ -14,6 +14,8 @@ from robustvlm.core.sums import row_norms
 from robustvlm.errors import UserError, nearest
 
 NORMS = ("Linf", "L2")
+DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
+"""The radius in each norm where none is asked for."""
 _ALIASES = {"linf": "Linf", "inf": "Linf", "l_inf": "Linf", "l∞": "Linf", "l2": "L2", "2": "L2", "l_2": "L2"}
 _FRACTION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
 

@@ -36,7 +36,7 @@ def run_audit(
     from robustvlm.models.device import resolve_device
     from robustvlm.report.certify_audit import audit_table
     from robustvlm.report.certify_html import write_certify_report
-    from robustvlm.report.record import find_run
+    from robustvlm.runs.read import find_run
 
     for name, value in (("starts", starts), ("steps", steps), ("images (--limit)", limit)):
         if value is not None and value < 1:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from robustvlm.evaluation.clean import CleanResult
-    from robustvlm.stats import Rate
+    from robustvlm.report.sections import Block
 
 
 def evaluate(
@@ -32,9 +32,11 @@ def evaluate(
 ) -> None:
     """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""
     # Loading torch and open_clip takes seconds; --help and other commands should not wait for them.
+    from robustvlm.cli.console import Console
     from robustvlm.data import open_data
     from robustvlm.defenses import load_classifier
     from robustvlm.evaluation.clean import evaluate_clean
+    from robustvlm.report.screen import show
 
     source = open_data(data, classes=classes, templates=templates, tree=tree)
     classifier = load_classifier(model, source.class_names, source.templates, device=device)
@@ -52,7 +54,7 @@ def evaluate(
     if as_json:
         say_json(result.model_dump_json(indent=2))
     else:
-        _print_table(result)
+        show(Console(), _blocks(result))
 
 
 def _progress(*, quiet: bool) -> Progress:
@@ -65,33 +67,25 @@ def _progress(*, quiet: bool) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
-def _print_table(result: CleanResult) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _blocks(result: CleanResult) -> list[Block]:
+    """Return what is said of a clean evaluation: every measure with its interval."""
+    from robustvlm.report.sections import Column, Measure, Row, Table, Text
+    from robustvlm.report.wording import percent
 
-    from robustvlm.cli.console import Console
-
-    # Specs and names are the user's text: as Text objects their brackets are no markup.
-    table = Table()
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_row(f"accuracy, {result.classes} classes", *_cells(result.accuracy), style="bold")
     several = len({at.tree for at in result.superclass_accuracy}) > 1
+    rows: list[Row] = [(f"accuracy, {result.classes:,} classes", Measure.of(result.accuracy))]
     for at in result.superclass_accuracy:
         where = f"{at.tree}, level {at.level}" if several else f"level {at.level}"
-        label = f"superclass accuracy, {where} ({at.superclasses} groups)"
-        table.add_row(Text(label), *_cells(at.accuracy))
+        label = f"superclass accuracy, {where} ({at.superclasses:,} groups)"
+        rows.append((label, Measure.of(at.accuracy)))
     for what, rate in (("known", result.rejected), ("unknown", result.unknown_rejected)):
         if rate is not None:
-            table.add_row(f"rejected, images of {what} classes", *_cells(rate))
-    table.add_row("mean confidence", f"{result.mean_confidence:.1%}", "")
-    table.add_row("calibration error (15 bins)", f"{result.calibration_error:.1%}", "")
-    console = Console()
-    console.print(Text(f"{result.model} on {result.data}"), style="bold", soft_wrap=True)
-    console.print(table)
-    for line in _notes(result):
-        console.print(Text(line), soft_wrap=True)
+            rows.append((f"rejected, images of {what} classes", Measure.of(rate)))
+    rows.append(("mean confidence", percent(result.mean_confidence)))
+    rows.append(("calibration error (15 bins)", percent(result.calibration_error)))
+    title = f"{result.model} on {result.data}"
+    table = Table([Column("Measure"), Column("Value, 95% interval")], rows, title=title, strong=frozenset({0}))
+    return [table, *map(Text, _notes(result))]
 
 
 def _notes(result: CleanResult) -> Iterator[str]:
@@ -103,7 +97,3 @@ def _notes(result: CleanResult) -> Iterator[str]:
     if result.unreadable:
         name, reason = result.unreadable_reasons[0]
         yield f"{result.unreadable:,} images could not be read; the first, {name}: {reason}"
-
-
-def _cells(rate: Rate) -> tuple[str, str]:
-    return f"{rate.value:.1%}", f"{rate.low:.1%} - {rate.high:.1%}"

@@ -163,20 +163,11 @@ def _work(prepared: PreparedFinetune, console: Console, settings: dict[str, Any]
 
 
 def _show(summary: TrainingSummary, prepared: PreparedFinetune, console: Console, *, as_json: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from robustvlm.report.training_html import measure_rows, verdict
+    from robustvlm.report.screen import show
+    from robustvlm.report.training_html import TrainingRun, training_closing, training_report
 
     if as_json:
         say_json(summary.model_dump_json(indent=2))
         return
-    table = Table()
-    for column in ("measure", "before", "kept weights"):
-        table.add_column(column, justify="left" if column == "measure" else "right")
-    for row in measure_rows(summary.history):
-        table.add_row(*map(escape, row))
-    console.print(table)
-    console.print(escape(verdict(summary)), highlight=False, soft_wrap=True)
-    console.print(f"Model:  {escape(str(prepared.folder.path))}", soft_wrap=True)
-    console.print(f"Report: {escape(str(prepared.folder.report_path))}", soft_wrap=True)
+    run = TrainingRun(prepared.folder.path, prepared.manifest, summary)
+    show(console, training_report(run), training_closing(run))

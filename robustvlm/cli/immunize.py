@@ -135,7 +135,7 @@ def immunize(
     if as_json:
         say_json(json.dumps(record, indent=2, ensure_ascii=False))
     else:
-        _show(record, prepared.folder.path, Console())
+        _show(record, prepared, Console())
     if client is not None and not as_json:
         say(spent(client, llm_prices))
 
@@ -197,64 +197,9 @@ def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -
         return record
 
 
-def _show(record: dict[str, Any], folder: Path, console: Console) -> None:
-    from rich.text import Text
+def _show(record: dict[str, Any], prepared: Any, console: Console) -> None:
+    from robustvlm.report.immunize_html import ImmunizeRun, immunize_closing, immunize_report
+    from robustvlm.report.screen import show
 
-    from robustvlm.report.immunize_wording import verdict
-
-    def say(line: str) -> None:
-        console.print(Text(line), soft_wrap=True)
-
-    say(verdict(record))
-    found, band = record["antibodies"], record["antibodies"]["band"]
-    between = "" if band is None else f", band {band['safe']:.3f} to {band['risk']:.3f}"
-    say(f"antibodies: {len(found['kept'])} kept, {len(found['dropped'])} dropped{between}")
-    if "vaccine" in record:
-        vaccine = record["vaccine"]
-        say(
-            f"vaccine: step {vaccine['chosen_step']} of {vaccine['history'][-1]['step']} kept, features move by "
-            f"{vaccine['median_move_degrees']:.1f} degrees, margin {vaccine['margin']:.3f} pushes "
-            f"{vaccine['pushed_share']:.1%} of the pairs"
-        )
-    _show_measures(record["measures"], console)
-    if "added" in record:
-        others = record["added"]["others"]
-        say(
-            f"added '{record['added']['name']}': of {others['total']} held-out images of the other classes, "
-            f"{others['only_first']} were right and are wrong now, {others['only_second']} the other way round "
-            f"(McNemar p = {others['p_value']:.3g})"
-        )
-    for note in record["notes"]:
-        say(f"note: {note}")
-    say(f"report: {folder / 'report.html'}")
-    say(f"model: {folder}")
-
-
-def _show_measures(measures: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from robustvlm.report.immunize_wording import rejected_of
-
-    if not measures:
-        return
-    table = Table("measure", title=None)
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    table.add_row("accuracy, held out", _rate(measures["accuracy_before"]), _rate(measures["accuracy_after"]))
-    table.add_row("right and accepted, held out", "", _rate(measures["accepted_right"]))
-    table.add_row("known images wrongly refused, held out", "", _rate(measures["rejected"]))
-    for spec, found in measures["unknown"].items():
-        table.add_row(Text(f"AUROC, {spec} (before: MCM)"), _interval(found["auroc_mcm"]), _interval(found["auroc"]))
-        table.add_row(Text(f"unknown images rejected, {spec}"), "", _rate(rejected_of(found).model_dump()))
-    console.print(table)
-
-
-def _rate(found: dict[str, Any]) -> str:
-    if found["value"] is None:
-        return "none"
-    return f"{found['value']:.1%} ({found['low']:.1%} - {found['high']:.1%})"
-
-
-def _interval(found: dict[str, Any]) -> str:
-    return f"{found['value']:.3f} ({found['low']:.3f} - {found['high']:.3f})"
+    run = ImmunizeRun(prepared.folder.path, prepared.manifest, record)
+    show(console, immunize_report(run), immunize_closing(run))

@@ -30,8 +30,9 @@ def report(
     from robustvlm.report.detect_record import is_detect_run
     from robustvlm.report.html import write_report
     from robustvlm.report.immunize_html import is_immunize_run
-    from robustvlm.report.record import find_run, load_run
+    from robustvlm.report.record import load_run
     from robustvlm.report.training_html import is_training_run
+    from robustvlm.runs.read import find_run
 
     folders = [find_run(run) for run in runs]
     if len(folders) == 1 and is_certify_run(folders[0]):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.stats import norm, rankdata
 
 from robustvlm.core.seeds import derive_seed
-from robustvlm.detect.metrics import METRICS, Array, Metrics, _checked, auroc, weighted_metrics
+from robustvlm.detect.metrics import METRICS, Array, Metrics, auroc, checked_scores, weighted_metrics
 
 # Weights of so many images are in memory at once: 32 MB in float64.
 _CHUNK = 2**22
@@ -52,7 +52,7 @@ def auroc_interval(
         >>> found.value, round(found.low, 3), round(found.high, 3)
         (0.8125, 0.329, 0.975)
     """
-    high, low = _checked(known, unknown)
+    high, low = checked_scores(known, unknown)
     value = auroc(high, low)
     z = float(norm.ppf(0.5 + confidence / 2))
     sizes = [_group_count(groups, len(side)) for groups, side in ((known_groups, high), (unknown_groups, low))]
@@ -105,7 +105,7 @@ class Bootstrap:
 
     def draws(self, known: npt.ArrayLike, unknown: npt.ArrayLike) -> dict[str, Array]:
         """Return every metric under every bootstrap sample, each [n_draws]."""
-        high, low = _checked(known, unknown)
+        high, low = checked_scores(known, unknown)
         rows = max(1, _CHUNK // (len(high) + len(low)))
         parts = [
             weighted_metrics(high, low, first, second)
@@ -117,7 +117,7 @@ class Bootstrap:
 
     def intervals(self, known: npt.ArrayLike, unknown: npt.ArrayLike, confidence: float = 0.95) -> dict[str, Interval]:
         """Return every metric with its percentile interval."""
-        high, low = _checked(known, unknown)
+        high, low = checked_scores(known, unknown)
         point = weighted_metrics(high, low, np.ones((1, len(high))), np.ones((1, len(low))))
         return intervals_of(point, self.draws(high, low), confidence)
 

@@ -49,7 +49,7 @@ def fpr_at_tpr(known: npt.ArrayLike, unknown: npt.ArrayLike, tpr: float = TPR) -
         >>> fpr_at_tpr([4.0, 3.0, 2.0, 1.0], [2.5, 0.0], tpr=0.75)
         0.5
     """
-    _, others = _checked(known, unknown)
+    _, others = checked_scores(known, unknown)
     return float((others >= threshold_at_tpr(known, tpr)).mean())
 
 
@@ -80,7 +80,7 @@ def average_precision(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float
 
 def all_metrics(known: npt.ArrayLike, unknown: npt.ArrayLike) -> Metrics:
     """Return all metrics of two sets of scores, each as an array of one value."""
-    high, low = _checked(known, unknown)
+    high, low = checked_scores(known, unknown)
     return weighted_metrics(high, low, np.ones((1, len(high))), np.ones((1, len(low))))
 
 
@@ -114,7 +114,7 @@ def roc_points(known: npt.ArrayLike, unknown: npt.ArrayLike) -> tuple[Array, Arr
         >>> [list(map(float, rates)) for rates in roc_points([2.0], [1.0])]
         [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]]
     """
-    high, low = _checked(known, unknown)
+    high, low = checked_scores(known, unknown)
     thresholds = np.unique(np.concatenate([high, low]))[::-1]
     accepted = [1 - np.searchsorted(np.sort(side), thresholds) / len(side) for side in (low, high)]
     false, true = (np.concatenate([[0.0], rates]) for rates in accepted)
@@ -137,7 +137,8 @@ def _steps(weight: Array, positive: Array, negative: Array) -> Array:
     return (weight * precision).sum(axis=1)
 
 
-def _checked(known: npt.ArrayLike, unknown: npt.ArrayLike) -> tuple[Array, Array]:
+def checked_scores(known: npt.ArrayLike, unknown: npt.ArrayLike) -> tuple[Array, Array]:
+    """Return both sets of scores as arrays [n] and [m]; UserError where one is empty, of another shape or has NaN."""
     return _finite(known, "known"), _finite(unknown, "unknown")
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from robustvlm.defenses.build import Misfit, Recipe, Unfitted, build_pipeline
 from robustvlm.defenses.build.building import PARTS
 from robustvlm.defenses.purify import PurifiedVLM
-from robustvlm.evaluation.certifying.setup import describe_model
+from robustvlm.evaluation.describe import facts_of
 from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
 from robustvlm.runs.checksums import forget_checksums, write_checksums
@@ -79,7 +79,7 @@ def assemble(
             shutil.rmtree(folder.path / PARTS)
         vlm, misfits = build_pipeline(recipe, folder.path, accept_misfits=accept_misfits, device=place)
         stages = _stages(recipe, vlm)
-        record = {"name": folder.name, "parts": list(stages), "model": describe_model(vlm)}
+        record = {"name": folder.name, "parts": list(stages), "model": facts_of(vlm, "interpolation")}
         record["misfits"] = [str(wrong) for wrong in misfits]
         write_text(folder.summary_path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         write_checksums(folder.path, known)

@@ -12,6 +12,7 @@ from robustvlm.models.probe import probe_model
 from robustvlm.models.zero_shot import cut_prompts
 
 _PROMPTS = 4
+_FACTS = ("spec", "fingerprint", "image_size", "logit_scale")
 
 
 def probe_of(
@@ -39,6 +40,17 @@ def probe_of(
         class_vectors=vectors,
         outputs=classifier,
     )
+
+
+def facts_of(model: VLM | Classifier, *more: str) -> dict[str, Any]:
+    """Return the facts that identify a model, and of its attributes `more`; a run's default name is a digest of them.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> list(facts_of(load_model("tiny"), "interpolation"))
+        ['spec', 'fingerprint', 'image_size', 'logit_scale', 'interpolation']
+    """
+    return {name: getattr(model, name) for name in (*_FACTS, *more)}
 
 
 def describe_data(source: DataSource) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.attacks import (
+    DEFAULT_EPS,
     PRECISIONS,
     Attack,
     ExternalAttack,
@@ -27,7 +28,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
-from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
+from robustvlm.evaluation.describe import describe_data, facts_of, probe_of, remarks_of
 from robustvlm.evaluation.prepared import Prepared
 from robustvlm.evaluation.scrutiny import MODES, STAND_INS
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -44,7 +45,6 @@ _PLANNED_TARGETS = 9
 
 # Draws per gradient that random models get, unless the user or a plan says otherwise.
 _EOT = 10
-_DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
 
 
 def prepare(
@@ -92,7 +92,7 @@ def prepare(
     for item in attacks:
         if isinstance(item, ExternalAttack):
             require_norm(item, norm)
-    radii = parse_eps(eps if eps is not None else _DEFAULT_EPS[norm])
+    radii = parse_eps(eps if eps is not None else DEFAULT_EPS[norm])
     for _, value in radii:
         ThreatModel(norm, value)
     device = str(device_of_rank(resolve_device(device), current_ranks()))
@@ -107,7 +107,7 @@ def prepare(
     source = open_data(data, classes=classes, templates=templates, tree=tree)
     classifier = load_classifier(model, source.class_names, source.templates, device=device)
     size = resolution or classifier.image_size
-    model_facts = _describe_model(classifier)
+    model_facts = facts_of(classifier, "can_reject")
     data_facts = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)
@@ -251,16 +251,6 @@ def _notes(opened: list[str], classifier: Classifier) -> tuple[Check, ...]:
 
 def _data_notes(remarks: list[str]) -> tuple[Check, ...]:
     return (Check(name="data and class names", level="note", message="; ".join(remarks) + "."),) if remarks else ()
-
-
-def _describe_model(classifier: Classifier) -> dict[str, Any]:
-    return {
-        "spec": classifier.spec,
-        "fingerprint": classifier.fingerprint,
-        "image_size": classifier.image_size,
-        "logit_scale": classifier.logit_scale,
-        "can_reject": classifier.can_reject,
-    }
 
 
 def _superclasses(source: DataSource) -> dict[str, str] | None:

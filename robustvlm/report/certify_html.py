@@ -16,7 +16,7 @@ from robustvlm.report import certify_wording as words
 from robustvlm.report.certify_audit import load_audit
 from robustvlm.report.certify_record import METHODS, CertifyRecord, cosine_lines, load_certify_run, share_lines
 from robustvlm.report.gallery import data_uri
-from robustvlm.report.html import _environment, _write, drawing
+from robustvlm.report.page import drawing, page, write_page
 from robustvlm.report.wording import DASH, plain
 
 
@@ -27,39 +27,36 @@ def write_certify_report(folder: Path, out: Path | None = None) -> Path:
     """
     path = out or folder / "report.html"
     with drawing(folder):
-        page = render_certify_run(load_certify_run(folder))
-    _write(path, page)
+        text = render_certify_run(load_certify_run(folder))
+    write_page(path, text)
     return path
 
 
 def render_certify_run(run: CertifyRecord) -> str:
     """Return the report of one certify run as HTML."""
-    return (
-        _environment()
-        .get_template("certify.html.j2")
-        .render(
-            run=run,
-            config=run.config,
-            summary=run.summary,
-            sentence=words.verdict(run.summary, resolution=run.config.resolution),
-            state=words.state(run.summary),
-            confidence=words.confidence(run.summary),
-            rule=words.rule(run.summary),
-            accuracy=words.accuracy(run),
-            certified=words.certified(run.summary),
-            exact=format_exact,
-            about_class=run.config.claim in ("class", "vote"),
-            cards=_cards(run),
-            charts=_charts(run),
-            methods=_methods(run),
-            names=METHODS,
-            gallery=load_extremes(run),
-            audit=load_audit(run.folder / "audit.json", run.manifest),
-            findings=tables.findings(run.summary.checks),
-            assumptions=words.assumptions(run),
-            cost=[*_copies(run), *tables.cost_rows(run.summary.cost)],
-            manifest=tables.manifest_rows(run.manifest),
-        )
+    return page(
+        "certify.html.j2",
+        run=run,
+        config=run.config,
+        summary=run.summary,
+        sentence=words.verdict(run.summary, resolution=run.config.resolution),
+        state=words.state(run.summary),
+        confidence=words.confidence(run.summary),
+        rule=words.rule(run.summary),
+        accuracy=words.accuracy(run),
+        certified=words.certified(run.summary),
+        exact=format_exact,
+        about_class=run.config.claim in ("class", "vote"),
+        cards=_cards(run),
+        charts=_charts(run),
+        methods=_methods(run),
+        names=METHODS,
+        gallery=load_extremes(run),
+        audit=load_audit(run.folder / "audit.json", run.manifest),
+        findings=tables.findings(run.summary.checks),
+        assumptions=words.assumptions(run),
+        cost=[*_copies(run), *tables.cost_rows(run.summary.cost)],
+        manifest=tables.manifest_rows(run.manifest),
     )
 
 

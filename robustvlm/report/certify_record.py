@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from robustvlm.errors import UserError
 from robustvlm.report.certify_plots import Line
-from robustvlm.report.record import read_json_of, read_manifest_of
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_rows import CERTIFY_SCHEMA
 from robustvlm.runs.certify_summary import CertifySummary
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.results import read_rows
 from robustvlm.stats import rate
 
@@ -91,7 +91,7 @@ def load_certify_run(folder: Path) -> CertifyRecord:
     require_shape(
         CertifyConfig, manifest["config"], folder / "manifest.json", f": not a certify run of this version, {again}"
     )
-    content = read_json_of(path, unfinished)
+    content = read_object(path, unfinished)
     require_shape(CertifySummary, content, path, f": not a certify run of this version, {again}")
     require_unchanged(folder, manifest, what="certify ")
     rows = read_rows(folder / "results.parquet", _WANTED, if_absent=unfinished, again=again)

@@ -14,7 +14,7 @@ from robustvlm.report import detect_plots, tables
 from robustvlm.report import detect_wording as words
 from robustvlm.report.detect_record import DetectRecord, load_detect_run
 from robustvlm.report.gallery import data_uri
-from robustvlm.report.html import _environment, _write, drawing
+from robustvlm.report.page import drawing, page, write_page
 from robustvlm.report.wording import duration, plain
 from robustvlm.runs.detect_summary import OWN, ScoreSummary
 
@@ -29,8 +29,8 @@ def write_detect_report(folder: Path, out: Path | None = None) -> Path:
     """
     path = out or folder / "report.html"
     with drawing(folder):
-        page = render_detect_run(load_detect_run(folder))
-    _write(path, page)
+        text = render_detect_run(load_detect_run(folder))
+    write_page(path, text)
     return path
 
 
@@ -38,25 +38,22 @@ def render_detect_run(run: DetectRecord) -> str:
     """Return the report of one detect run as HTML."""
     summary = run.summary
     titles = {score.name: score.title for score in summary.scores}
-    return (
-        _environment()
-        .get_template("detect.html.j2")
-        .render(
-            run=run,
-            config=run.config,
-            summary=summary,
-            words=words,
-            titles=titles,
-            oracles=words.oracle_titles(summary),
-            shown=run.shown,
-            auroc=detect_plots.auroc_chart(summary.scores, [part.name for part in summary.unknown], key="auroc"),
-            rocs=[_roc(run, part.name, key=f"roc{i}") for i, part in enumerate(summary.unknown)],
-            histograms=_histograms(run),
-            mistakes=load_mistakes(run),
-            findings=tables.findings(summary.checks),
-            cost=_cost(run),
-            manifest=tables.manifest_rows(run.manifest),
-        )
+    return page(
+        "detect.html.j2",
+        run=run,
+        config=run.config,
+        summary=summary,
+        words=words,
+        titles=titles,
+        oracles=words.oracle_titles(summary),
+        shown=run.shown,
+        auroc=detect_plots.auroc_chart(summary.scores, [part.name for part in summary.unknown], key="auroc"),
+        rocs=[_roc(run, part.name, key=f"roc{i}") for i, part in enumerate(summary.unknown)],
+        histograms=_histograms(run),
+        mistakes=load_mistakes(run),
+        findings=tables.findings(summary.checks),
+        cost=_cost(run),
+        manifest=tables.manifest_rows(run.manifest),
     )
 
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from robustvlm.errors import UserError
-from robustvlm.report.record import read_json_of, read_manifest_of
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.detect_config import DetectConfig
 from robustvlm.runs.detect_summary import OWN, DetectSummary, ScoreSummary
 from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.results import read_rows
 
 _COLUMNS = (("set", pa.string()), ("image_id", pa.string()), ("label", pa.int32()), ("prediction", pa.int32()))
@@ -69,7 +69,7 @@ def load_detect_run(folder: Path) -> DetectRecord:
     require_shape(
         DetectConfig, manifest["config"], folder / "manifest.json", f": not a detect run of this version, {again}"
     )
-    content = read_json_of(path, unfinished)
+    content = read_object(path, unfinished)
     require_shape(DetectSummary, content, path, f": not a detect run of this version, {again}")
     config, summary = DetectConfig.model_validate(manifest["config"]), DetectSummary.model_validate(content)
     require_unchanged(folder, manifest, what="detect ")

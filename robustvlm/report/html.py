@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from robustvlm import __version__
-from robustvlm.core.foreign_text import one_line
 from robustvlm.errors import UserError
 from robustvlm.report import plots, tables, wording
 from robustvlm.report.compare import Comparison, compare, findings, stopped
 from robustvlm.report.gallery import load_gallery
+from robustvlm.report.page import drawing, page, write_page
 from robustvlm.report.record import RunRecord, load_run
 from robustvlm.report.series import margins, steps_to_success
-from robustvlm.runs.files import write_text
 from robustvlm.runs.summary import EpsSummary, Summary
 
 
@@ -34,8 +30,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     default = runs[0].folder / "report.html" if len(runs) == 1 else runs[0].folder.resolve().parent / "comparison.html"
     path = out or default
     with drawing(runs[0].folder):
-        page = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs, compare(runs))
-    _write(path, page)
+        text = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs, compare(runs))
+    write_page(path, text)
     return path
 
 
@@ -43,24 +39,22 @@ def render_run(run: RunRecord) -> str:
     """Return the report of one run as HTML."""
     summary = run.summary
     at = wording.headline(summary)
-    return (
-        _environment()
-        .get_template("run.html.j2")
-        .render(
-            run=run,
-            summary=summary,
-            at=at,
-            words=wording.words_of(summary),
-            charts=_charts(run),
-            classes=tables.ranking(at.per_class) if at else None,
-            superclasses=tables.ranking(at.per_superclass, ends=30) if at else None,
-            # The images decided so far are those that fall easily, and say nothing of their classes.
-            class_rows=[] if summary.unfinished else tables.group_rows(summary),
-            gallery=load_gallery(run.folder / "gallery", run.class_names, run.eps_texts),
-            findings=tables.findings(summary.checks),
-            cost=tables.cost_rows(summary.cost, summary.estimate),
-            manifest=tables.manifest_rows(run.manifest),
-        )
+    return page(
+        "run.html.j2",
+        **_WORDS,
+        run=run,
+        summary=summary,
+        at=at,
+        words=wording.words_of(summary),
+        charts=_charts(run),
+        classes=tables.ranking(at.per_class) if at else None,
+        superclasses=tables.ranking(at.per_superclass, ends=30) if at else None,
+        # The images decided so far are those that fall easily, and say nothing of their classes.
+        class_rows=[] if summary.unfinished else tables.group_rows(summary),
+        gallery=load_gallery(run.folder / "gallery", run.class_names, run.eps_texts),
+        findings=tables.findings(summary.checks),
+        cost=tables.cost_rows(summary.cost, summary.estimate),
+        manifest=tables.manifest_rows(run.manifest),
     )
 
 
@@ -80,21 +74,19 @@ def render_comparison(runs: Sequence[RunRecord], comparisons: Sequence[Compariso
         )
         for i, norm in enumerate(norms)
     ]
-    return (
-        _environment()
-        .get_template("compare.html.j2")
-        .render(
-            runs=runs,
-            keys=keys,
-            curves=curves,
-            conditions=_conditions(runs),
-            comparisons=comparisons,
-            sentences=findings(comparisons, names),
-            remarks=stopped(runs, names),
-            largest=[wording.headline(run.summary) for run in runs],
-            superclasses=_superclasses(runs),
-            manifests=[tables.manifest_rows(run.manifest) for run in runs],
-        )
+    return page(
+        "compare.html.j2",
+        **_WORDS,
+        runs=runs,
+        keys=keys,
+        curves=curves,
+        conditions=_conditions(runs),
+        comparisons=comparisons,
+        sentences=findings(comparisons, names),
+        remarks=stopped(runs, names),
+        largest=[wording.headline(run.summary) for run in runs],
+        superclasses=_superclasses(runs),
+        manifests=[tables.manifest_rows(run.manifest) for run in runs],
     )
 
 
@@ -182,59 +174,17 @@ def _superclasses(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar 
     return [(wording.plain(name, 80), [groups.get(name) for groups in by_run]) for name in names]
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("robustvlm.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        plain=wording.plain,
-        percent=wording.percent,
-        interval=wording.interval,
-        moment=wording.moment,
-        norm=wording.norm_name,
-        sentence=wording.sentence,
-    )
-    environment.globals.update(
-        version=__version__,
-        verdict=wording.verdict,
-        verdict_class=_verdict_class,
-        smaller_eps=wording.smaller_eps,
-        how_many=wording.how_many_attacks,
-        bar=tables.bar,
-        cosines=wording.cosines,
-        acceptances=wording.acceptances,
-        each_attack_on=wording.each_attack_on,
-        robust_bounds=wording.robust_bounds,
-        success_bounds=wording.success_bounds,
-        bounds=wording.bounds,
-        open_ended=wording.open_ended,
-        first_goal=wording.first_goal,
-    )
-    return environment
-
-
-@contextmanager
-def drawing(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong inside while a report is drawn into one line: the run's numbers are there all the same."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = f"{type(error).__name__}: {one_line(error, limit=200)}"
-        raise UserError(
-            f"the report of '{folder}' could not be drawn ({said}); its numbers are whole, in summary.json beside it: "
-            "please report this with that file"
-        ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"cannot write the report to '{path}': {error.strerror or error}") from error
+_WORDS: dict[str, Callable[..., Any]] = {
+    "verdict": wording.verdict,
+    "verdict_class": _verdict_class,
+    "smaller_eps": wording.smaller_eps,
+    "how_many": wording.how_many_attacks,
+    "cosines": wording.cosines,
+    "acceptances": wording.acceptances,
+    "each_attack_on": wording.each_attack_on,
+    "robust_bounds": wording.robust_bounds,
+    "success_bounds": wording.success_bounds,
+    "bounds": wording.bounds,
+    "open_ended": wording.open_ended,
+    "first_goal": wording.first_goal,
+}

@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from robustvlm.errors import UserError
 from robustvlm.report import immunize_wording as words
-from robustvlm.report import tables, training_plots
-from robustvlm.report.html import _environment, _write, drawing
-from robustvlm.report.record import read_json_of, read_manifest_of
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.sections import (
+    Block,
+    Card,
+    Chart,
+    Closing,
+    Code,
+    Column,
+    Facts,
+    Inline,
+    Measure,
+    More,
+    Name,
+    Report,
+    Row,
+    Section,
+    Small,
+    Table,
+    Text,
+    Verdict,
+    facts_line,
+    manifest_section,
+    numbers,
+)
+from robustvlm.report.training_plots import loss_curves
 from robustvlm.report.wording import plain
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
 from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.stats import Rate
 
 # More would be a file, not a report; all of them are in the record.
 _ROWS = 400
+_KNOWN = (
+    ("Accuracy before (zero-shot)", "accuracy_before", True),
+    ("Accuracy after", "accuracy_after", True),
+    ("Right and accepted", "accepted_right", True),
+    ("Known images wrongly refused", "rejected", False),
+)
+_AFTER = (("right and accepted", "accepted_right"), ("wrongly refused", "rejected"))
+_AUROC = (
+    "AUROC against the held-out known images, with 95% intervals: of the largest softmax probability before (MCM), and "
+    "of the score less its threshold after. Rejected: at the thresholds of this model."
+)
+_COLUMNS = (
+    "alpha: weight of the text in the prototype (1: text alone). kappa: concentration of the images. Thresholds are "
+    "marked as pooled where a class has too few held-out images for a fit of its own; KS is the distance of its lowest "
+    "scores from their Weibull fit."
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +89,7 @@ def load_immunize_run(folder: Path) -> ImmunizeRun:
         folder / "manifest.json",
         ": its config is not of this version; run it again",
     )
-    record = read_json_of(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
+    record = read_object(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
     require_unchanged(folder, manifest, what="immunize ")
     return ImmunizeRun(folder, manifest, record)
 
@@ -60,8 +98,8 @@ def write_immunize_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
     path = out or folder / "report.html"
     with drawing(folder):
-        page = render_immunize_run(load_immunize_run(folder))
-    _write(path, page)
+        text = render_immunize_run(load_immunize_run(folder))
+    write_page(path, text)
     return path
 
 
@@ -71,64 +109,137 @@ def render_immunize_run(run: ImmunizeRun) -> str:
     Raises:
         UserError: the record is not one of this program's.
     """
-    record = run.record
+    return page_of(immunize_report(run))
+
+
+def immunize_report(run: ImmunizeRun) -> Report:
+    """Return all that is said of an immunised model.
+
+    Raises:
+        UserError: the record is not one of this program's.
+    """
+    record, antibodies = run.record, Code(run.manifest["config"]["antibodies"], limit=60)
     try:
-        return (
-            _environment()
-            .get_template("immunize.html.j2")
-            .render(
-                run=run,
-                config=run.manifest["config"],
-                record=record,
-                verdict=words.verdict(record),
-                tone=words.tone(record),
-                cards=_cards(record["measures"]),
-                curve=_curve(record.get("vaccine")),
-                unknown=_unknown(record["measures"]),
-                diagnostics=_diagnostics(record),
-                classes=record["classes"][:_ROWS],
-                kept=record["antibodies"]["kept"][:_ROWS],
-                dropped=record["antibodies"]["dropped"][:_ROWS],
-                added=record.get("added"),
-                manifest=tables.manifest_rows(run.manifest),
-            )
+        sections = [*_added(record), _made(record), *_measures(record["measures"]), _classes(record), _kept(record)]
+        verdicts = [Verdict([words.verdict(record)], tone=words.tone(record))]
+        if record["notes"]:
+            verdicts.append(Verdict([plain(note, 400) for note in record["notes"]]))
+        return Report(
+            kind="immunised model",
+            name=run.name,
+            kicker="Immunised model",
+            facts=facts_line(run.manifest, ", antibodies from ", antibodies),
+            verdicts=verdicts,
+            cards=_cards(record["measures"]),
+            sections=[*sections, manifest_section(run.manifest)],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{run.folder / RECORD}' is no record of `robustvlm immunize` ({error})") from None
 
 
-def _cards(measures: dict[str, Any]) -> list[tuple[str, Rate, bool]]:
-    named = (
-        ("Accuracy before (zero-shot)", "accuracy_before", True),
-        ("Accuracy after", "accuracy_after", True),
-        ("Right and accepted", "accepted_right", True),
-        ("Known images wrongly refused", "rejected", False),
+def immunize_closing(run: ImmunizeRun) -> Closing:
+    """Return where the model and its report are."""
+    return Closing({"Model": run.folder, "Report": run.folder / "report.html"})
+
+
+def _added(record: dict[str, Any]) -> list[Section]:
+    """Return what a class that was added did to the others."""
+    if record.get("added") is None:
+        return []
+    added, others = record["added"], record["added"]["others"]
+    said = (
+        f". Of {others['total']} held-out images of the other classes, {others['only_first']} were right before and "
+        f"are wrong now, {others['only_second']} the other way round (McNemar p = {others['p_value']:.3g})."
     )
-    cards = [(what, Rate(**measures[key]), good) for what, key, good in named if key in measures]
-    unknown = measures.get("unknown", {})
-    rejected = [(f"Unknown images rejected, {plain(spec, 40)}", found, True) for spec, found in unknown.items()]
-    return cards + [(what, words.rejected_of(found), good) for what, found, good in rejected]
+    line: list[Inline] = [Name(added["name"]), " was added to ", Code(added["to"]), said]
+    return [Section("The class that was added", [Text(line)])]
 
 
-def _unknown(measures: dict[str, Any]) -> list[tuple[str, int, str, str, Rate]]:
-    """Return per set its images, AUROC before and after, and the share rejected."""
-    rows = []
-    for spec, found in measures.get("unknown", {}).items():
-        before, after = (_auroc(found[key]) for key in ("auroc_mcm", "auroc"))
-        rows.append((spec, found["images"], before, after, words.rejected_of(found)))
-    return rows
+def _made(record: dict[str, Any]) -> Section:
+    blocks: list[Block] = [Facts(_diagnostics(record), kind="sentences", only="both")]
+    vaccine = record.get("vaccine")
+    if vaccine is not None and len(vaccine["history"]) >= 2:
+        names = {"pull (held out)": "pull", "push (held out)": "push", "held out, both": "held_out"}
+        points = {name: [(look["step"], look[key]) for look in vaccine["history"]] for name, key in names.items()}
+        caption = "The step with the smallest loss that costs no accuracy is kept; step 0 is the model as it was."
+        title = "The vaccine's losses on held-out images"
+        blocks.append(Chart(partial(loss_curves, points, key="vaccine"), title, caption))
+    return Section("How it was made", blocks, key="facts", short="Facts")
 
 
-def _auroc(found: dict[str, Any]) -> str:
-    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+def _measures(measures: dict[str, Any]) -> list[Section]:
+    """Return what was measured on known images, on the page in cards, and on every set of unknown ones."""
+    if not measures:
+        return []
+    found = {key: Measure.of(Rate(**measures[key])) for _, key, _ in _KNOWN if key in measures}
+    rows: list[Row] = [("accuracy", found["accuracy_before"], found["accuracy_after"])]
+    rows += [(what, "", found[key]) for what, key in _AFTER if key in found]
+    columns = [Column("Measure"), Column("Before"), Column("After")]
+    known: list[Block] = [Table(columns, rows, title="Known images, held out", only="terminal")]
+    if not measures.get("unknown"):
+        return [Section("", known)]
+    columns = [Column("Data"), *numbers("Images"), *map(Column, ("AUROC before", "AUROC after", "Rejected"))]
+    sets: list[Row] = [
+        (
+            Name(spec),
+            f"{found['images']:,}",
+            *(_auroc(found[key]) for key in ("auroc_mcm", "auroc")),
+            Measure.of(words.rejected_of(found)),
+        )
+        for spec, found in measures["unknown"].items()
+    ]
+    blocks = [*known, Text(_AUROC, kind="lead"), Table(columns, sets)]
+    return [Section("Unknown images", blocks, key="unknown", short="Unknown images")]
 
 
-def _curve(vaccine: dict[str, Any] | None) -> Markup | None:
-    if vaccine is None or len(vaccine["history"]) < 2:
-        return None
-    names = {"pull (held out)": "pull", "push (held out)": "push", "held out, both": "held_out"}
-    points = {name: [(look["step"], look[key]) for look in vaccine["history"]] for name, key in names.items()}
-    return training_plots.loss_curves(points, key="vaccine")
+def _auroc(found: dict[str, Any]) -> Measure:
+    return Measure.between(found["value"], found["low"], found["high"])
+
+
+def _classes(record: dict[str, Any]) -> Section:
+    classes, shown = record["classes"], record["classes"][:_ROWS]
+    more = f" The first {len(shown)} of {len(classes)}; all are in immunity.json." if len(classes) > len(shown) else ""
+    numbered = numbers("Images", "alpha", "kappa", "Antibodies", "Margin", "Threshold", "KS")
+    rows: list[Row] = [
+        (
+            Name(row["name"], limit=60),
+            f"{row['images']:,}",
+            " ".join(f"{value:.2f}" for value in row["alpha"]),
+            f"{row['kappa']:.0f}",
+            f"{row['antibodies']:,}",
+            f"{row['margin']:.3f}",
+            [f"{row['threshold']:.3f}", Small(" pooled" if row["pooled"] else "")],
+            f"{row['fit']['distance']:.3f}" if row["fit"] else "",
+        )
+        for row in shown
+    ]
+    table = Table([Column("Class"), *numbered], rows, only="page")
+    return Section("Classes", [Text(_COLUMNS + more, kind="lead"), table], key="classes", short="Classes")
+
+
+def _kept(record: dict[str, Any]) -> Section:
+    kept, dropped = (record["antibodies"][key] for key in ("kept", "dropped"))
+
+    def table(rows: list[tuple[str, str, str]], last: str, limit: int) -> Table:
+        cells = [(Name(text, 120), Name(of_class, 60), plain(why, limit)) for text, of_class, why in rows[:_ROWS]]
+        return Table([Column("Text"), Column("Class"), Column(last)], cells)
+
+    blocks: list[Block] = [
+        Text(f"{len(kept):,} antibodies kept, {len(dropped):,} dropped."),
+        More("Kept", [table(kept, "Kind", 30)]),
+        More("Dropped, with reasons", [table(dropped, "Why", 160)]),
+    ]
+    return Section("Antibodies", blocks, key="antibodies", short="Antibodies")
+
+
+def _cards(measures: dict[str, Any]) -> list[Card]:
+    cards = [
+        Card(what, Rate(**measures[key]), "held-out images", good=good) for what, key, good in _KNOWN if key in measures
+    ]
+    return cards + [
+        Card(f"Unknown images rejected, {plain(spec, 40)}", words.rejected_of(found), "images", good=True)
+        for spec, found in measures.get("unknown", {}).items()
+    ]
 
 
 def _diagnostics(record: dict[str, Any]) -> list[tuple[str, str]]:

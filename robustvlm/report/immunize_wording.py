@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from robustvlm.report.wording import plain
+from robustvlm.report.wording import interval, percent, plain
 from robustvlm.stats import Rate
 
 Record = Mapping[str, Any]
@@ -63,4 +63,4 @@ def rejected_of(found: Mapping[str, Any]) -> Rate:
 def _rate(found: Rate) -> str:
     if found.value is None:
         return "none"
-    return f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
+    return f"{percent(found.value)} ({interval(found)})"

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.core.reading import read_json
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError
 from robustvlm.runs.checksums import require_unchanged
-from robustvlm.runs.manifest import Manifest, read_manifest, require_shape
+from robustvlm.runs.manifest import Manifest, require_shape
+from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.results import SCHEMA, read_rows, required
 from robustvlm.runs.summary import Summary
 from robustvlm.runs.verdicts import Verdicts, verdicts
@@ -102,17 +102,6 @@ class RunRecord:
         return verdicts(self.rows, eps=config["eps"], attacks=config["attack"])
 
 
-def find_run(name: str | Path, *, root: Path = Path("runs")) -> Path:
-    """Return the folder of a run given by path, or by its name under `root`; UserError when there is none."""
-    for folder in (Path(name), root / name):
-        if folder.is_dir():
-            return folder
-    known = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-    none = f"there are no runs under '{root}/': make one with `robustvlm attack` or `robustvlm certify`"
-    hint = nearest(str(name), known) if known else none
-    raise UserError(f"no run '{name}': expected a run folder or the name of one under '{root}/'; {hint}")
-
-
 def load_run(folder: Path) -> RunRecord:
     """Read a finished attack run.
 
@@ -125,30 +114,11 @@ def load_run(folder: Path) -> RunRecord:
     require_shape(_Needed, manifest, folder / "manifest.json", ": run the attack again")
     unfinished = f"the run '{folder}' has not ended: give its attack command again to go on, then report"
     path = folder / "summary.json"
-    summary = _summary(path, read_json_of(path, unfinished))
+    summary = _summary(path, read_object(path, unfinished))
     require_unchanged(folder, manifest, what="attack ")
     rows = _rows(folder / "results.parquet", unfinished, (manifest["config"].get("goals") or [None])[0])
     _require_labels(rows, manifest, folder)
     return RunRecord(folder=folder, manifest=manifest, summary=summary, rows=rows)
-
-
-def read_manifest_of(folder: Path) -> Manifest:
-    """Return the manifest of a run folder; UserError when there is none or it is damaged."""
-    try:
-        return read_manifest(folder / "manifest.json")
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it") from None
-
-
-def read_json_of(path: Path, if_absent: str) -> dict[str, Any]:
-    """Return a JSON object of a run folder; UserError when it is missing, damaged or no object."""
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise UserError(if_absent) from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read '{path}': expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _summary(path: Path, content: dict[str, Any]) -> Summary:

@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.report import tables, training_plots
-from robustvlm.report.html import _environment, _write, drawing
-from robustvlm.report.record import read_manifest_of
-from robustvlm.report.wording import DASH, duration, interval, percent, plain
+from robustvlm.report import tables
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.sections import (
+    Block,
+    Card,
+    Chart,
+    Checks,
+    Closing,
+    Code,
+    Column,
+    Facts,
+    Inline,
+    Measure,
+    More,
+    Pair,
+    Report,
+    Row,
+    Section,
+    Table,
+    Verdict,
+    cost_section,
+    facts_line,
+    left_out,
+    manifest_section,
+)
+from robustvlm.report.training_plots import level_norms, loss_curves, mean_curves, rate_curves
+from robustvlm.report.wording import DASH, duration, interval, norm_name, percent, plain, sentence
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.read import read_manifest_of
 from robustvlm.runs.training_summary import TrainingSummary, read_training
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import History, Validation
 
 KINDS = ("finetune", "purify")
 _FIRST = ("clean accuracy", "robust accuracy")
+_SCORE_AT = "score at "  # of a purifier: the noise follows
+_NO_WARNING = (
+    "None: no constant features, masked or useless gradients, overfitting or collapse was noticed in the validations."
+)
 _LEVEL = re.compile(r"(.+), level (\d+)")
 
 
@@ -75,32 +103,87 @@ def write_training_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
     path = out or folder / "report.html"
     with drawing(folder):
-        page = render_training_run(load_training_run(folder))
-    _write(path, page)
+        text = render_training_run(load_training_run(folder))
+    write_page(path, text)
     return path
 
 
 def render_training_run(run: TrainingRun) -> str:
     """Return the report of one training run as HTML."""
-    history = run.summary.history
-    return (
-        _environment()
-        .get_template("training.html.j2")
-        .render(
-            run=run,
-            config=run.manifest["config"],
-            summary=run.summary,
-            sentence=verdict(run.summary),
-            cards=_cards(history),
-            charts=_charts(history),
-            measures=measure_rows(history),
-            warnings=history.warnings,
-            settings=tables.manifest_rows({"method": run.summary.settings}) if run.summary.settings else [],
-            skipped=sorted(history.skipped.items()),
-            cost=cost_rows(run.summary),
-            manifest=tables.manifest_rows(run.manifest),
-        )
+    return page_of(training_report(run))
+
+
+def training_report(run: TrainingRun) -> Report:
+    """Return all that is said of a training run."""
+    summary, history, config = run.summary, run.summary.history, run.manifest["config"]
+    inner: list[Inline] = []
+    if "eps_text" in config:
+        radius = f"{norm_name(config['norm'])} {plain(config['eps_text'], 20)}"
+        inner = [f", inner attack {radius}, {config['inner_steps']} steps"]
+    advice = ["Validations are quick estimates for choosing weights. Measure the result with "]
+    measured = Code(f"robustvlm attack {plain(run.folder, 200)} --attack standard", limit=250)
+    settings: list[Block] = []
+    if summary.settings:
+        rows = tables.manifest_rows({"method": summary.settings})
+        settings = [More("Settings and fitted constants of the method", [Facts(rows, kind="settings")])]
+    return Report(
+        kind="training report",
+        name=run.name,
+        kicker=f"Training report · {plain(summary.kind, 20)}: {plain(summary.method, 40)}",
+        facts=facts_line(run.manifest, *inner),
+        verdicts=[Verdict([verdict(summary), [*advice, measured, " on data that chose nothing."]])],
+        cards=[
+            Card(sentence(name), rate, "validation images, kept weights", good=True) for name, rate in _rates(history)
+        ],
+        sections=[
+            Section("How training went", [Pair(_charts(summary))], key="curves", short="Curves"),
+            *_measures(summary),
+            _warnings(history),
+            cost_section(cost_rows(summary)),
+            manifest_section(run.manifest, *settings),
+        ],
     )
+
+
+def training_closing(run: TrainingRun) -> Closing:
+    """Return where the model and its report are; of a purifier also the spec that smooths it."""
+    folder, smoothed = str(run.folder), {}
+    if run.summary.kind == "purify" and run.summary.best_by is not None:
+        smoothed = {"Smoothed": f"{folder}+smooth:{run.summary.best_by.removeprefix(_SCORE_AT)}"}
+    return Closing({"Model": folder, **smoothed, "Report": run.folder / "report.html"})
+
+
+def _measures(summary: TrainingSummary) -> list[Section]:
+    """Return the table of every measure before training and of the kept weights."""
+    kept, history = summary.history.best(), summary.history
+    if kept is None:
+        return []
+    first, title = history.validations[0], ""
+    columns = [Column("Measure"), Column("Before training"), Column("Kept weights")]
+    if summary.kind == "purify":
+        title = "Gaussian robustness score, images held out"
+        columns = [Column("Noise"), Column("Encoder alone"), Column("This model")]
+    rows: list[Row] = [
+        (plain(name.removeprefix(_SCORE_AT), 80), *(Measure.of(found.measures.get(name)) for found in (first, kept)))
+        for name in _order(kept)
+    ]
+    return [Section("Before and after", [Table(columns, rows, title=title)], key="measures", short="Measures")]
+
+
+def _warnings(history: History) -> Section:
+    found = [
+        tables.Finding(
+            level="warning",
+            sign=tables.LEVELS["warning"][0],
+            word=tables.LEVELS["warning"][1],
+            name=f"{plain(sentence(warning.name), 80)}, after {warning.step:,} steps",
+            message=plain(warning.message, 400),
+            meaning="",
+        )
+        for warning in history.warnings
+    ]
+    blocks = [Checks(found, none=_NO_WARNING), *left_out(sorted(history.skipped.items()), "not used")]
+    return Section("Warnings", blocks, key="warnings", short="Warnings")
 
 
 def verdict(summary: TrainingSummary) -> str:
@@ -124,8 +207,11 @@ def measure_rows(history: History) -> list[tuple[str, str, str]]:
     if kept is None:
         return []
     first = history.validations[0]
-    names = sorted(kept.measures, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
-    return [(name, _shown(first, name), _shown(kept, name)) for name in names]
+    return [(name, _shown(first, name), _shown(kept, name)) for name in _order(kept)]
+
+
+def _order(kept: Validation) -> list[str]:
+    return sorted(kept.measures, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
 
 
 def cost_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
@@ -148,42 +234,49 @@ def cost_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
     return rows
 
 
-def _cards(history: History) -> list[tuple[str, Rate]]:
+def _rates(history: History) -> list[tuple[str, Rate]]:
     kept = history.best()
     measures = {} if kept is None else kept.measures
     found = ((name, measures.get(name)) for name in (*_FIRST, "noise accuracy"))
     return [(name, rate) for name, rate in found if isinstance(rate, Rate)]
 
 
-def _charts(history: History) -> dict[str, Markup]:
-    charts: dict[str, Markup] = {}
+def _charts(summary: TrainingSummary) -> list[Chart]:
+    """Return the charts that there is data for."""
+    history = summary.history
     terms: dict[str, list[tuple[int, float]]] = {}
     for entry in history.steps:
         for name, value in entry.terms.items():
             terms.setdefault(plain(name, 40), []).append((entry.step, value))
-    if terms:
-        charts["loss"] = training_plots.loss_curves(terms, key="loss")
     rates: dict[str, list[tuple[int, Rate]]] = {}
+    means: dict[str, list[tuple[int, Mean]]] = {}
     for found in history.validations:
         for name, measure in found.measures.items():
             if isinstance(measure, Rate):
                 rates.setdefault(plain(name, 40), []).append((found.step, measure))
-    if rates:
-        first = [name for name in _FIRST if name in rates]
-        order = [*first, *(name for name in rates if name not in first)]
-        charts["validation"] = training_plots.rate_curves(
-            {name: rates[name] for name in order}, key="validation", kept=history.best_step
-        )
-    means: dict[str, list[tuple[int, Mean]]] = {}
-    for found in history.validations:
-        for name, measure in found.measures.items():
-            if isinstance(measure, Mean) and measure.value is not None:
+            elif isinstance(measure, Mean) and measure.value is not None:
                 means.setdefault(plain(name, 40), []).append((found.step, measure))
+    order = sorted(rates, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+    best, by = history.best_step, summary.best_by
+    dotted = "" if best is None else f" Dotted: the step whose weights were kept, chosen by {by}."
+    charts = []
+    if terms:
+        caption = "Means over the training images; the one called loss is what is minimised."
+        charts.append(Chart(partial(loss_curves, terms, key="loss"), "Terms of the loss", caption))
+    if rates:
+        caption = f"On images that are not trained on; 95% bands for the first two.{dotted}"
+        draw = partial(rate_curves, {name: rates[name] for name in order}, key="validation", kept=best)
+        charts.append(Chart(draw, "Validation", caption))
     if means:
-        charts["means"] = training_plots.mean_curves(means, key="means")
+        caption = "Of the validation images, with 95% bands."
+        charts.append(Chart(partial(mean_curves, means, key="means"), "Means", caption))
     kept = history.best()
     if kept is not None and by_level(kept):
-        charts["norms"] = training_plots.level_norms(by_level(history.validations[0]), by_level(kept), key="norms")
+        caption = (
+            "Mean norm of the text embeddings in the ball: parents should lie nearer to the origin than their children."
+        )
+        draw = partial(level_norms, by_level(history.validations[0]), by_level(kept), key="norms")
+        charts.append(Chart(draw, "Norms by level", caption))
     return charts
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
 
 from robustvlm.certify import VACUOUS, cone_cos, deployed_feature_cos, fcsb_cos, vector_table
 from robustvlm.runs.certify_config import CertifyConfig
-from robustvlm.runs.summary import Check, Cost, UnreadableImage
+from robustvlm.runs.records import Check, Cost, Record, UnreadableImage
 from robustvlm.stats import Rate, rate
 
 CURVE_POINTS = 31
@@ -34,11 +33,7 @@ METHODS = {
 """Columns that hold radii, by claim, the claim's own first and that of the deployed model next."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RadiusShare(_Record):
+class RadiusShare(Record):
     """Images certified at one radius; `correct` counts only those whose prediction is right too (certified accuracy).
 
     `others` has the shares of the other methods' columns.
@@ -50,7 +45,7 @@ class RadiusShare(_Record):
     others: dict[str, Rate]
 
 
-class MethodSummary(_Record):
+class MethodSummary(Record):
     """Radii in one column: mean and median over all images (an abstention counts 0), and abstentions."""
 
     column: str
@@ -59,7 +54,7 @@ class MethodSummary(_Record):
     abstained: Rate
 
 
-class CosinePoint(_Record):
+class CosinePoint(Record):
     """Mean certified cosine at one distance; an image without a certificate counts -1.
 
     `ours` is T4, `cone` T3 on the same event; `paper` and `fcsb` are about cosines to other anchors (f(x), the pilot's
@@ -74,7 +69,7 @@ class CosinePoint(_Record):
     deployed: float | None = None
 
 
-class SampleCount(_Record):
+class SampleCount(Record):
     """Noisy copies used, against the fixed number, and how tests with a stopping rule ended.
 
     `fixed` is the number without early stopping; `passes` are encoder passes, unused ones included.
@@ -89,7 +84,7 @@ class SampleCount(_Record):
     stops: dict[str, int]
 
 
-class Risk(_Record):
+class Risk(Record):
     """Error probabilities: of one image's certificate, its split, and the expected false certificates of the run."""
 
     alpha: float
@@ -97,7 +92,7 @@ class Risk(_Record):
     expected_false: float
 
 
-class CertifySummary(_Record):
+class CertifySummary(Record):
     """Everything that tables, reports and exit codes are made of.
 
     Args:

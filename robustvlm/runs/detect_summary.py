@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from robustvlm.runs.summary import Check, UnreadableImage
+from robustvlm.runs.records import Check, Record, UnreadableImage
 from robustvlm.stats import Rate
 
 OWN = "own"
@@ -14,11 +14,7 @@ OWN_SDIS = "own-s-dis"
 """Name of S_DIS on the model's own prototypes and antibodies: its acceptance before thresholds of classes come off."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Measured(_Record):
+class Measured(Record):
     """A metric in [0, 1] with its 95% interval and how that was made."""
 
     value: float
@@ -27,7 +23,7 @@ class Measured(_Record):
     method: str
 
 
-class Versus(_Record):
+class Versus(Record):
     """How much larger the AUROC is than that of the best other baseline on the same images, by paired bootstrap.
 
     `p_holm` is adjusted for all scores that are compared on this set of unknown images.
@@ -41,7 +37,7 @@ class Versus(_Record):
     p_holm: float
 
 
-class OnSet(_Record):
+class OnSet(Record):
     """One score on one set of unknown images; `versus` is None where there is no other score to compare it with."""
 
     unknown: str
@@ -52,7 +48,7 @@ class OnSet(_Record):
     versus: Versus | None = None
 
 
-class ScoreSummary(_Record):
+class ScoreSummary(Record):
     """One score: how it tells known images from each set of unknown ones.
 
     Args:
@@ -70,7 +66,7 @@ class ScoreSummary(_Record):
     on: list[OnSet]
 
 
-class SetSummary(_Record):
+class SetSummary(Record):
     """A set of images: its name and spec, how many were scored, and how many drawings or the like they come from."""
 
     name: str
@@ -80,7 +76,7 @@ class SetSummary(_Record):
     unreadable: int
 
 
-class OwnDecision(_Record):
+class OwnDecision(Record):
     """What a model that may refuse decides by itself, at its own threshold.
 
     `accepted_unknown` goes by set; `right` is the share of known images that are accepted with the right class.
@@ -91,7 +87,7 @@ class OwnDecision(_Record):
     accepted_unknown: dict[str, Rate]
 
 
-class WordsSummary(_Record):
+class WordsSummary(Record):
     """The words outside the known classes that scores used.
 
     Args:
@@ -104,7 +100,7 @@ class WordsSummary(_Record):
     oracle: bool
 
 
-class AttackedOnSet(_Record):
+class AttackedOnSet(Record):
     """One score on one set of unknown images, under attacks that know it.
 
     Args:
@@ -121,7 +117,7 @@ class AttackedOnSet(_Record):
     accepted_attacked: Rate
 
 
-class AttackedScore(_Record):
+class AttackedScore(Record):
     """One score under attack: `accepted_*` are shares of the known images, at the threshold of 95% TPR."""
 
     name: str
@@ -132,7 +128,7 @@ class AttackedScore(_Record):
     on: list[AttackedOnSet]
 
 
-class Adversarial(_Record):
+class Adversarial(Record):
     """How scores tell known images from adversarial ones that were made to be misclassified, blind to the scores.
 
     Args:
@@ -145,7 +141,7 @@ class Adversarial(_Record):
     auroc: dict[str, Measured]
 
 
-class DetectSummary(_Record):
+class DetectSummary(Record):
     """Everything that tables, reports and exit codes are made of.
 
     Args:
@@ -170,7 +166,7 @@ class DetectSummary(_Record):
     encode_ms: float
     own: OwnDecision | None = None
     words: WordsSummary | None = None
-    attacked: list[AttackedScore] = []
+    attacked: list[AttackedScore] = Field(default_factory=list)
     adversarial: Adversarial | None = None
     eps_text: str | None = None
     norm: str | None = None

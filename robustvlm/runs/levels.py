@@ -7,50 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from robustvlm.runs.records import LevelSummary, LevelTransfer, TransferRow
 from robustvlm.runs.verdicts import NO_ANSWER, Rows, Verdicts, columns, verdicts
 from robustvlm.stats import Rate, rate
 
 # Recorded points of an image: eps and predicted class.
 Points = dict[str, list[tuple[float, int]]]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LevelSummary(_Record):
-    """Accuracy at one level of a class tree, unperturbed and at the points that the attacks recorded.
-
-    An image counts when its predicted class lies in its label's superclass, unperturbed and at every recorded point.
-    `robust_accuracy_at_most` also counts the images that are not done with, as long as nothing speaks against them.
-    """
-
-    name: str
-    tree: str
-    level: int
-    superclasses: int
-    clean_accuracy: Rate
-    robust_accuracy: Rate
-    robust_accuracy_at_most: Rate | None = None
-
-
-class TransferRow(_Record):
-    """What is left at every level after attacks against one of them (or all at once)."""
-
-    goal: str
-    name: str
-    robust_accuracy: list[Rate]
-    robust_accuracy_at_most: list[Rate] | None = None
-
-
-class LevelTransfer(_Record):
-    """Attacks against level i (rows) scored at level j (columns); both from the classes up."""
-
-    levels: list[str]
-    clean_accuracy: list[Rate]
-    rows: list[TransferRow]
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.runs.levels import LevelSummary, LevelTransfer
 from robustvlm.stats import Mean, Rate
 
 Level = Literal["ok", "note", "warning", "fault"]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What a file of a run holds: fixed once made, and nothing in it that this version does not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Images(_Record):
+class Images(Record):
     """How many images were evaluated, could not be read, and were classified right unperturbed.
 
     `exposed` are those on which the goal was not reached unperturbed (None in runs from before there were goals: the
@@ -32,7 +33,7 @@ class Images(_Record):
     waiting: int = 0
 
 
-class AttackSummary(_Record):
+class AttackSummary(Record):
     """One attack at one eps: images it ran on, fooled, broke on; accuracy left after it and all stages before it.
 
     `robust_accuracy_after_at_most` is that accuracy if all images that are undecided so far were robust. `passes` are
@@ -49,7 +50,7 @@ class AttackSummary(_Record):
     passes: int
 
 
-class GroupSummary(_Record):
+class GroupSummary(Record):
     """A class or superclass at one eps; the rate is over its images that were right when clean and decided.
 
     With `undecided` images the success rate over all that were right when clean lies between `fooled` and
@@ -64,7 +65,7 @@ class GroupSummary(_Record):
     attack_success_rate: Rate
 
 
-class Cosine(_Record):
+class Cosine(Record):
     """The cosine that a feature goal is about, as means over the images: unperturbed, and at the worst point found.
 
     For `feature` it is the similarity to the image's own clean feature (FCS), for `feature:TARGET` that to the target.
@@ -74,7 +75,7 @@ class Cosine(_Record):
     attacked: Mean
 
 
-class Acceptance(_Record):
+class Acceptance(Record):
     """How many images a model that may refuse accepted and rejected, unperturbed and at the recorded points."""
 
     clean_accepted: int
@@ -83,7 +84,40 @@ class Acceptance(_Record):
     rejected: int
 
 
-class EpsSummary(_Record):
+class LevelSummary(Record):
+    """Accuracy at one level of a class tree, unperturbed and at the points that the attacks recorded.
+
+    An image counts when its predicted class lies in its label's superclass, unperturbed and at every recorded point.
+    `robust_accuracy_at_most` also counts the images that are not done with, as long as nothing speaks against them.
+    """
+
+    name: str
+    tree: str
+    level: int
+    superclasses: int
+    clean_accuracy: Rate
+    robust_accuracy: Rate
+    robust_accuracy_at_most: Rate | None = None
+
+
+class TransferRow(Record):
+    """What is left at every level after attacks against one of them (or all at once)."""
+
+    goal: str
+    name: str
+    robust_accuracy: list[Rate]
+    robust_accuracy_at_most: list[Rate] | None = None
+
+
+class LevelTransfer(Record):
+    """Attacks against level i (rows) scored at level j (columns); both from the classes up."""
+
+    levels: list[str]
+    clean_accuracy: list[Rate]
+    rows: list[TransferRow]
+
+
+class EpsSummary(Record):
     """The worst case over the attacks at one eps.
 
     `robust_accuracy` is over all evaluated images: the share on which the goal was reached neither unperturbed nor by
@@ -113,7 +147,7 @@ class EpsSummary(_Record):
     acceptance: Acceptance | None = None
 
 
-class Passes(_Record):
+class Passes(Record):
     """Encoder passes by what they were made for; together they are all passes of the run.
 
     Args:
@@ -138,7 +172,7 @@ class Passes(_Record):
         return self.images + self.spare + self.clean + self.questions + self.checks + self.untold
 
 
-class Cost(_Record, protected_namespaces=()):  # pydantic before 2.10 warns of names that begin with "model_"
+class Cost(Record, protected_namespaces=()):  # pydantic before 2.10 warns of names that begin with "model_"
     """Encoder passes (one image through the encoder once) and wall time; `model_seconds` is the part inside it.
 
     `passes` says what forward and backward passes were made for, and sums to both together.
@@ -152,7 +186,7 @@ class Cost(_Record, protected_namespaces=()):  # pydantic before 2.10 warns of n
     passes: Passes | None = None
 
 
-class Estimate(_Record):
+class Estimate(Record):
     """What the attacks will cost at least (all images fall at the first point) and at most (all stay robust).
 
     Args:
@@ -170,7 +204,7 @@ class Estimate(_Record):
     unknown: list[str] = []
 
 
-class Check(_Record):
+class Check(Record):
     """A check of the evaluation itself, with its finding in words."""
 
     name: str
@@ -178,14 +212,14 @@ class Check(_Record):
     message: str
 
 
-class UnreadableImage(_Record):
+class UnreadableImage(Record):
     """An image that could not be decoded, and why."""
 
     id: str
     reason: str
 
 
-class Summary(_Record):
+class Summary(Record):
     """Everything that tables, reports and exit codes are made of.
 
     Args:

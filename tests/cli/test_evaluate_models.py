@@ -45,7 +45,7 @@ def test_evaluate_json_holds_rates_that_agree_with_each_other() -> None:
 
 def test_evaluate_prints_a_table() -> None:
     output = run("evaluate", "tiny", "--data", "emoji?split=val", "--limit", "8", "--device", "cpu")
-    for text in ("tiny on emoji?split=val", "accuracy", "95 % interval", "calibration error", "8 images"):
+    for text in ("tiny on emoji?split=val", "accuracy", "95% interval", "calibration error", "8 images"):
         assert text in output
 
 

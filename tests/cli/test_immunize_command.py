@@ -36,7 +36,7 @@ def test_a_run_says_what_it_made_and_report_shows_it(
     assert run(["immunize", "tiny", *SMALL, *held_out, "--name", "a"], monkeypatch) == 0
     said = capsys.readouterr().out
     assert "kept" in said
-    assert "model: runs/a" in said
+    assert "Model:  runs/a\n" in said
     assert run(["report", "runs/a", "--json"], monkeypatch) == 0
     assert len(json.loads(capsys.readouterr().out)["runs"][0]["summary"]["classes"]) == 101
 

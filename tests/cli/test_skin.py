@@ -152,7 +152,7 @@ WHERE = {
     "evaluate": "robustvlm.data.open_data",
     "attack": "robustvlm.evaluation.setup.prepare",
     "certify": "robustvlm.evaluation.certifying.setup.prepare_certify",
-    "report": "robustvlm.report.record.find_run",
+    "report": "robustvlm.runs.read.find_run",
     "models": "robustvlm.models.list_models",
     "export": "robustvlm.evaluation.finetuning.exporting.load_pipeline",
     "immunize": "robustvlm.evaluation.immunizing.setup.prepare_immunize",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from robustvlm.runs.summary import Check, Cost, UnreadableImage, summarise
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 WriteRun = Callable[..., Path]
 EPS = {0.5 / 255: "0.5/255", 1 / 255: "1/255", 2 / 255: "2/255"}

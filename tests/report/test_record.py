@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from robustvlm.cli.report import report
 from robustvlm.errors import UserError
-from robustvlm.report.record import find_run, load_run
+from robustvlm.report.record import load_run
+from robustvlm.runs.read import find_run
 
 WriteRun = Callable[..., Path]
 

@@ -27,7 +27,6 @@ from robustvlm.evaluation.certifying.run import ReplayRun
 from robustvlm.evaluation.certifying.settings import Settings
 from robustvlm.evaluation.certifying.setup import (
     describe_head,
-    describe_model,
     describe_plan,
     embed_classes,
     list_of_names,
@@ -38,15 +37,15 @@ from robustvlm.evaluation.certifying.setup import (
     settle_deployed,
     vectors_of_classes,
 )
-from robustvlm.evaluation.describe import probe_of
+from robustvlm.evaluation.describe import facts_of, probe_of
 from robustvlm.models import VLM
 from robustvlm.models.device import resolve_device
 from robustvlm.report.certify_record import load_certify_run
-from robustvlm.report.record import find_run
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_looks import describe_trail
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
+from robustvlm.runs.read import find_run
 
 PROMPTS = ("adaptive", "independent")
 
@@ -146,7 +145,7 @@ def prepare_replay(
     best = require_possible(plan, config)
     probe = probe_of(vlm, names, templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    model_facts = describe_model(vlm) | describe_head(config, names)
+    model_facts = facts_of(vlm, "interpolation") | describe_head(config, names)
     prompts_told = prompts_of(config, model_facts, templates)
     recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule, prompts_told)
     begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
@@ -177,7 +176,7 @@ def require_same_model(source: Source, vlm: VLM) -> None:
         UserError: what differs.
     """
     before = source.manifest["model"]
-    now = describe_model(vlm)
+    now = facts_of(vlm, "interpolation")
     other = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     data, probe = source.manifest["data"], source.manifest.get("probe")
     if not other and probe is not None:

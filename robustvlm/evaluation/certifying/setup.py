@@ -28,7 +28,7 @@ from robustvlm.evaluation.certifying.observer import CertifyObserver
 from robustvlm.evaluation.certifying.prepared import PreparedCertify, Work
 from robustvlm.evaluation.certifying.run import SamplingRun
 from robustvlm.evaluation.certifying.settings import DEFAULT_ALPHA, DEFAULT_SIGMA, Settings
-from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
+from robustvlm.evaluation.describe import describe_data, facts_of, probe_of, remarks_of
 from robustvlm.evaluation.images import Images
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.device import resolve_device
@@ -73,7 +73,7 @@ def prepare_certify(
     probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
     model_facts, data_facts = (
-        describe_model(encoder.vlm) | describe_head(config, source.class_names),
+        facts_of(encoder.vlm, "interpolation") | describe_head(config, source.class_names),
         describe_data(source),
     )
     config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
@@ -288,17 +288,6 @@ def _array(embeddings: Tensor) -> Array:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def describe_model(vlm: VLM) -> dict[str, Any]:
-    """Return the facts that identify a model."""
-    return {
-        "spec": vlm.spec,
-        "fingerprint": vlm.fingerprint,
-        "image_size": vlm.image_size,
-        "logit_scale": vlm.logit_scale,
-        "interpolation": vlm.interpolation,
-    }
 
 
 def describe_head(config: CertifyConfig, class_names: tuple[str, ...]) -> dict[str, Any]:

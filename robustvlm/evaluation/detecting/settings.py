@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustvlm.attacks import LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.attacks import DEFAULT_EPS, LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
 from robustvlm.core.foreign_text import without_secrets
 from robustvlm.data.specs import parse_spec
 from robustvlm.detect import SCORES, parse_scores
@@ -24,7 +24,6 @@ NO_FIT = "none"
 _TAKEN = ("known", "fit", "adversarial")
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]{0,39})=(.+)")
 _MOST_DRAWS = 100_000
-_DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
 # Attacked unless the user says which: one that everybody has, the usual CLIP score, and one of the images' cloud.
 _ATTACKED = ("mcm", "energy", "mahalanobis")
 
@@ -139,7 +138,7 @@ class Settings:
     def threat(self) -> tuple[ThreatModel, str]:
         """Return the ball of the attacks, and its radius as it was written."""
         norm = parse_norm(self.norm)
-        radii = parse_eps(self.eps if self.eps is not None else _DEFAULT_EPS[norm])
+        radii = parse_eps(self.eps if self.eps is not None else DEFAULT_EPS[norm])
         if len(radii) != 1:
             raise UserError(f"--eps takes one radius here, got '{self.eps}'")
         return ThreatModel(norm, radii[0][1]), radii[0][0]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.nouns import same_things
 from robustvlm.data.unlabelled import open_unlabelled
-from robustvlm.defenses import Classifier, load_classifier
+from robustvlm.defenses import load_classifier
 from robustvlm.detect import outside, read_words, tree_words
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
+from robustvlm.evaluation.describe import describe_data, facts_of, probe_of, remarks_of
 from robustvlm.evaluation.detecting.run import PreparedDetect
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.models.device import resolve_device
@@ -73,7 +72,7 @@ def prepare_detect(
         device=device,
         under_attack=under_attack,
     )
-    model_facts = _describe_model(classifier)
+    model_facts = facts_of(classifier, "can_reject")
     data_facts = describe_data(known) | {
         "unknown": {named.name: source.fingerprint() for named, source in unknown},
         "fit": None if fit is None else fit.fingerprint(),
@@ -125,16 +124,6 @@ def _first_difference(one: DataSource, other: DataSource) -> str:
         return f"{len(one.class_names)} instead of {len(other.class_names)}"
     pairs = zip(one.class_names, other.class_names, strict=True)
     return next(f"'{a}' instead of '{b}'" for a, b in pairs if a != b)
-
-
-def _describe_model(classifier: Classifier) -> dict[str, Any]:
-    return {
-        "spec": classifier.spec,
-        "fingerprint": classifier.fingerprint,
-        "image_size": classifier.image_size,
-        "logit_scale": classifier.logit_scale,
-        "can_reject": classifier.can_reject,
-    }
 
 
 def _text(path: Path | None) -> str | None:

@@ -20,11 +20,10 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack
 from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
+from robustvlm.evaluation.describe import describe_data, facts_of, probe_of, remarks_of
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
 from robustvlm.evaluation.overlap import require_unseen_validation
 from robustvlm.llm import Endpoint, LlmClient
-from robustvlm.models import VLM
 from robustvlm.models.device import device_of_rank, resolve_device
 from robustvlm.runs.finetune_config import FinetuneConfig
 from robustvlm.runs.folder import RunFolder, default_name
@@ -70,7 +69,7 @@ def prepare_finetune(
         )
     vlm = load_pipeline(config.model, device=device)
     require_trainable(vlm, config.trainable)
-    model_facts, data_facts = _describe_model(vlm), describe_data(source)
+    model_facts, data_facts = facts_of(vlm), describe_data(source)
     if val is not None:
         data_facts |= {"val": describe_data(val)}
     if METHODS[config.method].loss:
@@ -142,12 +141,3 @@ def _open(config: FinetuneConfig, spec: str) -> DataSource:
 def _digest(forest: Forest) -> str:
     paths = json.dumps([tree.paths for tree in forest], ensure_ascii=False)
     return hashlib.blake2b(paths.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-
-
-def _describe_model(vlm: VLM) -> dict[str, Any]:
-    return {
-        "spec": vlm.spec,
-        "fingerprint": vlm.fingerprint,
-        "image_size": vlm.image_size,
-        "logit_scale": vlm.logit_scale,
-    }

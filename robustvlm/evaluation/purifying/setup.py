@@ -15,8 +15,7 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.purify import load_denoiser
 from robustvlm.defenses.purify.train import check_encoder
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.setup import describe_model
-from robustvlm.evaluation.describe import probe_of
+from robustvlm.evaluation.describe import facts_of, probe_of
 from robustvlm.evaluation.finetuning.validation import held_out
 from robustvlm.evaluation.overlap import require_unseen_validation
 from robustvlm.evaluation.purifying.run import PreparedPurify
@@ -62,7 +61,7 @@ def prepare_purify(
     encoder = load_pipeline(config.model, device=place)
     check_encoder(encoder, settings)
     images, pixels = _images(config, source, val, encoder)
-    model_facts, data_facts = describe_model(encoder), _describe(source)
+    model_facts, data_facts = facts_of(encoder, "interpolation"), _describe(source)
     if config.denoiser is not None:
         # Another denoiser of the same name makes another run, or the finished one would be handed back.
         model_facts["denoiser"] = load_denoiser(config.denoiser, encoder.image_size, place).fingerprint

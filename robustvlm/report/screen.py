@@ -1,0 +1,183 @@
+"""A report in the terminal: rich draws its blocks so that no word is broken and no column lost at 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table as RichTable
+from rich.text import Text as RichText
+
+from robustvlm.report import sections
+from robustvlm.report.sections import (
+    Block,
+    Closing,
+    Code,
+    Line,
+    Measure,
+    Name,
+    Report,
+    Small,
+    Verdict,
+    parts_of,
+    straight,
+)
+from robustvlm.report.tables import Finding
+from robustvlm.report.wording import plain
+
+COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
+_GAP = 3  # characters between columns
+# Longer than this a word is a path or a digest, and may be folded where there is no room for it.
+_WORD = 36
+
+
+def show(console: Console, what: Report | Iterable[Block | Verdict], *closing: Closing) -> None:
+    """Print a report, or single blocks, and the closing lines.
+
+    Example:
+        >>> from robustvlm.report.sections import Column, Table, Text
+        >>> show(Console(width=40), [Table([Column("a"), Column("b", number=True)], [("one", "1")], title="Two")])
+        Two
+        <BLANKLINE>
+         a     b
+         ───────
+         one   1
+        <BLANKLINE>
+    """
+    blocks = sections.terminal_blocks(what) if isinstance(what, Report) else sections.flat(what)
+    loud = "bold"  # the first sentence of the first verdict
+    for block in (*blocks, *closing):
+        if isinstance(block, Closing):
+            width = max(map(len, block.places), default=0) + 1
+            for name, place in block.places.items():
+                console.print(RichText(f"{name + ':':<{width}} {place}"), soft_wrap=True)
+        elif isinstance(block, Verdict):
+            for line in block.lines:
+                console.print(text(line, loud))
+                loud = ""
+        else:
+            for part in _drawn(block):
+                console.print(part)
+
+
+def _drawn(block: Block) -> Iterable[RichText | FittedTable]:
+    if isinstance(block, sections.Checks):
+        yield from (_finding(finding) for finding in block.findings if finding.level != "ok")
+    elif isinstance(block, sections.Chart) and block.text:
+        yield text(block.text)
+    elif isinstance(block, sections.Text) and block.only != "page" and block.kind != "lead":
+        yield text(block.line, "dim" if block.kind == "small" else "")
+    elif isinstance(block, sections.Facts) and block.only != "page":
+        columns = [sections.Column(""), sections.Column("")]
+        yield FittedTable(sections.Table(columns, block.rows, title=block.title), heads=False)
+    elif isinstance(block, sections.Table) and block.only != "page" and block.rows:
+        yield FittedTable(block)
+
+
+def text(line: Line, style: str = "") -> RichText:
+    """Return a line with the weights of its words."""
+    made = RichText(style=style)
+    for part in parts_of(line):
+        if isinstance(part, Measure):
+            made.append(straight(part.text))
+            if part.interval:
+                made.append(f"  {straight(part.interval)}", "dim")
+        elif isinstance(part, (Code, Name)):
+            made.append(plain(part.text, part.limit))
+        elif isinstance(part, Small):
+            made.append(straight(part.text), "dim")
+        else:
+            made.append(straight(part))
+    return made
+
+
+def _finding(finding: Finding) -> RichText:
+    said = f"{finding.name}: {finding.message}" if finding.name else finding.message
+    return RichText.assemble((f"{finding.sign} {straight(finding.word)}: ", COLOURS[finding.level]), straight(said))
+
+
+class FittedTable:
+    """A table that is cut between columns, each part with the rows' names, where it is wider than the terminal."""
+
+    def __init__(self, table: sections.Table, *, heads: bool = True) -> None:
+        self._table, self._shows_heads = table, heads
+        self._heads = [_head(column) for column in table.columns]
+        self._rows = [row if isinstance(row, str) else [text(cell) for cell in row] for row in table.rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the parts of the table."""
+        cells = [
+            [head, *(row[i] for row in self._rows if not isinstance(row, str))] for i, head in enumerate(self._heads)
+        ]
+        least = [max(map(_longest_word, column)) for column in cells]
+        wished = [max(cell_len(cell.plain) for cell in column) for column in cells]
+        if self._table.title:
+            yield RichText(straight(self._table.title), style="bold")
+        for part in split(least, options.max_width):
+            yield self._part(part, narrowed([least[k] for k in part], [wished[k] for k in part], options.max_width))
+        if self._table.caption:
+            yield text(self._table.caption, "dim")
+
+    def _part(self, part: Sequence[int], widths: Sequence[int]) -> RichTable:
+        table = self._table
+        drawn = RichTable(box=box.SIMPLE_HEAD, show_header=self._shows_heads, pad_edge=False)
+        for k, width in zip(part, widths, strict=True):
+            justify = "right" if table.columns[k].number else "left"
+            drawn.add_column(self._heads[k], justify=justify, width=width, overflow="fold")  # type: ignore[arg-type]
+        for i, row in enumerate(self._rows):
+            if isinstance(row, str):
+                drawn.add_row(RichText(plain(row, _WORD), style="bold"))
+            else:
+                drawn.add_row(*(row[k] for k in part), style="bold" if i in table.strong else "")
+        return drawn
+
+
+def split(least: Sequence[int], room: int) -> list[list[int]]:
+    """Return the columns of each part of a table: as many as have room at their least widths, the first in every part.
+
+    Example:
+        >>> split([10, 5, 5, 5], room=30), split([10, 5, 5, 5], room=22)
+        ([[0, 1, 2], [0, 3]], [[0, 1], [0, 2], [0, 3]])
+    """
+    parts: list[list[int]] = [[]]
+    for k, width in enumerate(least):
+        taken = _width([least[i] for i in parts[-1]] + [width])
+        if taken > room and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(k)
+    return parts
+
+
+def narrowed(least: Sequence[int], wished: Sequence[int], room: int) -> list[int]:
+    """Return the columns' widths: the wished ones, the widest narrowed as far as need be, none below its least width.
+
+    Where even these have no room, the widest are folded.
+
+    Example:
+        >>> narrowed([4, 3], [10, 3], room=13)
+        [5, 3]
+    """
+    widths = list(wished)
+    for floor in (least, [1] * len(least)):
+        while _width(widths) > room:
+            wide = [k for k, width in enumerate(widths) if width > floor[k]]
+            if not wide:
+                break
+            widths[max(wide, key=lambda k: widths[k])] -= 1
+    return widths
+
+
+def _width(widths: Sequence[int]) -> int:
+    """Return what columns take: their widths, the gaps between them, and a space at either end."""
+    return sum(widths) + _GAP * (len(widths) - 1) + 2
+
+
+def _longest_word(cell: RichText) -> int:
+    return min(_WORD, max((cell_len(word) for word in cell.plain.split()), default=0))
+
+
+def _head(column: sections.Column) -> RichText:
+    title = text(column.title)
+    return RichText(f"{plain(column.group, 60)} ").append_text(title) if column.group else title

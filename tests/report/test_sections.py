@@ -1,0 +1,171 @@
+"""One description, two renderers: nothing is lost on the way to the terminal or the page, and no text is trusted."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+
+import pytest
+from markupsafe import Markup
+from pages import HOSTILE, Page
+from rich.console import Console
+
+from robustvlm.report.making import build_blocks, prompt_blocks, soup_blocks
+from robustvlm.report.page import page_of
+from robustvlm.report.screen import narrowed, show, split
+from robustvlm.report.sections import (
+    Card,
+    Chart,
+    Checks,
+    Closing,
+    Code,
+    Column,
+    Facts,
+    Line,
+    Measure,
+    More,
+    Name,
+    Pair,
+    Picture,
+    Pictures,
+    Report,
+    Section,
+    Small,
+    Table,
+    Text,
+    Verdict,
+    numbers,
+)
+from robustvlm.report.tables import Finding
+from robustvlm.stats import rate
+
+
+def shown(*blocks: object, width: int = 80) -> str:
+    stream = io.StringIO()
+    show(Console(file=stream, width=width), blocks)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def report(text: str) -> Report:
+    """Return a report with `text` in every place where a text can stand."""
+    line: list[Line] = [text, Code(text), Name(text), Small(text), Measure(text, text)]
+    columns = [Column(text), Column(text, number=True, group=text), Column(text, group=text)]
+    table = Table(columns, [text, (text, text, Name(text))], title=text, caption=text, strong=frozenset({1}))
+    finding = Finding("fault", "x", "fault", text, text, text)
+    blocks = [
+        *(Text(part, kind=kind) for part in line for kind in ("plain", "lead", "small")),
+        Pair([table, Chart(lambda: Markup("<svg></svg>"), text, text, text)]),
+        *(Facts([(text, text)], kind=kind) for kind in ("list", "sentences", "settings")),
+        Checks([finding]),
+        Checks([], none=text),
+        Pictures([Picture([("data:,", text, text)], text, text)], title=text),
+        More(text, [table]),
+    ]
+    section = Section(text, blocks, key="a", short=text)
+    return Report(
+        text, text, text, line, [Verdict(line)], [section], [Card(text, text, text), Card(text, rate(1, 2), text)]
+    )
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_is_markup_on_the_page(text: str) -> None:
+    written = page_of(report(text))
+    page = Page(written)
+    plain = Page(page_of(report("harmless")))
+    assert page.tags == plain.tags
+    assert [name for _, name, _ in page.attributes] == [name for _, name, _ in plain.attributes]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_moves_the_cursor(text: str) -> None:
+    said = shown(*report(text).sections[0].blocks, *report(text).verdicts)
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", said)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_table_of_any_width_keeps_every_word_and_column_whole(seed: int) -> None:
+    draw = random.Random(seed)
+    words = [f"w{i}{'x' * draw.randint(0, 14)}" for i in range(400)]
+    count = draw.randint(1, 14)
+
+    def cell() -> str:
+        return " ".join(words.pop() for _ in range(draw.randint(1, 2)))
+
+    titles = [cell() for _ in range(count)]
+    rows = [tuple(cell() for _ in range(count)) for _ in range(draw.randint(1, 5))]
+    said = shown(Table([Column(title) for title in titles], rows))
+    assert max(map(len, said.splitlines())) <= 80
+    found = said.split()
+    for word in " ".join([*titles, *(cell for row in rows for cell in row)]).split():
+        assert word in found
+
+
+def test_the_parts_of_a_wide_table_repeat_the_names_of_its_rows() -> None:
+    columns = [Column("name"), *numbers(*(f"column{i}" for i in range(12)))]
+    said = shown(Table(columns, [("first", *map(str, range(12)))], title="Wide", caption="End"))
+    assert said.count("first") == len(split([5, *[8] * 12], 80)) > 1
+    assert said.count("Wide") == said.count("End") == 1
+
+
+def test_a_word_wider_than_the_terminal_is_folded_and_not_cut() -> None:
+    path = "/a" * 60
+    said = shown(Table([Column("name"), Column("path")], [("one", path)]))
+    assert path in "".join(said.split())
+
+
+def test_widths_are_the_wished_ones_where_there_is_room() -> None:
+    assert narrowed([3, 3], [9, 7], room=80) == [9, 7]
+    assert sum(narrowed([3, 3], [40, 70], room=60)) + 5 == 60
+
+
+def test_both_say_the_same_of_a_table() -> None:
+    table = Table([Column("what"), Column("share"), *numbers("images")], [("cats", Measure.of(rate(7, 9)), "9")])
+    cells = ["what", "share", "images", "cats", *shown_parts(Measure.of(rate(7, 9)))]
+    page = " ".join(Page(page_of(Report("k", "n", "k", "f", [], [Section("s", [table])]))).text)
+    for cell in cells:
+        assert cell in shown(table)
+        assert cell in page
+
+
+def shown_parts(measure: Measure) -> tuple[str, str]:
+    return measure.text, measure.interval
+
+
+def test_closing_lines_are_never_broken() -> None:
+    path = "runs/" + "long name " * 20
+    assert f"Model:  {path}" in shown(Closing({"Model": path, "Report": "x"}))
+
+
+def test_what_is_for_one_place_is_not_in_the_other() -> None:
+    blocks = [Text("for all"), Text("for paper", only="page"), Text("for screens", only="terminal")]
+    page, said = page_of(Report("k", "n", "k", "f", [], [Section("s", blocks)])), shown(*blocks)
+    found = [[text in where for text in ("for all", "for paper", "for screens")] for where in (page, said)]
+    assert found == [[True, True, False], [True, False, True]]
+
+
+def test_a_fault_anywhere_raises_the_alarm() -> None:
+    assert "cannot be trusted" in page_of(report("harmless"))
+    assert "cannot be trusted" not in page_of(Report("k", "n", "k", "f", [], []))
+
+
+def test_a_soup_names_every_ingredient_and_measure() -> None:
+    said = shown(*soup_blocks([("runs/a", True, 0.5), ("runs/b", False, 0.25)], {"clean accuracy": rate(1, 2)}))
+    for words in ("runs/a kept 50.0%", "runs/b left out 25.0%", "clean accuracy 50.0% 1.2"):
+        assert words in " ".join(said.split())
+    assert "Soup with it" not in shown(*soup_blocks([("a", True, None)], {}))
+
+
+def test_tuned_prompts_stand_beside_the_hand_written_ones() -> None:
+    side = {"accuracy": rate(1, 2).model_dump(), "auroc": {"x": [0.5, 0.25, 0.75]}}
+    record = {"images": 1200, "history": [{"loss": 0.5}], "zero_shot": side, "tuned": side, "notes": ["mind the gap"]}
+    said = shown(*prompt_blocks(record, val="data", ood=["x"]))
+    for words in ("1,200 images, loss 0.500", "AUROC of the energy change, x", "0.500  0.250", "mind the gap"):
+        assert words in said
+    assert "accuracy" not in shown(*prompt_blocks({"images": 1, "history": [{"loss": 1.0}]}, val=None, ood=[]))
+
+
+def test_a_pipeline_names_its_parts_in_order_and_what_does_not_fit() -> None:
+    said = shown(*build_blocks(["encoder tiny", "smoothing 0.25:8"], ["the head was made for another encoder"]))
+    assert "encoder tiny > smoothing 0.25:8" in said
+    assert "warning: the head was made for another encoder" in said

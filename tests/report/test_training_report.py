@@ -1,0 +1,69 @@
+"""Training reports: page and terminal say the same numbers, and a purifier's is spoken of as one."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from pages import HOSTILE, Page
+from rich.console import Console
+
+from robustvlm.report.screen import show
+from robustvlm.report.training_html import TrainingRun, render_training_run, training_closing, training_report
+from robustvlm.runs.training_summary import TrainingSummary
+from robustvlm.stats import mean, rate
+from robustvlm.training.history import History, StepEntry, Validation, Warned
+
+
+def run(kind: str = "finetune", name: str = "clean accuracy", skipped: dict[str, str] | None = None) -> TrainingRun:
+    validations = [
+        Validation(step=0, measures={name: rate(3, 8), "spread": mean([0.1, 0.3, 0.4])}),
+        Validation(step=4, measures={name: rate(7, 8), "spread": mean([0.2, 0.3, 0.5])}),
+    ]
+    history = History(
+        steps=[StepEntry(step=step, terms={"loss": 1 / step}, learning_rate=0.1, gradient_norm=1.0) for step in (2, 4)],
+        validations=validations,
+        warnings=[Warned(name="overfitting", step=4, message="the loss rises")],
+        best_step=4,
+        skipped=skipped or {},
+    )
+    summary = TrainingSummary(
+        kind=kind, method="tecoa", trained_parameters=5, parameters=10, best_by=name, steps=4, history=history
+    )
+    manifest = {"name": "demo", "command": "robustvlm finetune", "config": {"model": "tiny", "data": "emoji"}}
+    return TrainingRun(Path("runs/demo"), manifest, summary)
+
+
+def terminal(found: TrainingRun) -> str:
+    stream = io.StringIO()
+    show(Console(file=stream, width=80), training_report(found), training_closing(found))
+    return stream.getvalue()
+
+
+def test_page_and_terminal_say_the_same_numbers() -> None:
+    page, said = " ".join(Page(render_training_run(run())).text), terminal(run())
+    for words in ("37.5%", "8.5", "75.6%", "87.5%", "0.2667", "0.3333", "the loss rises", "Overfitting, after 4 steps"):
+        assert words in page, words
+        assert words in said, words
+    assert "Model:  runs/demo\nReport: runs/demo/report.html\n" in said
+
+
+def test_a_purifier_is_told_by_its_noise_and_how_to_smooth_it() -> None:
+    found = run("purify", "score at 0.25")
+    assert "Smoothed: runs/demo+smooth:0.25\n" in terminal(found)
+    assert "Encoder alone" in terminal(found)
+    assert "Encoder alone" in render_training_run(found)
+
+
+def test_images_left_out_are_counted_and_named() -> None:
+    found = run(skipped={"b.png": "empty file", "a.png": "no image"})
+    for said in (terminal(found), render_training_run(found)):
+        assert "2 images not used" in said
+        assert "a.png" in said
+    assert "empty file" in render_training_run(found)
+
+
+def test_hostile_names_change_no_element_of_the_page() -> None:
+    plain = Page(render_training_run(run(name="x", skipped={"x": "x"}))).tags
+    for text in HOSTILE[:4]:
+        assert Page(render_training_run(run(name=text, skipped={text: text}))).tags == plain
