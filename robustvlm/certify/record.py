@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -11,9 +12,11 @@ from robustvlm.certify.bounds.sample import ANYTIME_BOUNDS
 from robustvlm.certify.normal import check_alpha, check_sigma
 from robustvlm.errors import UserError
 
-Claim = Literal["feature", "direction", "class", "vote", "openset-accept", "openset-reject"]
 Source = Literal["given", "text", "clean", "pilot", "predictable", "none"]
 StopRule = Literal["fixed", "anytime"]
+
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+"""The form of the name of a claim that is code of the user's own, `module:callable`."""
 
 _ANYTIME = ANYTIME_BOUNDS | {"tangent"}
 
@@ -89,7 +92,8 @@ class Certificate:
     """A certified statement about every x' closer than `radius` to x in the l2 norm; radius 0 is ABSTAIN.
 
     Attributes:
-        claim: what kind of statement; certificates of different claims are about different deployed rules.
+        claim: what kind of statement, a name of `KINDS` or `module:callable`; certificates of different claims are
+            about different deployed rules.
         theorem: which theorem gave the radius (T1 .. T8).
         radius: in pixel units of the tensor that receives the noise.
         cos0: certified cosine, for feature and direction claims.
@@ -113,7 +117,7 @@ class Certificate:
         (True, False)
     """
 
-    claim: Claim
+    claim: str
     theorem: str
     radius: float
     provenance: Provenance
@@ -131,7 +135,7 @@ class Certificate:
     deployed_radius: float | None = None
 
     def __post_init__(self) -> None:
-        _one_of("claim", self.claim, Claim)
+        kind = kind_of(self.claim)
         if self.deployed_radius is not None and not 0.0 <= self.deployed_radius <= self.radius:
             raise UserError(
                 f"finitely many copies keep at most the radius {self.radius}, got a deployed {self.deployed_radius}"
@@ -140,7 +144,7 @@ class Certificate:
             raise UserError(f"a certified radius is a finite number >= 0 (0 is ABSTAIN), got {self.radius}")
         if self.cos0 is not None and not 0.0 <= self.cos0 < 1.0:
             raise UserError(f"a certified cosine lies in [0, 1), got {self.cos0}")
-        if self.claim in ("class", "vote") and (self.label is None or self.provenance.label_source == "none"):
+        if kind.labelled and (self.label is None or self.provenance.label_source == "none"):
             raise UserError(f"a {self.claim} certificate needs its label and what chose it")
 
     @property
@@ -159,6 +163,43 @@ class Certificate:
         if unknown:
             raise UserError(f"not fields of a certificate: {', '.join(sorted(unknown))}")
         return cls(**{**data, "provenance": Provenance(**data["provenance"])})
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a certificate of one claim must name: its label, and what else tells its statement from another.
+
+    Attributes:
+        labelled: it is about a label. named: what only certificates that name it can be compared by.
+    """
+
+    labelled: bool = False
+    named: Callable[[Certificate], object] = lambda _: True
+
+
+_OPENSET = _Kind(named=lambda c: c.thresholds and c.classes)
+KINDS: dict[str, _Kind] = {
+    "feature": _Kind(),
+    "direction": _Kind(named=lambda c: c.provenance.direction),
+    "class": _Kind(labelled=True, named=lambda c: c.classes),
+    "vote": _Kind(labelled=True, named=lambda c: c.classes),
+    "openset-accept": _OPENSET,
+    "openset-reject": _OPENSET,
+}
+"""What a record can claim, by name."""
+
+
+def kind_of(claim: str) -> _Kind:
+    """Return what certificates of a claim must name; of an own claim nothing is known, so nothing is asked.
+
+    Raises:
+        UserError: there is no such claim.
+    """
+    if OWN.fullmatch(claim):
+        return _Kind()
+    if claim not in KINDS:
+        raise UserError(f"claim must be one of {', '.join(KINDS)}, got '{claim}'")
+    return KINDS[claim]
 
 
 _STATEMENT: dict[str, Callable[[Certificate], object]] = {
@@ -195,10 +236,7 @@ def best_of(certificates: Sequence[Certificate], alpha: float) -> Certificate:
     if len(certificates) > 1 and not all(c.image for c in certificates):
         raise UserError("the largest radius may only be taken for one image: name it (Certificate.image)")
     for c in certificates if len(certificates) > 1 else ():
-        named: dict[str, object] = {"direction": c.provenance.direction, "class": c.classes, "vote": c.classes}
-        if c.claim.startswith("openset"):
-            named[c.claim] = c.thresholds and c.classes
-        if c.claim in named and not named[c.claim]:
+        if not kind_of(c.claim).named(c):
             raise UserError(
                 f"a {c.claim} certificate that does not name its direction, class list or thresholds cannot be compared"
             )

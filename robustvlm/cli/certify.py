@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MODEL = "Any model (`robustvlm models` lists the forms); of MODEL+smooth:SIGMA the smoothing is certified."
 _CLAIM = (
     "feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another rule), "
-    "openset (accepted or rejected) [default: feature; with --from-cache: class]."
+    "openset (accepted or rejected), or module:callable of your own [default: feature; with --from-cache: class]."
 )
 
 
@@ -109,6 +109,7 @@ def certify(
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
+    from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT
     from robustvlm.cli.console import Console
     from robustvlm.evaluation.certifying.conditions import parse_certify_condition
     from robustvlm.evaluation.certifying.settings import Settings
@@ -141,7 +142,7 @@ def certify(
         classes=classes,
         templates=templates,
         tree=tree,
-        claim=("feature" if from_cache is None else "class") if claim is None else claim,
+        claim=claim or (DEFAULT if from_cache is None else DEFAULT_KEPT),
         sigma=sigma,
         samples=samples,
         alpha=alpha,

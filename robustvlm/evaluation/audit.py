@@ -10,10 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from robustvlm.certify.claims import Quantity
+from robustvlm.certify.normal import Array
 from robustvlm.core.seeds import derive_seed
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.errors import UserError
-from robustvlm.evaluation.audit_claims import Array, Claim
 from robustvlm.evaluation.audit_search import (
     BLIND_STARTS,
     STARTS,
@@ -65,7 +66,7 @@ class Target:
     image_id: str
     pixels: Tensor
     radius: float
-    claim: Callable[[Array, Array], Claim]
+    claim: Callable[[Array, Array], Quantity]
 
 
 def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: float, seed: int) -> list[Finding]:
@@ -115,7 +116,7 @@ def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: floa
     return findings[::-1]
 
 
-def _sees(vlm: SmoothedVLM, clean: Tensor, eps: float, claim: Claim) -> bool:
+def _sees(vlm: SmoothedVLM, clean: Tensor, eps: float, claim: Quantity) -> bool:
     """Whether there is a gradient to follow, at the clean image or at a random point of the ball."""
     draws = torch.Generator().manual_seed(0)
     aside = torch.randn(clean.shape, generator=draws).to(clean.device, clean.dtype)
@@ -128,7 +129,7 @@ def _refined(
     clean: Tensor,
     drawn_in: Tensor,
     eps: float,
-    claim: Claim,
+    claim: Quantity,
     aim: Tensor,
     effort: Effort,
     *,

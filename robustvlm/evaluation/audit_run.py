@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from robustvlm.certify import image_digest
+from robustvlm.certify.claims import Claim, Materials, Quantity, find_claim
+from robustvlm.certify.normal import Array
 from robustvlm.core.probe import change_of
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
@@ -22,11 +25,10 @@ from robustvlm.data.source import DataSource, Sample, select
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.errors import UserError
 from robustvlm.evaluation.audit import Finding, Target, audit_image
-from robustvlm.evaluation.audit_certificates import CLAIMS, claim_maker
 from robustvlm.evaluation.audit_partial import Partial
 from robustvlm.evaluation.audit_search import Effort
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
-from robustvlm.evaluation.certifying.setup import describe_head, prompts_of
+from robustvlm.evaluation.certifying.setup import describe_head, materials_of, prompts_of, rule_of, vectors_of_classes
 from robustvlm.evaluation.describe import probe_of
 from robustvlm.models import VLM
 from robustvlm.models.device import full_precision_kernels
@@ -114,33 +116,41 @@ def audit_folder(
     )  # fmt: skip
     with named_by(f"the manifest of '{folder}'"):
         vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
+        claim = find_claim(run.config.claim)
+    if not claim.quantity:
+        raise UserError(f"certificates of the claim '{run.config.claim}' cannot be audited: it names no quantity")
     _require_same_model(run, vlm, source)
-    _require_same_texts(run, source)
+    _require_same_texts(run, source, claim)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
     model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)
-    make = claim_maker(run, vlm, source)
+    materials = _materials(run, vlm, source, claim)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
     wanted = {name: rows[name] for name in select(rows, limit)}
     identity = run_identity(run.manifest)
     header = {"effort": asdict(effort), "seed": seed, "images": len(wanted)}
     header |= {"run": run.manifest.get("created") if identity is None else identity}
-    with Partial(folder / "audit.jsonl", json.loads(json.dumps(header))) as partial:
-        left = {name: row for name, row in wanted.items() if not partial.has(row)}
+    with Partial(folder / "audit.jsonl", json.loads(json.dumps(header))) as kept:
+        left = {name: row for name, row in wanted.items() if not kept.has(row)}
         for row, pixels in _images(run, source, left, vlm):
-            target = Target(image_id=row["image_id"], pixels=pixels, radius=row["radius"], claim=make(row))
+            target = Target(
+                image_id=row["image_id"],
+                pixels=pixels,
+                radius=row["radius"],
+                claim=partial(_quantity, claim, row, run, materials),
+            )
             began, before = time.monotonic(), model.rows
             found = audit_image(model, target, effort, alpha=effort.alpha / len(wanted), seed=seed)
-            partial.add(row, found, passes=model.rows - before, seconds=time.monotonic() - began)
+            kept.add(row, found, passes=model.rows - before, seconds=time.monotonic() - began)
             if on_image is not None:
-                on_image(len(partial.done), len(wanted))
-        if len(partial.done) < len(wanted):
+                on_image(len(kept.done), len(wanted))
+        if len(kept.done) < len(wanted):
             raise UserError(f"some images of the run are no longer in '{run.config.data}': audit it on the same data")
-        done = [partial.done[name] for name in wanted]
+        done = [kept.done[name] for name in wanted]
     result = AuditResult(
         run=run.name,
         of=identity,
         claim=run.config.claim,
-        quantity=CLAIMS[run.config.claim].quantity,
+        quantity=claim.quantity,
         certified=len(rows),
         effort=asdict(effort),
         seed=seed,
@@ -160,9 +170,11 @@ def _path(name: str | None) -> Path | None:
 def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource) -> None:
     """Refuse another model than the certified one, by its digest and by what it answers."""
     before, probe = run.manifest.get("model") or {}, run.manifest.get("probe")
-    head = describe_head(run.config, source.class_names).get("head")
+    now = {"fingerprint": vlm.fingerprint} | describe_head(run.config, source.class_names)
     answers = None
-    if (before.get("fingerprint"), before.get("head")) != (vlm.fingerprint, head):
+    if before.get("claim") != now.get("claim"):
+        raise UserError(f"the claim '{run.config.claim}' has changed since '{run.folder}' was certified: certify again")
+    if any(before.get(key) != now.get(key) for key in ("fingerprint", "head")):
         answers = "its weights or settings are others"
     elif probe is not None:
         data = run.manifest["data"]
@@ -173,13 +185,27 @@ def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource) -> Non
         )
 
 
-def _require_same_texts(run: CertifyRecord, source: DataSource) -> None:
+def _quantity(
+    claim: Claim, row: dict[str, Any], run: CertifyRecord, materials: Materials, steering: Array, evidence: Array
+) -> Quantity:
+    return claim.audited(row, run.config, materials, steering=steering, evidence=evidence)
+
+
+def _materials(run: CertifyRecord, vlm: VLM, source: DataSource, claim: Claim) -> Materials:
+    if not claim.needs_classes:
+        return Materials()
+    rule = rule_of(run.config, source.class_names)
+    text = None if rule else vectors_of_classes(run.config, vlm, source.class_names, source.templates)
+    return materials_of(run.config, vlm, text, source.templates, rule=rule)
+
+
+def _require_same_texts(run: CertifyRecord, source: DataSource, claim: Claim) -> None:
     """Refuse other classes, templates or antibodies than the certified claims are about: their files may have changed.
 
     Raises:
         UserError: what differs.
     """
-    if run.config.claim == "feature":
+    if not claim.needs_classes:
         return
     data = run.manifest["data"]
     now = {"class_names": list(source.class_names), "templates": list(source.templates)}

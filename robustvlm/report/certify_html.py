@@ -10,11 +10,12 @@ from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from robustvlm.certify import format_down, format_exact
+from robustvlm.certify.claims import RADII
 from robustvlm.core.reading import require_regular
 from robustvlm.report import certify_plots, tables
 from robustvlm.report import certify_wording as words
 from robustvlm.report.certify_audit import load_audit
-from robustvlm.report.certify_record import METHODS, CertifyRecord, cosine_lines, load_certify_run, share_lines
+from robustvlm.report.certify_record import CertifyRecord, cosine_lines, load_certify_run, share_lines
 from robustvlm.report.gallery import data_uri
 from robustvlm.report.page import drawing, page, write_page
 from robustvlm.report.wording import DASH, plain
@@ -46,11 +47,12 @@ def render_certify_run(run: CertifyRecord) -> str:
         accuracy=words.accuracy(run),
         certified=words.certified(run.summary),
         exact=format_exact,
-        about_class=run.config.claim in ("class", "vote"),
+        about_class=run.summary.facts.about_class,
+        to_paper="paper_radius" in run.summary.facts.columns,
         cards=_cards(run),
         charts=_charts(run),
         methods=_methods(run),
-        names=METHODS,
+        names={name: column.page for name, column in RADII.items()},
         gallery=load_extremes(run),
         audit=load_audit(run.folder / "audit.json", run.manifest),
         findings=tables.findings(run.summary.checks),
@@ -64,7 +66,7 @@ def _cards(run: CertifyRecord) -> list[tuple[str, str, str]]:
     """Return radius and samples, each with its number and what it means."""
     summary, samples = run.summary, run.summary.samples
     average = summary.average_certified_radius
-    about_class = run.config.claim in ("class", "vote") and average is not None
+    about_class = run.summary.facts.about_class and average is not None
     return [
         (
             "Average certified radius" if about_class else "Mean certified radius",
@@ -86,7 +88,7 @@ def _charts(run: CertifyRecord) -> dict[str, Markup]:
     if lines:
         charts["cosine"] = certify_plots.cosine_curve(lines, key="cosine", cos0=run.config.min_cos)
     if run.config.radius is None:  # otherwise every radius is that one or none
-        what = "right and certified, % of images" if run.config.claim in ("class", "vote") else "certified, % of images"
+        what = "right and certified, % of images" if run.summary.facts.about_class else "certified, % of images"
         charts["share"] = certify_plots.share_curve(share_lines(run), key="share", what=what)
     elif run.copies.max(initial=0) > 0:  # a largest radius takes all copies of every image
         charts["samples"] = certify_plots.samples_histogram(
@@ -111,7 +113,7 @@ def _methods(run: CertifyRecord) -> list[MethodRow]:
     paper = next((method.mean for method in found if method.column == "paper_radius"), 0.0)
     return [
         MethodRow(
-            name=METHODS.get(method.column, plain(method.column, 40)),
+            name=RADII[method.column].page if method.column in RADII else plain(method.column, 40),
             mean=format_down(method.mean, 4),
             median=format_down(method.median, 4),
             abstained=f"{method.abstained.successes:,} of {method.abstained.total:,}",
@@ -177,7 +179,7 @@ def _extreme(path: Path, run: CertifyRecord) -> tuple[tuple[float, int], Extreme
         radius=f"radius {format_down(radius, 4)}" if radius > 0.0 else "abstains",
         clean=data_uri(np.asarray(clean)),
         noisy=data_uri(np.asarray(noisy)),
-        said="" if run.config.claim == "openset" else _name(names, int(about["prediction"])),
+        said="" if not run.summary.facts.names_class else _name(names, int(about["prediction"])),
         label=_name(names, int(about["label"])),
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from robustvlm.certify.claims import RADII
 from robustvlm.errors import UserError
 from robustvlm.report.certify_plots import Line
 from robustvlm.runs.certify_config import CertifyConfig
@@ -20,18 +21,6 @@ from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.results import read_rows
 from robustvlm.stats import rate
-
-METHODS = {
-    "radius": "this certificate",
-    "deployed_radius": "deployed copies",
-    "cone_radius": "cone (T3)",
-    "paper_radius": "paper's bound",
-    "fcsb_radius": "corrected FCSB",
-    "cdf_radius": "distribution (T5)",
-    "direction_radius": "distribution and covariance",
-    "mean_radius": "mean margins only",
-}
-"""Columns with radii, and what the report calls them."""
 
 _DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "deployed_radius", "mean_radius")
 _CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
@@ -118,10 +107,10 @@ def cosine_lines(run: CertifyRecord) -> list[Line]:
 def share_lines(run: CertifyRecord) -> list[Line]:
     """Return, per method, the share of images certified at each distance.
 
-    For class and vote claims only images whose class is right count: certified accuracy, over images of known class.
+    For claims about classes only images whose class is right count: certified accuracy, over images of known class.
     """
     right = run.rows.column("correct").to_numpy(zero_copy_only=False)
-    about_class = run.config.claim in ("class", "vote")
+    about_class = run.summary.facts.about_class
     known = np.array([value is not None for value in right]) if about_class else np.ones(len(right), dtype=bool)
     counted = np.array([bool(value) for value in right]) if about_class else known
     found = [(name, radii) for name in _DRAWN if (radii := run.radii(name)) is not None]
@@ -132,5 +121,5 @@ def share_lines(run: CertifyRecord) -> list[Line]:
         # At distance zero an abstention certifies nothing either.
         counts = [int((counted & (radii >= eps) & (radii > 0.0)).sum()) for eps in grid]
         rates = tuple(rate(count, int(known.sum())) for count in counts)
-        lines.append(Line(name=METHODS[name], eps=tuple(grid), rates=rates))
+        lines.append(Line(name=RADII[name].page, eps=tuple(grid), rates=rates))
     return lines

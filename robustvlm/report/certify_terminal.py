@@ -11,31 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from robustvlm.certify import format_down, format_exact, format_up
+from robustvlm.certify.claims import RADII
 from robustvlm.report import certify_wording as words
 from robustvlm.report.wording import interval
 from robustvlm.runs.certify_summary import CertifySummary, CosinePoint
 from robustvlm.runs.summary import Check
 from robustvlm.stats import Rate
 
-NAMES = {
-    "radius": ("this claim", ""),
-    "deployed_radius": ("deployed copies", "what finitely many fresh copies keep of this claim"),
-    "cone_radius": ("cone (T3)", "the same claim, closed form"),
-    "paper_radius": ("paper's bound", "cosine to the image's own feature f(x), another claim"),
-    "fcsb_radius": ("corrected FCSB", "cosine to the pilot's direction, another claim"),
-    "cdf_radius": ("distribution (T5)", "cosine to the pilot's direction, another claim"),
-    "direction_radius": ("distribution + covariance (F3)", "cosine to the pilot's direction, another claim"),
-    "mean_radius": ("mean margins", "the same claim from means alone"),
-}
-_SHORT = {
-    "deployed_radius": "deployed",
-    "cone_radius": "T3",
-    "paper_radius": "paper",
-    "fcsb_radius": "FCSB",
-    "cdf_radius": "T5",
-    "direction_radius": "F3",
-    "mean_radius": "means",
-}
 _STANDINGS: dict[str, str] = {"held": "bold green", "neutral": "bold yellow", "none": "bold red"}
 _COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
@@ -72,7 +54,7 @@ def _by_radius(summary: CertifySummary) -> Table:
         table.add_column("and right")
     others = list(summary.at[0].others) if summary.at else []
     for column in others:
-        table.add_column(_SHORT[column])
+        table.add_column(RADII[column].short)
     for point in summary.at:
         cells = [format_exact(point.radius), _rate(point.certified)]
         if with_class:
@@ -87,8 +69,8 @@ def _by_method(summary: CertifySummary) -> Table:
         table.add_column(name)
     table.add_column("", justify="left")
     for method in summary.methods:
-        name, about = NAMES[method.column]
-        short = _SHORT.get(method.column, "")
+        column = RADII[method.column]
+        name, short, about = column.title, column.short, column.about
         name = name if not short or short.lower() in name.lower() else f"{name} ({short})"
         cells = (format_down(method.mean, 4), format_down(method.median, 4), _percent(method.abstained))
         table.add_row(name, *cells, about, style="bold" if method.column == "radius" else "")
@@ -116,7 +98,7 @@ def _has(points: Sequence[CosinePoint], name: str) -> bool:
 def _lines(summary: CertifySummary) -> Iterator[str]:
     yield f"Claim: within the radius, {summary.statement}."
     yield f"Rule: {words.rule(summary)}"
-    if summary.average_certified_radius is not None and summary.claim in ("class", "vote"):
+    if summary.average_certified_radius is not None and summary.facts.about_class:
         yield f"Average certified radius (wrong or abstained: 0): {format_down(summary.average_certified_radius, 4)}"
     samples = summary.samples
     ends = ", ".join(f"{count:,} {stop}" for stop, count in sorted(samples.stops.items()))

@@ -12,19 +12,12 @@ from robustvlm.runs.certify_looks import trail_words
 from robustvlm.runs.certify_summary import CertifySummary, standing
 from robustvlm.stats import Rate
 
-_KEPT = {
-    "feature": "the smoothed feature is certified to keep a cosine of at least {min_cos} to its value at the image",
-    "class": "the smoothed model's class is right and certified to stay",
-    "vote": "the class that most noisy copies get is right and certified to stay",
-    "openset": "the smoothed model's acceptance or rejection is certified to stay",
-}
-
 Standing = Literal["held", "neutral", "none"]
 
 
 def certified(summary: CertifySummary) -> Rate:
     """Return the share of images with a certificate, of those with the right class where the claim is about it."""
-    if summary.claim in ("class", "vote") and summary.certified_correct is not None:
+    if summary.facts.about_class and summary.certified_correct is not None:
         return summary.certified_correct
     held = summary.abstained
     return Rate(
@@ -56,14 +49,14 @@ def verdict(summary: CertifySummary, *, resolution: int | None = None) -> str:
     """
     found = certified(summary)
     cosine = "" if summary.min_cos is None else format_exact(summary.min_cos)
-    kept = _KEPT[summary.claim].format(min_cos=cosine or "the one asked for")
+    kept = plain(summary.facts.kept, 300).replace("{min_cos}", cosine or "the one asked for")
     if not found.successes:
         return f"For none of the {found.total:,} images {kept} at any distance."
     who = f"For {found.successes:,} of {found.total:,} images ({percent(found.value)}) {kept}"
     if summary.asked_radius is not None:
         return f"{who}, within the distance asked for, {format_exact(summary.asked_radius)} (L₂)."
     average, at = summary.average_certified_radius, standing(summary)
-    by_class = summary.claim in ("class", "vote") and average is not None
+    by_class = summary.facts.about_class and average is not None
     mean = format_down(average if by_class and average is not None else summary.mean_radius, 4)
     zero = "a wrong class or an abstention counts as 0" if by_class else "an abstention counts as 0"
     parts = [f"{who} within a distance that is {mean} (L₂) on average ({zero})."]
@@ -81,7 +74,7 @@ def accuracy(run: CertifyRecord) -> str:
     Noise that drowns every image gives large radii: all features are then alike, and none of them is of use.
     """
     right = run.summary.correct
-    if run.config.claim != "feature" or right is None:
+    if run.summary.facts.needs_classes or right is None:
         return ""
     words = f"Under this noise the smoothed model names the right class for {percent(right.value)} of the images"
     few = right.value is not None and right.value < 0.5

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
-ClaimName = Literal["feature", "class", "vote", "openset"]
+from robustvlm.certify.claims import require_known
+from robustvlm.errors import UserError
+
 CacheType = Literal["float16", "float32"]
 Prompts = Literal["independent", "adaptive"]
 
@@ -15,6 +17,7 @@ class CertifyConfig(BaseModel):
     """Every setting that the rows of a certify run depend on; a run is resumed only under an equal one.
 
     Args:
+        claim: a name of `robustvlm.certify.claims.CLAIMS`, or `module:callable`.
         samples: noisy copies per image at most, `n_pilot` of them for choices (label, direction, side).
         radius: certify at this radius and stop as soon as that is decided; None: the largest radius, all samples.
         at: radii at which the summary counts certified images.
@@ -35,7 +38,7 @@ class CertifyConfig(BaseModel):
     classes: str | None = None
     templates: str | None = None
     tree: str | None = None
-    claim: ClaimName
+    claim: str
     sigma: float
     samples: int
     n_pilot: int
@@ -57,3 +60,11 @@ class CertifyConfig(BaseModel):
     precision: str
     resolution: int
     noise: str | None = None
+
+    @field_validator("claim")
+    @classmethod
+    def _known(cls, claim: str) -> str:
+        try:
+            return require_known(claim)
+        except UserError as error:
+            raise ValueError(str(error)) from None

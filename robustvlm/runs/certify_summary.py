@@ -8,29 +8,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import SerializerFunctionWrapHandler, TypeAdapter, model_serializer, model_validator
 
 from robustvlm.certify import VACUOUS, cone_cos, deployed_feature_cos, fcsb_cos, vector_table
+from robustvlm.certify.claims import CLAIMS, ClaimFacts, require_known
+from robustvlm.errors import UserError
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.records import Check, Cost, Record, UnreadableImage
 from robustvlm.stats import Rate, rate
 
 CURVE_POINTS = 31
 CURVE_SIGMAS = 3.0
-METHODS = {
-    "feature": (
-        "radius",
-        "deployed_radius",
-        "cone_radius",
-        "paper_radius",
-        "fcsb_radius",
-        "cdf_radius",
-        "direction_radius",
-    ),
-    "class": ("radius", "deployed_radius", "mean_radius"),
-    "vote": ("radius", "deployed_radius"),
-    "openset": ("radius",),
-}
-"""Columns that hold radii, by claim, the claim's own first and that of the deployed model next."""
 
 
 class RadiusShare(Record):
@@ -105,6 +93,7 @@ class CertifySummary(Record):
             them, in words; "" where nothing was asked.
         min_cos, asked_radius: cosine and radius that were asked for, where they were.
         looks: at these images in the folder of runs, this one included; None in runs from before they were counted.
+        own_claim: what is to be known of a claim of the user's own; left out of runs with a built-in one.
         resized: images that were resized, of whose source nothing is stated. resize_norm: smallest and largest norm, in
             runs from before that.
     """
@@ -139,6 +128,29 @@ class CertifySummary(Record):
     checks: list[Check]
     unreadable: list[UnreadableImage]
     unfinished: str | None = None
+    own_claim: ClaimFacts | None = None
+
+    @property
+    def facts(self) -> ClaimFacts:
+        """What is to be known of its claim; of an own one as the run kept it, no code is loaded."""
+        return CLAIMS[self.claim] if self.own_claim is None else self.own_claim
+
+    @model_validator(mode="after")
+    def _claim_is_told(self) -> CertifySummary:
+        if (self.claim in CLAIMS) == (self.own_claim is None):
+            return self
+        try:
+            require_known(self.claim)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        raise ValueError("own_claim is for claims of the form module:callable, which need it")
+
+    @model_serializer(mode="wrap")
+    def _own_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if self.own_claim is None:
+            content.pop("own_claim", None)
+        return content
 
 
 def standing(summary: CertifySummary) -> tuple[float, Rate] | None:
@@ -151,7 +163,7 @@ def standing(summary: CertifySummary) -> tuple[float, Rate] | None:
     if not wanted:
         return None
     point = wanted[0]
-    right = summary.claim in ("class", "vote") and point.correct is not None
+    right = summary.facts.about_class and point.correct is not None
     return point.radius, point.correct if right and point.correct is not None else point.certified
 
 
@@ -172,6 +184,8 @@ def summarise_certify(
     if not table:
         raise ValueError("a certify run without images has no summary")
     config, plan = CertifyConfig(**manifest["config"]), manifest["plan"]
+    own = None if config.claim in CLAIMS else TypeAdapter(ClaimFacts).validate_python(plan["claim"])
+    facts = own or CLAIMS[config.claim]
     radii = [row["radius"] for row in table]
     known = [row for row in table if row["correct"] is not None]
     return CertifySummary(
@@ -186,9 +200,9 @@ def summarise_certify(
         average_certified_radius=fmean(row["radius"] * row["correct"] for row in known) if known else None,
         mean_radius=fmean(radii),
         median_radius=float(median(radii)),
-        methods=[_method(table, column) for column in METHODS[config.claim] if table[0].get(column) is not None],
-        at=[_at(table, known, radius, METHODS[config.claim][1:]) for radius in config.at],
-        curve=_curve(table, config) if config.claim == "feature" else [],
+        methods=[_method(table, column) for column in facts.columns if table[0].get(column) is not None],
+        at=[_at(table, known, radius, facts.columns[1:]) for radius in config.at],
+        curve=_curve(table, config) if facts.curve else [],
         samples=_samples(table, config),
         risk=Risk(alpha=config.alpha, split=plan["alpha_split"], expected_false=config.alpha * len(table)),
         failed_samples=sum(row["failed"] for row in table),
@@ -204,6 +218,7 @@ def summarise_certify(
         checks=list(checks),
         unreadable=list(unreadable),
         unfinished=unfinished,
+        own_claim=own,
     )
 
 

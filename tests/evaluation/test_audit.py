@@ -13,18 +13,14 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from robustvlm.certify import vector_radius
+from robustvlm.certify.claims import Quantity, upper_mean
+from robustvlm.certify.claims.class_ import ClassQuantity
+from robustvlm.certify.claims.feature import DirectionQuantity, FeatureQuantity
+from robustvlm.certify.claims.vote import VoteQuantity
+from robustvlm.certify.normal import Array
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.errors import UserError
 from robustvlm.evaluation.audit import Finding, Target, audit_image
-from robustvlm.evaluation.audit_claims import (
-    Array,
-    Claim,
-    ClassClaim,
-    DirectionClaim,
-    FeatureClaim,
-    VoteClaim,
-    upper_mean,
-)
 from robustvlm.evaluation.audit_search import Effort, descend, gradient, into_ball, lengths, starts
 
 SIGMA = 0.5
@@ -33,15 +29,17 @@ ENCODERS: dict[str, Callable[[], Analytic]] = {"circle": Circle, "half-space": H
 TEXT = np.array([[1.0, 0.0], [0.0, 1.0]])  # classes at 0 and 90 degrees
 
 
-def feature(radius: float, *, r: float | None = None, cos0: float = 0.5) -> Callable[[Array, Array], Claim]:
-    def make(steering: Array, evidence: Array) -> Claim:
+def feature(radius: float, *, r: float | None = None, cos0: float = 0.5) -> Callable[[Array, Array], Quantity]:
+    def make(steering: Array, evidence: Array) -> Quantity:
         u = steering.mean(axis=0)
-        return FeatureClaim(sigma=SIGMA, cos0=cos0, radius=radius, r=r, direction=u / np.linalg.norm(u), clean=evidence)
+        return FeatureQuantity(
+            sigma=SIGMA, cos0=cos0, radius=radius, r=r, direction=u / np.linalg.norm(u), clean=evidence
+        )
 
     return make
 
 
-def run(vlm: SmoothedVLM, radius: float, claim: Callable[[Array, Array], Claim], *, seed: int = 0) -> list[Finding]:
+def run(vlm: SmoothedVLM, radius: float, claim: Callable[[Array, Array], Quantity], *, seed: int = 0) -> list[Finding]:
     target = Target(image_id="a", pixels=image_at(0.0), radius=radius, claim=claim)
     return audit_image(vlm, target, Effort(evidence=2000), alpha=0.001, seed=seed)
 
@@ -100,7 +98,7 @@ def test_an_encoder_without_a_gradient_is_searched_without(cut: bool) -> None:
     radius, text = 0.9, TEXT * np.array([[1.0], [-1.0]]) @ np.array([[1.0, 0.0], [1.0, 0.0]])
     model = smooth(Step(cut=cut), SIGMA)
     for factor, broken in ((0.95, False), (1.3, True)):
-        claim = ClassClaim(text=text, label=0, radius=factor * radius)
+        claim = ClassQuantity(text=text, label=0, radius=factor * radius)
         target = Target(image_id="a", pixels=image_at(0.0), radius=factor * radius, claim=lambda *_, c=claim: c)
         quick = Effort(starts=2, steps=15, choice=64, evidence=1500, fractions=(1.0,))
         (found,) = audit_image(model, target, quick, alpha=0.001, seed=0)
@@ -116,10 +114,10 @@ def test_a_certificate_of_another_noise_level_is_refused() -> None:
 def test_directions_classes_and_votes() -> None:
     vlm = smooth(Circle(), SIGMA)
     boundary = math.pi / 4  # where the classes meet; the image is at 0
-    claims: dict[str, Callable[[float], Claim]] = {
-        "direction": lambda radius: DirectionClaim(cos0=math.sqrt(0.5), radius=radius, direction=TEXT[0]),
-        "class": lambda radius: ClassClaim(text=TEXT, label=0, radius=radius),
-        "vote": lambda radius: VoteClaim(text=TEXT, label=0, radius=radius, logit_scale=10.0),
+    claims: dict[str, Callable[[float], Quantity]] = {
+        "direction": lambda radius: DirectionQuantity(cos0=math.sqrt(0.5), radius=radius, direction=TEXT[0]),
+        "class": lambda radius: ClassQuantity(text=TEXT, label=0, radius=radius),
+        "vote": lambda radius: VoteQuantity(text=TEXT, label=0, radius=radius, logit_scale=10.0),
     }
     for name, make in claims.items():
         inside, beyond = (
@@ -142,7 +140,7 @@ def test_runs_are_reproducible_and_leave_the_random_state_alone() -> None:
 def test_no_point_leaves_the_ball() -> None:
     torch.manual_seed(0)
     vlm, clean, aim = smooth(Circle(), SIGMA), image_at(0.3), torch.zeros(8, dtype=torch.long)
-    claim = ClassClaim(text=TEXT, label=0, radius=0.7)
+    claim = ClassQuantity(text=TEXT, label=0, radius=0.7)
     begin, kinds = starts(vlm, clean, 0.7, claim.score, aim)
     assert set(kinds) == {"random", "curvature", "encoder", "correlation"}
     assert torch.allclose(lengths(begin).flatten(), torch.tensor(0.7))
@@ -152,7 +150,7 @@ def test_no_point_leaves_the_ball() -> None:
 
 
 def test_gradients_do_not_depend_on_how_rows_are_grouped() -> None:
-    claim = ClassClaim(text=TEXT, label=0, radius=0.7)
+    claim = ClassQuantity(text=TEXT, label=0, radius=0.7)
     x, aim = torch.rand(5, 3, 4, 4), torch.zeros(5, dtype=torch.long)
 
     def grouped(rows: int) -> torch.Tensor:
@@ -188,5 +186,5 @@ class TestUpperBounds:
         assert upper_mean(values, 0.01) > 0.2
         features = np.tile([[0.0, 1.0]], (400, 1))
         features[:300] = np.nan
-        assert ClassClaim(text=TEXT, label=0, radius=1.0).upper(features, 0.01) > 0.0
-        assert VoteClaim(text=TEXT, label=0, radius=1.0, logit_scale=1.0).upper(features, 0.01) > 0.5
+        assert ClassQuantity(text=TEXT, label=0, radius=1.0).upper(features, 0.01) > 0.0
+        assert VoteQuantity(text=TEXT, label=0, radius=1.0, logit_scale=1.0).upper(features, 0.01) > 0.5

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from robustvlm.certify import cone_cos, fcsb_cos, vector_cos
+from robustvlm.certify.claims import ClaimFacts
 from robustvlm.report.certify_terminal import certify_table
 from robustvlm.report.certify_wording import rule, source, state, verdict
 from robustvlm.runs.certify_config import CertifyConfig
@@ -116,6 +119,35 @@ def test_rows_hold_every_column_and_order_by_image() -> None:
     assert table.column("index").to_pylist() == [1, 3]
     assert table.column("abstained").to_pylist() == [True, False]
     assert table.column("votes").null_count == 2
+
+
+OWN = ClaimFacts(name="mine", kept="my class is certified to stay", about_class=True, columns=("radius", "mean_radius"))
+
+
+def test_a_claim_that_is_nobodys_is_refused_and_an_own_one_is_told() -> None:
+    found = summary(fact(0, 0.2))
+    assert "own_claim" not in found.model_dump()  # files of built-in claims stay as they were
+    assert CertifySummary.model_validate_json(found.model_dump_json()) == found
+    content = found.model_dump(mode="json")
+    for changes, words in (
+        ({"claim": "featur"}, "unknown claim 'featur': did you mean 'feature'"),
+        ({"claim": "my_claims:mine"}, "which need it"),
+        ({"own_claim": asdict(OWN)}, "own_claim is for claims of the form module:callable"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            CertifySummary.model_validate(content | changes)
+    with pytest.raises(ValidationError, match="unknown claim 'featur'"):
+        CertifyConfig(**manifest(claim="featur")["config"])
+
+
+def test_a_summary_goes_by_what_an_own_claim_says_of_itself() -> None:
+    about = manifest(claim="my_claims:mine")
+    about["plan"]["claim"] = asdict(OWN)
+    own = summarise_certify(make_certify_rows([fact(0, 0.2, columns={"mean_radius": 0.1})]), about)
+    assert [method.column for method in own.methods] == ["radius", "mean_radius"]
+    assert own.curve == []
+    assert "my class is certified to stay" in verdict(own)
+    assert CertifySummary.model_validate_json(own.model_dump_json()) == own
 
 
 def test_a_run_without_images_has_no_summary() -> None:

@@ -15,11 +15,10 @@ from robustvlm.certify import (
     OpensetRule,
     Provenance,
     Sampled,
-    deployed_feature_radius,
     settings_digest,
 )
+from robustvlm.certify.claims import Claim, Plan, find_claim
 from robustvlm.certify.normal import Array
-from robustvlm.evaluation.certifying.claims import Plan
 from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_rows import CertifyFact
 
@@ -45,24 +44,21 @@ class Recorder:
     rule: OpensetRule | None = None
     prompts: str | None = None
 
+    @cached_property
+    def _claim(self) -> Claim:
+        return find_claim(self.config.claim)
+
     def fact(self, sampled: Sampled, *, resize_norm: float | None) -> CertifyFact:
         """Return the row of an image."""
         task, found = sampled.task, sampled.finding
         prediction = self._prediction(found)
-        columns = dict(found.columns)
-        if self.config.claim == "feature" and self.config.deployed is not None:
-            assert self.config.min_cos is not None
-            columns["deployed_radius"] = deployed_feature_radius(
-                found.r or 0.0, self.config.min_cos, sampled.sigma, self.config.deployed, self.config.alpha
-            )
-            if self.config.radius is not None:  # only this radius was asked about
-                columns["deployed_radius"] = min(columns["deployed_radius"], found.radius)
+        columns = found.columns | self._claim.deployed_columns(found, self.config, sigma=sampled.sigma)
         return CertifyFact(
             index=task.index,
             image_id=task.image_id,
             label=task.label,
             prediction=prediction,
-            correct=self._correct(task.label, prediction),
+            correct=self._claim.correct(task.label, prediction),
             claim=found.claim or self.config.claim,
             radius=found.radius,
             stop=found.stop,
@@ -84,34 +80,23 @@ class Recorder:
             return -1
         return int(np.argmax(self.text @ found.mean))
 
-    def _correct(self, label: int, prediction: int) -> bool | None:
-        if self.config.claim == "openset":
-            return bool(prediction) == (label >= 0)
-        return prediction == label if label >= 0 and prediction >= 0 else None
-
     @cached_property
     def _classes(self) -> str:
         return settings_digest(list(self.class_names))
 
     @cached_property
     def _thresholds(self) -> dict[str, float] | None:
-        if self.config.claim != "openset":
-            return None
-        if self.rule is None:
-            assert self.config.tau is not None
-            return {"tau": self.config.tau}
-        limits = self.rule.thresholds
-        return {"lowest": float(limits.min()), "highest": float(limits.max())}
+        return self._claim.thresholds(self.config, self.rule)
 
     def _certificate(self, sampled: Sampled, resize_norm: float | None, deployed: float | None) -> Certificate:
         found, image_id = sampled.finding, sampled.task.image_id
-        feature = self.config.claim == "feature"  # its scores look back only, so that pilot samples count as well
+        claim = self._claim
         how = Provenance(
             sigma=sampled.sigma,
             alpha=self.config.alpha,
             alpha_split=self.plan.alpha_split,
-            n=found.n + found.n_pilot if feature else found.n,
-            n_pilot=0 if feature else found.n_pilot,
+            n=found.n + found.n_pilot if claim.pilot_counts else found.n,
+            n_pilot=0 if claim.pilot_counts else found.n_pilot,
             stop_rule=self.plan.stop_rule,
             bound=self.plan.bound,
             seeds=sampled.seeds,
@@ -122,11 +107,10 @@ class Recorder:
             direction_source=self.plan.direction_source,
             deployed_n0=self.config.deployed,
         )
-        claim = found.claim or self.config.claim
-        by_class = claim in ("class", "vote")
+        by_class = claim.about_class
         return Certificate.from_dict(
             {
-                "claim": claim,
+                "claim": found.claim or self.config.claim,
                 "theorem": self.plan.theorem,
                 "radius": found.radius,
                 "cos0": self.config.min_cos,
@@ -134,8 +118,8 @@ class Recorder:
                 "label": found.prediction if by_class else None,
                 "label_name": self.class_names[found.prediction] if by_class and found.prediction is not None else None,
                 "rule": self.plan.rule,
-                "classes": None if feature else self._classes,
-                "n_classes": None if feature else len(self.class_names),
+                "classes": self._classes if claim.needs_classes else None,
+                "n_classes": len(self.class_names) if claim.needs_classes else None,
                 "prompts": self.prompts,
                 "thresholds": self._thresholds,
                 "image_id": image_id,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from robustvlm.certify.claims import find_claim, make_plan, require_possible
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.user_code import named_by
@@ -17,7 +18,6 @@ from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.cache import rounding_error
-from robustvlm.evaluation.certifying.claims import require_possible
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
 from robustvlm.evaluation.certifying.facts import Recorder
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
@@ -31,7 +31,7 @@ from robustvlm.evaluation.certifying.setup import (
     embed_classes,
     list_of_names,
     make_config,
-    plan_of,
+    materials_of,
     prompts_of,
     rule_of,
     settle_deployed,
@@ -114,7 +114,8 @@ def prepare_replay(
     made = saved_model(split_spec(settings.model)[0])
     settings.checked(refuses=made is not None and made.refuses)
     _check(settings, source, prompts)
-    chosen = (prompts or "adaptive") if settings.claim == "class" else None
+    claim = find_claim(settings.claim)
+    chosen = (prompts or "adaptive") if claim.any_prompts else None
     assert source.config.cache is not None
     device = str(resolve_device(settings.device))
     data = source.manifest["data"]
@@ -137,11 +138,13 @@ def prepare_replay(
     if settings.classes is None and settings.templates is None:
         text = vectors_of_classes(config, vlm, names, templates)
     else:
-        text = embed_classes(vlm, names, templates, needed=config.claim != "feature")
+        text = embed_classes(vlm, names, templates, needed=claim.needs_classes)
     dim = vlm.encode_text(["a"]).shape[1]
     rounding = rounding_error(source.config.cache, dim)
-    clean_kept = source.config.claim == "feature"
-    plan = plan_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
+    with named_by(f"the manifest of '{source.folder.path}'"):
+        clean_kept = find_claim(source.config.claim).needs_clean
+    materials = materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
+    plan = make_plan(config.claim, config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, names, templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
@@ -239,14 +242,13 @@ def _check(settings: Settings, source: Source, prompts: str | None) -> None:
         raise UserError("kept features are all there already, stopping early saves nothing: leave out --radius")
     if settings.cache is not None:
         raise UserError("the features are kept already: leave out --cache")
-    if settings.claim == "class":
-        return
-    if source.config.cache == "float16":
+    claim = find_claim(settings.claim)
+    if source.config.cache == "float16" and not claim.bounds_rounding:
         raise UserError(
             f"the run '{source.folder.path}' kept float16 features, whose rounding is accounted for in class claims "
             f"only: for --claim {settings.claim} make it with --cache float32"
         )
-    if settings.claim in ("vote", "openset") and prompts != "independent":
+    if claim.needs_classes and not claim.any_prompts and prompts != "independent":
         raise UserError(
             f"a certificate of --claim {settings.claim} from kept features is valid only for prompts that were fixed "
             "without looking at what the features gave: pass --prompts independent if they were, else sample anew"

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.attacks import PRECISIONS
+from robustvlm.certify.claims import DEFAULT, find_claim
 from robustvlm.certify.limits import N_MAX
-from robustvlm.certify.normal import check_alpha, check_cos0, check_sigma
+from robustvlm.certify.normal import check_alpha, check_sigma
 from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.defenses.smoothing import MAX_N0, MAX_SIGMA
 from robustvlm.errors import UserError, nearest
 
-CLAIMS = ("feature", "class", "vote", "openset")
 DEFAULT_SIGMA = 0.25
 DEFAULT_ALPHA, MAX_ALPHA = 0.001, 0.5
 _AT_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -29,7 +29,7 @@ class Settings:
     classes: Path | None = None
     templates: Path | None = None
     tree: Path | None = None
-    claim: str = "feature"
+    claim: str = DEFAULT
     sigma: float | None = None
     samples: int = 10_000
     alpha: float | None = None
@@ -53,16 +53,13 @@ class Settings:
         Args:
             refuses: the model has prototypes, antibodies and thresholds of its own.
         """
-        if self.claim not in CLAIMS:
-            raise UserError(f"unknown claim '{self.claim}': {nearest(self.claim, CLAIMS)}")
+        claim = find_claim(self.claim)
         if self.alpha is not None and check_alpha(self.alpha) > MAX_ALPHA:
             raise UserError(f"--alpha is an error probability, at most {MAX_ALPHA:g}, got {self.alpha}: pass 0.001")
         if self.sigma is not None and check_sigma(self.sigma) > MAX_SIGMA:
             raise UserError(
                 f"--sigma is at most {MAX_SIGMA:g}, got {self.sigma:g} (pixels are in [0, 1], so 0.25 is strong noise)"
             )
-        if self.claim == "feature":
-            check_cos0(self.min_cos)
         _positive("--radius", self.radius)
         for name, number, least, most in (
             ("--samples", self.samples, 2, N_MAX),
@@ -77,25 +74,9 @@ class Settings:
                 raise UserError(f"{name} must be at most {most:,}, got {number:,}")
         if self.precision not in PRECISIONS:
             raise UserError(f"unknown precision '{self.precision}': {nearest(self.precision, PRECISIONS)}")
-        self._check_openset(refuses)
+        claim.check(self, refuses=refuses)
         self._check_cache()
         return self
-
-    def _check_openset(self, refuses: bool) -> None:
-        if self.claim == "openset":
-            if refuses and self.antibodies is not None:
-                raise UserError(f"'{self.model}' has antibodies of its own: leave out --antibodies")
-            if (self.tau is None and not refuses) or not math.isfinite(self.tau or 0.0):
-                raise UserError("an open-set claim needs its threshold: pass --tau, chosen on other images")
-            if not (self.weight >= 0.0 and math.isfinite(self.weight)):
-                raise UserError(f"--weight must be a finite number that is not negative, got {self.weight}")
-        elif self.tau is not None or self.antibodies is not None:
-            raise UserError("--tau and --antibodies are for --claim openset")
-        if self.deployed is not None and self.claim == "openset":
-            raise UserError(
-                "--deployed is for feature, class and vote claims: an open-set certificate holds for any number of "
-                "inference samples of the abstaining decision (docs/certify.md)"
-            )
 
     def _check_cache(self) -> None:
         if self.cache is None:

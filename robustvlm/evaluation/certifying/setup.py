@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustvlm.certify import OpensetRule, contrast_vectors, format_exact, settings_digest
+from robustvlm.certify import OpensetRule, format_exact, settings_digest
+from robustvlm.certify.claims import Materials, Plan, find_claim, is_own, make_plan, own_digest, require_possible
 from robustvlm.certify.normal import Array
 from robustvlm.core.ranks import Ranks
 from robustvlm.data import open_data
@@ -20,7 +22,6 @@ from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certify_gallery import save_extremes
-from robustvlm.evaluation.certifying.claims import Plan, deployed_rule, make_plan, pilot_size, require_possible
 from robustvlm.evaluation.certifying.encoder import NoisyEncoder
 from robustvlm.evaluation.certifying.facts import Recorder
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
@@ -38,6 +39,11 @@ from robustvlm.runs.certify_config import CertifyConfig
 from robustvlm.runs.certify_looks import describe_trail, noise_settings
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import make_manifest
+
+OWN_CLAIM = (
+    "The claim '{spec}' is code beside this program: that it is true with the probability stated is for its author to "
+    "prove"
+)
 
 
 def prepare_certify(
@@ -58,8 +64,8 @@ def prepare_certify(
     sigma = settle_sigma(settings)
     device = str(resolve_device(settings.device))
     config = make_config(settings, sigma=sigma, device=device)
-    if config.claim != "openset":
-        require_possible(make_plan(config, text=np.eye(2)), config)
+    if find_claim(config.claim).known_best:
+        require_possible(make_plan(config.claim, config, Materials(text=np.eye(2))), config)
     if name is not None:
         RunFolder(out, name)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
@@ -68,7 +74,7 @@ def prepare_certify(
     config = config.model_copy(update={"resolution": vlm.image_size, "deployed": settle_deployed(settings, vlm)})
     rule = rule_of(config, source.class_names)
     text = vectors_of_classes(config, vlm, source.class_names, source.templates)
-    plan = plan_of(config, vlm, text, source.templates, rule=rule)
+    plan = make_plan(config.claim, config, materials_of(config, vlm, text, source.templates, rule=rule))
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
@@ -160,12 +166,12 @@ def noise_of(
 ) -> str:
     """Return the digest of all that decides a run's certificates; see `robustvlm.certify.noise` for what it is for."""
     texts = {"classes": class_names, "templates": templates, "antibodies": _antibodies(config)}
-    return noise_settings(config, model, texts)
+    return noise_settings(config, model, texts | ({"claim": (model["claim"],)} if "claim" in model else {}))
 
 
 def prompts_of(config: CertifyConfig, model: dict[str, Any], templates: tuple[str, ...]) -> str | None:
     """Return the digest of what tells the classes of a claim apart beside their names; None where none are told."""
-    if config.claim == "feature":
+    if not find_claim(config.claim).needs_classes:
         return None
     return settings_digest(list(templates), list(_antibodies(config)), config.weight, model.get("head"))
 
@@ -181,8 +187,7 @@ def _check_smoothing(vlm: VLM, settings: Settings) -> None:
 
 def make_config(settings: Settings, *, sigma: float, device: str) -> CertifyConfig:
     """Return the configuration of a run that samples; its resolution is the model's and not settled yet."""
-    early = settings.radius is not None
-    openset = settings.claim == "openset"
+    claim = find_claim(settings.claim)
     lanes = settings.lanes or (512 if device.startswith("cuda") else 128)
     return CertifyConfig(
         model=settings.model,
@@ -190,17 +195,17 @@ def make_config(settings: Settings, *, sigma: float, device: str) -> CertifyConf
         classes=_text(settings.classes),
         templates=_text(settings.templates),
         tree=_text(settings.tree),
-        claim=settings.claim,  # type: ignore[arg-type]  # checked before, and by pydantic
+        claim=settings.claim,
         sigma=sigma,
         samples=settings.samples,
-        n_pilot=pilot_size(settings.claim, settings.samples, early=early),
+        n_pilot=claim.pilot(settings.samples, early=settings.radius is not None),
         alpha=DEFAULT_ALPHA if settings.alpha is None else settings.alpha,
-        min_cos=settings.min_cos if settings.claim == "feature" else None,
+        min_cos=settings.min_cos if "min_cos" in claim.options else None,
         radius=settings.radius,
         at=settings.radii(sigma),
         tau=settings.tau,
         antibodies=_text(settings.antibodies),
-        weight=settings.weight if openset else 0.0,
+        weight=settings.weight if "weight" in claim.options else 0.0,
         deployed=settings.deployed,
         cache=settings.cache,  # type: ignore[arg-type]
         limit=settings.limit,
@@ -212,7 +217,7 @@ def make_config(settings: Settings, *, sigma: float, device: str) -> CertifyConf
     )
 
 
-def plan_of(
+def materials_of(
     config: CertifyConfig,
     vlm: VLM,
     text: Array | None,
@@ -221,22 +226,17 @@ def plan_of(
     rule: OpensetRule | None = None,
     rounding: float = 0.0,
     baselines: bool = True,
-) -> Plan:
-    """Return the plan of a run's claim about a model and its classes."""
-    if rule is not None:
-        return make_plan(config, rule=rule)
-    if config.claim != "openset":
-        return make_plan(config, text=text, rounding=rounding, baselines=baselines)
-    assert text is not None
-    return make_plan(config, vectors=openset_vectors(config, vlm, text, templates))
-
-
-def openset_vectors(config: CertifyConfig, vlm: VLM, text: Array, templates: tuple[str, ...]) -> Array:
-    """Return the vectors [K, A, D] of a run's open-set score."""
-    against = np.zeros((0, text.shape[1]))
-    if config.antibodies is not None:
-        against = _array(class_embeddings(vlm, _antibodies(config), templates))
-    return contrast_vectors(text, against, config.weight)
+) -> Materials:
+    """Return what a run's claim is about: a model's classes, the antibodies that were given, its open-set rule."""
+    given = rule is None and config.antibodies is not None
+    return Materials(
+        text=text,
+        against=_array(class_embeddings(vlm, _antibodies(config), templates)) if given else None,
+        rule=rule,
+        rounding=rounding,
+        baselines=baselines,
+        logit_scale=vlm.logit_scale,
+    )
 
 
 def rule_of(config: CertifyConfig, class_names: tuple[str, ...]) -> OpensetRule | None:
@@ -245,7 +245,7 @@ def rule_of(config: CertifyConfig, class_names: tuple[str, ...]) -> OpensetRule 
     Raises:
         UserError: the deployed model follows another rule under this noise.
     """
-    made = saved_model(split_spec(config.model)[0]) if config.claim == "openset" else None
+    made = saved_model(split_spec(config.model)[0]) if find_claim(config.claim).head == "rule" else None
     return None if made is None else made.openset_rule(class_names, config.sigma, config.tau)
 
 
@@ -257,12 +257,12 @@ def vectors_of_classes(
     Raises:
         UserError: a claim about classes, and the model has no single vector for each.
     """
-    made = saved_model(split_spec(config.model)[0])
-    if made is not None and config.claim in ("class", "vote"):
+    made, claim = saved_model(split_spec(config.model)[0]), find_claim(config.claim)
+    if made is not None and claim.head == "vectors":
         own = made.class_vectors(class_names)
         if own is not None:
             return _array(own)
-    return embed_classes(vlm, class_names, templates, needed=config.claim != "feature")
+    return embed_classes(vlm, class_names, templates, needed=claim.needs_classes)
 
 
 def list_of_names(path: Path) -> tuple[str, ...]:
@@ -291,34 +291,39 @@ def _text(path: Path | None) -> str | None:
 
 
 def describe_head(config: CertifyConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the digest of what a model decides by besides its encoder, where a claim is about that; else nothing."""
+    """Return the digest of what a model decides by besides its encoder, where a claim is about that; else nothing.
+
+    Beside it that of the claim, if it is code of the user's own.
+    """
+    own_claim = {"claim": own_digest(config.claim)} if is_own(config.claim) else {}
     rule = rule_of(config, class_names)
     if rule is not None:
         parts = (rule.prototypes, rule.antibodies, rule.thresholds)
         tensors = {str(i): torch.from_numpy(np.ascontiguousarray(part)) for i, part in enumerate(parts)}
-        return {"head": fingerprint(tensors, (repr(rule.weight),))}
-    made = saved_model(split_spec(config.model)[0]) if config.claim in ("class", "vote") else None
+        return {"head": fingerprint(tensors, (repr(rule.weight),))} | own_claim
+    made = saved_model(split_spec(config.model)[0]) if find_claim(config.claim).head == "vectors" else None
     own = None if made is None else made.class_vectors(class_names)
-    return {} if own is None else {"head": fingerprint({"class_vectors": own}, ())}
+    return ({} if own is None else {"head": fingerprint({"class_vectors": own}, ())}) | own_claim
 
 
 def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, Any]:
     """Return what a reader of the run has to know of its claim: statement, bounds and threat model."""
-    size = config.resolution
+    size, claim = config.resolution, find_claim(config.claim)
+    own = is_own(config.claim)
     return {
         "statement": plan.statement,
         "rule": plan.rule,
-        "deployed": deployed_rule(config),
+        "deployed": claim.deployed_rule(config),
         "theorem": plan.theorem,
         "bound": plan.bound,
         "stop_rule": plan.stop_rule,
         "alpha_split": plan.alpha_split,
         "best_radius": best,
-        "notes": [],
+        "notes": [OWN_CLAIM.format(spec=config.claim)] if own else [],
         "threat": [
             f"every image whose l2 distance is below the radius, pixels in [0, 1], measured at {size} x {size} where "
             "the noise is added; of changes made before an image was resized nothing is stated",
             "up to floating point: noise and sum in float32, the encoder in the precision stated; the noise is not "
             "clipped, and what the encoder does after it (clamping, rounding) is part of the encoder",
         ],
-    }
+    } | ({"claim": asdict(claim.facts)} if own else {})

@@ -1,0 +1,316 @@
+"""What a claim is: the statement of a certificate, how it is bounded, and all that the rest of the program asks of it.
+
+A claim is one frozen object. The command, the journal, the tables, the report and the audit ask it what they need to
+know and compare its name with nothing, so that another claim is another object (docs/certify.md has one of 30 lines).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
+
+from robustvlm.certify.claims.columns import RADII
+from robustvlm.certify.claims.quantity import Quantity
+from robustvlm.certify.limits import best_class_radius, best_tangent_radius, samples_needed
+from robustvlm.certify.normal import Array, check_cos0
+from robustvlm.certify.openset_rule import OpensetRule
+from robustvlm.certify.record import Source, StopRule
+from robustvlm.certify.rounding import format_exact, format_up
+from robustvlm.certify.sampling import Certifier, Finding
+from robustvlm.errors import UserError, nearest
+
+_PILOT = 200
+
+
+class Asked(Protocol):
+    """The settled settings of a run, as far as claims read them; see `runs.certify_config.CertifyConfig`."""
+
+    @property
+    def sigma(self) -> float: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def n_pilot(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def min_cos(self) -> float | None: ...
+    @property
+    def radius(self) -> float | None: ...
+    @property
+    def tau(self) -> float | None: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def deployed(self) -> int | None: ...
+    @property
+    def prompts(self) -> str | None: ...
+
+
+class Given(Protocol):
+    """The settings as a command gives them, as far as they are some claims' own."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def min_cos(self) -> float: ...
+    @property
+    def tau(self) -> float | None: ...
+    @property
+    def antibodies(self) -> object | None: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def radius(self) -> float | None: ...
+    @property
+    def deployed(self) -> int | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """What a claim is about beside the image.
+
+    Args:
+        text: unit class vectors [K, D]. against: those of the antibodies that were given [A, D].
+        rule: open-set rule of a model with thresholds of its own.
+        rounding: bound of the rounding of kept features, in l2.
+        baselines: whether the columns of other bounds are wanted that need the clean feature.
+        logit_scale: the model's factor on cosines.
+    """
+
+    text: Array | None = None
+    against: Array | None = None
+    rule: OpensetRule | None = None
+    rounding: float = 0.0
+    baselines: bool = True
+    logit_scale: float = 1.0
+
+    @property
+    def classes(self) -> Array:
+        """The class vectors, of a claim that needs them."""
+        if self.text is None:
+            raise UserError("the claim is about classes: at least two are needed")
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One claim, ready to be decided for any number of images.
+
+    Args:
+        statement: what a certificate says, in words. rule: whose answer that is, in words.
+        theorem, bound, stop_rule, alpha_split, label_source, direction_source: as in the record of a certificate.
+        best: radius that so many samples per image give at best.
+        certifier: makes the certifier of one image.
+    """
+
+    statement: str
+    rule: str
+    theorem: str
+    bound: str
+    stop_rule: StopRule
+    alpha_split: dict[str, float]
+    best: Callable[[int], float]
+    certifier: Callable[[], Certifier]
+    label_source: Source = "none"
+    direction_source: Source = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimFacts:
+    """What tables and reports must know of a claim: plain data, so that a run can be shown without its claim's code.
+
+    Args:
+        name: of the claim.
+        kept: what is certified, as the end of "for 3 of 5 images ..."; `{min_cos}` stands for the cosine asked for.
+        about_class: a certificate says that the predicted class stays; certified and right is what counts then.
+        needs_classes: the claim depends on the class list and its prompts.
+        names_class: the prediction is the index of a class (else 1 accepted, 0 rejected).
+        columns: names of `RADII` that its runs may have, "radius" first and the deployed model's next.
+        curve: `Finding.r` is a lower bound of the norm of the smoothed feature, from which cosines follow.
+
+    Raises:
+        UserError: a column that results do not have.
+    """
+
+    name: str
+    kept: str
+    about_class: bool = False
+    needs_classes: bool = True
+    names_class: bool = True
+    columns: tuple[str, ...] = ("radius",)
+    curve: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [column for column in self.columns if column not in RADII]
+        if unknown:
+            raise UserError(
+                f"claim '{self.name}': no column '{unknown[0]}' in the results: {nearest(unknown[0], RADII)}"
+            )
+        if self.columns[:1] != ("radius",):
+            raise UserError(f"claim '{self.name}': its first column is 'radius', got {list(self.columns)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim(ClaimFacts, ABC):
+    """A kind of statement that `robustvlm certify` can certify; subclasses say how in `plan`.
+
+    Args:
+        rule: the deployed rule that it is about, in words: an ideal one, of which finitely many copies keep less (T10).
+        deployed: what the column `deployed_radius` says of so many copies (`{n0:,}`); "": it has no such column.
+        deployed_at_radius: that column is there too where only one radius is asked about.
+        options: settings that are its own, of "min_cos", "tau", "antibodies" and "weight".
+        head: what it takes of a model with a head of its own: its class vectors or its open-set rule.
+        known_best: the settings alone say the best radius, before a model is loaded.
+        tests_radius: it can also decide one radius with as few samples as that takes (`--radius`).
+        early_pilot: a test that may stop early needs a pilot; pilot_counts: pilot samples are evidence as well.
+        needs_clean: other bounds need the feature of the image without noise (`Materials.baselines`).
+        any_prompts: kept features can be judged for prompts that were chosen by looking at them.
+        bounds_rounding: the rounding of kept features is part of the bound.
+        quantity: what an audit measures, in words; "": its certificates cannot be audited.
+    """
+
+    rule: str
+    deployed: str = ""
+    deployed_at_radius: bool = False
+    options: tuple[str, ...] = ()
+    head: Literal["vectors", "rule"] | None = "vectors"
+    known_best: bool = False
+    tests_radius: bool = False
+    early_pilot: bool = True
+    pilot_counts: bool = False
+    needs_clean: bool = False
+    any_prompts: bool = False
+    bounds_rounding: bool = False
+    quantity: str = ""
+
+    @property
+    def facts(self) -> ClaimFacts:
+        """What reports have to know of it."""
+        return ClaimFacts(**{field.name: getattr(self, field.name) for field in fields(ClaimFacts)})
+
+    @abstractmethod
+    def plan(self, asked: Asked, materials: Materials) -> Plan:
+        """Return how it is bounded under these settings, and the certifier of an image."""
+
+    def check(self, given: Given, *, refuses: bool) -> None:
+        """Refuse settings that the claim cannot be made with.
+
+        Args:
+            refuses: the model has prototypes, antibodies and thresholds of its own.
+
+        Raises:
+            UserError: what is missing, or for another claim.
+        """
+        del refuses
+        if "min_cos" in self.options:
+            check_cos0(given.min_cos)
+        if given.radius is not None and not self.tests_radius:
+            raise UserError(f"the claim '{self.name}' has no test of one radius: leave out --radius")
+        if given.deployed is not None and not self.deployed:
+            raise UserError(f"the claim '{self.name}' states nothing of finitely many copies: leave out --deployed")
+        if (given.tau is not None and "tau" not in self.options) or (
+            given.antibodies is not None and "antibodies" not in self.options
+        ):
+            raise UserError("--tau and --antibodies are for --claim openset")
+
+    def pilot(self, samples: int, *, early: bool) -> int:
+        """Return how many of the samples make choices."""
+        return pilot_size(samples, early=early) if self.early_pilot or not early else 0
+
+    def correct(self, label: int, prediction: int) -> bool | None:
+        """Whether a prediction is right; None where that is unknown. A label of -1 is no class of the list."""
+        return prediction == label if label >= 0 and prediction >= 0 else None
+
+    def deployed_columns(self, found: Finding, asked: Asked, *, sigma: float) -> dict[str, float]:
+        """Return the columns of the deployed model that follow from a finding under noise `sigma` and are not in it."""
+        del found, asked, sigma
+        return {}
+
+    def thresholds(self, asked: Asked, rule: OpensetRule | None) -> dict[str, float] | None:
+        """Return the thresholds that a certificate's record names; None where there are none."""
+        del asked, rule
+        return None
+
+    def audited(
+        self, row: Mapping[str, Any], asked: Asked, materials: Materials, *, steering: Array, evidence: Array
+    ) -> Quantity:
+        """Return the quantity that an audit attacks, of an image's row of results.
+
+        Args:
+            steering, evidence: features [n, D] of the clean image under fresh noise; the first may steer the search.
+        """
+        del row, asked, materials, steering, evidence
+        raise NotImplementedError(f"the claim '{self.name}' names a quantity and makes none to attack")
+
+    def deployed_rule(self, asked: Asked) -> str:
+        """Say what the deployed columns state, of how many copies, or why there are none; "" if none are asked for."""
+        if asked.deployed is None:
+            return ""
+        n0 = f"{asked.deployed:,}"
+        early = asked.radius is not None and not self.deployed_at_radius
+        if not self.deployed or asked.prompts == "adaptive" or early:
+            return (
+                f"of the model as it is deployed, with {n0} copies, this run states nothing"
+                + (": leave out --radius" if self.deployed and asked.radius else "")
+                + "; the abstaining prediction from fresh copies keeps the certificate (docs/certify.md)"
+            )
+        what = self.deployed.replace("{n0:,}", n0)
+        return (
+            f"within the radius in the column deployed_radius, {what} with probability 1 - {format_exact(asked.alpha)} "
+            "over their noise, at any image chosen without knowing it; 0: nothing is certified of it"
+        )
+
+    def rest(self, asked: Asked, n: int) -> int:
+        """Return how many of `n` samples are left to estimate with."""
+        return n - self.pilot(n, early=asked.radius is not None)
+
+    def linear_best(self, asked: Asked, target: float) -> Callable[[int], float]:
+        """Return the radius at best of n samples, for a mean score in [0, 1] that must stay above `target`."""
+
+        def best(n: int) -> float:
+            rest = self.rest(asked, n)
+            if rest < 1:
+                return 0.0
+            if asked.radius is None:
+                return best_class_radius(rest, asked.alpha, asked.sigma, target=target)
+            return best_tangent_radius(rest, asked.alpha, asked.sigma, target=target)
+
+        return best
+
+
+def sampling_of(asked: Asked) -> dict[str, Any]:
+    """Return what every certifier with a pilot is told of the noise and its size."""
+    return {"sigma": asked.sigma, "alpha": asked.alpha, "n": asked.samples, "n_pilot": asked.n_pilot}
+
+
+def pilot_size(samples: int, *, early: bool) -> int:
+    """Return how many of the samples make choices: a tenth, at least 200, at most half; 200 where it may stop early.
+
+    Example:
+        >>> [pilot_size(n, early=False) for n in (200, 1000, 10_000)], pilot_size(10_000, early=True)
+        ([100, 200, 1000], 200)
+    """
+    least = min(_PILOT, samples // 2)
+    return least if early else max(least, samples // 10)
+
+
+def require_possible(plan: Plan, asked: Asked) -> float:
+    """Return the largest radius that the settings can give; refuse settings under which every image must abstain."""
+    best = plan.best(asked.samples)
+    wanted = asked.radius if asked.radius is not None else 0.0
+    if best > 0.0 and best >= wanted:
+        return best
+    needed = samples_needed(plan.best, wanted if wanted else 1e-9)
+    goal = f"a radius of {format_exact(wanted)}" if wanted else "any radius"
+    cure = (
+        f"pass --samples {needed} or more (without any spread in the samples; real images need more), a larger sigma "
+        "or a larger alpha"
+        if needed is not None
+        else "no number of samples does it: pass a smaller radius or a larger sigma"
+    )
+    have = f"{asked.samples} samples at sigma {format_exact(asked.sigma)} and alpha {format_exact(asked.alpha)}"
+    most = format_up(best, 4)
+    raise UserError(f"{have} can certify {goal} for no image, whatever the model (at best {most}): {cure}")

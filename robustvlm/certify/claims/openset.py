@@ -1,0 +1,233 @@
+"""The open-set claim: an image stays accepted, or stays rejected, by the score of the mean feature (T5, T6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustvlm.certify.claims.base import Asked, Claim, Given, Materials, Plan, sampling_of
+from robustvlm.certify.claims.quantity import Quantity, upper_mean
+from robustvlm.certify.normal import Array
+from robustvlm.certify.openset import contrast_vectors, openset_score
+from robustvlm.certify.openset_claim import OpensetRadius, RuleRadius
+from robustvlm.certify.openset_rule import OpensetRule
+from robustvlm.certify.rounding import format_exact
+from robustvlm.certify.sampling import Certifier
+from robustvlm.certify.scores import mean_feature, unit_rows
+from robustvlm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpensetQuantity(Quantity):
+    """`max_k min_a <m(x'), v_ka>` stays at least tau (accepted), or below it (rejected; signs are turned).
+
+    Args:
+        vectors: [K, A, D]. tau: threshold. accepts: the side that is certified.
+    """
+
+    vectors: Array
+    tau: float
+    accepts: bool
+    radius: float
+
+    words = "open-set score of the smoothed feature on its certified side (for rejected images, its negative)"
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.accepts else -1.0
+
+    def bound(self, eps: float) -> float:
+        return self._sign * self.tau if eps <= self.radius else -np.inf
+
+    def score(self, features: Tensor, aim: Tensor) -> Tensor:
+        vectors = torch.as_tensor(self.vectors, dtype=features.dtype, device=features.device)
+        scores = torch.einsum("rd,kad->rka", features.mean(dim=1), vectors).amin(dim=2)
+        # Aim 0 moves the score itself; the others pursue one of the leading classes each.
+        leading = scores.argsort(dim=1, descending=True)
+        pursued = leading.gather(1, ((aim - 1).clamp_min(0) % scores.shape[1])[:, None])
+        return self._sign * torch.where(aim == 0, scores.amax(dim=1), scores.gather(1, pursued)[:, 0])
+
+    def value(self, features: Array) -> float:
+        return self._sign * openset_score(mean_feature(features)[0], self.vectors)
+
+    def upper(self, features: Array, alpha: float) -> float:
+        """Half the features choose classes and antibodies, the other half bound their scores.
+
+        No correction for their number: above, the maximum over classes of upper bounds; below, the minimum over one
+        class's antibodies of lower bounds.
+        """
+        half = len(features) // 2
+        scores = np.einsum("d,kad->ka", mean_feature(features[:half])[0], self.vectors)
+        rows = unit_rows(features[half:])
+        if self.accepts:
+            chosen = self.vectors[np.arange(len(scores)), scores.argmin(axis=1)]
+            return max(_upper(rows, vector, alpha) for vector in chosen)
+        leading = self.vectors[int(scores.min(axis=1).argmax())]
+        return max(_upper(rows, -vector, alpha) for vector in leading)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RuleQuantity(Quantity):
+    """A model with a threshold for each class keeps accepting, or rejecting (`robustvlm.certify.openset_rule`)."""
+
+    rule: OpensetRule
+    accepts: bool
+    radius: float
+
+    words = "open-set score less the threshold of the predicted class (for rejected images, its negative)"
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.accepts else -1.0
+
+    def bound(self, eps: float) -> float:
+        return 0.0 if eps <= self.radius else -np.inf
+
+    def score(self, features: Tensor, aim: Tensor) -> Tensor:
+        rule, mean = self.rule, features.mean(dim=1)
+
+        def like(values: Array) -> Tensor:
+            return torch.as_tensor(values, dtype=features.dtype, device=features.device)
+
+        cosines = mean @ like(rule.prototypes).T
+        against = rule.weight * (mean @ like(rule.antibodies).T).amax(dim=1) if len(rule.antibodies) else 0.0
+        each = cosines - like(rule.thresholds[rule.classes])
+        # Aim 0 moves the margin of the predicted class; the others pursue that of one of the leading prototypes each.
+        leading = cosines.argsort(dim=1, descending=True)
+        place = torch.where(aim == 0, 0, aim % cosines.shape[1])
+        return self._sign * (each.gather(1, leading.gather(1, place[:, None]))[:, 0] - against)
+
+    def value(self, features: Array) -> float:
+        return self._sign * self.rule.margin(mean_feature(features)[0])
+
+    def upper(self, features: Array, alpha: float) -> float:
+        """Half the features choose, the other half bound; no correction, as for `OpensetQuantity`.
+
+        Accepted: the margin is at most the largest of S_q - tau over all prototypes q. Rejected: tau of the predicted
+        class less S is at most the largest threshold less S_p for the leading prototype p.
+        """
+        rule, half = self.rule, len(features) // 2
+        centre, rows = mean_feature(features[:half])[0], unit_rows(features[half:])
+        limits = rule.thresholds[rule.classes]
+        if self.accepts:
+            nearest = rule.weight * rule.antibodies[(rule.antibodies @ centre).argmax()] if len(rule.antibodies) else 0
+            pairs = zip(rule.prototypes - nearest, limits, strict=True)
+            return max(_upper(rows, vector, alpha) - float(limit) for vector, limit in pairs)
+        leading = rule.prototypes[(rule.prototypes @ centre).argmax()]
+        vectors = leading - rule.weight * rule.antibodies if len(rule.antibodies) else leading[None]
+        return max(_upper(rows, -vector, alpha) for vector in vectors) + float(limits.max())
+
+
+def _upper(rows: Array, vector: Array, alpha: float) -> float:
+    length = float(np.linalg.norm(vector))
+    return length * upper_mean(rows @ (vector / length), alpha) if length > 1e-12 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Openset(Claim):
+    def check(self, given: Given, *, refuses: bool) -> None:
+        if refuses and given.antibodies is not None:
+            raise UserError(f"'{given.model}' has antibodies of its own: leave out --antibodies")
+        if (given.tau is None and not refuses) or not math.isfinite(given.tau or 0.0):
+            raise UserError("an open-set claim needs its threshold: pass --tau, chosen on other images")
+        if not (given.weight >= 0.0 and math.isfinite(given.weight)):
+            raise UserError(f"--weight must be a finite number that is not negative, got {given.weight}")
+        if given.deployed is not None:
+            raise UserError(
+                "--deployed is for feature, class and vote claims: an open-set certificate holds for any number of "
+                "inference samples of the abstaining decision (docs/certify.md)"
+            )
+
+    def plan(self, asked: Asked, materials: Materials) -> Plan:
+        if materials.rule is not None:
+            return self._of_rule(asked, materials.rule)
+        assert asked.tau is not None
+        vectors = _vectors(asked, materials)
+        length = float(np.linalg.norm(vectors, axis=-1).max())
+        return self._plan(
+            asked,
+            statement=f"the open-set score of the mean feature stays on its side of {format_exact(asked.tau)}",
+            risk="score on the side that the pilot chose (no correction, T8)",
+            target=0.5 * (1.0 - abs(asked.tau) / max(length, 1e-12)),
+            certifier=partial(OpensetRadius, vectors=vectors, tau=asked.tau, **sampling_of(asked), radius=asked.radius),
+        )
+
+    def _of_rule(self, asked: Asked, rule: OpensetRule) -> Plan:
+        low, high = float(rule.thresholds.min()), float(rule.thresholds.max())
+        between = format_exact(low) if low == high else f"{format_exact(low)} to {format_exact(high)}, by class"
+        statement = f"the image stays accepted, or stays rejected (thresholds of the model: {between})"
+        if asked.tau is not None:
+            statement = (
+                "the score of the mean feature, not scaled to unit length, stays above or stays below "
+                f"{format_exact(asked.tau)} "
+                "(--tau in place of the model's thresholds: not the decision of the deployed model)"
+            )
+        return self._plan(
+            asked,
+            statement=statement,
+            risk="claims that keep the decision, chosen by the pilot (no correction, T8)",
+            target=0.5 * (1.0 - float(np.abs(rule.thresholds).max()) / max(rule.reach, 1e-12)),
+            certifier=partial(RuleRadius, rule=rule, **sampling_of(asked), radius=asked.radius),
+        )
+
+    def _plan(
+        self, asked: Asked, *, statement: str, risk: str, target: float, certifier: Callable[[], Certifier]
+    ) -> Plan:
+        """Return the plan; `target` is the least mean score that the easier one of accepting and rejecting asks for."""
+        early = asked.radius is not None
+        return Plan(
+            statement=statement,
+            rule=self.rule,
+            theorem="T6" if early else "T5",
+            bound="tangent" if early else "ell",
+            stop_rule="anytime" if early else "fixed",
+            alpha_split={risk: asked.alpha},
+            best=self.linear_best(asked, min(max(target, 1e-6), 0.5)),
+            certifier=certifier,
+            label_source="pilot",
+        )
+
+    def correct(self, label: int, prediction: int) -> bool | None:
+        return bool(prediction) == (label >= 0)
+
+    def thresholds(self, asked: Asked, rule: OpensetRule | None) -> dict[str, float] | None:
+        if rule is None:
+            assert asked.tau is not None
+            return {"tau": asked.tau}
+        return {"lowest": float(rule.thresholds.min()), "highest": float(rule.thresholds.max())}
+
+    def audited(
+        self, row: Mapping[str, Any], asked: Asked, materials: Materials, *, steering: Array, evidence: Array
+    ) -> Quantity:
+        del steering, evidence
+        accepts, radius = row["prediction"] == 1, row["radius"]
+        if materials.rule is not None:
+            return RuleQuantity(rule=materials.rule, accepts=accepts, radius=radius)
+        assert asked.tau is not None
+        return OpensetQuantity(vectors=_vectors(asked, materials), tau=asked.tau, accepts=accepts, radius=radius)
+
+
+def _vectors(asked: Asked, materials: Materials) -> Array:
+    """Return the vectors [K, A, D] of the score of one threshold."""
+    text = materials.classes
+    against = np.zeros((0, text.shape[1])) if materials.against is None else materials.against
+    return contrast_vectors(text, against, asked.weight)
+
+
+OPENSET = _Openset(
+    name="openset",
+    kept="the smoothed model's acceptance or rejection is certified to stay",
+    names_class=False,
+    rule="accepted or rejected by the score of the mean feature m over the noise, of infinitely many copies",
+    options=("tau", "antibodies", "weight"),
+    head="rule",
+    tests_radius=True,
+    quantity=OpensetQuantity.words,
+)

@@ -1,0 +1,105 @@
+"""The vote claim: the class that most noisy copies are put into stays (Cohen et al. 2019), another deployed rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from robustvlm.certify.bounds import clopper_pearson_lower
+from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, sampling_of
+from robustvlm.certify.claims.quantity import Quantity
+from robustvlm.certify.class_claim import VoteAtRadius, VoteRadius
+from robustvlm.certify.limits import best_vote_radius, best_vote_test_radius
+from robustvlm.certify.normal import Array
+from robustvlm.certify.sampling import Certifier
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VoteQuantity(Quantity):
+    """More than half of the noisy copies are classified as `label` (Cohen et al. 2019)."""
+
+    text: Array
+    label: int
+    radius: float
+    logit_scale: float
+
+    words = "share of noisy copies classified as the certified class"
+
+    def bound(self, eps: float) -> float:
+        return 0.5 if eps <= self.radius else -1.0
+
+    def score(self, features: Tensor, aim: Tensor) -> Tensor:
+        text = torch.as_tensor(self.text, dtype=features.dtype, device=features.device)
+        logits = self.logit_scale * features @ text.T
+        rivals = logits.clone()
+        rivals[..., self.label] = -torch.inf
+        nearest = rivals.mean(dim=1, keepdim=True).argsort(dim=-1, descending=True)
+        # Aim 0 lowers the label's share; the others raise the margin of one of the leading rivals each.
+        pursued = nearest.gather(2, ((aim - 1).clamp_min(0) % (logits.shape[2] - 1))[:, None, None])
+        margin = logits[..., self.label] - logits.gather(2, pursued.expand(-1, logits.shape[1], 1))[..., 0]
+        share = logits.softmax(dim=-1)[..., self.label].mean(dim=1)
+        return torch.where(aim == 0, share, torch.sigmoid(margin).mean(dim=1))
+
+    def value(self, features: Array) -> float:
+        return float(self._votes(features).mean())
+
+    def upper(self, features: Array, alpha: float) -> float:
+        against = len(features) - int(self._votes(features).sum())
+        return 1.0 - float(clopper_pearson_lower(against, len(features), alpha))
+
+    def _votes(self, features: Array) -> npt.NDArray[np.bool_]:
+        said = (features @ self.text.T).argmax(axis=1) == self.label
+        return said | np.isnan(features).any(axis=1)  # a failed pass must not look like a broken claim
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Vote(Claim):
+    def plan(self, asked: Asked, materials: Materials) -> Plan:
+        common = {"text": materials.classes, **sampling_of(asked)}
+        early = asked.radius is not None
+        certifier: Callable[[], Certifier]
+        if early:
+            certifier = partial(VoteAtRadius, **common, radius=asked.radius or 0.0)
+        else:
+            certifier = partial(VoteRadius, **common, deployed=asked.deployed)
+        best = best_vote_test_radius if early else best_vote_radius
+        return Plan(
+            statement="the class that most noisy copies are put into stays the same (hard vote)",
+            rule=self.rule,
+            theorem="T0",
+            bound="betting" if early else "clopper-pearson",
+            stop_rule="anytime" if early else "fixed",
+            alpha_split={f"share of votes ({'betting' if early else 'Clopper-Pearson'})": asked.alpha},
+            best=lambda n: best(self.rest(asked, n), asked.alpha, asked.sigma),
+            certifier=certifier,
+            label_source="pilot",
+        )
+
+    def audited(
+        self, row: Mapping[str, Any], asked: Asked, materials: Materials, *, steering: Array, evidence: Array
+    ) -> Quantity:
+        del asked, steering, evidence
+        return VoteQuantity(
+            text=materials.classes, label=row["prediction"], radius=row["radius"], logit_scale=materials.logit_scale
+        )
+
+
+VOTE = _Vote(
+    name="vote",
+    kept="the class that most noisy copies get is right and certified to stay",
+    about_class=True,
+    columns=("radius", "deployed_radius"),
+    rule="the class that most of infinitely many noisy copies are put into (hard vote), another rule than the class "
+    "of the mean feature",
+    deployed="the class with most of {n0:,} fresh votes is the certified one",
+    known_best=True,
+    tests_radius=True,
+    quantity=VoteQuantity.words,
+)
