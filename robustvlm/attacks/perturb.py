@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import LaneAttack
-from robustvlm.attacks.external import ExternalAttack, ExternalEngine
+from robustvlm.attacks.external import ExternalAttack, ExternalEngine, require_fit, require_norm
 from robustvlm.attacks.goals import Case, Deny, FeatureAway, Goal, Intrude, Targeted
 from robustvlm.attacks.goals.feature import FeatureGoal
 from robustvlm.attacks.goals.named import goal_named
@@ -130,12 +130,18 @@ def perturb(
         raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
     attacks = parse_attacks(attack, steps=steps, restarts=restarts)
     threat = ThreatModel(parse_norm(norm), _radius(eps))
+    for item in attacks:
+        if isinstance(item, ExternalAttack):
+            require_norm(item, threat.norm)
     pixels = as_images(images)
     asked, wanted = _aim(model, goal)
     place = chosen_device(device, model, images)
     about_classes = not isinstance(wanted, FeatureGoal)
     outputs = asked.try_out(pixels, classes=about_classes)
     classes = outputs - bool(getattr(model, "can_reject", False)) if about_classes else None
+    for item in attacks:
+        if isinstance(item, ExternalAttack):
+            require_fit(item, threat, n_classes=classes or outputs, goal=wanted)
     names = _names(ids, pixels)
     label = _labels(labels, len(pixels), classes, wanted)
     with opened_gradients(asked) as stand_ins:
