@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from robustvlm.core.foreign_text import without_secrets
 
@@ -35,6 +37,31 @@ class MissingExtra(UserError):
 
     def __init__(self, package: str, *, extra: str) -> None:
         super().__init__(f"this needs the package '{package}': pip install 'robustvlm[{extra}]'")
+
+
+# A flag as messages name it, and the value that it is to be given.
+_FLAG = re.compile(r"--([a-z][a-z0-9-]*)(?:[ =](?=[0-9.'\"/]))?")
+
+
+@contextlib.contextmanager
+def arguments_named() -> Iterator[None]:
+    """Let errors of the code within name a Python caller's arguments where they name flags of the command line.
+
+    Example:
+        >>> with arguments_named():
+        ...     raise UserError("use --lanes 1, or leave out --min-cos")
+        Traceback (most recent call last):
+        robustvlm.errors.UserError: use lanes=1, or leave out min_cos
+    """
+    try:
+        yield
+    except UserError as error:
+        error.args = (_FLAG.sub(_argument, str(error)),)
+        raise
+
+
+def _argument(flag: re.Match[str]) -> str:
+    return flag.group(1).replace("-", "_") + ("=" if len(flag.group(0)) > len(flag.group(1)) + 2 else "")
 
 
 def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -59,6 +59,10 @@ class LaneAttack(ABC):
         """Return the attack without early ends that are sound for the outcome but not for the worst margin met."""
         return self
 
+    def for_random_model(self) -> LaneAttack:
+        """Return the attack without shortcuts that only hold for deterministic models."""
+        return self.exhaustive()
+
     def away_from_image(self) -> LaneAttack:
         """Return the attack for goals whose gradient vanishes at the image: one that never starts there."""
         return self

@@ -47,6 +47,9 @@ class PGD(LaneAttack):
     image_first: bool = True
     detect_cycles: bool = True
 
+    def for_random_model(self) -> PGD:
+        return replace(self, detect_cycles=False)
+
     def away_from_image(self) -> PGD:
         return replace(self, random_start=True, image_first=False)
 

@@ -9,9 +9,19 @@ from torch import Tensor
 
 from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.oracle import Oracle
+from robustvlm.core.foreign_text import one_line
+from robustvlm.core.memory import is_out_of_memory
+from robustvlm.errors import UserError
 
 # Rounding between batch shapes moves a logit by about 1e-6 of its size; batch statistics move it by percents.
 _COUPLED = 1e-3
+
+# Draws of a random model per gradient, and those that judge a point, unless the user says otherwise; the latter odd, so
+# that there is a majority.
+EOT_IF_RANDOM, DRAWS_IF_RANDOM = 10, 21
+
+# What torch says when nothing leads from the output back to the pixels.
+_NO_GRADIENT = ("does not require grad", "not have been used in the graph")
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,63 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
         zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
         rungs=_rungs(oracle, images, label, (logits, grad, confirmed)) if finite and repeat == 0 else (len(images),),
     )
+
+
+def ask_first(oracle: Oracle, images: Tensor, label: Tensor, *, model: str) -> Probe:
+    """Probe a model on images [L, 3, H, W] and labels [L], with half as many for as long as memory runs out.
+
+    Args:
+        model: how errors name it, as "model 'tiny'".
+
+    Raises:
+        UserError: the model fails on such a batch, or gives no gradient.
+    """
+    while True:
+        try:
+            return probe(oracle, images, label)
+        except UserError:
+            raise
+        except Exception as error:  # the model may be the user's code, which fails in any way
+            if not is_out_of_memory(error):
+                raise UserError(_failure(error, oracle, len(images), model)) from error
+            if len(images) == 1:
+                raise
+            images, label = images[: len(images) // 2], label[: len(label) // 2]
+
+
+def settle_draws(
+    oracle: Oracle,
+    found: Probe,
+    *,
+    eot: int | None = None,
+    draws: int | None = None,
+    eot_if_random: int = EOT_IF_RANDOM,
+) -> None:
+    """Let the oracle average over the draws of a random model and judge it by fresh ones, as told or as is usual."""
+    oracle.eot = eot if eot is not None else eot_if_random if found.random else 1
+    oracle.draws = draws if draws is not None else DRAWS_IF_RANDOM if found.random else 1
+
+
+def _failure(error: Exception, oracle: Oracle, n_images: int, model: str) -> str:
+    if any(sign in str(error) for sign in _NO_GRADIENT):
+        return (
+            f"{model} gives no gradient with respect to the pixels: its image encoder must be differentiable, "
+            "without torch.no_grad, detach or numpy inside"
+        )
+    said = f"{type(error).__name__}: {one_line(error, limit=200)}"
+    return f"{model} failed on a batch of {n_images} images in {oracle.precision}: {said}"
+
+
+def row_changes(oracle: Oracle, images: Tensor) -> tuple[float, float]:
+    """Return the largest relative changes of logits when images [L, ...] are asked again, and among other neighbours.
+
+    Example:
+        >>> oracle = Oracle(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)))
+        >>> max(row_changes(oracle, torch.rand(4, 3, 2, 2))) < 1e-3
+        True
+    """
+    logits = oracle.confirm(images)
+    return _relative_change(oracle.confirm(images), logits), _neighbour_change(oracle, images, logits)
 
 
 def _neighbour_change(oracle: Oracle, images: Tensor, logits: Tensor) -> float:

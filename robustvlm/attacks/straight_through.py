@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +87,30 @@ def open_gradients(model: nn.Module) -> list[str]:
         )
         said.append(f"part '{name or 'model'}' ({type(part).__name__}) has no gradient: {how}")
     return said
+
+
+@contextlib.contextmanager
+def opened_gradients(model: nn.Module) -> Iterator[list[str]]:
+    """Open the gradients of a caller's module as `open_gradients` does, and leave all of its parts as they were.
+
+    Example:
+        >>> model = nn.Sequential(nn.ReLU())
+        >>> model[0].differentiable = False
+        >>> with opened_gradients(model) as said:
+        ...     len(said), "forward" in vars(model[0])
+        (1, True)
+        >>> "forward" in vars(model[0])
+        False
+    """
+    before = [(part, vars(part).get("forward")) for part in model.modules()]
+    try:
+        yield open_gradients(model)
+    finally:
+        for part, forward in before:
+            if forward is None:
+                vars(part).pop("forward", None)
+            else:
+                part.forward = forward
 
 
 class _Opened:

@@ -7,10 +7,14 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from PIL import Image
+from torch import Tensor
 
+from robustvlm.core.framing import Framing
+from robustvlm.data.pixels import to_pixels
 from robustvlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +39,14 @@ class Unreadable:
 
     id: str
     reason: str
+
+
+class Tensors(NamedTuple):
+    """Images [N, 3, S, S] in [0, 1], labels [N] (-1: unknown class) and ids, in source order."""
+
+    images: Tensor
+    labels: Tensor
+    ids: list[str]
 
 
 class DataSource(ABC):
@@ -108,6 +120,31 @@ class DataSource(ABC):
             items = self._first(limit, wanted)
         for item in items:
             yield self._settled(item) if isinstance(item, Sample) else item
+
+    def tensors(self, size: int | Framing, *, limit: int | None = None) -> Tensors:
+        """Return images as tensors in [0, 1] with labels and ids, held in memory; the `limit` that a run would take.
+
+        Args:
+            size: side in pixels, or the `framing` of a model, which also says how images are brought to it.
+
+        Raises:
+            UserError: an image cannot be read, or there is none.
+
+        Example:
+            >>> from robustvlm.data import open_data
+            >>> images, labels, ids = open_data("emoji").tensors(64, limit=3)
+            >>> images.shape, len(ids)
+            (torch.Size([3, 3, 64, 64]), 3)
+        """
+        held: list[Sample] = []
+        for item in self.samples(limit=limit):
+            if isinstance(item, Unreadable):
+                raise UserError(f"image '{item.id}' of '{self.spec}' cannot be read ({item.reason}): leave it out")
+            held.append(item)
+        if not held:
+            raise UserError(f"there is no image in '{self.spec}'")
+        images = torch.stack([to_pixels(item.image, size) for item in held])
+        return Tensors(images, torch.tensor([item.label for item in held]), [item.id for item in held])
 
     def _first(self, limit: int, wanted: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         """Yield what `wanted` accepts among the first `limit` ids of a stream, then stop reading."""

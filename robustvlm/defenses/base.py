@@ -5,12 +5,39 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from robustvlm.attacks.tensors import as_images
+from robustvlm.certify import predict
+from robustvlm.defenses.smoothing import SmoothedVLM
+from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
+from robustvlm.models.borrowed import borrowed
+from robustvlm.models.device import full_precision_kernels
 from robustvlm.models.vlm import framing_of_model
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a classifier says of images, one entry for each.
+
+    Attributes:
+        classes: places in the class names, -1 where the image is rejected or the answer withheld; int64 [N].
+        names: class names, None in those places.
+        scores: of a model that may refuse, its acceptance score, positive exactly where the image is accepted; of
+            others the softmax probability of the leading class; [N].
+        rejected: the model refuses the image, as none of its classes; bool [N].
+        abstained: a smoothed model's draws do not decide the class at the level asked for; bool [N].
+    """
+
+    classes: Tensor
+    names: tuple[str | None, ...]
+    scores: Tensor
+    rejected: Tensor
+    abstained: Tensor
 
 
 class Classifier(nn.Module, ABC):
@@ -71,6 +98,55 @@ class Classifier(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Digest of all that decides the output."""
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, alpha: float | None = None, lanes: int = 64) -> Answers:
+        """Return what the model says of images [N, 3, H, H] in [0, 1]: class, rejected or abstained, with the score.
+
+        Args:
+            alpha: for a smoothed encoder without refusal: withhold the answer unless its draws decide it at this level
+                (`robustvlm.certify.predict`). lanes: images in a batch.
+
+        Raises:
+            UserError: images that do not fit, or an alpha for a model that does not abstain.
+
+        Example:
+            >>> from robustvlm.models import load_model, zero_shot
+            >>> classifier = ZeroShot(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False))
+            >>> classifier.predict(torch.rand(2, 3, 64, 64)).rejected
+            tensor([False, False])
+        """
+        pixels = as_images(images).to(self.device, torch.float32)
+        smoothed, text = self.vlm, self.class_embeddings
+        if alpha is not None and (self.can_reject or not isinstance(smoothed, SmoothedVLM) or text is None):
+            raise UserError(
+                f"'{self.spec}' does not abstain: leave out alpha, or pass a smoothed encoder without refusal, as "
+                "load_classifier('tiny+smooth:0.25', ...)"
+            )
+        outputs, decided = [], []
+        with borrowed(self), full_precision_kernels():
+            for batch in pixels.split(lanes):
+                outputs.append(self(batch).float().cpu())
+                if alpha is not None and isinstance(smoothed, SmoothedVLM) and text is not None:
+                    draws = smoothed.noisy_features(batch, smoothed.n0).double().cpu().numpy()
+                    decided += [predict(rows, text.double().cpu().numpy(), alpha) for rows in draws]
+        output = torch.cat(outputs)
+        logits = output[:, :-1] if self.can_reject else output
+        classes = logits.argmax(1)
+        # Not "<= 0": a score that is no number accepts nothing.
+        rejected = ~(output[:, -1] > 0) if self.can_reject else torch.zeros(len(output), dtype=torch.bool)
+        abstained = torch.zeros_like(rejected)
+        if alpha is not None:
+            abstained = torch.tensor([label is None for label in decided])
+            classes = torch.tensor([0 if label is None else label for label in decided])
+        classes = torch.where(rejected | abstained, torch.full_like(classes, -1), classes)
+        return Answers(
+            classes,
+            tuple(None if label < 0 else self.class_names[label] for label in classes.tolist()),
+            output[:, -1] if self.can_reject else logits.softmax(1).amax(1),
+            rejected,
+            abstained,
+        )
 
 
 class ZeroShot(Classifier):

@@ -63,6 +63,11 @@ class SavedModel(ABC):
         """Whether its classifier may reject images, by a rule that certificates know."""
         return False
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes that the model was made for, where it knows no others; None: any classes will do."""
+        return None
+
     def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
         """Return unit vectors [K, D] that stand for the classes in place of their texts; None: the texts do."""
         del class_names

@@ -5,13 +5,13 @@ One sign rule for every score: the higher, the more in-distribution (known).
 
 from __future__ import annotations
 
-from robustvlm.detect.base import Detector, FittedDetector, Head, NotFitted, confidence
+from robustvlm.detect.base import Detector, FittedDetector, Head, NotFitted, confidence, head_of
 from robustvlm.detect.catalog import BASELINES, SCORES, Score, Skipped, Supplies, make_scores, parse_scores
 from robustvlm.detect.delta_energy import DeltaEnergy, energy_change
 from robustvlm.detect.energy import Energy, MaxLogit, free_energy
 from robustvlm.detect.ensemble import COOkeD, mean_probabilities
 from robustvlm.detect.gda import GDA, choose_alpha
-from robustvlm.detect.images import ImageDetector, head_of
+from robustvlm.detect.images import ImageDetector
 from robustvlm.detect.intervals import Bootstrap, Difference, Interval, auroc_interval, difference
 from robustvlm.detect.knn import KNN
 from robustvlm.detect.mahalanobis import Mahalanobis

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from robustvlm.detect.images import Batches, ImageDetector, gathered
 from robustvlm.errors import UserError
 
 Own = TypeVar("Own", bound="Detector")
@@ -24,13 +25,11 @@ class NotFitted(UserError):
 
     Example:
         >>> str(NotFitted("KNN"))
-        'KNN has seen no images yet: call fit_features(features, labels) first and use what it returns'
+        'KNN has seen no images yet: call fit(features, labels) first and use what it returns'
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__(
-            f"{name} has seen no images yet: call fit_features(features, labels) first and use what it returns"
-        )
+        super().__init__(f"{name} has seen no images yet: call fit(features, labels) first and use what it returns")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +68,21 @@ class Head:
         return self.logit_scale * self.cosines(features)
 
 
+def head_of(classifier: Any) -> Head:
+    """Return the head of a classifier as scores want it: its class embeddings, or its logits where it has none.
+
+    Example:
+        >>> from robustvlm.models import load_model, zero_shot
+        >>> head_of(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False)).class_embeddings.shape
+        torch.Size([2, 192])
+    """
+    embeddings = getattr(classifier, "class_embeddings", None)
+    if embeddings is None:
+        return Head.of_logits(len(classifier.class_names))
+    scale = getattr(classifier, "logit_scale", None)
+    return Head(embeddings, classifier.vlm.logit_scale if scale is None else scale)
+
+
 class Detector(ABC):
     """A score of unit image features [N, D]. The one sign rule: the higher, the more in-distribution.
 
@@ -79,6 +93,32 @@ class Detector(ABC):
     @abstractmethod
     def score(self, features: Tensor) -> Tensor:
         """Return one number per image, [N, D] -> [N]; higher = more in-distribution."""
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Tensor:
+        """Return scores [N] of unit features [N, D], without a gradient; for images, bind a model with `on`.
+
+        Raises:
+            UserError: images instead of features.
+        """
+        if features.ndim != 2:
+            raise UserError(
+                f"{type(self).__name__} knows no model, so it takes features [N, D], got {list(features.shape)}: "
+                "pass model=... to fit, or take on(model)"
+            )
+        return self.score(features)
+
+    def on(self, model: Callable[..., Any]) -> ImageDetector:
+        """Return the score of images: this one behind an encoder, or behind the encoder of a classifier.
+
+        Example:
+            >>> from robustvlm.detect import MCM
+            >>> from robustvlm.models import load_model, zero_shot
+            >>> classifier = zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False)
+            >>> MCM(head_of(classifier)).on(classifier).predict(torch.rand(2, 3, 64, 64)).shape
+            torch.Size([2])
+        """
+        return ImageDetector(model, self)
 
     def state(self) -> dict[str, object]:
         """Return settings and learnt tensors by name: all that decides the score."""
@@ -95,6 +135,32 @@ class FittedDetector(Detector):
     @abstractmethod
     def fit_features(self: Fitted, features: Tensor, labels: Tensor) -> Fitted:
         """Return the detector fitted to unit features [N, D] of images with labels [N] (int64, no unknown ones)."""
+
+    @overload
+    def fit(self: Fitted, data: Batches, labels: Tensor | None = None, *, model: None = None) -> Fitted: ...
+
+    @overload
+    def fit(self, data: Batches, labels: Tensor | None = None, *, model: Callable[..., Any]) -> ImageDetector: ...
+
+    def fit(
+        self: Fitted, data: Batches, labels: Tensor | None = None, *, model: Callable[..., Any] | None = None
+    ) -> Fitted | ImageDetector:
+        """Return the score fitted to known images; with `model` one of images, without one of features.
+
+        Args:
+            data: features [N, D], or images [N, C, H, W] for `model`; batches of either with labels, as a loader yields
+                them; or a data source, read as `model` takes images.
+            labels: classes [N], where `data` is a tensor.
+            model: an encoder or a classifier, as `ImageDetector` takes them.
+
+        Example:
+            >>> from robustvlm.detect import KNN
+            >>> KNN(k=1).fit(torch.eye(2), torch.tensor([0, 1])).predict(torch.tensor([[0.6, 0.8]]))
+            tensor([-0.6325])
+        """
+        if model is not None:
+            return ImageDetector(model, self).fit(data, labels)
+        return self.fit_features(*gathered(data, labels, None))
 
     def learnt(self, value: T | None) -> T:
         """Return what `fit_features` has put into a field, or raise NotFitted."""

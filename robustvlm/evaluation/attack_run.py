@@ -29,6 +29,8 @@ from robustvlm.attacks import (
     ThreatModel,
 )
 from robustvlm.attacks.plan import Attack
+from robustvlm.attacks.probe import settle_draws
+from robustvlm.attacks.unperturbed import brief, needs_briefing
 from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
@@ -42,16 +44,12 @@ from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.observer import Observer
 from robustvlm.evaluation.questions import ask
 from robustvlm.evaluation.stages import Stage, save_pictures
-from robustvlm.evaluation.unperturbed import brief, needs_briefing
 from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.results import CLEAN_WRONG, CleanFact
 from robustvlm.runs.summary import Check, Estimate
 
 # A killed session loses its count of passes since the last note of it.
 _COST_SECONDS = 5.0
-
-# Draws of a random model that judge a success unless the user says otherwise; odd, so that there is a majority.
-_DRAWS = 21
 
 
 class AttackRun:
@@ -210,9 +208,8 @@ class AttackRun:
 
     def _settle_draws(self, found: Probe) -> None:
         """Average over the draws of a random model, and judge it by fresh ones."""
-        eot, draws = self.config.eot, self.config.draws
-        self.oracle.eot = eot if eot is not None else self.config.eot_if_random if found.random else 1
-        self.oracle.draws = draws if draws is not None else _DRAWS if found.random else 1
+        config = self.config
+        settle_draws(self.oracle, found, eot=config.eot, draws=config.draws, eot_if_random=config.eot_if_random)
 
     def _run_stage(self, stage: Stage, found: Probe) -> None:
         """Run one attack at one eps on every image that still withstands; every one of them gets a row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from robustvlm.attacks.unperturbed import ask_unperturbed
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable
 from robustvlm.errors import UserError
@@ -12,7 +13,7 @@ from robustvlm.evaluation.budget import MeteredOracle
 from robustvlm.evaluation.images import Images, Picture
 from robustvlm.evaluation.ledger import Ledger
 from robustvlm.evaluation.observer import Observer
-from robustvlm.evaluation.unperturbed import ask_unperturbed, clean_facts
+from robustvlm.evaluation.unperturbed import clean_facts
 
 
 class CleanPass:

@@ -18,6 +18,7 @@ from robustvlm.attacks import FOOLED, ROBUST, Goal, Job, LaneAttack, Probe, Thre
 from robustvlm.attacks.goals import Case
 from robustvlm.attacks.goals.feature import FeatureGoal
 from robustvlm.attacks.sanity import MOST_IMAGES, inspect_model
+from robustvlm.attacks.unperturbed import ask_unperturbed, brief, needs_briefing
 from robustvlm.data.source import UNKNOWN
 from robustvlm.evaluation import checks
 from robustvlm.evaluation.budget import BudgetSpent
@@ -25,7 +26,6 @@ from robustvlm.evaluation.diagnosis import FEWEST_ROBUST, JUDGED_POINTS, NAMES, 
 from robustvlm.evaluation.estimate import Work
 from robustvlm.evaluation.images import Images, Picture
 from robustvlm.evaluation.ledger import Ledger
-from robustvlm.evaluation.unperturbed import ask_unperturbed, brief, needs_briefing
 from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED, list_models
 from robustvlm.runs.summary import Check
 

@@ -22,6 +22,7 @@ from robustvlm.attacks import (
     require_fit,
     require_norm,
 )
+from robustvlm.attacks.probe import EOT_IF_RANDOM
 from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
@@ -42,9 +43,6 @@ _MOST_LANES = 65_536
 _LARGEST = 2**63 - 1
 # Targets that attacks have unless told otherwise; with fewer classes they take one for each.
 _PLANNED_TARGETS = 9
-
-# Draws per gradient that random models get, unless the user or a plan says otherwise.
-_EOT = 10
 
 
 def prepare(
@@ -138,7 +136,7 @@ def prepare(
         device=device,
         precision=precision,
         eot=eot,
-        eot_if_random=max(_EOT, recommended_eot(attack)),
+        eot_if_random=max(EOT_IF_RANDOM, recommended_eot(attack)),
         draws=draws,
         compiled=compiled,
         resolution=size,

@@ -347,7 +347,7 @@ def test_lists_of_scores() -> None:
     ids=lambda detector: type(detector).__name__,
 )
 def test_unfitted_use_is_a_typed_error(detector: FittedDetector) -> None:
-    with pytest.raises(NotFitted, match="call fit_features"):
+    with pytest.raises(NotFitted, match=r"call fit\(features, labels\)"):
         detector.score(torch.eye(3))
 
 

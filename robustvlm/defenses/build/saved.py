@@ -50,6 +50,10 @@ class BuiltModel(SavedModel):
         return saved_model(split_spec(self.card.base or "")[0])
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return None if self._top is None else self._top.class_names
+
+    @property
     def refuses(self) -> bool:
         return self._top is not None and self._top.refuses
 

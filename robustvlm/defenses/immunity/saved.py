@@ -33,6 +33,10 @@ class ImmunisedModel(SavedModel):
         return True
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.immunity.class_names)
+
+    @property
     def noise_levels(self) -> tuple[float, ...]:
         return tuple(sorted(self.immunity.noisy))
 

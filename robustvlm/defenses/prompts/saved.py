@@ -39,6 +39,11 @@ class PromptTunedModel(SavedModel):
     def encoder(self, device: torch.device) -> VLM:
         return self.base(device)
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        names = self.card.settings.get("class_names")
+        return tuple(str(name) for name in names) if isinstance(names, list) else None
+
     def classifier(
         self, encoder: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True
     ) -> Classifier:

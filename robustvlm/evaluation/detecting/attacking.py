@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import Deny, Goal, Intrude, Job, LaneAttack, LaneEngine, Oracle, Probe, Result, ThreatModel
+from robustvlm.attacks.probe import settle_draws
 from robustvlm.data.source import DataSource
 from robustvlm.defenses import Classifier
 from robustvlm.evaluation import checks
@@ -30,7 +31,6 @@ from robustvlm.runs.detect_summary import OWN
 from robustvlm.runs.summary import Check
 
 KNOWN = "known"
-_EOT, _DRAWS = 10, 21  # for random models: draws per gradient, and draws that judge a point
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +127,7 @@ class ScoreAttacks:
         images = torch.stack([picture.pixels for picture in rows])
         found, notes = ask(oracle, images, torch.zeros(len(rows), dtype=torch.int64), model=self.classifier.spec)
         checks.require_independent_rows(found, self.classifier.spec)
-        if found.random:
-            oracle.eot, oracle.draws = _EOT, _DRAWS
+        settle_draws(oracle, found)
         self.ledger.add_checks([*checks.of_probe(found, eot=oracle.eot, draws=oracle.draws), *notes])
         return found
 

@@ -1,0 +1,86 @@
+"""One door for every model: any spec, with operators, or a folder that this program made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.prompts import DEFAULT
+from robustvlm.defenses import classifier
+from robustvlm.defenses.base import Classifier
+from robustvlm.defenses.pipeline import load_pipeline, split_spec
+from robustvlm.defenses.refusal import split_rejection
+from robustvlm.defenses.saved import saved_model
+from robustvlm.errors import UserError, arguments_named
+from robustvlm.models import VLM, resolve_device
+from robustvlm.models.custom import create
+from robustvlm.models.zoo import names_a_callable
+
+
+@arguments_named()
+def load_model(spec: str, device: str | torch.device = "auto") -> VLM:
+    """Return the encoder that `spec` names, frozen, in evaluation mode, on `device` ("auto": the best there is).
+
+    Args:
+        spec: "tiny", open_clip's "NAME/TAG", "NAME/FILE", "hf-hub:ORG/REPO", a folder, also any that this program made,
+            "module:callable", each with operators as "+smooth:0.25:64".
+
+    Raises:
+        UserError: there is no such model, or its weights cannot be had or do not fit.
+
+    Example:
+        >>> load_model("tiny+smooth:0.1:8", device="cpu").encode_image(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 192])
+    """
+    return load_pipeline(_text(spec), device=device)
+
+
+@arguments_named()
+def load_classifier(
+    spec: str,
+    classes: Sequence[str] | DataSource | str | None = None,
+    templates: Sequence[str] | None = None,
+    *,
+    device: str | torch.device = "auto",
+) -> Classifier:
+    """Return the classifier that `spec` names, frozen, in evaluation mode, on `device` ("auto": the best there is).
+
+    Args:
+        spec: as `load_model` takes them, and "+reject:T" behind; or "module:callable" whose object classifies.
+        classes: class names, or data that has them, as `open_data` returns it or as its spec. Not needed for a model
+            that knows its classes: one that was immunised or prompt-tuned, or an object of yours with `class_names`.
+        templates: prompts with {} for the class name; default: the data's, else "a photo of a {}.".
+
+    Raises:
+        UserError: no such model, wrong operators, no classes, or an output that does not fit the classes.
+
+    Example:
+        >>> load_classifier("tiny+reject:0.5", ["apple", "dog"]).predict(torch.rand(1, 3, 64, 64)).rejected.shape
+        torch.Size([1])
+    """
+    source = open_data(classes) if isinstance(classes, str) else classes
+    if isinstance(source, DataSource):
+        names, prompts = source.class_names, source.templates
+    else:
+        names, prompts = tuple(_own_classes(_text(spec)) if source is None else source), DEFAULT
+    return classifier.load_classifier(_text(spec), names, templates or prompts, device=resolve_device(device))
+
+
+def _own_classes(spec: str) -> Sequence[str]:
+    base, _ = split_rejection(spec)
+    made = saved_model(split_spec(base)[0])
+    names = None if made is None else made.class_names
+    if made is None and names_a_callable(base) and not os.path.isdir(base):
+        names = getattr(create(base), "class_names", None)
+    if names is None:
+        raise UserError(f"'{spec}' knows no classes of its own: pass classes=[...], or data that has them")
+    return names
+
+
+def _text(spec: str) -> str:
+    if not isinstance(spec, str):
+        raise UserError(f"spec must be a text that names a model, got a {type(spec).__name__}: pass for example 'tiny'")
+    return spec
