@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from robustvlm.runs.certify_summary import CertifySummary
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.runs.results import read_rows
+from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import rate
 
 METHODS = {
@@ -42,19 +42,11 @@ _WANTED = pa.schema([field.with_nullable(field.name not in _ALWAYS) for field in
 
 
 @dataclass(frozen=True)
-class CertifyRecord:
+class CertifyRecord(FinishedRun[CertifySummary]):
     """Manifest, settings, summary and rows of one finished certify run."""
 
-    folder: Path
-    manifest: dict[str, Any]
     config: CertifyConfig
-    summary: CertifySummary
     rows: pa.Table
-
-    @property
-    def name(self) -> str:
-        """The run's name: the one in its manifest, else that of its folder."""
-        return str(self.manifest.get("name") or self.folder.resolve().name)
 
     @property
     def class_names(self) -> list[str]:
