@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from robustvlm import __version__
+from robustvlm.cli.app import typer_command
 from robustvlm.cli.attack import attack
 from robustvlm.cli.build import build
 from robustvlm.cli.certify import certify
@@ -26,11 +27,11 @@ from robustvlm.cli.finetune import finetune
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.models import models
 from robustvlm.cli.options import check_given
-from robustvlm.cli.purify import purify
 from robustvlm.cli.report import report
 from robustvlm.cli.soup import soup
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.cli.tune_prompts import tune_prompts
+from robustvlm.commands.purify import PURIFY
 from robustvlm.core.user_code import NO_CODE, code_policy
 
 _NoCode = Annotated[
@@ -80,7 +81,7 @@ for command in (
     immunize,
     tune_prompts,
     export,
-    purify,
+    typer_command(PURIFY),
     build,
     report,
     models,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +14,7 @@ from robustvlm.report.record import read_manifest_of
 from robustvlm.report.wording import DASH, duration, interval, percent, plain
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import kind_of_run, require_shape
+from robustvlm.runs.run import FinishedRun
 from robustvlm.runs.training_summary import TrainingSummary, read_training
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import History, Validation
@@ -25,18 +24,8 @@ _FIRST = ("clean accuracy", "robust accuracy")
 _LEVEL = re.compile(r"(.+), level (\d+)")
 
 
-@dataclass(frozen=True)
-class TrainingRun:
+class TrainingRun(FinishedRun[TrainingSummary]):
     """Manifest and record of a finished training run."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    summary: TrainingSummary
-
-    @property
-    def name(self) -> str:
-        """The run's name: the one in its manifest, else that of its folder."""
-        return str(self.manifest.get("name") or self.folder.resolve().name)
 
 
 def is_training_run(folder: Path) -> bool:
