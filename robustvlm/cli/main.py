@@ -28,10 +28,10 @@ from robustvlm.cli.immunize import immunize
 from robustvlm.cli.models import models
 from robustvlm.cli.options import check_given
 from robustvlm.cli.report import report
-from robustvlm.cli.soup import soup
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.cli.tune_prompts import tune_prompts
 from robustvlm.commands.purify import PURIFY
+from robustvlm.commands.soup import SOUP
 from robustvlm.core.user_code import NO_CODE, code_policy
 
 _NoCode = Annotated[
@@ -77,7 +77,7 @@ for command in (
     evaluate,
     detect,
     finetune,
-    soup,
+    typer_command(SOUP),
     immunize,
     tune_prompts,
     export,

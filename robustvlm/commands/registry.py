@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "purify": "robustvlm.commands.purify:PURIFY",
+    "soup": "robustvlm.commands.soup:SOUP",
 }
 """Where the command of a kind stands."""
 
