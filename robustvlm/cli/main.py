@@ -16,7 +16,6 @@ import typer
 from robustvlm import __version__
 from robustvlm.cli.app import typer_command
 from robustvlm.cli.attack import attack
-from robustvlm.cli.build import build
 from robustvlm.cli.certify import certify
 from robustvlm.cli.data import data
 from robustvlm.cli.detect import detect
@@ -29,7 +28,8 @@ from robustvlm.cli.models import models
 from robustvlm.cli.options import check_given
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
-from robustvlm.cli.tune_prompts import tune_prompts
+from robustvlm.commands.build import BUILD
+from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
 from robustvlm.commands.soup import SOUP
 from robustvlm.core.user_code import NO_CODE, code_policy
@@ -79,10 +79,10 @@ for command in (
     finetune,
     typer_command(SOUP),
     immunize,
-    tune_prompts,
+    typer_command(TUNE_PROMPTS),
     export,
     typer_command(PURIFY),
-    build,
+    typer_command(BUILD),
     report,
     models,
     data,

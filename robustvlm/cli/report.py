@@ -42,7 +42,8 @@ def report(
     found: Sequence[FinishedRun[Any]] = [open_run(folders[0])]
     comparisons = []
     if len(folders) > 1:
-        records = found = [load_run(folder) for folder in folders]
+        records = [load_run(folder) for folder in folders]
+        found = records
         comparisons = [c.as_dict([r.name for r in records]) for c in compare(records)]
     content = {"report": str(path), "runs": [_shown(run) for run in found], "comparisons": comparisons}
     say_json(json.dumps(content, indent=2, ensure_ascii=False))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
+    "build": "robustvlm.commands.build:BUILD",
+    "tune-prompts": "robustvlm.commands.prompts:TUNE_PROMPTS",
 }
 """Where the command of a kind stands."""
 
