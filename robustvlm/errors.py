@@ -9,6 +9,10 @@ from collections.abc import Iterable, Iterator
 
 from robustvlm.core.foreign_text import without_secrets
 
+# Characters that Unicode keeps free for a program's own use; no text that a user can give holds them by accident.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARK = re.compile(f"{_OPEN}([a-z0-9_]+)(?:=([^{_CLOSE}]*))?{_CLOSE}")
+
 
 class UserError(Exception):
     """A mistake in the input: the message says what was expected, what came and what to do.
@@ -24,7 +28,28 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(without_secrets(message))
+        self._marked = without_secrets(message)
+        super().__init__(_MARK.sub(_as_argument, self._marked))
+
+    def as_typed(self) -> str:
+        """Return the message as a user of the command line reads it: settings named by `setting` as their flags."""
+        return _MARK.sub(_as_flag, self._marked)
+
+
+class BadSetting(UserError):
+    """A setting has a value that it cannot have.
+
+    A Python caller reads the argument's name, who typed the command reads its flag.
+
+    Example:
+        >>> error = BadSetting("val_steps", "must be at least 1", got=0)
+        >>> str(error), error.as_typed()
+        ('val_steps must be at least 1, got 0', '--val-steps must be at least 1, got 0')
+    """
+
+    def __init__(self, name: str, problem: str, *, got: object = None) -> None:
+        self.name = name
+        super().__init__(f"{setting(name)} {problem}" + ("" if got is None else f", got {got}"))
 
 
 class MissingExtra(UserError):
@@ -62,6 +87,42 @@ def arguments_named() -> Iterator[None]:
 
 def _argument(flag: re.Match[str]) -> str:
     return flag.group(1).replace("-", "_") + ("=" if len(flag.group(0)) > len(flag.group(1)) + 2 else "")
+
+
+def setting(name: str, value: object = None) -> str:
+    """Return how the text of a UserError names a setting, with a value to pass if it advises one.
+
+    Example:
+        >>> error = UserError(f"greedy needs images: pass {setting('val', 'DATA')}, or leave out {setting('by')}")
+        >>> str(error)
+        'greedy needs images: pass val=DATA, or leave out by'
+        >>> error.as_typed()
+        'greedy needs images: pass --val DATA, or leave out --by'
+        >>> UserError(setting("fresh", True)).as_typed()
+        '--fresh'
+    """
+    return f"{_OPEN}{name}{'' if value is None else f'={value}'}{_CLOSE}"
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of an option of that name.
+
+    Example:
+        >>> flag_of("val_steps")
+        '--val-steps'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_argument(mark: re.Match[str]) -> str:
+    return mark[1] if mark[2] is None else f"{mark[1]}={mark[2]}"
+
+
+def _as_flag(mark: re.Match[str]) -> str:
+    name, value = mark[1], mark[2]
+    if value == "False":
+        return flag_of(f"no_{name}")
+    return flag_of(name) if value in (None, "True") else f"{flag_of(name)} {value}"
 
 
 def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:

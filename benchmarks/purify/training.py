@@ -5,19 +5,25 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from robustvlm.evaluation.purifying.setup import prepare_purify
-from robustvlm.runs.purify_config import PurifyConfig
-from robustvlm.training.observer import TrainingObserver
+from robustvlm.commands.purify import PURIFY
+from robustvlm.runs.observer import Observer
 
 SIGMAS = (0.12, 0.25, 0.5)
 
 
-class Heard(TrainingObserver):
+class Heard(Observer):
     """Prints a line now and then."""
 
-    def stepped(self, step: int, terms: dict[str, float]) -> None:  # type: ignore[override]
-        if step % 100 == 0:
-            print(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in terms.items()), flush=True)
+    step = 0
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
+        del title, total
+        self.step = done
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        self.step += count
+        if self.step % 100 == 0:
+            print(f"step {self.step}  " + "  ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
 
 
 def trained(
@@ -33,7 +39,11 @@ def trained(
     precision: str = "bf16",
 ) -> Path:
     """Return the run folder of a purifier and mapper for an encoder, or of one; train them if they are not there."""
-    config = PurifyConfig(
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"purify-{only or 'both'}-{label}-seed{seed}-{steps}").strip("-")
+    run = PURIFY.start(
+        observer=Heard(),
+        out=out,
+        name=name,
         model=encoder,
         data=data,
         sigma=list(SIGMAS),
@@ -46,7 +56,4 @@ def trained(
         seed=seed,
         validate_every=0,
     )
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"purify-{only or 'both'}-{label}-seed{seed}-{steps}").strip("-")
-    prepared = prepare_purify(config, out=out, name=name)
-    prepared.run(lambda _: Heard())
-    return prepared.folder.path
+    return run.folder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.core.sums import row_norms
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import BadSetting, UserError, nearest
 
 NORMS = ("Linf", "L2")
 DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
@@ -84,6 +84,22 @@ def parse_eps(text: str) -> list[tuple[str, float]]:
             raise UserError(f"eps '{part.strip()}' is {again}: name each radius once")
         pairs[value] = part.strip()
     return [(pairs[value], value) for value in sorted(pairs)]
+
+
+def one_radius(eps: str | float, name: str) -> tuple[str, float]:
+    """Return the single radius of a setting as text and number, such as ("1/255", 0.00392...).
+
+    Raises:
+        UserError: several radii, or no number.
+
+    Example:
+        >>> one_radius("1/4", "eps"), one_radius(0.5, "eps")
+        (('1/4', 0.25), ('0.5', 0.5))
+    """
+    found = parse_eps(eps if isinstance(eps, str) else repr(float(eps)))
+    if len(found) != 1:
+        raise BadSetting(name, "takes one number", got=f"'{eps}'")
+    return found[0]
 
 
 def _eps_value(text: str) -> float:

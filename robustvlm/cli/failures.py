@@ -84,7 +84,7 @@ def complain(message: str, code: int) -> int:
 def _line(error: BaseException) -> tuple[str, int]:
     """Return what happened and the exit code; faults of this program are told from the user's troubles."""
     if isinstance(error, UserError):
-        return str(error), error.exit_code
+        return error.as_typed(), error.exit_code
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return "interrupted", INTERRUPTED
     if isinstance(error, (SystemExit, GeneratorExit)) or type(error).__name__ == "Exit":

@@ -14,8 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from robustvlm import __version__
+from robustvlm.cli.app import typer_command
 from robustvlm.cli.attack import attack
-from robustvlm.cli.build import build
 from robustvlm.cli.certify import certify
 from robustvlm.cli.data import data
 from robustvlm.cli.detect import detect
@@ -26,11 +26,12 @@ from robustvlm.cli.finetune import finetune
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.models import models
 from robustvlm.cli.options import check_given
-from robustvlm.cli.purify import purify
 from robustvlm.cli.report import report
-from robustvlm.cli.soup import soup
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
-from robustvlm.cli.tune_prompts import tune_prompts
+from robustvlm.commands.build import BUILD
+from robustvlm.commands.prompts import TUNE_PROMPTS
+from robustvlm.commands.purify import PURIFY
+from robustvlm.commands.soup import SOUP
 from robustvlm.core.user_code import NO_CODE, code_policy
 
 _NoCode = Annotated[
@@ -76,12 +77,12 @@ for command in (
     evaluate,
     detect,
     finetune,
-    soup,
+    typer_command(SOUP),
     immunize,
-    tune_prompts,
+    typer_command(TUNE_PROMPTS),
     export,
-    purify,
-    build,
+    typer_command(PURIFY),
+    typer_command(BUILD),
     report,
     models,
     data,

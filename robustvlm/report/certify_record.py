@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.results import read_rows
+from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import rate
 
 _DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "deployed_radius", "mean_radius")
@@ -31,19 +31,11 @@ _WANTED = pa.schema([field.with_nullable(field.name not in _ALWAYS) for field in
 
 
 @dataclass(frozen=True)
-class CertifyRecord:
+class CertifyRecord(FinishedRun[CertifySummary]):
     """Manifest, settings, summary and rows of one finished certify run."""
 
-    folder: Path
-    manifest: dict[str, Any]
     config: CertifyConfig
-    summary: CertifySummary
     rows: pa.Table
-
-    @property
-    def name(self) -> str:
-        """The run's name: the one in its manifest, else that of its folder."""
-        return str(self.manifest.get("name") or self.folder.resolve().name)
 
     @property
     def class_names(self) -> list[str]:

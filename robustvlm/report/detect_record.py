@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,24 +16,17 @@ from robustvlm.runs.detect_summary import OWN, DetectSummary, ScoreSummary
 from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.results import read_rows
+from robustvlm.runs.run import FinishedRun
 
 _COLUMNS = (("set", pa.string()), ("image_id", pa.string()), ("label", pa.int32()), ("prediction", pa.int32()))
 
 
 @dataclass(frozen=True)
-class DetectRecord:
+class DetectRecord(FinishedRun[DetectSummary]):
     """Manifest, settings, summary and rows of one finished detect run."""
 
-    folder: Path
-    manifest: dict[str, Any]
     config: DetectConfig
-    summary: DetectSummary
     rows: pa.Table
-
-    @property
-    def name(self) -> str:
-        """The run's name: the one in its manifest, else that of its folder."""
-        return str(self.manifest.get("name") or self.folder.resolve().name)
 
     @property
     def class_names(self) -> list[str]:
@@ -76,4 +68,4 @@ def load_detect_run(folder: Path) -> DetectRecord:
     wanted = [*_COLUMNS, *((score.name, pa.float64()) for score in summary.scores)]
     fields = pa.schema([pa.field(name, kind, nullable=False) for name, kind in wanted])
     rows = read_rows(folder / "results.parquet", fields, if_absent=unfinished, again=again)
-    return DetectRecord(folder, manifest, config, summary, rows)
+    return DetectRecord(folder, manifest, summary, config, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
 from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.runs.read import read_manifest_of, read_object
+from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
 
 # More would be a file, not a report; all of them are in the record.
@@ -61,18 +61,13 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class ImmunizeRun:
+class ImmunizeRun(FinishedRun[dict[str, Any]]):
     """Manifest and record of a finished immunize run."""
 
-    folder: Path
-    manifest: dict[str, Any]
-    record: dict[str, Any]
-
     @property
-    def name(self) -> str:
-        """The run's name: the one in its manifest, else that of its folder."""
-        return str(self.manifest.get("name") or self.folder.resolve().name)
+    def record(self) -> dict[str, Any]:
+        """The summary under the name that its file has."""
+        return self.summary
 
 
 def is_immunize_run(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import Manifest, require_shape
 from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.results import SCHEMA, read_rows, required
+from robustvlm.runs.run import FinishedRun
 from robustvlm.runs.summary import Summary
 from robustvlm.runs.verdicts import Verdicts, verdicts
 
@@ -66,18 +67,10 @@ class _Needed(BaseModel):
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(FinishedRun[Summary]):
     """Manifest, summary and rows of one finished attack run; of several goals, the rows of the first."""
 
-    folder: Path
-    manifest: dict[str, Any]
-    summary: Summary
     rows: pa.Table
-
-    @property
-    def name(self) -> str:
-        """The run's name: the one in its manifest, else that of its folder."""
-        return str(self.manifest.get("name") or self.folder.resolve().name)
 
     @property
     def goal(self) -> str:

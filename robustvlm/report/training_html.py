@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -40,6 +38,7 @@ from robustvlm.report.wording import DASH, duration, interval, norm_name, percen
 from robustvlm.runs.checksums import require_unchanged
 from robustvlm.runs.manifest import kind_of_run, require_shape
 from robustvlm.runs.read import read_manifest_of
+from robustvlm.runs.run import FinishedRun
 from robustvlm.runs.training_summary import TrainingSummary, read_training
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import History, Validation
@@ -53,18 +52,8 @@ _NO_WARNING = (
 _LEVEL = re.compile(r"(.+), level (\d+)")
 
 
-@dataclass(frozen=True)
-class TrainingRun:
+class TrainingRun(FinishedRun[TrainingSummary]):
     """Manifest and record of a finished training run."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    summary: TrainingSummary
-
-    @property
-    def name(self) -> str:
-        """The run's name: the one in its manifest, else that of its folder."""
-        return str(self.manifest.get("name") or self.folder.resolve().name)
 
 
 def is_training_run(folder: Path) -> bool:

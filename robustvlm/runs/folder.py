@@ -142,8 +142,14 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the results are complete; the report may still have to be made from them."""
-        if not (self.summary_path.exists() and self.results_path.exists() and self.sealed):
+        return self.holds(self.summary_path.name, self.results_path.name)
+
+    def holds(self, *names: str) -> bool:
+        """Whether the files of these names are there, all results are sealed, and no summary says "unfinished"."""
+        if not (all((self.path / name).exists() for name in names) and self.sealed):
             return False
+        if self.summary_path.name not in names:
+            return True
         summary = read_json(self.summary_path, advice="delete it, the run makes it again")
         return not (isinstance(summary, dict) and summary.get("unfinished"))
 

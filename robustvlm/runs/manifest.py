@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def make_manifest(
     kind: str,
     name: str,
     command: str,
-    config: BaseModel,
+    config: BaseModel | Mapping[str, Any],
     model: dict[str, Any],
     data: dict[str, Any],
     probe: dict[str, Any] | None = None,
@@ -49,6 +50,7 @@ def make_manifest(
         probe: what the model answers to fixed inputs (`robustvlm.models.probe`); compared apart from the settings,
             within its tolerance, and no part of a run's name.
     """
+    settings = config.model_dump() if isinstance(config, BaseModel) else dict(config)
     manifest: Manifest = {
         "id": uuid.uuid4().hex,
         "format": FORMAT,
@@ -56,9 +58,9 @@ def make_manifest(
         "name": name,
         "command": command,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "config": config.model_dump(),
+        "config": settings,
         "versions": versions(),
-        "device": describe_device(str(getattr(config, "device", "cpu"))),
+        "device": describe_device(str(settings.get("device", "cpu"))),
         "git_commit": git_commit(),
         "model": model,
         "data": data,

@@ -156,7 +156,7 @@ WHERE = {
     "models": "robustvlm.models.list_models",
     "export": "robustvlm.evaluation.finetuning.exporting.load_pipeline",
     "immunize": "robustvlm.evaluation.immunizing.setup.prepare_immunize",
-    "tune-prompts": "robustvlm.evaluation.prompt_tuning.prepare_prompts",
+    "tune-prompts": "robustvlm.commands.prompts_work.open_work",
 }
 
 

@@ -13,14 +13,30 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from robustvlm.cli.tune_prompts import tune_prompts
+from robustvlm.cli.app import typer_command
+from robustvlm.commands.prompts import TUNE_PROMPTS, PromptSettings
 from robustvlm.defenses import SmoothedVLM, load_classifier
 from robustvlm.errors import UserError
-from robustvlm.evaluation.prompt_tuning import PreparedPrompts, prepare_prompts
 from robustvlm.models.saved import read_card
-from robustvlm.runs.prompt_config import PromptConfig
+from robustvlm.runs.observer import Observer
+from robustvlm.runs.run import Run
 
 NAMES = ["cat", "dog", "fox"]
+
+
+class Counting(Observer):
+    """Counts the images that are encoded."""
+
+    def __init__(self) -> None:
+        self.images, self.title = 0, ""
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
+        del total, done
+        self.title = title
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        del shown
+        self.images += count if self.title == "Encoding" else 0
 
 
 @pytest.fixture
@@ -29,35 +45,36 @@ def photos(make_folder: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def prepare(photos: Path, tmp_path: Path) -> Callable[..., PreparedPrompts]:
-    def make(name: str = "run", **settings: Any) -> PreparedPrompts:
+def prepare(photos: Path, tmp_path: Path) -> Callable[..., Run]:
+    def make(name: str = "run", **settings: Any) -> Run:
         few = {"model": "tiny", "data": f"imagefolder:{photos}", "shots": 4, "epochs": 2}
-        return prepare_prompts(PromptConfig(**(few | settings)), out=tmp_path / "runs", name=name)
+        place = {"out": tmp_path / "runs", "name": name}
+        return Run(TUNE_PROMPTS, PromptSettings(**(few | place | settings)))
 
     return make
 
 
-def test_a_run_is_a_model_with_the_tuned_embeddings(prepare: Callable[..., PreparedPrompts]) -> None:
+def test_a_run_is_a_model_with_the_tuned_embeddings(prepare: Callable[..., Run]) -> None:
     run = prepare()
-    record = run.run()
-    assert record["images"] == 12
-    assert set(record["history"][0]) == {"cross_entropy", "masked_cross_entropy", "energy_change", "loss"}
+    record = run.start().summary
+    assert record.images == 12
+    assert set(record.history[0]) == {"cross_entropy", "masked_cross_entropy", "energy_change", "loss"}
     spec, pixels = str(run.folder.path), torch.rand(2, 3, 64, 64, requires_grad=True)
     classifier = load_classifier(spec, NAMES, ["a {}"])
     texts = load_file(run.folder.path / "prompts.safetensors")["class_embeddings"]
     with torch.no_grad():
-        torch.testing.assert_close(texts, run.learner())
+        torch.testing.assert_close(texts, run.work.learner())
     logits = classifier(pixels)
-    expected = run.vlm.logit_scale * run.vlm.encode_image(pixels) @ texts.T
+    expected = run.work.vlm.logit_scale * run.work.vlm.encode_image(pixels) @ texts.T
     torch.testing.assert_close(logits, expected)
     logits.sum().backward()
     assert pixels.grad is not None
     assert pixels.grad.abs().sum() > 0
 
 
-def test_classes_are_found_by_name_and_others_refused(prepare: Callable[..., PreparedPrompts]) -> None:
+def test_classes_are_found_by_name_and_others_refused(prepare: Callable[..., Run]) -> None:
     run = prepare()
-    run.run()
+    run.start()
     spec, pixels = str(run.folder.path), torch.rand(1, 3, 64, 64)
     whole, part = load_classifier(spec, NAMES, ["{}"]), load_classifier(spec, ["Fox", "cat"], ["{}"])
     torch.testing.assert_close(part(pixels), whole(pixels)[:, [2, 0]])
@@ -67,69 +84,67 @@ def test_classes_are_found_by_name_and_others_refused(prepare: Callable[..., Pre
         load_classifier(spec, ["cat", "wolf"], ["{}"])
 
 
-def test_a_finished_run_is_taken_up_and_an_unfinished_one_made_again(prepare: Callable[..., PreparedPrompts]) -> None:
-    record = prepare().run()
+def test_a_finished_run_is_taken_up_and_an_unfinished_one_made_again(prepare: Callable[..., Run]) -> None:
+    record = prepare().start().summary
     path = prepare().folder.path
     before = load_file(path / "prompts.safetensors")
-    images: list[int] = []
-    assert prepare().run(on_images=images.append) == record
-    assert images == []
+    counting = Counting()
+    assert prepare().start(counting).summary == record
+    assert counting.images == 0
     # Killed before the card was written: no model, and made again to the same bits.
     (path / "model.json").unlink()
-    assert prepare().run(on_images=images.append) == record
-    assert images == [12]
+    assert prepare().start(counting).summary == record
+    assert counting.images == 12
     assert all(torch.equal(value, before[name]) for name, value in load_file(path / "prompts.safetensors").items())
     with pytest.raises(UserError, match=r"made with other settings \(seed: 0 -> 1\)"):
-        prepare(seed=1).run()
-    assert prepare(seed=1).run(fresh=True) != record
+        prepare(seed=1).start()
+    assert prepare(seed=1).start(fresh=True).summary != record
 
 
-def test_without_the_energy_terms_it_is_coop(prepare: Callable[..., PreparedPrompts]) -> None:
-    record = prepare(energy_weight=None).run()
-    assert set(record["history"][0]) == {"cross_entropy", "loss"}
+def test_without_the_energy_terms_it_is_coop(prepare: Callable[..., Run]) -> None:
+    record = prepare(ebm=False).start().summary
+    assert set(record.history[0]) == {"cross_entropy", "loss"}
 
 
 def test_validation_and_unknown_images_are_measured(
-    prepare: Callable[..., PreparedPrompts], make_folder: Callable[..., Path], photos: Path
+    prepare: Callable[..., Run], make_folder: Callable[..., Path], photos: Path
 ) -> None:
     others = make_folder(9, "others")
     for name in ("dog", "fox"):
         (others / name).rename(others / f"no {name}")
     ood, cats = f"imagefolder:{others}", len(list((others / "cat").iterdir()))
-    record = prepare(val=f"imagefolder:{photos}", ood=[ood]).run()
-    assert record["notes"][0] == "12 images of --val taught the prompts and were left out"
-    assert f"{cats} images of '{ood}' are of known classes and were left out" in record["notes"]
-    for key in ("zero_shot", "tuned"):
-        assert record[key]["accuracy"]["total"] == 36 - 12
-        value, low, high = record[key]["auroc"][ood]
+    record = prepare(val=f"imagefolder:{photos}", ood=[ood]).start().summary
+    assert record.notes[0] == "12 images of --val taught the prompts and were left out"
+    assert f"{cats} images of '{ood}' are of known classes and were left out" in record.notes
+    for found in (record.zero_shot, record.tuned):
+        assert found.accuracy.total == 36 - 12
+        value, low, high = found.auroc[ood]
         assert 0 <= low <= value <= high <= 1
 
 
-def test_images_that_taught_are_no_validation(
-    prepare: Callable[..., PreparedPrompts], photos: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer --shots"):
-        prepare(shots=None, val=f"imagefolder:{photos}").run()
+def test_images_that_taught_are_no_validation(prepare: Callable[..., Run], photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer shots"):
+        prepare(shots=0, val=f"imagefolder:{photos}").start()
     link = tmp_path / "link"
     link.symlink_to(photos)  # the same place under another name
-    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer --shots"):
-        prepare(name="link", shots=None, val=f"imagefolder:{link}").run()
+    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer shots"):
+        prepare(name="link", shots=0, val=f"imagefolder:{link}").start()
     (tmp_path / "copy").mkdir()
     for name in NAMES:
         copied = tmp_path / "copy" / name
         copied.mkdir()
         for number, path in enumerate(sorted((photos / name).iterdir())):
             (copied / f"other-{number}.png").write_bytes(path.read_bytes())
-    record = prepare(name="copy", val=f"imagefolder:{tmp_path / 'copy'}").run()
-    assert record["notes"] == ["12 images of --val look to the model like images that taught the prompts"]
+    record = prepare(name="copy", val=f"imagefolder:{tmp_path / 'copy'}").start().summary
+    assert record.notes == ["12 images of --val look to the model like images that taught the prompts"]
 
 
-def test_mistakes_are_found_before_any_work(prepare: Callable[..., PreparedPrompts]) -> None:
+def test_mistakes_are_found_before_any_work(prepare: Callable[..., Run]) -> None:
     for wrong, message in (
-        ({"shots": 0}, "--shots must be at least 1, got 0"),
-        ({"n_reset": 0}, "--c must be at least 1, got 0"),
+        ({"shots": -1}, "shots must be at least 0, got -1"),
+        ({"c": 0}, "c must be at least 1, got 0"),
         ({"context": 40}, "40 context vectors do not fit"),
-        ({"ood": ["emoji"]}, "pass --val DATA with known images too"),
+        ({"ood": ["emoji"]}, "pass val=DATA with known images too"),
         ({"val": "emoji"}, "has other classes than"),
         ({"model": "tiny+smooth:0.1", "epochs": 0}, "epochs must be at least 1"),
         ({"name": "../out"}, "the run name '../out' is not allowed"),
@@ -138,9 +153,9 @@ def test_mistakes_are_found_before_any_work(prepare: Callable[..., PreparedPromp
             prepare(**wrong)
 
 
-def test_a_damaged_folder_is_one_clear_line(prepare: Callable[..., PreparedPrompts]) -> None:
+def test_a_damaged_folder_is_one_clear_line(prepare: Callable[..., Run]) -> None:
     run = prepare()
-    run.run()
+    run.start()
     path = run.folder.path
     card = json.loads((path / "model.json").read_text())
     card["settings"]["class_names"] = ["cat", "dog"]
@@ -154,7 +169,7 @@ def test_a_damaged_folder_is_one_clear_line(prepare: Callable[..., PreparedPromp
 
 def test_the_command_prints_what_changed(photos: Path, tmp_path: Path) -> None:
     app = typer.Typer()
-    app.command()(tune_prompts)
+    app.command()(typer_command(TUNE_PROMPTS))
     data = [
         "--data",
         f"imagefolder:{photos}",
@@ -176,7 +191,7 @@ def test_the_command_prints_what_changed(photos: Path, tmp_path: Path) -> None:
     assert (card.kind, card.base, card.settings["class_names"]) == ("tune-prompts", "tiny", NAMES)
 
 
-def test_an_own_encoder_is_refused_before_its_code_runs(prepare: Callable[..., PreparedPrompts]) -> None:
+def test_an_own_encoder_is_refused_before_its_code_runs(prepare: Callable[..., Run]) -> None:
     with pytest.raises(
         UserError, match=r"prompts can be tuned for open_clip models, .*; 'no_such_module:make' is your own"
     ):

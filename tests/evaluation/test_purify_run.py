@@ -13,14 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from robustvlm.commands.purify import PURIFY, PurifySettings
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.errors import UserError
-from robustvlm.evaluation.purifying.run import PreparedPurify
-from robustvlm.evaluation.purifying.setup import prepare_purify
 from robustvlm.models.saved import read_card
-from robustvlm.runs.purify_config import PurifyConfig
-from robustvlm.training import TrainingObserver
+from robustvlm.runs.observer import Observer
+from robustvlm.runs.run import Run
 
 ENCODER = "small_encoders:Encoder"
 OWN = """
@@ -30,13 +29,14 @@ def shrink():
 
 
 @pytest.fixture
-def prepare(make_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., PreparedPurify]:
+def prepare(make_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Run]:
     photos = make_folder()
 
-    def make(name: str = "run", model: str = ENCODER, **settings: Any) -> PreparedPurify:
+    def make(name: str = "run", model: str = ENCODER, **settings: Any) -> Run:
         few = {"steps": 6, "mapper_steps": 5, "batch_size": 8, "val_limit": 3, "sigma": [0.25, 0.5]}
-        config = PurifyConfig(**({"model": model, "data": f"imagefolder:{photos}"} | few | settings))
-        return prepare_purify(config, out=tmp_path / "runs", name=name, checkpoint_every=1)
+        place = {"out": tmp_path / "runs", "name": name, "checkpoint_every": 1}
+        given = {"model": model, "data": f"imagefolder:{photos}"} | few | place | settings
+        return Run(PURIFY, PurifySettings(**given))
 
     return make
 
@@ -49,9 +49,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_run_is_a_model_with_a_record_and_a_report(prepare: Callable[..., PreparedPurify]) -> None:
+def test_a_run_is_a_model_with_a_record_and_a_report(prepare: Callable[..., Run]) -> None:
     prepared = prepare()
-    summary = prepared.run()
+    summary = prepared.start().summary
     folder = prepared.folder.path
     card = read_card(folder)
     assert card is not None
@@ -73,44 +73,54 @@ def test_a_run_is_a_model_with_a_record_and_a_report(prepare: Callable[..., Prep
     assert "score at 0.25" in prepared.folder.report_path.read_text()
 
 
-def test_a_finished_run_is_not_trained_again(
-    prepare: Callable[..., PreparedPurify], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = prepare(only="mapper").run()
-    monkeypatch.setattr("robustvlm.evaluation.purifying.run.train_parts", lambda *_, **__: pytest.fail("trained"))
-    assert prepare(only="mapper").run() == first
+def test_a_finished_run_is_not_trained_again(prepare: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(only="mapper").start()
+    monkeypatch.setattr("robustvlm.commands.purify_work.train_parts", lambda *_, **__: pytest.fail("trained"))
+    assert prepare(only="mapper").start() == first
     with pytest.raises(UserError, match=r"mapper_steps: 5 -> 6.*--fresh"):
-        prepare(only="mapper", mapper_steps=6).run()
+        prepare(only="mapper", mapper_steps=6).start()
 
 
-class Killer(TrainingObserver):
-    """Stops the run like Ctrl-C after a step of the second stage."""
+class Killer(Observer):
+    """Stops the run like Ctrl-C after the third step of one stage."""
 
-    def stepped(self, step: int, terms: object) -> None:
-        del terms
-        if step == 3:
+    def __init__(self, stage: str) -> None:
+        self.stage, self.now, self.steps = stage, "", 0
+
+    def say(self, line: str) -> None:
+        if line in ("The purifier:", "The mapper:"):
+            self.now = line[4:-1]
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
+        del title, total
+        self.steps = done
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        del shown
+        self.steps += count
+        if (self.now, self.steps) == (self.stage, 3):
             raise KeyboardInterrupt
 
 
 @pytest.mark.equality
 @pytest.mark.parametrize("stage", ["purifier", "mapper"])
-def test_killed_and_resumed_equals_straight(prepare: Callable[..., PreparedPurify], stage: str) -> None:
+def test_killed_and_resumed_equals_straight(prepare: Callable[..., Run], stage: str) -> None:
     straight = prepare("straight")
-    straight.run()
+    straight.start()
     with pytest.raises(KeyboardInterrupt):
-        prepare("killed").run(lambda now: Killer() if now == stage else None)
+        prepare("killed").start(Killer(stage))
     assert read_card(prepare("killed").folder.path) is None  # not a model yet
     again = prepare("killed")
-    again.run(resume=True)
+    again.start(resume=True)
     wanted, found = weights(straight.folder.path), weights(again.folder.path)
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
-def test_training_does_not_depend_on_how_the_batch_is_cut(prepare: Callable[..., PreparedPurify]) -> None:
+def test_training_does_not_depend_on_how_the_batch_is_cut(prepare: Callable[..., Run]) -> None:
     whole, parts = prepare("whole", only="purifier"), prepare("parts", only="purifier", accumulate=2)
-    whole.run()
-    parts.run()
+    whole.start()
+    parts.start()
     one, two = (load_file(run.folder.path / "purifier.safetensors") for run in (whole, parts))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
@@ -143,11 +153,11 @@ def test_two_ranks_train_what_one_would(make_folder: Callable[..., Path], tmp_pa
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
-def test_the_stages_can_be_made_one_after_the_other(prepare: Callable[..., PreparedPurify]) -> None:
+def test_the_stages_can_be_made_one_after_the_other(prepare: Callable[..., Run]) -> None:
     first = prepare("first", only="purifier")
-    first.run()
+    first.start()
     second = prepare("second", model=str(first.folder.path), only="mapper")
-    assert second.run().method == "mapper"
+    assert second.start().summary.method == "mapper"
     vlm = load_pipeline(str(second.folder.path)).at_noise(0.25)
     assert isinstance(vlm, PurifiedVLM)
     assert isinstance(vlm.base, PurifiedVLM)
@@ -158,12 +168,12 @@ def test_the_stages_can_be_made_one_after_the_other(prepare: Callable[..., Prepa
 
 
 def test_a_denoiser_of_the_user_gets_a_mapper_or_stands_alone(
-    prepare: Callable[..., PreparedPurify], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "purify_own.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     run = prepare(denoiser="purify_own:shrink")
-    assert run.run().method == "mapper"
+    assert run.start().summary.method == "mapper"
     vlm = load_pipeline(str(run.folder.path))
     assert isinstance(vlm, PurifiedVLM)
     assert vlm.purifier is not None
@@ -172,23 +182,23 @@ def test_a_denoiser_of_the_user_gets_a_mapper_or_stands_alone(
 
 
 def test_another_denoiser_of_the_same_name_makes_another_run(
-    prepare: Callable[..., PreparedPurify], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "purify_own.py"
     source.write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     first = prepare(denoiser="purify_own:shrink")
-    first.run()
+    first.start()
     unnamed = prepare(None, denoiser="purify_own:shrink").folder.name  # type: ignore[arg-type]
     source.write_text(OWN.replace("1 + sigma", "2 + sigma"))
     monkeypatch.delitem(sys.modules, "purify_own")
     with pytest.raises(UserError, match=r"no longer the one .* run `robustvlm purify` again"):
         load_pipeline(str(first.folder.path))
     with pytest.raises(UserError, match=r"model denoiser: .* -> .*--fresh"):
-        prepare(denoiser="purify_own:shrink").run()
+        prepare(denoiser="purify_own:shrink").start()
     again = prepare(denoiser="purify_own:shrink")
-    again.run(fresh=True)
+    again.start(fresh=True)
     assert load_pipeline(str(again.folder.path)).fingerprint
     assert prepare(None, denoiser="purify_own:shrink").folder.name != unnamed  # type: ignore[arg-type]
 
@@ -199,10 +209,10 @@ def test_another_denoiser_of_the_same_name_makes_another_run(
         ({"only": "purify"}, "did you mean 'purifier'"),
         ({"sigma": [0.0]}, "sigma must be above 0"),
         ({"size": "huge"}, "unknown purifier size"),
-        ({"feature_weight": -1.0}, "weights of the losses"),
+        ({"feature_weight": -1.0}, "feature_weight must be at least 0, got -1"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"limit": 1}, "--limit"),
-        ({"val_limit": 0}, "--val-limit"),
+        ({"limit": 1}, "limit must be at least 2 images, got 1"),
+        ({"val_limit": 0}, "val_limit must be at least 1 image, got 0"),
         ({"augment": "cropp"}, "did you mean 'crop'"),
         ({"model": f"{ENCODER}+smooth:0.25"}, "is smoothed already: purify 'small_encoders:Encoder'"),
         ({"denoiser": "blur"}, "module:callable"),
@@ -211,8 +221,8 @@ def test_another_denoiser_of_the_same_name_makes_another_run(
     ],
 )
 def test_mistakes_are_found_and_explained_in_one_line(
-    prepare: Callable[..., PreparedPurify], settings: dict[str, Any], words: str
+    prepare: Callable[..., Run], settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        prepare(**settings).run()
+        prepare(**settings).start()
     assert "\n" not in str(caught.value)

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import OWN, clip_folder, pictures, prepared
 
+from robustvlm.commands import soup as command
+from robustvlm.commands.soup_work import Soup
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune.soup import averaged, greedy
 from robustvlm.errors import UserError
-from robustvlm.evaluation.finetuning.souping import make_soup
-from robustvlm.runs.soup_config import SoupConfig
+from robustvlm.runs.run import FinishedRun
 
 
-def soup(out: Path, models: list[str], **options: object):
-    config = SoupConfig(model=models[0], models=models, device="cpu", val_steps=3, **options)  # type: ignore[arg-type]
-    return make_soup(config, out=out, name="soup", fresh=True)
+def soup(out: Path, models: list[str], **options: object) -> FinishedRun[Soup]:
+    return command.soup(models, device="cpu", val_steps=3, out=out, name="soup", fresh=True, **options)
 
 
 def test_a_uniform_soup_of_runs_is_their_mean(tmp_path: Path) -> None:
@@ -28,30 +28,31 @@ def test_a_uniform_soup_of_runs_is_their_mean(tmp_path: Path) -> None:
     for seed in (0, 1):
         prepared(tmp_path, model=str(base), name=f"run{seed}", seed=seed, steps=3).run()
     runs = [str(tmp_path / f"run{seed}") for seed in (0, 1)]
-    made, folder = soup(tmp_path, runs)
-    a, b, mean = (load_pipeline(spec).state_dict() for spec in (*runs, str(folder.path)))
+    made = soup(tmp_path, runs)
+    a, b, mean = (load_pipeline(spec).state_dict() for spec in (*runs, str(made.folder)))
     assert max(float((a[name].float() - b[name].float()).abs().max()) for name in a) > 1e-3
     for name, value in mean.items():
         torch.testing.assert_close(value.float(), (a[name].float() + b[name].float()) / 2, rtol=0, atol=1e-6)
-    assert [step.kept for step in made.tasted] == [True, True]
+    assert [step.kept for step in made.summary.tasted] == [True, True]
 
 
 def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> None:
     good, val = prepared(tmp_path, steps=40, name="good"), pictures(tmp_path / "val", each=8)
     good.run()
-    made, folder = soup(tmp_path, [OWN, str(good.folder.path)], method="greedy", by="clean", data=val, eps=0.03)
+    run = soup(tmp_path, [OWN, str(good.folder.path)], method="greedy", by="clean", val=val, eps=0.03)
+    made = run.summary
     assert made.tasted[0].name == str(good.folder.path)
     assert made.measures["clean accuracy"].value == max(step.value for step in made.tasted if step.kept)
     if [step.kept for step in made.tasted] == [True, False]:
         pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(load_pipeline(str(folder.path)).encode_image(pixels), good.vlm.encode_image(pixels))
+        assert torch.equal(load_pipeline(str(run.folder)).encode_image(pixels), good.vlm.encode_image(pixels))
 
 
 def test_what_a_run_was_trained_on_is_no_data_to_choose_by(tmp_path: Path) -> None:
     run = prepared(tmp_path, steps=2, name="a")
     run.run()
-    with pytest.raises(UserError, match=r"was trained on .*: pass --val images that no run was trained on"):
-        soup(tmp_path, [OWN, str(run.folder.path)], method="greedy", data=run.config.data)
+    with pytest.raises(UserError, match=r"was trained on .*: pass val images that no run was trained on"):
+        soup(tmp_path, [OWN, str(run.folder.path)], method="greedy", val=run.config.data)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_what_a_run_was_trained_on_is_no_data_to_choose_by(tmp_path: Path) -> No
         ([OWN], {}, "made of at least 2 models, got 1"),
         ([OWN, "small:wide"], {}, r"'small:Own' and 'small:wide' are of different architectures \('.*' is \[12, 192\]"),
         ([OWN, "tiny"], {}, "are of different architectures .'.*' is only in "),
-        ([OWN, OWN], {"method": "greedy"}, "chosen on images: pass --val DATA"),
+        ([OWN, OWN], {"method": "greedy"}, "chosen on images: pass val=DATA"),
         ([OWN, OWN], {"method": "greed"}, "unknown method 'greed': did you mean 'greedy'"),
         ([OWN, OWN], {"by": "speed"}, "unknown measure 'speed'"),
     ],
@@ -90,8 +91,8 @@ def test_runs_of_different_models_are_refused_and_a_run_of_a_run_is_not(tmp_path
     prepared(tmp_path, model=str(tmp_path / "run0"), name="again", steps=2).run()
     with pytest.raises(UserError, match="were tuned from different models: a soup needs one"):
         soup(tmp_path, [str(tmp_path / "run0"), str(tmp_path / "run1")])
-    made, _ = soup(tmp_path, [str(tmp_path / "run0"), str(tmp_path / "again")])
-    assert len(made.tasted) == 2
+    made = soup(tmp_path, [str(tmp_path / "run0"), str(tmp_path / "again")])
+    assert len(made.summary.tasted) == 2
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(-3, 3))

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from robustvlm.commands.soup_work import root_of
 from robustvlm.core.probe import part
 from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.evaluation.certifying.ledger import CertifyLedger
-from robustvlm.evaluation.finetuning.souping import _root
 from robustvlm.models.saved import Card, write_card
 from robustvlm.runs.checksums import require_unchanged, write_checksums
 from robustvlm.runs.folder import RunFolder
@@ -234,6 +234,6 @@ def test_cards_that_lead_back_to_themselves_are_refused(tmp_path: Path, length: 
         folder.mkdir()
     for number, folder in enumerate(folders):
         write_card(folder, Card("build", base=str(folders[(number + 1) % length]), base_fingerprint="ab"))
-    for ask in (saved_model, _root):
+    for ask in (saved_model, root_of):
         with pytest.raises(UserError, match="stands on itself"):
             ask(str(folders[0]))

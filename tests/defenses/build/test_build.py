@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustvlm.commands.build import build
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, saved, smooth
 from robustvlm.defenses.build import Misfit, Recipe, build_pipeline
 from robustvlm.defenses.build.copying import copy_model
@@ -20,7 +21,6 @@ from robustvlm.defenses.immunity.files import card_settings, save_tensors
 from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, Purifier, PurifierShape
 from robustvlm.defenses.purify.parts import write_parts
 from robustvlm.errors import UserError
-from robustvlm.evaluation.assembling import assemble
 from robustvlm.evaluation.certifying.settings import Settings
 from robustvlm.evaluation.certifying.setup import settle_sigma
 from robustvlm.models.saved import Card, read_card, write_card
@@ -200,16 +200,17 @@ def test_an_interrupted_build_is_no_model(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_run_of_a_build_can_be_given_again(tmp_path: Path) -> None:
-    recipe = Recipe(ENCODER, purify=purified(tmp_path / "p"), smooth="0.25:2")
-    first = assemble(recipe, out=tmp_path / "runs", name="whole", device="cpu")
+    place = {"out": tmp_path / "runs", "name": "whole", "device": "cpu"}
+    recipe = {"purify": purified(tmp_path / "p"), "smooth": "0.25:2"}
+    first = build(ENCODER, **recipe, **place)
     before = logits(str(first.folder), images())
-    assert first.parts == (f"purifier {tmp_path}/p", f"encoder {ENCODER}", f"mapper {tmp_path}/p", "smoothing 0.25:2")
-    again = assemble(recipe, out=tmp_path / "runs", name="whole", device="cpu")
+    parts = [f"purifier {tmp_path}/p", f"encoder {ENCODER}", f"mapper {tmp_path}/p", "smoothing 0.25:2"]
+    assert first.summary.parts == parts
+    again = build(ENCODER, **recipe, **place)
     assert torch.equal(logits(str(again.folder), images()), before)
-    other = Recipe(ENCODER, smooth="0.25:2")
     with pytest.raises(UserError, match="--fresh"):
-        assemble(other, out=tmp_path / "runs", name="whole", device="cpu")
-    assemble(other, out=tmp_path / "runs", name="whole", device="cpu", fresh=True)
+        build(ENCODER, smooth="0.25:2", **place)
+    build(ENCODER, smooth="0.25:2", fresh=True, **place)
     assert not (tmp_path / "runs" / "whole" / "parts" / "purify").exists()
 
 

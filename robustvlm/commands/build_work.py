@@ -1,0 +1,99 @@
+"""The work of `robustvlm build`: copy the parts into one folder, which is then a model, and say what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.markup import escape
+
+from robustvlm.commands.build import BuildSettings
+from robustvlm.defenses.build import Recipe, build_pipeline
+from robustvlm.defenses.build.building import PARTS
+from robustvlm.defenses.purify import PurifiedVLM
+from robustvlm.evaluation.describe import facts_of
+from robustvlm.models import VLM
+from robustvlm.models.device import resolve_device
+from robustvlm.runs.files import write_text
+from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
+
+NAME = "summary.json"
+RESULTS = ()
+"""None: given again, the command copies the parts anew, which may have changed since."""
+
+
+class Pipeline(BaseModel):
+    """What `summary.json` holds: parts in the order in which an image passes them, the whole, and what does not fit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    parts: list[str]
+    model: dict[str, Any]
+    misfits: list[str] = []
+
+
+@dataclass(frozen=True)
+class BuildWork:
+    """A recipe, and where to try it out."""
+
+    facts: Facts
+    recipe: Recipe
+    device: torch.device
+    accept_misfits: bool
+
+    def run(self, session: Session) -> None:
+        """Copy the parts, and write down what they are."""
+        session.observer.begin("Copying the parts")
+        with session.results() as folder:
+            if (folder / PARTS).exists():
+                shutil.rmtree(folder / PARTS)
+            vlm, misfits = build_pipeline(self.recipe, folder, accept_misfits=self.accept_misfits, device=self.device)
+            record = Pipeline(
+                name=session.folder.name,
+                parts=_stages(self.recipe, vlm),
+                model=facts_of(vlm, "interpolation"),
+                misfits=[str(wrong) for wrong in misfits],
+            )
+            write_text(folder / NAME, record.model_dump_json(indent=2) + "\n")
+
+
+def open_work(settings: BuildSettings) -> BuildWork:
+    """Check the recipe; the parts are checked as they are put together."""
+    recipe = Recipe(settings.encoder, settings.purify, settings.smooth, settings.immunize)
+    facts = Facts((recipe.encoder, ""), settings.stored(), {"spec": recipe.encoder}, named_by_config=True)
+    return BuildWork(facts, recipe, resolve_device(settings.device), settings.accept_misfits)
+
+
+def _stages(recipe: Recipe, vlm: VLM) -> list[str]:
+    """Name what an image passes, in order."""
+    around = next((part for part in vlm.modules() if isinstance(part, PurifiedVLM)), None)
+    purifier = around is not None and around.purifier is not None
+    mapper = around is not None and around.mapper is not None
+    named = (
+        ("purifier", recipe.purify if purifier else None),
+        ("encoder", recipe.encoder),
+        ("mapper", recipe.purify if mapper else None),
+        ("adapter", recipe.immunize),
+        ("smoothing", recipe.smooth),
+        ("immunised head", recipe.immunize),
+    )
+    return [f"{what} {where}" for what, where in named if where is not None]
+
+
+def read_run(folder: Path) -> FinishedRun[Pipeline]:
+    """Read a pipeline's record back."""
+    return read_finished(folder, NAME, Pipeline, kind="build")
+
+
+def show(run: FinishedRun[Pipeline], console: Console) -> None:
+    """Print what does not fit, the parts, and where the model is."""
+    for wrong in run.summary.misfits:
+        console.print(f"[bold]Warning[/bold]: {escape(wrong)}", highlight=False)
+    console.print(f"Parts:  {escape(' > '.join(run.summary.parts))}", highlight=False)
+    console.print(f"Model:  {escape(str(run.folder))}", soft_wrap=True)

@@ -1,0 +1,90 @@
+"""`robustvlm tune-prompts`: prompts learnt from a few images a class, the encoders untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import model_validator
+
+from robustvlm.errors import UserError, setting
+from robustvlm.runs.command import Command
+from robustvlm.runs.settings import (
+    CLASSES,
+    DEVICE,
+    FRESH,
+    NAME,
+    OUT,
+    RECORD_AS_JSON,
+    SEED,
+    Settings,
+    argument,
+    option,
+)
+
+if TYPE_CHECKING:
+    from robustvlm.commands.prompts_work import PromptRecord
+    from robustvlm.runs.run import FinishedRun
+
+
+class PromptSettings(Settings):
+    """Learn context vectors in front of the class names from a few images a class; the run's folder is a model spec."""
+
+    model: str = argument("tiny", "An open_clip model or a folder on one; it stays as it is.")
+    data: str = option("emoji?split=train&copies=1", "Labelled images to learn from; `robustvlm data` lists the forms.")
+    classes: Path | None = CLASSES
+    val: str | None = option(None, "Images of the same classes to measure on, another style say.")
+    ood: list[str] = option([], "Unknown images to tell from those of --val; may be repeated.")
+    shots: int = option(16, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True)
+    context: int = option(4, "Number of context vectors (M).", at_least=1)
+    start: str = option("a picture of a", "Words that the context begins as.")
+    epochs: int = option(10, "Passes over the features.")
+    batch_size: int = option(256, "Features per step.")
+    lr: float = option(0.01, "Peak learning rate (Adam, cosine).")
+    lambda_ebm: float = option(10.0, "Weight of the energy term.")
+    ebm: bool = option(True, "With the EBM terms, or CoOp without them.")
+    c: int = option(2, "Largest cosines that the energy change as a score resets.", at_least=1)
+    seed: int = SEED
+    device: str = DEVICE
+    out: Path = OUT
+    name: str | None = NAME
+    fresh: bool = FRESH
+    as_json: bool = RECORD_AS_JSON
+
+    @property
+    def energy_weight(self) -> float | None:
+        """Lambda of the energy term; None for CoOp, without the EBM terms."""
+        return self.lambda_ebm if self.ebm else None
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> PromptSettings:
+        if self.ood and self.val is None:
+            raise UserError(
+                f"{setting('ood')} compares unknown images with known ones: pass {setting('val', 'DATA')} with known "
+                "images too"
+            )
+        return self
+
+    def stored(self, **resolved: Any) -> dict[str, Any]:
+        """Return what defines the run: no weight without the energy term, None for all images, c under its role."""
+        named = {"shots": self.shots or None, "energy_weight": self.energy_weight, "n_reset": self.c}
+        found = super().stored(**named, **resolved)
+        return {name: value for name, value in found.items() if name not in ("lambda_ebm", "ebm", "c")}
+
+
+TUNE_PROMPTS = Command("tune-prompts", PromptSettings, "robustvlm.commands.prompts_work")
+
+
+def tune_prompts(model: str = "tiny", **options: Any) -> FinishedRun[PromptRecord]:
+    """Learn prompts for a model, as `robustvlm tune-prompts` does; options by their names. The folder is a model spec.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model; a loss that is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> few = {"data": "emoji?split=train&styles=noto&copies=1", "epochs": 1, "shots": 1}
+        >>> tune_prompts("tiny", out=tempfile.mkdtemp(), **few).summary.images
+        101
+    """
+    return TUNE_PROMPTS.start(model=model, **options)

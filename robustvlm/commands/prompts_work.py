@@ -1,0 +1,257 @@
+"""The work of `robustvlm tune-prompts`: encode a few images a class once, learn a context, measure what it changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from robustvlm.commands.prompts import PromptSettings
+from robustvlm.core.foreign_text import without_secrets
+from robustvlm.data import UNKNOWN, DataSource, open_data
+from robustvlm.data.unlabelled import open_unlabelled
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.pipeline import split_spec
+from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
+from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
+from robustvlm.detect import auroc_interval, energy_change
+from robustvlm.errors import UserError, setting
+from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
+from robustvlm.evaluation.detecting.scoring import copies
+from robustvlm.evaluation.overlap import in_both
+from robustvlm.models import VLM, resolve_device
+from robustvlm.models.probe import probe_encoder
+from robustvlm.models.saved import CARD_NAME, Card, write_card
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.models.zoo import names_a_callable
+from robustvlm.runs.files import write_text
+from robustvlm.runs.observer import Observer
+from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
+from robustvlm.stats import Rate, rate
+
+NAME = "prompts.json"
+RESULTS = (NAME, CARD_NAME)
+
+
+class _Record(BaseModel):
+    """Part of a JSON record, in which what is None is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
+
+
+class PromptMeasures(_Record):
+    """Accuracy, and the AUROC of the energy change for each set of unknown images as (value, low, high)."""
+
+    accuracy: Rate
+    auroc: dict[str, list[float]] | None = None
+
+
+class PromptRecord(_Record):
+    """What `prompts.json` holds: images learnt from, mean losses of every epoch, and measures if there were images."""
+
+    format: int = 1
+    images: int
+    history: list[dict[str, float]]
+    zero_shot: PromptMeasures | None = None
+    tuned: PromptMeasures | None = None
+    notes: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class PromptWork:
+    """A run's facts, model, images and the context that is to be learnt."""
+
+    facts: Facts
+    settings: PromptSettings
+    tuning: TuneSettings
+    vlm: VLM
+    source: DataSource
+    learner: PromptLearner
+
+    def run(self, session: Session) -> None:
+        """Tune the prompts and save them.
+
+        Raises:
+            UserError: a class without an image, or a loss that is not finite.
+        """
+        shots = self._shots(session.observer)
+        history = self._tuned(shots, session.observer)
+        with torch.no_grad():
+            tuned = self.learner().cpu()
+        if not tuned.isfinite().all():
+            smaller = setting("lr")
+            raise UserError(f"the tuned prompts are not finite: pass a smaller {smaller} than {self.settings.lr:g}")
+        record = PromptRecord(images=len(shots.ids), history=history, **self._measured(tuned, shots))
+        with session.results() as folder:
+            self._save(folder, tuned, record)
+
+    def _shots(self, observer: Observer) -> Features:
+        """Return the features of the few images to learn from."""
+        chosen = frozenset(choose_shots(self.source, self.settings.shots or None, self.settings.seed))
+        observer.begin("Encoding", len(chosen))
+        done = 0
+
+        def on_images(count: int) -> None:
+            nonlocal done
+            observer.advance(count - done)
+            done = count
+
+        return encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=on_images)
+
+    def _tuned(self, shots: Features, observer: Observer) -> list[dict[str, float]]:
+        """Learn the context; return the mean losses of every epoch."""
+        observer.begin("Tuning", self.settings.epochs)
+        return tune(
+            self.learner,
+            shots.features,
+            shots.labels,
+            scale=self.vlm.logit_scale,
+            settings=self.tuning,
+            on_epoch=lambda _, terms: observer.advance(loss=f"{terms['loss']:.3f}"),
+        )
+
+    def _measured(self, tuned: Tensor, shots: Features) -> dict[str, Any]:
+        """Return accuracy and detection with the tuned and with the hand-written prompts, on `val` and `ood`."""
+        if self.settings.val is None:
+            return {}
+        known = encode_source(self.vlm, _matching(self.settings.val, self.source))
+        notes: list[str] = []
+        taught = set(in_both(self.settings.val, known.ids, self.settings.data, shots.ids))
+        if taught:
+            known = known.rows(
+                torch.tensor([row for row, name in enumerate(known.ids) if name not in taught], dtype=torch.int64)
+            )
+            notes.append(f"{len(taught)} images of --val taught the prompts and were left out")
+        if not known.ids:
+            raise UserError(
+                f"every image of {setting('val')} '{without_secrets(self.settings.val)}' taught the prompts: "
+                f"pass others, or fewer {setting('shots')}"
+            )
+        twins = copies(known.features, shots.features)
+        if twins:
+            notes.append(f"{twins} images of --val look to the model like images that taught the prompts")
+        unknown: dict[str, Features] = {}
+        for spec in self.settings.ood:
+            found = encode_source(self.vlm, open_unlabelled(spec, self.source.class_names))
+            name = without_secrets(spec)
+            unknown[name] = found.rows((found.labels < 0).nonzero().flatten())
+            left_out = len(found.ids) - len(unknown[name].ids)
+            if not unknown[name].ids:
+                raise UserError(f"every image of '{name}' is of a known class: pass others to {setting('ood')}")
+            if left_out:
+                notes.append(f"{left_out} images of '{name}' are of known classes and were left out")
+        parts = {without_secrets(self.settings.data): shots, without_secrets(self.settings.val): known, **unknown}
+        notes += [f"{p.unreadable} images of '{n}' could not be read" for n, p in parts.items() if p.unreadable]
+        plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
+        measures = {n: self._measures(known, unknown, texts) for n, texts in (("zero_shot", plain), ("tuned", tuned))}
+        return {**measures, "notes": notes}
+
+    def _measures(self, known: Features, unknown: dict[str, Features], texts: Tensor) -> PromptMeasures:
+        labelled = known.labels != UNKNOWN
+        hits = (known.features @ texts.T).argmax(dim=1)[labelled] == known.labels[labelled]
+        scores = self._scores(known, texts)[labelled.numpy()]
+        groups = [group for group, wanted in zip(known.groups, labelled.tolist(), strict=True) if wanted]
+        found: dict[str, list[float]] = {}
+        for spec, other in unknown.items():
+            against = self._scores(other, texts)
+            interval = auroc_interval(scores, against, known_groups=groups, unknown_groups=other.groups)
+            found[spec] = [interval.value, interval.low, interval.high]
+        return PromptMeasures(accuracy=rate(int(hits.sum()), len(hits)), auroc=found or None)
+
+    def _scores(self, images: Features, texts: Tensor) -> Any:
+        logits = self.vlm.logit_scale * images.features @ texts.T
+        return energy_change(logits, self.settings.c).double().numpy()
+
+    def _save(self, folder: Path, tuned: Tensor, record: PromptRecord) -> None:
+        """Write the prompts, then the record, and the card last: a folder with a card is whole."""
+        save_prompts(folder, self.learner.context, tuned)
+        write_text(folder / NAME, record.model_dump_json(indent=1) + "\n")
+        settings = {"class_names": list(self.source.class_names), "n_reset": self.settings.c, "prompts": PROMPTS}
+        probe = probe_encoder(self.vlm)
+        write_card(folder, Card("tune-prompts", self.settings.model, self.vlm.fingerprint, settings, probe))
+
+
+def open_work(settings: PromptSettings) -> PromptWork:
+    """Check all settings, open the data and load the model."""
+    tuning = TuneSettings(settings.epochs, settings.batch_size, settings.lr, settings.energy_weight, settings.seed)
+    base = split_spec(settings.model)[0]
+    if names_a_callable(base) and not Path(base).is_dir():
+        raise UserError(
+            f"prompts can be tuned for open_clip models, whose token embeddings can be reached; '{base}' is your own"
+        )
+    device = resolve_device(settings.device)
+    source = open_data(settings.data, classes=settings.classes)
+    val = None if settings.val is None else _matching(settings.val, source)
+    unknown = [open_unlabelled(spec, source.class_names) for spec in settings.ood]
+    vlm = load_pipeline(settings.model, device=device)
+    learner = PromptLearner(vlm, source.class_names, length=settings.context, start=settings.start, seed=settings.seed)
+    data = describe_data(source)
+    if val is not None:
+        data |= {"val": describe_data(val)}
+    if unknown:
+        data |= {"ood": [other.fingerprint() for other in unknown]}
+    facts = Facts(
+        (settings.model, settings.data),
+        settings.stored(device=str(device)),
+        {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale},
+        data,
+        probe=probe_of(vlm, source.class_names, source.templates),
+        remarks=remarks_of(source),
+    )
+    return PromptWork(facts, settings, tuning, vlm, source, learner)
+
+
+def _matching(spec: str, source: DataSource) -> DataSource:
+    """Open validation data, whose classes must be those of the data."""
+    found = open_data(spec)
+    if found.class_names != source.class_names:
+        raise UserError(
+            f"'{spec}' has other classes than '{source.spec}': validation needs the same, in the same order"
+        )
+    return found
+
+
+def read_run(folder: Path) -> FinishedRun[PromptRecord]:
+    """Read tuned prompts' record back."""
+    return read_finished(folder, NAME, PromptRecord, kind="tune-prompts")
+
+
+def show(run: FinishedRun[PromptRecord], console: Console) -> None:
+    """Print the loss, what changed on other images, and where the model is."""
+    record, settings = run.summary, run.manifest["config"]
+    loss = record.history[-1]["loss"]
+    console.print(Text(f"{record.images:,} images, loss {loss:.3f} in the last epoch"), soft_wrap=True)
+    if record.zero_shot is not None and record.tuned is not None:
+        table = Table()
+        for heading in ("measure", "hand-written prompts", "tuned"):
+            table.add_column(heading, justify="left" if heading == "measure" else "right")
+        both = (record.zero_shot, record.tuned)
+        table.add_row("accuracy", *(_rate(found.accuracy) for found in both))
+        for spec in record.tuned.auroc or {}:
+            cells = (_interval((found.auroc or {})[spec]) for found in both)
+            table.add_row(Text(f"AUROC of the energy change, {spec}"), *cells)
+        console.print(table)
+        console.print(Text(f"on {settings['val']}; 95 % intervals"), soft_wrap=True)
+    for note in record.notes or []:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    console.print(Text(f"model: {run.folder}"), soft_wrap=True)
+
+
+def _rate(found: Rate) -> str:
+    return f"{found.value:.1%} ({found.low:.1%} - {found.high:.1%})"
+
+
+def _interval(found: list[float]) -> str:
+    value, low, high = found
+    return f"{value:.3f} ({low:.3f} - {high:.3f})"

@@ -1,0 +1,264 @@
+"""The work of `robustvlm purify`: train both parts, write them as a model, and show what became of the score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from robustvlm.commands.purify import PurifySettings
+from robustvlm.commands.told import told
+from robustvlm.core.ranks import Ranks, current_ranks
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.pixels import to_pixels
+from robustvlm.data.source import Sample, select
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.purify import NoiseLevels, Parts, load_denoiser
+from robustvlm.defenses.purify.losses import MapperWeights, PurifierWeights
+from robustvlm.defenses.purify.parts import write_parts
+from robustvlm.defenses.purify.tasks import scores
+from robustvlm.defenses.purify.train import STAGES, Stage, check_encoder, train_parts
+from robustvlm.defenses.purify.train import PurifySettings as Stages
+from robustvlm.errors import BadSetting, UserError, nearest, setting
+from robustvlm.evaluation.describe import facts_of, probe_of
+from robustvlm.evaluation.finetuning.validation import held_out
+from robustvlm.evaluation.overlap import require_unseen_validation
+from robustvlm.models import VLM
+from robustvlm.models.device import device_of_rank, resolve_device
+from robustvlm.models.probe import probe_encoder
+from robustvlm.models.saved import Card, write_card
+from robustvlm.report.training_html import load_training_run, measure_rows, write_training_report
+from robustvlm.runs.files import write_text
+from robustvlm.runs.manifest import run_identity
+from robustvlm.runs.run import Facts, FinishedRun, Session
+from robustvlm.runs.training_summary import NAME, TrainingSummary
+from robustvlm.training import (
+    Measure,
+    TrainingConfig,
+    TrainingData,
+    TrainingImages,
+    TrainingObserver,
+    Validation,
+    ids_of,
+    parse_augmentation,
+)
+from robustvlm.training.history import History
+
+RESULTS = (NAME,)
+_AHEAD = 4
+
+read_run, write_report = load_training_run, write_training_report
+
+
+@dataclass(frozen=True)
+class PurifyWork:
+    """A run's facts, encoder and images.
+
+    Args:
+        images: to train on; held: pixels [N, 3, S, S] on which the score is watched.
+    """
+
+    facts: Facts
+    stages: Stages
+    encoder: VLM
+    images: TrainingData
+    held: Tensor
+
+    def run(self, session: Session) -> None:
+        """Train, or go on training, and write the model and its record."""
+        held = self.held.to(self.encoder.device)
+        before = scores(self.encoder, held, self.stages.levels)
+
+        def observe(stage: Stage) -> TrainingObserver:
+            session.observer.say(f"The {stage}:")
+            return told(session.observer)
+
+        # The checkpoints of the stages are needed only to go on.
+        parts, records = train_parts(
+            self.encoder,
+            self.images,
+            self.stages,
+            held,
+            session.path / "training",
+            ranks=session.ranks,
+            observe=observe,
+            run=run_identity(session.manifest),
+        )
+        if not session.ranks.leader:
+            return
+        history = joined({str(stage): record for stage, record in records.items()}, before)
+        with session.results() as folder:
+            write_parts(folder, parts)
+            write_card(folder, self._card(parts))
+            summary = self._summary(parts, history, session.ranks)
+            write_text(folder / NAME, summary.model_dump_json(indent=2) + "\n")
+
+    def _card(self, parts: Parts) -> Card:
+        return Card(
+            "purify",
+            base=self.facts.config["model"],
+            base_fingerprint=self.facts.model["fingerprint"],
+            settings=parts.settings(),
+            base_probe=probe_encoder(self.encoder),
+        )
+
+    def _summary(self, parts: Parts, history: History, ranks: Ranks) -> TrainingSummary:
+        sizes = _sizes(parts)
+        given = self.stages.levels.given
+        return TrainingSummary(
+            kind="purify",
+            method=" and ".join(self.stages.trained) or "denoiser",
+            settings=parts.settings() | {"parameters": sizes},
+            trained_parameters=sum(sizes.values()),
+            parameters=sum(sizes.values()) + sum(p.numel() for p in self.encoder.parameters()),
+            ranks=ranks.size,
+            best_by=f"score at {given[len(given) // 2]:g}",
+            steps=history.steps[-1].step if history.steps else 0,
+            history=history,
+        )
+
+
+def open_work(settings: PurifySettings) -> PurifyWork:
+    """Check all settings, open the data and load the encoder."""
+    stages, ranks = stages_of(settings), current_ranks()
+    for stage in stages.trained:
+        stages.config(stage).part_size(ranks.size)
+    device = device_of_rank(resolve_device(settings.device), ranks)
+    source, val = open_data(settings.data), None if settings.val is None else open_data(settings.val)
+    require_unseen_validation(val, source, val_limit=settings.val_limit, limit=settings.limit)
+    encoder = load_pipeline(settings.model, device=device)
+    check_encoder(encoder, stages)
+    images, held = _images(settings, source, val, encoder)
+    model, data = facts_of(encoder, "interpolation"), _describe(source)
+    if settings.denoiser is not None:
+        # Another denoiser of the same name makes another run, or the finished one would be handed back.
+        model["denoiser"] = load_denoiser(settings.denoiser, encoder.image_size, device).fingerprint
+    if val is not None:
+        data |= {"val": _describe(val)}
+    facts = Facts(
+        (settings.model, settings.data),
+        settings.stored(device=str(device)),
+        model,
+        data,
+        probe=probe_of(encoder),
+        remarks=source.remarks,
+    )
+    return PurifyWork(facts, stages, encoder, images, held)
+
+
+def stages_of(settings: PurifySettings) -> Stages:
+    """Return the settings of the two stages; UserError for values out of range, unknown words, or nothing to train.
+
+    Example:
+        >>> stages_of(PurifySettings(sigma=[0.5, 0.25])).levels
+        NoiseLevels(given=(0.25, 0.5))
+    """
+    parse_augmentation(settings.augment)
+    only = settings.only
+    if only is not None and only not in STAGES:
+        raise BadSetting("only", "takes purifier or mapper", got=f"'{only}': {nearest(only, STAGES)}")
+    same = ("batch_size", "ema", "precision", "accumulate", "seed", "validate_every", "checkpoint_every")
+    engine = {"final_lr": 0.01, "weight_decay": 0.01, **{name: getattr(settings, name) for name in same}}
+    return Stages(
+        levels=NoiseLevels.of(settings.sigma),
+        stages=tuple(stage for stage in STAGES if only in (None, stage)),
+        denoiser=settings.denoiser,
+        size=settings.size,
+        purifier=TrainingConfig(steps=settings.steps, lr=settings.lr, **engine),
+        mapper=TrainingConfig(steps=settings.mapper_steps, lr=settings.mapper_lr, **engine),
+        purifier_weights=PurifierWeights(
+            diffusion=settings.diffusion_weight, feature=settings.feature_weight, pixel=settings.pixel_weight
+        ),
+        mapper_weights=MapperWeights(statistics=settings.statistics_weight),
+    )
+
+
+def _images(
+    settings: PurifySettings, source: DataSource, val: DataSource | None, encoder: VLM
+) -> tuple[TrainingImages, Tensor]:
+    """Return the images to train on, and pixels [N, 3, S, S] of those to watch the score on; labels play no part."""
+    ids = ids_of(source)
+    ids = select(ids, settings.limit) if settings.limit is not None else ids
+    chosen = held_out(source, ids, settings.val_limit) if val is None else set()
+    if val is None and not chosen:
+        raise UserError(
+            f"'{settings.data}' is too small ({len(ids)} images) to hold a part out: pass {setting('val', 'DATA')}"
+        )
+    images = TrainingImages(
+        source,
+        size=encoder.framing,
+        seed=settings.seed,
+        how=parse_augmentation(settings.augment),
+        labelled=False,
+        ids=[name for name in ids if name not in chosen],
+        ahead=0 if encoder.device.type == "cpu" else _AHEAD,
+    )
+    items = source.samples(keep=chosen.__contains__) if val is None else val.samples(limit=settings.val_limit)
+    pixels = [to_pixels(item.image, encoder.framing) for item in items if isinstance(item, Sample)]
+    if not pixels:
+        raise UserError(f"'{settings.val or settings.data}' holds no readable image to watch the score on")
+    return images, torch.stack(pixels)
+
+
+def _describe(source: DataSource) -> dict[str, Any]:
+    """Return the facts that identify the images; classes play no part."""
+    ids = source.ids()
+    return {"spec": source.spec, "fingerprint": source.fingerprint(), "images": None if ids is None else len(ids)}
+
+
+def joined(records: Mapping[str, History], before: Mapping[str, Measure]) -> History:
+    """Return the stages as one training: steps counted on, terms named by their stage, seconds and passes added.
+
+    Args:
+        records: of every stage, in order. before: measures of the encoder alone, which stand at step 0.
+
+    Example:
+        >>> from robustvlm.training.history import StepEntry
+        >>> step = StepEntry(step=10, terms={"loss": 1.0}, learning_rate=0.1, gradient_norm=1.0)
+        >>> both = joined({"purifier": History(steps=[step]), "mapper": History(steps=[step])}, {"score": 0.5})
+        >>> [(entry.step, entry.terms) for entry in both.steps]
+        [(10, {'purifier loss': 1.0}), (20, {'mapper loss': 1.0})]
+    """
+    whole = History(validations=[Validation(step=0, measures=dict(before))])
+    done = 0
+    for stage, record in records.items():
+        for entry in record.steps:
+            terms = {f"{stage} {name}": value for name, value in entry.terms.items()}
+            whole.steps.append(entry.model_copy(update={"step": done + entry.step, "terms": terms}))
+        # What an untrained part does stands for nothing: the encoder alone is what training starts from.
+        later = [found for found in record.validations if found.step > 0]
+        whole.validations += [found.model_copy(update={"step": done + found.step}) for found in later]
+        whole.warnings += [warned.model_copy(update={"step": done + warned.step}) for warned in record.warnings]
+        done = whole.steps[-1].step if whole.steps else 0
+        whole.images += record.images
+        whole.passes += record.passes
+        whole.seconds += record.seconds
+        whole.validation_seconds += record.validation_seconds
+        whole.peak_memory = max(whole.peak_memory, record.peak_memory)
+        whole.skipped |= record.skipped
+    return whole
+
+
+def _sizes(parts: Parts) -> Mapping[str, int]:
+    """Return the number of parameters of the parts that are there."""
+    both = {"purifier": parts.purifier, "mapper": parts.mapper}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in both.items() if part is not None}
+
+
+def show(run: FinishedRun[TrainingSummary], console: Console) -> None:
+    """Print the score without and with the parts, and where the model is."""
+    table = Table(title="Gaussian robustness score, images held out")
+    for column in ("noise", "encoder alone", "this model"):
+        table.add_column(column, justify="left" if column == "noise" else "right")
+    for measure, *values in measure_rows(run.summary.history):
+        table.add_row(measure.removeprefix("score at "), *map(escape, values))
+    console.print(table)
+    folder, middle = escape(str(run.folder)), (run.summary.best_by or "").removeprefix("score at ")
+    console.print(f"Model:  {folder}, to be smoothed: {folder}+smooth:{middle}")
+    console.print(f"Report: {escape(str(run.report))}", soft_wrap=True)

@@ -1,0 +1,78 @@
+"""`robustvlm soup`: the average of several fine-tuned models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import model_validator
+
+from robustvlm.errors import UserError, nearest, setting
+from robustvlm.runs.command import Command
+from robustvlm.runs.settings import CLASSES, DEVICE, OUT, TEMPLATES, Settings, argument, option, shown_as, way
+
+if TYPE_CHECKING:
+    from robustvlm.commands.soup_work import Soup
+    from robustvlm.runs.run import FinishedRun
+
+METHODS = ("uniform", "greedy")
+MEASURES = {"robust": "robust accuracy", "clean": "clean accuracy"}
+
+
+class SoupSettings(Settings):
+    """Average the weights of models that were fine-tuned from one; the run's folder is a model spec."""
+
+    models: list[str] = argument(..., "Run folders, or specs, of one architecture.", metavar="RUN...")
+    method: str = option("uniform", "uniform (the mean of all), or greedy (each stays only if it does not harm).")
+    val: str | None = option(None, "Images to choose by and to measure on; greedy needs them.")
+    by: str = option("robust", "What greedy goes by: robust or clean accuracy.")
+    classes: Path | None = CLASSES
+    templates: Path | None = TEMPLATES
+    norm: str = option("Linf", "Linf or L2, of the attack that measures.")
+    eps: str | float = option("1/255", "Its radius.", typed=str)
+    val_steps: int = option(10, "Its PGD steps.", at_least=1, ranged=True)
+    limit: int = option(512, "Measure on at most this many images.", at_least=1, unit="images", ranged=True)
+    device: str = DEVICE
+    out: Path = OUT
+    name: str | None = way(None, "Name of the run [default: made from the settings].")
+    fresh: bool = way(False, "Delete an earlier run of this name.")
+    as_json: bool = shown_as(False, "Print the result as JSON.", flags=("--json",))
+
+    @model_validator(mode="after")
+    def _sensible(self) -> SoupSettings:
+        if self.val is None:
+            self.require_none(("classes", "templates"), f"is for {setting('val')}, and there is none")
+        if len(self.models) < 2:
+            raise UserError(f"a soup is made of at least 2 models, got {len(self.models)}")
+        for what, value, known in (("method", self.method, METHODS), ("measure", self.by, tuple(MEASURES))):
+            if value not in known:
+                raise UserError(f"unknown {what} '{value}': {nearest(value, known)}")
+        if self.method == "greedy" and self.val is None:
+            raise UserError(
+                f"a greedy soup is chosen on images: pass {setting('val', 'DATA')}, which none of the models was "
+                "trained on"
+            )
+        return self
+
+    def stored(self, **resolved: Any) -> dict[str, Any]:
+        """Return what defines the run; `resolved` holds norm, eps and device as they were understood."""
+        found = super().stored(**resolved)
+        return {"model": self.models[0], "data": found.pop("val"), **found}
+
+
+SOUP = Command("soup", SoupSettings, "robustvlm.commands.soup_work")
+
+
+def soup(models: Sequence[str], **options: Any) -> FinishedRun[Soup]:
+    """Average the weights of models, as `robustvlm soup` does; options by their names. The run's folder is a model.
+
+    Raises:
+        UserError: fewer than two models, different architectures, greedy without images, or other wrong options.
+
+    Example:
+        >>> import tempfile
+        >>> soup(["tiny", "tiny"], out=tempfile.mkdtemp()).summary.method
+        'uniform'
+    """
+    return SOUP.start(models=list(models), **options)

@@ -1,0 +1,196 @@
+"""The work of `robustvlm soup`: several models averaged, measured, written as a model, and how it is shown."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from robustvlm.attacks import ThreatModel, parse_norm
+from robustvlm.attacks.threat import one_radius
+from robustvlm.commands.soup import MEASURES, SoupSettings
+from robustvlm.core.reading import read_json
+from robustvlm.data import DataSource, open_data
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.finetune.saved import overlay, save_finetuned
+from robustvlm.defenses.finetune.soup import Tasting, averaged, greedy, require_alike
+from robustvlm.errors import UserError, setting
+from robustvlm.evaluation.describe import describe_data, probe_of
+from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, validation_images
+from robustvlm.models import VLM
+from robustvlm.models.device import resolve_device
+from robustvlm.models.probe import probe_encoder
+from robustvlm.models.saved import Card, read_card, require_ground
+from robustvlm.runs.files import write_text
+from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
+from robustvlm.stats import Mean, Rate
+from robustvlm.training import RobustValidation
+
+NAME = "soup.json"
+RESULTS = (NAME,)
+
+
+class Soup(BaseModel):
+    """What `soup.json` holds: the ingredients, each as it was tried, and measures of the soup if there were images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    tasted: list[Tasting]
+    measures: dict[str, Rate | Mean | float] = {}
+
+
+@dataclass(frozen=True)
+class SoupWork:
+    """A soup's facts and ingredients, and the images to measure it on, if there are any."""
+
+    facts: Facts
+    settings: SoupSettings
+    models: list[VLM]
+    threat: ThreatModel
+    source: DataSource | None
+
+    def run(self, session: Session) -> None:
+        """Average the models and write the mean as a model, with the record."""
+        with session.results() as folder:
+            soup = self._cook(folder)
+            write_text(folder / NAME, soup.model_dump_json(indent=2) + "\n")
+
+    def _cook(self, folder: Path) -> Soup:
+        specs, method = self.settings.models, self.settings.method
+        states = [
+            (spec, {key: value.clone() for key, value in vlm.state_dict().items()})
+            for spec, vlm in zip(specs, self.models, strict=True)
+        ]
+        require_alike(states)
+        _require_one_function(specs, self.models)
+        vlm = self.models[0]
+        fingerprint, probe = vlm.fingerprint, probe_encoder(vlm)
+        measure = None if self.source is None else self._measure(vlm, self.source)
+        tasted = [Tasting(spec, 0.0, True) for spec, _ in states]
+        if method == "uniform":
+            state = averaged([values for _, values in states])
+        else:
+            assert measure is not None
+            by = MEASURES[self.settings.by]
+            state, tasted = greedy(states, lambda values: _number(measure(values)[by]))
+        overlay(vlm, state, what="the soup")
+        made_of = {"method": method, "models": [step.name for step in tasted if step.kept]}
+        card = Card("soup", base=specs[0], base_fingerprint=fingerprint, settings=made_of, base_probe=probe)
+        save_finetuned(folder, vlm, card)
+        return Soup(method=method, tasted=tasted, measures={} if measure is None else dict(measure(state)))
+
+    def _measure(
+        self, vlm: VLM, source: DataSource
+    ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Rate | Mean | float]]:
+        """Return a function that puts weights into the model and measures it."""
+        images = validation_images(source, size=vlm.framing, limit=self.settings.limit)
+        robust = RobustValidation(images, self.threat, n_iter=self.settings.val_steps)
+        validation = ZeroShotValidation(vlm, source.class_names, source.templates, robust, texts_change=True)
+
+        def measure(state: Mapping[str, Tensor]) -> Mapping[str, Rate | Mean | float]:
+            overlay(vlm, dict(state), what="the soup")
+            return validation()
+
+        return measure
+
+
+def open_work(settings: SoupSettings) -> SoupWork:
+    """Check all settings, open the data and load the models."""
+    (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
+    device = resolve_device(settings.device)
+    source = None
+    if settings.val is not None:
+        source = open_data(settings.val, classes=settings.classes, templates=settings.templates)
+        _require_untaught(settings.models, source)
+    models = [load_pipeline(spec, device=str(device)) for spec in settings.models]
+    ingredients = {spec: vlm.fingerprint for spec, vlm in zip(settings.models, models, strict=True)}
+    facts = Facts(
+        (settings.models[0], settings.method),
+        settings.stored(norm=norm, eps=radius, eps_text=text, device=str(device)),
+        {"spec": settings.models[0], "fingerprint": models[0].fingerprint, "ingredients": ingredients},
+        {} if source is None else describe_data(source),
+        probe=_probe_of_all(models),
+    )
+    return SoupWork(facts, settings, models, ThreatModel(norm, radius), source)
+
+
+def read_run(folder: Path) -> FinishedRun[Soup]:
+    """Read a finished soup back."""
+    return read_finished(folder, NAME, Soup, kind="soup")
+
+
+def show(run: FinishedRun[Soup], console: Console) -> None:
+    """Print which models went into the soup, and what it measures."""
+    soup = run.summary
+    for step in soup.tasted:
+        value = f" {step.value:.1%}" if soup.method == "greedy" else ""
+        console.print(Text(f"{'+' if step.kept else '-'} {step.name}{value}"), soft_wrap=True)
+    for name, measure in soup.measures.items():
+        if isinstance(measure, Rate) and measure.value is not None:
+            console.print(Text(f"{name}: {measure.value:.1%} ({measure.low:.1%}-{measure.high:.1%})"), soft_wrap=True)
+    console.print(Text(f"Model: {run.folder}"), soft_wrap=True)
+
+
+def _probe_of_all(models: Sequence[VLM]) -> dict[str, Any]:
+    """Return the answers of every ingredient to fixed inputs, as one probe."""
+    probes = [probe_of(vlm) for vlm in models]
+    parts = {f"{name} (model {n})": part for n, one in enumerate(probes, 1) for name, part in one["parts"].items()}
+    return probes[0] | {"parts": parts}
+
+
+def _require_one_function(specs: Sequence[str], models: Sequence[VLM]) -> None:
+    """Refuse models that are not one function of their weights, or that were tuned from different models."""
+    first, roots = models[0], [root_of(spec) for spec in specs]
+    fixed = dict(first.named_buffers(recurse=False))  # such as the mean and std of pixels: no tuning changes them
+    for spec, vlm, root in zip(specs, models, roots, strict=True):
+        own = dict(vlm.named_buffers(recurse=False))
+        same = own.keys() == fixed.keys() and all(torch.equal(own[name], value) for name, value in fixed.items())
+        if not same or type(vlm) is not type(first) or _design(vlm) != _design(first):
+            raise UserError(
+                f"'{specs[0]}' and '{spec}' are not one function of their weights (preprocessing, activation, "
+                "tokenizer or temperature differ): a soup needs models tuned from one"
+            )
+        known = {one for one in (roots[0], root) if one is not None}
+        if len(known) > 1:
+            raise UserError(f"'{specs[0]}' and '{spec}' were tuned from different models: a soup needs one")
+
+
+def _design(vlm: VLM) -> list[str]:
+    """Return what decides the features beside weights; an own encoder counts its spec among that."""
+    return [text for text in vlm.design if text != vlm.spec]
+
+
+def root_of(spec: str) -> str | None:
+    """Return the fingerprint of the model that a run was tuned from, through all runs between; None if not known."""
+    found, folder = None, Path(spec)
+    while (card := read_card(folder) if folder.is_dir() else None) is not None and card.base is not None:
+        if found is None:
+            require_ground(folder, card)
+        found, folder = card.base_fingerprint, Path(card.base)
+    return found
+
+
+def _number(measure: Rate | Mean | float) -> float:
+    return float(measure if isinstance(measure, float) else measure.value or 0.0)
+
+
+def _require_untaught(specs: Sequence[str], source: DataSource) -> None:
+    """Refuse to choose or measure on the data that one of the runs was trained on, as their manifests name them."""
+    for spec in specs:
+        manifest = None
+        with contextlib.suppress(OSError, UserError):
+            manifest = read_json(Path(spec) / "manifest.json")
+        data = manifest.get("data") if isinstance(manifest, dict) else None
+        if isinstance(data, dict) and data.get("fingerprint") == source.fingerprint():
+            raise UserError(
+                f"'{spec}' was trained on '{source.spec}': pass {setting('val')} images that no run was trained on"
+            )

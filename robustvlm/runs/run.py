@@ -1,0 +1,232 @@
+"""A run of any command: its folder and manifest, and the one way to start it, go on with it and read it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from robustvlm.core.ranks import Ranks, current_ranks
+from robustvlm.core.reading import read_json
+from robustvlm.errors import UserError
+from robustvlm.runs.checksums import forget_checksums, require_unchanged, write_checksums
+from robustvlm.runs.command import Command
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import Manifest, make_manifest, read_manifest, require_shape
+from robustvlm.runs.observer import Observer
+from robustvlm.runs.settings import Settings
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What makes a run this run, and what its manifest says besides.
+
+    Args:
+        about: the two words of the default name, such as model and data.
+        config: the settings that decide the results, all resolved; its "device" is described in the manifest.
+        model, data: spec, fingerprint and what else describes them.
+        probe: what the model answers to fixed inputs; no part of the name.
+        remarks: what a reader has to know of the data; said before the work begins. None: the kind has none.
+        more: further entries of the manifest, which define nothing, such as the plan of a certificate.
+        named_by_config: the default name is a digest of the config alone, for what can be named before it is loaded.
+    """
+
+    about: tuple[str, str]
+    config: Mapping[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] | None = None
+    remarks: list[str] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+    named_by_config: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the default name is a digest of."""
+        facts = {} if self.named_by_config else {"model facts": self.model, "data facts": self.data}
+        return dict(self.config) | facts
+
+
+@dataclass(frozen=True)
+class Session:
+    """The run's folder in one process, held while work is done in it.
+
+    Args:
+        folder: where everything goes; manifest: the one on disk, an older one if the run is continued.
+        observer: told of the progress; silent on all ranks but the first.
+        ranks: this process among those of the job.
+    """
+
+    folder: RunFolder
+    manifest: Manifest
+    observer: Observer
+    ranks: Ranks
+
+    @property
+    def path(self) -> Path:
+        """The folder's path."""
+        return self.folder.path
+
+    @contextmanager
+    def results(self) -> Iterator[Path]:
+        """Yield the folder's path to write the final files into; afterwards their digests are written.
+
+        Until then the run has not ended, whatever was there before. For rank 0 only.
+        """
+        assert self.ranks.leader, "results are written by one process"
+        forget_checksums(self.path)
+        yield self.path
+        write_checksums(self.path, self.manifest)
+
+
+class Work(Protocol):
+    """What a command has made of its settings: checked, data opened, model loaded."""
+
+    @property
+    def facts(self) -> Facts:
+        """What makes the run this run."""
+
+    def run(self, session: Session, /) -> None:
+        """Do what is left to do, on every rank; rank 0 writes the results."""
+
+
+@dataclass(frozen=True)
+class FinishedRun(Generic[S]):
+    """A run read back from its folder: manifest and summary.
+
+    A kind with more to show, such as rows, has a class of its own that adds them.
+    """
+
+    folder: Path
+    manifest: Manifest
+    summary: S
+
+    @property
+    def name(self) -> str:
+        """The run's name: the one in its manifest, else that of its folder."""
+        return str(self.manifest.get("name") or self.folder.resolve().name)
+
+    @property
+    def kind(self) -> str:
+        """The command that made it."""
+        return str(self.manifest["kind"])
+
+    @property
+    def report(self) -> Path:
+        """Where its report is."""
+        return self.folder / "report.html"
+
+
+class Run:
+    """A run of any command: settings checked, model and data at hand, ready to start.
+
+    Under `torchrun` every process makes and starts it; rank 0 alone holds the lock, reports progress and writes the
+    results.
+
+    Args:
+        command: what to do; settings: its options.
+        given: the command line as it can be given again; "" for a user of the library.
+
+    Raises:
+        UserError: whatever is wrong with the settings; nothing has been written then.
+    """
+
+    def __init__(self, command: Command, settings: Settings, *, given: str = "") -> None:
+        out, name = Path(getattr(settings, "out", "runs")), getattr(settings, "name", None)
+        self.command, self.settings, self.ranks = command, settings, current_ranks()
+        if self.ranks.size > 1 and command.shares is None:
+            raise UserError(f"`robustvlm {command.name}` works in one process: start it without torchrun")
+        if name is not None:
+            RunFolder(out, name)
+        self.home = command.load()
+        self.work = self.home.open_work(settings)
+        facts = self.work.facts
+        self.folder = RunFolder(out, name or default_name(command.name, *facts.about, facts.identity))
+        self.manifest = make_manifest(
+            kind=command.name,
+            name=self.folder.name,
+            command=given,
+            config=facts.config,
+            model=facts.model,
+            data=facts.data,
+            probe=facts.probe,
+        )
+        self.manifest |= dict(facts.more)
+        if facts.remarks is not None:
+            self.manifest["remarks"] = facts.remarks
+
+    @property
+    def finished(self) -> bool:
+        """Whether all results are there, and are sealed; the report may still have to be made from them."""
+        return bool(self.home.RESULTS) and self.folder.holds(*self.home.RESULTS)
+
+    def start(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> FinishedRun[Any]:
+        """Start or go on, write results and report, and return the run; a finished one is only read.
+
+        Args:
+            fresh: delete an earlier run of this name first; resume: insist on one. Also where the settings say so.
+        """
+        with self.opened(observer, fresh=fresh, resume=resume) as session:
+            worked = not self.finished
+            if worked:
+                self.work.run(session)
+            session.ranks.barrier()
+            found = self.home.read_run(self.folder.path)
+            write = getattr(self.home, "write_report", None)
+            # A crash may have left the last file unwritten.
+            if write is not None and session.ranks.leader and (worked or not self.folder.report_path.exists()):
+                write(self.folder.path)
+        return found
+
+    @contextmanager
+    def opened(
+        self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False
+    ) -> Iterator[Session]:
+        """Hold the folder, its lock on rank 0, while all processes work on it; tell the others when this one fails."""
+        asked = self.settings.fresh_or_resume
+        fresh, resume, ranks = fresh or asked["fresh"], resume or asked["resume"], self.ranks
+        told = (observer if ranks.leader else None) or Observer()
+        try:
+            if ranks.leader:
+                with self.folder.opened(self.manifest, fresh=fresh, resume=resume) as known:
+                    ranks.barrier()
+                    yield Session(self.folder, known, told, ranks)
+                    ranks.barrier()
+            else:
+                ranks.barrier()
+                yield Session(self.folder, self.folder.joined(self.manifest), told, ranks)
+                ranks.barrier()
+        except BaseException as error:
+            ranks.fail(str(error) or "interrupted")
+            raise
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """Return the manifest of a run folder; UserError when there is none or it is damaged."""
+    try:
+        return read_manifest(folder / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it") from None
+
+
+def read_finished(folder: Path, name: str, shape: type[Any], *, kind: str) -> FinishedRun[Any]:
+    """Read a run whose summary is one JSON file; `shape` is the pydantic class of its content.
+
+    Raises:
+        UserError: no run of that kind, one that has not ended, or files that are damaged or not those that it wrote.
+    """
+    manifest = manifest_of(folder)
+    if manifest["kind"] != kind:
+        raise UserError(f"'{folder}' is no {kind} run: expected a run of kind '{kind}', got {manifest['kind']!r}")
+    advice = "delete it and give the run's command again"
+    try:
+        content = read_json(folder / name, advice=advice)
+    except FileNotFoundError:
+        raise UserError(f"the run '{folder}' has not ended: give its {kind} command again to go on") from None
+    require_shape(shape, content, folder / name, f": {advice}")
+    require_unchanged(folder, manifest, what=f"{kind} ")
+    return FinishedRun(folder, manifest, shape.model_validate(content))
