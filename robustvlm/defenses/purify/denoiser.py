@@ -8,14 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robustvlm.core.registry import names_a_callable
+from robustvlm.core.side_effects import same_process
 from robustvlm.errors import UserError
 from robustvlm.models.borrowed import own_copy
-from robustvlm.models.boundary import same_process
 from robustvlm.models.custom import create
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.hub import brief
 from robustvlm.models.reach import Reached, file_digest
-from robustvlm.models.zoo import names_a_callable
 
 _TRIAL_SIGMA = 0.25
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from scipy.stats import binom
 
-from robustvlm.attacks import PGD, LaneAttack, Probe
+from robustvlm.attacks import LaneAttack, Probe
 from robustvlm.attacks.sanity import Sanity
 from robustvlm.errors import UserError
 from robustvlm.runs.summary import Check
@@ -40,11 +39,7 @@ def require_independent_rows(found: Probe, model: str) -> None:
 
 def fit_for(attack: LaneAttack, found: Probe) -> LaneAttack:
     """Return the attack without shortcuts that only hold for deterministic models, if the model is random."""
-    if not found.random:
-        return attack
-    if isinstance(attack, PGD):
-        return dataclasses.replace(attack, detect_cycles=False)
-    return attack.exhaustive()
+    return attack.for_random_model() if found.random else attack
 
 
 def of_probe(found: Probe, *, eot: int = 1, draws: int = 1) -> list[Check]:
