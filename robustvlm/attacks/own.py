@@ -27,14 +27,16 @@ def is_foreign(thing: object) -> bool:
     return type(thing).__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
-def load_own_attack(spec: str) -> LaneAttack:
-    """Return the attack that `module:callable` makes, after a few steps of two lanes on made-up losses.
+def own_attack(spec: str, make: object) -> LaneAttack:
+    """Return the attack that a user's callable makes, after a few steps of two lanes on made-up losses.
 
     Raises:
-        UserError: it is not there, is no attack, or does not keep the contract of `LaneAttack`.
+        UserError: it fails, makes no attack, or does not keep the contract of `LaneAttack`.
     """
-    made = registry.create(spec, "an attack")
-    attack = registry.expect(spec, made, LaneAttack, "an attack", ("name", "n_iter", "objective", "begin", "advance"))
+    made = registry.call(spec, make, "an attack")
+    attack: LaneAttack = registry.expect(
+        spec, made, LaneAttack, "an attack", ("name", "n_iter", "objective", "begin", "advance")
+    )
     problems = [problem for problem in (_try_out(spec, attack, norm) for norm in NORMS) if problem is not None]
     if len(problems) == len(NORMS):  # one may know a single norm, and says so when it is asked for the other
         raise UserError(problems[0])

@@ -25,7 +25,7 @@ from robustvlm.attacks.base import ATTACKS, LaneAttack
 from robustvlm.attacks.external.catalog import PACKAGES
 from robustvlm.attacks.external.spec import ExternalAttack, is_external, parse_external
 from robustvlm.attacks.options import MOST, check, options_of, read_option, require_once
-from robustvlm.attacks.own import load_own_attack
+from robustvlm.attacks.own import own_attack
 from robustvlm.core.registry import load, names_a_callable
 from robustvlm.errors import UserError
 
@@ -123,11 +123,10 @@ def _with(member: str, option: str) -> str:
 
 def _parse(text: str, steps: int | None, restarts: int | None) -> LaneAttack:
     name, *options = text.split(":")
-    if name not in ATTACKS and options and names_a_callable(f"{name}:{options[0]}"):
+    if name not in ATTACKS and options and "=" not in options[0] and names_a_callable(f"{name}:{options[0]}"):
         name, options = f"{name}:{options[0]}", options[1:]
-        attack = load_own_attack(name)
-    else:
-        attack = load(name, ATTACKS, "attack", also=(*PLANS, *PACKAGES))()
+    made = load(name, ATTACKS, "attack", also=(*PLANS, *PACKAGES))
+    attack = made() if name in ATTACKS else own_attack(name, made)
     changes: dict[str, Any] = {"name": text}
     if steps is not None and name != "fgsm" and attack.uses_gradient:
         changes["n_iter"] = steps

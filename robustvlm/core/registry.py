@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.side_effects import same_process, same_random_state
-from robustvlm.core.user_code import import_user_module, no_exit
+from robustvlm.core.user_code import import_user_module, may_be_imported, no_exit
 from robustvlm.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -90,6 +90,16 @@ def names_a_callable(spec: str) -> bool:
     return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
 
 
+def names_own(spec: str) -> bool:
+    """Whether a spec is `module:callable` with a module that is there, so that it can hardly mean anything else.
+
+    Example:
+        >>> names_own("json:loads"), names_own("targetd:cat")
+        (True, False)
+    """
+    return names_a_callable(spec) and may_be_imported(spec)
+
+
 def load(name: str, table: Mapping[str, T], what: str, *, also: Iterable[str] = ()) -> T | Any:
     """Return the entry of a table, or the object that `module:callable` names.
 
@@ -109,9 +119,13 @@ def load(name: str, table: Mapping[str, T], what: str, *, also: Iterable[str] = 
     """
     if name in table:
         return table[name]
-    if names_a_callable(name):
+    if names_own(name):
         return resolve(name)
-    raise UserError(f"unknown {what} '{name}': {nearest(name, [*table, *also])}")
+    known = [*table, *also]
+    if names_a_callable(name):
+        kind, where = name.partition(":")[0], "neither in this folder nor among the installed packages"
+        raise UserError(f"unknown {what} '{name}': {nearest(kind, known)} (of your own: no module '{kind}', {where})")
+    raise UserError(f"unknown {what} '{name}': {nearest(name, known)}")
 
 
 def resolve(spec: str) -> Any:
@@ -161,7 +175,7 @@ def call(spec: str, target: Any, what: str, *given: Any, **options: Any) -> Any:
         raise UserError(f"'{spec}' failed: {type(error).__name__}: {one_line(error)}") from error
 
 
-def expect(spec: str, thing: Any, kind: type[T], what: str, has: Iterable[str] = ()) -> T:
+def expect(spec: str, thing: Any, kind: type, what: str, has: Iterable[str] = ()) -> Any:
     """Return a user's object if it keeps the contract of its kind; a UserError says in one line which that is.
 
     Example:

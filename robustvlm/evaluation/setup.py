@@ -27,7 +27,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
-from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
+from robustvlm.evaluation.describe import code_facts, describe_data, probe_of, remarks_of
 from robustvlm.evaluation.prepared import Prepared
 from robustvlm.evaluation.scrutiny import MODES, STAND_INS
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -107,7 +107,7 @@ def prepare(
     source = open_data(data, classes=classes, templates=templates, tree=tree)
     classifier = load_classifier(model, source.class_names, source.templates, device=device)
     size = resolution or classifier.image_size
-    model_facts = _describe_model(classifier)
+    model_facts = _describe_model(classifier) | code_facts([goal, *(item.name for item in attacks)])
     data_facts = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)

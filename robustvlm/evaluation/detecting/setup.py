@@ -13,7 +13,7 @@ from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import outside, read_words, tree_words
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
+from robustvlm.evaluation.describe import code_facts, describe_data, probe_of, remarks_of
 from robustvlm.evaluation.detecting.run import PreparedDetect
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.models.device import resolve_device
@@ -73,7 +73,8 @@ def prepare_detect(
         device=device,
         under_attack=under_attack,
     )
-    model_facts = _describe_model(classifier)
+    attacked = [] if under_attack is None else under_attack.attack
+    model_facts = _describe_model(classifier) | code_facts([*config.scores, *attacked])
     data_facts = describe_data(known) | {
         "unknown": {named.name: source.fingerprint() for named, source in unknown},
         "fit": None if fit is None else fit.fingerprint(),
