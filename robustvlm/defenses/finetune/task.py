@@ -13,6 +13,7 @@ from robustvlm.data.taxonomy import Forest
 from robustvlm.defenses.finetune.inner_attack import InnerAttack
 from robustvlm.defenses.finetune.methods import Materials, Method, find_method
 from robustvlm.defenses.finetune.trainable import make_trainable, parse_trainable, vision_module
+from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.training import Draws, Measure, Task
@@ -61,7 +62,12 @@ class FinetuneTask(Task):
 
     def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
         del step
-        return self.method.terms(pixels, labels, draws)
+        terms = self.method.terms(pixels, labels, draws)
+        scalars = isinstance(terms, Mapping) and all(isinstance(t, Tensor) and not t.ndim for t in terms.values())
+        if not scalars or "loss" not in terms or not terms["loss"].requires_grad:
+            name, got = type(self.method).__name__, list(terms) if scalars else type(terms).__name__
+            raise UserError(f"the method {name} must return scalars, 'loss' with a gradient among them: got {got}")
+        return terms
 
     def validate(self) -> Mapping[str, Measure]:
         return self.method.measures()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from robustvlm.attacks.own import is_foreign
 from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
@@ -73,7 +74,7 @@ def prepare_detect(
         device=device,
         under_attack=under_attack,
     )
-    attacked = [] if under_attack is None else under_attack.attack
+    attacked = [item.name for item in settings.attacks() if is_foreign(item)] if settings.under_attack else []
     model_facts = _describe_model(classifier) | code_facts([*config.scores, *attacked])
     data_facts = describe_data(known) | {
         "unknown": {named.name: source.fingerprint() for named, source in unknown},
