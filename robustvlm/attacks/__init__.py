@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD
 from robustvlm.attacks.apgd_targeted import TargetedAPGD
-from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.base import ATTACKS, LaneAttack
 from robustvlm.attacks.external import (
     ExternalAttack,
     ExternalEngine,
@@ -17,6 +17,7 @@ from robustvlm.attacks.external import (
     require_norm,
 )
 from robustvlm.attacks.fab import FAB
+from robustvlm.attacks.fmn import FMN
 from robustvlm.attacks.goals import (
     AcceptedMistake,
     Case,
@@ -33,9 +34,10 @@ from robustvlm.attacks.goals import (
 from robustvlm.attacks.jobs import FAILED, FOOLED, ROBUST, Job, Result
 from robustvlm.attacks.lanes import LaneEngine
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, margin, objective, target_classes
+from robustvlm.attacks.options import Option
 from robustvlm.attacks.oracle import PRECISIONS, Oracle
 from robustvlm.attacks.pgd import PGD
-from robustvlm.attacks.plan import ATTACKS, PLANS, Attack, Plan, parse_attacks, recommended_eot
+from robustvlm.attacks.plan import PLANS, Attack, Plan, parse_attacks, recommended_eot
 from robustvlm.attacks.probe import Probe, probe
 from robustvlm.attacks.square import Square
 from robustvlm.attacks.tally import Answer
@@ -47,6 +49,7 @@ __all__ = [
     "DEFAULT_EPS",
     "FAB",
     "FAILED",
+    "FMN",
     "FOOLED",
     "NORMS",
     "OBJECTIVES",
@@ -70,6 +73,7 @@ __all__ = [
     "LaneEngine",
     "Misclassify",
     "Objective",
+    "Option",
     "Oracle",
     "Plan",
     "Probe",

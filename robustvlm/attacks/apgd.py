@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import LaneAttack, State
+from robustvlm.attacks.base import ATTACKS, LaneAttack, State
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, pixel_box, project, random_start
 
@@ -95,6 +95,10 @@ class APGD(LaneAttack):
             x,
             grad,
         )
+
+
+ATTACKS["apgd-ce"] = APGD
+ATTACKS["apgd-dlr"] = lambda: APGD(name="apgd-dlr", objective=objective("dlr"))
 
 
 def _review_tables(n_iter: int) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from robustvlm.attacks.apgd import APGD
-from robustvlm.attacks.base import DONE, State
+from robustvlm.attacks.base import ATTACKS, DONE, State
 from robustvlm.attacks.boundary import boundary_step, lengths
 from robustvlm.attacks.objectives import Objective, objective
+from robustvlm.attacks.options import MOST, Option
 from robustvlm.attacks.reach import FIRST_STEP, learn, nothing_known, out_of_reach, reach
 from robustvlm.attacks.threat import ThreatModel, per_image
 
@@ -40,8 +42,8 @@ class TargetedAPGD(APGD):
 
     name: str = "apgd-t"
     objective: Objective = objective("dlr-t")
-    n_targets: int = 9
-    futility: bool = True
+    n_targets: Annotated[int, Option("targets", least=1, most=MOST)] = 9
+    futility: Annotated[bool, Option("futility")] = True
 
     @property
     def leaves_ball(self) -> bool:
@@ -94,3 +96,6 @@ class TargetedAPGD(APGD):
 
     def _walks(self) -> bool:
         return self.futility and self.objective.signed
+
+
+ATTACKS["apgd-t"] = TargetedAPGD

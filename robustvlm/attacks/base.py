@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from robustvlm.attacks.objectives import Objective
+from robustvlm.attacks.options import MOST, Option
 from robustvlm.attacks.threat import ThreatModel
+from robustvlm.core.registry import Table
 
 # Everything an attack remembers of its lanes: named tensors with the lane as first dimension. "x0" is the clean
 # image and "x" the point to evaluate next; the rest is the attack's own.
@@ -25,16 +28,17 @@ class LaneAttack(ABC):
 
     A job (one image) consists of `n_runs` sub-runs (restarts or targets); a sub-run evaluates its start and then
     `n_iter` further points. The engine evaluates all lanes in one batched pass, records successes and the best
-    iterate, and calls `advance`. Both functions must treat lanes independently of each other.
+    iterate, and calls `advance`. Both functions must treat lanes independently of each other. Fields that a user may
+    set are declared with `Option`; `docs/extend.md` shows a whole attack.
     """
 
     # False: the attack asks for losses only, and the engine makes forward passes; `grad` is then empty.
     uses_gradient: ClassVar[bool] = True
 
     name: str
-    n_iter: int
-    n_restarts: int = 1
-    objective: Objective
+    n_iter: Annotated[int, Option("steps", least=1, most=MOST)]
+    n_restarts: Annotated[int, Option("restarts", least=1, most=MOST)] = 1
+    objective: Annotated[Objective, Option("objective")]
 
     def n_runs(self, n_classes: int) -> int:
         """Return how many sub-runs one image gets when the goal tells `n_classes` outcomes apart."""
@@ -60,7 +64,7 @@ class LaneAttack(ABC):
         return self
 
     def for_random_model(self) -> LaneAttack:
-        """Return the attack without shortcuts that only hold for deterministic models."""
+        """Return the attack without shortcuts that only hold for models that answer the same question alike."""
         return self.exhaustive()
 
     def away_from_image(self) -> LaneAttack:
@@ -83,3 +87,7 @@ class LaneAttack(ABC):
 
         A bool tensor under `DONE` ends the sub-runs of the lanes where it is true.
         """
+
+
+ATTACKS: Table[Callable[[], LaneAttack]] = Table(__package__)
+"""How every attack of this package is made, by name: each adds itself in its own file."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import DONE, LaneAttack, State
+from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, State
 from robustvlm.attacks.boundary import boundary_step, lengths
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, objective
+from robustvlm.attacks.options import MOST, Option
 from robustvlm.attacks.reach import learn, nothing_known, out_of_reach
 from robustvlm.attacks.threat import ThreatModel, random_start
 from robustvlm.errors import UserError
@@ -54,12 +56,12 @@ class FAB(LaneAttack):
     name: str = "fab-t"
     n_iter: int = 100
     objective: Objective = objective("margin-t")
-    n_targets: int | None = 9
+    n_targets: Annotated[int | None, Option("targets", least=1, most=MOST)] = 9
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
     random_start: bool = False
-    futility: bool = True
+    futility: Annotated[bool, Option("futility")] = True
 
     def __post_init__(self) -> None:
         if not self.objective.signed:
@@ -106,3 +108,7 @@ class FAB(LaneAttack):
 
     def _gives_up(self) -> bool:
         return self.futility and self.n_targets is not None
+
+
+ATTACKS["fab-t"] = FAB
+ATTACKS["fab"] = lambda: FAB(name="fab", objective=objective("margin"), n_targets=None)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from robustvlm.attacks import own
 from robustvlm.attacks.base import DONE, LaneAttack, State
 from robustvlm.attacks.boundary import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
@@ -119,7 +120,7 @@ class LaneEngine:
         """Return the state of a lane at the start of its current sub-run."""
         x0 = lane.job.pixels[None].to(self.oracle.dtype)
         draws = generator(self.seed, lane.job.image_id, self.attack.name, lane.run)
-        state = self.attack.begin(x0, self.threat, draws, lane.run)
+        state = own.begin(self.attack, x0, self.threat, draws, lane.run)
         return {name: value.to(self.oracle.device) for name, value in state.items()}
 
     def _advance(self) -> list[Result]:
@@ -132,7 +133,7 @@ class LaneEngine:
         gradient = self.attack.uses_gradient
         answer, loss, grad = self._look(state["x"], case, batch_sizes(self.rungs, used), gradient=gradient)
         outcomes = self._observe(state, answer, used, passes=self.oracle.look_passes * (2 if gradient else 1))
-        state = self.attack.advance(state, loss, grad, step, self.threat)
+        state = own.advance(self.attack, state, loss, grad, step, self.threat)
         self._state = {name: value[:used] for name, value in state.items()}
         self._move_on(outcomes)
         share = (time.perf_counter() - began) / used
@@ -175,7 +176,9 @@ class LaneEngine:
         for lane in self._lanes:
             lane.passes += passes
         x = state["x"]
-        counts = _inside(x, state["x0"], self.threat) if self.attack.leaves_ball else torch.ones_like(answer.reached)
+        # A user's attack may say that it stays in the ball; only what lies there counts all the same.
+        measured = self.attack.leaves_ball or own.is_foreign(self.attack)
+        counts = _inside(x, state["x0"], self.threat) if measured else torch.ones_like(answer.reached)
         counts |= ~answer.finite
         if not self.oracle.confirmed:
             doubtful = torch.nonzero(((answer.reached & counts) | ~answer.finite)[:used]).flatten()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import DONE, LaneAttack, State
+from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, State
 from robustvlm.attacks.objectives import Objective, objective
+from robustvlm.attacks.options import MOST, Option
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, pixel_box, project, random_start
 
 # Lattice coordinates are whole numbers held in floats; this keeps them exactly representable in float32.
 _LARGEST_COORDINATE = 2.0**22
 _FINEST_BITS = 16
+_WHY = "the least to move a bright pixel in float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class PGD(LaneAttack):
     name: str = "pgd"
     n_iter: int = 20
     objective: Objective = objective("ce")
-    step_size: float | None = None
+    step_size: Annotated[float | None, Option("step_size", above=0, least=1e-7, most=MOST, why=_WHY)] = None
     random_start: bool = True
     image_first: bool = True
     detect_cycles: bool = True
@@ -100,6 +103,10 @@ class PGD(LaneAttack):
     def _quantum(self, threat: ThreatModel) -> float:
         bits = math.floor(math.log2(_LARGEST_COORDINATE * min(1.0, self._step(threat) / threat.eps)))
         return float(self._step(threat) / 2 ** max(0, min(_FINEST_BITS, bits)))
+
+
+ATTACKS["pgd"] = PGD
+ATTACKS["fgsm"] = lambda: PGD(name="fgsm", n_iter=1, random_start=False)
 
 
 def _place(state: State, quantum: float) -> Tensor:

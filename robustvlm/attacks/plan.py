@@ -10,38 +10,24 @@
 All with 100 iterations. AutoAttack: Croce & Hein 2020, arXiv 2003.01690; FARE: Schlarmann et al. 2024, arXiv
 2402.12336. A plan is short for its list: images pass from one attack to the next as in any list, and each attack has
 its own line in the report. With fewer than 10 classes there is one sub-run per wrong class.
+
+Your own attack is named `module:callable[:key=value...]`. One of this package stands in a file of this folder and adds
+itself to `ATTACKS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from robustvlm.attacks.apgd import APGD
-from robustvlm.attacks.apgd_targeted import TargetedAPGD
-from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.base import ATTACKS, LaneAttack
 from robustvlm.attacks.external.catalog import PACKAGES
 from robustvlm.attacks.external.spec import ExternalAttack, is_external, parse_external
-from robustvlm.attacks.fab import FAB
-from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.options import MOST, check, options_of, read_option, require_once
-from robustvlm.attacks.pgd import PGD
-from robustvlm.attacks.square import Square
-from robustvlm.errors import UserError, nearest
-
-_FACTORIES: dict[str, Callable[[], LaneAttack]] = {
-    "fgsm": lambda: PGD(name="fgsm", n_iter=1, random_start=False),
-    "pgd": lambda: PGD(),
-    "apgd-ce": lambda: APGD(name="apgd-ce", objective=objective("ce")),
-    "apgd-dlr": lambda: APGD(name="apgd-dlr", objective=objective("dlr")),
-    "apgd-t": lambda: TargetedAPGD(),
-    "fab": lambda: FAB(name="fab", objective=objective("margin"), n_targets=None),
-    "fab-t": lambda: FAB(),
-    "square": lambda: Square(),
-}
-ATTACKS = tuple(_FACTORIES)
+from robustvlm.attacks.own import own_attack
+from robustvlm.core.registry import load, names_a_callable
+from robustvlm.errors import UserError
 
 # An attack of a run: in lanes, or of a published package.
 Attack: TypeAlias = LaneAttack | ExternalAttack
@@ -122,7 +108,7 @@ def _expand(text: str) -> list[str]:
     members = list(PLANS[name].attacks)
     for option in options:
         key = option.partition("=")[0]
-        takes = [key in options_of(_FACTORIES[member.split(":")[0]]()) for member in members]
+        takes = [key in options_of(ATTACKS[member.split(":")[0]]()) for member in members]
         if not any(takes):
             raise UserError(f"unknown option '{option}' of plan '{name}': none of {', '.join(members)} has it")
         members = [_with(member, option) if has else member for member, has in zip(members, takes, strict=True)]
@@ -137,9 +123,10 @@ def _with(member: str, option: str) -> str:
 
 def _parse(text: str, steps: int | None, restarts: int | None) -> LaneAttack:
     name, *options = text.split(":")
-    if name not in _FACTORIES:
-        raise UserError(f"unknown attack '{name}': {nearest(name, [*ATTACKS, *PLANS, *PACKAGES])}")
-    attack = _FACTORIES[name]()
+    if name not in ATTACKS and options and "=" not in options[0] and names_a_callable(f"{name}:{options[0]}"):
+        name, options = f"{name}:{options[0]}", options[1:]
+    made = load(name, ATTACKS, "attack", also=(*PLANS, *PACKAGES))
+    attack = made() if name in ATTACKS else own_attack(name, made)
     changes: dict[str, Any] = {"name": text}
     if steps is not None and name != "fgsm" and attack.uses_gradient:
         changes["n_iter"] = steps

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from robustvlm.attacks import square_futility, square_l2, square_linf
-from robustvlm.attacks.base import DONE, LaneAttack, State
+from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, State
 from robustvlm.attacks.objectives import Objective, objective
+from robustvlm.attacks.options import Option
 from robustvlm.attacks.threat import ThreatModel, per_image, pixel_box
 
 # The share of pixels that a square covers is halved after these queries of 10,000 (section 5 of the paper).
@@ -59,8 +60,8 @@ class Square(LaneAttack):
     name: str = "square"
     n_iter: int = 5000
     objective: Objective = objective("margin")
-    p_init: float = 0.8
-    futility: bool = True
+    p_init: Annotated[float, Option("p_init", above=0, most=1)] = 0.8
+    futility: Annotated[bool, Option("futility")] = True
 
     def exhaustive(self) -> LaneAttack:
         return replace(self, futility=False)
@@ -110,6 +111,9 @@ class Square(LaneAttack):
         if threat.norm == "Linf":
             return square_linf.propose(best, state["low"], state["high"], side, draws)
         return square_l2.propose(best, state["x0"], side, draws, threat)
+
+
+ATTACKS["square"] = Square
 
 
 @lru_cache(maxsize=32)

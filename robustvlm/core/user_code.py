@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -11,6 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from robustvlm.errors import UserError
@@ -80,11 +83,41 @@ def import_user_module(spec: str) -> ModuleType:
     """
     module = spec.partition(":")[0]
     _permit(spec)
+    _search_here()
+    with no_exit(f"importing '{module}'"):
+        return importlib.import_module(module)
+
+
+def may_be_imported(spec: str) -> bool:
+    """Whether there is a module, or the package around it, of a `module:callable` spec; nothing of it is run.
+
+    Example:
+        >>> may_be_imported("json.decoder:JSONDecoder"), may_be_imported("no_such_module:thing")
+        (True, False)
+    """
+    top = re.split(r"[.:]", spec, maxsplit=1)[0]
+    _search_here()
+    try:
+        return top in sys.modules or importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def file_digest(module: str) -> str:
+    """Return the digest of the file of an imported module, "" where there is none.
+
+    Example:
+        >>> len(file_digest("robustvlm.errors")), file_digest("builtins")
+        (32, '')
+    """
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest() if file and Path(file).is_file() else ""
+
+
+def _search_here() -> None:
     if os.getcwd() not in sys.path:
         # The installed command does not have the current folder on its path, as `python script.py` would.
         sys.path.insert(0, os.getcwd())
-    with no_exit(f"importing '{module}'"):
-        return importlib.import_module(module)
 
 
 @contextmanager

@@ -82,6 +82,8 @@ class DataSource(ABC):
         """What the source itself calls its classes (folder names, text labels), where that differs from the names."""
         self.remarks: list[str] = []
         """What a reader of any result has to know of the data: what was left aside, how names were understood."""
+        self.code = ""
+        """Digest of the file that a user's own source stands in: part of what the data is known by."""
         self._label_of: tuple[int, ...] | None = None
 
     def ids(self) -> list[str] | None:
@@ -205,7 +207,8 @@ class DataSource(ABC):
         kind = self.spec.partition(":")[0].partition("?")[0]
         digest = hashlib.blake2b(digest_size=16)
         moved = () if self._label_of is None else (f"labels {self._label_of}",)
-        for part in (kind, *self.class_names, *moved, "|", *self._identity()):
+        code = (f"code {self.code}",) if self.code else ()
+        for part in (kind, *self.class_names, *moved, *code, "|", *self._identity()):
             text = part.encode("utf-8", "surrogateescape")
             digest.update(len(text).to_bytes(8, "big") + text)
         return digest.hexdigest()

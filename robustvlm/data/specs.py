@@ -9,7 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
+from robustvlm.core import registry
 from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.user_code import file_digest
 from robustvlm.data.classes import known_forest, read_class_names, recognise, usual_names, what_changed
 from robustvlm.data.labels import Own, settle_names
 from robustvlm.data.names import check_names, clean_name
@@ -26,6 +28,8 @@ _OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
 @dataclass(frozen=True)
 class Spec:
     """A parsed data spec `KIND[:REST][?key=value&key=value]`; values may be percent-encoded.
+
+    Of a source of your own, `MODULE:CALLABLE[?key=value]`, the module is the kind.
 
     `text` is without the passwords and signatures of URLs: it is what is stored and shown. `rest` has them.
 
@@ -70,7 +74,7 @@ def parse_spec(text: str) -> Spec:
     if not mark or not _OPTIONS.fullmatch(tail) or _is_query(body, tail):
         body, tail = text, ""
     kind, _, rest = body.partition(":")
-    if kind not in KINDS:
+    if kind not in KINDS and not registry.names_own(body):
         raise UserError(f"unknown data kind '{kind}': {_hint(text, kind)}")
     pairs = [pair.split("=", 1) for pair in tail.split("&") if pair]
     options = {name: unquote(value) for name, value in pairs}
@@ -94,8 +98,7 @@ def open_data(
         >>> source.tree[0].ancestor(source.class_names[0], 1)
         'mammal'
     """
-    parsed = parse_spec(spec)
-    source = KINDS[parsed.kind](parsed)
+    source = open_raw(parse_spec(spec))
     _settle(source, classes, f"'{spec}'")
     source.check()
     known = recognise(source.class_names) if source.tree is None else None
@@ -107,6 +110,26 @@ def open_data(
         source.templates = read_templates(templates)
     if tree is not None:
         source.tree = load_forest(tree, source.class_names)
+    return source
+
+
+def open_raw(spec: Spec) -> DataSource:
+    """Return the source of a spec as it describes itself, its class names unsettled."""
+    return KINDS[spec.kind](spec) if spec.kind in KINDS else _own(spec)
+
+
+def _own(spec: Spec) -> DataSource:
+    """Return the user's own source: `module:callable` is called with the options, as texts."""
+    name = f"{spec.kind}:{spec.rest}"
+    made = registry.call(name, registry.resolve(name), "a data source", **spec.options)
+    has = ("ids", "_stream", "class_names")
+    source: DataSource = registry.expect(name, made, DataSource, "a data source", has)
+    ids = registry.call(name, source.ids, "ids")
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(item, str) for item in ids)):
+        raise UserError(f"'{name}': ids() must return a list of texts or None, got {type(ids).__name__}")
+    if ids is not None and len(set(ids)) < len(ids):
+        raise UserError(f"'{name}': ids() names an image twice: every image needs an id of its own")
+    source.spec, source.code = spec.text, file_digest(spec.kind)
     return source
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from robustvlm.data.nouns import same_things
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
-from robustvlm.data.specs import KINDS, parse_spec
+from robustvlm.data.specs import open_raw, parse_spec
 
 
 class Unlabelled(DataSource):
@@ -68,5 +68,4 @@ def open_unlabelled(spec: str, known: Sequence[str] = ()) -> Unlabelled:
     Raises:
         UserError: an unknown kind or option, or missing data.
     """
-    parsed = parse_spec(spec)
-    return Unlabelled(KINDS[parsed.kind](parsed), known)
+    return Unlabelled(open_raw(parse_spec(spec)), known)

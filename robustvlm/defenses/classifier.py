@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from robustvlm.core.registry import names_a_callable
 from robustvlm.defenses.base import Classifier, ZeroShot
 from robustvlm.defenses.own import load_own
 from robustvlm.defenses.pipeline import load_pipeline, split_spec
@@ -15,7 +16,6 @@ from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError
 from robustvlm.models import resolve_device, zero_shot
 from robustvlm.models.custom import create, wrap_encoder
-from robustvlm.models.zoo import names_a_callable
 
 
 def load_classifier(

@@ -6,7 +6,7 @@ One sign rule for every score: the higher, the more in-distribution (known).
 from __future__ import annotations
 
 from robustvlm.detect.base import Detector, FittedDetector, Head, NotFitted, confidence, head_of
-from robustvlm.detect.catalog import BASELINES, SCORES, Score, Skipped, Supplies, make_scores, parse_scores
+from robustvlm.detect.catalog import BASELINES, SCORES, Score, Skipped, Supplies, find_score, make_scores, parse_scores
 from robustvlm.detect.delta_energy import DeltaEnergy, energy_change
 from robustvlm.detect.energy import Energy, MaxLogit, free_energy
 from robustvlm.detect.ensemble import COOkeD, mean_probabilities
@@ -73,6 +73,7 @@ __all__ = [
     "confidence",
     "difference",
     "energy_change",
+    "find_score",
     "fit_probe",
     "fpr_at_tpr",
     "free_energy",

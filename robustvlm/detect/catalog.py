@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from robustvlm.core import registry
+from robustvlm.core.registry import Table
+from robustvlm.core.user_code import no_exit
 from robustvlm.detect.base import Detector, FittedDetector, Head
 from robustvlm.detect.delta_energy import DeltaEnergy
 from robustvlm.detect.energy import Energy, MaxLogit
@@ -64,13 +68,23 @@ class Supplies:
 
 @dataclass(frozen=True)
 class Score:
-    """A score of the catalogue; `needs` says what must be there for it besides logits."""
+    """A score of the catalogue; `needs` says what must be there for it besides logits.
+
+    `source` is an arXiv number, or any other text that says where the score is from; `usual` scores are those that
+    `all` stands for, which runs are known by.
+    """
 
     name: str
     title: str
     source: str
     needs: tuple[Need, ...]
     make: Callable[[Supplies], Detector] = field(repr=False)
+    usual: bool = True
+
+    @property
+    def where(self) -> str:
+        """The source as tables show it."""
+        return f"arXiv {self.source}" if self.source[:4].isdigit() else self.source
 
     def lacks(self, supplies: Supplies) -> str | None:
         """Say why the score cannot be made from these supplies; None if it can."""
@@ -85,7 +99,10 @@ class Score:
         if reason is not None:
             raise UserError(f"the score '{self.name}' cannot be used: {reason}")
         detector = self.make(supplies)
-        if isinstance(detector, FittedDetector) and supplies.features is not None and supplies.labels is not None:
+        taught = supplies.features is not None and self.name in SCORES  # your own has learnt in its trial
+        if taught and isinstance(detector, FittedDetector):
+            assert supplies.features is not None
+            assert supplies.labels is not None
             return detector.fit_features(supplies.features, supplies.labels)
         return detector
 
@@ -108,40 +125,43 @@ def _words(supplies: Supplies) -> Tensor:
     return supplies.words
 
 
-SCORES: dict[str, Score] = {
-    score.name: score
-    for score in (
-        Score("msp", "MSP", "1610.02136", (), lambda s: MSP(s.head)),
-        Score("mcm", "MCM", "2211.13445", ("encoder",), lambda s: MCM(s.head)),
-        Score("max-logit", "MaxLogit", "1911.11132", (), lambda s: MaxLogit(s.head)),
-        Score("energy", "Energy", "2010.03759", (), lambda s: Energy(s.head, s.temperature)),
-        Score(
-            "delta-energy",
-            "ΔEnergy",
-            "2510.11296",
-            ("encoder",),
-            lambda s: DeltaEnergy(s.head, temperature=s.temperature),
-        ),
-        Score(
-            "delta-energy-mean",
-            "ΔEnergy, mean",
-            "2510.11296",
-            ("encoder",),
-            lambda s: DeltaEnergy(s.head, reset="mean", temperature=s.temperature),
-        ),
-        Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.tempered)),
-        Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
-        Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
-        Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.tempered)),
-        Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),
-        Score("knn", "kNN", "2204.06507", ("encoder", "images"), lambda s: KNN(k=_neighbours(s))),
-        Score("gda", "GDA", "2402.04087", ("encoder", "images"), lambda s: GDA(s.head)),
-        Score("mixtures", "Class mixtures", "2308.15580", ("encoder", "images"), lambda _: ClassMixtures()),
-        Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.tempered)),
-        Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
-    )
-}
-"""Scores in the order of tables: first those that need nothing, then words, then images."""
+SCORES: Table[Score] = Table(
+    __package__,
+    {
+        score.name: score
+        for score in (
+            Score("msp", "MSP", "1610.02136", (), lambda s: MSP(s.head)),
+            Score("mcm", "MCM", "2211.13445", ("encoder",), lambda s: MCM(s.head)),
+            Score("max-logit", "MaxLogit", "1911.11132", (), lambda s: MaxLogit(s.head)),
+            Score("energy", "Energy", "2010.03759", (), lambda s: Energy(s.head, s.temperature)),
+            Score(
+                "delta-energy",
+                "ΔEnergy",
+                "2510.11296",
+                ("encoder",),
+                lambda s: DeltaEnergy(s.head, temperature=s.temperature),
+            ),
+            Score(
+                "delta-energy-mean",
+                "ΔEnergy, mean",
+                "2510.11296",
+                ("encoder",),
+                lambda s: DeltaEnergy(s.head, reset="mean", temperature=s.temperature),
+            ),
+            Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.tempered)),
+            Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
+            Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
+            Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.tempered)),
+            Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),
+            Score("knn", "kNN", "2204.06507", ("encoder", "images"), lambda s: KNN(k=_neighbours(s))),
+            Score("gda", "GDA", "2402.04087", ("encoder", "images"), lambda s: GDA(s.head)),
+            Score("mixtures", "Class mixtures", "2308.15580", ("encoder", "images"), lambda _: ClassMixtures()),
+            Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.tempered)),
+            Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
+        )
+    },
+)
+"""Scores in the order of tables: first those that need nothing, then words, then images, then those of own files."""
 
 BASELINES = ("msp", "mcm", "max-logit", "energy")
 """What other scores are compared with: they need nothing but the logits, and everybody has them."""
@@ -155,19 +175,68 @@ def _neighbours(supplies: Supplies) -> int:
 
 
 def parse_scores(text: str) -> tuple[str, ...]:
-    """Return the names in a list such as `msp,knn`, in the order of the catalogue; `all` is every score.
+    """Return the names in a list such as `msp,knn,mine:score`, in the order of the catalogue, then your own ones.
+
+    `all` stands for every usual score.
 
     Example:
         >>> parse_scores("knn, msp")
         ('msp', 'knn')
     """
     names = [part.strip() for part in text.split(",")]
-    if names == ["all"]:
-        return tuple(SCORES)
-    for name in names:
-        if name not in SCORES:
-            raise UserError(f"unknown score '{name}': {nearest(name, [*SCORES, 'all'])}")
-    return tuple(name for name in SCORES if name in names)
+    if "all" in names:
+        names += [name for name in SCORES if SCORES[name].usual]
+    for name in dict.fromkeys(names):
+        if name != "all":
+            find_score(name)
+    return (*(name for name in SCORES if name in names), *dict.fromkeys(n for n in names if registry.names_own(n)))
+
+
+def find_score(name: str) -> Score:
+    """Return a score by its name, or the one that `module:callable` is or makes from `Supplies`.
+
+    Raises:
+        UserError: it is neither, or it cannot be had.
+    """
+    found = registry.load(name, SCORES, "score", also=("all",))
+    if name in SCORES:
+        return SCORES[name]
+    if isinstance(found, Score):
+        return replace(found, name=name, make=lambda supplies: own_detector(name, found.make, supplies))
+    if not callable(found):
+        registry.expect(name, found, Score, "a score", ("a function of Supplies that returns a Detector",))
+    needs = tuple(getattr(found, "needs", ()))
+    for need in needs:
+        if need not in WHY_NOT:
+            raise UserError(f"'{name}' needs '{need}': {nearest(str(need), WHY_NOT)}")
+    title, source = str(getattr(found, "title", name)), str(getattr(found, "source", ""))
+    return Score(name, title, source, needs, lambda supplies: own_detector(name, found, supplies))
+
+
+def _expected(spec: str, made: object) -> Detector:
+    detector: Detector = registry.expect(spec, made, Detector, "a detector", ("score",))
+    return detector
+
+
+def own_detector(spec: str, make: Callable[[Supplies], object], supplies: Supplies) -> Detector:
+    """Return the detector of a user's function, after a trial on the class vectors; fitted where it learns from images.
+
+    Raises:
+        UserError: it fails, is no detector, or does not give one number for each row by that row alone.
+    """
+    made = _expected(spec, registry.call(spec, make, "a detector", supplies))
+    if isinstance(made, FittedDetector) and supplies.features is not None and supplies.labels is not None:
+        made = _expected(spec, registry.call(spec, made.fit_features, "it", supplies.features, supplies.labels))
+    rows = supplies.head.class_embeddings
+    with torch.no_grad(), no_exit(f"the score '{spec}'"):
+        both = registry.call(spec, made.score, "scores", rows)
+        one = registry.call(spec, made.score, "scores", rows[:1])
+    if not isinstance(both, Tensor) or both.shape != rows.shape[:1] or not both.is_floating_point():
+        got = f"{both.dtype} {list(both.shape)}" if isinstance(both, Tensor) else f"a {type(both).__name__}"
+        raise UserError(f"'{spec}': score of features {list(rows.shape)} must return floats [{len(rows)}], got {got}")
+    if both.isfinite().all() and not torch.allclose(both[:1], one, rtol=1e-3, atol=1e-5):
+        raise UserError(f"'{spec}': the score of an image must depend on that image alone, not on others beside it")
+    return made
 
 
 @dataclass(frozen=True)
@@ -190,17 +259,13 @@ def make_scores(names: Iterable[str], supplies: Supplies) -> tuple[dict[str, Det
     made: dict[str, Detector] = {}
     skipped: list[Skipped] = []
     for name in names:
-        reason = SCORES[name].lacks(supplies)
+        score = find_score(name)
+        reason = score.lacks(supplies)
         try:
             if reason is None:
-                made[name] = SCORES[name].made(supplies)
+                made[name] = score.made(supplies)
         except UserError as error:  # too few images, or none that differ
             reason = str(error)
         if reason is not None:
             skipped.append(Skipped(name, reason))
     return made, skipped
-
-
-def titles(names: Sequence[str]) -> list[str]:
-    """Return the names as tables show them."""
-    return [SCORES[name].title if name in SCORES else name for name in names]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robustvlm.attacks import (
     AcceptedMistake,
+    Case,
     Deny,
     FeatureAway,
     FeatureTo,
@@ -21,6 +22,7 @@ from robustvlm.attacks import (
     SuperclassAll,
     Targeted,
 )
+from robustvlm.core import registry
 from robustvlm.core.framing import Framing
 from robustvlm.data import DataSource
 from robustvlm.data.decode import decode, image_suffixes
@@ -98,8 +100,11 @@ def check_goal(text: str, min_cos: float = 0.5) -> tuple[str, str]:
         ('superclass', 'all')
     """
     kind, colon, rest = text.strip().partition(":")
+    if kind not in KINDS and registry.names_own(own_spec(text)):
+        return own_spec(text), text.strip()[len(own_spec(text)) + 1 :]
     if kind not in KINDS:
-        raise UserError(f"unknown goal '{text}': {nearest(kind, KINDS)} (forms: {', '.join(FORMS)})")
+        forms = f"{', '.join(FORMS)}, or your own MODULE:CALLABLE"
+        raise UserError(f"unknown goal '{text}': {nearest(kind, KINDS)} (forms: {forms})")
     needs = kind in ("superclass", "targeted")
     if needs and not rest.strip():
         raise UserError(f"the goal '{text}' says not which one: pass {' or '.join(f for f in FORMS if kind in f)}")
@@ -108,6 +113,16 @@ def check_goal(text: str, min_cos: float = 0.5) -> tuple[str, str]:
     if not -1 < min_cos < 1:
         raise UserError(f"--min-cos must lie between -1 and 1, got {min_cos:g}: pass for example 0.5")
     return kind, rest.strip()
+
+
+def own_spec(text: str) -> str:
+    """Return the `module:callable` at the head of a goal's text.
+
+    Example:
+        >>> own_spec("my.goals:Below:0.5")
+        'my.goals:Below'
+    """
+    return ":".join(text.strip().split(":")[:2])
 
 
 def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolution: int, min_cos: float = 0.5) -> Aim:
@@ -125,6 +140,8 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
         ['superclass:0', 'superclass:1', 'superclass:2', 'superclass:all']
     """
     kind, rest = check_goal(text, min_cos)
+    if ":" in kind:
+        return _own(text.strip(), kind, rest, source, classifier)
     if kind == "misclassify":
         return Aim(kind, (AcceptedMistake() if classifier.can_reject else Misclassify(),), classifier)
     if kind in ("deny", "intrude"):
@@ -143,6 +160,27 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
         return Aim(text.strip(), (Targeted(target, source.class_names[target]),), classifier, target=target)
     goals = _superclass(rest, source)
     return Aim(text.strip(), goals, classifier, leave=len(goals) == 1)
+
+
+def _own(text: str, spec: str, rest: str, source: DataSource, classifier: Classifier) -> Aim:
+    """Return the aim of a user's goal, made from the class names and what follows in its text, after a trial."""
+    if classifier.can_reject:
+        raise UserError(f"'{spec}': a goal of your own is for models that never refuse, and '{classifier.spec}' may")
+    given = (source.class_names, rest) if rest else (source.class_names,)
+    goal: Goal = registry.expect(
+        spec, registry.call(spec, registry.resolve(spec), "a goal", *given), Goal, "a goal", ("margin",)
+    )
+    logits = torch.linspace(-1, 1, 2 * len(source.class_names)).view(2, -1).sin().requires_grad_(True)
+    case = Case(torch.tensor([0, 0]))
+    margin = registry.call(spec, goal.margin, "a margin", logits, case)
+    wanted = f"'{spec}': margin of outputs {list(logits.shape)} must return finite numbers [2] with a gradient"
+    if not isinstance(margin, Tensor) or margin.shape != (2,) or not margin.requires_grad:
+        raise UserError(f"{wanted}, got {f'shape {list(margin.shape)}' if isinstance(margin, Tensor) else margin!r}")
+    alone = goal.margin(logits[:1], case.rows(torch.tensor([0])))
+    if not margin.isfinite().all() or not torch.allclose(margin[:1], alone):
+        raise UserError(f"{wanted}, each from its own row alone; got {margin.tolist()}")
+    object.__setattr__(goal, "spec", text)
+    return Aim(text, (goal,), classifier)
 
 
 def _class(text: str, class_names: Sequence[str]) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from robustvlm.core import registry
+from robustvlm.core.user_code import file_digest
 from robustvlm.data import DataSource
 from robustvlm.defenses import Classifier
 from robustvlm.models import VLM
+from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.probe import probe_model
+from robustvlm.models.reach import Reached
 from robustvlm.models.zero_shot import cut_prompts
 
 _PROMPTS = 4
@@ -63,6 +68,40 @@ def describe_data(source: DataSource) -> dict[str, Any]:
         "class_names": list(source.class_names),
         "templates": list(source.templates),
     }
+
+
+def code_facts(names: Iterable[str]) -> dict[str, str]:
+    """Return a digest of every user's object among the names: its source file, and what it can reach of settings.
+
+    It goes into the manifest, so that a run is not gone on with under changed code of the same name. Built-in names,
+    whose version the manifest has, are left out.
+
+    Example:
+        >>> code_facts(["pgd", "apgd-t:steps=9"])
+        {}
+    """
+    found = {}
+    for name in names:
+        spec = ":".join(name.split(":")[:2])
+        if registry.names_own(spec):
+            reached = Reached(list(_parts(registry.resolve(spec))))
+            facts = (spec, file_digest(spec.partition(":")[0]), *reached.facts)
+            found[f"code of {spec}"] = fingerprint(reached.state(), facts)
+    return found
+
+
+def _parts(thing: object) -> Iterator[object]:
+    """Yield what decides an object's results: of a class its functions and plain attributes, and those of its bases."""
+    if not isinstance(thing, type):
+        yield thing
+        return
+    for kind in thing.__mro__:
+        if kind.__module__.partition(".")[0] in ("builtins", "robustvlm", "abc", "typing"):
+            continue
+        for name, value in sorted(vars(kind).items()):
+            written = isinstance(value, types.FunctionType) and not value.__code__.co_filename.startswith("<")
+            if written or (not name.startswith("__") and isinstance(value, bool | int | float | str | tuple)):
+                yield [f"{kind.__qualname__}.{name}", value]
 
 
 def remarks_of(source: DataSource, vlm: VLM | None = None) -> list[str]:

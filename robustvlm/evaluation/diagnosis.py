@@ -139,7 +139,7 @@ class Diagnosis:
         return effort.noise_wins(self._fooled, found, draws=_NOISE_DRAWS)
 
     def _huge_radius(self) -> Check | None:
-        if not isinstance(self.goal, _REACHABLE):
+        if type(self.goal) not in _REACHABLE:
             return None
         pixels = self.jobs[0].pixels
         radius = _HUGE_LINF if self.threat.norm == "Linf" else 0.5 * pixels.numel() ** 0.5

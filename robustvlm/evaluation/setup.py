@@ -13,6 +13,7 @@ from robustvlm.attacks import (
     PRECISIONS,
     Attack,
     ExternalAttack,
+    LaneAttack,
     ThreatModel,
     parse_attacks,
     parse_eps,
@@ -22,14 +23,15 @@ from robustvlm.attacks import (
     require_fit,
     require_norm,
 )
+from robustvlm.attacks.own import is_foreign
 from robustvlm.attacks.probe import EOT_IF_RANDOM
 from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
-from robustvlm.evaluation.aims import Aim, check_goal, levels_of, make_aim
-from robustvlm.evaluation.describe import describe_data, facts_of, probe_of, remarks_of
+from robustvlm.evaluation.aims import KINDS, Aim, check_goal, levels_of, make_aim
+from robustvlm.evaluation.describe import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.evaluation.prepared import Prepared
 from robustvlm.evaluation.scrutiny import MODES, STAND_INS
 from robustvlm.models.device import device_of_rank, resolve_device
@@ -105,7 +107,7 @@ def prepare(
     source = open_data(data, classes=classes, templates=templates, tree=tree)
     classifier = load_classifier(model, source.class_names, source.templates, device=device)
     size = resolution or classifier.image_size
-    model_facts = facts_of(classifier, "can_reject")
+    model_facts = facts_of(classifier, "can_reject") | code_facts(_own(goal, attacks))
     data_facts = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)
@@ -168,6 +170,12 @@ def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restar
     if last.name in [item.name for item in attacks]:
         raise UserError(f"the second opinion '{last.name}' is among the attacks already: name it in one place")
     return [*attacks, last]
+
+
+def _own(goal: str, attacks: list[Attack]) -> list[str]:
+    """Return the names among these that stand for code of the user's."""
+    own = [item.name for item in attacks if isinstance(item, LaneAttack) and is_foreign(item)]
+    return own + ([goal] if goal.partition(":")[0] not in KINDS else [])
 
 
 def _require_fit(attacks: list[Attack], aim: Aim, threat: ThreatModel, *, n_classes: int) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from robustvlm.core.side_effects import same_random_state
 from robustvlm.errors import MissingExtra, UserError
-from robustvlm.models.boundary import same_random_state
 from robustvlm.models.clip_preprocess import check_settings, preprocessing_of, require_equal, settings_of
 from robustvlm.models.clip_tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from robustvlm.models.hub import brief, hub_file

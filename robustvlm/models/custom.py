@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from robustvlm.core.user_code import import_user_module, no_exit
-from robustvlm.errors import UserError, nearest
+from robustvlm.core.registry import create
+from robustvlm.core.side_effects import same_process
+from robustvlm.core.user_code import no_exit
+from robustvlm.errors import UserError
 from robustvlm.models.borrowed import own_copy
-from robustvlm.models.boundary import Boundary, in_own_precision, same_process, same_random_state
+from robustvlm.models.boundary import Boundary, in_own_precision
 from robustvlm.models.hub import brief
 from robustvlm.models.reach import Reached
 from robustvlm.models.vlm import VLM
@@ -203,37 +205,6 @@ def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
     vlm = CustomVLM(own_copy(encoder), spec=spec).to(device)
     _try_out(vlm)
     return vlm
-
-
-def create(spec: str) -> Any:
-    """Return what the callable of a `module:callable` spec returns, or raise a UserError that says why it cannot."""
-    module_name, _, attribute = spec.partition(":")
-    try:
-        with same_process(), same_random_state():
-            target: Any = import_user_module(spec)
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            where = "neither in this folder nor among the installed packages"
-            raise UserError(f"'{spec}': no module '{error.name}', {where}") from error
-        raise UserError(f"'{spec}': importing {module_name} needs '{error.name}', which is not installed") from error
-    except Exception as error:  # the user's module may fail in any way
-        raise UserError(f"'{spec}': importing {module_name} failed: {type(error).__name__}: {brief(error)}") from error
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            hint = nearest(part, [name for name in dir(target) if not name.startswith("_")])
-            raise UserError(f"'{spec}': {module_name} has no '{part}'; {hint}")
-        target = getattr(target, part)
-    if not callable(target):
-        raise UserError(f"'{spec}' is a {type(target).__name__}, not a callable that returns the encoder")
-    try:
-        with no_exit(f"'{spec}'"), same_process(), same_random_state():
-            return target()
-    except UserError:
-        raise
-    except Exception as error:  # the user's factory may fail in any way
-        raise UserError(f"'{spec}' failed: {type(error).__name__}: {brief(error)}") from error
 
 
 def _try_out(vlm: CustomVLM) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from robustvlm.core import probe as known
 from robustvlm.core.probe import Array
+from robustvlm.core.side_effects import same_random_state
 from robustvlm.models.borrowed import borrowed
-from robustvlm.models.boundary import same_random_state
 from robustvlm.models.device import full_precision_kernels
 from robustvlm.models.vlm import VLM
 

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import inspect
 import re
-import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterator
@@ -162,17 +161,6 @@ def _is_users(thing: object) -> bool:
     """Whether a function, or the class of an object, stands in a file of the user's."""
     kind = thing if isinstance(thing, types.FunctionType) else type(thing)
     return not _is_library(kind) and _OURS not in (_file(kind) or Path()).parents
-
-
-def file_digest(module: str) -> str:
-    """Return the digest of the file of an imported module, "" where there is none.
-
-    Example:
-        >>> len(file_digest("robustvlm.errors")), file_digest("builtins")
-        (32, '')
-    """
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return _digest(Path(file)) if file else ""
 
 
 def _digest_of(kind: Callable[..., Any] | type) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from robustvlm.core.reading import read_json
+from robustvlm.core.registry import names_a_callable
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.clip import ClipVLM, build_clip
 from robustvlm.models.custom import load_custom
@@ -84,16 +85,6 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     if names_a_callable(spec):
         return load_custom(spec, place)
     return _from_name(spec).to(place)
-
-
-def names_a_callable(spec: str) -> bool:
-    """Whether a spec has the form `module:callable`.
-
-    Example:
-        >>> names_a_callable("my.module:make"), names_a_callable("hf-hub:org/name")
-        (True, False)
-    """
-    return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
 
 
 def _from_card(spec: str, place: torch.device) -> VLM:

@@ -82,7 +82,22 @@ def goal_words(goal: str, *, can_reject: bool = False, min_cos: float | None = N
         )
     if kind == "feature":
         return _feature(rest, min_cos)
+    if kind not in ("misclassify", "superclass"):
+        return _own(goal)
     return replace(_misclassify(can_reject), leave=kind != "superclass")
+
+
+def _own(goal: str) -> GoalWords:
+    """Return the words of a goal of the user's, which is known by its name alone."""
+    return GoalWords(
+        title=f"the goal {goal}",
+        effect=f"reach the goal {goal} on",
+        whom="images on which it is not reached otherwise",
+        before="not reached when clean",
+        held="goal not reached",
+        nothing=f"The goal {goal} was reached on every image before any attack, so there was nothing to attack.",
+        clean="not reached when clean",
+    )
 
 
 def _misclassify(can_reject: bool) -> GoalWords:

@@ -23,8 +23,8 @@ from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import derive_seed
+from robustvlm.core.side_effects import same_random_state
 from robustvlm.errors import UserError
-from robustvlm.models.boundary import same_random_state
 
 # Beyond this share of eps a point is outside its ball for more than rounding in float32.
 _ROUNDING = 1e-4

@@ -14,7 +14,7 @@
 from robustvlm.defenses.finetune.embedding import HyperbolicEmbedding
 from robustvlm.defenses.finetune.hita import HierarchicalOptions
 from robustvlm.defenses.finetune.inner_attack import InnerAttack
-from robustvlm.defenses.finetune.methods import METHODS, Materials, Method
+from robustvlm.defenses.finetune.methods import METHODS, Materials, Method, find_method
 from robustvlm.defenses.finetune.task import FinetuneSettings, FinetuneTask, finetune_task
 from robustvlm.defenses.finetune.trainable import make_trainable, merge, parse_trainable, plain_state
 
@@ -27,6 +27,7 @@ __all__ = [
     "InnerAttack",
     "Materials",
     "Method",
+    "find_method",
     "finetune_task",
     "make_trainable",
     "merge",

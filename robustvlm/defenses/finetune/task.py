@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from robustvlm.data.taxonomy import Forest
 from robustvlm.defenses.finetune.inner_attack import InnerAttack
-from robustvlm.defenses.finetune.methods import METHODS, Materials, Method
+from robustvlm.defenses.finetune.methods import Materials, Method, find_method
 from robustvlm.defenses.finetune.trainable import make_trainable, parse_trainable, vision_module
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.training import Draws, Measure, Task
@@ -24,7 +24,7 @@ class FinetuneSettings:
     """What to fine-tune, on which loss, against which attack.
 
     Args:
-        method: a name of `METHODS`.
+        method: a name of `METHODS`, or `module:Class` with a `Method` of your own.
         trainable: `all`, `lora[:RANK]`, `ssf` or `last:N`.
         attack: the inner attack.
         options: keyword arguments of the method: `options=HierarchicalOptions(...)` for hierarchical, `general`,
@@ -46,8 +46,7 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"unknown method '{self.method}': {nearest(self.method, METHODS)}")
+        find_method(self.method)
         parse_trainable(self.trainable)
 
 
@@ -63,7 +62,12 @@ class FinetuneTask(Task):
 
     def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
         del step
-        return self.method.terms(pixels, labels, draws)
+        terms = self.method.terms(pixels, labels, draws)
+        scalars = isinstance(terms, Mapping) and all(isinstance(t, Tensor) and not t.ndim for t in terms.values())
+        if not scalars or "loss" not in terms or not terms["loss"].requires_grad:
+            name, got = type(self.method).__name__, list(terms) if scalars else type(terms).__name__
+            raise UserError(f"the method {name} must return scalars, 'loss' with a gradient among them: got {got}")
+        return terms
 
     def validate(self) -> Mapping[str, Measure]:
         return self.method.measures()
@@ -113,7 +117,7 @@ def finetune_task(
         >>> sorted(task.losses(pixels, torch.tensor([0, 1]), 0, Draws(0, 0, ["a", "b"])))
         ['loss']
     """
-    kind = METHODS[settings.method]
+    kind = find_method(settings.method)
     vlm = vlm if in_place else copy.deepcopy(vlm)
     vlm.eval()
     teacher = copy.deepcopy(vlm).requires_grad_(False) if kind.needs_teacher else None

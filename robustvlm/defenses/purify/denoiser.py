@@ -8,14 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robustvlm.core.registry import names_a_callable
+from robustvlm.core.side_effects import same_process
+from robustvlm.core.user_code import file_digest
 from robustvlm.errors import UserError
 from robustvlm.models.borrowed import own_copy
-from robustvlm.models.boundary import same_process
 from robustvlm.models.custom import create
 from robustvlm.models.fingerprint import fingerprint
 from robustvlm.models.hub import brief
-from robustvlm.models.reach import Reached, file_digest
-from robustvlm.models.zoo import names_a_callable
+from robustvlm.models.reach import Reached
 
 _TRIAL_SIGMA = 0.25
 

@@ -12,7 +12,7 @@ from robustvlm.evaluation.comparison import Comparison, parse_comparison
 from robustvlm.runs.detect_config import DetectConfig
 from robustvlm.runs.detect_summary import OWN, OWN_SDIS, AttackedScore, DetectSummary, Measured, ScoreSummary
 
-_LEFT = re.compile(r"([a-z0-9_]+)(?::([a-z0-9-]+))?(?:@([\w-]+))?")
+_LEFT = re.compile(r"([a-z0-9_]+)(?::([a-z0-9-]+|[\w.]+:[\w.]+))?(?:@([\w-]+))?")
 _ATTACKED = ("auroc_intrude", "auroc_deny", "auroc_both")
 _QUANTITIES = (*METRICS, *_ATTACKED)
 

@@ -14,7 +14,7 @@ from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.data.source import DataSource
 from robustvlm.data.unlabelled import Unlabelled
 from robustvlm.defenses import Classifier
-from robustvlm.detect import SCORES
+from robustvlm.detect import find_score
 from robustvlm.errors import UserError
 from robustvlm.evaluation.detecting import attacked_summary, summarising
 from robustvlm.evaluation.detecting.adversarial import fool
@@ -139,7 +139,7 @@ class Session:
             raise UserError(f"every image of '{spec}' is of a known class ({classes}): pass others to --ood")
 
     def _word_embeddings(self) -> Tensor | None:
-        wanted = any("words" in SCORES[name].needs for name in self.config.scores)
+        wanted = any("words" in find_score(name).needs for name in self.config.scores)
         if not wanted or not self.words or self.classifier.vlm is None:
             return None
         self.observer.begin(f"Embedding {len(self.words):,} words", None, 0)
@@ -156,7 +156,7 @@ class Session:
         yield from of_constant_scores(sets)
 
     def _from_words(self, panel: Panel) -> bool:
-        return any("words" in SCORES[name].needs for name in panel.detectors if name in SCORES)
+        return any("words" in find_score(name).needs for name in self.config.scores if name in panel.detectors)
 
     def _scored(self, name: str, source: DataSource, panel: Panel) -> Scored:
         found = self.encoded[name]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from robustvlm.attacks import DEFAULT_EPS, LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
 from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.registry import names_own
 from robustvlm.data.specs import parse_spec
 from robustvlm.detect import SCORES, parse_scores
 from robustvlm.detect.base import require_temperature
@@ -150,9 +151,10 @@ class Settings:
             return own + [name for name in _ATTACKED if name in self.catalogue()]
         wanted = [part.strip() for part in self.attack_scores.split(",")]
         for name in wanted:
-            if name not in (*SCORES, OWN, OWN_SDIS):
+            catalogue = self.catalogue()
+            if name not in (*SCORES, *catalogue, OWN, OWN_SDIS) and not names_own(name):
                 raise UserError(f"unknown score '{name}' in --attack-scores: {nearest(name, [*SCORES, OWN])}")
-            if name in SCORES and name not in self.catalogue():
+            if name not in (*catalogue, OWN, OWN_SDIS):
                 raise UserError(f"the score '{name}' is to be attacked and not in --scores: add it there")
             if name == OWN and not may_refuse:
                 raise UserError("the model never refuses, so it has no acceptance of its own to attack: leave out own")

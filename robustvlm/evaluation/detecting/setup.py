@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from robustvlm.attacks.own import is_foreign
 from robustvlm.attacks.straight_through import open_gradients
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
@@ -12,7 +13,7 @@ from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import load_classifier
 from robustvlm.detect import outside, read_words, tree_words
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, facts_of, probe_of, remarks_of
+from robustvlm.evaluation.describe import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.evaluation.detecting.run import PreparedDetect
 from robustvlm.evaluation.detecting.settings import Settings
 from robustvlm.models.device import resolve_device
@@ -72,7 +73,8 @@ def prepare_detect(
         device=device,
         under_attack=under_attack,
     )
-    model_facts = facts_of(classifier, "can_reject")
+    attacked = [item.name for item in settings.attacks() if is_foreign(item)] if settings.under_attack else []
+    model_facts = facts_of(classifier, "can_reject") | code_facts([*config.scores, *attacked])
     data_facts = describe_data(known) | {
         "unknown": {named.name: source.fingerprint() for named, source in unknown},
         "fit": None if fit is None else fit.fingerprint(),

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustvlm.detect import BASELINES, SCORES, Bootstrap, Interval, auroc_interval, difference, threshold_at_tpr
+from robustvlm.detect import BASELINES, Bootstrap, Interval, auroc_interval, difference, find_score, threshold_at_tpr
 from robustvlm.detect.intervals import intervals_of
 from robustvlm.detect.metrics import all_metrics
 from robustvlm.errors import UserError
@@ -39,7 +39,7 @@ class Scored:
 
 def title_of(name: str) -> str:
     """Return a score's name as tables show it."""
-    return _OF_THE_MODEL.get(name) or SCORES[name].title
+    return _OF_THE_MODEL.get(name) or find_score(name).title
 
 
 def usable(sets: Sequence[Scored], panel: Panel) -> list[Scored]:
@@ -99,8 +99,8 @@ def summarise_scores(
         ScoreSummary(
             name=name,
             title=title_of(name),
-            source=f"arXiv {SCORES[name].source}" if name in SCORES else "",
-            needs=list(SCORES[name].needs) if name in SCORES else [],
+            source="" if name in _OF_THE_MODEL else find_score(name).where,
+            needs=[] if name in _OF_THE_MODEL else list(find_score(name).needs),
             threshold=thresholds[name],
             microseconds=microseconds.get(name, 0.0),
             on=on[name],

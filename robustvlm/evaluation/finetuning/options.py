@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from robustvlm.defenses.finetune import METHODS, HierarchicalOptions
+from robustvlm.defenses.finetune import HierarchicalOptions, find_method
 from robustvlm.errors import UserError, nearest
 
 
@@ -38,11 +38,10 @@ def parse_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
 
 def _switches(method: str) -> dict[str, bool]:
     """Return the options of a method, and of each whether it is on or off rather than a number."""
-    if method not in METHODS:
-        raise UserError(f"unknown method '{method}': {nearest(method, METHODS)}")
+    kind = find_method(method)
     if method == "hierarchical":
         return {field.name: "bool" in str(field.type) for field in dataclasses.fields(HierarchicalOptions)}
-    parameters = list(inspect.signature(METHODS[method]).parameters.values())[1:]
+    parameters = list(inspect.signature(kind).parameters.values())[1:]
     return {p.name: isinstance(p.default, bool) for p in parameters}
 
 

@@ -9,7 +9,7 @@ from robustvlm.data import DataSource
 from robustvlm.data.source import select
 from robustvlm.data.taxonomy import Forest
 from robustvlm.data.tree_files import save_forest
-from robustvlm.defenses.finetune import METHODS, FinetuneSettings, FinetuneTask, finetune_task
+from robustvlm.defenses.finetune import FinetuneSettings, FinetuneTask, find_method, finetune_task
 from robustvlm.defenses.finetune.saved import save_finetuned
 from robustvlm.errors import UserError
 from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, held_out, validation_images
@@ -134,7 +134,7 @@ class PreparedFinetune:
             size=framing,
             seed=self.config.seed,
             how=parse_augmentation(self.config.augment),
-            labelled=METHODS[self.config.method].labelled,
+            labelled=find_method(self.config.method).labelled,
             ids=ids,
             ahead=_AHEAD if self.vlm.device.type != "cpu" else 0,
         )

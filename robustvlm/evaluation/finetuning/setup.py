@@ -17,10 +17,10 @@ from robustvlm.data.made_trees import MAKERS, make_forest
 from robustvlm.data.taxonomy import Forest, Tree
 from robustvlm.data.tree_files import load_forest
 from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack
+from robustvlm.defenses.finetune import FinetuneSettings, HierarchicalOptions, InnerAttack, find_method
 from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError
-from robustvlm.evaluation.describe import describe_data, facts_of, probe_of, remarks_of
+from robustvlm.evaluation.describe import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.evaluation.finetuning.prepared import PreparedFinetune
 from robustvlm.evaluation.overlap import require_unseen_validation
 from robustvlm.llm import Endpoint, LlmClient
@@ -72,8 +72,10 @@ def prepare_finetune(
     model_facts, data_facts = facts_of(vlm), describe_data(source)
     if val is not None:
         data_facts |= {"val": describe_data(val)}
-    if METHODS[config.method].loss:
-        model_facts |= {"loss": METHODS[config.method].loss}
+    method = find_method(config.method)
+    if method.loss:
+        model_facts |= {"loss": method.loss}
+    model_facts |= code_facts([config.method])
     if forest is not None:
         data_facts |= {"trees": [tree.root for tree in forest], "trees fingerprint": _digest(forest)}
     identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
