@@ -15,6 +15,7 @@ from torch import Tensor
 
 from robustvlm.commands.prompts import PromptSettings
 from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.unlabelled import open_unlabelled
 from robustvlm.defenses import load_pipeline
@@ -30,7 +31,6 @@ from robustvlm.models import VLM, resolve_device
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
-from robustvlm.models.zoo import names_a_callable
 from robustvlm.runs.files import write_text
 from robustvlm.runs.observer import Observer
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished

@@ -52,7 +52,7 @@ def open_run(folder: str | Path) -> FinishedRun[Any]:
     Raises:
         UserError: there is none, it has not ended, or a file is damaged or not what the run wrote.
     """
-    from robustvlm.report.record import find_run
+    from robustvlm.runs.read import find_run
 
     path = find_run(folder)
     found: FinishedRun[Any] = _reader(path)(path)

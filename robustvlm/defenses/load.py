@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from robustvlm.core.registry import names_a_callable
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.prompts import DEFAULT
 from robustvlm.defenses import classifier
@@ -17,7 +18,6 @@ from robustvlm.defenses.saved import saved_model
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM, resolve_device
 from robustvlm.models.custom import create
-from robustvlm.models.zoo import names_a_callable
 
 
 @arguments_named()
