@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class AskedModel(nn.Module):
         torch.Size([2, 3])
     """
 
-    def __init__(self, model: Callable[..., Any], *, unit: bool = False) -> None:
+    def __init__(self, model: Any, *, unit: bool = False) -> None:
         super().__init__()
         if isinstance(model, str) or not callable(model):
             hint = f": pass load_classifier({model!r}, classes)" if isinstance(model, str) else ""
