@@ -48,6 +48,8 @@ from robustvlm.detect import (
     read_words,
     tree_words,
 )
+from robustvlm.detect.catalog import own_detector
+from robustvlm.detect.gen import GEN
 from robustvlm.detect.words import safe_rows
 from robustvlm.errors import UserError
 
@@ -220,6 +222,51 @@ def test_gda_chooses_the_half_that_is_right(clouds: Clouds) -> None:
     assert (chosen.logits(clouds.known).argmax(1) == torch.arange(CLASSES).repeat(12)).double().mean() > 0.95
 
 
+@given(st.lists(st.floats(-8, 8), min_size=2, max_size=7), st.floats(0.05, 0.95), st.sampled_from([0.5, 1.0, 4.0]))
+@settings(max_examples=40, deadline=None)
+def test_generalised_entropy_by_hand(values: list[float], gamma: float, temperature: float) -> None:
+    powers = [math.exp(value / temperature) for value in values]
+    p = sorted((power / sum(powers) for power in powers), reverse=True)[:3]
+    expected = -sum((x * (1 - x)) ** gamma for x in p)
+    logits = torch.tensor([values], dtype=torch.float64)
+    found = GEN(Head.of_logits(len(values)), temperature=temperature, gamma=gamma, leading=3).score(logits)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_generalised_entropy_tells_sure_answers_apart_in_single_precision() -> None:
+    """At CLIP's temperature the leading probability rounds to 1; the score still ranks by how much is left."""
+    gaps = torch.tensor([20.0, 30.0, 60.0])
+    score = GEN(Head.of_logits(2)).score(torch.stack([gaps, torch.zeros(3)], dim=1))
+    assert (score.diff() > 0).all()
+    assert torch.allclose(score, -2 * (-0.1 * gaps).exp(), rtol=1e-3)
+
+
+# ---- the user's own
+
+
+def test_what_a_user_s_score_has_to_be(clouds: Clouds) -> None:
+    head = clouds.supplies.head
+
+    class Crowd(MaxLogit):
+        def score(self, features: Tensor) -> Tensor:
+            return super().score(features) - super().score(features).mean()
+
+    class Wide(MaxLogit):
+        def score(self, features: Tensor) -> Tensor:
+            return self.head.logits(features)
+
+    for make, said in [
+        (lambda _: Crowd(head), "must depend on that image alone"),
+        (lambda _: Wide(head), "must return floats"),
+        (lambda _: 3, "expected a detector .*, got an int"),
+        (lambda _: 1 / 0, "failed: ZeroDivisionError"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            own_detector("my:score", make, clouds.supplies)
+    learnt = own_detector("my:score", lambda _: KNN(k=3), clouds.supplies)
+    assert torch.equal(learnt.score(clouds.known), KNN(k=3).fit_features(clouds.fit, clouds.labels).score(clouds.known))
+
+
 # ---- invariances
 
 
@@ -317,7 +364,7 @@ def test_words_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 def test_what_cannot_be_made_is_said(clouds: Clouds) -> None:
     made, skipped = make_scores(SCORES, Supplies(Head.of_logits(4), encoder=False))
-    assert list(made) == ["msp", "max-logit", "energy"]
+    assert list(made) == ["msp", "max-logit", "energy", "gen"]
     assert {item.name: "encoder" in item.reason for item in skipped} == {
         name: True for name in SCORES if name not in made
     }
@@ -333,7 +380,9 @@ def test_what_cannot_be_made_is_said(clouds: Clouds) -> None:
 
 
 def test_lists_of_scores() -> None:
-    assert parse_scores("all") == tuple(SCORES)
+    assert parse_scores("all") == tuple(name for name, score in SCORES.items() if score.usual)
+    assert parse_scores("gen, all") == tuple(SCORES)
+    assert parse_scores("json:loads,msp,gen") == ("msp", "gen", "json:loads")
     with pytest.raises(UserError, match="did you mean 'mahalanobis'"):
         parse_scores("msp,mahalonobis")
 
