@@ -31,6 +31,10 @@ class FMN(LaneAttack):
     one found, and grows by gamma elsewhere. A step of L2 length alpha goes up the objective's gradient and is projected
     onto the ball and the pixels' range. alpha (to a hundredth) and gamma (to 0.001) fall along a half cosine.
 
+    Our reading: entries of the gradient that point out of the pixels' range count as zero, in the step and in the
+    distance to the boundary. As published they make both too short, and with many white or black pixels the L2 walk may
+    come to a halt before its first success.
+
     From the image, the walk does not depend on the run's radius: an image is fooled at eps exactly when the shortest
     perturbation found is at most eps long. Restarts begin at random points of the ball of half the run's radius.
 
@@ -74,6 +78,7 @@ class FMN(LaneAttack):
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         x0, x = state["x0"], state["x"]
         loss, length = loss.to(x.dtype), lengths(x - x0, threat.norm)
+        grad = torch.where(((x <= 0) & (grad < 0)) | ((x >= 1) & (grad > 0)), 0.0, grad)
         share = 0.5 * (1 + torch.cos(math.pi * step.to(x.dtype) / self.n_iter))
         gamma = _LAST_GAMMA + (self.gamma - _LAST_GAMMA) * share
         alpha = self.alpha * (_LAST_ALPHA + (1 - _LAST_ALPHA) * share)

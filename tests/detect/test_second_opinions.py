@@ -34,6 +34,7 @@ from robustvlm.detect import (
     fit_probe,
 )
 from robustvlm.detect.covariance import ledoit_wolf_shrinkage
+from robustvlm.detect.gen import GEN
 
 
 def same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-6) -> bool:
@@ -47,6 +48,8 @@ def test_scores_of_logits(clouds: Clouds) -> None:
     assert same(MaxLogit(clouds.head).score(clouds.known), other.MaxLogit.score(logits))
     assert same(Energy(clouds.head).score(clouds.known), other.EnergyBased.score(logits))
     assert same(Energy(clouds.head, 2.5).score(clouds.known), other.EnergyBased.score(logits, t=2.5))
+    theirs = other.GEN.score(logits, gamma=0.1, M=3)  # a mean, and of probabilities that are clamped
+    assert same(GEN(clouds.head, leading=3).score(clouds.known), 3 * theirs)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
