@@ -24,6 +24,7 @@ from robustvlm.attacks.oracle import Oracle
 from robustvlm.attacks.rungs import batch_sizes, smallest
 from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import ThreatModel
+from robustvlm.core.batches import narrower
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError
@@ -236,9 +237,8 @@ class LaneEngine:
         return results
 
     def _halve(self, waiting: deque[Job]) -> None:
-        """Go on with half the lanes after running out of memory; jobs in flight start over, with the same draws."""
-        width = self.rungs[0] // 2
-        self.rungs = (width, *(rung for rung in self.rungs if rung < width))
+        """Go on with fewer lanes after running out of memory; jobs in flight start over, with the same draws."""
+        self.rungs = narrower(self.rungs)
         waiting.extendleft(lane.job for lane in reversed(self._lanes))
         self._lanes, self._state = [], {}
         if self.oracle.device.type == "cuda":

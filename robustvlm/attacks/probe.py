@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.oracle import Oracle
+from robustvlm.core.batches import steady_sizes
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.errors import UserError
@@ -33,7 +33,8 @@ class Probe:
         repeat_change: largest change of a logit when the same batch is asked again, relative to the logits' spread.
         batch_change: largest relative change of an image's logits when its neighbours in the batch are replaced.
         zero_gradients: share of images whose cross-entropy gradient is exactly zero.
-        rungs: batch sizes, descending from the full one, whose rows equal those of the full batch to the bit.
+        rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
+            the full one alone for a model that is random or not finite.
     """
 
     finite: bool
@@ -57,6 +58,7 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     """Ask the model about a full batch of images [L, 3, H, W], its repetition, and the same rows among others.
 
     Example:
+        >>> import torch
         >>> oracle = Oracle(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)))
         >>> report = probe(oracle, torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))
         >>> report.finite, report.random, report.coupled
@@ -155,14 +157,11 @@ def _relative_change(new: Tensor, old: Tensor, *, spread: Tensor | None = None) 
 
 
 def _rungs(oracle: Oracle, images: Tensor, label: Tensor, full: tuple[Tensor, Tensor, Tensor]) -> tuple[int, ...]:
-    """Halve the batch as long as logits, gradients and confirmed logits of its rows stay the same to the bit."""
-    rungs, size = [len(images)], len(images) // 2
-    while size >= 1:
-        rows = torch.arange(size, device=images.device)
+    """Return the sizes on which logits, gradients and confirmed logits of an image are the same to the bit."""
+
+    def ask(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rows.to(images.device)
         logits, _, grad = oracle.gradient(images[rows], objective("ce"), label[rows], label[rows])
-        part = (logits, grad, oracle.confirm(images[rows]))
-        if not all(torch.equal(a, b[rows]) for a, b in zip(part, full, strict=True)):
-            break
-        rungs.append(size)
-        size //= 2
-    return tuple(rungs)
+        return logits, grad, oracle.confirm(images[rows])
+
+    return steady_sizes(ask, len(images), full)

@@ -20,6 +20,7 @@ from torch import Tensor
 from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk
 from robustvlm.certify.sampling import Certifier, Stage
 from robustvlm.certify.sampling_lane import Lane, Piece, Sampled, Task, Verdicts
+from robustvlm.core.batches import narrower
 from robustvlm.core.memory import is_out_of_memory
 
 Encode = Callable[[Tensor], Tensor]
@@ -195,9 +196,8 @@ class SamplingEngine:
         return decided
 
     def _halve(self) -> None:
-        """Go on with half the rows after running out of memory; the lost rows are made again, with the same noise."""
-        width = self.rungs[0] // 2
-        self.rungs = (width, *(rung for rung in self.rungs if rung < width))
+        """Go on with fewer rows after running out of memory; the lost rows are made again, with the same noise."""
+        self.rungs = narrower(self.rungs)
         for lane in self._lanes:
             lane.sent = lane.taken
         if self.device.type == "cuda":

@@ -20,6 +20,7 @@ from robustvlm.attacks.oracle import Oracle
 from robustvlm.attacks.rungs import smallest
 from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
+from robustvlm.core.batches import narrower
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import derive_seed
@@ -120,9 +121,8 @@ class ExternalEngine:
                 batch = later
 
     def _halve(self) -> None:
-        """Go on with batches of half the size."""
-        width = self.rungs[0] // 2
-        self.rungs = (width, *(rung for rung in self.rungs if rung < width))
+        """Go on with smaller batches after running out of memory."""
+        self.rungs = narrower(self.rungs)
         if self.oracle.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.oracle import PRECISIONS
+from robustvlm.core.batches import steady_sizes
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.defenses import SmoothedVLM
@@ -72,7 +73,8 @@ class Probed:
     """What the first passes say of an encoder.
 
     Args:
-        rungs: batch sizes, descending from the full one, whose rows equal those of the full batch to the bit.
+        rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
+            the full one alone for an encoder that is random.
         dim: length of a feature. rate: noisy images per second. checks: findings about it.
     """
 
@@ -128,7 +130,8 @@ def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, mod
         )
     if not torch.equal(again, first):
         return Probed((len(noisy),), first.shape[1], rate, tuple(found))
-    return Probed(_rungs(encoder, noisy, first), first.shape[1], rate, tuple(found))
+    sizes = steady_sizes(lambda rows: [encoder(noisy[rows.to(noisy.device)])], len(noisy), [first])
+    return Probed(sizes, first.shape[1], rate, tuple(found))
 
 
 def _random(encoder: NoisyEncoder, noisy: Tensor, *, model: str) -> Check:
@@ -158,17 +161,6 @@ def _among_others(noisy: Tensor) -> Tensor:
 def _change(new: Tensor, old: Tensor) -> float:
     """Return the largest change of a feature's entry; NaN in both is no change."""
     return float(torch.nan_to_num((new - old).double().abs(), nan=0.0).max())
-
-
-def _rungs(encoder: NoisyEncoder, noisy: Tensor, full: Tensor) -> tuple[int, ...]:
-    """Halve the batch as long as the features of its rows stay the same to the bit."""
-    rungs, size = [len(noisy)], len(noisy) // 2
-    while size >= 1:
-        if not torch.equal(torch.nan_to_num(encoder(noisy[:size])), torch.nan_to_num(full[:size])):
-            break
-        rungs.append(size)
-        size //= 2
-    return tuple(rungs)
 
 
 def _wait(encoder: NoisyEncoder) -> None:

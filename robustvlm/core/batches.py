@@ -1,0 +1,82 @@
+"""Batch sizes on which an image gets the same bits wherever it stands.
+
+A matrix kernel works on blocks of rows and may sum the rows that are left over in another order: then the last digits
+of an image's answer tell its place in the batch, and with it the other images, the number of processes and resumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import gcd
+
+import torch
+from torch import Tensor
+
+# The kernels of CPUs with AVX2 work on blocks of six rows: of six sizes in a row, some leave no rest.
+_BLOCK = 6
+
+# Answers of several kinds to the images with these row numbers, each with one row per number.
+Ask = Callable[[Tensor], Sequence[Tensor]]
+
+
+def steady_sizes(ask: Ask, count: int, first: Sequence[Tensor] | None = None) -> tuple[int, ...]:
+    """Return batch sizes, descending, on which an image's answer is the same to the bit at every place.
+
+    The first is the largest that was found to be so, `count` if possible; the others are its halves, quarters and so
+    on, as far as they give the bits of the first. A single row always has one place.
+
+    Args:
+        ask: a model that gives the same answer when asked again.
+        count: rows of a full batch.
+        first: the answer to `arange(count)`, where it is known.
+
+    Example:
+        >>> x = torch.rand(8, 3)
+        >>> steady_sizes(lambda rows: [x[rows] * 2], 8)
+        (8, 4, 2, 1)
+        >>> def rest_apart(rows):  # blocks of six rows, and the rest in another way
+        ...     place = torch.arange(len(rows))[:, None]
+        ...     return [x[rows] * torch.where(place < len(rows) // 6 * 6, 2, 3)]
+        >>> steady_sizes(rest_apart, 8)
+        (6,)
+    """
+    for size in _candidates(count):
+        rows = torch.arange(size)
+        whole = first if first is not None and size == count else ask(rows)
+        shifted = (rows + _shift(size)) % size
+        if size == 1 or _same(ask(shifted), whole, shifted):
+            break
+    sizes, smaller = [size], size // 2
+    while smaller >= 1:
+        rows = torch.arange(smaller)
+        if _same(ask(rows), whole, rows):
+            sizes.append(smaller)
+        smaller //= 2
+    return tuple(sizes)
+
+
+def narrower(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes that are left when memory does not suffice for the first; half of it where it is the only one.
+
+    Example:
+        >>> narrower((64, 16, 8)), narrower((64,))
+        ((16, 8), (32,))
+    """
+    return tuple(sizes[1:]) or (sizes[0] // 2,)
+
+
+def _candidates(count: int) -> Iterator[int]:
+    yield from range(count, max(count - _BLOCK, count // 2), -1)
+    while count > 1:
+        count //= 2
+        yield count
+
+
+def _shift(size: int) -> int:
+    """Return a shift by about half a batch, prime to its size: no set of places but all is mapped onto itself."""
+    return next(shift for shift in range(max(size // 2, 1), 0, -1) if gcd(shift, size) == 1)
+
+
+def _same(new: Sequence[Tensor], old: Sequence[Tensor], rows: Tensor) -> bool:
+    pairs = zip(new, old, strict=True)
+    return all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b[rows.to(b.device)])) for a, b in pairs)
