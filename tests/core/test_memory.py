@@ -31,7 +31,7 @@ def test_memory_that_ran_out_is_recognised(text: str) -> None:
 
 def test_so_are_its_own_exceptions_and_nothing_else() -> None:
     assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(torch.OutOfMemoryError("anything"))
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("anything"))
     for other in ("mat1 and mat2 shapes cannot be multiplied", "CUDA error: device-side assert triggered", ""):
         assert not is_out_of_memory(RuntimeError(other))
 

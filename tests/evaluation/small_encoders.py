@@ -41,15 +41,6 @@ class Coupled(Encoder):
         return features - features.mean(0) if len(features) > 1 else features
 
 
-class RestApart(Encoder):
-    """Rounds the rows behind the last whole block of six in another way, as matrix kernels of CPUs with AVX2 do."""
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        features = super().encode_image(pixels)
-        place = torch.arange(len(pixels))[:, None]
-        return torch.where(place < len(pixels) // 6 * 6, features, features + 1e-6)
-
-
 class Random(Encoder):
     """Adds fresh noise to every answer."""
 

@@ -56,18 +56,6 @@ def test_interrupted_anywhere_and_resumed_is_the_same_to_the_bit(straight: Prepa
 
 
 @pytest.mark.equality
-@pytest.mark.parametrize("piece", [7, 31])
-def test_a_model_whose_rounding_tells_the_place_in_the_batch_gives_the_same_when_resumed(
-    make_folder: Photos, piece: int
-) -> None:
-    photos = make_folder()
-    alone = prepared(photos, "RestApart", name="alone", **CURVE)
-    alone.run()
-    again = run_in_pieces(lambda: prepared(photos, "RestApart", **CURVE), [piece])
-    assert table(again).equals(table(alone))
-
-
-@pytest.mark.equality
 def test_killed_among_its_first_questions_a_run_ends_with_all_of_their_answers(make_folder: Photos) -> None:
     """At every byte of the line that holds them, and before and after it."""
     photos = make_folder(8)
