@@ -25,17 +25,16 @@ from torch import Tensor
 
 from benchmarks.common import markdown
 from robustvlm.certify import FeatureRadius, FeatureTest, SamplingEngine, Task
+from robustvlm.commands.certify.audit import audit_folder
+from robustvlm.commands.certify.audit_search import Effort
+from robustvlm.commands.certify.config import Settings
+from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.certify.replay import prepare_replay
+from robustvlm.commands.certify.setup import prepare_certify
+from robustvlm.commands.certify.view import write_certify_report
 from robustvlm.data import open_data
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import Sample
+from robustvlm.data.source import Sample, to_pixels
 from robustvlm.defenses import load_pipeline
-from robustvlm.evaluation.audit_run import audit_folder
-from robustvlm.evaluation.audit_search import Effort
-from robustvlm.evaluation.certifying.encoder import NoisyEncoder
-from robustvlm.evaluation.certifying.replay import prepare_replay
-from robustvlm.evaluation.certifying.settings import Settings
-from robustvlm.evaluation.certifying.setup import prepare_certify
-from robustvlm.report.certify_html import write_certify_report
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import clock, markdown
-from robustvlm import certify
+from robustvlm.certify import certifier, classes, feature, shapes
+from robustvlm.certify.bounds import bands
+from robustvlm.certify.bounds.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import open_data
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import Sample
+from robustvlm.data.source import Sample, to_pixels
 from robustvlm.defenses import load_pipeline, smooth
 from robustvlm.models import zero_shot
 
@@ -117,25 +118,25 @@ def columns(features: Any, anchor: Any, text: Any, sigma: float) -> dict[str, An
     n_pilot = len(features) // 10
     pilot, rest = features[:n_pilot], features[n_pilot:]
     u = pilot.mean(axis=0) / np.linalg.norm(pilot.mean(axis=0))
-    at_anchor, along = certify.direction_scores(features, anchor), certify.direction_scores(rest, u)
-    looking_back = certify.PredictableDirection(features.shape[1]).scores(features)
-    r = certify.norm_lower_bound(looking_back, ALPHA)
-    band, half = certify.ell_band(len(rest), ALPHA), certify.ell_band(len(rest), ALPHA / 2)
+    at_anchor, along = certifier.direction_scores(features, anchor), certifier.direction_scores(rest, u)
+    looking_back = feature.PredictableDirection(features.shape[1]).scores(features)
+    r = feature.norm_lower_bound(looking_back, ALPHA)
+    band, half = bands.ell_band(len(rest), ALPHA), bands.ell_band(len(rest), ALPHA / 2)
     label = int((pilot.mean(axis=0) @ text.T).argmax())
     voted = int(np.bincount((pilot @ text.T).argmax(axis=1)).argmax())
     votes = int(((rest @ text.T).argmax(axis=1) == voted).sum())
     return {
         "r": r,
-        "paper": float(certify.fcsb_radius(certify.hoeffding_lower(at_anchor, ALPHA), COS0, sigma)),
-        "paper_betting": float(certify.fcsb_radius(certify.betting_lower(at_anchor, ALPHA), COS0, sigma)),
-        "fcsb": float(certify.fcsb_radius(certify.betting_lower(along, ALPHA), COS0, sigma)),
-        "cone": float(certify.cone_radius(r, COS0, sigma)),
-        "t4": float(certify.vector_table().radius(r, COS0, sigma)),
-        "cdf": certify.cdf_radius(along, 0.5 * (1.0 + COS0), sigma, band),
-        "f3": certify.direction_radius(along, COS0, sigma, half, certify.sideways(rest, u, ALPHA / 2)),
-        "class": certify.class_margin_radius(rest, text, label, sigma, band),
+        "paper": float(feature.fcsb_radius(hoeffding_lower(at_anchor, ALPHA), COS0, sigma)),
+        "paper_betting": float(feature.fcsb_radius(betting_lower(at_anchor, ALPHA), COS0, sigma)),
+        "fcsb": float(feature.fcsb_radius(betting_lower(along, ALPHA), COS0, sigma)),
+        "cone": float(feature.cone_radius(r, COS0, sigma)),
+        "t4": float(feature.vector_table().radius(r, COS0, sigma)),
+        "cdf": shapes.cdf_radius(along, 0.5 * (1.0 + COS0), sigma, band),
+        "f3": shapes.direction_radius(along, COS0, sigma, half, shapes.sideways(rest, u, ALPHA / 2)),
+        "class": classes.class_margin_radius(rest, text, label, sigma, band),
         "class_label": label,
-        "vote": certify.vote_radius(votes, len(rest), sigma, ALPHA),
+        "vote": classes.vote_radius(votes, len(rest), sigma, ALPHA),
         "vote_label": voted,
         "decisions": {str(t): _decide(looking_back, t) for t in TARGETS},
     }
@@ -143,7 +144,7 @@ def columns(features: Any, anchor: Any, text: Any, sigma: float) -> dict[str, An
 
 def _decide(scores: Any, target: float) -> tuple[str, int]:
     """Return the decision on "the feature radius is at least target sigmas" and the samples it took."""
-    test = certify.SequentialTest(0.5 * (1.0 + certify.vector_table().required(COS0, target)), alpha=ALPHA)
+    test = SequentialTest(0.5 * (1.0 + feature.vector_table().required(COS0, target)), alpha=ALPHA)
     for start in range(0, len(scores), LOOK_EVERY):
         if test.update(scores[start : start + LOOK_EVERY]) != "open":
             return test.decision, test.n + 1  # the first sample only sets the direction

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from robustvlm.attacks import Job, Oracle, target_classes
 from robustvlm.data import open_data
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import Sample
+from robustvlm.data.source import Sample, to_pixels
 from robustvlm.models import load_model, zero_shot
 
 

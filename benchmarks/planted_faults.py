@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks.common import markdown
 from benchmarks.planted.data import write_folder
+from robustvlm.commands.attack.setup import prepare
 from robustvlm.errors import UserError
-from robustvlm.evaluation.setup import prepare
-from robustvlm.runs.summary import Check
+from robustvlm.runs.records import Check
 
 _PLANTED = "benchmarks.planted.models:"
 _ALARMS = ("warning", "fault")

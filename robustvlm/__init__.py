@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustvlm import detect as detect
+    from robustvlm.attacks.base import ATTACKS as ATTACKS
     from robustvlm.attacks.perturb import AutoAttack as AutoAttack
     from robustvlm.attacks.perturb import Perturbed as Perturbed
     from robustvlm.attacks.perturb import perturb as perturb
-    from robustvlm.attacks.plan import ATTACKS as ATTACKS
     from robustvlm.attacks.threat import ThreatModel as ThreatModel
     from robustvlm.data.specs import open_data as open_data
     from robustvlm.defenses.load import load_classifier as load_classifier
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Where each public name lives; a module stands for itself. A new name is a line here and one above.
 _HOME = {
     "ABSTAIN": "robustvlm.defenses.votes",
-    "ATTACKS": "robustvlm.attacks.plan",
+    "ATTACKS": "robustvlm.attacks.catalog",
     "AutoAttack": "robustvlm.attacks.perturb",
     "Perturbed": "robustvlm.attacks.perturb",
     "SCORES": "robustvlm.detect.catalog",

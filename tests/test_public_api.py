@@ -12,7 +12,7 @@ import torch
 
 import robustvlm as rv
 from robustvlm.defenses.immunity import immunise_without_images
-from robustvlm.defenses.immunity.files import card_settings, save_tensors
+from robustvlm.defenses.immunity.state import card_settings, save_tensors
 from robustvlm.models.saved import Card, write_card
 
 FACE = Path(rv.__file__)

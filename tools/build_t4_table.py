@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from robustvlm.certify.vector_np import required_norm
+from robustvlm.certify.feature import required_norm
 
 COSINES = np.append(np.round(np.arange(0.0, 0.995, 0.01), 2), [0.995, 0.999])
 SHIFTS = np.round(np.arange(0.0, 4.0001, 0.01), 2)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from robustvlm.data.emoji import EmojiSource
-from robustvlm.data.emoji_facts import TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE
+from robustvlm.data.emoji import TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE, EmojiSource
 from tools.tiny import network
 from tools.tiny.measures import Encoded, Heads, accuracies, encode, separation
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from robustvlm.data.prompts import CIFAR
+from robustvlm.data.classes import CIFAR
 
 from .model import CifarCLIP
 

@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.detect.sources import Kept
 from benchmarks.detect.tables import Found, judge, judge_all, subset, table
+from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
 from robustvlm.detect import GDA, COOkeD, Head, Supplies, choose_alpha
 from robustvlm.errors import UserError
-from robustvlm.evaluation.detecting.encoding import Encoded
 from robustvlm.models.zero_shot import class_embeddings
 
 SEEN = "fxemoji"

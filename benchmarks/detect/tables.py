@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import markdown
+from robustvlm.commands.detect.scoring import score_all
 from robustvlm.detect import SCORES, Supplies, all_metrics, make_scores
-from robustvlm.evaluation.detecting.scoring import score_all
 
 # By score and set of unknown images: AUROC and FPR95 of each seed.
 Found = dict[str, dict[str, list[tuple[float, float]]]]

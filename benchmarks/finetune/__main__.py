@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from robustvlm.core.files import write_text
 from robustvlm.errors import UserError
-from robustvlm.runs.files import write_text
 
 from .cost import costs
 from .options import arguments, open_set, plan_of, variants_of

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.common import markdown
 from robustvlm.attacks import Goal, Misclassify, Superclass, ThreatModel
+from robustvlm.core.files import write_text
 from robustvlm.defenses import ZeroShot
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
-from robustvlm.runs.files import write_text
 from robustvlm.stats import rate
 
 from .measure import Images, predictions_when_attacked, right_when_attacked, right_when_clean

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from robustvlm.data import open_data
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
-from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select, to_pixels
+from robustvlm.data.trees import Forest, Tree
 
 from .measure import Images
 from .trees import by_place

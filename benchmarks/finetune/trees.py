@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from robustvlm.data.taxonomy import Tree
+from robustvlm.data.trees import Tree
 
 _CIFAR10: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sky": {"sky above": ("airplane", "bird")},

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import markdown
+from robustvlm.core.files import write_text
 from robustvlm.data import open_data
 from robustvlm.data.source import UNKNOWN, Sample, select
 from robustvlm.defenses.finetune import HierarchicalOptions
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import load_model
-from robustvlm.runs.files import write_text
 
 from .measure import Images, right_when_attacked, right_when_clean
 from .options import arguments, plan_of

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from robustvlm.commands.immunize.images import embedder, held_back, read_features, write_features
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.prompts import Features, encode_source
-from robustvlm.evaluation.immunizing.images import held_back, read_features, write_features
-from robustvlm.evaluation.immunizing.texts import embedder
 from robustvlm.models import VLM
 
 STYLE = {"val": "streamline-emojis", "test": "twemoji"}
@@ -89,7 +88,7 @@ def near_names() -> tuple[str, ...]:
     """Return the names of the unknown `near` things of the bundled benchmark, to see which antibodies name them."""
     import pyarrow.parquet as pq
 
-    from robustvlm.data.emoji_facts import SPRITES
+    from robustvlm.data.emoji import SPRITES
 
     table = pq.read_table(SPRITES, columns=["name"], filters=[("split", "in", ["near", "far"])])
     return tuple(sorted(set(table["name"].to_pylist())))

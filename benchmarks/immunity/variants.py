@@ -10,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from robustvlm.data.nouns import words_of
+from robustvlm.commands.immunize.images import NOISE_PER_CLASS, embedder
+from robustvlm.commands.immunize.record import judged
+from robustvlm.data.names import words_of
 from robustvlm.defenses.immunity import (
     Immunised,
     Immunity,
@@ -29,10 +31,8 @@ from robustvlm.defenses.immunity.antibodies import (
     noise_antibodies,
     open_source,
 )
-from robustvlm.defenses.immunity.losses import automatic_margin
+from robustvlm.defenses.immunity.vaccine import automatic_margin
 from robustvlm.detect import Head, Supplies, make_scores
-from robustvlm.evaluation.immunizing.measuring import judged
-from robustvlm.evaluation.immunizing.texts import NOISE_PER_CLASS, embedder
 
 from .sets import Task, texts_of
 

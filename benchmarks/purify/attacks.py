@@ -16,9 +16,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.common import markdown
+from robustvlm.commands.attack.setup import prepare
 from robustvlm.data import open_data
 from robustvlm.defenses import SmoothedVLM, load_classifier
-from robustvlm.evaluation.setup import prepare
 from robustvlm.stats import mean, rate
 
 _GUESSES = ("clean_prediction", "adversarial_prediction")

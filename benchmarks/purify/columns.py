@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from robustvlm import certify
+from robustvlm.certify import certifier, classes, shapes
+from robustvlm.certify.bounds import bands
+from robustvlm.certify.claims.feature import feature_radius
+from robustvlm.certify.feature import VACUOUS, PredictableDirection, norm_lower_bound, vector_table
 
 ALPHA, COS0 = 0.001, 0.5
 EPS = (0.1, 0.25, 0.5)
@@ -20,21 +23,21 @@ def columns(features: Any, anchor: Any, text: Any, sigma: float) -> dict[str, An
     * class: of the mean feature; class_radius: certified for the pilot's class (P1-CDF), with that class.
     """
     n = len(features)
-    at_anchor = certify.direction_scores(features, anchor)
-    r = certify.norm_lower_bound(certify.PredictableDirection(features.shape[1]).scores(features), ALPHA)
+    at_anchor = certifier.direction_scores(features, anchor)
+    r = norm_lower_bound(PredictableDirection(features.shape[1]).scores(features), ALPHA)
     pilot, rest = features[:PILOT], features[PILOT:]
     pilot_class = int((pilot.mean(axis=0) @ text.T).argmax())
-    table, band = certify.vector_table(), certify.ell_band(n, ALPHA)
+    table, band = vector_table(), bands.ell_band(n, ALPHA)
     found: dict[str, Any] = {
         "score": float(at_anchor.mean()),
         "r": r,
-        "radius": certify.feature_radius(r, COS0, sigma),
+        "radius": feature_radius(r, COS0, sigma),
         "class": int((features.mean(axis=0) @ text.T).argmax()),
-        "class_radius": certify.class_margin_radius(rest, text, pilot_class, sigma, certify.ell_band(len(rest), ALPHA)),
+        "class_radius": classes.class_margin_radius(rest, text, pilot_class, sigma, bands.ell_band(len(rest), ALPHA)),
         "pilot_class": pilot_class,
     }
     for eps in EPS:
         found[f"cos@{eps}"] = float(table.cos(r, eps / sigma))
-        inner = 2.0 * float(certify.cdf_lower(at_anchor, eps / sigma, band)) - 1.0
-        found[f"anchored@{eps}"] = inner if inner > 0.0 else certify.VACUOUS
+        inner = 2.0 * float(shapes.cdf_lower(at_anchor, eps / sigma, band)) - 1.0
+        found[f"anchored@{eps}"] = inner if inner > 0.0 else VACUOUS
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}

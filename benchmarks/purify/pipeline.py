@@ -21,11 +21,11 @@ import torch
 from benchmarks.common import markdown
 from benchmarks.purify.columns import columns
 from benchmarks.purify.scores import pictures
-from robustvlm import certify
+from robustvlm.certify.noise import noise_chunk, stream_seed
+from robustvlm.commands.attack.setup import prepare
 from robustvlm.data import open_data
 from robustvlm.defenses import Classifier, SmoothedVLM, load_classifier
 from robustvlm.detect.metrics import auroc
-from robustvlm.evaluation.setup import prepare
 from robustvlm.models import VLM
 from robustvlm.stats import mean, rate
 
@@ -107,8 +107,8 @@ def _certified(options: argparse.Namespace, classifier: Classifier) -> tuple[flo
     text = np.eye(2, told.encode_text(["a"]).shape[1])
     found = []
     for image, sample in pictures(open_data(options.data), told, options.certify_limit):
-        stream = certify.stream_seed(0, sample.id, "estimation")
-        noise = torch.cat([certify.noise_chunk(stream, i, image.shape) for i in range(-(-options.samples // 32))])
+        stream = stream_seed(0, sample.id, "estimation")
+        noise = torch.cat([noise_chunk(stream, i, image.shape) for i in range(-(-options.samples // 32))])
         with torch.inference_mode():
             anchor = inner.at_noise(0.0).encode_image(image[None])[0].double().numpy()
             features = told.encode_image(image + options.sigma * noise[: options.samples]).double().numpy()

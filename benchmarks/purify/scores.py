@@ -25,9 +25,9 @@ from benchmarks.purify.columns import columns
 from benchmarks.purify.tables import print_tables
 from benchmarks.purify.training import trained
 from robustvlm import certify
+from robustvlm.certify.noise import noise_chunk, stream_seed
 from robustvlm.data import open_data
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import DataSource, Sample
+from robustvlm.data.source import DataSource, Sample, to_pixels
 from robustvlm.defenses import Classifier, load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.models import VLM, zero_shot
@@ -126,8 +126,8 @@ def features(
     options: argparse.Namespace,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the encoder's clean feature, and features [n, D] of noisy copies for every wanted variant."""
-    stream, n = certify.stream_seed(0, image_id, "estimation"), options.samples
-    noise = torch.cat([certify.noise_chunk(stream, i, image.shape) for i in range(certify.noise.chunks_of(n))])[:n]
+    stream, n = stream_seed(0, image_id, "estimation"), options.samples
+    noise = torch.cat([noise_chunk(stream, i, image.shape) for i in range(certify.noise.chunks_of(n))])[:n]
     noisy = (image + sigma * noise).contiguous(memory_format=torch.channels_last)
     half = torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
     found: dict[str, Tensor] = {}

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from robustvlm.commands.purify import PURIFY
-from robustvlm.runs.observer import Observer
+from robustvlm.runs.settings import Observer
 
 SIGMAS = (0.12, 0.25, 0.5)
 

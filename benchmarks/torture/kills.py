@@ -86,7 +86,7 @@ def watch_writes(counter: Counter, inside: Path, *, kill_at: int | None = None) 
 
 
 def _watch_journal(event: Callable[[], bool]) -> None:
-    from robustvlm.runs.journal import Journal
+    from robustvlm.commands.common.store import Journal
 
     append = Journal.append
 

@@ -5,9 +5,10 @@ Imports nothing of the package but errors and seeds: any module from pixels in [
 
 from __future__ import annotations
 
-from robustvlm.attacks.apgd import APGD
-from robustvlm.attacks.apgd_targeted import TargetedAPGD
-from robustvlm.attacks.base import ATTACKS, LaneAttack
+from robustvlm.attacks.apgd import APGD, TargetedAPGD
+from robustvlm.attacks.base import ATTACKS, FAILED, FOOLED, ROBUST, Job, LaneAttack, Option, Result
+from robustvlm.attacks.catalog import PLANS, Attack, Plan, parse_attacks, recommended_eot
+from robustvlm.attacks.engine import LaneEngine
 from robustvlm.attacks.external import (
     ExternalAttack,
     ExternalEngine,
@@ -31,16 +32,10 @@ from robustvlm.attacks.goals import (
     SuperclassAll,
     Targeted,
 )
-from robustvlm.attacks.jobs import FAILED, FOOLED, ROBUST, Job, Result
-from robustvlm.attacks.lanes import LaneEngine
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, margin, objective, target_classes
-from robustvlm.attacks.options import Option
-from robustvlm.attacks.oracle import PRECISIONS, Oracle
+from robustvlm.attacks.oracle import PRECISIONS, Answer, Oracle, Probe, probe
 from robustvlm.attacks.pgd import PGD
-from robustvlm.attacks.plan import PLANS, Attack, Plan, parse_attacks, recommended_eot
-from robustvlm.attacks.probe import Probe, probe
 from robustvlm.attacks.square import Square
-from robustvlm.attacks.tally import Answer
 from robustvlm.attacks.threat import DEFAULT_EPS, NORMS, ThreatModel, parse_eps, parse_norm, project
 
 __all__ = [

@@ -8,13 +8,134 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, State
-from robustvlm.attacks.boundary import boundary_step, lengths
+from robustvlm.attacks.base import ATTACKS, DONE, MOST, LaneAttack, Option, State
+from robustvlm.attacks.futility import learn, nothing_known, out_of_reach
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, objective
-from robustvlm.attacks.options import MOST, Option
-from robustvlm.attacks.reach import learn, nothing_known, out_of_reach
-from robustvlm.attacks.threat import ThreatModel, random_start
+from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, random_start
+from robustvlm.core.seeds import row_sums
 from robustvlm.errors import UserError
+
+# Projection onto a hyperplane inside the pixel box, the step of boundary attacks (Croce & Hein 2020, section 3.2).
+#
+# Wanted, for every lane on its own, is the shortest delta with <w, delta> = gap and 0 <= x + delta <= 1. Pixel i can be
+# moved by at most `room_i` in the direction that helps (the one of sign(gap) w_i), and the shortest delta moves it by
+#
+#     min(t, room_i)  in Linf norm,        min(t |w_i|, room_i)  in L2 norm,
+#
+# with one level t for all pixels: the least one at which the gap is closed. The level that closes the gap is found by
+# fixing variables (Kiwiel 2008, "Variable fixing algorithms for the continuous quadratic knapsack problem"): solve as
+# if no pixel met its bound, fix the pixels that did, solve for the rest, until no further pixel is fixed. The level
+# rises from round to round, so a fixed pixel stays fixed and the result is exact after finitely many rounds; in
+# practice a handful, where sorting the pixels by their bounds would cost more than the rest of the attack.
+
+
+def step_to_plane(x: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:
+    """Return the shortest delta [B, ...] with <normal, delta> = gap that keeps x + delta in [0, 1].
+
+    Where no point of the box reaches the plane, the result leads to the box's point nearest to it: every pixel with a
+    nonzero normal goes to its bound. A normal of zero gives a delta of zero.
+
+    Args:
+        x: points [B, ...] in the box [0, 1].
+        normal: normals w of the planes, like `x`.
+        gap: what <w, x> lacks to reach the plane, [B], either sign.
+        norm: "Linf" or "L2", the length to be kept short.
+
+    Example:
+        >>> x, w = torch.tensor([[0.5, 0.9]]), torch.tensor([[1.0, 1.0]])
+        >>> step_to_plane(x, w, torch.tensor([0.4]), "Linf")
+        tensor([[0.3000, 0.1000]])
+    """
+    w, flat = normal.flatten(1), x.flatten(1)
+    # The plane is the same for any multiple of its normal and gap; this one's squares neither under- nor overflow.
+    size = w.abs().amax(1).clamp_min(torch.finfo(w.dtype).tiny)
+    w, gap = w / size[:, None], gap / size
+    direction = w.sign() * gap.sign()[:, None]
+    weight = w.abs()
+    # A point that rounding left a hair outside the box has no room rather than a negative one.
+    room = torch.where(direction > 0, 1 - flat, flat).clamp_min(0)
+    room = torch.where(direction == 0, 0, room)
+    speed = torch.ones_like(weight) if norm == "Linf" else weight
+    level = _level(weight, speed, room, gap.abs())[:, None]
+    # Infinite levels mean that every pixel goes as far as it can, also one whose speed underflowed to zero.
+    moved = torch.where(level.isinf(), room, torch.minimum(level * speed, room))
+    return (direction * moved).reshape(x.shape)
+
+
+def _level(weight: Tensor, speed: Tensor, room: Tensor, gap: Tensor) -> Tensor:
+    """Return the least t >= 0 [B] with sum_i weight_i min(t speed_i, room_i) = gap, infinite where there is none."""
+    rate, capacity = weight * speed, weight * room
+    free = (rate > 0) & (room > 0)
+    while True:
+        left = gap - row_sums(torch.where(free, 0, capacity))
+        slope = row_sums(torch.where(free, rate, 0))
+        level = torch.where(slope > 0, left / slope, torch.where(left > 0, torch.inf, 0.0))
+        still_free = free & (level[:, None] * speed <= room)
+        if torch.equal(still_free, free):
+            return level.clamp_min(0)
+        free = still_free
+
+
+# One step along a linearised decision boundary, and what it tells of the boundary's distance from the image
+
+_TINY = 1e-12  # makes the bias 0 where neither step moves anything
+
+
+def boundary_step(
+    x0: Tensor,
+    x: Tensor,
+    loss: Tensor,
+    grad: Tensor,
+    norm: str,
+    *,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+) -> tuple[Tensor, Tensor]:
+    """Return the next point of FAB's walk, and the distance of the image from the linearised boundary.
+
+    The boundary is where the objective is zero, linearised at `x`: the hyperplane of all z with
+    loss + <grad, z - x> = 0. From `x`, or where the loss is positive from a point pulled back towards the image, the
+    walk goes `eta` times the way to the hyperplane's nearest point in the pixel box, mixed with the same step from
+    the image (arXiv 1907.02044, equations 8 and 9).
+
+    Args:
+        x0: images [B, ...].
+        x: points [B, ...], evaluated to `loss` [B] with gradients `grad` [B, ...].
+        norm: "Linf" or "L2".
+        alpha_max: largest share of the step from the image.
+        eta: overshoot.
+        beta: share of the distance to the image that is left after a success.
+
+    Example:
+        >>> x0, w = torch.full((1, 2), 0.5), torch.tensor([[1.0, 1.0]])
+        >>> x, distance = boundary_step(x0, x0, torch.tensor([-0.2]), w, "Linf", eta=1.0)
+        >>> x, distance
+        (tensor([[0.6000, 0.6000]]), tensor([0.1000]))
+    """
+    loss = loss.to(x.dtype)
+    start = torch.where(per_image(loss > 0, x), x0 + beta * (x - x0), x)
+    ahead, home = (step_to_plane(z, grad, -loss - _dot(grad, z - x), norm) for z in (start, x0))
+    far, near = lengths(ahead, norm), lengths(home, norm)
+    bias = per_image((far / (far + near).clamp_min(_TINY)).clamp_max(alpha_max), x)
+    return ((1 - bias) * (start + eta * ahead) + bias * (x0 + eta * home)).clamp(0, 1), near
+
+
+def lengths(delta: Tensor, norm: str) -> Tensor:
+    """Return the Linf or L2 norm of every image's perturbation, [B, ...] -> [B].
+
+    Example:
+        >>> lengths(torch.tensor([[3.0, -4.0]]), "L2"), lengths(torch.tensor([[3.0, -4.0]]), "Linf")
+        (tensor([5.]), tensor([4.]))
+    """
+    return delta.flatten(1).abs().amax(1) if norm == "Linf" else l2_norms(delta)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return row_sums(a * b)
+
+
+# FAB: the shortest perturbation that changes the class, found along the boundary (Croce & Hein 2020)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +166,7 @@ class FAB(LaneAttack):
         beta: share of the distance to the image that is left after a success.
         random_start: begin every sub-run at a random point of the ball of half the radius; otherwise only restarts
             after a target's first do, and that one begins at the image.
-        futility: end a target's sub-run when its boundary is out of reach (rule and measured risk: `reach`).
+        futility: end a target's sub-run when its boundary is out of reach (rule and measured risk: `futility`).
             Without effect untargeted, where the class that the walk leads to may still change.
 
     Example:

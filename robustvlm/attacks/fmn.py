@@ -9,12 +9,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import ATTACKS, LaneAttack, State
-from robustvlm.attacks.boundary import lengths
+from robustvlm.attacks.base import ATTACKS, LaneAttack, Option, State
+from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.objectives import OBJECTIVES, Objective, objective
-from robustvlm.attacks.options import Option
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, random_start
-from robustvlm.core.sums import row_sums
+from robustvlm.core.seeds import row_sums
 from robustvlm.errors import UserError
 
 _LAST_ALPHA = 0.01  # share of the first step that the last one has

@@ -1,23 +1,121 @@
-"""The model as attacks see it: logits and input gradients of full batches, every pass counted."""
+"""The model as attacks see it: every pass counted, answers summed over its draws, and what it is asked beforehand."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks.goals import Case, Goal
-from robustvlm.attacks.objectives import Objective
-from robustvlm.attacks.tally import Answer, Tally
+from robustvlm.attacks.objectives import Objective, objective
+from robustvlm.core.batches import steady_sizes
+from robustvlm.core.foreign_text import one_line
+from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError, nearest
-from robustvlm.models.borrowed import borrowed, placed
-from robustvlm.models.boundary import Boundary
-from robustvlm.models.device import full_precision_kernels
+from robustvlm.models.boundary import Boundary, borrowed, placed
+from robustvlm.models.vlm import full_precision_kernels
+
+# Answers: what the model says at a batch of points, summed up over the draws of a random model
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says at a batch of points, measured by a goal; over the model's draws where it is random.
+
+    Args:
+        reached: the goal is reached, in more than half of the draws; bool [B].
+        margin: distance from the goal, the largest over the draws, [B]: a point is as good as its worst draw.
+        prediction: predicted class, the most frequent among the draws that decided; int64 [B], -1 = rejected.
+        confidence: softmax probability of the leading class, mean over the draws, [B].
+        finite: all of the model's output is finite; bool [B].
+        cosine: the cosine that a feature goal is about, mean over the draws, [B]; NaN for other goals.
+    """
+
+    reached: Tensor
+    margin: Tensor
+    prediction: Tensor
+    confidence: Tensor
+    finite: Tensor
+    cosine: Tensor
+
+    @classmethod
+    def join(cls, answers: Sequence[Answer]) -> Answer:
+        """Return the rows of several answers as one."""
+        return cls(*(torch.cat([getattr(answer, name) for answer in answers]) for name in cls.__dataclass_fields__))
+
+    def head(self, rows: int) -> Answer:
+        """Return the first rows."""
+        return Answer(*(getattr(self, name)[:rows] for name in self.__dataclass_fields__))
+
+    def replaced(self, rows: Tensor, other: Answer) -> Answer:
+        """Return these answers with those of some rows replaced."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return Answer(*(mine.index_copy(0, rows, theirs) for mine, theirs in pairs))
+
+
+class Tally:
+    """Sums up outputs [B, O] draw by draw; memory does not grow with the number of draws but by a class each.
+
+    Example:
+        >>> from robustvlm.attacks.goals import Misclassify
+        >>> tally = Tally(Misclassify(), Case(torch.tensor([0])), 1, torch.device("cpu"))
+        >>> for logits in ([[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 2.0]]):
+        ...     tally.add(torch.tensor(logits))
+        >>> tally.answer().reached.item(), tally.answer().margin.item(), tally.answer().prediction.item()
+        (True, 1.0, 1)
+    """
+
+    def __init__(self, goal: Goal, case: Case, rows: int, device: torch.device) -> None:
+        self.goal, self.case = goal, case
+        self.votes = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.margin = torch.full((rows,), float("-inf"), device=device)
+        self.confidence = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.cosine = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.finite = torch.ones(rows, dtype=torch.bool, device=device)
+        self.reached: list[Tensor] = []
+        self.predictions: list[Tensor] = []
+
+    def add(self, output: Tensor) -> None:
+        """Take in the output of one draw."""
+        reached, margin = self.goal.reached(output, self.case), self.goal.margin(output, self.case)
+        cosine = self.goal.cosine(output, self.case)
+        self.votes = self.votes + reached
+        self.margin = torch.maximum(self.margin.to(margin.dtype), margin)
+        self.confidence = self.confidence + self.goal.confidence(output)
+        self.cosine = self.cosine + (float("nan") if cosine is None else cosine.double())
+        self.finite = self.finite & output.isfinite().all(1)
+        self.reached.append(reached)
+        self.predictions.append(self.goal.prediction(output))
+
+    def answer(self) -> Answer:
+        """Return the answers over all draws so far."""
+        n = len(self.predictions)
+        reached = 2 * self.votes > n
+        return Answer(
+            reached=reached,
+            margin=self.margin,
+            prediction=self.predictions[0] if n == 1 else self._leading(reached),
+            confidence=self.confidence / n,
+            finite=self.finite,
+            cosine=self.cosine / n,
+        )
+
+    def _leading(self, reached: Tensor) -> Tensor:
+        """Return each row's most frequent prediction among the draws on the winning side."""
+        predictions, sides = torch.stack(self.predictions), torch.stack(self.reached)
+        rows = []
+        for row in range(predictions.shape[1]):
+            side = predictions[:, row][sides[:, row] == reached[row]]
+            rows.append(side.mode().values if len(side) else predictions[0, row])
+        return torch.stack(rows)
+
+
+# The model as attacks see it: logits and input gradients of full batches, every pass counted
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 
@@ -171,3 +269,159 @@ def _layout(model: nn.Module) -> torch.memory_format:
     spatial = [part for part in model.modules() if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
     # A transformer has one such layer, which cuts the image into patches; a convolutional encoder has many.
     return torch.channels_last if len(spatial) > 3 else torch.contiguous_format
+
+
+# Questions put to a model before the attack: is it finite, repeatable, and does it treat each image on its own?
+
+# Rounding between batch shapes moves a logit by about 1e-6 of its size; batch statistics move it by percents.
+_COUPLED = 1e-3
+
+# Draws of a random model per gradient, and those that judge a point, unless the user says otherwise; the latter odd, so
+# that there is a majority.
+EOT_IF_RANDOM, DRAWS_IF_RANDOM = 10, 21
+
+# What torch says when nothing leads from the output back to the pixels.
+_NO_GRADIENT = ("does not require grad", "not have been used in the graph")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model's answers to one batch of images say about it.
+
+    Args:
+        finite: all logits are finite.
+        repeat_change: largest change of a logit when the same batch is asked again, relative to the logits' spread.
+        batch_change: largest relative change of an image's logits when its neighbours in the batch are replaced.
+        zero_gradients: share of images whose cross-entropy gradient is exactly zero.
+        rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
+            the full one alone for a model that is random or not finite.
+    """
+
+    finite: bool
+    repeat_change: float
+    batch_change: float
+    zero_gradients: float
+    rungs: tuple[int, ...]
+
+    @property
+    def random(self) -> bool:
+        """Whether two identical queries differ by more than rounding."""
+        return self.repeat_change > _COUPLED
+
+    @property
+    def coupled(self) -> bool:
+        """Whether an image's logits depend on the other images of its batch (a random model cannot be told)."""
+        return not self.random and self.batch_change > _COUPLED
+
+
+def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
+    """Ask the model about a full batch of images [L, 3, H, W], its repetition, and the same rows among others.
+
+    Example:
+        >>> import torch
+        >>> oracle = Oracle(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)))
+        >>> report = probe(oracle, torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))
+        >>> report.finite, report.random, report.coupled
+        (True, False, False)
+    """
+    images, label = images.to(oracle.device, oracle.dtype), label.to(oracle.device)
+    ce = objective("ce")
+    confirmed = oracle.confirm(images)
+    label = label.clamp_max(confirmed.shape[1] - 1)  # outputs may be features, fewer than there are classes
+    logits, _, grad = oracle.gradient(images, ce, label, label)
+    again = oracle.gradient(images, ce, label, label)[0]
+    finite = bool(logits.isfinite().all())
+    repeat = _relative_change(again, logits)
+    return Probe(
+        finite=finite,
+        repeat_change=repeat,
+        batch_change=_neighbour_change(oracle, images, confirmed),
+        zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
+        rungs=_rungs(oracle, images, label, (logits, grad, confirmed)) if finite and repeat == 0 else (len(images),),
+    )
+
+
+def ask_first(oracle: Oracle, images: Tensor, label: Tensor, *, model: str) -> Probe:
+    """Probe a model on images [L, 3, H, W] and labels [L], with half as many for as long as memory runs out.
+
+    Args:
+        model: how errors name it, as "model 'tiny'".
+
+    Raises:
+        UserError: the model fails on such a batch, or gives no gradient.
+    """
+    while True:
+        try:
+            return probe(oracle, images, label)
+        except UserError:
+            raise
+        except Exception as error:  # the model may be the user's code, which fails in any way
+            if not is_out_of_memory(error):
+                raise UserError(_failure(error, oracle, len(images), model)) from error
+            if len(images) == 1:
+                raise
+            images, label = images[: len(images) // 2], label[: len(label) // 2]
+
+
+def settle_draws(
+    oracle: Oracle,
+    found: Probe,
+    *,
+    eot: int | None = None,
+    draws: int | None = None,
+    eot_if_random: int = EOT_IF_RANDOM,
+) -> None:
+    """Let the oracle average over the draws of a random model and judge it by fresh ones, as told or as is usual."""
+    oracle.eot = eot if eot is not None else eot_if_random if found.random else 1
+    oracle.draws = draws if draws is not None else DRAWS_IF_RANDOM if found.random else 1
+
+
+def _failure(error: Exception, oracle: Oracle, n_images: int, model: str) -> str:
+    if any(sign in str(error) for sign in _NO_GRADIENT):
+        return (
+            f"{model} gives no gradient with respect to the pixels: its image encoder must be differentiable, "
+            "without torch.no_grad, detach or numpy inside"
+        )
+    said = f"{type(error).__name__}: {one_line(error, limit=200)}"
+    return f"{model} failed on a batch of {n_images} images in {oracle.precision}: {said}"
+
+
+def row_changes(oracle: Oracle, images: Tensor) -> tuple[float, float]:
+    """Return the largest relative changes of logits when images [L, ...] are asked again, and among other neighbours.
+
+    Example:
+        >>> oracle = Oracle(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)))
+        >>> max(row_changes(oracle, torch.rand(4, 3, 2, 2))) < 1e-3
+        True
+    """
+    logits = oracle.confirm(images)
+    return _relative_change(oracle.confirm(images), logits), _neighbour_change(oracle, images, logits)
+
+
+def _neighbour_change(oracle: Oracle, images: Tensor, logits: Tensor) -> float:
+    """Put the first row last, among flipped, darkened copies of the others, and see whether its logits notice.
+
+    Moving it shows also what only looks at earlier rows, such as a running mean.
+    """
+    if len(images) < 2:
+        return 0.0
+    others = images.flip(-1) * 0.5
+    others[-1] = images[0]
+    return _relative_change(oracle.confirm(others)[-1:], logits[:1], spread=logits)
+
+
+def _relative_change(new: Tensor, old: Tensor, *, spread: Tensor | None = None) -> float:
+    scale = (old if spread is None else spread).double().std().clamp_min(1e-12)
+    change = ((new - old).double().abs().max() / scale).item()
+    return change if change == change else 0.0
+
+
+def _rungs(oracle: Oracle, images: Tensor, label: Tensor, full: tuple[Tensor, Tensor, Tensor]) -> tuple[int, ...]:
+    """Return the sizes on which logits, gradients and confirmed logits of an image are the same to the bit."""
+
+    def ask(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rows.to(images.device)
+        logits, _, grad = oracle.gradient(images[rows], objective("ce"), label[rows], label[rows])
+        return logits, grad, oracle.confirm(images[rows])
+
+    return steady_sizes(ask, len(images), full)

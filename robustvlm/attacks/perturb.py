@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import LaneAttack
+from robustvlm.attacks.base import FAILED, FOOLED, Job, LaneAttack, Result
+from robustvlm.attacks.catalog import PLANS, Attack, parse_attacks, recommended_eot
+from robustvlm.attacks.engine import LaneEngine
 from robustvlm.attacks.external import ExternalAttack, ExternalEngine, require_fit, require_norm
-from robustvlm.attacks.goals import Case, Deny, FeatureAway, Goal, Intrude, Targeted
-from robustvlm.attacks.goals.feature import FeatureGoal
-from robustvlm.attacks.goals.named import goal_named
-from robustvlm.attacks.jobs import FAILED, FOOLED, Job, Result
-from robustvlm.attacks.lanes import LaneEngine
-from robustvlm.attacks.oracle import Oracle
-from robustvlm.attacks.plan import PLANS, Attack, parse_attacks, recommended_eot
-from robustvlm.attacks.probe import EOT_IF_RANDOM, Probe, ask_first, settle_draws
-from robustvlm.attacks.rungs import smallest
-from robustvlm.attacks.straight_through import opened_gradients
-from robustvlm.attacks.tally import Answer
-from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, chosen_device, image_ids
+from robustvlm.attacks.goals import Case, Deny, FeatureAway, FeatureGoal, Goal, Intrude, Targeted, goal_named
+from robustvlm.attacks.honesty import opened_gradients
+from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws
+from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
 from robustvlm.attacks.threat import ThreatModel, parse_eps, parse_norm
-from robustvlm.attacks.unperturbed import ask_unperturbed
+from robustvlm.core.batches import smallest
 from robustvlm.errors import UserError, arguments_named, nearest
 from robustvlm.stats import Rate, rate
 

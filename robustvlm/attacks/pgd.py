@@ -10,9 +10,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, State
+from robustvlm.attacks.base import ATTACKS, DONE, MOST, LaneAttack, Option, State
 from robustvlm.attacks.objectives import Objective, objective
-from robustvlm.attacks.options import MOST, Option
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, pixel_box, project, random_start
 
 # Lattice coordinates are whole numbers held in floats; this keeps them exactly representable in float32.

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from robustvlm.core.sums import row_norms
+from robustvlm.core.seeds import row_norms
 from robustvlm.errors import BadSetting, UserError, nearest
 
 NORMS = ("Linf", "L2")

@@ -31,26 +31,61 @@ from robustvlm.certify.bounds import (
     index_band,
     mean_lower,
 )
-from robustvlm.certify.class_claim import ClassAtRadius, ClassRadius, VocabularyRadius, VoteAtRadius, VoteRadius
-from robustvlm.certify.class_margin import class_angle, class_margin_radius, mean_margin_radius, rival_normals
-from robustvlm.certify.class_sequential import ClassTest
-from robustvlm.certify.cone import cone_cos, cone_radius, drift, norm_lower, norm_upper, side_upper
-from robustvlm.certify.covariance import Sideways, direction_cos, direction_radius, hcr_drift, sideways
+from robustvlm.certify.certifier import (
+    Certifier,
+    Finding,
+    Request,
+    as_scores,
+    direction_scores,
+    mean_feature,
+    unit_rows,
+)
+from robustvlm.certify.claims.class_ import ClassAtRadius, ClassRadius, VocabularyRadius, VoteAtRadius, VoteRadius
+from robustvlm.certify.claims.feature import FeatureRadius, FeatureTest, feature_radius
+from robustvlm.certify.claims.openset import OpensetRadius, RuleRadius
+from robustvlm.certify.classes import (
+    ClassTest,
+    class_angle,
+    class_margin_radius,
+    covariance_upper,
+    mean_ball,
+    mean_margin_radius,
+    rival_normals,
+    vocabulary_radius,
+    vote_predict,
+    vote_radius,
+)
 from robustvlm.certify.deployed import (
     class_margin_needed,
     deployed_cos,
+    deployed_feature_cos,
+    deployed_feature_radius,
     deployed_from_angle,
     deployed_inner,
     predict,
+    predict_openset,
     vote_share_needed,
 )
-from robustvlm.certify.deployed_feature import deployed_feature_cos, deployed_feature_radius
-from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
-from robustvlm.certify.distribution import cdf_lower, cdf_plug_in, cdf_radius, cdf_upper, layer_cake
-from robustvlm.certify.engine import SamplingEngine
-from robustvlm.certify.fcsb import VACUOUS, fcsb_cos, fcsb_inner, fcsb_radius
-from robustvlm.certify.feature_claim import FeatureRadius, FeatureTest, feature_radius
-from robustvlm.certify.halfspace import halfspace_lower, halfspace_shift
+from robustvlm.certify.engine import Sampled, SamplingEngine, Task
+from robustvlm.certify.feature import (
+    VACUOUS,
+    PredictableDirection,
+    VectorTable,
+    cone_cos,
+    cone_radius,
+    drift,
+    fcsb_cos,
+    fcsb_inner,
+    fcsb_radius,
+    norm_lower,
+    norm_lower_bound,
+    norm_upper,
+    required_norm,
+    side_upper,
+    vector_cos,
+    vector_radius,
+    vector_table,
+)
 from robustvlm.certify.limits import (
     best_class_radius,
     best_feature_radius,
@@ -63,9 +98,9 @@ from robustvlm.certify.limits import (
 )
 from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk, settings_digest, stream_seed
 from robustvlm.certify.normal import shift_down, shift_up
-from robustvlm.certify.open_vocabulary import covariance_upper, mean_ball, vocabulary_radius
 from robustvlm.certify.openset import (
     NormRange,
+    OpensetRule,
     acceptance_radius,
     contrast_vectors,
     norm_upper_bound,
@@ -75,19 +110,34 @@ from robustvlm.certify.openset import (
     score_lower,
     score_upper,
 )
-from robustvlm.certify.openset_claim import OpensetRadius, RuleRadius
-from robustvlm.certify.openset_deployed import predict_openset
-from robustvlm.certify.openset_rule import OpensetRule
-from robustvlm.certify.record import Certificate, Provenance, best_of, expected_false
-from robustvlm.certify.resize import resize_matrix, resize_norm, source_norm
-from robustvlm.certify.rounding import floor_to, format_down, format_exact, format_up
-from robustvlm.certify.sampling import Certifier, Finding, Request
-from robustvlm.certify.sampling_lane import Sampled, Task
-from robustvlm.certify.scores import as_scores, direction_scores, mean_feature, unit_rows
+from robustvlm.certify.record import (
+    Certificate,
+    Provenance,
+    best_of,
+    expected_false,
+    floor_to,
+    format_down,
+    format_exact,
+    format_up,
+    resize_matrix,
+    resize_norm,
+    source_norm,
+)
+from robustvlm.certify.shapes import (
+    Sideways,
+    cdf_lower,
+    cdf_plug_in,
+    cdf_radius,
+    cdf_upper,
+    direction_cos,
+    direction_radius,
+    halfspace_lower,
+    halfspace_shift,
+    hcr_drift,
+    layer_cake,
+    sideways,
+)
 from robustvlm.certify.tangent import Tangent, TangentTest, tangent_at, tangent_radius
-from robustvlm.certify.vector_np import required_norm, vector_cos, vector_radius
-from robustvlm.certify.vector_table import VectorTable, vector_table
-from robustvlm.certify.vote import vote_predict, vote_radius
 
 __all__ = [
     "ANYTIME_BOUNDS",

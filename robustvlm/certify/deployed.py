@@ -1,20 +1,22 @@
-"""From the ideal smoothed feature to the mean of n0 fresh samples that is deployed (T10)."""
+"""From the ideal smoothed feature to the deployed mean of n0 fresh samples: features, classes, refusals (T10)."""
 
 from __future__ import annotations
 
 from math import asin, cos, expm1, log, sqrt
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robustvlm.certify.bounds.betting import log_gains, mix
-from robustvlm.certify.bounds.fixed import divergence
-from robustvlm.certify.class_margin import rival_normals
-from robustvlm.certify.fcsb import VACUOUS
-from robustvlm.certify.normal import Array, beta_quantile, check_alpha, largest_true
-from robustvlm.certify.open_vocabulary import mean_ball
-from robustvlm.certify.scores import as_scores, unit_rows
+from robustvlm.certify.bounds.means import divergence, kl_lower, log_gains, mix
+from robustvlm.certify.certifier import as_scores, mean_feature, unit_rows
+from robustvlm.certify.classes import mean_ball, rival_normals
+from robustvlm.certify.feature import VACUOUS, fcsb_inner, norm_lower, vector_table
+from robustvlm.certify.normal import Array, beta_quantile, check_alpha, check_cos0, check_sigma, largest_true
+from robustvlm.certify.openset import pilot_choice
 from robustvlm.errors import UserError
+
+# From the ideal smoothed feature to the mean of n0 fresh samples that is deployed (T10)
 
 
 def deployed_inner(inner: ArrayLike, n0: int, alpha0: float) -> Array:
@@ -134,3 +136,92 @@ def predict(features: ArrayLike, text: ArrayLike, alpha0: float) -> int | None:
         return None
     wealth = mix(log_gains(as_scores(0.5 * (1.0 + rows[half:] @ normals.T)), 0.5))
     return label if bool((wealth >= log(1.0 / check_alpha(alpha0))).all()) else None
+
+
+# Feature certificates for the deployed smoother: the mean of n0 fresh samples instead of the ideal feature (T10)
+
+
+def deployed_feature_cos(r: ArrayLike, a: float, n0: int, alpha0: float) -> Array:
+    """Return the certified cosine between the mean of n0 fresh samples at x' and m(x), w.p. 1 - alpha0, or -1 (T10).
+
+    The larger of two bounds at alpha0 / 2 each: the angle certificate (T4) widened by the ball that the mean of n0
+    samples lies in, and Chernoff's bound along m(x) from the inner product (T1). The inference noise must be fresh, and
+    x' chosen without knowing it.
+
+    Args:
+        r: lower bounds of ||m(x)||, any shape.
+        a: eps / sigma.
+
+    Example:
+        >>> deployed_feature_cos([0.5, 0.9, 0.99], 0.5, 1000, 0.001).round(2).tolist()
+        [0.02, 0.9, 0.97]
+    """
+    r = np.asarray(r, dtype=np.float64)
+    part = 0.5 * check_alpha(alpha0)
+    inner = deployed_cos(fcsb_inner(0.5 * (1.0 + r), a), n0, part)
+    return np.maximum(inner, _by_angle(vector_table().cos(r, a), norm_lower(r, a), n0, part))
+
+
+def _by_angle(cosine: Array, norm: Array, n0: int, alpha0: float) -> Array:
+    """As `deployed_from_angle`, for arrays."""
+    ball = np.sqrt(np.maximum(0.0, 1.0 - norm * norm) / n0) + np.sqrt(2.0 * log(1.0 / alpha0) / n0)
+    turn = np.arcsin(np.minimum(1.0, ball / np.maximum(norm, 1e-12)))
+    angle = np.arccos(np.clip(cosine, -1.0, 1.0)) + turn
+    sound = (cosine > 0.0) & (ball < norm) & (angle < np.pi / 2)
+    return np.where(sound, np.cos(np.where(sound, angle, 0.0)), VACUOUS)
+
+
+def deployed_feature_radius(r: float, cos0: float, sigma: float, n0: int, alpha0: float) -> float:
+    """Return the radius inside which the mean of n0 fresh samples keeps cosine `cos0` to m(x), w.p. 1 - alpha0 (T10).
+
+    Never above the ideal smoother's radius; 0 is ABSTAIN.
+
+    Example:
+        >>> [round(deployed_feature_radius(0.9, 0.5, 1.0, n0, 0.001), 2) for n0 in (16, 256, 10_000)]
+        [0.0, 0.88, 1.31]
+    """
+    least = max(check_cos0(cos0), 1e-12)
+    high = float(vector_table().radius(r, cos0, 1.0))
+    found = largest_true(lambda a: deployed_feature_cos(r, float(a), n0, alpha0) >= least, 0.0, high, steps=20)
+    return check_sigma(sigma) * float(found)
+
+
+# The deployed open-set rule: accept or reject from n0 fresh samples, abstain when they do not decide it (T10)
+
+
+def predict_openset(
+    features: ArrayLike, vectors: Array, tau: float, alpha0: float
+) -> Literal["accept", "reject", "abstain"]:
+    """Return the decision on the unnormalised score of m(x') from n0 fresh inference features (T10, T8).
+
+    The first half chooses the class and the antibodies, the second half has to show the score on one side of `tau`.
+    Inside an acceptance radius "reject" has probability at most alpha0, inside a rejection radius "accept".
+
+    Args:
+        features: [n0, D] unit features, n0 >= 2; failed passes as NaN rows.
+        vectors: [K, A, D] from `contrast_vectors`.
+
+    Raises:
+        UserError: there are fewer than two features.
+
+    Example:
+        >>> v = np.array([[[0.0, 1.0]]])
+        >>> [predict_openset([[0.6, 0.8]] * 100, v, tau, 0.001) for tau in (0.3, 0.78, 1.0)]
+        ['accept', 'abstain', 'reject']
+    """
+    rows = unit_rows(features)
+    if len(rows) < 2:
+        raise UserError("an abstaining decision needs at least two inference samples")
+    half = len(rows) // 2
+    k, chosen = pilot_choice(mean_feature(rows[:half])[0], vectors)
+    if float(_lower(rows[half:], vectors[k], alpha0).min()) >= tau:
+        return "accept"
+    picked = vectors[np.arange(len(vectors)), chosen]
+    return "reject" if float((-_lower(rows[half:], -picked, alpha0)).max()) < tau else "abstain"
+
+
+def _lower(rows: Array, vectors: Array, alpha: float) -> Array:
+    """Lower bounds of `<m, v>` per vector [K, D]."""
+    lengths = np.linalg.norm(vectors, axis=1)
+    units = vectors / np.maximum(lengths, 1e-300)[:, None]
+    return lengths * (2.0 * kl_lower(as_scores(0.5 * (1.0 + rows @ units.T)), check_alpha(alpha)) - 1.0)

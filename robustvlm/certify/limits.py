@@ -8,14 +8,12 @@ from math import log
 import numpy as np
 from scipy.special import ndtri
 
-from robustvlm.certify.bounds.betting import FRACTIONS, mix
-from robustvlm.certify.bounds.fixed import clopper_pearson_lower
-from robustvlm.certify.bounds.store import shipped_levels
-from robustvlm.certify.distribution import A_MAX
-from robustvlm.certify.fcsb import fcsb_radius
+from robustvlm.certify.bounds.bands import shipped_levels
+from robustvlm.certify.bounds.means import FRACTIONS, clopper_pearson_lower, mix
+from robustvlm.certify.feature import fcsb_radius, vector_radius
 from robustvlm.certify.normal import Array, check_alpha, check_sigma, largest_true
+from robustvlm.certify.shapes import A_MAX
 from robustvlm.certify.tangent import tangent_at
-from robustvlm.certify.vector_np import vector_radius
 
 N_MAX = 10_000_000
 

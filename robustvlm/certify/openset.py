@@ -1,4 +1,4 @@
-"""Certified open-set decisions for `S = max_k min_a <z, mu_k - lam b_a>` with z the smoothed feature (T5, T8).
+"""Certified open-set decisions: what bounds the score, and the linear claims that keep a decision (T5, T8).
 
 Accepting bounds S from below with one class from the pilot (a minimum over antibodies); rejecting bounds it from above
 with one antibody per class from the pilot (a maximum over classes). Both are minima over a fixed set of claims and need
@@ -10,15 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import ArrayLike
 
-from robustvlm.certify.bounds.band import Band
-from robustvlm.certify.bounds.fixed import kl_upper_mean
-from robustvlm.certify.cone import norm_lower, norm_upper
-from robustvlm.certify.halfspace import halfspace_lower, halfspace_shift
+from robustvlm.certify.bounds.bands import Band
+from robustvlm.certify.bounds.means import kl_upper_mean
+from robustvlm.certify.certifier import mean_feature
+from robustvlm.certify.feature import norm_lower, norm_upper
 from robustvlm.certify.normal import Array, check_sigma
-from robustvlm.certify.scores import mean_feature
+from robustvlm.certify.shapes import halfspace_lower, halfspace_shift
 from robustvlm.errors import UserError
+
+# Certified open-set decisions for `S = max_k min_a <z, mu_k - lam b_a>` with z the smoothed feature (T5, T8)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def score_lower(features: ArrayLike, vectors: Array, k: int, a: float, band: Ban
     """Return a lower bound of the score of z = m(x') within `a` sigmas: `min_a L_{v_ka}`, k from the pilot.
 
     Example:
-        >>> from robustvlm.certify.bounds.band import ell_band
+        >>> from robustvlm.certify.bounds.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(score_lower(rows, v, 0, 0.5, ell_band(1000, 0.001)), 3)
         0.733
@@ -87,7 +90,7 @@ def score_upper(features: ArrayLike, vectors: Array, chosen: ArrayLike, a: float
     """Return an upper bound of the score of z = m(x') within `a` sigmas: `max_k U_{v_k,a*(k)}`, a* from the pilot.
 
     Example:
-        >>> from robustvlm.certify.bounds.band import ell_band
+        >>> from robustvlm.certify.bounds.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(score_upper(rows, v, [0], 0.5, ell_band(1000, 0.001)), 3)
         0.807
@@ -108,7 +111,7 @@ def acceptance_radius(
         norm: given, the score is that of `z = m(x') / ||m(x')||` and tau is compared with `<m(x'), v> / N(a)`.
 
     Example:
-        >>> from robustvlm.certify.bounds.band import ell_band
+        >>> from robustvlm.certify.bounds.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(acceptance_radius(rows, v, 0, 0.5, 0.25, ell_band(1000, 0.001)), 3)
         0.33
@@ -137,7 +140,7 @@ def rejection_radius(
         chosen: [K] antibody per class, from the pilot.
 
     Example:
-        >>> from robustvlm.certify.bounds.band import ell_band
+        >>> from robustvlm.certify.bounds.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(rejection_radius(rows, v, [0], 0.9, 0.25, ell_band(1000, 0.001)), 3)
         0.572
@@ -164,3 +167,142 @@ def norm_upper_bound(features: ArrayLike, alpha: float) -> float:
     mean, lost = mean_feature(features)
     length = min(1.0, float(np.linalg.norm(mean)) + lost)
     return min(1.0, 2.0 * float(kl_upper_mean(0.5 * (1.0 + length), len(np.asarray(features)), alpha)) - 1.0)
+
+
+# The open-set rule with a threshold for each class, and the linear claims that keep its decision (T5, T8).
+#
+# Accepted iff S(z) >= tau_y, with z = m(x) the smoothed feature, s_k(z) = max_m <z, mu_km>, y = argmax_k s_k(z) the
+# predicted class, and S(z) = s_y(z) - lam max_b <z, b>. For a prototype p write S_p(z) = min_b <z, p - lam b>.
+#
+# *Acceptance.* Take a prototype p and let C be any set of prototypes that holds all of p's class, chosen by the pilot.
+# If
+#
+#     (i)  <z, p - q> > 0 for every prototype q outside C, and
+#     (ii) S_p(z) >= max of tau_k over the classes k of C,
+#
+# then the image is accepted. Proof: by (i) no q outside C is the nearest, so the nearest prototype, and with it y, is
+# in C. S(z) >= S_p(z), because p is one of the prototypes that s_y is the maximum over; with (ii), S(z) >= tau_y. []
+#
+# *Rejection.* Take a prototype p and a set C of prototypes, chosen by the pilot, and an antibody b(q) for each q of C.
+# If
+#
+#     (i)  <z, p - q> > 0 for every prototype q outside C, p itself being in C, and
+#     (ii) <z, q - lam b(q)> < tau_k for every q of C, k its class,
+#
+# then the image is rejected. Proof: as before the nearest prototype q* is in C; S(z) = S_q*(z) <= <z, q* - lam b(q*)>,
+# which by (ii) is below tau_y. []
+#
+# Both are intersections of claims that are linear in z and fixed before the estimation samples are drawn, each tested
+# at level alpha; the intersection needs no correction (T8). C makes the thresholds count that can matter: with all
+# prototypes in C, acceptance is "S_p >= max tau" and rejection "S_q < tau_q for every q".
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Linear claims `<z, v> >= least`: vectors [M, D] and least [M]; and whether they say "accepted" or "rejected"."""
+
+    vectors: Array
+    least: Array
+    accepts: bool
+
+
+@dataclass(frozen=True, eq=False)
+class OpensetRule:
+    """Prototypes [P, D] with their classes [P], antibodies [A, D] of weight `weight`, thresholds [K].
+
+    Raises:
+        UserError: parts that do not fit each other, or a negative weight.
+
+    Example:
+        >>> rule = OpensetRule(np.eye(2), np.array([0, 1]), np.zeros((0, 2)), 0.0, np.array([0.5, 0.9]))
+        >>> rule.margin(np.array([0.6, 0.8])), rule.predicted(np.array([0.6, 0.8]))
+        (-0.09999999999999998, 1)
+    """
+
+    prototypes: Array
+    classes: npt.NDArray[np.int64]
+    antibodies: Array
+    weight: float
+    thresholds: Array
+
+    def __post_init__(self) -> None:
+        fits = self.prototypes.ndim == 2 and self.classes.shape == (len(self.prototypes),)
+        fits = fits and self.antibodies.shape[1:] == self.prototypes.shape[1:] and self.thresholds.ndim == 1
+        if not fits or set(self.classes.tolist()) != set(range(len(self.thresholds))):
+            raise UserError(
+                "an open-set rule needs prototypes [P, D] of all classes, antibodies [A, D] and thresholds [K]"
+            )
+        if not self.weight >= 0.0:
+            raise UserError(f"the weight of the antibodies must not be negative, got {self.weight}")
+
+    @property
+    def reach(self) -> float:
+        """The largest length of a contrast vector p - lam b."""
+        if not len(self.antibodies):
+            return float(np.linalg.norm(self.prototypes, axis=1).max())
+        return float(max(np.linalg.norm(self._contrasts(p), axis=1).max() for p in self.prototypes))
+
+    def predicted(self, z: Array) -> int:
+        """Return the class of the nearest prototype to a feature [D]."""
+        return int(self.classes[(self.prototypes @ z).argmax()])
+
+    def score(self, z: Array) -> float:
+        """Return S of a feature [D]."""
+        against = float((self.antibodies @ z).max()) if len(self.antibodies) else 0.0
+        return float((self.prototypes @ z).max()) - self.weight * against
+
+    def margin(self, z: Array) -> float:
+        """Return S less the threshold of the predicted class: accepted are features with a margin of at least 0."""
+        return self.score(z) - float(self.thresholds[self.predicted(z)])
+
+    def claims(self, z: Array) -> Claims:
+        """Return the claims that keep the decision at a pilot feature [D].
+
+        C is the choice, among the nearest prototypes up to some rank, whose tightest claim has most room at the pilot.
+        """
+        make = self._acceptance if self.margin(z) >= 0.0 else self._rejection
+        order = np.argsort(-(self.prototypes @ z), kind="stable")
+        found = [make(z, order, size) for size in self._sizes(order)]
+        return max(found, key=lambda claims: _room(claims, z))
+
+    def _sizes(self, order: npt.NDArray[np.int64]) -> list[int]:
+        """Ranks at which C may end: powers of two, and all."""
+        return sorted({min(2**i, len(order)) for i in range(len(order).bit_length() + 1)})
+
+    def _within(self, order: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
+        chosen = np.zeros(len(order), dtype=bool)
+        chosen[order[:size]] = True
+        return np.asarray(chosen | (self.classes == self.classes[order[0]]))
+
+    def _apart(self, order: npt.NDArray[np.int64], within: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Claim (i): strictly nearer to the leading prototype than to those outside C."""
+        vectors = self.prototypes[order[0]] - self.prototypes[~within]
+        return vectors, np.full(len(vectors), np.nextafter(0.0, 1.0))
+
+    def _acceptance(self, z: Array, order: npt.NDArray[np.int64], size: int) -> Claims:
+        del z
+        within = self._within(order, size)
+        apart, positive = self._apart(order, within)
+        own = self._contrasts(self.prototypes[order[0]])
+        # Deployed classifiers accept strictly above the threshold.
+        highest = float(np.nextafter(self.thresholds[self.classes[within]].max(), np.inf))
+        return Claims(np.concatenate([own, apart]), np.concatenate([np.full(len(own), highest), positive]), True)
+
+    def _rejection(self, z: Array, order: npt.NDArray[np.int64], size: int) -> Claims:
+        within = self._within(order, size)
+        apart, positive = self._apart(order, within)
+        nearest = self.weight * self.antibodies[(self.antibodies @ z).argmax()] if len(self.antibodies) else 0.0
+        below = nearest - self.prototypes[within]
+        least = np.nextafter(-self.thresholds[self.classes[within]], np.inf)  # strictly below tau
+        return Claims(np.concatenate([below, apart]), np.concatenate([least, positive]), False)
+
+    def _contrasts(self, prototype: Array) -> Array:
+        if not len(self.antibodies):
+            return prototype[None]
+        return np.asarray(prototype - self.weight * self.antibodies)
+
+
+def _room(claims: Claims, z: Array) -> float:
+    """Return by how much the tightest claim holds at `z`, as a distance: what noise and attack may take away."""
+    lengths = np.maximum(np.linalg.norm(claims.vectors, axis=1), 1e-300)
+    return float(((claims.vectors @ z - claims.least) / lengths).min())

@@ -1,4 +1,4 @@
-"""The record of a certificate: what is claimed, and everything needed to judge or repeat it."""
+"""The record of a certificate, its radius in source images, and how certified numbers are rounded for print."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from robustvlm.certify.bounds.sample import ANYTIME_BOUNDS
-from robustvlm.certify.normal import check_alpha, check_sigma
+import numpy as np
+
+from robustvlm.certify.bounds.means import ANYTIME_BOUNDS
+from robustvlm.certify.normal import Array, check_alpha, check_sigma
+from robustvlm.core.framing import Framing
 from robustvlm.errors import UserError
+
+# The record of a certificate: what is claimed, and everything needed to judge or repeat it
 
 Source = Literal["given", "text", "clean", "pilot", "predictable", "none"]
 StopRule = Literal["fixed", "anytime"]
@@ -262,3 +269,145 @@ def expected_false(certificates: Sequence[Certificate]) -> float:
         0.0
     """
     return float(sum(c.provenance.alpha for c in certificates))
+
+
+# Printing certified numbers: lower bounds are rounded down, upper bounds up, and what was asked for is not rounded.
+#
+# A radius, a certified cosine or the lower end of an interval is printed by `format_down`; an error probability or any
+# other "at most" by `format_up`; a radius, threshold or noise level that a user stated by `format_exact`.
+
+
+def floor_to(value: float, digits: int = 3) -> float:
+    """Return the largest multiple of `10**-digits` that is not above `value`, exact in decimal.
+
+    Example:
+        >>> floor_to(0.2999), floor_to(-0.0001), floor_to(0.29)
+        (0.299, -0.001, 0.29)
+    """
+    return float(_floored(value, digits))
+
+
+def format_down(value: float, digits: int = 3) -> str:
+    """Return `value` with `digits` decimals, rounded down, so that the printed claim is implied by the computed one.
+
+    Example:
+        >>> format_down(0.9999), format_down(0.5), format_down(float("nan"))
+        ('0.999', '0.500', 'nan')
+    """
+    return f"{_floored(value, digits):.{digits}f}" if value == value else "nan"
+
+
+def format_up(value: float, significant: int = 3) -> str:
+    """Return `value` with at most so many significant digits, rounded up: an upper limit that is printed still holds.
+
+    Example:
+        >>> format_up(0.0200001), format_up(0.001), format_up(12.0), format_up(1234.5), format_up(0.0)
+        ('0.0201', '0.001', '12', '1240', '0')
+    """
+    number = Decimal(repr(float(value)))
+    if not number.is_finite() or not number:
+        return f"{value:g}"
+    step = Decimal(1).scaleb(number.adjusted() - significant + 1)
+    return _short((number / step).to_integral_value(rounding=ROUND_CEILING) * step)
+
+
+def format_exact(value: float) -> str:
+    """Return the shortest decimal that reads back as `value`: what was asked for is shown as it was asked.
+
+    Example:
+        >>> format_exact(0.1234567), format_exact(0.25), format_exact(2.0), format_exact(1e-07)
+        ('0.1234567', '0.25', '2', '1e-07')
+    """
+    text = repr(float(value))
+    return text.removesuffix(".0")
+
+
+def _short(number: Decimal) -> str:
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _floored(value: float, digits: int) -> Decimal:
+    # The shortest decimal that reads back as this float; what is printed reads back as a float that is not above it.
+    return Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_FLOOR)
+
+
+# What a certified radius at the model's resolution is worth at the source image: the 2-norm of a resize, if linear.
+#
+# A resize in floating point is linear. One of 8-bit images is not: rounding makes two results differ by up to one grey
+# level in every pixel, wherever the sources differ at all, so that a source change of length e may reach the model as
+# `norm * e + sqrt(3 S S) / 255` and more (Pillow rounds between its two passes too). At 64 pixels that term is 0.43, at
+# 224 it is 1.52: more than most certified radii. So where an image of 8 bits was resized, no radius at the source is
+# stated.
+
+_SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
+
+
+def resize_matrix(source: int, target: int, interpolation: str = "bicubic") -> Array:
+    """Return the antialiased resize of a line of `source` pixels to `target` ones as a matrix [target, source].
+
+    The filter of Pillow: stretched by the scale when shrinking, cut at the edges, rows normalised to one. Without the
+    rounding and clipping of 8-bit images, which are not linear.
+
+    Raises:
+        UserError: unknown interpolation, or a size below one.
+
+    Example:
+        >>> resize_matrix(4, 2, "bilinear").round(3).tolist()
+        [[0.429, 0.429, 0.143, 0.0], [0.0, 0.143, 0.429, 0.429]]
+    """
+    if interpolation not in _SUPPORT or source < 1 or target < 1:
+        raise UserError(f"cannot resize {source} pixels to {target} by '{interpolation}': use bicubic or bilinear")
+    scale = source / target
+    stretch = max(scale, 1.0)
+    centres = (np.arange(target) + 0.5) * scale
+    distance = np.abs((np.arange(source) + 0.5)[None, :] - centres[:, None]) / stretch
+    weights = _cubic(distance) if interpolation == "bicubic" else np.maximum(0.0, 1.0 - distance)
+    weights = np.where(distance < _SUPPORT[interpolation], weights, 0.0)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def _cubic(x: Array, a: float = -0.5) -> Array:
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+@lru_cache(maxsize=4096)
+def _line_norm(source: int, target: int, interpolation: str) -> float:
+    if source == target:
+        return 1.0
+    return float(np.linalg.norm(resize_matrix(source, target, interpolation), 2))
+
+
+def resize_norm(width: int, height: int, size: int | Framing) -> float:
+    """Return a bound of the 2-norm of bringing an image to the square that a model sees, in its framing.
+
+    Of a resize in floating point, without rounding to 8 bits: a perturbation of l2 norm e at the source then reaches
+    the model with at most e times this, so that a radius R at the model's resolution is R / norm at the source. The
+    norm of the two-dimensional resize is the product of those of its lines; cropping only lowers it, padding adds none.
+
+    Example:
+        >>> [round(resize_norm(side, side, 224), 3) for side in (32, 224, 500)]
+        [7.013, 1.0, 0.452]
+    """
+    framing = Framing.of(size)
+    target, filter_ = framing.image_size, framing.interpolation
+    if framing.resize_mode == "squash":
+        return _line_norm(width, target, filter_) * _line_norm(height, target, filter_)
+    short, long = min(width, height), max(width, height)
+    if framing.resize_mode == "longest":
+        return _line_norm(short, max(1, round(short * target / long)), filter_) * _line_norm(long, target, filter_)
+    if short == target:
+        return 1.0
+    return _line_norm(short, target, filter_) * _line_norm(long, max(target, int(target * long / short)), filter_)
+
+
+def source_norm(width: int, height: int, target: int) -> float | None:
+    """Return the factor from a change of an 8-bit image to that of the model's pixels: 1 if these are the same or None.
+
+    Example:
+        >>> source_norm(224, 224, 224), source_norm(256, 256, 224)
+        (1.0, None)
+    """
+    return 1.0 if width == height == target else None

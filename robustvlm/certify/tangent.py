@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
-from robustvlm.certify.bounds.betting import FRACTIONS, log_gains, mix
+from robustvlm.certify.bounds.means import FRACTIONS, log_gains, mix
+from robustvlm.certify.certifier import as_scores
 from robustvlm.certify.normal import Array, check_alpha, check_shift, check_sigma
-from robustvlm.certify.scores import as_scores
 from robustvlm.errors import UserError
 
 CLIPS: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)

@@ -1,1 +1,1 @@
-"""The command line: one file per command; parsing, progress and printing, nothing else."""
+"""The command line: parsing, progress and printing, nothing else."""

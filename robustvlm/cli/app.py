@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from pydantic.fields import FieldInfo
 
-from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, say_remarks
+from robustvlm.cli.options import end_if_any_holds, given_command, interruptible, say_remarks
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 from robustvlm.runs.command import Command
@@ -91,7 +91,7 @@ def worked(run: Run, console: Console, act: Callable[..., Any] | None = None) ->
     """Start a run, or do another `act` of it that takes an observer, with its progress; Ctrl-C says how to go on."""
     from rich.markup import escape
 
-    from robustvlm.cli.bars import Bars
+    from robustvlm.cli.progress import Bars
 
     command = run.command
     if command.doing:

@@ -8,15 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain, say_remarks
-from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
+from robustvlm.cli.options import (
+    Classes,
+    Device,
+    Out,
+    Resume,
+    RunName,
+    SummaryAsJson,
+    Templates,
+    TreeFile,
+    end_if_any_holds,
+    given_command,
+    interruptible,
+    plain,
+    say_remarks,
+)
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.setup import Prepared
-    from robustvlm.runs.summary import Estimate, Summary
+    from robustvlm.commands.attack.setup import Prepared
+    from robustvlm.commands.attack.summary import Summary
+    from robustvlm.runs.records import Estimate
 
 T = TypeVar("T")
 
@@ -116,9 +130,9 @@ def attack(
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.budget import parse_budget
-    from robustvlm.evaluation.conditions import parse_condition
-    from robustvlm.evaluation.setup import prepare
+    from robustvlm.commands.attack.cost import parse_budget
+    from robustvlm.commands.attack.setup import prepare
+    from robustvlm.commands.attack.summary import parse_condition
 
     conditions = [parse_condition(text) for text in fail_if or []]
     limits = parse_budget(budget)
@@ -187,7 +201,7 @@ def _work(prepared: Prepared, act: Callable[..., T], console: Console, settings:
 
 
 def _forecast(found: Estimate, prepared: Prepared, console: Console, *, as_json: bool) -> None:
-    from robustvlm.report.wording import forecast
+    from robustvlm.report.words import forecast
 
     if as_json and not console.quiet:
         say_json(found.model_dump_json(indent=2))
@@ -196,7 +210,7 @@ def _forecast(found: Estimate, prepared: Prepared, console: Console, *, as_json:
 
 
 def _show(summary: Summary, prepared: Prepared, console: Console, *, as_json: bool) -> None:
-    from robustvlm.report.terminal import attack_table
+    from robustvlm.commands.attack.terminal import attack_table
 
     if as_json:
         say_json(summary.model_dump_json(indent=2))

@@ -1,13 +1,14 @@
-"""`robustvlm certify`: radii inside which no attack can do certain things to a smoothed model."""
+"""`robustvlm certify`: radii inside which no attack can do certain things to a smoothed model; and their audit."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain, say_remarks
 from robustvlm.cli.options import (
     Classes,
     Device,
@@ -17,17 +18,25 @@ from robustvlm.cli.options import (
     SummaryAsJson,
     Templates,
     TreeFile,
+    end_if_any_holds,
+    given_command,
+    interruptible,
+    plain,
     require_none,
+    say_remarks,
 )
-from robustvlm.cli.terminal import say_json
+from robustvlm.cli.terminal import say, say_json
 from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.certifying.prepared import PreparedCertify
-    from robustvlm.evaluation.certifying.settings import Settings
-    from robustvlm.runs.certify_summary import CertifySummary
+    from robustvlm.commands.certify.config import Settings
+    from robustvlm.commands.certify.setup import PreparedCertify
+    from robustvlm.commands.certify.summary import CertifySummary
+
+
+# `robustvlm certify`: radii inside which no attack can do certain things to a smoothed model
 
 _MODEL = "Any model (`robustvlm models` lists the forms); of MODEL+smooth:SIGMA the smoothing is certified."
 _CLAIM = (
@@ -111,12 +120,10 @@ def certify(
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.certifying.conditions import parse_certify_condition
-    from robustvlm.evaluation.certifying.settings import Settings
+    from robustvlm.commands.certify.config import Settings
+    from robustvlm.commands.certify.summary import parse_certify_condition
 
     if audit is not None:
-        from robustvlm.cli.certify_audit import run_audit
-
         others = {"--fail-if": fail_if, "--from-cache": from_cache, "--prompts": prompts, "--name": name}
         require_none(others, "is not for --audit: what is audited stands in the run")
         broken = run_audit(
@@ -172,9 +179,9 @@ def certify(
 def _prepare(
     settings: Settings, from_cache: str | None, prompts: str | None, out: Path, name: str | None
 ) -> PreparedCertify:
+    from robustvlm.commands.certify.replay import prepare_replay
+    from robustvlm.commands.certify.setup import prepare_certify
     from robustvlm.errors import UserError
-    from robustvlm.evaluation.certifying.replay import prepare_replay
-    from robustvlm.evaluation.certifying.setup import prepare_certify
 
     command = given_command()
     if from_cache is not None:
@@ -187,7 +194,7 @@ def _prepare(
 
 
 def _work(prepared: PreparedCertify, console: Console, *, fresh: bool, resume: bool) -> CertifySummary:
-    from robustvlm.cli.certify_progress import CertifyProgress
+    from robustvlm.cli.progress import CertifyProgress
 
     console.print(
         f"Certifying [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}"
@@ -201,7 +208,7 @@ def _work(prepared: PreparedCertify, console: Console, *, fresh: bool, resume: b
 
 
 def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, *, as_json: bool) -> None:
-    from robustvlm.report.certify_terminal import certify_table
+    from robustvlm.commands.certify.terminal import certify_table
 
     if as_json:
         say_json(summary.model_dump_json(indent=2))
@@ -209,3 +216,71 @@ def _show(summary: CertifySummary, prepared: PreparedCertify, console: Console, 
     console.print(certify_table(summary, prepared.manifest["plan"], prepared.manifest.get("trail")))
     console.print(f"Report:  {plain(prepared.folder.report_path)}")
     console.print(f"Results: {plain(prepared.folder.results_path)}")
+
+
+# `robustvlm certify --audit RUN`: attacks on the certificates of a finished run
+
+
+def run_audit(
+    run: str,
+    *,
+    out: Path = Path("runs"),
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    starts: int | None = None,
+    steps: int | None = None,
+    as_json: bool = False,
+) -> int:
+    """Audit a run given by folder or name, print what was found and return the exit code: 1 if a bound is broken.
+
+    Raises:
+        UserError: the audit could not be made, for whatever reason: 1 is kept for certificates that are false.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from robustvlm.cli.console import Console
+    from robustvlm.commands.certify.audit import audit_folder
+    from robustvlm.commands.certify.audit_search import Effort
+    from robustvlm.commands.certify.terminal import audit_table
+    from robustvlm.commands.certify.view import write_certify_report
+    from robustvlm.core.foreign_text import one_line
+    from robustvlm.core.memory import is_out_of_memory
+    from robustvlm.errors import UserError
+    from robustvlm.models.vlm import resolve_device
+    from robustvlm.runs.read import find_run
+
+    for name, value in (("starts", starts), ("steps", steps), ("images (--limit)", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"the audit needs at least 1 of its {name}, got {value}")
+    default = Effort()
+    effort = replace(default, starts=starts or default.starts, steps=steps or default.steps)
+    folder = find_run(run, root=out)
+    console = Console(stderr=True)
+    columns = (TextColumn("Attacking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
+        task = progress.add_task("audit", total=None)
+        try:
+            result = audit_folder(
+                folder,
+                effort,
+                limit=limit,
+                seed=seed,
+                device=str(resolve_device(device)),
+                on_image=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:  # the encoder may be the user's code, which fails in any way
+            if is_out_of_memory(error):
+                raise
+            said = one_line(error, limit=200)
+            raise UserError(f"the audit of '{run}' failed: {type(error).__name__}: {said}") from error
+    report = write_certify_report(folder)
+    content = result.model_dump(mode="json")
+    if as_json:
+        say_json(json.dumps(content | {"broken": len(result.broken), "report": str(report)}, indent=2))
+    else:
+        Console().print(audit_table(content))
+        say(f"{result.passes:,} encoder passes in {result.seconds:.0f} s. Report: {report}")
+    return 1 if result.broken else 0

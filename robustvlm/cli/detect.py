@@ -7,14 +7,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robustvlm.cli.closing import end_if_any_holds, given_command, interruptible, plain, say_remarks
-from robustvlm.cli.options import Classes, Device, Out, Resume, RunName, SummaryAsJson, Templates, TreeFile
+from robustvlm.cli.options import (
+    Classes,
+    Device,
+    Out,
+    Resume,
+    RunName,
+    SummaryAsJson,
+    Templates,
+    TreeFile,
+    end_if_any_holds,
+    given_command,
+    interruptible,
+    plain,
+    say_remarks,
+)
 from robustvlm.cli.terminal import say_json
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.detecting.run import PreparedDetect
-    from robustvlm.runs.detect_summary import DetectSummary
+    from robustvlm.commands.detect.run import PreparedDetect
+    from robustvlm.commands.detect.summary import DetectSummary
 
 _MODEL = "Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance score."
 _OOD = "Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji]."
@@ -80,9 +93,9 @@ def detect(
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.detecting.conditions import parse_detect_condition
-    from robustvlm.evaluation.detecting.settings import Settings
-    from robustvlm.evaluation.detecting.setup import prepare_detect
+    from robustvlm.commands.detect.config import Settings
+    from robustvlm.commands.detect.run import prepare_detect
+    from robustvlm.commands.detect.summary import parse_detect_condition
 
     conditions = [parse_detect_condition(text) for text in fail_if or []]
     settings = Settings(
@@ -123,7 +136,7 @@ def detect(
 
 
 def _work(prepared: PreparedDetect, console: Console, *, fresh: bool, resume: bool) -> DetectSummary:
-    from robustvlm.cli.detect_progress import DetectProgress
+    from robustvlm.cli.progress import DetectProgress
 
     console.print(f"Scoring [bold]{plain(prepared.manifest['model']['spec'])}[/bold] -> {plain(prepared.folder.path)}")
     say_remarks(console, prepared.manifest)
@@ -132,7 +145,7 @@ def _work(prepared: PreparedDetect, console: Console, *, fresh: bool, resume: bo
 
 
 def _show(summary: DetectSummary, prepared: PreparedDetect, console: Console, *, as_json: bool) -> None:
-    from robustvlm.report.detect_terminal import detect_table
+    from robustvlm.commands.detect.terminal import detect_table
 
     if as_json:
         say_json(summary.model_dump_json(indent=2))

@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.closing import given_command, say_remarks
-from robustvlm.cli.options import Classes, Device, Out, RecordAsJson, Resume, RunName, Templates, one_radius
+from robustvlm.cli.options import (
+    Classes,
+    Device,
+    Out,
+    RecordAsJson,
+    Resume,
+    RunName,
+    Templates,
+    given_command,
+    one_radius,
+    say_remarks,
+)
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.finetuning import PreparedFinetune
-    from robustvlm.runs.training_summary import TrainingSummary
+    from robustvlm.commands.finetune_work import PreparedFinetune
+    from robustvlm.report.training import TrainingSummary
 
 _METHOD = (
     "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack). fare and simclip "
@@ -99,9 +109,7 @@ def finetune(
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from robustvlm.attacks import parse_norm
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.finetuning import prepare_finetune
-    from robustvlm.evaluation.finetuning.options import parse_options
-    from robustvlm.runs.finetune_config import FinetuneConfig
+    from robustvlm.commands.finetune_work import FinetuneConfig, parse_options, prepare_finetune
 
     eps_text, radius = one_radius(eps, "--eps")
     options = [*([] if curvature is None else [f"curvature={curvature}"]), *(option or [])]
@@ -154,7 +162,7 @@ def finetune(
 def _work(prepared: PreparedFinetune, console: Console, settings: dict[str, Any]) -> TrainingSummary:
     from rich.markup import escape
 
-    from robustvlm.cli.training_progress import shown_training
+    from robustvlm.cli.progress import shown_training
 
     what = f"Fine-tuning [bold]{escape(prepared.vlm.spec)}[/bold] ({prepared.config.method})"
     say_remarks(console, prepared.manifest)
@@ -164,7 +172,7 @@ def _work(prepared: PreparedFinetune, console: Console, settings: dict[str, Any]
 
 def _show(summary: TrainingSummary, prepared: PreparedFinetune, console: Console, *, as_json: bool) -> None:
     from robustvlm.report.screen import show
-    from robustvlm.report.training_html import TrainingRun, training_closing, training_report
+    from robustvlm.report.training import TrainingRun, training_closing, training_report
 
     if as_json:
         say_json(summary.model_dump_json(indent=2))

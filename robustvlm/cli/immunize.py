@@ -8,15 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.closing import given_command, say_remarks
-from robustvlm.cli.llm_options import LlmModel, LlmPrices, LlmUrl, make_client, spent
-from robustvlm.cli.options import Classes, Device, Fresh, Out, RecordAsJson, RunName, Templates
+from robustvlm.cli.options import (
+    Classes,
+    Device,
+    Fresh,
+    LlmModel,
+    LlmPrices,
+    LlmUrl,
+    Out,
+    RecordAsJson,
+    RunName,
+    Templates,
+    given_command,
+    make_client,
+    say_remarks,
+    spent,
+)
 from robustvlm.cli.terminal import say, say_json
 from robustvlm.core.defaults import LAMBDA_INF
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.immunizing.run import ImmunizeObserver
+    from robustvlm.commands.immunize.run import ImmunizeObserver
 
 _HELD_OUT = (
     "Data, or a share of --data, that sets the thresholds [default: emoji?split=val&copies=8 for the bundled data, "
@@ -88,9 +101,9 @@ def immunize(
     """
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from robustvlm.cli.console import Console
-    from robustvlm.evaluation.immunizing.extending import prepare_extension
-    from robustvlm.evaluation.immunizing.setup import prepare_immunize
-    from robustvlm.runs.immunize_config import ImmunizeConfig
+    from robustvlm.commands.immunize.config import ImmunizeConfig
+    from robustvlm.commands.immunize.extend import prepare_extension
+    from robustvlm.commands.immunize.run import prepare_immunize
 
     safe, risk = _band(band)
     config = ImmunizeConfig(
@@ -180,7 +193,7 @@ def _text(path: Path | None) -> str | None:
 def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from robustvlm.evaluation.immunizing.run import ImmunizeObserver
+    from robustvlm.commands.immunize.run import ImmunizeObserver
 
     hidden = quiet or not console.is_terminal
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
@@ -198,7 +211,7 @@ def _work(run: Any, console: Console, *, fresh: bool, quiet: bool, steps: int) -
 
 
 def _show(record: dict[str, Any], prepared: Any, console: Console) -> None:
-    from robustvlm.report.immunize_html import ImmunizeRun, immunize_closing, immunize_report
+    from robustvlm.commands.immunize.view import ImmunizeRun, immunize_closing, immunize_report
     from robustvlm.report.screen import show
 
     run = ImmunizeRun(prepared.folder.path, prepared.manifest, record)

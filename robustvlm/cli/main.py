@@ -17,14 +17,11 @@ from robustvlm import __version__
 from robustvlm.cli.app import typer_command
 from robustvlm.cli.attack import attack
 from robustvlm.cli.certify import certify
-from robustvlm.cli.data import data
 from robustvlm.cli.detect import detect
-from robustvlm.cli.evaluate import evaluate
-from robustvlm.cli.export import export
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
 from robustvlm.cli.finetune import finetune
 from robustvlm.cli.immunize import immunize
-from robustvlm.cli.models import models
+from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams

@@ -1,14 +1,29 @@
-"""Options that several commands have, in the same words and read in the same way."""
+"""Options that several commands have, in the same words and read in the same way, and how commands close."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 from typer.models import ArgumentInfo
+
+from robustvlm.cli.terminal import say
+from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.ranks import current_ranks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from robustvlm.llm import LlmClient
+
+
+# Options that several commands have, in the same words and read in the same way
 
 Classes = Annotated[Path | None, typer.Option(help="File of class names, one per line or a JSON list.")]
 Templates = Annotated[Path | None, typer.Option(help="File of prompt templates, one per line with {}.")]
@@ -105,3 +120,107 @@ def one_radius(text: str, option: str) -> tuple[str, float]:
     if len(found) != 1:
         raise UserError(f"{option} takes one number, got '{text}'")
     return found[0]
+
+
+# How commands that make runs close: interrupted, or by the conditions of `--fail-if`
+
+_S = TypeVar("_S", contravariant=True)
+
+
+class Condition(Protocol[_S]):
+    """What was passed with `--fail-if`."""
+
+    @property
+    def text(self) -> str:
+        """The condition as it was written."""
+
+    def holds(self, summary: _S) -> bool:
+        """Whether it is true of the run."""
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Let Ctrl-C end the program with exit code 130 and one line; `kept` says what is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if current_ranks().fail("interrupted"):  # of several processes one speaks
+            say(f"stopped; {kept}: repeat the command to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+def say_remarks(console: Console, manifest: dict[str, Any]) -> None:
+    """Say what a reader of the results has to know of the data, before the work begins."""
+    from rich.text import Text
+
+    for remark in manifest.get("remarks", ()):
+        console.print(Text(f"Note: {remark}"), soft_wrap=True)
+
+
+def end_if_any_holds(conditions: Sequence[Condition[_S]], summary: _S) -> None:
+    """End the program with exit code 1, naming the conditions that hold of the run, if there are any."""
+    failed = [condition.text for condition in conditions if condition.holds(summary)]
+    if failed:
+        say(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+def given_command() -> str:
+    """Return the command line as it can be given again, without the passwords and signatures of URLs."""
+    return shlex.join(["robustvlm", *map(without_secrets, sys.argv[1:])])
+
+
+def plain(value: object) -> str:
+    """Keep rich from reading markup in user-given text."""
+    from rich.markup import escape
+
+    return escape(str(value))
+
+
+# The options that name a language model, shared by the commands that can ask one
+
+LlmUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--llm",
+        metavar="URL",
+        help="OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or "
+        "OPENAI_API_KEY.",
+    ),
+]
+LlmModel = Annotated[str | None, typer.Option("--llm-model", metavar="NAME", help="Model to ask at that endpoint.")]
+LlmPrices = Annotated[
+    str | None,
+    typer.Option("--llm-prices", metavar="IN,OUT", help="Price of a million tokens, to show what was spent."),
+]
+
+
+def make_client(url: str | None, model: str | None, prices: str | None = None) -> LlmClient | None:
+    """Return the client that the options name, None where they name none.
+
+    Raises:
+        UserError: one option without the other, no URL, or prices that are none.
+
+    Example:
+        >>> make_client(None, None) is None
+        True
+    """
+    from robustvlm.errors import UserError
+    from robustvlm.llm import Endpoint, LlmClient, Prices
+
+    if prices is not None:
+        Prices.parse(prices)
+        if url is None and model is None:
+            raise UserError("--llm-prices is for --llm URL and --llm-model NAME")
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise UserError("--llm URL and --llm-model NAME belong together")
+    return LlmClient(Endpoint(url, model))
+
+
+def spent(client: LlmClient, prices: str | None) -> str:
+    """Return one line on requests, tokens and cost."""
+    from robustvlm.llm import Prices
+
+    return f"{client.endpoint.model}: {client.usage.describe(None if prices is None else Prices.parse(prices))}"

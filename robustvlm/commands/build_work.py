@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from robustvlm.commands.build import BuildSettings
-from robustvlm.defenses.build import Recipe, build_pipeline
-from robustvlm.defenses.build.building import PARTS
+from robustvlm.commands.common.inputs import facts_of
+from robustvlm.core.files import write_text
+from robustvlm.defenses.assemble import Recipe, build_pipeline
+from robustvlm.defenses.assemble.building import PARTS
 from robustvlm.defenses.purify import PurifiedVLM
-from robustvlm.evaluation.describe import facts_of
 from robustvlm.models import VLM
-from robustvlm.models.device import resolve_device
-from robustvlm.runs.files import write_text
+from robustvlm.models.vlm import resolve_device
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 
 NAME = "summary.json"

@@ -9,18 +9,7 @@ from pydantic import model_validator
 
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.command import Command
-from robustvlm.runs.settings import (
-    CLASSES,
-    DEVICE,
-    FRESH,
-    NAME,
-    OUT,
-    RECORD_AS_JSON,
-    SEED,
-    Settings,
-    argument,
-    option,
-)
+from robustvlm.runs.settings import CLASSES, DEVICE, FRESH, NAME, OUT, RECORD_AS_JSON, SEED, Settings, argument, option
 
 if TYPE_CHECKING:
     from robustvlm.commands.prompts_work import PromptRecord

@@ -13,27 +13,26 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
 from robustvlm.commands.prompts import PromptSettings
+from robustvlm.core.files import write_text
 from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
-from robustvlm.data.unlabelled import open_unlabelled
+from robustvlm.data.specs import open_unlabelled
+from robustvlm.data.splits import copies, in_both
 from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
-from robustvlm.defenses.prompts.saved import PROMPTS, save_prompts
+from robustvlm.defenses.prompts.tune import PROMPTS, save_prompts
+from robustvlm.defenses.spec import split_spec
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError, setting
-from robustvlm.evaluation.describe import describe_data, probe_of, remarks_of
-from robustvlm.evaluation.detecting.scoring import copies
-from robustvlm.evaluation.overlap import in_both
 from robustvlm.models import VLM, resolve_device
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
-from robustvlm.runs.files import write_text
-from robustvlm.runs.observer import Observer
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate
 
 NAME = "prompts.json"

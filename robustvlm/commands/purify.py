@@ -6,22 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustvlm.runs.command import Command
-from robustvlm.runs.settings import (
-    DEVICE,
-    NAME,
-    OUT,
-    RECORD_AS_JSON,
-    RESUME,
-    SEED,
-    Settings,
-    argument,
-    option,
-    way,
-)
+from robustvlm.runs.settings import DEVICE, NAME, OUT, RECORD_AS_JSON, RESUME, SEED, Settings, argument, option, way
 
 if TYPE_CHECKING:
+    from robustvlm.report.training import TrainingSummary
     from robustvlm.runs.run import FinishedRun
-    from robustvlm.runs.training_summary import TrainingSummary
 
 
 class PurifySettings(Settings):

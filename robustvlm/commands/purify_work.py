@@ -12,32 +12,35 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from robustvlm.commands.common.inputs import facts_of, probe_of
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.commands.told import told
+from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource, open_data
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import Sample, select
+from robustvlm.data.source import Sample, select, to_pixels
+from robustvlm.data.splits import require_unseen_validation
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.purify import NoiseLevels, Parts, load_denoiser
-from robustvlm.defenses.purify.losses import MapperWeights, PurifierWeights
 from robustvlm.defenses.purify.parts import write_parts
-from robustvlm.defenses.purify.tasks import scores
-from robustvlm.defenses.purify.train import STAGES, Stage, check_encoder, train_parts
+from robustvlm.defenses.purify.train import (
+    STAGES,
+    MapperWeights,
+    PurifierWeights,
+    Stage,
+    check_encoder,
+    scores,
+    train_parts,
+)
 from robustvlm.defenses.purify.train import PurifySettings as Stages
 from robustvlm.errors import BadSetting, UserError, nearest, setting
-from robustvlm.evaluation.describe import facts_of, probe_of
-from robustvlm.evaluation.finetuning.validation import held_out
-from robustvlm.evaluation.overlap import require_unseen_validation
 from robustvlm.models import VLM
-from robustvlm.models.device import device_of_rank, resolve_device
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
-from robustvlm.report.training_html import load_training_run, measure_rows, write_training_report
-from robustvlm.runs.files import write_text
+from robustvlm.models.vlm import device_of_rank, resolve_device
+from robustvlm.report.training import NAME, TrainingSummary, load_training_run, measure_rows, write_training_report
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
-from robustvlm.runs.training_summary import NAME, TrainingSummary
 from robustvlm.training import (
     Measure,
     TrainingConfig,
@@ -49,6 +52,7 @@ from robustvlm.training import (
     parse_augmentation,
 )
 from robustvlm.training.history import History
+from robustvlm.training.validation import held_out
 
 RESULTS = (NAME,)
 _AHEAD = 4

@@ -82,7 +82,7 @@ def _reader(folder: Path) -> Callable[[Path], Any]:
 
 
 def _write_attack_report(folder: Path, out: Path | None) -> Path:
-    from robustvlm.report.html import write_report
+    from robustvlm.commands.attack.view import write_report
 
     return write_report([folder], out)
 

@@ -16,23 +16,21 @@ from torch import Tensor
 
 from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.threat import one_radius
+from robustvlm.commands.common.inputs import describe_data, probe_of
 from robustvlm.commands.soup import MEASURES, SoupSettings
-from robustvlm.core.reading import read_json
+from robustvlm.core.files import read_json, write_text
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.finetune.saved import overlay, save_finetuned
-from robustvlm.defenses.finetune.soup import Tasting, averaged, greedy, require_alike
+from robustvlm.defenses.finetune.saved import Tasting, averaged, greedy, overlay, require_alike, save_finetuned
 from robustvlm.errors import UserError, setting
-from robustvlm.evaluation.describe import describe_data, probe_of
-from robustvlm.evaluation.finetuning.validation import ZeroShotValidation, validation_images
 from robustvlm.models import VLM
-from robustvlm.models.device import resolve_device
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card, require_ground
-from robustvlm.runs.files import write_text
+from robustvlm.models.vlm import resolve_device
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.stats import Mean, Rate
 from robustvlm.training import RobustValidation
+from robustvlm.training.validation import ZeroShotValidation, validation_images
 
 NAME = "soup.json"
 RESULTS = (NAME,)

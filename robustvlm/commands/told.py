@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from robustvlm.report.wording import duration
-from robustvlm.runs.observer import Observer
+from robustvlm.report.words import duration
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
 from robustvlm.training import Estimate, TrainingObserver, Validation, Warned
 

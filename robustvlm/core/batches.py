@@ -12,6 +12,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+# Batch sizes on which an image gets the same bits wherever it stands
+
 # The kernels of CPUs with AVX2 work on blocks of six rows: of six sizes in a row, some leave no rest.
 _BLOCK = 6
 
@@ -80,3 +82,35 @@ def _shift(size: int) -> int:
 def _same(new: Sequence[Tensor], old: Sequence[Tensor], rows: Tensor) -> bool:
     pairs = zip(new, old, strict=True)
     return all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b[rows.to(b.device)])) for a, b in pairs)
+
+
+# Batch sizes: on which of the allowed ones a number of rows costs least
+
+# A second batch is worth its start only when it saves at least this share of the rows.
+_WORTH = 0.2
+
+
+def batch_sizes(rungs: Sequence[int], rows: int) -> tuple[int, ...]:
+    """Return the one or two allowed batch sizes that hold so many rows with the fewest spare ones.
+
+    Args:
+        rungs: allowed sizes, descending; the largest holds all rows.
+
+    Example:
+        >>> [batch_sizes((64, 32, 16, 8), rows) for rows in (64, 60, 35, 3)]
+        [(64,), (64,), (32, 8), (8,)]
+    """
+    whole = smallest(rungs, rows)
+    pairs = [(rung, smallest(rungs, rows - rung)) for rung in rungs if rung < rows]
+    best = min(pairs, key=sum, default=(whole,))
+    return best if sum(best) <= (1 - _WORTH) * whole else (whole,)
+
+
+def smallest(rungs: Sequence[int], rows: int) -> int:
+    """Return the smallest allowed size that holds so many rows.
+
+    Example:
+        >>> smallest((64, 32), 33)
+        64
+    """
+    return min(rung for rung in rungs if rung >= rows)

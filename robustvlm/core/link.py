@@ -1,4 +1,4 @@
-"""What the processes of one job tell each other: that they got somewhere, that they live, and that one has failed.
+"""What the processes of one job tell each other: that they got somewhere, that they live, that one has failed.
 
 Nothing but short texts and counters is exchanged, through the store that `torchrun` keeps for its processes, so that
 one code serves every device. A wait ends when all have arrived, when one has failed, or when one no longer answers; a
@@ -9,16 +9,262 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hmac
+import os
+import secrets
+import selectors
+import socket
+import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from robustvlm.core.reading import first_line
-from robustvlm.core.watch import Watch
+from robustvlm.core.files import first_line
 from robustvlm.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+
+# The wire between the processes of one job: each learns at once that another has died, failed or left.
+#
+# The operating system closes the connections of a process that dies, however it dies, and TCP's own probes find a
+# machine that is gone; so nothing depends on what the dead one still does, nor on what the living ones are busy with.
+# Rank 0 is the hub: it holds a connection to each of the others and passes on what it learns.
+
+_TICK_SECONDS = 0.5
+_LONGEST_LINE = 200
+_LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
+
+
+class Board(Protocol):
+    """Where the hub says how it is reached: the store of the job."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+
+@dataclass
+class _Peer:
+    """The other end of one connection; `rank` is None until it has said who it is."""
+
+    wire: socket.socket
+    rank: int | None
+    heard: float = field(default_factory=time.monotonic)
+    rest: bytes = b""
+
+
+class Watch:
+    """This process's end of the wire, served by a thread of its own.
+
+    When another process is found dead, or fails, `trouble` says so, and the work has `grace` seconds to end in its own
+    way. After that (a thread that waits inside a library cannot be told) the process says why and ends itself.
+
+    Args:
+        rank, size: which process this is, and of how many.
+        host: the machine of rank 0, as all of them know it.
+        board: through which rank 0 lets the others know its port, and a secret that keeps strangers out.
+        grace: seconds from trouble to the end of the process.
+        silence: seconds without a word after which a process whose connection still stands (stopped, or stuck) is
+            given up.
+        leave: what ends the process; another function in tests.
+
+    Raises:
+        OSError: the hub cannot be reached.
+
+    Example:
+        >>> from torch.distributed import HashStore
+        >>> store = HashStore()
+        >>> hub = Watch(0, 2, "localhost", store)
+        >>> other = Watch(1, 2, "localhost", store)
+        >>> other.close()
+        >>> hub.wait_for(lambda: 1 in hub.left, seconds=10)
+        True
+        >>> hub.trouble is None
+        True
+        >>> hub.close()
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        host: str,
+        board: Board,
+        *,
+        grace: float = 10.0,
+        silence: float = 120.0,
+        leave: Callable[[str | None], None] | None = None,
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.trouble: str | None = None
+        self.failed_in_words = False
+        """Whether the trouble is a failure that the other process tells of itself."""
+        self.left: set[int] = set()
+        self._grace, self._silence, self._leave = grace, silence, leave or _end_process
+        self._deadline: float | None = None
+        self._peers: dict[socket.socket, _Peer] = {}
+        self._selector = selectors.DefaultSelector()
+        self._listener: socket.socket | None = None
+        self._closing = threading.Event()
+        if rank == 0:
+            self._secret = secrets.token_hex(16)
+            self._listener = _listening(host)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+            board.set("watch", f"{self._listener.getsockname()[1]} {self._secret}")
+        else:
+            port, self._secret = board.get("watch").decode().split()
+            self._add(socket.create_connection((host, int(port)), timeout=60), 0)
+            self._tell(f"hello {self._secret} {rank}")
+        self._beaten = time.monotonic()
+        if hasattr(os, "register_at_fork"):  # a child that inherited the wires would keep them open past our death
+            os.register_at_fork(after_in_child=self._drop)
+        self._thread = threading.Thread(target=self._serve, name="robustvlm-watch", daemon=True)
+        self._thread.start()
+
+    def fail(self) -> None:
+        """Let the others know that this process fails, and says why itself."""
+        self._tell(f"failed {self.rank}")
+
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float) -> bool:
+        """Wait until `condition` holds, for so many seconds at most; return whether it does."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def close(self) -> None:
+        """Say good-bye: this process ends with nothing more to do."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._thread.join(timeout=2 * _TICK_SECONDS)
+        self._tell(f"left {self.rank}")
+        self._drop()
+
+    def _serve(self) -> None:
+        while not self._closing.is_set():
+            for key, _ in self._selector.select(timeout=_TICK_SECONDS):
+                if key.fileobj is self._listener:
+                    self._admit()
+                elif isinstance(key.fileobj, socket.socket):
+                    self._hear(self._peers[key.fileobj])
+            self._keep_time()
+
+    def _admit(self) -> None:
+        with contextlib.suppress(OSError):
+            assert self._listener is not None
+            self._add(self._listener.accept()[0], None)
+
+    def _add(self, wire: socket.socket, rank: int | None) -> None:
+        wire.settimeout(1.0)
+        _probe_often(wire)
+        self._peers[wire] = _Peer(wire, rank)
+        self._selector.register(wire, selectors.EVENT_READ)
+
+    def _hear(self, peer: _Peer) -> None:
+        try:
+            said = peer.wire.recv(4096)
+        except OSError:
+            said = b""
+        peer.heard = time.monotonic()
+        *lines, peer.rest = (peer.rest + said).split(b"\n")
+        for line in lines:
+            self._heed(peer, line.decode("ascii", "replace").split())
+        if not said or len(peer.rest) > _LONGEST_LINE:
+            self._lose(peer)
+
+    def _heed(self, peer: _Peer, words: list[str]) -> None:
+        if peer.rank is None:
+            if len(words) == 3 and words[0] == "hello" and hmac.compare_digest(words[1], self._secret):
+                peer.rank = int(words[2])
+            return
+        if len(words) != 2 or words[0] not in ("failed", "left", "lost"):
+            return
+        kind, rank = words[0], int(words[1])
+        if kind == "left":
+            self.left.add(rank)
+        else:
+            self._judge(rank, dead=kind == "lost")
+        if self._listener is not None:
+            self._tell(" ".join(words), but=peer)
+
+    def _lose(self, peer: _Peer) -> None:
+        self._selector.unregister(peer.wire)
+        del self._peers[peer.wire]
+        peer.wire.close()
+        if peer.rank is not None and peer.rank not in self.left:
+            self._judge(peer.rank, dead=True)
+            if self._listener is not None:
+                self._tell(f"lost {peer.rank}")
+
+    def _judge(self, rank: int, *, dead: bool) -> None:
+        if self.trouble is None and rank != self.rank:
+            self.failed_in_words = not dead
+            self.trouble = (
+                f"rank {rank} of {self.size} has died; what is finished is kept: repeat the command to go on"
+                if dead
+                else f"rank {rank} of {self.size} failed"
+            )
+            self._deadline = time.monotonic() + self._grace
+
+    def _keep_time(self) -> None:
+        now = time.monotonic()
+        if now - self._beaten > _BEAT_SECONDS:
+            self._beaten = now
+            self._tell("alive")
+        for peer in list(self._peers.values()):
+            if now - peer.heard > self._silence:
+                self._lose(peer)
+        if self._deadline is not None and now > self._deadline:
+            self._deadline = None
+            self._leave(None if self.failed_in_words else self.trouble)
+
+    def _tell(self, line: str, but: _Peer | None = None) -> None:
+        for peer in list(self._peers.values()):
+            if peer is not but:
+                with contextlib.suppress(OSError):
+                    peer.wire.sendall(line.encode() + b"\n")
+
+    def _drop(self) -> None:
+        for wire in (self._listener, *self._peers):
+            if wire is not None:
+                wire.close()
+
+
+def _listening(host: str) -> socket.socket:
+    """Return a listening socket: of this machine alone where the job is on one machine, as far as its address says."""
+    if host in _LOOPBACK:
+        return socket.create_server(
+            (_LOOPBACK[host], 0), family=socket.AF_INET6 if ":" in _LOOPBACK[host] else socket.AF_INET
+        )
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def _probe_often(wire: socket.socket) -> None:
+    """Let the system find within 20 s that the machine at the other end is gone."""
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    options = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+    for name, value in options.items():
+        if hasattr(socket, name):
+            wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _end_process(message: str | None) -> None:
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+# What the processes of one job tell each other: that they got somewhere, that they live, and that one has failed
 
 _BEAT_SECONDS = 2.0
 _FAREWELL_SECONDS, _LAST_SECONDS = 30.0, 3.0

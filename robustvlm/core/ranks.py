@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from robustvlm.core.link import Link
-from robustvlm.core.reading import first_line
-from robustvlm.core.watch import Watch
+from robustvlm.core.files import first_line
+from robustvlm.core.link import Link, Watch
 from robustvlm.errors import UserError
 
 _CONNECT_SECONDS = 300

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select, to_pixels
 from robustvlm.data.specs import open_data
-from robustvlm.data.taxonomy import Forest, Tree
-from robustvlm.data.tree_files import load_forest, load_tree
+from robustvlm.data.trees import Forest, Tree, load_forest, load_tree
 
 __all__ = [
     "UNKNOWN",

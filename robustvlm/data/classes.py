@@ -1,4 +1,4 @@
-"""Class sets with a name: their classes, and the templates and tree that come with them."""
+"""Class sets with a name: their classes, prompt templates and tree."""
 
 from __future__ import annotations
 
@@ -10,10 +10,80 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from robustvlm.data import prompts
 from robustvlm.data.names import check_names, name_key, read_lines
-from robustvlm.data.taxonomy import Forest
-from robustvlm.data.tree_files import load_forest
+from robustvlm.data.trees import Forest, load_forest
+from robustvlm.errors import UserError
+
+# Prompt templates: the built-in ensembles and template files
+
+DEFAULT: tuple[str, ...] = ("a photo of a {}.",)
+"""What a source without known classes is asked with."""
+
+CIFAR: tuple[str, ...] = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a small photo of a {}.",
+    "a blurry photo of a {}.",
+    "a low resolution photo of a {}.",
+    "a low contrast photo of a {}.",
+    "a bad photo of a {}.",
+    "a close-up photo of a {}.",
+)
+"""For thumbnails: wordings that fit images of 32 pixels."""
+
+IMAGENET: tuple[str, ...] = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a photo of one {}.",
+    "a close-up photo of a {}.",
+    "a bright photo of a {}.",
+    "a dark photo of a {}.",
+    "a blurry photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a large {}.",
+    "a drawing of a {}.",
+    "a {} in its surroundings.",
+    "many {} together.",
+)
+"""For photographs of single objects in varied light, size and style."""
+
+
+def fill(template: str, name: str) -> str:
+    """Return the prompt for one class name.
+
+    Example:
+        >>> fill("a photo of a {}.", "cat")
+        'a photo of a cat.'
+    """
+    return template.replace("{}", name)
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Return the templates in a text file (one a line; blank lines and # comments skipped) or JSON list.
+
+    Raises:
+        UserError: no file, no template, or one that does not hold `{}` once.
+    """
+    found = read_lines(path, "templates")
+    if isinstance(found, dict):
+        raise UserError(f"the templates file {path} must hold a list, got a JSON object")
+    return check_templates(found, f"the templates file {path}")
+
+
+def check_templates(templates: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the templates without repeats, each holding `{}` once and no other brace."""
+    for template in templates:
+        rest = template.replace("{}", "", 1)
+        if rest == template:
+            raise UserError(f"{where}: the template '{template}' lacks {{}}, the place of the class name")
+        if "{" in rest or "}" in rest:
+            raise UserError(f"{where}: the template '{template}' must hold {{}} once and no other brace")
+    if not templates:
+        raise UserError(f"{where} holds no template: write one a line, such as: a photo of a {{}}.")
+    return tuple(dict.fromkeys(templates))
+
+
+# Class sets with a name: their classes, and the templates and tree that come with them
 
 CIFAR10: tuple[str, ...] = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -38,9 +108,9 @@ class KnownSet:
 
 
 KNOWN: tuple[KnownSet, ...] = (
-    KnownSet("cifar10", 10, prompts.CIFAR),
-    KnownSet("cifar100", 100, prompts.CIFAR),
-    KnownSet("imagenet1k", 1000, prompts.IMAGENET),
+    KnownSet("cifar10", 10, CIFAR),
+    KnownSet("cifar100", 100, CIFAR),
+    KnownSet("imagenet1k", 1000, IMAGENET),
 )
 
 

@@ -11,7 +11,7 @@ from robustvlm.core.foreign_text import one_line
 from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import decode
 from robustvlm.data.labels import TextLabels
-from robustvlm.data.parquet_schema import IMAGE_COLUMNS, LABEL_COLUMNS
+from robustvlm.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.errors import MissingExtra, UserError, nearest

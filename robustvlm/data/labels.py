@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from robustvlm.data.names import check_names, clean_name, name_key
-from robustvlm.data.nouns import words_of
+from robustvlm.data.names import check_names, clean_name, name_key, words_of
 from robustvlm.errors import UserError, nearest
 
 _DIGITS = re.compile(r"([0-9]+)")

@@ -1,10 +1,10 @@
-"""From a data spec, such as `imagefolder:photos/val?links=1`, to the source it names."""
+"""From a data spec, such as `imagefolder:photos/val?links=1`, to the source it names, with its classes or without."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,14 +12,22 @@ from urllib.parse import unquote
 from robustvlm.core import registry
 from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.user_code import file_digest
-from robustvlm.data.classes import known_forest, read_class_names, recognise, usual_names, what_changed
+from robustvlm.data.classes import (
+    DEFAULT,
+    known_forest,
+    read_class_names,
+    read_templates,
+    recognise,
+    usual_names,
+    what_changed,
+)
 from robustvlm.data.labels import Own, settle_names
-from robustvlm.data.names import check_names, clean_name
-from robustvlm.data.prompts import DEFAULT, read_templates
-from robustvlm.data.source import DataSource
-from robustvlm.data.taxonomy import Forest, Tree
-from robustvlm.data.tree_files import load_forest
+from robustvlm.data.names import check_names, clean_name, same_things
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.data.trees import Forest, Tree, load_forest
 from robustvlm.errors import UserError, nearest
+
+# From a data spec, such as `imagefolder:photos/val?links=1`, to the source it names
 
 _CODE = re.compile(r"(-?\d+|n\d{8}|(class|label|c)[ _-]?\d+)($|[ ._-])", re.IGNORECASE)
 _OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
@@ -210,3 +218,67 @@ KINDS: dict[str, Callable[[Spec], DataSource]] = {
     "wds": _lazy("wds", "WebDatasetSource"),
 }
 """How each kind of data is opened."""
+
+
+# Images whose classes do not matter: whatever a source calls them, they are unknown
+
+
+class Unlabelled(DataSource):
+    """The images of another source, of unknown class (-1); its labels need no names.
+
+    Where `known` names classes that are known after all, images whose class says the same keep that class as their
+    label, an index into `known`: they are not unknown, and whoever judges by them has to leave them out.
+
+    Example:
+        >>> source = open_unlabelled("emoji?split=test&copies=1")
+        >>> {sample.label for sample in source.samples(limit=4)}
+        {-1}
+        >>> source = open_unlabelled("emoji?split=test&copies=1", known=["owl", "Apples"])
+        >>> sorted({sample.label for sample in source.samples()})
+        [-1, 0, 1]
+    """
+
+    def __init__(self, inner: DataSource, known: Sequence[str] = ()) -> None:
+        super().__init__(inner.spec, ())
+        self.inner = inner
+        self.remarks = inner.remarks
+        place = {name: number for number, name in enumerate(known)}
+        self._known = {
+            name: place[meant] for name, meant in same_things(inner.class_names, known, loosely=False).items()
+        }
+
+    def ids(self) -> list[str] | None:
+        """Return the ids of the other source."""
+        return self.inner.ids()
+
+    def group(self, sample_id: str) -> str:
+        """Return the group that the other source puts an image in."""
+        return self.inner.group(sample_id)
+
+    def things(self) -> tuple[str, ...]:
+        """Return the names that the other source has for what its images show."""
+        return self.inner.things()
+
+    def check_label(self, label: int, where: str) -> None:
+        """Take any label: it needs no name here."""
+
+    def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+        names = self.inner.class_names
+        for item in self.inner._stream(keep):
+            if not isinstance(item, Sample):
+                yield item
+                continue
+            name = names[item.label] if 0 <= item.label < len(names) else None
+            yield replace(item, label=UNKNOWN if name is None else self._known.get(name, UNKNOWN))
+
+    def _identity(self) -> Iterable[str]:
+        return self.inner._identity()
+
+
+def open_unlabelled(spec: str, known: Sequence[str] = ()) -> Unlabelled:
+    """Return the images that a data spec names, as images of unknown class unless it is one of `known`.
+
+    Raises:
+        UserError: an unknown kind or option, or missing data.
+    """
+    return Unlabelled(open_raw(parse_spec(spec)), known)

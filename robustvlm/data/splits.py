@@ -1,13 +1,23 @@
-"""Splits in one place, and what is no data at all: training and test images must not become one number."""
+"""Splits and overlaps: training and test images must not become one number."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from robustvlm.data.source import DataSource, select
+from robustvlm.data.specs import parse_spec
 from robustvlm.errors import UserError
+
+# Splits in one place, and what is no data at all: training and test images must not become one number
 
 _KINDS = {
     "train": "train", "training": "train", "trainset": "train",
@@ -164,3 +174,89 @@ def said_of(aside: Mapping[str, int]) -> str:
     order = sorted(aside.items(), key=lambda item: (-item[1], item[0]))
     said = [f"'{name}'" if count == 1 else f"{count:,} x '{name}'" for name, count in order[:_MOST_SHOWN]]
     return ", ".join(said) + (f" and {len(order) - _MOST_SHOWN} kinds more" if len(order) > _MOST_SHOWN else "")
+
+
+# Images that teach and images that judge must be others: what is known of that before any of them is looked at
+
+
+def same_place(first: str, second: str) -> bool:
+    """Whether equal ids mean equal images: ids of files are relative to their folder, those of emoji stand alone.
+
+    Example:
+        >>> same_place("emoji?split=train", "emoji?copies=1"), same_place("imagefolder:a/", "imagefolder:b/../a")
+        (True, True)
+        >>> same_place("imagefolder:a", "imagefolder:b")
+        False
+    """
+    one, other = parse_spec(first), parse_spec(second)
+    if one.kind != other.kind:
+        return False
+    return one.kind == "emoji" or (_resolved(one.rest), one.options) == (_resolved(other.rest), other.options)
+
+
+def in_both(first: str, ids: Iterable[str], second: str, other_ids: Iterable[str]) -> list[str]:
+    """Return the ids of images of two data specs that are one image, sorted; none where that cannot be told by ids."""
+    return sorted(set(ids) & set(other_ids)) if same_place(first, second) else []
+
+
+def require_unseen(
+    judged: DataSource,
+    taught: DataSource,
+    *,
+    option: str,
+    limits: tuple[int | None, int | None] = (None, None),
+    advice: str = "pass other images",
+) -> None:
+    """Refuse images to judge by that are among those that teach, as far as ids and contents tell.
+
+    Args:
+        option: that named the judging images; limits: how many of each are used, judging images first.
+        advice: what to do instead.
+
+    Raises:
+        UserError: the two are the same data, or some ids are in both.
+    """
+    if judged.fingerprint() == taught.fingerprint():
+        raise UserError(f"{option} names the training data, '{taught.spec}': {advice}")
+    both: list[str] = []
+    found = [(source.ids(), limit) for source, limit in zip((judged, taught), limits, strict=True)]
+    chosen = [select(ids, limit) if limit is not None else ids for ids, limit in found if ids is not None]
+    if len(chosen) == 2:
+        both = in_both(judged.spec, chosen[0], taught.spec, chosen[1])
+    if both:
+        raise UserError(
+            f"{len(both)} images of {option} '{judged.spec}' are also trained on (the first, '{both[0]}'): {advice}"
+        )
+
+
+def require_unseen_validation(
+    val: DataSource | None, taught: DataSource, *, val_limit: int | None, limit: int | None
+) -> None:
+    """Refuse `--val` images of a training that are among those that it is taught with; see `require_unseen`."""
+    if val is not None:
+        advice = "leave --val out, and a part of them is held out"
+        require_unseen(val, taught, option="--val", limits=(val_limit, limit), advice=advice)
+
+
+def _resolved(rest: str) -> str:
+    """Return a path in one spelling, links followed; whatever is no path stays as it is in effect."""
+    return os.path.realpath(os.path.expanduser(rest)) if rest else rest
+
+
+# Images scored at a time: enough to fill the processor, and little memory.
+_ROWS = 1024
+
+
+def copies(features: Tensor, others: Tensor) -> int:
+    """Return how many of the features [N, D] are among the others [M, D], to three decimals.
+
+    Example:
+        >>> copies(torch.eye(2), torch.eye(2)[1:])
+        1
+    """
+    there = {row.tobytes() for row in _coarse(others)}
+    return sum(row.tobytes() in there for row in _coarse(features))
+
+
+def _coarse(features: Tensor) -> npt.NDArray[np.int16]:
+    return (1000 * features).round().to(torch.int16).numpy()

@@ -1,11 +1,9 @@
 """Defences around a model, named by operators on its spec: `MODEL+smooth:0.25` is the model, smoothed."""
 
-from robustvlm.defenses.base import Classifier, ZeroShot
-from robustvlm.defenses.classifier import load_classifier
-from robustvlm.defenses.own import OwnClassifier
-from robustvlm.defenses.pipeline import OPERATORS, Operation, load_pipeline, split_spec
-from robustvlm.defenses.refusal import Refusing, acceptance
+from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot, acceptance
+from robustvlm.defenses.pipeline import OPERATORS, OwnClassifier, load_classifier, load_pipeline
 from robustvlm.defenses.smoothing import SmoothedClassifier, SmoothedVLM, smooth
+from robustvlm.defenses.spec import Operation, split_spec
 
 __all__ = [
     "OPERATORS",

@@ -1,66 +1,271 @@
-"""From a spec to the classifier that is attacked or evaluated: zero-shot, the user's own, perhaps with refusal."""
+"""What attacks and evaluations need of a model: pixels in, logits out, perhaps with the right to refuse."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import itertools
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
-from robustvlm.core.registry import names_a_callable
-from robustvlm.defenses.base import Classifier, ZeroShot
-from robustvlm.defenses.own import load_own
-from robustvlm.defenses.pipeline import load_pipeline, split_spec
-from robustvlm.defenses.refusal import Refusing, split_rejection
-from robustvlm.defenses.saved import saved_model
+from robustvlm.attacks.tensors import as_images
+from robustvlm.certify import predict
+from robustvlm.defenses.smoothing import SmoothedVLM
+from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError
-from robustvlm.models import resolve_device, zero_shot
-from robustvlm.models.custom import create, wrap_encoder
+from robustvlm.models import VLM, ZeroShotClassifier
+from robustvlm.models.boundary import borrowed
+from robustvlm.models.vlm import framing_of_model, full_precision_kernels
+
+# What attacks and evaluations need of a model: pixels in, logits out, perhaps with the right to refuse
 
 
-def load_classifier(
-    spec: str,
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    *,
-    device: str | torch.device = "cpu",
-    cache: bool = True,
-) -> Classifier:
-    """Return the classifier that `spec` names over the given classes, frozen, in evaluation mode, on `device`.
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a classifier says of images, one entry for each.
 
-    A spec is any of `load_pipeline`, read as a zero-shot classifier; or `module:callable` whose object has no
-    `encode_text` but classifies: called with pixels [B, 3, S, S] in [0, 1] it returns logits [B, K], and it has an
-    `image_size` S. Optional attributes: `can_reject` (the output has the acceptance score as one column more),
-    `interpolation`, `differentiable`, `surrogate`. Either may end in `+reject:T`.
+    Attributes:
+        classes: places in the class names, -1 where the image is rejected or the answer withheld; int64 [N].
+        names: class names, None in those places.
+        scores: of a model that may refuse, its acceptance score, positive exactly where the image is accepted; of
+            others the softmax probability of the leading class; [N].
+        rejected: the model refuses the image, as none of its classes; bool [N].
+        abstained: a smoothed model's draws do not decide the class at the level asked for; bool [N].
+    """
 
-    Raises:
-        UserError: no such model, wrong operators, or an output that does not fit the classes.
+    classes: Tensor
+    names: tuple[str | None, ...]
+    scores: Tensor
+    rejected: Tensor
+    abstained: Tensor
+
+
+class Classifier(nn.Module, ABC):
+    """A model of known classes: pixels [B, 3, H, H] in [0, 1] to logits [B, K].
+
+    With `can_reject` there is one column more, the acceptance score: an image is accepted exactly when it is positive.
+    `framing` says how an image of any shape becomes such a square.
+    `vlm` and `class_embeddings` are there for classifiers on top of an encoder, None otherwise; `logit_scale` is the
+    factor on cosine similarities, None where the logits are none.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: str,
+        class_names: Sequence[str],
+        image_size: int,
+        interpolation: str = "bicubic",
+        resize_mode: str = "shortest",
+        fill_color: int = 0,
+        logit_scale: float | None = None,
+        can_reject: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec, self.class_names = spec, tuple(class_names)
+        self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color)
+        self.logit_scale, self.can_reject = logit_scale, can_reject
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the model sees."""
+        return self.framing.image_size
+
+    @property
+    def interpolation(self) -> str:
+        """Filter of every resize."""
+        return self.framing.interpolation
+
+    @property
+    def vlm(self) -> VLM | None:
+        """The encoder below, if there is one."""
+        return None
+
+    @property
+    def class_embeddings(self) -> Tensor | None:
+        """Unit text embeddings of the classes [K, D], if there are any."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        if self.vlm is not None:
+            return self.vlm.device
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of all that decides the output."""
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, alpha: float | None = None, lanes: int = 64) -> Answers:
+        """Return what the model says of images [N, 3, H, H] in [0, 1]: class, rejected or abstained, with the score.
+
+        Args:
+            alpha: for a smoothed encoder without refusal: withhold the answer unless its draws decide it at this level
+                (`robustvlm.certify.predict`). lanes: images in a batch.
+
+        Raises:
+            UserError: images that do not fit, or an alpha for a model that does not abstain.
+
+        Example:
+            >>> from robustvlm.models import load_model, zero_shot
+            >>> classifier = ZeroShot(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False))
+            >>> classifier.predict(torch.rand(2, 3, 64, 64)).rejected
+            tensor([False, False])
+        """
+        pixels = as_images(images).to(self.device, torch.float32)
+        smoothed, text = self.vlm, self.class_embeddings
+        if alpha is not None and (self.can_reject or not isinstance(smoothed, SmoothedVLM) or text is None):
+            raise UserError(
+                f"'{self.spec}' does not abstain: leave out alpha, or pass a smoothed encoder without refusal, as "
+                "load_classifier('tiny+smooth:0.25', ...)"
+            )
+        outputs, decided = [], []
+        with borrowed(self), full_precision_kernels():
+            for batch in pixels.split(lanes):
+                outputs.append(self(batch).float().cpu())
+                if alpha is not None and isinstance(smoothed, SmoothedVLM) and text is not None:
+                    draws = smoothed.noisy_features(batch, smoothed.n0).double().cpu().numpy()
+                    decided += [predict(rows, text.double().cpu().numpy(), alpha) for rows in draws]
+        output = torch.cat(outputs)
+        logits = output[:, :-1] if self.can_reject else output
+        classes = logits.argmax(1)
+        # Not "<= 0": a score that is no number accepts nothing.
+        rejected = ~(output[:, -1] > 0) if self.can_reject else torch.zeros(len(output), dtype=torch.bool)
+        abstained = torch.zeros_like(rejected)
+        if alpha is not None:
+            abstained = torch.tensor([label is None for label in decided])
+            classes = torch.tensor([0 if label is None else label for label in decided])
+        classes = torch.where(rejected | abstained, torch.full_like(classes, -1), classes)
+        return Answers(
+            classes,
+            tuple(None if label < 0 else self.class_names[label] for label in classes.tolist()),
+            output[:, -1] if self.can_reject else logits.softmax(1).amax(1),
+            rejected,
+            abstained,
+        )
+
+
+class ZeroShot(Classifier):
+    """The zero-shot classifier of an encoder, seen as any other classifier.
 
     Example:
-        >>> load_classifier("tiny+reject:0.5", ["apple", "dog"], ["{}"], cache=False).can_reject
-        True
+        >>> from robustvlm.models import load_model, zero_shot
+        >>> classifier = ZeroShot(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False))
+        >>> classifier(torch.rand(1, 3, 64, 64)).shape, classifier.can_reject
+        (torch.Size([1, 2]), False)
     """
-    place = resolve_device(device)
-    base, threshold = split_rejection(spec)
-    inner = _load(base, class_names, templates, place, cache)
-    if threshold is None:
-        return inner
-    if inner.can_reject:
-        raise UserError(f"'{base}' refuses images by itself already: leave out +reject:{threshold:g}")
-    return Refusing(inner, threshold).eval()
+
+    def __init__(self, head: ZeroShotClassifier) -> None:
+        encoder = head.vlm
+        super().__init__(
+            spec=encoder.spec,
+            class_names=head.class_names,
+            logit_scale=encoder.logit_scale,
+            **encoder.framing.options(),
+        )
+        self.head = head
+
+    @property
+    def vlm(self) -> VLM:
+        return self.head.vlm
+
+    @property
+    def class_embeddings(self) -> Tensor:
+        return self.head.class_embeddings
+
+    @property
+    def fingerprint(self) -> str:
+        return self.head.vlm.fingerprint
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [B, K]."""
+        return self.head(pixels)
 
 
-def _load(
-    spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
-) -> Classifier:
-    if not names_a_callable(spec) or os.path.isdir(spec):
-        vlm = load_pipeline(spec, device=place)
-        made = saved_model(split_spec(spec)[0])
-        if made is not None:
-            return made.classifier(vlm, class_names, templates, cache=cache)
-    else:
-        thing = create(spec)
-        if not hasattr(thing, "encode_text") and not hasattr(thing, "encode_image"):
-            return load_own(thing, spec, class_names, place)
-        vlm = wrap_encoder(thing, spec, place)
-    return ZeroShot(zero_shot(vlm, class_names, templates, cache=cache)).eval()
+# Refusal: a classifier that rejects what it is not sure of
+
+
+class Refusing(Classifier):
+    """A classifier that rejects what it is not sure of: accepted iff the largest softmax probability exceeds T.
+
+    Maximum concept matching, Ming et al. 2022 (arXiv 2211.13445), at the model's own temperature. The acceptance score
+    is logit(p) - logit(T) for the largest probability p, computed as the leading logit less the log-sum-exp of the
+    others: it has the sign of p - T, and, unlike p, a gradient also where p is 1 up to rounding.
+
+    Example:
+        >>> from robustvlm.defenses.classifier import ZeroShot
+        >>> from robustvlm.models import load_model, zero_shot
+        >>> inner = ZeroShot(zero_shot(load_model("tiny"), ["apple", "dog"], ["{}"], cache=False))
+        >>> Refusing(inner, 0.9)(torch.rand(5, 3, 64, 64)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, inner: Classifier, threshold: float) -> None:
+        super().__init__(
+            spec=f"{inner.spec}+reject:{threshold:g}",
+            class_names=inner.class_names,
+            logit_scale=inner.logit_scale,
+            can_reject=True,
+            **inner.framing.options(),
+        )
+        self.inner, self.threshold = inner, threshold
+
+    @property
+    def vlm(self) -> VLM | None:
+        return self.inner.vlm
+
+    @property
+    def class_embeddings(self) -> Tensor | None:
+        return self.inner.class_embeddings
+
+    @property
+    def fingerprint(self) -> str:
+        text = f"{self.inner.fingerprint} reject {self.threshold!r}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits and the acceptance score, [B, K + 1]."""
+        logits = self.inner(pixels)
+        return torch.cat([logits, acceptance(logits, self.threshold)[:, None]], dim=1)
+
+
+def acceptance(logits: Tensor, threshold: float) -> Tensor:
+    """Return log-odds of the largest softmax probability less the log-odds of `threshold`, [B, K] -> [B].
+
+    Example:
+        >>> acceptance(torch.tensor([0.6, 0.3, 0.1]).log()[None], 0.6).abs() < 1e-6
+        tensor([True])
+    """
+    leading, index = logits.max(dim=1)
+    others = logits.scatter(1, index[:, None], float("-inf")).logsumexp(dim=1)
+    return leading - others - math.log(threshold / (1 - threshold))
+
+
+def split_rejection(spec: str) -> tuple[str, float | None]:
+    """Split `MODEL+reject:T` into the model and the threshold, None where nothing is rejected."""
+    base, operations = split_spec(spec)
+    if not any(operation.name == "reject" for operation in operations):
+        return spec, None
+    *before, last = operations
+    if last.name != "reject" or any(operation.name == "reject" for operation in before):
+        raise UserError(f"'+reject:T' must be the last operator of '{spec}' and stand there once")
+    return "+".join([base, *map(str, before)]), _threshold(last)
+
+
+def _threshold(operation: Operation) -> float:
+    try:
+        (text,) = operation.arguments
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise UserError(f"'+{operation}' must be written +reject:T with a probability 0 < T < 1, as +reject:0.5")
+    return value

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
-from robustvlm.core.registry import names_a_callable
+from robustvlm.core.registry import create, names_a_callable
 from robustvlm.data import DataSource, open_data
-from robustvlm.data.prompts import DEFAULT
-from robustvlm.defenses import classifier
-from robustvlm.defenses.base import Classifier
-from robustvlm.defenses.pipeline import load_pipeline, split_spec
-from robustvlm.defenses.refusal import split_rejection
-from robustvlm.defenses.saved import saved_model
+from robustvlm.data.classes import DEFAULT
+from robustvlm.defenses import pipeline
+from robustvlm.defenses.classifier import Classifier, split_rejection
+from robustvlm.defenses.pipeline import load_pipeline, saved_model
+from robustvlm.defenses.spec import split_spec
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM, resolve_device
-from robustvlm.models.custom import create
 
 
 @arguments_named()
@@ -66,7 +64,7 @@ def load_classifier(
         names, prompts = source.class_names, source.templates
     else:
         names, prompts = tuple(_own_classes(_text(spec)) if source is None else source), DEFAULT
-    return classifier.load_classifier(_text(spec), names, templates or prompts, device=resolve_device(device))
+    return pipeline.load_classifier(_text(spec), names, templates or prompts, device=resolve_device(device))
 
 
 def _own_classes(spec: str) -> Sequence[str]:

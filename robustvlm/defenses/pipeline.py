@@ -1,32 +1,175 @@
-"""From `MODEL+operator:arguments` to a model with the defences the operators name, applied from left to right."""
+"""From a spec to a model or a classifier: operators applied, folders of this program's models, the user's own."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from robustvlm.defenses.saved import saved_model
+from robustvlm.certify import OpensetRule
+from robustvlm.core.probe import change_of
+from robustvlm.core.registry import create, names_a_callable
+from robustvlm.core.user_code import named_by
+from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot, split_rejection
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
+from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError, nearest
-from robustvlm.models import VLM, load_model, resolve_device
+from robustvlm.models import VLM, load_model, resize, resolve_device, zero_shot
+from robustvlm.models.boundary import Boundary, in_own_precision, own_copy
+from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of, wrap_encoder
+from robustvlm.models.probe import probe_encoder
+from robustvlm.models.saved import Card, read_card, require_ground
+from robustvlm.models.vlm import INTERPOLATIONS
+from robustvlm.models.weights import brief, fingerprint
 
-# A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are.
-_OPERATION = re.compile(r"[A-Za-z][A-Za-z_-]*(:[^/+]*)?")
+# Models that this program made: which part of it loads which kind of folder
+
+KINDS = {
+    "finetune": "robustvlm.defenses.finetune.saved:FinetunedModel",
+    "soup": "robustvlm.defenses.finetune.saved:FinetunedModel",
+    "purify": "robustvlm.defenses.purify.parts:PurifiedModel",
+    "immunize": "robustvlm.defenses.immunity.classifier:ImmunisedModel",
+    "tune-prompts": "robustvlm.defenses.prompts.tune:PromptTunedModel",
+    "build": "robustvlm.defenses.assemble.building:BuiltModel",
+}
+"""Where the loader of each kind of folder is found; imported when it is needed."""
+
+_loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 
 
 @dataclass(frozen=True)
-class Operation:
-    """One operator of a spec with its arguments as text: `smooth:0.25:64` is ("smooth", ("0.25", "64"))."""
+class SavedModel(ABC):
+    """A folder with a card, as a model; a kind says how to make its encoder, and its classifier if it has a head.
 
-    name: str
-    arguments: tuple[str, ...]
+    Attributes:
+        folder: where its files are.
+        card: what it says of itself.
+    """
 
-    def __str__(self) -> str:
-        return ":".join([self.name, *self.arguments])
+    folder: Path
+    card: Card
+
+    @abstractmethod
+    def encoder(self, device: torch.device) -> VLM:
+        """Return the encoder, frozen, on `device`; whatever belongs inside a smoothing expectation is part of it."""
+
+    def classifier(
+        self, encoder: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True
+    ) -> Classifier:
+        """Return the classifier on `encoder`, which is `self.encoder(...)`, perhaps smoothed: zero-shot by default."""
+        return ZeroShot(zero_shot(encoder, class_names, templates, cache=cache)).eval()
+
+    @property
+    def refuses(self) -> bool:
+        """Whether its classifier may reject images, by a rule that certificates know."""
+        return False
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes that the model was made for, where it knows no others; None: any classes will do."""
+        return None
+
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        """Return unit vectors [K, D] that stand for the classes in place of their texts; None: the texts do."""
+        del class_names
+        return None
+
+    def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule | None:
+        """Return the rule by which the model behind noise of `sigma` accepts and rejects; None for one without.
+
+        Args:
+            tau: threshold for all classes in place of the model's: the rule is then no longer the deployed one.
+
+        Raises:
+            UserError: what the deployed model does under this noise is no such rule.
+        """
+        del class_names, sigma, tau
+        return None
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """Noise levels for whose mean features its head has thresholds, and judges the mean as certificates do."""
+        return ()
+
+    @property
+    def sigma(self) -> float | None:
+        """Noise level of a smoothing that is part of the model, None without one."""
+        return None
+
+    def base(self, device: torch.device) -> VLM:
+        """Return the model that this one stands on.
+
+        Raises:
+            UserError: the card names none, it is gone, it has changed since, or the models stand on each other.
+        """
+
+        if self.card.base is None:
+            raise UserError(f"the card of '{self.folder}' names no base model: make the model again")
+        with _once(self.folder), named_by(f"the card of '{self.folder}'"):
+            vlm = load_pipeline(self.card.base, device=device)
+        require_same_base(self.card, vlm, self.folder)
+        return vlm
+
+
+def require_same_base(card: Card, vlm: VLM, folder: Path) -> None:
+    """Refuse another model than the one that a folder was made for, by its digest and by what it answers.
+
+    Raises:
+        UserError: what differs.
+    """
+    different = None
+    if card.base_fingerprint not in (None, vlm.fingerprint):
+        different = "its weights or settings are others"
+    elif card.base_probe is not None:
+        different = change_of(card.base_probe, probe_encoder(vlm))
+    if different is not None:
+        raise UserError(
+            f"the model '{card.base}' is no longer the one that '{folder}' was made for ({different}): "
+            "bring that one back, or make this one again"
+        )
+
+
+def saved_model(spec: str) -> SavedModel | None:
+    """Return the model of a folder with a card; None for any other spec.
+
+    Raises UserError for a kind that this version does not know.
+    """
+    place = os.path.expanduser(spec)
+    card = read_card(Path(place)) if os.path.isdir(place) else None
+    if card is None:
+        return None
+    require_ground(Path(place), card)
+    if card.kind not in KINDS:
+        raise UserError(f"'{spec}' is a model of the unknown kind '{card.kind}'; {nearest(card.kind, KINDS)}")
+    module, _, name = KINDS[card.kind].partition(":")
+    loader: type[SavedModel] = getattr(import_module(module), name)
+    return loader(Path(place), card)
+
+
+@contextmanager
+def _once(folder: Path) -> Iterator[None]:
+    """Refuse to load a folder while it is being loaded: a card that leads back to itself would never end."""
+    here = folder.resolve()
+    if here in _loading.get():
+        raise UserError(f"the model '{folder}' stands on itself: its {', '.join(map(str, _loading.get()))} lead back")
+    token = _loading.set((*_loading.get(), here))
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+# From `MODEL+operator:arguments` to a model with the defences the operators name, applied from left to right
 
 
 @dataclass(frozen=True)
@@ -36,29 +179,6 @@ class Operator:
     form: str
     meaning: str
     apply: Callable[[VLM, Operation], VLM]
-
-
-def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
-    """Split a spec into the model and its operations; a path that holds a plus sign stays whole.
-
-    Raises UserError when there are operations but no model.
-
-    Example:
-        >>> split_spec("tiny+smooth:0.25:64")
-        ('tiny', (Operation(name='smooth', arguments=('0.25', '64')),))
-    """
-    operations: list[Operation] = []
-    base = spec
-    while "+" in base and not os.path.exists(os.path.expanduser(base)):
-        rest, _, last = base.rpartition("+")
-        if not _OPERATION.fullmatch(last):
-            break
-        name, *arguments = last.split(":")
-        operations.insert(0, Operation(name, tuple(arguments)))
-        base = rest
-    if operations and not base:
-        raise UserError(f"'{spec}' names no model: write MODEL+{operations[0]}, as tiny+{operations[0]}")
-    return base, tuple(operations)
 
 
 def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
@@ -144,3 +264,142 @@ OPERATORS = {
     ),
 }
 """Every operator by name."""
+
+
+# The user's own classifier, named `module:callable`: anything from pixels to logits
+
+
+class OwnClassifier(Classifier):
+    """A user's own classifier; see `load_classifier` for what it has to have."""
+
+    def __init__(self, model: Any, *, spec: str, class_names: Sequence[str]) -> None:
+        super().__init__(
+            spec=spec,
+            class_names=class_names,
+            image_size=model.image_size,
+            can_reject=bool(getattr(model, "can_reject", False)),
+            **framing_declared(model),
+        )
+        self.model = model
+        self._hidden = Hidden(model)
+        call = model if callable(model) else model.forward
+        self._ask = Boundary(call, what=f"'{spec}'", parts=model)
+        # A plain object is no part that `modules()` visits, so its declaration is repeated here.
+        self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
+        self.surrogate = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
+        self.eval().requires_grad_(False)
+
+    @property
+    def in_half(self) -> bool:
+        """Whether logits are computed in half precision."""
+        return self._ask.in_half
+
+    def settle(self, pixels: Tensor) -> Tensor:
+        """Try the classifier out on pixels of its size, and learn how it has to be asked."""
+        return self._ask.settle(pixels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [B, K], or [B, K + 1] with the acceptance score last; in float32 at least."""
+        return self._ask(resize(pixels, self.image_size, self.interpolation))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OwnClassifier:
+        # The precision of a user's weights is part of what is evaluated.
+        return super()._apply(in_own_precision(fn), recurse)
+
+    @property
+    def fingerprint(self) -> str:
+        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
+        extra = (self.spec, *source_of(self.model), *framing)
+        return fingerprint(state_of(self.model) | self._hidden.state(), extra)
+
+
+def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.device) -> OwnClassifier:
+    """Return a user's object as a classifier, after a trial on two images; a UserError says what is wrong with it."""
+    if not callable(model) and not callable(getattr(model, "forward", None)):
+        raise UserError(
+            f"'{spec}' must return an encoder (encode_image, encode_text, image_size, logit_scale) or a classifier "
+            f"(callable, image_size): {type(model).__name__} has no encode_image and cannot be called"
+        )
+    size, how = getattr(model, "image_size", None), getattr(model, "interpolation", "bicubic")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"'{spec}': image_size must be a positive whole number (images are square), got {size!r}")
+    if how not in INTERPOLATIONS:
+        raise UserError(f"'{spec}' asks for the unknown interpolation '{how}'; {nearest(str(how), INTERPOLATIONS)}")
+    if not isinstance(model, nn.Module) and callable(getattr(model, "to", None)):
+        model = model.to(place) or model
+    # A caller may go on using what the callable returned.
+    classifier = OwnClassifier(own_copy(model), spec=spec, class_names=class_names)
+    classifier.to(place)
+    _try_out(classifier, place)
+    return classifier
+
+
+def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
+    """Classify two images, and see whether the output fits the classes."""
+    size, wanted = classifier.image_size, len(classifier.class_names) + classifier.can_reject
+    pixels = torch.linspace(0, 1, 2 * 3 * size**2, device=place).view(2, 3, size, size)
+    must = f"'{classifier.spec}' must return finite logits [2, {wanted}] for 2 images and {len(classifier.class_names)}"
+    must += " classes and one acceptance score" if classifier.can_reject else " classes"
+    try:
+        with torch.no_grad():
+            output = classifier.settle(pixels)
+    except UserError:
+        raise
+    except Exception as error:  # the user's classifier may fail in any way
+        raise UserError(f"{must}, it raised {type(error).__name__}: {brief(error)}") from error
+    if output.shape != (2, wanted) or not output.is_floating_point():
+        advice = "" if output.ndim != 2 else ": pass data with the classes that it was made for"
+        raise UserError(f"{must}, got {output.dtype} {list(output.shape)}{advice}")
+    if not output.isfinite().all():
+        raise UserError(f"{must}, got NaN or infinite values")
+
+
+# From a spec to the classifier that is attacked or evaluated: zero-shot, the user's own, perhaps with refusal
+
+
+def load_classifier(
+    spec: str,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    device: str | torch.device = "cpu",
+    cache: bool = True,
+) -> Classifier:
+    """Return the classifier that `spec` names over the given classes, frozen, in evaluation mode, on `device`.
+
+    A spec is any of `load_pipeline`, read as a zero-shot classifier; or `module:callable` whose object has no
+    `encode_text` but classifies: called with pixels [B, 3, S, S] in [0, 1] it returns logits [B, K], and it has an
+    `image_size` S. Optional attributes: `can_reject` (the output has the acceptance score as one column more),
+    `interpolation`, `differentiable`, `surrogate`. Either may end in `+reject:T`.
+
+    Raises:
+        UserError: no such model, wrong operators, or an output that does not fit the classes.
+
+    Example:
+        >>> load_classifier("tiny+reject:0.5", ["apple", "dog"], ["{}"], cache=False).can_reject
+        True
+    """
+    place = resolve_device(device)
+    base, threshold = split_rejection(spec)
+    inner = _load(base, class_names, templates, place, cache)
+    if threshold is None:
+        return inner
+    if inner.can_reject:
+        raise UserError(f"'{base}' refuses images by itself already: leave out +reject:{threshold:g}")
+    return Refusing(inner, threshold).eval()
+
+
+def _load(
+    spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
+) -> Classifier:
+    if not names_a_callable(spec) or os.path.isdir(spec):
+        vlm = load_pipeline(spec, device=place)
+        made = saved_model(split_spec(spec)[0])
+        if made is not None:
+            return made.classifier(vlm, class_names, templates, cache=cache)
+    else:
+        thing = create(spec)
+        if not hasattr(thing, "encode_text") and not hasattr(thing, "encode_image"):
+            return load_own(thing, spec, class_names, place)
+        vlm = wrap_encoder(thing, spec, place)
+    return ZeroShot(zero_shot(vlm, class_names, templates, cache=cache)).eval()

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from robustvlm.certify import format_exact, predict
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
-from robustvlm.models.borrowed import borrowed
-from robustvlm.models.fingerprint import fingerprint
+from robustvlm.models.boundary import borrowed
+from robustvlm.models.weights import fingerprint
 
 DEFAULT_N0 = 64
 MAX_SIGMA = 10.0

@@ -15,23 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustvlm.attacks.oracle import Oracle
-from robustvlm.attacks.probe import row_changes
+from robustvlm.attacks.oracle import Oracle, row_changes
 from robustvlm.attacks.tensors import AskedModel, as_images, image_ids, own_device
-from robustvlm.certify.counted_votes import CountedVotes
-from robustvlm.certify.engine import SamplingEngine
+from robustvlm.certify.classes import CountedVotes, vote_predict
+from robustvlm.certify.engine import SamplingEngine, Task
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.normal import check_alpha
-from robustvlm.certify.sampling_lane import Task
-from robustvlm.certify.vote import vote_predict
-from robustvlm.data.prompts import DEFAULT
+from robustvlm.data.classes import DEFAULT
 from robustvlm.data.source import DataSource
-from robustvlm.defenses.base import ZeroShot
+from robustvlm.defenses.classifier import ZeroShot
 from robustvlm.defenses.smoothing import DEFAULT_N0, MAX_N0, MAX_SIGMA, ROWS_PER_PASS, SmoothedVLM
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.custom import Hidden, source_of, state_of
-from robustvlm.models.fingerprint import fingerprint
+from robustvlm.models.weights import fingerprint
 
 ABSTAIN = -1
 """Stands for the class of an image whose vote decides nothing."""

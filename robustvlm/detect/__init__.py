@@ -5,33 +5,26 @@ One sign rule for every score: the higher, the more in-distribution (known).
 
 from __future__ import annotations
 
-from robustvlm.detect.base import Detector, FittedDetector, Head, NotFitted, confidence, head_of
+from robustvlm.detect.base import Detector, FittedDetector, Head, ImageDetector, NotFitted, confidence, head_of
 from robustvlm.detect.catalog import BASELINES, SCORES, Score, Skipped, Supplies, find_score, make_scores, parse_scores
-from robustvlm.detect.delta_energy import DeltaEnergy, energy_change
-from robustvlm.detect.energy import Energy, MaxLogit, free_energy
-from robustvlm.detect.ensemble import COOkeD, mean_probabilities
-from robustvlm.detect.gda import GDA, choose_alpha
-from robustvlm.detect.images import ImageDetector
-from robustvlm.detect.intervals import Bootstrap, Difference, Interval, auroc_interval, difference
-from robustvlm.detect.knn import KNN
-from robustvlm.detect.mahalanobis import Mahalanobis
+from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM, choose_alpha
+from robustvlm.detect.logits import ASH, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct, energy_change, free_energy
 from robustvlm.detect.metrics import (
     METRICS,
+    Bootstrap,
+    Difference,
+    Interval,
     Metrics,
     all_metrics,
     auroc,
+    auroc_interval,
     average_precision,
+    difference,
     fpr_at_tpr,
     threshold_at_tpr,
 )
-from robustvlm.detect.mixtures import ClassMixtures
-from robustvlm.detect.neglabel import NegLabel, mine_negatives
-from robustvlm.detect.probe import LinearProbe, fit_probe
-from robustvlm.detect.sdis import SDIS
-from robustvlm.detect.shaping import ASH, ReAct
-from robustvlm.detect.softmax import MCM, MSP
-from robustvlm.detect.vim import ViM
-from robustvlm.detect.words import outside, read_words, tree_words
+from robustvlm.detect.mixtures import ClassMixtures, COOkeD, LinearProbe, fit_probe, mean_probabilities
+from robustvlm.detect.words import SDIS, NegLabel, mine_negatives, outside, read_words, tree_words
 
 __all__ = [
     "ASH",

@@ -13,19 +13,10 @@ from robustvlm.core import registry
 from robustvlm.core.registry import Table
 from robustvlm.core.user_code import no_exit
 from robustvlm.detect.base import Detector, FittedDetector, Head
-from robustvlm.detect.delta_energy import DeltaEnergy
-from robustvlm.detect.energy import Energy, MaxLogit
-from robustvlm.detect.ensemble import COOkeD
-from robustvlm.detect.gda import GDA
-from robustvlm.detect.knn import KNN
-from robustvlm.detect.mahalanobis import Mahalanobis
-from robustvlm.detect.mixtures import ClassMixtures
-from robustvlm.detect.neglabel import NegLabel, mine_negatives
-from robustvlm.detect.sdis import SDIS
-from robustvlm.detect.shaping import ASH, ReAct
-from robustvlm.detect.softmax import MCM, MSP
-from robustvlm.detect.vim import ViM
-from robustvlm.detect.words import safe_rows
+from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
+from robustvlm.detect.logits import ASH, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
+from robustvlm.detect.mixtures import ClassMixtures, COOkeD
+from robustvlm.detect.words import SDIS, NegLabel, mine_negatives, safe_rows
 from robustvlm.errors import UserError, nearest
 
 Need = Literal["encoder", "images", "words"]

@@ -1,23 +1,234 @@
-"""Asking a language model for an answer that fits a schema."""
+"""Asking a language model for an answer that fits a schema, reading it, and counting what it cost."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.network import Deadline
-from robustvlm.llm.answers import MODES, Answer, BadAnswer, instructions, read_answer, response_format
-from robustvlm.llm.cache import AnswerCache, answer_key, default_folder
-from robustvlm.llm.endpoint import OPENAI_KEY, OWN_KEY, Endpoint, LlmError, api_key
-from robustvlm.llm.retry import LONGEST_PAUSE, RETRIED, pause, retry_after
-from robustvlm.llm.transport import Dropped, Reply, Unreachable, post_json
-from robustvlm.llm.usage import Usage
+from robustvlm.errors import UserError
+from robustvlm.llm.transport import (
+    LONGEST_PAUSE,
+    OPENAI_KEY,
+    OWN_KEY,
+    RETRIED,
+    AnswerCache,
+    Dropped,
+    Endpoint,
+    LlmError,
+    Reply,
+    Unreachable,
+    answer_key,
+    api_key,
+    default_folder,
+    pause,
+    post_json,
+    retry_after,
+)
+
+# Getting a typed answer: asking for a JSON schema in the ways that servers know, and reading what comes back
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+_OBJECT = re.compile(r'\{\s*["}]')
+_MOST_TRIES = 50
+
+MODES = ("json_schema", "json_object", "plain")
+"""From the strictest to the one that every server knows."""
+
+
+class BadAnswer(Exception):
+    """The model's answer is not what was asked for; the message goes back to it."""
+
+
+def response_format(mode: str, schema: type[BaseModel]) -> dict[str, Any]:
+    """Return the fields of a request that ask for a JSON answer in one of `MODES`.
+
+    Example:
+        >>> response_format("json_object", BaseModel)
+        {'response_format': {'type': 'json_object'}}
+    """
+    if mode == "plain":
+        return {}
+    if mode == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    described = {"name": schema.__name__, "strict": True, "schema": schema.model_json_schema()}
+    return {"response_format": {"type": "json_schema", "json_schema": described}}
+
+
+def instructions(mode: str, schema: type[BaseModel]) -> str:
+    """Return what must be added to the prompt where the server does not enforce the schema."""
+    if mode == "json_schema":
+        return ""
+    described = json.dumps(schema.model_json_schema(), sort_keys=True)
+    return f"\n\nAnswer with one JSON object and nothing else. It must be valid under this JSON schema:\n{described}"
+
+
+def read_answer(reply: Any, schema: type[Answer]) -> Answer:
+    """Return the validated answer in a parsed chat completion.
+
+    Raises:
+        BadAnswer: no text, cut off, refused, no JSON in it, or not valid under the schema.
+    """
+    try:
+        choice = reply["choices"][0]
+        message = choice["message"]
+        content = message["content"]
+    except (KeyError, IndexError, TypeError):
+        raise BadAnswer("the reply holds no message") from None
+    if isinstance(content, list):  # some servers send the text in parts
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    if message.get("refusal"):
+        raise BadAnswer("the model refused to answer")
+    if not isinstance(content, str) or not content.strip():
+        raise BadAnswer("the answer is empty")
+    try:
+        return schema.model_validate(find_json(content))
+    except ValidationError as error:
+        raise BadAnswer(_said(error)) from None
+    except BadAnswer:
+        if choice.get("finish_reason") == "length":
+            raise BadAnswer("the answer was cut off: it must be shorter") from None
+        raise
+
+
+def find_json(text: str) -> Any:
+    """Return the JSON object in a model's text, past its thoughts, its code fence and its small talk.
+
+    Raises:
+        BadAnswer: there is none.
+
+    Example:
+        >>> find_json('<think>{"a": 0}?</think>Sure!\\n```json\\n{"a": 1}\\n```')
+        {'a': 1}
+    """
+    text = _without_thoughts(text)
+    decoder = json.JSONDecoder()
+    # Each try may read to the end: a limited number of them keeps the time linear in the length of the text.
+    for start in islice(_OBJECT.finditer(text), _MOST_TRIES):
+        try:
+            return decoder.raw_decode(text, start.start())[0]
+        except (ValueError, RecursionError):
+            continue
+    raise BadAnswer("the answer holds no valid JSON object")
+
+
+def _without_thoughts(text: str) -> str:
+    """Return a text without what stands between <think> and </think>, in one walk."""
+    kept: list[str] = []
+    at = 0
+    while True:
+        begin = text.find("<think>", at)
+        end = text.find("</think>", begin) if begin >= 0 else -1
+        if end < 0:
+            return "".join([*kept, text[at:]])
+        kept.append(text[at:begin])
+        at = end + len("</think>")
+
+
+def _said(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"])) or "the answer"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}{more}"
+
+
+# What a language model's answers cost: requests, tokens and, where prices are given, money
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Price of a million tokens read and of a million tokens written, in any currency.
+
+    Raises:
+        UserError: a negative price.
+
+    Example:
+        >>> Prices.parse("0.15,0.60")
+        Prices(read=0.15, written=0.6)
+    """
+
+    read: float
+    written: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.read < math.inf and 0 <= self.written < math.inf):
+            raise UserError(f"prices must be numbers of at least 0, got {self.read:g} and {self.written:g}")
+
+    @classmethod
+    def parse(cls, text: str) -> Prices:
+        """Read `IN,OUT`."""
+        try:
+            read, written = (float(part) for part in text.split(","))
+        except ValueError:
+            raise UserError(f"prices are written IN,OUT per million tokens, as 0.15,0.60; got '{text}'") from None
+        return cls(read, written)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts over any number of questions; `uncounted` requests are those whose reply told no tokens.
+
+    Example:
+        >>> usage = Usage(requests=2, cached=3, tokens_read=1000, tokens_written=500)
+        >>> print(usage.describe(Prices(1.0, 2.0)))
+        2 requests, 3 answers from the cache, 1,000 tokens read, 500 written, cost 0.0020
+    """
+
+    requests: int = 0
+    cached: int = 0
+    tokens_read: int = 0
+    tokens_written: int = 0
+    uncounted: int = 0
+
+    def with_reply(self, reply: Any) -> Usage:
+        """Return the counts with one more reply, a parsed chat completion or None where there was none."""
+        told = reply.get("usage") if isinstance(reply, dict) else None
+        read, written = (_count(told, name) for name in ("prompt_tokens", "completion_tokens"))
+        if read is None or written is None:
+            return replace(self, requests=self.requests + 1, uncounted=self.uncounted + (reply is not None))
+        return replace(
+            self,
+            requests=self.requests + 1,
+            tokens_read=self.tokens_read + read,
+            tokens_written=self.tokens_written + written,
+        )
+
+    def with_cached(self) -> Usage:
+        """Return the counts with one more answer that needed no request."""
+        return replace(self, cached=self.cached + 1)
+
+    def cost(self, prices: Prices) -> float:
+        """Return what the tokens cost; requests that told no tokens are not in it."""
+        return (self.tokens_read * prices.read + self.tokens_written * prices.written) / 1e6
+
+    def describe(self, prices: Prices | None = None) -> str:
+        """Return one line for the user."""
+        words = [f"{self.requests:,} requests", f"{self.cached:,} answers from the cache"]
+        words += [f"{self.tokens_read:,} tokens read", f"{self.tokens_written:,} written"]
+        if prices is not None:
+            words.append(f"cost {self.cost(prices):.4f}")
+        if self.uncounted:
+            words.append(f"{self.uncounted:,} replies told no tokens")
+        return ", ".join(words)
+
+
+def _count(told: Any, name: str) -> int | None:
+    value = told.get(name) if isinstance(told, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+# Asking a language model for an answer that fits a schema
 
 _TAKES_NO_FORMAT = frozenset((400, 404, 415, 422, 501))
 

@@ -17,11 +17,10 @@ from robustvlm.core.registry import create
 from robustvlm.core.side_effects import same_process
 from robustvlm.core.user_code import no_exit
 from robustvlm.errors import UserError
-from robustvlm.models.borrowed import own_copy
-from robustvlm.models.boundary import Boundary, in_own_precision
-from robustvlm.models.hub import brief
-from robustvlm.models.reach import Reached
+from robustvlm.models.boundary import Boundary, in_own_precision, own_copy
+from robustvlm.models.object_graph import Reached
 from robustvlm.models.vlm import VLM
+from robustvlm.models.weights import brief
 
 
 class Encoder(Protocol):

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robustvlm.core.reading import first_line, parse_json, read_text
+from robustvlm.core.files import first_line, parse_json, read_text, write_text
 from robustvlm.errors import UserError
-from robustvlm.runs.files import write_text
 
 CARD_NAME = "model.json"
 FORMAT = 1

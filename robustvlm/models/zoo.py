@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
-from robustvlm.core.reading import read_json
+from robustvlm.core.files import read_json
 from robustvlm.core.registry import names_a_callable
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.clip import ClipVLM, build_clip
 from robustvlm.models.custom import load_custom
-from robustvlm.models.device import resolve_device
-from robustvlm.models.hub import CONFIG_NAME, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.models.saved import CARD_NAME
-from robustvlm.models.vlm import VLM
-from robustvlm.models.weights import SUFFIXES
+from robustvlm.models.vlm import VLM, resolve_device
+from robustvlm.models.weights import CONFIG_NAME, SUFFIXES, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.runs.manifest import kind_of_run
 
 _log = logging.getLogger("robustvlm")

@@ -1,21 +1,29 @@
-"""The page every report is: one HTML file that needs no network and no script, made of a template and values."""
+"""The page every report is, made of a template and values, and the pictures on it."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from robustvlm import __version__
+from robustvlm.core.files import require_regular, write_text
 from robustvlm.core.foreign_text import one_line
 from robustvlm.errors import UserError
-from robustvlm.report import tables, wording
+from robustvlm.report import tables, words
 from robustvlm.report.sections import (
     Block,
     Closing,
@@ -29,7 +37,9 @@ from robustvlm.report.sections import (
     parts_of,
     straight,
 )
-from robustvlm.runs.files import write_text
+from robustvlm.report.words import percent, plain
+
+# The page every report is: one HTML file that needs no network and no script, made of a template and values
 
 
 def page(template: str, **values: Any) -> str:
@@ -82,12 +92,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        plain=wording.plain,
-        percent=wording.percent,
-        interval=wording.interval,
-        moment=wording.moment,
-        norm=wording.norm_name,
-        sentence=wording.sentence,
+        plain=words.plain,
+        percent=words.percent,
+        interval=words.interval,
+        moment=words.moment,
+        norm=words.norm_name,
+        sentence=words.sentence,
         line=_line,
         heads=_heads,
         on_page=_on_page,
@@ -104,9 +114,9 @@ def _line(line: Line) -> Markup:
 
 def _word(part: str | Code | Name | Small | Measure) -> Markup:
     if isinstance(part, Code):
-        return Markup("<code>{}</code>").format(wording.plain(part.text, part.limit))
+        return Markup("<code>{}</code>").format(words.plain(part.text, part.limit))
     if isinstance(part, Name):
-        return Markup("<bdi>{}</bdi>").format(wording.plain(part.text, part.limit))
+        return Markup("<bdi>{}</bdi>").format(words.plain(part.text, part.limit))
     if isinstance(part, Small):
         return Markup('<span class="small">{}</span>').format(straight(part.text))
     if isinstance(part, Measure):
@@ -132,3 +142,98 @@ def _on_page(blocks: Sequence[Block]) -> list[Block]:
     return [
         block for block in blocks if not isinstance(block, Closing) and getattr(block, "only", "both") != "terminal"
     ]
+
+
+# Adversarial examples as pictures: clean, adversarial and their amplified difference, embedded as PNG
+
+Pixels = npt.NDArray[np.float32]
+
+_MAX_SIDE = 256
+"""Larger pictures are scaled down for the page, or a gallery would weigh tens of megabytes."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One gallery entry, ready to show: three data URIs, names and confidences in words."""
+
+    image_id: str
+    clean: str
+    adversarial: str
+    difference: str
+    gain: int
+    label: str
+    clean_prediction: str
+    prediction: str
+    clean_confidence: str
+    confidence: str
+    attack: str
+    eps: str
+
+
+def load_gallery(folder: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -> list[Example]:
+    """Return the examples stored in `folder` in order of file name; files that cannot be read are left out."""
+    examples = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            examples.append(_load(path, class_names, eps_texts))
+        except (SafetensorError, OSError, KeyError, ValueError, IndexError):
+            continue
+    return examples
+
+
+def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -> Example:
+    require_regular(path)
+    with safe_open(path, framework="np") as file:
+        clean, adversarial = file.get_tensor("clean"), file.get_tensor("adversarial")
+        about = file.metadata() or {}
+    if clean.ndim != 3 or clean.shape[0] != 3 or clean.shape != adversarial.shape:
+        raise ValueError(f"{path.name}: need two images of one shape [3, H, W]")
+    shown, gain = amplified_difference(clean, adversarial)
+    return Example(
+        image_id=plain(about["image_id"]),
+        clean=data_uri(clean),
+        adversarial=data_uri(adversarial),
+        difference=data_uri(shown),
+        gain=gain,
+        label=_name(class_names, about["label"], "an unknown class"),
+        clean_prediction=_name(class_names, about["clean_prediction"], "rejected"),
+        prediction=_name(class_names, about["prediction"], "rejected"),
+        clean_confidence=percent(float(about["clean_confidence"])),
+        confidence=percent(float(about["confidence"])),
+        attack=plain(about["attack"]),
+        eps=eps_texts.get(float(about["eps"]), about["eps"]),
+    )
+
+
+def _name(class_names: Sequence[str], index: str, none: str) -> str:
+    if int(index) == -1:
+        return none
+    if not 0 <= int(index) < len(class_names):
+        raise ValueError(f"class {index} is not among {len(class_names)} classes")
+    return class_names[int(index)]
+
+
+def amplified_difference(clean: Pixels, adversarial: Pixels) -> tuple[Pixels, int]:
+    """Return grey plus `gain` times the difference, and the largest whole gain that needs no clipping (at least 1).
+
+    Example:
+        >>> image = np.zeros((3, 1, 1), dtype=np.float32)
+        >>> shown, gain = amplified_difference(image, image + 0.01)
+        >>> (gain, shown.max().round(2).item())
+        (50, 1.0)
+    """
+    difference = adversarial - clean
+    largest = float(np.abs(difference).max(initial=0.0))
+    # The small allowance keeps float32 rounding from turning 50 into 49.
+    gain = max(1, int(0.5 / largest + 1e-3)) if largest > 0 else 1
+    return np.clip(0.5 + gain * difference, 0.0, 1.0), gain
+
+
+def data_uri(pixels: Pixels) -> str:
+    """Return an image [3, H, W] with values in [0, 1] as a PNG data URI of 8 bits, at most 256 pixels a side."""
+    array = np.rint(np.clip(np.nan_to_num(pixels), 0.0, 1.0) * 255).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -25,7 +25,7 @@ from robustvlm.report.sections import (
     straight,
 )
 from robustvlm.report.tables import Finding
-from robustvlm.report.wording import plain
+from robustvlm.report.words import plain
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 _GAP = 3  # characters between columns

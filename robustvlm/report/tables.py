@@ -1,4 +1,4 @@
-"""What the report's tables and bars show, as plain values: the templates only place them."""
+"""What tables and bars of every report show, as plain values: the templates only place them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustvlm.report.wording import DASH, bounds, duration, forecast, interval, percent, plain
-from robustvlm.runs.summary import Check, Cost, Estimate, GroupSummary, Summary
+from robustvlm.report.words import DASH, bounds, duration, forecast, interval, percent, plain
+from robustvlm.runs.records import Check, Cost, Estimate
 from robustvlm.stats import Rate
 
 LEVELS = {"fault": ("✕", "fault"), "warning": ("!", "warning"), "note": ("i", "note"), "ok": ("✓", "passed")}
@@ -48,22 +48,6 @@ def bar(name: str, rate: Rate) -> Bar:
     )
 
 
-def ranked(groups: Sequence[GroupSummary]) -> list[GroupSummary]:
-    """Return the groups with attacked images, most often fooled first; among equals, more evidence lies at the ends."""
-    attacked = [group for group in groups if group.attack_success_rate.total]
-
-    def key(group: GroupSummary) -> tuple[float, float, float, str]:
-        rate = group.attack_success_rate
-        return -(rate.value or 0.0), -rate.low, -rate.high, group.name
-
-    return sorted(attacked, key=key)
-
-
-def bars(groups: Sequence[GroupSummary]) -> list[Bar]:
-    """Return one bar per group, in the order given."""
-    return [bar(group.name, group.attack_success_rate) for group in groups]
-
-
 def bounds_bar(name: str, least: Rate, most: Rate) -> Bar:
     """Return a share known between two rates as a bar that ends at the lower one, its whisker spanning both."""
     return Bar(
@@ -75,61 +59,6 @@ def bounds_bar(name: str, least: Rate, most: Rate) -> Bar:
         interval="stopped early",
         count=f"{least.successes:,} to {most.successes:,} of {most.total:,}",
     )
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The two ends of a long ranking; a short one has all its bars in `worst`."""
-
-    worst: list[Bar]
-    best: list[Bar]
-    total: int
-    always: int
-    never: int
-
-
-def ranking(groups: Sequence[GroupSummary], *, ends: int = 10) -> Ranking:
-    """Return all groups when they are few, else the `ends` most and the `ends` least often fooled."""
-    order = ranked(groups)
-    short = len(order) <= 2 * ends + 4
-    values = [group.attack_success_rate.value for group in order]
-    return Ranking(
-        worst=bars(order if short else order[:ends]),
-        best=[] if short else bars(order[-ends:]),
-        total=len(order),
-        always=values.count(1.0),
-        never=values.count(0.0),
-    )
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """A class with its counts and its rate at every eps."""
-
-    name: str
-    images: int
-    clean_correct: int
-    rates: list[Bar]
-
-
-def group_rows(summary: Summary) -> list[GroupRow]:
-    """Return all classes, in the order of the ranking at the largest eps, with their rates at every eps."""
-    if not summary.per_eps:
-        return []
-    by_eps = [{group.name: group for group in at.per_class} for at in summary.per_eps]
-    order = sorted(
-        summary.per_eps[-1].per_class,
-        key=lambda g: (-1.0 if g.attack_success_rate.value is None else -g.attack_success_rate.value, g.name),
-    )
-    return [
-        GroupRow(
-            name=plain(group.name, 80),
-            images=group.images,
-            clean_correct=group.clean_correct,
-            rates=[bar(group.name, groups[group.name].attack_success_rate) for groups in by_eps],
-        )
-        for group in order
-    ]
 
 
 _MEANINGS = {

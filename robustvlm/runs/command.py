@@ -7,8 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from robustvlm.runs.observer import Observer
-from robustvlm.runs.settings import Settings
+from robustvlm.runs.settings import Observer, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console

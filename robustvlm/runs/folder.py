@@ -1,4 +1,4 @@
-"""A run's folder: its name, its lock, and the choice between starting, continuing and starting over."""
+"""A run's folder: its name, its lock for one process or several, and whether a run starts, goes on or starts over."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.files import is_temporary, kind_of, named_disk_errors, open_own, read_json, write_text
 from robustvlm.core.foreign_text import secrets_cut, without_secrets
-from robustvlm.core.reading import read_json
+from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
-from robustvlm.runs import checksums
-from robustvlm.runs.files import is_temporary, kind_of, named_disk_errors, open_own, write_text
+from robustvlm.runs import manifest as checksums
 from robustvlm.runs.manifest import Manifest, read_manifest, require_same
+
+# A run's folder: its name, its lock, and the choice between starting, continuing and starting over
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _LOCK = "run.lock"
@@ -27,7 +29,7 @@ _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 # a run starts over, so that a deletion cut short leaves nothing that could be taken for results; the manifest marks the
 # folder as ours.
 _FILES = (
-    checksums.NAME,
+    checksums.CHECKSUMS,
     "model.json",
     "prompts.json",
     "immunity.json",
@@ -269,3 +271,29 @@ class RunFolder:
                     f"another process is working on the run in '{self.path}': wait for it, or choose another --name"
                 ) from None
             yield
+
+
+# A run folder held by one process, or by several at once under `torchrun`
+
+
+@contextmanager
+def opened_by_all(
+    folder: RunFolder, manifest: Manifest, ranks: Ranks, *, fresh: bool, resume: bool
+) -> Iterator[Manifest]:
+    """Hold the folder's lock, on rank 0, while all processes work on it; tell the others when this one fails.
+
+    Yields the manifest on disk, which is an older one when the run is continued.
+    """
+    try:
+        if ranks.leader:
+            with folder.opened(manifest, fresh=fresh, resume=resume) as known:
+                ranks.barrier()
+                yield known
+                ranks.barrier()
+        else:
+            ranks.barrier()
+            yield folder.joined(manifest)
+            ranks.barrier()
+    except BaseException as error:
+        ranks.fail(str(error) or "interrupted")
+        raise

@@ -8,15 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from robustvlm.core.files import read_json
 from robustvlm.core.ranks import Ranks, current_ranks
-from robustvlm.core.reading import read_json
 from robustvlm.errors import UserError
-from robustvlm.runs.checksums import forget_checksums, require_unchanged, write_checksums
 from robustvlm.runs.command import Command
 from robustvlm.runs.folder import RunFolder, default_name
-from robustvlm.runs.manifest import Manifest, make_manifest, read_manifest, require_shape
-from robustvlm.runs.observer import Observer
-from robustvlm.runs.settings import Settings
+from robustvlm.runs.manifest import (
+    Manifest,
+    forget_checksums,
+    make_manifest,
+    read_manifest,
+    require_shape,
+    require_unchanged,
+    write_checksums,
+)
+from robustvlm.runs.settings import Observer, Settings
 
 S = TypeVar("S")
 

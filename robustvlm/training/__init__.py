@@ -10,18 +10,21 @@
   checkpoints in mid-epoch, and warnings when training goes wrong.
 """
 
-from robustvlm.training.augment import AUGMENTATIONS, Augmentation, augment, parse_augmentation
-from robustvlm.training.checkpoint import BEST, LAST, read_checkpoint, write_checkpoint
-from robustvlm.training.config import TrainingConfig
-from robustvlm.training.data import Batch, TrainingData
 from robustvlm.training.distributed import gathered, summed
-from robustvlm.training.draws import Draws
 from robustvlm.training.history import Estimate, History, StepEntry, Validation, Warned
-from robustvlm.training.images import TrainingImages, ids_of
-from robustvlm.training.observer import TrainingObserver
-from robustvlm.training.stepper import Diverged
-from robustvlm.training.task import Measure, Task
-from robustvlm.training.trainer import Trainer
+from robustvlm.training.images import (
+    AUGMENTATIONS,
+    Augmentation,
+    Batch,
+    TrainingData,
+    TrainingImages,
+    augment,
+    ids_of,
+    parse_augmentation,
+)
+from robustvlm.training.state import BEST, LAST, read_checkpoint, write_checkpoint
+from robustvlm.training.task import Draws, Measure, Task, TrainingConfig, TrainingObserver
+from robustvlm.training.trainer import Diverged, Trainer
 from robustvlm.training.validation import LabelledImages, RobustValidation
 
 __all__ = [

@@ -1,13 +1,18 @@
-"""What the ranks of a training job exchange: gradients by DDP, features of a batch, counts of a validation."""
+"""What the ranks of a training exchange, and what it costs: encoder passes and memory."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from robustvlm.core.ranks import Ranks
+
+# What the ranks of a training job exchange: gradients by DDP, features of a batch, counts of a validation
 
 
 def gathered(rows: Tensor) -> Tensor:
@@ -97,3 +102,69 @@ class process_group:
         finally:
             if self._mine:
                 distributed.destroy_process_group()
+
+
+# Counting encoder passes where they happen
+
+
+class Passes:
+    """How many images went through a module, forward and backward."""
+
+    forward = 0
+    backward = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[Passes]:
+    """Count the rows that pass through `module` inside the block; a backward pass counts when its output gets there.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 1)
+        >>> with counted(layer) as passes:
+        ...     layer(torch.ones(3, 2)).sum().backward()
+        >>> passes.forward, passes.backward
+        (3, 3)
+    """
+    passes = Passes()
+
+    def seen(module: nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        if not isinstance(output, Tensor):
+            return
+        passes.forward += len(output)
+        if output.requires_grad:
+            output.register_hook(came_back)
+
+    def came_back(gradient: Tensor) -> None:
+        passes.backward += len(gradient)
+
+    handle = module.register_forward_hook(seen)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+# How much memory a training held at most
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes held so far: by tensors on a GPU, by the process on the CPU; 0 where nobody can tell.
+
+    Example:
+        >>> peak_memory(torch.device("cpu")) >= 0
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -24,7 +24,7 @@ from robustvlm.attacks import (
     parse_attacks,
 )
 from robustvlm.attacks.external import ExternalEngine, engine, is_external, parse_external, require_fit
-from robustvlm.attacks.external.catalog import SINGLE, TORCHATTACKS, UNBOUNDED, VERSIONS
+from robustvlm.attacks.external.spec import SINGLE, TORCHATTACKS, UNBOUNDED, VERSIONS
 from robustvlm.errors import UserError
 
 BALLS = {"Linf": ThreatModel("Linf", 0.1), "L2": ThreatModel("L2", 1.0)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from toy import Curved, Linear, attack_all, fooled, right_jobs
 
 from robustvlm.attacks import ATTACKS, FMN, NORMS, PGD, LaneAttack, Objective, ThreatModel, objective, parse_attacks
-from robustvlm.attacks.own import own_attack
+from robustvlm.attacks.catalog import own_attack
 from robustvlm.errors import UserError
 
 

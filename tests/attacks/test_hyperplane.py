@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from robustvlm.attacks.hyperplane import step_to_plane
+from robustvlm.attacks.fab import step_to_plane
 
 NORMS = ["Linf", "L2"]
 

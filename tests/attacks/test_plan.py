@@ -7,7 +7,7 @@ import torch
 from toy import Linear, attack_all, fooled, right_jobs
 
 from robustvlm.attacks import ATTACKS, Job, LaneEngine, Oracle, Square, ThreatModel, parse_attacks
-from robustvlm.attacks.plan import PLANS, recommended_eot
+from robustvlm.attacks.catalog import PLANS, recommended_eot
 from robustvlm.errors import UserError
 
 

@@ -13,9 +13,8 @@ from toy import Curved, Linear, attack_all, fooled, right_jobs
 
 from robustvlm.attacks import Job, LaneEngine, Oracle, TargetedAPGD, ThreatModel, objective, parse_attacks
 from robustvlm.attacks.base import DONE, State
-from robustvlm.attacks.boundary import boundary_step
-from robustvlm.attacks.fab import FAB
-from robustvlm.attacks.reach import learn, nothing_known, out_of_reach, reach, safety
+from robustvlm.attacks.fab import FAB, boundary_step
+from robustvlm.attacks.futility import learn, nothing_known, out_of_reach, reach, safety
 
 THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.15)]
 NORMS = ["Linf", "L2"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.attacks.rungs import batch_sizes, smallest
+from robustvlm.core.batches import batch_sizes, smallest
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, unique=True), st.data())

@@ -8,7 +8,7 @@ from torch import nn
 from toy import PIXELS, Curved, Linear, images
 
 from robustvlm.attacks import Case, FeatureAway, Misclassify, Oracle, Superclass, SuperclassAll, ThreatModel
-from robustvlm.attacks.sanity import MOST_IMAGES, RANGES, Sanity, inspect_model
+from robustvlm.attacks.honesty import MOST_IMAGES, RANGES, Sanity, inspect_model
 
 BALLS = [ThreatModel("Linf", 1 / 255), ThreatModel("Linf", 0.5), ThreatModel("L2", 0.1), ThreatModel("L2", 5.0)]
 

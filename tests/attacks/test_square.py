@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 from toy import Curved, attack_all, fooled, images, right_jobs
 
 from robustvlm.attacks import LaneEngine, Oracle, ThreatModel
-from robustvlm.attacks.square import Square, square_share
-from robustvlm.attacks.square_l2 import bump, on_sphere
-from robustvlm.attacks.square_l2 import propose as propose_l2
-from robustvlm.attacks.square_l2 import start as start_l2
-from robustvlm.attacks.square_linf import propose as propose_linf
-from robustvlm.attacks.square_linf import start as start_linf
-from robustvlm.attacks.square_windows import offsets, window
+from robustvlm.attacks.square import (
+    Square,
+    bump,
+    offsets,
+    on_sphere,
+    propose_l2,
+    propose_linf,
+    square_share,
+    start_l2,
+    start_linf,
+    window,
+)
 from robustvlm.attacks.threat import pixel_box
 
 LINF, L2 = ThreatModel("Linf", 0.02), ThreatModel("L2", 0.2)

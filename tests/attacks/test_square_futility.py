@@ -9,21 +9,21 @@ import torch
 from torch import nn
 from toy import Curved, attack_all, fooled, right_jobs
 
-from robustvlm.attacks import Job, ThreatModel, objective, parse_attacks, square_futility
+from robustvlm.attacks import Job, ThreatModel, futility, objective, parse_attacks
 from robustvlm.attacks.square import Square
 
 
 def stops(margins: torch.Tensor) -> list[int | None]:
     """Return after how many queries the rule gives up on searches with these best margins [L, n + 1], or None."""
     n_iter, lanes = margins.shape[1] - 1, len(margins)
-    state = {name: value.expand(lanes, -1) for name, value in square_futility.begin(torch.zeros(1)).items()}
+    state = {name: value.expand(lanes, -1) for name, value in futility.begin(torch.zeros(1)).items()}
     before, stopped = torch.full((lanes,), float("inf")), [None] * lanes
     for query in range(n_iter + 1):
         now, step = margins[:, query], torch.full((lanes,), query)
-        state |= square_futility.watch(state, -now, now < before, step, n_iter)
+        state |= futility.watch(state, -now, now < before, step, n_iter)
         before = now
         if query % 5 == 0:
-            for lane in torch.nonzero(square_futility.futile(state, step, n_iter)).flatten().tolist():
+            for lane in torch.nonzero(futility.futile(state, step, n_iter)).flatten().tolist():
                 stopped[lane] = stopped[lane] or query
     return stopped
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks import PGD, Job, LaneEngine, Oracle, ThreatModel
-from robustvlm.attacks.straight_through import open_gradients, straight_through
+from robustvlm.attacks.honesty import open_gradients, straight_through
 from robustvlm.errors import UserError
 
 

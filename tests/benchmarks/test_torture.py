@@ -24,8 +24,8 @@ from benchmarks.torture.commands import COMMANDS, Bench, Command
 from benchmarks.torture.compare import differences
 from benchmarks.torture.forking import Body, Ended, run_forked
 from benchmarks.torture.mutate import STRANGE, damaged, mistaken_json, strange_file
-from robustvlm.runs.files import named_disk_errors, replacing
-from robustvlm.runs.journal import Journal, read_journal
+from robustvlm.commands.common.store import Journal, read_journal
+from robustvlm.core.files import named_disk_errors, replacing
 
 ITEM = Command("fake", "fake", "runs/r")
 ROWS = 5

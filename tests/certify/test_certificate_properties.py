@@ -28,7 +28,7 @@ from robustvlm.certify import (
     vector_radius,
     vector_table,
 )
-from robustvlm.certify.vector_np import dual_value, duality_gap
+from robustvlm.certify.feature import dual_value, duality_gap
 from robustvlm.errors import UserError
 
 unit = st.floats(0.0, 1.0)

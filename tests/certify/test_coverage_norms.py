@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from robustvlm.certify import PredictableDirection, mean_ball, norm_lower_bound, norm_upper_bound, sideways
 from robustvlm.certify.bounds import betting_lower
-from robustvlm.certify.covariance import eigenvalue_upper
+from robustvlm.certify.shapes import eigenvalue_upper
 
 RUNS = [pytest.param(120, id="light"), pytest.param(1500, id="heavy", marks=pytest.mark.slow)]
 ALPHA = 0.1

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from robustvlm.certify.bounds import band as band_module
-from robustvlm.certify.bounds import store
-from robustvlm.certify.bounds.band import dkw_band, ell_band, index_band
-from robustvlm.certify.bounds.ell import calibrate, crossing_prob, order_quantiles
+from robustvlm.certify.bounds import bands
+from robustvlm.certify.bounds import bands as band_module
+from robustvlm.certify.bounds.bands import calibrate, crossing_prob, dkw_band, ell_band, index_band, order_quantiles
 from robustvlm.errors import UserError
 
 
@@ -54,17 +53,17 @@ def test_simulated_crossings_match() -> None:
 
 
 def test_shipped_levels_are_inside_their_certain_limits_and_a_sample_is_recomputed() -> None:
-    for key, eta in store.shipped_levels().items():
+    for key, eta in bands.shipped_levels().items():
         n, alpha = int(key.split(":")[0]), float(key.split(":")[1])
         assert alpha / n <= eta < alpha
     for key in ("100:0.05", "500:0.001", "1000:0.0001", "2000:0.0005"):
         n, alpha = int(key.split(":")[0]), float(key.split(":")[1])
-        assert crossing_prob(n, store.shipped_levels()[key]) <= alpha
+        assert crossing_prob(n, bands.shipped_levels()[key]) <= alpha
 
 
 @pytest.mark.slow
 def test_every_shipped_level_is_recomputed() -> None:
-    for key, eta in store.shipped_levels().items():
+    for key, eta in bands.shipped_levels().items():
         n, alpha = int(key.split(":")[0]), float(key.split(":")[1])
         assert alpha * (1 - 2e-5) <= crossing_prob(n, eta) <= alpha
 
@@ -89,27 +88,27 @@ def test_index_band_spends_at_most_alpha_by_the_union_bound() -> None:
 
 
 def test_large_samples_fall_back_without_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "calibrate", lambda *_: pytest.fail("n is too large to calibrate"))
-    store.local_level.cache_clear()
+    monkeypatch.setattr(bands, "calibrate", lambda *_: pytest.fail("n is too large to calibrate"))
+    bands.local_level.cache_clear()
     assert ell_band(300_000, 0.001).name == "index"
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "deep" / "ell-levels.json"
-    monkeypatch.setattr(store, "cache_file", lambda: path)
-    store.local_level.cache_clear()
+    monkeypatch.setattr(bands, "cache_file", lambda: path)
+    bands.local_level.cache_clear()
     yield path
-    store.local_level.cache_clear()
+    bands.local_level.cache_clear()
 
 
 @pytest.mark.usefixtures("cache")
 def test_computed_levels_are_cached_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = store.local_level(37, 0.02)
+    first = bands.local_level(37, 0.02)
     assert first == calibrate(37, 0.02)
-    store.local_level.cache_clear()
-    monkeypatch.setattr(store, "calibrate", lambda *_: pytest.fail("should come from the cache"))
-    assert store.local_level(37, 0.02) == first
+    bands.local_level.cache_clear()
+    monkeypatch.setattr(bands, "calibrate", lambda *_: pytest.fail("should come from the cache"))
+    assert bands.local_level(37, 0.02) == first
 
 
 @pytest.mark.parametrize(
@@ -119,19 +118,19 @@ def test_computed_levels_are_cached_on_disk(monkeypatch: pytest.MonkeyPatch) -> 
         "[1, 2]",
         json.dumps({"37:0.02": 0.9}),
         json.dumps({"37:0.02": [0.019, "0" * 24]}),
-        json.dumps({"37:0.02": [0.5, store._seal("37:0.02", 0.5)]}),
+        json.dumps({"37:0.02": [0.5, bands._seal("37:0.02", 0.5)]}),
         json.dumps({"37:0.02": [float("nan"), "x"]}),
     ],
 )
 def test_a_damaged_cache_is_computed_anew(cache: Path, content: str) -> None:
     cache.parent.mkdir()
     cache.write_text(content)
-    assert store.local_level(37, 0.02) == calibrate(37, 0.02)
+    assert bands.local_level(37, 0.02) == calibrate(37, 0.02)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
     cache.parent.write_text("a file where the folder should be")
-    assert store.local_level(37, 0.02) == calibrate(37, 0.02)
+    assert bands.local_level(37, 0.02) == calibrate(37, 0.02)
 
 
 def test_band_errors_say_what_was_expected() -> None:

@@ -16,8 +16,8 @@ from robustvlm.certify.bounds import (
     kl_lower,
     upper,
 )
-from robustvlm.certify.bounds.betting import FRACTIONS
-from robustvlm.certify.class_margin import least_lower
+from robustvlm.certify.bounds.means import FRACTIONS
+from robustvlm.certify.classes import least_lower
 from robustvlm.errors import UserError
 
 unit = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=60)

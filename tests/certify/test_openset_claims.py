@@ -19,7 +19,7 @@ from robustvlm.certify import (
     score_lower,
     score_upper,
 )
-from robustvlm.certify.halfspace import halfspace_lower
+from robustvlm.certify.shapes import halfspace_lower
 from robustvlm.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustvlm.certify import OpensetRadius, OpensetRule, RuleRadius, contrast_vectors
-from robustvlm.certify.bounds.band import ell_band
-from robustvlm.certify.halfspace import halfspace_shift
+from robustvlm.certify.bounds.bands import ell_band
+from robustvlm.certify.shapes import halfspace_shift
 from robustvlm.errors import UserError
 
 

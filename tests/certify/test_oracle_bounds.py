@@ -20,7 +20,7 @@ from robustvlm.certify import (
     shift_down,
 )
 from robustvlm.certify.bounds import kl_lower_mean, kl_upper_mean
-from robustvlm.certify.bounds.ell import calibrate, crossing_prob
+from robustvlm.certify.bounds.bands import calibrate, crossing_prob
 
 
 @pytest.mark.parametrize(

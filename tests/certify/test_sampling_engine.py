@@ -32,7 +32,7 @@ from robustvlm.certify import (
     noise_chunk,
     stream_seed,
 )
-from robustvlm.certify.sampling import Stage
+from robustvlm.certify.certifier import Stage
 from robustvlm.errors import UserError
 
 SIGMA = 0.25

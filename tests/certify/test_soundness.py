@@ -28,8 +28,8 @@ from robustvlm.certify import (
     unit_rows,
     vector_radius,
 )
-from robustvlm.certify.covariance import eigenvalue_upper
 from robustvlm.certify.normal import beta_quantile, largest_true
+from robustvlm.certify.shapes import eigenvalue_upper
 from robustvlm.certify.tangent import TangentTest, tangent_at
 from robustvlm.errors import UserError
 

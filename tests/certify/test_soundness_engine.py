@@ -21,8 +21,8 @@ from robustvlm.certify import (
     betting_lower,
     stream_seed,
 )
+from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.encoder import NoisyEncoder, probe_encoder
 from robustvlm.models import VLM
 
 SIGMA, B = 0.5, 0.9

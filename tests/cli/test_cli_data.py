@@ -10,7 +10,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from robustvlm.cli.data import data
+from robustvlm.cli.inspect import data
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from robustvlm.cli.evaluate import evaluate
-from robustvlm.cli.models import models
+from robustvlm.cli.inspect import evaluate, models
 from robustvlm.errors import UserError
 
 app = typer.Typer()

@@ -11,8 +11,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from robustvlm.cli.data import data
-from robustvlm.cli.llm_options import make_client
+from robustvlm.cli.inspect import data
+from robustvlm.cli.options import make_client
 from robustvlm.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "llm"))
@@ -23,7 +23,7 @@ from scripted import completion, serving
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     for name in ("ROBUSTVLM_LLM_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("robustvlm.llm.cache.platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("robustvlm.llm.transport.platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
     for label in ("cat", "dog", "bus"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "photos" / label / "0.png")

@@ -16,11 +16,11 @@ from PIL import Image
 from scipy.stats import beta, norm
 
 from robustvlm.certify.claims import own
+from robustvlm.commands.certify.config import Settings
+from robustvlm.commands.certify.setup import prepare_certify
+from robustvlm.commands.certify.view import write_certify_report
 from robustvlm.core.user_code import code_policy
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.settings import Settings
-from robustvlm.evaluation.certifying.setup import prepare_certify
-from robustvlm.report.certify_html import write_certify_report
 
 SIGMA, ALPHA = 0.5, 0.001
 SPEC = "my_claims:three_quarters"

@@ -150,12 +150,12 @@ def test_markup_in_names_is_text_and_never_a_crash(capsys: pytest.CaptureFixture
 WHERE = {
     "data": "robustvlm.data.open_data",
     "evaluate": "robustvlm.data.open_data",
-    "attack": "robustvlm.evaluation.setup.prepare",
-    "certify": "robustvlm.evaluation.certifying.setup.prepare_certify",
+    "attack": "robustvlm.commands.attack.setup.prepare",
+    "certify": "robustvlm.commands.certify.setup.prepare_certify",
     "report": "robustvlm.runs.read.find_run",
     "models": "robustvlm.models.list_models",
-    "export": "robustvlm.evaluation.finetuning.exporting.load_pipeline",
-    "immunize": "robustvlm.evaluation.immunizing.setup.prepare_immunize",
+    "export": "robustvlm.commands.export.load_pipeline",
+    "immunize": "robustvlm.commands.immunize.run.prepare_immunize",
     "tune-prompts": "robustvlm.commands.prompts_work.open_work",
 }
 
@@ -372,14 +372,14 @@ def test_a_repeatable_option_may_be_given_twice(call: Call) -> None:
 
 
 def test_text_that_is_no_unicode_in_a_manifest_is_kept(tmp_path: Path) -> None:
-    from robustvlm.runs.files import write_text
+    from robustvlm.core.files import write_text
 
     write_text(tmp_path / "a.json", json.dumps({"name": "a\udc80"}, ensure_ascii=False))
     assert json.loads((tmp_path / "a.json").read_text()) == {"name": "a\udc80"}
 
 
 def test_private_text_is_for_nobody_else(tmp_path: Path) -> None:
-    from robustvlm.runs.files import write_text
+    from robustvlm.core.files import write_text
 
     write_text(tmp_path / "a", "x", private=True)
     assert os.stat(tmp_path / "a").st_mode & 0o777 == 0o600

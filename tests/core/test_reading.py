@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from robustvlm.core.reading import NotRegular, parse_json, read_bytes, read_json, require_regular
+from robustvlm.core.files import NotRegular, open_own, parse_json, read_bytes, read_json, require_regular
 from robustvlm.errors import UserError
-from robustvlm.runs.files import open_own
 
 
 def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustvlm.attacks import ThreatModel, parse_attacks
-from robustvlm.attacks.goals import Case
-from robustvlm.attacks.goals.feature import FeatureTo
+from robustvlm.attacks.goals import Case, FeatureTo
 from robustvlm.attacks.threat import perturbation_norms
-from robustvlm.core.sums import row_norms, row_sums, rows_times
+from robustvlm.core.seeds import row_norms, row_sums, rows_times
 
 # More values in a row than torch sums with one thread.
 SIDE = 112

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from robustvlm.core.link import Link, PeerFailed
+from robustvlm.core.link import Link, PeerFailed, Watch
 from robustvlm.core.ranks import Ranks
-from robustvlm.core.watch import Watch
 from robustvlm.errors import UserError
 from robustvlm.training.distributed import process_group
 

@@ -10,18 +10,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from robustvlm.core.seeds import generator
-from robustvlm.data.compose import background, compose, draw, placement_grid
-from robustvlm.data.emoji import EmojiSource
-from robustvlm.data.emoji_facts import (
+from robustvlm.data.emoji import (
     ASSETS,
     SPRITES,
     STYLES,
     TEST_STYLE,
     TRAIN_STYLES,
     VALIDATION_STYLE,
+    EmojiSource,
+    background,
+    compose,
+    draw,
     emoji_classes,
     emoji_tree,
     label_set,
+    placement_grid,
 )
 from robustvlm.data.source import Sample, select
 from robustvlm.errors import UserError

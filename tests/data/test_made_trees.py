@@ -11,14 +11,11 @@ from typing import Any
 
 import pytest
 
-from robustvlm.data.llm_tree import llm_tree
-from robustvlm.data.made_trees import make_forest
-from robustvlm.data.tree_files import load_forest, save_forest
-from robustvlm.data.wordnet import above, find_senses, open_wordnet
-from robustvlm.data.wordnet_tree import wordnet_tree
+from robustvlm.data.make_trees import above, find_senses, llm_tree, make_forest, open_wordnet, wordnet_tree
+from robustvlm.data.trees import load_forest, save_forest
 from robustvlm.errors import UserError
 from robustvlm.llm import LlmClient, LlmError
-from robustvlm.llm.cache import AnswerCache
+from robustvlm.llm.transport import AnswerCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "llm"))
 from scripted import completion, serving

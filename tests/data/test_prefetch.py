@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.data.prefetch import prefetch
+from robustvlm.data.decode import prefetch
 from robustvlm.errors import UserError
 
 

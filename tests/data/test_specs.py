@@ -10,12 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.data.classes import CIFAR10, imagenet_names, made_distinct, read_class_names
+from robustvlm.data.classes import (
+    CIFAR,
+    CIFAR10,
+    DEFAULT,
+    IMAGENET,
+    check_templates,
+    fill,
+    imagenet_names,
+    made_distinct,
+    read_class_names,
+    read_templates,
+)
 from robustvlm.data.labels import Own, label_of, natural_key, settle_names
 from robustvlm.data.names import readable
-from robustvlm.data.prompts import CIFAR, DEFAULT, IMAGENET, check_templates, fill, read_templates
 from robustvlm.data.specs import KINDS, open_data, parse_spec
-from robustvlm.data.tree_files import load_forest
+from robustvlm.data.trees import load_forest
 from robustvlm.errors import UserError
 
 

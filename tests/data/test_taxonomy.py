@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.data.taxonomy import Forest
-from robustvlm.data.tree_build import build_tree
-from robustvlm.data.tree_files import load_forest, load_tree, save_forest
+from robustvlm.data.trees import Forest, build_tree, load_forest, load_tree, save_forest
 from robustvlm.errors import UserError
 
 Links = list[tuple[str, str]]

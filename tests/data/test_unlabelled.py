@@ -12,7 +12,7 @@ from PIL import Image
 
 from robustvlm.data import open_data
 from robustvlm.data.source import Sample
-from robustvlm.data.unlabelled import open_unlabelled
+from robustvlm.data.specs import open_unlabelled
 from robustvlm.errors import UserError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robustvlm.defenses import load_classifier, load_pipeline, saved
-from robustvlm.defenses.saved import SavedModel, saved_model
+from robustvlm.defenses import load_classifier, load_pipeline, pipeline
+from robustvlm.defenses.pipeline import SavedModel, saved_model
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
 from robustvlm.models.saved import CARD_NAME, Card, read_card, write_card
@@ -42,7 +42,7 @@ class ShiftedModel(SavedModel):
 @pytest.fixture
 def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "shifted_kind", sys.modules[__name__])
-    monkeypatch.setitem(saved.KINDS, "shifted", "shifted_kind:ShiftedModel")
+    monkeypatch.setitem(pipeline.KINDS, "shifted", "shifted_kind:ShiftedModel")
 
 
 def make(folder: Path, base: str = "tiny", shift: float = 0.01) -> Path:

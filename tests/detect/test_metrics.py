@@ -137,7 +137,7 @@ def test_bootstrap_draws_do_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch
     known, unknown = np.linspace(0, 3, 30), np.linspace(-1, 2, 20)
     names = [str(i // 3) for i in range(30)], [str(i) for i in range(20)]
     whole = Bootstrap(*names, n_draws=64, seed=4).draws(known, unknown)
-    monkeypatch.setattr("robustvlm.detect.intervals._CHUNK", 250)
+    monkeypatch.setattr("robustvlm.detect.metrics._CHUNK", 250)
     pieces = Bootstrap(*names, n_draws=64, seed=4).draws(known, unknown)
     for name in METRICS:
         assert np.array_equal(whole[name], pieces[name])

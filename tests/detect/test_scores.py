@@ -128,9 +128,9 @@ def test_a_temperature_reaches_every_score_from_energies(clouds: Clouds) -> None
 def test_there_is_one_default_weight_of_antibodies() -> None:
     from robustvlm.cli.certify import certify
     from robustvlm.cli.immunize import immunize
+    from robustvlm.commands.certify.config import Settings
+    from robustvlm.commands.immunize.config import ImmunizeConfig
     from robustvlm.defenses.immunity import immunise
-    from robustvlm.evaluation.certifying.settings import Settings
-    from robustvlm.runs.immunize_config import ImmunizeConfig
 
     signatures = [inspect.signature(part).parameters for part in (certify, immunize, immunise, SDIS)]
     found = [signature.get("weight", signature.get("lambda_inf")) for signature in signatures]

@@ -33,7 +33,7 @@ from robustvlm.detect import (
     all_metrics,
     fit_probe,
 )
-from robustvlm.detect.covariance import ledoit_wolf_shrinkage
+from robustvlm.detect.distances import ledoit_wolf_shrinkage
 from robustvlm.detect.gen import GEN
 
 

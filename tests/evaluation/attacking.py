@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from robustvlm.evaluation.observer import Observer
-from robustvlm.evaluation.setup import Prepared, prepare
+from robustvlm.commands.attack.config import Observer
+from robustvlm.commands.attack.setup import Prepared, prepare
 
 CURVE = {"attack": "pgd:steps=6,apgd-t:steps=4", "eps": "1/255,2/255,4/255", "lanes": 8}
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from robustvlm.evaluation.certifying.observer import CertifyObserver, Forecast
-from robustvlm.evaluation.certifying.prepared import PreparedCertify
-from robustvlm.evaluation.certifying.settings import Settings
-from robustvlm.evaluation.certifying.setup import prepare_certify
-from robustvlm.runs.certify_rows import CertifyFact
+from robustvlm.commands.certify.config import Settings
+from robustvlm.commands.certify.setup import PreparedCertify, prepare_certify
+from robustvlm.commands.certify.store import CertifyFact, CertifyObserver, Forecast
 
 
 def prepared(photos: Path, model: str = "Encoder", *, name: str = "run", **options: Any) -> PreparedCertify:

@@ -15,7 +15,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from detecting import DetectRun
 
-    from robustvlm.evaluation.detecting.run import PreparedDetect
+    from robustvlm.commands.detect.run import PreparedDetect
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -91,10 +91,10 @@ def detect_run(detect_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     Reports take most of the time of so small a run; the tests that look at one make it.
     """
-    from robustvlm.evaluation.detecting.settings import Settings
-    from robustvlm.evaluation.detecting.setup import prepare_detect
+    from robustvlm.commands.detect.config import Settings
+    from robustvlm.commands.detect.run import prepare_detect
 
-    monkeypatch.setattr("robustvlm.evaluation.detecting.run.write_detect_report", lambda folder: folder)
+    monkeypatch.setattr("robustvlm.commands.detect.run.write_detect_report", lambda folder: folder)
 
     def make(model: str = "Encoder", *, name: str = "run", **changes: Any) -> PreparedDetect:
         settings: dict[str, Any] = {

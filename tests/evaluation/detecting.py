@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from robustvlm.evaluation.detecting.observer import DetectObserver
-from robustvlm.evaluation.detecting.run import PreparedDetect
-from robustvlm.runs.detect_summary import DetectSummary
+from robustvlm.commands.detect.config import DetectObserver
+from robustvlm.commands.detect.run import PreparedDetect
+from robustvlm.commands.detect.summary import DetectSummary
 
 CLASSES = ("cat", "dog", "fox")
 DetectRun = Callable[..., PreparedDetect]

@@ -11,11 +11,11 @@ from PIL import Image
 
 from robustvlm.attacks import Superclass, Targeted
 from robustvlm.attacks.goals import FeatureTo, SuperclassAll
+from robustvlm.commands.attack.goal import Aim, Features, check_goal, make_aim
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import load_classifier
-from robustvlm.defenses.base import Classifier
+from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import UserError
-from robustvlm.evaluation.aims import Aim, Features, check_goal, make_aim
 
 Make = Callable[..., Aim]
 TREE = """parent,child,tree

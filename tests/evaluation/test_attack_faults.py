@@ -12,10 +12,10 @@ import pytest
 from attacking import CURVE, outcomes, prepared, rows, run_in_pieces, table
 from PIL import Image
 
+from robustvlm.commands.attack.config import Observer
+from robustvlm.commands.attack.setup import Prepared
+from robustvlm.commands.attack.summary import Summary
 from robustvlm.errors import UserError
-from robustvlm.evaluation.observer import Observer
-from robustvlm.evaluation.setup import Prepared
-from robustvlm.runs.summary import Summary
 
 Photos = Callable[..., Path]
 
@@ -23,7 +23,7 @@ Photos = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No drawing of reports, no calls of git, and a cache of the test's own."""
-    monkeypatch.setattr("robustvlm.evaluation.finish.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 

@@ -15,10 +15,10 @@ from attacking import CURVE, Interrupt, outcomes, pictures, prepared, rows, run_
 from safetensors.torch import load_file
 
 from robustvlm.attacks.oracle import Oracle
+from robustvlm.commands.attack.setup import Prepared
+from robustvlm.commands.common.store import read_journal
 from robustvlm.data import open_data, select, to_pixels
 from robustvlm.errors import UserError
-from robustvlm.evaluation.setup import Prepared
-from robustvlm.runs.journal import read_journal
 
 Photos = Callable[..., Path]
 
@@ -30,8 +30,7 @@ def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_report(runs: list[Path], path: Path) -> None:
         path.write_text(f"report of {len(runs)}")
 
-    for module in ("finish", "prepared"):
-        monkeypatch.setattr(f"robustvlm.evaluation.{module}.write_report", write_report)
+    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", write_report)
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 

@@ -18,10 +18,19 @@ from robustvlm.certify.claims.class_ import ClassQuantity
 from robustvlm.certify.claims.feature import DirectionQuantity, FeatureQuantity
 from robustvlm.certify.claims.vote import VoteQuantity
 from robustvlm.certify.normal import Array
+from robustvlm.commands.certify.audit_search import (
+    Effort,
+    Finding,
+    Target,
+    audit_image,
+    descend,
+    gradient,
+    into_ball,
+    lengths,
+    starts,
+)
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.errors import UserError
-from robustvlm.evaluation.audit import Finding, Target, audit_image
-from robustvlm.evaluation.audit_search import Effort, descend, gradient, into_ball, lengths, starts
 
 SIGMA = 0.5
 NORMS = {"circle": math.exp(-0.125), "half-space": 2.0 * float(ndtr(0.9 / SIGMA)) - 1.0}

@@ -12,14 +12,14 @@ import pytest
 from analytic_encoders import PIXELS, SIDE, Circle
 from PIL import Image
 
-from robustvlm.cli.certify_audit import run_audit
+from robustvlm.cli.certify import run_audit
+from robustvlm.commands.certify.audit import audit_folder
+from robustvlm.commands.certify.audit_search import Effort
+from robustvlm.commands.certify.config import Settings
+from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.errors import UserError
-from robustvlm.evaluation.audit_run import audit_folder
-from robustvlm.evaluation.audit_search import Effort
-from robustvlm.evaluation.certifying.settings import Settings
-from robustvlm.evaluation.certifying.setup import prepare_certify
 from robustvlm.models.custom import CustomVLM
-from robustvlm.runs.checksums import write_checksums
+from robustvlm.runs.manifest import write_checksums
 
 QUICK = Effort(starts=4, steps=15, draws=8, choice=64, evidence=1000, fractions=(0.5, 1.0))
 
@@ -73,7 +73,7 @@ def test_true_certificates_stand_and_stretched_ones_fall(pictures: Path, claim: 
 def test_the_exit_code_and_the_report_say_what_was_found(
     pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("robustvlm.evaluation.audit_search.Effort", lambda: QUICK)
+    monkeypatch.setattr("robustvlm.commands.certify.audit_search.Effort", lambda: QUICK)
     folder = finished(pictures, "feature")
     assert run_audit(str(folder), device="cpu") == 0
     assert "No attack got below a certified bound on any of 2 images" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_the_exit_code_one_is_kept_for_false_certificates(pictures: Path, monkey
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("an encoder of the user's broke")
 
-    monkeypatch.setattr("robustvlm.evaluation.audit_run.audit_image", fail)
+    monkeypatch.setattr("robustvlm.commands.certify.audit.audit_image", fail)
     with pytest.raises(UserError, match="failed: RuntimeError: an encoder of the user's broke"):
         run_audit(str(folder), device="cpu")
     with pytest.raises(UserError, match="at least 1 of its images"):

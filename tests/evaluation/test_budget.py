@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from robustvlm.attacks import PGD, Job, LaneEngine, ThreatModel
 from robustvlm.attacks.oracle import Passes
+from robustvlm.commands.attack.cost import Budget, BudgetSpent, Meter, MeteredOracle, parse_budget
 from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
-from robustvlm.evaluation.budget import Budget, BudgetSpent, Meter, MeteredOracle, parse_budget
 
 
 @pytest.mark.parametrize(

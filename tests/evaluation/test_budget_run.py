@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from attacking import CURVE, prepared, rows, table
 
-from robustvlm.evaluation.budget import Budget, parse_budget
-from robustvlm.evaluation.observer import Observer
-from robustvlm.report.wording import verdict
-from robustvlm.runs.journal import read_journal
-from robustvlm.runs.summary import Estimate, Summary
+from robustvlm.commands.attack.config import Observer
+from robustvlm.commands.attack.cost import Budget, parse_budget
+from robustvlm.commands.attack.summary import Summary
+from robustvlm.commands.attack.wording import verdict
+from robustvlm.commands.common.store import read_journal
+from robustvlm.runs.records import Estimate
 
 Photos = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("finish", "prepared"):
-        monkeypatch.setattr(f"robustvlm.evaluation.{module}.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 

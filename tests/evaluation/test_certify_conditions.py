@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
+from robustvlm.commands.certify.summary import CertifySummary, RadiusShare, parse_certify_condition
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.conditions import parse_certify_condition
-from robustvlm.runs.certify_summary import CertifySummary, RadiusShare
 from robustvlm.stats import rate
 
 EXAMPLES = [

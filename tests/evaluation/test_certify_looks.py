@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from certifying import prepared, rows
 
+from robustvlm.commands.certify.config import LEDGER, Settings, read_looks, record_look
+from robustvlm.commands.certify.replay import prepare_replay
+from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.replay import prepare_replay
-from robustvlm.evaluation.certifying.settings import Settings
-from robustvlm.evaluation.certifying.setup import prepare_certify
-from robustvlm.runs.certify_looks import LEDGER, read_looks, record_look
 
 MakeFolder = Callable[..., Path]
 
@@ -94,7 +93,7 @@ def test_looks_are_counted_over_deleted_and_fresh_runs(make_folder: MakeFolder) 
     last = prepared(photos, alpha=0.04, name="last")
     assert last.manifest["trail"]["looks"] == 4
     last.run()
-    from robustvlm.report.certify_html import write_certify_report
+    from robustvlm.commands.certify.view import write_certify_report
 
     text = write_certify_report(last.folder.path).read_text(encoding="utf-8")
     assert "4 looks at these images" in text

@@ -12,10 +12,10 @@ import pytest
 from certifying import Watch, prepared, rows
 from safetensors.numpy import load_file
 
+from robustvlm.commands.certify.config import Settings
+from robustvlm.commands.certify.replay import prepare_replay
+from robustvlm.commands.certify.run import cache_bytes, rounding_error
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.cache import cache_bytes, rounding_error
-from robustvlm.evaluation.certifying.replay import prepare_replay
-from robustvlm.evaluation.certifying.settings import Settings
 
 MakeFolder = Callable[..., Path]
 

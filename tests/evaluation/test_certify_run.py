@@ -11,14 +11,12 @@ import pytest
 from certifying import Interrupt, prepared, rows
 
 from robustvlm.certify import Address, Certificate
+from robustvlm.commands.certify.config import Settings
+from robustvlm.commands.certify.record import source
+from robustvlm.commands.certify.setup import finish, prepare_certify
+from robustvlm.commands.certify.store import CertifyLedger, CertifyObserver
 from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.ledger import CertifyLedger
-from robustvlm.evaluation.certifying.observer import CertifyObserver
-from robustvlm.evaluation.certifying.prepared import finish
-from robustvlm.evaluation.certifying.settings import Settings
-from robustvlm.evaluation.certifying.setup import prepare_certify
-from robustvlm.report.certify_wording import source
 
 MakeFolder = Callable[..., Path]
 

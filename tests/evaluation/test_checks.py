@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from robustvlm.attacks import PGD, Probe, ThreatModel, parse_attacks
-from robustvlm.attacks.sanity import Sanity
+from robustvlm.attacks.honesty import Sanity
+from robustvlm.commands.attack import findings
+from robustvlm.commands.attack.store import AttackFact, CleanFact
+from robustvlm.commands.attack.verdicts import NO_ANSWER
+from robustvlm.commands.common import questions
 from robustvlm.errors import UserError
-from robustvlm.evaluation import checks
-from robustvlm.runs.results import NO_ANSWER, AttackFact, CleanFact
 
 SOUND = Probe(finite=True, repeat_change=0.0, batch_change=0.0, zero_gradients=0.0, rungs=(8,))
 SANE = Sanity(
@@ -42,7 +44,7 @@ def found(
 
 
 def levels(probe: Probe) -> dict[str, str]:
-    return {check.name: check.level for check in checks.of_probe(probe)}
+    return {check.name: check.level for check in questions.of_probe(probe)}
 
 
 def of_results(
@@ -54,7 +56,7 @@ def of_results(
     classes: int = 10,
     **more: Any,
 ) -> dict[str, tuple[str, str]]:
-    made = checks.of_results(clean, facts, threats=[threat], attacks=parse_attacks(attack), n_classes=classes, **more)
+    made = findings.of_results(clean, facts, threats=[threat], attacks=parse_attacks(attack), n_classes=classes, **more)
     return {check.name: (check.level, check.message) for check in made}
 
 
@@ -79,7 +81,7 @@ def test_an_odd_model_is_told(change: dict[str, object], name: str, level: str) 
 
 def test_a_random_model_that_is_averaged_over_is_no_cause_for_alarm() -> None:
     odd = replace(SOUND, repeat_change=0.5)
-    (check,) = [check for check in checks.of_probe(odd, eot=10, draws=21) if check.name == "repeatable output"]
+    (check,) = [check for check in questions.of_probe(odd, eot=10, draws=21) if check.name == "repeatable output"]
     assert check.level == "note"
     assert "10 draws" in check.message
     assert "21 fresh draws" in check.message
@@ -88,7 +90,7 @@ def test_a_random_model_that_is_averaged_over_is_no_cause_for_alarm() -> None:
 def of_sanity(
     change: dict[str, Any], *, attack: str = "pgd", zero_gradients: float = 0.0, declared: bool = False
 ) -> dict[str, tuple[str, str]]:
-    made = checks.of_sanity(
+    made = questions.of_sanity(
         replace(SANE, **change), attacks=parse_attacks(attack), zero_gradients=zero_gradients, declared=declared
     )
     return {check.name: (check.level, check.message) for check in made}
@@ -199,26 +201,26 @@ def test_only_a_large_ball_an_undefended_model_and_many_images_give_cause() -> N
 def test_rounding_and_a_few_sure_images_alarm_nobody(change: dict[str, float]) -> None:
     odd = replace(SOUND, **change)
     assert set(levels(odd).values()) == {"ok"}
-    checks.require_independent_rows(odd, "m")
+    questions.require_independent_rows(odd, "m")
 
 
 def test_a_coupled_model_is_refused_and_a_random_one_is_not() -> None:
     coupled = replace(SOUND, batch_change=0.25)
     with pytest.raises(UserError, match=r"'my model' .* moved by 0.25 standard deviations .* use --lanes 1"):
-        checks.require_independent_rows(coupled, "my model")
-    checks.require_independent_rows(replace(coupled, repeat_change=0.3), "my model")
+        questions.require_independent_rows(coupled, "my model")
+    questions.require_independent_rows(replace(coupled, repeat_change=0.3), "my model")
 
 
 def test_shortcuts_for_deterministic_models_are_dropped_for_random_ones() -> None:
     (attack,) = parse_attacks("pgd")
-    assert checks.fit_for(attack, SOUND) is attack
-    fitted = checks.fit_for(attack, replace(SOUND, repeat_change=0.5))
+    assert questions.fit_for(attack, SOUND) is attack
+    fitted = questions.fit_for(attack, replace(SOUND, repeat_change=0.5))
     assert isinstance(fitted, PGD)
     assert not fitted.detect_cycles
     assert replace(fitted, detect_cycles=True) == attack
     for attack in parse_attacks("apgd-t,fab-t,square"):
-        assert checks.fit_for(attack, SOUND) is attack
-        assert checks.fit_for(attack, replace(SOUND, repeat_change=0.5)) == attack.exhaustive() != attack
+        assert questions.fit_for(attack, SOUND) is attack
+        assert questions.fit_for(attack, replace(SOUND, repeat_change=0.5)) == attack.exhaustive() != attack
 
 
 @pytest.mark.parametrize(
@@ -259,5 +261,5 @@ def test_a_model_that_is_never_right_leaves_nothing_to_attack() -> None:
 
 @pytest.mark.parametrize(("eps", "fires"), [(1e-9, True), (1e-300, True), (1e-6, False), (1 / 255, False)])
 def test_a_radius_in_which_nothing_can_move_is_no_test(eps: float, fires: bool) -> None:
-    found = checks.of_results([], [], threats=[ThreatModel("Linf", eps)], attacks=[], n_classes=3)
+    found = findings.of_results([], [], threats=[ThreatModel("Linf", eps)], attacks=[], n_classes=3)
     assert any(check.name == "size of the radius" and check.level == "warning" for check in found) is fires

@@ -11,13 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import DataSource, Sample, Unreadable
-from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.commands.evaluate_work import evaluate_clean, expected_calibration_error
+from robustvlm.data.source import DataSource, Sample, Unreadable, to_pixels
+from robustvlm.data.trees import Forest, Tree
 from robustvlm.defenses import Refusing, ZeroShot
 from robustvlm.errors import UserError
-from robustvlm.evaluation.clean import evaluate_clean
-from robustvlm.evaluation.metrics import expected_calibration_error
 from robustvlm.models import VLM, ZeroShotClassifier
 
 NAMES = ("red", "green", "blue", "cyan")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robustvlm.commands.attack.summary import Condition, EpsSummary, Images, Summary, parse_condition
+from robustvlm.commands.common.conditions import Comparison
 from robustvlm.errors import UserError
-from robustvlm.evaluation.comparison import Comparison
-from robustvlm.evaluation.conditions import Condition, parse_condition
-from robustvlm.runs.summary import Cost, EpsSummary, Images, Summary
+from robustvlm.runs.records import Cost
 from robustvlm.stats import rate
 
 SIGNS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}

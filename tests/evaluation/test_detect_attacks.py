@@ -8,12 +8,11 @@ import torch
 from detecting import ATTACK, CLASSES, DetectRun
 
 from robustvlm.attacks import PGD, ThreatModel
+from robustvlm.commands.common.inputs import Picture
+from robustvlm.commands.detect.attack import ScoreGate, fool
+from robustvlm.commands.detect.view import write_detect_report
 from robustvlm.defenses import load_classifier
 from robustvlm.detect import Head, Mahalanobis
-from robustvlm.evaluation.detecting.adversarial import fool
-from robustvlm.evaluation.detecting.gate import ScoreGate
-from robustvlm.evaluation.images import Picture
-from robustvlm.report.detect_html import write_detect_report
 
 
 def test_under_attack(detect_run: DetectRun) -> None:

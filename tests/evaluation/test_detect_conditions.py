@@ -10,19 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.errors import UserError
-from robustvlm.evaluation.comparison import Comparison
-from robustvlm.evaluation.detecting.conditions import DetectCondition, parse_detect_condition
-from robustvlm.runs.detect_config import DetectConfig, NamedData, UnderAttack
-from robustvlm.runs.detect_summary import (
+from robustvlm.commands.common.conditions import Comparison
+from robustvlm.commands.detect.config import DetectConfig, NamedData, UnderAttack
+from robustvlm.commands.detect.summary import (
     AttackedOnSet,
     AttackedScore,
+    DetectCondition,
     DetectSummary,
     Measured,
     OnSet,
     ScoreSummary,
     SetSummary,
+    parse_detect_condition,
 )
+from robustvlm.errors import UserError
 from robustvlm.stats import rate
 
 SIGNS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}

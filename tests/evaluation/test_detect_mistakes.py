@@ -10,8 +10,8 @@ import pytest
 from detecting import DetectRun
 from PIL import Image
 
+from robustvlm.commands.detect.config import Settings
 from robustvlm.errors import UserError
-from robustvlm.evaluation.detecting.settings import Settings
 
 
 def test_images_that_were_learnt_from(detect_run: DetectRun, detect_images: Path) -> None:

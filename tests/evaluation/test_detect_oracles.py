@@ -11,15 +11,14 @@ import pytest
 import torch
 from detecting import DetectRun
 
+from robustvlm.commands.detect import terminal
+from robustvlm.commands.detect.encoding import embed_words
+from robustvlm.commands.detect.summary import DetectSummary
+from robustvlm.commands.detect.view import load_detect_run, write_detect_report
 from robustvlm.detect import Detector
 from robustvlm.detect.catalog import SCORES, Score, Supplies
 from robustvlm.errors import UserError
-from robustvlm.evaluation.detecting.encoding import embed_words
 from robustvlm.models.custom import CustomVLM
-from robustvlm.report import detect_wording
-from robustvlm.report.detect_html import write_detect_report
-from robustvlm.report.detect_record import load_detect_run
-from robustvlm.runs.detect_summary import DetectSummary
 
 
 def messages(summary: DetectSummary, level: str) -> str:
@@ -45,15 +44,15 @@ def test_words_that_name_a_class_of_an_unknown_set_are_left_out_and_counted(
     assert summary.words.naming == {"Wolves": "near", "a tree": "far"}
     assert summary.words.used == 13
     assert "2 words that name classes of the unknown sets were left out" in messages(summary, "note")
-    assert detect_wording.oracle_titles(summary) == []
+    assert terminal.oracle_titles(summary) == []
     # With them kept it is an oracle, and says so.
     oracle_run = detect_run(name="oracle", scores="neglabel,s-dis", words=named, oracle_words=True)
     oracle = oracle_run.run()
     assert oracle.words is not None
     assert oracle.words.used == 15
     assert "Oracle: 2 words" in messages(oracle, "warning")
-    assert detect_wording.oracle_titles(oracle) == ["NegLabel", "S_DIS, text only"]
-    assert detect_wording.tone(oracle) != "held"
+    assert terminal.oracle_titles(oracle) == ["NegLabel", "S_DIS, text only"]
+    assert terminal.tone(oracle) != "held"
     page = write_detect_report(oracle_run.folder.path).read_text(encoding="utf-8")
     assert "Oracle: NegLabel, S_DIS, text only use 2 words" in page
     assert '<span class="small">oracle</span>' in page
@@ -149,7 +148,7 @@ def test_own_scores_can_be_asked_for_by_name(detect_run: DetectRun) -> None:
     summary = detect_run("small_encoders:Encoder+reject:0.9", scores="own").run()
     assert [score.name for score in summary.scores] == ["own"]
     assert all(on.versus is None for on in summary.scores[0].on)
-    assert detect_wording.comparison(summary) == "There is no other baseline to compare it with."
+    assert terminal.comparison(summary) == "There is no other baseline to compare it with."
     both = detect_run("small_encoders:Encoder+reject:0.9", name="both", scores="own,msp").run()
     assert [score.name for score in both.scores] == ["own", "msp"]
     with pytest.raises(UserError, match="never refuses, so it has no score of its own"):
@@ -168,17 +167,17 @@ def test_every_score_is_compared_with_another_and_the_headline_names_its_criteri
             assert on.versus.difference == pytest.approx(on.auroc.value - max(others.values()))
     means = {score.title: sum(on.auroc.value for on in score.on) / 2 for score in summary.scores}
     best = max(means, key=lambda title: means[title])
-    said = detect_wording.verdict(summary)
-    assert said.startswith(f"{best} has the highest mean AUROC over the 2 sets, {detect_wording.number(means[best])}:")
+    said = terminal.verdict(summary)
+    assert said.startswith(f"{best} has the highest mean AUROC over the 2 sets, {terminal.number(means[best])}:")
     for place, unknown in enumerate(("near", "far")):
         top = max(summary.scores, key=lambda score: score.on[place].auroc.value)
         shown = next(score for score in summary.scores if score.title == best)
         higher = top.on[place].auroc.value > shown.on[place].auroc.value
         assert (f"{top.title} on {unknown}" in said) == higher
-    assert "It is a usual baseline itself; it " in detect_wording.comparison(summary)
-    assert f"best other baseline ({best}" not in detect_wording.comparison(summary)
+    assert "It is a usual baseline itself; it " in terminal.comparison(summary)
+    assert f"best other baseline ({best}" not in terminal.comparison(summary)
     one = detect_run(name="one", scores="msp", unknown=(summary.unknown[0].spec,)).run()
-    assert detect_wording.verdict(one).startswith("MSP has the highest AUROC: ")
+    assert terminal.verdict(one).startswith("MSP has the highest AUROC: ")
 
 
 def test_the_colour_of_the_verdict_says_what_it_means(detect_run: DetectRun) -> None:
@@ -200,7 +199,7 @@ def test_the_colour_of_the_verdict_says_what_it_means(detect_run: DetectRun) -> 
                 for at in score.on
             ]
             scores.append(score.model_copy(update={"on": on}))
-        return detect_wording.tone(quiet.model_copy(update={"scores": scores}))
+        return terminal.tone(quiet.model_copy(update={"scores": scores}))
 
     assert judged(0.95, 0.02, 0.05) == "held"
     assert judged(0.95, 0.05, 0.2) == "neutral"

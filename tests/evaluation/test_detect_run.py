@@ -11,12 +11,12 @@ import pytest
 import torch
 from detecting import ATTACK, CLASSES, DetectRun, Interrupt, lasting
 
+from robustvlm.commands.detect.encoding import Encoded, answers
+from robustvlm.commands.detect.scoring import make_panel
+from robustvlm.commands.detect.summary import DetectSummary
+from robustvlm.commands.detect.view import write_detect_report
 from robustvlm.defenses import load_classifier
 from robustvlm.detect import all_metrics
-from robustvlm.evaluation.detecting.encoding import Encoded, answers
-from robustvlm.evaluation.detecting.scoring import make_panel
-from robustvlm.report.detect_html import write_detect_report
-from robustvlm.runs.detect_summary import DetectSummary
 
 
 def test_a_run_from_images_to_files(detect_run: DetectRun) -> None:
@@ -58,7 +58,7 @@ def test_a_repetition_is_read_back(detect_run: DetectRun) -> None:
 
 
 def test_stopped_anywhere_it_ends_the_same(detect_run: DetectRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustvlm.evaluation.detecting.encoding.CHUNK", 4)
+    monkeypatch.setattr("robustvlm.commands.detect.encoding.CHUNK", 4)
     straight = detect_run(name="straight", batch_size=4, **ATTACK).run()
     for images in (5, 50, 30, 20):
         try:

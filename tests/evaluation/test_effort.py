@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from robustvlm.evaluation.checks import effort
-from robustvlm.evaluation.checks.model import sign_test
+from robustvlm.commands.attack import effort
+from robustvlm.commands.common.questions import sign_test
 
 WORDS = ("eps 1", "eps 2")
 

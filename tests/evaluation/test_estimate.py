@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustvlm.attacks import Job, LaneEngine, ThreatModel, parse_attacks
+from robustvlm.commands.attack.cost import Budget, MeteredOracle, Speed, Work, estimate, looks_per_image
+from robustvlm.commands.common.store import new_session
 from robustvlm.core.ranks import Ranks
-from robustvlm.evaluation.budget import Budget, MeteredOracle
-from robustvlm.evaluation.estimate import Speed, Work, estimate, looks_per_image
-from robustvlm.evaluation.journal_ledger import new_session
 
 LABEL = 1
 

@@ -9,8 +9,8 @@ import pytest
 from attacking import outcomes, prepared, rows, run_in_pieces
 
 from robustvlm.attacks import FOOLED, ROBUST
+from robustvlm.commands.attack.cost import parse_budget
 from robustvlm.errors import UserError
-from robustvlm.evaluation.budget import parse_budget
 
 MakeFolder = Callable[..., Path]
 MIXED = {"attack": "fgsm,torchattacks:PGD:steps=3,autoattack:apgd-ce:steps=3", "eps": "1/255,3/255"}

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from robustvlm.commands.attack.setup import Prepared
+from robustvlm.commands.attack.summary import Summary
 from robustvlm.errors import UserError
-from robustvlm.evaluation.setup import Prepared
-from robustvlm.runs.summary import Summary
 from robustvlm.stats import mean
 
 Photos = Callable[..., Path]
@@ -259,7 +259,7 @@ def test_a_classifier_of_the_user_is_attacked_through_its_stand_ins(
 ) -> None:
     (tmp_path / "own_logits.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    from robustvlm.evaluation.setup import prepare
+    from robustvlm.commands.attack.setup import prepare
 
     photos = make_folder(16)
     out = tmp_path / "runs"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.data import open_data
 from robustvlm.data.source import Unreadable
-from robustvlm.evaluation.images import Images, Picture
 
 Photos = Callable[..., Path]
 

@@ -18,27 +18,26 @@ import pytest
 import torch
 from PIL import Image
 
+from robustvlm.commands.attack.setup import prepare
+from robustvlm.commands.attack.view import write_report
+from robustvlm.commands.certify.audit import audit_folder
+from robustvlm.commands.certify.audit_search import Effort
+from robustvlm.commands.certify.config import Settings as CertifySettings
+from robustvlm.commands.certify.setup import prepare_certify
+from robustvlm.commands.detect.config import Settings as DetectSettings
+from robustvlm.commands.detect.run import prepare_detect
+from robustvlm.commands.evaluate_work import evaluate_clean
+from robustvlm.commands.immunize import view
+from robustvlm.commands.immunize.config import RECORD, ImmunizeConfig
+from robustvlm.commands.immunize.extend import prepare_extension
+from robustvlm.commands.immunize.images import held_back
+from robustvlm.commands.immunize.run import ImmunizeObserver, PreparedImmunize, prepare_immunize
+from robustvlm.commands.immunize.view import load_immunize_run, render_immunize_run
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
-from robustvlm.defenses.immunity.files import load_immunity, save_tensors
+from robustvlm.defenses.immunity.state import load_immunity, save_tensors
 from robustvlm.errors import UserError
-from robustvlm.evaluation.audit_run import audit_folder
-from robustvlm.evaluation.audit_search import Effort
-from robustvlm.evaluation.certifying.settings import Settings as CertifySettings
-from robustvlm.evaluation.certifying.setup import prepare_certify
-from robustvlm.evaluation.clean import evaluate_clean
-from robustvlm.evaluation.detecting.settings import Settings as DetectSettings
-from robustvlm.evaluation.detecting.setup import prepare_detect
-from robustvlm.evaluation.immunizing.extending import prepare_extension
-from robustvlm.evaluation.immunizing.images import held_back
-from robustvlm.evaluation.immunizing.run import ImmunizeObserver, PreparedImmunize
-from robustvlm.evaluation.immunizing.setup import prepare_immunize
-from robustvlm.evaluation.setup import prepare
 from robustvlm.models.saved import CARD_NAME, read_card
-from robustvlm.report import immunize_wording
-from robustvlm.report.html import write_report
-from robustvlm.report.immunize_html import load_immunize_run, render_immunize_run
-from robustvlm.runs.immunize_config import RECORD, ImmunizeConfig
 from robustvlm.stats import rate
 
 MakeFolder = Callable[..., Path]
@@ -378,7 +377,7 @@ def test_antibodies_that_name_a_class_of_an_unknown_set_are_left_out_and_said(
     kept = record_of(oracle)
     assert "jackal" in {text for text, _, _ in kept["antibodies"]["kept"]}
     assert any(note.startswith("Oracle: 1 antibodies") for note in kept["notes"])
-    assert immunize_wording.tone(kept) != "held"
+    assert view.tone(kept) != "held"
     # A finished run keeps its antibodies, and `detect` says what they are to the sets that it is judged on.
     settings = DetectSettings(
         model=str(oracle.folder.path), known=f"imagefolder:{photos}", unknown=(f"near={unknown}",), draws=100,
@@ -406,7 +405,7 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
         out = classifier(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255)
     assert measured["rejected"]["successes"] == int((out[:, -1] <= 0).sum())
     assert any("known classes were left out" in note and "cat (4)" in note for note in record["notes"])
-    said = immunize_wording.verdict(record)
+    said = view.verdict(record)
     share = f"{measured['rejected']['value']:.1%}"
     assert said.startswith(f"Of unknown images the model rejects, at its own thresholds, {share} (")
     assert f"wrongly refuses {record['measures']['rejected']['value']:.1%} (" in said
@@ -415,8 +414,8 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
     assert "Unknown images rejected" in page
     assert "Known images wrongly refused" in page
     without = record | {"measures": record["measures"] | {"unknown": {}}}
-    assert "has not been measured: pass --ood DATA" in immunize_wording.verdict(without)
-    assert immunize_wording.tone(without) == "neutral"
+    assert "has not been measured: pass --ood DATA" in view.verdict(without)
+    assert view.tone(without) == "neutral"
 
 
 @pytest.mark.parametrize(
@@ -425,7 +424,7 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
 def test_the_colour_of_the_verdict_says_what_it_means(rejected: int, refused: int, tone: str) -> None:
     unknown = {"x": {"rejected": rate(rejected, 100).model_dump()}}
     record = {"measures": {"unknown": unknown, "rejected": rate(refused, 100).model_dump()}, "notes": []}
-    assert immunize_wording.tone(record) == tone
+    assert view.tone(record) == tone
 
 
 def test_held_out_copies_and_unreadable_images_are_said(make_folder: MakeFolder, tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ from attacking import Interrupt, prepared, run_in_pieces
 from rich.console import Console
 
 from robustvlm.attacks.goals import Goal
-from robustvlm.evaluation.budget import parse_budget
-from robustvlm.evaluation.conditions import parse_condition
-from robustvlm.evaluation.setup import Prepared
-from robustvlm.report.html import render_run
-from robustvlm.report.record import load_run
+from robustvlm.commands.attack.cost import parse_budget
+from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.setup import Prepared
+from robustvlm.commands.attack.summary import EpsSummary, Summary, parse_condition
+from robustvlm.commands.attack.terminal import attack_table
+from robustvlm.commands.attack.view import render_run
+from robustvlm.commands.attack.wording import open_ended, verdict
 from robustvlm.report.tables import pass_rows
-from robustvlm.report.terminal import attack_table
-from robustvlm.report.wording import bounds, open_ended, percent, verdict
-from robustvlm.runs.summary import Check, EpsSummary, Summary
+from robustvlm.report.words import bounds, percent
+from robustvlm.runs.records import Check
 from robustvlm.stats import Rate
 
 Photos = Callable[..., Path]
@@ -35,10 +36,9 @@ ATTACKS = {"attack": "pgd:steps=3,apgd-t:steps=3", "eps": "1/255,4/255"}
 
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("finish", "prepared"):
-        monkeypatch.setattr(f"robustvlm.evaluation.{module}.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
     monkeypatch.setattr(
-        "robustvlm.report.html._charts", lambda _: {}
+        "robustvlm.commands.attack.view._charts", lambda _: {}
     )  # pictures take the most time, and show no number
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
@@ -243,7 +243,7 @@ def test_notes_about_the_data_do_not_excuse_a_gradient(make_folder: Photos, monk
         seen.append(declared)
         return []
 
-    monkeypatch.setattr("robustvlm.evaluation.scrutiny.checks.of_sanity", judged)
+    monkeypatch.setattr("robustvlm.commands.attack.run.of_sanity", judged)
     replace(run, aim=aim).run()
     assert seen == [False]
     assert issubclass(type(aim.goals[0]), Goal)

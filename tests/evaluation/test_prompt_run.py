@@ -18,8 +18,8 @@ from robustvlm.commands.prompts import TUNE_PROMPTS, PromptSettings
 from robustvlm.defenses import SmoothedVLM, load_classifier
 from robustvlm.errors import UserError
 from robustvlm.models.saved import read_card
-from robustvlm.runs.observer import Observer
 from robustvlm.runs.run import Run
+from robustvlm.runs.settings import Observer
 
 NAMES = ["cat", "dog", "fox"]
 

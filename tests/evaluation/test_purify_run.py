@@ -18,8 +18,8 @@ from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.errors import UserError
 from robustvlm.models.saved import read_card
-from robustvlm.runs.observer import Observer
 from robustvlm.runs.run import Run
+from robustvlm.runs.settings import Observer
 
 ENCODER = "small_encoders:Encoder"
 OWN = """

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from attacking import CURVE, Interrupt, pictures, prepared, run_in_pieces, table
 
-from robustvlm.evaluation.setup import Prepared
-from robustvlm.runs.journal import read_journal
+from robustvlm.commands.attack.setup import Prepared
+from robustvlm.commands.common.store import read_journal
 
 Photos = Callable[..., Path]
 
@@ -21,8 +21,7 @@ Photos = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No drawing of reports in this process, no calls of git, and a cache of the test's own."""
-    for module in ("finish", "prepared"):
-        monkeypatch.setattr(f"robustvlm.evaluation.{module}.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.evaluation.checks.second_opinion import of_second_opinion
-from robustvlm.runs.results import AttackFact, CleanFact
+from robustvlm.commands.attack.findings import of_second_opinion
+from robustvlm.commands.attack.store import AttackFact, CleanFact
 
 
 def clean(count: int, wrong: int = 0) -> list[CleanFact]:

@@ -14,10 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from robustvlm.commands.finetune_work import FinetuneConfig, PreparedFinetune, prepare_finetune
 from robustvlm.core.seeds import generator
-from robustvlm.data.emoji_facts import ASSETS
-from robustvlm.evaluation.finetuning import PreparedFinetune, prepare_finetune
-from robustvlm.runs.finetune_config import FinetuneConfig
+from robustvlm.data.emoji import ASSETS
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 CONFIG = {

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from small import OWN, clip_folder, pictures, prepared
 from torch import Tensor
 
+from robustvlm.commands.export import export_model
+from robustvlm.commands.finetune_work import parse_options
 from robustvlm.data import open_data
-from robustvlm.data.tree_files import load_forest
+from robustvlm.data.trees import load_forest
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.finetune import METHODS, plain_state
 from robustvlm.errors import UserError
-from robustvlm.evaluation.finetuning.exporting import export_model
-from robustvlm.evaluation.finetuning.options import parse_options
 from robustvlm.models import VLM
 from robustvlm.models.saved import read_card
-from robustvlm.runs.training_summary import read_training
+from robustvlm.report.training import read_training
 from robustvlm.training import LAST, TrainingObserver, read_checkpoint
 
 PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from small import OWN, clip_folder, pictures, prepared
 from robustvlm.commands import soup as command
 from robustvlm.commands.soup_work import Soup
 from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.finetune.soup import averaged, greedy
+from robustvlm.defenses.finetune.saved import averaged, greedy
 from robustvlm.errors import UserError
 from robustvlm.runs.run import FinishedRun
 

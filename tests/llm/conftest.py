@@ -30,7 +30,7 @@ def slept() -> list[float]:
 def make_client(tmp_path: Path, slept: list[float]) -> Callable[..., Any]:
     """Make a client of a script, with its cache in the test's folder."""
     from robustvlm.llm import LlmClient
-    from robustvlm.llm.cache import AnswerCache
+    from robustvlm.llm.transport import AnswerCache
 
     def make(script: Any, **settings: Any) -> LlmClient:
         cache = AnswerCache(tmp_path / "cache")

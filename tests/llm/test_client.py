@@ -14,7 +14,7 @@ from scripted import Act, break_off, completion, drop, hang, serving, status, tr
 
 from robustvlm.errors import UserError
 from robustvlm.llm import Endpoint, LlmClient, LlmError, Prices
-from robustvlm.llm.cache import AnswerCache
+from robustvlm.llm.transport import AnswerCache
 
 Make = Callable[..., LlmClient]
 

@@ -14,11 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustvlm.errors import UserError
-from robustvlm.llm.answers import BadAnswer, find_json
-from robustvlm.llm.cache import AnswerCache
-from robustvlm.llm.endpoint import Endpoint, api_key
-from robustvlm.llm.retry import LONGEST_PAUSE, pause, retry_after
-from robustvlm.llm.usage import Prices
+from robustvlm.llm.client import BadAnswer, Prices, find_json
+from robustvlm.llm.transport import LONGEST_PAUSE, AnswerCache, Endpoint, api_key, pause, retry_after
 
 
 @given(st.integers(0, 40), st.floats(0, 1, exclude_max=True), st.none() | st.floats(0, 60))

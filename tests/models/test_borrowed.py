@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from robustvlm.attacks import ExternalEngine, Job, LaneEngine, Oracle, ThreatModel, parse_attacks
 from robustvlm.attacks.external import parse_external
+from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.evaluate_work import evaluate_clean
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier, smooth
 from robustvlm.defenses.finetune import FinetuneSettings, finetune_task
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.encoder import NoisyEncoder
-from robustvlm.evaluation.clean import evaluate_clean
 from robustvlm.models import load_model, zero_shot
-from robustvlm.models.borrowed import borrowed, own_copy
+from robustvlm.models.boundary import borrowed, own_copy
 from robustvlm.models.custom import wrap_encoder
 from robustvlm.models.vlm import VLM
 

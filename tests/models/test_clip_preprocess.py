@@ -17,10 +17,10 @@ from PIL import Image
 
 from robustvlm.core.framing import RESIZE_MODES, Framing
 from robustvlm.data.decode import to_rgb
-from robustvlm.data.pixels import to_pixels
+from robustvlm.data.source import to_pixels
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
-from robustvlm.models.clip_preprocess import preprocessing_of, settings_of
+from robustvlm.models.clip_inputs import preprocessing_of, settings_of
 
 SHAPES = {"wide": (150, 31), "tall": (29, 140), "tiny": (3, 2), "square": (50, 50), "long strip": (400, 9)}
 TAGS = open_clip.list_pretrained()
@@ -115,8 +115,7 @@ def test_the_mode_is_part_of_the_identity_and_of_what_is_handed_on(save_clip: Ca
     assert len({plain.fingerprint, squash.fingerprint, padded.fingerprint}) == 3
     assert padded.framing == Framing(16, "bicubic", "longest", 9)
     from robustvlm.defenses import smooth
-    from robustvlm.defenses.base import ZeroShot
-    from robustvlm.defenses.refusal import Refusing
+    from robustvlm.defenses.classifier import Refusing, ZeroShot
     from robustvlm.models import zero_shot
 
     head = ZeroShot(zero_shot(smooth(padded, 0.1, 2), ["a", "b"], ["{}"], cache=False))
@@ -152,7 +151,7 @@ def test_a_difference_from_open_clip_is_seen_at_load(
 ) -> None:
     folder = str(save_clip(resize_mode="squash"))
     monkeypatch.setattr(
-        "robustvlm.models.clip_preprocess.to_pixels", lambda image, framing: to_pixels(image, framing.image_size)
+        "robustvlm.models.clip_inputs.to_pixels", lambda image, framing: to_pixels(image, framing.image_size)
     )
     with pytest.raises(UserError, match=r"preprocessing of model .* \(squash, bicubic, 16 pixels\) gives other pixels"):
         load_model(folder)

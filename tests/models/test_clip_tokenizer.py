@@ -13,10 +13,10 @@ import open_clip
 import pytest
 import torch
 
+from robustvlm.commands.export import export_model
 from robustvlm.errors import UserError
-from robustvlm.evaluation.finetuning.exporting import export_model
 from robustvlm.models import load_model
-from robustvlm.models.clip_folder import MERGES, write_clip_folder
+from robustvlm.models.clip import MERGES, write_clip_folder
 from robustvlm.models.zoo import BUNDLED
 
 

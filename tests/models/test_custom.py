@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from robustvlm.attacks import Oracle
+from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.objectives import objective
-from robustvlm.attacks.probe import probe
-from robustvlm.attacks.straight_through import open_gradients
+from robustvlm.attacks.oracle import probe
+from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.encoder import NoisyEncoder, probe_encoder
 from robustvlm.models import load_model
 
 GOOD = """

@@ -9,8 +9,7 @@ import torch
 from safetensors import safe_open
 from torchvision.transforms.functional import pil_to_tensor
 
-from robustvlm.data.emoji import EmojiSource
-from robustvlm.data.emoji_facts import ASSETS
+from robustvlm.data.emoji import ASSETS, EmojiSource
 from robustvlm.models import load_model, zero_shot
 
 TINY = ASSETS / "tiny"

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from robustvlm.attacks import ThreatModel
+from robustvlm.commands.attack.run import published
 from robustvlm.data import open_data
-from robustvlm.data.emoji_facts import ASSETS
-from robustvlm.evaluation.scrutiny import published
+from robustvlm.data.emoji import ASSETS
 from robustvlm.models import load_model, zero_shot
 from robustvlm.training import LabelledImages, RobustValidation
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, load_model, zero_shot
-from robustvlm.models.embedding_cache import cache_file, forget_embeddings
-from robustvlm.models.zero_shot import cut_prompts
+from robustvlm.models.zero_shot import cache_file, cut_prompts, forget_embeddings
 
 NAMES = ["apple", "border collie", "truck {}", "Émile's café"]
 TEMPLATES = ["a photo of a {}.", "{}", "the {} and the {}"]

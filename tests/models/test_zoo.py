@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from robustvlm.errors import UserError
-from robustvlm.models import hub, list_models, load_model, zoo
+from robustvlm.models import list_models, load_model, zoo
+from robustvlm.models import weights as hub
 
 
 def refused(spec: str, **options: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from robustvlm.attacks import ATTACKS
-from robustvlm.defenses.saved import KINDS
+from robustvlm.defenses.pipeline import KINDS
 from robustvlm.detect import SCORES, Head, Supplies
 
 

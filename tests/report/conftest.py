@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from robustvlm.runs.summary import Check, Cost, UnreadableImage, summarise
+from robustvlm.commands.attack.summary import summarise
+from robustvlm.runs.records import Check, Cost, UnreadableImage
 
 sys.path.insert(0, str(Path(__file__).parent))
 

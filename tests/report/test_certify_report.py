@@ -16,18 +16,17 @@ import torch
 from PIL import Image
 
 from robustvlm.certify import cone_radius, fcsb_radius, vector_table
+from robustvlm.commands.certify.config import CertifyConfig
+from robustvlm.commands.certify.record import accuracy, cosine_lines, load_certify_run, share_lines, verdict
+from robustvlm.commands.certify.setup import ENDS, save_extremes
+from robustvlm.commands.certify.store import CertifyFact, make_certify_rows
+from robustvlm.commands.certify.summary import summarise_certify
+from robustvlm.commands.certify.terminal import audit_table, audit_view, load_audit
+from robustvlm.commands.certify.view import load_extremes, render_certify_run, write_certify_report
 from robustvlm.core.framing import Framing
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certify_gallery import ENDS, save_extremes
-from robustvlm.report.certify_audit import audit_table, audit_view, load_audit
-from robustvlm.report.certify_html import load_extremes, render_certify_run, write_certify_report
-from robustvlm.report.certify_record import cosine_lines, load_certify_run, share_lines
-from robustvlm.report.certify_wording import accuracy, verdict
-from robustvlm.runs.certify_config import CertifyConfig
-from robustvlm.runs.certify_rows import CertifyFact, make_certify_rows
-from robustvlm.runs.certify_summary import summarise_certify
-from robustvlm.runs.summary import Check, Cost, UnreadableImage
+from robustvlm.runs.records import Check, Cost, UnreadableImage
 
 SIGMA, SAMPLES = 0.25, 2000
 WriteRun = Callable[..., Path]

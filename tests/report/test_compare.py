@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from robustvlm.report.compare import CLEAN, Comparison, compare, findings, stopped
-from robustvlm.report.html import render_comparison
-from robustvlm.report.record import RunRecord, load_run
-from robustvlm.runs.summary import summarise
+from robustvlm.commands.attack.record import CLEAN, Comparison, RunRecord, compare, findings, load_run, stopped
+from robustvlm.commands.attack.summary import summarise
+from robustvlm.commands.attack.view import render_comparison
 from robustvlm.stats import holm, mcnemar_exact, rate
 
 WriteRun = Callable[..., Path]

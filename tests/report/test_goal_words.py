@@ -13,13 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from robustvlm.report.compare import compare
-from robustvlm.report.goal_words import goal_words
-from robustvlm.report.html import render_comparison, write_report
-from robustvlm.report.record import load_run
-from robustvlm.report.terminal import attack_table
-from robustvlm.report.wording import sentence, verdict
-from robustvlm.runs.summary import summarise
+from robustvlm.commands.attack.record import compare, load_run
+from robustvlm.commands.attack.summary import summarise
+from robustvlm.commands.attack.terminal import attack_table
+from robustvlm.commands.attack.view import render_comparison, write_report
+from robustvlm.commands.attack.wording import goal_words, verdict
+from robustvlm.report.words import sentence
 
 WriteRun = Callable[..., Path]
 LEVELS = [{"tree": "thing", "level": 0, "of": list(range(6))}, {"tree": "thing", "level": 1, "of": [0, 0, 1, 1, 2, 2]}]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from pages import HOSTILE, Page
 
+from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.view import render_run, write_report
 from robustvlm.errors import UserError
-from robustvlm.report.html import render_run, write_report
-from robustvlm.report.record import load_run
-from robustvlm.report.wording import interval, percent
-from robustvlm.runs.summary import Check
+from robustvlm.report.words import interval, percent
+from robustvlm.runs.records import Check
 
 WriteRun = Callable[..., Path]
 

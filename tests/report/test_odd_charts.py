@@ -14,10 +14,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
+from robustvlm.commands.attack import plots
+from robustvlm.commands.attack import view as html
+from robustvlm.commands.attack.plots import Margins
+from robustvlm.commands.attack.record import RunRecord, load_run
+from robustvlm.commands.certify import view as certify_plots
+from robustvlm.commands.detect import view as detect_plots
 from robustvlm.errors import UserError
-from robustvlm.report import certify_plots, detect_plots, html, plots, training_plots
-from robustvlm.report.record import RunRecord, load_run
-from robustvlm.report.series import Margins
+from robustvlm.report import charts
 from robustvlm.stats import mean, rate
 
 WriteRun = Callable[..., Path]
@@ -46,9 +50,9 @@ def test_charts_of_attacks(values: list[float]) -> None:
 @FIGURE
 @given(ODD, RATES)
 def test_charts_of_certificates(values: list[float], rates: list[object]) -> None:
-    line = certify_plots.Line("a", tuple(values), values=tuple(values))
+    line = charts.Line("a", tuple(values), values=tuple(values))
     check(certify_plots.cosine_curve([line], key="k", cos0=values[0] if values else None))
-    shares = certify_plots.Line("a", tuple(values[: len(rates)]), rates=tuple(rates[: len(values)]))  # type: ignore[arg-type]
+    shares = charts.Line("a", tuple(values[: len(rates)]), rates=tuple(rates[: len(values)]))  # type: ignore[arg-type]
     check(certify_plots.share_curve([shares], key="k", what="certified"))
     check(certify_plots.samples_histogram([int(v) for v in values if np.isfinite(v)], key="k", fixed=len(values)))
 
@@ -61,10 +65,10 @@ def test_charts_of_detection_and_training(values: list[float], rates: list[objec
     check(detect_plots.histogram(array, [("far", array)], values[0] if values else 0.0, key="k", title="score"))
     check(detect_plots.auroc_chart([], ["far"], key="k"))
     points = list(enumerate(values))
-    check(training_plots.loss_curves({"loss": points} if values else {}, key="k"))
-    check(training_plots.rate_curves({"a": list(enumerate(rates))}, key="k", kept=None))  # type: ignore[arg-type]
-    check(training_plots.mean_curves({"a": [(0, mean([v for v in values if abs(v) < 1e9]))]}, key="k"))
-    check(training_plots.level_norms(dict(points), dict(points), key="k"))
+    check(charts.loss_curves({"loss": points} if values else {}, key="k"))
+    check(charts.rate_curves({"a": list(enumerate(rates))}, key="k", kept=None))  # type: ignore[arg-type]
+    check(charts.mean_curves({"a": [(0, mean([v for v in values if abs(v) < 1e9]))]}, key="k"))
+    check(charts.level_norms(dict(points), dict(points), key="k"))
 
 
 @pytest.mark.parametrize("margin", [0.0, 5.0, -2.0])

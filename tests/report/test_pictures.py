@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
-from robustvlm.report import plots
-from robustvlm.report.gallery import amplified_difference, data_uri, load_gallery
-from robustvlm.report.series import Margins, margins, steps_to_success
+from robustvlm.commands.attack import plots
+from robustvlm.commands.attack.plots import Margins, margins, steps_to_success
+from robustvlm.report.page import amplified_difference, data_uri, load_gallery
 from robustvlm.stats import rate
 
 

@@ -13,8 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from robustvlm.cli.report import report
+from robustvlm.commands.attack.record import load_run
 from robustvlm.errors import UserError
-from robustvlm.report.record import load_run
 from robustvlm.runs.read import find_run
 
 WriteRun = Callable[..., Path]

@@ -11,7 +11,6 @@ from markupsafe import Markup
 from pages import HOSTILE, Page
 from rich.console import Console
 
-from robustvlm.report.making import build_blocks, prompt_blocks, soup_blocks
 from robustvlm.report.page import page_of
 from robustvlm.report.screen import narrowed, show, split
 from robustvlm.report.sections import (
@@ -38,6 +37,7 @@ from robustvlm.report.sections import (
     numbers,
 )
 from robustvlm.report.tables import Finding
+from robustvlm.report.training import build_blocks, prompt_blocks, soup_blocks
 from robustvlm.stats import rate
 
 

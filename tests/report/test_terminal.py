@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from robustvlm.report.record import load_run
-from robustvlm.report.tables import findings, manifest_rows, ranked, ranking
-from robustvlm.report.terminal import attack_table
-from robustvlm.report.wording import interval, percent, verdict
-from robustvlm.runs.summary import Check, GroupSummary, Summary, UnreadableImage, summarise
+from robustvlm.commands.attack.plots import ranked, ranking
+from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.summary import GroupSummary, Summary, summarise
+from robustvlm.commands.attack.terminal import attack_table
+from robustvlm.commands.attack.wording import verdict
+from robustvlm.report.tables import findings, manifest_rows
+from robustvlm.report.words import interval, percent
+from robustvlm.runs.records import Check, UnreadableImage
 from robustvlm.stats import rate
 
 WriteRun = Callable[..., Path]

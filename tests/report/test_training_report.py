@@ -9,8 +9,13 @@ from pages import HOSTILE, Page
 from rich.console import Console
 
 from robustvlm.report.screen import show
-from robustvlm.report.training_html import TrainingRun, render_training_run, training_closing, training_report
-from robustvlm.runs.training_summary import TrainingSummary
+from robustvlm.report.training import (
+    TrainingRun,
+    TrainingSummary,
+    render_training_run,
+    training_closing,
+    training_report,
+)
 from robustvlm.stats import mean, rate
 from robustvlm.training.history import History, StepEntry, Validation, Warned
 

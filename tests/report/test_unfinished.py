@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from robustvlm.report.html import write_report
-from robustvlm.report.record import load_run
-from robustvlm.report.terminal import attack_table
-from robustvlm.report.wording import RANGE, forecast, robust_bounds, success_bounds, verdict
-from robustvlm.runs.summary import Estimate, Summary
+from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.summary import Summary
+from robustvlm.commands.attack.terminal import attack_table
+from robustvlm.commands.attack.view import write_report
+from robustvlm.commands.attack.wording import robust_bounds, success_bounds, verdict
+from robustvlm.report.words import RANGE, forecast
+from robustvlm.runs.records import Estimate
 from robustvlm.stats import rate
 
 WriteRun = Callable[..., Path]

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from robustvlm.certify import cone_cos, fcsb_cos, vector_cos
 from robustvlm.certify.claims import ClaimFacts
-from robustvlm.report.certify_terminal import certify_table
-from robustvlm.report.certify_wording import rule, source, state, verdict
-from robustvlm.runs.certify_config import CertifyConfig
-from robustvlm.runs.certify_rows import CERTIFY_SCHEMA, COLUMNS, CertifyFact, make_certify_rows
-from robustvlm.runs.certify_summary import CertifySummary, standing, summarise_certify
+from robustvlm.commands.certify.config import CertifyConfig
+from robustvlm.commands.certify.record import rule, source, state, verdict
+from robustvlm.commands.certify.store import CERTIFY_SCHEMA, COLUMNS, CertifyFact, make_certify_rows
+from robustvlm.commands.certify.summary import CertifySummary, standing, summarise_certify
+from robustvlm.commands.certify.terminal import certify_table
 
 
 def manifest(**changes: Any) -> dict[str, Any]:

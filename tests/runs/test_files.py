@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from robustvlm.core.files import TEMPORARY, named_disk_errors, replacing, write_text
 from robustvlm.errors import UserError
-from robustvlm.runs.files import TEMPORARY, named_disk_errors, replacing, write_text
 
 
 def test_a_written_file_is_whole_and_leaves_no_temporary(tmp_path: Path) -> None:

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from robustvlm.commands.certify.store import CertifyLedger
+from robustvlm.commands.common.store import Journal
 from robustvlm.commands.soup_work import root_of
 from robustvlm.core.probe import part
-from robustvlm.defenses.saved import saved_model
+from robustvlm.defenses.pipeline import saved_model
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.ledger import CertifyLedger
 from robustvlm.models.saved import Card, write_card
-from robustvlm.runs.checksums import require_unchanged, write_checksums
 from robustvlm.runs.folder import RunFolder
-from robustvlm.runs.journal import Journal
-from robustvlm.runs.manifest import read_manifest, require_owner, run_identity
+from robustvlm.runs.manifest import read_manifest, require_owner, require_unchanged, run_identity, write_checksums
 
 
 def manifest(run: str | None = "1f", **changes: Any) -> dict[str, Any]:

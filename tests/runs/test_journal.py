@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustvlm.commands.common.store import Journal, JournalReader, read_journal
 from robustvlm.errors import UserError
-from robustvlm.runs.journal import Journal, JournalReader, read_journal
 
 # Ids come from file names, which on Linux may hold any byte; undecodable ones arrive as lone surrogates DC80-DCFF.
 LETTERS = st.one_of(st.characters(exclude_categories=["Cs"]), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.runs.summary import Summary, summarise
+from robustvlm.commands.attack.summary import Summary, summarise
 
 CLASSES = ["cat", "dog", "car", "bus"]
 PAIRS = [0, 0, 1, 1]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from robustvlm.commands.attack.config import AttackConfig
 from robustvlm.errors import UserError
-from robustvlm.runs.config import AttackConfig
 from robustvlm.runs.manifest import describe_device, differences, is_manifest, make_manifest, require_same, versions
 
 SETTINGS: dict[str, Any] = {

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.runs.results import SCHEMA, AttackFact, CleanFact, make_rows, write_rows
+from robustvlm.commands.attack.store import SCHEMA, AttackFact, CleanFact, make_rows
+from robustvlm.runs.read import write_rows
 
 GOAL, NO_ANSWER = "misclassify", -2
 EPS, ATTACKS = [0.01, 0.02], ["pgd", "apgd-t"]

@@ -12,11 +12,10 @@ import pytest
 from pydantic import BaseModel
 
 from robustvlm.errors import UserError
-from robustvlm.runs.checksums import NAME as DIGESTS
 from robustvlm.runs.command import Command
-from robustvlm.runs.observer import Observer
+from robustvlm.runs.manifest import CHECKSUMS as DIGESTS
 from robustvlm.runs.run import Facts, FinishedRun, Run, Session, read_finished
-from robustvlm.runs.settings import NAME, OUT, RESUME, Settings, argument, option
+from robustvlm.runs.settings import NAME, OUT, RESUME, Observer, Settings, argument, option
 
 
 class Count(Settings):

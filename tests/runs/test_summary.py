@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.runs.summary import Check, Cost, Summary, UnreadableImage, summarise
+from robustvlm.commands.attack.summary import Summary, summarise
+from robustvlm.runs.records import Check, Cost, UnreadableImage
 from robustvlm.stats import rate
 
 CLASSES = ["cat", "dog", "car", "bus"]

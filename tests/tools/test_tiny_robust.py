@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `tools` is no part of the installed package
 
 from robustvlm.attacks import ThreatModel
-from robustvlm.data.emoji_facts import TRAIN_STYLES
+from robustvlm.data.emoji import TRAIN_STYLES
 from robustvlm.defenses.finetune import InnerAttack
 from robustvlm.models import load_model
 from robustvlm.training import Draws, RobustValidation

@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `tools` is no part of the installed package
 
 from robustvlm.core.seeds import generator
-from robustvlm.data.emoji_facts import TRAIN_STYLES
+from robustvlm.data.emoji import TRAIN_STYLES
 from tools.tiny.augment import augment, erase, outline, recolour
 from tools.tiny.captions import caption, node_caption, with_article
 from tools.tiny.measures import auroc

@@ -15,9 +15,9 @@ from robustvlm.attacks import ThreatModel
 from robustvlm.errors import UserError
 from robustvlm.stats import rate
 from robustvlm.training import Draws, LabelledImages, RobustValidation, Trainer, TrainingConfig, Validation
-from robustvlm.training.health import warnings_of
-from robustvlm.training.schedule import learning_rate
-from robustvlm.training.weights import Average, Weights, make_optimizer
+from robustvlm.training.history import warnings_of
+from robustvlm.training.state import Average, Weights, make_optimizer
+from robustvlm.training.trainer import learning_rate
 
 from .toy import SIDE, Toy, config, fit, images
 

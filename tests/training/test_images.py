@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import Sample, Unreadable
+from robustvlm.data.source import Sample, Unreadable, to_pixels
 from robustvlm.errors import UserError
 from robustvlm.training import AUGMENTATIONS, Augmentation, augment, parse_augmentation
-from robustvlm.training.data import spans
+from robustvlm.training.images import spans
 
 from .toy import SIDE, Squares, images
 

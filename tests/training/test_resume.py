@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustvlm.errors import UserError
 from robustvlm.training import BEST, LAST, Diverged, Draws, History, Measure, read_checkpoint
-from robustvlm.training.checkpoint import write_checkpoint
+from robustvlm.training.state import write_checkpoint
 
 from .toy import Toy, fit
 
@@ -52,7 +52,7 @@ def test_killed_and_resumed_equals_straight_to_the_bit(tmp_path: Path) -> None:
 
 def test_means_of_several_steps_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry spans four steps here; the checkpoint at 6 and the end at 7 lie inside of one."""
-    monkeypatch.setattr("robustvlm.training.session._ENTRIES", 5)
+    monkeypatch.setattr("robustvlm.training.trainer._ENTRIES", 5)
     with pytest.raises(Diverged):
         fit(tmp_path / "killed", task=Exploding(), checkpoint_every=3)
     _, resumed = fit(tmp_path / "killed", checkpoint_every=3)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.data.compose import background, chance, draw, placement_grid, uniform
+from robustvlm.data.emoji import background, chance, draw, placement_grid, uniform
 
 # RGB -> YIQ: hue is an angle in the I-Q plane, saturation its radius.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])

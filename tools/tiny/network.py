@@ -14,7 +14,7 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from robustvlm.data.emoji_facts import ASSETS, TEMPLATES
+from robustvlm.data.emoji import ASSETS, TEMPLATES
 
 FOLDER = ASSETS / "tiny"
 BPE = FOLDER / "bpe_4096.txt.gz"

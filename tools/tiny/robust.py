@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustvlm.data.emoji import EmojiSource
-from robustvlm.data.emoji_facts import TEMPLATES
+from robustvlm.data.emoji import TEMPLATES, EmojiSource
 from robustvlm.defenses.finetune import InnerAttack
-from robustvlm.defenses.finetune.inner_attack import frozen
+from robustvlm.defenses.finetune.methods import frozen
 from robustvlm.defenses.finetune.trainable import vision_module
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings

@@ -6,8 +6,7 @@ import torch
 from open_clip.model import CLIP
 
 from robustvlm.core.seeds import generator
-from robustvlm.data.compose import compose
-from robustvlm.data.emoji_facts import VALIDATION_STYLE
+from robustvlm.data.emoji import VALIDATION_STYLE, compose
 from tools.tiny.network import class_embeddings, image_features
 from tools.tiny.sprites import Sprites, Taxonomy
 

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustvlm.core.seeds import derive_seed, generator
-from robustvlm.data.compose import BACKGROUNDS
-from robustvlm.data.emoji_facts import SPRITES, TRAIN_STYLES, emoji_classes
+from robustvlm.data.emoji import BACKGROUNDS, SPRITES, TRAIN_STYLES, emoji_classes
 from tools.tiny.augment import augment
 from tools.tiny.captions import caption, node_caption
 

@@ -2,30 +2,198 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import io
+import logging
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustvlm.attacks.boundary import lengths
-from robustvlm.attacks.external.programs import Program, listening, program
-from robustvlm.attacks.external.spec import ExternalAttack, require_fit
-from robustvlm.attacks.external.watched import Watched
+from robustvlm.attacks.base import FAILED, FOOLED, ROBUST, Job, Result
+from robustvlm.attacks.external.spec import VERSIONS, ExternalAttack, package, require_fit
+from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
-from robustvlm.attacks.jobs import FAILED, FOOLED, ROBUST, Job, Result
-from robustvlm.attacks.oracle import Oracle
-from robustvlm.attacks.rungs import smallest
-from robustvlm.attacks.tally import Answer
+from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
-from robustvlm.core.batches import narrower
+from robustvlm.core.batches import narrower, smallest
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import derive_seed
 from robustvlm.core.side_effects import same_random_state
 from robustvlm.errors import UserError
+from robustvlm.models.vlm import full_precision_kernels
+
+# The model as a published package sees it: an ordinary module whose every pass we count
+
+
+class Watched(nn.Module):
+    """Pixels [B, 3, H, W] in [0, 1] to float32 logits [B, K], always in evaluation mode, passes counted in the oracle.
+
+    `permit` is asked before every pass, `on_pass` told after it. The model itself is hidden from the package: changing
+    the wrapper's mode or weights cannot reach it.
+
+    Example:
+        >>> oracle = Oracle(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+        >>> model = Watched(oracle).train()
+        >>> x = torch.rand(5, 3, 2, 2, requires_grad=True)
+        >>> model(x).sum().backward()
+        >>> model.training, oracle.passes.forward, oracle.passes.backward
+        (False, 5, 5)
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        on_pass: Callable[[int, int], None] | None = None,
+        permit: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._hidden = (oracle,)
+        self._on_pass, self._permit = on_pass, permit
+        self.refusal: Exception | None = None
+        # Packages ask for the device of the first parameter.
+        self.anchor = nn.Parameter(torch.empty(0, device=oracle.device), requires_grad=False)
+        self.training = False
+
+    def train(self, mode: bool = True) -> Watched:
+        """Stay in evaluation mode: torchattacks switches to whatever mode it found."""
+        del mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        (oracle,) = self._hidden
+        self._ask(len(x) * (2 if x.requires_grad and torch.is_grad_enabled() else 1))
+        began, ended = time.perf_counter(), [0.0]
+        # A view, so that a hook can tell when the backward pass has come back to the pixels.
+        x = x.view_as(x)
+        with full_precision_kernels():
+            logits: Tensor = oracle.outputs(x).float()
+        self._count(len(x), began, backward=False)
+        if logits.requires_grad:
+            logits.register_hook(lambda _: ended.__setitem__(0, time.perf_counter()))
+            x.register_hook(lambda grad: self._count(len(grad), ended[0], backward=True))
+        return logits
+
+    def _ask(self, passes: int) -> None:
+        try:
+            if self._permit is not None:
+                self._permit(passes)
+        except Exception as error:
+            self.refusal = error
+            raise
+
+    def _count(self, images: int, began: float, *, backward: bool) -> None:
+        (oracle,) = self._hidden
+        if oracle.device.type == "cuda":
+            torch.cuda.synchronize(oracle.device)
+        oracle.passes.seconds += time.perf_counter() - began
+        oracle.passes.forward += 0 if backward else images
+        oracle.passes.backward += images if backward else 0
+        if self._on_pass is not None:
+            self._on_pass(images, images)
+
+
+# From the description of a published attack to a function on batches
+
+# (images [B, 3, H, W], labels [B], seed) to points [B, 3, H, W].
+Program = Callable[[Tensor, Tensor, int], Tensor]
+
+_TARGETS = 9  # target classes of the published ensembles
+_LOGGER = "auto-attack"
+
+
+def program(attack: ExternalAttack, model: Watched, threat: ThreatModel, n_classes: int) -> Program:
+    """Return the attack as a function; a call leaves the global random state as it was and prints nothing."""
+    make = _torchattacks if attack.package == "torchattacks" else _autoattack
+
+    def run(x: Tensor, y: Tensor, seed: int) -> Tensor:
+        cuda = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            points: Tensor = make(attack, model, threat, n_classes, seed)(x, y)
+        return points.detach()
+
+    return run
+
+
+def _torchattacks(attack: ExternalAttack, model: Watched, threat: ThreatModel, n_classes: int, seed: int) -> Any:
+    kind = getattr(package("torchattacks"), attack.kind)
+    known = inspect.signature(kind).parameters
+    decided = {
+        "eps": threat.eps,
+        "max_epsilon": threat.eps,
+        "norm": threat.norm,
+        "seed": seed,
+        "n_classes": min(n_classes, _TARGETS + 1),
+    }
+    return kind(model, **{key: value for key, value in decided.items() if key in known}, **attack.settings)
+
+
+def _autoattack(attack: ExternalAttack, model: Watched, threat: ThreatModel, n_classes: int, seed: int) -> Any:
+    version = attack.kind if attack.kind in VERSIONS else "standard"
+    whole = package("pyautoattack").AutoAttack(
+        model, norm=threat.norm, eps=threat.eps, seed=seed, version=version, device=model.anchor.device
+    )
+    if attack.kind not in VERSIONS:
+        whole.attacks_to_run = [attack.kind]
+    _set_steps(whole, attack.settings.get("steps"))
+    targets = min(attack.settings.get("targets", _TARGETS), n_classes - 1)
+    whole.apgd_targeted.n_target_classes = whole.fab.n_target_classes = targets
+    whole.square.n_queries = attack.settings.get("queries", whole.square.n_queries)
+    if "restarts" in attack.settings:
+        for part in (whole.apgd, whole.apgd_targeted, whole.fab, whole.square):
+            part.n_restarts = attack.settings["restarts"]
+    return lambda x, y: whole.run_standard_evaluation(x, y, batch_size=len(x))[0]
+
+
+def _set_steps(whole: Any, steps: int | None) -> None:
+    """Change the number of steps; APGD derives its checkpoints from it when it is made, so it is made again."""
+    if steps is None:
+        return
+    whole.fab.n_iter = steps
+    for name in ("apgd", "apgd_targeted"):
+        old = getattr(whole, name)
+        fields = ("norm", "n_restarts", "eps", "seed", "eot_iter", "device", "logger")
+        setattr(whole, name, type(old)(old.model, n_iter=steps, **{field: getattr(old, field) for field in fields}))
+
+
+class _Warnings(logging.Handler):
+    def __init__(self, heard: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.heard = heard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(record.getMessage().split(" See flags_doc.md")[0])
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[str]]:
+    """Keep what the packages print off the terminal, and yield the list of the warnings that they give."""
+    heard: list[str] = []
+    logger, handler, trace = logging.getLogger(_LOGGER), _Warnings(heard), sys.gettrace()
+    before = logger.propagate
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield heard
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+        sys.settrace(trace)  # pyautoattack takes it away to look for dynamic defences
+
+
+# Runs a published attack over a stream of jobs, and judges what comes back by our own rules
 
 # Beyond this share of eps a point is outside its ball for more than rounding in float32.
 _ROUNDING = 1e-4

@@ -13,22 +13,23 @@ Example:
 from __future__ import annotations
 
 from robustvlm.certify.claims.base import (
+    RADII,
     Asked,
     Claim,
     ClaimFacts,
     Given,
     Materials,
     Plan,
+    Quantity,
     pilot_size,
     require_possible,
     sampling_of,
+    upper_mean,
 )
 from robustvlm.certify.claims.class_ import CLASS
-from robustvlm.certify.claims.columns import RADII
 from robustvlm.certify.claims.feature import FEATURE
 from robustvlm.certify.claims.openset import OPENSET
 from robustvlm.certify.claims.own import is_own, load_own, own_digest
-from robustvlm.certify.claims.quantity import Quantity, upper_mean
 from robustvlm.certify.claims.vote import VOTE
 from robustvlm.errors import UserError, nearest
 

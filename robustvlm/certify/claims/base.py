@@ -1,4 +1,4 @@
-"""What a claim is: the statement of a certificate, how it is bounded, and all that the rest of the program asks of it.
+"""What a claim is: a certificate's statement, its bounds, its columns, and the quantity that an audit attacks.
 
 A claim is one frozen object. The command, the journal, the tables, the report and the audit ask it what they need to
 know and compare its name with nothing, so that another claim is another object (docs/certify.md has one of 30 lines).
@@ -9,17 +9,103 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from robustvlm.certify.claims.columns import RADII
-from robustvlm.certify.claims.quantity import Quantity
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustvlm.certify.bounds import betting_lower
+from robustvlm.certify.certifier import Certifier, Finding
 from robustvlm.certify.limits import best_class_radius, best_tangent_radius, samples_needed
 from robustvlm.certify.normal import Array, check_cos0
-from robustvlm.certify.openset_rule import OpensetRule
-from robustvlm.certify.record import Source, StopRule
-from robustvlm.certify.rounding import format_exact, format_up
-from robustvlm.certify.sampling import Certifier, Finding
+from robustvlm.certify.openset import OpensetRule
+from robustvlm.certify.record import Source, StopRule, format_exact, format_up
 from robustvlm.errors import UserError, nearest
+
+# Radii that a certify run may have beside its own, each in a column of its own, and what tables call them
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of radii is called.
+
+    Attributes:
+        title: in the terminal. page: in the report. short: in narrow tables. about: which claim it is about.
+    """
+
+    title: str
+    page: str
+    short: str = ""
+    about: str = ""
+
+
+_COLUMN_PILOT = "cosine to the pilot's direction, another claim"
+
+RADII: dict[str, Column] = {
+    "radius": Column("this claim", "this certificate"),
+    "deployed_radius": Column(
+        "deployed copies", "deployed copies", "deployed", "what finitely many fresh copies keep of this claim"
+    ),
+    "cone_radius": Column("cone (T3)", "cone (T3)", "T3", "the same claim, closed form"),
+    "paper_radius": Column(
+        "paper's bound", "paper's bound", "paper", "cosine to the image's own feature f(x), another claim"
+    ),
+    "fcsb_radius": Column("corrected FCSB", "corrected FCSB", "FCSB", _COLUMN_PILOT),
+    "cdf_radius": Column("distribution (T5)", "distribution (T5)", "T5", _COLUMN_PILOT),
+    "direction_radius": Column("distribution + covariance (F3)", "distribution and covariance", "F3", _COLUMN_PILOT),
+    "mean_radius": Column("mean margins", "mean margins only", "means", "the same claim from means alone"),
+}
+"""By the name of the column in `results.parquet`."""
+
+
+# What an audit attacks: a quantity of the smoothed model that a certificate bounds from below inside its radius
+
+
+class Quantity(ABC):
+    """A quantity of the smoothed model that a certificate bounds from below inside a radius."""
+
+    words: ClassVar[str]
+    """As in "cosine between the smoothed features"."""
+
+    @abstractmethod
+    def bound(self, eps: float) -> float:
+        """Return what is certified at distance `eps`; -1 where nothing is."""
+
+    @abstractmethod
+    def score(self, features: Tensor, aim: Tensor) -> Tensor:
+        """Return a smooth stand-in [R] for the quantity from noisy features [R, n, D]; rows may differ in `aim` [R]."""
+
+    @abstractmethod
+    def value(self, features: Array) -> float:
+        """Return the plug-in estimate of the quantity from features [n, D] of fresh noise."""
+
+    @abstractmethod
+    def upper(self, features: Array, alpha: float) -> float:
+        """Return an upper confidence bound of the quantity, from fresh features [n, D] that chose nothing."""
+
+
+def mean_cosine(features: Tensor, direction: Array, aim: Tensor) -> Tensor:
+    """Return cosines [R] between the means of features [R, n, D] and `direction` [D]; every row has the same aim."""
+    del aim
+    u = torch.as_tensor(direction, dtype=features.dtype, device=features.device)[None]
+    return torch.nn.functional.cosine_similarity(features.mean(dim=1), u, dim=-1)
+
+
+def upper_mean(values: Array, alpha: float) -> float:
+    """Return an upper confidence bound of the mean of independent values in [-1, 1].
+
+    A value that is NaN (a failed pass) counts as 1: failures must not look like a broken bound.
+
+    Example:
+        >>> round(upper_mean(np.zeros(4096), 0.001), 3)
+        0.002
+    """
+    scores = 0.5 * (1.0 - np.nan_to_num(values, nan=1.0))
+    return 1.0 - 2.0 * float(betting_lower(scores, alpha))
+
+
+# What a claim is: the statement of a certificate, how it is bounded, and all that the rest of the program asks of it
 
 _PILOT = 200
 

@@ -1,4 +1,4 @@
-"""The class claim: the class nearest to the mean feature stays (T5, T6, T8), for fixed prompts or for any (T7)."""
+"""The class claim: the class nearest to the mean feature stays, for fixed prompts or for any; and its certifiers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,313 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.typing import ArrayLike
+from scipy.special import ndtr
 from torch import Tensor
 
-from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, sampling_of
-from robustvlm.certify.claims.quantity import Quantity, upper_mean
-from robustvlm.certify.class_claim import ClassAtRadius, ClassRadius, VocabularyRadius
-from robustvlm.certify.class_margin import rival_normals
+from robustvlm.certify.bounds.bands import ell_band
+from robustvlm.certify.bounds.means import Decision, SequentialTest
+from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, mean_feature, unit_rows
+from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of, upper_mean
+from robustvlm.certify.classes import (
+    ClassTest,
+    covariance_upper,
+    mean_ball,
+    mean_margin_radius,
+    rival_normals,
+    vocabulary_radius,
+    vote_radius,
+)
+from robustvlm.certify.deployed import class_margin_needed, vote_share_needed
 from robustvlm.certify.limits import best_class_radius
-from robustvlm.certify.normal import Array
-from robustvlm.certify.sampling import Certifier
-from robustvlm.certify.scores import mean_feature, unit_rows
+from robustvlm.certify.normal import Array, check_radius
+from robustvlm.certify.shapes import halfspace_shift
+from robustvlm.errors import UserError
+
+# Certifiers for classes: the class of the mean feature (P1-CDF, T8), any prompts (T2, T7), and the hard vote
+
+
+class _Labelled(Certifier):
+    """Chooses the label in the pilot; the estimation samples have no say in it."""
+
+    def __init__(
+        self,
+        *,
+        text: ArrayLike,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        radius: float | None = None,
+    ) -> None:
+        self.text = np.asarray(text, dtype=np.float64)
+        self.radius = None if radius is None else check_radius(radius)
+        super().__init__(
+            ("pilot", n_pilot),
+            ("estimation", n - n_pilot),
+            sigma=sigma,
+            alpha=alpha,
+            settings=(self.text, self.radius),
+            looks=() if radius is None else ("estimation",),
+        )
+        if n_pilot < 1:
+            raise UserError("the label is chosen by pilot samples: pass n_pilot of at least 1")
+        self.label = -1
+        self._rows: dict[Stage, Array] = {}
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        self._rows[stage] = rows
+        if stage == "pilot":
+            self.label = self._choose(rows)
+
+    @property
+    def _at(self) -> float:
+        """The radius in question, of a claim that stops early."""
+        assert self.radius is not None
+        return self.radius
+
+    def _choose(self, pilot: Array) -> int:
+        return int(np.argmax(mean_feature(pilot)[0] @ self.text.T))
+
+    def _found(self, radius: float, columns: dict[str, float], stop: Stop = "fixed") -> Finding:
+        return Finding(
+            radius=radius,
+            stop=stop,
+            n=self.counts["estimation"],
+            n_pilot=self.counts["pilot"],
+            failed=self.failed,
+            prediction=self.label,
+            mean=self.mean,
+            columns=columns,
+        )
+
+
+class ClassRadius(_Labelled):
+    """The largest radius at which the mean feature keeps the pilot's class, from a fixed number of samples (P1-CDF).
+
+    Columns: `mean_radius`, the same claim from the mean margins alone (betting), at its own alpha; `deployed_radius`,
+    where the mean of `deployed` fresh samples keeps the class with probability 1 - alpha over these (same event).
+
+    Args:
+        text: [K, D] class embeddings, fixed before the noise was drawn or without looking at what it gave.
+        rounding: bound of the distance between the features handed over and those of the encoder (a cache in half
+            precision); the claim is about the encoder's.
+
+    Example:
+        >>> certifier = ClassRadius(text=[[1.0, 0.0], [0.0, 1.0]], sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
+        >>> certifier.finding().prediction, round(certifier.finding().radius, 2)
+        (0, 0.31)
+    """
+
+    def __init__(
+        self,
+        *,
+        text: ArrayLike,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        rounding: float = 0.0,
+        deployed: int | None = None,
+        baselines: bool = True,
+    ) -> None:
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
+        self.rounding, self.deployed, self._baselines = check_rounding(rounding), deployed, baselines
+
+    def finding(self) -> Finding:
+        rows = self._rows["estimation"]
+        band = ell_band(len(rows), self.alpha)
+        normals = rival_normals(self.text, self.label)
+
+        def radius(margin: float) -> float:
+            # <m of the rounded features, v> >= rounding implies <m of the encoder's, v> >= 0, at x' as everywhere.
+            least = margin + self.rounding
+            return 0.0 if normals is None else self.sigma * halfspace_shift(rows, normals, lambda _: least, band)
+
+        columns: dict[str, float] = {}
+        if self.deployed is not None:
+            columns["deployed_radius"] = radius(class_margin_needed(len(self.text) - 1, self.deployed, self.alpha))
+        if self._baselines and not self.rounding:
+            columns["mean_radius"] = mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
+        return self._found(radius(0.0), columns)
+
+
+class VocabularyRadius(_Labelled):
+    """The radius at which the mean feature keeps its class, for prompts chosen at any time (T2, T7).
+
+    The claim holds at once for every prompt set, chosen before or after the samples were seen: one ball around the mean
+    and one bound of the covariance (alpha / 2 each) cover all directions.
+
+    Args:
+        rounding: as in `ClassRadius`.
+
+    Example:
+        >>> certifier = VocabularyRadius(text=[[1.0, 0.0], [0.0, 1.0]], sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
+        >>> round(certifier.finding().radius, 2)
+        0.13
+    """
+
+    def __init__(
+        self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, rounding: float = 0.0
+    ) -> None:
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
+        self.rounding = check_rounding(rounding)
+
+    def finding(self) -> Finding:
+        rows = self._rows["estimation"]
+        mean, lost = mean_feature(rows)
+        centre = mean_feature(self._rows["pilot"])[0]
+        variance = covariance_upper(rows, centre, 0.5 * self.alpha)
+        ball = mean_ball(len(rows), 0.5 * self.alpha) + lost + self.rounding
+        radius = vocabulary_radius(mean, self.text, self.label, self.sigma, ball=ball, variance=variance)
+        return self._found(radius, {"ball": ball, "variance": variance})
+
+
+class ClassAtRadius(_Labelled):
+    """Does the mean feature keep the pilot's class within this radius? Samples until yes, hopeless, or n (T6, T8).
+
+    Example:
+        >>> certifier = ClassAtRadius(text=[[1.0, 0.0], [0.0, 1.0]], radius=0.1, sigma=0.25, alpha=0.001, n=5000,
+        ...                           n_pilot=200)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
+        >>> certifier.finding().radius, certifier.finding().n < 200
+        (0.1, True)
+    """
+
+    def __init__(self, *, text: ArrayLike, radius: float, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
+        self._test: ClassTest | None = None
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        if stage == "pilot":
+            self.label = self._choose(rows)
+            a = self._at / self.sigma
+            self._test = ClassTest(rows, self.text, self.label, a=a, alpha=self.alpha)
+        elif self._test is not None:
+            self._test.update(rows)
+
+    def _goes_on(self, stage: Stage) -> bool:
+        del stage
+        return not self._decided()
+
+    def _decided(self) -> bool:
+        return self._test is not None and self._test.decision != "open"
+
+    def finding(self) -> Finding:
+        decision: Decision = "open" if self._test is None else self._test.decision
+        return self._found(self._at if decision == "certified" else 0.0, {}, _stop(decision))
+
+
+class VoteRadius(_Labelled):
+    """The radius of the hard vote, another deployed rule than the mean feature's class (Cohen et al. 2019).
+
+    Columns: `votes`, the share of estimation votes for the label; `deployed_radius`, where most of `deployed` fresh
+    votes are for the label with probability 1 - alpha over these (same event).
+
+    Example:
+        >>> certifier = VoteRadius(text=[[1.0, 0.0], [0.0, 1.0]], sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
+        >>> round(certifier.finding().radius, 2)
+        0.6
+    """
+
+    def __init__(
+        self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, deployed: int | None = None
+    ) -> None:
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
+        self.deployed = deployed
+
+    def _choose(self, pilot: Array) -> int:
+        return vote_winner(pilot, self.text)
+
+    def finding(self) -> Finding:
+        rows = self._rows["estimation"]
+        successes = int(votes_for(rows, self.text, self.label).sum())
+        columns = {"votes": successes / len(rows)}
+        if self.deployed is not None:
+            share = vote_share_needed(self.deployed, self.alpha)
+            columns["deployed_radius"] = vote_radius(successes, len(rows), self.sigma, self.alpha, share=share)
+        return self._found(vote_radius(successes, len(rows), self.sigma, self.alpha), columns)
+
+
+class VoteAtRadius(_Labelled):
+    """Does the hard vote keep its class within this radius? Samples until yes, hopeless, or n (T0; betting on votes).
+
+    Example:
+        >>> certifier = VoteAtRadius(text=[[1.0, 0.0], [0.0, 1.0]], radius=0.1, sigma=0.25, alpha=0.001, n=5000,
+        ...                          n_pilot=200)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
+        >>> certifier.finding().radius
+        0.1
+    """
+
+    def __init__(self, *, text: ArrayLike, radius: float, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
+        self._test = SequentialTest(float(ndtr(self._at / self.sigma)), alpha=alpha)
+        self._won = 0
+
+    def _choose(self, pilot: Array) -> int:
+        return vote_winner(pilot, self.text)
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        if stage == "pilot":
+            self.label = self._choose(rows)
+            return
+        votes = votes_for(rows, self.text, self.label)
+        self._won += int(votes.sum())
+        self._test.update(votes.astype(np.float64))
+
+    def _decided(self) -> bool:
+        return self._test.decision != "open"
+
+    def finding(self) -> Finding:
+        decision = self._test.decision
+        share = self._won / max(1, self.counts["estimation"])
+        return self._found(self._at if decision == "certified" else 0.0, {"votes": share}, _stop(decision))
+
+
+def check_rounding(rounding: float) -> float:
+    """Return a bound of how far kept features lie from the encoder's, if it is one; a negative one would add radius."""
+    if not (rounding >= 0.0 and np.isfinite(rounding)):
+        raise UserError(f"the bound of the features' rounding must be a finite number >= 0, got {rounding}")
+    return float(rounding)
+
+
+def votes_for(rows: Array, text: Array, label: int) -> np.ndarray:
+    """Return which features [n, D] are closest to the text of `label`; failed rows are votes for no class.
+
+    Example:
+        >>> votes_for(np.array([[1.0, 0.0], [np.nan, 0.0]]), np.eye(2), 0).tolist()
+        [True, False]
+    """
+    finite = np.asarray(np.isfinite(rows).all(axis=1))
+    chosen = (np.where(finite[:, None], rows, 0.0) @ text.T).argmax(axis=1)
+    return np.asarray(finite & (chosen == label))
+
+
+def vote_winner(rows: Array, text: Array) -> int:
+    """Return the class with the most votes of features [n, D], the first of several.
+
+    Example:
+        >>> vote_winner(np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), np.eye(2))
+        1
+    """
+    finite = rows[np.asarray(np.isfinite(rows).all(axis=1))]
+    return int(np.bincount((finite @ text.T).argmax(axis=1), minlength=len(text)).argmax())
+
+
+def _stop(decision: Decision) -> Stop:
+    return "exhausted" if decision == "open" else decision
+
+
+# The class claim: the class nearest to the mean feature stays (T5, T6, T8), for fixed prompts or for any (T7)
 
 _STATEMENT = "the mean feature of the noisy copies keeps its class"
 

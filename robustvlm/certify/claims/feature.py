@@ -1,4 +1,4 @@
-"""The feature claim: the smoothed features of image and attacked image keep a cosine (T4)."""
+"""The feature claim: the smoothed features of image and attacked image keep a cosine (T4); and its certifiers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,197 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan
-from robustvlm.certify.claims.quantity import Quantity, mean_cosine, upper_mean
-from robustvlm.certify.deployed_feature import deployed_feature_radius
-from robustvlm.certify.direction import PredictableDirection, norm_lower_bound
-from robustvlm.certify.feature_claim import FeatureRadius, FeatureTest, feature_radius
+from robustvlm.certify.bounds.bands import ell_band
+from robustvlm.certify.bounds.means import SequentialTest, betting_lower, hoeffding_lower
+from robustvlm.certify.certifier import Certifier, Finding, Stage, direction_scores, mean_feature, unit_rows
+from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, mean_cosine, upper_mean
+from robustvlm.certify.deployed import deployed_feature_radius
+from robustvlm.certify.feature import (
+    PredictableDirection,
+    cone_radius,
+    fcsb_radius,
+    norm_lower_bound,
+    required_norm,
+    vector_table,
+)
 from robustvlm.certify.limits import best_mean
-from robustvlm.certify.normal import Array
-from robustvlm.certify.rounding import format_exact
-from robustvlm.certify.sampling import Certifier, Finding
-from robustvlm.certify.scores import mean_feature, unit_rows
-from robustvlm.certify.vector_table import vector_table
+from robustvlm.certify.normal import Array, check_cos0, check_radius, check_sigma, largest_true
+from robustvlm.certify.record import format_exact
+from robustvlm.certify.shapes import cdf_radius, direction_radius, sideways
+
+# Certifiers for features: the cosine between the smoothed features of image and attacked image (T4), and baselines.
+#
+# The claim `cos(m(x'), m(x)) >= cos0` rests on scores along a direction that only looks back, so that pilot and
+# estimation samples both count. From the same samples, each a claim of its own at its own alpha: the published bound
+# (anchor f(x)), and cosines to the pilot's direction by mean, distribution, and both ways (F2, F3).
+
+BASELINES = ("paper_radius", "fcsb_radius", "cone_radius", "cdf_radius", "direction_radius")
+"""Columns of other claims and methods; none may be combined with the main claim by taking the larger one."""
+
+
+class FeatureRadius(Certifier):
+    """The largest radius at which `cos(m(x'), m(x)) >= cos0` is certified, from a fixed number of samples (F1, T4).
+
+    Columns, each at level alpha for a claim of its own:
+
+    * `cone_radius`: the same claim by the closed form (T3), on the same confidence event;
+    * `paper_radius`, `paper_s`: `cos(m(x'), f(x)) >= cos0` as published (T1, Hoeffding), from all samples;
+    * `fcsb_radius`, `fcsb_s`: `cos(m(x'), u) >= cos0`, u the pilot's mean direction (T1, betting), estimation samples;
+    * `cdf_radius`: the same claim about u from the whole distribution (T5, ELL band);
+    * `direction_radius`: the same claim about u, forwards by T5 and sideways by T2 and T7, alpha / 2 each (F3).
+
+    Args:
+        cos0: cosine to certify. sigma: noise level. alpha: error probability.
+        n: all samples, n_pilot of them for the pilot's direction.
+        baselines: fill the columns.
+
+    Example:
+        >>> certifier = FeatureRadius(cos0=0.5, sigma=0.25, alpha=0.01, n=400, n_pilot=100)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.8, 0.6], [0.8, -0.6]] * (wanted.sure // 2) or [[1.0, 0.0]])
+        >>> found = certifier.finding()
+        >>> round(found.r, 2), found.radius > found.columns["cone_radius"] > found.columns["paper_radius"]
+        (0.77, True)
+    """
+
+    def __init__(
+        self, *, cos0: float, sigma: float, alpha: float, n: int, n_pilot: int, baselines: bool = True
+    ) -> None:
+        self.cos0 = check_cos0(cos0)
+        super().__init__(
+            ("pilot", n_pilot),
+            ("estimation", n - n_pilot),
+            ("clean", 1 if baselines else 0),
+            sigma=sigma,
+            alpha=alpha,
+            settings=(self.cos0,),
+        )
+        self._baselines = baselines
+        self._rows: dict[Stage, Array] = {}
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        self._rows[stage] = rows
+
+    def finding(self) -> Finding:
+        pilot, estimation = self._rows.get("pilot"), self._rows["estimation"]
+        samples = estimation if pilot is None else np.concatenate([pilot, estimation])
+        r = _norm_lower(PredictableDirection(samples.shape[1]).scores(samples), self.alpha)
+        columns: dict[str, float] = {}
+        if self._baselines:
+            columns = self._anchored(samples) | self._directed(pilot, estimation)
+            columns["cone_radius"] = float(cone_radius(r, self.cos0, self.sigma))
+        return Finding(
+            radius=feature_radius(r, self.cos0, self.sigma),
+            stop="fixed",
+            n=self.counts["estimation"],
+            n_pilot=self.counts["pilot"],
+            failed=self.failed,
+            r=r,
+            mean=self.mean,
+            columns=columns,
+        )
+
+    def _anchored(self, samples: Array) -> dict[str, float]:
+        clean = self._rows["clean"][0]
+        if not np.isfinite(clean).all():
+            return {"paper_s": 0.0, "paper_radius": 0.0}
+        s = float(hoeffding_lower(direction_scores(samples, clean), self.alpha))
+        return {"paper_s": s, "paper_radius": float(fcsb_radius(s, self.cos0, self.sigma))}
+
+    def _directed(self, pilot: Array | None, estimation: Array) -> dict[str, float]:
+        direction = None if pilot is None else mean_feature(pilot)[0]
+        if direction is None or not np.linalg.norm(direction) > 1e-9:
+            return {"fcsb_s": 0.0, "fcsb_radius": 0.0, "cdf_radius": 0.0, "direction_radius": 0.0}
+        scores = direction_scores(estimation, direction)
+        s = float(betting_lower(scores, self.alpha))
+        n, target = len(scores), 0.5 * (1.0 + self.cos0)
+        side = sideways(estimation, direction, 0.5 * self.alpha)
+        return {
+            "fcsb_s": s,
+            "fcsb_radius": float(fcsb_radius(s, self.cos0, self.sigma)),
+            "cdf_radius": cdf_radius(scores, target, self.sigma, ell_band(n, self.alpha)),
+            "direction_radius": direction_radius(scores, self.cos0, self.sigma, ell_band(n, 0.5 * self.alpha), side),
+        }
+
+
+class FeatureTest(Certifier):
+    """Is `cos(m(x'), m(x)) >= cos0` certified at this radius? Samples until yes, hopeless, or n (F1, T4; Ville).
+
+    The lower bound `r` at the stop is reported as well: it comes from the same wealth process and the same event.
+
+    Args:
+        radius: to certify, in pixels. n: most samples.
+
+    Example:
+        >>> certifier = FeatureTest(radius=0.125, cos0=0.5, sigma=0.25, alpha=0.001, n=10_000)
+        >>> while certifier.request() is not None:
+        ...     certifier.take([[0.8, 0.6], [0.8, -0.6]] * 16)
+        >>> found = certifier.finding()
+        >>> found.radius, found.stop, found.n < 200
+        (0.125, 'certified', True)
+    """
+
+    def __init__(self, *, radius: float, cos0: float, sigma: float, alpha: float, n: int) -> None:
+        self.radius, self.cos0 = check_radius(radius), check_cos0(cos0)
+        super().__init__(
+            ("estimation", n), sigma=sigma, alpha=alpha, settings=(self.radius, self.cos0), looks=("estimation",)
+        )
+        norm = vector_table().required(self.cos0, radius / self.sigma)
+        self._test = SequentialTest(0.5 * (1.0 + min(norm, 1.0)), alpha=alpha)
+        self._direction: PredictableDirection | None = None
+        self._scores: list[Array] = []
+        if self._test.decision != "open":
+            self._stages = []
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        del stage
+        if self._direction is None:
+            self._direction = PredictableDirection(rows.shape[1])
+        scores = self._direction.scores(rows)
+        self._scores.append(scores)
+        self._test.update(scores)
+
+    def _decided(self) -> bool:
+        return self._test.decision != "open"
+
+    def finding(self) -> Finding:
+        decision = self._test.decision
+        scores = np.concatenate(self._scores) if self._scores else np.zeros(0)
+        return Finding(
+            radius=self.radius if decision == "certified" else 0.0,
+            stop="exhausted" if decision == "open" else decision,
+            n=self.counts["estimation"],
+            n_pilot=0,
+            failed=self.failed,
+            r=_norm_lower(scores, self.alpha),
+            mean=self.mean,
+        )
+
+
+def _norm_lower(scores: Array, alpha: float) -> float:
+    """Return the norm's lower bound, zero if no sample met a direction (all of them failed)."""
+    return norm_lower_bound(scores, alpha) if len(scores) else 0.0
+
+
+def feature_radius(r: float, cos0: float, sigma: float) -> float:
+    """Return the radius certified for `cos(m(x'), m(x)) >= cos0` by a lower bound `r` of ||m(x)|| (T4); 0 is ABSTAIN.
+
+    The table gives a shift that is certified; a few exact evaluations then go on towards the table's next one.
+
+    Example:
+        >>> [round(feature_radius(r, 0.5, 1.0), 3) for r in (0.05, 0.5, 0.7, 0.9)]
+        [0.054, 0.583, 0.899, 1.461]
+    """
+    table = vector_table()
+    low = float(table.radius(r, cos0, 1.0))
+    beyond = table.shifts[np.searchsorted(table.shifts, low, side="right") :]
+    if not r > 0.0 or not len(beyond):
+        return check_sigma(sigma) * low
+    found = largest_true(lambda a: r >= required_norm(cos0, float(a)), low, float(beyond[0]), steps=6)
+    return check_sigma(sigma) * float(found)
+
+
+# The feature claim: the smoothed features of image and attacked image keep a cosine (T4)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

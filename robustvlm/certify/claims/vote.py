@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from robustvlm.certify.bounds import clopper_pearson_lower
-from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, sampling_of
-from robustvlm.certify.claims.quantity import Quantity
-from robustvlm.certify.class_claim import VoteAtRadius, VoteRadius
+from robustvlm.certify.certifier import Certifier
+from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of
+from robustvlm.certify.claims.class_ import VoteAtRadius, VoteRadius
 from robustvlm.certify.limits import best_vote_radius, best_vote_test_radius
 from robustvlm.certify.normal import Array
-from robustvlm.certify.sampling import Certifier
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

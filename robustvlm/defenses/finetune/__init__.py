@@ -4,18 +4,16 @@
     Trainer(task, data, config).fit(folder)          # robustvlm.training
     plain_state(vlm)                                 # weights with LoRA and SSF merged in, under the base's own names
 
-* `methods/`: one file per method (`hierarchical`, `tecoa`, `fare`, `pmg`, `simclip`, `clean`), each a `Method` with one
-  abstract function, the loss terms of a batch.
-* `hyperbolic`, `hierarchy`, `hita`, `embedding`, `texts`: the parts of the hierarchical method.
-* `inner_attack`: PGD inside training.
-* `trainable/`: which parameters are trained (`all`, `lora[:RANK]`, `ssf`, `last:N`) and how they are merged back.
+* `methods`: the short methods (`tecoa`, `fare`, `pmg`, `simclip`, `clean`), each a `Method` with one abstract function,
+  the loss terms of a batch, and the PGD inside training.
+* `hierarchical`: the long one, with its `hyperbolic` space and the `hierarchy` of its loss.
+* `trainable`: which parameters are trained (`all`, `lora[:RANK]`, `ssf`, `last:N`) and how they are merged back.
 """
 
-from robustvlm.defenses.finetune.embedding import HyperbolicEmbedding
-from robustvlm.defenses.finetune.hita import HierarchicalOptions
-from robustvlm.defenses.finetune.inner_attack import InnerAttack
-from robustvlm.defenses.finetune.methods import METHODS, Materials, Method, find_method
-from robustvlm.defenses.finetune.task import FinetuneSettings, FinetuneTask, finetune_task
+from robustvlm.defenses.finetune.hierarchical import HyperbolicEmbedding
+from robustvlm.defenses.finetune.hierarchy import HierarchicalOptions
+from robustvlm.defenses.finetune.methods import InnerAttack, Materials, Method
+from robustvlm.defenses.finetune.task import METHODS, FinetuneSettings, FinetuneTask, find_method, finetune_task
 from robustvlm.defenses.finetune.trainable import make_trainable, merge, parse_trainable, plain_state
 
 __all__ = [

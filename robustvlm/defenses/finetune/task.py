@@ -1,4 +1,4 @@
-"""Fine-tuning as a task of the training engine."""
+"""Fine-tuning as a task of the training engine, and its methods by name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,51 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from robustvlm.data.taxonomy import Forest
-from robustvlm.defenses.finetune.inner_attack import InnerAttack
-from robustvlm.defenses.finetune.methods import Materials, Method, find_method
+from robustvlm.core import registry
+from robustvlm.core.registry import Table
+from robustvlm.data.trees import Forest
+from robustvlm.defenses.finetune.hierarchical import Hierarchical
+from robustvlm.defenses.finetune.methods import FARE, PMG, Clean, InnerAttack, Materials, Method, SimCLIP, TeCoA
 from robustvlm.defenses.finetune.trainable import make_trainable, parse_trainable, vision_module
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.training import Draws, Measure, Task
+
+# The methods by name
+
+METHODS: Table[type[Method]] = Table(
+    __package__,
+    {
+        "hierarchical": Hierarchical,
+        "tecoa": TeCoA,
+        "fare": FARE,
+        "pmg": PMG,
+        "simclip": SimCLIP,
+        "clean": Clean,
+    },
+)
+"""Every method, made as METHODS[name](materials, **options of its own)."""
+
+
+def find_method(name: str) -> type[Method]:
+    """Return a method by its name, or the class that `module:Class` names.
+
+    Raises:
+        UserError: it is neither, or no subclass of `Method`.
+
+    Example:
+        >>> find_method("tecoa").__name__
+        'TeCoA'
+    """
+    found = registry.load(name, METHODS, "method")
+    if name not in METHODS and not (isinstance(found, type) and issubclass(found, Method)):
+        got = found.__name__ if isinstance(found, type) else type(found).__name__
+        raise UserError(f"'{name}': expected a fine-tuning method (a subclass of robustvlm's Method), got {got}")
+    return found
+
+
+# Fine-tuning as a task of the training engine
 
 
 @dataclass(frozen=True, kw_only=True)

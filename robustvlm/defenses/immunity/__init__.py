@@ -1,15 +1,20 @@
 """The immunised classifier: prototypes, antibodies, a vaccine and thresholds around a frozen encoder (methods of
 Immuno-VLM, arXiv 2605.30745)."""
 
-from robustvlm.defenses.immunity.adapter import AdaptedVLM, Adapter
 from robustvlm.defenses.immunity.classifier import Decision, ImmunisedClassifier
-from robustvlm.defenses.immunity.prototypes import Prototypes, align, automatic_xi, fit_prototypes, text_prototypes
+from robustvlm.defenses.immunity.prototypes import (
+    Prototypes,
+    align,
+    automatic_xi,
+    concentration,
+    fit_prototypes,
+    log_normaliser,
+    text_prototypes,
+)
 from robustvlm.defenses.immunity.recipe import Immunised, Labelled, immunise, immunise_without_images, text_only
-from robustvlm.defenses.immunity.score import open_set_score
-from robustvlm.defenses.immunity.state import Immunity
+from robustvlm.defenses.immunity.state import AdaptedVLM, Adapter, Immunity, open_set_score
 from robustvlm.defenses.immunity.thresholds import TailFit, Thresholds, fit_tail, fit_thresholds
 from robustvlm.defenses.immunity.vaccine import Targets, Vaccinated, VaccineSettings, vaccinate
-from robustvlm.defenses.immunity.vmf import concentration, log_normaliser
 
 __all__ = [
     "AdaptedVLM",

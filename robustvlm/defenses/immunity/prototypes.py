@@ -4,14 +4,166 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from math import lgamma, log, pi
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from numpy.polynomial import Polynomial
+from numpy.typing import ArrayLike
+from scipy.special import ive
 from torch import Tensor
 
-from robustvlm.defenses.immunity.mixtures import spherical_kmeans
-from robustvlm.defenses.immunity.vmf import concentration, mean_resultant
+from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError
+
+# Several directions for one class: spherical k-means
+
+_ROUNDS = 50
+
+
+def spherical_kmeans(features: Tensor, count: int, *, seed: int, stream: str = "") -> Tensor:
+    """Return `count` unit centres [M, D] of unit features [N, D]; copies of a centre where fewer do.
+
+    The hard limit of a mixture of von Mises-Fisher distributions (Banerjee et al., JMLR 6, 2005; several prototypes a
+    class as in PALM, arXiv 2402.02653). Starts are spread as in k-means++; draws come from (seed, stream).
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> spherical_kmeans(rows, 2, seed=0).sum(dim=0)
+        tensor([1., 1.])
+    """
+    centres = _spread(features, count, seed, stream)
+    for _ in range(_ROUNDS):
+        nearest = (features @ centres.T).argmax(dim=1)
+        moved = torch.stack(
+            [
+                F.normalize(features[nearest == m].mean(dim=0), dim=0) if (nearest == m).any() else centre
+                for m, centre in enumerate(centres)
+            ]
+        )
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def _spread(features: Tensor, count: int, seed: int, stream: str) -> Tensor:
+    """Choose the mean first and then, with odds by distance, features far from all chosen; repeats when none is."""
+    draws = generator(seed, "spherical k-means", stream)
+    if count == 1:
+        return F.normalize(features.mean(dim=0), dim=0)[None]
+    chosen = [features[int(torch.randint(len(features), (1,), generator=draws))]]
+    while len(chosen) < count:
+        far = (1.0 - (features @ torch.stack(chosen).T).amax(dim=1)).clamp_min(0.0).double().cpu()
+        if float(far.sum()) < 1e-9:
+            chosen.append(chosen[0])
+            continue
+        chosen.append(features[int(torch.multinomial(far, 1, generator=draws))])
+    return torch.stack(chosen)
+
+
+# The von Mises-Fisher distribution on the unit sphere: its log-normaliser, and how concentrated data are
+
+Array = npt.NDArray[np.float64]
+
+# Below this order SciPy's scaled Bessel function neither overflows nor underflows for kappa from 1e-8 on; from it on,
+# Debye's expansion with the terms kept is exact to about 1e-13.
+_LARGE_ORDER = 20.0
+_TERMS = 9
+_NEXT_TO_ZERO = 1e-8
+
+
+def log_normaliser(kappa: ArrayLike, dim: int) -> Array:
+    """Return log C_D(kappa), the log-density of vMF(mu, kappa) being log C_D(kappa) + kappa <mu, z> on S^{D-1}.
+
+    C_D(kappa) = kappa^v / ((2 pi)^{D/2} I_v(kappa)) with v = D/2 - 1. For large orders I_v comes from Debye's uniform
+    asymptotic expansion (NIST DLMF 10.41.3), in which the powers of kappa cancel on paper instead of in the computer.
+
+    Args:
+        kappa: concentrations >= 0, any shape. dim: D >= 2.
+
+    Raises:
+        UserError: a negative concentration, or fewer than two dimensions.
+
+    Example:
+        >>> log_normaliser([0.0, 10.0, 1e6], 512).round(3).tolist()
+        [867.968, 867.87, -996939.682]
+    """
+    values = np.asarray(kappa, dtype=np.float64)
+    if dim < 2:
+        raise UserError(f"directions need at least 2 dimensions, got {dim}")
+    if not (values >= 0.0).all():
+        raise UserError("concentrations must not be negative")
+    order = 0.5 * dim - 1.0
+    if order >= _LARGE_ORDER:
+        return _by_debye(values, order, dim)
+    safe = np.maximum(values, _NEXT_TO_ZERO)
+    direct = order * np.log(safe) - 0.5 * dim * log(2 * pi) - np.log(ive(order, safe)) - safe
+    uniform = lgamma(0.5 * dim) - log(2.0) - 0.5 * dim * log(pi)
+    return np.asarray(np.where(values < _NEXT_TO_ZERO, uniform, direct))
+
+
+def _by_debye(kappa: Array, order: float, dim: int) -> Array:
+    """I_v(v x) ~ e^{v eta} / (sqrt(2 pi v) (1 + x^2)^{1/4}) sum_k u_k(t) / v^k, eta = 1/t + log(x t / (1 + t))."""
+    root = np.hypot(1.0, kappa / order)  # 1 / t
+    series = sum(u(1.0 / root) / order**k for k, u in enumerate(_debye_polynomials()))
+    # v log(kappa) - v eta, without the log(x) that both hold:
+    powers = order * (log(order) + np.log1p(root) - root)
+    return np.asarray(
+        powers + 0.5 * log(2 * pi * order) + 0.5 * np.log(root) - np.log(series) - 0.5 * dim * log(2 * pi)
+    )
+
+
+@cache
+def _debye_polynomials() -> tuple[Polynomial, ...]:
+    """u_0 = 1, u_{k+1}(t) = t^2 (1 - t^2) u_k'(t) / 2 + int_0^t (1 - 5 s^2) u_k(s) ds / 8 (DLMF 10.41.9)."""
+    found = [Polynomial([1.0])]
+    for _ in range(_TERMS - 1):
+        u = found[-1]
+        found.append(Polynomial([0, 0, 0.5, 0, -0.5]) * u.deriv() + (Polynomial([1, 0, -5]) * u).integ() / 8)
+    return tuple(found)
+
+
+def concentration(resultant: ArrayLike, dim: int) -> Array:
+    """Return the usual estimate of kappa from r = ||mean of unit vectors||: r (D - r^2) / (1 - r^2).
+
+    Source: Banerjee et al., JMLR 6 (2005), eq. 4.4.
+
+    Raises:
+        UserError: r outside [0, 1).
+
+    Example:
+        >>> concentration([0.0, 0.5], 3).round(3).tolist()
+        [0.0, 1.833]
+    """
+    r = np.asarray(resultant, dtype=np.float64)
+    if not ((r >= 0.0) & (r < 1.0)).all():
+        raise UserError("mean resultant lengths lie in [0, 1): equal features have no finite concentration")
+    return np.asarray(r * (dim - r * r) / (1.0 - r * r))
+
+
+def mean_resultant(length: float, count: int) -> float:
+    """Return the resultant length without the bias of few vectors: sqrt((n r^2 - 1) / (n - 1)), at least 0.
+
+    The mean of n independent unit vectors has E r^2 = rho^2 + (1 - rho^2) / n: one image alone would look infinitely
+    concentrated (our reading; for many images it is r itself).
+
+    Raises:
+        UserError: fewer than two vectors.
+
+    Example:
+        >>> round(mean_resultant(0.8, 4), 3), round(mean_resultant(0.8, 10**6), 3)
+        (0.721, 0.8)
+    """
+    if count < 2:
+        raise UserError(f"a concentration needs at least 2 images, got {count}")
+    return float(np.sqrt(max(0.0, (count * length * length - 1.0) / (count - 1.0))))
+
+
+# Phase 1, prototypes: where images of a class lie, pulled towards its text as far as a bound on the angle asks for
 
 _SHARE = 0.125
 _LARGEST = 1.0 - 1e-6  # of a resultant: images of one class that all look the same

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from robustvlm.core.defaults import LAMBDA_INF
-from robustvlm.defenses.immunity.adapter import Adapter
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
-from robustvlm.defenses.immunity.prototypes import Prototypes
-from robustvlm.defenses.immunity.score import class_scores, open_set_score
-from robustvlm.defenses.immunity.state import Immunity
+from robustvlm.defenses.immunity.prototypes import Prototypes, log_normaliser
+from robustvlm.defenses.immunity.state import Adapter, Immunity, class_scores, open_set_score
 from robustvlm.defenses.immunity.thresholds import DEFAULT_MISS, MIN_IMAGES, Thresholds, fit_thresholds
 from robustvlm.defenses.immunity.vaccine import Targets, Vaccinated, VaccineSettings, vaccinate
-from robustvlm.defenses.immunity.vmf import log_normaliser
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings

@@ -1,17 +1,100 @@
-"""All that an immunised model holds besides its encoder, as one value."""
+"""All that an immunised model holds besides its encoder: prototypes, antibodies, adapter, thresholds; and its files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
 
+from robustvlm.core.files import first_line, replacing
+from robustvlm.core.seeds import derive_seed
 from robustvlm.data.names import places_of
-from robustvlm.defenses.immunity.adapter import Adapter
-from robustvlm.defenses.immunity.antibodies import Antibodies
+from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
 from robustvlm.errors import UserError
+from robustvlm.models import VLM
+from robustvlm.models.weights import read_weights
+
+# The vaccine: a small residual network on image features, and an encoder that ends in it
+
+
+class Adapter(nn.Module):
+    """f(z) = Norm(z + W2 gelu(W1 z + b1) + b2) on unit features [B, D]; W2 and b2 begin at zero, f at the identity.
+
+    Source: Immuno-VLM, arXiv 2605.30745, phase 3. It looks at one feature at a time.
+
+    Example:
+        >>> z = F.normalize(torch.rand(2, 4), dim=-1)
+        >>> torch.allclose(Adapter(4, 8, seed=0)(z), z)
+        True
+    """
+
+    def __init__(self, dim: int, hidden: int, *, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "adapter"))
+            self.inner, self.outer = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return unit features [B, D]."""
+        return F.normalize(features + self.outer(F.gelu(self.inner(features))), dim=-1)
+
+
+class AdaptedVLM(VLM):
+    """An encoder whose image features pass an adapter; texts are encoded as before.
+
+    The adapter is part of the encoder, so that a smoothing around it averages adapted features (it is inside the
+    expectation, and certificates need no property of it).
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> adapted = AdaptedVLM(load_model("tiny"), Adapter(192, 8))
+        >>> adapted.encode_image(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 192])
+    """
+
+    def __init__(self, base: VLM, adapter: Adapter) -> None:
+        super().__init__(
+            spec=base.spec,
+            logit_scale=base.logit_scale,
+            **base.framing.options(),
+        )
+        self.base, self.adapter = base, adapter
+        self.training = False
+        self.to(base.device)
+
+    def at_noise(self, sigma: float) -> VLM:
+        """Return the same adapter behind the encoder for that noise."""
+        told = self.base.at_noise(sigma)
+        return self if told is self.base else AdaptedVLM(told, self.adapter)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        features = self.base.encode_image(pixels)
+        # Under autocast the product would lose the margins that thresholds turn on.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.adapter(features.to(self.adapter.inner.weight.dtype))
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        return self.base.embed_text(texts)  # scaled to unit length once, by this model
+
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self.base.cut_tokens(texts)
+
+    def _state(self) -> dict[str, object]:
+        return dict(self.adapter.state_dict())
+
+    def _identity(self) -> Iterable[str]:
+        return ("adapted", self.base.fingerprint)
+
+
+# All that an immunised model holds besides its encoder, as one value
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,3 +152,102 @@ class Immunity:
             thresholds=self.thresholds[rows],
             noisy={sigma: values[rows] for sigma, values in self.noisy.items()},
         )
+
+
+# The open-set score S_DIS: nearness to the best prototype less nearness to the nearest antibody
+
+
+def class_scores(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Return the cosine of each feature [B, D] to the nearest prototype of each class [K, M, D]: [B, K].
+
+    Example:
+        >>> class_scores(torch.tensor([[0.6, 0.8]]), torch.eye(2)[:, None])
+        tensor([[0.6000, 0.8000]])
+    """
+    return torch.einsum("bd,kmd->bkm", features, prototypes).amax(dim=2)
+
+
+def antibody_score(features: Tensor, antibodies: Tensor) -> Tensor:
+    """Return the cosine of each feature [B, D] to its nearest antibody [A, D]: [B]; 0 where there is none.
+
+    Example:
+        >>> antibody_score(torch.tensor([[0.6, 0.8]]), torch.zeros(0, 2))
+        tensor([0.])
+    """
+    if not len(antibodies):
+        return features.new_zeros(len(features))
+    return (features @ antibodies.T).amax(dim=1)
+
+
+def open_set_score(features: Tensor, prototypes: Tensor, antibodies: Tensor, weight: float) -> Tensor:
+    """Return S_DIS(z) = max_k <z, mu_k> - weight max_a <z, a> of features [B, D]: [B]; higher = more like a class.
+
+    Source: Immuno-VLM, arXiv 2605.30745, the inference score with lambda_inf = weight; features are those behind the
+    adapter.
+
+    Example:
+        >>> open_set_score(torch.tensor([[0.6, 0.8]]), torch.eye(2)[:1, None], torch.eye(2)[1:], 0.5)
+        tensor([0.2000])
+    """
+    return class_scores(features, prototypes).amax(dim=1) - weight * antibody_score(features, antibodies)
+
+
+# An immunity in a folder: tensors in one safetensors file, the rest in the card's settings
+
+TENSORS = "immunity.safetensors"
+
+
+def save_tensors(folder: Path, immunity: Immunity) -> None:
+    """Write prototypes, antibodies, thresholds and adapter to `immunity.safetensors`, whole or not at all."""
+    tensors: dict[str, Tensor] = {
+        "prototypes": immunity.prototypes,
+        "antibodies": immunity.antibodies.embeddings,
+        "thresholds": immunity.thresholds,
+        **{f"adapter.{name}": tensor for name, tensor in immunity.adapter.state_dict().items()},
+        **{f"thresholds@{sigma!r}": values for sigma, values in immunity.noisy.items()},
+    }
+    with replacing(folder / TENSORS) as temporary:
+        temporary.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def card_settings(immunity: Immunity) -> dict[str, Any]:
+    """Return what the card keeps: class names, the texts of the antibodies, their weight."""
+    return {
+        "class_names": list(immunity.class_names),
+        "weight": immunity.weight,
+        "antibodies": [[text.text, text.of_class, text.kind] for text in immunity.antibodies.texts],
+    }
+
+
+def load_immunity(folder: Path, settings: Mapping[str, Any]) -> Immunity:
+    """Return the immunity of a folder whose card holds `settings`.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not fit the card.
+    """
+    tensors = read_weights(folder / TENSORS)
+    try:
+        adapter = Adapter(tensors["prototypes"].shape[-1], len(tensors["adapter.inner.bias"]))
+        prefix = "adapter."
+        adapter.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        )
+        texts = tuple(AntibodyText(*map(str, entry)) for entry in settings["antibodies"])
+        noisy = {
+            float(name.removeprefix("thresholds@")): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("thresholds@")
+        }
+        return Immunity(
+            tuple(map(str, settings["class_names"])),
+            tensors["prototypes"],
+            Antibodies(texts, tensors["antibodies"]),
+            float(settings["weight"]),
+            tensors["thresholds"],
+            adapter.eval().requires_grad_(False),
+            noisy,
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, UserError) as error:
+        raise UserError(
+            f"'{folder}' is no immunised model that can be read ({first_line(error)}): make it again"
+        ) from None

@@ -1,17 +1,93 @@
-"""Learning the context vectors on cached image features."""
+"""Learning prompts from a few images a class: the images, the loss with its energy terms, the model that comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
+from robustvlm.core.files import replacing
 from robustvlm.core.seeds import generator
-from robustvlm.defenses.prompts.energy import tuning_loss
+from robustvlm.data import UNKNOWN, DataSource, Sample, to_pixels
+from robustvlm.data.names import places_of
+from robustvlm.defenses.classifier import Classifier, ZeroShot
+from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.prompts.learner import PromptLearner
 from robustvlm.errors import UserError
+from robustvlm.models import VLM, ZeroShotClassifier
+from robustvlm.models.weights import fingerprint, read_weights
+
+# The losses of energy-based prompt tuning
+
+
+def masked(features: Tensor, texts: Tensor) -> Tensor:
+    """Return features [N, D] with only those entries that speak for each one's nearest class [K, D]; others are 0.
+
+    z~ = z * 1[z * h > 0], h the text embedding of the top-1 class (arXiv 2510.11296); not scaled back to unit norm (our
+    reading).
+
+    Example:
+        >>> masked(torch.tensor([[0.8, -0.6]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+        tensor([[0.8000, -0.0000]])
+    """
+    nearest = texts[(features @ texts.T).argmax(dim=1)]
+    return features * (features * nearest > 0)
+
+
+def bounded_energy_change(logits: Tensor, masked_logits: Tensor, scale: float) -> Tensor:
+    """Return tanh((E(s~) - E(s)) / scale) for logits [N, K] of the whole and of the masked features, [N].
+
+    E(s) = -log sum_k exp(s_k / tau), scale = 1 / tau. Over the scale, an energy change is one of cosines, and the
+    hyperbolic tangent keeps the term from outgrowing the cross-entropies (our reading of "lower bound of the energy
+    change"). Masking takes away what speaks against the nearest class, so the change is negative as a rule; the larger
+    it is, the less there is to take away.
+
+    Example:
+        >>> bounded_energy_change(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]), 2.0)
+        tensor([0.])
+    """
+    return torch.tanh((logits.logsumexp(dim=1) - masked_logits.logsumexp(dim=1)) / scale)
+
+
+def tuning_loss(
+    features: Tensor, labels: Tensor, texts: Tensor, *, scale: float, weight: float | None
+) -> dict[str, Tensor]:
+    """Return the terms of the loss by name, `loss` their sum: CE(s) + CE(s~) - weight * mean bounded energy change.
+
+    Args:
+        features: unit image features [N, D]; labels [N]; texts: unit class embeddings [K, D].
+        scale: factor on cosines, 1 / tau.
+        weight: lambda of the energy term; None is CoOp: the first cross-entropy alone.
+
+    Source: arXiv 2510.11296 (EBM), arXiv 2109.01134 (CoOp).
+
+    Example:
+        >>> terms = tuning_loss(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), scale=10.0, weight=None)
+        >>> list(terms), bool(terms["loss"] < 1e-4)
+        (['cross_entropy', 'loss'], True)
+    """
+    logits = scale * features @ texts.T
+    plain = F.cross_entropy(logits, labels)
+    if weight is None:
+        return {"cross_entropy": plain, "loss": plain}
+    masked_logits = scale * masked(features, texts) @ texts.T
+    other = F.cross_entropy(masked_logits, labels)
+    change = bounded_energy_change(logits, masked_logits, scale).mean()
+    return {
+        "cross_entropy": plain,
+        "masked_cross_entropy": other,
+        "energy_change": change,
+        "loss": plain + other - weight * change,
+    }
+
+
+# Learning the context vectors on cached image features
 
 
 @dataclass(frozen=True)
@@ -83,3 +159,162 @@ def tune(
         if on_epoch is not None:
             on_epoch(epoch + 1, sums)
     return history
+
+
+# A few images of each class, and the features of images, encoded once
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit features [N, D] with labels [N], ids and groups; label -1 is an unknown class.
+
+    Images of one group (`DataSource.group`) show the same thing, and are one observation to an interval. `unreadable`
+    counts images that could not be read and are in none of the rows.
+    """
+
+    features: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    unreadable: int = 0
+
+    def rows(self, index: Tensor) -> Features:
+        """Return some of the images."""
+        chosen = index.tolist()
+        return Features(
+            self.features[index],
+            self.labels[index],
+            tuple(self.ids[i] for i in chosen),
+            tuple(self.groups[i] for i in chosen),
+            self.unreadable,
+        )
+
+
+def choose_shots(source: DataSource, shots: int | None, seed: int) -> list[str]:
+    """Return the ids of `shots` images of each class (all where a class has fewer, or `shots` is None).
+
+    Which ones depends on (seed, id) alone. Labels are known once an image is decoded, so this reads the source once. A
+    class without images is no error: the context is shared, and its name is all that it needs.
+
+    Raises:
+        UserError: no labelled image at all.
+    """
+    of_class: list[list[tuple[bytes, str]]] = [[] for _ in source.class_names]
+    for item in source.samples():
+        if isinstance(item, Sample) and item.label != UNKNOWN:
+            of_class[item.label].append((_rank(seed, item.id), item.id))
+    if not any(of_class):
+        raise UserError(
+            f"'{source.spec}' has no readable image of a known class: prompts are learnt from a few of each"
+        )
+    return [name for found in of_class for _, name in sorted(found)[:shots]]
+
+
+def encode_source(
+    vlm: VLM,
+    source: DataSource,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    on_images: Callable[[int], None] | None = None,
+) -> Features:
+    """Return the features of the readable images that `keep` accepts, in source order.
+
+    Raises:
+        UserError: not one image could be read.
+    """
+    parts: list[Tensor] = []
+    labels: list[int] = []
+    ids: list[str] = []
+    unreadable: list[str] = []
+    for batch in _batches(source, keep, limit, batch_size, unreadable):
+        pixels = torch.stack([to_pixels(s.image, vlm.framing) for s in batch])
+        with torch.no_grad():
+            parts.append(vlm.encode_image(pixels.to(vlm.device)).float().cpu())
+        labels += [sample.label for sample in batch]
+        ids += [sample.id for sample in batch]
+        if on_images is not None:
+            on_images(len(ids))
+    if not parts:
+        raise UserError(f"'{source.spec}' has no image that can be read")
+    return Features(
+        torch.cat(parts), torch.tensor(labels), tuple(ids), tuple(source.group(name) for name in ids), len(unreadable)
+    )
+
+
+def _batches(
+    source: DataSource, keep: Callable[[str], bool] | None, limit: int | None, size: int, unreadable: list[str]
+) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    for item in source.samples(keep=keep, limit=limit):
+        if isinstance(item, Sample):
+            batch.append(item)
+        else:
+            unreadable.append(item.id)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {name}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+
+# A folder of kind `tune-prompts` as a model: the base model's encoder, and class embeddings from learnt prompts
+
+PROMPTS = "prompts.safetensors"
+
+
+class TunedClassifier(ZeroShot):
+    """A zero-shot classifier whose class embeddings were learnt; they are part of its identity."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the encoder and of the class embeddings."""
+        return fingerprint({"class_embeddings": self.class_embeddings}, (super().fingerprint, *self.class_names))
+
+
+class PromptTunedModel(SavedModel):
+    """The base model with the class embeddings that its tuned prompts give.
+
+    Its detection score is the energy change (`robustvlm.detect.DeltaEnergy`) on its head, as on any zero-shot head.
+    """
+
+    def encoder(self, device: torch.device) -> VLM:
+        return self.base(device)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        names = self.card.settings.get("class_names")
+        return tuple(str(name) for name in names) if isinstance(names, list) else None
+
+    def classifier(
+        self, encoder: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True
+    ) -> Classifier:
+        """Return the tuned classifier over `class_names`, which must be among those that prompts were tuned for."""
+        del templates, cache  # the prompts are learnt, and kept here
+        embeddings = read_weights(self.folder / PROMPTS).get("class_embeddings")
+        names = self.card.settings.get("class_names")
+        if embeddings is None or not isinstance(names, list) or len(names) != len(embeddings):
+            raise UserError(
+                f"'{self.folder}' is damaged: its embeddings do not fit its classes; tune the prompts again"
+            )
+        places = places_of(class_names, [str(name) for name in names])
+        unknown = [name for name, place in zip(class_names, places, strict=True) if place is None]
+        if unknown:
+            raise UserError(
+                f"the prompts of '{self.folder}' were tuned for {len(names)} classes, '{unknown[0]}' is none of them: "
+                "pass data with those classes, or tune prompts for these"
+            )
+        rows = embeddings[[place for place in places if place is not None]]
+        return TunedClassifier(ZeroShotClassifier(encoder, class_names, rows)).eval()
+
+
+def save_prompts(folder: Path, context: Tensor, class_embeddings: Tensor) -> None:
+    """Write the context vectors [M, W] and the class embeddings [K, D] that they give."""
+    tensors = {"context": context, "class_embeddings": class_embeddings}
+    with replacing(folder / PROMPTS) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -1,29 +1,179 @@
-"""Purifier and mapper on disk: their sizes in the card, their weights as safetensors beside it."""
+"""The mapper, the purified encoder between purifier and mapper, and both parts on disk."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from robustvlm.core.files import replacing
 from robustvlm.core.foreign_text import one_line
 from robustvlm.core.user_code import named_by
+from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
-from robustvlm.defenses.purify.mapper import Mapper, MapperShape
+from robustvlm.defenses.purify.noise import FiLM, SigmaEmbedding, as_levels, dtype_of, zeroed
 from robustvlm.defenses.purify.unet import Purifier, PurifierShape
-from robustvlm.defenses.purify.vlm import PurifiedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.models.hub import brief
 from robustvlm.models.saved import Card
-from robustvlm.models.weights import read_weights
-from robustvlm.runs.files import replacing
+from robustvlm.models.weights import brief, fingerprint, read_weights
+
+# The smoothness mapper: a noise-conditioned correction of features towards those of the clean image
+
+
+@dataclass(frozen=True)
+class MapperShape:
+    """Sizes of a mapper.
+
+    Args:
+        dim: length D of the features.
+        hidden: width of the hidden layers, as a multiple of D.
+        blocks: residual blocks.
+        embedding: length of the noise embedding.
+    """
+
+    dim: int
+    hidden: float = 2.0
+    blocks: int = 2
+    embedding: int = 64
+
+
+class Mapper(nn.Module):
+    """Unit features [B, D] of noisy images and their noise level to features [B, D] nearer to those of clean images.
+
+    M(z, s) = z + g(s) f(z, s), g(s) = s / sqrt(s^2 + 1/16): residual blocks with FiLM on s whose last layers start at
+    zero, so that training starts at the identity. At s = 0 it is the identity exactly, whatever its weights; in FS-PSM
+    (arXiv 2601.16200) that is a penalty, here it is built in (our reading). Row by row; no batch statistics.
+
+    Example:
+        >>> import torch
+        >>> mapper, z = Mapper(MapperShape(dim=8)), torch.rand(3, 8)
+        >>> torch.equal(mapper(z, 0.25), z), torch.equal(mapper(z, 0.0), z)
+        (True, True)
+    """
+
+    def __init__(self, shape: MapperShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed = SigmaEmbedding(shape.embedding)
+        self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.blocks))
+
+    def forward(self, features: Tensor, sigma: Tensor | float) -> Tensor:
+        """Return features for noise levels [B], or one for all; not normalised."""
+        levels = as_levels(sigma, features)
+        embedding = self.embed(levels)
+        z = features
+        for block in self.blocks:
+            z = z + block(z, embedding).to(z.dtype)
+        gate = levels / (levels**2 + 1 / 16).sqrt()
+        return features + gate[:, None].to(z.dtype) * (z - features)
+
+
+class _Block(nn.Module):
+    """Norm, widen, FiLM, narrow; the last layer starts at zero."""
+
+    def __init__(self, shape: MapperShape) -> None:
+        super().__init__()
+        hidden = round(shape.hidden * shape.dim)
+        self.norm, self.first = nn.LayerNorm(shape.dim), nn.Linear(shape.dim, hidden)
+        self.film, self.second = FiLM(shape.embedding, hidden), zeroed(nn.Linear(hidden, shape.dim))
+
+    def forward(self, z: Tensor, embedding: Tensor) -> Tensor:
+        hidden = self.first(self.norm(z.to(dtype_of(self.first))))
+        return self.second(F.gelu(self.film(hidden, embedding)))
+
+
+# The purified encoder: denoise, encode, map; told the noise level by whoever adds the noise
+
+
+class PurifiedVLM(VLM):
+    """An encoder between a purifier and a mapper: f(x) = M(phi(P(x, s)), s) at unit norm, for noise of s.
+
+    Made for noise 0, where it is the encoder itself. Whoever smooths it asks for `at_noise(sigma)`, so purifier and
+    mapper see single noisy images and are part of what is averaged: certificates need no property of them (they must
+    be functions of one image, which `certify` checks).
+
+    Args:
+        base: the encoder; it encodes texts unchanged.
+        purifier: `Purifier`, `OwnDenoiser` or None.
+        mapper: `Mapper` or None.
+        sigma: noise level behind which this one stands.
+
+    Example:
+        >>> import torch
+        >>> from robustvlm.defenses.purify.unet import PurifierShape
+        >>> from robustvlm.models import load_model
+        >>> base, pixels = load_model("tiny"), torch.rand(1, 3, 64, 64)
+        >>> vlm = PurifiedVLM(base, Purifier(PurifierShape(widths=(8,))), None)
+        >>> torch.allclose(vlm.encode_image(pixels), base.encode_image(pixels))
+        True
+        >>> torch.allclose(vlm.at_noise(0.25).encode_image(pixels), base.encode_image(pixels))
+        False
+    """
+
+    def __init__(
+        self, base: VLM, purifier: Purifier | OwnDenoiser | None, mapper: Mapper | None, *, sigma: float = 0.0
+    ) -> None:
+        super().__init__(
+            spec=base.spec,
+            logit_scale=base.logit_scale,
+            **base.framing.options(),
+        )
+        # Behind a purifier of ours the encoder meets denoised images, so a purifier of its own is not told the noise.
+        self.base = base if purifier is not None else base.at_noise(sigma)
+        self.purifier, self.mapper, self.sigma = purifier, mapper, float(sigma)
+        self.eval()
+        self.to(base.device)
+
+    def at_noise(self, sigma: float) -> PurifiedVLM:
+        """Return the same model behind noise of `sigma`; the weights are shared."""
+        same = PurifiedVLM(self.base, self.purifier, self.mapper, sigma=sigma)
+        same.spec = self.spec
+        return same
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        if self.sigma == 0.0:
+            return self.base.encode_image(pixels)
+        clean = pixels if self.purifier is None else self.purifier(pixels, self.sigma)
+        features = self.base.encode_image(clean)
+        return features if self.mapper is None else self.mapper(features, self.sigma)
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        return self.base.encode_text(texts)
+
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self.base.cut_tokens(texts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the encoder, of purifier and mapper, and of the noise level."""
+        return fingerprint({}, (self.base.fingerprint, "purify", repr(self.sigma), super().fingerprint))
+
+    def _state(self) -> Mapping[str, object]:
+        state: dict[str, Any] = {}
+        for name, part in (("purifier", self.purifier), ("mapper", self.mapper)):
+            own = part.state if isinstance(part, OwnDenoiser) else {} if part is None else part.state_dict()
+            state |= {f"{name}.{key}": value for key, value in own.items()}
+        return state
+
+    def _identity(self) -> Iterable[str]:
+        return (_structure(self.purifier), _structure(self.mapper))
+
+
+def _structure(part: nn.Module | None) -> str:
+    if isinstance(part, OwnDenoiser):
+        return f"denoiser {part.fingerprint}"
+    return "none" if part is None else f"{type(part).__name__} {getattr(part, 'shape', '')!r}"
+
+
+# Purifier and mapper on disk: their sizes in the card, their weights as safetensors beside it
 
 PURIFIER, MAPPER = "purifier.safetensors", "mapper.safetensors"
 
@@ -159,3 +309,18 @@ def _denoiser(folder: Path, facts: Mapping[str, Any], image_size: int, device: t
             "back, or run `robustvlm purify` again"
         )
     return denoiser
+
+
+# A folder of kind `purify` as a model
+
+
+class PurifiedModel(SavedModel):
+    """The base model between its purifier and its mapper."""
+
+    def encoder(self, device: torch.device) -> PurifiedVLM:
+        base = self.base(device)
+        return self.parts(base.image_size, device).around(base)
+
+    def parts(self, image_size: int, device: torch.device) -> Parts:
+        """Return purifier and mapper, to be put around another encoder."""
+        return read_parts(self.folder, self.card, image_size, device)

@@ -1,31 +1,232 @@
-"""Training purifier and mapper, one stage after the other, each with checkpoints of its own."""
+"""Training purifier and mapper, one stage after the other: the stages as tasks, and their losses."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.core.ranks import Ranks
-from robustvlm.core.seeds import derive_seed
+from robustvlm.core.seeds import derive_seed, generator
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
-from robustvlm.defenses.purify.levels import NoiseLevels
-from robustvlm.defenses.purify.losses import MapperWeights, PurifierWeights
-from robustvlm.defenses.purify.mapper import Mapper, MapperShape
-from robustvlm.defenses.purify.parts import Parts
-from robustvlm.defenses.purify.tasks import MapperTask, PurifierTask
-from robustvlm.defenses.purify.unet import Purifier, purifier_shape
-from robustvlm.defenses.purify.vlm import PurifiedVLM
+from robustvlm.defenses.purify.noise import NoiseLevels
+from robustvlm.defenses.purify.parts import Mapper, MapperShape, Parts, PurifiedVLM
+from robustvlm.defenses.purify.unet import Purifier, coefficients, purifier_shape
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.training import Task, Trainer, TrainingConfig, TrainingData, TrainingObserver
+from robustvlm.stats import mean
+from robustvlm.training import Draws, Measure, Task, Trainer, TrainingConfig, TrainingData, TrainingObserver, gathered
 from robustvlm.training.history import History
+
+# What purifier and mapper are trained for: stage one and stage two of FS-PSM (arXiv 2601.16200)
+
+
+@dataclass(frozen=True)
+class PurifierWeights:
+    """Weights of the terms of stage one, for means over pixels and images.
+
+    Args:
+        diffusion: of the denoising loss at unit weight for every noise level.
+        feature: lambda_1, of 1 - cos to the clean feature.
+        pixel: lambda_2, of the squared error of the pixels.
+    """
+
+    diffusion: float = 1.0
+    feature: float = 1.0
+    pixel: float = 1.0
+
+
+@dataclass(frozen=True)
+class MapperWeights:
+    """Weights of the terms of stage two: `statistics` is lambda_3; 1 - cos to the clean feature has weight 1."""
+
+    statistics: float = 1.0
+
+
+def purifier_terms(
+    estimate: Tensor, clean: Tensor, sigma: Tensor, features: Tensor, clean_features: Tensor
+) -> dict[str, Tensor]:
+    """Return the terms of stage one as scalars.
+
+    * diffusion: |P(x + e) - x|^2 / c_out(sigma)^2, the U-Net's own squared error, which is of order one at every noise
+      level (Karras et al. 2022, arXiv 2206.00364, section 5);
+    * feature: 1 - cos(phi(P(x + e)), phi(x));
+    * pixel: |P(x + e) - x|^2.
+
+    Means over images and pixels (our reading of the squared norms).
+
+    Args:
+        estimate, clean: pixels [B, 3, H, W]; sigma: noise levels [B], above 0.
+        features, clean_features: of both [B, D].
+
+    Example:
+        >>> x, z = torch.rand(2, 3, 4, 4), torch.eye(2)
+        >>> terms = purifier_terms(x, x, torch.tensor([0.1, 0.5]), z, z)
+        >>> {name: round(value.item(), 6) for name, value in terms.items()}
+        {'diffusion': 0.0, 'feature': 0.0, 'pixel': 0.0}
+    """
+    squared = (estimate.float() - clean.float()).square().mean(dim=(1, 2, 3))
+    scale = coefficients(sigma.float())[1]
+    return {
+        "diffusion": (squared / scale.square()).mean(),
+        "feature": (1 - F.cosine_similarity(features.float(), clean_features.float(), dim=1)).mean(),
+        "pixel": squared.mean(),
+    }
+
+
+def mapper_terms(mapped: Tensor, clean: Tensor) -> dict[str, Tensor]:
+    """Return the terms of stage two as scalars.
+
+    * similarity: 1 - cos(M(z), phi(x));
+    * statistics: squared differences of the per-dimension mean and standard deviation over the batch, summed over the
+      dimensions, so that the mapper cannot buy cosine by pulling all features to one place.
+
+    The paper's third term, |M(z, 0) - z|^2, is zero by construction (see `Mapper`).
+
+    Args:
+        mapped, clean: unit features [B, D], B >= 2.
+
+    Example:
+        >>> z = torch.nn.functional.normalize(torch.rand(4, 8), dim=1)
+        >>> {name: abs(round(value.item(), 5)) for name, value in mapper_terms(z, z).items()}
+        {'similarity': 0.0, 'statistics': 0.0}
+    """
+    mapped, clean = mapped.float(), clean.float()
+    mean_gap = (mapped.mean(dim=0) - clean.mean(dim=0)).square().sum()
+    spread_gap = (_spread(mapped) - _spread(clean)).square().sum()
+    return {"similarity": (1 - F.cosine_similarity(mapped, clean, dim=1)).mean(), "statistics": mean_gap + spread_gap}
+
+
+def _spread(features: Tensor) -> Tensor:
+    # The root has no gradient at 0, which a dimension without any spread would ask for.
+    return (features.var(dim=0, unbiased=False) + 1e-12).sqrt()
+
+
+def weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    """Return the terms and, as "loss", their weighted sum.
+
+    Example:
+        >>> weighted({"a": torch.tensor(2.0), "b": torch.tensor(3.0)}, {"a": 1.0, "b": 0.5})["loss"]
+        tensor(3.5000)
+    """
+    total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    return {"loss": total, **terms}
+
+
+# The two stages of training, as tasks of the engine: the purifier before the encoder, then the mapper behind it
+
+_ROWS = 64
+
+
+class PurifierTask(Task):
+    """Stage one: the purifier learns to denoise, and to give the frozen encoder what it would make of the clean image.
+
+    Args:
+        purifier: what is trained. encoder: frozen; gradients pass through it to the purifier only.
+        levels: noise to train for. weights: of the terms of the loss.
+        held_out: images [N, 3, S, S] on which the Gaussian robustness score is watched.
+    """
+
+    labelled = False
+
+    def __init__(
+        self, purifier: Purifier, encoder: VLM, levels: NoiseLevels, weights: PurifierWeights, held_out: Tensor
+    ) -> None:
+        super().__init__(purifier)
+        self.purifier, self.encoder, self.levels = purifier, encoder.requires_grad_(False), levels
+        self.weights, self.held_out = asdict(weights), held_out
+
+    def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
+        """Return the weighted sum and the terms of stage one."""
+        del labels, step
+        with torch.no_grad():
+            clean = self.encoder.encode_image(pixels)
+        sigma = self.levels.at(draws.uniform(pixels.new_empty(len(pixels), 2), "sigma"))
+        noisy = pixels + sigma.view(-1, 1, 1, 1) * draws.normal(pixels, "noise")
+        estimate = self.purifier(noisy, sigma)
+        features = self.encoder.encode_image(estimate.to(pixels.dtype))
+        return weighted(purifier_terms(estimate, pixels, sigma, features, clean), self.weights)
+
+    def validate(self) -> Mapping[str, Measure]:
+        """Return the score at every level given, behind the purifier."""
+        return scores(PurifiedVLM(self.encoder, self.purifier, None), self.held_out, self.levels)
+
+
+class MapperTask(Task):
+    """Stage two: the mapper learns to give back the features of the clean image, behind the finished purifier.
+
+    A step has one noise level, so that the statistics of its features are those of one distribution.
+
+    Args:
+        mapper: what is trained. encoder: what stands before it, told the noise level by `at_noise`.
+        reference: the encoder whose clean features are aimed at.
+        levels, weights, held_out: as for `PurifierTask`.
+    """
+
+    labelled = False
+
+    def __init__(
+        self,
+        mapper: Mapper,
+        encoder: VLM,
+        reference: VLM,
+        levels: NoiseLevels,
+        weights: MapperWeights,
+        held_out: Tensor,
+    ) -> None:
+        super().__init__(mapper)
+        self.mapper, self.encoder, self.reference, self.levels = mapper, encoder, reference, levels
+        self.weights, self.held_out = {"similarity": 1.0, **asdict(weights)}, held_out
+
+    def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
+        """Return the weighted sum and the terms of stage two."""
+        del labels, step
+        sigma = float(self.levels.at(torch.rand(1, 2, generator=draws.generator("sigma"))))
+        with torch.no_grad():
+            clean = self.reference.encode_image(pixels)
+            noisy = self.encoder.at_noise(sigma).encode_image(pixels + sigma * draws.normal(pixels, "noise"))
+        mapped = F.normalize(self.mapper(noisy, sigma).float(), dim=1)
+        return weighted(mapper_terms(gathered(mapped), gathered(clean)), self.weights)
+
+    def validate(self) -> Mapping[str, Measure]:
+        """Return the score at every level given, behind purifier and mapper."""
+        return scores(PurifiedVLM(self.encoder, None, self.mapper), self.held_out, self.levels)
+
+
+def scores(vlm: VLM, images: Tensor, levels: NoiseLevels, *, draws: int = 2, seed: int = 0) -> dict[str, Measure]:
+    """Return the Gaussian robustness score E(1 + cos(f(x + e), f(x))) / 2 at every level, over images and draws.
+
+    The noise is the same in every call, so that the weights of different steps are compared on the same draws.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> found = scores(load_model("tiny"), torch.rand(4, 3, 64, 64), NoiseLevels((0.01, 0.5)))
+        >>> found["score at 0.01"].value > found["score at 0.5"].value
+        True
+    """
+    found: dict[str, Measure] = {}
+    with torch.no_grad():
+        clean = torch.cat([vlm.encode_image(part) for part in images.split(_ROWS)])
+        for sigma in levels.given:
+            told, noise = vlm.at_noise(sigma), generator(seed, "score", repr(sigma))
+            total = torch.zeros(len(images), device=clean.device)
+            for _ in range(draws):
+                for i, part in enumerate(images.split(_ROWS)):
+                    e = torch.randn(part.shape, generator=noise).to(part)
+                    features = told.encode_image(part + sigma * e)
+                    total[i * _ROWS : i * _ROWS + len(part)] += (features * clean[i * _ROWS :][: len(part)]).sum(dim=1)
+            found[f"score at {sigma:g}"] = mean((0.5 * (1 + total / draws)).tolist())
+    return found
+
+
+# Training purifier and mapper, one stage after the other, each with checkpoints of its own
 
 Stage = Literal["purifier", "mapper"]
 STAGES: tuple[Stage, ...] = ("purifier", "mapper")

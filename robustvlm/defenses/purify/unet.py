@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustvlm.defenses.purify.conditioning import FiLM, SigmaEmbedding, as_levels, dtype_of, zeroed
+from robustvlm.defenses.purify.noise import FiLM, SigmaEmbedding, as_levels, dtype_of, zeroed
 from robustvlm.errors import UserError, nearest
 
 CENTRE, SPREAD = 0.5, 0.25

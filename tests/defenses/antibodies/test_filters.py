@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustvlm.data.nouns import words_of
+from robustvlm.data.names import words_of
 from robustvlm.defenses.immunity.antibodies import (
     Antibodies,
     AntibodyText,
@@ -24,7 +24,7 @@ from robustvlm.defenses.immunity.antibodies import (
     nearest_angles,
     noise_antibodies,
 )
-from robustvlm.defenses.immunity.antibodies.names import KnownNames
+from robustvlm.defenses.immunity.antibodies.texts import KnownNames
 from robustvlm.errors import UserError
 
 CLASSES = ("dog", "police car", "apple", "glasses")

@@ -11,15 +11,14 @@ import pytest
 from scripted import completion, serving, status
 
 from robustvlm.data.classes import CIFAR10, cifar100_names, imagenet_names
-from robustvlm.data.emoji_facts import emoji_classes
+from robustvlm.data.emoji import emoji_classes
 from robustvlm.defenses.immunity.antibodies import AntibodyText, open_source
-from robustvlm.defenses.immunity.antibodies.bank import BANKS, BankSource, load_bank
-from robustvlm.defenses.immunity.antibodies.files import FileSource
 from robustvlm.defenses.immunity.antibodies.llm import CLASSES_PER_QUESTION, LlmSource, question
-from robustvlm.defenses.immunity.antibodies.names import KnownNames
+from robustvlm.defenses.immunity.antibodies.sources import BANKS, BankSource, FileSource, load_bank
+from robustvlm.defenses.immunity.antibodies.texts import KnownNames
 from robustvlm.errors import UserError
 from robustvlm.llm import LlmClient, LlmError
-from robustvlm.llm.cache import AnswerCache
+from robustvlm.llm.transport import AnswerCache
 
 SETS = {
     "emoji": (tuple(item.name for item in emoji_classes()), 6),
@@ -227,7 +226,7 @@ class Nouns:
 
 
 def test_wordnet_gives_siblings_then_cousins_and_the_kinds_as_kin() -> None:
-    from robustvlm.defenses.immunity.antibodies.wordnet import WordNetSource
+    from robustvlm.defenses.immunity.antibodies.sources import WordNetSource
 
     dog = Sense("dog|domestic_dog", Sense("hound", Sense("beagle")))
     canine = Sense("canine", dog, Sense("wolf", count=3), Sense("fox", count=9))

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.commands.build import build
-from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, saved, smooth
-from robustvlm.defenses.build import Misfit, Recipe, build_pipeline
-from robustvlm.defenses.build.copying import copy_model
+from robustvlm.commands.certify.config import Settings
+from robustvlm.commands.certify.setup import settle_sigma
+from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, pipeline, smooth
+from robustvlm.defenses.assemble import Misfit, Recipe, build_pipeline
+from robustvlm.defenses.assemble.building import copy_model
 from robustvlm.defenses.immunity import immunise_without_images
-from robustvlm.defenses.immunity.adapter import AdaptedVLM, Adapter
-from robustvlm.defenses.immunity.files import card_settings, save_tensors
+from robustvlm.defenses.immunity.state import AdaptedVLM, Adapter, card_settings, save_tensors
 from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, Purifier, PurifierShape
 from robustvlm.defenses.purify.parts import write_parts
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.settings import Settings
-from robustvlm.evaluation.certifying.setup import settle_sigma
 from robustvlm.models.saved import Card, read_card, write_card
 
 ENCODER, OTHER = "small_encoders:Encoder", "small_encoders:SmallMemory"
@@ -31,8 +30,8 @@ CLASSES, TEMPLATES = ["cat", "dog", "fox"], ["a {}"]
 # What an immunised model is, as far as a pipeline is concerned: an adapter around its base, and a head of its own.
 IMMUNITY = """
 import torch
-from robustvlm.defenses.base import ZeroShot
-from robustvlm.defenses.saved import SavedModel
+from robustvlm.defenses.classifier import ZeroShot
+from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.models import VLM, zero_shot
 
 class Adapted(VLM):
@@ -65,7 +64,7 @@ def _immunity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plain_immunity.py").write_text(IMMUNITY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "plain_immunity", raising=False)
-    monkeypatch.setitem(saved.KINDS, "immunize", "plain_immunity:Immunised")
+    monkeypatch.setitem(pipeline.KINDS, "immunize", "plain_immunity:Immunised")
 
 
 def purified(folder: Path, base: str = ENCODER) -> str:
@@ -193,7 +192,7 @@ def test_an_interrupted_build_is_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("robustvlm.defenses.build.copying.shutil.copyfile", full)
+    monkeypatch.setattr("robustvlm.defenses.assemble.building.shutil.copyfile", full)
     with pytest.raises(OSError, match="No space"):
         build_pipeline(Recipe(ENCODER, purify=purify, smooth="0.25"), folder)
     assert read_card(folder) is None
@@ -250,7 +249,7 @@ def real_head(folder: Path, base: str, *, noise: tuple[float, ...] = ()) -> str:
 
 @pytest.fixture
 def _own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(saved.KINDS, "immunize", "robustvlm.defenses.immunity.saved:ImmunisedModel")
+    monkeypatch.setitem(pipeline.KINDS, "immunize", "robustvlm.defenses.immunity.classifier:ImmunisedModel")
 
 
 @pytest.mark.usefixtures("_own_heads")
@@ -298,7 +297,7 @@ def test_a_head_smoothed_without_thresholds_for_the_noise_is_built_with_a_warnin
         1,
     ]
     assert len(found) == 2
-    whole = saved.saved_model(str(tmp_path / "whole"))
+    whole = pipeline.saved_model(str(tmp_path / "whole"))
     assert whole is not None
     assert whole.noise_levels == (0.5,)
 

@@ -9,10 +9,17 @@ import torch
 from tiny_tower import NAMES, small_forest
 from torch import Tensor
 
-from robustvlm.data.emoji_facts import emoji_tree
-from robustvlm.data.taxonomy import Tree
-from robustvlm.defenses.finetune.hierarchy import Hierarchy, image_nodes
-from robustvlm.defenses.finetune.hita import HierarchicalOptions, alignment, level_weights, norm_order, vicinity
+from robustvlm.data.emoji import emoji_tree
+from robustvlm.data.trees import Tree
+from robustvlm.defenses.finetune.hierarchy import (
+    HierarchicalOptions,
+    Hierarchy,
+    alignment,
+    image_nodes,
+    level_weights,
+    norm_order,
+    vicinity,
+)
 from robustvlm.defenses.finetune.hyperbolic import distance, distances, exp0, hyp_avg
 from robustvlm.errors import UserError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustvlm.attacks import ThreatModel
 from robustvlm.attacks.threat import l2_norms
 from robustvlm.defenses.finetune import InnerAttack
-from robustvlm.defenses.finetune.inner_attack import frozen
+from robustvlm.defenses.finetune.methods import frozen
 from robustvlm.errors import UserError
 from robustvlm.training import Draws
 

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from robustvlm.attacks import ThreatModel
 from robustvlm.data import open_data
-from robustvlm.data.pixels import to_pixels
-from robustvlm.data.source import Sample
+from robustvlm.data.source import Sample, to_pixels
 from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack, finetune_task
+from robustvlm.defenses.finetune.hierarchical import Hierarchical, ProjectedTexts
 from robustvlm.defenses.finetune.hyperbolic import distances, hyp_avg
-from robustvlm.defenses.finetune.inner_attack import frozen
-from robustvlm.defenses.finetune.methods import Hierarchical
-from robustvlm.defenses.finetune.texts import ProjectedTexts
+from robustvlm.defenses.finetune.methods import frozen
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.zero_shot import class_embeddings

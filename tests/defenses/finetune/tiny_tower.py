@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks import ThreatModel
-from robustvlm.data.taxonomy import Forest, Tree
+from robustvlm.data.trees import Forest, Tree
 from robustvlm.defenses.finetune import FinetuneSettings, FinetuneTask, InnerAttack, finetune_task
 from robustvlm.models import VLM
 

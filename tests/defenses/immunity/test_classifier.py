@@ -14,8 +14,8 @@ from robustvlm.certify import OpensetRule
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
 from robustvlm.defenses.immunity import AdaptedVLM, Adapter, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
-from robustvlm.defenses.immunity.files import card_settings, save_tensors
-from robustvlm.defenses.saved import saved_model
+from robustvlm.defenses.immunity.state import card_settings, save_tensors
+from robustvlm.defenses.pipeline import saved_model
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.saved import Card, write_card

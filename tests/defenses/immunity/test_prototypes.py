@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.defenses.immunity.mixtures import spherical_kmeans
-from robustvlm.defenses.immunity.prototypes import align, angle, automatic_xi, fit_prototypes, text_prototypes
+from robustvlm.defenses.immunity.prototypes import (
+    align,
+    angle,
+    automatic_xi,
+    fit_prototypes,
+    spherical_kmeans,
+    text_prototypes,
+)
 from robustvlm.errors import UserError
 
 

@@ -9,12 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustvlm.defenses.immunity.adapter import AdaptedVLM, Adapter
-from robustvlm.defenses.immunity.losses import automatic_margin, log_likelihoods, pull, push, pushed_share
-from robustvlm.defenses.immunity.prototypes import fit_prototypes
+from robustvlm.defenses.immunity.prototypes import fit_prototypes, log_normaliser
 from robustvlm.defenses.immunity.recipe import make_targets
-from robustvlm.defenses.immunity.vaccine import Targets, VaccineSettings, vaccinate
-from robustvlm.defenses.immunity.vmf import log_normaliser
+from robustvlm.defenses.immunity.state import AdaptedVLM, Adapter
+from robustvlm.defenses.immunity.vaccine import (
+    Targets,
+    VaccineSettings,
+    automatic_margin,
+    log_likelihoods,
+    pull,
+    push,
+    pushed_share,
+    vaccinate,
+)
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.integrate import trapezoid
 from scipy.stats import vonmises_fisher
 
-from robustvlm.defenses.immunity.vmf import concentration, log_normaliser, mean_resultant
+from robustvlm.defenses.immunity.prototypes import concentration, log_normaliser, mean_resultant
 from robustvlm.errors import UserError
 
 

@@ -24,7 +24,7 @@ from robustvlm.defenses.prompts import (
     tune,
     tuning_loss,
 )
-from robustvlm.defenses.prompts.tokens import prompt_tokens, text_tower, token_embedding, word_vectors
+from robustvlm.defenses.prompts.learner import prompt_tokens, text_tower, token_embedding, word_vectors
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model

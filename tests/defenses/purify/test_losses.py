@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.defenses.purify import Mapper, MapperShape, NoiseLevels, Purifier, PurifierShape
-from robustvlm.defenses.purify.losses import (
+from robustvlm.defenses.purify.train import (
+    MapperTask,
     MapperWeights,
+    PurifierTask,
     PurifierWeights,
     mapper_terms,
     purifier_terms,
+    scores,
     weighted,
 )
-from robustvlm.defenses.purify.tasks import MapperTask, PurifierTask, scores
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.training import Draws

@@ -11,7 +11,7 @@ import torch
 from analytic_encoders import SIDE, Circle, image_at
 from torch import Tensor, nn
 
-from robustvlm.attacks.straight_through import open_gradients
+from robustvlm.attacks.honesty import open_gradients
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
 from robustvlm.defenses.purify import (
     Mapper,

@@ -10,11 +10,10 @@ from analytic_encoders import Circle, image_at
 from torch import Tensor, nn
 
 from robustvlm.certify import FeatureRadius, SamplingEngine, Task
+from robustvlm.commands.certify.encoder import NoisyEncoder, find_dependence, probe_encoder
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.defenses.purify import Mapper, MapperShape, OwnDenoiser, PurifiedVLM, Purifier, PurifierShape
 from robustvlm.errors import UserError
-from robustvlm.evaluation.certifying.draws import find_dependence
-from robustvlm.evaluation.certifying.encoder import NoisyEncoder, probe_encoder
 from robustvlm.models import VLM
 
 SIGMA = 0.25

@@ -1,10 +1,16 @@
 """Antibodies: texts that say what the known classes are not, where they come from, and which of them to keep."""
 
-from robustvlm.defenses.immunity.antibodies.band import Band, automatic_band
-from robustvlm.defenses.immunity.antibodies.diagnostics import coverage, margins, nearest_angles
-from robustvlm.defenses.immunity.antibodies.filters import Dropped, Filtered, filter_antibodies
-from robustvlm.defenses.immunity.antibodies.noise import noise_antibodies
-from robustvlm.defenses.immunity.antibodies.open import FORMS, open_source
+from robustvlm.defenses.immunity.antibodies.filters import (
+    Band,
+    Dropped,
+    Filtered,
+    automatic_band,
+    coverage,
+    filter_antibodies,
+    margins,
+    nearest_angles,
+)
+from robustvlm.defenses.immunity.antibodies.sources import FORMS, noise_antibodies, open_source
 from robustvlm.defenses.immunity.antibodies.texts import Antibodies, AntibodySource, AntibodyText, Proposal
 
 __all__ = [

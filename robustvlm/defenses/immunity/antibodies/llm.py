@@ -1,4 +1,4 @@
-"""Antibodies written by a language model: the questions asked, and the answers taken.
+"""Antibodies from a language model: the questions, and what is written about one class.
 
 The templates are part of the method and are therefore published here, with a version that changes when they do.
 """
@@ -6,14 +6,51 @@ The templates are part of the method and are therefore published here, with a ve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.data.names import name_key
-from robustvlm.defenses.immunity.antibodies.entries import Entry, to_proposal
-from robustvlm.defenses.immunity.antibodies.texts import AntibodySource, Proposal
+from robustvlm.defenses.immunity.antibodies.texts import CONTEXT, HARD_NEGATIVE, AntibodySource, AntibodyText, Proposal
 from robustvlm.llm import LlmClient, LlmError
+
+# What is written about one class, by a person or a language model, and how it becomes antibodies
+
+
+class Entry(BaseModel):
+    """Three lists of noun phrases about one class.
+
+    Attributes:
+        same: other names of the class, and kinds of it: what must not become an antibody.
+        look_alikes: other things that look like it (hard negatives).
+        impossible: the thing where or as it cannot be (contextual anomalies).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    same: tuple[str, ...] = ()
+    look_alikes: tuple[str, ...] = ()
+    impossible: tuple[str, ...] = ()
+
+
+def to_proposal(entries: Mapping[str, Entry]) -> Proposal:
+    """Return what the entries, by class name, propose.
+
+    Example:
+        >>> proposal = to_proposal({"dog": Entry(same=("hound",), look_alikes=("wolf",), impossible=("dog in space",))})
+        >>> [(text.text, text.kind) for text in proposal.texts], dict(proposal.kin)
+        ([('wolf', 'hard-negative'), ('dog in space', 'context')], {'dog': ('hound',)})
+    """
+    texts = [
+        AntibodyText(text, name, kind)
+        for name, entry in entries.items()
+        for kind, phrases in ((HARD_NEGATIVE, entry.look_alikes), (CONTEXT, entry.impossible))
+        for text in phrases
+    ]
+    return Proposal(tuple(texts), {name: entry.same for name, entry in entries.items() if entry.same})
+
+
+# Antibodies written by a language model: the questions asked, and the answers taken
 
 PROMPT_VERSION = 1
 CLASSES_PER_QUESTION = 8

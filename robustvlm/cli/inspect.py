@@ -1,0 +1,362 @@
+"""`robustvlm data`, `models`, `evaluate` and `export`: what there is, how a model does unattacked, handing it on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robustvlm.cli.options import (
+    Classes,
+    Device,
+    LlmModel,
+    LlmPrices,
+    LlmUrl,
+    Templates,
+    TreeFile,
+    make_client,
+    require_none,
+    spent,
+)
+from robustvlm.cli.terminal import say, say_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from robustvlm.commands.evaluate_work import CleanResult
+    from robustvlm.data import DataSource
+    from robustvlm.llm import LlmClient
+    from robustvlm.report.sections import Block
+
+
+# `robustvlm data`: what a data spec holds, and whether every image of it can be read
+
+_SHOWN = 5
+_FAULTS_SHOWN = 20
+
+
+def data(
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="emoji, imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL, with ?option=value.",
+        ),
+    ] = "emoji",
+    classes: Annotated[Path | None, typer.Option("--classes", help="Class names, one a line or a JSON list.")] = None,
+    templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line.")] = None,
+    tree: Annotated[Path | None, typer.Option("--tree", help="Class tree: nested JSON or YAML, or a CSV.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Select this many images, as runs do.")] = None,
+    make_tree: Annotated[
+        str | None, typer.Option("--make-tree", metavar="wordnet|llm", help="Make a class tree, and write it to --out.")
+    ] = None,
+    tree_by: Annotated[
+        list[str] | None,
+        typer.Option("--tree-by", help="Criterion of a tree by a language model; repeat it for a forest."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the tree that is made, as trees.json.")] = None,
+    llm: LlmUrl = None,
+    llm_model: LlmModel = None,
+    llm_prices: LlmPrices = None,
+    check: Annotated[bool, typer.Option("--check", help="Decode every selected image and count the faults.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe a data set: images, classes, prompts, class tree, and with --check what cannot be read."""
+    from robustvlm.data import open_data
+
+    given = {"--tree-by": tree_by, "--out": out, "--llm": llm, "--llm-model": llm_model, "--llm-prices": llm_prices}
+    if make_tree is None:
+        require_none(given, "is for --make-tree: say --make-tree wordnet or --make-tree llm")
+    source = open_data(spec, classes=classes, templates=templates, tree=tree)
+    if make_tree is not None:
+        _make_tree(source, make_tree, tree_by, out, make_client(llm, llm_model, llm_prices), llm_prices)
+    facts = describe(source, limit)
+    if check:
+        facts["check"] = examine(source, limit, progress=not as_json)
+    if as_json:
+        say_json(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _show(facts)
+
+
+def _make_tree(
+    source: DataSource,
+    how: str,
+    criteria: list[str] | None,
+    out: Path | None,
+    client: LlmClient | None,
+    prices: str | None,
+) -> None:
+    """Write a made tree to a file that the user can read and edit, and take it for the data from here on."""
+    from robustvlm.core.files import named_disk_errors, replacing
+    from robustvlm.data.make_trees import make_forest
+    from robustvlm.data.trees import save_forest
+    from robustvlm.errors import UserError
+
+    if out is None or out.suffix.lower() != ".json":
+        raise UserError("--make-tree writes a JSON file: say which with --out trees.json")
+    source.tree = make_forest(how, source.class_names, client=client, **({"criteria": criteria} if criteria else {}))
+    with named_disk_errors(out.parent), replacing(out) as temporary:
+        save_forest(source.tree, temporary)
+    say(f"wrote {out}" + (f"; {spent(client, prices)}" if client is not None else ""), err=True)
+
+
+def describe(source: DataSource, limit: int | None = None) -> dict[str, Any]:
+    """Return what is known of a source without decoding an image; the number of images is None for streams."""
+    from robustvlm.data import select
+
+    ids = source.ids()
+    chosen = ids
+    if ids is not None and limit is not None:
+        selected = frozenset(select(ids, limit))
+        chosen = [name for name in ids if name in selected]
+    return {
+        "spec": source.spec,
+        "fingerprint": source.fingerprint(),
+        "images": None if ids is None else len(ids),
+        "selected": None if chosen is None else len(chosen),
+        "first_ids": None if chosen is None else chosen[:_SHOWN],
+        "class_names": list(source.class_names),
+        "templates": list(source.templates),
+        "remarks": list(source.remarks),
+        "trees": [
+            {
+                "root": tree.root,
+                "superclass_level": tree.superclass_level,
+                "levels": [
+                    {"nodes": len(tree.level_names(n)), "names": tree.level_names(n)} for n in range(tree.levels)
+                ],
+            }
+            for tree in source.tree or ()
+        ],
+    }
+
+
+def examine(source: DataSource, limit: int | None = None, *, progress: bool = False) -> dict[str, Any]:
+    """Decode the selected images and return how many can be read, of which sizes and classes, and every fault."""
+    from rich.progress import track
+
+    from robustvlm.cli.console import Console
+    from robustvlm.data import Unreadable
+
+    faults: list[dict[str, str]] = []
+    labels: Counter[int] = Counter()
+    widths: list[int] = []
+    items = source.samples(limit=limit)
+    for item in track(items, "Decoding", console=Console(stderr=True), transient=True) if progress else items:
+        if isinstance(item, Unreadable):
+            faults.append({"id": item.id, "reason": item.reason})
+        else:
+            labels[item.label] += 1
+            widths = [min([*widths[:1], *item.image.size]), max([*widths[1:], *item.image.size])]
+    return {
+        "readable": sum(labels.values()),
+        "unreadable": len(faults),
+        "faults": faults,
+        "pixels_shortest": widths[0] if widths else None,
+        "pixels_longest": widths[1] if widths else None,
+        "images_per_class": {name: labels[i] for i, name in enumerate(source.class_names)},
+        "unknown_class": labels[-1],
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from robustvlm.cli.console import Console
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    # Names and ids are the user's text: as Text objects their brackets are no markup.
+    for label, value in _rows(facts):
+        table.add_row(label, Text(value))
+    Console().print(table)
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    images = "counted while streaming (--check)" if facts["images"] is None else f"{facts['images']:,}"
+    if facts["selected"] != facts["images"]:
+        images += f", {facts['selected']:,} selected"
+    rows = [("Data", facts["spec"]), ("Images", images)]
+    if facts["first_ids"]:
+        rows.append(("First ids", ", ".join(facts["first_ids"])))
+    rows += [
+        ("Classes", f"{len(facts['class_names'])}: {_some(facts['class_names'])}"),
+        ("Templates", f"{len(facts['templates'])}: {_some(facts['templates'], 3)}"),
+    ]
+    for tree in facts["trees"]:
+        rows.append(("Tree", f"{tree['root']}, {len(tree['levels'])} levels"))
+        for n, level in reversed(list(enumerate(tree["levels"]))):
+            mark = " (superclasses in reports)" if n == tree["superclass_level"] else ""
+            rows.append((f"  level {n}", f"{level['nodes']}: {_some(level['names'])}{mark}"))
+    if not facts["trees"]:
+        rows.append(("Tree", "none: pass --tree FILE for results by superclass"))
+    rows += [("Note", remark) for remark in facts["remarks"]]
+    rows.append(("Fingerprint", facts["fingerprint"]))
+    return rows + (_check_rows(facts["check"]) if "check" in facts else [])
+
+
+def _check_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    counts = list(found["images_per_class"].values())
+    readable = f"{found['readable']:,}"
+    if found["readable"]:
+        readable += f", sides {found['pixels_shortest']} to {found['pixels_longest']} pixels"
+        readable += f", {min(counts)} to {max(counts)} images a class"
+    rows = [("Readable", readable), ("Unreadable", f"{found['unreadable']:,}")]
+    if found["unknown_class"]:
+        rows.insert(1, ("Unknown class", f"{found['unknown_class']:,}"))
+    bare = [name for name, count in found["images_per_class"].items() if not count]
+    if bare:
+        rows.append(("No image of", f"{len(bare)} classes: {_some(bare)}"))
+    rows += [("", f"{fault['id']}: {fault['reason']}") for fault in found["faults"][:_FAULTS_SHOWN]]
+    if found["unreadable"] > _FAULTS_SHOWN:
+        rows.append(("", f"... and {found['unreadable'] - _FAULTS_SHOWN:,} more (--json lists all)"))
+    return rows
+
+
+def _some(names: list[str], count: int = 6) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+# `robustvlm models`: what a MODEL can be
+
+
+def models(
+    text: Annotated[str, typer.Option("--filter", help="Only specs that contain this text (case ignored).")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the forms a model spec can take, and every model that has a name."""
+    # open_clip takes seconds to load; --help and other commands should not wait for it.
+    from robustvlm.defenses import OPERATORS
+    from robustvlm.errors import UserError, nearest
+    from robustvlm.models import list_models
+    from robustvlm.models.zoo import SPEC_FORMS
+
+    operators = [(f"MODEL+{operator.form}", operator.meaning) for operator in OPERATORS.values()]
+    all_forms = [*SPEC_FORMS, *operators]
+    known = list_models()
+    found = [model for model in known if text.lower() in model.spec.lower()]
+    if not found:
+        raise UserError(f"no model's name contains '{text}'; {nearest(text, [model.spec for model in known])}")
+    if as_json:
+        forms = [{"form": form, "meaning": meaning} for form, meaning in all_forms]
+        say_json(json.dumps({"forms": forms, "models": [asdict(model) for model in found]}, indent=2))
+        return
+    if not text:
+        width = max(len(form) for form, _ in all_forms)
+        lines = [f"  {form:<{width}}  {meaning}" for form, meaning in all_forms]
+        say("MODEL is one of\n" + "\n".join(lines) + "\n")
+    for model in found:
+        say(f"{model.spec}  ({model.source})" if model.source == "bundled" else model.spec)
+
+
+# `robustvlm evaluate`: clean accuracy, calibration and superclass accuracy of a model
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model; `robustvlm models` lists the forms.")] = "tiny",
+    data: Annotated[str, typer.Option("--data", help="The images; `robustvlm data` lists the forms.")] = "emoji",
+    classes: Classes = None,
+    templates: Templates = None,
+    tree: TreeFile = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Evaluate this many images, a fixed selection.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per pass.")] = 64,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""
+    # Loading torch and open_clip takes seconds; --help and other commands should not wait for them.
+    from robustvlm.cli.console import Console
+    from robustvlm.commands.evaluate_work import evaluate_clean
+    from robustvlm.data import open_data
+    from robustvlm.defenses import load_classifier
+    from robustvlm.report.screen import show
+
+    source = open_data(data, classes=classes, templates=templates, tree=tree)
+    classifier = load_classifier(model, source.class_names, source.templates, device=device)
+    with _progress(quiet=as_json) as progress:
+        ids = source.ids()
+        total = limit if ids is None else min(len(ids), limit or len(ids))
+        task = progress.add_task("Evaluating", total=total)
+        result = evaluate_clean(
+            classifier,
+            source,
+            limit=limit,
+            batch_size=batch_size,
+            on_images=lambda done: progress.update(task, completed=done),
+        )
+    if as_json:
+        say_json(result.model_dump_json(indent=2))
+    else:
+        show(Console(), _blocks(result))
+
+
+def _progress(*, quiet: bool) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from robustvlm.cli.console import Console
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+
+
+def _blocks(result: CleanResult) -> list[Block]:
+    """Return what is said of a clean evaluation: every measure with its interval."""
+    from robustvlm.report.sections import Column, Measure, Row, Table, Text
+    from robustvlm.report.words import percent
+
+    several = len({at.tree for at in result.superclass_accuracy}) > 1
+    rows: list[Row] = [(f"accuracy, {result.classes:,} classes", Measure.of(result.accuracy))]
+    for at in result.superclass_accuracy:
+        where = f"{at.tree}, level {at.level}" if several else f"level {at.level}"
+        label = f"superclass accuracy, {where} ({at.superclasses:,} groups)"
+        rows.append((label, Measure.of(at.accuracy)))
+    for what, rate in (("known", result.rejected), ("unknown", result.unknown_rejected)):
+        if rate is not None:
+            rows.append((f"rejected, images of {what} classes", Measure.of(rate)))
+    rows.append(("mean confidence", percent(result.mean_confidence)))
+    rows.append(("calibration error (15 bins)", percent(result.calibration_error)))
+    title = f"{result.model} on {result.data}"
+    table = Table([Column("Measure"), Column("Value, 95% interval")], rows, title=title, strong=frozenset({0}))
+    return [table, *map(Text, _notes(result))]
+
+
+def _notes(result: CleanResult) -> Iterator[str]:
+    speed = f"{result.images_per_second:,.0f} images/s"
+    yield f"{result.images:,} images in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
+    if result.unknown and result.unknown_rejected is None:
+        yield f"{result.unknown:,} images of unknown classes are left out"
+    yield from (f"Note: {remark}" for remark in result.remarks)
+    if result.unreadable:
+        name, reason = result.unreadable_reasons[0]
+        yield f"{result.unreadable:,} images could not be read; the first, {name}: {reason}"
+
+
+# `robustvlm export`: a model as a folder that open_clip reads
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or any other open_clip model's spec.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")],
+    half: Annotated[bool, typer.Option("--half", help="Store weights with 16 bits.")] = False,
+) -> None:
+    """Write a fine-tuned or averaged model as an open_clip folder: config, weights (safetensors), tokenizer.
+
+    open_clip loads it with create_model("local-dir:OUT"), and robustvlm with OUT as the model.
+    """
+    # Loading torch and open_clip takes seconds; --help should not wait for them.
+    from robustvlm.commands.export import export_model
+
+    export_model(model, out, half=half)
+    say(f"Model: {out}")
+    say(f"open_clip: create_model('local-dir:{out}'), get_tokenizer('local-dir:{out}')")

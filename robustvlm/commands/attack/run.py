@@ -1,0 +1,485 @@
+"""An attack run from images to a finished folder: clean pass, attacks by stage, checks; resumable throughout.
+
+A stage is one attack at one eps for one goal; stages go by rising eps, then by goal, then in the order the attacks were
+named. An image leaves at its first success: it is not attacked again at this or a larger eps, since a perturbation
+inside a small ball lies inside every larger one. Goals whose figure of merit is how far an attack gets (features, the
+level matrix) let no image leave. Every finished image is a line in the run's journal before its lane is used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks import (
+    FAILED,
+    FOOLED,
+    ROBUST,
+    ExternalAttack,
+    ExternalEngine,
+    Goal,
+    Job,
+    LaneAttack,
+    LaneEngine,
+    Probe,
+    Result,
+    ThreatModel,
+)
+from robustvlm.attacks.catalog import Attack
+from robustvlm.attacks.goals import Case, FeatureGoal
+from robustvlm.attacks.honesty import MOST_IMAGES, inspect_model
+from robustvlm.attacks.oracle import settle_draws
+from robustvlm.attacks.tensors import ask_unperturbed, brief, needs_briefing
+from robustvlm.commands.attack.clean import CleanPass
+from robustvlm.commands.attack.config import AttackConfig, Observer
+from robustvlm.commands.attack.cost import Budget, BudgetSpent, MeteredOracle, Speed, Work, estimate
+from robustvlm.commands.attack.effort import FEWEST_ROBUST, JUDGED_POINTS, NAMES, Diagnosis, choose_sample, short_attack
+from robustvlm.commands.attack.goal import Aim
+from robustvlm.commands.attack.store import CLEAN_WRONG, CleanFact, Ledger, save_pair, save_to_gallery
+from robustvlm.commands.common.inputs import Images, Picture
+from robustvlm.commands.common.questions import (
+    SANITY_NAMES,
+    ask,
+    fit_for,
+    of_probe,
+    of_sanity,
+    require_independent_rows,
+)
+from robustvlm.core.framing import Framing
+from robustvlm.core.ranks import Ranks
+from robustvlm.data.source import UNKNOWN, DataSource, Unreadable
+from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED, list_models
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.records import Check, Estimate
+
+# The stages of an attack run, and what they leave in pictures
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack at one eps for one goal."""
+
+    attack: Attack
+    threat: ThreatModel
+    eps_text: str
+    goal: Goal
+
+    @property
+    def title(self) -> str:
+        about = "" if self.goal.spec == "misclassify" else f" {self.goal.spec}"
+        return f"{self.attack.name} {self.threat.norm} {self.eps_text}{about}"
+
+
+def save_pictures(folder: RunFolder, result: Result, fact: CleanFact, stage: Stage, *, every: bool) -> None:
+    """Keep a success for the gallery, and among all adversarial images if `every` one is wanted."""
+    about = picture_facts(result, fact, stage)
+    pictures = (result.job.index, result.job.pixels, result.adversarial, about)
+    save_to_gallery(folder.gallery_path, *pictures)
+    if every:
+        save_pair(folder.adversarial_path, *pictures)
+
+
+def picture_facts(result: Result, fact: CleanFact, stage: Stage) -> dict[str, str]:
+    """Return the metadata that goes with a saved pair of images."""
+    shown = {
+        "image_id": fact.image_id,
+        "index": fact.index,
+        "label": fact.label,
+        "clean_prediction": fact.prediction,
+        "prediction": result.prediction,
+        "clean_confidence": fact.confidence,
+        "confidence": result.confidence,
+        "attack": stage.attack.name,
+        "eps": stage.threat.eps,
+    }
+    return {key: str(value) for key, value in shown.items()}
+
+
+# Which checks a run makes, on which images, and when: `--checks none`, `quick` or `full`.
+#
+# quick: questions to the model before the attacks (some 18 passes an image), and what the rows say after them. full:
+# also extra attacks on at most 32 images at the end, which cost at most `PASSES_PER_IMAGE` passes each.
+
+MODES = ("full", "quick", "none")
+
+_EXTRA = "extra attacks"
+# The note that names parts of the model which are declared to have no gradient of their own.
+STAND_INS = "gradient stand-ins"
+
+
+def questions(run: AttackRun, images: Tensor, label: Tensor, found: Probe) -> list[Check]:
+    """Return what a few passes over the first images [B, 3, H, W] with labels [B] say of the model's honesty.
+
+    Nothing when checks are off, or when an earlier session has asked.
+    """
+    if run.config.checks == "none" or _known(run.ledger) & set(SANITY_NAMES):
+        return []
+    oracle, goal = run.oracle, run.aim.goals[0]
+    images, label = images[: min(MOST_IMAGES, found.rungs[0])], label[: min(MOST_IMAGES, found.rungs[0])]
+    if run.aim.unknown:
+        label = torch.full_like(label, UNKNOWN)
+    seen = ask_unperturbed(oracle, goal, images, label)
+    sanity = inspect_model(
+        oracle,
+        images,
+        goal,
+        Case(label, reference=seen.reference),
+        min((stage.threat for stage in run.stages), key=lambda ball: ball.eps),
+        random=found.random,
+        classes=None if isinstance(goal, FeatureGoal) else len(run.source.class_names),
+    )
+    attacks = [stage.attack for stage in run.stages if isinstance(stage.attack, LaneAttack)]
+    declared = any(note.name == STAND_INS for note in run.aim.notes)
+    return of_sanity(sanity, attacks=attacks, zero_gradients=found.zero_gradients, declared=declared)
+
+
+def extra_work(run: AttackRun, planned: Sequence[Work]) -> list[Work]:
+    """Return what the extra attacks will cost at most, as work on images that are `planned` to be attacked anyway."""
+    if run.config.checks != "full" or _EXTRA in _known(run.ledger):
+        return []
+    names = dict.fromkeys(name for stage in planned for name in stage.images)
+    goal = run.aim.goals[0].spec
+    names = names or dict.fromkeys((goal, fact.image_id) for fact in run.ledger.clean.values() if fact.exposed)
+    sample, attack = list(names)[:MOST_IMAGES], short_attack([stage.attack for stage in run.stages])
+    # Points that are judged and not attacked count as attacks of as many passes.
+    judged = math.ceil(JUDGED_POINTS * run.oracle.draws / (2 * (attack.n_iter + 1) * run.oracle.eot))
+    longer = dataclasses.replace(attack, n_iter=2 * attack.n_iter)
+    return [Work(longer, sample)] + [Work(attack, sample)] * (3 + judged)
+
+
+def extra_attacks(run: AttackRun, found: Probe) -> None:
+    """Attack a sample of the run's images anew, and record what that says; what is recorded is not done again."""
+    ledger, oracle, goal = run.ledger, run.oracle, run.aim.goals[0]
+    known = _known(ledger)
+    if run.config.checks != "full" or _EXTRA in known:
+        return
+    threat, held, fell = _doubtful(ledger, goal, {stage.threat for stage in run.stages})
+    if threat is None:
+        message = f"Not made: fewer than {FEWEST_ROBUST} images withstood the attacks, so there is nothing to doubt."
+        ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
+        return
+    jobs = _sample(ledger, run.images, choose_sample(held, fell, run.config.seed))
+    if needs_briefing(goal):
+        jobs = [job for job, _ in brief(jobs, oracle, goal, found.rungs, run.n_targets)]
+    if not jobs:  # the files are gone since
+        return
+    run.observer.begin_stage("checks", len(NAMES), len(known & set(NAMES)))
+    before = oracle.passes.forward + oracle.passes.backward
+    attack = fit_for(short_attack([stage.attack for stage in run.stages]), found)
+    diagnosis = Diagnosis(oracle, goal, attack, threat, jobs, found.rungs, run.config.seed, on_pass=run.observer.passed)
+    try:
+        for check in diagnosis.checks(known):
+            ledger.add_checks([check])
+            run.observer.image_done(None)
+    except BudgetSpent:
+        message = "Not finished: the budget was spent."
+        ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
+        return
+    spent = oracle.passes.forward + oracle.passes.backward - before
+    message = f"{len(jobs)} images were attacked anew at eps {threat.eps:.4g}, in {spent:,} passes of this session."
+    ledger.add_checks([Check(name=_EXTRA, level="ok", message=message)])
+
+
+def _halvings(size: int) -> tuple[int, ...]:
+    """Return batch sizes from `size` down to 1: nothing here has to agree to the bit with other batches."""
+    return (size, *_halvings(size // 2)) if size > 1 else (1,)
+
+
+def _known(ledger: Ledger) -> set[str]:
+    return {check.name for check in ledger.checks}
+
+
+def _doubtful(
+    ledger: Ledger, goal: Goal, threats: Collection[ThreatModel]
+) -> tuple[ThreatModel | None, list[str], list[str]]:
+    """Return the largest ball in which images withstood all attacks, with their ids, and those of fallen images."""
+    exposed = {fact.index: fact.image_id for fact in ledger.clean.values() if fact.exposed}
+    for threat in sorted(threats, key=lambda ball: ball.eps, reverse=True):
+        facts = [fact for fact in ledger.found.values() if fact.goal == goal.spec and fact.eps <= threat.eps]
+        fell = {fact.index for fact in facts if fact.outcome == FOOLED}
+        held = {fact.index for fact in facts if fact.eps == threat.eps and fact.outcome == ROBUST} - fell
+        if len(held) >= FEWEST_ROBUST:
+            return threat, [exposed[i] for i in held if i in exposed], [exposed[i] for i in fell if i in exposed]
+    return None, [], []
+
+
+def _sample(ledger: Ledger, images: Images, names: Sequence[str]) -> list[Job]:
+    """Return the jobs of the images of these ids, in the order of the source."""
+    facts = {fact.image_id: fact for fact in ledger.clean.values()}
+    jobs: dict[str, Job] = {}
+    for item in images.stream(lambda name: name in names):
+        if isinstance(item, Picture) and item.id in names and item.id not in jobs:
+            fact = facts[item.id]
+            jobs[item.id] = Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
+    return list(jobs.values())
+
+
+def published(spec: str) -> bool:
+    """Whether a spec names weights that are known to be published without adversarial training.
+
+    Example:
+        >>> published("tiny"), published("ViT-B/32/openai"), published("tiny+smooth:0.25")
+        (True, True, False)
+    """
+    if spec in BUNDLED:
+        return spec not in ADVERSARIALLY_TRAINED
+    name, slash, tag = spec.rpartition("/")
+    plain = f"{name.replace('/', '-')}/{tag}"
+    return bool(slash) and "+" not in spec and any(model.spec == plain for model in list_models())
+
+
+# An attack run from images to a finished folder: clean pass, attacks by stage, summary, report; resumable throughout
+
+# A killed session loses its count of passes since the last note of it.
+_COST_SECONDS = 5.0
+
+
+class AttackRun:
+    """Attacks the images of a source under a config and keeps all facts in a ledger.
+
+    Args:
+        config: the settings; source: the images; aim: the model and what is wanted of it.
+        attacks: the attacks of `config.attack`, in order.
+        ledger: the run's record; facts already in it are not found again.
+        observer: told about progress.
+        framing: how images are brought to the attack's resolution.
+        ranks: this process among those that share the work; budget: what the run may cost.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: AttackConfig,
+        source: DataSource,
+        aim: Aim,
+        attacks: Sequence[Attack],
+        ledger: Ledger,
+        observer: Observer,
+        framing: Framing | None = None,
+        ranks: Ranks | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self.config, self.source, self.ledger, self.observer = config, source, ledger, observer
+        self.aim, self.ranks, self.budget = aim, ranks or Ranks(), budget or Budget()
+        self.oracle = MeteredOracle(
+            aim.model,
+            budget=self.budget,
+            ranks=self.ranks,
+            device=config.device,
+            precision=config.precision,
+            seed=config.seed,
+            compiled=config.compiled,
+        )
+        self.images = Images(
+            source,
+            limit=config.limit,
+            resolution=config.resolution if framing is None else framing.at(config.resolution),
+            ahead=0 if self.oracle.device.type == "cpu" else config.lanes,
+        )
+        self.stages = [
+            Stage(attack, ThreatModel(config.norm, eps), text, goal)
+            for eps, text in zip(config.eps, config.eps_text, strict=True)
+            for goal in aim.goals
+            for attack in attacks
+        ]
+        self.n_targets = max(getattr(attack, "n_targets", None) or 1 for attack in attacks)
+        self.clean = CleanPass(
+            self.oracle, self.images, aim, ledger=ledger, observer=observer, ranks=self.ranks, n_targets=self.n_targets
+        )
+        self._began = self._noted = time.monotonic()
+
+    def run(self) -> None:
+        """Do what is left to do, as far as the budget goes; every fact goes to the ledger as soon as it is known."""
+        with self._session() as found:
+            if found is None:
+                return
+            self.observer.forecast(self._forecast(found))
+            for stage in self.stages:
+                if self.ledger.stopped:
+                    return
+                with self._within_budget(f"in {stage.title}"):
+                    self._run_stage(stage, found)
+                self._meet()
+            if self.ranks.leader and not self.ledger.stopped:
+                with self.oracle.made_for("checks"):
+                    extra_attacks(self, found)
+
+    def estimate(self) -> Estimate | None:
+        """Make the clean pass and return what the attacks will cost; None when the budget is spent before."""
+        with self._session() as found:
+            return None if found is None else self._forecast(found)
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Probe | None]:
+        """Question the model and make the clean pass; note at the end, however it comes, what it all has cost."""
+        self._began = self._noted = time.monotonic()
+        found = None
+        try:
+            self._meet()
+            with self._within_budget("in the clean pass"):
+                self.oracle.meter.require(1)
+                with self.oracle.made_for("questions"):
+                    found = self._probe()
+                with self.oracle.made_for("clean"):
+                    self.clean.run(found.rungs)
+            self._meet()
+            yield None if self.ledger.stopped else found
+        finally:
+            self._note_cost()
+
+    @contextlib.contextmanager
+    def _within_budget(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except BudgetSpent:
+            self.ledger.add_stop(f"the budget of {self.budget.text} was spent {where}")
+
+    def _meet(self) -> None:
+        """Wait for the other processes and learn what they have found; deal out what is left of the budget."""
+        self._note_cost()
+        self.ranks.barrier()
+        self.ledger.sync()
+        # Nobody goes on and writes before everybody has read, or they would know different things.
+        self.ranks.barrier()
+        cost = self.ledger.cost
+        self.oracle.meter.deal_out(cost.forward_passes + cost.backward_passes)
+
+    def _forecast(self, found: Probe) -> Estimate:
+        """Return what is left to do, in passes and seconds."""
+        work = []
+        for stage in self.stages:
+            wanted = self._remaining(stage)
+            targets = max((len(fact.targets) for fact in wanted.values()), default=1)
+            attack = stage.attack
+            known = attack if isinstance(attack, LaneAttack) else attack.name
+            work.append(Work(known, [(stage.goal.spec, name) for name in wanted], n_targets=targets))
+        oracle = self.oracle
+        speed = Speed(
+            rungs=found.rungs,
+            seconds_of=oracle.seconds,
+            eot=oracle.eot,
+            second_looks=0 if oracle.confirmed else oracle.draws,
+            ranks=self.ranks.size,
+        )
+        forecast = estimate([*work, *extra_work(self, work)], speed)
+        if self.ranks.leader:
+            self.ledger.add_estimate(forecast)
+        return forecast
+
+    def _note_cost(self, *, every: float = 0.0) -> None:
+        """Record the passes and time of this session so far, unless that was done in the last `every` seconds."""
+        now = time.monotonic()
+        if now - self._noted >= every:
+            self.ledger.add_cost(self.oracle, now - self._began)
+            self._noted = now
+
+    def _probe(self) -> Probe:
+        """Question the model on the first images; refuse one whose rows are not independent."""
+        first = self.clean.first_images(self.config.lanes)
+        images = torch.stack([picture.pixels for picture in first])
+        # Images of unknown classes have no label; what the probe asks does not depend on it.
+        label = torch.tensor([max(0, picture.label) for picture in first])
+        found, notes = ask(self.oracle, images, label, model=self.config.model)
+        require_independent_rows(found, self.config.model)
+        self._settle_draws(found)
+        said = of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
+        if self.ranks.leader:
+            asked = questions(self, images, label, found)
+            self.ledger.add_checks([*said, *notes, *self.aim.notes, *asked])
+        return found
+
+    def _settle_draws(self, found: Probe) -> None:
+        """Average over the draws of a random model, and judge it by fresh ones."""
+        config = self.config
+        settle_draws(self.oracle, found, eot=config.eot, draws=config.draws, eot_if_random=config.eot_if_random)
+
+    def _run_stage(self, stage: Stage, found: Probe) -> None:
+        """Run one attack at one eps on every image that still withstands; every one of them gets a row."""
+        wanted = self._share(stage)
+        done = self.ledger.attacked(stage.threat.eps, stage.goal.spec, stage.attack.name)
+        self.observer.begin_stage(stage.title, len(wanted) + done, done)
+        if not wanted:
+            return
+        engine = self._engine(stage, found)
+        reached: set[int] = set()
+        jobs = self._jobs(wanted, stage)
+        if self.aim.everyone or needs_briefing(stage.goal):
+            jobs = self._briefed(jobs, stage, found, reached)
+        for result in engine.run(jobs):
+            self._keep(replace(result, outcome=CLEAN_WRONG) if result.job.index in reached else result, stage)
+        for fact in (fact for name, fact in self._remaining(stage).items() if name in wanted):
+            self._lose(fact, stage, "it is no longer in the data")
+        if isinstance(engine, ExternalEngine):
+            self.ledger.add_checks([Check(**asdict(finding)) for finding in engine.findings])
+
+    def _engine(self, stage: Stage, found: Probe) -> LaneEngine | ExternalEngine:
+        common: dict[str, Any] = {
+            "lanes": found.rungs[0],
+            "rungs": found.rungs,
+            "seed": self.config.seed,
+            "goal": stage.goal,
+            "on_pass": self.observer.passed,
+        }
+        if isinstance(stage.attack, ExternalAttack):
+            permit = self.oracle.meter.require
+            return ExternalEngine(self.oracle, stage.attack, stage.threat, permit=permit, **common)
+        attack = fit_for(stage.attack, found)
+        return LaneEngine(self.oracle, attack, stage.threat, leave=self.aim.leave, **common)
+
+    def _remaining(self, stage: Stage) -> dict[str, CleanFact]:
+        return self.ledger.remaining(
+            stage.threat.eps, stage.goal.spec, stage.attack.name, leave=self.aim.leave, everyone=self.aim.everyone
+        )
+
+    def _share(self, stage: Stage) -> dict[str, CleanFact]:
+        """Return the images of a stage that this process attacks, dealt out anew among all that are left."""
+        left = self._remaining(stage).items()
+        return {name: fact for place, (name, fact) in enumerate(left) if self.ranks.mine(place)}
+
+    def _briefed(self, jobs: Iterator[Job], stage: Stage, found: Probe, reached: set[int]) -> Iterator[Job]:
+        """Tell the jobs what the goal has to know of the clean images; note where it is reached unperturbed."""
+        briefs = brief(jobs, self.oracle, stage.goal, found.rungs, self.n_targets)
+        while True:
+            with self.oracle.made_for("clean"):
+                item = next(briefs, None)
+            if item is None:
+                return
+            job, already = item
+            if already:
+                reached.add(job.index)
+            yield job
+
+    def _jobs(self, wanted: dict[str, CleanFact], stage: Stage) -> Iterator[Job]:
+        handed_on: set[str] = set()
+        for item in self.images.stream(lambda name: name in wanted):
+            # Streams also name what no one asked for: damaged shards, and second images of the same name.
+            if item.id not in wanted or item.id in handed_on:
+                continue
+            handed_on.add(item.id)
+            fact = wanted[item.id]
+            self.oracle.meter.require(1)
+            if isinstance(item, Unreadable):
+                self._lose(fact, stage, item.reason)
+            else:
+                yield Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
+
+    def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
+        self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)
+        self.observer.image_done(FAILED)
+
+    def _keep(self, result: Result, stage: Stage) -> None:
+        """Save the pictures first: a row in the journal means that they are there."""
+        if result.outcome == FOOLED:
+            fact = self.ledger.clean[result.job.index]
+            save_pictures(self.ledger.folder, result, fact, stage, every=self.config.save_adversarial)
+        self.ledger.add_result(result, stage.attack.name, stage.threat.eps, stage.goal.spec)
+        self._note_cost(every=_COST_SECONDS)
+        self.observer.image_done(result.outcome)

@@ -1,0 +1,361 @@
+"""All facts of an attack run: in memory, in the journal, as result rows, and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from safetensors.torch import save
+from torch import Tensor
+
+from robustvlm.attacks import Result
+from robustvlm.commands.attack.cost import MeteredOracle
+from robustvlm.commands.attack.verdicts import NO_ANSWER
+from robustvlm.commands.common.store import JournalLedger, cost_of
+from robustvlm.core.files import replacing
+from robustvlm.data.source import DataSource, select
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.records import Check, Cost, Estimate, Passes
+
+# Result rows: a row per image, attack and eps, from the facts in the journal
+
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("image_id", pa.string()),
+        ("label", pa.int32()),
+        ("clean_prediction", pa.int32()),
+        ("attack", pa.string()),
+        ("norm", pa.string()),
+        ("eps", pa.float64()),
+        ("goal", pa.string()),
+        ("outcome", pa.string()),
+        ("adversarial_prediction", pa.int32()),
+        ("steps", pa.int32()),
+        ("passes", pa.int32()),
+        ("linf", pa.float64()),
+        ("l2", pa.float64()),
+        ("clean_margin", pa.float64()),
+        ("margin", pa.float64()),
+        ("clean_confidence", pa.float64()),
+        ("confidence", pa.float64()),
+        ("clean_cosine", pa.float64()),
+        ("cosine", pa.float64()),
+        ("restart", pa.int32()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+CLEAN_WRONG, FOOLED, SKIPPED, FAILED, UNDECIDED = "clean_wrong", "fooled", "skipped", "failed", "undecided"
+
+
+@dataclass(frozen=True)
+class CleanFact:
+    """What the model says of an unperturbed image, under the run's first goal.
+
+    Args:
+        prediction: class, -1 for a rejected image, -2 where the output is not finite.
+        margin: the goal's margin, positive as long as the goal is not reached.
+        targets: the classes worth aiming at, the likeliest first.
+        exposed: the goal is not reached and the output finite, so that there is something to attack.
+        cosine: the cosine that a feature goal is about.
+    """
+
+    index: int
+    image_id: str
+    label: int
+    prediction: int
+    margin: float
+    confidence: float
+    targets: list[int]
+    exposed: bool
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class AttackFact:
+    """What one attack found for one image at one eps under one goal."""
+
+    index: int
+    attack: str
+    eps: float
+    goal: str
+    outcome: str
+    prediction: int
+    steps: int
+    passes: int
+    linf: float
+    l2: float
+    margin: float
+    confidence: float
+    run: int
+    seconds: float
+    cosine: float | None = None
+
+
+def make_rows(
+    clean: Sequence[CleanFact],
+    found: Sequence[AttackFact],
+    *,
+    norm: str,
+    eps: Sequence[float],
+    attacks: Sequence[str],
+    goals: Sequence[str] = ("misclassify",),
+) -> pa.Table:
+    """Return the full table, ordered by eps, goal, attack and image, with a row also for what needed no attack.
+
+    Images for which the goal was reached unperturbed are "clean_wrong"; images fooled by an earlier attack or at a
+    smaller eps are "skipped"; those that the run did not come to are "undecided". None of these was attacked, so their
+    measured columns hold what is known of the clean image.
+    """
+    by_stage = {(fact.eps, fact.goal, fact.attack, fact.index): fact for fact in found}
+    images = sorted(clean, key=lambda fact: fact.index)
+    fallen: set[tuple[str, int]] = set()
+    rows = []
+    for value in eps:
+        for goal in goals:
+            for attack in attacks:
+                stage = {"attack": attack, "norm": norm, "eps": value, "goal": goal}
+                for image in images:
+                    fact = by_stage.get((value, goal, attack, image.index))
+                    rows.append(_row(image, fact, stage, fallen=(goal, image.index) in fallen))
+                    if fact is not None and fact.outcome == FOOLED:
+                        fallen.add((goal, image.index))
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _row(image: CleanFact, fact: AttackFact | None, stage: dict[str, Any], *, fallen: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "index": image.index,
+        "image_id": image.image_id,
+        "label": image.label,
+        "clean_prediction": image.prediction,
+        **stage,
+        "outcome": CLEAN_WRONG if not image.exposed else SKIPPED if fallen else UNDECIDED,
+        "adversarial_prediction": NO_ANSWER,
+        "steps": 0,
+        "passes": 0,
+        "linf": 0.0,
+        "l2": 0.0,
+        "clean_margin": image.margin,
+        "margin": image.margin,
+        "clean_confidence": image.confidence,
+        "confidence": image.confidence,
+        "clean_cosine": image.cosine,
+        "cosine": image.cosine,
+        "restart": -1,
+        "seconds": 0.0,
+    }
+    if fact is not None:
+        measured = asdict(fact)
+        row |= {key: measured[key] for key in ("outcome", "steps", "passes", "linf", "l2", "margin", "confidence")}
+        prediction = NO_ANSWER if fact.outcome == FAILED else fact.prediction
+        row |= {"adversarial_prediction": prediction, "restart": fact.run, "seconds": fact.seconds}
+        row["cosine"] = fact.cosine
+    return row
+
+
+# All facts of an attack run: kept in memory, and appended to the run's journal as they come
+
+
+class Ledger(JournalLedger):
+    """The facts of an attack run: unperturbed answers, what the attacks found, why a session stopped."""
+
+    def __init__(self, folder: RunFolder, *, rank: int = 0, session: str | None = None) -> None:
+        self.clean: dict[int, CleanFact] = {}
+        self.found: dict[tuple[float, str, str, int], AttackFact] = {}
+        self.fooled: set[tuple[str, int]] = set()
+        self.left_out: dict[int, str] = {}
+        self._stops: dict[str, str] = {}
+        self.estimate: Estimate | None = None
+        super().__init__(folder, rank=rank, session=session)
+
+    @property
+    def seen(self) -> set[str]:
+        """Ids of the images of which the clean pass knows the answer."""
+        named = {image.id for image in self._unreadable.values()} | set(self.left_out.values())
+        return {fact.image_id for fact in self.clean.values()} | named
+
+    def count_images(self, source: DataSource, limit: int | None) -> int | None:
+        """Return how many images the run covers, or None when only streaming can tell."""
+        ids = source.ids()
+        return len(select(ids, limit)) if ids is not None else limit
+
+    def remaining(
+        self, eps: float, goal: str, attack: str, *, leave: bool = True, everyone: bool = False
+    ) -> dict[str, CleanFact]:
+        """Return, by image id, the images this stage has still to attack.
+
+        Args:
+            leave: images that the goal has been reached on before are not attacked again.
+            everyone: images are attacked also where the goal is reached unperturbed.
+        """
+        return {
+            fact.image_id: fact
+            for index, fact in sorted(self.clean.items())
+            if (fact.exposed or (everyone and fact.prediction != NO_ANSWER))
+            and not (leave and (goal, index) in self.fooled)
+            and (eps, goal, attack, index) not in self.found
+        }
+
+    def attacked(self, eps: float, goal: str, attack: str) -> int:
+        """Return how many images this stage has finished."""
+        return sum(1 for *stage, _ in self.found if tuple(stage) == (eps, goal, attack))
+
+    def add_clean(self, fact: CleanFact) -> None:
+        """Record what the model says of an unperturbed image."""
+        self._add({"kind": "clean", **asdict(fact)})
+
+    def add_left_out(self, index: int, image_id: str) -> None:
+        """Record an image that the goal is not about, such as one of an unknown class."""
+        self._add({"kind": "left out", "index": index, "image_id": image_id})
+
+    def add_result(self, result: Result, attack: str, eps: float, goal: str) -> None:
+        """Record the answer of one attack for one image."""
+        fact = AttackFact(
+            index=result.job.index,
+            attack=attack,
+            eps=eps,
+            goal=goal,
+            outcome=result.outcome,
+            prediction=result.prediction,
+            steps=result.steps,
+            passes=result.passes,
+            linf=result.linf,
+            l2=result.l2,
+            margin=result.margin,
+            confidence=result.confidence,
+            run=result.run,
+            seconds=result.seconds,
+            cosine=result.cosine,
+        )
+        self._add({"kind": "attack", **asdict(fact)})
+
+    def add_lost(self, clean: CleanFact, attack: str, eps: float, goal: str, reason: str) -> None:
+        """Record an image that was readable in the clean pass and is no longer: the attack could not be made."""
+        nothing = AttackFact(
+            index=clean.index,
+            attack=attack,
+            eps=eps,
+            goal=goal,
+            outcome=FAILED,
+            prediction=NO_ANSWER,
+            steps=0,
+            passes=0,
+            linf=0.0,
+            l2=0.0,
+            margin=clean.margin,
+            confidence=clean.confidence,
+            run=-1,
+            seconds=0.0,
+            cosine=clean.cosine,
+        )
+        self._add({"kind": "attack", **asdict(nothing)})
+        message = f"image '{clean.image_id}' could not be read again for the attack: {reason}"
+        self.add_checks([Check(name=f"lost image {clean.index}", level="warning", message=message)])
+
+    def add_cost(self, oracle: MeteredOracle, seconds: float) -> None:
+        """Record what this session has cost so far."""
+        passes = oracle.passes
+        self._add_cost(
+            cost_of(
+                forward=passes.forward,
+                backward=passes.backward,
+                seconds=seconds,
+                model_seconds=passes.seconds,
+                passes=Passes(**oracle.spent),
+            )
+        )
+
+    @property
+    def cost(self) -> Cost:
+        """Passes and time over all sessions, with what the passes were for.
+
+        What the attacks paid beyond the passes of finished images was spare. A killed session counts up to its last
+        note of them; images that it finished after that tell of more passes, which are counted too.
+        """
+        cost = super().cost
+        if cost.passes is None:
+            return cost
+        known, given = cost.passes, sum(fact.passes for fact in self.found.values())
+        unnoted = max(0, given - known.images - known.untold)
+        rest = known.images + known.untold + unnoted - given
+        spare = min(rest, known.images)
+        parts = {"images": given, "spare": known.spare + spare, "untold": rest - spare}
+        return cost_of(
+            forward=cost.forward_passes + unnoted - unnoted // 2,
+            backward=cost.backward_passes + unnoted // 2,
+            seconds=cost.seconds,
+            model_seconds=cost.model_seconds,
+            passes=known.model_copy(update=parts),
+        )
+
+    def add_stop(self, reason: str) -> None:
+        """Record that this session stops before all is decided, and why."""
+        self._add({"kind": "stop", "session": self.session, "reason": reason})
+
+    @property
+    def stopped(self) -> str | None:
+        """Why this session has stopped before all was decided, on whichever process; None if it has not."""
+        return self._stops.get(self.session)
+
+    def add_estimate(self, estimate: Estimate) -> None:
+        """Record what the run was expected to cost before its first stage; later estimates are of what is left."""
+        if self.estimate is None:
+            self._add({"kind": "estimate", **estimate.model_dump()})
+
+    def _take_own(self, kind: str, fact: dict[str, Any]) -> None:
+        if kind == "clean":
+            self.clean[fact["index"]] = CleanFact(**fact)
+        elif kind == "left out":
+            self.left_out[fact["index"]] = fact["image_id"]
+        elif kind == "attack":
+            row = AttackFact(**fact)
+            self.found[row.eps, row.goal, row.attack, row.index] = row
+            if row.outcome == FOOLED:
+                self.fooled.add((row.goal, row.index))
+        elif kind == "stop":
+            self._stops[fact["session"]] = fact["reason"]
+        elif kind == "estimate":
+            self.estimate = Estimate(**fact)
+        else:
+            raise ValueError(f"unknown kind of fact '{kind}'")
+
+
+# Adversarial images of a run, as safetensors files named by image number
+
+GALLERY_SIZE = 12
+
+
+def save_pair(folder: Path, index: int, clean: Tensor, adversarial: Tensor, facts: dict[str, str]) -> None:
+    """Write `clean` and `adversarial` [3, H, W] float32 of one image, with `facts` as the file's metadata."""
+    tensors = {"clean": clean.float().contiguous(), "adversarial": adversarial.float().contiguous()}
+    with replacing(_path(folder, index)) as temporary:
+        # Written here and not by the library, whose errors for a full disk are not those of the operating system.
+        temporary.write_bytes(save(tensors, metadata=facts))
+
+
+def save_to_gallery(folder: Path, index: int, clean: Tensor, adversarial: Tensor, facts: dict[str, str]) -> None:
+    """Keep the `GALLERY_SIZE` images of lowest number, whatever the order in which they come."""
+    numbers = _numbers(folder)
+    if len(numbers) >= GALLERY_SIZE and index > numbers[-1]:
+        return
+    save_pair(folder, index, clean, adversarial, facts)
+    trim_gallery(folder)
+
+
+def trim_gallery(folder: Path) -> None:
+    """Delete the images beyond `GALLERY_SIZE`; of several processes that save at once, each may leave one too many."""
+    for surplus in _numbers(folder)[GALLERY_SIZE:]:
+        _path(folder, surplus).unlink(missing_ok=True)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("[0-9]*.safetensors"))
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.safetensors"

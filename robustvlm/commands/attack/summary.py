@@ -1,0 +1,385 @@
+"""The content of an attack's `summary.json`, made from its rows in one place, and the conditions put to it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robustvlm.commands.attack.verdicts import (
+    NO_ANSWER,
+    REJECTED,
+    ImageVerdict,
+    LevelSummary,
+    LevelTransfer,
+    Outcome,
+    Point,
+    Rows,
+    Verdicts,
+    columns,
+    level_summaries,
+    level_transfer,
+    tree_levels,
+    verdicts,
+    worst_points,
+)
+from robustvlm.commands.common.conditions import Comparison, parse_comparison
+from robustvlm.errors import UserError, nearest
+from robustvlm.runs.records import Check, Cost, Estimate, Record, UnreadableImage
+from robustvlm.stats import Mean, Rate, mean, rate
+
+
+class Images(Record):
+    """How many images were evaluated, could not be read, and were classified right unperturbed.
+
+    `exposed` are those on which the goal was not reached unperturbed (None in runs from before there were goals: the
+    ones classified right); `left_out` those that the goal is not about, such as images of unknown classes; `waiting`
+    those that a run which stopped early has not classified yet.
+    """
+
+    evaluated: int
+    unreadable: int
+    clean_correct: int
+    exposed: int | None = None
+    left_out: int = 0
+    waiting: int = 0
+
+
+class AttackSummary(Record):
+    """One attack at one eps: images it ran on, fooled, broke on; accuracy left after it and all stages before it.
+
+    `robust_accuracy_after_at_most` is that accuracy if all images that are undecided so far were robust. `passes` are
+    those of the images it finished.
+    """
+
+    attack: str
+    attacked: int
+    fooled: int
+    failed: int
+    robust_accuracy_after: Rate
+    robust_accuracy_after_at_most: Rate | None = None
+    steps: int
+    passes: int
+
+
+class GroupSummary(Record):
+    """A class or superclass at one eps; the rate is over its images that were right when clean and decided.
+
+    With `undecided` images the success rate over all that were right when clean lies between `fooled` and
+    `fooled + undecided` of them.
+    """
+
+    name: str
+    images: int
+    clean_correct: int
+    fooled: int
+    undecided: int = 0
+    attack_success_rate: Rate
+
+
+class Cosine(Record):
+    """The cosine that a feature goal is about, as means over the images: unperturbed, and at the worst point found.
+
+    For `feature` it is the similarity to the image's own clean feature (FCS), for `feature:TARGET` that to the target.
+    """
+
+    clean: Mean
+    attacked: Mean
+
+
+class Acceptance(Record):
+    """How many images a model that may refuse accepted and rejected, unperturbed and at the recorded points."""
+
+    clean_accepted: int
+    clean_rejected: int
+    accepted: int
+    rejected: int
+
+
+class EpsSummary(Record):
+    """The worst case over the attacks at one eps.
+
+    `robust_accuracy` is over all evaluated images: the share on which the goal was reached neither unperturbed nor by
+    an attack, which for `misclassify` is accuracy. `attack_success_rate` is over the images on which the goal was not
+    reached unperturbed: for `misclassify` those right when clean. Images on which
+    an attack broke and none succeeded, or that a stopped run has not come to (`undecided`), count as not robust, and
+    are left out of the success rate. `robust_accuracy_at_most` is the robust accuracy if all of them were robust; the
+    bounds of the success rate are what it is if none of them falls, and if all do.
+    """
+
+    eps: float
+    eps_text: str
+    fooled: int
+    robust: int
+    undecided: int
+    robust_accuracy: Rate
+    robust_accuracy_at_most: Rate | None = None
+    attack_success_rate: Rate
+    attack_success_rate_at_least: Rate | None = None
+    attack_success_rate_at_most: Rate | None = None
+    per_attack: list[AttackSummary]
+    per_class: list[GroupSummary]
+    per_superclass: list[GroupSummary]
+    levels: list[LevelSummary] = []  # noqa: RUF012 (pydantic gives every record its own)
+    transfer: LevelTransfer | None = None
+    cosine: Cosine | None = None
+    acceptance: Acceptance | None = None
+
+
+class Summary(Record):
+    """Everything that tables, reports and exit codes are made of.
+
+    Args:
+        clean_accuracy: over the images classified and, as wrong ones, those that still wait to be.
+        clean_accuracy_at_most: the same if all that wait were right; None when none waits.
+        unfinished: why the run stopped before every image was decided; None when all are.
+        estimate: what the attacks were expected to cost before the first of them.
+    """
+
+    norm: str
+    goal: str = "misclassify"
+    min_cos: float | None = None
+    can_reject: bool = False
+    images: Images
+    clean_accuracy: Rate
+    clean_accuracy_at_most: Rate | None = None
+    per_eps: list[EpsSummary]
+    cost: Cost
+    checks: list[Check]
+    unreadable: list[UnreadableImage]
+    unfinished: str | None = None
+    estimate: Estimate | None = None
+
+
+# The content of `summary.json`: the one place where a run's rows become the numbers that are shown
+
+
+def summarise(
+    rows: Rows,
+    manifest: Mapping[str, Any],
+    *,
+    cost: Cost | None = None,
+    checks: Sequence[Check] = (),
+    unreadable: Sequence[UnreadableImage] = (),
+    left_out: int = 0,
+    waiting: int = 0,
+    unfinished: str | None = None,
+    estimate: Estimate | None = None,
+) -> Summary:
+    """Return the summary of result rows (an Arrow table or a list of dicts) under their manifest.
+
+    Every rate has its exact 95 % interval. Classes without an image are left out. `waiting` images are not classified
+    yet: they count as wrong, and as right in what rates are at most.
+
+    Example:
+        >>> manifest = {"config": {"norm": "Linf", "eps": [0.1], "eps_text": ["0.1"], "attack": ["pgd"]},
+        ...             "data": {"class_names": ["cat", "dog"], "superclasses": None}}
+        >>> row = {"index": 0, "image_id": "a", "label": 1, "clean_prediction": 1, "attack": "pgd", "eps": 0.1,
+        ...        "outcome": "fooled", "steps": 3, "passes": 4}
+        >>> summarise([row], manifest).per_eps[0].attack_success_rate.value
+        1.0
+    """
+    config = manifest["config"]
+    goals = config.get("goals") or ["misclassify"]
+    table = verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0])
+    texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
+    work = _work(rows, goals[0])
+    correct = sum(image.clean_correct for image in table.images)
+    return Summary(
+        norm=config["norm"],
+        goal=config.get("goal") or "misclassify",
+        min_cos=config.get("min_cos") if goals[0] == "feature" else None,
+        can_reject=bool((manifest.get("model") or {}).get("can_reject")),
+        images=Images(
+            evaluated=len(table.images),
+            unreadable=len(unreadable),
+            clean_correct=correct,
+            exposed=sum(image.exposed for image in table.images),
+            left_out=left_out,
+            waiting=waiting,
+        ),
+        clean_accuracy=rate(correct, len(table.images) + waiting),
+        clean_accuracy_at_most=rate(correct + waiting, len(table.images) + waiting) if waiting else None,
+        per_eps=[
+            _at_eps(table, i, text=texts.get(eps, f"{eps:g}"), work=work, rows=rows, manifest=manifest, waiting=waiting)
+            for i, eps in enumerate(table.eps)
+        ],
+        cost=cost or Cost(),
+        checks=list(checks),
+        unreadable=list(unreadable),
+        unfinished=unfinished,
+        estimate=estimate,
+    )
+
+
+def _work(rows: Rows, goal: str) -> dict[tuple[float, str], Counter[str]]:
+    """Count, per eps and attack, the goal's rows of each outcome and the steps and passes they took."""
+    work: dict[tuple[float, str], Counter[str]] = defaultdict(Counter)
+    fields = columns(rows, "eps", "attack", "goal", "outcome", "steps", "passes")
+    for eps, attack, of, outcome, steps, passes in fields:
+        if of == goal:
+            work[float(eps), attack].update({outcome: 1, "steps": steps, "passes": passes})
+    return work
+
+
+def _at_eps(
+    table: Verdicts,
+    index: int,
+    *,
+    text: str,
+    work: Mapping[tuple[float, str], Counter[str]],
+    rows: Rows,
+    manifest: Mapping[str, Any],
+    waiting: int,
+) -> EpsSummary:
+    data, config = manifest["data"], manifest["config"]
+    goals = config.get("goals") or ["misclassify"]
+    levels = tree_levels(data) if any(image.label >= 0 for image in table.images) else []
+    outcomes = [(image, table.after(image, index)) for image in table.images]
+    count = Counter(outcome for _, outcome in outcomes)
+    count["undecided"] += waiting
+    total, attacked = len(outcomes) + waiting, count["fooled"] + count["robust"] + count["undecided"]
+    features = goals[0].startswith("feature")
+    # Feature goals look at the encoder, below any refusal.
+    refuses = bool((manifest.get("model") or {}).get("can_reject")) and not features
+    recorded = worst_points(rows, goals[0], table.eps[index]) if refuses or features else []
+    names: list[str] = data["class_names"]
+    superclasses: Mapping[str, str] = data.get("superclasses") or {}
+    return EpsSummary(
+        eps=table.eps[index],
+        eps_text=text,
+        fooled=count["fooled"],
+        robust=count["robust"],
+        undecided=count["undecided"],
+        robust_accuracy=rate(count["robust"], total),
+        robust_accuracy_at_most=rate(count["robust"] + count["undecided"], total),
+        attack_success_rate=_success_rate(count),
+        attack_success_rate_at_least=rate(count["fooled"], attacked),
+        attack_success_rate_at_most=rate(count["fooled"] + count["undecided"], attacked),
+        per_attack=[
+            _attack(table, index, j, work[table.eps[index], name], waiting) for j, name in enumerate(table.attacks)
+        ],
+        per_class=_groups(outcomes, lambda image: names[image.label] if image.label >= 0 else None),
+        per_superclass=_groups(
+            outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
+        ),
+        levels=level_summaries(rows, table, index, levels, waiting=waiting) if len(goals) == 1 else [],
+        transfer=level_transfer(rows, goals, index, levels, config, waiting=waiting)
+        if len(goals) > 1 and levels
+        else None,
+        cosine=_cosine(recorded) if features else None,
+        acceptance=_acceptance(recorded) if refuses else None,
+    )
+
+
+def _cosine(recorded: Sequence[Point]) -> Cosine | None:
+    known = [point for point in recorded if point.cosine is not None and math.isfinite(point.cosine)]
+    if not known:
+        return None
+    return Cosine(clean=mean([point.clean_cosine for point in known]), attacked=mean([p.cosine for p in known]))
+
+
+def _acceptance(recorded: Sequence[Point]) -> Acceptance:
+    clean = Counter(point.clean_prediction == REJECTED for point in recorded if point.clean_prediction != NO_ANSWER)
+    after = Counter(point.prediction == REJECTED for point in recorded if point.prediction != NO_ANSWER)
+    return Acceptance(
+        clean_accepted=clean[False], clean_rejected=clean[True], accepted=after[False], rejected=after[True]
+    )
+
+
+def _attack(table: Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int) -> AttackSummary:
+    after = Counter(table.after(image, eps_index, attack_index) for image in table.images)
+    total, held = len(table.images) + waiting, after["robust"]
+    return AttackSummary(
+        attack=table.attacks[attack_index],
+        attacked=done["fooled"] + done["robust"] + done["failed"],
+        fooled=done["fooled"],
+        failed=done["failed"],
+        robust_accuracy_after=rate(held, total),
+        robust_accuracy_after_at_most=rate(held + after["undecided"] + waiting, total),
+        steps=done["steps"],
+        passes=done["passes"],
+    )
+
+
+def _groups(
+    outcomes: Sequence[tuple[ImageVerdict, Outcome]], name_of: Callable[[ImageVerdict], str | None]
+) -> list[GroupSummary]:
+    """Summarise the images of each name, names in alphabetical order; images without a name are left out."""
+    counts: dict[str, Counter[Outcome]] = defaultdict(Counter)
+    for image, outcome in outcomes:
+        name = name_of(image)
+        if name is not None:
+            counts[name][outcome] += 1
+    return [_group(name, counts[name]) for name in sorted(counts)]
+
+
+def _group(name: str, count: Counter[Outcome]) -> GroupSummary:
+    images = count.total()
+    return GroupSummary(
+        name=name,
+        images=images,
+        clean_correct=images - count["clean_wrong"],
+        fooled=count["fooled"],
+        undecided=count["undecided"],
+        attack_success_rate=_success_rate(count),
+    )
+
+
+def _success_rate(count: Counter[Outcome]) -> Rate:
+    return rate(count["fooled"], count["fooled"] + count["robust"])
+
+
+# Conditions on an attack summary, such as `asr>0.5`, that decide the exit code of a run in continuous integration
+
+_LEFT = re.compile(r"[a-z_]+")
+_RATES = ("asr", "robust_accuracy", "clean_accuracy")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A comparison of a rate, or of an end of its interval, with a threshold.
+
+    Example:
+        >>> parse_condition("asr.low > 50%").comparison.threshold
+        0.5
+    """
+
+    comparison: Comparison
+
+    @property
+    def text(self) -> str:
+        """The condition as it was written."""
+        return self.comparison.text
+
+    def holds(self, summary: Summary) -> bool:
+        """Whether the condition is true at any eps of the run; of a rate over no images every condition is.
+
+        What is undecided (a run stopped early, an attack broke) is counted both ways: a gate that nobody could check
+        must not open.
+        """
+        points: list[EpsSummary | None] = list(summary.per_eps) or [None]
+        return any(self.comparison.holds_for(found) for point in points for found in self._rates(summary, point))
+
+    def _rates(self, summary: Summary, point: EpsSummary | None) -> list[Rate | None]:
+        """Return the rate that is meant, and what it is at least and at most where something is undecided."""
+        if self.comparison.left == "clean_accuracy":
+            return [summary.clean_accuracy, summary.clean_accuracy_at_most or summary.clean_accuracy]
+        if point is None:
+            return [None]
+        if self.comparison.left == "robust_accuracy":
+            return [point.robust_accuracy, point.robust_accuracy_at_most or point.robust_accuracy]
+        bounds = (point.attack_success_rate_at_least, point.attack_success_rate_at_most)
+        return [point.attack_success_rate, *(bound for bound in bounds if bound is not None and point.undecided)]
+
+
+def parse_condition(text: str) -> Condition:
+    """Return the condition of a text `RATE[.low|.high] (>|<|>=|<=) NUMBER[%]`, or raise a UserError that shows one."""
+    found = parse_comparison(text, _LEFT, example="asr>0.5 or robust_accuracy.low<30%")
+    if found.left not in _RATES:
+        raise UserError(f"unknown rate '{found.left}' in the condition '{text}': {nearest(found.left, _RATES)}")
+    found.require_share()
+    return Condition(found)

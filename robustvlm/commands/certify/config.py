@@ -1,0 +1,352 @@
+"""What defines a certify run: the settings that decide its certificates, and what its noise is drawn for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from robustvlm.attacks import PRECISIONS
+from robustvlm.certify import settings_digest
+from robustvlm.certify.claims import DEFAULT, find_claim, require_known
+from robustvlm.certify.limits import N_MAX
+from robustvlm.certify.normal import check_alpha, check_sigma
+from robustvlm.core.defaults import LAMBDA_INF
+from robustvlm.core.files import first_line, parse_json, read_bytes
+from robustvlm.core.probe import change_of
+from robustvlm.defenses.smoothing import MAX_N0, MAX_SIGMA
+from robustvlm.errors import UserError, nearest
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.manifest import Manifest
+
+# What defines a certify run: the settings that decide its certificates
+
+CacheType = Literal["float16", "float32"]
+Prompts = Literal["independent", "adaptive"]
+
+
+class CertifyConfig(BaseModel):
+    """Every setting that the rows of a certify run depend on; a run is resumed only under an equal one.
+
+    Args:
+        claim: a name of `robustvlm.certify.claims.CLAIMS`, or `module:callable`.
+        samples: noisy copies per image at most, `n_pilot` of them for choices (label, direction, side).
+        radius: certify at this radius and stop as soon as that is decided; None: the largest radius, all samples.
+        at: radii at which the summary counts certified images.
+        tau, antibodies, weight: threshold, file of antibody texts and their weight, for open-set claims.
+        deployed: samples of the deployed smoother whose bound is shown beside the ideal one; those of MODEL+smooth if
+            that is what is certified.
+        noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
+            from before it was, whose noise followed from seed and image alone.
+        cache: number type in which noisy features are kept.
+        source: fingerprint of the run whose kept features are judged instead of new ones.
+        prompts: for kept features: whether the prompts were fixed without looking at what the features gave.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    data: str
+    classes: str | None = None
+    templates: str | None = None
+    tree: str | None = None
+    claim: str
+    sigma: float
+    samples: int
+    n_pilot: int
+    alpha: float
+    min_cos: float | None = None
+    radius: float | None = None
+    at: list[float]
+    tau: float | None = None
+    antibodies: str | None = None
+    weight: float = 0.0
+    deployed: int | None = None
+    cache: CacheType | None = None
+    source: str | None = None
+    prompts: Prompts | None = None
+    limit: int | None
+    seed: int
+    lanes: int
+    device: str
+    precision: str
+    resolution: int
+    noise: str | None = None
+
+    @field_validator("claim")
+    @classmethod
+    def _known(cls, claim: str) -> str:
+        try:
+            return require_known(claim)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
+# The numbers and words of a certify command, checked before anything is loaded
+
+DEFAULT_SIGMA = 0.25
+DEFAULT_ALPHA, MAX_ALPHA = 0.001, 0.5
+_AT_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a command says; see `robustvlm certify --help` for the meaning of each."""
+
+    model: str = "tiny"
+    data: str = "emoji"
+    classes: Path | None = None
+    templates: Path | None = None
+    tree: Path | None = None
+    claim: str = DEFAULT
+    sigma: float | None = None
+    samples: int = 10_000
+    alpha: float | None = None
+    min_cos: float = 0.5
+    radius: float | None = None
+    at: str | None = None
+    tau: float | None = None
+    antibodies: Path | None = None
+    weight: float = LAMBDA_INF
+    deployed: int | None = None
+    cache: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    lanes: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def checked(self, *, refuses: bool = False) -> Settings:
+        """Return the settings if they make sense on their own; raise a UserError that says what does not.
+
+        Args:
+            refuses: the model has prototypes, antibodies and thresholds of its own.
+        """
+        claim = find_claim(self.claim)
+        if self.alpha is not None and check_alpha(self.alpha) > MAX_ALPHA:
+            raise UserError(f"--alpha is an error probability, at most {MAX_ALPHA:g}, got {self.alpha}: pass 0.001")
+        if self.sigma is not None and check_sigma(self.sigma) > MAX_SIGMA:
+            raise UserError(
+                f"--sigma is at most {MAX_SIGMA:g}, got {self.sigma:g} (pixels are in [0, 1], so 0.25 is strong noise)"
+            )
+        _positive("--radius", self.radius)
+        for name, number, least, most in (
+            ("--samples", self.samples, 2, N_MAX),
+            ("--limit", self.limit, 1, None),
+            ("--lanes", self.lanes, 1, N_MAX),
+            ("--deployed", self.deployed, 1, MAX_N0),
+            ("--seed", self.seed, 0, None),
+        ):
+            if number is not None and number < least:
+                raise UserError(f"{name} must be at least {least}, got {number}")
+            if number is not None and most is not None and number > most:
+                raise UserError(f"{name} must be at most {most:,}, got {number:,}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"unknown precision '{self.precision}': {nearest(self.precision, PRECISIONS)}")
+        claim.check(self, refuses=refuses)
+        self._check_cache()
+        return self
+
+    def _check_cache(self) -> None:
+        if self.cache is None:
+            return
+        if self.cache not in ("float16", "float32"):
+            raise UserError(f"--cache keeps float16 or float32, got '{self.cache}'")
+        if self.radius is not None:
+            raise UserError("--cache keeps a number of samples that was fixed beforehand: leave out --radius")
+
+    def radii(self, sigma: float) -> list[float]:
+        """Return the radii at which the summary counts certified images."""
+        if self.at is None:
+            chosen = {round(sigma * part, 6) for part in _AT_SIGMAS}
+            return sorted(chosen | ({self.radius} if self.radius is not None else set()))
+        try:
+            values = [float(part) for part in self.at.split(",")]
+        except ValueError:
+            raise UserError(f"cannot read the radii '{self.at}': expected numbers, as 0.1,0.25,0.5") from None
+        for value in values:
+            _positive("--at", value)
+        return sorted(set(values))
+
+    def with_source(self, config: dict[str, Any]) -> Settings:
+        """Return these settings with those of the run whose kept features are judged.
+
+        Raises:
+            UserError: another alpha: an error probability chosen after a look at the samples is none.
+        """
+        if self.alpha not in (None, config["alpha"]):
+            raise UserError(
+                f"the error probability of kept features is that of their run, {config['alpha']}: leave out --alpha, "
+                "or sample anew"
+            )
+        return replace(
+            self,
+            alpha=config["alpha"],
+            model=config["model"],
+            data=config["data"],
+            sigma=config["sigma"],
+            samples=config["samples"],
+            limit=config["limit"],
+            seed=config["seed"],
+            precision=config["precision"],
+        )
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0.0 and math.isfinite(value)):
+        raise UserError(f"{name} must be a positive number, got {value}")
+
+
+# What a run's noise is drawn for, and how often its images have been looked at: the paper trail of certificates.
+#
+# Every look has noise of its own, so that its certificates hold at their alpha whatever its settings were chosen by
+# (`robustvlm.certify.noise`). Who picks the best of several looks multiplies the error probability all the same, and no
+# run can know what was thrown away; what it can do is count. `certify-looks.jsonl`, beside the run folders, has a line
+# for every look that was begun there, also of runs that were deleted or started over since.
+
+LEDGER = "certify-looks.jsonl"
+
+# What of a configuration decides no certificate, or is part of the digest by content instead of by path. Whatever is
+# added to the configuration later counts unless it is named here.
+_BESIDE = {
+    "data", "classes", "templates", "tree", "antibodies", "at", "deployed", "cache", "limit", "seed", "lanes", "device",
+    "source", "prompts", "noise",
+}  # fmt: skip
+_NAMED = 20
+
+
+def noise_settings(config: CertifyConfig, model: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) -> str:
+    """Return the digest of everything that decides the certificates of a run, except seed and images.
+
+    Args:
+        model: its facts; fingerprint and head are what count. texts: class names, templates, antibodies.
+    """
+    own = config.model_dump(exclude=_BESIDE)
+    parts = {
+        "model": [model.get("fingerprint"), model.get("head")],
+        **{name: list(some) for name, some in texts.items()},
+    }
+    return settings_digest(json.dumps([own, parts], sort_keys=True))
+
+
+def describe_trail(folder: RunFolder, manifest: Manifest, *, judged: Manifest | None = None) -> dict[str, Any]:
+    """Return what a manifest says of the looks at its images: its own, and those of other settings or seeds before.
+
+    Args:
+        folder: of the run; the ledger lies beside it. judged: manifest of the run whose kept features are judged.
+    """
+    look = _look(manifest, judged)
+    known = [entry for entry in read_looks(folder.path.parent) if entry["images"] == look["images"]]
+    if judged is not None:
+        known.append(_look(judged, None))
+    others: list[dict[str, Any]] = []
+    for entry in known:
+        if not any(_same(entry, other) for other in (look, *others)):
+            others.append(entry)
+    same = [entry for entry in others if entry["noise"] == look["noise"]]
+    return {
+        "look": look,
+        "looks": len(others) + 1,
+        "same_noise": len(same) + 1,
+        "others": [str(entry["run"]) for entry in others][-_NAMED:],
+    }
+
+
+def trail_words(trail: Mapping[str, Any], alpha: float) -> str:
+    """Say how often the images have been looked at and what that means for whoever chooses among the looks.
+
+    Example:
+        >>> trail_words({"looks": 1, "same_noise": 1, "others": []}, 0.001)
+        'First look at these images in this folder of runs; its noise was drawn for these very settings.'
+    """
+    looks, same = int(trail["looks"]), int(trail["same_noise"])
+    if looks == 1:
+        return "First look at these images in this folder of runs; its noise was drawn for these very settings."
+    drawn = (
+        "Its noise was drawn for these very settings"
+        if same == 1
+        else f"{same} of them share the noise of this one (kept features, or a model changed where no digest looks)"
+    )
+    return (
+        f"{looks} looks at these images in this folder of runs, this one included. {drawn}. A certificate is false "
+        f"with probability at most {alpha!r} by itself; the best of {looks} that is picked by its results, with up to "
+        f"{looks} times that. To publish one, fix its settings and certify once more with another --seed."
+    )
+
+
+def read_looks(out: Path) -> list[dict[str, Any]]:
+    """Return the looks that were begun in a folder of runs; lines that are none are left out."""
+    try:
+        lines = read_bytes(out / LEDGER).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read '{out / LEDGER}' ({first_line(error)}): it counts the looks at images") from None
+    found = []
+    for line in lines:
+        try:
+            entry = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and all(
+            isinstance(entry.get(key), str) for key in ("images", "look", "noise", "run")
+        ):
+            found.append(entry)
+    return found
+
+
+def record_look(folder: RunFolder, trail: Mapping[str, Any]) -> None:
+    """Note in the ledger that a run has begun, unless it is there already."""
+    look = dict(trail["look"])
+    out = folder.path.parent
+    if any(_same(entry, look) for entry in read_looks(out)):
+        return
+    # Appended in one write, and never through a symbolic link, which could lead to a file of somebody else's.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(out / LEDGER, flags, 0o644)
+        try:
+            os.write(handle, (json.dumps(look) + "\n").encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UserError(f"cannot write '{out / LEDGER}' ({error.strerror}): it counts the looks at images") from None
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two entries are one look: a model can change where its digest does not see it, but its answers tell."""
+    if one["look"] != other["look"]:
+        return False
+    before, now = one.get("probe"), other.get("probe")
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return True
+    try:
+        return change_of(before, now) is None
+    except UserError:  # a damaged line
+        return False
+
+
+def _look(manifest: Manifest, judged: Manifest | None) -> dict[str, Any]:
+    config, data = manifest["config"], manifest["data"]
+    images = settings_digest(str(data.get("spec")))
+    # Without a digest of settings (earlier versions), the noise followed from the seed alone.
+    own = settings_digest(str(config.get("noise")), int(config["seed"]), images)
+    noise = own if judged is None else str(_look(judged, None)["noise"])
+    judging = json.dumps([config, data.get("class_names"), data.get("templates")], sort_keys=True, default=str)
+    return {
+        "images": images,
+        "look": own if judged is None else settings_digest(noise, judging),
+        "noise": noise,
+        "run": str(manifest["name"]),
+        "created": str(manifest["created"]),
+        "claim": str(config.get("claim")),
+        "model": str(config.get("model")),
+        "seed": int(config["seed"]),
+        "probe": manifest.get("probe"),
+    }

@@ -1,0 +1,291 @@
+"""The encoder as certificates see it, noisy pixels in and unit features out, and whether its draws are fresh."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks.oracle import PRECISIONS
+from robustvlm.core.batches import steady_sizes
+from robustvlm.core.foreign_text import one_line
+from robustvlm.core.memory import is_out_of_memory
+from robustvlm.defenses import SmoothedVLM
+from robustvlm.errors import UserError, nearest
+from robustvlm.models import VLM
+from robustvlm.models.boundary import borrowed, placed
+from robustvlm.models.vlm import full_precision_kernels
+from robustvlm.runs.records import Check
+
+# Whether an encoder that draws at random does so anew for every image: a test of one noisy image, many times over.
+#
+# Certificates count the noisy copies of an image as independent. An encoder that draws once for a whole call (a random
+# crop or time step, say) makes all rows of a call depend on each other, and one with batch statistics makes an image
+# depend on its company; noise on top of that hides both from a comparison of single answers, not from their laws.
+
+CALLS, ROWS = 8, 12
+"""Calls with one image in every row, and as many with other images in every second row: 192 rows in all."""
+
+_PERMUTATIONS = 1999
+_LEVEL = 1e-3
+_ROUNDS = 3
+# Three groupings, two sides each, every one a permutation test at 0.001 (exact: independent rows may be relabelled at
+# will), and an encoder is refused only if three rounds of fresh calls all find something: (6 * 0.001)^3 < 3e-7.
+
+_ROUNDING = 1e-3
+"""Distances of features below this are rounding that differs by place or batch, and no randomness."""
+
+Encode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Features of one noisy image, that should be independent draws of one law.
+
+    Args:
+        alone: [calls, rows, D], the image in every row. among: [calls, rows, D], those of the image in calls that it
+            shared with other images.
+    """
+
+    alone: Tensor
+    among: Tensor
+
+
+def find_dependence(encode: Encode, noisy: Tensor) -> str | None:
+    """Return in words how the draws of a random encoder depend on each other or on the batch; None: nothing found.
+
+    Args:
+        encode: from noisy images [R, 3, S, S] to features [R, D]. noisy: images, at most as many as a call may have.
+
+    Example:
+        >>> rows = torch.rand(12, 3, 4, 4)
+        >>> find_dependence(lambda x: x.flatten(1) + torch.randn(len(x), 1), rows)
+        >>> find_dependence(lambda x: x.flatten(1) + torch.randn(1, 1), rows)
+        'gives images of one call random draws that depend on each other (one draw for the whole call?)'
+    """
+    if len(noisy) < 2:  # one row a call: there is nobody to depend on
+        return None
+    found = None
+    for number in range(_ROUNDS):
+        found = _suspicion(_ask(encode, noisy), torch.Generator().manual_seed(number))
+        if found is None:
+            return None
+    return found
+
+
+def _ask(encode: Encode, noisy: Tensor) -> Answers:
+    count = min(ROWS, len(noisy))
+    same = noisy[:1].expand(count, -1, -1, -1).contiguous()
+    mixed = same.clone()
+    # Of half the contrast, and dark beside a bright image or bright beside a dark one: the others differ in mean and
+    # spread, which is what batch statistics are made of.
+    away = -0.5 if float(noisy[0].mean()) > 0.5 else 1.0
+    mixed[1::2] = 0.5 * noisy.flip(0)[: count // 2] + away
+    return Answers(
+        torch.stack([encode(same) for _ in range(CALLS)]),
+        torch.stack([encode(mixed)[::2] for _ in range(CALLS)]),
+    )
+
+
+def _suspicion(answers: Answers, generator: torch.Generator) -> str | None:
+    calls, rows, _ = answers.alone.shape
+    alone = answers.alone.flatten(0, 1)
+    everything = torch.cat([alone, answers.among.flatten(0, 1)])
+    by_call = torch.arange(calls).repeat_interleave(rows)
+    by_place = torch.arange(rows).repeat(calls)
+    by_company = (torch.arange(len(everything)) >= len(alone)).long()
+    company = _unlikely(everything, by_company, generator)
+    place = _unlikely(alone, by_place, generator)
+    call = _unlikely(alone, by_call, generator)
+    # What is near in one grouping is far in the others, so nearness names the cause.
+    if call == "near":
+        return "gives images of one call random draws that depend on each other (one draw for the whole call?)"
+    if place == "near":
+        return "treats an image differently depending on its place in the batch (draws from a generator of fixed seed?)"
+    if company is not None:
+        return "treats an image differently depending on the others in its batch, beside its own randomness"
+    if call is not None or place is not None:
+        return "gives images of one call random draws that depend on each other (opposed pairs, or stratified draws?)"
+    return None
+
+
+def _unlikely(features: Tensor, groups: Tensor, generator: torch.Generator) -> str | None:
+    """Return whether features [R, D] are "near" to or "far" from others of their group, as chance would not have it.
+
+    Energy statistic: the sum of distances within groups, against the same sum after relabelling the rows. It sees any
+    difference between the groups' laws, shared draws (rows too near to each other) and opposed ones (too far apart).
+    """
+    known = torch.nan_to_num(features.detach().double().cpu())
+    apart = torch.cdist(known, known, compute_mode="donot_use_mm_for_euclid_dist")
+    apart = (apart - _ROUNDING).clamp_min(0.0)
+    observed = _within(apart, groups[None])
+    order = torch.rand(_PERMUTATIONS, len(groups), generator=generator).argsort(dim=1)
+    chance = _within(apart, groups[order])
+    slack = 1e-9 * float(apart.sum())  # equal sums, added in another order, are equal
+    near = 1 + int((chance <= observed + slack).sum())
+    far = 1 + int((chance >= observed - slack).sum())
+    most = _LEVEL * (_PERMUTATIONS + 1)
+    return "near" if near <= most else "far" if far <= most else None
+
+
+def _within(apart: Tensor, groups: Tensor) -> Tensor:
+    """Return, for labellings [P, R] of the rows, the sum of distances [R, R] within groups: [P]."""
+    total = torch.zeros(len(groups), dtype=apart.dtype)
+    for group in groups[0].unique().tolist():
+        member = (groups == group).to(apart.dtype)
+        total += ((member @ apart) * member).sum(dim=1)
+    return total
+
+
+# The encoder as certificates see it: noisy pixels in, unit features out, a function of one image at a time
+
+# Rounding between batch shapes moves a feature by about 1e-6; batch statistics move it by percents.
+_COUPLED = 1e-3
+
+
+class NoisyEncoder:
+    """The encoder f whose smoothed version is certified, in one precision, which is part of it.
+
+    Everything behind the noise belongs to f: of a smoothed model its purifier and mapper too, of a model in bf16 the
+    rounding. Noise is added in float32 before.
+
+    Args:
+        vlm: the model; of a smoothed one, its encoder below the averaging is taken.
+        precision: "fp32", "bf16" (autocast) or "fp64".
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> encoder = NoisyEncoder(load_model("tiny"))
+        >>> encoder(torch.rand(2, 3, 64, 64)).norm(dim=1).round(decimals=3).tolist(), encoder.passes
+        ([1.0, 1.0], 2)
+    """
+
+    def __init__(self, vlm: VLM, *, precision: str = "fp32") -> None:
+        if precision not in PRECISIONS:
+            raise UserError(f"unknown precision '{precision}': {nearest(precision, PRECISIONS)}")
+        self.precision = precision
+        self.vlm = placed(vlm, vlm.device, torch.float64) if precision == "fp64" else vlm
+        self._encode = self.vlm.encode_noisy if isinstance(self.vlm, SmoothedVLM) else self.vlm.encode_image
+        self.device = vlm.device
+        self.passes = 0
+        self.seconds = 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the model with everything behind the noise, and the precision that it runs in."""
+        return f"{self.vlm.fingerprint}:{self.precision}"
+
+    def __call__(self, noisy: Tensor) -> Tensor:
+        """Return unit features [R, D] of noisy images [R, 3, S, S]."""
+        began = time.perf_counter()
+        half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        with borrowed(self.vlm), torch.inference_mode(), full_precision_kernels(), half:
+            features = self._encode(noisy.double() if self.precision == "fp64" else noisy)
+        self.passes += len(noisy)
+        self.seconds += time.perf_counter() - began
+        return features
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the first passes say of an encoder.
+
+    Args:
+        rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
+            the full one alone for an encoder that is random.
+        dim: length of a feature. rate: noisy images per second. checks: findings about it.
+    """
+
+    rungs: tuple[int, ...]
+    dim: int
+    rate: float
+    checks: tuple[Check, ...]
+
+
+def probe_encoder(encoder: NoisyEncoder, images: Tensor, sigma: float, lanes: int, *, model: str) -> Probed:
+    """Ask an encoder about a full batch of noisy images, its repetition and the same rows among others.
+
+    Args:
+        images: a few images [M, 3, S, S]; lanes: rows of a full batch, halved for as long as memory runs out.
+
+    Raises:
+        UserError: the encoder fails, its answer for an image depends on the others of the batch, or its own random
+            draws do.
+    """
+    checks: list[Check] = []
+    while True:
+        rows = images[torch.arange(lanes) % len(images)].to(encoder.device)
+        noisy = rows + sigma * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(encoder.device)
+        try:
+            return _questions(encoder, noisy, checks, model=model)
+        except UserError:
+            raise
+        except Exception as error:  # the encoder may be the user's code, which fails in any way
+            if not is_out_of_memory(error):
+                said = f"{type(error).__name__}: {one_line(error, limit=200)}"
+                raise UserError(f"model '{model}' failed on {lanes} noisy images: {said}") from error
+            if lanes == 1:
+                raise
+            lanes //= 2
+            checks = [Check(name="lanes", level="note", message=f"Memory did not suffice for more than {lanes} rows.")]
+
+
+def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, model: str) -> Probed:
+    first = encoder(noisy)
+    _wait(encoder)
+    began = time.perf_counter()
+    again = encoder(noisy)
+    _wait(encoder)
+    rate = len(noisy) / max(time.perf_counter() - began, 1e-9)
+    found = list(checks)
+    if _change(again, first) > _COUPLED:
+        found.append(_random(encoder, noisy, model=model))
+        return Probed((len(noisy),), first.shape[1], rate, tuple(found))
+    if len(noisy) > 1 and _change(encoder(_among_others(noisy))[-1:], first[:1]) > _COUPLED:
+        raise UserError(
+            f"model '{model}' treats an image differently depending on the others in its batch (batch normalisation in "
+            "training mode, or quantisation over the batch?): certificates are about functions of one image"
+        )
+    if not torch.equal(again, first):
+        return Probed((len(noisy),), first.shape[1], rate, tuple(found))
+    sizes = steady_sizes(lambda rows: [encoder(noisy[rows.to(noisy.device)])], len(noisy), [first])
+    return Probed(sizes, first.shape[1], rate, tuple(found))
+
+
+def _random(encoder: NoisyEncoder, noisy: Tensor, *, model: str) -> Check:
+    """Return what there is to say of an encoder that draws at random; refuse one whose rows depend on each other."""
+    dependence = find_dependence(encoder, noisy)
+    if dependence is not None:
+        raise UserError(
+            f"model '{model}' {dependence}: certificates count noisy copies as independent, so draw anew for every "
+            "image of every call, as torch.randn_like(pixels) does, and use no statistics of the batch"
+        )
+    return Check(
+        name="random encoder",
+        level="warning",
+        message="The encoder gives different features for the same image. Certificates are then about its mean over "
+        "noise and its own draws, and hold only if these are fresh and independent for every image of every call and "
+        "their law does not depend on the image. A test on one image found nothing against it, which is no proof.",
+    )
+
+
+def _among_others(noisy: Tensor) -> Tensor:
+    """Return darkened copies of the other rows, with the first row last: moving it shows what looks at earlier rows."""
+    others = noisy.flip(0) * 0.5
+    others[-1] = noisy[0]
+    return others
+
+
+def _change(new: Tensor, old: Tensor) -> float:
+    """Return the largest change of a feature's entry; NaN in both is no change."""
+    return float(torch.nan_to_num((new - old).double().abs(), nan=0.0).max())
+
+
+def _wait(encoder: NoisyEncoder) -> None:
+    with contextlib.suppress(AssertionError):
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize(encoder.device)

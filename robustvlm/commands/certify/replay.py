@@ -1,0 +1,251 @@
+"""Certify other prompts from the features that a finished run kept: text passes only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from robustvlm.certify.claims import find_claim, make_plan, require_possible
+from robustvlm.commands.certify.config import CertifyConfig, Settings, describe_trail
+from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.certify.record import load_certify_run
+from robustvlm.commands.certify.run import ReplayRun, rounding_error
+from robustvlm.commands.certify.setup import (
+    PreparedCertify,
+    Work,
+    describe_head,
+    describe_plan,
+    embed_classes,
+    list_of_names,
+    make_config,
+    materials_of,
+    prompts_of,
+    rule_of,
+    settle_deployed,
+    vectors_of_classes,
+)
+from robustvlm.commands.certify.store import CertifyLedger, CertifyObserver, Recorder
+from robustvlm.commands.common.inputs import facts_of, probe_of
+from robustvlm.core.probe import change_of
+from robustvlm.core.ranks import Ranks
+from robustvlm.core.user_code import named_by
+from robustvlm.data.classes import read_templates
+from robustvlm.data.names import places_of
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.pipeline import saved_model
+from robustvlm.defenses.spec import split_spec
+from robustvlm.errors import UserError
+from robustvlm.models import VLM
+from robustvlm.models.vlm import resolve_device
+from robustvlm.runs.folder import RunFolder, default_name
+from robustvlm.runs.manifest import Manifest, make_manifest
+from robustvlm.runs.read import find_run
+
+PROMPTS = ("adaptive", "independent")
+
+WHY = {
+    "adaptive": "The prompts may have been chosen after looking at what these features gave, so the radius comes from "
+    "one ball around the mean and one bound of the covariance, which hold for all prompts at once. If they were fixed "
+    "without looking, --prompts independent gives the larger radius of the usual certificate.",
+    "independent": "You said that the prompts were fixed without looking at what these features gave; the usual "
+    "certificate (P1-CDF) is then valid for them. Were they tuned on these results, it would not be.",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run with kept features."""
+
+    folder: RunFolder
+    manifest: Manifest
+    config: CertifyConfig
+    rows: list[dict[str, Any]]
+
+    @property
+    def identity(self) -> str:
+        """What tells this run's samples from any other's."""
+        return f"{self.manifest['name']} {self.manifest['created']} {self.manifest['model']['fingerprint']}"
+
+
+def open_source(run: str, *, root: Path) -> Source:
+    """Return the run whose features are to be judged; UserError when it is none, unfinished, or kept none."""
+    path = find_run(run, root=root)
+    folder = RunFolder(path.parent, path.name)
+    manifest = folder.manifest()
+    if manifest is None or manifest["kind"] != "certify":
+        raise UserError(f"'{path}' is no certify run: pass one that was made with --cache")
+    config = CertifyConfig(**manifest["config"])
+    if config.cache is None:
+        raise UserError(f"the run '{path}' kept no features: make it with --cache float16")
+    if not folder.finished:
+        raise UserError(f"the run '{path}' has not ended: give its command again to go on")
+    return Source(folder, manifest, config, load_certify_run(path).rows.to_pylist())
+
+
+def prepare_replay(
+    settings: Settings,
+    run: str,
+    *,
+    prompts: str | None = None,
+    out: Path = Path("runs"),
+    name: str | None = None,
+    command: str = "",
+) -> PreparedCertify:
+    """Check all settings, load the model for its text encoder and return a run that is ready to start.
+
+    Model, data, noise, samples and seed are the source run's.
+
+    Args:
+        run: folder or name of a finished run made with --cache.
+        prompts: "adaptive" (default): valid whatever the prompts were chosen by; "independent": the user vouches that
+            they were fixed without looking at what the features gave.
+
+    Raises:
+        UserError: settings that do not go with kept features, or under which every image would abstain.
+    """
+    source = open_source(run, root=out)
+    settings = settings.with_source(source.manifest["config"])
+    made = saved_model(split_spec(settings.model)[0])
+    settings.checked(refuses=made is not None and made.refuses)
+    _check(settings, source, prompts)
+    claim = find_claim(settings.claim)
+    chosen = (prompts or "adaptive") if claim.any_prompts else None
+    assert source.config.cache is not None
+    device = str(resolve_device(settings.device))
+    data = source.manifest["data"]
+    names = tuple(data["class_names"]) if settings.classes is None else list_of_names(settings.classes)
+    templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
+    with named_by(f"the manifest of '{source.folder.path}'"):
+        vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
+    require_same_model(source, vlm)
+    config = make_config(settings, sigma=source.config.sigma, device=device).model_copy(
+        update={
+            "resolution": source.config.resolution,
+            "n_pilot": source.config.n_pilot,
+            "source": source.identity,
+            "prompts": chosen,
+            "noise": source.config.noise,
+            "deployed": settle_deployed(settings, vlm),
+        }
+    )
+    rule = rule_of(config, names)
+    if settings.classes is None and settings.templates is None:
+        text = vectors_of_classes(config, vlm, names, templates)
+    else:
+        text = embed_classes(vlm, names, templates, needed=claim.needs_classes)
+    dim = vlm.encode_text(["a"]).shape[1]
+    rounding = rounding_error(source.config.cache, dim)
+    with named_by(f"the manifest of '{source.folder.path}'"):
+        clean_kept = find_claim(source.config.claim).needs_clean
+    materials = materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
+    plan = make_plan(config.claim, config, materials)
+    best = require_possible(plan, config)
+    probe = probe_of(vlm, names, templates)
+    encoder = NoisyEncoder(vlm, precision=config.precision)
+    model_facts = facts_of(vlm, "interpolation") | describe_head(config, names)
+    prompts_told = prompts_of(config, model_facts, templates)
+    recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule, prompts_told)
+    begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
+    data_facts = {**data, "class_names": list(names), "templates": list(templates)}
+    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
+    folder = RunFolder(out, name or default_name("certify", settings.model, "kept", identity))
+    manifest = make_manifest(
+        kind="certify",
+        name=folder.name,
+        command=command,
+        config=config,
+        model=model_facts,
+        data=data_facts,
+        probe=probe,
+    )
+    described = describe_plan(plan, config, best)
+    described["notes"] += _unnamed(data["class_names"], names)
+    if chosen is not None:
+        described["notes"].append(WHY[chosen])
+    trail = describe_trail(folder, manifest, judged=source.manifest)
+    return PreparedCertify(config, folder, manifest | {"plan": described, "trail": trail}, begin)
+
+
+def require_same_model(source: Source, vlm: VLM) -> None:
+    """Refuse another model than the one whose features were kept, by its digest and by what it answers.
+
+    Raises:
+        UserError: what differs.
+    """
+    before = source.manifest["model"]
+    now = facts_of(vlm, "interpolation")
+    other = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    data, probe = source.manifest["data"], source.manifest.get("probe")
+    if not other and probe is not None:
+        answers = change_of(probe, probe_of(vlm, data["class_names"], data["templates"]))
+        other = [] if answers is None else [answers]
+    if other:
+        raise UserError(
+            f"the model '{vlm.spec}' is no longer the one of the run '{source.folder.path}': {'; '.join(other)}"
+        )
+
+
+def _begin(
+    ledger: CertifyLedger,
+    observer: CertifyObserver,
+    ranks: Ranks,
+    *,
+    recorder: Recorder,
+    source: Source,
+    names: tuple[str, ...],
+    best: float,
+) -> Work:
+    return ReplayRun(
+        recorder=recorder,
+        rows=source.rows,
+        features=source.folder.features_path,
+        source=source.manifest,
+        labels=relabel(source.rows, source.manifest["data"]["class_names"], names),
+        best_radius=best,
+        ledger=ledger,
+        observer=observer,
+        ranks=ranks,
+    )
+
+
+def relabel(rows: list[dict[str, Any]], old: list[str], new: tuple[str, ...]) -> dict[int, int]:
+    """Return the images' classes in a new list of class names, by image index; -1 where their class is not in it.
+
+    Example:
+        >>> relabel([{"index": 0, "label": 1}, {"index": 1, "label": 0}], ["cat", "dog"], ("wolf", "Dog"))
+        {0: 1, 1: -1}
+    """
+    places = [-1 if place is None else place for place in places_of(old, new)]
+    found = [-1 if row["label"] < 0 else places[row["label"]] for row in rows]
+    return {row["index"]: label for row, label in zip(rows, found, strict=True)}
+
+
+def _unnamed(old: list[str], new: tuple[str, ...]) -> list[str]:
+    """Say which classes of the kept images the new list does not have: their images count as unknown."""
+    lost = [name for name, place in zip(old, places_of(old, new), strict=True) if place is None]
+    if not lost:
+        return []
+    shown = ", ".join(f"'{name}'" for name in lost[:6]) + (", ..." if len(lost) > 6 else "")
+    return [f"{len(lost)} of {len(old)} classes of the kept images are not in the new list, so unknown: {shown}"]
+
+
+def _check(settings: Settings, source: Source, prompts: str | None) -> None:
+    if prompts is not None and prompts not in PROMPTS:
+        raise UserError(f"--prompts is adaptive or independent, got '{prompts}'")
+    if settings.radius is not None:
+        raise UserError("kept features are all there already, stopping early saves nothing: leave out --radius")
+    if settings.cache is not None:
+        raise UserError("the features are kept already: leave out --cache")
+    claim = find_claim(settings.claim)
+    if source.config.cache == "float16" and not claim.bounds_rounding:
+        raise UserError(
+            f"the run '{source.folder.path}' kept float16 features, whose rounding is accounted for in class claims "
+            f"only: for --claim {settings.claim} make it with --cache float32"
+        )
+    if claim.needs_classes and not claim.any_prompts and prompts != "independent":
+        raise UserError(
+            f"a certificate of --claim {settings.claim} from kept features is valid only for prompts that were fixed "
+            "without looking at what the features gave: pass --prompts independent if they were, else sample anew"
+        )

@@ -1,0 +1,1 @@
+"""What several commands share; nothing in here knows any one of them."""

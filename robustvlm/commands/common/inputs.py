@@ -1,0 +1,197 @@
+"""The model and the data of a run: its images in source order, and what its manifest says of both."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from robustvlm.core import registry
+from robustvlm.core.framing import Framing
+from robustvlm.core.user_code import file_digest
+from robustvlm.data import DataSource
+from robustvlm.data.decode import prefetch
+from robustvlm.data.source import Sample, Unreadable, to_pixels
+from robustvlm.defenses import Classifier
+from robustvlm.models import VLM
+from robustvlm.models.object_graph import Reached
+from robustvlm.models.probe import probe_model
+from robustvlm.models.weights import fingerprint
+from robustvlm.models.zero_shot import cut_prompts
+
+# The images of an attack run: numbered in source order, decoded and resized ahead of the model
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image as the model takes it: pixels [3, H, W] in [0, 1]; label -1 is an unknown class.
+
+    `source_size` is width and height of the image before it was resized.
+    """
+
+    id: str
+    label: int
+    pixels: Tensor = field(repr=False)
+    source_size: tuple[int, int] = (0, 0)
+
+
+class Images:
+    """Streams the images of a source, any number of times.
+
+    Args:
+        source: the images; limit: how many of them, chosen by a hash of their ids.
+        resolution: side in pixels, or a model's framing, which also says how it is brought about.
+        ahead: how many images are made ready in the background; they are held in memory. 0 for a model on the CPU,
+            which leaves no core idle.
+
+    Example:
+        >>> from robustvlm.data import open_data
+        >>> images = Images(open_data("emoji"), limit=3, resolution=8)
+        >>> [images.index(item.id) for item in images.stream()]
+        [0, 1, 2]
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        *,
+        limit: int | None = None,
+        resolution: int | Framing,
+        ahead: int = 0,
+    ) -> None:
+        self.source, self.limit = source, limit
+        self._framing, self._ahead = Framing.of(resolution), ahead
+        self._order: dict[str, int] = {}
+
+    def index(self, name: str) -> int:
+        """Return the number in source order of an image that a stream has come by; the same in every session."""
+        return self._order[name]
+
+    def stream(self, want: Callable[[str], bool] | None = None) -> Iterator[Picture | Unreadable]:
+        """Yield the images that are wanted, asked for by id once their number is known; unwanted ones are not decoded.
+
+        Streams also name what no one asked for: damaged shards, and second images of the same name.
+        """
+
+        def keep(name: str) -> bool:
+            self._order.setdefault(name, len(self._order))
+            return want is None or want(name)
+
+        ready = self._ready(keep)
+        return prefetch(ready, self._ahead) if self._ahead else ready
+
+    def _ready(self, keep: Callable[[str], bool]) -> Iterator[Picture | Unreadable]:
+        for item in self.source.samples(limit=self.limit, keep=keep):
+            self._order.setdefault(item.id, len(self._order))  # the faults of a stream are not asked for
+            if isinstance(item, Sample):
+                pixels = to_pixels(item.image, self._framing)
+                yield Picture(item.id, item.label, pixels, item.image.size)
+            else:
+                yield item
+
+
+# What the manifest of a run says of its data, what a reader has to know of it, and how its model is known again
+
+_PROMPTS = 4
+_FACTS = ("spec", "fingerprint", "image_size", "logit_scale")
+
+
+def probe_of(
+    model: VLM | Classifier,
+    class_names: Sequence[str] = (),
+    templates: Sequence[str] = (),
+    *,
+    resolution: int | None = None,
+) -> dict[str, Any]:
+    """Return the model's answers to fixed inputs, for the manifest: what it is known by besides its digest.
+
+    Of an encoder they are features of images and of a few of the prompts; of a classifier also its class vectors and
+    its outputs.
+
+    Args:
+        resolution: of the run's images, where it is not the model's own.
+    """
+    classifier = isinstance(model, Classifier)
+    vectors = model.class_embeddings if isinstance(model, Classifier) else None
+    return probe_model(
+        model,
+        image_size=resolution or model.image_size,
+        device=model.device,
+        texts=[templates[0].replace("{}", name) for name in class_names[:_PROMPTS]] if templates else (),
+        class_vectors=vectors,
+        outputs=classifier,
+    )
+
+
+def facts_of(model: VLM | Classifier, *more: str) -> dict[str, Any]:
+    """Return the facts that identify a model, and of its attributes `more`; a run's default name is a digest of them.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> list(facts_of(load_model("tiny"), "interpolation"))
+        ['spec', 'fingerprint', 'image_size', 'logit_scale', 'interpolation']
+    """
+    return {name: getattr(model, name) for name in (*_FACTS, *more)}
+
+
+def describe_data(source: DataSource) -> dict[str, Any]:
+    """Return the facts that identify the images and their classes."""
+    ids = source.ids()
+    return {
+        "spec": source.spec,
+        "fingerprint": source.fingerprint(),
+        "images": None if ids is None else len(ids),
+        "class_names": list(source.class_names),
+        "templates": list(source.templates),
+    }
+
+
+def code_facts(names: Iterable[str]) -> dict[str, str]:
+    """Return a digest of every user's object among the names: its source file, and what it can reach of settings.
+
+    It goes into the manifest, so that a run is not gone on with under changed code of the same name. Built-in names,
+    whose version the manifest has, are left out.
+
+    Example:
+        >>> code_facts(["pgd", "apgd-t:steps=9"])
+        {}
+    """
+    found = {}
+    for name in names:
+        spec = ":".join(name.split(":")[:2])
+        if registry.names_own(spec):
+            reached = Reached(list(_parts(registry.resolve(spec))))
+            facts = (spec, file_digest(spec.partition(":")[0]), *reached.facts)
+            found[f"code of {spec}"] = fingerprint(reached.state(), facts)
+    return found
+
+
+def _parts(thing: object) -> Iterator[object]:
+    """Yield what decides an object's results: of a class its functions and plain attributes, and those of its bases."""
+    if not isinstance(thing, type):
+        yield thing
+        return
+    for kind in thing.__mro__:
+        if kind.__module__.partition(".")[0] in ("builtins", "robustvlm", "abc", "typing"):
+            continue
+        for name, value in sorted(vars(kind).items()):
+            written = isinstance(value, types.FunctionType) and not value.__code__.co_filename.startswith("<")
+            if written or (not name.startswith("__") and isinstance(value, bool | int | float | str | tuple)):
+                yield [f"{kind.__qualname__}.{name}", value]
+
+
+def remarks_of(source: DataSource, vlm: VLM | None = None) -> list[str]:
+    """Return what was left aside or understood in some way in the data, and which prompts `vlm` does not read whole.
+
+    They are said on the terminal and in the manifest, and are no part of what defines a run.
+
+    Example:
+        >>> from robustvlm.data import open_data
+        >>> remarks_of(open_data("emoji"))
+        []
+    """
+    cut = None if vlm is None else cut_prompts(vlm, source.class_names, source.templates)
+    return [*source.remarks, *([cut] if cut else [])]

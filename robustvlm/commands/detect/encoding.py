@@ -1,0 +1,261 @@
+"""From images to features: encoded once, kept in the run folder, so that a repetition reads them back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from robustvlm.commands.detect.config import DetectObserver
+from robustvlm.core.files import first_line, parse_json, replacing, require_regular
+from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.seeds import derive_seed
+from robustvlm.data.source import DataSource, Sample, Unreadable, select, to_pixels
+from robustvlm.defenses import Classifier
+from robustvlm.errors import UserError
+from robustvlm.models import VLM
+from robustvlm.models.vlm import full_precision_kernels
+from robustvlm.models.weights import fingerprint
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.runs.manifest import Manifest, carried, require_owner
+from robustvlm.runs.records import UnreadableImage
+
+# Images per file: a killed run loses what it had of one.
+CHUNK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What a model says of the images of one set, in source order.
+
+    Args:
+        ids: of the images; labels: int64 [N], -1 for unknown classes.
+        features: unit features [N, D]; None for a model without an encoder.
+        output: its logits [N, K], with the acceptance score behind for models that may refuse; None where the
+            features decide them.
+        seconds: of the encoder, over all sessions; unreadable: images left out.
+    """
+
+    ids: list[str]
+    labels: Tensor
+    features: Tensor | None
+    output: Tensor | None
+    seconds: float = 0.0
+    unreadable: list[UnreadableImage] = field(default_factory=list)
+
+    def rows(self, index: Tensor) -> Encoded:
+        """Return some of the images."""
+        return Encoded(
+            [self.ids[i] for i in index.tolist()],
+            self.labels[index],
+            None if self.features is None else self.features[index],
+            None if self.output is None else self.output[index],
+            self.seconds,
+            self.unreadable,
+        )
+
+
+class Encoder:
+    """Encodes sets of images with a classifier and keeps what it says, in files of `CHUNK` images.
+
+    Args:
+        classifier: the model; folder: of the kept features; owner: manifest of their run.
+        seed: of the draws of a random model.
+        batch_size: images per pass, halved for as long as memory runs out.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        folder: Path,
+        *,
+        owner: Manifest,
+        seed: int,
+        batch_size: int,
+        observer: DetectObserver,
+    ) -> None:
+        self.classifier, self.folder, self.owner, self.seed = classifier, folder, owner, seed
+        self.batch_size, self.observer = batch_size, observer
+
+    def encode(self, source: DataSource, name: str, *, limit: int | None, title: str) -> Encoded:
+        """Return what the model says of the images of a source, of which `limit` are chosen by a hash of their ids.
+
+        Raises UserError when no image can be read, or the model's output is not finite.
+        """
+        chunks = [_read(path, self.owner) for path in self._files(name)]
+        known = {item for chunk in chunks for item in (*chunk.ids, *(image.id for image in chunk.unreadable))}
+        ids = source.ids()
+        total = limit if ids is None else len(select(ids, limit))
+        self.observer.begin(title, total, len(known))
+        for part in self._fresh(source, known, limit):
+            _write(self.folder / f"{name}-{len(chunks):05d}.safetensors", part, self.owner)
+            chunks.append(part)
+        if not any(chunk.ids for chunk in chunks):
+            raise UserError(_why_none(source.spec, [image for chunk in chunks for image in chunk.unreadable]))
+        return _ordered(_joined(chunks), ids)
+
+    def _files(self, name: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
+
+    def _fresh(self, source: DataSource, known: set[str], limit: int | None) -> Iterator[Encoded]:
+        """Yield chunks of the images that no kept file holds."""
+        batch: list[Sample] = []
+        done: list[Encoded] = []
+        unreadable: list[UnreadableImage] = []
+        seen = set(known)
+        for item in source.samples(limit=limit, keep=lambda sample_id: sample_id not in known):
+            if item.id in seen:  # streams also name what no one asked for
+                continue
+            seen.add(item.id)
+            if isinstance(item, Unreadable):
+                unreadable.append(UnreadableImage(id=item.id, reason=item.reason))
+                self.observer.advance(1)
+                continue
+            batch.append(item)
+            if len(batch) == self.batch_size:
+                done.append(self._ask(batch))
+                batch = []
+            if sum(len(part.ids) for part in done) >= CHUNK:
+                yield _joined(done, unreadable)
+                done, unreadable = [], []
+        if batch:
+            done.append(self._ask(batch))
+        if done or unreadable:
+            yield _joined(done, unreadable)
+
+    def _ask(self, batch: Sequence[Sample]) -> Encoded:
+        pixels = torch.stack([to_pixels(sample.image, self.classifier.framing) for sample in batch])
+        began = time.perf_counter()
+        cuda = [self.classifier.device] if self.classifier.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), torch.inference_mode(), full_precision_kernels():
+            torch.manual_seed(derive_seed(self.seed, "encode", batch[0].id))
+            features, output = answers(self.classifier, pixels)
+        seconds = time.perf_counter() - began
+        for found in (features, output):
+            if found is not None and not found.isfinite().all():
+                name = batch[int(found.isfinite().all(dim=1).logical_not().nonzero()[0])].id
+                raise UserError(
+                    f"model '{self.classifier.spec}' gives NaN or infinite values, first for the image '{name}'"
+                )
+        self.observer.advance(len(batch))
+        labels = torch.tensor([sample.label for sample in batch])
+        return Encoded([sample.id for sample in batch], labels, features, output, seconds)
+
+
+def kept(path: Path, make: Callable[[], Encoded], *, owner: Manifest) -> Encoded:
+    """Return what the file of a run holds; made and written first when there is none."""
+    if not path.exists():
+        _write(path, make(), owner)
+    return _read(path, owner)
+
+
+def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: Path, *, owner: Manifest) -> Tensor:
+    """Return unit text embeddings [W, D] of words, read back from the run's own file if it holds those of the same."""
+    wanted = carried(owner) | {"of": fingerprint({}, (vlm.fingerprint, *words, "|", *templates))}
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        require_regular(path)
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}) == wanted:
+                return file.get_tensor("words")
+    with torch.inference_mode():
+        made = class_embeddings(vlm, words, templates).float().cpu().clone()
+    with replacing(path) as temporary:
+        temporary.write_bytes(save({"words": made}, metadata=wanted))
+    return made
+
+
+def answers(classifier: Classifier, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return features [B, D] of pixels, if there is an encoder, and the output where features alone do not decide it.
+
+    Both on the CPU in float32. With half as many images at a time for as long as memory runs out.
+    """
+    try:
+        moved = pixels.to(classifier.device)
+        features = None if classifier.vlm is None else classifier.vlm.encode_image(moved).float().cpu()
+        output = classifier(moved).float().cpu() if features is None or classifier.can_reject else None
+        return features, output
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(pixels) == 1:
+            raise
+    # Outside the handler, which would keep the failed pass's tensors alive.
+    half = len(pixels) // 2
+    first, second = answers(classifier, pixels[:half]), answers(classifier, pixels[half:])
+    return _stack([first[0], second[0]]), _stack([first[1], second[1]])
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
+
+
+def _joined(parts: Sequence[Encoded], unreadable: Sequence[UnreadableImage] = ()) -> Encoded:
+    return Encoded(
+        [name for part in parts for name in part.ids],
+        torch.cat([part.labels for part in parts]) if parts else torch.zeros(0, dtype=torch.int64),
+        _stack([part.features for part in parts]),
+        _stack([part.output for part in parts]),
+        sum(part.seconds for part in parts),
+        [*unreadable, *(image for part in parts for image in part.unreadable)],
+    )
+
+
+def _ordered(found: Encoded, ids: Sequence[str] | None) -> Encoded:
+    """Return the images in source order, which a resumed run may not have met them in."""
+    if ids is None:
+        return found
+    place = {name: number for number, name in enumerate(ids)}
+    order = sorted(range(len(found.ids)), key=lambda row: place.get(found.ids[row], len(place)))
+    return found.rows(torch.tensor(order, dtype=torch.int64))
+
+
+def _write(path: Path, part: Encoded, owner: Manifest) -> None:
+    tensors = {"labels": part.labels}
+    for name, values in (("features", part.features), ("output", part.output)):
+        if values is not None:
+            tensors[name] = values.contiguous()
+    about = carried(owner) | {
+        "ids": json.dumps(part.ids),
+        "seconds": repr(part.seconds),
+        "unreadable": json.dumps([image.model_dump() for image in part.unreadable]),
+    }
+    with replacing(path) as temporary:
+        # Written here and not by the library, whose errors for a full disk are not those of the operating system.
+        temporary.write_bytes(save(tensors, metadata=about))
+
+
+def _read(path: Path, owner: Manifest) -> Encoded:
+    try:
+        require_regular(path)
+        with safe_open(path, framework="pt") as file:
+            about, names = file.metadata() or {}, set(file.keys())
+            found = {name: file.get_tensor(name) for name in names}
+        require_owner(about.get("run"), owner, path)
+        return Encoded(
+            list(parse_json(about["ids"])),
+            found["labels"],
+            found.get("features"),
+            found.get("output"),
+            float(about["seconds"]),
+            [UnreadableImage(**image) for image in parse_json(about["unreadable"])],
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"cannot read the kept features '{path}' ({first_line(error)}): delete it, the run makes it again"
+        ) from None
+
+
+def _why_none(spec: str, unreadable: Sequence[UnreadableImage]) -> str:
+    if unreadable:
+        first = unreadable[0]
+        return (
+            f"none of the {len(unreadable)} images of '{spec}' could be read; the first, '{first.id}': {first.reason}"
+        )
+    return f"'{spec}' holds no images"

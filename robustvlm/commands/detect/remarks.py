@@ -1,0 +1,115 @@
+"""What the reader of a detect run has to know of its data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from robustvlm.commands.detect.attack import KNOWN
+from robustvlm.commands.detect.encoding import Encoded
+from robustvlm.commands.detect.measures import Scored, title_of
+from robustvlm.commands.detect.scoring import Panel, copies_of
+from robustvlm.data.names import readings, same_things, some_of
+from robustvlm.data.specs import Unlabelled
+from robustvlm.defenses import Classifier
+from robustvlm.runs.records import Check
+
+# Below this, percentile intervals of rates at the ends of the scale are known to be too short.
+_FEW = 50
+
+
+def of_unknown_sets(
+    unknown: Sequence[tuple[str, Unlabelled]], known: Mapping[str, Mapping[str, int]], encoded: Mapping[str, Encoded]
+) -> Iterator[Check]:
+    """Yield findings about sets of unknown images: known classes in them, images that are known ones, no names."""
+    for name, source in unknown:
+        counts = known.get(name, {})
+        if counts:
+            classes = some_of(f"{class_name} ({count:,})" for class_name, count in counts.items())
+            count = sum(counts.values())
+            message = f"{count:,} images of the set '{name}' are of known classes and were left out: {classes}."
+            yield Check(name=f"known classes in {name}", level="warning", message=message)
+        copies = copies_of(encoded[name], encoded[KNOWN])
+        if copies:
+            message = (
+                f"{copies:,} of {len(encoded[name].ids):,} images of the set '{name}' look to the model like images "
+                "of --id: an image cannot be known and unknown, and no score can tell it from itself."
+            )
+            yield Check(name=f"known images in {name}", level="warning", message=message)
+        if not any(readings(thing) for thing in source.things()):
+            message = (
+                f"The set '{name}' has no names for its classes: whether known classes are among them, or words name "
+                "them, cannot be told."
+            )
+            yield Check(name=f"names of {name}", level="note", message=message)
+
+
+def of_words(naming: Mapping[str, str], *, oracle: bool) -> Iterator[Check]:
+    """Yield the finding that words name classes of unknown sets: left out, or an oracle."""
+    if not naming:
+        return
+    sets = ", ".join(f"{count} of '{name}'" for name, count in Counter(naming.values()).items())
+    if oracle:
+        message = (
+            f"Oracle: {len(naming)} words name classes of the unknown sets ({sets}: {some_of(naming)}) and were kept "
+            "(--oracle-words): NegLabel and S_DIS are told what they are tested on."
+        )
+        yield Check(name="oracle words", level="warning", message=message)
+        return
+    message = f"{len(naming)} words that name classes of the unknown sets were left out ({sets}): {some_of(naming)}."
+    yield Check(name="words", level="note", message=message)
+
+
+def of_antibodies(classifier: Classifier, unknown: Sequence[tuple[str, Unlabelled]]) -> Iterator[Check]:
+    """Yield the finding that a model's own antibodies name classes of an unknown set."""
+    texts = getattr(classifier, "antibody_texts", ())
+    for name, source in unknown:
+        found = same_things(texts, source.things())
+        if found:
+            message = (
+                f"Oracle: {len(found)} antibodies of the model name classes of the unknown set '{name}' "
+                f"({some_of(found)}): its own score is told what it is tested on there."
+            )
+            yield Check(name=f"antibodies that name {name}", level="warning", message=message)
+
+
+def of_constant_scores(sets: Sequence[Scored]) -> Iterator[Check]:
+    """Yield scores that are the same for every image, whose AUROC of 0.5 is no measurement."""
+    flat = [
+        name for name in sets[0].scores if len(np.unique(np.concatenate([part.scores[name] for part in sets]))) == 1
+    ]
+    if flat:
+        yield Check(
+            name="constant scores",
+            level="warning",
+            message=f"The same for every image, so that they tell nothing: {', '.join(map(title_of, flat))}.",
+        )
+
+
+def remarks(encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel) -> Iterator[Check]:
+    """Yield findings: images that were learnt from, classes without images, sets too small for their intervals."""
+    for name, found in encoded.items():
+        copies = copies_of(found, fit)
+        if copies:
+            message = (
+                f"{copies:,} of {len(found.ids):,} images of the set '{name}' look to the model like images of "
+                "--fit: scores that learn from images know them by heart."
+            )
+            yield Check(name=f"copies in {name}", level="warning", message=message)
+        if len(found.ids) < _FEW:
+            message = f"The set '{name}' has {len(found.ids)} images: bootstrap intervals are too short on so few."
+            yield Check(name=f"size of {name}", level="note", message=message)
+    if fit is not None:
+        seen, classes = len(fit.labels.unique()), len(panel.head.class_embeddings)
+        if seen < classes:
+            message = (
+                f"The images to learn from show {seen} of {classes} classes: scores that learn from images take known "
+                "images of the other classes for unknown ones."
+            )
+            yield Check(name="classes without images", level="warning", message=message)
+    if len(encoded[KNOWN].labels.unique()) < 2:
+        yield Check(
+            name="one class", level="note", message="All known images are of one class: results are about that class."
+        )

@@ -1,0 +1,1 @@
+"""`robustvlm immunize`: from class names and some images to a model that may refuse."""

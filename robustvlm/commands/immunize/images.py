@@ -1,0 +1,296 @@
+"""The images and the texts of an immunize run: which teach, which are held out, and the antibodies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import acos, degrees
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from robustvlm.commands.immunize.config import ImmunizeConfig
+from robustvlm.core.files import first_line, parse_json, replacing, require_regular
+from robustvlm.core.seeds import generator
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.classes import read_class_names
+from robustvlm.data.names import name_key, same_things
+from robustvlm.data.specs import Unlabelled
+from robustvlm.data.splits import in_both
+from robustvlm.defenses.immunity.antibodies import (
+    Antibodies,
+    Band,
+    Dropped,
+    automatic_band,
+    coverage,
+    filter_antibodies,
+    margins,
+    noise_antibodies,
+    open_source,
+)
+from robustvlm.defenses.prompts import Features, choose_shots, encode_source
+from robustvlm.errors import UserError
+from robustvlm.llm import LlmClient
+from robustvlm.models import VLM
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.runs.manifest import Manifest, carried, require_owner
+
+# The images of an immunize run: which teach and which are held out, and their features, kept in the run's folder
+
+OnImages = Callable[[str, int], None]
+
+
+def held_back(group: str, share: float, seed: int) -> bool:
+    """Whether a group of images is held out: a fixed choice by a hash of its name.
+
+    Example:
+        >>> sum(held_back(f"g{i}", 0.2, 0) for i in range(1000)) in range(160, 240)
+        True
+    """
+    digest = hashlib.blake2b(f"{seed} held out {group}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def open_held_out(config: ImmunizeConfig, source: DataSource) -> DataSource | float:
+    """Return the held-out data, or the share of `source` to hold out.
+
+    Raises:
+        UserError: a share outside (0, 1), or data with other classes.
+    """
+    if isinstance(config.held_out, float):
+        if not 0.0 < config.held_out < 1.0:
+            raise UserError(f"--held-out takes data or a share between 0 and 1, got {config.held_out:g}")
+        return config.held_out
+    found = open_data(config.held_out)
+    if [name_key(name) for name in found.class_names] != [name_key(name) for name in source.class_names]:
+        raise UserError(f"'{config.held_out}' has other classes than '{source.spec}': --held-out needs the same ones")
+    return found
+
+
+def encode_both(
+    vlm: VLM,
+    config: ImmunizeConfig,
+    source: DataSource,
+    folder: Path,
+    on_images: OnImages | None,
+    *,
+    owner: Manifest,
+) -> tuple[Features, Features]:
+    """Return the features of the images to learn from and of the held-out ones, kept in `folder` of the run `owner`."""
+    other = open_held_out(config, source)
+    chosen = None if config.shots is None else frozenset(choose_shots(source, config.shots, config.seed))
+    share = other if isinstance(other, float) else 0.0
+
+    def teaches(name: str) -> bool:
+        return (chosen is None or name in chosen) and not held_back(source.group(name), share, config.seed)
+
+    fit = _encoded(vlm, source, folder / "fit.safetensors", "fit", on_images, owner=owner, keep=teaches)
+    if isinstance(other, DataSource):
+        held = _encoded(vlm, other, folder / "held-out.safetensors", "held out", on_images, owner=owner)
+        _require_apart(fit, held, source.spec, other.spec)
+    else:
+        held = _encoded(
+            vlm, source, folder / "held-out.safetensors", "held out", on_images, owner=owner,
+            keep=lambda name: held_back(source.group(name), share, config.seed),
+        )  # fmt: skip
+    return fit, held
+
+
+def encode_unknown(
+    vlm: VLM, source: Unlabelled, number: int, folder: Path, on_images: OnImages | None, *, owner: Manifest
+) -> Features:
+    """Return the features of the images of `--ood` data; those of a known class have it as their label."""
+    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", source.spec, on_images, owner=owner)
+
+
+def write_features(path: Path, found: Features, owner: Manifest) -> None:
+    """Write features, whole or not at all, with the identity of their run."""
+    about = carried(owner) | {
+        "ids": json.dumps(found.ids),
+        "groups": json.dumps(found.groups),
+        "unreadable": json.dumps(found.unreadable),
+    }
+    with replacing(path) as temporary:
+        tensors = {"features": found.features.contiguous(), "labels": found.labels.contiguous()}
+        temporary.write_bytes(save(tensors, metadata=about))
+
+
+def read_features(path: Path, owner: Manifest) -> Features:
+    """Return kept features; UserError where there are none, the file is damaged or another run's than `owner`."""
+    try:
+        require_regular(path)
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            require_owner(about.get("run"), owner, path)
+            return Features(
+                file.get_tensor("features"),
+                file.get_tensor("labels"),
+                tuple(parse_json(about["ids"])),
+                tuple(parse_json(about["groups"])),
+                int(parse_json(about.get("unreadable", "0"))),
+            )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read the kept features '{path}' ({first_line(error)}): make the run again") from None
+
+
+def _encoded(
+    vlm: VLM,
+    source: DataSource,
+    path: Path,
+    title: str,
+    on_images: OnImages | None,
+    *,
+    owner: Manifest,
+    keep: Callable[[str], bool] | None = None,
+) -> Features:
+    """Encode once; a run that was cut short finds what it had finished. The settings are the same, or it would not be
+    the same folder."""
+    if not path.exists():
+        told = None if on_images is None else (lambda done: on_images(title, done))
+        found = encode_source(vlm, source, keep=keep, on_images=told)
+        if not torch.isfinite(found.features).all():
+            raise UserError(f"model '{vlm.spec}' gives NaN or infinite features for images of '{source.spec}'")
+        write_features(path, found, owner)
+    return read_features(path, owner)
+
+
+def _require_apart(fit: Features, held: Features, fit_spec: str, held_spec: str) -> None:
+    both = in_both(fit_spec, fit.ids, held_spec, held.ids)
+    if both:
+        raise UserError(
+            f"{len(both)} images are both in '{fit_spec}' and held out (the first, '{both[0]}'): "
+            "thresholds need images that taught nothing"
+        )
+
+
+# The texts of an immunize run: class embeddings, and antibodies from whichever source, filtered and judged
+
+NOISE_PER_CLASS = 10
+_FOLDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The antibodies of a run, those dropped with reasons, and the band (None where nothing was filtered).
+
+    `naming` are the proposed texts that name a class of an unknown set that is measured on, with its spec.
+    """
+
+    antibodies: Antibodies
+    dropped: tuple[Dropped, ...]
+    band: Band | None
+    naming: Mapping[str, str] = field(default_factory=dict)
+
+
+def embedder(vlm: VLM, templates: Sequence[str]) -> Callable[[Sequence[str]], Tensor]:
+    """Return the function from names to unit text embeddings [N, D] on the CPU, with the prompts of the data."""
+    return lambda texts: class_embeddings(vlm, list(texts), templates).float().cpu()
+
+
+def source_spec(text: str) -> str:
+    """Return the antibody source that a command names; a file may be named without `file:`.
+
+    Example:
+        >>> source_spec("bank"), source_spec("my/antibodies.json")
+        ('bank', 'file:my/antibodies.json')
+    """
+    if text in ("bank", "wordnet", "llm", "noise", "none") or text.startswith("file:"):
+        return text
+    if Path(text).suffix or Path(text).exists():
+        return f"file:{text}"
+    return text
+
+
+def make_antibodies(
+    config: ImmunizeConfig,
+    source: DataSource,
+    embed: Callable[[Sequence[str]], Tensor],
+    prototypes: Tensor,
+    text: Tensor,
+    *,
+    unknown: Sequence[DataSource] = (),
+    client: LlmClient | None = None,
+    on_classes: Callable[[int], None] | None = None,
+) -> Made:
+    """Return the antibodies of all classes: generated, filtered by name and by band.
+
+    Those that name a class of an unknown set are dropped unless the settings ask for an oracle: the model would be told
+    what it is then tested on.
+
+    Args:
+        prototypes: [K, M, D]. text: class embeddings [K, D]. unknown: the sets that will be measured on.
+
+    Raises:
+        UserError: an unknown source, or no band that leaves room.
+    """
+    dim = text.shape[1]
+    if config.antibodies == "none":
+        return Made(Antibodies((), torch.zeros(0, dim)), (), None)
+    if config.antibodies == "noise":
+        count = NOISE_PER_CLASS * len(source.class_names)
+        return Made(noise_antibodies(count, dim, seed=config.seed), (), None)
+    opened = open_source(config.antibodies, client=client, on_classes=on_classes)
+    proposal = opened.propose(source.class_names)
+    texts = [text.text for text in proposal.texts]
+    naming = {text: other.spec for other in reversed(unknown) for text in same_things(texts, other.things())}
+    told = () if config.oracle_words else tuple(text for text in proposal.texts if text.text in naming)
+    proposal = replace(proposal, texts=tuple(text for text in proposal.texts if text not in told))
+    band = automatic_band(prototypes, text, safe=config.safe, risk=config.risk)
+    found = filter_antibodies(proposal, embed, prototypes, source.class_names, band=band, above=superclasses(source))
+    gone = [Dropped(text, f"it names a class of the unknown set '{naming[text.text]}'") for text in told]
+    return Made(found.kept, (*found.dropped, *gone), band, naming)
+
+
+def superclasses(source: DataSource) -> tuple[str, ...]:
+    """Return the names above the classes in the data's trees: no antibodies either."""
+    names: dict[str, None] = {}
+    for tree in source.tree or ():
+        for level in range(1, tree.levels):
+            names.update(dict.fromkeys(tree.level_names(level)))
+    classes = set(map(name_key, source.class_names))
+    return tuple(name for name in names if name_key(name) not in classes)
+
+
+def diagnose(
+    made: Made, prototypes: Tensor, embed: Callable[[Sequence[str]], Tensor], near_names: str | None, seed: int
+) -> dict[str, Any]:
+    """Return coverage and margins of the antibodies.
+
+    Coverage: the share of texts within an angle of an antibody, where the angle is that of the upper bound of the band
+    (nearer than known classes are to each other). The texts are those of `near_names`; and always the antibodies
+    themselves, each fifth held against the other four.
+    """
+    antibodies = made.antibodies
+    nearest = margins(antibodies, prototypes)
+    found: dict[str, Any] = {"margin_min": float(nearest.min()), "margin_median": float(nearest.median())}
+    if made.band is None or not len(antibodies):
+        return found
+    angle = degrees(acos(max(-1.0, min(1.0, made.band.risk))))
+    found |= {"angle": angle, "coverage_crossed": _crossed(antibodies, angle, seed)}
+    if near_names is not None:
+        names, _ = read_class_names(Path(near_names))
+        if not isinstance(names, tuple):
+            raise UserError(f"'{near_names}' maps labels to names: expected a list, one name a line")
+        within = coverage(antibodies, embed(list(names)), angle)
+        found |= {"coverage_near": float(within.double().mean()), "near_names": len(names)}
+    return found
+
+
+def _crossed(antibodies: Antibodies, angle: float, seed: int) -> float | None:
+    """Return the share of antibodies that the other four fifths cover; None for fewer than five."""
+    count = len(antibodies)
+    if count < _FOLDS:
+        return None
+    fold = torch.randperm(count, generator=generator(seed, "coverage")) % _FOLDS
+    hits = 0
+    for i in range(_FOLDS):
+        rest = [row for row in range(count) if fold[row] != i]
+        others = Antibodies(tuple(antibodies.texts[row] for row in rest), antibodies.embeddings[rest])
+        hits += int(coverage(others, antibodies.embeddings[fold == i], angle).sum())
+    return hits / count

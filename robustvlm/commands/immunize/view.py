@@ -1,0 +1,322 @@
+"""The HTML report of an immunize run, and what an immunised model does in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from robustvlm.commands.immunize.config import RECORD, ImmunizeConfig
+from robustvlm.errors import UserError
+from robustvlm.report.charts import loss_curves
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.sections import (
+    Block,
+    Card,
+    Chart,
+    Closing,
+    Code,
+    Column,
+    Facts,
+    Inline,
+    Measure,
+    More,
+    Name,
+    Report,
+    Row,
+    Section,
+    Small,
+    Table,
+    Text,
+    Verdict,
+    facts_line,
+    manifest_section,
+    numbers,
+)
+from robustvlm.report.words import interval, percent, plain
+from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
+from robustvlm.runs.read import read_manifest_of, read_object
+from robustvlm.runs.run import FinishedRun
+from robustvlm.stats import Rate
+
+# What an immunised model does, in plain words: terminal and report say the same things with these
+
+Record = Mapping[str, Any]
+
+
+def verdict(record: Record) -> str:
+    """Say which share of unknown images the model rejects, and of known ones, at the thresholds it is deployed with."""
+    measures = record["measures"]
+    if not measures:
+        return "Made from texts alone: how many images of either kind it rejects has not been measured."
+    unknown = [f"{_rate(rejected_of(found))} of {plain(spec, 60)}" for spec, found in measures["unknown"].items()]
+    if unknown:
+        first = f"Of unknown images the model rejects, at its own thresholds, {'; '.join(unknown)}."
+    else:
+        first = "How many unknown images the model rejects has not been measured: pass --ood DATA."
+    return (
+        f"{first} Of the known ones it wrongly refuses {_rate(Rate(**measures['rejected']))}: held-out images, which "
+        "set the thresholds too, so expect more elsewhere."
+    )
+
+
+def tone(record: Record) -> str:
+    """Return the colour class of the verdict: "held" (green), "" (red) or "neutral".
+
+    Red: less than half of the unknown images of some set are rejected. Green: at least nine tenths of every set are, by
+    the lower end of the interval, and no more than a tenth of the known ones refused. Without unknown images neither.
+    """
+    measures = record["measures"]
+    if not measures or not measures["unknown"]:
+        return "neutral"
+    rates = [rejected_of(found) for found in measures["unknown"].values()]
+    if any(rate.value is None or rate.value < 0.5 for rate in rates):
+        return ""
+    refused = Rate(**measures["rejected"])
+    oracle = any(note.startswith("Oracle") for note in record["notes"])
+    good = all(rate.low >= 0.9 for rate in rates) and refused.value is not None and refused.value <= 0.1
+    return "held" if good and not oracle else "neutral"
+
+
+def rejected_of(found: Mapping[str, Any]) -> Rate:
+    """Return the share of unknown images rejected, of a record that may be of the time when the accepted were kept."""
+    if "rejected" in found:
+        return Rate(**found["rejected"])
+    accepted = Rate(**found["accepted"])
+    share = None if accepted.value is None else 1 - accepted.value
+    return Rate(
+        successes=accepted.total - accepted.successes,
+        total=accepted.total,
+        value=share,
+        low=1 - accepted.high,
+        high=1 - accepted.low,
+    )
+
+
+def _rate(found: Rate) -> str:
+    if found.value is None:
+        return "none"
+    return f"{percent(found.value)} ({interval(found)})"
+
+
+# The HTML report of an immunize run: one file that needs no network and no script
+
+# More would be a file, not a report; all of them are in the record.
+_ROWS = 400
+_KNOWN = (
+    ("Accuracy before (zero-shot)", "accuracy_before", True),
+    ("Accuracy after", "accuracy_after", True),
+    ("Right and accepted", "accepted_right", True),
+    ("Known images wrongly refused", "rejected", False),
+)
+_AFTER = (("right and accepted", "accepted_right"), ("wrongly refused", "rejected"))
+_AUROC = (
+    "AUROC against the held-out known images, with 95% intervals: of the largest softmax probability before (MCM), and "
+    "of the score less its threshold after. Rejected: at the thresholds of this model."
+)
+_COLUMNS = (
+    "alpha: weight of the text in the prototype (1: text alone). kappa: concentration of the images. Thresholds are "
+    "marked as pooled where a class has too few held-out images for a fit of its own; KS is the distance of its lowest "
+    "scores from their Weibull fit."
+)
+
+
+class ImmunizeRun(FinishedRun[dict[str, Any]]):
+    """Manifest and record of a finished immunize run."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The summary under the name that its file has."""
+        return self.summary
+
+
+def is_immunize_run(folder: Path) -> bool:
+    """Whether the folder's manifest says that it is an immunised model; False where none can be read."""
+    return kind_of_run(folder) == "immunize"
+
+
+def load_immunize_run(folder: Path) -> ImmunizeRun:
+    """Read a finished immunize run; UserError when it has not ended or a file is damaged."""
+    manifest = read_manifest_of(folder)
+    require_shape(
+        ImmunizeConfig,
+        manifest["config"],
+        folder / "manifest.json",
+        ": its config is not of this version; run it again",
+    )
+    record = read_object(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
+    require_unchanged(folder, manifest, what="immunize ")
+    return ImmunizeRun(folder, manifest, record)
+
+
+def write_immunize_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
+    path = out or folder / "report.html"
+    with drawing(folder):
+        text = render_immunize_run(load_immunize_run(folder))
+    write_page(path, text)
+    return path
+
+
+def render_immunize_run(run: ImmunizeRun) -> str:
+    """Return the report of one run as HTML.
+
+    Raises:
+        UserError: the record is not one of this program's.
+    """
+    return page_of(immunize_report(run))
+
+
+def immunize_report(run: ImmunizeRun) -> Report:
+    """Return all that is said of an immunised model.
+
+    Raises:
+        UserError: the record is not one of this program's.
+    """
+    record, antibodies = run.record, Code(run.manifest["config"]["antibodies"], limit=60)
+    try:
+        sections = [*_added(record), _made(record), *_measures(record["measures"]), _classes(record), _kept(record)]
+        verdicts = [Verdict([verdict(record)], tone=tone(record))]
+        if record["notes"]:
+            verdicts.append(Verdict([plain(note, 400) for note in record["notes"]]))
+        return Report(
+            kind="immunised model",
+            name=run.name,
+            kicker="Immunised model",
+            facts=facts_line(run.manifest, ", antibodies from ", antibodies),
+            verdicts=verdicts,
+            cards=_cards(record["measures"]),
+            sections=[*sections, manifest_section(run.manifest)],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{run.folder / RECORD}' is no record of `robustvlm immunize` ({error})") from None
+
+
+def immunize_closing(run: ImmunizeRun) -> Closing:
+    """Return where the model and its report are."""
+    return Closing({"Model": run.folder, "Report": run.folder / "report.html"})
+
+
+def _added(record: dict[str, Any]) -> list[Section]:
+    """Return what a class that was added did to the others."""
+    if record.get("added") is None:
+        return []
+    added, others = record["added"], record["added"]["others"]
+    said = (
+        f". Of {others['total']} held-out images of the other classes, {others['only_first']} were right before and "
+        f"are wrong now, {others['only_second']} the other way round (McNemar p = {others['p_value']:.3g})."
+    )
+    line: list[Inline] = [Name(added["name"]), " was added to ", Code(added["to"]), said]
+    return [Section("The class that was added", [Text(line)])]
+
+
+def _made(record: dict[str, Any]) -> Section:
+    blocks: list[Block] = [Facts(_diagnostics(record), kind="sentences", only="both")]
+    vaccine = record.get("vaccine")
+    if vaccine is not None and len(vaccine["history"]) >= 2:
+        names = {"pull (held out)": "pull", "push (held out)": "push", "held out, both": "held_out"}
+        points = {name: [(look["step"], look[key]) for look in vaccine["history"]] for name, key in names.items()}
+        caption = "The step with the smallest loss that costs no accuracy is kept; step 0 is the model as it was."
+        title = "The vaccine's losses on held-out images"
+        blocks.append(Chart(partial(loss_curves, points, key="vaccine"), title, caption))
+    return Section("How it was made", blocks, key="facts", short="Facts")
+
+
+def _measures(measures: dict[str, Any]) -> list[Section]:
+    """Return what was measured on known images, on the page in cards, and on every set of unknown ones."""
+    if not measures:
+        return []
+    found = {key: Measure.of(Rate(**measures[key])) for _, key, _ in _KNOWN if key in measures}
+    rows: list[Row] = [("accuracy", found["accuracy_before"], found["accuracy_after"])]
+    rows += [(what, "", found[key]) for what, key in _AFTER if key in found]
+    columns = [Column("Measure"), Column("Before"), Column("After")]
+    known: list[Block] = [Table(columns, rows, title="Known images, held out", only="terminal")]
+    if not measures.get("unknown"):
+        return [Section("", known)]
+    columns = [Column("Data"), *numbers("Images"), *map(Column, ("AUROC before", "AUROC after", "Rejected"))]
+    sets: list[Row] = [
+        (
+            Name(spec),
+            f"{found['images']:,}",
+            *(_auroc(found[key]) for key in ("auroc_mcm", "auroc")),
+            Measure.of(rejected_of(found)),
+        )
+        for spec, found in measures["unknown"].items()
+    ]
+    blocks = [*known, Text(_AUROC, kind="lead"), Table(columns, sets)]
+    return [Section("Unknown images", blocks, key="unknown", short="Unknown images")]
+
+
+def _auroc(found: dict[str, Any]) -> Measure:
+    return Measure.between(found["value"], found["low"], found["high"])
+
+
+def _classes(record: dict[str, Any]) -> Section:
+    classes, shown = record["classes"], record["classes"][:_ROWS]
+    more = f" The first {len(shown)} of {len(classes)}; all are in immunity.json." if len(classes) > len(shown) else ""
+    numbered = numbers("Images", "alpha", "kappa", "Antibodies", "Margin", "Threshold", "KS")
+    rows: list[Row] = [
+        (
+            Name(row["name"], limit=60),
+            f"{row['images']:,}",
+            " ".join(f"{value:.2f}" for value in row["alpha"]),
+            f"{row['kappa']:.0f}",
+            f"{row['antibodies']:,}",
+            f"{row['margin']:.3f}",
+            [f"{row['threshold']:.3f}", Small(" pooled" if row["pooled"] else "")],
+            f"{row['fit']['distance']:.3f}" if row["fit"] else "",
+        )
+        for row in shown
+    ]
+    table = Table([Column("Class"), *numbered], rows, only="page")
+    return Section("Classes", [Text(_COLUMNS + more, kind="lead"), table], key="classes", short="Classes")
+
+
+def _kept(record: dict[str, Any]) -> Section:
+    kept, dropped = (record["antibodies"][key] for key in ("kept", "dropped"))
+
+    def table(rows: list[tuple[str, str, str]], last: str, limit: int) -> Table:
+        cells = [(Name(text, 120), Name(of_class, 60), plain(why, limit)) for text, of_class, why in rows[:_ROWS]]
+        return Table([Column("Text"), Column("Class"), Column(last)], cells)
+
+    blocks: list[Block] = [
+        Text(f"{len(kept):,} antibodies kept, {len(dropped):,} dropped."),
+        More("Kept", [table(kept, "Kind", 30)]),
+        More("Dropped, with reasons", [table(dropped, "Why", 160)]),
+    ]
+    return Section("Antibodies", blocks, key="antibodies", short="Antibodies")
+
+
+def _cards(measures: dict[str, Any]) -> list[Card]:
+    cards = [
+        Card(what, Rate(**measures[key]), "held-out images", good=good) for what, key, good in _KNOWN if key in measures
+    ]
+    return cards + [
+        Card(f"Unknown images rejected, {plain(spec, 40)}", rejected_of(found), "images", good=True)
+        for spec, found in measures.get("unknown", {}).items()
+    ]
+
+
+def _diagnostics(record: dict[str, Any]) -> list[tuple[str, str]]:
+    found, vaccine, band = record["diagnostics"], record.get("vaccine"), record["antibodies"]["band"]
+    margins = f"{found['margin_min']:.3f} at least, median {found['margin_median']:.3f}"
+    rows = [
+        ("Largest angle from prototype to text (xi)", f"{record['xi_degrees']:.1f}°"),
+        ("Weight of the antibodies in the score (lambda_inf)", f"{record['weight']:g}"),
+        ("Margin 1 - cos from prototypes to antibodies", margins),
+    ]
+    if band is not None:
+        rows.append(("Band of antibodies (cosine to their class)", f"{band['safe']:.3f} to {band['risk']:.3f}"))
+    for key, what in (("crossed", "Antibodies near the other four fifths"), ("near", "Named near things covered")):
+        if found.get(f"coverage_{key}") is not None:
+            rows.append((f"{what} (within {found['angle']:.0f}°)", f"{found[f'coverage_{key}']:.1%}"))
+    if found.get("eps_align_degrees") is not None:
+        rows.append(("Prototypes from the held-out means of their classes", f"{found['eps_align_degrees']:.1f}°"))
+    if vaccine is not None:
+        rows += [
+            ("Vaccine: step kept", str(vaccine["chosen_step"])),
+            ("Vaccine: margin, and pairs that it pushes", f"{vaccine['margin']:.3f}, {vaccine['pushed_share']:.1%}"),
+            ("Vaccine: how far features are moved (median)", f"{vaccine['median_move_degrees']:.1f}°"),
+        ]
+    return rows

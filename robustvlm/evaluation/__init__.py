@@ -1,1 +1,0 @@
-"""Evaluating models on data: clean measures and attack runs."""

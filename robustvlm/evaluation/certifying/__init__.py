@@ -1,1 +1,0 @@
-"""Certify runs: from the words of a command to a finished folder of certificates."""

@@ -1,1 +1,0 @@
-"""`robustvlm detect`: how scores tell known from unknown images, clean and under attack."""

@@ -1,0 +1,386 @@
+"""What runs that make models have to show: trainings with their curves, soups, tuned prompts, built pipelines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from robustvlm.core.files import read_json
+from robustvlm.errors import UserError
+from robustvlm.report import tables
+from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.sections import (
+    Block,
+    Card,
+    Chart,
+    Checks,
+    Closing,
+    Code,
+    Column,
+    Facts,
+    Inline,
+    Line,
+    Measure,
+    More,
+    Name,
+    Pair,
+    Report,
+    Row,
+    Section,
+    Table,
+    Text,
+    Verdict,
+    cost_section,
+    facts_line,
+    left_out,
+    manifest_section,
+    numbers,
+)
+from robustvlm.report.tables import LEVELS, Finding
+from robustvlm.report.words import DASH, duration, interval, norm_name, percent, plain, sentence
+from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
+from robustvlm.runs.read import read_manifest_of
+from robustvlm.runs.run import FinishedRun
+from robustvlm.stats import Mean, Rate
+from robustvlm.training.history import History, Validation
+
+# What a training run has to show: its history, and the facts that explain it
+
+NAME = "training.json"
+
+
+class TrainingSummary(BaseModel):
+    """The content of `training.json`, written when a training run has ended.
+
+    Args:
+        kind: the command ("finetune", "purify"); method: the loss.
+        settings: choices and fitted constants of the method.
+        trained_parameters, parameters: numbers of values trained and in all.
+        ranks: processes that trained; best_by: the measure that chose the weights; steps: optimiser steps in all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = 1
+    kind: str
+    method: str
+    settings: dict[str, Any] = {}
+    trained_parameters: int
+    parameters: int
+    ranks: int = 1
+    best_by: str | None = None
+    steps: int
+    history: History
+
+
+def read_training(folder: Path) -> TrainingSummary:
+    """Return the summary of a finished training run; raise UserError if there is none or it is damaged."""
+    advice = "delete it and give the run's command again"
+    try:
+        content = read_json(folder / NAME, advice=advice)
+    except FileNotFoundError:
+        raise UserError(f"the run '{folder}' has not ended: give its command again to go on") from None
+    require_shape(TrainingSummary, content, folder / NAME, f": {advice}")
+    return TrainingSummary.model_validate(content)
+
+
+# The HTML report of a training run: one file that needs no network and no script
+
+KINDS = ("finetune", "purify")
+_FIRST = ("clean accuracy", "robust accuracy")
+_SCORE_AT = "score at "  # of a purifier: the noise follows
+_NO_WARNING = (
+    "None: no constant features, masked or useless gradients, overfitting or collapse was noticed in the validations."
+)
+_LEVEL = re.compile(r"(.+), level (\d+)")
+
+
+class TrainingRun(FinishedRun[TrainingSummary]):
+    """Manifest and record of a finished training run."""
+
+
+def is_training_run(folder: Path) -> bool:
+    """Whether the folder's manifest says that something was trained; False where none can be read."""
+    return kind_of_run(folder) in KINDS
+
+
+def load_training_run(folder: Path) -> TrainingRun:
+    """Read a finished training run; UserError when it has not ended or a file is damaged."""
+    manifest = read_manifest_of(folder)
+    require_shape(_Needed, manifest, folder / "manifest.json", ": give the run's command again with --fresh")
+    summary = read_training(folder)
+    require_unchanged(folder, manifest)
+    return TrainingRun(folder, manifest, summary)
+
+
+class _Config(BaseModel):
+    """The settings that a report reads."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    data: str
+    norm: str = ""
+    eps_text: str = ""
+    inner_steps: int = 0
+
+
+class _Needed(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    config: _Config
+
+
+def write_training_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
+    path = out or folder / "report.html"
+    with drawing(folder):
+        text = render_training_run(load_training_run(folder))
+    write_page(path, text)
+    return path
+
+
+def render_training_run(run: TrainingRun) -> str:
+    """Return the report of one training run as HTML."""
+    return page_of(training_report(run))
+
+
+def training_report(run: TrainingRun) -> Report:
+    """Return all that is said of a training run."""
+    summary, history, config = run.summary, run.summary.history, run.manifest["config"]
+    inner: list[Inline] = []
+    if "eps_text" in config:
+        radius = f"{norm_name(config['norm'])} {plain(config['eps_text'], 20)}"
+        inner = [f", inner attack {radius}, {config['inner_steps']} steps"]
+    advice = ["Validations are quick estimates for choosing weights. Measure the result with "]
+    measured = Code(f"robustvlm attack {plain(run.folder, 200)} --attack standard", limit=250)
+    settings: list[Block] = []
+    if summary.settings:
+        rows = tables.manifest_rows({"method": summary.settings})
+        settings = [More("Settings and fitted constants of the method", [Facts(rows, kind="settings")])]
+    return Report(
+        kind="training report",
+        name=run.name,
+        kicker=f"Training report · {plain(summary.kind, 20)}: {plain(summary.method, 40)}",
+        facts=facts_line(run.manifest, *inner),
+        verdicts=[Verdict([verdict(summary), [*advice, measured, " on data that chose nothing."]])],
+        cards=[
+            Card(sentence(name), rate, "validation images, kept weights", good=True) for name, rate in _rates(history)
+        ],
+        sections=[
+            Section("How training went", [Pair(_charts(summary))], key="curves", short="Curves"),
+            *_measures(summary),
+            _warnings(history),
+            cost_section(cost_rows(summary)),
+            manifest_section(run.manifest, *settings),
+        ],
+    )
+
+
+def training_closing(run: TrainingRun) -> Closing:
+    """Return where the model and its report are; of a purifier also the spec that smooths it."""
+    folder, smoothed = str(run.folder), {}
+    if run.summary.kind == "purify" and run.summary.best_by is not None:
+        smoothed = {"Smoothed": f"{folder}+smooth:{run.summary.best_by.removeprefix(_SCORE_AT)}"}
+    return Closing({"Model": folder, **smoothed, "Report": run.folder / "report.html"})
+
+
+def _measures(summary: TrainingSummary) -> list[Section]:
+    """Return the table of every measure before training and of the kept weights."""
+    kept, history = summary.history.best(), summary.history
+    if kept is None:
+        return []
+    first, title = history.validations[0], ""
+    columns = [Column("Measure"), Column("Before training"), Column("Kept weights")]
+    if summary.kind == "purify":
+        title = "Gaussian robustness score, images held out"
+        columns = [Column("Noise"), Column("Encoder alone"), Column("This model")]
+    rows: list[Row] = [
+        (plain(name.removeprefix(_SCORE_AT), 80), *(Measure.of(found.measures.get(name)) for found in (first, kept)))
+        for name in _order(kept)
+    ]
+    return [Section("Before and after", [Table(columns, rows, title=title)], key="measures", short="Measures")]
+
+
+def _warnings(history: History) -> Section:
+    found = [
+        tables.Finding(
+            level="warning",
+            sign=tables.LEVELS["warning"][0],
+            word=tables.LEVELS["warning"][1],
+            name=f"{plain(sentence(warning.name), 80)}, after {warning.step:,} steps",
+            message=plain(warning.message, 400),
+            meaning="",
+        )
+        for warning in history.warnings
+    ]
+    blocks = [Checks(found, none=_NO_WARNING), *left_out(sorted(history.skipped.items()), "not used")]
+    return Section("Warnings", blocks, key="warnings", short="Warnings")
+
+
+def verdict(summary: TrainingSummary) -> str:
+    """Say in one sentence what training did to the measure that chose the weights, or how long it went on."""
+    history, by = summary.history, summary.best_by
+    kept, first = history.best(), history.validations[0] if history.validations else None
+    if by is None or kept is None or first is None or kept.number(by) is None:
+        return f"Trained for {summary.steps:,} steps; the weights of the last one were kept."
+    change = f"{by.capitalize()} went from {_shown(first, by)} to {_shown(kept, by)}"
+    if by != "clean accuracy" and kept.number("clean accuracy") is not None:
+        change += f", clean accuracy from {_shown(first, 'clean accuracy')} to {_shown(kept, 'clean accuracy')}"
+    return (
+        f"{change}, on the validation images, which chose the weights (those of step {kept.step:,} of "
+        f"{summary.steps:,}): too high for a claim, measure on other images."
+    )
+
+
+def measure_rows(history: History) -> list[tuple[str, str, str]]:
+    """Return, for every measure, its name, and its value before training and of the kept weights."""
+    kept = history.best()
+    if kept is None:
+        return []
+    first = history.validations[0]
+    return [(name, _shown(first, name), _shown(kept, name)) for name in _order(kept)]
+
+
+def _order(kept: Validation) -> list[str]:
+    return sorted(kept.measures, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+
+
+def cost_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
+    """Return the cost of a training as rows of label and value."""
+    history = summary.history
+    share = summary.trained_parameters / max(1, summary.parameters)
+    rows = [
+        ("Steps", f"{summary.steps:,}, {history.seconds / max(1, summary.steps):.3g} s each"),
+        ("Images", f"{history.images:,}, {history.images_per_second:,.1f} a second"),
+        ("Encoder passes", f"{history.passes:,} (forward and backward)"),
+        ("Training", duration(history.seconds)),
+        ("Validation", duration(history.validation_seconds)),
+        ("Peak memory", f"{history.peak_memory / 2**20:,.0f} MiB"),
+        ("Trained", f"{summary.trained_parameters:,} of {summary.parameters:,} parameters ({percent(share)})"),
+        ("Processes", f"{summary.ranks}"),
+    ]
+    if history.estimate is not None:
+        said = history.estimate
+        rows.append(("Said before", f"{said.passes:,} passes, {duration(said.seconds)}"))
+    return rows
+
+
+def _rates(history: History) -> list[tuple[str, Rate]]:
+    kept = history.best()
+    measures = {} if kept is None else kept.measures
+    found = ((name, measures.get(name)) for name in (*_FIRST, "noise accuracy"))
+    return [(name, rate) for name, rate in found if isinstance(rate, Rate)]
+
+
+def _charts(summary: TrainingSummary) -> list[Chart]:
+    """Return the charts that there is data for."""
+    history = summary.history
+    terms: dict[str, list[tuple[int, float]]] = {}
+    for entry in history.steps:
+        for name, value in entry.terms.items():
+            terms.setdefault(plain(name, 40), []).append((entry.step, value))
+    rates: dict[str, list[tuple[int, Rate]]] = {}
+    means: dict[str, list[tuple[int, Mean]]] = {}
+    for found in history.validations:
+        for name, measure in found.measures.items():
+            if isinstance(measure, Rate):
+                rates.setdefault(plain(name, 40), []).append((found.step, measure))
+            elif isinstance(measure, Mean) and measure.value is not None:
+                means.setdefault(plain(name, 40), []).append((found.step, measure))
+    order = sorted(rates, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+    best, by = history.best_step, summary.best_by
+    dotted = "" if best is None else f" Dotted: the step whose weights were kept, chosen by {by}."
+    charts = []
+    if terms:
+        caption = "Means over the training images; the one called loss is what is minimised."
+        charts.append(Chart(partial(loss_curves, terms, key="loss"), "Terms of the loss", caption))
+    if rates:
+        caption = f"On images that are not trained on; 95% bands for the first two.{dotted}"
+        draw = partial(rate_curves, {name: rates[name] for name in order}, key="validation", kept=best)
+        charts.append(Chart(draw, "Validation", caption))
+    if means:
+        caption = "Of the validation images, with 95% bands."
+        charts.append(Chart(partial(mean_curves, means, key="means"), "Means", caption))
+    kept = history.best()
+    if kept is not None and by_level(kept):
+        caption = (
+            "Mean norm of the text embeddings in the ball: parents should lie nearer to the origin than their children."
+        )
+        draw = partial(level_norms, by_level(history.validations[0]), by_level(kept), key="norms")
+        charts.append(Chart(draw, "Norms by level", caption))
+    return charts
+
+
+def by_level(found: Validation) -> dict[int, float]:
+    """Return the measures that are given by level of a tree ("text norm, level 1"), the level first.
+
+    Example:
+        >>> by_level(Validation(step=0, measures={"text norm, level 0": 0.7, "text norm, level 1": 0.5, "x": 1.0}))
+        {0: 0.7, 1: 0.5}
+    """
+    matches = ((_LEVEL.fullmatch(name), found.number(name)) for name in found.measures)
+    return {int(match[2]): value for match, value in matches if match is not None and value is not None}
+
+
+def _shown(found: Validation, name: str) -> str:
+    measure = found.measures.get(name)
+    if measure is None:
+        return DASH
+    if isinstance(measure, Rate):
+        return f"{percent(measure.value)} ({interval(measure)})"
+    if isinstance(measure, Mean):
+        return DASH if measure.value is None else f"{measure.value:.4g}"
+    return f"{measure:.4g}"
+
+
+# What commands without a page of their own say of what they made: soups, tuned prompts and built pipelines
+
+
+def soup_blocks(
+    tasted: Sequence[tuple[str, bool, float | None]], measures: Mapping[str, Rate | Mean | float]
+) -> list[Block]:
+    """Return what became of each ingredient (name, whether it was kept, value of the soup with it) and the measures."""
+    valued = any(value is not None for _, _, value in tasted)
+    columns = [Column("Ingredient"), Column(""), *(numbers("Soup with it") if valued else [])]
+    ingredients: list[Row] = [
+        (Code(name), "kept" if kept else "left out", *([percent(value)] if valued else []))
+        for name, kept, value in tasted
+    ]
+    rows: list[Row] = [(name, Measure.of(value)) for name, value in measures.items()]
+    return [
+        Table(columns, ingredients, title="Ingredients"),
+        Table([Column("Measure"), Column("Value, 95% interval")], rows, title="The soup"),
+    ]
+
+
+def prompt_blocks(record: Mapping[str, Any], *, val: str | None, ood: Sequence[str]) -> list[Block]:
+    """Return what is said of tuned prompts: how training ended, and their measures beside those of the hand's."""
+    loss = record["history"][-1]["loss"]
+    blocks: list[Block] = [Text(f"{record['images']:,} images, loss {loss:.3f} in the last epoch.")]
+    if "tuned" in record:
+        sides = [record[key] for key in ("zero_shot", "tuned")]
+        rows: list[Row] = [("accuracy", *(Measure.of(Rate(**side["accuracy"])) for side in sides))]
+        for spec in ood:
+            label: Line = ["AUROC of the energy change, ", Name(spec)]
+            rows.append((label, *(Measure.between(*side["auroc"][spec]) for side in sides)))
+        columns = [Column("Measure"), Column("Hand-written prompts"), Column("Tuned")]
+        caption: Line = ["On ", Code(str(val)), "; 95% intervals."]
+        blocks.append(Table(columns, rows, title="Before and after", caption=caption))
+    return [*blocks, Checks([_finding("note", note) for note in record.get("notes", [])])]
+
+
+def build_blocks(parts: Sequence[str], misfits: Sequence[object]) -> list[Block]:
+    """Return the parts of a pipeline in the order in which an image passes them, and what does not fit in it."""
+    warnings = Checks([_finding("warning", str(wrong)) for wrong in misfits])
+    return [warnings, Text(["Parts: ", Code(" > ".join(parts), 1000)])]
+
+
+def _finding(level: str, message: str) -> Finding:
+    return Finding(level, *LEVELS[level], name="", message=message, meaning="")
