@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustvlm.attacks.base import ATTACKS as ATTACKS
+    from robustvlm.attacks.catalog import ATTACKS as ATTACKS
     from robustvlm.attacks.perturb import AutoAttack as AutoAttack
     from robustvlm.attacks.perturb import Perturbed as Perturbed
     from robustvlm.attacks.perturb import perturb as perturb

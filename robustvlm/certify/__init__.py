@@ -138,6 +138,7 @@ from robustvlm.certify.shapes import (
     sideways,
 )
 from robustvlm.certify.tangent import Tangent, TangentTest, tangent_at, tangent_radius
+from robustvlm.core.callable_module import make_callable
 
 __all__ = [
     "ANYTIME_BOUNDS",
@@ -263,3 +264,6 @@ __all__ = [
     "vote_radius",
     "vote_share_needed",
 ]
+
+# `robustvlm.certify("tiny", claim="class")` is the command; what is above is its mathematics.
+make_callable(__name__, "robustvlm.commands.certify.settings:certify")

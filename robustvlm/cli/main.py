@@ -16,7 +16,7 @@ import typer
 from robustvlm import __version__
 from robustvlm.cli.app import typer_command
 from robustvlm.cli.attack import attack
-from robustvlm.cli.certify import certify
+from robustvlm.cli.certify import certify_or_audit
 from robustvlm.cli.detect import detect
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
 from robustvlm.cli.finetune import finetune
@@ -26,6 +26,7 @@ from robustvlm.cli.options import check_given
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.build import BUILD
+from robustvlm.commands.certify.settings import CERTIFY
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
 from robustvlm.commands.soup import SOUP
@@ -70,7 +71,7 @@ app = typer.Typer(
 )
 for command in (
     attack,
-    certify,
+    typer_command(CERTIFY, act=certify_or_audit),
     evaluate,
     detect,
     finetune,

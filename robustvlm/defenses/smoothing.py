@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robustvlm.certify import format_exact, predict
+from robustvlm.core.defaults import MAX_N0, MAX_SIGMA
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
 from robustvlm.models.boundary import borrowed
 from robustvlm.models.weights import fingerprint
 
 DEFAULT_N0 = 64
-MAX_SIGMA = 10.0
-MAX_N0 = 1_000_000
 ROWS_PER_PASS = 128
 
 Hook = Callable[[Tensor], Tensor]

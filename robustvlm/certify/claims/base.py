@@ -21,7 +21,7 @@ from robustvlm.certify.limits import best_class_radius, best_tangent_radius, sam
 from robustvlm.certify.normal import Array, check_cos0
 from robustvlm.certify.openset import OpensetRule
 from robustvlm.certify.record import Source, StopRule, format_exact, format_up
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError, nearest, setting
 
 # Radii that a certify run may have beside its own, each in a column of its own, and what tables call them
 
@@ -294,13 +294,15 @@ class Claim(ClaimFacts, ABC):
         if "min_cos" in self.options:
             check_cos0(given.min_cos)
         if given.radius is not None and not self.tests_radius:
-            raise UserError(f"the claim '{self.name}' has no test of one radius: leave out --radius")
+            raise UserError(f"the claim '{self.name}' has no test of one radius: leave out {setting('radius')}")
         if given.deployed is not None and not self.deployed:
-            raise UserError(f"the claim '{self.name}' states nothing of finitely many copies: leave out --deployed")
+            raise UserError(
+                f"the claim '{self.name}' states nothing of finitely many copies: leave out {setting('deployed')}"
+            )
         if (given.tau is not None and "tau" not in self.options) or (
             given.antibodies is not None and "antibodies" not in self.options
         ):
-            raise UserError("--tau and --antibodies are for --claim openset")
+            raise UserError(f"{setting('tau')} and {setting('antibodies')} are for {setting('claim', 'openset')}")
 
     def pilot(self, samples: int, *, early: bool) -> int:
         """Return how many of the samples make choices."""
@@ -392,8 +394,8 @@ def require_possible(plan: Plan, asked: Asked) -> float:
     needed = samples_needed(plan.best, wanted if wanted else 1e-9)
     goal = f"a radius of {format_exact(wanted)}" if wanted else "any radius"
     cure = (
-        f"pass --samples {needed} or more (without any spread in the samples; real images need more), a larger sigma "
-        "or a larger alpha"
+        f"pass {setting('samples', needed)} or more (without any spread in the samples; real images need more), a "
+        "larger sigma or a larger alpha"
         if needed is not None
         else "no number of samples does it: pass a smaller radius or a larger sigma"
     )

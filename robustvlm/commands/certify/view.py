@@ -10,17 +10,20 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from robustvlm.certify import format_down, format_exact
 from robustvlm.certify.claims import RADII
 from robustvlm.commands.certify import record as words
 from robustvlm.commands.certify.record import CertifyRecord, cosine_lines, load_certify_run, share_lines
-from robustvlm.commands.certify.terminal import load_audit
+from robustvlm.commands.certify.terminal import certify_table, load_audit
 from robustvlm.core.files import require_regular
 from robustvlm.report import tables
 from robustvlm.report.charts import DASHES, INK, SERIES, STYLE, Line, as_svg, chart, legend, new_figure
 from robustvlm.report.page import data_uri, drawing, page, write_page
+from robustvlm.report.screen import show as show_blocks
+from robustvlm.report.sections import Closing
 from robustvlm.report.words import DASH, plain
 
 # Charts of certificates: cosine and accuracy that are certified at a distance, and what the certificates cost
@@ -126,6 +129,13 @@ def write_certify_report(folder: Path, out: Path | None = None) -> Path:
         text = render_certify_run(load_certify_run(folder))
     write_page(path, text)
     return path
+
+
+def show(run: CertifyRecord, console: Console) -> None:
+    """Print what came of a run, and where it is."""
+    console.print(certify_table(run.summary, run.manifest["plan"], run.manifest.get("trail")))
+    closing = Closing({"Report": run.report, "Results": run.folder / "results.parquet"})
+    show_blocks(console, [], closing)
 
 
 def render_certify_run(run: CertifyRecord) -> str:
