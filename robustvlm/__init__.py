@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Where each public name lives; a module stands for itself. A new name is a line here and one above.
 _HOME = {
     "ABSTAIN": "robustvlm.defenses.votes",
-    "ATTACKS": "robustvlm.attacks.catalog",
+    "ATTACKS": "robustvlm.attacks.base",
     "AutoAttack": "robustvlm.attacks.perturb",
     "Perturbed": "robustvlm.attacks.perturb",
     "SCORES": "robustvlm.detect.catalog",
