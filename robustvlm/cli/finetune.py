@@ -24,7 +24,7 @@ from robustvlm.core.ranks import current_ranks
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.commands.finetune_work import PreparedFinetune
+    from robustvlm.commands.finetune.work import PreparedFinetune
     from robustvlm.report.training import TrainingSummary
 
 _METHOD = (
@@ -109,7 +109,7 @@ def finetune(
     # The heavy libraries are loaded here, so that --help and --version answer at once.
     from robustvlm.attacks import parse_norm
     from robustvlm.cli.console import Console
-    from robustvlm.commands.finetune_work import FinetuneConfig, parse_options, prepare_finetune
+    from robustvlm.commands.finetune.work import FinetuneConfig, parse_options, prepare_finetune
 
     eps_text, radius = one_radius(eps, "--eps")
     options = [*([] if curvature is None else [f"curvature={curvature}"]), *(option or [])]

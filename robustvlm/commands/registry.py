@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from robustvlm.errors import UserError, nearest
-from robustvlm.runs.command import Command
-
-if TYPE_CHECKING:
-    from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, manifest_of
 
 COMMANDS = {
     "purify": "robustvlm.commands.purify:PURIFY",
@@ -61,8 +58,6 @@ def open_run(folder: str | Path) -> FinishedRun[Any]:
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run of any kind, by default to `report.html` in its folder; return its path."""
-    from robustvlm.runs.run import manifest_of
-
     kind = str(manifest_of(folder)["kind"])
     if kind in _OTHERS:
         write = _named(_OTHERS[kind][1])
@@ -75,8 +70,6 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def _reader(folder: Path) -> Callable[[Path], Any]:
-    from robustvlm.runs.run import manifest_of
-
     kind = str(manifest_of(folder)["kind"])
     return _named(_OTHERS[kind][0]) if kind in _OTHERS else command_of(kind).load().read_run
 

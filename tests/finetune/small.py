@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from robustvlm.commands.finetune_work import FinetuneConfig, PreparedFinetune, prepare_finetune
+from robustvlm.commands.finetune.work import FinetuneConfig, PreparedFinetune, prepare_finetune
 from robustvlm.core.seeds import generator
 from robustvlm.data.emoji import ASSETS
 

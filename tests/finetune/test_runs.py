@@ -18,7 +18,7 @@ from small import OWN, clip_folder, pictures, prepared
 from torch import Tensor
 
 from robustvlm.commands.export import export_model
-from robustvlm.commands.finetune_work import parse_options
+from robustvlm.commands.finetune.work import parse_options
 from robustvlm.data import open_data
 from robustvlm.data.trees import load_forest
 from robustvlm.defenses import load_classifier, load_pipeline

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small import OWN, clip_folder, pictures, prepared
 
 from robustvlm.commands import soup as command
-from robustvlm.commands.soup_work import Soup
+from robustvlm.commands.soup.work import Soup
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune.saved import averaged, greedy
 from robustvlm.errors import UserError

@@ -1,0 +1,1 @@
+"""`robustvlm finetune`: adversarial fine-tuning of a model's vision tower."""
