@@ -244,7 +244,6 @@ def blocks(record: PromptRecord, val: str | None) -> list[Block]:
             found = [(side.auroc or {})[spec] for side in both]
             rows.append((label, *(Measure.between(value, low, high) for value, low, high in found)))
         columns = [Column("Measure"), Column("Hand-written prompts"), Column("Tuned")]
-        found.append(
-            Table(columns, rows, title="Before and after", caption=["On ", Code(str(val)), "; 95% intervals."])
-        )
-    return [*found, Checks([finding("note", note) for note in record.notes or []])]
+        caption: Line = ["On ", Code(str(val)), "; 95% intervals."]
+        said.append(Table(columns, rows, title="Before and after", caption=caption))
+    return [*said, Checks([finding("note", note) for note in record.notes or []])]
