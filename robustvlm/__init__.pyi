@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from robustvlm import detect as detect
-from robustvlm.attacks.catalog import ATTACKS as ATTACKS
+from robustvlm.attacks.base import ATTACKS as ATTACKS
 from robustvlm.attacks.perturb import AutoAttack as AutoAttack
 from robustvlm.attacks.perturb import Perturbed as Perturbed
 from robustvlm.attacks.perturb import perturb as perturb
