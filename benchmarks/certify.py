@@ -24,11 +24,11 @@ from torch import Tensor
 
 from benchmarks.common import markdown
 from robustvlm.certify import FeatureRadius, FeatureTest, SamplingEngine, Task
+from robustvlm.commands.certify import CERTIFY, CertifySettings
+from robustvlm.commands.certify import certify as certified
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
 from robustvlm.commands.certify.encoder import NoisyEncoder
-from robustvlm.commands.certify.settings import CERTIFY, CertifySettings
-from robustvlm.commands.certify.settings import certify as certified
 from robustvlm.commands.certify.view import write_certify_report
 from robustvlm.data import open_data
 from robustvlm.data.source import Sample, to_pixels

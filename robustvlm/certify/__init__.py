@@ -266,4 +266,4 @@ __all__ = [
 ]
 
 # `robustvlm.certify("tiny", claim="class")` is the command; what is above is its mathematics.
-make_callable(__name__, "robustvlm.commands.certify.settings:certify")
+make_callable(__name__, "robustvlm.commands.certify:certify")

@@ -12,9 +12,9 @@ from robustvlm.cli.app import start_and_show
 from robustvlm.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
+    from robustvlm.commands.certify import CertifySettings
     from robustvlm.commands.certify.audit_search import Effort
-    from robustvlm.commands.certify.settings import CertifySettings
-    from robustvlm.runs.command import Command
+    from robustvlm.runs.run import Command
     from robustvlm.runs.settings import Settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -19,8 +20,13 @@ class CallableModule(ModuleType, Generic[R]):
 
     def __call__(self, *args: Any, **options: Any) -> R:
         """Call the verb; its own signature and errors count."""
+        return self.__wrapped__(*args, **options)
+
+    @property
+    def __wrapped__(self) -> Callable[..., R]:
+        """The verb: what `inspect.signature` and `inspect.unwrap` look at."""
         module, _, name = str(self.__dict__["__verb__"]).partition(":")
-        found: R = getattr(import_module(module), name)(*args, **options)
+        found: Callable[..., R] = getattr(import_module(module), name)
         return found
 
 

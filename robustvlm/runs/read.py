@@ -77,7 +77,8 @@ def required(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
     """Return some fields of a schema, as ones that every row has a value of.
 
     Example:
-        >>> required(pa.schema([("label", pa.int64()), ("radius", pa.float64())]), ["label"]).field("label").nullable
+        >>> from robustvlm.commands.attack.store import SCHEMA
+        >>> required(SCHEMA, ["label"]).field("label").nullable
         False
     """
     return pa.schema([pa.field(name, schema.field(name).type, nullable=False) for name in names])

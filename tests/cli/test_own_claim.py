@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.stats import beta, norm
 
 from robustvlm.certify.claims import own
-from robustvlm.commands.certify.settings import CERTIFY, CertifySettings
+from robustvlm.commands.certify import CERTIFY, CertifySettings
 from robustvlm.commands.certify.view import write_certify_report
 from robustvlm.core.user_code import code_policy
 from robustvlm.errors import UserError

@@ -127,7 +127,7 @@ def test_a_temperature_reaches_every_score_from_energies(clouds: Clouds) -> None
 
 def test_there_is_one_default_weight_of_antibodies() -> None:
     from robustvlm.cli.immunize import immunize
-    from robustvlm.commands.certify.settings import CertifySettings
+    from robustvlm.commands.certify import CertifySettings
     from robustvlm.commands.immunize.config import ImmunizeConfig
     from robustvlm.defenses.immunity import immunise
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from robustvlm.commands.certify import CERTIFY, CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig
-from robustvlm.commands.certify.settings import CERTIFY, CertifySettings
 from robustvlm.commands.certify.summary import CertifySummary
 from robustvlm.runs.run import Run
 from robustvlm.runs.settings import Observer

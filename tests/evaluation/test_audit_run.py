@@ -14,9 +14,9 @@ from analytic_encoders import PIXELS, SIDE, Circle
 from PIL import Image
 
 from robustvlm.cli.certify import run_audit
+from robustvlm.commands.certify import CertifySettings, certify
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
-from robustvlm.commands.certify.settings import CertifySettings, certify
 from robustvlm.errors import UserError
 from robustvlm.models.custom import CustomVLM
 from robustvlm.runs.manifest import write_checksums

@@ -25,7 +25,7 @@ from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
 from robustvlm.commands.detect.config import Settings as DetectSettings
 from robustvlm.commands.detect.run import prepare_detect
-from robustvlm.commands.evaluate_work import evaluate_clean
+from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.commands.immunize import view
 from robustvlm.commands.immunize.config import RECORD, ImmunizeConfig
 from robustvlm.commands.immunize.extend import prepare_extension

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.certify.claims import find_claim, make_plan, require_possible
+from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.features import rounding_error
 from robustvlm.commands.certify.record import load_certify_run
 from robustvlm.commands.certify.run import CertifyWork, ReplayRun
-from robustvlm.commands.certify.settings import CertifySettings
 from robustvlm.commands.certify.setup import (
     check,
     claim_of,

@@ -15,8 +15,8 @@ from robustvlm.attacks import PRECISIONS
 from robustvlm.certify import OpensetRule, format_exact, settings_digest
 from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT, Materials, Plan, find_claim, is_own, own_digest
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
+from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig, noise_settings
-from robustvlm.commands.certify.settings import CertifySettings
 from robustvlm.core.defaults import MAX_SIGMA
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save
 
 from robustvlm.certify.claims import Materials, find_claim, make_plan, require_possible
+from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.record import load_certify_run
 from robustvlm.commands.certify.replay import open_replay
 from robustvlm.commands.certify.run import CertifyWork, SamplingRun
-from robustvlm.commands.certify.settings import CertifySettings
 from robustvlm.commands.certify.setup import (
     check,
     describe_head,

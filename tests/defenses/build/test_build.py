@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.commands.build import build
-from robustvlm.commands.certify.settings import CertifySettings
+from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.setup import settle_sigma
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, pipeline, smooth
 from robustvlm.defenses.assemble import Misfit, Recipe, build_pipeline
