@@ -40,8 +40,7 @@ def run_audit(settings: CertifySettings, default: Effort | None = None) -> int:
     from robustvlm.cli.progress import Bars
     from robustvlm.commands.certify.audit import audit_folder
     from robustvlm.commands.certify.audit_search import Effort
-    from robustvlm.commands.certify.terminal import audit_table
-    from robustvlm.commands.certify.view import write_certify_report
+    from robustvlm.commands.certify.view import show_audit, write_certify_report
     from robustvlm.core.foreign_text import one_line
     from robustvlm.core.memory import is_out_of_memory
     from robustvlm.errors import UserError
@@ -75,6 +74,6 @@ def run_audit(settings: CertifySettings, default: Effort | None = None) -> int:
     if as_json:
         say_json(json.dumps(content | {"broken": len(result.broken), "report": str(report)}, indent=2))
     else:
-        Console().print(audit_table(content))
+        show_audit(content, Console())
         say(f"{result.passes:,} encoder passes in {result.seconds:.0f} s. Report: {report}")
     return 1 if result.broken else 0

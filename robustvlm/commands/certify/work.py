@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import save
 
 from robustvlm.certify.claims import Materials, find_claim, make_plan, require_possible
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.certify.pictures import save_extremes
 from robustvlm.commands.certify.record import load_certify_run
 from robustvlm.commands.certify.replay import open_replay
 from robustvlm.commands.certify.run import CertifyWork, SamplingRun
@@ -35,12 +32,8 @@ from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.core.files import replacing
-from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
-from robustvlm.core.seeds import generator
 from robustvlm.data import open_data
-from robustvlm.data.source import DataSource, Sample, to_pixels
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.errors import UserError, setting
 from robustvlm.models.vlm import resolve_device
@@ -125,46 +118,3 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     )
     illustrate = partial(save_extremes, source=source, framing=vlm.framing, sigma=sigma, seed=config.seed)
     return CertifyWork(facts, config, begin, illustrate)
-
-
-# Keeps the images that were hardest and easiest to certify, each with a noisy copy, for the report
-
-ENDS = 6
-
-
-def save_extremes(
-    folder: Path,
-    rows: Sequence[Mapping[str, Any]],
-    source: DataSource,
-    *,
-    framing: Framing,
-    sigma: float,
-    seed: int,
-) -> None:
-    """Write the `ENDS` images with the smallest and the largest radii to `folder`, clean and under their noise.
-
-    Among equal radii, as of a test at one radius, the images that took more copies count as smaller.
-
-    Args:
-        folder: made if need be; a file per image, named by its number.
-        rows: of the results: index, image_id, label, prediction, radius, n.
-        framing: how the run brought images to the resolution where the noise is added.
-        sigma, seed: noise level and run seed; the noise shown is drawn from a stream of its own.
-    """
-    order = sorted(rows, key=lambda row: (row["radius"], -row["n"], row["index"]))
-    chosen = {row["image_id"]: row for row in (order if len(order) <= 2 * ENDS else order[:ENDS] + order[-ENDS:])}
-    if not chosen:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for item in source.samples(keep=lambda name: name in chosen):
-        row = chosen.pop(item.id, None)
-        if row is None or not isinstance(item, Sample):
-            continue
-        clean = to_pixels(item.image, framing)
-        noise = torch.randn(clean.shape, generator=generator(seed, item.id, "noise that is shown"))
-        facts = {key: str(row.get(key)) for key in ("image_id", "index", "label", "prediction", "radius", "n")}
-        content = save({"clean": clean.contiguous(), "noisy": (clean + sigma * noise).contiguous()}, metadata=facts)
-        with replacing(folder / f"{int(row['index']):06d}.safetensors") as temporary:
-            temporary.write_bytes(content)
-        if not chosen:
-            return
