@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from robustvlm.attacks.perturb import Perturbed as Perturbed
     from robustvlm.attacks.perturb import perturb as perturb
     from robustvlm.attacks.threat import ThreatModel as ThreatModel
+    from robustvlm.commands.predict import predict as predict
     from robustvlm.data.specs import open_data as open_data
     from robustvlm.defenses.load import load_classifier as load_classifier
     from robustvlm.defenses.load import load_model as load_model
@@ -46,6 +47,7 @@ _HOME = {
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",
     "perturb": "robustvlm.attacks.perturb",
+    "predict": "robustvlm.commands.predict",
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "load_model",
     "open_data",
     "perturb",
+    "predict",
 ]
 
 
