@@ -30,6 +30,7 @@ _HOME = {
     "open_data": "robustvlm.data.specs",
     "open_run": "robustvlm.commands.registry",
     "perturb": "robustvlm.attacks.perturb",
+    "predict": "robustvlm.commands.predict",
     "purify": "robustvlm.commands.purify",
     "soup": "robustvlm.commands.soup",
     "tune_prompts": "robustvlm.commands.prompts",

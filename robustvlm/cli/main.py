@@ -22,10 +22,12 @@ from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, ex
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
+from robustvlm.cli.predict import predict_and_show
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.finetune import FINETUNE
+from robustvlm.commands.predict import PREDICT
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
 from robustvlm.commands.soup import SOUP
@@ -72,6 +74,7 @@ for command in (
     attack,
     certify,
     evaluate,
+    typer_command(PREDICT, predict_and_show),
     detect,
     typer_command(FINETUNE),
     typer_command(SOUP),
