@@ -15,7 +15,6 @@ import typer
 
 from robustvlm import __version__
 from robustvlm.cli.app import typer_command
-from robustvlm.cli.attack import attack
 from robustvlm.cli.certify import certify
 from robustvlm.cli.detect import detect
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
@@ -25,6 +24,7 @@ from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
+from robustvlm.commands.attack.settings import ATTACK
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
@@ -69,7 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    attack,
+    typer_command(ATTACK),
     certify,
     evaluate,
     detect,

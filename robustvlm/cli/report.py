@@ -35,7 +35,7 @@ def report(
     from robustvlm.runs.read import find_run
 
     folders = [find_run(run) for run in runs]
-    path = write_report(folders[0], out) if len(folders) == 1 else view.write_report(folders, out)
+    path = write_report(folders[0], out) if len(folders) == 1 else view.write_comparison(folders, out)
     if not as_json:
         say(f"Report: {path}")
         return

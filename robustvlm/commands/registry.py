@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from robustvlm.runs.run import FinishedRun
 
 COMMANDS = {
+    "attack": "robustvlm.commands.attack.settings:ATTACK",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.build:BUILD",
@@ -24,7 +25,6 @@ COMMANDS = {
 # Kinds whose command is not in COMMANDS: modules that read a run and write its report, and how both are called.
 _REPORT = "robustvlm.report."
 _OTHERS = {
-    "attack": (f"{_REPORT}record:load_run", "robustvlm.commands.registry:_write_attack_report"),
     "certify": (f"{_REPORT}certify_record:load_certify_run", f"{_REPORT}certify_html:write_certify_report"),
     "detect": (f"{_REPORT}detect_record:load_detect_run", f"{_REPORT}detect_html:write_detect_report"),
     "finetune": (f"{_REPORT}training_html:load_training_run", f"{_REPORT}training_html:write_training_report"),
@@ -79,12 +79,6 @@ def _reader(folder: Path) -> Callable[[Path], Any]:
 
     kind = str(manifest_of(folder)["kind"])
     return _named(_OTHERS[kind][0]) if kind in _OTHERS else command_of(kind).load().read_run
-
-
-def _write_attack_report(folder: Path, out: Path | None) -> Path:
-    from robustvlm.commands.attack.view import write_report
-
-    return write_report([folder], out)
 
 
 def _named(place: str) -> Any:

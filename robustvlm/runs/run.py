@@ -19,6 +19,7 @@ from robustvlm.runs.manifest import (
     make_manifest,
     read_manifest,
     require_shape,
+    require_text,
     require_unchanged,
     write_checksums,
 )
@@ -164,6 +165,7 @@ class Run:
         self.manifest |= dict(facts.more)
         if facts.remarks is not None:
             self.manifest["remarks"] = facts.remarks
+        require_text(self.manifest)
 
     @property
     def finished(self) -> bool:
@@ -187,6 +189,11 @@ class Run:
             if write is not None and session.ranks.leader and (worked or not self.folder.report_path.exists()):
                 write(self.folder.path)
         return found
+
+    def estimate(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> Any:
+        """Return what the rest of the run will cost, where the command can say so; what it takes to know is kept."""
+        with self.opened(observer, fresh=fresh, resume=resume) as session:
+            return self.work.estimate(session)  # type: ignore[attr-defined]  # only where there is --estimate
 
     @contextmanager
     def opened(

@@ -57,7 +57,7 @@ def test_terminal_and_report_speak_of_the_goal(goal: str, write_run: WriteRun, t
     stream = io.StringIO()
     Console(file=stream, width=200).print(attack_table(record.summary))
     assert words.held in stream.getvalue()
-    page = write_report([folder]).read_text(encoding="utf-8")
+    page = write_report(folder).read_text(encoding="utf-8")
     assert sentence(words.held).replace("<", "&lt;").replace(">", "&gt;") in page
     assert "<b>dog" not in page
     for part, shown in (
@@ -104,4 +104,4 @@ def test_a_run_without_goals_is_one_of_misclassification(write_run: WriteRun, tm
     (record.folder / "summary.json").write_text(json.dumps(content))
     old = load_run(record.folder)
     assert old.summary.goal == "misclassify"
-    assert "make the model wrong on" in write_report([record.folder]).read_text(encoding="utf-8")
+    assert "make the model wrong on" in write_report(record.folder).read_text(encoding="utf-8")

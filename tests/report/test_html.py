@@ -12,7 +12,7 @@ import pytest
 from pages import HOSTILE, Page
 
 from robustvlm.commands.attack.record import load_run
-from robustvlm.commands.attack.view import render_run, write_report
+from robustvlm.commands.attack.view import render_run, write_comparison, write_report
 from robustvlm.errors import UserError
 from robustvlm.report.words import interval, percent
 from robustvlm.runs.records import Check
@@ -27,7 +27,7 @@ def run_folder(write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def html(run_folder: Path) -> str:
-    return write_report([run_folder]).read_text(encoding="utf-8")
+    return write_report(run_folder).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_run_without_images_or_gallery_still_renders(write_run: WriteRun, tmp_
 def test_comparison_is_self_contained_and_names_the_better_run(write_run: WriteRun, tmp_path: Path) -> None:
     weak = write_run(tmp_path / "<i>weak", images=150, n_classes=10, n_superclasses=3)
     strong = write_run(tmp_path / "strong", images=150, n_classes=10, n_superclasses=3, strength=0.2)
-    path = write_report([weak, strong])
+    path = write_comparison([weak, strong])
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "comparison.html"
     assert_self_contained(text)
@@ -147,9 +147,9 @@ def test_comparison_is_self_contained_and_names_the_better_run(write_run: WriteR
 def test_unwritable_target_is_one_clear_line(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report"):
-        write_report([run_folder], tmp_path / "file" / "report.html")
+        write_report(run_folder, tmp_path / "file" / "report.html")
 
 
 def test_no_half_written_file_is_left(run_folder: Path, tmp_path: Path) -> None:
-    path = write_report([run_folder], tmp_path / "new" / "out.html")
+    path = write_report(run_folder, tmp_path / "new" / "out.html")
     assert [p.name for p in path.parent.iterdir()] == ["out.html"]

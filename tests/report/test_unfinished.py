@@ -65,7 +65,7 @@ def test_the_sentence_names_reason_bounds_and_remedy(stopped: tuple[Path, Summar
 
 def test_the_page_shows_bounds_forecast_and_no_classes(stopped: tuple[Path, Summary]) -> None:
     folder, summary = stopped
-    write_report([folder], folder / "report.html")
+    write_report(folder, folder / "report.html")
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert robust_bounds(summary.per_eps[0]) in page
     assert success_bounds(summary.per_eps[0]) in page

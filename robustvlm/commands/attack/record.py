@@ -71,7 +71,7 @@ class _Needed(BaseModel):
 
 
 @dataclass(frozen=True)
-class RunRecord(FinishedRun[Summary]):
+class AttackedRun(FinishedRun[Summary]):
     """Manifest, summary and rows of one finished attack run; of several goals, the rows of the first."""
 
     rows: pa.Table
@@ -99,7 +99,7 @@ class RunRecord(FinishedRun[Summary]):
         return verdicts(self.rows, eps=config["eps"], attacks=config["attack"])
 
 
-def load_run(folder: Path) -> RunRecord:
+def load_run(folder: Path) -> AttackedRun:
     """Read a finished attack run.
 
     Raises UserError when the folder holds no run, the run has not ended, is of another kind, or a file is damaged, or
@@ -115,7 +115,7 @@ def load_run(folder: Path) -> RunRecord:
     require_unchanged(folder, manifest, what="attack ")
     rows = _rows(folder / "results.parquet", unfinished, (manifest["config"].get("goals") or [None])[0])
     _require_labels(rows, manifest, folder)
-    return RunRecord(folder=folder, manifest=manifest, summary=summary, rows=rows)
+    return AttackedRun(folder=folder, manifest=manifest, summary=summary, rows=rows)
 
 
 def _summary(path: Path, content: dict[str, Any]) -> Summary:
@@ -192,7 +192,7 @@ Answers = dict[tuple[str, str], bool]
 """Whether the model is right, by image id and true class."""
 
 
-def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
+def compare(runs: Sequence[AttackedRun]) -> list[Comparison]:
     """Test every pair of runs, unperturbed and at each norm, eps and goal that both ran, on the images both decided.
 
     An image is the same when its id and the name of its class agree. Where a run stopped early and has undecided images
@@ -227,7 +227,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
 Condition = tuple[str, float, str] | None
 
 
-def _answers(run: RunRecord) -> dict[Condition, Answers]:
+def _answers(run: AttackedRun) -> dict[Condition, Answers]:
     """Return who was right, unperturbed (key None) and per norm, eps and goal; undecided images are left out.
 
     Of a run that stopped early, only what it has decided of all its images.
@@ -249,7 +249,7 @@ def _answers(run: RunRecord) -> dict[Condition, Answers]:
     return result
 
 
-def _text(run: RunRecord, condition: Condition) -> str:
+def _text(run: AttackedRun, condition: Condition) -> str:
     if condition is None:
         return CLEAN
     norm, eps, goal = condition
@@ -290,7 +290,7 @@ def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[st
     return sentences
 
 
-def stopped(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
+def stopped(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
     """Say which runs stopped early, and what of them is not compared."""
     return [
         f"{name} stopped early ({plain(run.summary.unfinished)}): where it has undecided images it is not tested."

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from rich.console import Console
+from rich.text import Text
 
 from robustvlm.commands.attack import plots
 from robustvlm.commands.attack.plots import group_rows, margins, ranking, steps_to_success
-from robustvlm.commands.attack.record import Comparison, RunRecord, compare, findings, load_run, stopped
+from robustvlm.commands.attack.record import AttackedRun, Comparison, compare, findings, load_run, stopped
 from robustvlm.commands.attack.summary import EpsSummary, Summary
+from robustvlm.commands.attack.terminal import attack_table
 from robustvlm.commands.attack.wording import (
     acceptances,
     cosines,
@@ -26,29 +29,46 @@ from robustvlm.commands.attack.wording import (
     verdict,
     words_of,
 )
-from robustvlm.errors import UserError
 from robustvlm.report import tables, words
 from robustvlm.report.page import drawing, load_gallery, page, write_page
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of one run, or a comparison of several, and return its path.
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a run, by default to `report.html` in its folder, whole or not at all; return its path.
 
-    The default is `report.html` in the run's folder, or `comparison.html` beside the first run. The file appears
-    whole or not at all. Raises UserError for folders that hold no finished run.
+    Raises:
+        UserError: the folder holds no finished run, or the report cannot be written.
     """
-    runs = [load_run(folder) for folder in folders]
-    if not runs:
-        raise UserError("nothing to report: expected one or more run folders, got none")
-    default = runs[0].folder / "report.html" if len(runs) == 1 else runs[0].folder.resolve().parent / "comparison.html"
-    path = out or default
-    with drawing(runs[0].folder):
-        text = render_run(runs[0]) if len(runs) == 1 else render_comparison(runs, compare(runs))
+    run = load_run(folder)
+    path = out or run.report
+    with drawing(folder):
+        text = render_run(run)
     write_page(path, text)
     return path
 
 
-def render_run(run: RunRecord) -> str:
+def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write a comparison of several runs, by default to `comparison.html` beside the first; return its path.
+
+    Raises:
+        UserError: a folder holds no finished attack run, or the page cannot be written.
+    """
+    runs = [load_run(folder) for folder in folders]
+    path = out or runs[0].folder.resolve().parent / "comparison.html"
+    with drawing(runs[0].folder):
+        text = render_comparison(runs, compare(runs))
+    write_page(path, text)
+    return path
+
+
+def show(run: AttackedRun, console: Console) -> None:
+    """Print what came of a run, and where its report and its rows are."""
+    console.print(attack_table(run.summary))
+    console.print(Text(f"Report:  {run.report}"), soft_wrap=True)
+    console.print(Text(f"Results: {run.folder / 'results.parquet'}"), soft_wrap=True)
+
+
+def render_run(run: AttackedRun) -> str:
     """Return the report of one run as HTML."""
     summary = run.summary
     at = headline(summary)
@@ -71,7 +91,7 @@ def render_run(run: RunRecord) -> str:
     )
 
 
-def render_comparison(runs: Sequence[RunRecord], comparisons: Sequence[Comparison]) -> str:
+def render_comparison(runs: Sequence[AttackedRun], comparisons: Sequence[Comparison]) -> str:
     """Return the comparison of several runs as HTML."""
     keys = [_letter(i) for i in range(len(runs))]
     names = [f"{words.plain(run.name, 60)} ({key})" for run, key in zip(runs, keys, strict=True)]
@@ -114,7 +134,7 @@ def _verdict_class(summary: Summary) -> str:
     return " held" if sound else " neutral"
 
 
-def _charts(run: RunRecord) -> dict[str, Markup]:
+def _charts(run: AttackedRun) -> dict[str, Markup]:
     """Draw what there is data for."""
     charts: dict[str, Markup] = {}
     summary, at = run.summary, headline(run.summary)
@@ -134,7 +154,7 @@ def _charts(run: RunRecord) -> dict[str, Markup]:
     return charts
 
 
-def _curve(run: RunRecord, name: str) -> plots.Curve:
+def _curve(run: AttackedRun, name: str) -> plots.Curve:
     points = run.summary.per_eps
     return plots.Curve(
         name=name,
@@ -154,7 +174,7 @@ def _letter(i: int) -> str:
     return chr(ord("A") + i) if i < 26 else f"R{i + 1}"
 
 
-def _conditions(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar | None]]]:
+def _conditions(runs: Sequence[AttackedRun]) -> list[tuple[str, list[tables.Bar | None]]]:
     """Return, per norm and eps of any run, the robust accuracy of each run that has it."""
     radii = sorted({(run.summary.norm, at.eps, at.eps_text) for run in runs for at in run.summary.per_eps})
     rows: dict[tuple[str, float], tuple[str, list[tables.Bar | None]]] = {}
@@ -167,7 +187,7 @@ def _conditions(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar | 
     return list(rows.values())
 
 
-def _cell(run: RunRecord, at: EpsSummary | None) -> tables.Bar | None:
+def _cell(run: AttackedRun, at: EpsSummary | None) -> tables.Bar | None:
     """Return robust accuracy as a bar; as bounds where the run stopped early."""
     if at is None:
         return None
@@ -177,7 +197,7 @@ def _cell(run: RunRecord, at: EpsSummary | None) -> tables.Bar | None:
     return tables.bar("", least)
 
 
-def _superclasses(runs: Sequence[RunRecord]) -> list[tuple[str, list[tables.Bar | None]]]:
+def _superclasses(runs: Sequence[AttackedRun]) -> list[tuple[str, list[tables.Bar | None]]]:
     """Return the success rate per superclass at each run's largest eps; nothing of runs that stopped early."""
     by_run: list[dict[str, tables.Bar]] = []
     for run in runs:
