@@ -18,10 +18,11 @@ from rich.console import Console
 
 from robustvlm.attacks.goals import Goal
 from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.report import attack_report
 from robustvlm.commands.attack.summary import EpsSummary, Summary, parse_condition
-from robustvlm.commands.attack.terminal import attack_table
-from robustvlm.commands.attack.view import render_run
 from robustvlm.commands.attack.wording import open_ended, verdict
+from robustvlm.report.page import page_of
+from robustvlm.report.screen import show
 from robustvlm.report.tables import pass_rows
 from robustvlm.report.words import bounds, percent
 from robustvlm.runs.records import Check
@@ -37,9 +38,6 @@ def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "robustvlm.commands.attack.work.write_report", lambda folder: (folder / "report.html").write_text("report")
     )
-    monkeypatch.setattr(
-        "robustvlm.commands.attack.view._charts", lambda _: {}
-    )  # pictures take the most time, and show no number
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 
@@ -134,8 +132,9 @@ def check_cost(summary: Summary, rows: list[dict[str, Any]]) -> None:
 
 def check_pages(run: Attacking, summary: Summary) -> None:
     stream = io.StringIO()
-    Console(file=stream, width=240).print(attack_table(summary))
-    page = render_run(load_run(run.folder.path))
+    report = attack_report(load_run(run.folder.path), drawn=False)  # pictures take the most time, and show no number
+    show(Console(file=stream, width=240), report)
+    page = page_of(report)
     text = re.sub(r"<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
     cost = summary.cost
     assert cost.passes is not None

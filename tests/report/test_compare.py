@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from robustvlm.commands.attack.record import CLEAN, AttackedRun, Comparison, compare, findings, load_run, stopped
+from robustvlm.commands.attack.compare import CLEAN, Comparison, compare, comparison_report, findings, stopped
+from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import summarise
-from robustvlm.commands.attack.view import render_comparison
+from robustvlm.report.page import page_of
 from robustvlm.stats import holm, mcnemar_exact, rate
 
 WriteRun = Callable[..., Path]
@@ -122,6 +123,6 @@ def test_where_a_run_stopped_early_it_is_not_tested(pair: tuple[AttackedRun, Att
     assert stopped([half], ["b"]) == [
         "b stopped early (the budget was spent): where it has undecided images it is not tested."
     ]
-    page = render_comparison([pair[0], half], compare((pair[0], half)))
+    page = page_of(comparison_report([pair[0], half], compare((pair[0], half))))
     assert "stopped early" in page
     assert "Only the first" in page

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from pages import HOSTILE, Page
 
+from robustvlm.commands.attack.compare import write_comparison
 from robustvlm.commands.attack.record import load_run
-from robustvlm.commands.attack.view import render_run, write_comparison, write_report
+from robustvlm.commands.attack.report import attack_report, write_report
 from robustvlm.errors import UserError
+from robustvlm.report.page import page_of
 from robustvlm.report.words import interval, percent
 from robustvlm.runs.records import Check
 
@@ -42,7 +44,7 @@ def hostile_html(write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory) 
     manifest["name"] = "<script>name</script>"
     manifest["command"] = "robustvlm attack '<script>command</script>'"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return render_run(load_run(folder))
+    return page_of(attack_report(load_run(folder)))
 
 
 def assert_self_contained(text: str) -> None:
@@ -97,7 +99,7 @@ def test_pictures_have_alternative_texts(html: str) -> None:
 
 
 def test_same_run_gives_the_same_bytes(run_folder: Path, html: str) -> None:
-    assert render_run(load_run(run_folder)) == html
+    assert page_of(attack_report(load_run(run_folder))) == html
 
 
 def test_hostile_names_stay_text(hostile_html: str) -> None:
@@ -119,7 +121,7 @@ def test_a_fault_is_announced_at_the_top(hostile_html: str, html: str) -> None:
 
 def test_one_eps_needs_no_curve(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one", images=30, n_classes=4, n_superclasses=2, eps=1, attacks=("pgd",))
-    text = render_run(load_run(folder))
+    text = page_of(attack_report(load_run(folder)))
     assert_self_contained(text)
     assert Page(text).tags["svg"] == 2
     assert "the attack:" in text
@@ -127,7 +129,7 @@ def test_one_eps_needs_no_curve(write_run: WriteRun, tmp_path: Path) -> None:
 
 def test_a_run_without_images_or_gallery_still_renders(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "none", images=0, checks=[])
-    text = render_run(load_run(folder))
+    text = page_of(attack_report(load_run(folder)))
     assert_self_contained(text)
     assert "No image was evaluated" in text
     assert "No check was recorded" in text
