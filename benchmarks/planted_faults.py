@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import markdown
 from benchmarks.planted.data import write_folder
-from robustvlm.commands.attack.settings import attack
+from robustvlm.commands.attack import attack
 from robustvlm.errors import UserError
 from robustvlm.runs.records import Check
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.common import markdown
-from robustvlm.commands.attack.settings import attack
+from robustvlm.commands.attack import attack
 from robustvlm.data import open_data
 from robustvlm.defenses import SmoothedVLM, load_classifier
 from robustvlm.stats import mean, rate

@@ -22,7 +22,7 @@ from benchmarks.common import markdown
 from benchmarks.purify.columns import columns
 from benchmarks.purify.scores import pictures
 from robustvlm.certify.noise import noise_chunk, stream_seed
-from robustvlm.commands.attack.settings import attack
+from robustvlm.commands.attack import attack
 from robustvlm.data import open_data
 from robustvlm.defenses import Classifier, SmoothedVLM, load_classifier
 from robustvlm.detect.metrics import auroc

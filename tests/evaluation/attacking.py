@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from robustvlm.commands.attack.settings import ATTACK, AttackSettings
+from robustvlm.commands.attack import ATTACK, AttackSettings
 from robustvlm.commands.attack.summary import Summary
 from robustvlm.commands.attack.work import AttackWork
 from robustvlm.runs.run import Run

@@ -18,14 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from robustvlm.commands.attack.settings import attack
+from robustvlm.commands.attack import attack
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
 from robustvlm.commands.certify.config import Settings as CertifySettings
 from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.detect.config import Settings as DetectSettings
 from robustvlm.commands.detect.run import prepare_detect
-from robustvlm.commands.evaluate_work import evaluate_clean
+from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.commands.immunize import view
 from robustvlm.commands.immunize.config import RECORD, ImmunizeConfig
 from robustvlm.commands.immunize.extend import prepare_extension

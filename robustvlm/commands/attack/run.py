@@ -39,11 +39,11 @@ from robustvlm.attacks.goals import Case, FeatureGoal
 from robustvlm.attacks.honesty import MOST_IMAGES, inspect_model
 from robustvlm.attacks.oracle import settle_draws
 from robustvlm.attacks.tensors import ask_unperturbed, brief, needs_briefing
+from robustvlm.commands.attack import AttackPlan
 from robustvlm.commands.attack.clean import CleanPass
 from robustvlm.commands.attack.cost import Budget, BudgetSpent, MeteredOracle, Speed, Work, estimate
 from robustvlm.commands.attack.effort import FEWEST_ROBUST, JUDGED_POINTS, NAMES, Diagnosis, choose_sample, short_attack
 from robustvlm.commands.attack.goal import Aim
-from robustvlm.commands.attack.settings import AttackPlan
 from robustvlm.commands.attack.store import CLEAN_WRONG, CleanFact, Ledger, save_pair, save_to_gallery
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.commands.common.questions import (
