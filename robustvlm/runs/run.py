@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from robustvlm.core.files import read_json
 from robustvlm.core.ranks import Ranks, current_ranks
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, arguments_named
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import (
     Manifest,
@@ -199,8 +199,8 @@ class Command:
             options["resume"] = False
         if "fresh" not in self.settings.model_fields:
             options.pop("fresh", None)
-        settings = self.settings(**options)
-        return Run(self, settings).start(observer)
+        with arguments_named():
+            return Run(self, self.settings(**options)).start(observer)
 
 
 def mirrors(command: Command) -> Callable[[F], F]:

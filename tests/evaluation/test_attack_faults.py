@@ -154,7 +154,7 @@ def test_output_that_breaks_only_under_attack_is_undecided(make_folder: Photos) 
 
 def test_a_model_that_mixes_its_batch_is_refused_but_may_run_on_one_lane(make_folder: Photos) -> None:
     photos = make_folder(20)
-    with pytest.raises(UserError, match=r"'small_encoders:Coupled' .* depends on the other images .* use --lanes 1"):
+    with pytest.raises(UserError, match=r"'small_encoders:Coupled' .* depends on the other images .* use lanes=1"):
         prepared(photos, "Coupled", name="wide").run()
     narrow = prepared(photos, "Coupled", name="narrow", lanes=1)
     narrow.run()

@@ -47,13 +47,16 @@ class AttackSettings(Settings):
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
 
-    model: str = positional(
+    model: str | object = positional(
         "tiny",
         "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable (an "
         "encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.",
+        typed=str,
     )
-    data: str = option(
-        "emoji", "emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL."
+    data: str | object = option(
+        "emoji",
+        "emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL.",
+        typed=str,
     )
     classes: Path | None = CLASSES
     templates: Path | None = TEMPLATES
@@ -145,6 +148,8 @@ class AttackPlan(AttackSettings):
     given. `eot` and `draws` stay None where only the run finds out whether the model is random.
     """
 
+    model: str
+    data: str
     lanes: int
     resolution: int
     radii: list[tuple[str, float]]
@@ -169,8 +174,11 @@ ATTACK = Command(
 
 
 @mirrors(ATTACK)
-def attack(model: str = "tiny", **options: Any) -> AttackedRun:
+def attack(model: str | object = "tiny", **options: Any) -> AttackedRun:
     """Attack a model on labelled images, as `robustvlm attack` does; options by their names.
+
+    In place of a spec, `model` may be a classifier of `load_classifier` or a module of yours from pixels to logits
+    (with an `image_size`), and `data` a source of `open_data`; the record names them, with their fingerprints.
 
     Returns:
         The run: its `summary` with exact 95 % intervals, its `rows` (an Arrow table, one row an image, attack and

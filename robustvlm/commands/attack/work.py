@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 from robustvlm.attacks import (
     DEFAULT_EPS,
@@ -44,7 +48,8 @@ from robustvlm.core.files import write_text
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
-from robustvlm.errors import UserError, nearest, setting
+from robustvlm.defenses.pipeline import load_own
+from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models.vlm import device_of_rank, resolve_device
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.read import write_rows
@@ -186,8 +191,8 @@ def open_work(settings: AttackSettings) -> AttackWork:
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     _check_precision(settings.precision, device)
     check_goal(settings.goal, settings.min_cos)
-    source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    classifier = load_classifier(settings.model, source.class_names, source.templates, device=device)
+    source = _source(settings)
+    classifier = _classifier(settings.model, source, device)
     size = settings.resolution or classifier.image_size
     model = facts_of(classifier, "can_reject") | code_facts(_own(settings.goal, attacks))
     data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
@@ -199,6 +204,8 @@ def open_work(settings: AttackSettings) -> AttackWork:
     _require_ball(norm, radii, size)
     _require_fit(attacks, aim, ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
     chosen = {
+        "model": settings.model if isinstance(settings.model, str) else classifier.spec,
+        "data": settings.data if isinstance(settings.data, str) else source.spec,
         "norm": norm,
         "device": device,
         "lanes": _lanes(settings.lanes, device),
@@ -213,8 +220,38 @@ def open_work(settings: AttackSettings) -> AttackWork:
         attack=[item.name for item in attacks],
         second_opinion=None if settings.second_opinion is None else attacks[-1].name,
     )
-    facts = Facts((settings.model, settings.data), config, model, data, probe=probe, remarks=remarks)
+    facts = Facts((plan.model, plan.data), config, model, data, probe=probe, remarks=remarks)
     return AttackWork(facts, plan, attacks, source, classifier, aim, budget)
+
+
+def _source(settings: AttackSettings) -> DataSource:
+    if isinstance(settings.data, DataSource):
+        settings.require_none(("classes", "templates", "tree"), "is for data that is named: open yours with it")
+        return settings.data
+    if not isinstance(settings.data, str):
+        kind = type(settings.data).__name__
+        raise BadSetting("data", "must be a spec, or a source of `open_data`", got=f"a {kind}")
+    return open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+
+
+def _classifier(model: object, source: DataSource, device: str) -> Classifier:
+    """Return the classifier of a spec, or a copy of an object that is one: what a caller has stays as it is."""
+    if isinstance(model, str):
+        return load_classifier(model, source.class_names, source.templates, device=device)
+    if isinstance(model, Classifier):
+        if tuple(model.class_names) != tuple(source.class_names):
+            raise BadSetting(
+                "model", "must know the classes of the data: load it with them, as load_classifier(SPEC, DATA)"
+            )
+        return copy.deepcopy(model).to(device)
+    if not isinstance(model, nn.Module):
+        raise BadSetting(
+            "model",
+            "must be a spec, a classifier of `load_classifier` or a torch module",
+            got=f"a {type(model).__name__}",
+        )
+    spec = f"{type(model).__module__}:{type(model).__qualname__}"
+    return load_own(model, spec, source.class_names, torch.device(device))
 
 
 def _radii(eps: str | float | None, norm: str) -> list[tuple[str, float]]:
