@@ -22,6 +22,7 @@ _HOME = {
     "Smoothed": "robustvlm.defenses.votes",
     "ThreatModel": "robustvlm.attacks.threat",
     "UserError": "robustvlm.errors",
+    "attack": "robustvlm.commands.attack",
     "build": "robustvlm.commands.build",
     "certify_tensors": "robustvlm.defenses.votes",
     "detect": "robustvlm.detect",

@@ -150,7 +150,7 @@ def test_markup_in_names_is_text_and_never_a_crash(capsys: pytest.CaptureFixture
 WHERE = {
     "data": "robustvlm.data.open_data",
     "evaluate": "robustvlm.data.open_data",
-    "attack": "robustvlm.commands.attack.setup.prepare",
+    "attack": "robustvlm.commands.attack.work.open_work",
     "certify": "robustvlm.commands.certify.setup.prepare_certify",
     "report": "robustvlm.runs.read.find_run",
     "models": "robustvlm.models.list_models",
