@@ -22,9 +22,8 @@ from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms
 from robustvlm.core.batches import batch_sizes, narrower, smallest
-from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import generator
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, is_out_of_memory
 
 # One occupied row of the batch: its job, its counters and the best point met so far
 

@@ -17,11 +17,10 @@ from robustvlm.attacks.base import Job
 from robustvlm.attacks.goals import AcceptedMistake, Case, FeatureGoal, Goal
 from robustvlm.attacks.objectives import margin
 from robustvlm.attacks.oracle import Answer, Oracle, Tally
-from robustvlm.core.foreign_text import one_line
-from robustvlm.core.memory import is_out_of_memory
-from robustvlm.errors import UserError
-from robustvlm.models.boundary import Boundary, borrowed, in_own_precision
-from robustvlm.models.vlm import resolve_device
+from robustvlm.core.boundary import Boundary, borrowed, in_own_precision
+from robustvlm.core.device import resolve_device
+from robustvlm.errors import UserError, is_out_of_memory
+from robustvlm.text import one_line
 
 # What callers bring to the library: images, labels and a model of their own, checked and made fit for the engine
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from robustvlm.certify.certifier import Certifier, Finding, Stage
 from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk
 from robustvlm.core.batches import narrower
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.errors import is_out_of_memory
 
 # An image in work: its samples on their way, and its finding once they are complete
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from robustvlm.attacks import ThreatModel
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource, open_data
@@ -39,7 +40,6 @@ from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card
-from robustvlm.models.vlm import device_of_rank, resolve_device
 from robustvlm.report.training import NAME, TrainingSummary, load_training_run, write_training_report
 from robustvlm.runs.folder import RunFolder, default_name, opened_by_all
 from robustvlm.runs.manifest import Manifest, forget_checksums, make_manifest, run_identity, write_checksums

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
 from robustvlm.commands.prompts import PromptSettings
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.specs import open_unlabelled
@@ -27,13 +27,14 @@ from robustvlm.defenses.prompts.tune import PROMPTS, save_prompts
 from robustvlm.defenses.spec import split_spec
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError, setting
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate
+from robustvlm.text import without_secrets
 
 NAME = "prompts.json"
 RESULTS = (NAME, CARD_NAME)

@@ -10,7 +10,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from robustvlm.core import registry
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.user_code import file_digest
 from robustvlm.data.classes import (
     DEFAULT,
@@ -26,6 +25,7 @@ from robustvlm.data.names import check_names, clean_name, same_things
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree, load_forest
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import without_secrets
 
 # From a data spec, such as `imagefolder:photos/val?links=1`, to the source it names
 

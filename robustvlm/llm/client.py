@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.network import Deadline
 from robustvlm.errors import UserError
 from robustvlm.llm.transport import (
@@ -35,6 +34,7 @@ from robustvlm.llm.transport import (
     post_json,
     retry_after,
 )
+from robustvlm.text import without_secrets
 
 # Getting a typed answer: asking for a JSON schema in the ways that servers know, and reading what comes back
 

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, require_regular
-from robustvlm.core.framing import RESIZE_MODES, Framing
-from robustvlm.data.source import to_pixels
+from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.weights import CONFIG_NAME
 

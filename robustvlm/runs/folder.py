@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.core.files import is_temporary, kind_of, named_disk_errors, open_own, read_json, write_text
-from robustvlm.core.foreign_text import secrets_cut, without_secrets
 from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
 from robustvlm.runs import manifest as checksums
 from robustvlm.runs.manifest import Manifest, read_manifest, require_same
+from robustvlm.text import secrets_cut, without_secrets
 
 # A run's folder: its name, its lock, and the choice between starting, continuing and starting over
 

@@ -18,9 +18,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robustvlm.core.files import NotRegular, read_json, require_regular, write_text
-from robustvlm.core.foreign_text import secrets_cut
 from robustvlm.core.probe import change_of
 from robustvlm.errors import UserError
+from robustvlm.text import secrets_cut
 
 # The manifest: what was run, with what, on what; and whether a run on disk may be continued
 

@@ -49,7 +49,7 @@ from robustvlm.detect import (
     tree_words,
 )
 from robustvlm.detect.catalog import own_detector
-from robustvlm.detect.gen import GEN
+from robustvlm.detect.logits import GEN
 from robustvlm.detect.words import safe_rows
 from robustvlm.errors import UserError
 

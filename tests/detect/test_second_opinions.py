@@ -34,7 +34,7 @@ from robustvlm.detect import (
     fit_probe,
 )
 from robustvlm.detect.distances import ledoit_wolf_shrinkage
-from robustvlm.detect.gen import GEN
+from robustvlm.detect.logits import GEN
 
 
 def same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-6) -> bool:

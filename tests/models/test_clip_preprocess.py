@@ -15,9 +15,8 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from robustvlm.core.framing import RESIZE_MODES, Framing
+from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
 from robustvlm.data.decode import to_rgb
-from robustvlm.data.source import to_pixels
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.clip_inputs import preprocessing_of, settings_of

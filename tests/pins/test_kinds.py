@@ -23,7 +23,7 @@ def _present() -> dict[str, Any]:
     supplies = Supplies(Head(rows[:3], 20.0), features=rows[3:51], labels=labels, words=rows[51:])
     return {
         "models": list(KINDS),
-        "attacks": list(ATTACKS),
+        "attacks": sorted(ATTACKS),
         "scores": {name: _fields(score.made(supplies).state()) for name, score in SCORES.items()},
     }
 

@@ -24,12 +24,11 @@ from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
 from robustvlm.core.batches import narrower, smallest
-from robustvlm.core.foreign_text import one_line
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.seeds import derive_seed
 from robustvlm.core.side_effects import same_random_state
-from robustvlm.errors import UserError
-from robustvlm.models.vlm import full_precision_kernels
+from robustvlm.errors import UserError, is_out_of_memory
+from robustvlm.text import one_line
 
 # The model as a published package sees it: an ordinary module whose every pass we count
 

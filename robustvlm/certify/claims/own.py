@@ -10,9 +10,9 @@ from typing import Any
 from robustvlm.certify.claims.base import Claim
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.record import OWN
-from robustvlm.core.foreign_text import one_line
 from robustvlm.core.user_code import code_is_refused, import_user_module, no_exit
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import one_line
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,16 @@ from robustvlm.attacks import (
     Targeted,
 )
 from robustvlm.core import registry
-from robustvlm.core.framing import Framing
+from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.data import DataSource
 from robustvlm.data.decode import decode, image_suffixes
-from robustvlm.data.names import name_key, places_of
-from robustvlm.data.source import UNKNOWN, Unreadable, to_pixels
+from robustvlm.data.source import UNKNOWN, Unreadable
 from robustvlm.data.trees import Tree
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM
 from robustvlm.runs.records import Check
+from robustvlm.text import name_key, places_of
 
 FORMS = ("misclassify", "superclass:LEVEL", "superclass:all", "superclass:matrix", "targeted:CLASS", "deny", "intrude",
          "feature", "feature:FILE.png", "feature:TEXT")  # fmt: skip

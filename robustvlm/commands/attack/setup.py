@@ -40,12 +40,12 @@ from robustvlm.commands.attack.summary import Summary, summarise
 from robustvlm.commands.attack.view import write_report
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.common.store import new_session
+from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.errors import UserError, nearest
-from robustvlm.models.vlm import device_of_rank, resolve_device
 from robustvlm.runs.folder import RunFolder, default_name, opened_by_all
 from robustvlm.runs.manifest import Manifest, forget_checksums, make_manifest, write_checksums
 from robustvlm.runs.read import write_rows

@@ -12,7 +12,6 @@ import torch
 
 from robustvlm.certify import OpensetRule
 from robustvlm.core.files import replacing
-from robustvlm.core.foreign_text import one_line
 from robustvlm.defenses.assemble.fitting import (
     Misfit,
     Part,
@@ -38,6 +37,7 @@ from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, read_card, write_card
+from robustvlm.text import one_line
 
 # Copies of models: all that a folder's model needs, and nothing of the run that made it
 

@@ -13,15 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustvlm.core.files import replacing
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.seeds import generator
 from robustvlm.data import UNKNOWN, DataSource, Sample, to_pixels
-from robustvlm.data.names import places_of
 from robustvlm.defenses.classifier import Classifier, ZeroShot
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.prompts.learner import PromptLearner
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
-from robustvlm.models.weights import fingerprint, read_weights
+from robustvlm.models.weights import read_weights
+from robustvlm.text import places_of
 
 # The losses of energy-based prompt tuning
 
