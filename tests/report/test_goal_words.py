@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from robustvlm.attacks.goals import goal_words
 from robustvlm.commands.attack.record import compare, load_run
 from robustvlm.commands.attack.summary import summarise
 from robustvlm.commands.attack.terminal import attack_table
 from robustvlm.commands.attack.view import render_comparison, write_report
-from robustvlm.commands.attack.wording import goal_words, verdict
+from robustvlm.commands.attack.wording import verdict
 from robustvlm.report.words import sentence
 
 WriteRun = Callable[..., Path]

@@ -27,12 +27,14 @@ from robustvlm.attacks import (
     require_norm,
 )
 from robustvlm.attacks.catalog import is_foreign
+from robustvlm.attacks.goals import GOALS
+from robustvlm.attacks.goals.superclass import levels_of
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM
 from robustvlm.commands.attack.config import AttackConfig, Observer
 from robustvlm.commands.attack.cost import Budget
 from robustvlm.commands.attack.findings import of_results, of_second_opinion
-from robustvlm.commands.attack.goal import KINDS, Aim, check_goal, levels_of, make_aim
+from robustvlm.commands.attack.goal import Aim, check_goal, make_aim
 from robustvlm.commands.attack.record import load_run
 from robustvlm.commands.attack.run import MODES, STAND_INS, AttackRun, published
 from robustvlm.commands.attack.store import Ledger, make_rows, trim_gallery
@@ -324,7 +326,7 @@ def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restar
 def _own(goal: str, attacks: list[Attack]) -> list[str]:
     """Return the names among these that stand for code of the user's."""
     own = [item.name for item in attacks if isinstance(item, LaneAttack) and is_foreign(item)]
-    return own + ([goal] if goal.partition(":")[0] not in KINDS else [])
+    return own + ([goal] if goal.partition(":")[0] not in GOALS else [])
 
 
 def _require_fit(attacks: list[Attack], aim: Aim, threat: ThreatModel, *, n_classes: int) -> None:
