@@ -14,8 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtr
 from torch import Tensor
 
-from robustvlm.certify.bounds.bands import ell_band
-from robustvlm.certify.bounds.means import Decision, SequentialTest
+from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, mean_feature, unit_rows
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of, upper_mean
 from robustvlm.certify.classes import (
@@ -29,6 +28,7 @@ from robustvlm.certify.classes import (
 )
 from robustvlm.certify.deployed import class_margin_needed, vote_share_needed
 from robustvlm.certify.limits import best_class_radius
+from robustvlm.certify.means import Decision, SequentialTest
 from robustvlm.certify.normal import Array, check_radius
 from robustvlm.certify.shapes import halfspace_shift
 from robustvlm.errors import UserError

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from robustvlm.certify.bounds.bands import ell_band
-from robustvlm.certify.bounds.means import SequentialTest, betting_lower, hoeffding_lower
+from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, direction_scores, mean_feature, unit_rows
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, mean_cosine, upper_mean
 from robustvlm.certify.deployed import deployed_feature_radius
@@ -24,6 +23,7 @@ from robustvlm.certify.feature import (
     vector_table,
 )
 from robustvlm.certify.limits import best_mean
+from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.certify.normal import Array, check_cos0, check_radius, check_sigma, largest_true
 from robustvlm.certify.record import format_exact
 from robustvlm.certify.shapes import cdf_radius, direction_radius, sideways
