@@ -16,15 +16,7 @@ from safetensors.torch import save_file
 from robustvlm.core.files import replacing, write_text
 from robustvlm.core.side_effects import same_random_state
 from robustvlm.errors import MissingExtra, UserError
-from robustvlm.models.clip_inputs import (
-    Tokenizer,
-    check_settings,
-    check_vocabulary,
-    load_tokenizer,
-    preprocessing_of,
-    require_equal,
-    settings_of,
-)
+from robustvlm.models import clip_inputs
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, brief, fit_weights, hub_file, read_weights
 
@@ -42,8 +34,8 @@ class ClipVLM(VLM):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, *, spec: str, architecture: str = "") -> None:
-        framing, mean, std = preprocessing_of(model.visual.preprocess_cfg, spec)
+    def __init__(self, model: Any, tokenizer: clip_inputs.Tokenizer, *, spec: str, architecture: str = "") -> None:
+        framing, mean, std = clip_inputs.preprocessing_of(model.visual.preprocess_cfg, spec)
         super().__init__(spec=spec, logit_scale=float(model.logit_scale.detach().exp()), **framing.options())
         self.model = model
         self.tokenizer = tokenizer
@@ -95,7 +87,7 @@ def build_clip(
 
     try:
         if source.startswith(_FOLDER):
-            check_settings(Path(source.removeprefix(_FOLDER)), spec)
+            clip_inputs.check_settings(Path(source.removeprefix(_FOLDER)), spec)
         config = open_clip.get_model_config(source)
         _check_text_config(config["text_cfg"], spec, tokenizer_inside=(tokenizer_source or source).startswith(_FOLDER))
         values = read_weights(weights)
@@ -105,11 +97,11 @@ def build_clip(
                 load_weights=False,
                 pretrained_text=False,
                 force_quick_gelu=quick_gelu,
-                force_preprocess_cfg=settings_of(preprocess or {}),
+                force_preprocess_cfg=clip_inputs.settings_of(preprocess or {}),
             )
-            tokenizer = load_tokenizer(tokenizer_source or source, source, spec)
+            tokenizer = clip_inputs.load_tokenizer(tokenizer_source or source, source, spec)
         vlm = ClipVLM(model, tokenizer, spec=spec, architecture=_architecture(config, quick_gelu))
-        require_equal(vlm.framing, vlm.mean, vlm.std, model.visual.preprocess_cfg, spec)
+        clip_inputs.require_equal(vlm.framing, vlm.mean, vlm.std, model.visual.preprocess_cfg, spec)
     except UserError:
         raise
     except ImportError as error:  # open_clip asks for transformers only where a config needs it
@@ -117,7 +109,7 @@ def build_clip(
     except Exception as error:  # a wrong config fails in any way inside open_clip, torch or timm
         raise UserError(f"model '{spec}' cannot be built from its config: {brief(error)}") from error
     fit_weights(model, values, what=f"'{weights}'")
-    check_vocabulary(tokenizer, model, config["text_cfg"], spec)
+    clip_inputs.check_vocabulary(tokenizer, model, config["text_cfg"], spec)
     # The temperature is one of the weights that have just been read.
     vlm.logit_scale = float(model.logit_scale.detach().exp())
     return vlm
@@ -214,7 +206,7 @@ def clip_config(vlm: ClipVLM, merges: Path | None = None) -> dict[str, Any]:
         config["quick_gelu"] = True
     if "timm_model_pretrained" in config["vision_cfg"]:
         config["vision_cfg"]["timm_model_pretrained"] = False
-    return {"model_cfg": config, "preprocess_cfg": settings_of(vlm.model.visual.preprocess_cfg)}
+    return {"model_cfg": config, "preprocess_cfg": clip_inputs.settings_of(vlm.model.visual.preprocess_cfg)}
 
 
 def _write_tokenizer(vlm: ClipVLM, folder: Path) -> Path | None:

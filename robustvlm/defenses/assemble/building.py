@@ -12,17 +12,7 @@ import torch
 
 from robustvlm.certify import OpensetRule
 from robustvlm.core.files import replacing
-from robustvlm.defenses.assemble.fitting import (
-    Misfit,
-    Part,
-    Recipe,
-    Unfitted,
-    levels_used,
-    misfit,
-    read_parts_of,
-    smoothing_of,
-    unfitted,
-)
+from robustvlm.defenses.assemble import fitting
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.pipeline import (
     SavedModel,
@@ -128,8 +118,8 @@ PARTS = "parts"
 
 
 def build_pipeline(
-    recipe: Recipe, folder: Path, *, accept_misfits: bool = False, device: torch.device | str = "cpu"
-) -> tuple[VLM, tuple[Misfit | Unfitted, ...]]:
+    recipe: fitting.Recipe, folder: Path, *, accept_misfits: bool = False, device: torch.device | str = "cpu"
+) -> tuple[VLM, tuple[fitting.Misfit | fitting.Unfitted, ...]]:
     """Copy the parts of a recipe into `folder`; return the pipeline, loaded from there, and what does not fit.
 
     The folder is self-contained: whatever was a folder is copied (encoder, purifier and mapper, immunised head), what
@@ -141,21 +131,21 @@ def build_pipeline(
     Raises:
         UserError: a part is missing, of another kind, made for another model, or does not work on this one.
     """
-    parts = read_parts_of(recipe)
+    parts = fitting.read_parts_of(recipe)
     (folder / CARD_NAME).unlink(missing_ok=True)  # not a model until all of it is there
     spec = copy_model(recipe.encoder, folder / PARTS / "encoder")
     vlm = load_pipeline(spec, device=device)
-    found: list[Misfit | Unfitted] = []
+    found: list[fitting.Misfit | fitting.Unfitted] = []
     shown, clean = recipe.encoder, [vlm.fingerprint]
     for part in parts:
-        wrong = misfit(part, shown, vlm.fingerprint, clean, levels_used(part, recipe.sigma))
+        wrong = fitting.misfit(part, shown, vlm.fingerprint, clean, fitting.levels_used(part, recipe.sigma))
         if wrong is None:
             require_same_base(part.card, vlm, part.folder)
         else:
             if not wrong.harmless and not accept_misfits:
                 raise UserError(f"{wrong}; --accept-misfits builds it anyway")
             found.append(wrong)
-        bare = unfitted(part, recipe.sigma)
+        bare = fitting.unfitted(part, recipe.sigma)
         found += [] if bare is None else [bare]
         spec, vlm = _put_on(part, spec, vlm, folder / PARTS / part.name, device)
         shown, clean = str(part.folder), [*clean, vlm.fingerprint]
@@ -165,7 +155,7 @@ def build_pipeline(
     return load_pipeline(str(folder), device=device), tuple(found)
 
 
-def _put_on(part: Part, spec: str, vlm: VLM, target: Path, device: torch.device | str) -> tuple[str, VLM]:
+def _put_on(part: fitting.Part, spec: str, vlm: VLM, target: Path, device: torch.device | str) -> tuple[str, VLM]:
     """Copy a part with a card that names the model before it; return its spec and itself."""
     copy_part(part.folder, target, _on(part.card, spec, vlm))
     return str(target), load_pipeline(str(target), device=device)
@@ -176,7 +166,7 @@ def _on(card: Card, spec: str, vlm: VLM) -> Card:
     return dataclasses.replace(card, base=spec, base_fingerprint=vlm.fingerprint, base_probe=probe_encoder(vlm))
 
 
-def _try_out(vlm: VLM, recipe: Recipe) -> None:
+def _try_out(vlm: VLM, recipe: fitting.Recipe) -> None:
     """Encode one image with parts that may have been made for another model."""
     size = vlm.image_size
     pixels = torch.linspace(0, 1, 3 * size * size, device=vlm.device).view(1, 3, size, size)
@@ -207,7 +197,7 @@ class BuiltModel(SavedModel):
         wrong = f"the card of '{self.folder}' names no smoothing SIGMA[:N0]"
         if not isinstance(said, str | None):
             raise UserError(f'{wrong}, as the text "0.25:64", but {said!r}: build it again')
-        operations = smoothing_of(said)
+        operations = fitting.smoothing_of(said)
         try:
             check_operations(str(self.folder), operations)
         except UserError as error:
