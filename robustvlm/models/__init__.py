@@ -2,11 +2,10 @@
 
 from robustvlm.models.vlm import VLM, resize
 from robustvlm.models.zero_shot import ZeroShotClassifier, zero_shot
-from robustvlm.models.zoo import KnownModel, list_models, load_model
+from robustvlm.models.zoo import list_models, load_model
 
 __all__ = [
     "VLM",
-    "KnownModel",
     "ZeroShotClassifier",
     "list_models",
     "load_model",

@@ -11,7 +11,6 @@ from toy import CHANNELS, SIDE, Curved, Linear
 from robustvlm.attacks import (
     APGD,
     FOOLED,
-    OBJECTIVES,
     PGD,
     ROBUST,
     AcceptedMistake,
@@ -31,6 +30,7 @@ from robustvlm.attacks import (
     ThreatModel,
     objective,
 )
+from robustvlm.attacks.objectives import OBJECTIVES
 
 K = 6
 FINE, COARSE = Superclass(torch.arange(K), "0"), Superclass(torch.tensor([0, 0, 1, 1, 2, 2]), "1")

@@ -15,7 +15,7 @@ from robustvlm.commands.evaluate_work import evaluate_clean, expected_calibratio
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree
-from robustvlm.defenses import Refusing, ZeroShot
+from robustvlm.defenses.classifier import Refusing, ZeroShot
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
 

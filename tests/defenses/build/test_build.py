@@ -19,8 +19,9 @@ from robustvlm.defenses.assemble import Misfit, Recipe, build_pipeline
 from robustvlm.defenses.assemble.building import copy_model
 from robustvlm.defenses.immunity import immunise_without_images
 from robustvlm.defenses.immunity.state import AdaptedVLM, Adapter, card_settings, save_tensors
-from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, Purifier, PurifierShape
-from robustvlm.defenses.purify.parts import write_parts
+from robustvlm.defenses.purify import Parts, PurifiedVLM
+from robustvlm.defenses.purify.parts import Mapper, MapperShape, write_parts
+from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models.saved import Card, read_card, write_card
 

@@ -14,17 +14,9 @@ from torch import Tensor
 from tuned_classes import CLASSES
 
 from robustvlm.data import UNKNOWN, DataSource, Sample, Unreadable
-from robustvlm.defenses.prompts import (
-    PromptLearner,
-    TuneSettings,
-    bounded_energy_change,
-    choose_shots,
-    encode_source,
-    masked,
-    tune,
-    tuning_loss,
-)
+from robustvlm.defenses.prompts import PromptLearner, TuneSettings, choose_shots, encode_source, tune
 from robustvlm.defenses.prompts.learner import prompt_tokens, text_tower, token_embedding, word_vectors
+from robustvlm.defenses.prompts.tune import bounded_energy_change, masked, tuning_loss
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
