@@ -27,27 +27,12 @@ from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, read_card, write_card
+from robustvlm.runs.manifest import FILES
 from robustvlm.text import one_line
 
 # Copies of models: all that a folder's model needs, and nothing of the run that made it
 
-RECORDS = frozenset(
-    {
-        "manifest.json",
-        "checksums.json",
-        "run.lock",
-        "summary.json",
-        "training.json",
-        "report.html",
-        "results.parquet",
-        "audit.json",
-        "audit.jsonl",
-        "training",
-        "gallery",
-        "adversarial",
-        "features",
-    }
-)
+RECORDS = frozenset({"run.lock", *(name for name, made in FILES.items() if not made.copied)})
 """What a run keeps beside its model: records, checkpoints, pictures."""
 
 _DEEPEST = 20
