@@ -12,12 +12,11 @@ from pydantic.fields import FieldInfo
 from robustvlm.cli.options import end_if_any_holds, given_command, interruptible, say_remarks
 from robustvlm.cli.terminal import say_json
 from robustvlm.core.ranks import current_ranks
-from robustvlm.runs.command import Command
+from robustvlm.runs.run import Command, FinishedRun, Run
 from robustvlm.runs.settings import Option, Settings, flags_of, repeatable
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.runs.run import FinishedRun, Run
 
 Act = Callable[[Command, Settings], None]
 
@@ -80,8 +79,6 @@ def start_and_show(command: Command, settings: Settings) -> None:
 def opened(command: Command, settings: Settings, console: Console) -> Run:
     """Check the settings and load what they name, with a word of it on a terminal."""
     from contextlib import nullcontext
-
-    from robustvlm.runs.run import Run
 
     with console.status(command.loading) if console.is_terminal else nullcontext():
         return Run(command, settings, given=given_command())

@@ -28,7 +28,7 @@ from robustvlm.cli.terminal import say, say_json
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from robustvlm.commands.evaluate_work import CleanResult
+    from robustvlm.commands.evaluate.work import CleanResult
     from robustvlm.data import DataSource
     from robustvlm.llm import LlmClient
     from robustvlm.report.sections import Block
@@ -276,7 +276,7 @@ def evaluate(
     """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""
     # Loading torch and open_clip takes seconds; --help and other commands should not wait for them.
     from robustvlm.cli.console import Console
-    from robustvlm.commands.evaluate_work import evaluate_clean
+    from robustvlm.commands.evaluate.work import evaluate_clean
     from robustvlm.data import open_data
     from robustvlm.defenses import load_classifier
     from robustvlm.report.screen import show

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from robustvlm.errors import UserError, nearest
-from robustvlm.runs.command import Command
-
-if TYPE_CHECKING:
-    from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, manifest_of
 
 COMMANDS = {
+    "finetune": "robustvlm.commands.finetune:FINETUNE",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.build:BUILD",
@@ -22,13 +20,17 @@ COMMANDS = {
 """Where the command of a kind stands."""
 
 # Kinds whose command is not in COMMANDS: modules that read a run and write its report, and how both are called.
-_REPORT = "robustvlm.report."
 _OTHERS = {
-    "attack": (f"{_REPORT}record:load_run", "robustvlm.commands.registry:_write_attack_report"),
-    "certify": (f"{_REPORT}certify_record:load_certify_run", f"{_REPORT}certify_html:write_certify_report"),
-    "detect": (f"{_REPORT}detect_record:load_detect_run", f"{_REPORT}detect_html:write_detect_report"),
-    "finetune": (f"{_REPORT}training_html:load_training_run", f"{_REPORT}training_html:write_training_report"),
-    "immunize": (f"{_REPORT}immunize_html:load_immunize_run", f"{_REPORT}immunize_html:write_immunize_report"),
+    "attack": ("robustvlm.commands.attack.record:load_run", "robustvlm.commands.registry:_write_attack_report"),
+    "certify": (
+        "robustvlm.commands.certify.record:load_certify_run",
+        "robustvlm.commands.certify.view:write_certify_report",
+    ),
+    "detect": ("robustvlm.commands.detect.view:load_detect_run", "robustvlm.commands.detect.view:write_detect_report"),
+    "immunize": (
+        "robustvlm.commands.immunize.view:load_immunize_run",
+        "robustvlm.commands.immunize.view:write_immunize_report",
+    ),
 }
 
 
@@ -61,8 +63,6 @@ def open_run(folder: str | Path) -> FinishedRun[Any]:
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run of any kind, by default to `report.html` in its folder; return its path."""
-    from robustvlm.runs.run import manifest_of
-
     kind = str(manifest_of(folder)["kind"])
     if kind in _OTHERS:
         write = _named(_OTHERS[kind][1])
@@ -75,8 +75,6 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def _reader(folder: Path) -> Callable[[Path], Any]:
-    from robustvlm.runs.run import manifest_of
-
     kind = str(manifest_of(folder)["kind"])
     return _named(_OTHERS[kind][0]) if kind in _OTHERS else command_of(kind).load().read_run
 

@@ -15,11 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robustvlm.core.files import NotRegular, read_json, require_regular, write_text
-from robustvlm.core.probe import change_of
 from robustvlm.errors import UserError
 from robustvlm.text import secrets_cut
 
@@ -224,6 +222,8 @@ def versions() -> dict[str, str]:
 
 def describe_device(device: str) -> str:
     """Return the hardware behind a torch device, in words."""
+    import torch  # loaded here: commands know their kind without it
+
     if device.startswith("cuda") and torch.cuda.is_available():
         return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), {sys.platform}"
@@ -277,6 +277,8 @@ def require_same(old: Manifest, new: Manifest, folder: Path) -> None:
     """Refuse to continue a run under other settings, model or data, and name what differs."""
     found = differences(old, new)
     if not found and old.get("probe") is not None and new.get("probe") is not None:
+        from robustvlm.core.probe import change_of  # with numpy
+
         answers = change_of(old["probe"], new["probe"])
         if answers is not None:
             raise UserError(

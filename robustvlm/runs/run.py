@@ -1,17 +1,18 @@
-"""A run of any command: its folder and manifest, and the one way to start it, go on with it and read it back."""
+"""A command, and a run of it: folder and manifest, and the one way to start it, go on with it and read it back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from robustvlm.core.files import read_json
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.errors import UserError
-from robustvlm.runs.command import Command
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import (
     Manifest,
@@ -24,7 +25,11 @@ from robustvlm.runs.manifest import (
 )
 from robustvlm.runs.settings import Observer, Settings
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 S = TypeVar("S")
+F = TypeVar("F", bound="Callable[..., FinishedRun[Any]]")
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,93 @@ class FinishedRun(Generic[S]):
     def report(self) -> Path:
         """Where its report is."""
         return self.folder / "report.html"
+
+
+class Home(Protocol):
+    """What the module of a command's work holds: functions of these names. Importing it may take seconds."""
+
+    RESULTS: tuple[str, ...]
+    """The files without which a run of this kind has not ended; none if the command does all of it every time."""
+
+    def open_work(self, settings: Any, /) -> Work:
+        """Check all settings, open data and model; every mistake is found here, before anything is written."""
+
+    def read_run(self, folder: Path, /) -> FinishedRun[Any]:
+        """Read a finished run back; UserError where it has not ended, or a file is damaged or not the run's own."""
+
+    def show(self, run: FinishedRun[Any], console: Console, /) -> None:
+        """Print what came of it."""
+
+    # And, where the kind has a report:  def write_report(folder: Path, out: Path | None = None) -> Path
+    # And, for --fail-if:                def parse_condition(text: str) -> Condition
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that makes runs.
+
+    Args:
+        name: its word on the command line, which is the kind in manifests.
+        settings: its options; their class's docstring is the help.
+        home: name of the module with its work, a `Home`.
+        doing: what the terminal says it does, as "Purifying"; "" to say nothing.
+        kept: what an interrupted run has kept, for the user who presses Ctrl-C.
+        shares: what several processes share, as "every batch"; None if it works in one process only.
+        plain: whether progress without a terminal is a line for each stage, as it begins or as it ends.
+        loading: what is said while settings are checked and a model is loaded.
+    """
+
+    name: str
+    settings: type[Settings]
+    home: str
+    doing: str = ""
+    kept: str = "everything so far is kept"
+    shares: str | None = None
+    plain: Literal["", "begin", "end"] = ""
+    loading: str = "Loading model and data"
+
+    def load(self) -> Home:
+        """Return the module of the command's work."""
+        return cast(Home, import_module(self.home))
+
+    def start(self, *, observer: Observer | None = None, **options: Any) -> FinishedRun[Any]:
+        """Make a run, or go on with it, and return it; a finished one is read. For users of the library.
+
+        Args:
+            observer: told of the progress.
+            options: by the names of the settings, and `fresh=True` to start over.
+        """
+        if options.get("fresh") and "fresh" not in self.settings.model_fields:
+            options["resume"] = False
+        if "fresh" not in self.settings.model_fields:
+            options.pop("fresh", None)
+        settings = self.settings(**options)
+        return Run(self, settings).start(observer)
+
+
+def mirrors(command: Command) -> Callable[[F], F]:
+    """Give a command's Python function the signature and the help of its settings: what `--help` says, for callers.
+
+    The function itself takes `**options`; `inspect.signature`, `help` and editors see every option with its default.
+    Options that only the command line has, such as --json, are left out.
+    """
+
+    def named(function: F) -> F:
+        own, parameters, lines = inspect.signature(function).parameters, [], []
+        for name, known, about in command.settings.options():
+            if about.place == "terminal":
+                continue
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in own else inspect.Parameter.KEYWORD_ONLY
+            default = inspect.Parameter.empty if known.is_required() else known.get_default(call_default_factory=True)
+            parameters.append(inspect.Parameter(name, kind, default=default, annotation=known.annotation))
+            lines.append(f"    {name}: {known.description}")
+        observer = inspect.Parameter("observer", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Observer)
+        function.__signature__ = inspect.Signature([*parameters, observer])  # type: ignore[attr-defined]
+        lines.append("    observer: told of the progress.")
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nArgs:\n" + "\n".join(lines) + "\n"
+        return function
+
+    return named
 
 
 class Run:

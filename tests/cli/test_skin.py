@@ -156,7 +156,7 @@ WHERE = {
     "models": "robustvlm.models.list_models",
     "export": "robustvlm.commands.export.load_pipeline",
     "immunize": "robustvlm.commands.immunize.run.prepare_immunize",
-    "tune-prompts": "robustvlm.commands.prompts_work.open_work",
+    "tune-prompts": "robustvlm.commands.prompts.work.open_work",
 }
 
 

@@ -26,7 +26,7 @@ from robustvlm.commands.certify.config import Settings as CertifySettings
 from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.detect.config import Settings as DetectSettings
 from robustvlm.commands.detect.run import prepare_detect
-from robustvlm.commands.evaluate_work import evaluate_clean
+from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.commands.immunize import view
 from robustvlm.commands.immunize.config import RECORD, ImmunizeConfig
 from robustvlm.commands.immunize.extend import prepare_extension

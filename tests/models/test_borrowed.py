@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustvlm.attacks import ExternalEngine, Job, LaneEngine, Oracle, ThreatModel, parse_attacks
 from robustvlm.attacks.external import parse_external
 from robustvlm.commands.certify.encoder import NoisyEncoder
-from robustvlm.commands.evaluate_work import evaluate_clean
+from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.core.boundary import borrowed, own_copy
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier, smooth

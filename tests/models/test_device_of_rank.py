@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from robustvlm.commands.evaluate_work import evaluate_clean
+from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.core.device import _switches, device_of_rank, full_precision_kernels
 from robustvlm.core.ranks import Ranks
 from robustvlm.data import open_data

@@ -34,7 +34,7 @@ ORDER = (
 UPWARDS: dict[tuple[str, str], int] = {}
 """How often modules of a part import from a part above their own."""
 
-CIRCLES: dict[tuple[str, ...], int] = {("commands",): 3, ("runs",): 1}
+CIRCLES: dict[tuple[str, ...], int] = {}
 """How many sets of modules there are that know each other, over others or not, by the parts that they are in; faces of
 packages (`__init__`) are left out."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from robustvlm.commands.certify.store import CertifyLedger
 from robustvlm.commands.common.store import Journal
-from robustvlm.commands.soup_work import root_of
+from robustvlm.commands.soup.work import root_of
 from robustvlm.core.probe import part
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.errors import UserError

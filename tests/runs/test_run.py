@@ -12,9 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from robustvlm.errors import UserError
-from robustvlm.runs.command import Command
 from robustvlm.runs.manifest import CHECKSUMS as DIGESTS
-from robustvlm.runs.run import Facts, FinishedRun, Run, Session, read_finished
+from robustvlm.runs.run import Command, Facts, FinishedRun, Run, Session, read_finished
 from robustvlm.runs.settings import NAME, OUT, RESUME, Observer, Settings, argument, option
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robustvlm.runs.command import Command
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import DEVICE, NAME, OUT, RECORD_AS_JSON, RESUME, SEED, Settings, argument, option, way
 
 if TYPE_CHECKING:
     from robustvlm.report.training import TrainingSummary
-    from robustvlm.runs.run import FinishedRun
 
 
 class PurifySettings(Settings):
@@ -63,13 +62,14 @@ class PurifySettings(Settings):
 PURIFY = Command(
     "purify",
     PurifySettings,
-    "robustvlm.commands.purify_work",
+    "robustvlm.commands.purify.work",
     doing="Purifying",
     kept="the last checkpoint is kept",
     shares="every batch",
 )
 
 
+@mirrors(PURIFY)
 def purify(model: str = "tiny", **options: Any) -> FinishedRun[TrainingSummary]:
     """Train a purifier and a mapper around a frozen encoder, as `robustvlm purify` does; options by their names.
 

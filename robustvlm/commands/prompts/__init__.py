@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 
 from robustvlm.errors import UserError, setting
-from robustvlm.runs.command import Command
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import CLASSES, DEVICE, FRESH, NAME, OUT, RECORD_AS_JSON, SEED, Settings, argument, option
 
 if TYPE_CHECKING:
-    from robustvlm.commands.prompts_work import PromptRecord
-    from robustvlm.runs.run import FinishedRun
+    from robustvlm.commands.prompts.work import PromptRecord
 
 
 class PromptSettings(Settings):
@@ -61,9 +60,10 @@ class PromptSettings(Settings):
         return {name: value for name, value in found.items() if name not in ("lambda_ebm", "ebm", "c")}
 
 
-TUNE_PROMPTS = Command("tune-prompts", PromptSettings, "robustvlm.commands.prompts_work")
+TUNE_PROMPTS = Command("tune-prompts", PromptSettings, "robustvlm.commands.prompts.work")
 
 
+@mirrors(TUNE_PROMPTS)
 def tune_prompts(model: str = "tiny", **options: Any) -> FinishedRun[PromptRecord]:
     """Learn prompts for a model, as `robustvlm tune-prompts` does; options by their names. The folder is a model spec.
 

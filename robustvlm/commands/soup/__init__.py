@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 
 from robustvlm.errors import UserError, nearest, setting
-from robustvlm.runs.command import Command
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import CLASSES, DEVICE, OUT, TEMPLATES, Settings, argument, option, shown_as, way
 
 if TYPE_CHECKING:
-    from robustvlm.commands.soup_work import Soup
-    from robustvlm.runs.run import FinishedRun
+    from robustvlm.commands.soup.work import Soup
 
 METHODS = ("uniform", "greedy")
 MEASURES = {"robust": "robust accuracy", "clean": "clean accuracy"}
@@ -61,9 +60,10 @@ class SoupSettings(Settings):
         return {"model": self.models[0], "data": found.pop("val"), **found}
 
 
-SOUP = Command("soup", SoupSettings, "robustvlm.commands.soup_work")
+SOUP = Command("soup", SoupSettings, "robustvlm.commands.soup.work")
 
 
+@mirrors(SOUP)
 def soup(models: Sequence[str], **options: Any) -> FinishedRun[Soup]:
     """Average the weights of models, as `robustvlm soup` does; options by their names. The run's folder is a model.
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robustvlm.runs.command import Command
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import OUT, Settings, option, way
 
 if TYPE_CHECKING:
-    from robustvlm.commands.build_work import Pipeline
-    from robustvlm.runs.run import FinishedRun
+    from robustvlm.commands.build.work import Pipeline
 
 
 class BuildSettings(Settings):
@@ -32,9 +31,10 @@ class BuildSettings(Settings):
     fresh: bool = way(False, "Delete an earlier pipeline of that name.")
 
 
-BUILD = Command("build", BuildSettings, "robustvlm.commands.build_work", loading="Reading the parts")
+BUILD = Command("build", BuildSettings, "robustvlm.commands.build.work", loading="Reading the parts")
 
 
+@mirrors(BUILD)
 def build(encoder: str = "tiny", **options: Any) -> FinishedRun[Pipeline]:
     """Put a pipeline together, as `robustvlm build` does; options by their names. The run's folder is a model spec.
 

@@ -1,0 +1,1 @@
+"""`robustvlm evaluate`: accuracy, calibration and top-k of a model without an attack."""
