@@ -23,7 +23,7 @@ from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
-from robustvlm.core.batches import narrower, smallest
+from robustvlm.core.batches import narrower_after, smallest
 from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.seeds import derive_seed
 from robustvlm.core.side_effects import same_random_state
@@ -280,18 +280,10 @@ class ExternalEngine:
                 try:
                     results = self._attack(now)
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error) or self.rungs[0] == 1:
-                        raise
-                    self._halve()
+                    self.rungs = narrower_after(error, self.rungs, self.oracle.device)
                     continue
                 yield from results
                 batch = later
-
-    def _halve(self) -> None:
-        """Go on with smaller batches after running out of memory."""
-        self.rungs = narrower(self.rungs)
-        if self.oracle.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _attack(self, batch: list[Job]) -> list[Result]:
         began, before = time.perf_counter(), self._spent()
