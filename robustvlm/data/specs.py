@@ -209,15 +209,18 @@ def _lazy(module: str, name: str) -> Callable[[Spec], DataSource]:
     return opener
 
 
-KINDS: dict[str, Callable[[Spec], DataSource]] = {
-    "emoji": _emoji,
-    "imagefolder": _lazy("imagefolder", "ImageFolder"),
-    "parquet": _lazy("parquet", "ParquetSource"),
-    "torchvision": _lazy("torchvision_sets", "TorchvisionSource"),
-    "hf": _lazy("hub", "HubSource"),
-    "wds": _lazy("wds", "WebDatasetSource"),
-}
-"""How each kind of data is opened."""
+KINDS: registry.Table[Callable[[Spec], DataSource]] = registry.Table(
+    __package__,
+    {
+        "emoji": _emoji,
+        "imagefolder": _lazy("imagefolder", "ImageFolder"),
+        "parquet": _lazy("parquet", "ParquetSource"),
+        "torchvision": _lazy("torchvision_sets", "TorchvisionSource"),
+        "hf": _lazy("hub", "HubSource"),
+        "wds": _lazy("wds", "WebDatasetSource"),
+    },
+)
+"""How each kind of data is opened; another kind is a file of this package that adds itself: `KINDS["mine"] = ...`."""
 
 
 # Images whose classes do not matter: whatever a source calls them, they are unknown

@@ -179,7 +179,7 @@ class Known:
     """What goals can be read from: what is known of a model and its data.
 
     Args:
-        model: the model as errors name it, its spec.
+        model: the spec of the model, None where it has none.
         class_names: the classes; none where only their numbers are known.
         can_reject: the model may refuse.
         embeddings, head: unit features [K, D] of the classes' texts, and weights [K, D] that turn features into logits.
@@ -188,7 +188,7 @@ class Known:
         min_cos: the threshold of the goal `feature`.
     """
 
-    model: str = "the model"
+    model: str | None = None
     class_names: Sequence[str] = ()
     can_reject: bool = False
     embeddings: Tensor | None = field(default=None, repr=False)
@@ -203,7 +203,7 @@ class Known:
         """Return what a model says of itself: it may have `class_names`, `can_reject` and `class_embeddings`."""
         embeddings = getattr(model, "class_embeddings", None)
         return cls(
-            str(getattr(model, "spec", cls.model)),
+            getattr(model, "spec", None),
             tuple(getattr(model, "class_names", ())),
             bool(getattr(model, "can_reject", False)),
             head=None if embeddings is None else (model.logit_scale * embeddings).detach(),
@@ -278,12 +278,13 @@ def read_goals(text: str, known: Known) -> tuple[Goal, ...]:
     kind, rest = split_goal(text)
     found = GOALS[kind] if kind in GOALS else _own_kind(kind)
     if found.refuses is True and not known.can_reject:
+        who, example = f"'{known.model}'" if known.model else "this one", f"{known.model or 'MODEL'}+reject:0.5"
         raise UserError(
-            f"the goal {kind} needs a model that may refuse, and '{known.model}' never does: "
-            f"pass for example '{known.model}+reject:0.5'"
+            f"the goal {kind} needs a model that may refuse, and {who} never does: pass for example '{example}'"
         )
     if found.refuses is False and known.can_reject:
-        raise UserError(f"the goal {kind} is for models that never refuse: attack '{known.model}' without refusal")
+        advice = f"attack '{known.model}' without refusal" if known.model else "attack it without its refusal"
+        raise UserError(f"the goal {kind} is for models that never refuse: {advice}")
     return found.read(rest, known)
 
 
