@@ -41,8 +41,8 @@ KINDS = {
     "soup": "robustvlm.defenses.finetune.saved:FinetunedModel",
     "purify": "robustvlm.defenses.purify.parts:PurifiedModel",
     "immunize": "robustvlm.defenses.immunity.classifier:ImmunisedModel",
-    "tune-prompts": "robustvlm.defenses.prompts.tune:PromptTunedModel",
-    "build": "robustvlm.defenses.assemble.building:BuiltModel",
+    "tune-prompts": "robustvlm.defenses.prompts:PromptTunedModel",
+    "build": "robustvlm.defenses.assemble:BuiltModel",
 }
 """Where the loader of each kind of folder is found; imported when it is needed."""
 

@@ -14,9 +14,20 @@ from torch import Tensor
 from tuned_classes import CLASSES
 
 from robustvlm.data import UNKNOWN, DataSource, Sample, Unreadable
-from robustvlm.defenses.prompts import PromptLearner, TuneSettings, choose_shots, encode_source, tune
-from robustvlm.defenses.prompts.learner import prompt_tokens, text_tower, token_embedding, word_vectors
-from robustvlm.defenses.prompts.tune import bounded_energy_change, masked, tuning_loss
+from robustvlm.defenses.prompts import (
+    PromptLearner,
+    TuneSettings,
+    bounded_energy_change,
+    choose_shots,
+    encode_source,
+    masked,
+    prompt_tokens,
+    text_tower,
+    token_embedding,
+    tune,
+    tuning_loss,
+    word_vectors,
+)
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
@@ -56,7 +67,7 @@ def test_many_classes_are_encoded_in_parts_with_the_same_gradient(tiny: VLM, mon
     whole, parts = learner_of(tiny), learner_of(tiny)
     direction = torch.randn(4, 192, generator=torch.Generator().manual_seed(0))
     (whole() * direction).sum().backward()
-    monkeypatch.setattr("robustvlm.defenses.prompts.learner._ROWS", 3)
+    monkeypatch.setattr("robustvlm.defenses.prompts._ROWS", 3)
     (parts() * direction).sum().backward()
     assert whole.context.grad is not None
     assert parts.context.grad is not None
