@@ -26,8 +26,7 @@ from robustvlm.commands.predict.rows import (
     arrow_of,
     opened,
 )
-from robustvlm.core.foreign_text import without_secrets
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.device import resolve_device
 from robustvlm.core.ranks import current_ranks
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import open_data
@@ -40,8 +39,8 @@ from robustvlm.defenses.classifier import Answers, Classifier
 from robustvlm.defenses.load import own_classes
 from robustvlm.defenses.pipeline import load_classifier
 from robustvlm.defenses.smoothing import SmoothedVLM
-from robustvlm.errors import UserError, setting
-from robustvlm.models import resolve_device
+from robustvlm.errors import UserError, is_out_of_memory, setting
+from robustvlm.text import without_secrets
 
 if TYPE_CHECKING:
     import pyarrow as pa
