@@ -19,13 +19,13 @@ from robustvlm.cli.attack import attack
 from robustvlm.cli.certify import certify
 from robustvlm.cli.detect import detect
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
-from robustvlm.cli.immunize import immunize
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.finetune import FINETUNE
+from robustvlm.commands.immunize import IMMUNIZE
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
 from robustvlm.commands.soup import SOUP
@@ -75,7 +75,7 @@ for command in (
     detect,
     typer_command(FINETUNE),
     typer_command(SOUP),
-    immunize,
+    typer_command(IMMUNIZE),
     typer_command(TUNE_PROMPTS),
     export,
     typer_command(PURIFY),

@@ -20,8 +20,6 @@ from robustvlm.core.ranks import current_ranks
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from robustvlm.llm import LlmClient
-
 
 # Options that several commands have, in the same words and read in the same way
 
@@ -193,34 +191,3 @@ LlmPrices = Annotated[
     str | None,
     typer.Option("--llm-prices", metavar="IN,OUT", help="Price of a million tokens, to show what was spent."),
 ]
-
-
-def make_client(url: str | None, model: str | None, prices: str | None = None) -> LlmClient | None:
-    """Return the client that the options name, None where they name none.
-
-    Raises:
-        UserError: one option without the other, no URL, or prices that are none.
-
-    Example:
-        >>> make_client(None, None) is None
-        True
-    """
-    from robustvlm.errors import UserError
-    from robustvlm.llm import Endpoint, LlmClient, Prices
-
-    if prices is not None:
-        Prices.parse(prices)
-        if url is None and model is None:
-            raise UserError("--llm-prices is for --llm URL and --llm-model NAME")
-    if url is None and model is None:
-        return None
-    if url is None or model is None:
-        raise UserError("--llm URL and --llm-model NAME belong together")
-    return LlmClient(Endpoint(url, model))
-
-
-def spent(client: LlmClient, prices: str | None) -> str:
-    """Return one line on requests, tokens and cost."""
-    from robustvlm.llm import Prices
-
-    return f"{client.endpoint.model}: {client.usage.describe(None if prices is None else Prices.parse(prices))}"
