@@ -25,6 +25,8 @@ _HOME = {
     "build": "robustvlm.commands.build",
     "certify_tensors": "robustvlm.defenses.votes",
     "detect": "robustvlm.detect",
+    "finetune": "robustvlm.commands.finetune",
+    "immunize": "robustvlm.commands.immunize",
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",

@@ -37,7 +37,6 @@ Resume = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name first.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
-RecordAsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")]
 
 
 def check_given(tokens: Sequence[str], parameters: Mapping[str, inspect.Parameter]) -> None:
@@ -99,25 +98,6 @@ def require_none(given: Mapping[str, object], why: str) -> None:
     useless = [option for option, value in given.items() if value not in (None, [])]
     if useless:
         raise UserError(f"{useless[0]} {why}")
-
-
-def one_radius(text: str, option: str) -> tuple[str, float]:
-    """Return the single radius of an option as text and number, such as ("1/255", 0.00392...).
-
-    Raises:
-        UserError: several radii, or no number.
-
-    Example:
-        >>> one_radius("1/4", "--eps")
-        ('1/4', 0.25)
-    """
-    from robustvlm.attacks import parse_eps
-    from robustvlm.errors import UserError
-
-    found = parse_eps(text)
-    if len(found) != 1:
-        raise UserError(f"{option} takes one number, got '{text}'")
-    return found[0]
 
 
 # How commands that make runs close: interrupted, or by the conditions of `--fail-if`

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, ValidationInfo, field_validator, model_validato
 
 from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.errors import BadSetting, UserError, setting
-from robustvlm.runs.run import Command, FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import (
     CLASSES,
     DEVICE,
@@ -48,6 +48,7 @@ class ImmunizeSettings(Settings):
         "Data, or a share of --data, that sets the thresholds [default: emoji?split=val&copies=8 for the bundled data, "
         "else 0.2].",
         typed=str | None,
+        given=str | float | None,
     )
     classes: Path | None = CLASSES
     templates: Path | None = TEMPLATES
@@ -67,6 +68,7 @@ class ImmunizeSettings(Settings):
         "auto",
         "Largest angle of a prototype to its text, degrees; auto: an eighth of the median.",
         typed=str,
+        given=str | float | None,
         at_least=0,
         at_most=180,
         unit="degrees",
@@ -76,9 +78,13 @@ class ImmunizeSettings(Settings):
         None,
         "Cosines SAFE,RISK that antibodies lie between; either may be auto [default: auto,auto].",
         typed=str | None,
+        given=str | None,
     )
     margin: float | None = option(
-        "0.2", "Cosine of image and antibody above which they are pushed apart; auto takes it from the data.", typed=str
+        "0.2",
+        "Cosine of image and antibody above which they are pushed apart; auto takes it from the data.",
+        typed=str,
+        given=str | float | None,
     )
     push_weight: float = option(1.0, "Weight of pushing from antibodies (lambda).")
     lambda_inf: float = option(LAMBDA_INF, "Weight of antibodies in the score.", at_least=0)
@@ -215,6 +221,7 @@ IMMUNIZE = Command(
 )
 
 
+@mirrors(IMMUNIZE)
 def immunize(model: str = "tiny", **options: Any) -> FinishedRun[ImmunizeSummary]:
     """Immunise a model, as `robustvlm immunize` does; options by their names. The run's folder is a model spec.
 
