@@ -30,7 +30,7 @@ from robustvlm.data.names import name_key, places_of
 from robustvlm.data.source import UNKNOWN, Unreadable, to_pixels
 from robustvlm.data.trees import Tree
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM
 from robustvlm.runs.records import Check
 
@@ -76,7 +76,10 @@ class Aim:
             return "of known classes: the goal intrude needs images of unknown classes"
         if self.target is not None:
             return "of the target class or of none: targeted attacks need labelled images of other classes"
-        return "of none of the classes: attacks need labelled images (only --goal intrude takes unknown ones)"
+        return (
+            "of none of the classes: attacks need labelled images "
+            f"(only {setting('goal', 'intrude')} takes unknown ones)"
+        )
 
 
 class Features(nn.Module):
@@ -110,7 +113,7 @@ def check_goal(text: str, min_cos: float = 0.5) -> tuple[str, str]:
     if colon and not needs and (kind != "feature" or not rest.strip()):
         raise UserError(f"unknown goal '{text}': pass {' or '.join(form for form in FORMS if form.startswith(kind))}")
     if not -1 < min_cos < 1:
-        raise UserError(f"--min-cos must lie between -1 and 1, got {min_cos:g}: pass for example 0.5")
+        raise BadSetting("min_cos", "must lie between -1 and 1", got=f"{min_cos:g}: pass for example 0.5")
     return kind, rest.strip()
 
 
@@ -225,7 +228,9 @@ def _superclass(text: str, source: DataSource) -> tuple[Goal, ...]:
 
 def _tree(text: str, source: DataSource) -> tuple[Tree, str, str]:
     if source.tree is None:
-        raise UserError(f"the data '{source.spec}' has no class tree, which superclass goals need: pass --tree FILE")
+        raise UserError(
+            f"the data '{source.spec}' has no class tree, which superclass goals need: pass {setting('tree', 'FILE')}"
+        )
     root, slash, which = text.rpartition("/")
     if slash:
         return source.tree[root], f"{root}/", which
