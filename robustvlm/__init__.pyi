@@ -9,6 +9,7 @@ from robustvlm.attacks.perturb import Perturbed as Perturbed
 from robustvlm.attacks.perturb import perturb as perturb
 from robustvlm.attacks.threat import ThreatModel as ThreatModel
 from robustvlm.commands.build.work import Pipeline
+from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup

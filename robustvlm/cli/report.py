@@ -29,13 +29,13 @@ def report(
 ) -> None:
     """Write the report of a run, or compare several runs on the images they share (paired tests)."""
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
-    from robustvlm.commands.attack import view
-    from robustvlm.commands.attack.record import compare, load_run
+    from robustvlm.commands.attack.compare import compare, write_comparison
+    from robustvlm.commands.attack.record import load_run
     from robustvlm.commands.registry import open_run, write_report
     from robustvlm.runs.read import find_run
 
     folders = [find_run(run) for run in runs]
-    path = write_report(folders[0], out) if len(folders) == 1 else view.write_report(folders, out)
+    path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)
     if not as_json:
         say(f"Report: {path}")
         return

@@ -70,6 +70,15 @@ def make_manifest(
     return cut
 
 
+def require_text(manifest: Manifest) -> None:
+    """Refuse file names that are no text, as Linux allows: they could not be written down in any file of the run."""
+    try:
+        json.dumps(manifest, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = ascii(error.object[max(0, error.start - 30) : error.end + 10])
+        raise UserError(f"a path or name in the settings is not valid text (UTF-8), near {shown}: rename it") from None
+
+
 def read_manifest(path: Path, *, advice: str = "") -> Manifest:
     """Return the manifest at a path, after a look at its shape.
 

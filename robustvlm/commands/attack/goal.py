@@ -14,7 +14,7 @@ from robustvlm.data import DataSource
 from robustvlm.data.decode import decode, image_suffixes
 from robustvlm.data.source import UNKNOWN, Unreadable
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.errors import UserError
+from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.records import Check
 
@@ -65,7 +65,10 @@ class Aim:
             return "of known classes: the goal intrude needs images of unknown classes"
         if self.target is not None:
             return "of the target class or of none: targeted attacks need labelled images of other classes"
-        return "of none of the classes: attacks need labelled images (only --goal intrude takes unknown ones)"
+        return (
+            "of none of the classes: attacks need labelled images "
+            f"(only {setting('goal', 'intrude')} takes unknown ones)"
+        )
 
 
 class Features(nn.Module):
@@ -84,7 +87,7 @@ def check_goal(text: str, min_cos: float = 0.5) -> None:
     """Refuse a goal that no model or data could make right."""
     split_goal(text)
     if not -1 < min_cos < 1:
-        raise UserError(f"--min-cos must lie between -1 and 1, got {min_cos:g}: pass for example 0.5")
+        raise BadSetting("min_cos", "must lie between -1 and 1", got=f"{min_cos:g}: pass for example 0.5")
 
 
 def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolution: int, min_cos: float = 0.5) -> Aim:

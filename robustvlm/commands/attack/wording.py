@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from robustvlm.attacks.goals import GoalWords, goal_words
 from robustvlm.commands.attack.summary import EpsSummary, Summary
-from robustvlm.report.words import DASH, RANGE, ball, bounds, interval, number, percent, plain
+from robustvlm.report.words import RANGE, ball, bounds, interval, number, percent, plain
 from robustvlm.stats import Rate
 
 
@@ -93,13 +93,6 @@ def _held(summary: Summary) -> str:
 def open_ended(summary: Summary, least: Rate, most: Rate | None) -> bool:
     """Whether a rate of a run that stopped early is only known between two bounds."""
     return bool(summary.unfinished) and most is not None and most.successes > least.successes
-
-
-def share(summary: Summary, least: Rate, most: Rate | None) -> str:
-    """Return a rate with its interval; as bounds where a run that stopped early does not know it yet."""
-    if open_ended(summary, least, most):
-        return bounds(least, most)
-    return f"{percent(least.value)} ({interval(least)})" if least.total else DASH
 
 
 def robust_bounds(at: EpsSummary) -> str:

@@ -102,6 +102,11 @@ class ImmunisedClassifier(Classifier):
         assert self.logit_scale is not None
         return torch.cat([self.logit_scale * cosines, acceptance[:, None]], dim=1)
 
+    def refusal(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return S_DIS of each image and the threshold of its predicted class, [N] each."""
+        thresholds = self.thresholds.to(output)[output[:, :-1].argmax(dim=1)]
+        return output[:, -1] + thresholds, thresholds
+
     @torch.no_grad()
     def decide(self, pixels: Tensor) -> list[Decision]:
         """Return class or rejection, score and threshold of each image [B, 3, H, H].
