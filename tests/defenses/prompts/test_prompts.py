@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from robustvlm.defenses.prompts.tune import bounded_energy_change, masked, tuning_loss
 from torch import Tensor
 from tuned_classes import CLASSES
 
@@ -18,12 +17,15 @@ from robustvlm.data import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.defenses.prompts import (
     PromptLearner,
     TuneSettings,
+    bounded_energy_change,
     choose_shots,
     encode_source,
+    masked,
     prompt_tokens,
     text_tower,
     token_embedding,
     tune,
+    tuning_loss,
     word_vectors,
 )
 from robustvlm.defenses.smoothing import smooth
