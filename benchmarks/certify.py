@@ -30,8 +30,9 @@ from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.view import write_certify_report
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
-from robustvlm.data.source import Sample, to_pixels
+from robustvlm.data.source import Sample
 from robustvlm.defenses import load_pipeline
 from robustvlm.runs.run import Run
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "attack": "robustvlm.commands.attack:ATTACK",
     "certify": "robustvlm.commands.certify:CERTIFY",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
+    "immunize": "robustvlm.commands.immunize:IMMUNIZE",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.build:BUILD",
@@ -24,10 +25,6 @@ COMMANDS = {
 # Kinds whose command is not in COMMANDS: modules that read a run and write its report, and how both are called.
 _OTHERS = {
     "detect": ("robustvlm.commands.detect.view:load_detect_run", "robustvlm.commands.detect.view:write_detect_report"),
-    "immunize": (
-        "robustvlm.commands.immunize.view:load_immunize_run",
-        "robustvlm.commands.immunize.view:write_immunize_report",
-    ),
 }
 
 

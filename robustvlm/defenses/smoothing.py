@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robustvlm.certify import format_exact, predict
+from robustvlm.core.boundary import borrowed
 from robustvlm.core.defaults import MAX_N0, MAX_SIGMA
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
-from robustvlm.models.boundary import borrowed
-from robustvlm.models.weights import fingerprint
 
 DEFAULT_N0 = 64
 ROWS_PER_PASS = 128

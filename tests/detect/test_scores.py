@@ -32,25 +32,22 @@ from robustvlm.detect import (
     Mahalanobis,
     MaxLogit,
     NegLabel,
-    NotFitted,
     ReAct,
     Supplies,
     ViM,
-    choose_alpha,
     energy_change,
-    fit_probe,
-    free_energy,
     make_scores,
-    mean_probabilities,
-    mine_negatives,
     outside,
     parse_scores,
     read_words,
     tree_words,
 )
+from robustvlm.detect.base import NotFitted
 from robustvlm.detect.catalog import own_detector
-from robustvlm.detect.gen import GEN
-from robustvlm.detect.words import safe_rows
+from robustvlm.detect.distances import choose_alpha
+from robustvlm.detect.logits import GEN, free_energy
+from robustvlm.detect.mixtures import fit_probe, mean_probabilities
+from robustvlm.detect.words import mine_negatives, safe_rows
 from robustvlm.errors import UserError
 
 
@@ -126,15 +123,14 @@ def test_a_temperature_reaches_every_score_from_energies(clouds: Clouds) -> None
 
 
 def test_there_is_one_default_weight_of_antibodies() -> None:
-    from robustvlm.cli.immunize import immunize
     from robustvlm.commands.certify import CertifySettings
-    from robustvlm.commands.immunize.config import ImmunizeConfig
+    from robustvlm.commands.immunize import ImmunizeSettings
     from robustvlm.defenses.immunity import immunise
 
-    signatures = [inspect.signature(part).parameters for part in (immunize, immunise, SDIS)]
+    signatures = [inspect.signature(part).parameters for part in (immunise, SDIS)]
     found = [signature.get("weight", signature.get("lambda_inf")) for signature in signatures]
-    assert [part.default for part in found if part is not None] == 3 * [LAMBDA_INF]
-    assert ImmunizeConfig().weight == CertifySettings().weight == LAMBDA_INF
+    assert [part.default for part in found if part is not None] == 2 * [LAMBDA_INF]
+    assert ImmunizeSettings().lambda_inf == CertifySettings().weight == LAMBDA_INF
 
 
 def test_s_dis_without_a_safe_word_is_refused(clouds: Clouds) -> None:

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from robustvlm.certify import cone_radius, fcsb_radius, vector_table
+from robustvlm.certify import vector_table
+from robustvlm.certify.feature import cone_radius, fcsb_radius
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.pictures import ENDS, load_extremes, save_extremes
 from robustvlm.commands.certify.record import accuracy, cosine_lines, load_certify_run, share_lines, verdict

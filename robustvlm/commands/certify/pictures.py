@@ -18,9 +18,9 @@ from safetensors.torch import save
 from robustvlm.certify import format_down
 from robustvlm.commands.certify.record import CertifyRecord
 from robustvlm.core.files import replacing, require_regular
-from robustvlm.core.framing import Framing
+from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.seeds import generator
-from robustvlm.data.source import DataSource, Sample, to_pixels
+from robustvlm.data.source import DataSource, Sample
 from robustvlm.report.charts import DASHES, INK, SERIES, STYLE, Line, as_svg, chart, legend, new_figure
 from robustvlm.report.page import data_uri
 from robustvlm.report.words import plain

@@ -18,13 +18,13 @@ from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig, noise_settings
 from robustvlm.core.defaults import MAX_SIGMA
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.spec import split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
-from robustvlm.models.weights import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 
 DEFAULT_SIGMA = 0.25
