@@ -12,6 +12,7 @@ from robustvlm.runs.run import Command, FinishedRun, manifest_of
 
 COMMANDS = {
     "attack": "robustvlm.commands.attack:ATTACK",
+    "certify": "robustvlm.commands.certify:CERTIFY",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
     "immunize": "robustvlm.commands.immunize:IMMUNIZE",
     "purify": "robustvlm.commands.purify:PURIFY",
@@ -23,10 +24,6 @@ COMMANDS = {
 
 # Kinds whose command is not in COMMANDS: modules that read a run and write its report, and how both are called.
 _OTHERS = {
-    "certify": (
-        "robustvlm.commands.certify.record:load_certify_run",
-        "robustvlm.commands.certify.view:write_certify_report",
-    ),
     "detect": ("robustvlm.commands.detect.view:load_detect_run", "robustvlm.commands.detect.view:write_detect_report"),
 }
 

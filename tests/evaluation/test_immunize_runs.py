@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from certifying import Certifying
 from PIL import Image
 
 from robustvlm.commands.attack import attack
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
-from robustvlm.commands.certify.config import Settings as CertifySettings
-from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.detect.config import Settings as DetectSettings
 from robustvlm.commands.detect.run import prepare_detect
 from robustvlm.commands.evaluate.work import evaluate_clean
@@ -243,11 +242,11 @@ def test_every_command_takes_the_run(make_folder: MakeFolder) -> None:
         assert attacked.summary.images.evaluated > 0
         assert attacked.report.exists()
     for claim in ("openset", "class", "feature"):
-        settings = CertifySettings(
-            model=folder, data=data, claim=claim, samples=300, sigma=0.05, lanes=64, alpha=0.01, limit=6, device="cpu"
-        )
-        certified = prepare_certify(settings, out=out, name=f"certify-{claim}")
-        assert certified.run().images == 6
+        certified = Certifying(
+            model=folder, data=data, claim=claim, samples=300, sigma=0.05, lanes=64, alpha=0.01, limit=6, device="cpu",
+            out=out, name=f"certify-{claim}",
+        )  # fmt: skip
+        assert certified.summary().images == 6
     names = {row["claim"] for row in pq.read_table(out / "certify-openset" / "results.parquet").to_pylist()}
     assert names <= {"openset-accept", "openset-reject"}
     detect = prepare_detect(
@@ -297,18 +296,17 @@ def load_immunity_with(folder: Path, threshold: float) -> Path:
 def test_open_set_certificates_hold_under_audit_and_follow_the_rule(make_folder: MakeFolder) -> None:
     photos = make_folder()
     run = made(photos, sigma=[0.05])
-    out = photos.parent / "runs"
-    settings = CertifySettings(
-        model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.05,
-        lanes=64, alpha=0.01, limit=4, device="cpu",
-    )  # fmt: skip
-    certified = prepare_certify(settings, out=out, name="certified")
-    certified.run()
+    settings = {
+        "model": str(run.folder.path), "data": f"imagefolder:{photos}", "claim": "openset", "samples": 400,
+        "sigma": 0.05, "lanes": 64, "alpha": 0.01, "limit": 4, "device": "cpu", "out": photos.parent / "runs",
+    }  # fmt: skip
+    certified = Certifying(**settings, name="certified")
+    certified.start()
     assert "head" in certified.manifest["model"]
     result = audit_folder(certified.folder.path, Effort(starts=1, steps=2, draws=4, choice=16, evidence=256), limit=2)
     assert result.broken == []
     with pytest.raises(UserError, match="antibodies of its own"):
-        prepare_certify(replace(settings, antibodies=photos / "x.txt"), out=out, name="other")
+        Certifying(**settings, antibodies=photos / "x.txt", name="other")
 
 
 def test_without_thresholds_for_the_noise_the_deployed_rule_is_another_and_not_certified(
@@ -316,19 +314,19 @@ def test_without_thresholds_for_the_noise_the_deployed_rule_is_another_and_not_c
 ) -> None:
     photos = make_folder()
     run = made(photos, sigma=[0.05])
-    settings = CertifySettings(
-        model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.1,
-        lanes=64, alpha=0.01, limit=2, device="cpu",
-    )  # fmt: skip
+    settings = {
+        "model": str(run.folder.path), "data": f"imagefolder:{photos}", "claim": "openset", "samples": 400,
+        "sigma": 0.1, "lanes": 64, "alpha": 0.01, "limit": 2, "device": "cpu", "out": photos.parent / "runs",
+    }  # fmt: skip
     with pytest.raises(
         UserError, match=r"no thresholds for noise of 0\.1 \(only for 0\.05\).*immunize \.\.\. --sigma 0\.1"
     ) as no:
-        prepare_certify(settings, out=photos.parent / "runs", name="refused")
+        Certifying(**settings, name="refused")
     assert "\n" not in str(no.value)
     assert not (photos.parent / "runs" / "refused").exists()
-    other = prepare_certify(replace(settings, tau=0.1), out=photos.parent / "runs", name="other-rule")
+    other = Certifying(**settings, tau=0.1, name="other-rule")
     assert "not the decision of the deployed model" in other.manifest["plan"]["statement"]
-    own = prepare_certify(replace(settings, sigma=0.05), out=photos.parent / "runs", name="own-rule")
+    own = Certifying(**{**settings, "sigma": 0.05}, name="own-rule")
     assert "stays accepted, or stays rejected" in own.manifest["plan"]["statement"]
 
 
