@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustvlm import detect as detect
     from robustvlm.attacks.base import ATTACKS as ATTACKS
     from robustvlm.attacks.perturb import AutoAttack as AutoAttack
     from robustvlm.attacks.perturb import Perturbed as Perturbed
     from robustvlm.attacks.perturb import perturb as perturb
     from robustvlm.attacks.threat import ThreatModel as ThreatModel
+    from robustvlm.core.callable_module import CallableModule
     from robustvlm.data.specs import open_data as open_data
     from robustvlm.defenses.load import load_classifier as load_classifier
     from robustvlm.defenses.load import load_model as load_model
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from robustvlm.defenses.votes import certify_tensors as certify_tensors
     from robustvlm.detect.catalog import SCORES as SCORES
     from robustvlm.errors import UserError as UserError
+    from robustvlm.runs.run import FinishedRun
 
     __version__: str
+    # Packages that are verbs as well: to a type checker their content is of any type.
+    certify: CallableModule[FinishedRun[Any]]
+    detect: CallableModule[FinishedRun[Any]]
 
 # Where each public name lives; a module stands for itself. A new name is a line here and one above.
 _HOME = {
@@ -40,6 +44,7 @@ _HOME = {
     "Smoothed": "robustvlm.defenses.votes",
     "ThreatModel": "robustvlm.attacks.threat",
     "UserError": "robustvlm.errors",
+    "certify": "robustvlm.certify",
     "certify_tensors": "robustvlm.defenses.votes",
     "detect": "robustvlm.detect",
     "load_classifier": "robustvlm.defenses.load",
@@ -58,6 +63,7 @@ __all__ = [
     "ThreatModel",
     "UserError",
     "__version__",
+    "certify",
     "certify_tensors",
     "detect",
     "load_classifier",
