@@ -11,6 +11,7 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.runs.run import Command, FinishedRun, manifest_of
 
 COMMANDS = {
+    "detect": "robustvlm.commands.detect:DETECT",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.build:BUILD",
@@ -23,7 +24,6 @@ _REPORT = "robustvlm.report."
 _OTHERS = {
     "attack": (f"{_REPORT}record:load_run", "robustvlm.commands.registry:_write_attack_report"),
     "certify": (f"{_REPORT}certify_record:load_certify_run", f"{_REPORT}certify_html:write_certify_report"),
-    "detect": (f"{_REPORT}detect_record:load_detect_run", f"{_REPORT}detect_html:write_detect_report"),
     "finetune": (f"{_REPORT}training_html:load_training_run", f"{_REPORT}training_html:write_training_report"),
     "immunize": (f"{_REPORT}immunize_html:load_immunize_run", f"{_REPORT}immunize_html:write_immunize_report"),
 }

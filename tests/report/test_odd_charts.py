@@ -19,7 +19,7 @@ from robustvlm.commands.attack import view as html
 from robustvlm.commands.attack.plots import Margins
 from robustvlm.commands.attack.record import RunRecord, load_run
 from robustvlm.commands.certify import view as certify_plots
-from robustvlm.commands.detect import view as detect_plots
+from robustvlm.commands.detect import charts as detect_plots
 from robustvlm.errors import UserError
 from robustvlm.report import charts
 from robustvlm.stats import mean, rate
