@@ -99,7 +99,7 @@ NAMES = {
     "tune-prompts coop": ({"device": "cpu", "ebm": False, "shots": 0}, "tune-prompts-tiny-471968c8"),
     "detect": (
         {"device": "cpu", "scores": "mcm", "norm": "L2", "fit": "none", "classes": "a.txt", "under_attack": True},
-        "detect-tiny-",
+        "detect-tiny-d7fda8fb",
     ),
     "soup": ({"models": ["a", "b"], "device": "cpu"}, "soup-tiny-b0671983"),
 }
