@@ -11,6 +11,7 @@ import pytest
 from command_line import MEAN
 from PIL import Image
 
+import robustvlm as rv
 from robustvlm.cli.main import main
 
 Run = Callable[..., tuple[str, str]]
@@ -85,6 +86,20 @@ def test_conditions_decide_the_exit_code(run: Run) -> None:
     )  # fmt: skip
     assert said.splitlines()[-1] == "failed: auroc:msp@green>=0, fpr95.high>=0%"
     assert json.loads(shown)["scores"]
+
+
+def test_from_python_it_is_the_same_run(place: Path, run: Run) -> None:
+    given = {"id": "imagefolder:photos", "ood": "green=imagefolder:others", "words": "words.txt", "draws": 100}
+    run(*COMMON, "--scores", "msp")
+    before = sorted((place / "runs").iterdir())
+    found = rv.detect("mean_colours:Mean", **given, device="cpu", scores="msp")
+    assert sorted((place / "runs").iterdir()) == before
+    assert found.folder.resolve() in before
+    assert found.summary.scores[0].name == "msp"
+    assert found.rows.num_rows == 12
+    assert rv.detect.KNN(k=2).k == 2
+    with pytest.raises(rv.UserError, match="there is no option 'score': did you mean 'scores'"):
+        rv.detect("mean_colours:Mean", score="msp")
 
 
 def test_mistakes_end_in_one_line_and_code_2(run: Run) -> None:
