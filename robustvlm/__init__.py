@@ -10,67 +10,32 @@ The library's face: every name below is loaded when it is first asked for, so th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from robustvlm.attacks.base import ATTACKS as ATTACKS
-    from robustvlm.attacks.perturb import AutoAttack as AutoAttack
-    from robustvlm.attacks.perturb import Perturbed as Perturbed
-    from robustvlm.attacks.perturb import perturb as perturb
-    from robustvlm.attacks.threat import ThreatModel as ThreatModel
-    from robustvlm.core.callable_module import CallableModule
-    from robustvlm.data.specs import open_data as open_data
-    from robustvlm.defenses.load import load_classifier as load_classifier
-    from robustvlm.defenses.load import load_model as load_model
-    from robustvlm.defenses.votes import ABSTAIN as ABSTAIN
-    from robustvlm.defenses.votes import Smoothed as Smoothed
-    from robustvlm.defenses.votes import certify_tensors as certify_tensors
-    from robustvlm.detect.catalog import SCORES as SCORES
-    from robustvlm.errors import UserError as UserError
-    from robustvlm.runs.run import FinishedRun
-
-    __version__: str
-    # Packages that are verbs as well: to a type checker their content is of any type.
-    certify: CallableModule[FinishedRun[Any]]
-    detect: CallableModule[FinishedRun[Any]]
-
-# Where each public name lives; a module stands for itself. A new name is a line here and one above.
+# Where each public name lives; a module stands for itself. `python tools/library_stub.py` writes their types.
 _HOME = {
     "ABSTAIN": "robustvlm.defenses.votes",
-    "ATTACKS": "robustvlm.attacks.catalog",
+    "ATTACKS": "robustvlm.attacks.base",
     "AutoAttack": "robustvlm.attacks.perturb",
     "Perturbed": "robustvlm.attacks.perturb",
     "SCORES": "robustvlm.detect.catalog",
     "Smoothed": "robustvlm.defenses.votes",
     "ThreatModel": "robustvlm.attacks.threat",
     "UserError": "robustvlm.errors",
-    "certify": "robustvlm.certify",
+    "build": "robustvlm.commands.build",
     "certify_tensors": "robustvlm.defenses.votes",
     "detect": "robustvlm.detect",
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",
+    "open_run": "robustvlm.commands.registry",
     "perturb": "robustvlm.attacks.perturb",
+    "purify": "robustvlm.commands.purify",
+    "soup": "robustvlm.commands.soup",
+    "tune_prompts": "robustvlm.commands.prompts",
 }
 
-__all__ = [
-    "ABSTAIN",
-    "ATTACKS",
-    "SCORES",
-    "AutoAttack",
-    "Perturbed",
-    "Smoothed",
-    "ThreatModel",
-    "UserError",
-    "__version__",
-    "certify",
-    "certify_tensors",
-    "detect",
-    "load_classifier",
-    "load_model",
-    "open_data",
-    "perturb",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

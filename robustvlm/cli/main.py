@@ -18,7 +18,6 @@ from robustvlm.cli.app import typer_command
 from robustvlm.cli.attack import attack
 from robustvlm.cli.certify import certify
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
-from robustvlm.cli.finetune import finetune
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
@@ -26,6 +25,7 @@ from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.detect import DETECT
+from robustvlm.commands.finetune import FINETUNE
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
 from robustvlm.commands.soup import SOUP
@@ -73,7 +73,7 @@ for command in (
     certify,
     evaluate,
     typer_command(DETECT),
-    finetune,
+    typer_command(FINETUNE),
     typer_command(SOUP),
     immunize,
     typer_command(TUNE_PROMPTS),

@@ -12,6 +12,7 @@ from robustvlm.runs.run import Command, FinishedRun, manifest_of
 
 COMMANDS = {
     "detect": "robustvlm.commands.detect:DETECT",
+    "finetune": "robustvlm.commands.finetune:FINETUNE",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.build:BUILD",
@@ -20,12 +21,16 @@ COMMANDS = {
 """Where the command of a kind stands."""
 
 # Kinds whose command is not in COMMANDS: modules that read a run and write its report, and how both are called.
-_REPORT = "robustvlm.report."
 _OTHERS = {
-    "attack": (f"{_REPORT}record:load_run", "robustvlm.commands.registry:_write_attack_report"),
-    "certify": (f"{_REPORT}certify_record:load_certify_run", f"{_REPORT}certify_html:write_certify_report"),
-    "finetune": (f"{_REPORT}training_html:load_training_run", f"{_REPORT}training_html:write_training_report"),
-    "immunize": (f"{_REPORT}immunize_html:load_immunize_run", f"{_REPORT}immunize_html:write_immunize_report"),
+    "attack": ("robustvlm.commands.attack.record:load_run", "robustvlm.commands.registry:_write_attack_report"),
+    "certify": (
+        "robustvlm.commands.certify.record:load_certify_run",
+        "robustvlm.commands.certify.view:write_certify_report",
+    ),
+    "immunize": (
+        "robustvlm.commands.immunize.view:load_immunize_run",
+        "robustvlm.commands.immunize.view:write_immunize_report",
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from robustvlm.data.classes import recognise, wordnet_names
 from robustvlm.data.names import name_key
 from robustvlm.data.trees import Forest, Tree, build_tree
-from robustvlm.errors import MissingExtra, UserError, nearest
+from robustvlm.errors import MissingExtra, UserError, nearest, setting
 from robustvlm.llm import LlmClient, LlmError
 
 # WordNet's nouns, through nltk: the meaning of a class name, what it is a kind of, and what stands beside it
@@ -352,5 +352,5 @@ def make_forest(
     if how != "llm":
         raise UserError(f"a tree is made by 'wordnet' or 'llm', got '{how}': {nearest(how, MAKERS)}")
     if client is None:
-        raise UserError("a tree by a language model needs --llm URL and --llm-model NAME")
+        raise UserError(f"a tree by a language model needs {setting('llm', 'URL')} and {setting('llm_model', 'NAME')}")
     return Forest(tuple(llm_tree(client, class_names, criterion=criterion) for criterion in criteria))

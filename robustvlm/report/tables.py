@@ -97,6 +97,11 @@ class Finding:
     meaning: str
 
 
+def finding(level: str, message: str, name: str = "") -> Finding:
+    """Return something that a reader should know, at one of LEVELS."""
+    return Finding(level, *LEVELS[level], name=name, message=message, meaning="")
+
+
 def findings(checks: Sequence[Check]) -> list[Finding]:
     """Return the checks, gravest first, with the meaning of those that are known."""
     gravity = list(LEVELS)

@@ -1,9 +1,8 @@
-"""What runs that make models have to show: trainings with their curves, soups, tuned prompts, built pipelines."""
+"""What a training run has to show, of a model or of a purifier: its record, and the report with its curves."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +24,20 @@ from robustvlm.report.sections import (
     Column,
     Facts,
     Inline,
-    Line,
     Measure,
     More,
-    Name,
     Pair,
     Report,
     Row,
     Section,
     Table,
-    Text,
     Verdict,
     cost_section,
     facts_line,
     left_out,
     manifest_section,
-    numbers,
 )
-from robustvlm.report.tables import LEVELS, Finding
-from robustvlm.report.words import DASH, duration, interval, norm_name, percent, plain, sentence
+from robustvlm.report.words import duration, norm_name, percent, plain, sentence
 from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
 from robustvlm.runs.read import read_manifest_of
 from robustvlm.runs.run import FinishedRun
@@ -146,12 +140,12 @@ def write_training_report(folder: Path, out: Path | None = None) -> Path:
     return path
 
 
-def render_training_run(run: TrainingRun) -> str:
+def render_training_run(run: FinishedRun[TrainingSummary]) -> str:
     """Return the report of one training run as HTML."""
     return page_of(training_report(run))
 
 
-def training_report(run: TrainingRun) -> Report:
+def training_report(run: FinishedRun[TrainingSummary]) -> Report:
     """Return all that is said of a training run."""
     summary, history, config = run.summary, run.summary.history, run.manifest["config"]
     inner: list[Inline] = []
@@ -183,7 +177,7 @@ def training_report(run: TrainingRun) -> Report:
     )
 
 
-def training_closing(run: TrainingRun) -> Closing:
+def training_closing(run: FinishedRun[TrainingSummary]) -> Closing:
     """Return where the model and its report are; of a purifier also the spec that smooths it."""
     folder, smoothed = str(run.folder), {}
     if run.summary.kind == "purify" and run.summary.best_by is not None:
@@ -210,13 +204,8 @@ def _measures(summary: TrainingSummary) -> list[Section]:
 
 def _warnings(history: History) -> Section:
     found = [
-        tables.Finding(
-            level="warning",
-            sign=tables.LEVELS["warning"][0],
-            word=tables.LEVELS["warning"][1],
-            name=f"{plain(sentence(warning.name), 80)}, after {warning.step:,} steps",
-            message=plain(warning.message, 400),
-            meaning="",
+        tables.finding(
+            "warning", plain(warning.message, 400), f"{plain(sentence(warning.name), 80)}, after {warning.step:,} steps"
         )
         for warning in history.warnings
     ]
@@ -230,22 +219,18 @@ def verdict(summary: TrainingSummary) -> str:
     kept, first = history.best(), history.validations[0] if history.validations else None
     if by is None or kept is None or first is None or kept.number(by) is None:
         return f"Trained for {summary.steps:,} steps; the weights of the last one were kept."
-    change = f"{by.capitalize()} went from {_shown(first, by)} to {_shown(kept, by)}"
+    change = f"{by.capitalize()} went {_from_to(first, kept, by)}"
     if by != "clean accuracy" and kept.number("clean accuracy") is not None:
-        change += f", clean accuracy from {_shown(first, 'clean accuracy')} to {_shown(kept, 'clean accuracy')}"
+        change += f", clean accuracy {_from_to(first, kept, 'clean accuracy')}"
     return (
         f"{change}, on the validation images, which chose the weights (those of step {kept.step:,} of "
         f"{summary.steps:,}): too high for a claim, measure on other images."
     )
 
 
-def measure_rows(history: History) -> list[tuple[str, str, str]]:
-    """Return, for every measure, its name, and its value before training and of the kept weights."""
-    kept = history.best()
-    if kept is None:
-        return []
-    first = history.validations[0]
-    return [(name, _shown(first, name), _shown(kept, name)) for name in _order(kept)]
+def _from_to(first: Validation, kept: Validation, name: str) -> str:
+    both = [Measure.of(found.measures.get(name)) for found in (first, kept)]
+    return "from " + " to ".join(f"{found.text} ({found.interval})" if found.interval else found.text for found in both)
 
 
 def _order(kept: Validation) -> list[str]:
@@ -327,60 +312,3 @@ def by_level(found: Validation) -> dict[int, float]:
     """
     matches = ((_LEVEL.fullmatch(name), found.number(name)) for name in found.measures)
     return {int(match[2]): value for match, value in matches if match is not None and value is not None}
-
-
-def _shown(found: Validation, name: str) -> str:
-    measure = found.measures.get(name)
-    if measure is None:
-        return DASH
-    if isinstance(measure, Rate):
-        return f"{percent(measure.value)} ({interval(measure)})"
-    if isinstance(measure, Mean):
-        return DASH if measure.value is None else f"{measure.value:.4g}"
-    return f"{measure:.4g}"
-
-
-# What commands without a page of their own say of what they made: soups, tuned prompts and built pipelines
-
-
-def soup_blocks(
-    tasted: Sequence[tuple[str, bool, float | None]], measures: Mapping[str, Rate | Mean | float]
-) -> list[Block]:
-    """Return what became of each ingredient (name, whether it was kept, value of the soup with it) and the measures."""
-    valued = any(value is not None for _, _, value in tasted)
-    columns = [Column("Ingredient"), Column(""), *(numbers("Soup with it") if valued else [])]
-    ingredients: list[Row] = [
-        (Code(name), "kept" if kept else "left out", *([percent(value)] if valued else []))
-        for name, kept, value in tasted
-    ]
-    rows: list[Row] = [(name, Measure.of(value)) for name, value in measures.items()]
-    return [
-        Table(columns, ingredients, title="Ingredients"),
-        Table([Column("Measure"), Column("Value, 95% interval")], rows, title="The soup"),
-    ]
-
-
-def prompt_blocks(record: Mapping[str, Any], *, val: str | None, ood: Sequence[str]) -> list[Block]:
-    """Return what is said of tuned prompts: how training ended, and their measures beside those of the hand's."""
-    loss = record["history"][-1]["loss"]
-    blocks: list[Block] = [Text(f"{record['images']:,} images, loss {loss:.3f} in the last epoch.")]
-    if "tuned" in record:
-        sides = [record[key] for key in ("zero_shot", "tuned")]
-        rows: list[Row] = [("accuracy", *(Measure.of(Rate(**side["accuracy"])) for side in sides))]
-        for spec in ood:
-            label: Line = ["AUROC of the energy change, ", Name(spec)]
-            rows.append((label, *(Measure.between(*side["auroc"][spec]) for side in sides)))
-        columns = [Column("Measure"), Column("Hand-written prompts"), Column("Tuned")]
-        caption: Line = ["On ", Code(str(val)), "; 95% intervals."]
-        blocks.append(Table(columns, rows, title="Before and after", caption=caption))
-    return [*blocks, Checks([_finding("note", note) for note in record.get("notes", [])])]
-
-
-def build_blocks(parts: Sequence[str], misfits: Sequence[object]) -> list[Block]:
-    """Return the parts of a pipeline in the order in which an image passes them, and what does not fit in it."""
-    warnings = Checks([_finding("warning", str(wrong)) for wrong in misfits])
-    return [warnings, Text(["Parts: ", Code(" > ".join(parts), 1000)])]
-
-
-def _finding(level: str, message: str) -> Finding:
-    return Finding(level, *LEVELS[level], name="", message=message, meaning="")

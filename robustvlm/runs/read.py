@@ -77,6 +77,7 @@ def required(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
     """Return some fields of a schema, as ones that every row has a value of.
 
     Example:
+        >>> from robustvlm.commands.attack.store import SCHEMA
         >>> required(SCHEMA, ["label"]).field("label").nullable
         False
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 S = TypeVar("S")
+F = TypeVar("F", bound="Callable[..., FinishedRun[Any]]")
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,31 @@ class Command:
             options.pop("fresh", None)
         settings = self.settings(**options)
         return Run(self, settings).start(observer)
+
+
+def mirrors(command: Command) -> Callable[[F], F]:
+    """Give a command's Python function the signature and the help of its settings: what `--help` says, for callers.
+
+    The function itself takes `**options`; `inspect.signature`, `help` and editors see every option with its default.
+    Options that only the command line has, such as --json, are left out.
+    """
+
+    def named(function: F) -> F:
+        own, parameters, lines = inspect.signature(function).parameters, [], []
+        for name, known, about in command.settings.options():
+            if about.place == "terminal":
+                continue
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in own else inspect.Parameter.KEYWORD_ONLY
+            default = inspect.Parameter.empty if known.is_required() else known.get_default(call_default_factory=True)
+            parameters.append(inspect.Parameter(name, kind, default=default, annotation=known.annotation))
+            lines.append(f"    {name}: {known.description}")
+        observer = inspect.Parameter("observer", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Observer)
+        function.__signature__ = inspect.Signature([*parameters, observer])  # type: ignore[attr-defined]
+        lines.append("    observer: told of the progress.")
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nArgs:\n" + "\n".join(lines) + "\n"
+        return function
+
+    return named
 
 
 class Run:

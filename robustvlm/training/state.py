@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustvlm.core.files import parse_json, replacing, require_regular
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.training.history import History
 from robustvlm.training.task import TrainingConfig
 
@@ -24,6 +24,7 @@ from robustvlm.training.task import TrainingConfig
 LAST = "last.safetensors"
 BEST = "best.safetensors"
 _FACTS = "robustvlm"
+_OVER = f"start over with {setting('fresh', True)}"
 
 
 def write_checkpoint(path: Path, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
@@ -56,7 +57,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
                 part, _, name = key.partition("/")
                 parts.setdefault(part, {})[name] = file.get_tensor(key)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"the checkpoint '{path}' is damaged ({error}): start over with --fresh") from error
+        raise UserError(f"the checkpoint '{path}' is damaged ({error}): {_OVER}") from error
     return parts, facts
 
 
@@ -74,7 +75,9 @@ class Weights:
     def __init__(self, module: nn.Module) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise UserError("nothing is to be trained: every parameter is frozen; choose another --trainable")
+            raise UserError(
+                f"nothing is to be trained: every parameter is frozen; choose another {setting('trainable')}"
+            )
         stored = module.state_dict(keep_vars=True).keys()
         self.buffers = {name: b for name, b in module.named_buffers() if name in stored and b.numel()}
 
@@ -88,7 +91,7 @@ class Weights:
         """Copy values of `state` in place; raise UserError where names or shapes are others."""
         own: dict[str, Tensor] = {**self.parameters, **self.buffers}
         if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-            raise UserError("the checkpoint is of another model or trains other parts: start over with --fresh")
+            raise UserError(f"the checkpoint is of another model or trains other parts: {_OVER}")
         for name, value in own.items():
             value.copy_(state[name])
 
@@ -216,15 +219,11 @@ class TrainingState:
             return False
         parts, facts = read_checkpoint(path)
         if facts.get("run") != self.run:
-            raise UserError(
-                f"the checkpoint '{path}' is another run's: put this run's back, or start over with --fresh"
-            )
+            raise UserError(f"the checkpoint '{path}' is another run's: put this run's back, or {_OVER}")
         wanted = self._conditions()
         other = [key for key, value in wanted.items() if facts.get(key) != value]
         if other:
-            raise UserError(
-                f"the checkpoint '{path}' was made with another {' and '.join(other)}: start over with --fresh"
-            )
+            raise UserError(f"the checkpoint '{path}' was made with another {' and '.join(other)}: {_OVER}")
         self.weights.load(parts["weights"])
         load_moments(self.weights, self.optimizer, parts.get("optimizer", {}))
         if self.average is not None:
@@ -255,7 +254,7 @@ class TrainingState:
             if best is None:
                 raise UserError(
                     f"'{folder / BEST}' does not hold the weights of step {self.history.best_step}, the best ones: "
-                    "start over with --fresh"
+                    f"{_OVER}"
                 )
             self.weights.load(best)
         elif self.kept is not None:

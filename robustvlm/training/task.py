@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.core.seeds import derive_seed, generator
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError, nearest, setting
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import Estimate, Validation, Warned
 
@@ -217,7 +217,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise UserError("say how long to train, either in steps or in epochs (--steps or --epochs)")
+            raise UserError(
+                "say how long to train, either in steps or in epochs: "
+                f"pass {setting('steps', 'N')} or {setting('epochs', 'N')}"
+            )
         for name, value in (("epochs", self.epochs), ("the learning rate", self.lr), ("clip", self.clip)):
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number, got {value}")

@@ -16,7 +16,7 @@ from robustvlm.core.files import named_disk_errors
 from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.seeds import derive_seed
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.training.distributed import counted, peak_memory, process_group, rank_and_size, summed
 from robustvlm.training.history import Estimate, History, StepEntry, Validation, Warned, warnings_of
 from robustvlm.training.images import Batch, TrainingData, spans
@@ -102,7 +102,8 @@ class Stepper:
                 raise
             raise UserError(
                 f"memory ran out with {len(batch.ids)} images at once: cut the batch into more parts "
-                f"(--accumulate {2 * self.config.accumulate}), or train with --gradient-checkpointing"
+                f"({setting('accumulate', 2 * self.config.accumulate)}), or train with "
+                f"{setting('gradient_checkpointing', True)}"
             ) from error
         return {name: value.detach().float() for name, value in terms.items()}
 

@@ -14,7 +14,7 @@ from robustvlm.attacks.threat import l2_norms, per_image
 from robustvlm.core.framing import Framing
 from robustvlm.data import DataSource
 from robustvlm.data.source import UNKNOWN, Sample, select, to_pixels
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.stats import rate
@@ -87,7 +87,9 @@ class RobustValidation:
 
     def __post_init__(self) -> None:
         if self.n_iter < 1:
-            raise UserError(f"a robust validation needs at least 1 step of PGD (--val-steps), got {self.n_iter}")
+            raise UserError(
+                f"a robust validation needs at least 1 step of PGD ({setting('val_steps')}), got {self.n_iter}"
+            )
 
     def measure(self, logits: Logits, *, device: torch.device | str = "cpu") -> Mapping[str, Measure]:
         """Return the accuracies; of several ranks each looks at its share of the images."""

@@ -58,7 +58,7 @@ def test_half_of_what_is_needed_is_a_user_error(call, tmp_path: Path) -> None:  
         call("--make-tree", "llm")
     with pytest.raises(UserError, match=r"say which with --out trees\.json"):
         call("--make-tree", "llm", "--out", str(tmp_path / "tree.csv"))
-    with pytest.raises(UserError, match="needs --llm URL and --llm-model NAME"):
+    with pytest.raises(UserError, match="needs llm=URL and llm_model=NAME"):
         call("--make-tree", "llm", "--out", str(tmp_path / "tree.json"))
     with pytest.raises(UserError, match="--llm URL and --llm-model NAME belong together"):
         make_client("http://localhost/v1", None)

@@ -199,5 +199,5 @@ def test_classes_never_placed_and_answers_without_groups_are_errors(make: Any) -
 
 
 def test_a_tree_by_a_language_model_needs_one() -> None:
-    with pytest.raises(UserError, match="needs --llm URL and --llm-model NAME"):
+    with pytest.raises(UserError, match="needs llm=URL and llm_model=NAME"):
         make_forest("llm", CLASSES)

@@ -184,8 +184,9 @@ def test_the_command_prints_what_changed(photos: Path, tmp_path: Path) -> None:
     ]
     result = CliRunner().invoke(app, ["tiny", *data, "--epochs", "1", "--no-ebm"], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "hand-written prompts" in result.stdout
-    assert "note: 12 images of --val taught the prompts and were left out" in result.stdout
+    said = " ".join(result.stdout.split())
+    assert "Hand-written prompts" in said
+    assert "note: 12 images of --val taught the prompts and were left out" in said
     card = read_card(tmp_path / "r")
     assert card is not None
     assert (card.kind, card.base, card.settings["class_names"]) == ("tune-prompts", "tiny", NAMES)

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from robustvlm.commands.finetune.work import FinetuneConfig, PreparedFinetune, prepare_finetune
+from robustvlm.commands.finetune import FINETUNE, FinetuneSettings
 from robustvlm.core.seeds import generator
 from robustvlm.data.emoji import ASSETS
+from robustvlm.runs.run import Run
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 CONFIG = {
@@ -89,13 +90,12 @@ OWN = "small:Own"
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def prepared(out: Path, **settings: Any) -> PreparedFinetune:
+def prepared(out: Path, **settings: Any) -> Run:
     """Return a short run on the pictures beside `out`."""
     data = out / "pictures"
     spec = f"imagefolder:{data}" if data.exists() else pictures(data)
-    defaults = {"model": OWN, "data": spec, "method": "tecoa", "eps": 8 / 255, "eps_text": "8/255", "inner_steps": 2}
+    defaults = {"model": OWN, "data": spec, "method": "tecoa", "eps": "8/255", "inner_steps": 2}
     defaults |= {"steps": 12, "batch_size": 8, "lr": 0.01, "val_steps": 3, "validate_every": 4, "device": "cpu"}
-    name = settings.pop("name", "run")
+    defaults |= {"out": out, "name": "run", "checkpoint_every": 5}
     command = settings.pop("command", "robustvlm finetune")
-    config = FinetuneConfig(**(defaults | settings))
-    return prepare_finetune(config, out=out, name=name, command=command, checkpoint_every=5)
+    return Run(FINETUNE, FinetuneSettings(**(defaults | settings)), given=command)

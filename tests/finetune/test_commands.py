@@ -44,7 +44,7 @@ def test_from_training_to_soup_and_export(tmp_path: Path, capsys: pytest.Capture
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
     code, out, _ = call(capsys, "soup", *runs, "--out", str(tmp_path), "--name", "c", "--val", val, "--device", "cpu")
     assert code == 0
-    assert "clean accuracy: " in out
+    assert "clean accuracy" in out
     code, out, _ = call(capsys, "export", str(tmp_path / "c"), str(tmp_path / "d"), "--half")
     assert code == 0
     sizes = [(tmp_path / name / "open_clip_model.safetensors").stat().st_size for name in ("c", "d")]

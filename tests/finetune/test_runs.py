@@ -27,7 +27,8 @@ from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.saved import read_card
 from robustvlm.report.training import read_training
-from robustvlm.training import LAST, TrainingObserver, read_checkpoint
+from robustvlm.runs.settings import Observer
+from robustvlm.training import LAST, read_checkpoint
 
 PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -43,22 +44,22 @@ def assert_same(found: VLM, trained: VLM) -> None:
 def test_an_open_clip_run_is_a_model_of_its_own(tmp_path: Path) -> None:
     base = clip_folder(tmp_path / "base")
     run = prepared(tmp_path, model=str(base))
-    summary = run.run()
+    summary = run.start().summary
     assert summary.history.steps[-1].terms["loss"] < summary.history.steps[0].terms["loss"]
     found = load_pipeline(str(run.folder.path))
-    assert_same(found, run.vlm)
+    assert_same(found, run.work.vlm)
     assert not torch.allclose(found.encode_image(PIXELS), load_pipeline(str(base)).encode_image(PIXELS), atol=1e-3)
     assert torch.equal(found.encode_text(["red"]), load_pipeline(str(base)).encode_text(["red"]))
     card = read_card(run.folder.path)
     assert card is not None
     assert (card.kind, card.settings["method"]) == ("finetune", "tecoa")
-    names = open_data(run.config.data).class_names
+    names = open_data(run.settings.data).class_names
     assert load_classifier(str(run.folder.path), names, ["{}"]).class_names == names
 
 
 def test_an_exported_run_is_read_by_open_clip_itself(tmp_path: Path) -> None:
     run = prepared(tmp_path, model=str(clip_folder(tmp_path / "base")), steps=3, trainable="lora:2")
-    run.run()
+    run.start()
     export_model(str(run.folder.path), tmp_path / "out")
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     tokens = open_clip.get_tokenizer(
@@ -84,57 +85,60 @@ def test_an_exported_run_is_read_by_open_clip_itself(tmp_path: Path) -> None:
 
 def test_an_encoder_of_one_s_own_gets_new_weights_laid_over_it(tmp_path: Path) -> None:
     run = prepared(tmp_path)
-    run.run()
+    run.start()
     assert read_card(run.folder.path).base == OWN  # type: ignore[union-attr]
     found = load_pipeline(str(run.folder.path))
-    assert_same(found, run.vlm)
+    assert_same(found, run.work.vlm)
     with pytest.raises(UserError, match=r"more than an open_clip model \(a CustomVLM\)"):
         export_model(str(run.folder.path), tmp_path / "out")
 
 
-class Interrupted(TrainingObserver):
+class Interrupted(Observer):
     """Presses Ctrl-C when a step is reached."""
 
-    def stepped(self, step: int, terms: object) -> None:
-        del terms
-        if step == 8:
+    done = 0
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        del shown
+        self.done += count
+        if self.done == 8:
             raise KeyboardInterrupt
 
 
 @pytest.mark.equality
 def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        prepared(tmp_path, name="stopped").run(Interrupted())
+        prepared(tmp_path, name="stopped").start(Interrupted())
     with pytest.raises(UserError, match="has not ended: give its command again"):
         read_training(tmp_path / "stopped")
     with pytest.raises(UserError, match="of `robustvlm finetune` has not ended"):
         load_pipeline(str(tmp_path / "stopped"))
-    stopped, straight = (prepared(tmp_path, name=name).run() for name in ("stopped", "straight"))
+    stopped, straight = (prepared(tmp_path, name=name).start().summary for name in ("stopped", "straight"))
     weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("stopped", "straight")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert stopped.history.validations == straight.history.validations
-    assert prepared(tmp_path, name="straight").run() == straight
+    assert prepared(tmp_path, name="straight").start().summary == straight
 
 
 def test_other_settings_need_another_name(tmp_path: Path) -> None:
-    prepared(tmp_path, steps=3).run()
+    prepared(tmp_path, steps=3).start()
     with pytest.raises(UserError, match=r"made with other settings \(lr: 0.01 -> 0.02\)"):
-        prepared(tmp_path, steps=3, lr=0.02).run()
-    prepared(tmp_path, steps=3, lr=0.02).run(fresh=True)
+        prepared(tmp_path, steps=3, lr=0.02).start()
+    prepared(tmp_path, steps=3, lr=0.02).start(fresh=True)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["lr"] == 0.02
 
 
 def test_a_run_under_the_loss_that_a_method_once_had_is_not_gone_on_with(tmp_path: Path) -> None:
     run = prepared(tmp_path, steps=3, method="simclip")
     assert run.manifest["model"]["loss"] == "cosine to the frozen original's features"
-    run.run()
+    run.start()
     path = tmp_path / "run" / "manifest.json"
     old = json.loads(path.read_text())
     del old["model"]["loss"]
     path.write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"model loss: None -> cosine to the frozen original"):
-        prepared(tmp_path, steps=3, method="simclip").run()
+        prepared(tmp_path, steps=3, method="simclip").start()
     assert "loss" not in prepared(tmp_path, steps=3, method="tecoa").manifest["model"]
 
 
@@ -143,20 +147,22 @@ def test_every_method_trains_and_is_written(tmp_path: Path, method: str, trainab
     tree = tmp_path / "tree.json"
     tree.write_text(json.dumps({"name": "all", "children": [{"name": "warm", "children": ["red"]}, "green", "blue"]}))
     model = str(clip_folder(tmp_path / "base")) if trainable == "ssf" else OWN
-    run = prepared(tmp_path, model=model, method=method, trainable=trainable, steps=2, trees=[str(tree)])
-    summary = run.run()
+    run = prepared(tmp_path, model=model, method=method, trainable=trainable, steps=2, tree=[str(tree)])
+    summary = run.start().summary
     assert summary.method == method
-    assert load_forest(run.folder.path / "trees.json", run.source.class_names)[0].ancestor("red", 1) == "warm"
+    assert load_forest(run.folder.path / "trees.json", run.work.source.class_names)[0].ancestor("red", 1) == "warm"
     # Forward and backward of the step, as much for each inner step, and a pass of the teacher's or the like.
     passes = summary.history.passes / summary.history.images
     assert passes == {"clean": 2, "tecoa": 6, "hierarchical": 6}.get(method, passes)
-    assert_same(load_pipeline(str(run.folder.path)), run.vlm)
+    assert_same(load_pipeline(str(run.folder.path)), run.work.vlm)
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", pytest.param("compile", marks=pytest.mark.slow)])
 def test_what_saves_memory_or_time_changes_nothing(tmp_path: Path, option: str) -> None:
     base = str(clip_folder(tmp_path / "base"))
-    plain, other = (prepared(tmp_path, model=base, name=name, steps=3, **{option: name == "b"}).run() for name in "ab")
+    plain, other = (
+        prepared(tmp_path, model=base, name=name, steps=3, **{option: name == "b"}).start().summary for name in "ab"
+    )
     for a, b in zip(plain.history.steps, other.history.steps, strict=True):
         assert a.terms == pytest.approx(b.terms, rel=1e-4)
     assert plain.history.passes == other.history.passes
@@ -165,17 +171,17 @@ def test_what_saves_memory_or_time_changes_nothing(tmp_path: Path, option: str) 
 
 def test_validation_images_are_held_out_or_given(tmp_path: Path) -> None:
     run = prepared(tmp_path, val_limit=5)
-    images, held = run._images()
+    images, held = run.work.images()
     assert not set(images.ids) & set(held.ids)
     assert (len(images), len(held.ids)) == (33, 3)  # a tenth of 36
     other = pictures(tmp_path / "others", each=2)
-    images, held = prepared(tmp_path, val=other, val_limit=5)._images()
+    images, held = prepared(tmp_path, val=other, val_limit=5).work.images()
     assert (len(images), len(held.ids)) == (36, 5)
 
 
 def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
     run = prepared(tmp_path, steps=4, command="robustvlm finetune '<script>x</script>'")
-    summary = run.run()
+    summary = run.start().summary
     page = run.folder.report_path.read_text()
     assert page.count("<svg") == 2
     assert "<script>x" not in page
@@ -189,27 +195,27 @@ def test_the_report_shows_the_record_and_escapes_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "hierarchical"}, "has no class tree, which 'hierarchical' needs: pass --tree FILE"),
+        ({"method": "hierarchical"}, "has no class tree, which 'hierarchical' needs: pass tree=FILE"),
         ({"method": "tecao"}, "unknown method 'tecao': did you mean 'tecoa'"),
         ({"trainable": "last:0"}, "must be at least 1"),
         ({"trainable": "last:9"}, "got last:9|no blocks"),
         ({"augment": "much"}, "unknown augmentation 'much'"),
         ({"batch_size": 9, "accumulate": 2}, "cannot be cut into"),
-        ({"limit": 0}, "--limit must be at least 1 image"),
-        ({"limit": 4}, "too small .4 images. to hold a part out: pass --val DATA"),
-        ({"val_limit": -5}, "--val-limit must be at least 1 image, got -5"),
-        ({"val_steps": 0}, "--val-steps must be at least 1 step of PGD, got 0"),
+        ({"limit": 0}, "limit must be at least 1 image"),
+        ({"limit": 4}, "too small .4 images. to hold a part out: pass val=DATA"),
+        ({"val_limit": -5}, "val_limit must be at least 1 image, got -5"),
+        ({"val_steps": 0}, "val_steps must be at least 1 PGD step, got 0"),
         ({"warmup": float("nan")}, "warmup must not be negative, and must be finite"),
-        ({"method": "hierarchical", "options": {"eps_text": 1e40}}, "eps_text is a radius on tangent vectors, at most"),
+        ({"method": "hierarchical", "option": ["eps_text=1e40"]}, "eps_text is a radius on tangent vectors, at most"),
         ({"inner_steps": 0}, "at least 1 step"),
-        ({"trees": ["nowhere.json"]}, "no tree file at nowhere.json"),
-        ({"trees": ["llm"]}, "needs --llm URL and --llm-model NAME"),
-        ({"trees": ["llm"], "llm": "http://localhost:1/v1"}, "say which model to ask"),
+        ({"tree": ["nowhere.json"]}, "no tree file at nowhere.json"),
+        ({"tree": ["llm"]}, "needs llm=URL and llm_model=NAME"),
+        ({"tree": ["llm"], "llm": "http://localhost:1/v1"}, "say which model to ask"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        prepared(tmp_path, **settings).run()
+        prepared(tmp_path, **settings).start()
 
 
 def test_a_subset_that_the_model_lacks_is_found_before_there_is_a_folder(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def soup(out: Path, models: list[str], **options: object) -> FinishedRun[Soup]:
 def test_a_uniform_soup_of_runs_is_their_mean(tmp_path: Path) -> None:
     base = clip_folder(tmp_path / "base")
     for seed in (0, 1):
-        prepared(tmp_path, model=str(base), name=f"run{seed}", seed=seed, steps=3).run()
+        prepared(tmp_path, model=str(base), name=f"run{seed}", seed=seed, steps=3).start()
     runs = [str(tmp_path / f"run{seed}") for seed in (0, 1)]
     made = soup(tmp_path, runs)
     a, b, mean = (load_pipeline(spec).state_dict() for spec in (*runs, str(made.folder)))
@@ -38,21 +38,21 @@ def test_a_uniform_soup_of_runs_is_their_mean(tmp_path: Path) -> None:
 
 def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> None:
     good, val = prepared(tmp_path, steps=40, name="good"), pictures(tmp_path / "val", each=8)
-    good.run()
+    good.start()
     run = soup(tmp_path, [OWN, str(good.folder.path)], method="greedy", by="clean", val=val, eps=0.03)
     made = run.summary
     assert made.tasted[0].name == str(good.folder.path)
     assert made.measures["clean accuracy"].value == max(step.value for step in made.tasted if step.kept)
     if [step.kept for step in made.tasted] == [True, False]:
         pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(load_pipeline(str(run.folder)).encode_image(pixels), good.vlm.encode_image(pixels))
+        assert torch.equal(load_pipeline(str(run.folder)).encode_image(pixels), good.work.vlm.encode_image(pixels))
 
 
 def test_what_a_run_was_trained_on_is_no_data_to_choose_by(tmp_path: Path) -> None:
     run = prepared(tmp_path, steps=2, name="a")
-    run.run()
+    run.start()
     with pytest.raises(UserError, match=r"was trained on .*: pass val images that no run was trained on"):
-        soup(tmp_path, [OWN, str(run.folder.path)], method="greedy", val=run.config.data)
+        soup(tmp_path, [OWN, str(run.folder.path)], method="greedy", val=run.settings.data)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_models_that_are_other_functions_of_their_weights_are_refused(
 def test_runs_of_different_models_are_refused_and_a_run_of_a_run_is_not(tmp_path: Path) -> None:
     bases = [str(clip_folder(tmp_path / f"base{seed}", seed=seed)) for seed in (0, 1)]
     for i, base in enumerate(bases):
-        prepared(tmp_path, model=base, name=f"run{i}", steps=2).run()
-    prepared(tmp_path, model=str(tmp_path / "run0"), name="again", steps=2).run()
+        prepared(tmp_path, model=base, name=f"run{i}", steps=2).start()
+    prepared(tmp_path, model=str(tmp_path / "run0"), name="again", steps=2).start()
     with pytest.raises(UserError, match="were tuned from different models: a soup needs one"):
         soup(tmp_path, [str(tmp_path / "run0"), str(tmp_path / "run1")])
     made = soup(tmp_path, [str(tmp_path / "run0"), str(tmp_path / "again")])

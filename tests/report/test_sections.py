@@ -11,6 +11,10 @@ from markupsafe import Markup
 from pages import HOSTILE, Page
 from rich.console import Console
 
+from robustvlm.commands.build import work as build
+from robustvlm.commands.prompts import work as prompts
+from robustvlm.commands.soup import work as soup
+from robustvlm.defenses.finetune.saved import Tasting
 from robustvlm.report.page import page_of
 from robustvlm.report.screen import narrowed, show, split
 from robustvlm.report.sections import (
@@ -37,7 +41,6 @@ from robustvlm.report.sections import (
     numbers,
 )
 from robustvlm.report.tables import Finding
-from robustvlm.report.training import build_blocks, prompt_blocks, soup_blocks
 from robustvlm.stats import rate
 
 
@@ -150,22 +153,24 @@ def test_a_fault_anywhere_raises_the_alarm() -> None:
 
 
 def test_a_soup_names_every_ingredient_and_measure() -> None:
-    said = shown(*soup_blocks([("runs/a", True, 0.5), ("runs/b", False, 0.25)], {"clean accuracy": rate(1, 2)}))
+    tasted = [Tasting("runs/a", 0.5, True), Tasting("runs/b", 0.25, False)]
+    said = shown(*soup.blocks(soup.Soup(method="greedy", tasted=tasted, measures={"clean accuracy": rate(1, 2)})))
     for words in ("runs/a kept 50.0%", "runs/b left out 25.0%", "clean accuracy 50.0% 1.2"):
         assert words in " ".join(said.split())
-    assert "Soup with it" not in shown(*soup_blocks([("a", True, None)], {}))
+    assert "Soup with it" not in shown(*soup.blocks(soup.Soup(method="uniform", tasted=tasted)))
 
 
 def test_tuned_prompts_stand_beside_the_hand_written_ones() -> None:
-    side = {"accuracy": rate(1, 2).model_dump(), "auroc": {"x": [0.5, 0.25, 0.75]}}
-    record = {"images": 1200, "history": [{"loss": 0.5}], "zero_shot": side, "tuned": side, "notes": ["mind the gap"]}
-    said = shown(*prompt_blocks(record, val="data", ood=["x"]))
+    side, alone = prompts.PromptMeasures(accuracy=rate(1, 2), auroc={"x": [0.5, 0.25, 0.75]}), {"loss": 0.5}
+    record = prompts.PromptRecord(images=1200, history=[alone], zero_shot=side, tuned=side, notes=["mind the gap"])
+    said = shown(*prompts.blocks(record, "data"))
     for words in ("1,200 images, loss 0.500", "AUROC of the energy change, x", "0.500  0.250", "mind the gap"):
         assert words in said
-    assert "accuracy" not in shown(*prompt_blocks({"images": 1, "history": [{"loss": 1.0}]}, val=None, ood=[]))
+    assert "accuracy" not in shown(*prompts.blocks(prompts.PromptRecord(images=1, history=[alone]), None))
 
 
 def test_a_pipeline_names_its_parts_in_order_and_what_does_not_fit() -> None:
-    said = shown(*build_blocks(["encoder tiny", "smoothing 0.25:8"], ["the head was made for another encoder"]))
+    parts, misfits = ["encoder tiny", "smoothing 0.25:8"], ["the head was made for another encoder"]
+    said = shown(*build.blocks(build.Pipeline(name="p", parts=parts, model={}, misfits=misfits)))
     assert "encoder tiny > smoothing 0.25:8" in said
     assert "warning: the head was made for another encoder" in said

@@ -226,7 +226,7 @@ def test_a_linear_classifier_is_validated_in_closed_form() -> None:
 
 def test_robust_validation_needs_a_step_of_pgd() -> None:
     held = LabelledImages(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",))
-    with pytest.raises(UserError, match=r"at least 1 step of PGD \(--val-steps\), got 0"):
+    with pytest.raises(UserError, match=r"at least 1 step of PGD \(val_steps\), got 0"):
         RobustValidation(held, ThreatModel("Linf", 0.1), n_iter=0)
 
 

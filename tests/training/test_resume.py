@@ -89,7 +89,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     fit(tmp_path, steps=6)
-    with pytest.raises(UserError, match="made with another settings: start over with --fresh"):
+    with pytest.raises(UserError, match="made with another settings: start over with fresh=True"):
         fit(tmp_path, steps=6, lr=0.02)
 
 
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     fit(tmp_path, steps=6)
     content = (tmp_path / LAST).read_bytes()
     (tmp_path / LAST).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"last.safetensors' is damaged .*start over with --fresh"):
+    with pytest.raises(UserError, match=r"last.safetensors' is damaged .*start over with fresh=True"):
         fit(tmp_path, steps=6)
 
 

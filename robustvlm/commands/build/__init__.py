@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robustvlm.runs.run import Command, FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import OUT, Settings, option, way
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class BuildSettings(Settings):
 BUILD = Command("build", BuildSettings, "robustvlm.commands.build.work", loading="Reading the parts")
 
 
+@mirrors(BUILD)
 def build(encoder: str = "tiny", **options: Any) -> FinishedRun[Pipeline]:
     """Put a pipeline together, as `robustvlm build` does; options by their names. The run's folder is a model spec.
 

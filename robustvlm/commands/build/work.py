@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.markup import escape
 
 from robustvlm.commands.build import BuildSettings
 from robustvlm.commands.common.inputs import facts_of
@@ -20,6 +19,9 @@ from robustvlm.defenses.assemble.building import PARTS
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.models import VLM
 from robustvlm.models.vlm import resolve_device
+from robustvlm.report import screen
+from robustvlm.report.sections import Block, Checks, Closing, Code, Text
+from robustvlm.report.tables import finding
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 
 NAME = "summary.json"
@@ -93,7 +95,10 @@ def read_run(folder: Path) -> FinishedRun[Pipeline]:
 
 def show(run: FinishedRun[Pipeline], console: Console) -> None:
     """Print what does not fit, the parts, and where the model is."""
-    for wrong in run.summary.misfits:
-        console.print(f"[bold]Warning[/bold]: {escape(wrong)}", highlight=False)
-    console.print(f"Parts:  {escape(' > '.join(run.summary.parts))}", highlight=False)
-    console.print(f"Model:  {escape(str(run.folder))}", soft_wrap=True)
+    screen.show(console, blocks(run.summary), Closing({"Model": run.folder}))
+
+
+def blocks(pipeline: Pipeline) -> list[Block]:
+    """Return what is said of a pipeline: what does not fit in it, and its parts in order."""
+    misfits = Checks([finding("warning", wrong) for wrong in pipeline.misfits])
+    return [misfits, Text(["Parts: ", Code(" > ".join(pipeline.parts), 1000)])]

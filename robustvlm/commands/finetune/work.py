@@ -1,8 +1,7 @@
-"""`robustvlm finetune`: from the settings of a command to a run folder that is a model."""
+"""The work of `robustvlm finetune`: from settings to a run folder that is a model."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -12,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 
-from robustvlm.attacks import ThreatModel
+from robustvlm.attacks import ThreatModel, parse_norm
+from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.finetune import FinetuneSettings
+from robustvlm.commands.told import told
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource, open_data
@@ -24,8 +26,8 @@ from robustvlm.data.source import select
 from robustvlm.data.splits import require_unseen_validation
 from robustvlm.data.trees import Forest, Tree, load_forest, save_forest
 from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.finetune import FinetuneSettings as Tuning
 from robustvlm.defenses.finetune import (
-    FinetuneSettings,
     FinetuneTask,
     HierarchicalOptions,
     InnerAttack,
@@ -34,82 +36,235 @@ from robustvlm.defenses.finetune import (
 )
 from robustvlm.defenses.finetune.saved import save_finetuned
 from robustvlm.defenses.finetune.trainable import require_trainable
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError, nearest, setting
 from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card
 from robustvlm.models.vlm import device_of_rank, resolve_device
-from robustvlm.report.training import NAME, TrainingSummary, load_training_run, write_training_report
-from robustvlm.runs.folder import RunFolder, default_name, opened_by_all
-from robustvlm.runs.manifest import Manifest, forget_checksums, make_manifest, run_identity, write_checksums
+from robustvlm.report import screen
+from robustvlm.report.training import (
+    NAME,
+    TrainingSummary,
+    load_training_run,
+    training_closing,
+    training_report,
+    write_training_report,
+)
+from robustvlm.runs.manifest import run_identity
+from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.training import (
     LabelledImages,
     RobustValidation,
     Trainer,
     TrainingConfig,
     TrainingImages,
-    TrainingObserver,
     ids_of,
     parse_augmentation,
 )
 from robustvlm.training.validation import ZeroShotValidation, held_out, validation_images
 
-# What defines a fine-tuning run: the settings that decide its weights
+# What a fine-tuning run does, in one process or in several
+
+TREES = "trees.json"
+RESULTS = (NAME,)
+_CALIBRATION = 64
+_AHEAD = 4
+
+read_run, write_report = load_training_run, write_training_report
 
 
-class FinetuneConfig(BaseModel):
-    """Every setting that the weights of a run depend on; a run is resumed only under an equal one.
+@dataclass(frozen=True)
+class FinetuneWork:
+    """A run's facts, model, images and trees. Each process under `torchrun` takes its share of every batch.
 
     Args:
-        val: the images to validate on; None: a part of `data` that is then not trained on.
-        trees: files of class trees in place of the data's own, or "wordnet" or "llm"; several make a forest.
-        tree_by, llm, llm_model: what a language model sorts the classes by, its endpoint and its name.
-        method, options: the loss, and its own options that are not at their defaults.
-        norm, eps, alpha, inner_steps: the inner attack; `eps` is the size of the attack in validations as well.
-        trainable: which parameters (all, lora[:RANK], ssf, last:N); augment: name of the augmentation.
-        limit, val_limit: images used of each set; val_steps: PGD steps of a validation.
-        steps ... validate_every: see `robustvlm.training.TrainingConfig`.
+        tuning: what is trained on which loss; training: for how long and in which steps.
+        val: the images to validate on; None: a part of the source's, which is then not trained on.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    facts: Facts
+    settings: FinetuneSettings
+    tuning: Tuning
+    training: TrainingConfig
+    source: DataSource
+    val: DataSource | None
+    forest: Forest | None
+    vlm: VLM
 
-    model: str = "tiny"
-    data: str
-    val: str | None = None
-    classes: str | None = None
-    templates: str | None = None
-    trees: list[str] = []
-    tree_by: list[str] = []
-    llm: str | None = None
-    llm_model: str | None = None
-    method: str = "hierarchical"
-    options: dict[str, Any] = {}
-    norm: str = "Linf"
-    eps: float = 1 / 255
-    eps_text: str = "1/255"
-    alpha: float | None = None
-    inner_steps: int = 3
-    trainable: str = "all"
-    augment: str = "crop"
-    limit: int | None = None
-    val_limit: int = 512
-    val_steps: int = 10
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 128
-    lr: float = 1e-5
-    warmup: float = 0.05
-    weight_decay: float = 1e-4
-    clip: float | None = 1.0
-    accumulate: int = 1
-    precision: str = "fp32"
-    ema: float | None = None
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    validate_every: float = 0.1
-    device: str = "cpu"
+    def run(self, session: Session) -> None:
+        """Train, or go on training, and write the model and its record."""
+        base, fingerprint, probe = self.vlm.spec, self.vlm.fingerprint, probe_encoder(self.vlm)
+        images, held = self.images()
+        batch = next(iter(images.batches([range(min(_CALIBRATION, len(images)))])))
+        task = finetune_task(
+            self.vlm,
+            self.tuning,
+            class_names=self.source.class_names,
+            templates=self.source.templates,
+            calibration=batch.pixels.to(self.vlm.device),
+            forest=self.forest,
+            in_place=True,
+        )
+        validation, ranks = self._validation(task, held), session.ranks
+        trainer = Trainer(
+            task, images, self.training, validation=validation, ranks=ranks, observer=told(session.observer)
+        )
+        history = trainer.fit(session.path, run=run_identity(session.manifest))
+        if not ranks.leader:
+            return
+        trained = sum(p.numel() for p in self.vlm.parameters() if p.requires_grad)
+        method = {"method": self.settings.method, **task.method.settings()}
+        summary = TrainingSummary(
+            kind="finetune",
+            method=self.settings.method,
+            settings=task.method.settings(),
+            trained_parameters=trained,
+            parameters=sum(p.numel() for p in self.vlm.parameters()),
+            ranks=ranks.size,
+            best_by=task.best_by,
+            steps=history.steps[-1].step,
+            history=history,
+        )
+        with session.results() as folder:
+            if self.forest is not None:
+                save_forest(self.forest, folder / TREES)
+            card = Card("finetune", base=base, base_fingerprint=fingerprint, settings=method, base_probe=probe)
+            save_finetuned(folder, self.vlm, card)
+            write_text(folder / NAME, summary.model_dump_json(indent=2) + "\n")
+
+    def images(self) -> tuple[TrainingImages, LabelledImages]:
+        """Return the images to train on and those to validate on."""
+        framing = self.vlm.framing
+        ids = ids_of(self.source)
+        ids = select(ids, self.settings.limit) if self.settings.limit is not None else ids
+        limit = self.settings.val_limit
+        if self.val is not None:
+            held = validation_images(self.val, size=framing, limit=limit)
+        else:
+            chosen = held_out(self.source, ids, limit)
+            if not chosen:
+                raise UserError(
+                    f"'{self.settings.data}' is too small ({len(ids)} images) to hold a part out: "
+                    f"pass {setting('val', 'DATA')}"
+                )
+            held = validation_images(self.source, size=framing, limit=limit, only=chosen)
+            ids = [name for name in ids if name not in chosen]
+        images = TrainingImages(
+            self.source,
+            size=framing,
+            seed=self.settings.seed,
+            how=parse_augmentation(self.settings.augment),
+            labelled=find_method(self.settings.method).labelled,
+            ids=ids,
+            ahead=_AHEAD if self.vlm.device.type != "cpu" else 0,
+        )
+        return images, held
+
+    def _validation(self, task: FinetuneTask, held: LabelledImages) -> ZeroShotValidation:
+        source = self.val or self.source
+        robust = RobustValidation(
+            held, self.tuning.attack.threat, n_iter=self.settings.val_steps, seed=self.settings.seed
+        )
+        return ZeroShotValidation(
+            self.vlm, source.class_names, source.templates, robust, texts_change=bool(task.method.also_trained())
+        )
+
+
+# From the settings of a command to a fine-tuning run; every mistake is found before any work begins
+
+
+def open_work(settings: FinetuneSettings) -> FinetuneWork:
+    """Check all settings, open the data and load the model."""
+    (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
+    alpha = None if settings.alpha is None else one_radius(settings.alpha, "alpha")[1]
+    curvature = [] if settings.curvature is None else [f"curvature={settings.curvature}"]
+    options = parse_options(settings.method, [*curvature, *settings.option])
+    training, ranks = training_of(settings), current_ranks()
+    attack = InnerAttack(threat=ThreatModel(norm, radius), steps=settings.inner_steps, step_size=alpha)
+    tuning = Tuning(
+        method=settings.method,
+        trainable=settings.trainable,
+        attack=attack,
+        options={"options": HierarchicalOptions(**options)} if settings.method == "hierarchical" else options,
+        seed=settings.seed,
+    )
+    parse_augmentation(settings.augment)
+    training.part_size(ranks.size)
+    device = device_of_rank(resolve_device(settings.device), ranks)
+    source, val = _open(settings, settings.data), None if settings.val is None else _open(settings, settings.val)
+    forest = _forest_of_all(source, settings, ranks)
+    require_unseen_validation(val, source, val_limit=settings.val_limit, limit=settings.limit)
+    if settings.method == "hierarchical" and forest is None:
+        raise UserError(
+            f"'{settings.data}' has no class tree, which 'hierarchical' needs: pass {setting('tree', 'FILE')}, or "
+            f"{setting('method', 'tecoa')}"
+        )
+    vlm = load_pipeline(settings.model, device=device)
+    require_trainable(vlm, settings.trainable)
+    model, data = facts_of(vlm), describe_data(source)
+    if val is not None:
+        data |= {"val": describe_data(val)}
+    if loss := find_method(settings.method).loss:
+        model |= {"loss": loss}
+    if forest is not None:
+        data |= {"trees": [tree.root for tree in forest], "trees fingerprint": _digest(forest)}
+    facts = Facts(
+        (settings.model, settings.data),
+        settings.stored(options=options, norm=norm, eps=radius, eps_text=text, alpha=alpha, device=str(device)),
+        model | code_facts([settings.method]),
+        data,
+        probe=probe_of(vlm, source.class_names, source.templates),
+        remarks=remarks_of(source, vlm),
+    )
+    return FinetuneWork(facts, settings, tuning, training, source, val, forest, vlm)
+
+
+def show(run: FinishedRun[TrainingSummary], console: Console) -> None:
+    """Print the measures before and after, what came of the training, and where the model is."""
+    screen.show(console, training_report(run), training_closing(run))
+
+
+def training_of(settings: FinetuneSettings) -> TrainingConfig:
+    """Return the engine's settings among those of a run; UserError where they are out of range."""
+    shared = {field.name for field in fields(TrainingConfig)} & FinetuneSettings.model_fields.keys()
+    found = {name: getattr(settings, name) for name in shared}
+    return TrainingConfig(**(found | {"epochs": settings.passes, "lr": settings.rate}))
+
+
+def forest_of(source: DataSource, settings: FinetuneSettings) -> Forest | None:
+    """Return the trees that the settings name, those of the data if they name none."""
+    if not settings.tree:
+        return source.tree
+    return Forest(tuple(tree for name in settings.tree for tree in _trees(name, source.class_names, settings)))
+
+
+def _forest_of_all(source: DataSource, settings: FinetuneSettings, ranks: Ranks) -> Forest | None:
+    """Return the trees, those made by rank 0 on every rank: a language model may answer each rank differently."""
+    if ranks.size == 1 or not any(name in MAKERS for name in settings.tree):
+        return forest_of(source, settings)
+    made = forest_of(source, settings) if ranks.leader else None
+    text = ranks.share(json.dumps([tree.paths for tree in made]) if made is not None else None)
+    return Forest(tuple(Tree(tuple(map(tuple, paths))) for paths in json.loads(text)))
+
+
+def _trees(name: str, class_names: Sequence[str], settings: FinetuneSettings) -> Forest:
+    if name not in MAKERS or Path(name).exists():
+        return load_forest(Path(name), class_names)
+    client = None
+    if settings.llm is not None or settings.llm_model is not None:
+        client = LlmClient(Endpoint(settings.llm or "", settings.llm_model or ""))
+    return make_forest(name, class_names, client=client, criteria=settings.tree_by or (BY_KIND,))
+
+
+def _open(settings: FinetuneSettings, spec: str) -> DataSource:
+    classes, templates = (None if text is None else Path(text) for text in (settings.classes, settings.templates))
+    return open_data(spec, classes=classes, templates=templates)
+
+
+def _digest(forest: Forest) -> str:
+    paths = json.dumps([tree.paths for tree in forest], ensure_ascii=False)
+    return hashlib.blake2b(paths.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 # A method's own options, given as NAME=VALUE
@@ -118,7 +273,8 @@ class FinetuneConfig(BaseModel):
 def parse_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
     """Return the options of a method by name; the values are those of `HierarchicalOptions` or of the method's class.
 
-    Raises UserError for an unknown method or option, or a value of another kind than the default's.
+    Raises:
+        UserError: an unknown method or option, or a value of another kind than the default's.
 
     Example:
         >>> parse_options("hierarchical", ["curvature=0.5", "negatives=false"])
@@ -142,7 +298,7 @@ def _switches(method: str) -> dict[str, bool]:
     """Return the options of a method, and of each whether it is on or off rather than a number."""
     kind = find_method(method)
     if method == "hierarchical":
-        return {field.name: "bool" in str(field.type) for field in dataclasses.fields(HierarchicalOptions)}
+        return {field.name: "bool" in str(field.type) for field in fields(HierarchicalOptions)}
     parameters = list(inspect.signature(kind).parameters.values())[1:]
     return {p.name: isinstance(p.default, bool) for p in parameters}
 
@@ -160,237 +316,3 @@ def _value(name: str, text: str, switch: bool) -> bool | float:
         return float(text)
     except ValueError:
         raise UserError(f"the option '{name}' is a number, got '{text}'") from None
-
-
-# A fine-tuning run that is ready to start or continue, in one process or in several
-
-TREES = "trees.json"
-_CALIBRATION = 64
-_AHEAD = 4
-
-
-@dataclass(frozen=True)
-class PreparedFinetune:
-    """A fine-tuning run that is ready to start.
-
-    Under `torchrun` every process prepares and runs it; each takes its share of every batch, and rank 0 alone holds the
-    lock, reports progress and writes the model.
-    """
-
-    config: FinetuneConfig
-    settings: FinetuneSettings
-    training: TrainingConfig
-    source: DataSource
-    val: DataSource | None
-    forest: Forest | None
-    vlm: VLM
-    folder: RunFolder
-    manifest: Manifest
-
-    def run(
-        self, observer: TrainingObserver | None = None, *, fresh: bool = False, resume: bool = False
-    ) -> TrainingSummary:
-        """Train, or go on training, write the model and the report, and return the record; of a finished run, its."""
-        ranks = current_ranks()
-        with opened_by_all(self.folder, self.manifest, ranks, fresh=fresh, resume=resume) as manifest:
-            if not ((self.folder.path / NAME).exists() and self.folder.sealed):
-                self._train(ranks, observer, manifest)
-            ranks.barrier()
-            summary = load_training_run(self.folder.path).summary
-            if ranks.leader and not self.folder.report_path.exists():
-                write_training_report(self.folder.path)
-        return summary
-
-    def _train(self, ranks: Ranks, observer: TrainingObserver | None, manifest: Manifest) -> None:
-        base, fingerprint, probe = self.vlm.spec, self.vlm.fingerprint, probe_encoder(self.vlm)
-        images, held = self._images()
-        batch = next(iter(images.batches([range(min(_CALIBRATION, len(images)))])))
-        task = finetune_task(
-            self.vlm,
-            self.settings,
-            class_names=self.source.class_names,
-            templates=self.source.templates,
-            calibration=batch.pixels.to(self.vlm.device),
-            forest=self.forest,
-            in_place=True,
-        )
-        validation = self._validation(task, held)
-        history = Trainer(task, images, self.training, validation=validation, ranks=ranks, observer=observer).fit(
-            self.folder.path, run=run_identity(manifest)
-        )
-        if not ranks.leader:
-            return
-        forget_checksums(self.folder.path)
-        trained = sum(p.numel() for p in self.vlm.parameters() if p.requires_grad)
-        if self.forest is not None:
-            save_forest(self.forest, self.folder.path / TREES)
-        method = {"method": self.config.method, **task.method.settings()}
-        card = Card("finetune", base=base, base_fingerprint=fingerprint, settings=method, base_probe=probe)
-        save_finetuned(self.folder.path, self.vlm, card)
-        summary = TrainingSummary(
-            kind="finetune",
-            method=self.config.method,
-            settings=task.method.settings(),
-            trained_parameters=trained,
-            parameters=sum(p.numel() for p in self.vlm.parameters()),
-            ranks=ranks.size,
-            best_by=task.best_by,
-            steps=history.steps[-1].step,
-            history=history,
-        )
-        write_text(self.folder.path / NAME, summary.model_dump_json(indent=2) + "\n")
-        write_checksums(self.folder.path, manifest)
-        write_training_report(self.folder.path)
-
-    def _images(self) -> tuple[TrainingImages, LabelledImages]:
-        """Return the images to train on and those to validate on."""
-        framing = self.vlm.framing
-        ids = ids_of(self.source)
-        ids = select(ids, self.config.limit) if self.config.limit is not None else ids
-        limit = self.config.val_limit
-        if self.val is not None:
-            held = validation_images(self.val, size=framing, limit=limit)
-        else:
-            chosen = held_out(self.source, ids, limit)
-            if not chosen:
-                raise UserError(
-                    f"'{self.config.data}' is too small ({len(ids)} images) to hold a part out: pass --val DATA"
-                )
-            held = validation_images(self.source, size=framing, limit=limit, only=chosen)
-            ids = [name for name in ids if name not in chosen]
-        images = TrainingImages(
-            self.source,
-            size=framing,
-            seed=self.config.seed,
-            how=parse_augmentation(self.config.augment),
-            labelled=find_method(self.config.method).labelled,
-            ids=ids,
-            ahead=_AHEAD if self.vlm.device.type != "cpu" else 0,
-        )
-        return images, held
-
-    def _validation(self, task: FinetuneTask, held: LabelledImages) -> ZeroShotValidation:
-        source = self.val or self.source
-        robust = RobustValidation(
-            held, self.settings.attack.threat, n_iter=self.config.val_steps, seed=self.config.seed
-        )
-        return ZeroShotValidation(
-            self.vlm, source.class_names, source.templates, robust, texts_change=bool(task.method.also_trained())
-        )
-
-
-# From the settings of a command to a fine-tuning run; every mistake is found before any work begins
-
-
-def prepare_finetune(
-    config: FinetuneConfig,
-    *,
-    out: Path = Path("runs"),
-    name: str | None = None,
-    command: str = "",
-    checkpoint_every: int = 0,
-) -> PreparedFinetune:
-    """Check all settings, open the data, load the model and return a run that is ready to start.
-
-    Raises UserError for settings that make no sense, data or a model that cannot be had, or a model that cannot be
-    fine-tuned.
-    """
-    training = training_config(config, checkpoint_every=checkpoint_every)
-    settings = finetune_settings(config)
-    parse_augmentation(config.augment)
-    if name is not None:
-        RunFolder(out, name)
-    for flag, number, unit in (
-        ("--limit", config.limit, "image"),
-        ("--val-limit", config.val_limit, "image"),
-        ("--val-steps", config.val_steps, "step of PGD"),
-    ):
-        if number is not None and number < 1:
-            raise UserError(f"{flag} must be at least 1 {unit}, got {number}")
-    ranks = current_ranks()
-    training.part_size(ranks.size)
-    device = device_of_rank(resolve_device(config.device), ranks)
-    config = config.model_copy(update={"device": str(device)})
-    source, val = _open(config, config.data), None if config.val is None else _open(config, config.val)
-    forest = _forest_of_all(source, config, ranks)
-    require_unseen_validation(val, source, val_limit=config.val_limit, limit=config.limit)
-    if config.method == "hierarchical" and forest is None:
-        raise UserError(
-            f"'{config.data}' has no class tree, which 'hierarchical' needs: pass --tree FILE, or --method tecoa"
-        )
-    vlm = load_pipeline(config.model, device=device)
-    require_trainable(vlm, config.trainable)
-    model_facts, data_facts = facts_of(vlm), describe_data(source)
-    if val is not None:
-        data_facts |= {"val": describe_data(val)}
-    method = find_method(config.method)
-    if method.loss:
-        model_facts |= {"loss": method.loss}
-    model_facts |= code_facts([config.method])
-    if forest is not None:
-        data_facts |= {"trees": [tree.root for tree in forest], "trees fingerprint": _digest(forest)}
-    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
-    folder = RunFolder(out, name or default_name("finetune", config.model, config.data, identity))
-    manifest = make_manifest(
-        kind="finetune",
-        name=folder.name,
-        command=command,
-        config=config,
-        model=model_facts,
-        data=data_facts,
-        probe=probe_of(vlm, source.class_names, source.templates),
-    )
-    manifest["remarks"] = remarks_of(source, vlm)
-    return PreparedFinetune(config, settings, training, source, val, forest, vlm, folder, manifest)
-
-
-def training_config(config: FinetuneConfig, *, checkpoint_every: int = 0) -> TrainingConfig:
-    """Return the engine's settings among those of a run; raise UserError where they are out of range."""
-    shared = [field.name for field in fields(TrainingConfig) if field.name in FinetuneConfig.model_fields]
-    return TrainingConfig(**{name: getattr(config, name) for name in shared}, checkpoint_every=checkpoint_every)
-
-
-def finetune_settings(config: FinetuneConfig) -> FinetuneSettings:
-    """Return what to fine-tune on which loss; raise UserError for unknown names and numbers out of range."""
-    options: dict[str, Any] = dict(config.options)
-    if config.method == "hierarchical":
-        options = {"options": HierarchicalOptions(**options)}
-    attack = InnerAttack(threat=ThreatModel(config.norm, config.eps), steps=config.inner_steps, step_size=config.alpha)
-    return FinetuneSettings(
-        method=config.method, trainable=config.trainable, attack=attack, options=options, seed=config.seed
-    )
-
-
-def forest_of(source: DataSource, config: FinetuneConfig) -> Forest | None:
-    """Return the trees that the settings name, those of the data if they name none."""
-    if not config.trees:
-        return source.tree
-    return Forest(tuple(tree for name in config.trees for tree in _trees(name, source.class_names, config)))
-
-
-def _forest_of_all(source: DataSource, config: FinetuneConfig, ranks: Ranks) -> Forest | None:
-    """Return the trees, those made by rank 0 on every rank: a language model may answer each rank differently."""
-    if ranks.size == 1 or not any(name in MAKERS for name in config.trees):
-        return forest_of(source, config)
-    made = forest_of(source, config) if ranks.leader else None
-    text = ranks.share(json.dumps([tree.paths for tree in made]) if made is not None else None)
-    return Forest(tuple(Tree(tuple(map(tuple, paths))) for paths in json.loads(text)))
-
-
-def _trees(name: str, class_names: Sequence[str], config: FinetuneConfig) -> Forest:
-    if name not in MAKERS or Path(name).exists():
-        return load_forest(Path(name), class_names)
-    client = None
-    if config.llm is not None or config.llm_model is not None:
-        client = LlmClient(Endpoint(config.llm or "", config.llm_model or ""))
-    return make_forest(name, class_names, client=client, criteria=config.tree_by or (BY_KIND,))
-
-
-def _open(config: FinetuneConfig, spec: str) -> DataSource:
-    classes, templates = (None if text is None else Path(text) for text in (config.classes, config.templates))
-    return open_data(spec, classes=classes, templates=templates)
-
-
-def _digest(forest: Forest) -> str:
-    paths = json.dumps([tree.paths for tree in forest], ensure_ascii=False)
-    return hashlib.blake2b(paths.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 
 from robustvlm.errors import UserError, setting
-from robustvlm.runs.run import Command, FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import CLASSES, DEVICE, FRESH, NAME, OUT, RECORD_AS_JSON, SEED, Settings, argument, option
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class PromptSettings(Settings):
 TUNE_PROMPTS = Command("tune-prompts", PromptSettings, "robustvlm.commands.prompts.work")
 
 
+@mirrors(TUNE_PROMPTS)
 def tune_prompts(model: str = "tiny", **options: Any) -> FinishedRun[PromptRecord]:
     """Learn prompts for a model, as `robustvlm tune-prompts` does; options by their names. The folder is a model spec.
 

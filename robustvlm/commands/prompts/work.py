@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
@@ -31,6 +29,9 @@ from robustvlm.models import VLM, resolve_device
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.report import screen
+from robustvlm.report.sections import Block, Checks, Closing, Code, Column, Line, Measure, Name, Row, Table, Text
+from robustvlm.report.tables import finding
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate
@@ -228,29 +229,21 @@ def read_run(folder: Path) -> FinishedRun[PromptRecord]:
 
 def show(run: FinishedRun[PromptRecord], console: Console) -> None:
     """Print the loss, what changed on other images, and where the model is."""
-    record, settings = run.summary, run.manifest["config"]
+    screen.show(console, blocks(run.summary, run.manifest["config"]["val"]), Closing({"Model": run.folder}))
+
+
+def blocks(record: PromptRecord, val: str | None) -> list[Block]:
+    """Return what is said of tuned prompts: how training ended, and their measures beside the hand-written ones'."""
     loss = record.history[-1]["loss"]
-    console.print(Text(f"{record.images:,} images, loss {loss:.3f} in the last epoch"), soft_wrap=True)
+    said: list[Block] = [Text(f"{record.images:,} images, loss {loss:.3f} in the last epoch.")]
     if record.zero_shot is not None and record.tuned is not None:
-        table = Table()
-        for heading in ("measure", "hand-written prompts", "tuned"):
-            table.add_column(heading, justify="left" if heading == "measure" else "right")
         both = (record.zero_shot, record.tuned)
-        table.add_row("accuracy", *(_rate(found.accuracy) for found in both))
+        rows: list[Row] = [("accuracy", *(Measure.of(side.accuracy) for side in both))]
         for spec in record.tuned.auroc or {}:
-            cells = (_interval((found.auroc or {})[spec]) for found in both)
-            table.add_row(Text(f"AUROC of the energy change, {spec}"), *cells)
-        console.print(table)
-        console.print(Text(f"on {settings['val']}; 95 % intervals"), soft_wrap=True)
-    for note in record.notes or []:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
-    console.print(Text(f"model: {run.folder}"), soft_wrap=True)
-
-
-def _rate(found: Rate) -> str:
-    return f"{found.value:.1%} ({found.low:.1%} - {found.high:.1%})"
-
-
-def _interval(found: list[float]) -> str:
-    value, low, high = found
-    return f"{value:.3f} ({low:.3f} - {high:.3f})"
+            label: Line = ["AUROC of the energy change, ", Name(spec)]
+            found = [(side.auroc or {})[spec] for side in both]
+            rows.append((label, *(Measure.between(value, low, high) for value, low, high in found)))
+        columns = [Column("Measure"), Column("Hand-written prompts"), Column("Tuned")]
+        caption: Line = ["On ", Code(str(val)), "; 95% intervals."]
+        said.append(Table(columns, rows, title="Before and after", caption=caption))
+    return [*said, Checks([finding("note", note) for note in record.notes or []])]

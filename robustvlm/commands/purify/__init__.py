@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robustvlm.runs.run import Command, FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import DEVICE, NAME, OUT, RECORD_AS_JSON, RESUME, SEED, Settings, argument, option, way
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ PURIFY = Command(
 )
 
 
+@mirrors(PURIFY)
 def purify(model: str = "tiny", **options: Any) -> FinishedRun[TrainingSummary]:
     """Train a purifier and a mapper around a frozen encoder, as `robustvlm purify` does; options by their names.
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from robustvlm.commands.common.inputs import facts_of, probe_of
@@ -38,7 +36,15 @@ from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
 from robustvlm.models.vlm import device_of_rank, resolve_device
-from robustvlm.report.training import NAME, TrainingSummary, load_training_run, measure_rows, write_training_report
+from robustvlm.report import screen
+from robustvlm.report.training import (
+    NAME,
+    TrainingSummary,
+    load_training_run,
+    training_closing,
+    training_report,
+    write_training_report,
+)
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.training import (
@@ -257,12 +263,4 @@ def _sizes(parts: Parts) -> Mapping[str, int]:
 
 def show(run: FinishedRun[TrainingSummary], console: Console) -> None:
     """Print the score without and with the parts, and where the model is."""
-    table = Table(title="Gaussian robustness score, images held out")
-    for column in ("noise", "encoder alone", "this model"):
-        table.add_column(column, justify="left" if column == "noise" else "right")
-    for measure, *values in measure_rows(run.summary.history):
-        table.add_row(measure.removeprefix("score at "), *map(escape, values))
-    console.print(table)
-    folder, middle = escape(str(run.folder)), (run.summary.best_by or "").removeprefix("score at ")
-    console.print(f"Model:  {folder}, to be smoothed: {folder}+smooth:{middle}")
-    console.print(f"Report: {escape(str(run.report))}", soft_wrap=True)
+    screen.show(console, training_report(run), training_closing(run))

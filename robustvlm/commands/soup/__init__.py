@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 
 from robustvlm.errors import UserError, nearest, setting
-from robustvlm.runs.run import Command, FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import CLASSES, DEVICE, OUT, TEMPLATES, Settings, argument, option, shown_as, way
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class SoupSettings(Settings):
 SOUP = Command("soup", SoupSettings, "robustvlm.commands.soup.work")
 
 
+@mirrors(SOUP)
 def soup(models: Sequence[str], **options: Any) -> FinishedRun[Soup]:
     """Average the weights of models, as `robustvlm soup` does; options by their names. The run's folder is a model.
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.text import Text
 from torch import Tensor
 
 from robustvlm.attacks import ThreatModel, parse_norm
@@ -27,6 +26,9 @@ from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card, require_ground
 from robustvlm.models.vlm import resolve_device
+from robustvlm.report import screen
+from robustvlm.report.sections import Block, Closing, Code, Column, Measure, Row, Table, numbers
+from robustvlm.report.words import percent
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.stats import Mean, Rate
 from robustvlm.training import RobustValidation
@@ -127,15 +129,23 @@ def read_run(folder: Path) -> FinishedRun[Soup]:
 
 
 def show(run: FinishedRun[Soup], console: Console) -> None:
-    """Print which models went into the soup, and what it measures."""
-    soup = run.summary
-    for step in soup.tasted:
-        value = f" {step.value:.1%}" if soup.method == "greedy" else ""
-        console.print(Text(f"{'+' if step.kept else '-'} {step.name}{value}"), soft_wrap=True)
-    for name, measure in soup.measures.items():
-        if isinstance(measure, Rate) and measure.value is not None:
-            console.print(Text(f"{name}: {measure.value:.1%} ({measure.low:.1%}-{measure.high:.1%})"), soft_wrap=True)
-    console.print(Text(f"Model: {run.folder}"), soft_wrap=True)
+    """Print which models went into the soup, what it measures, and where it is."""
+    screen.show(console, blocks(run.summary), Closing({"Model": run.folder}))
+
+
+def blocks(soup: Soup) -> list[Block]:
+    """Return what is said of a soup: what became of each ingredient, and the measures if there were images."""
+    greedily = soup.method == "greedy"
+    ingredients: list[Row] = [
+        (Code(step.name), "kept" if step.kept else "left out", *([percent(step.value)] if greedily else []))
+        for step in soup.tasted
+    ]
+    measures: list[Row] = [(name, Measure.of(value)) for name, value in soup.measures.items()]
+    columns = [Column("Ingredient"), Column(""), *(numbers("Soup with it") if greedily else [])]
+    return [
+        Table(columns, ingredients, title="Ingredients"),
+        Table([Column("Measure"), Column("Value, 95% interval")], measures, title="The soup"),
+    ]
 
 
 def _probe_of_all(models: Sequence[VLM]) -> dict[str, Any]:

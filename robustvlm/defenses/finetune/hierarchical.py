@@ -24,7 +24,7 @@ from robustvlm.defenses.finetune.hierarchy import (
 )
 from robustvlm.defenses.finetune.hyperbolic import distances, exp0
 from robustvlm.defenses.finetune.methods import Materials, Method, frozen
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.training import Draws, gathered
 
@@ -217,7 +217,9 @@ class Hierarchical(Method):
     def __init__(self, materials: Materials, options: HierarchicalOptions | None = None) -> None:
         super().__init__(materials)
         if materials.forest is None:
-            raise UserError("the method 'hierarchical' needs a class tree: pass --tree FILE, or use tecoa")
+            raise UserError(
+                f"the method 'hierarchical' needs a class tree: pass {setting('tree', 'FILE')}, or use tecoa"
+            )
         self.options = options or HierarchicalOptions()
         names = list(dict.fromkeys(name for tree in materials.forest for path in tree.paths for name in path))
         names = [*materials.class_names, *(name for name in names if name not in set(materials.class_names))]

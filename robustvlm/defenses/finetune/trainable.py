@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robustvlm.core.seeds import generator
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 
 # Low-rank updates of a vision tower's matrices and filters (LoRA: Hu et al. 2022, arXiv 2106.09685)
@@ -194,7 +194,9 @@ def last_blocks(vlm: VLM, count: int) -> list[str]:
     """
     blocks = vision_blocks(vlm)
     if not blocks:
-        raise UserError(f"the vision tower of '{vlm.spec}' has no blocks to count: train all of it (--trainable all)")
+        raise UserError(
+            f"the vision tower of '{vlm.spec}' has no blocks to count: train all of it ({setting('trainable', 'all')})"
+        )
     if count > len(blocks):
         raise UserError(f"the vision tower of '{vlm.spec}' has {len(blocks)} blocks, got last:{count}")
     handle = blocks[-count].register_forward_pre_hook(_cut, with_kwargs=True)

@@ -1,0 +1,247 @@
+"""Made by tools/library_stub.py: the names of the library with their types."""
+
+from pathlib import Path
+
+from robustvlm import detect as detect
+from robustvlm.attacks.base import ATTACKS as ATTACKS
+from robustvlm.attacks.perturb import AutoAttack as AutoAttack
+from robustvlm.attacks.perturb import Perturbed as Perturbed
+from robustvlm.attacks.perturb import perturb as perturb
+from robustvlm.attacks.threat import ThreatModel as ThreatModel
+from robustvlm.commands.build.work import Pipeline
+from robustvlm.commands.prompts.work import PromptRecord
+from robustvlm.commands.registry import open_run as open_run
+from robustvlm.commands.soup.work import Soup
+from robustvlm.data.specs import open_data as open_data
+from robustvlm.defenses.load import load_classifier as load_classifier
+from robustvlm.defenses.load import load_model as load_model
+from robustvlm.defenses.votes import ABSTAIN as ABSTAIN
+from robustvlm.defenses.votes import Smoothed as Smoothed
+from robustvlm.defenses.votes import certify_tensors as certify_tensors
+from robustvlm.detect.catalog import SCORES as SCORES
+from robustvlm.errors import UserError as UserError
+from robustvlm.report.training import TrainingSummary
+from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.settings import Observer
+
+__version__: str
+
+def build(
+    encoder: str = "tiny",
+    *,
+    purify: str | None = None,
+    smooth: str | None = None,
+    immunize: str | None = None,
+    accept_misfits: bool = False,
+    device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    fresh: bool = False,
+    observer: Observer | None = None,
+) -> FinishedRun[Pipeline]:
+    """Put a pipeline together, as `robustvlm build` does; options by their names. The run's folder is a model spec.
+
+    Given again, it copies the parts anew.
+
+    Raises:
+        UserError: a part is missing, of another kind, or made for another model; nothing to build.
+
+    Example:
+        >>> import tempfile
+        >>> build("tiny", smooth="0.25:8", out=tempfile.mkdtemp()).summary.parts
+        ['encoder tiny', 'smoothing 0.25:8']
+
+    Args:
+        encoder: The encoder: any model without operators, such as the run of a fine-tuning.
+        purify: A run of `robustvlm purify`: purifier and mapper.
+        smooth: Noise level and samples, SIGMA[:N0], as 0.25:64.
+        immunize: A run of `robustvlm immunize`: adapter, head and thresholds.
+        accept_misfits: Put parts together that were made for other models.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the pipeline [default: made from the settings].
+        fresh: Delete an earlier pipeline of that name.
+        observer: told of the progress.
+    """
+
+def purify(
+    model: str = "tiny",
+    *,
+    data: str = "emoji?split=train",
+    val: str | None = None,
+    val_limit: int = 64,
+    sigma: list[float] | float = [0.12, 0.25, 0.5],
+    only: str | None = None,
+    denoiser: str | None = None,
+    size: str = "tiny",
+    steps: int = 1000,
+    mapper_steps: int = 1000,
+    batch_size: int = 64,
+    accumulate: int = 1,
+    lr: float = 0.005,
+    mapper_lr: float = 0.002,
+    feature_weight: float = 2.0,
+    pixel_weight: float = 1.0,
+    diffusion_weight: float = 1.0,
+    statistics_weight: float = 1.0,
+    augment: str = "crop",
+    ema: float = 0.99,
+    precision: str = "fp32",
+    limit: int | None = None,
+    validate_every: float = 0.25,
+    checkpoint_every: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    resume: bool | None = None,
+    observer: Observer | None = None,
+) -> FinishedRun[TrainingSummary]:
+    """Train a purifier and a mapper around a frozen encoder, as `robustvlm purify` does; options by their names.
+
+    The folder of the run returned is a model spec, to be smoothed: `f"{run.folder}+smooth:0.25"`.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model.
+
+    Example:
+        >>> import tempfile
+        >>> short = {"limit": 40, "val_limit": 4, "steps": 1, "mapper_steps": 1, "batch_size": 2}
+        >>> purify("tiny", out=tempfile.mkdtemp(), **short).summary.method
+        'purifier and mapper'
+
+    Args:
+        model: The encoder, which stays as it is; `robustvlm models` lists the forms. Not a smoothed one.
+        data: Images to train on, without labels; `robustvlm data` lists the forms.
+        val: Images to watch the score on [default: a part of the data, held out].
+        val_limit: Watch the score on at most this many images.
+        sigma: Noise level to serve, in [0, 1] pixels; may be repeated [default: 0.12, 0.25 and 0.5].
+        only: purifier or mapper [default: first one, then the other].
+        denoiser: Your own denoiser in the purifier's place, as module:callable (see docs/purify.md).
+        size: Of the purifier: tiny, small or base.
+        steps: Optimiser steps of the purifier.
+        mapper_steps: Optimiser steps of the mapper.
+        batch_size: Images per step, over all processes.
+        accumulate: Parts that a batch is cut into, to save memory.
+        lr: Peak learning rate of the purifier.
+        mapper_lr: Peak learning rate of the mapper.
+        feature_weight: Of 1 - cos to the clean feature (purifier).
+        pixel_weight: Of the squared error of the pixels (purifier).
+        diffusion_weight: Of the denoising loss (purifier).
+        statistics_weight: Of the match of mean and spread (mapper).
+        augment: none, flip, crop (and flip) or strong (colours too).
+        ema: Decay of the moving average of the weights, which is kept.
+        precision: fp32, or bf16 (weights and noise stay fp32).
+        limit: Use this many images, chosen by a hash of their ids.
+        validate_every: In steps; below 1, a share of all; 0: at the end only.
+        checkpoint_every: In steps [default: every five minutes].
+        seed: Seed of every random draw.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings, so that they find it again].
+        resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        observer: told of the progress.
+    """
+
+def soup(
+    models: list[str] | str,
+    *,
+    method: str = "uniform",
+    val: str | None = None,
+    by: str = "robust",
+    classes: Path | str | None = None,
+    templates: Path | str | None = None,
+    norm: str = "Linf",
+    eps: str | float = "1/255",
+    val_steps: int = 10,
+    limit: int = 512,
+    device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    fresh: bool = False,
+    observer: Observer | None = None,
+) -> FinishedRun[Soup]:
+    """Average the weights of models, as `robustvlm soup` does; options by their names. The run's folder is a model.
+
+    Raises:
+        UserError: fewer than two models, different architectures, greedy without images, or other wrong options.
+
+    Example:
+        >>> import tempfile
+        >>> soup(["tiny", "tiny"], out=tempfile.mkdtemp()).summary.method
+        'uniform'
+
+    Args:
+        models: Run folders, or specs, of one architecture.
+        method: uniform (the mean of all), or greedy (each stays only if it does not harm).
+        val: Images to choose by and to measure on; greedy needs them.
+        by: What greedy goes by: robust or clean accuracy.
+        classes: File of class names, one per line or a JSON list.
+        templates: File of prompt templates, one per line with {}.
+        norm: Linf or L2, of the attack that measures.
+        eps: Its radius.
+        val_steps: Its PGD steps.
+        limit: Measure on at most this many images.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings].
+        fresh: Delete an earlier run of this name.
+        observer: told of the progress.
+    """
+
+def tune_prompts(
+    model: str = "tiny",
+    *,
+    data: str = "emoji?split=train&copies=1",
+    classes: Path | str | None = None,
+    val: str | None = None,
+    ood: list[str] | str = [],
+    shots: int = 16,
+    context: int = 4,
+    start: str = "a picture of a",
+    epochs: int = 10,
+    batch_size: int = 256,
+    lr: float = 0.01,
+    lambda_ebm: float = 10.0,
+    ebm: bool = True,
+    c: int = 2,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    fresh: bool = False,
+    observer: Observer | None = None,
+) -> FinishedRun[PromptRecord]:
+    """Learn prompts for a model, as `robustvlm tune-prompts` does; options by their names. The folder is a model spec.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model; a loss that is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> few = {"data": "emoji?split=train&styles=noto&copies=1", "epochs": 1, "shots": 1}
+        >>> tune_prompts("tiny", out=tempfile.mkdtemp(), **few).summary.images
+        101
+
+    Args:
+        model: An open_clip model or a folder on one; it stays as it is.
+        data: Labelled images to learn from; `robustvlm data` lists the forms.
+        classes: File of class names, one per line or a JSON list.
+        val: Images of the same classes to measure on, another style say.
+        ood: Unknown images to tell from those of --val; may be repeated.
+        shots: Images of each class to learn from; 0 for all.
+        context: Number of context vectors (M).
+        start: Words that the context begins as.
+        epochs: Passes over the features.
+        batch_size: Features per step.
+        lr: Peak learning rate (Adam, cosine).
+        lambda_ebm: Weight of the energy term.
+        ebm: With the EBM terms, or CoOp without them.
+        c: Largest cosines that the energy change as a score resets.
+        seed: Seed of every random draw.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings, so that they find it again].
+        fresh: Delete an earlier run of this name first.
+        observer: told of the progress.
+    """
