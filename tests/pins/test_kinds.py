@@ -1,7 +1,8 @@
 """Words that stand in files of earlier runs, kept in `kinds.json`: kinds of models, attacks, scores and their parts.
 
 A card names the kind of its model, a seed is made of the name of an attack, and the digest of a gate is made of the
-classes and fields of its scores (fields with `()` behind are the name of a class).
+classes and fields of its scores (fields with `()` behind are the name of a class). What is there stays; after something
+new has come, `PYTHONPATH=. python tests/pins/test_kinds.py` writes it down.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _present() -> dict[str, Any]:
     supplies = Supplies(Head(rows[:3], 20.0), features=rows[3:51], labels=labels, words=rows[51:])
     return {
         "models": list(KINDS),
-        "attacks": list(ATTACKS),
+        "attacks": sorted(ATTACKS),
         "scores": {name: _fields(score.made(supplies).state()) for name, score in SCORES.items()},
     }
 
@@ -34,3 +35,7 @@ def _fields(state: dict[str, object]) -> str:
 
 def test_words_are_those_that_files_hold() -> None:
     assert _present() == json.loads((Path(__file__).parent / "kinds.json").read_text())
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "kinds.json").write_text(json.dumps(_present(), indent=1) + "\n")
