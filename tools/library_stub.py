@@ -17,12 +17,14 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import robustvlm
+from robustvlm.core.callable_module import verb_of
 
 FACE = Path(__file__).parents[1] / "robustvlm" / "__init__.pyi"
 _HEAD = '''\
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
+from types import ModuleType
 '''
 
 
@@ -31,7 +33,11 @@ def stub() -> str:
     imports, functions = {"from robustvlm.runs.settings import Observer"}, []
     for name, home in sorted(robustvlm._HOME.items()):
         found = getattr(robustvlm, name)
-        if home == f"robustvlm.{name}":
+        if verb_of(found) is not found:
+            result, needed = _result(verb_of(found))
+            imports |= needed
+            functions.append(_callable_module(name, verb_of(found), result))
+        elif home == f"robustvlm.{name}":
             imports.add(f"from robustvlm import {name} as {name}")
         elif hasattr(found, "__signature__"):
             result, needed = _result(found)
@@ -53,6 +59,14 @@ def _function(name: str, function: Callable[..., Any], result: str) -> str:
     said = (inspect.getdoc(function) or "").replace("\\", "\\\\")
     body = "\n".join(f"    {line}".rstrip() for line in f'"""{said}\n"""'.splitlines())
     return f"def {name}(\n    " + ",\n    ".join(parameters) + f",\n) -> {result}:\n{body}\n"
+
+
+def _callable_module(name: str, verb: Callable[..., Any], result: str) -> str:
+    """Return a package that is a verb too: what it holds is of any type, a call of the verb's."""
+    kind = f"_{name.title()}"
+    call = _function("__call__", verb, result).replace("(\n", "(\n    self,\n", 1)
+    body = "".join(f"    {line}\n" if line else "\n" for line in call.splitlines())
+    return f"class {kind}(ModuleType):\n{body}\n{name}: {kind}\n"
 
 
 def _type(kind: Any) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -19,9 +21,23 @@ class CallableModule(ModuleType, Generic[R]):
 
     def __call__(self, *args: Any, **options: Any) -> R:
         """Call the verb; its own signature and errors count."""
-        module, _, name = str(self.__dict__["__verb__"]).partition(":")
-        found: R = getattr(import_module(module), name)(*args, **options)
+        found: R = verb_of(self)(*args, **options)
         return found
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The verb's signature, for `inspect.signature`, `help` and editors."""
+        return inspect.signature(verb_of(self))
+
+
+def verb_of(thing: Any) -> Callable[..., Any]:
+    """Return the function that a call ends in: of a module that can be called, its verb; of a function, itself."""
+    if not isinstance(thing, CallableModule):
+        found: Callable[..., Any] = thing
+        return found
+    module, _, name = str(thing.__dict__["__verb__"]).partition(":")
+    verb: Callable[..., Any] = getattr(import_module(module), name)
+    return verb
 
 
 def make_callable(name: str, verb: str) -> None:

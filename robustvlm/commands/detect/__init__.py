@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import model_validator
 
 from robustvlm.errors import UserError, setting
-from robustvlm.runs.run import Command, FinishedRun
+from robustvlm.runs.run import Command, mirrors
 from robustvlm.runs.settings import (
     CLASSES,
     DEVICE,
@@ -150,10 +150,11 @@ class DetectSettings(Settings):
 DETECT = Command("detect", DetectSettings, "robustvlm.commands.detect.work", doing="Scoring", plain="begin")
 
 
-def detect(model: str = "tiny", **options: Any) -> FinishedRun[Any]:
+@mirrors(DETECT)
+def detect(model: str = "tiny", **options: Any) -> DetectRecord:
     """Score known and unknown images, clean and under attack, as `robustvlm detect` does; options by their names.
 
-    Also what `robustvlm.detect` does when it is called.
+    It is what `robustvlm.detect` does when it is called; the run returned has the rows of all images too.
 
     Raises:
         UserError: whatever is wrong with the options, the data or the model.
@@ -164,5 +165,4 @@ def detect(model: str = "tiny", **options: Any) -> FinishedRun[Any]:
         >>> [at.unknown for at in run.summary.scores[0].on]
         ['near', 'far']
     """
-    found: DetectRecord = DETECT.start(model=model, **options)  # type: ignore[assignment]
-    return found
+    return cast("DetectRecord", DETECT.start(model=model, **options))
