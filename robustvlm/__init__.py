@@ -25,6 +25,7 @@ _HOME = {
     "build": "robustvlm.commands.build",
     "certify_tensors": "robustvlm.defenses.votes",
     "detect": "robustvlm.detect",
+    "evaluate": "robustvlm.commands.evaluate",
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",

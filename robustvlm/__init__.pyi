@@ -1,4 +1,5 @@
 """Made by tools/library_stub.py: the names of the library with their types."""
+# ruff: noqa: E501
 
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from robustvlm.attacks.perturb import perturb as perturb
 from robustvlm.attacks.threat import ThreatModel as ThreatModel
 from robustvlm.commands.build.work import Pipeline
 from robustvlm.commands.detect.view import DetectRecord
+from robustvlm.commands.evaluate.work import CleanResult
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup
@@ -143,6 +145,39 @@ class _Detect(ModuleType):
         """
 
 detect: _Detect
+
+def evaluate(
+    model: str = "tiny",
+    *,
+    data: str = "emoji",
+    classes: Path | str | None = None,
+    templates: Path | str | None = None,
+    tree: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> CleanResult:
+    """Evaluate a model without an attack, as `robustvlm evaluate` does; options by their names. It makes no run.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model.
+
+    Example:
+        >>> evaluate("tiny", limit=8).images
+        8
+
+    Args:
+        model: The model; `robustvlm models` lists the forms.
+        data: The images; `robustvlm data` lists the forms.
+        classes: File of class names, one per line or a JSON list.
+        templates: File of prompt templates, one per line with {}.
+        tree: File of the class tree (JSON, YAML or CSV).
+        limit: Evaluate this many images, a fixed selection.
+        batch_size: Images per pass.
+        device: auto, cpu, cuda, cuda:1, ...
+        observer: told of the progress.
+    """
 
 def purify(
     model: str = "tiny",

@@ -25,6 +25,7 @@ from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.detect import DETECT
+from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.commands.finetune import FINETUNE
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
@@ -71,7 +72,7 @@ app = typer.Typer(
 for command in (
     attack,
     certify,
-    evaluate,
+    typer_command(EVALUATE, evaluate),
     typer_command(DETECT),
     typer_command(FINETUNE),
     typer_command(SOUP),

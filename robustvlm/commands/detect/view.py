@@ -169,8 +169,8 @@ def _facts(run: DetectRecord) -> list[Inline]:
     config, summary, created = run.config, run.summary, run.manifest.get("created")
     line: list[Inline] = ["Model ", Code(config.model), f": {summary.known.images:,} known images of "]
     line.append(Code(config.known))
-    for part in summary.unknown:
-        line += [f", {part.images:,} unknown ones of ", Code(part.spec)]
+    for named, part in zip(config.unknown, summary.unknown, strict=True):
+        line += [f", {part.images:,} unknown ones of ", Code(named.spec)]
     return [*line, f", {moment(created)}"] if created else line
 
 
