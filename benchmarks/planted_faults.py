@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import markdown
 from benchmarks.planted.data import write_folder
-from robustvlm.commands.attack.setup import prepare
+from robustvlm.commands.attack import attack
 from robustvlm.errors import UserError
 from robustvlm.runs.records import Check
 
@@ -88,8 +88,8 @@ def findings(model: str, photos: Path, **settings: Any) -> list[Check]:
     common: dict[str, Any] = {"attack": "pgd:steps=10", "eps": "4/255", "lanes": 32, "device": "cpu"}
     with tempfile.TemporaryDirectory() as out:
         try:
-            run = prepare(model=model, data=data, out=Path(out), **{**common, **settings})
-            return list(run.run().checks)
+            run = attack(model=model, data=data, out=Path(out), **{**common, **settings})
+            return list(run.summary.checks)
         except UserError as error:
             # No level of a check: a run that is refused has no summary to hold one.
             return [Check.model_construct(name="independent images", level="refused", message=str(error))]

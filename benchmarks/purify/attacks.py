@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.common import markdown
-from robustvlm.commands.attack.setup import prepare
+from robustvlm.commands.attack import attack
 from robustvlm.data import open_data
 from robustvlm.defenses import SmoothedVLM, load_classifier
 from robustvlm.stats import mean, rate
@@ -63,7 +63,7 @@ def _attacked(options: argparse.Namespace, spec: str, norm: str, eps: str) -> li
     """Run one attack, or find it again, and return its cells."""
     source = open_data(options.data)
     random = isinstance(load_classifier(spec, source.class_names, source.templates).vlm, SmoothedVLM)
-    prepared = prepare(
+    run = attack(
         model=spec,
         data=options.data,
         goal="feature",
@@ -79,8 +79,8 @@ def _attacked(options: argparse.Namespace, spec: str, norm: str, eps: str) -> li
         checks="none",
         out=options.out,
     )
-    summary = prepared.run()
-    table = pq.read_table(prepared.folder.results_path).to_pylist()
+    summary = run.summary
+    table = pq.read_table(run.folder / "results.parquet").to_pylist()
     broken = rate(sum(row["cosine"] < options.min_cos for row in table), len(table))
     cosine = mean([row["cosine"] for row in table])
     right = (rate(sum(row[guess] == row["label"] for row in table), len(table)) for guess in _GUESSES)

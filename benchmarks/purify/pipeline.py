@@ -22,7 +22,7 @@ from benchmarks.common import markdown
 from benchmarks.purify.columns import columns
 from benchmarks.purify.scores import pictures
 from robustvlm.certify.noise import noise_chunk, stream_seed
-from robustvlm.commands.attack.setup import prepare
+from robustvlm.commands.attack import attack
 from robustvlm.data import open_data
 from robustvlm.defenses import Classifier, SmoothedVLM, load_classifier
 from robustvlm.detect.metrics import auroc
@@ -117,7 +117,7 @@ def _certified(options: argparse.Namespace, classifier: Classifier) -> tuple[flo
 
 
 def _attacked(options: argparse.Namespace, spec: str) -> str:
-    prepared = prepare(
+    run = attack(
         model=spec,
         data=options.data,
         attack=options.attack,
@@ -129,7 +129,7 @@ def _attacked(options: argparse.Namespace, spec: str) -> str:
         checks="none",
         out=options.out,
     )
-    found = prepared.run().per_eps[0].attack_success_rate
+    found = run.summary.per_eps[0].attack_success_rate
     return f"{found.value or 0:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 

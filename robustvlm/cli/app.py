@@ -66,6 +66,9 @@ def start_and_show(command: Command, settings: Settings) -> None:
     as_json, leader = bool(getattr(settings, "as_json", False)), current_ranks().leader
     console = _console(stderr=as_json, quiet=not leader)
     run = opened(command, settings, console)
+    if getattr(settings, "estimate", False):
+        _forecast(run, console, as_json=as_json)
+        return
     found = worked(run, console)
     if not leader:
         return
@@ -74,6 +77,18 @@ def start_and_show(command: Command, settings: Settings) -> None:
     else:
         run.home.show(found, console)
     end_if_any_holds(conditions, found.summary)
+
+
+def _forecast(run: Run, console: Console, *, as_json: bool) -> None:
+    """Do what it takes to say what a run will cost, and say it."""
+    from robustvlm.report.words import forecast
+
+    found = worked(run, console, run.estimate)
+    if as_json and not console.quiet:
+        say_json(found.model_dump_json(indent=2))
+    folder = str(run.folder.path)
+    console.print(forecast(found), markup=False)
+    console.print(f"The clean pass is kept in {folder}; without --estimate the run goes on there.", markup=False)
 
 
 def opened(command: Command, settings: Settings, console: Console) -> Run:

@@ -15,18 +15,20 @@ import typer
 
 from robustvlm import __version__
 from robustvlm.cli.app import typer_command
-from robustvlm.cli.attack import attack
 from robustvlm.cli.certify import certify
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
 from robustvlm.cli.immunize import immunize
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
+from robustvlm.cli.predict import predict_and_show
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
+from robustvlm.commands.attack import ATTACK
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.detect import DETECT
 from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.commands.finetune import FINETUNE
+from robustvlm.commands.predict import PREDICT
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
 from robustvlm.commands.soup import SOUP
@@ -70,9 +72,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    attack,
+    typer_command(ATTACK),
     certify,
     typer_command(EVALUATE, evaluate),
+    typer_command(PREDICT, predict_and_show),
     typer_command(DETECT),
     typer_command(FINETUNE),
     typer_command(SOUP),

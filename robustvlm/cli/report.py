@@ -29,13 +29,13 @@ def report(
 ) -> None:
     """Write the report of a run, or compare several runs on the images they share (paired tests)."""
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
-    from robustvlm.commands.attack import view
-    from robustvlm.commands.attack.record import compare, load_run
+    from robustvlm.commands.attack.compare import compare, write_comparison
+    from robustvlm.commands.attack.record import load_run
     from robustvlm.commands.registry import open_run, write_report
     from robustvlm.runs.read import find_run
 
     folders = [find_run(run) for run in runs]
-    path = write_report(folders[0], out) if len(folders) == 1 else view.write_report(folders, out)
+    path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)
     if not as_json:
         say(f"Report: {path}")
         return
@@ -44,7 +44,7 @@ def report(
     if len(folders) > 1:
         records = [load_run(folder) for folder in folders]
         found = records
-        comparisons = [c.as_dict([r.name for r in records]) for c in compare(records)]
+        comparisons = [c.as_dict([r.name for r in records]) for c in compare(*records)]
     content = {"report": str(path), "runs": [_shown(run) for run in found], "comparisons": comparisons}
     say_json(json.dumps(content, indent=2, ensure_ascii=False))
 

@@ -11,6 +11,7 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.runs.run import Command, FinishedRun, manifest_of
 
 COMMANDS = {
+    "attack": "robustvlm.commands.attack:ATTACK",
     "detect": "robustvlm.commands.detect:DETECT",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
     "purify": "robustvlm.commands.purify:PURIFY",
@@ -22,7 +23,6 @@ COMMANDS = {
 
 # Kinds whose command is not in COMMANDS: modules that read a run and write its report, and how both are called.
 _OTHERS = {
-    "attack": ("robustvlm.commands.attack.record:load_run", "robustvlm.commands.registry:_write_attack_report"),
     "certify": (
         "robustvlm.commands.certify.record:load_certify_run",
         "robustvlm.commands.certify.view:write_certify_report",
@@ -77,12 +77,6 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def _reader(folder: Path) -> Callable[[Path], Any]:
     kind = str(manifest_of(folder)["kind"])
     return _named(_OTHERS[kind][0]) if kind in _OTHERS else command_of(kind).load().read_run
-
-
-def _write_attack_report(folder: Path, out: Path | None) -> Path:
-    from robustvlm.commands.attack.view import write_report
-
-    return write_report([folder], out)
 
 
 def _named(place: str) -> Any:

@@ -7,19 +7,21 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.attacks.tensors import as_images
 from robustvlm.certify import predict
+from robustvlm.core.boundary import borrowed
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
-from robustvlm.models.boundary import borrowed
-from robustvlm.models.vlm import framing_of_model, full_precision_kernels
+from robustvlm.models.vlm import framing_of_model
 
 # What attacks and evaluations need of a model: pixels in, logits out, perhaps with the right to refuse
 
@@ -35,6 +37,7 @@ class Answers:
             others the softmax probability of the leading class; [N].
         rejected: the model refuses the image, as none of its classes; bool [N].
         abstained: a smoothed model's draws do not decide the class at the level asked for; bool [N].
+        output: logits, and of a model that may refuse the acceptance score behind them; [N, K] or [N, K + 1].
     """
 
     classes: Tensor
@@ -42,6 +45,7 @@ class Answers:
     scores: Tensor
     rejected: Tensor
     abstained: Tensor
+    output: Tensor = field(repr=False)
 
 
 class Classifier(nn.Module, ABC):
@@ -103,6 +107,13 @@ class Classifier(nn.Module, ABC):
     def fingerprint(self) -> str:
         """Digest of all that decides the output."""
 
+    def refusal(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return score and threshold [N] by which images with this `output` [N, K + 1] are accepted: score > threshold.
+
+        The acceptance score is their difference or a growing function of it, so that both are in the model's own terms.
+        """
+        return output[:, -1], torch.zeros_like(output[:, -1])
+
     @torch.no_grad()
     def predict(self, images: Tensor, *, alpha: float | None = None, lanes: int = 64) -> Answers:
         """Return what the model says of images [N, 3, H, H] in [0, 1]: class, rejected or abstained, with the score.
@@ -130,10 +141,15 @@ class Classifier(nn.Module, ABC):
         outputs, decided = [], []
         with borrowed(self), full_precision_kernels():
             for batch in pixels.split(lanes):
-                outputs.append(self(batch).float().cpu())
-                if alpha is not None and isinstance(smoothed, SmoothedVLM) and text is not None:
-                    draws = smoothed.noisy_features(batch, smoothed.n0).double().cpu().numpy()
-                    decided += [predict(rows, text.double().cpu().numpy(), alpha) for rows in draws]
+                if alpha is None or not isinstance(smoothed, SmoothedVLM) or text is None:
+                    outputs.append(self(batch).float().cpu())
+                    continue
+                # The same draws decide and give the scores: others might name another class.
+                draws = smoothed.noisy_features(batch, smoothed.n0)
+                unit = F.normalize(draws.mean(dim=1), dim=-1).to(text.dtype)
+                outputs.append((smoothed.logit_scale * unit @ text.T).float().cpu())
+                table = text.double().cpu().numpy()
+                decided += [predict(rows, table, alpha) for rows in draws.double().cpu().numpy()]
         output = torch.cat(outputs)
         logits = output[:, :-1] if self.can_reject else output
         classes = logits.argmax(1)
@@ -150,6 +166,7 @@ class Classifier(nn.Module, ABC):
             output[:, -1] if self.can_reject else logits.softmax(1).amax(1),
             rejected,
             abstained,
+            output,
         )
 
 
@@ -230,6 +247,11 @@ class Refusing(Classifier):
     def fingerprint(self) -> str:
         text = f"{self.inner.fingerprint} reject {self.threshold!r}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def refusal(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest softmax probability of each image and T, [N] each, in float64."""
+        odds = output[:, -1].double() + math.log(self.threshold / (1 - self.threshold))
+        return odds.sigmoid(), torch.full_like(odds, self.threshold)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits and the acceptance score, [B, K + 1]."""

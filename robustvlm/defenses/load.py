@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from robustvlm.core.device import resolve_device
 from robustvlm.core.registry import create, names_a_callable
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.classes import DEFAULT
@@ -15,7 +16,7 @@ from robustvlm.defenses.classifier import Classifier, split_rejection
 from robustvlm.defenses.pipeline import load_pipeline, saved_model
 from robustvlm.defenses.spec import split_spec
 from robustvlm.errors import UserError, arguments_named
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 
 
 @arguments_named()
@@ -63,19 +64,26 @@ def load_classifier(
     if isinstance(source, DataSource):
         names, prompts = source.class_names, source.templates
     else:
-        names, prompts = tuple(_own_classes(_text(spec)) if source is None else source), DEFAULT
+        known = own_classes(_text(spec)) if source is None else source
+        if known is None:
+            raise UserError(f"'{spec}' knows no classes of its own: pass classes=[...], or data that has them")
+        names, prompts = tuple(known), DEFAULT
     return pipeline.load_classifier(_text(spec), names, templates or prompts, device=resolve_device(device))
 
 
-def _own_classes(spec: str) -> Sequence[str]:
+def own_classes(spec: str) -> Sequence[str] | None:
+    """Return the classes that a model knows of itself: a folder with a head of its own, or an object that names them.
+
+    Example:
+        >>> own_classes("tiny") is None
+        True
+    """
     base, _ = split_rejection(spec)
     made = saved_model(split_spec(base)[0])
-    names = None if made is None else made.class_names
     if made is None and names_a_callable(base) and not os.path.isdir(base):
-        names = getattr(create(base), "class_names", None)
-    if names is None:
-        raise UserError(f"'{spec}' knows no classes of its own: pass classes=[...], or data that has them")
-    return names
+        found: Sequence[str] | None = getattr(create(base), "class_names", None)
+        return found
+    return None if made is None else made.class_names
 
 
 def _text(spec: str) -> str:

@@ -111,6 +111,7 @@ class FittedTable:
         cells = [
             [head, *(row[i] for row in self._rows if not isinstance(row, str))] for i, head in enumerate(self._heads)
         ]
+        cells[0] += [RichText(plain(row, _WORD)) for row in self._rows if isinstance(row, str)]
         least = [max(map(_longest_word, column)) for column in cells]
         headings = [RichText(plain(row, _WORD)) for row in self._rows if isinstance(row, str)]
         least[0] = max([least[0], *map(_longest_word, headings)])

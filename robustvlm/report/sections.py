@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from robustvlm.report.tables import Finding, manifest_rows
+from robustvlm.report.tables import Bar, Finding, manifest_rows
 from robustvlm.report.words import DASH, RANGE, interval, moment, percent, plain
 from robustvlm.stats import Mean, Rate
 
@@ -148,6 +148,16 @@ class Checks:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """Rates as bars with their intervals, for the page alone; `half` for one of two columns."""
+
+    bars: Sequence[Bar]
+    caption: str
+    title: str = ""
+    half: bool = False
+
+
+@dataclass(frozen=True)
 class Picture:
     """One or more pictures side by side: (data URI, what it is for who cannot see it, words below) and a line."""
 
@@ -187,7 +197,7 @@ class Closing:
     places: Mapping[str, object]
 
 
-Block = Text | Table | Facts | Chart | Checks | Pictures | Pair | More | Closing
+Block = Text | Table | Facts | Chart | Bars | Checks | Pictures | Pair | More | Closing
 
 
 @dataclass(frozen=True)

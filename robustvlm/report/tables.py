@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustvlm.report.words import DASH, bounds, duration, forecast, interval, percent, plain
+from robustvlm.report.words import DASH, duration, forecast, interval, percent, plain
 from robustvlm.runs.records import Check, Cost, Estimate
 from robustvlm.stats import Rate
 
@@ -45,19 +45,6 @@ def bar(name: str, rate: Rate) -> Bar:
         text=percent(rate.value),
         interval=interval(rate) if rate.total else DASH,
         count=f"{rate.successes:,} of {rate.total:,}",
-    )
-
-
-def bounds_bar(name: str, least: Rate, most: Rate) -> Bar:
-    """Return a share known between two rates as a bar that ends at the lower one, its whisker spanning both."""
-    return Bar(
-        name=plain(name, 56),
-        value=round(100 * (least.value or 0.0), 3),
-        low=round(100 * (least.value or 0.0), 3),
-        high=round(100 * (1.0 if most.value is None else most.value), 3),
-        text=bounds(least, most),
-        interval="stopped early",
-        count=f"{least.successes:,} to {most.successes:,} of {most.total:,}",
     )
 
 

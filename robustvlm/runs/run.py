@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from robustvlm.core.files import read_json
 from robustvlm.core.ranks import Ranks, current_ranks
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, arguments_named
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import (
     Manifest,
@@ -20,6 +20,7 @@ from robustvlm.runs.manifest import (
     make_manifest,
     read_manifest,
     require_shape,
+    require_text,
     require_unchanged,
     write_checksums,
 )
@@ -131,6 +132,14 @@ class FinishedRun(Generic[S]):
         """Where its report is."""
         return self.folder / "report.html"
 
+    def show(self) -> None:
+        """Print what came of it, as the command does."""
+        from rich.console import Console
+
+        # Found by name, as every command's work is: which kinds there are is not known here.
+        command: Command = import_module("robustvlm.commands.registry").command_of(self.kind)
+        command.load().show(self, Console())
+
 
 class Home(Protocol):
     """What the module of a command's work holds: functions of these names. Importing it may take seconds."""
@@ -190,8 +199,8 @@ class Command:
             options["resume"] = False
         if "fresh" not in self.settings.model_fields:
             options.pop("fresh", None)
-        settings = self.settings(**options)
-        return Run(self, settings).start(observer)
+        with arguments_named():
+            return Run(self, self.settings(**options)).start(observer)
 
 
 def mirrors(command: Command) -> Callable[[F], F]:
@@ -256,6 +265,7 @@ class Run:
         self.manifest |= dict(facts.more)
         if facts.remarks is not None:
             self.manifest["remarks"] = facts.remarks
+        require_text(self.manifest)
 
     @property
     def finished(self) -> bool:
@@ -279,6 +289,11 @@ class Run:
             if write is not None and session.ranks.leader and (worked or not self.folder.report_path.exists()):
                 write(self.folder.path)
         return found
+
+    def estimate(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> Any:
+        """Return what the rest of the run will cost, where the command can say so; what it takes to know is kept."""
+        with self.opened(observer, fresh=fresh, resume=resume) as session:
+            return self.work.estimate(session)  # type: ignore[attr-defined]  # only where there is --estimate
 
     @contextmanager
     def opened(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy import CHANNELS, PIXELS, SIDE, Curved, Linear, images
 
-from robustvlm.attacks import FOOLED, Intrude, Job, LaneEngine, Oracle, ThreatModel, parse_attacks, target_classes
+from robustvlm.attacks import FOOLED, Intrude, Job, LaneEngine, Oracle, ThreatModel, parse_attacks
+from robustvlm.attacks.objectives import target_classes
 from robustvlm.attacks.perturb import CLEAN, AutoAttack, Perturbed, perturb
 from robustvlm.errors import UserError
 

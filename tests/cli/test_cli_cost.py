@@ -33,7 +33,9 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
-    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr(
+        "robustvlm.commands.attack.work.write_report", lambda folder: (folder / "report.html").write_text("report")
+    )
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -71,6 +73,6 @@ def test_estimate_then_budget_then_the_rest(
 def test_a_budget_that_cannot_be_read_is_refused_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("robustvlm.commands.attack.setup.prepare", lambda **_: pytest.fail("loaded"))
+    monkeypatch.setattr("robustvlm.commands.attack.work.open_data", lambda **_: pytest.fail("loaded"))
     assert call(monkeypatch, *QUICK, "--budget", "ten") == 2
     assert capsys.readouterr().err.startswith("error: cannot read the budget 'ten': expected for example 20000passes")

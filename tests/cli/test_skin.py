@@ -150,7 +150,7 @@ def test_markup_in_names_is_text_and_never_a_crash(capsys: pytest.CaptureFixture
 WHERE = {
     "data": "robustvlm.data.open_data",
     "evaluate": "robustvlm.data.open_data",
-    "attack": "robustvlm.commands.attack.setup.prepare",
+    "attack": "robustvlm.commands.attack.work.open_work",
     "certify": "robustvlm.commands.certify.setup.prepare_certify",
     "report": "robustvlm.runs.read.find_run",
     "models": "robustvlm.models.list_models",
@@ -354,7 +354,7 @@ def test_every_option_of_every_command_refuses_what_it_cannot_be(call: Call, com
     parameters = inspect.signature(callback).parameters
     assert "no_code" in parameters
     # An argument that is missing would be complained of first.
-    needed = ["x", "y"] if command in ("export", "soup", "report") else []
+    needed = ["x", "y"] if command in ("export", "soup", "report", "predict") else []
     for parameter in parameters.values():
         names, kind = option_names(parameter), str(get_args(parameter.annotation)[0])
         values = [] if "bool" in kind else [] if parameter.default == "" else [""]

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attacking import CURVE, outcomes, prepared, rows, run_in_pieces, table
+from attacking import CURVE, Attacking, outcomes, prepared, rows, run_in_pieces, table
 from PIL import Image
 
-from robustvlm.commands.attack.config import Observer
-from robustvlm.commands.attack.setup import Prepared
 from robustvlm.commands.attack.summary import Summary
 from robustvlm.errors import UserError
+from robustvlm.runs.settings import Observer
 
 Photos = Callable[..., Path]
 
@@ -23,7 +22,9 @@ Photos = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No drawing of reports, no calls of git, and a cache of the test's own."""
-    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr(
+        "robustvlm.commands.attack.work.write_report", lambda folder: (folder / "report.html").write_text("report")
+    )
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 
@@ -43,7 +44,7 @@ class AtStage(Observer):
     def __init__(self, act: Callable[[], object]) -> None:
         self.act = act
 
-    def begin_stage(self, title: str, total: int | None, done: int) -> None:
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
         del total, done
         if title != "clean":
             self.act()
@@ -153,7 +154,7 @@ def test_output_that_breaks_only_under_attack_is_undecided(make_folder: Photos) 
 
 def test_a_model_that_mixes_its_batch_is_refused_but_may_run_on_one_lane(make_folder: Photos) -> None:
     photos = make_folder(20)
-    with pytest.raises(UserError, match=r"'small_encoders:Coupled' .* depends on the other images .* use --lanes 1"):
+    with pytest.raises(UserError, match=r"'small_encoders:Coupled' .* depends on the other images .* use lanes=1"):
         prepared(photos, "Coupled", name="wide").run()
     narrow = prepared(photos, "Coupled", name="narrow", lanes=1)
     narrow.run()
@@ -233,7 +234,7 @@ def shards(tmp_path: Path, labelled_pictures: list[tuple[Image.Image, str]]) -> 
     return folder
 
 
-def streamed(shards: Path, name: str = "run", **settings: object) -> Prepared:
+def streamed(shards: Path, name: str = "run", **settings: object) -> Attacking:
     return prepared(shards, data=f"wds:{shards}", name=name, **settings)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attacking import CURVE, Interrupt, outcomes, pictures, prepared, rows, run_in_pieces, table
+from attacking import CURVE, Attacking, Interrupt, outcomes, pictures, prepared, rows, run_in_pieces, table
 from safetensors.torch import load_file
 
 from robustvlm.attacks.oracle import Oracle
-from robustvlm.commands.attack.setup import Prepared
 from robustvlm.commands.common.store import read_journal
 from robustvlm.data import open_data, select, to_pixels
 from robustvlm.errors import UserError
@@ -27,16 +26,16 @@ Photos = Callable[..., Path]
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No drawing of reports, which takes longer than the runs, no calls of git, and a cache of the test's own."""
 
-    def write_report(runs: list[Path], path: Path) -> None:
-        path.write_text(f"report of {len(runs)}")
+    def write_report(folder: Path) -> None:
+        (folder / "report.html").write_text("report")
 
-    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", write_report)
+    monkeypatch.setattr("robustvlm.commands.attack.work.write_report", write_report)
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def straight(make_folder: Photos) -> Prepared:
+def straight(make_folder: Photos) -> Attacking:
     """A finished run over three eps and two attacks."""
     run = prepared(make_folder(), name="straight", **CURVE)
     run.run()
@@ -45,7 +44,9 @@ def straight(make_folder: Photos) -> Prepared:
 
 @pytest.mark.equality
 @pytest.mark.parametrize("seed", range(5))
-def test_interrupted_anywhere_and_resumed_is_the_same_to_the_bit(straight: Prepared, tmp_path: Path, seed: int) -> None:
+def test_interrupted_anywhere_and_resumed_is_the_same_to_the_bit(
+    straight: Attacking, tmp_path: Path, seed: int
+) -> None:
     draws = random.Random(seed)
     pieces = [draws.randrange(90) for _ in range(4)]
     again = run_in_pieces(lambda: prepared(tmp_path / "photos", **CURVE), pieces)
@@ -76,7 +77,7 @@ def test_killed_among_its_first_questions_a_run_ends_with_all_of_their_answers(m
 
 @pytest.mark.equality
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_at_any_byte_of_the_journal_and_resumed_is_the_same(straight: Prepared, seed: int) -> None:
+def test_killed_at_any_byte_of_the_journal_and_resumed_is_the_same(straight: Attacking, seed: int) -> None:
     expected, shown = table(straight), pictures(straight.folder.gallery_path)
     journal = straight.folder.journal_path.read_bytes()
     straight.folder.journal_path.write_bytes(journal[: random.Random(seed).randrange(len(journal))])
@@ -105,7 +106,7 @@ def test_every_lane_count_decides_every_image_alike(make_folder: Photos) -> None
 
 
 def test_a_finished_run_is_given_back_without_asking_the_model(
-    straight: Prepared, monkeypatch: pytest.MonkeyPatch
+    straight: Attacking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was asked again")
@@ -123,7 +124,7 @@ def test_a_finished_run_is_given_back_without_asking_the_model(
 
 
 @pytest.mark.parametrize("lost", ["results.parquet", "summary.json"])
-def test_lost_results_are_made_again_from_the_journal(straight: Prepared, lost: str) -> None:
+def test_lost_results_are_made_again_from_the_journal(straight: Attacking, lost: str) -> None:
     expected = table(straight)
     (straight.folder.path / lost).unlink()
     summary = straight.run()
@@ -131,7 +132,7 @@ def test_lost_results_are_made_again_from_the_journal(straight: Prepared, lost: 
     assert summary.model_dump(mode="json") == json.loads(straight.folder.summary_path.read_text())
 
 
-def test_fresh_does_the_work_again_with_the_same_answer(straight: Prepared) -> None:
+def test_fresh_does_the_work_again_with_the_same_answer(straight: Attacking) -> None:
     expected, shown = table(straight), pictures(straight.folder.gallery_path)
     (straight.folder.gallery_path / "000099.safetensors").write_bytes(b"of an earlier run")
     straight.run(fresh=True)
@@ -139,7 +140,7 @@ def test_fresh_does_the_work_again_with_the_same_answer(straight: Prepared) -> N
     assert pictures(straight.folder.gallery_path) == shown
 
 
-def test_a_larger_eps_never_helps_the_model_and_the_fallen_are_not_attacked_again(straight: Prepared) -> None:
+def test_a_larger_eps_never_helps_the_model_and_the_fallen_are_not_attacked_again(straight: Attacking) -> None:
     summary = straight.run()
     assert [at.eps_text for at in summary.per_eps] == ["1/255", "2/255", "4/255"]
     fooled = [at.attack_success_rate.value or 0.0 for at in summary.per_eps]
@@ -194,7 +195,7 @@ def test_saved_adversarial_images_are_what_the_rows_say(make_folder: Photos, nor
     files = {int(path.stem): path for path in run.folder.adversarial_path.iterdir()}
     assert files.keys() == {row["index"] for row in fooled}
     assert len(files) > 3
-    images = {sample.id: sample for sample in run.source.samples()}
+    images = {sample.id: sample for sample in run.work.source.samples()}
     for row in fooled:
         tensors = load_file(files[row["index"]])
         clean, adversarial = tensors["clean"], tensors["adversarial"]
@@ -205,11 +206,11 @@ def test_saved_adversarial_images_are_what_the_rows_say(make_folder: Photos, nor
         assert delta.abs().max().item() == row["linf"]
         assert delta.norm().item() == pytest.approx(row["l2"], rel=1e-12)
         assert row["linf" if norm == "Linf" else "l2"] <= row["eps"]
-        prediction = run.classifier(adversarial[None]).argmax(1).item()
+        prediction = run.work.classifier(adversarial[None]).argmax(1).item()
         assert prediction == row["adversarial_prediction"] != row["label"]
 
 
-def test_other_settings_under_the_same_name_are_refused_by_key(straight: Prepared, tmp_path: Path) -> None:
+def test_other_settings_under_the_same_name_are_refused_by_key(straight: Attacking, tmp_path: Path) -> None:
     before = straight.folder.journal_path.read_bytes()
     changed = prepared(tmp_path / "photos", name="straight", **(CURVE | {"seed": 3, "lanes": 4}))
     with pytest.raises(UserError, match="lanes: 8 -> 4; seed: 0 -> 3"):

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from attacking import CURVE, prepared, rows, table
 
-from robustvlm.commands.attack.config import Observer
-from robustvlm.commands.attack.cost import Budget, parse_budget
 from robustvlm.commands.attack.summary import Summary
 from robustvlm.commands.attack.wording import verdict
 from robustvlm.commands.common.store import read_journal
-from robustvlm.runs.records import Estimate
+from robustvlm.runs.settings import Observer
 
 Photos = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr(
+        "robustvlm.commands.attack.work.write_report", lambda folder: (folder / "report.html").write_text("report")
+    )
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 
@@ -38,7 +38,7 @@ def test_a_growing_budget_narrows_the_bounds_and_ends_at_the_same_results(make_f
     assert end.unfinished is None
     run, bounds = prepared(photos, name="budget", **CURVE), []
     for passes in (900, 1100, 1500, 2000):
-        summary = run.run(budget=Budget(f"{passes}passes", passes=passes))
+        summary = run.run(budget=f"{passes}passes")
         at = summary.per_eps[-1]
         if summary.unfinished is None:
             break
@@ -66,13 +66,13 @@ def test_a_growing_budget_narrows_the_bounds_and_ends_at_the_same_results(make_f
 @pytest.mark.equality
 def test_a_budget_spent_before_the_attacks_says_what_was_not_looked_at(make_folder: Photos) -> None:
     run = prepared(make_folder(24), lanes=4)
-    summary = run.run(budget=parse_budget("1pass"))
+    summary = run.run(budget="1pass")
     # The model's first questions are asked at once; the images wait.
     assert summary.unfinished == "the budget of 1pass was spent in the clean pass, with 0 of 24 images classified"
     assert summary.images.evaluated == 0
-    again = run.run(budget=parse_budget("1pass"))
+    again = run.run(budget="1pass")
     assert spent(again) == spent(summary), "a budget that is spent is not spent again"
-    timed = run.run(budget=parse_budget("0.000001s"))
+    timed = run.run(budget="0.000001s")
     assert timed.unfinished is not None
     assert timed.unfinished.startswith("the budget of 0.000001s was spent in the clean pass")
     assert run.run().unfinished is None
@@ -81,9 +81,9 @@ def test_a_budget_spent_before_the_attacks_says_what_was_not_looked_at(make_fold
 @pytest.mark.equality
 def test_a_finished_run_needs_no_budget(make_folder: Photos) -> None:
     run = prepared(make_folder(12))
-    done = run.run(budget=parse_budget("1e9passes"))
+    done = run.run(budget="1e9passes")
     assert done.unfinished is None
-    assert run.run(budget=parse_budget("1pass")) == done
+    assert run.run(budget="1pass") == done
 
 
 @pytest.mark.equality
@@ -97,16 +97,17 @@ def test_the_estimate_bounds_what_the_attacks_cost_and_keeps_the_clean_pass(make
     assert "attack" not in kinds
     before = sum(fact["forward_passes"] + fact["backward_passes"] for fact in costs(run.folder.journal_path))
 
-    said: list[Estimate] = []
+    said: list[str] = []
 
     class Listener(Observer):
-        def forecast(self, estimate: Estimate) -> None:
-            said.append(estimate)
+        def say(self, line: str) -> None:
+            said.append(line)
 
     summary = run.run(Listener())
     assert summary.estimate == found, "the first forecast is the run's"
     assert found.images == summary.images.clean_correct
-    assert (said[0].passes_least, said[0].passes_most) == (found.passes_least, found.passes_most)
+    assert f"at most {found.passes_most:,} encoder passes" in said[0]
+    assert f"at least {found.passes_least:,} (" in said[0]
     probing = before - 36  # the second session asks the model its first questions again
     attacks = spent(summary) - before - probing
     assert found.passes_least <= attacks <= found.passes_most

@@ -206,7 +206,7 @@ def test_rounding_and_a_few_sure_images_alarm_nobody(change: dict[str, float]) -
 
 def test_a_coupled_model_is_refused_and_a_random_one_is_not() -> None:
     coupled = replace(SOUND, batch_change=0.25)
-    with pytest.raises(UserError, match=r"'my model' .* moved by 0.25 standard deviations .* use --lanes 1"):
+    with pytest.raises(UserError, match=r"'my model' .* moved by 0.25 standard deviations .* use lanes=1"):
         questions.require_independent_rows(coupled, "my model")
     questions.require_independent_rows(replace(coupled, repeat_change=0.3), "my model")
 

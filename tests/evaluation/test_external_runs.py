@@ -9,7 +9,6 @@ import pytest
 from attacking import outcomes, prepared, rows, run_in_pieces
 
 from robustvlm.attacks import FOOLED, ROBUST
-from robustvlm.commands.attack.cost import parse_budget
 from robustvlm.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -107,7 +106,7 @@ def test_other_precisions_of_the_run_give_the_same_verdicts(make_folder: MakeFol
 
 def test_a_budget_ends_them_between_passes(make_folder: MakeFolder) -> None:
     run = prepared(make_folder(20), attack="torchattacks:PGD:steps=50", eps="1/255", checks="none")
-    summary = run.run(budget=parse_budget("300passes"))
+    summary = run.run(budget="300passes")
     assert summary.unfinished is not None
     assert summary.cost.forward_passes + summary.cost.backward_passes <= 300
     assert run.run().unfinished is None

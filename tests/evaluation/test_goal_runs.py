@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from attacking import Interrupt, prepared, rows, run_in_pieces, table
+from attacking import Attacking, Interrupt, prepared, rows, run_in_pieces, table
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from robustvlm.commands.attack.setup import Prepared
 from robustvlm.commands.attack.summary import Summary
 from robustvlm.errors import UserError
 from robustvlm.stats import mean
@@ -80,21 +79,21 @@ def mixed(tmp_path: Path, labelled_pictures: list[tuple[Image.Image, str]]) -> s
     return f"parquet:{tmp_path / 'mixed.parquet'}"
 
 
-def attack(photos: Path, model: str = "Encoder", **settings: Any) -> tuple[Prepared, Summary]:
+def attack(photos: Path, model: str = "Encoder", **settings: Any) -> tuple[Attacking, Summary]:
     settings = {"attack": "pgd:steps=8", "eps": "4/255", "save_adversarial": True, **settings}
     run = prepared(photos, model, **settings)
     return run, run.run()
 
 
-def saved(run: Prepared) -> dict[int, Tensor]:
+def saved(run: Attacking) -> dict[int, Tensor]:
     """Return the adversarial images by number."""
     folder = run.folder.adversarial_path
     return {int(path.stem): load_file(path)["adversarial"] for path in folder.glob("*.safetensors")}
 
 
-def asked(run: Prepared, images: dict[int, Tensor]) -> dict[int, Tensor]:
+def asked(run: Attacking, images: dict[int, Tensor]) -> dict[int, Tensor]:
     with torch.no_grad():
-        return {index: run.aim.model(pixels[None])[0] for index, pixels in images.items()}
+        return {index: run.work.aim.model(pixels[None])[0] for index, pixels in images.items()}
 
 
 def test_a_targeted_attack_leaves_out_the_target_and_ends_at_it(make_folder: Photos) -> None:
@@ -123,7 +122,7 @@ def test_a_superclass_attack_leaves_the_superclass(make_folder: Photos, tree: Pa
     assert by_level[0].clean_accuracy == summary.clean_accuracy
 
 
-def matrix(make_folder: Photos, tree: Path, name: str, **settings: Any) -> Prepared:
+def matrix(make_folder: Photos, tree: Path, name: str, **settings: Any) -> Attacking:
     more = {"attack": "pgd:steps=4,apgd-ce:steps=4", "eps": "2/255,6/255", "lanes": 8, **settings}
     return prepared(make_folder(20, name), goal="superclass:matrix", tree=tree, name=name, **more)
 
@@ -182,7 +181,9 @@ def test_feature_attacks_push_the_cosine_down_and_report_it(make_folder: Photos)
     outputs = asked(run, saved(run))
     assert outputs
     for index, feature in outputs.items():
-        clean = run.aim.model(load_file(run.folder.adversarial_path / f"{index:06d}.safetensors")["clean"][None])[0]
+        clean = run.work.aim.model(load_file(run.folder.adversarial_path / f"{index:06d}.safetensors")["clean"][None])[
+            0
+        ]
         assert (feature @ clean).item() < 0.8 + 1e-5
     assert "push the cosine to the clean feature below 0.8" in run.folder.report_path.read_text(encoding="utf-8")
 
@@ -259,11 +260,9 @@ def test_a_classifier_of_the_user_is_attacked_through_its_stand_ins(
 ) -> None:
     (tmp_path / "own_logits.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    from robustvlm.commands.attack.setup import prepare
-
     photos = make_folder(16)
     out = tmp_path / "runs"
-    run = prepare(
+    run = Attacking(
         model="own_logits:Logits", data=f"imagefolder:{photos}", attack="pgd:steps=8", eps="4/255", lanes=8,
         checks="none", device="cpu", out=out, name="own",
     )  # fmt: skip
@@ -272,4 +271,4 @@ def test_a_classifier_of_the_user_is_attacked_through_its_stand_ins(
     (note,) = [check for check in summary.checks if check.name == "gradient stand-ins"]
     assert note.message.startswith("Part 'model.quantise' (Quantise) has no gradient")
     with pytest.raises(UserError, match="need an image encoder"):
-        prepare(model="own_logits:Logits", data=f"imagefolder:{photos}", goal="feature", device="cpu", out=out)
+        Attacking(model="own_logits:Logits", data=f"imagefolder:{photos}", goal="feature", device="cpu", out=out)

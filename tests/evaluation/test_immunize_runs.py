@@ -18,8 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robustvlm.commands.attack.setup import prepare
-from robustvlm.commands.attack.view import write_report
+from robustvlm.commands.attack import attack
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
 from robustvlm.commands.certify.config import Settings as CertifySettings
@@ -218,13 +217,12 @@ def test_every_command_takes_the_run(make_folder: MakeFolder) -> None:
     clean = evaluate_clean(load_classifier(folder, source.class_names, source.templates), source)
     assert clean.rejected is not None
     for goal in ("misclassify", "deny"):
-        attacked = prepare(
+        attacked = attack(
             model=folder, data=data, goal=goal, attack="pgd:steps=4", eps="8/255", lanes=8, checks="none",
             name=f"attack-{goal}", out=out, device="cpu",
         )  # fmt: skip
-        summary = attacked.run()
-        assert summary.images.evaluated > 0
-        assert write_report([attacked.folder.path]).exists()
+        assert attacked.summary.images.evaluated > 0
+        assert attacked.report.exists()
     for claim in ("openset", "class", "feature"):
         settings = CertifySettings(
             model=folder, data=data, claim=claim, samples=300, sigma=0.05, lanes=64, alpha=0.01, limit=6, device="cpu"
@@ -251,13 +249,12 @@ def test_intruders_are_attacked_end_to_end(make_folder: MakeFolder, tmp_path: Pa
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\nfox\n")
     folder = load_immunity_with(run.folder.path, threshold=2.0)
-    attacked = prepare(
+    attacked = attack(
         model=str(folder), data=f"parquet:{tmp_path / 'strange.parquet'}", classes=names, goal="intrude",
         attack="pgd:steps=4", eps="8/255", lanes=8, checks="none", name="intrude", out=tmp_path / "runs", device="cpu",
     )  # fmt: skip
-    summary = attacked.run()
-    assert summary.images.evaluated == 12
-    rows = pq.read_table(attacked.folder.results_path).to_pylist()
+    assert attacked.summary.images.evaluated == 12
+    rows = pq.read_table(attacked.folder / "results.parquet").to_pylist()
     assert all(row["label"] == -1 for row in rows)
 
 

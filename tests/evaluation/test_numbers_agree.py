@@ -13,17 +13,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from attacking import Interrupt, prepared, run_in_pieces
+from attacking import Attacking, Interrupt, prepared, run_in_pieces
 from rich.console import Console
 
 from robustvlm.attacks.goals import Goal
-from robustvlm.commands.attack.cost import parse_budget
 from robustvlm.commands.attack.record import load_run
-from robustvlm.commands.attack.setup import Prepared
+from robustvlm.commands.attack.report import attack_report
 from robustvlm.commands.attack.summary import EpsSummary, Summary, parse_condition
-from robustvlm.commands.attack.terminal import attack_table
-from robustvlm.commands.attack.view import render_run
 from robustvlm.commands.attack.wording import open_ended, verdict
+from robustvlm.report.page import page_of
+from robustvlm.report.screen import show
 from robustvlm.report.tables import pass_rows
 from robustvlm.report.words import bounds, percent
 from robustvlm.runs.records import Check
@@ -36,15 +35,14 @@ ATTACKS = {"attack": "pgd:steps=3,apgd-t:steps=3", "eps": "1/255,4/255"}
 
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
     monkeypatch.setattr(
-        "robustvlm.commands.attack.view._charts", lambda _: {}
-    )  # pictures take the most time, and show no number
+        "robustvlm.commands.attack.work.write_report", lambda folder: (folder / "report.html").write_text("report")
+    )
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 
 
-def agree(run: Prepared) -> Summary:
+def agree(run: Attacking) -> Summary:
     """Check every number of a run that is shown anywhere against the others; return the summary."""
     record = load_run(run.folder.path)
     summary, rows = record.summary, pq.read_table(run.folder.results_path).to_pylist()
@@ -132,10 +130,11 @@ def check_cost(summary: Summary, rows: list[dict[str, Any]]) -> None:
     assert sum(list(shown.values())[:-1]) == list(shown.values())[-1] == cost.passes.total
 
 
-def check_pages(run: Prepared, summary: Summary) -> None:
+def check_pages(run: Attacking, summary: Summary) -> None:
     stream = io.StringIO()
-    Console(file=stream, width=240).print(attack_table(summary))
-    page = render_run(load_run(run.folder.path))
+    report = attack_report(load_run(run.folder.path), drawn=False)  # pictures take the most time, and show no number
+    show(Console(file=stream, width=240), report)
+    page = page_of(report)
     text = re.sub(r"<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
     cost = summary.cost
     assert cost.passes is not None
@@ -171,7 +170,7 @@ def test_budgets_that_end_in_every_part_of_a_run(make_folder: Photos, tmp_path: 
     parts = set()
     bound: tuple[float, float] = (0.0, 1.0)
     for passes in (1, 60, 90, 130, 190, 260, 10**6):
-        run.run(budget=parse_budget(f"{passes}passes"))
+        run.run(budget=f"{passes}passes")
         summary = agree(run)
         at = summary.per_eps[-1]
         assert at.robust_accuracy_at_most is not None
@@ -227,7 +226,7 @@ def test_a_session_killed_after_its_last_note_of_cost(make_folder: Photos) -> No
 def test_goals_and_models(make_folder: Photos, tmp_path: Path, model: str, settings: dict[str, Any]) -> None:
     (tmp_path / "tree.csv").write_text(TREE)
     run = prepared(make_folder(8), model, tree=tmp_path / "tree.csv", **{**ATTACKS, **settings})
-    run.run(budget=parse_budget("150passes"))
+    run.run(budget="150passes")
     agree(run)
     run.run()
     assert agree(run).unfinished is None
@@ -236,7 +235,7 @@ def test_goals_and_models(make_folder: Photos, tmp_path: Path, model: str, setti
 def test_notes_about_the_data_do_not_excuse_a_gradient(make_folder: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only declared stand-ins make "gradient as stated" a note."""
     run = prepared(make_folder(8), checks="quick")
-    aim = replace(run.aim, notes=(Check(name="data and class names", level="note", message="junk left out."),))
+    aim = replace(run.work.aim, notes=(Check(name="data and class names", level="note", message="junk left out."),))
     seen = []
 
     def judged(*_: Any, declared: bool, **__: Any) -> list[Check]:
@@ -244,6 +243,7 @@ def test_notes_about_the_data_do_not_excuse_a_gradient(make_folder: Photos, monk
         return []
 
     monkeypatch.setattr("robustvlm.commands.attack.run.of_sanity", judged)
-    replace(run, aim=aim).run()
+    run.work = replace(run.work, aim=aim)
+    run.run()
     assert seen == [False]
     assert issubclass(type(aim.goals[0]), Goal)

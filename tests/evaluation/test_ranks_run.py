@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attacking import CURVE, Interrupt, pictures, prepared, run_in_pieces, table
+from attacking import CURVE, Attacking, Interrupt, pictures, prepared, run_in_pieces, table
 
-from robustvlm.commands.attack.setup import Prepared
 from robustvlm.commands.common.store import read_journal
 
 Photos = Callable[..., Path]
@@ -21,7 +20,9 @@ Photos = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No drawing of reports in this process, no calls of git, and a cache of the test's own."""
-    monkeypatch.setattr("robustvlm.commands.attack.setup.write_report", lambda _, path: path.write_text("report"))
+    monkeypatch.setattr(
+        "robustvlm.commands.attack.work.write_report", lambda folder: (folder / "report.html").write_text("report")
+    )
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
 
@@ -63,7 +64,7 @@ def test_two_processes_give_the_results_of_one(make_folder: Photos) -> None:
     assert all(kind.count("attack") > 5 for kind in kinds)
 
 
-def _stopped_after(run: Prepared, images: int) -> None:
+def _stopped_after(run: Attacking, images: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         run.run(Interrupt(images))
 

@@ -51,7 +51,7 @@ def test_modes_differ_in_what_they_ask_and_cost_but_not_in_the_rows(photos: Path
 
 
 def test_unknown_modes_are_named(photos: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown --checks 'ful'.*full"):
+    with pytest.raises(UserError, match=r"unknown checks 'ful'.*full"):
         prepared(photos, checks="ful")
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from html.parser import HTMLParser
+
+from rich.console import Console
+
+from robustvlm.commands.attack.record import AttackedRun
+from robustvlm.commands.attack.report import attack_report
+from robustvlm.report.screen import show
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = [
@@ -49,3 +56,10 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open[-1:] != ["style"]:
             self.text.append(data)
+
+
+def terminal(run: AttackedRun, width: int = 120, *, colour: bool = False) -> str:
+    """Return what the terminal shows of an attack run, without the places of its files."""
+    stream = io.StringIO()
+    show(Console(file=stream, width=width, force_terminal=colour), attack_report(run, drawn=False))
+    return stream.getvalue()

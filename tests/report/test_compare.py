@@ -10,27 +10,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from robustvlm.commands.attack.record import CLEAN, Comparison, RunRecord, compare, findings, load_run, stopped
+from robustvlm.commands.attack.compare import CLEAN, Comparison, compare, comparison_report, findings, stopped
+from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import summarise
-from robustvlm.commands.attack.view import render_comparison
+from robustvlm.report.page import page_of
 from robustvlm.stats import holm, mcnemar_exact, rate
 
 WriteRun = Callable[..., Path]
 
 
 @pytest.fixture
-def pair(write_run: WriteRun, tmp_path: Path) -> tuple[RunRecord, RunRecord]:
+def pair(write_run: WriteRun, tmp_path: Path) -> tuple[AttackedRun, AttackedRun]:
     weak = write_run(tmp_path / "weak", images=120, n_classes=10, n_superclasses=3, seed=1)
     strong = write_run(tmp_path / "strong", images=90, n_classes=10, n_superclasses=3, seed=2, strength=0.2)
     return load_run(weak), load_run(strong)
 
 
-def edit_rows(run: RunRecord, change: Callable[[dict[str, object]], dict[str, object]]) -> RunRecord:
+def edit_rows(run: AttackedRun, change: Callable[[dict[str, object]], dict[str, object]]) -> AttackedRun:
     rows = [change(row) for row in run.rows.to_pylist()]
-    return RunRecord(run.folder, run.manifest, run.summary, pa.Table.from_pylist(rows, schema=run.rows.schema))
+    return AttackedRun(run.folder, run.manifest, run.summary, pa.Table.from_pylist(rows, schema=run.rows.schema))
 
 
-def right(run: RunRecord, eps: float | None) -> dict[str, bool]:
+def right(run: AttackedRun, eps: float | None) -> dict[str, bool]:
     """Who is right, from the rows by definition."""
     rows = run.rows.to_pylist()
     answer = {r["image_id"]: r["label"] == r["clean_prediction"] for r in rows}
@@ -40,9 +41,9 @@ def right(run: RunRecord, eps: float | None) -> dict[str, bool]:
     return answer
 
 
-def test_counts_match_the_rows_on_common_images(pair: tuple[RunRecord, RunRecord]) -> None:
+def test_counts_match_the_rows_on_common_images(pair: tuple[AttackedRun, AttackedRun]) -> None:
     radii = [None, *(at.eps for at in pair[0].summary.per_eps)]
-    comparisons = compare(pair)
+    comparisons = compare(*pair)
     assert [c.condition for c in comparisons] == [CLEAN, "L∞ 0.5/255", "L∞ 1/255", "L∞ 2/255"]
     for comparison, eps in zip(comparisons, radii, strict=True):
         first, second = right(pair[0], eps), right(pair[1], eps)
@@ -55,8 +56,8 @@ def test_counts_match_the_rows_on_common_images(pair: tuple[RunRecord, RunRecord
     assert [c.adjusted for c in comparisons] == holm([c.test.p_value for c in comparisons])
 
 
-def test_a_run_does_not_differ_from_itself(pair: tuple[RunRecord, RunRecord]) -> None:
-    comparisons = compare([pair[0], pair[0]])
+def test_a_run_does_not_differ_from_itself(pair: tuple[AttackedRun, AttackedRun]) -> None:
+    comparisons = compare(pair[0], pair[0])
     assert {c.adjusted for c in comparisons} == {1.0}
     assert findings(comparisons, ["a", "b"]) == [
         "No difference between a and b is shown unperturbed, at L∞ 0.5/255, at L∞ 1/255 and at L∞ 2/255 "
@@ -64,26 +65,26 @@ def test_a_run_does_not_differ_from_itself(pair: tuple[RunRecord, RunRecord]) ->
     ]
 
 
-def test_swapping_the_runs_swaps_the_finding(pair: tuple[RunRecord, RunRecord]) -> None:
-    there, back = compare(pair), compare(pair[::-1])
+def test_swapping_the_runs_swaps_the_finding(pair: tuple[AttackedRun, AttackedRun]) -> None:
+    there, back = compare(*pair), compare(*pair[::-1])
     assert [c.finding for c in there] == [None if c.finding is None else 1 - c.finding for c in back]
     assert there[-1].finding == 1
 
 
-def test_undecided_images_are_not_compared(pair: tuple[RunRecord, RunRecord]) -> None:
+def test_undecided_images_are_not_compared(pair: tuple[AttackedRun, AttackedRun]) -> None:
     lost = f"emoji/test/{next(r['index'] for r in pair[1].rows.to_pylist() if r['outcome'] == 'robust'):05d}"
     broken = edit_rows(
         pair[1], lambda r: {**r, "outcome": "failed"} if r["image_id"] == lost and r["outcome"] == "robust" else r
     )
-    assert compare((pair[0], broken))[1].test.total == 89
+    assert compare(pair[0], broken)[1].test.total == 89
 
 
-def test_the_same_id_with_another_class_is_another_image(pair: tuple[RunRecord, RunRecord]) -> None:
+def test_the_same_id_with_another_class_is_another_image(pair: tuple[AttackedRun, AttackedRun]) -> None:
     moved = edit_rows(pair[1], lambda r: {**r, "label": (r["label"] + 1) % 10})  # type: ignore[operator]
-    assert compare((pair[0], moved)) == []
+    assert compare(pair[0], moved) == []
 
 
-def test_class_names_decide_not_their_numbers(pair: tuple[RunRecord, RunRecord]) -> None:
+def test_class_names_decide_not_their_numbers(pair: tuple[AttackedRun, AttackedRun]) -> None:
     names = list(pair[1].class_names)
     manifest = json.loads(json.dumps(pair[1].manifest))
     manifest["data"]["class_names"] = names[::-1]
@@ -91,16 +92,16 @@ def test_class_names_decide_not_their_numbers(pair: tuple[RunRecord, RunRecord])
         pair[1],
         lambda r: {**r, "label": 9 - r["label"], "clean_prediction": 9 - r["clean_prediction"]},  # type: ignore[operator]
     )
-    renamed = RunRecord(flipped.folder, manifest, flipped.summary, flipped.rows)
-    assert compare((pair[0], renamed)) == compare(pair)
+    renamed = AttackedRun(flipped.folder, manifest, flipped.summary, flipped.rows)
+    assert compare(pair[0], renamed) == compare(*pair)
 
 
-def test_other_norms_share_only_the_unperturbed_condition(pair: tuple[RunRecord, RunRecord]) -> None:
+def test_other_norms_share_only_the_unperturbed_condition(pair: tuple[AttackedRun, AttackedRun]) -> None:
     manifest = json.loads(json.dumps(pair[1].manifest))
     manifest["config"]["norm"] = "L2"
     full = pq.read_table(pair[1].folder / "results.parquet")
-    other = RunRecord(pair[1].folder, manifest, summarise(full, manifest), pair[1].rows)
-    assert [c.condition for c in compare((pair[0], other))] == [CLEAN]
+    other = AttackedRun(pair[1].folder, manifest, summarise(full, manifest), pair[1].rows)
+    assert [c.condition for c in compare(pair[0], other)] == [CLEAN]
 
 
 def test_a_difference_is_claimed_only_below_the_level() -> None:
@@ -110,18 +111,18 @@ def test_a_difference_is_claimed_only_below_the_level() -> None:
     assert Comparison(**counts, test=test, adjusted=0.051).finding is None
 
 
-def test_where_a_run_stopped_early_it_is_not_tested(pair: tuple[RunRecord, RunRecord]) -> None:
+def test_where_a_run_stopped_early_it_is_not_tested(pair: tuple[AttackedRun, AttackedRun]) -> None:
     """What it has decided are the images that fall first: they would make it look worse than it is."""
     last = max(row["eps"] for row in pair[1].rows.to_pylist())
     cut = edit_rows(
         pair[1], lambda r: {**r, "outcome": "undecided"} if r["outcome"] == "robust" and r["eps"] == last else r
     )
     early = cut.summary.model_copy(update={"unfinished": "the budget was spent"})
-    half = RunRecord(cut.folder, cut.manifest, early, cut.rows)
-    assert [c.condition for c in compare((pair[0], half))] == [CLEAN, "L∞ 0.5/255", "L∞ 1/255"]
+    half = AttackedRun(cut.folder, cut.manifest, early, cut.rows)
+    assert [c.condition for c in compare(pair[0], half)] == [CLEAN, "L∞ 0.5/255", "L∞ 1/255"]
     assert stopped([half], ["b"]) == [
         "b stopped early (the budget was spent): where it has undecided images it is not tested."
     ]
-    page = render_comparison([pair[0], half], compare((pair[0], half)))
+    page = page_of(comparison_report([pair[0], half], compare(pair[0], half)))
     assert "stopped early" in page
     assert "Only the first" in page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
+from pages import terminal
 
-from robustvlm.commands.attack.record import compare, load_run
+from robustvlm.attacks.goals import goal_words
+from robustvlm.commands.attack.compare import compare, comparison_report
+from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.report import write_report
 from robustvlm.commands.attack.summary import summarise
-from robustvlm.commands.attack.terminal import attack_table
-from robustvlm.commands.attack.view import render_comparison, write_report
-from robustvlm.commands.attack.wording import goal_words, verdict
+from robustvlm.commands.attack.wording import verdict
+from robustvlm.report.page import page_of
 from robustvlm.report.words import sentence
 
 WriteRun = Callable[..., Path]
@@ -54,10 +55,9 @@ def test_terminal_and_report_speak_of_the_goal(goal: str, write_run: WriteRun, t
     assert words.effect in said
     assert words.whom in said
     assert "worst case over 2 attacks per image" in said
-    stream = io.StringIO()
-    Console(file=stream, width=200).print(attack_table(record.summary))
-    assert words.held in stream.getvalue()
-    page = write_report([folder]).read_text(encoding="utf-8")
+    said = terminal(record, 200)
+    assert sentence(words.held) in said
+    page = write_report(folder).read_text(encoding="utf-8")
     assert sentence(words.held).replace("<", "&lt;").replace(">", "&gt;") in page
     assert "<b>dog" not in page
     for part, shown in (
@@ -66,7 +66,7 @@ def test_terminal_and_report_speak_of_the_goal(goal: str, write_run: WriteRun, t
         ("all levels at once", goal == "superclass:matrix"),
         ("By level of the class tree", goal != "superclass:matrix"),
     ):
-        assert (part in stream.getvalue()) == shown, part
+        assert (part in said) == shown, part
     assert ("Attacked</th>" in page) == (goal == "superclass:matrix")
     assert len(record.rows) == 40 * 3 * 2, "of several goals, the rows of the first"
 
@@ -85,10 +85,10 @@ def test_runs_are_compared_only_on_the_same_goal(write_run: WriteRun, tmp_path: 
         load_run(with_goal(folders[1], "misclassify")),
         load_run(with_goal(folders[2], "superclass:1")),
     ]
-    conditions = [(c.first, c.second, c.condition) for c in compare(records)]
+    conditions = [(c.first, c.second, c.condition) for c in compare(*records)]
     assert (0, 1, "L∞ 2/255") in conditions
     assert [condition for first, second, condition in conditions if second == 2] == ["unperturbed", "unperturbed"]
-    assert "2/255" in render_comparison(records, compare(records))
+    assert "2/255" in page_of(comparison_report(records, compare(*records)))
 
 
 def test_a_run_without_goals_is_one_of_misclassification(write_run: WriteRun, tmp_path: Path) -> None:
@@ -104,4 +104,4 @@ def test_a_run_without_goals_is_one_of_misclassification(write_run: WriteRun, tm
     (record.folder / "summary.json").write_text(json.dumps(content))
     old = load_run(record.folder)
     assert old.summary.goal == "misclassify"
-    assert "make the model wrong on" in write_report([record.folder]).read_text(encoding="utf-8")
+    assert "make the model wrong on" in write_report(record.folder).read_text(encoding="utf-8")

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from pages import HOSTILE, Page
 
+from robustvlm.commands.attack.compare import write_comparison
 from robustvlm.commands.attack.record import load_run
-from robustvlm.commands.attack.view import render_run, write_report
+from robustvlm.commands.attack.report import attack_report, write_report
 from robustvlm.errors import UserError
+from robustvlm.report.page import page_of
 from robustvlm.report.words import interval, percent
 from robustvlm.runs.records import Check
 
@@ -27,7 +29,7 @@ def run_folder(write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def html(run_folder: Path) -> str:
-    return write_report([run_folder]).read_text(encoding="utf-8")
+    return write_report(run_folder).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def hostile_html(write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory) 
     manifest["name"] = "<script>name</script>"
     manifest["command"] = "robustvlm attack '<script>command</script>'"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return render_run(load_run(folder))
+    return page_of(attack_report(load_run(folder)))
 
 
 def assert_self_contained(text: str) -> None:
@@ -97,7 +99,7 @@ def test_pictures_have_alternative_texts(html: str) -> None:
 
 
 def test_same_run_gives_the_same_bytes(run_folder: Path, html: str) -> None:
-    assert render_run(load_run(run_folder)) == html
+    assert page_of(attack_report(load_run(run_folder))) == html
 
 
 def test_hostile_names_stay_text(hostile_html: str) -> None:
@@ -119,7 +121,7 @@ def test_a_fault_is_announced_at_the_top(hostile_html: str, html: str) -> None:
 
 def test_one_eps_needs_no_curve(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one", images=30, n_classes=4, n_superclasses=2, eps=1, attacks=("pgd",))
-    text = render_run(load_run(folder))
+    text = page_of(attack_report(load_run(folder)))
     assert_self_contained(text)
     assert Page(text).tags["svg"] == 2
     assert "the attack:" in text
@@ -127,7 +129,7 @@ def test_one_eps_needs_no_curve(write_run: WriteRun, tmp_path: Path) -> None:
 
 def test_a_run_without_images_or_gallery_still_renders(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "none", images=0, checks=[])
-    text = render_run(load_run(folder))
+    text = page_of(attack_report(load_run(folder)))
     assert_self_contained(text)
     assert "No image was evaluated" in text
     assert "No check was recorded" in text
@@ -136,7 +138,7 @@ def test_a_run_without_images_or_gallery_still_renders(write_run: WriteRun, tmp_
 def test_comparison_is_self_contained_and_names_the_better_run(write_run: WriteRun, tmp_path: Path) -> None:
     weak = write_run(tmp_path / "<i>weak", images=150, n_classes=10, n_superclasses=3)
     strong = write_run(tmp_path / "strong", images=150, n_classes=10, n_superclasses=3, strength=0.2)
-    path = write_report([weak, strong])
+    path = write_comparison([weak, strong])
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "comparison.html"
     assert_self_contained(text)
@@ -147,9 +149,9 @@ def test_comparison_is_self_contained_and_names_the_better_run(write_run: WriteR
 def test_unwritable_target_is_one_clear_line(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report"):
-        write_report([run_folder], tmp_path / "file" / "report.html")
+        write_report(run_folder, tmp_path / "file" / "report.html")
 
 
 def test_no_half_written_file_is_left(run_folder: Path, tmp_path: Path) -> None:
-    path = write_report([run_folder], tmp_path / "new" / "out.html")
+    path = write_report(run_folder, tmp_path / "new" / "out.html")
     assert [p.name for p in path.parent.iterdir()] == ["out.html"]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from robustvlm.commands.attack import plots
-from robustvlm.commands.attack import view as html
+from robustvlm.commands.attack import report as html
 from robustvlm.commands.attack.plots import Margins
-from robustvlm.commands.attack.record import RunRecord, load_run
+from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.certify import view as certify_plots
 from robustvlm.commands.detect import charts as detect_plots
 from robustvlm.errors import UserError
@@ -82,10 +82,10 @@ def test_a_run_whose_margins_are_all_zero_has_a_report(write_run: WriteRun, tmp_
     """As of a head of zeros, or of two classes with the same text."""
     run = load_run(write_run(tmp_path / "run", images=12, n_classes=4, eps=1))
     rows = [{**row, "clean_margin": 0.0, "margin": 0.0} for row in run.rows.to_pylist()]
-    flat = RunRecord(run.folder, run.manifest, run.summary, pa.Table.from_pylist(rows, schema=run.rows.schema))
+    flat = AttackedRun(run.folder, run.manifest, run.summary, pa.Table.from_pylist(rows, schema=run.rows.schema))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert 'id="curve"' in html.render_run(flat)
+        assert 'id="curve"' in html.page_of(html.attack_report(flat))
 
 
 def test_a_fault_of_the_report_is_one_line_that_says_where_the_numbers_are(
@@ -93,10 +93,10 @@ def test_a_fault_of_the_report_is_one_line_that_says_where_the_numbers_are(
 ) -> None:
     folder = write_run(tmp_path / "run", images=12, n_classes=4, eps=1)
 
-    def broken(run: RunRecord) -> str:
+    def broken(run: AttackedRun) -> str:
         del run
         raise IndexError("no such\nthing")
 
-    monkeypatch.setattr(html, "render_run", broken)
+    monkeypatch.setattr(html, "attack_report", broken)
     with pytest.raises(UserError, match=r"could not be drawn \(IndexError: no such thing\); its numbers are whole"):
-        html.write_report([folder])
+        html.write_report(folder)

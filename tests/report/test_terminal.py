@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from rich.console import Console
+from pages import terminal as shown
 
 from robustvlm.commands.attack.plots import ranked, ranking
-from robustvlm.commands.attack.record import load_run
-from robustvlm.commands.attack.summary import GroupSummary, Summary, summarise
-from robustvlm.commands.attack.terminal import attack_table
-from robustvlm.commands.attack.wording import verdict
+from robustvlm.commands.attack.record import AttackedRun, load_run
+from robustvlm.commands.attack.summary import GroupSummary, summarise
+from robustvlm.commands.attack.wording import smaller_eps, verdict
 from robustvlm.report.tables import findings, manifest_rows
 from robustvlm.report.words import interval, percent
 from robustvlm.runs.records import Check, UnreadableImage
 from robustvlm.stats import rate
 
 WriteRun = Callable[..., Path]
-
-
-def shown(summary: Summary, width: int = 120, *, colour: bool = False) -> str:
-    stream = io.StringIO()
-    Console(file=stream, width=width, force_terminal=colour).print(attack_table(summary))
-    return stream.getvalue()
 
 
 def group(name: str, fooled: int, correct: int) -> GroupSummary:
@@ -35,31 +28,38 @@ def group(name: str, fooled: int, correct: int) -> GroupSummary:
 
 
 @pytest.fixture(scope="module")
-def summary(write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+def run(write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> AttackedRun:
     folder = write_run(tmp_path_factory.mktemp("terminal") / "run", images=100, n_classes=30)
-    return load_run(folder).summary
+    return load_run(folder)
 
 
-def test_every_rate_is_shown_with_its_interval(summary: Summary) -> None:
-    text = shown(summary)
-    for at in summary.per_eps:
+def test_every_rate_is_shown_with_its_interval(run: AttackedRun) -> None:
+    text = shown(run)
+    for at in run.summary.per_eps:
         for value in (at.robust_accuracy, at.attack_success_rate):
             assert percent(value.value) in text
             assert interval(value) in text
-    assert "right when clean" in text
-    assert "12,345 forward" in text
+    assert "Right when clean" in text
+    assert "Forward passes 12,345" in " ".join(text.split())
     assert "broken.png" in text
 
 
-def test_the_verdict_comes_last(summary: Summary) -> None:
-    flat = " ".join(shown(summary).split())
-    assert flat.endswith(verdict(summary))
+def test_the_verdict_comes_last(run: AttackedRun) -> None:
+    flat = " ".join(shown(run).split())
+    assert flat.endswith(f"{verdict(run.summary)} {smaller_eps(run.summary)}")
 
 
 def test_hostile_names_neither_style_nor_move_the_cursor() -> None:
     names = ["[bold red]x[/]", "\x1b[2J\x1b[H", "a\nb", "n" * 3000]
     manifest = {
-        "config": {"norm": "L2", "eps": [0.5], "eps_text": ["0.5"], "attack": ["pgd"]},
+        "config": {
+            "model": "tiny",
+            "data": "emoji",
+            "norm": "L2",
+            "eps": [0.5],
+            "eps_text": ["0.5"],
+            "attack": ["pgd"],
+        },
         "data": {"class_names": names, "superclasses": None},
     }
     rows = [
@@ -68,15 +68,16 @@ def test_hostile_names_neither_style_nor_move_the_cursor() -> None:
     ]  # fmt: skip
     checks = [Check(name="x", level="warning", message="\x1b[31m[blink]")]
     unreadable = [UnreadableImage(id="\x1b]0;title\x07", reason="[/]")]
-    text = shown(summarise(rows, manifest, checks=checks, unreadable=unreadable))
+    summary = summarise(rows, manifest, checks=checks, unreadable=unreadable)
+    text = shown(AttackedRun(Path("run"), manifest, summary, pa.Table.from_pylist(rows)))
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "[bold red]x[/]" in text
     assert "n" * 41 not in text
 
 
-def test_narrow_terminals_do_not_overflow(summary: Summary) -> None:
-    assert max(map(len, shown(summary, width=60).splitlines())) <= 60
+def test_narrow_terminals_do_not_overflow(run: AttackedRun) -> None:
+    assert max(map(len, shown(run, width=60).splitlines())) <= 60
 
 
 def test_ranking_is_by_rate_then_evidence() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from pages import terminal
 
 from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.report import write_report
 from robustvlm.commands.attack.summary import Summary
-from robustvlm.commands.attack.terminal import attack_table
-from robustvlm.commands.attack.view import write_report
 from robustvlm.commands.attack.wording import robust_bounds, success_bounds, verdict
 from robustvlm.report.words import RANGE, forecast
 from robustvlm.runs.records import Estimate
@@ -45,9 +43,7 @@ def stopped(write_run: WriteRun, tmp_path: Path) -> tuple[Path, Summary]:
 
 
 def test_the_terminal_shows_bounds_and_no_rate_of_a_class(stopped: tuple[Path, Summary]) -> None:
-    stream = io.StringIO()
-    Console(file=stream, width=200).print(attack_table(stopped[1]))
-    shown = stream.getvalue()
+    shown = terminal(load_run(stopped[0]), 200)
     assert f"10.0% {RANGE} 40.0%" in shown
     assert f"50.0% {RANGE} 87.5%" in shown
     assert "By class" not in shown
@@ -65,7 +61,7 @@ def test_the_sentence_names_reason_bounds_and_remedy(stopped: tuple[Path, Summar
 
 def test_the_page_shows_bounds_forecast_and_no_classes(stopped: tuple[Path, Summary]) -> None:
     folder, summary = stopped
-    write_report([folder], folder / "report.html")
+    write_report(folder, folder / "report.html")
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert robust_bounds(summary.per_eps[0]) in page
     assert success_bounds(summary.per_eps[0]) in page

@@ -8,7 +8,6 @@ import torch
 
 from robustvlm.attacks import Goal
 from robustvlm.attacks.tensors import Unperturbed, ask_unperturbed
-from robustvlm.commands.attack.config import Observer
 from robustvlm.commands.attack.cost import MeteredOracle
 from robustvlm.commands.attack.goal import Aim
 from robustvlm.commands.attack.store import CleanFact, Ledger
@@ -17,6 +16,7 @@ from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable
 from robustvlm.errors import UserError
+from robustvlm.runs.settings import Observer
 
 # What the clean pass keeps of unperturbed images: a fact each
 
@@ -95,7 +95,7 @@ class CleanPass:
     def run(self, rungs: tuple[int, ...]) -> None:
         """Classify every image unperturbed, in full batches; of several processes each does its share."""
         known, index = self.ledger.seen, self.images.index
-        self.observer.begin_stage("clean", self.ledger.count_images(self.images.source, self.images.limit), len(known))
+        self.observer.begin("clean", self.ledger.count_images(self.images.source, self.images.limit), len(known))
         batch: list[Picture] = []
         faults: list[Unreadable] = []
         for item in self.images.stream(lambda name: name not in known and self.ranks.mine(index(name))):
@@ -105,7 +105,7 @@ class CleanPass:
                 continue
             if not self.aim.wants(item.label):
                 self.ledger.add_left_out(index(item.id), item.id)
-                self.observer.image_done(None)
+                self.observer.advance()
                 continue
             batch.append(item)
             if len(batch) == rungs[0]:
@@ -119,7 +119,7 @@ class CleanPass:
             self._classify(batch, rungs)
         for fault in faults:
             self.ledger.add_unreadable(self.images.index(fault.id), fault)
-            self.observer.image_done(None)
+            self.observer.advance()
 
     def _classify(self, batch: list[Picture], rungs: tuple[int, ...]) -> None:
         size = min(rung for rung in rungs if rung >= len(batch))
@@ -133,4 +133,4 @@ class CleanPass:
         about = [(self.images.index(picture.id), picture.id, picture.label) for picture in batch]
         for fact in clean_facts(seen, self.aim.goals[0], about, n_targets=self.n_targets):
             self.ledger.add_clean(fact)
-            self.observer.image_done(None)
+            self.observer.advance()

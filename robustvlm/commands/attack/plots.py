@@ -86,6 +86,23 @@ class Curve:
     most: tuple[Rate, ...] = ()
 
 
+def curve_of(summary: Summary, name: str) -> Curve:
+    """Return the curve of a run: its clean accuracy, and robust accuracy at every radius."""
+    points = summary.per_eps
+    return Curve(
+        name=name,
+        eps=(0.0, *(at.eps for at in points)),
+        ticks=("0", *(plain(at.eps_text, 20) for at in points)),
+        rates=(summary.clean_accuracy, *(at.robust_accuracy for at in points)),
+        most=(
+            summary.clean_accuracy_at_most or summary.clean_accuracy,
+            *(at.robust_accuracy_at_most or at.robust_accuracy for at in points),
+        )
+        if summary.unfinished
+        else (),
+    )
+
+
 @chart
 def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
     """Draw robust accuracy over eps with its 95 % band, one line per run."""
@@ -235,7 +252,7 @@ class GroupRow:
     name: str
     images: int
     clean_correct: int
-    rates: list[Bar]
+    rates: list[Rate]
 
 
 def group_rows(summary: Summary) -> list[GroupRow]:
@@ -249,10 +266,10 @@ def group_rows(summary: Summary) -> list[GroupRow]:
     )
     return [
         GroupRow(
-            name=plain(group.name, 80),
+            name=group.name,
             images=group.images,
             clean_correct=group.clean_correct,
-            rates=[bar(group.name, groups[group.name].attack_success_rate) for groups in by_eps],
+            rates=[groups[group.name].attack_success_rate for groups in by_eps],
         )
         for group in order
     ]

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -38,8 +39,8 @@ from robustvlm.attacks.goals import Case, FeatureGoal
 from robustvlm.attacks.honesty import MOST_IMAGES, inspect_model
 from robustvlm.attacks.oracle import settle_draws
 from robustvlm.attacks.tensors import ask_unperturbed, brief, needs_briefing
+from robustvlm.commands.attack import AttackPlan
 from robustvlm.commands.attack.clean import CleanPass
-from robustvlm.commands.attack.config import AttackConfig, Observer
 from robustvlm.commands.attack.cost import Budget, BudgetSpent, MeteredOracle, Speed, Work, estimate
 from robustvlm.commands.attack.effort import FEWEST_ROBUST, JUDGED_POINTS, NAMES, Diagnosis, choose_sample, short_attack
 from robustvlm.commands.attack.goal import Aim
@@ -57,8 +58,10 @@ from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import UNKNOWN, DataSource, Unreadable
 from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED, list_models
+from robustvlm.report.words import forecast
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check, Estimate
+from robustvlm.runs.settings import Observer
 
 # The stages of an attack run, and what they leave in pictures
 
@@ -103,12 +106,7 @@ def picture_facts(result: Result, fact: CleanFact, stage: Stage) -> dict[str, st
     return {key: str(value) for key, value in shown.items()}
 
 
-# Which checks a run makes, on which images, and when: `--checks none`, `quick` or `full`.
-#
-# quick: questions to the model before the attacks (some 18 passes an image), and what the rows say after them. full:
-# also extra attacks on at most 32 images at the end, which cost at most `PASSES_PER_IMAGE` passes each.
-
-MODES = ("full", "quick", "none")
+# Which checks a run makes, on which images, and when; the extra attacks cost at most `PASSES_PER_IMAGE` passes an image
 
 _EXTRA = "extra attacks"
 # The note that names parts of the model which are declared to have no gradient of their own.
@@ -120,7 +118,7 @@ def questions(run: AttackRun, images: Tensor, label: Tensor, found: Probe) -> li
 
     Nothing when checks are off, or when an earlier session has asked.
     """
-    if run.config.checks == "none" or _known(run.ledger) & set(SANITY_NAMES):
+    if run.plan.checks == "none" or _known(run.ledger) & set(SANITY_NAMES):
         return []
     oracle, goal = run.oracle, run.aim.goals[0]
     images, label = images[: min(MOST_IMAGES, found.rungs[0])], label[: min(MOST_IMAGES, found.rungs[0])]
@@ -143,7 +141,7 @@ def questions(run: AttackRun, images: Tensor, label: Tensor, found: Probe) -> li
 
 def extra_work(run: AttackRun, planned: Sequence[Work]) -> list[Work]:
     """Return what the extra attacks will cost at most, as work on images that are `planned` to be attacked anyway."""
-    if run.config.checks != "full" or _EXTRA in _known(run.ledger):
+    if run.plan.checks != "full" or _EXTRA in _known(run.ledger):
         return []
     names = dict.fromkeys(name for stage in planned for name in stage.images)
     goal = run.aim.goals[0].spec
@@ -159,26 +157,26 @@ def extra_attacks(run: AttackRun, found: Probe) -> None:
     """Attack a sample of the run's images anew, and record what that says; what is recorded is not done again."""
     ledger, oracle, goal = run.ledger, run.oracle, run.aim.goals[0]
     known = _known(ledger)
-    if run.config.checks != "full" or _EXTRA in known:
+    if run.plan.checks != "full" or _EXTRA in known:
         return
     threat, held, fell = _doubtful(ledger, goal, {stage.threat for stage in run.stages})
     if threat is None:
         message = f"Not made: fewer than {FEWEST_ROBUST} images withstood the attacks, so there is nothing to doubt."
         ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
         return
-    jobs = _sample(ledger, run.images, choose_sample(held, fell, run.config.seed))
+    jobs = _sample(ledger, run.images, choose_sample(held, fell, run.plan.seed))
     if needs_briefing(goal):
         jobs = [job for job, _ in brief(jobs, oracle, goal, found.rungs, run.n_targets)]
     if not jobs:  # the files are gone since
         return
-    run.observer.begin_stage("checks", len(NAMES), len(known & set(NAMES)))
+    run.observer.begin("checks", len(NAMES), len(known & set(NAMES)))
     before = oracle.passes.forward + oracle.passes.backward
     attack = fit_for(short_attack([stage.attack for stage in run.stages]), found)
-    diagnosis = Diagnosis(oracle, goal, attack, threat, jobs, found.rungs, run.config.seed, on_pass=run.observer.passed)
+    diagnosis = Diagnosis(oracle, goal, attack, threat, jobs, found.rungs, run.plan.seed, on_pass=run.observer.passed)
     try:
         for check in diagnosis.checks(known):
             ledger.add_checks([check])
-            run.observer.image_done(None)
+            run.observer.advance()
     except BudgetSpent:
         message = "Not finished: the budget was spent."
         ledger.add_checks([Check(name=_EXTRA, level="note", message=message)])
@@ -243,11 +241,11 @@ _COST_SECONDS = 5.0
 
 
 class AttackRun:
-    """Attacks the images of a source under a config and keeps all facts in a ledger.
+    """Attacks the images of a source under a plan and keeps all facts in a ledger.
 
     Args:
-        config: the settings; source: the images; aim: the model and what is wanted of it.
-        attacks: the attacks of `config.attack`, in order.
+        plan: the settings; source: the images; aim: the model and what is wanted of it.
+        attacks: the attacks of the plan, in order.
         ledger: the run's record; facts already in it are not found again.
         observer: told about progress.
         framing: how images are brought to the attack's resolution.
@@ -257,7 +255,7 @@ class AttackRun:
     def __init__(
         self,
         *,
-        config: AttackConfig,
+        plan: AttackPlan,
         source: DataSource,
         aim: Aim,
         attacks: Sequence[Attack],
@@ -267,26 +265,26 @@ class AttackRun:
         ranks: Ranks | None = None,
         budget: Budget | None = None,
     ) -> None:
-        self.config, self.source, self.ledger, self.observer = config, source, ledger, observer
+        self.plan, self.source, self.ledger, self.observer = plan, source, ledger, observer
         self.aim, self.ranks, self.budget = aim, ranks or Ranks(), budget or Budget()
         self.oracle = MeteredOracle(
             aim.model,
             budget=self.budget,
             ranks=self.ranks,
-            device=config.device,
-            precision=config.precision,
-            seed=config.seed,
-            compiled=config.compiled,
+            device=plan.device,
+            precision=plan.precision,
+            seed=plan.seed,
+            compiled=plan.compiled,
         )
         self.images = Images(
             source,
-            limit=config.limit,
-            resolution=config.resolution if framing is None else framing.at(config.resolution),
-            ahead=0 if self.oracle.device.type == "cpu" else config.lanes,
+            limit=plan.limit,
+            resolution=plan.resolution if framing is None else framing.at(plan.resolution),
+            ahead=0 if self.oracle.device.type == "cpu" else plan.lanes,
         )
         self.stages = [
-            Stage(attack, ThreatModel(config.norm, eps), text, goal)
-            for eps, text in zip(config.eps, config.eps_text, strict=True)
+            Stage(attack, ThreatModel(plan.norm, eps), text, goal)
+            for text, eps in plan.radii
             for goal in aim.goals
             for attack in attacks
         ]
@@ -294,6 +292,7 @@ class AttackRun:
         self.clean = CleanPass(
             self.oracle, self.images, aim, ledger=ledger, observer=observer, ranks=self.ranks, n_targets=self.n_targets
         )
+        self._told: Counter[str] = Counter()
         self._began = self._noted = time.monotonic()
 
     def run(self) -> None:
@@ -301,7 +300,7 @@ class AttackRun:
         with self._session() as found:
             if found is None:
                 return
-            self.observer.forecast(self._forecast(found))
+            self.observer.say(forecast(self._forecast(found)))
             for stage in self.stages:
                 if self.ledger.stopped:
                     return
@@ -369,10 +368,10 @@ class AttackRun:
             second_looks=0 if oracle.confirmed else oracle.draws,
             ranks=self.ranks.size,
         )
-        forecast = estimate([*work, *extra_work(self, work)], speed)
+        expected = estimate([*work, *extra_work(self, work)], speed)
         if self.ranks.leader:
-            self.ledger.add_estimate(forecast)
-        return forecast
+            self.ledger.add_estimate(expected)
+        return expected
 
     def _note_cost(self, *, every: float = 0.0) -> None:
         """Record the passes and time of this session so far, unless that was done in the last `every` seconds."""
@@ -383,12 +382,12 @@ class AttackRun:
 
     def _probe(self) -> Probe:
         """Question the model on the first images; refuse one whose rows are not independent."""
-        first = self.clean.first_images(self.config.lanes)
+        first = self.clean.first_images(self.plan.lanes)
         images = torch.stack([picture.pixels for picture in first])
         # Images of unknown classes have no label; what the probe asks does not depend on it.
         label = torch.tensor([max(0, picture.label) for picture in first])
-        found, notes = ask(self.oracle, images, label, model=self.config.model)
-        require_independent_rows(found, self.config.model)
+        found, notes = ask(self.oracle, images, label, model=self.plan.model)
+        require_independent_rows(found, self.plan.model)
         self._settle_draws(found)
         said = of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
         if self.ranks.leader:
@@ -398,14 +397,15 @@ class AttackRun:
 
     def _settle_draws(self, found: Probe) -> None:
         """Average over the draws of a random model, and judge it by fresh ones."""
-        config = self.config
-        settle_draws(self.oracle, found, eot=config.eot, draws=config.draws, eot_if_random=config.eot_if_random)
+        plan = self.plan
+        settle_draws(self.oracle, found, eot=plan.eot, draws=plan.draws, eot_if_random=plan.eot_if_random)
 
     def _run_stage(self, stage: Stage, found: Probe) -> None:
         """Run one attack at one eps on every image that still withstands; every one of them gets a row."""
         wanted = self._share(stage)
         done = self.ledger.attacked(stage.threat.eps, stage.goal.spec, stage.attack.name)
-        self.observer.begin_stage(stage.title, len(wanted) + done, done)
+        self._told = Counter()
+        self.observer.begin(stage.title, len(wanted) + done, done)
         if not wanted:
             return
         engine = self._engine(stage, found)
@@ -424,7 +424,7 @@ class AttackRun:
         common: dict[str, Any] = {
             "lanes": found.rungs[0],
             "rungs": found.rungs,
-            "seed": self.config.seed,
+            "seed": self.plan.seed,
             "goal": stage.goal,
             "on_pass": self.observer.passed,
         }
@@ -473,13 +473,18 @@ class AttackRun:
 
     def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
         self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)
-        self.observer.image_done(FAILED)
+        self._tell(FAILED)
 
     def _keep(self, result: Result, stage: Stage) -> None:
         """Save the pictures first: a row in the journal means that they are there."""
         if result.outcome == FOOLED:
             fact = self.ledger.clean[result.job.index]
-            save_pictures(self.ledger.folder, result, fact, stage, every=self.config.save_adversarial)
+            save_pictures(self.ledger.folder, result, fact, stage, every=self.plan.save_adversarial)
         self.ledger.add_result(result, stage.attack.name, stage.threat.eps, stage.goal.spec)
         self._note_cost(every=_COST_SECONDS)
-        self.observer.image_done(result.outcome)
+        self._tell(result.outcome)
+
+    def _tell(self, outcome: str) -> None:
+        """Tell the observer of a finished image, and how many of this session's fell in the stage."""
+        self._told[outcome] += 1
+        self.observer.advance(fooled=f"{self._told[FOOLED] / self._told.total():.0%}")

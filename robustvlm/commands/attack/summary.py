@@ -153,6 +153,17 @@ class Summary(Record):
     unfinished: str | None = None
     estimate: Estimate | None = None
 
+    def at(self, eps: str | float) -> EpsSummary:
+        """Return the part at one radius, given as it was when the run was made, or as a number.
+
+        Raises:
+            UserError: the run has no such radius.
+        """
+        for point in self.per_eps:
+            if eps == point.eps_text if isinstance(eps, str) else math.isclose(eps, point.eps, rel_tol=1e-12):
+                return point
+        raise UserError(f"the run has no eps '{eps}': {nearest(str(eps), [point.eps_text for point in self.per_eps])}")
+
 
 # The content of `summary.json`: the one place where a run's rows become the numbers that are shown
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from robustvlm.attacks import LaneAttack, Oracle, Probe
 from robustvlm.attacks.honesty import Sanity
 from robustvlm.attacks.oracle import ask_first
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.runs.records import Check
 from robustvlm.stats import rate
 
@@ -59,8 +59,9 @@ def require_independent_rows(found: Probe, model: str) -> None:
     if found.coupled:
         raise UserError(
             f"the output of model '{model}' for one image depends on the other images in its batch (a logit moved by "
-            f"{found.batch_change:.2g} standard deviations when only the neighbours changed): use --lanes 1, or take "
-            "out what works across the batch, such as batch normalisation in training mode"
+            f"{found.batch_change:.2g} standard deviations when only the neighbours changed): use "
+            f"{setting('lanes', 1)}, or take out what works across the batch, such as batch normalisation in training "
+            "mode"
         )
 
 

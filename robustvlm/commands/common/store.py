@@ -14,7 +14,7 @@ from typing import Any
 
 from robustvlm.core.files import NotRegular, open_own, parse_json, require_regular
 from robustvlm.data.source import Unreadable
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.records import Check, Cost, Passes, UnreadableImage
@@ -117,7 +117,9 @@ class JournalReader:
         except FileNotFoundError:
             return
         except NotRegular as error:
-            raise UserError(f"{error}: put the run's journal back, or start over with --fresh") from None
+            raise UserError(
+                f"{error}: put the run's journal back, or start over with {setting('fresh', True)}"
+            ) from None
         with self.path.open("rb") as handle:
             handle.seek(self._offset)
             for line in handle:
@@ -133,7 +135,10 @@ class JournalReader:
         except ValueError:
             fact = None
         if not isinstance(fact, dict):
-            raise UserError(f"line {self._lines} of '{self.path}' is damaged: repair it, or start over with --fresh")
+            raise UserError(
+                f"line {self._lines} of '{self.path}' is damaged: repair it, or start over with "
+                f"{setting('fresh', True)}"
+            )
         return fact
 
 
@@ -272,7 +277,7 @@ class JournalLedger(ABC):
             if found != self.owner:
                 raise UserError(
                     f"'{path}' is the journal of another run than '{self.folder.manifest_path}' says: "
-                    "put the run's own back, or start over with --fresh"
+                    f"put the run's own back, or start over with {setting('fresh', True)}"
                 )
             if found is not None:
                 return
@@ -281,7 +286,7 @@ class JournalLedger(ABC):
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"line {number} of '{path}' is no entry of this version: "
-                "use the version that wrote it, or start over with --fresh"
+                f"use the version that wrote it, or start over with {setting('fresh', True)}"
             ) from None
 
     def _take(self, fact: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ import re
 from robustvlm.attacks import DEFAULT_EPS, LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
 from robustvlm.commands.detect import DetectSettings
 from robustvlm.commands.detect.summary import KNOWN, OWN, OWN_SDIS, NamedData, UnderAttack
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.registry import names_own
 from robustvlm.data.specs import parse_spec
 from robustvlm.detect import SCORES, parse_scores
 from robustvlm.detect.base import require_temperature
 from robustvlm.errors import BadSetting, UserError, nearest, setting
+from robustvlm.text import without_secrets
 
 _TAKEN = (KNOWN, "fit", "adversarial")
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]{0,39})=(.+)")

@@ -14,16 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.core.batches import batch_sizes, narrower, steady_sizes
+from robustvlm.core.batches import batch_sizes, narrower_after, steady_sizes
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.framing import to_pixels
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.seeds import derive_seed
-from robustvlm.data.source import DataSource, Sample, Unreadable, select, to_pixels
+from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
-from robustvlm.models.vlm import full_precision_kernels
-from robustvlm.models.weights import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.records import UnreadableImage
@@ -107,14 +107,9 @@ class Answers:
                 try:
                     parts.append(self._filled(rest[:size], size))
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error) or self._sizes[0] == 1:
-                        raise
-                else:
-                    rest = rest[size:]
-                    continue
-                # Outside the handler, which would keep the failed pass's tensors alive.
-                self._sizes = narrower(self._sizes)
-                break
+                    self._sizes = narrower_after(error, self._sizes, self.classifier.device)
+                    break
+                rest = rest[size:]
         return _stack([part[0] for part in parts]), _stack([part[1] for part in parts])
 
     def _filled(self, pixels: Tensor, size: int) -> tuple[Tensor | None, Tensor | None]:
@@ -144,9 +139,7 @@ class Answers:
                     self._question(noise)
                 break
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._sizes = (self._sizes[0] // 2,)
+                self._sizes = narrower_after(error, self._sizes, self.classifier.device)
         self._asked = True
 
     def _question(self, noise: Tensor) -> None:

@@ -33,7 +33,9 @@ from robustvlm.commands.detect.summary import (
     parse_condition,
 )
 from robustvlm.commands.detect.view import read_run, show, write_report
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.names import same_things, some_of
 from robustvlm.data.source import select
@@ -41,8 +43,6 @@ from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import find_score, outside, read_words, tree_words
 from robustvlm.errors import UserError, setting
-from robustvlm.models.vlm import resolve_device
-from robustvlm.models.weights import fingerprint
 from robustvlm.runs.read import write_rows
 from robustvlm.runs.records import Check
 from robustvlm.runs.run import Facts, Session

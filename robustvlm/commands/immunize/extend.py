@@ -27,8 +27,8 @@ from robustvlm.commands.immunize.images import (
 from robustvlm.commands.immunize.record import judged, measure
 from robustvlm.commands.immunize.run import ImmunizeObserver, check_config, save_model, vaccine_settings
 from robustvlm.commands.immunize.view import load_immunize_run, write_immunize_report
+from robustvlm.core.device import resolve_device
 from robustvlm.data import DataSource, open_data
-from robustvlm.data.names import name_key
 from robustvlm.defenses.immunity import (
     Immunity,
     Labelled,
@@ -44,11 +44,12 @@ from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.prompts import Features
 from robustvlm.errors import UserError, nearest
 from robustvlm.llm import LlmClient
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
 from robustvlm.stats import mcnemar_exact, rate
+from robustvlm.text import name_key
 
 WARM_STEPS = 100
 _CLEAR = 0.05

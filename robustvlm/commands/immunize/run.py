@@ -30,8 +30,8 @@ from robustvlm.commands.immunize.images import (
 )
 from robustvlm.commands.immunize.record import measure
 from robustvlm.commands.immunize.view import load_immunize_run, write_immunize_report
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.ranks import current_ranks
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import DataSource, Sample, open_data, to_pixels
@@ -59,12 +59,13 @@ from robustvlm.defenses.prompts import Features
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError, nearest
 from robustvlm.llm import LlmClient
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import require_distinct
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, forget_checksums, make_manifest, write_checksums
+from robustvlm.text import without_secrets
 
 # Thresholds for a smoothed model: the score of the mean adapted feature under noise, on held-out images
 

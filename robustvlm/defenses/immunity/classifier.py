@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.certify import OpensetRule
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.immunity.state import AdaptedVLM, Immunity, antibody_score, class_scores, load_immunity
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.models.weights import fingerprint
 
 # The immunised classifier: a class or "rejected", with the score that decided it and its threshold
 
@@ -101,6 +101,11 @@ class ImmunisedClassifier(Classifier):
         acceptance = score - self.thresholds[predicted]
         assert self.logit_scale is not None
         return torch.cat([self.logit_scale * cosines, acceptance[:, None]], dim=1)
+
+    def refusal(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return S_DIS of each image and the threshold of its predicted class, [N] each."""
+        thresholds = self.thresholds.to(output)[output[:, :-1].argmax(dim=1)]
+        return output[:, -1] + thresholds, thresholds
 
     @torch.no_grad()
     def decide(self, pixels: Tensor) -> list[Decision]:

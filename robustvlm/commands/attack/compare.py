@@ -1,0 +1,333 @@
+"""Attack runs against each other on the images they share: paired exact tests, corrected for how many were made."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from robustvlm.commands.attack import plots
+from robustvlm.commands.attack.record import AttackedRun, load_run
+from robustvlm.commands.attack.report import share
+from robustvlm.commands.attack.summary import EpsSummary
+from robustvlm.commands.attack.wording import headline
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.sections import (
+    Block,
+    Chart,
+    Code,
+    Column,
+    Facts,
+    Line,
+    Measure,
+    More,
+    Name,
+    Pair,
+    Report,
+    Row,
+    Section,
+    Small,
+    Table,
+    Text,
+    Verdict,
+    numbers,
+)
+from robustvlm.report.tables import manifest_rows
+from robustvlm.report.words import norm_name, plain
+from robustvlm.runs.read import find_run
+from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
+
+LEVEL = 0.05
+CLEAN = "unperturbed"
+CRITERION = f"paired test, p <= {LEVEL:g} after Holm's correction"
+"""What makes a difference count as shown."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs (positions in the list given) on the same images under one `condition`.
+
+    The rates count images answered right, unperturbed or after every attack; `adjusted` is Holm's p-value over all
+    comparisons of the report.
+    """
+
+    first: int
+    second: int
+    condition: str
+    first_rate: Rate
+    second_rate: Rate
+    test: PairedTest
+    adjusted: float
+
+    @property
+    def finding(self) -> int | None:
+        """Position of the run shown to be right more often; None when the difference may be chance."""
+        if self.adjusted > LEVEL or self.test.only_first == self.test.only_second:
+            return None
+        return self.first if self.test.only_first > self.test.only_second else self.second
+
+    def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the comparison as plain JSON values, runs by name."""
+        return {
+            "first": names[self.first],
+            "second": names[self.second],
+            "condition": self.condition,
+            "first_rate": self.first_rate.model_dump(mode="json"),
+            "second_rate": self.second_rate.model_dump(mode="json"),
+            "test": self.test.model_dump(mode="json"),
+            "p_value_holm": self.adjusted,
+            "better": None if self.finding is None else names[self.finding],
+        }
+
+
+Answers = dict[tuple[str, str], bool]
+"""Whether the model is right, by image id and true class."""
+
+
+def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
+    """Test every pair of runs, unperturbed and at each norm, eps and goal that both ran, on the images both decided.
+
+    An image is the same when its id and the name of its class agree. Where a run stopped early and has undecided images
+    there is no test: those that it has decided are the ones that fall easily. Source: McNemar's exact test, Holm's
+    correction.
+
+    Args:
+        given: finished attack runs, as they were returned or by folder, or by name under `runs/`.
+
+    Raises:
+        UserError: a folder holds no finished attack run.
+    """
+    runs = [run if isinstance(run, AttackedRun) else load_run(find_run(run)) for run in given]
+    tested: list[tuple[int, int, str, PairedTest]] = []
+    answers = [_answers(run) for run in runs]
+    for (i, first), (j, second) in itertools.combinations(enumerate(answers), 2):
+        for condition in [c for c in first if c in second]:
+            shared = [image for image in first[condition] if image in second[condition]]
+            if shared:
+                test = mcnemar_exact(
+                    [first[condition][image] for image in shared], [second[condition][image] for image in shared]
+                )
+                tested.append((i, j, _text(runs[i], condition), test))
+    adjusted = holm([test.p_value for *_, test in tested])
+    return [
+        Comparison(
+            first=i,
+            second=j,
+            condition=text,
+            first_rate=rate(test.both + test.only_first, test.total),
+            second_rate=rate(test.both + test.only_second, test.total),
+            test=test,
+            adjusted=p,
+        )
+        for (i, j, text, test), p in zip(tested, adjusted, strict=True)
+    ]
+
+
+Condition = tuple[str, float, str] | None
+
+
+def _answers(run: AttackedRun) -> dict[Condition, Answers]:
+    """Return who was right, unperturbed (key None) and per norm, eps and goal; undecided images are left out.
+
+    Of a run that stopped early, only what it has decided of all its images.
+    """
+    table, early = run.verdicts(), bool(run.summary.unfinished)
+    names = dict(enumerate(run.class_names)) | {-1: "an unknown class"}
+    result: dict[Condition, Answers] = {
+        None: {(image.image_id, names[image.label]): image.clean_correct for image in table.images}
+    }
+    for i, eps in enumerate(table.eps):
+        outcomes = [(image, table.after(image, i)) for image in table.images]
+        if early and (run.summary.images.waiting or any(outcome == "undecided" for _, outcome in outcomes)):
+            continue
+        result[run.summary.norm, eps, run.goal] = {
+            (image.image_id, names[image.label]): outcome == "robust"
+            for image, outcome in outcomes
+            if outcome != "undecided"
+        }
+    return result
+
+
+def _text(run: AttackedRun, condition: Condition) -> str:
+    if condition is None:
+        return CLEAN
+    norm, eps, goal = condition
+    about = "" if goal == "misclassify" else f", {plain(goal, 60)}"
+    return f"{norm_name(norm)} {plain(run.eps_texts[eps], 20)}{about}"
+
+
+def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[str]:
+    """Say in one sentence per pair of runs where one was shown to be better, by which criterion, and where neither was.
+
+    Example:
+        >>> test = mcnemar_exact([True] * 9, [False] * 9)
+        >>> shown = Comparison(0, 1, "L2 0.5", rate(9, 9), rate(0, 9), test, adjusted=0.004)
+        >>> findings([shown], ["A", "B"])
+        ["A is right more often than B at L2 0.5 (paired test, p <= 0.05 after Holm's correction)."]
+    """
+    sentences = []
+    pairs = dict.fromkeys((c.first, c.second) for c in comparisons)
+    for first, second in pairs:
+        mine = [c for c in comparisons if (c.first, c.second) == (first, second)]
+        # Conditions name their goal where it is not to be right.
+        does = "does better" if any("," in c.condition for c in mine) else "is right more often"
+        parts = []
+        for better, worse in ((first, second), (second, first)):
+            where = _places([c.condition for c in mine if c.finding == better])
+            if where:
+                parts.append(f"{names[better]} {does} than {names[worse]} {where}")
+        if parts:
+            parts[-1] += f" ({CRITERION})"
+        nothing = _places([c.condition for c in mine if c.finding is None])
+        if nothing:
+            # Names keep their spelling: only our own words begin with a capital.
+            parts.append(
+                f"{'no' if parts else 'No'} difference between {names[first]} and {names[second]} is shown {nothing}"
+                f"{'' if parts else f' ({CRITERION})'}"
+            )
+        sentences.append("; ".join(parts) + ".")
+    return sentences
+
+
+def stopped(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
+    """Say which runs stopped early, and what of them is not compared."""
+    return [
+        f"{name} stopped early ({plain(run.summary.unfinished)}): where it has undecided images it is not tested."
+        for run, name in zip(runs, names, strict=True)
+        if run.summary.unfinished
+    ]
+
+
+def _places(conditions: Sequence[str]) -> str:
+    """Join conditions as in "unperturbed, at L2 0.5 and at L2 1"."""
+    places = [c if c == CLEAN else f"at {c}" for c in conditions]
+    return " and ".join([", ".join(places[:-1]), places[-1]] if len(places) > 1 else places)
+
+
+# The page of a comparison
+
+
+def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write a comparison of several runs, by default to `comparison.html` beside the first; return its path.
+
+    Raises:
+        UserError: a folder holds no finished attack run, or the page cannot be written.
+    """
+    runs = [load_run(folder) for folder in folders]
+    path = out or runs[0].folder.resolve().parent / "comparison.html"
+    with drawing(runs[0].folder):
+        text = page_of(comparison_report(runs, compare(*runs)))
+    write_page(path, text)
+    return path
+
+
+def comparison_report(runs: Sequence[AttackedRun], comparisons: Sequence[Comparison]) -> Report:
+    """Return what is said of several runs side by side."""
+    keys = [chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i in range(len(runs))]
+    names = [f"{plain(run.name, 60)} ({key})" for run, key in zip(runs, keys, strict=True)]
+    early = stopped(runs, names)
+    sentences = [*findings(comparisons, names), *early]
+    manifests: list[Block] = []
+    for key, run in zip(keys, runs, strict=True):
+        rows: Sequence[tuple[str, Line]] = manifest_rows(run.manifest)
+        manifests.append(More([f"{key} ", Name(run.name)], [Facts(rows, kind="settings")]))
+    return Report(
+        kind="comparison",
+        name=" · ".join(plain(run.name, 60) for run in runs),
+        kicker=f"Comparison of {len(runs)} attack runs",
+        facts="",
+        verdicts=[Verdict(sentences)] if sentences else [],
+        sections=[
+            Section("The runs", [_about(runs, keys)], key="runs", short="Runs"),
+            Section("Robust accuracy", _curves(runs, keys), key="curve", short="Robust accuracy"),
+            Section("Paired tests on common images", _tests(comparisons, keys), key="tests", short="Paired tests"),
+            *_superclasses(runs, keys, early=bool(early)),
+            Section("Manifests", manifests, key="manifest", short="Manifests"),
+        ],
+    )
+
+
+def _about(runs: Sequence[AttackedRun], keys: Sequence[str]) -> Table:
+    rows: list[Row] = []
+    for key, run in zip(keys, runs, strict=True):
+        config, summary = run.manifest["config"], run.summary
+        clean = share(summary, summary.clean_accuracy, summary.clean_accuracy_at_most)
+        images, attacks = f"{summary.images.evaluated:,}", plain(", ".join(config["attack"]), 80)
+        spec, data = Code(config["model"], 80), Code(config["data"], 80)
+        rows.append(([f"{key} ", Name(run.name, 60)], spec, data, attacks, clean, images))
+    titles = ("Run", "Model", "Data", "Attacks", "Clean accuracy")
+    return Table([*map(Column, titles), *numbers("Images")], rows)
+
+
+def _curves(runs: Sequence[AttackedRun], keys: Sequence[str]) -> list[Block]:
+    lead = (
+        "Share of each run's images still right after every attack. Only the paired tests below compare like with "
+        "like: they use the images that both runs decided."
+    )
+    blocks: list[Block] = []
+    for i, norm in enumerate(dict.fromkeys(run.summary.norm for run in runs)):
+        curves = [
+            plots.curve_of(run.summary, key) for run, key in zip(runs, keys, strict=True) if run.summary.norm == norm
+        ]
+        draw = partial(plots.security_curve, curves, key=f"curve{i}", norm=norm_name(norm))
+        blocks.append(Chart(draw, caption=f"Still right under attack in {norm_name(norm)}, with 95% bands."))
+    radii = sorted({(run.summary.norm, at.eps, at.eps_text) for run in runs for at in run.summary.per_eps})
+    rows: dict[tuple[str, float], Row] = {}
+    for norm, eps, text in radii:
+        label = f"{norm_name(norm)} {plain(text, 20)}"
+        rows.setdefault((norm, eps), (label, *(_robust(run, norm, eps) for run in runs)))
+    return [Text(lead, "lead"), Pair([*blocks, Table([Column("ε"), *map(Column, keys)], list(rows.values()))])]
+
+
+def _robust(run: AttackedRun, norm: str, eps: float) -> Measure | Small:
+    """Return robust accuracy; as bounds where the run stopped early."""
+    for at in run.summary.per_eps if run.summary.norm == norm else ():
+        if at.eps == eps:
+            return share(run.summary, at.robust_accuracy, at.robust_accuracy_at_most)
+    return Small("not run")
+
+
+def _tests(comparisons: Sequence[Comparison], keys: Sequence[str]) -> list[Block]:
+    if not comparisons:
+        lead = "These runs have no image in common (same id and class), so there is nothing to test pairwise."
+        return [Text(lead, "lead")]
+    lead = (
+        "McNemar's exact test on the images that both runs decided; p-values are Holm-corrected over all "
+        f"{len(comparisons)} tests on this page. “Only the first” counts images that the first of the two runs gets "
+        "right and the second does not."
+    )
+    rows: list[Row] = []
+    for c in comparisons:
+        found: Line = Small("no difference shown") if c.finding is None else Measure(f"{keys[c.finding]} is better")
+        counts = (f"{c.test.total:,}", f"{c.test.only_first:,}", f"{c.test.only_second:,}")
+        p = "< 0.0001" if c.adjusted < 0.0001 else f"{c.adjusted:.4f}"
+        right = (Measure.of(c.first_rate), Measure.of(c.second_rate))
+        rows.append((f"{keys[c.first]} {keys[c.second]}", c.condition, found, *right, *counts, p))
+    titles = ("Runs", "Perturbation", "Finding", "Right, the first", "Right, the second")
+    columns = [*map(Column, titles), *numbers("Images", "Only the first", "Only the second", "p (Holm)")]
+    return [Text(lead, "lead"), Table(columns, rows)]
+
+
+def _superclasses(runs: Sequence[AttackedRun], keys: Sequence[str], *, early: bool) -> list[Section]:
+    """Return the success rate per superclass at each run's largest eps; nothing of runs that stopped early."""
+    largest: list[EpsSummary | None] = [None if run.summary.unfinished else headline(run.summary) for run in runs]
+    groups = [{g.name: g.attack_success_rate for g in (at.per_superclass if at else [])} for at in largest]
+    names = sorted({name for some in groups for name in some})
+    if not names:
+        return []
+    left = "; runs that stopped early are left out" if early else ""
+    lead = f"At each run's largest ε, over the images that were right when clean{left}."
+    titles = [f"{key} at {plain(at.eps_text, 20)}" if at else key for key, at in zip(keys, largest, strict=True)]
+    rows: list[Row] = [
+        (Name(name), *(Measure.of(some[name]) if name in some else Small("not run") for some in groups))
+        for name in names
+    ]
+    table = Table([Column("Superclass"), *map(Column, titles)], rows)
+    return [
+        Section(
+            "Attack success rate per superclass", [Text(lead, "lead"), table], key="superclasses", short="Superclasses"
+        )
+    ]

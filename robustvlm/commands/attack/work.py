@@ -1,0 +1,354 @@
+"""The work of `robustvlm attack`: from its settings to a run ready to start, and from its facts to its files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustvlm.attacks import (
+    DEFAULT_EPS,
+    PRECISIONS,
+    Attack,
+    ExternalAttack,
+    LaneAttack,
+    ThreatModel,
+    parse_attacks,
+    parse_eps,
+    parse_norm,
+    parse_second_opinion,
+    recommended_eot,
+    require_fit,
+    require_norm,
+)
+from robustvlm.attacks.catalog import is_foreign
+from robustvlm.attacks.goals import GOALS
+from robustvlm.attacks.goals.superclass import levels_of
+from robustvlm.attacks.honesty import open_gradients
+from robustvlm.attacks.oracle import EOT_IF_RANDOM
+from robustvlm.commands.attack import AttackPlan, AttackSettings
+from robustvlm.commands.attack.cost import Budget, parse_budget
+from robustvlm.commands.attack.findings import of_results, of_second_opinion
+from robustvlm.commands.attack.goal import Aim, check_goal, make_aim
+from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.report import show as show
+from robustvlm.commands.attack.report import write_report as write_report
+from robustvlm.commands.attack.run import STAND_INS, AttackRun, published
+from robustvlm.commands.attack.store import Ledger, make_rows, trim_gallery
+from robustvlm.commands.attack.summary import parse_condition as parse_condition
+from robustvlm.commands.attack.summary import summarise
+from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.common.store import new_session
+from robustvlm.core.device import device_of_rank, resolve_device
+from robustvlm.core.files import write_text
+from robustvlm.core.ranks import current_ranks
+from robustvlm.data import DataSource, open_data
+from robustvlm.defenses import Classifier, load_classifier
+from robustvlm.defenses.pipeline import load_own
+from robustvlm.errors import BadSetting, UserError, nearest, setting
+from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.read import write_rows
+from robustvlm.runs.records import Check, Estimate
+from robustvlm.runs.run import Facts, Session
+
+RESULTS = ("summary.json", "results.parquet")
+NOTHING_LEFT = Estimate(images=0, passes_least=0, passes_most=0, seconds_least=0.0, seconds_most=0.0)
+# Targets that attacks have unless told otherwise; with fewer classes they take one for each.
+_PLANNED_TARGETS = 9
+
+read_run = load_run
+
+
+@dataclass(frozen=True)
+class AttackWork:
+    """Model, data and attacks of a run, all checked; each process attacks its share of the images.
+
+    A budget is no part of what defines the run: with a larger one, or none, the same run goes on.
+    """
+
+    facts: Facts
+    plan: AttackPlan
+    attacks: list[Attack]
+    source: DataSource
+    classifier: Classifier
+    aim: Aim
+    budget: Budget
+
+    def run(self, session: Session) -> None:
+        """Attack what is left to attack, and write rows and summary."""
+        with self._working(session, self.budget) as run:
+            run.run()
+            if session.ranks.leader:
+                self._finish(run.ledger, session)
+
+    def estimate(self, session: Session) -> Estimate:
+        """Return what the attacks will cost, or what is left of them; the clean pass is made for it, and kept."""
+        if session.folder.holds(*RESULTS):
+            return NOTHING_LEFT
+        with self._working(session, Budget()) as run:
+            return run.estimate() or NOTHING_LEFT
+
+    @contextmanager
+    def _working(self, session: Session, budget: Budget) -> Iterator[AttackRun]:
+        ranks = session.ranks
+        ledger = Ledger(session.folder, rank=ranks.rank, session=ranks.share(new_session()))
+        try:
+            yield AttackRun(
+                plan=self.plan,
+                source=self.source,
+                aim=self.aim,
+                attacks=self.attacks,
+                ledger=ledger,
+                observer=session.observer,
+                framing=self.classifier.framing,
+                ranks=ranks,
+                budget=budget,
+            )
+        finally:
+            ledger.close()
+
+    def _finish(self, ledger: Ledger, session: Session) -> None:
+        """Write `results.parquet` and `summary.json` from what the ledger holds."""
+        plan, manifest = self.plan, session.manifest
+        clean = [ledger.clean[index] for index in sorted(ledger.clean)]
+        found = list(ledger.found.values())
+        judged = of_results(
+            clean,
+            found,
+            threats=[ThreatModel(plan.norm, eps) for _, eps in plan.radii],
+            attacks=self.attacks,
+            n_classes=len(self.source.class_names),
+            undefended=plan.model if published(plan.model) else None,
+            pixels=3 * plan.resolution**2,
+        )
+        if plan.second_opinion is not None:
+            judged += of_second_opinion(clean, found, attack=self.attacks[-1].name)
+        if ledger.stopped is None:  # what an unfinished run shows need not hold when it goes on
+            ledger.add_checks(judged)
+        rows = make_rows(
+            clean,
+            found,
+            norm=plan.norm,
+            eps=[eps for _, eps in plan.radii],
+            attacks=[attack.name for attack in self.attacks],
+            goals=[goal.spec for goal in self.aim.goals],
+        )
+        waiting = _waiting(ledger, manifest)
+        summary = summarise(
+            rows,
+            manifest,
+            cost=ledger.cost,
+            checks=list({check.name: check for check in [*ledger.checks, *judged]}.values()),
+            unreadable=ledger.unreadable,
+            left_out=len(ledger.left_out),
+            waiting=waiting,
+            unfinished=_unfinished(ledger, waiting),
+            estimate=ledger.estimate,
+        )
+        trim_gallery(ledger.folder.gallery_path)
+        with session.results():
+            write_rows(ledger.folder.results_path, rows)
+            write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+
+
+def _unfinished(ledger: Ledger, waiting: int) -> str | None:
+    """Say in one sentence why the session stopped early, and what it did not come to."""
+    if ledger.stopped is None or not waiting:
+        return ledger.stopped
+    seen = len(ledger.seen)
+    return f"{ledger.stopped}, with {seen:,} of {seen + waiting:,} images classified"
+
+
+def _waiting(ledger: Ledger, manifest: Manifest) -> int:
+    """Return how many images a run that stopped early has still to classify, as far as that is known."""
+    if ledger.stopped is None:
+        return 0
+    images, limit = manifest["data"]["images"], manifest["config"]["limit"]
+    total = min((count for count in (images, limit) if count is not None), default=0)
+    return max(0, total - len(ledger.seen))
+
+
+# From the words of a command to everything an attack run needs; every mistake is found before any work begins
+
+
+def open_work(settings: AttackSettings) -> AttackWork:
+    """Check all settings, open the data and load the model.
+
+    Cheap checks come first, so that a mistyped option is not found only after a model was loaded.
+    """
+    budget = parse_budget(settings.budget)
+    attacks = _attacks(settings.attack, settings.second_opinion, steps=settings.steps, restarts=settings.restarts)
+    norm = parse_norm(settings.norm)
+    for item in attacks:
+        if isinstance(item, ExternalAttack):
+            require_norm(item, norm)
+    radii = _radii(settings.eps, norm)
+    device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
+    _check_precision(settings.precision, device)
+    check_goal(settings.goal, settings.min_cos)
+    source = _source(settings)
+    classifier = _classifier(settings.model, source, device)
+    size = settings.resolution or classifier.image_size
+    model = facts_of(classifier, "can_reject") | code_facts(_own(settings.goal, attacks))
+    data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
+    probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
+    opened = open_gradients(classifier)
+    aim = make_aim(settings.goal, source=source, classifier=classifier, resolution=size, min_cos=settings.min_cos)
+    remarks = remarks_of(source, classifier.vlm)
+    aim = dataclasses.replace(aim, notes=(*_notes(opened, classifier), *_data_notes(remarks)))
+    _require_ball(norm, radii, size)
+    _require_fit(attacks, aim, ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
+    chosen = {
+        "model": settings.model if isinstance(settings.model, str) else classifier.spec,
+        "data": settings.data if isinstance(settings.data, str) else source.spec,
+        "norm": norm,
+        "device": device,
+        "lanes": _lanes(settings.lanes, device),
+        "resolution": size,
+        "radii": radii,
+        "eot_if_random": max(EOT_IF_RANDOM, recommended_eot(settings.attack)),
+    }
+    plan = AttackPlan(**dict(settings) | chosen)
+    config = plan.stored(
+        goal=aim.spec,
+        goals=[item.spec for item in aim.goals],
+        attack=[item.name for item in attacks],
+        second_opinion=None if settings.second_opinion is None else attacks[-1].name,
+    )
+    facts = Facts((plan.model, plan.data), config, model, data, probe=probe, remarks=remarks)
+    return AttackWork(facts, plan, attacks, source, classifier, aim, budget)
+
+
+def _source(settings: AttackSettings) -> DataSource:
+    if isinstance(settings.data, DataSource):
+        settings.require_none(("classes", "templates", "tree"), "is for data that is named: open yours with it")
+        return settings.data
+    if not isinstance(settings.data, str):
+        kind = type(settings.data).__name__
+        raise BadSetting("data", "must be a spec, or a source of `open_data`", got=f"a {kind}")
+    return open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+
+
+def _classifier(model: object, source: DataSource, device: str) -> Classifier:
+    """Return the classifier of a spec, or a copy of an object that is one: what a caller has stays as it is."""
+    if isinstance(model, str):
+        return load_classifier(model, source.class_names, source.templates, device=device)
+    if isinstance(model, Classifier):
+        if tuple(model.class_names) != tuple(source.class_names):
+            raise BadSetting(
+                "model", "must know the classes of the data: load it with them, as load_classifier(SPEC, DATA)"
+            )
+        return copy.deepcopy(model).to(device)
+    if not isinstance(model, nn.Module):
+        raise BadSetting(
+            "model",
+            "must be a spec, a classifier of `load_classifier` or a torch module",
+            got=f"a {type(model).__name__}",
+        )
+    spec = f"{type(model).__module__}:{type(model).__qualname__}"
+    return load_own(model, spec, source.class_names, torch.device(device))
+
+
+def _radii(eps: str | float | None, norm: str) -> list[tuple[str, float]]:
+    """Return the radii as texts and values, ascending; the usual one for the norm where none is given."""
+    text = DEFAULT_EPS[norm] if eps is None else eps if isinstance(eps, str) else repr(float(eps))
+    radii = parse_eps(text)
+    for _, value in radii:
+        ThreatModel(norm, value)
+    return radii
+
+
+def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restarts: int | None) -> list[Attack]:
+    """Return the attacks in order, the second opinion last: it so gets the images that all others have left."""
+    attacks = parse_attacks(text, steps=steps, restarts=restarts)
+    if second_opinion is None:
+        return attacks
+    last = parse_second_opinion(second_opinion)
+    if last.name in [item.name for item in attacks]:
+        raise UserError(f"the second opinion '{last.name}' is among the attacks already: name it in one place")
+    return [*attacks, last]
+
+
+def _own(goal: str, attacks: list[Attack]) -> list[str]:
+    """Return the names among these that stand for code of the user's."""
+    own = [item.name for item in attacks if isinstance(item, LaneAttack) and is_foreign(item)]
+    return own + ([goal] if goal.partition(":")[0] not in GOALS else [])
+
+
+def _require_fit(attacks: list[Attack], aim: Aim, threat: ThreatModel, *, n_classes: int) -> None:
+    for item in attacks:
+        if isinstance(item, ExternalAttack):
+            for goal in aim.goals:
+                require_fit(item, threat, n_classes=n_classes, goal=goal)
+        elif (getattr(item, "n_targets", None) or 0) > max(n_classes - 1, _PLANNED_TARGETS):
+            raise UserError(
+                f"attack '{item.name}' asks for more targets than there are wrong classes: "
+                f"pass targets={max(n_classes - 1, 1)} or fewer"
+            )
+
+
+def _require_ball(norm: str, radii: list[tuple[str, float]], size: int) -> None:
+    """Refuse L2 balls that hold every image there is: the number was meant for another scale of pixels."""
+    text, largest = radii[-1]
+    whole = math.sqrt(3 * size * size)
+    if norm == "L2" and largest > whole:
+        raise UserError(
+            f"eps {text} is larger than the distance of any two images of {size} x {size} pixels in [0, 1], which is "
+            f"{whole:.4g}: for grey levels pass {text}/255"
+        )
+
+
+def _lanes(lanes: int | None, device: str) -> int:
+    return lanes if lanes is not None else 256 if device.startswith("cuda") else 64
+
+
+def _check_precision(precision: str, device: str) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision '{precision}': {nearest(precision, PRECISIONS)}")
+    if precision == "fp64" and device.startswith("mps"):
+        raise UserError(
+            f"{setting('precision', 'fp64')}: the device 'mps' has no 64-bit numbers; pass fp32, or "
+            f"{setting('device', 'cpu')}"
+        )
+
+
+def _notes(opened: list[str], classifier: Classifier) -> tuple[Check, ...]:
+    found = []
+    if opened:
+        said = "; ".join(opened)
+        found.append(Check(name=STAND_INS, level="note", message=f"{said[0].upper()}{said[1:]}."))
+    if any(getattr(part, "in_half", False) for part in classifier.modules()):
+        message = (
+            "The model computes in half precision, and is judged as it does. Gradients are scaled on their way back "
+            "through it, image by image, so that small ones are not rounded to zero; they keep its rounding."
+        )
+        found.append(Check(name="half precision", level="note", message=message))
+    return tuple(found)
+
+
+def _data_notes(remarks: list[str]) -> tuple[Check, ...]:
+    return (Check(name="data and class names", level="note", message="; ".join(remarks) + "."),) if remarks else ()
+
+
+def _superclasses(source: DataSource) -> dict[str, str] | None:
+    """Return the superclass of every class in the first tree of the data, if there is one."""
+    if source.tree is None:
+        return None
+    tree = source.tree[0]
+    return dict(zip(tree.class_names, tree.superclasses(tree.superclass_level), strict=True))
+
+
+def _levels(source: DataSource) -> list[dict[str, Any]]:
+    """Return, for every level of every tree that tells classes apart, the superclass number of every class."""
+    return [
+        {"tree": tree.root, "level": level, "of": of.tolist()}
+        for tree in source.tree or ()
+        for level, of in levels_of(tree, source.class_names)
+    ]
