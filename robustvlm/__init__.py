@@ -28,6 +28,8 @@ _HOME = {
     "compare": "robustvlm.commands.attack.compare",
     "detect": "robustvlm.detect",
     "evaluate": "robustvlm.commands.evaluate",
+    "finetune": "robustvlm.commands.finetune",
+    "immunize": "robustvlm.commands.immunize",
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",

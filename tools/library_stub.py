@@ -21,8 +21,8 @@ from robustvlm.core.callable_module import verb_of
 
 FACE = Path(__file__).parents[1] / "robustvlm" / "__init__.pyi"
 _HEAD = '''\
-"""Made by tools/library_stub.py: the names of the library with their types."""
 # ruff: noqa: E501
+"""Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
 from types import ModuleType

@@ -17,7 +17,6 @@ from robustvlm import __version__
 from robustvlm.cli.app import typer_command
 from robustvlm.cli.certify import certify
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
-from robustvlm.cli.immunize import immunize
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
 from robustvlm.cli.predict import predict_and_show
@@ -28,6 +27,7 @@ from robustvlm.commands.build import BUILD
 from robustvlm.commands.detect import DETECT
 from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.commands.finetune import FINETUNE
+from robustvlm.commands.immunize import IMMUNIZE
 from robustvlm.commands.predict import PREDICT
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
@@ -79,7 +79,7 @@ for command in (
     typer_command(DETECT),
     typer_command(FINETUNE),
     typer_command(SOUP),
-    immunize,
+    typer_command(IMMUNIZE),
     typer_command(TUNE_PROMPTS),
     export,
     typer_command(PURIFY),

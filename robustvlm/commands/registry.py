@@ -14,6 +14,7 @@ COMMANDS = {
     "attack": "robustvlm.commands.attack:ATTACK",
     "detect": "robustvlm.commands.detect:DETECT",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
+    "immunize": "robustvlm.commands.immunize:IMMUNIZE",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.build:BUILD",
@@ -26,10 +27,6 @@ _OTHERS = {
     "certify": (
         "robustvlm.commands.certify.record:load_certify_run",
         "robustvlm.commands.certify.view:write_certify_report",
-    ),
-    "immunize": (
-        "robustvlm.commands.immunize.view:load_immunize_run",
-        "robustvlm.commands.immunize.view:write_immunize_report",
     ),
 }
 
