@@ -28,6 +28,7 @@ _HOME = {
     "certify_tensors": "robustvlm.defenses.votes",
     "compare": "robustvlm.commands.attack.compare",
     "detect": "robustvlm.detect",
+    "evaluate": "robustvlm.commands.evaluate",
     "finetune": "robustvlm.commands.finetune",
     "immunize": "robustvlm.commands.immunize",
     "load_classifier": "robustvlm.defenses.load",

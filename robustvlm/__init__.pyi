@@ -2,8 +2,8 @@
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
+from types import ModuleType
 
-from robustvlm import detect as detect
 from robustvlm.attacks.base import ATTACKS as ATTACKS
 from robustvlm.attacks.perturb import AutoAttack as AutoAttack
 from robustvlm.attacks.perturb import Perturbed as Perturbed
@@ -13,6 +13,8 @@ from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.build.work import Pipeline
 from robustvlm.commands.certify.record import CertifyRecord
+from robustvlm.commands.detect.view import DetectRecord
+from robustvlm.commands.evaluate.work import CleanResult
 from robustvlm.commands.immunize.record import ImmunizeSummary
 from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
@@ -243,6 +245,122 @@ class _Certify(CallableModule[CertifyRecord]):
         """
 
 certify: _Certify
+
+class _Detect(CallableModule[DetectRecord]):
+    def __call__(
+        self,
+        model: str = "tiny",
+        *,
+        id: str | None = None,
+        ood: list[str] | str = [],
+        fit: str | None = None,
+        scores: str = "all",
+        words: Path | str | None = None,
+        oracle_words: bool = False,
+        temperature: float = 1.0,
+        classes: Path | str | None = None,
+        templates: Path | str | None = None,
+        tree: Path | str | None = None,
+        limit: int | None = None,
+        fit_limit: int | None = None,
+        draws: int = 1000,
+        seed: int = 0,
+        batch_size: int = 64,
+        device: str = "auto",
+        under_attack: bool = False,
+        attack_scores: str | None = None,
+        attack: str = "pgd,apgd-ce:steps=40",
+        norm: str = "Linf",
+        eps: str | None = None,
+        attack_limit: int = 64,
+        lanes: int = 64,
+        out: Path | str = Path("runs"),
+        name: str | None = None,
+        resume: bool | None = None,
+        observer: Observer | None = None,
+    ) -> DetectRecord:
+        """Score known and unknown images, clean and under attack, as `robustvlm detect` does; options by their names.
+
+        It is what `robustvlm.detect` does when it is called; the run returned has the rows of all images too.
+
+        Raises:
+            UserError: whatever is wrong with the options, the data or the model.
+
+        Example:
+            >>> import tempfile
+            >>> run = detect("tiny", limit=8, scores="mcm", draws=100, fit="none", out=tempfile.mkdtemp())
+            >>> [at.unknown for at in run.summary.scores[0].on]
+            ['near', 'far']
+
+        Args:
+            model: Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance
+                score.
+            id: Images of the known classes [default: emoji].
+            ood: Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji].
+            fit: Images of the known classes to learn from, or none [default: none; the training styles for the bundled
+                data].
+            scores: all, or a list such as mcm,energy,knn (docs/detect.md lists them); own shows a model's own alone.
+            words: File of words outside the known classes [default: the bundled class trees].
+            oracle_words: Keep words that name a class of an unknown set: scores from words are then oracles, and the
+                report says so.
+            temperature: Temperature of the scores from energies: they divide the logits by it; 1 is the model's own.
+            classes: File of class names, one per line or a JSON list.
+            templates: File of prompt templates, one per line with {}.
+            tree: File of the class tree (JSON, YAML or CSV).
+            limit: Score this many images of each set, chosen by a hash of their ids.
+            fit_limit: Learn from this many images, chosen likewise.
+            draws: Bootstrap samples for intervals and comparisons.
+            seed: Seed of every random draw.
+            batch_size: Images per encoder pass.
+            device: auto, cpu, cuda, cuda:1, ...
+            under_attack: Also attack the scores: unknown images to be accepted, known ones refused.
+            attack_scores: Scores to attack, and own for a model's own [default: own, mcm, energy, mahalanobis, as far
+                as there].
+            attack: Attacks of --under-attack; objectives do not matter, all climb the acceptance margin.
+            norm: Norm of the attacks: Linf or L2, in pixels scaled to [0, 1].
+            eps: Radius of the attacks [default: 2/255; L2: 0.5].
+            attack_limit: Images of each set that are attacked.
+            lanes: Images attacked side by side in one batch.
+            out: Folder that holds the runs.
+            name: Name of the run [default: made from the settings, so that they find it again].
+            resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+            observer: told of the progress.
+        """
+
+detect: _Detect
+
+def evaluate(
+    model: str = "tiny",
+    *,
+    data: str = "emoji",
+    classes: Path | str | None = None,
+    templates: Path | str | None = None,
+    tree: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> CleanResult:
+    """Evaluate a model without an attack, as `robustvlm evaluate` does; options by their names. It makes no run.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model.
+
+    Example:
+        >>> evaluate("tiny", limit=8).images
+        8
+
+    Args:
+        model: The model; `robustvlm models` lists the forms.
+        data: The images; `robustvlm data` lists the forms.
+        classes: File of class names, one per line or a JSON list.
+        templates: File of prompt templates, one per line with {}.
+        tree: File of the class tree (JSON, YAML or CSV).
+        limit: Evaluate this many images, a fixed selection.
+        batch_size: Images per pass.
+        device: auto, cpu, cuda, cuda:1, ...
+        observer: told of the progress.
+    """
 
 def finetune(
     model: str = "tiny",

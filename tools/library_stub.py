@@ -27,6 +27,7 @@ _HEAD = '''\
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
+from types import ModuleType
 '''
 
 

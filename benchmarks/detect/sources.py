@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from robustvlm.commands.detect.config import DetectObserver
-from robustvlm.commands.detect.encoding import Encoded, Encoder, embed_words
+from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words
 from robustvlm.commands.detect.scoring import own_sdis, score_all
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data import open_data
@@ -17,6 +16,7 @@ from robustvlm.data.source import DataSource
 from robustvlm.defenses import Classifier
 from robustvlm.detect import outside, tree_words
 from robustvlm.errors import UserError
+from robustvlm.runs.settings import Observer
 
 
 class Kept:
@@ -25,7 +25,8 @@ class Kept:
     def __init__(self, cache: Path, classifier: Classifier) -> None:
         self.folder = cache / classifier.fingerprint[:12]
         self.classifier = classifier
-        self._encoder = Encoder(classifier, self.folder, owner={}, seed=0, batch_size=64, observer=DetectObserver())
+        answers = Answers(classifier, batch_size=64)
+        self._encoder = Encoder(answers, self.folder, owner={}, seed=0, observer=Observer())
 
     def answers(self, spec: str, limit: int | None = None) -> Encoded:
         """Return the answers for the images of a spec."""

@@ -16,7 +16,6 @@ import typer
 from robustvlm import __version__
 from robustvlm.cli.app import typer_command
 from robustvlm.cli.certify import certify_or_audit
-from robustvlm.cli.detect import detect
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
@@ -26,6 +25,8 @@ from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.attack import ATTACK
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.certify import CERTIFY
+from robustvlm.commands.detect import DETECT
+from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.commands.finetune import FINETUNE
 from robustvlm.commands.immunize import IMMUNIZE
 from robustvlm.commands.predict import PREDICT
@@ -74,9 +75,9 @@ app = typer.Typer(
 for command in (
     typer_command(ATTACK),
     typer_command(CERTIFY, act=certify_or_audit),
-    evaluate,
+    typer_command(EVALUATE, evaluate),
     typer_command(PREDICT, predict_and_show),
-    detect,
+    typer_command(DETECT),
     typer_command(FINETUNE),
     typer_command(SOUP),
     typer_command(IMMUNIZE),

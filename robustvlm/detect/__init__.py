@@ -1,10 +1,11 @@
 """Detection of unknown images: scores of image features, and how well they tell known from unknown.
 
-One sign rule for every score: the higher, the more in-distribution (known).
+One sign rule for every score: the higher, the more in-distribution (known). Called, the package makes a detect run.
 """
 
 from __future__ import annotations
 
+from robustvlm.core.callable_module import make_callable
 from robustvlm.detect.base import Detector, FittedDetector, Head, ImageDetector, head_of
 from robustvlm.detect.catalog import BASELINES, SCORES, Score, Supplies, find_score, make_scores, parse_scores
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
@@ -52,3 +53,5 @@ __all__ = [
     "threshold_at_tpr",
     "tree_words",
 ]
+
+make_callable(__name__, "robustvlm.commands.detect:detect")  # `robustvlm detect`, from Python

@@ -113,7 +113,11 @@ class FittedTable:
         ]
         cells[0] += [RichText(plain(row, _WORD)) for row in self._rows if isinstance(row, str)]
         least = [max(map(_longest_word, column)) for column in cells]
-        wished = [max(cell_len(cell.plain) for cell in column) for column in cells]
+        headings = [RichText(plain(row, _WORD)) for row in self._rows if isinstance(row, str)]
+        least[0] = max([least[0], *map(_longest_word, headings)])
+        wished = [
+            max(width, *(cell_len(cell.plain) for cell in column)) for width, column in zip(least, cells, strict=True)
+        ]
         if self._table.title:
             yield RichText(straight(self._table.title), style="bold")
         for part in split(least, options.max_width):

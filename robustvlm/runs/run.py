@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 S = TypeVar("S")
-F = TypeVar("F", bound="Callable[..., FinishedRun[Any]]")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)

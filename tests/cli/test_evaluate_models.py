@@ -9,11 +9,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import robustvlm as rv
+from robustvlm.cli.app import typer_command
 from robustvlm.cli.inspect import evaluate, models
+from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.errors import UserError
 
 app = typer.Typer()
-app.command()(evaluate)
+app.command("evaluate")(typer_command(EVALUATE, evaluate))
 app.command()(models)
 
 
@@ -40,6 +43,14 @@ def test_evaluate_json_holds_rates_that_agree_with_each_other() -> None:
     values = [level["accuracy"]["value"] for level in result["superclass_accuracy"]]
     assert len(values) >= 2
     assert [accuracy["value"], *values] == sorted([accuracy["value"], *values])
+
+
+def test_from_python_it_gives_the_same_numbers() -> None:
+    typed = json.loads(run("evaluate", "--limit", "9", "--device", "cpu", "--json"))
+    found = json.loads(rv.evaluate("tiny", limit=9, device="cpu").model_dump_json())
+    assert typed | {"seconds": 0} == found | {"seconds": 0}
+    with pytest.raises(UserError, match=r"^limit must be at least 1 image, got 0"):
+        rv.evaluate("tiny", limit=0)
 
 
 def test_evaluate_prints_a_table() -> None:

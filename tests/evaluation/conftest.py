@@ -15,7 +15,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from detecting import DetectRun
 
-    from robustvlm.commands.detect.run import PreparedDetect
+    from robustvlm.runs.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -91,22 +91,22 @@ def detect_run(detect_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     Reports take most of the time of so small a run; the tests that look at one make it.
     """
-    from robustvlm.commands.detect.config import Settings
-    from robustvlm.commands.detect.run import prepare_detect
+    from robustvlm.commands.detect import DETECT, DetectSettings
+    from robustvlm.runs.run import Run
 
-    monkeypatch.setattr("robustvlm.commands.detect.run.write_detect_report", lambda folder: folder)
+    monkeypatch.setattr("robustvlm.commands.detect.work.write_report", lambda folder: folder)
 
-    def make(model: str = "Encoder", *, name: str = "run", **changes: Any) -> PreparedDetect:
-        settings: dict[str, Any] = {
+    def make(model: str = "Encoder", *, name: str = "run", **changes: Any) -> Run:
+        options: dict[str, Any] = {
             "model": model if ":" in model or "+" in model else f"small_encoders:{model}",
-            "known": f"imagefolder:{detect_images}/known",
-            "unknown": (f"near=imagefolder:{detect_images}/near", f"far=imagefolder:{detect_images}/far"),
+            "id": f"imagefolder:{detect_images}/known",
+            "ood": [f"near=imagefolder:{detect_images}/near", f"far=imagefolder:{detect_images}/far"],
             "fit": f"imagefolder:{detect_images}/fit",
             "words": detect_images / "words.txt",
             "draws": 100,
             "device": "cpu",
             **changes,
         }
-        return prepare_detect(Settings(**settings), out=tmp_path, name=name, command="robustvlm detect")
+        return Run(DETECT, DetectSettings(**options, out=tmp_path, name=name), given="robustvlm detect")
 
     return make

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from robustvlm.commands.detect.config import DetectObserver
-from robustvlm.commands.detect.run import PreparedDetect
 from robustvlm.commands.detect.summary import DetectSummary
+from robustvlm.runs.run import Run
+from robustvlm.runs.settings import Observer
 
 CLASSES = ("cat", "dog", "fox")
-DetectRun = Callable[..., PreparedDetect]
+DetectRun = Callable[..., Run]
 
 ATTACK: dict[str, Any] = {
     "scores": "energy,mahalanobis",
@@ -24,14 +24,15 @@ ATTACK: dict[str, Any] = {
 }
 
 
-class Interrupt(DetectObserver):
+class Interrupt(Observer):
     """Presses Ctrl-C after so many images."""
 
     def __init__(self, images: int) -> None:
         self.left = images
 
-    def advance(self, images: int) -> None:
-        self.left -= images
+    def advance(self, count: int = 1, **shown: str) -> None:
+        del shown
+        self.left -= count
         if self.left < 0:
             raise KeyboardInterrupt
 

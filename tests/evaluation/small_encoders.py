@@ -115,3 +115,12 @@ class KillsRank1(FailsOnRank1):
 
     def fail(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Blocks(Encoder):
+    """Sums rows that are left over from blocks of six in another order, as matrix kernels do: other last digits."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features = super().encode_image(pixels)
+        whole = torch.arange(len(features))[:, None] < len(features) // 6 * 6
+        return torch.where(whole, features, features * (1 + 1e-6))

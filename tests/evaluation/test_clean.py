@@ -144,8 +144,8 @@ def test_limit_and_progress() -> None:
     told: list[int] = []
     result = evaluate_clean(classifier(), Noise(), limit=20, batch_size=4, on_images=told.append)
     assert result.images + result.unknown + result.unreadable == 20
-    assert told == sorted(told)
-    assert told[-1] <= 20
+    assert min(told) > 0
+    assert 16 < sum(told) <= 20  # those that cannot be read behind the last batch are not told
 
 
 def test_classes_without_an_image_are_named_and_so_is_what_was_left_aside() -> None:

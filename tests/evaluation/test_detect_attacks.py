@@ -10,14 +10,15 @@ from detecting import ATTACK, CLASSES, DetectRun
 from robustvlm.attacks import PGD, ThreatModel
 from robustvlm.commands.common.inputs import Picture
 from robustvlm.commands.detect.attack import ScoreGate, fool
-from robustvlm.commands.detect.view import write_detect_report
+from robustvlm.commands.detect.encoding import Answers
+from robustvlm.commands.detect.view import write_report
 from robustvlm.defenses import load_classifier
 from robustvlm.detect import Head, Mahalanobis
 
 
 def test_under_attack(detect_run: DetectRun) -> None:
     run = detect_run(**ATTACK)
-    summary = run.run()
+    summary = run.start().summary
     assert [score.name for score in summary.attacked] == ["energy", "mahalanobis"]
     for score in summary.attacked:
         assert score.accepted_attacked.successes <= score.accepted_clean.successes
@@ -39,13 +40,13 @@ def test_under_attack(detect_run: DetectRun) -> None:
         assert row["attacked"] <= before if row["goal"] == "deny" else row["attacked"] >= before
     assert summary.adversarial is not None
     assert summary.adversarial.fooled > 0
-    assert "Do scores notice adversarial images?" in write_detect_report(run.folder.path).read_text(encoding="utf-8")
+    assert "Do scores notice adversarial images?" in write_report(run.folder.path).read_text(encoding="utf-8")
 
 
 def test_more_attacks_are_never_weaker(detect_run: DetectRun) -> None:
     changes = {**ATTACK, "attack_scores": "mahalanobis"}
-    one = detect_run(name="one", **{**changes, "attack": "pgd:steps=5"}).run()
-    two = detect_run(name="two", **changes).run()
+    one = detect_run(name="one", **{**changes, "attack": "pgd:steps=5"}).start().summary
+    two = detect_run(name="two", **changes).start().summary
     for before, after in zip(one.attacked, two.attacked, strict=True):
         for a, b in zip(before.on, after.on, strict=True):
             assert b.auroc_both.value <= a.auroc_both.value
@@ -53,7 +54,7 @@ def test_more_attacks_are_never_weaker(detect_run: DetectRun) -> None:
 
 def test_the_models_own_acceptance_is_attacked(detect_run: DetectRun) -> None:
     changes = {**ATTACK, "scores": "msp", "attack_scores": "own,msp"}
-    summary = detect_run("small_encoders:Encoder+reject:0.9", **changes).run()
+    summary = detect_run("small_encoders:Encoder+reject:0.9", **changes).start().summary
     own, msp = summary.attacked
     assert (own.name, own.threshold) == ("own", 0.0)
     # One score up to a constant, so the same gradients: what each loses is the same.
@@ -84,7 +85,9 @@ def test_adversarial_images_do_not_stop_at_the_border() -> None:
     sure = []
     for steps in (2, 12):
         attack = PGD(n_iter=steps, step_size=2 / 255)
-        found = fool(classifier, pictures, attack, ThreatModel("Linf", 24 / 255), lanes=8, seed=0)
+        found = fool(
+            Answers(classifier, batch_size=16), pictures, attack, ThreatModel("Linf", 24 / 255), lanes=8, seed=0
+        )
         assert found.features is not None
         logits = classifier.logit_scale * found.features @ classifier.class_embeddings.T  # type: ignore[operator,union-attr]
         assert not bool((logits.argmax(1) == found.labels).any())

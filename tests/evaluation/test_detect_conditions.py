@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustvlm.commands.common.conditions import Comparison
-from robustvlm.commands.detect.config import DetectConfig, NamedData, UnderAttack
 from robustvlm.commands.detect.summary import (
     AttackedOnSet,
     AttackedScore,
     DetectCondition,
+    DetectConfig,
     DetectSummary,
     Measured,
+    NamedData,
     OnSet,
     ScoreSummary,
     SetSummary,
-    parse_detect_condition,
+    UnderAttack,
+    parse_condition,
 )
 from robustvlm.errors import UserError
 from robustvlm.stats import rate
@@ -127,7 +129,7 @@ def test_the_grammar(
     text = f" {left}{part} {sign} {number if percent else number / 100}{'%' if percent else ''}"
     threshold: Any = pytest.approx(number / 100)
     expected = Comparison(text, left, part[1:] or "value", sign, threshold, percent)
-    assert parse_detect_condition(text) == DetectCondition(expected, quantity, score, at)
+    assert parse_condition(text) == DetectCondition(expected, quantity, score, at)
 
 
 @given(
@@ -144,7 +146,7 @@ def test_it_holds_when_it_is_true_of_any_it_is_about(
     text = f"auroc{f':{score}' if score else ''}{f'@{at}' if at else ''}{end}{sign}{percent}%"
     about = [measured(v) for (name, set_), v in AUROC.items() if score in (None, name) and at in (None, set_)]
     expected = any(SIGNS[sign](getattr(found, part), percent / 100) for found in about)
-    assert parse_detect_condition(text).holds(summary()) == expected
+    assert parse_condition(text).holds(summary()) == expected
 
 
 @pytest.mark.parametrize(
@@ -163,15 +165,15 @@ def test_it_holds_when_it_is_true_of_any_it_is_about(
     ],
 )
 def test_examples(text: str, holds: bool) -> None:
-    assert parse_detect_condition(text).holds(summary()) is holds
+    assert parse_condition(text).holds(summary()) is holds
 
 
 def test_scores_under_attack() -> None:
     found = summary(None, attacked("mcm", "near", "far"))
-    assert parse_detect_condition("auroc_both:mcm<0.3").holds(found)
-    assert not parse_detect_condition("auroc_both<0.2").holds(found)
-    assert not parse_detect_condition("auroc_intrude@near<0.4").holds(found)
-    assert parse_detect_condition("auroc_deny.low<0.5").holds(found)
+    assert parse_condition("auroc_both:mcm<0.3").holds(found)
+    assert not parse_condition("auroc_both<0.2").holds(found)
+    assert not parse_condition("auroc_intrude@near<0.4").holds(found)
+    assert parse_condition("auroc_deny.low<0.5").holds(found)
 
 
 @pytest.mark.parametrize("sign", SIGNS)
@@ -179,8 +181,8 @@ def test_scores_under_attack() -> None:
 def test_a_gate_that_could_not_be_checked_stays_shut(sign: str, part: str) -> None:
     broken = summary({("mcm", "near"): math.nan})
     for about in ("auroc:mcm@near", "auroc@near", "auroc"):
-        assert parse_detect_condition(f"{about}{part}{sign}0.5").holds(broken)
-    condition = parse_detect_condition(f"auroc_both{part}{sign}0.5")
+        assert parse_condition(f"{about}{part}{sign}0.5").holds(broken)
+    condition = parse_condition(f"auroc_both{part}{sign}0.5")
     assert condition.holds(summary()), "nothing was attacked"
     assert condition.holds(summary(None, attacked("mcm", "far"))), "no image of the other set could be attacked"
     without_ends = Measured(value=0.5, low=math.nan, high=math.nan, method="")
@@ -205,7 +207,7 @@ def test_a_gate_that_could_not_be_checked_stays_shut(sign: str, part: str) -> No
 )
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        parse_detect_condition(text)
+        parse_condition(text)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -215,23 +217,23 @@ def test_mistakes_are_named(text: str, message: str) -> None:
     [
         ("auroc:energy<0.5", None, "'energy', the run has mcm, max-logit, knn$"),
         ("auroc:own<0.5", None, "'own', the run has mcm"),
-        ("auroc@nearr<0.5", None, "'nearr', the run has near, far: see --ood"),
-        ("auroc_both<0.5", None, "pass --under-attack"),
+        ("auroc@nearr<0.5", None, "'nearr', the run has near, far: see ood"),
+        ("auroc_both<0.5", None, "pass under_attack=True"),
         ("auroc_both:max-logit<0.5", ATTACKS, "'max-logit', the run attacks mcm$"),
     ],
 )
 def test_what_a_run_will_not_have_is_an_error_before_it(
     text: str, under_attack: UnderAttack | None, message: str
 ) -> None:
-    condition = parse_detect_condition(text)
+    condition = parse_condition(text)
     with pytest.raises(UserError, match=message):
         condition.require(config(under_attack), may_refuse=False)
 
 
 def test_what_a_run_will_have_is_accepted() -> None:
     for text in ("auroc<0.5", "fpr95:knn@far>0.5", "auroc_deny:mcm@near<0.5"):
-        parse_detect_condition(text).require(config(ATTACKS), may_refuse=False)
-    parse_detect_condition("auroc:own<0.5").require(config(), may_refuse=True)
+        parse_condition(text).require(config(ATTACKS), may_refuse=False)
+    parse_condition("auroc:own<0.5").require(config(), may_refuse=True)
 
 
 @pytest.mark.parametrize(
@@ -245,4 +247,4 @@ def test_what_a_run_will_have_is_accepted() -> None:
 )
 def test_what_a_run_turned_out_not_to_have_is_an_error(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse_detect_condition(text).holds(summary())
+        parse_condition(text).holds(summary())

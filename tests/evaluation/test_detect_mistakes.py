@@ -10,69 +10,71 @@ import pytest
 from detecting import DetectRun
 from PIL import Image
 
-from robustvlm.commands.detect.config import Settings
+from robustvlm.commands.detect import DetectSettings
+from robustvlm.commands.detect.choice import unknown_sets
 from robustvlm.errors import UserError
 
 
 def test_images_that_were_learnt_from(detect_run: DetectRun, detect_images: Path) -> None:
-    with pytest.raises(UserError, match="18 images are both in --fit and in --id"):
-        detect_run(fit=f"imagefolder:{detect_images}/known").run()
+    with pytest.raises(UserError, match="18 images are both in fit and in id"):
+        detect_run(fit=f"imagefolder:{detect_images}/known").start()
     link, copy = detect_images / "link", detect_images / "copy"
     if not link.exists():
         link.symlink_to(detect_images / "known")
         shutil.copytree(detect_images / "known", copy)
-    with pytest.raises(UserError, match="18 images are both in --fit and in --id"):
-        detect_run(name="link", fit=f"imagefolder:{link}/").run()
+    with pytest.raises(UserError, match="18 images are both in fit and in id"):
+        detect_run(name="link", fit=f"imagefolder:{link}/").start()
     # In another folder equal ids say nothing; the images are noticed all the same.
-    summary = detect_run(name="copies", fit=f"imagefolder:{copy}").run()
+    summary = detect_run(name="copies", fit=f"imagefolder:{copy}").start().summary
     assert any(check.level == "warning" and "18 of 18" in check.message for check in summary.checks)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"unknown": ()}, "--ood"),
-        ({"known": None}, "--id"),
-        ({"unknown": ("imagefolder:a", "imagefolder:a")}, "are called 'a'"),
-        ({"unknown": ("known=imagefolder:a",)}, "cannot be called 'known'"),
+        ({"ood": []}, "unknown images are needed beside id: pass ood=DATA"),
+        ({"id": None}, "pass id=DATA"),
+        ({"ood": ["imagefolder:a", "imagefolder:a"]}, "are called 'a'"),
+        ({"ood": ["known=imagefolder:a"]}, "cannot be called 'known'"),
         ({"scores": "msp,kn"}, "unknown score 'kn'"),
-        ({"limit": 1}, "--limit must be at least 2"),
-        ({"draws": 10}, "--draws must be at least 100"),
-        ({"attack_scores": "msp"}, "--under-attack"),
+        ({"limit": 1}, "^limit must be at least 2 images, got 1"),
+        ({"draws": 10}, "^draws must be at least 100 bootstrap samples, got 10"),
+        ({"attack_scores": "msp"}, "attack_scores is for under_attack: pass both"),
         ({"under_attack": True, "attack_scores": "own"}, "never refuses"),
-        ({"under_attack": True, "attack_scores": "mcm", "scores": "msp"}, "not in --scores"),
+        ({"under_attack": True, "attack_scores": "mcm", "scores": "msp"}, "not in scores"),
         ({"under_attack": True, "attack": "torchattacks:PGD"}, "our own attacks only"),
         ({"under_attack": True, "eps": "1/255,2/255"}, "one radius"),
-        ({"unknown": ("x=nonsense:a",)}, "unknown data kind"),
+        ({"ood": ["x=nonsense:a"]}, "unknown data kind"),
         ({"fit": "emoji?split=train"}, "other classes"),
         ({"words": Path("absent.txt")}, "no words file"),
     ],
 )
 def test_mistakes_are_one_line(detect_run: DetectRun, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        detect_run(**changes).run()
+        detect_run(**changes).start()
     assert "\n" not in str(caught.value)
 
 
 def test_a_set_is_not_called_by_a_secret() -> None:
-    (named,) = Settings(known="emoji", unknown=("wds:https://me:s3cret@host/far.tar?sig=s3cret",)).unknown_sets()
+    spec = "wds:https://me:s3cret@host/far.tar?sig=s3cret"
+    (named,) = unknown_sets(DetectSettings(id="emoji", ood=spec))  # type: ignore[arg-type]
     assert named.name == "far"
 
 
 def test_other_settings_are_another_run(detect_run: DetectRun) -> None:
-    detect_run(scores="msp").run()
+    detect_run(scores="msp").start()
     with pytest.raises(UserError, match="made with other settings"):
-        detect_run(scores="energy").run()
-    assert [score.name for score in detect_run(scores="energy").run(fresh=True).scores] == ["energy"]
+        detect_run(scores="energy").start()
+    assert [score.name for score in detect_run(scores="energy").start(fresh=True).summary.scores] == ["energy"]
 
 
 def test_damaged_features_are_named(detect_run: DetectRun) -> None:
     run = detect_run(scores="msp")
-    run.run()
+    run.start()
     run.folder.summary_path.unlink()
     next(run.folder.features_path.glob("known-*.safetensors")).write_bytes(b"half a file")
     with pytest.raises(UserError, match="delete it, the run makes it again"):
-        detect_run(scores="msp").run()
+        detect_run(scores="msp").start()
 
 
 def test_unreadable_images_are_left_out_and_named(detect_run: DetectRun, tmp_path: Path) -> None:
@@ -81,14 +83,14 @@ def test_unreadable_images_are_left_out_and_named(detect_run: DetectRun, tmp_pat
     for number in range(3):
         Image.new("RGB", (16, 16), (40 * number, 90, 20)).save(folder / f"{number}.png")
     (folder / "3.png").write_bytes(b"no image")
-    summary = detect_run(scores="msp", unknown=(f"imagefolder:{tmp_path}/broken",)).run()
+    summary = detect_run(scores="msp", ood=[f"imagefolder:{tmp_path}/broken"]).start().summary
     assert summary.unknown[0].images == 3
     assert [image.id for image in summary.unreadable] == ["thing/3.png"]
     (folder / "0.png").unlink()
     for path in folder.glob("[12].png"):
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match="none of the 3 images"):
-        detect_run(name="none", scores="msp", unknown=(f"imagefolder:{tmp_path}/broken",)).run()
+        detect_run(name="none", scores="msp", ood=[f"imagefolder:{tmp_path}/broken"]).start()
 
 
 def test_a_model_that_gives_nan_is_named(
@@ -104,4 +106,4 @@ def test_a_model_that_gives_nan_is_named(
     )
     monkeypatch.syspath_prepend(str(detect_images))
     with pytest.raises(UserError, match=r"NaN or infinite values, first for the image 'cat/00\.png'"):
-        detect_run("gives_nan:Net", scores="msp").run()
+        detect_run("gives_nan:Net", scores="msp").start()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from detecting import DetectRun
 
-from robustvlm.commands.detect import terminal
+from robustvlm.commands.detect import words
 from robustvlm.commands.detect.encoding import embed_words
 from robustvlm.commands.detect.summary import DetectSummary
-from robustvlm.commands.detect.view import load_detect_run, write_detect_report
+from robustvlm.commands.detect.view import read_run, write_report
 from robustvlm.detect import Detector
 from robustvlm.detect.catalog import SCORES, Score, Supplies
 from robustvlm.errors import UserError
@@ -35,25 +35,25 @@ def test_words_that_name_a_class_of_an_unknown_set_are_left_out_and_counted(
     detect_run: DetectRun, tmp_path: Path
 ) -> None:
     """The sets hold wolves and trees: plural, case and article do not hide a name."""
-    clean = detect_run(name="clean", scores="neglabel,s-dis", words=with_words(tmp_path)).run()
+    clean = detect_run(name="clean", scores="neglabel,s-dis", words=with_words(tmp_path)).start().summary
     named = with_words(tmp_path, "Wolves", "a tree", "wolfhound")
     run = detect_run(name="named", scores="neglabel,s-dis", words=named)
-    assert run.words == (*(f"thing {number}" for number in range(12)), "wolfhound")
-    summary = run.run()
+    assert run.work.words == (*(f"thing {number}" for number in range(12)), "wolfhound")
+    summary = run.start().summary
     assert summary.words is not None
     assert summary.words.naming == {"Wolves": "near", "a tree": "far"}
     assert summary.words.used == 13
     assert "2 words that name classes of the unknown sets were left out" in messages(summary, "note")
-    assert terminal.oracle_titles(summary) == []
+    assert words.oracle_titles(summary) == []
     # With them kept it is an oracle, and says so.
     oracle_run = detect_run(name="oracle", scores="neglabel,s-dis", words=named, oracle_words=True)
-    oracle = oracle_run.run()
+    oracle = oracle_run.start().summary
     assert oracle.words is not None
     assert oracle.words.used == 15
     assert "Oracle: 2 words" in messages(oracle, "warning")
-    assert terminal.oracle_titles(oracle) == ["NegLabel", "S_DIS, text only"]
-    assert terminal.tone(oracle) != "held"
-    page = write_detect_report(oracle_run.folder.path).read_text(encoding="utf-8")
+    assert words.oracle_titles(oracle) == ["NegLabel", "S_DIS, text only"]
+    assert words.tone(oracle) != "held"
+    page = write_report(oracle_run.folder.path).read_text(encoding="utf-8")
     assert "Oracle: NegLabel, S_DIS, text only use 2 words" in page
     assert '<span class="small">oracle</span>' in page
     assert clean.words is not None
@@ -65,7 +65,7 @@ def test_names_that_cannot_be_known_are_said_to_be_unknown(detect_run: DetectRun
     root = detect_images / "numbered"
     if not root.exists():
         shutil.copytree(detect_images / "near" / "wolf", root / "7")
-    summary = detect_run(scores="msp", unknown=(f"near=imagefolder:{root}",)).run()
+    summary = detect_run(scores="msp", ood=[f"near=imagefolder:{root}"]).start().summary
     assert "'near' has no names for its classes" in messages(summary, "note")
 
 
@@ -74,16 +74,16 @@ def test_known_classes_in_an_unknown_set_are_left_out_and_named(detect_run: Dete
     if not root.exists():
         shutil.copytree(detect_images / "near" / "wolf", root / "wolf")
         shutil.copytree(detect_images / "fit" / "cat", root / "Cats")
-    alone = detect_run(name="alone", scores="energy").run()
-    run = detect_run(name="mixed", scores="energy", unknown=(f"near=imagefolder:{root}",))
-    summary = run.run()
+    alone = detect_run(name="alone", scores="energy").start().summary
+    run = detect_run(name="mixed", scores="energy", ood=[f"near=imagefolder:{root}"])
+    summary = run.start().summary
     assert summary.unknown[0].images == 10
     assert summary.scores[0].on[0].auroc.value == pytest.approx(alone.scores[0].on[0].auroc.value)
     assert "8 images of the set 'near' are of known classes and were left out: cat (8)." in messages(summary, "warning")
     rows = pq.read_table(run.folder.results_path).to_pylist()
     assert not [row for row in rows if row["set"] == "near" and row["image_id"].startswith("Cats/")]
-    with pytest.raises(UserError, match=r"is of a known class \(cat, dog, fox\): pass others to --ood"):
-        detect_run(name="all", unknown=(f"near=imagefolder:{detect_images}/fit",)).run()
+    with pytest.raises(UserError, match=r"is of a known class \(cat, dog, fox\): pass others to ood"):
+        detect_run(name="all", ood=[f"near=imagefolder:{detect_images}/fit"]).start()
 
 
 def test_one_image_in_both_sets_is_noticed(detect_run: DetectRun, detect_images: Path) -> None:
@@ -91,7 +91,7 @@ def test_one_image_in_both_sets_is_noticed(detect_run: DetectRun, detect_images:
     if not root.exists():
         shutil.copytree(detect_images / "near" / "wolf", root / "wolf")
         shutil.copy(detect_images / "known" / "cat" / "00.png", root / "wolf" / "99.png")
-    summary = detect_run(scores="energy", unknown=(f"near=imagefolder:{root}",)).run()
+    summary = detect_run(scores="energy", ood=[f"near=imagefolder:{root}"]).start().summary
     assert "1 of 11 images of the set 'near' look to the model like images of --id" in messages(summary, "warning")
 
 
@@ -126,7 +126,7 @@ def test_a_score_that_is_the_same_everywhere_is_named(
     detect_run: DetectRun, planted: Callable[[str, Detector], None]
 ) -> None:
     planted("max-logit", Flat())
-    summary = detect_run(scores="msp,max-logit").run()
+    summary = detect_run(scores="msp,max-logit").start().summary
     flat = next(score for score in summary.scores if score.name == "max-logit")
     assert [on.auroc.value for on in flat.on] == [0.5, 0.5]
     assert flat.on[0].auroc.high - flat.on[0].auroc.low > 0.5
@@ -137,19 +137,19 @@ def test_a_score_that_is_not_a_number_is_skipped_by_name(
     detect_run: DetectRun, planted: Callable[[str, Detector], None]
 ) -> None:
     planted("max-logit", Broken())
-    summary = detect_run(scores="msp,max-logit").run()
+    summary = detect_run(scores="msp,max-logit").start().summary
     assert [score.name for score in summary.scores] == ["msp"]
     assert "is NaN or infinite for" in summary.skipped["max-logit"]
     with pytest.raises(UserError, match="no score is finite for every image; the first, 'max-logit'"):
-        detect_run(name="alone", scores="max-logit").run()
+        detect_run(name="alone", scores="max-logit").start()
 
 
 def test_own_scores_can_be_asked_for_by_name(detect_run: DetectRun) -> None:
-    summary = detect_run("small_encoders:Encoder+reject:0.9", scores="own").run()
+    summary = detect_run("small_encoders:Encoder+reject:0.9", scores="own").start().summary
     assert [score.name for score in summary.scores] == ["own"]
     assert all(on.versus is None for on in summary.scores[0].on)
-    assert terminal.comparison(summary) == "There is no other baseline to compare it with."
-    both = detect_run("small_encoders:Encoder+reject:0.9", name="both", scores="own,msp").run()
+    assert words.comparison(summary) == "There is no other baseline to compare it with."
+    both = detect_run("small_encoders:Encoder+reject:0.9", name="both", scores="own,msp").start().summary
     assert [score.name for score in both.scores] == ["own", "msp"]
     with pytest.raises(UserError, match="never refuses, so it has no score of its own"):
         detect_run(name="bare", scores="own")
@@ -157,7 +157,7 @@ def test_own_scores_can_be_asked_for_by_name(detect_run: DetectRun) -> None:
 
 def test_every_score_is_compared_with_another_and_the_headline_names_its_criterion(detect_run: DetectRun) -> None:
     run = detect_run(scores="msp,mcm,max-logit,energy")
-    summary = run.run()
+    summary = run.start().summary
     for score in summary.scores:
         for place, on in enumerate(score.on):
             others = {other.name: other.on[place].auroc.value for other in summary.scores if other.name != score.name}
@@ -167,23 +167,23 @@ def test_every_score_is_compared_with_another_and_the_headline_names_its_criteri
             assert on.versus.difference == pytest.approx(on.auroc.value - max(others.values()))
     means = {score.title: sum(on.auroc.value for on in score.on) / 2 for score in summary.scores}
     best = max(means, key=lambda title: means[title])
-    said = terminal.verdict(summary)
-    assert said.startswith(f"{best} has the highest mean AUROC over the 2 sets, {terminal.number(means[best])}:")
+    said = words.verdict(summary)
+    assert said.startswith(f"{best} has the highest mean AUROC over the 2 sets, {means[best]:.3f}:")
     for place, unknown in enumerate(("near", "far")):
         top = max(summary.scores, key=lambda score: score.on[place].auroc.value)
         shown = next(score for score in summary.scores if score.title == best)
         higher = top.on[place].auroc.value > shown.on[place].auroc.value
         assert (f"{top.title} on {unknown}" in said) == higher
-    assert "It is a usual baseline itself; it " in terminal.comparison(summary)
-    assert f"best other baseline ({best}" not in terminal.comparison(summary)
-    one = detect_run(name="one", scores="msp", unknown=(summary.unknown[0].spec,)).run()
-    assert terminal.verdict(one).startswith("MSP has the highest AUROC: ")
+    assert "It is a usual baseline itself; it " in words.comparison(summary)
+    assert f"best other baseline ({best}" not in words.comparison(summary)
+    one = detect_run(name="one", scores="msp", ood=[summary.unknown[0].spec]).start().summary
+    assert words.verdict(one).startswith("MSP has the highest AUROC: ")
 
 
 def test_the_colour_of_the_verdict_says_what_it_means(detect_run: DetectRun) -> None:
     run = detect_run(scores="msp,energy")
-    run.run()
-    summary = load_detect_run(run.folder.path).summary
+    run.start()
+    summary = read_run(run.folder.path).summary
     quiet = summary.model_copy(update={"checks": []})
 
     def judged(low: float, fpr: float, high: float) -> str:
@@ -199,7 +199,7 @@ def test_the_colour_of_the_verdict_says_what_it_means(detect_run: DetectRun) -> 
                 for at in score.on
             ]
             scores.append(score.model_copy(update={"on": on}))
-        return terminal.tone(quiet.model_copy(update={"scores": scores}))
+        return words.tone(quiet.model_copy(update={"scores": scores}))
 
     assert judged(0.95, 0.02, 0.05) == "held"
     assert judged(0.95, 0.05, 0.2) == "neutral"

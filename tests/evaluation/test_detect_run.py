@@ -11,17 +11,17 @@ import pytest
 import torch
 from detecting import ATTACK, CLASSES, DetectRun, Interrupt, lasting
 
-from robustvlm.commands.detect.encoding import Encoded, answers
+from robustvlm.commands.detect.encoding import Answers, Encoded
 from robustvlm.commands.detect.scoring import make_panel
 from robustvlm.commands.detect.summary import DetectSummary
-from robustvlm.commands.detect.view import write_detect_report
+from robustvlm.commands.detect.view import write_report
 from robustvlm.defenses import load_classifier
 from robustvlm.detect.metrics import all_metrics
 
 
 def test_a_run_from_images_to_files(detect_run: DetectRun) -> None:
     run = detect_run()
-    summary = run.run()
+    summary = run.start().summary
     assert [(part.name, part.images) for part in summary.unknown] == [("near", 10), ("far", 9)]
     assert summary.known.images == 18
     assert summary.fit is not None
@@ -43,37 +43,37 @@ def test_a_run_from_images_to_files(detect_run: DetectRun) -> None:
 
 def test_the_report_shows_mistakes(detect_run: DetectRun) -> None:
     run = detect_run(scores="energy,mahalanobis", fit=None)
-    run.run()
-    report = write_detect_report(run.folder.path).read_text(encoding="utf-8")
+    run.start()
+    report = write_report(run.folder.path).read_text(encoding="utf-8")
     for words in ("FPR95", "Unknown (near), and accepted", "wolf/0", "pass --fit DATA", "data:image/png", "DeLong"):
         assert words in report, words
     assert "<script" not in report
 
 
 def test_a_repetition_is_read_back(detect_run: DetectRun) -> None:
-    first = detect_run().run()
+    first = detect_run().start().summary
     again = detect_run()
-    again.classifier.forward = None  # type: ignore[assignment]  # any use of the model would fail
-    assert again.run() == first
+    again.work.classifier.forward = None  # type: ignore[assignment]  # any use of the model would fail
+    assert again.start().summary == first
 
 
 def test_stopped_anywhere_it_ends_the_same(detect_run: DetectRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robustvlm.commands.detect.encoding.CHUNK", 4)
-    straight = detect_run(name="straight", batch_size=4, **ATTACK).run()
+    straight = detect_run(name="straight", batch_size=4, **ATTACK).start().summary
     for images in (5, 50, 30, 20):
         try:
-            detect_run(batch_size=3, **ATTACK).run(Interrupt(images))
+            detect_run(batch_size=3, **ATTACK).start(Interrupt(images))
         except KeyboardInterrupt:
             continue
-    resumed = detect_run(batch_size=4, **ATTACK).run()
+    resumed = detect_run(batch_size=4, **ATTACK).start().summary
     assert lasting(resumed) == lasting(straight)
 
 
 def test_batches_and_limits(detect_run: DetectRun) -> None:
     """Scores do not depend on the batch size, and a smaller selection is part of a larger one."""
     whole, small = detect_run(name="a", batch_size=64), detect_run(name="b", batch_size=3, limit=8)
-    whole.run()
-    small.run()
+    whole.start()
+    small.start()
     tables = [pq.read_table(run.folder.results_path).to_pylist() for run in (whole, small)]
     values = {(row["set"], row["image_id"]): row["energy"] for row in tables[0]}
     assert len(tables[1]) == 24
@@ -82,7 +82,7 @@ def test_batches_and_limits(detect_run: DetectRun) -> None:
 
 
 def test_nothing_to_learn_from(detect_run: DetectRun) -> None:
-    summary = detect_run(fit=None).run()
+    summary = detect_run(fit=None).start().summary
     assert summary.fit is None
     assert "--fit" in summary.skipped["knn"]
     assert {score.name for score in summary.scores} >= {"msp", "neglabel", "s-dis"}
@@ -90,7 +90,7 @@ def test_nothing_to_learn_from(detect_run: DetectRun) -> None:
 
 def test_a_model_that_may_refuse_shows_its_own_decision(detect_run: DetectRun) -> None:
     run = detect_run("small_encoders:Encoder+reject:0.9", scores="msp,energy")
-    summary = run.run()
+    summary = run.start().summary
     assert [score.name for score in summary.scores] == ["own", "msp", "energy"]
     assert summary.own is not None
     rows = pq.read_table(run.folder.results_path).to_pylist()
@@ -115,7 +115,7 @@ def test_a_model_of_logits_alone(detect_run: DetectRun, detect_images: Path, mon
         "        return self.inner.encode_image(x)[:, :3]\n"
     )
     monkeypatch.syspath_prepend(str(detect_images))
-    summary = detect_run("only_logits:Net").run()
+    summary = detect_run("only_logits:Net").start().summary
     assert [score.name for score in summary.scores] == ["msp", "max-logit", "energy"]
     assert "encoder" in summary.skipped["mcm"]
 
@@ -130,8 +130,7 @@ def test_an_immunised_model_shows_its_score_before_thresholds() -> None:
     classifier = ImmunisedClassifier(vlm, immunity)
     panel = make_panel(classifier, ["{}"], ["msp"], None, None)
     pixels = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        features, output = answers(classifier, pixels)
+    features, output = Answers(classifier, batch_size=9)(pixels)
     assert features is not None
     assert output is not None
     found = panel.scores(Encoded([str(i) for i in range(9)], torch.zeros(9, dtype=torch.int64), features, output))
@@ -142,13 +141,13 @@ def test_an_immunised_model_shows_its_score_before_thresholds() -> None:
 
 def test_small_memory(detect_run: DetectRun) -> None:
     whole, small = (
-        detect_run(name="a", scores="energy").run(),
-        detect_run("SmallMemory", name="b", scores="energy").run(),
+        detect_run(name="a", scores="energy").start().summary,
+        detect_run("SmallMemory", name="b", scores="energy").start().summary,
     )
     assert small.scores[0].on[0].auroc.value == pytest.approx(whole.scores[0].on[0].auroc.value)
 
 
 def test_summaries_are_plain_json(detect_run: DetectRun) -> None:
     run = detect_run(scores="msp,knn")
-    summary = run.run()
+    summary = run.start().summary
     assert DetectSummary.model_validate(json.loads(run.folder.summary_path.read_text())) == summary

@@ -22,8 +22,7 @@ from PIL import Image
 from robustvlm.commands.attack import attack
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
-from robustvlm.commands.detect.config import Settings as DetectSettings
-from robustvlm.commands.detect.run import prepare_detect
+from robustvlm.commands.detect import detect
 from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.commands.immunize import IMMUNIZE, ImmunizeSettings, view
 from robustvlm.commands.immunize.images import held_back
@@ -249,14 +248,8 @@ def test_every_command_takes_the_run(make_folder: MakeFolder) -> None:
         assert certified.summary().images == 6
     names = {row["claim"] for row in pq.read_table(out / "certify-openset" / "results.parquet").to_pylist()}
     assert names <= {"openset-accept", "openset-reject"}
-    detect = prepare_detect(
-        DetectSettings(
-            model=folder, known=data, unknown=[f"imagefolder:{other}"], scores="mcm,energy", draws=100, fit="none"
-        ),
-        out=out,
-        name="detect",
-    )
-    assert detect.run().scores[0].name == "own"
+    options = {"id": data, "ood": f"imagefolder:{other}", "scores": "mcm,energy", "draws": 100, "fit": "none"}
+    assert detect(folder, **options, out=out, name="detect").summary.scores[0].name == "own"
 
 
 def test_intruders_are_attacked_end_to_end(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -395,13 +388,10 @@ def test_antibodies_that_name_a_class_of_an_unknown_set_are_left_out_and_said(
     assert any(note.startswith("Oracle: 1 antibodies") for note in kept["notes"])
     assert view.tone(kept) != "held"
     # A finished run keeps its antibodies, and `detect` says what they are to the sets that it is judged on.
-    settings = DetectSettings(
-        model=str(oracle.folder.path), known=f"imagefolder:{photos}", unknown=(f"near={unknown}",), draws=100,
-        scores="own,msp", device="cpu",
-    )  # fmt: skip
-    summary = prepare_detect(settings, out=tmp_path, name="judged").run()
+    options = {"id": f"imagefolder:{photos}", "ood": f"near={unknown}", "draws": 100, "scores": "own,msp"}
+    summary = detect(str(oracle.folder.path), **options, device="cpu", out=tmp_path, name="judged").summary
     assert any("Oracle: 1 antibodies of the model name classes" in check.message for check in summary.checks)
-    plain = prepare_detect(replace(settings, model=str(run.folder.path)), out=tmp_path, name="plain").run()
+    plain = detect(str(run.folder.path), **options, device="cpu", out=tmp_path, name="plain").summary
     assert not any("Oracle" in check.message for check in plain.checks)
 
 

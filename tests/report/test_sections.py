@@ -174,3 +174,9 @@ def test_a_pipeline_names_its_parts_in_order_and_what_does_not_fit() -> None:
     said = shown(*build.blocks(build.Pipeline(name="p", parts=parts, model={}, misfits=misfits)))
     assert "encoder tiny > smoothing 0.25:8" in said
     assert "warning: the head was made for another encoder" in said
+
+
+def test_a_heading_of_rows_is_not_broken_where_the_names_below_it_are_short() -> None:
+    wide = [(f"n{i}", *("0.123  0.100" for _ in range(6))) for i in range(2)]
+    columns = [Column("set"), *(Column(f"column {i}") for i in range(6))]
+    assert "Mahalanobis" in shown(Table(columns, ["Mahalanobis", *wide]), width=60)

@@ -97,6 +97,10 @@ NAMES = {
     "build": ({"smooth": "0.25:8"}, "build-tiny-4b7e6816"),
     "tune-prompts": ({"device": "cpu"}, "tune-prompts-tiny-00448fd4"),
     "tune-prompts coop": ({"device": "cpu", "ebm": False, "shots": 0}, "tune-prompts-tiny-471968c8"),
+    "detect": (
+        {"device": "cpu", "scores": "mcm", "norm": "L2", "fit": "none", "classes": "a.txt", "under_attack": True},
+        "detect-tiny-d7fda8fb",
+    ),
     "soup": ({"models": ["a", "b"], "device": "cpu"}, "soup-tiny-b0671983"),
 }
 
@@ -105,5 +109,7 @@ NAMES = {
 def test_the_settings_of_earlier_runs_are_found_again(case: str) -> None:
     options, name = NAMES[case]
     kind = case.split()[0]
-    settled = {"eps": 1 / 255, "eps_text": "1/255"} if kind == "soup" else {}
+    settled: dict[str, object] = {"eps": 1 / 255, "eps_text": "1/255"} if kind == "soup" else {}
+    if kind == "detect":
+        settled = {"unknown": [], "scores": ["mcm"], "words": "w", "under_attack": None}
     assert default_name(kind, "tiny", "", command_of(kind).settings(**options).stored(**settled)) == name

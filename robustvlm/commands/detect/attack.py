@@ -34,9 +34,9 @@ from robustvlm.attacks.oracle import settle_draws
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.commands.common.questions import ask, fit_for, of_probe, require_independent_rows
 from robustvlm.commands.common.store import JournalLedger, cost_of
-from robustvlm.commands.detect.config import OWN, DetectObserver, UnderAttack
-from robustvlm.commands.detect.encoding import Encoded, answers
+from robustvlm.commands.detect.encoding import Answers, Encoded
 from robustvlm.commands.detect.scoring import Panel
+from robustvlm.commands.detect.summary import OWN, UnderAttack
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.source import DataSource
 from robustvlm.defenses import Classifier
@@ -44,6 +44,7 @@ from robustvlm.detect import Detector, Head
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check
+from robustvlm.runs.settings import Observer
 
 # A classifier that accepts an image when a detection score is above a threshold: what attacks on scores attack
 
@@ -180,8 +181,6 @@ class AttackLedger(JournalLedger):
 
 # Attacks on scores: known images are to be refused, unknown ones to be accepted, by attacks that know the score
 
-KNOWN = "known"
-
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -211,7 +210,7 @@ class ScoreAttacks:
         clean: Mapping[str, Mapping[str, Tensor]],
         encoded: Mapping[str, Encoded],
         ledger: AttackLedger,
-        observer: DetectObserver,
+        observer: Observer,
         seed: int,
     ) -> None:
         self.config, self.attacks, self.classifier, self.panel = config, attacks, classifier, panel
@@ -248,7 +247,7 @@ class ScoreAttacks:
         for attack in self.attacks:
             pictures = self._pictures(target, self.ledger.done(name, target.name, attack.name))
             title = f"{attack.name}, {name}, {target.name}: {goal.spec}"
-            self.observer.begin(title, None if not pictures else len(pictures), 0)
+            self.observer.begin(title, len(pictures) or None)
             if not pictures:
                 continue
             probed = probed or self._probe(oracle, pictures)
@@ -360,9 +359,9 @@ class Logits(nn.Module):
 
 
 def fool(
-    classifier: Classifier, pictures: list[Picture], attack: LaneAttack, threat: ThreatModel, *, lanes: int, seed: int
+    answers: Answers, pictures: list[Picture], attack: LaneAttack, threat: ThreatModel, *, lanes: int, seed: int
 ) -> Encoded:
-    """Attack images that are classified right; return what the model says of those that are wrong at the end.
+    """Attack images that a model classifies right; return what it says of those that are wrong at the end.
 
     No image leaves at its first success: it would stand on the border of two classes, where any score of confidence
     finds it. The attack goes on to the most wrong image it can find.
@@ -370,6 +369,7 @@ def fool(
     Args:
         pictures: images of known classes, each classified right.
     """
+    classifier = answers.classifier
     oracle = Oracle(Logits(classifier), device=classifier.device, seed=seed)
     rows = [pictures[i % len(pictures)] for i in range(lanes)]
     labels = torch.tensor([picture.label for picture in rows])
@@ -389,7 +389,6 @@ def fool(
     fooled = sorted((r for r in engine.run(jobs) if r.outcome == FOOLED), key=lambda result: result.job.index)
     if not fooled:
         return Encoded([], torch.zeros(0, dtype=torch.int64), None, None)
-    with torch.inference_mode():
-        features, output = answers(classifier, torch.stack([result.adversarial for result in fooled]))
+    features, output = answers(torch.stack([result.adversarial for result in fooled]))
     ids, wanted = [r.job.image_id for r in fooled], torch.tensor([r.job.label for r in fooled])
     return Encoded(ids, wanted, features, output)

@@ -1,4 +1,4 @@
-"""From images to features: encoded once, kept in the run folder, so that a repetition reads them back."""
+"""From images to features: the same bits wherever an image stands, kept in the run folder and read back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.commands.detect.config import DetectObserver
+from robustvlm.core.batches import batch_sizes, narrower_after, steady_sizes
 from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
 from robustvlm.core.framing import to_pixels
@@ -22,14 +22,17 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
-from robustvlm.errors import UserError, is_out_of_memory
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.records import UnreadableImage
+from robustvlm.runs.settings import Observer
 
 # Images per file: a killed run loses what it had of one.
 CHUNK = 512
+# By more standard deviations than this a change of an answer is no rounding.
+_COUPLED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,27 +66,118 @@ class Encoded:
         )
 
 
-class Encoder:
-    """Encodes sets of images with a classifier and keeps what it says, in files of `CHUNK` images.
+class Answers:
+    """What a model says of images, of any number at a time: an image's bits depend on neither its place nor its batch.
+
+    The last batch of a set, or of a session, is filled up to a size on which that is so (`steady_sizes`): an image gets
+    the same scores whoever stands beside it, and in two sets it gets them twice. Of a model whose answer to the same
+    batch changes, as of one that is random, no batch is filled.
 
     Args:
-        classifier: the model; folder: of the kept features; owner: manifest of their run.
-        seed: of the draws of a random model.
-        batch_size: images per pass, halved for as long as memory runs out.
+        classifier: the model; batch_size: images per pass, fewer where memory does not suffice.
+
+    Example:
+        >>> from robustvlm.defenses import load_classifier
+        >>> answers = Answers(load_classifier("tiny", ["apple", "dog"], ["{}"], cache=False), batch_size=8)
+        >>> images = torch.rand(11, 3, 64, 64)
+        >>> features, output = answers(images)
+        >>> bool((answers(images[5:8])[0] == features[5:8]).all()), output
+        (True, None)
     """
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        folder: Path,
-        *,
-        owner: Manifest,
-        seed: int,
-        batch_size: int,
-        observer: DetectObserver,
-    ) -> None:
-        self.classifier, self.folder, self.owner, self.seed = classifier, folder, owner, seed
-        self.batch_size, self.observer = batch_size, observer
+    def __init__(self, classifier: Classifier, *, batch_size: int) -> None:
+        self.classifier = classifier
+        self._sizes: tuple[int, ...] = (batch_size,)
+        self._steady = self._asked = False
+
+    def batch(self, shape: torch.Size) -> int:
+        """Return how many images of a shape [3, H, W] are best asked about at a time; the model is tried out first."""
+        self._try_out(shape)
+        return self._sizes[0]
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return features [B, D] of pixels, if there is an encoder, and the output where they do not decide it.
+
+        Both on the CPU in float32.
+        """
+        self._try_out(pixels.shape[1:])
+        parts, rest = [], pixels
+        while len(rest):
+            for size in batch_sizes(self._sizes, min(len(rest), self._sizes[0])) if self._steady else self._sizes[:1]:
+                try:
+                    parts.append(self._filled(rest[:size], size))
+                except (RuntimeError, MemoryError) as error:
+                    self._sizes = narrower_after(error, self._sizes, self.classifier.device)
+                    break
+                rest = rest[size:]
+        return _stack([part[0] for part in parts]), _stack([part[1] for part in parts])
+
+    def _filled(self, pixels: Tensor, size: int) -> tuple[Tensor | None, Tensor | None]:
+        """Ask about a batch, filled up to `size` with rows of its own."""
+        count = len(pixels)
+        if self._steady and count < size:
+            pixels = pixels[torch.arange(size) % count]
+        features, output = self._ask(pixels)
+        return None if features is None else features[:count], None if output is None else output[:count]
+
+    def _ask(self, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        classifier, moved = self.classifier, pixels.to(self.classifier.device)
+        with torch.inference_mode(), full_precision_kernels():
+            features = None if classifier.vlm is None else classifier.vlm.encode_image(moved).float().cpu()
+            output = classifier(moved).float().cpu() if features is None or classifier.can_reject else None
+        return features, output
+
+    def _try_out(self, shape: torch.Size) -> None:
+        """Find the batch sizes on fixed noise, so that every session finds the same ones.
+
+        Raises UserError for a model whose answer to an image depends on the others in its batch.
+        """
+        while not self._asked and self._sizes[0] > 1:
+            noise = torch.rand((self._sizes[0], *shape), generator=torch.Generator().manual_seed(0))
+            try:
+                with own_draws(self.classifier, 0):
+                    self._question(noise)
+                break
+            except (RuntimeError, MemoryError) as error:
+                self._sizes = narrower_after(error, self._sizes, self.classifier.device)
+        self._asked = True
+
+    def _question(self, noise: Tensor) -> None:
+        first, again = self._rows(noise), self._rows(noise)
+        if not all(map(torch.equal, first, again)):
+            return
+        others = noise.flip(0) * 0.5
+        others[-1] = noise[0]  # moving it shows what looks at earlier rows
+        self._require_independent([new[-1:] for new in self._rows(others)], first)
+        self._sizes, self._steady = steady_sizes(lambda rows: self._rows(noise[rows]), len(noise), first), True
+
+    def _rows(self, pixels: Tensor) -> list[Tensor]:
+        return [found.nan_to_num() for found in self._ask(pixels) if found is not None]
+
+    def _require_independent(self, alone: Sequence[Tensor], first: Sequence[Tensor]) -> None:
+        change = max(
+            float((new - old[:1]).abs().max() / old.std().clamp_min(1e-12))
+            for new, old in zip(alone, first, strict=True)
+        )
+        if change > _COUPLED:
+            raise UserError(
+                f"what model '{self.classifier.spec}' says of an image depends on the other images in its batch (it "
+                f"moved by {change:.2g} standard deviations when only the neighbours changed): pass "
+                f"{setting('batch_size', 1)}, or take out what works across the batch, such as batch normalisation in "
+                "training mode"
+            )
+
+
+class Encoder:
+    """Encodes sets of images with a model and keeps what it says, in files of `CHUNK` images.
+
+    Args:
+        answers: of the model; folder: of the kept features; owner: manifest of their run.
+        seed: of the draws of a random model.
+    """
+
+    def __init__(self, answers: Answers, folder: Path, *, owner: Manifest, seed: int, observer: Observer) -> None:
+        self.answers, self.folder, self.owner, self.seed, self.observer = answers, folder, owner, seed, observer
 
     def encode(self, source: DataSource, name: str, *, limit: int | None, title: str) -> Encoded:
         """Return what the model says of the images of a source, of which `limit` are chosen by a hash of their ids.
@@ -107,7 +201,7 @@ class Encoder:
 
     def _fresh(self, source: DataSource, known: set[str], limit: int | None) -> Iterator[Encoded]:
         """Yield chunks of the images that no kept file holds."""
-        batch: list[Sample] = []
+        batch: list[tuple[Sample, Tensor]] = []
         done: list[Encoded] = []
         unreadable: list[UnreadableImage] = []
         seen = set(known)
@@ -119,8 +213,8 @@ class Encoder:
                 unreadable.append(UnreadableImage(id=item.id, reason=item.reason))
                 self.observer.advance(1)
                 continue
-            batch.append(item)
-            if len(batch) == self.batch_size:
+            batch.append((item, to_pixels(item.image, self.answers.classifier.framing)))
+            if len(batch) >= self.answers.batch(batch[0][1].shape):
                 done.append(self._ask(batch))
                 batch = []
             if sum(len(part.ids) for part in done) >= CHUNK:
@@ -131,23 +225,28 @@ class Encoder:
         if done or unreadable:
             yield _joined(done, unreadable)
 
-    def _ask(self, batch: Sequence[Sample]) -> Encoded:
-        pixels = torch.stack([to_pixels(sample.image, self.classifier.framing) for sample in batch])
-        began = time.perf_counter()
-        cuda = [self.classifier.device] if self.classifier.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.inference_mode(), full_precision_kernels():
-            torch.manual_seed(derive_seed(self.seed, "encode", batch[0].id))
-            features, output = answers(self.classifier, pixels)
+    def _ask(self, batch: Sequence[tuple[Sample, Tensor]]) -> Encoded:
+        samples, pixels = [sample for sample, _ in batch], torch.stack([image for _, image in batch])
+        classifier, began = self.answers.classifier, time.perf_counter()
+        with own_draws(classifier, derive_seed(self.seed, "encode", samples[0].id)):
+            features, output = self.answers(pixels)
         seconds = time.perf_counter() - began
         for found in (features, output):
             if found is not None and not found.isfinite().all():
-                name = batch[int(found.isfinite().all(dim=1).logical_not().nonzero()[0])].id
-                raise UserError(
-                    f"model '{self.classifier.spec}' gives NaN or infinite values, first for the image '{name}'"
-                )
+                name = samples[int(found.isfinite().all(dim=1).logical_not().nonzero()[0])].id
+                raise UserError(f"model '{classifier.spec}' gives NaN or infinite values, first for the image '{name}'")
         self.observer.advance(len(batch))
-        labels = torch.tensor([sample.label for sample in batch])
-        return Encoded([sample.id for sample in batch], labels, features, output, seconds)
+        labels = torch.tensor([sample.label for sample in samples])
+        return Encoded([sample.id for sample in samples], labels, features, output, seconds)
+
+
+@contextlib.contextmanager
+def own_draws(classifier: Classifier, seed: int) -> Iterator[None]:
+    """Let a random model draw from a seed, and leave the draws of all others as they were."""
+    cuda = [classifier.device] if classifier.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield
 
 
 def kept(path: Path, make: Callable[[], Encoded], *, owner: Manifest) -> Encoded:
@@ -170,25 +269,6 @@ def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: 
     with replacing(path) as temporary:
         temporary.write_bytes(save({"words": made}, metadata=wanted))
     return made
-
-
-def answers(classifier: Classifier, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return features [B, D] of pixels, if there is an encoder, and the output where features alone do not decide it.
-
-    Both on the CPU in float32. With half as many images at a time for as long as memory runs out.
-    """
-    try:
-        moved = pixels.to(classifier.device)
-        features = None if classifier.vlm is None else classifier.vlm.encode_image(moved).float().cpu()
-        output = classifier(moved).float().cpu() if features is None or classifier.can_reject else None
-        return features, output
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or len(pixels) == 1:
-            raise
-    # Outside the handler, which would keep the failed pass's tensors alive.
-    half = len(pixels) // 2
-    first, second = answers(classifier, pixels[:half]), answers(classifier, pixels[half:])
-    return _stack([first[0], second[0]]), _stack([first[1], second[1]])
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:

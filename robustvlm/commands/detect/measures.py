@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.commands.detect.attack import KNOWN, AttackLedger, worst_scores
-from robustvlm.commands.detect.config import OWN, OWN_SDIS
+from robustvlm.commands.detect.attack import AttackLedger, worst_scores
 from robustvlm.commands.detect.scoring import Panel
 from robustvlm.commands.detect.summary import (
+    KNOWN,
+    OWN,
+    OWN_SDIS,
     Adversarial,
     AttackedOnSet,
     AttackedScore,

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from robustvlm.commands.detect.attack import KNOWN
 from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.commands.detect.measures import Scored, title_of
 from robustvlm.commands.detect.scoring import Panel, copies_of
+from robustvlm.commands.detect.summary import KNOWN
 from robustvlm.data.names import readings, same_things, some_of
 from robustvlm.data.specs import Unlabelled
 from robustvlm.defenses import Classifier

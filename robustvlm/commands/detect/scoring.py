@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustvlm.commands.detect.config import OWN, OWN_SDIS
 from robustvlm.commands.detect.encoding import Encoded
+from robustvlm.commands.detect.summary import OWN, OWN_SDIS
 from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.data.splits import _ROWS, copies, in_both
 from robustvlm.defenses import Classifier
 from robustvlm.detect import SDIS, Detector, Head, Supplies, make_scores
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.models.zero_shot import class_embeddings
 
 
@@ -123,8 +123,8 @@ def require_apart(known: Encoded, fit: Encoded | None, known_spec: str, fit_spec
     both = [] if fit is None or fit_spec is None else in_both(known_spec, known.ids, fit_spec, fit.ids)
     if both:
         raise UserError(
-            f"{len(both)} images are both in --fit and in --id (the first, '{both[0]}'): judge scores on images that "
-            "they have not learnt from"
+            f"{len(both)} images are both in {setting('fit')} and in {setting('id')} (the first, '{both[0]}'): judge "
+            "scores on images that they have not learnt from"
         )
 
 

@@ -1,4 +1,4 @@
-"""The content of a detect run's `summary.json`, and the conditions that are put to it."""
+"""What a detect run keeps: the settings in its manifest, its `summary.json`, and the conditions put to that."""
 
 from __future__ import annotations
 
@@ -6,14 +6,73 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from robustvlm.commands.common.conditions import Comparison, parse_comparison
-from robustvlm.commands.detect.config import OWN, OWN_SDIS, DetectConfig
 from robustvlm.detect.metrics import METRICS
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.runs.records import Check, Record, UnreadableImage
 from robustvlm.stats import Rate
+
+# What is read of the settings in the manifest
+
+
+class NamedData(BaseModel):
+    """A set of unknown images: the name that tables show, and its data spec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    spec: str
+
+
+class UnderAttack(BaseModel):
+    """How scores are attacked.
+
+    Args:
+        scores: those that are attacked, each for its own sake.
+        limit: images per set; lanes: rows of a batch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scores: list[str]
+    attack: list[str]
+    norm: str
+    eps: float
+    eps_text: str
+    limit: int
+    lanes: int
+
+
+class DetectConfig(BaseModel):
+    """The settings that reports and conditions read, out of the manifest of a detect run.
+
+    Args:
+        known, fit: data of known classes, judged and learnt from; fit is None where nothing may be learnt.
+        unknown: sets of unknown images. temperature: of energies, on the logits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: str
+    known: str
+    unknown: list[NamedData]
+    fit: str | None
+    scores: list[str]
+    temperature: float = 1.0
+    under_attack: UnderAttack | None = None
+
+
+OWN = "own"
+"""Name of the acceptance score of a model that may refuse, among the scores of a run."""
+
+OWN_SDIS = "own-s-dis"
+"""Name of S_DIS on the model's own prototypes and antibodies: its acceptance before thresholds of classes come off."""
+
+KNOWN = "known"
+"""Name of the set of known images."""
+
 
 # The content of a detect run's `summary.json`: every number that its tables and report show
 
@@ -197,7 +256,7 @@ class DetectCondition:
         unknown: the set of unknown images, None for every one.
 
     Example:
-        >>> found = parse_detect_condition("auroc:mcm@near.low < 80%")
+        >>> found = parse_condition("auroc:mcm@near.low < 80%")
         >>> found.quantity, found.score, found.unknown, found.comparison.part
         ('auroc', 'mcm', 'near', 'low')
     """
@@ -224,7 +283,7 @@ class DetectCondition:
         scores = config.scores + ([OWN, OWN_SDIS] if may_refuse else [])
         if self.quantity in _ATTACKED:
             if config.under_attack is None:
-                raise UserError(f"'{self.text}' asks about attacked scores: pass --under-attack too")
+                raise UserError(f"'{self.text}' asks about attacked scores: pass {setting('under_attack', True)} too")
             scores = config.under_attack.scores
         self._require_score(scores)
         self._require_set([named.name for named in config.unknown])
@@ -266,11 +325,12 @@ class DetectCondition:
     def _require_set(self, names: Sequence[str]) -> None:
         if self.unknown is not None and self.unknown not in names:
             raise UserError(
-                f"'{self.text}' asks about the set '{self.unknown}', the run has {', '.join(names)}: see --ood"
+                f"'{self.text}' asks about the set '{self.unknown}', the run has {', '.join(names)}: "
+                f"see {setting('ood')}"
             )
 
 
-def parse_detect_condition(text: str) -> DetectCondition:
+def parse_condition(text: str) -> DetectCondition:
     """Return the condition of `QUANTITY[:SCORE][@SET][.low|.high] (>|<|>=|<=) NUMBER[%]`.
 
     Raises:

@@ -1,31 +1,65 @@
-"""A finished detect run read back from its folder, its charts, and its HTML report."""
+"""A finished detect run read back from its folder, and all that is said of it, in the terminal and on the page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
-from robustvlm.commands.detect import terminal as words
-from robustvlm.commands.detect.config import OWN, DetectConfig
-from robustvlm.commands.detect.summary import DetectSummary, ScoreSummary
+from robustvlm.commands.detect import words
+from robustvlm.commands.detect.charts import Curve, auroc_chart, histogram, roc_chart
+from robustvlm.commands.detect.summary import (
+    OWN,
+    AttackedScore,
+    DetectConfig,
+    DetectSummary,
+    Measured,
+    ScoreSummary,
+    SetSummary,
+)
 from robustvlm.core.files import require_regular
 from robustvlm.detect import BASELINES
-from robustvlm.detect.metrics import roc_points
 from robustvlm.errors import UserError
-from robustvlm.report import tables
-from robustvlm.report.charts import DASHES, INK, MUTED, SERIES, STYLE, as_svg, chart, legend, new_figure
-from robustvlm.report.page import data_uri, drawing, page, write_page
-from robustvlm.report.words import duration, plain
-from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
+from robustvlm.report import screen, tables
+from robustvlm.report.page import data_uri, drawing, page_of, write_page
+from robustvlm.report.sections import (
+    Block,
+    Card,
+    Chart,
+    Checks,
+    Closing,
+    Code,
+    Column,
+    Facts,
+    Inline,
+    Line,
+    Measure,
+    More,
+    Name,
+    Pair,
+    Picture,
+    Pictures,
+    Report,
+    Row,
+    Section,
+    Small,
+    Table,
+    Text,
+    Verdict,
+    cost_section,
+    left_out,
+    manifest_section,
+)
+from robustvlm.report.words import RANGE, duration, moment, norm_name, percent, plain
+from robustvlm.runs.manifest import require_shape, require_unchanged
 from robustvlm.runs.read import read_manifest_of, read_object, read_rows
 from robustvlm.runs.run import FinishedRun
 
@@ -58,12 +92,7 @@ class DetectRecord(FinishedRun[DetectSummary]):
         return np.asarray(self.rows.column(name).to_numpy(), dtype=np.float64)[chosen]
 
 
-def is_detect_run(folder: Path) -> bool:
-    """Whether the folder's manifest says that it is a detect run; False where none can be read."""
-    return kind_of_run(folder) == "detect"
-
-
-def load_detect_run(folder: Path) -> DetectRecord:
+def read_run(folder: Path) -> DetectRecord:
     """Read a finished detect run; UserError when it has not ended, is of another kind, or a file is damaged."""
     manifest = read_manifest_of(folder)
     if manifest["kind"] != "detect":
@@ -84,138 +113,185 @@ def load_detect_run(folder: Path) -> DetectRecord:
     return DetectRecord(folder, manifest, summary, config, rows)
 
 
-# Charts of detection: AUROC of every score, ROC curves, and how the scores of known and unknown images lie
-
-Array = NDArray[np.float64]
-_MARKERS = "osD^v"
-# Points of a drawn ROC curve at most: a page does not get better by more.
-_POINTS = 400
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """One score on one set: its name and the scores of known and unknown images."""
-
-    name: str
-    known: Array
-    unknown: Array
-
-
-@chart
-def auroc_chart(scores: Sequence[ScoreSummary], sets: Sequence[str], *, key: str) -> Markup:
-    """Draw the AUROC of every score with its interval, a colour and marker per set of unknown images."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure((6.4, 0.9 + 0.31 * len(scores)))
-        rows = np.arange(len(scores))[::-1]
-        for i, name in enumerate(sets):
-            at = [next(on for on in score.on if on.unknown == name).auroc for score in scores]
-            values = np.array([value.value for value in at])
-            reach = np.abs(np.array([[value.low for value in at], [value.high for value in at]]) - values)
-            shift = 0.18 * (len(sets) - 1) / 2 - 0.18 * i
-            axes.errorbar(
-                values, rows + shift, xerr=reach, fmt=_MARKERS[i % len(_MARKERS)], ms=4.5, lw=1.2,
-                color=SERIES[i % len(SERIES)], label=name,
-            )  # fmt: skip
-        axes.set_yticks(rows, [score.title for score in scores])
-        axes.set_ylim(-0.6, len(scores) - 0.4)
-        low = min(on.auroc.low for score in scores for on in score.on)
-        axes.set_xlim(min(0.45, low - 0.02), 1.005)
-        axes.axvline(0.5, color=MUTED, lw=0.8, ls=":")
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel("AUROC, 95% interval (0.5: no better than chance)")
-        legend(figure, columns=3)
-        best = max(scores, key=lambda score: sum(on.auroc.value for on in score.on))
-        reached = ", ".join(f"{on.unknown} {on.auroc.value:.3f}" for on in best.on)
-        return as_svg(figure, key=key, alt=f"AUROC of every score. Highest mean: {best.title}, {reached}.")
-
-
-@chart
-def roc_chart(curves: Sequence[Curve], *, key: str, unknown: str) -> Markup:
-    """Draw ROC curves of some scores on one set, with the line at 95% of the known images."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        for i, curve in enumerate(curves):
-            false, true = _thinned(*roc_points(curve.known, curve.unknown))
-            axes.plot(false, true, color=SERIES[i % len(SERIES)], ls=DASHES[i % len(DASHES)], lw=1.6, label=curve.name)
-        axes.axhline(0.95, color=INK, lw=0.8, ls=":")
-        axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
-        axes.set_xlim(-0.01, 1.01)
-        axes.set_ylim(-0.01, 1.01)
-        axes.set_xlabel(f"unknown images accepted ({unknown})")
-        axes.set_ylabel("known images accepted")
-        legend(figure, columns=3)
-        return as_svg(figure, key=key, alt=f"ROC curves on {unknown}: {', '.join(curve.name for curve in curves)}.")
-
-
-@chart
-def histogram(known: Array, unknown: Sequence[tuple[str, Array]], threshold: float, *, key: str, title: str) -> Markup:
-    """Draw the distribution of a score over known and unknown images, as shares, with the threshold."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        every = np.concatenate([known, *(values for _, values in unknown)])
-        # A few far outliers, as distances have, must not press all the rest into one bar.
-        low, high = np.percentile(every, [0.5, 99.5])
-        bins = np.linspace(low, high if high > low else low + 1.0, 31)
-        for i, (name, values) in enumerate([("known", known), *unknown]):
-            shares = np.histogram(np.clip(values, bins[0], bins[-1]), bins)[0] / len(values)
-            axes.stairs(100 * shares, bins, color=SERIES[i % len(SERIES)], lw=1.6, label=name, fill=False)
-            axes.stairs(100 * shares, bins, color=SERIES[i % len(SERIES)], alpha=0.15, fill=True)
-        if bins[0] <= threshold <= bins[-1]:
-            axes.axvline(threshold, color=INK, lw=1, ls="--")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(f"{title} (accepted right of the line)")
-        axes.set_ylabel("% of images")
-        legend(figure, columns=3)
-        medians = ", ".join(f"{name} {np.median(values):.3g}" for name, values in [("known", known), *unknown])
-        return as_svg(figure, key=key, alt=f"Distribution of {title}; medians: {medians}; threshold {threshold:.3g}.")
-
-
-def _thinned(false: Array, true: Array) -> tuple[Array, Array]:
-    if len(false) <= _POINTS:
-        return false, true
-    keep = np.unique(np.linspace(0, len(false) - 1, _POINTS).round().astype(int))
-    return false[keep], true[keep]
-
-
-# The HTML report of a detect run: one file that needs no network and no script
+# All that is said of a detect run, in the order of the page
 
 # Lines in a chart of ROC curves: more cannot be told apart.
 _CURVES = 5
+_INTERVALS = (
+    f"Intervals are 95%: DeLong's for AUROCs, bootstrap for the other metrics, exact Clopper{RANGE}Pearson for shares."
+)
 
 
-def write_detect_report(folder: Path, out: Path | None = None) -> Path:
+def show(run: DetectRecord, console: Console) -> None:
+    """Print the closing tables of a detect run: every score on every set, attacks, what was skipped, the verdict."""
+    closing = Closing({"Report": run.report, "Results": run.folder / "results.parquet"})
+    screen.show(console, detect_report(run), closing)
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished detect run, by default to `report.html` in its folder, and return its path.
 
     Raises UserError for a folder that holds no finished detect run.
     """
     path = out or folder / "report.html"
     with drawing(folder):
-        text = render_detect_run(load_detect_run(folder))
+        text = page_of(detect_report(read_run(folder)))
     write_page(path, text)
     return path
 
 
-def render_detect_run(run: DetectRecord) -> str:
-    """Return the report of one detect run as HTML."""
+def detect_report(run: DetectRecord) -> Report:
+    """Return all that is said of a detect run."""
     summary = run.summary
-    titles = {score.name: score.title for score in summary.scores}
-    return page(
-        "detect.html.j2",
-        run=run,
-        config=run.config,
-        summary=summary,
-        words=words,
-        titles=titles,
-        oracles=words.oracle_titles(summary),
-        shown=run.shown,
-        auroc=auroc_chart(summary.scores, [part.name for part in summary.unknown], key="auroc"),
-        rocs=[_roc(run, part.name, key=f"roc{i}") for i, part in enumerate(summary.unknown)],
-        histograms=_histograms(run),
-        mistakes=load_mistakes(run),
-        findings=tables.findings(summary.checks),
-        cost=_cost(run),
-        manifest=tables.manifest_rows(run.manifest),
+    lines = [words.verdict(summary), words.comparison(summary), words.words_sentence(summary)]
+    lines += [words.own_sentence(summary), words.attack_sentence(summary)]
+    return Report(
+        kind="detection report",
+        name=run.name,
+        kicker="Detection report",
+        facts=_facts(run),
+        verdicts=[Verdict([line for line in lines if line], tone=words.tone(summary))],
+        cards=_cards(run),
+        sections=[
+            _scores(run),
+            Section("Curves", [Pair(_curves(run))], key="curves", short="Curves"),
+            *_under_attack(run),
+            *_mistakes(run),
+            *_checks(summary),
+            cost_section(_cost(summary)),
+            manifest_section(run.manifest),
+        ],
+        footer=_INTERVALS,
     )
+
+
+def _facts(run: DetectRecord) -> list[Inline]:
+    config, summary, created = run.config, run.summary, run.manifest.get("created")
+    line: list[Inline] = ["Model ", Code(config.model), f": {summary.known.images:,} known images of "]
+    line.append(Code(config.known))
+    for named, part in zip(config.unknown, summary.unknown, strict=True):
+        line += [f", {part.images:,} unknown ones of ", Code(named.spec)]
+    return [*line, f", {moment(created)}"] if created else line
+
+
+def _cards(run: DetectRecord) -> list[Card]:
+    summary, shown = run.summary, run.shown
+    first = Card("Right class", summary.accuracy, "known images, refusals left aside", good=True)
+    if summary.own is not None:
+        accepted = Card("Known images accepted", summary.own.accepted_known, "at the model's own threshold", good=True)
+        unknown = summary.own.accepted_unknown.items()
+        return [first, accepted, *(Card("Unknown images accepted", r, f"of {plain(name, 40)}") for name, r in unknown)]
+    cards = [first]
+    for part, on in zip(summary.unknown[:2], shown.on, strict=False):
+        groups = f" from {part.groups:,} independent ones" if part.groups < part.images else ""
+        small = f"95% interval {_of(on.auroc).interval}; {part.images:,} unknown images{groups}"
+        cards.append(Card(f"AUROC on {plain(part.name, 40)}, {shown.title}", _of(on.auroc).text, small))
+    return cards
+
+
+def _scores(run: DetectRecord) -> Section:
+    """Return the tables of every score on every set of unknown images."""
+    summary, config = run.summary, run.config
+    lead: list[Inline] = [
+        "For every score, higher means more likely known. AUROC: the chance that a known image scores above an unknown "
+        "one. FPR95: the share of unknown images accepted where 95% of the known ones are."
+    ]
+    if config.temperature != 1:
+        lead.append(f" Energies divide the logits by {config.temperature:g}.")
+    if summary.fit is not None:
+        lead += [f" Scores that learn from images have seen {summary.fit.images:,} of ", Code(str(config.fit)), "."]
+    sets = ", ".join(f"{part.images:,} {plain(part.name, 40)}" for part in summary.unknown)
+    titles = {score.name: score.title for score in summary.scores}
+    oracles = words.oracle_titles(summary)
+    names: list[Line] = [[s.title, " ", Small("oracle")] if s.title in oracles else s.title for s in summary.scores]
+    each = [(name, score) for name, score in zip(names, summary.scores, strict=True)]
+    rows: list[Row] = [
+        (
+            name,
+            *(_of(found) for on in score.on for found in (on.auroc, on.fpr95)),
+            Small(words.needs(score)),
+            f"{score.microseconds:.1f}",
+        )
+        for name, score in each
+    ]
+    rivals: list[Row] = [(name, *(Small(words.versus(on, titles)) for on in score.on)) for name, score in each]
+    precision: list[Row] = [
+        (
+            name,
+            Small(score.source),
+            *(_of(found) for on in score.on for found in (on.aupr_in, on.aupr_out)),
+            f"{score.threshold:.4g}",
+        )
+        for name, score in each
+    ]
+    best = [score.name for score in summary.scores].index(summary.best)
+    blocks: list[Block] = [
+        Text(lead, kind="lead"),
+        Chart(partial(auroc_chart, summary.scores, [part.name for part in summary.unknown], key="auroc")),
+        Table(
+            [Column("Score"), *_by_set(summary.unknown, "AUROC", "FPR95"), Column("Needs"), Column("µs", number=True)],
+            rows,
+            title=f"Known ({summary.known.images:,} images) against unknown ({sets})",
+            caption=f"µs an image: of the score alone; the encoder takes {summary.encode_ms:.2f} ms an image.",
+            strong=frozenset({best}),
+        ),
+        Table(
+            [Column("Score"), *(Column(plain(part.name, 40)) for part in summary.unknown)],
+            rivals,
+            title="Against the best other baseline",
+            caption="Difference of AUROC to the best of MSP, MCM, MaxLogit and energy that is another score, on the "
+            "same images, with its p-value by paired bootstrap, adjusted (Holm) for all scores of the column.",
+            only="page",
+        ),
+        More(
+            "Average precision (AUPR), and where the scores come from",
+            [
+                Table(
+                    [
+                        Column("Score"),
+                        Column("Source"),
+                        *_by_set(summary.unknown, "AUPR-in", "AUPR-out"),
+                        Column("Threshold (95%)", number=True),
+                    ],
+                    precision,
+                    caption="AUPR depends on how many known and unknown images there are: compare it within a column "
+                    "only.",
+                )
+            ],
+        ),
+    ]
+    return Section("How well every score tells known from unknown", blocks, key="scores", short="Scores")
+
+
+def _of(found: Measured) -> Measure:
+    return Measure.between(found.value, found.low, found.high)
+
+
+def _by_set(sets: Sequence[SetSummary], *titles: str) -> list[Column]:
+    return [Column(title, group=plain(part.name, 40)) for part in sets for title in titles]
+
+
+def _curves(run: DetectRecord) -> list[Chart]:
+    """Return ROC curves for every set, and the distributions of the shown score and of the best baseline."""
+    unknown = [part.name for part in run.summary.unknown]
+    caption = "The upper dotted line accepts 95% of the known images."
+    charts = [
+        Chart(
+            partial(_roc, run, name, key=f"roc{i}"), f"ROC, {plain(name, 40)}", caption if name == unknown[-1] else ""
+        )
+        for i, name in enumerate(unknown)
+    ]
+    scores = {score.name: score for score in run.summary.scores}
+    baselines = [scores[name] for name in BASELINES if name in scores]
+    best = max(baselines, key=lambda score: sum(on.auroc.value for on in score.on), default=None)
+    chosen = list({score.name: score for score in (run.shown, best) if score is not None}.values())
+    for i, score in enumerate(chosen):
+        last, own = i == len(chosen) - 1, score.name == OWN
+        whose = "of the model" if own else "that accepts 95% of the known images"
+        caption = f"Dashed: the threshold {whose}. The outermost half per cent on either side is drawn at the edge."
+        draw = partial(_histogram, run, score, key=f"histogram{i}")
+        charts.append(Chart(draw, "Scores of known and unknown images", caption if last else ""))
+    return charts
 
 
 def _roc(run: DetectRecord, unknown: str, *, key: str) -> Markup:
@@ -234,58 +310,90 @@ def _auroc(score: ScoreSummary, unknown: str) -> float:
     return next(on.auroc.value for on in score.on if on.unknown == unknown)
 
 
-def _histograms(run: DetectRecord) -> list[Markup]:
-    """Draw the score that the report shows, and the best baseline beside it where that is another."""
-    scores = {score.name: score for score in run.summary.scores}
-    baselines = [scores[name] for name in BASELINES if name in scores]
-    best = max(baselines, key=lambda score: sum(on.auroc.value for on in score.on), default=None)
-    chosen = {score.name: score for score in (run.shown, best) if score is not None}
-    return [
-        histogram(
-            run.scores(name, "known"),
-            [(plain(part.name, 40), run.scores(name, part.name)) for part in run.summary.unknown],
-            score.threshold,
-            key=f"histogram{i}",
-            title=score.title,
-        )
-        for i, (name, score) in enumerate(chosen.items())
+def _histogram(run: DetectRecord, score: ScoreSummary, *, key: str) -> Markup:
+    unknown = [(plain(part.name, 40), run.scores(score.name, part.name)) for part in run.summary.unknown]
+    return histogram(run.scores(score.name, "known"), unknown, score.threshold, key=key, title=score.title)
+
+
+def _under_attack(run: DetectRecord) -> Iterator[Section]:
+    summary, config = run.summary, run.config.under_attack
+    if not summary.attacked or config is None:
+        return
+    ball = f"{norm_name(config.norm)}, ε = {plain(config.eps_text, 20)}"
+    lead = (
+        "Each score is attacked for its own sake, through the encoder, by somebody who knows it "
+        f"({plain(', '.join(config.attack))}): known images until the score refuses them, unknown ones until it "
+        "accepts them. The worst score met counts. Stronger attacks may exist."
+    )
+    own = "; for the model's own score, at its own threshold" if summary.own is not None else ""
+    columns = [Column("Unknown images")]
+    columns += [Column(t, group="AUROC") for t in ("clean", "unknown attacked", "known attacked", "both attacked")]
+    columns += [Column(t, group=f"{who} accepted") for who in ("Unknown", "Known") for t in ("clean", "attacked")]
+    blocks: list[Block] = [
+        Text(lead, kind="lead"),
+        Table(
+            columns,
+            [row for score in summary.attacked for row in _attacked(score)],
+            caption=f"On the images that were attacked, at most {config.limit} of each set. Accepted: at the threshold "
+            f"that accepts 95% of all clean known images{own}.",
+        ),
     ]
+    if summary.adversarial is not None:
+        found, titles = summary.adversarial, {score.name: score.title for score in summary.scores}
+        blocks.append(
+            Table(
+                [Column("Score"), Column("AUROC, clean against adversarial")],
+                [(titles[name], _of(value)) for name, value in found.auroc.items()],
+                title="Do scores notice adversarial images?",
+                caption=f"{found.fooled} of {found.attacked} known images were made to be misclassified as surely as "
+                "possible, by an attack that pays no heed to any score; AUROC between the clean known images that were "
+                "not attacked and these. An attacker who knows the score evades it: see above.",
+            )
+        )
+    yield Section(f"Under attack ({ball})", blocks, key="attack", short="Under attack")
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """An image that a score takes wrongly, ready to show."""
+def _attacked(score: AttackedScore) -> list[Row]:
+    """Return the rows of one attacked score below its name, a row a set."""
+    rows: list[Row] = [score.title]
+    for on in score.on:
+        aurocs = (on.auroc_clean, on.auroc_intrude, on.auroc_deny, on.auroc_both)
+        unknown = (percent(on.accepted_clean.value), Measure.of(on.accepted_attacked))
+        known = (percent(score.accepted_clean.value), Measure.of(score.accepted_attacked))
+        rows.append((Name(on.unknown, 40), *map(_of, aurocs), *unknown, *known))
+    return rows
 
-    image_id: str
-    image: str
-    score: str
-    said: str
-    label: str
+
+def _mistakes(run: DetectRecord) -> Iterator[Section]:
+    found = load_mistakes(run)
+    if found:
+        lead = f"The threshold is {run.shown.threshold:.4g}; only images on its wrong side are shown, the worst first."
+        pictures = [Pictures(some, title, small=True) for title, some in found]
+        title = f"Most wrongly accepted and refused, by {run.shown.title}"
+        yield Section(title, [Text(lead, kind="lead"), *pictures], key="mistakes", short="Mistakes")
 
 
-def load_mistakes(run: DetectRecord) -> list[tuple[str, list[Mistake]]]:
+def load_mistakes(run: DetectRecord) -> list[tuple[str, list[Picture]]]:
     """Return the stored images by set, the worst first, with a title; files that cannot be read are left out."""
-    found: dict[str, list[tuple[int, Mistake]]] = {}
+    found: dict[str, list[tuple[int, Picture]]] = {}
     for path in sorted((run.folder / "gallery").glob("*.safetensors")):
         try:
             require_regular(path)
             with safe_open(path, framework="np") as file:
                 image, about = file.get_tensor("image"), file.metadata() or {}
-            title = (
-                "Known, and refused" if about["known"] == "1" else f"Unknown ({plain(about['set'], 40)}), and accepted"
-            )
-            mistake = Mistake(
-                image_id=plain(about["image_id"]),
-                image=data_uri(image),
-                score=f"{float(about['score']):.4g}",
-                said=_name(run.class_names, int(about["prediction"])),
-                label=_name(run.class_names, int(about["label"])),
-            )
-            found.setdefault(title, []).append((int(about["rank"]), mistake))
+            kept = about["known"] == "1"
+            title = "Known, and refused" if kept else f"Unknown ({plain(about['set'], 40)}), and accepted"
+            said, label = (_name(run.class_names, int(about[key])) for key in ("prediction", "label"))
+            line: list[Inline] = [f"Score {float(about['score']):.4g}"]
+            line += ["; seen as ", Name(said, 60)] if said else []
+            line += ["; is ", Name(label, 60)] if label and label != said else []
+            image_id = plain(about["image_id"])
+            shown = (data_uri(image), f"Image {image_id}", "")
+            found.setdefault(title, []).append((int(about["rank"]), Picture([shown], [*line, ". ", Code(image_id)])))
         except (SafetensorError, OSError, KeyError, ValueError, IndexError):
             continue
     return [
-        (title, [mistake for _, mistake in sorted(items, key=lambda item: item[0])]) for title, items in found.items()
+        (title, [picture for _, picture in sorted(some, key=lambda item: item[0])]) for title, some in found.items()
     ]
 
 
@@ -293,8 +401,18 @@ def _name(names: list[str], index: int) -> str:
     return plain(names[index], 60) if 0 <= index < len(names) else ""
 
 
-def _cost(run: DetectRecord) -> list[tuple[str, str]]:
-    summary = run.summary
+def _checks(summary: DetectSummary) -> Iterator[Section]:
+    skipped: list[tuple[str, Line]] = [(name, plain(reason, 300)) for name, reason in summary.skipped.items()]
+    blocks: list[Block] = [Checks(tables.findings(summary.checks))] if summary.checks else []
+    if skipped:
+        blocks.append(Facts(skipped, kind="sentences", title="Scores that were not used", only="both"))
+    unreadable = [(image.id, image.reason) for image in summary.unreadable]
+    blocks += left_out(unreadable, "could not be read, and left out of every number")
+    if blocks:
+        yield Section("Checks", blocks, key="checks", short="Checks")
+
+
+def _cost(summary: DetectSummary) -> list[tuple[str, Line]]:
     images = summary.known.images + sum(part.images for part in summary.unknown)
     return [
         ("Images scored", f"{images:,}" + (f", and {summary.fit.images:,} to learn from" if summary.fit else "")),

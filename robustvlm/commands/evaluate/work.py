@@ -8,16 +8,24 @@ from collections.abc import Callable, Iterator
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 
 from robustvlm.commands.common.inputs import remarks_of
+from robustvlm.commands.evaluate import EvaluateSettings
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.framing import to_pixels
+from robustvlm.data import open_data
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree
+from robustvlm.defenses import load_classifier
 from robustvlm.defenses.classifier import Classifier, ZeroShot
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.models.zero_shot import ZeroShotClassifier
+from robustvlm.report import screen
+from robustvlm.report.sections import Column, Measure, Row, Table, Text
+from robustvlm.report.words import percent
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate
 
 # Measures of a classifier as pure functions; those with state are sums, so parts of a data set add up
@@ -150,8 +158,9 @@ def evaluate_clean(
 ) -> CleanResult:
     """Return clean accuracy, calibration error and superclass accuracy of `classifier` on the images of `source`.
 
-    The labels of `source` index the classifier's classes. `on_images` is called with the number of images read after
-    each batch. Raises UserError when no image of a known class can be read, or the model's output is not finite.
+    The labels of `source` index the classifier's classes. `on_images` is called after each batch with the number of
+    images read since the last call. Raises UserError when no image of a known class can be read, or the model's output
+    is not finite.
 
     Example:
         >>> from robustvlm.data import open_data
@@ -168,7 +177,7 @@ def evaluate_clean(
     if classifier.class_names != source.class_names:
         raise UserError(f"the classifier and '{source.spec}' have different classes")
     tally = _Tally(source.tree, source.class_names, refuses=classifier.can_reject)
-    start = time.perf_counter()
+    start, told = time.perf_counter(), 0
     for batch in _batches(source, tally, limit, batch_size):
         pixels = torch.stack([to_pixels(sample.image, classifier.framing) for sample in batch])
         with borrowed(classifier), torch.inference_mode(), full_precision_kernels():
@@ -176,10 +185,23 @@ def evaluate_clean(
         _check_finite(output, batch, classifier.spec)
         tally.add(output, torch.tensor([sample.label for sample in batch]))
         if on_images is not None:
-            on_images(tally.images + tally.unknown + tally.unreadable)
+            on_images(tally.images + tally.unknown + tally.unreadable - told)
+            told = tally.images + tally.unknown + tally.unreadable
     if tally.images == 0:
         raise UserError(_why_none(source.spec, tally))
     return tally.result(classifier, source, time.perf_counter() - start, limit=limit)
+
+
+def measure(settings: EvaluateSettings, observer: Observer | None = None) -> CleanResult:
+    """Open the data and the model that the settings name, and evaluate."""
+    told = observer or Observer()
+    source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+    classifier = load_classifier(settings.model, source.class_names, source.templates, device=settings.device)
+    ids = source.ids()
+    told.begin("Evaluating", settings.limit if ids is None else min(len(ids), settings.limit or len(ids)))
+    return evaluate_clean(
+        classifier, source, limit=settings.limit, batch_size=settings.batch_size, on_images=told.advance
+    )
 
 
 class _Tally:
@@ -320,3 +342,35 @@ def _why_none(spec: str, tally: _Tally) -> str:
     if tally.unknown:
         return f"all {tally.unknown} images of '{spec}' are of unknown classes: accuracy needs images of known ones"
     return f"'{spec}' holds no images"
+
+
+# What is said of a clean evaluation
+
+
+def show(result: CleanResult, console: Console) -> None:
+    """Print every measure with its interval, and what a reader has to know of the images."""
+    several = len({at.tree for at in result.superclass_accuracy}) > 1
+    rows: list[Row] = [(f"accuracy, {result.classes:,} classes", Measure.of(result.accuracy))]
+    for at in result.superclass_accuracy:
+        where = f"{at.tree}, level {at.level}" if several else f"level {at.level}"
+        label = f"superclass accuracy, {where} ({at.superclasses:,} groups)"
+        rows.append((label, Measure.of(at.accuracy)))
+    for what, found in (("known", result.rejected), ("unknown", result.unknown_rejected)):
+        if found is not None:
+            rows.append((f"rejected, images of {what} classes", Measure.of(found)))
+    rows.append(("mean confidence", percent(result.mean_confidence)))
+    rows.append(("calibration error (15 bins)", percent(result.calibration_error)))
+    title = f"{result.model} on {result.data}"
+    table = Table([Column("Measure"), Column("Value, 95% interval")], rows, title=title, strong=frozenset({0}))
+    screen.show(console, [table, *map(Text, _notes(result))])
+
+
+def _notes(result: CleanResult) -> Iterator[str]:
+    speed = f"{result.images_per_second:,.0f} images/s"
+    yield f"{result.images:,} images in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
+    if result.unknown and result.unknown_rejected is None:
+        yield f"{result.unknown:,} images of unknown classes are left out"
+    yield from (f"Note: {remark}" for remark in result.remarks)
+    if result.unreadable:
+        name, reason = result.unreadable_reasons[0]
+        yield f"{result.unreadable:,} images could not be read; the first, {name}: {reason}"

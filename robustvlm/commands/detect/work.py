@@ -1,0 +1,391 @@
+"""The work of `robustvlm detect`: encode every set, score it, attack the scores, and write down what was found."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks import LaneAttack, ThreatModel
+from robustvlm.attacks.catalog import is_foreign
+from robustvlm.attacks.honesty import open_gradients
+from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.detect import DetectSettings, choice, measures
+from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
+from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
+from robustvlm.commands.detect.measures import Scored, save_mistakes
+from robustvlm.commands.detect.remarks import of_antibodies, of_constant_scores, of_unknown_sets, of_words, remarks
+from robustvlm.commands.detect.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
+from robustvlm.commands.detect.summary import (
+    KNOWN,
+    OWN,
+    Adversarial,
+    AttackedScore,
+    DetectConfig,
+    DetectSummary,
+    SetSummary,
+    UnderAttack,
+    WordsSummary,
+    parse_condition,
+)
+from robustvlm.commands.detect.view import read_run, show, write_report
+from robustvlm.core.device import resolve_device
+from robustvlm.core.files import write_text
+from robustvlm.core.object_graph import fingerprint
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.names import same_things, some_of
+from robustvlm.data.source import select
+from robustvlm.data.specs import Unlabelled, open_unlabelled
+from robustvlm.defenses import Classifier, load_classifier
+from robustvlm.detect import find_score, outside, read_words, tree_words
+from robustvlm.errors import UserError, setting
+from robustvlm.runs.read import write_rows
+from robustvlm.runs.records import Check
+from robustvlm.runs.run import Facts, Session
+from robustvlm.stats import rate
+
+__all__ = ["RESULTS", "open_work", "parse_condition", "read_run", "show", "write_report"]
+
+RESULTS = ("summary.json", "results.parquet")
+
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """What the model says of every set of images.
+
+    Args:
+        encoded: the known images, and the unknown ones by the name of their set. fit: those to learn from.
+        left_out: known images without a known class; known_after_all: images of known classes in unknown sets, by set
+            and class.
+    """
+
+    encoded: Mapping[str, Encoded]
+    fit: Encoded | None
+    left_out: int
+    known_after_all: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class DetectWork:
+    """A run's facts, model and data.
+
+    Args:
+        scores: of the catalogue; under_attack: how scores are attacked, None for not at all, by `attacks`.
+        known: images of known classes; unknown: sets of other images, by name; fit: images to learn from.
+        words: outside the known classes.
+        naming: words that name a class of an unknown set, with the set's name: left out, unless oracles are asked for.
+    """
+
+    facts: Facts
+    settings: DetectSettings
+    scores: tuple[str, ...]
+    classifier: Classifier
+    known: DataSource
+    unknown: list[tuple[str, Unlabelled]]
+    fit: DataSource | None
+    words: tuple[str, ...]
+    naming: dict[str, str]
+    under_attack: UnderAttack | None
+    attacks: list[LaneAttack]
+
+    def run(self, session: Session) -> None:
+        """Do what is left to do, and write results, summary and pictures; the report is made from these."""
+        began = time.monotonic()
+        answers = Answers(self.classifier, batch_size=self._batch_size())
+        found = self._encode(answers, session)
+        panel = make_panel(
+            self.classifier,
+            self.known.templates,
+            self.scores,
+            found.fit,
+            self._word_embeddings(session),
+            temperature=self.settings.temperature,
+        )
+        sets = measures.usable([self._scored(name, source, found, panel) for name, source in self._sources()], panel)
+        thresholds = measures.thresholds_of(sets[0])
+        attacked, adversarial, checks = self._attacked(panel, answers, sets, thresholds, found, session)
+        summary = self._summary(panel, sets, found, thresholds, checks=[*self._remarks(sets, found, panel), *checks])
+        shown = OWN if panel.may_refuse else summary.best
+        save_mistakes(
+            session.folder.gallery_path,
+            [(part, source) for part, (_, source) in zip(sets, self._sources(), strict=True)],
+            shown,
+            thresholds[shown],
+            framing=self.classifier.framing,
+        )
+        summary = summary.model_copy(
+            update={"attacked": attacked, "adversarial": adversarial, "seconds": time.monotonic() - began}
+        )
+        with session.results():
+            write_rows(session.folder.results_path, measures.rows_of(sets))
+            session.folder.report_path.unlink(missing_ok=True)
+            write_text(session.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+
+    def _sources(self) -> list[tuple[str, DataSource]]:
+        return [(KNOWN, self.known), *self.unknown]
+
+    def _batch_size(self) -> int:
+        """Return how many images are asked about at a time: no more than the largest set has."""
+        limits = [(source, self.settings.limit) for _, source in self._sources()]
+        limits += [(self.fit, self.settings.fit_limit)] if self.fit is not None else []
+        listed = [(source.ids(), limit) for source, limit in limits]
+        counts = [limit if ids is None else len(select(ids, limit)) for ids, limit in listed]
+        return min(self.settings.batch_size, max(self.settings.batch_size if n is None else n for n in counts))
+
+    def _encode(self, answers: Answers, session: Session) -> Sets:
+        """Encode every set, those of unknown images and those to learn from without the images that are not."""
+        encoder = Encoder(
+            answers,
+            session.folder.features_path,
+            owner=session.manifest,
+            seed=self.settings.seed,
+            observer=session.observer,
+        )
+        encoded: dict[str, Encoded] = {}
+        known_after_all: dict[str, dict[str, int]] = {}
+        for number, (name, source) in enumerate(self._sources()):
+            file = f"unknown-{number}" if number else KNOWN
+            encoded[name] = encoder.encode(source, file, limit=self.settings.limit, title=f"Encoding {name}")
+            if number:
+                encoded[name], known_after_all[name] = self._without_known(encoded[name], source.spec)
+        encoded[KNOWN], left_out = of_known_classes(encoded[KNOWN])
+        if not encoded[KNOWN].ids:
+            raise UserError(f"no image of '{self.known.spec}' has one of its known classes: nothing can be judged")
+        return Sets(encoded, self._encode_fit(encoder, encoded[KNOWN]), left_out, known_after_all)
+
+    def _encode_fit(self, encoder: Encoder, known: Encoded) -> Encoded | None:
+        if self.fit is None:
+            return None
+        limit = self.settings.fit_limit
+        fit, _ = of_known_classes(encoder.encode(self.fit, "fit", limit=limit, title="Encoding fit"))
+        if not fit.ids:
+            none = setting("fit", "none")
+            raise UserError(
+                f"no image of '{self.fit.spec}' has a known class: pass others with {setting('fit')}, or {none}"
+            )
+        require_apart(known, fit, self.known.spec, self.fit.spec)
+        return fit
+
+    def _without_known(self, found: Encoded, spec: str) -> tuple[Encoded, dict[str, int]]:
+        """Return a set of unknown images without those of known classes, and how many of which these were."""
+        counts = Counter(found.labels.tolist())
+        known = {self.known.class_names[label]: count for label, count in sorted(counts.items()) if label >= 0}
+        rest = found.rows((found.labels < 0).nonzero().flatten())
+        if not rest.ids:
+            raise UserError(
+                f"every image of '{spec}' is of a known class ({some_of(known)}): pass others to {setting('ood')}"
+            )
+        return rest, known
+
+    def _word_embeddings(self, session: Session) -> Tensor | None:
+        wanted = any("words" in find_score(name).needs for name in self.scores)
+        if not wanted or not self.words or self.classifier.vlm is None:
+            return None
+        session.observer.begin(f"Embedding {len(self.words):,} words")
+        path = session.folder.features_path / "words.safetensors"
+        return embed_words(self.classifier.vlm, self.words, self.known.templates, path, owner=session.manifest)
+
+    def _remarks(self, sets: Sequence[Scored], found: Sets, panel: Panel) -> Iterator[Check]:
+        """Yield what the reader has to know of the data, the words and the scores."""
+        yield from of_unknown_sets(self.unknown, found.known_after_all, found.encoded)
+        if self._from_words(panel):
+            yield from of_words(self.naming, oracle=self.settings.oracle_words)
+        yield from of_antibodies(self.classifier, self.unknown)
+        yield from remarks(found.encoded, found.fit, panel)
+        yield from of_constant_scores(sets)
+
+    def _from_words(self, panel: Panel) -> bool:
+        return any("words" in find_score(name).needs for name in self.scores if name in panel.detectors)
+
+    def _scored(self, name: str, source: DataSource, sets: Sets, panel: Panel) -> Scored:
+        found = sets.encoded[name]
+        return Scored(
+            name,
+            found.ids,
+            [source.group(sample_id) for sample_id in found.ids],
+            found.labels.tolist() if name == KNOWN else [-1] * len(found.ids),
+            panel.predictions(found).tolist(),
+            measures.as_arrays(panel.scores(found)),
+        )
+
+    def _attacked(
+        self,
+        panel: Panel,
+        answers: Answers,
+        sets: Sequence[Scored],
+        thresholds: dict[str, float],
+        found: Sets,
+        session: Session,
+    ) -> tuple[list[AttackedScore], Adversarial | None, list[Check]]:
+        """Attack the scores, and find out which of them notice adversarial images; nothing without `under_attack`."""
+        config = self.under_attack
+        if config is None:
+            return [], None, []
+        ledger = AttackLedger(session.folder)
+        try:
+            work = ScoreAttacks(
+                config=config,
+                attacks=self.attacks,
+                classifier=self.classifier,
+                panel=panel,
+                thresholds=thresholds,
+                clean={part.name: {k: torch.from_numpy(v) for k, v in part.scores.items()} for part in sets},
+                encoded=found.encoded,
+                ledger=ledger,
+                observer=session.observer,
+                seed=self.settings.seed,
+            )
+            work.run([Target(source, name, name == KNOWN) for name, source in self._sources()])
+            write_rows(session.folder.attacked_path, ledger.table())
+            attacked = measures.summarise_attacks(ledger, config.scores, thresholds, sets[0], sets[1:])
+            return attacked, self._adversarial(config, panel, answers, sets[0], session), ledger.checks
+        finally:
+            ledger.close()
+
+    def _adversarial(
+        self, config: UnderAttack, panel: Panel, answers: Answers, known: Scored, session: Session
+    ) -> Adversarial | None:
+        """Fool the classifier on known images that it gets right, and see which scores notice."""
+        right = {
+            name for name, label, said in zip(known.ids, known.labels, known.predictions, strict=True) if label == said
+        }
+        images = Images(self.known, limit=config.limit, resolution=self.classifier.framing)
+        pictures = [p for p in images.stream(lambda name: name in right) if isinstance(p, Picture) and p.id in right]
+        if not pictures:
+            return None
+        session.observer.begin(f"{self.attacks[0].name}, misclassify")
+        threat = ThreatModel(config.norm, config.eps)
+        fooled = kept(
+            session.folder.features_path / "adversarial.safetensors",
+            lambda: fool(answers, pictures, self.attacks[0], threat, lanes=config.lanes, seed=self.settings.seed),
+            owner=session.manifest,
+        )
+        if not fooled.ids:
+            return None
+        groups = [self.known.group(name) for name in fooled.ids]
+        scores = measures.as_arrays(panel.scores(fooled))
+        part = Scored("adversarial", fooled.ids, groups, fooled.labels.tolist(), [-1] * len(groups), scores)
+        return measures.summarise_adversarial(known, part, [picture.id for picture in pictures])
+
+    def _summary(
+        self,
+        panel: Panel,
+        sets: Sequence[Scored],
+        found: Sets,
+        thresholds: dict[str, float],
+        *,
+        checks: list[Check],
+    ) -> DetectSummary:
+        known, unknown = sets[0], sets[1:]
+        scores = measures.summarise_scores(
+            known,
+            unknown,
+            thresholds=thresholds,
+            microseconds=panel.microseconds,
+            draws=self.settings.draws,
+            seed=self.settings.seed,
+        )
+        right = sum(a == b for a, b in zip(known.labels, known.predictions, strict=True))
+        config = self.under_attack
+        return DetectSummary(
+            known=self._set_summary(KNOWN, self.known, found.encoded[KNOWN]),
+            unknown=[self._set_summary(name, source, found.encoded[name]) for name, source in self.unknown],
+            fit=None if found.fit is None or self.fit is None else self._set_summary("fit", self.fit, found.fit),
+            left_out=found.left_out,
+            classes=len(self.known.class_names),
+            accuracy=rate(right, len(known)),
+            scores=scores,
+            skipped=panel.skipped,
+            best=measures.best_score(scores),
+            encode_ms=mean_time(found.encoded),
+            own=measures.own_decision(known, unknown),
+            words=WordsSummary(used=len(self.words), naming=self.naming, oracle=self.settings.oracle_words)
+            if self._from_words(panel)
+            else None,
+            eps_text=None if config is None else config.eps_text,
+            norm=None if config is None else config.norm,
+            seconds=0.0,
+            checks=checks,
+            unreadable=[image for part in found.encoded.values() for image in part.unreadable],
+        )
+
+    def _set_summary(self, name: str, source: DataSource, found: Encoded) -> SetSummary:
+        groups = {source.group(sample_id) for sample_id in found.ids}
+        return SetSummary(
+            name=name,
+            spec=source.spec,
+            images=len(found.ids),
+            groups=len(groups),
+            unreadable=len(found.unreadable),
+        )
+
+
+def open_work(settings: DetectSettings) -> DetectWork:
+    """Check all settings, open the data and load the model."""
+    choice.check(settings)
+    device = str(resolve_device(settings.device))
+    known = open_data(settings.known, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+    named = choice.unknown_sets(settings)
+    unknown = [(one.name, open_unlabelled(one.spec, known.class_names)) for one in named]
+    fit = None if settings.learnt_from is None else _open_fit(settings, settings.learnt_from, known)
+    words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
+    naming = {word: name for name, source in reversed(unknown) for word in same_things(words, source.things())}
+    if not settings.oracle_words:
+        words = tuple(word for word in words if word not in naming)
+    classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
+    if choice.asks_own(settings) and not classifier.can_reject:
+        raise UserError(f"the model never refuses, so it has no score of its own: leave out own in {setting('scores')}")
+    scores, under_attack = (
+        choice.scores_of(settings),
+        choice.under_attack_of(settings, may_refuse=classifier.can_reject),
+    )
+    if under_attack is not None:
+        open_gradients(classifier)
+    attacks = choice.attacks_of(settings)
+    config = settings.stored(
+        unknown=[one.model_dump() for one in named],
+        scores=list(scores),
+        words=fingerprint({}, words),
+        device=device,
+        under_attack=None if under_attack is None else under_attack.model_dump(),
+    )
+    for text in settings.fail_if:
+        parse_condition(text).require(DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
+    others = [
+        remark for source in (*(source for _, source in unknown), *([fit] if fit else [])) for remark in source.remarks
+    ]
+    facts = Facts(
+        (settings.model, settings.known),
+        config,
+        facts_of(classifier, "can_reject") | code_facts([*scores, *(a.name for a in attacks if is_foreign(a))]),
+        describe_data(known)
+        | {
+            "unknown": {name: source.fingerprint() for name, source in unknown},
+            "fit": None if fit is None else fit.fingerprint(),
+        },
+        probe=probe_of(classifier, known.class_names, known.templates),
+        remarks=list(dict.fromkeys([*remarks_of(known, classifier.vlm), *others])),
+    )
+    return DetectWork(facts, settings, scores, classifier, known, unknown, fit, words, naming, under_attack, attacks)
+
+
+def _open_fit(settings: DetectSettings, spec: str, known: DataSource) -> DataSource:
+    """Open the images to learn from; their classes must be those of the known set."""
+    fit = open_data(spec, classes=settings.classes)
+    if fit.class_names != known.class_names:
+        raise UserError(
+            f"'{spec}' has other classes than '{settings.known}' ({_first_difference(fit, known)}): pass images of the "
+            f"same classes with {setting('fit')}, or {setting('fit', 'none')}"
+        )
+    return fit
+
+
+def _first_difference(one: DataSource, other: DataSource) -> str:
+    if len(one.class_names) != len(other.class_names):
+        return f"{len(one.class_names)} instead of {len(other.class_names)}"
+    pairs = zip(one.class_names, other.class_names, strict=True)
+    return next(f"'{a}' instead of '{b}'" for a, b in pairs if a != b)
