@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from robustvlm.attacks.threat import ThreatModel as ThreatModel
 from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.build.work import Pipeline
+from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup
