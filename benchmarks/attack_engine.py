@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Counted, Subject, clock, load_subject, markdown
-from robustvlm.attacks import APGD, PGD, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_eps, probe
+from robustvlm.attacks import APGD, PGD, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_eps
+from robustvlm.attacks.oracle import probe
 from robustvlm.stats import mcnemar_exact
 
 _Attack = Callable[[Tensor, Tensor], Tensor]

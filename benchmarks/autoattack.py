@@ -21,7 +21,8 @@ from benchmarks.common import Counted, Subject, clock, load_subject, markdown
 from benchmarks.duel import HEADER, OURS, TIME_HEADER, Part, Record, run_ours, versus, where_time_goes
 from benchmarks.parity import SINGLES, single
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
-from robustvlm.attacks import LaneAttack, Oracle, Probe, ThreatModel, parse_attacks, parse_eps, parse_norm, probe
+from robustvlm.attacks import LaneAttack, Oracle, Probe, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.attacks.oracle import probe
 from robustvlm.errors import UserError
 
 THEIRS = "pyautoattack"

@@ -32,8 +32,9 @@ from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.replay import prepare_replay
 from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.certify.view import write_certify_report
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
-from robustvlm.data.source import Sample, to_pixels
+from robustvlm.data.source import Sample
 from robustvlm.defenses import load_pipeline
 
 

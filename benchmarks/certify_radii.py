@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import clock, markdown
-from robustvlm.certify import certifier, classes, feature, shapes
-from robustvlm.certify.bounds import bands
-from robustvlm.certify.bounds.means import SequentialTest, betting_lower, hoeffding_lower
+from robustvlm.certify import bands, certifier, classes, feature, shapes
+from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
+from robustvlm.core.framing import to_pixels
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import open_data
-from robustvlm.data.source import Sample, to_pixels
+from robustvlm.data.source import Sample
 from robustvlm.defenses import load_pipeline, smooth
 from robustvlm.models import zero_shot
 

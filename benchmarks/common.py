@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks import Job, Oracle, target_classes
+from robustvlm.attacks import Job, Oracle
+from robustvlm.attacks.objectives import target_classes
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
-from robustvlm.data.source import Sample, to_pixels
+from robustvlm.data.source import Sample
 from robustvlm.models import load_model, zero_shot
 
 

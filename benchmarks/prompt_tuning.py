@@ -24,8 +24,9 @@ from torch import Tensor
 from robustvlm.core.seeds import generator
 from robustvlm.data import open_data
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
-from robustvlm.detect import Head, auroc, energy_change, fpr_at_tpr
+from robustvlm.detect import Head, auroc, energy_change
 from robustvlm.detect.logits import MCM
+from robustvlm.detect.metrics import fpr_at_tpr
 from robustvlm.models import VLM, load_model
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.stats import mean

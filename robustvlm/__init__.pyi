@@ -9,6 +9,7 @@ from robustvlm.attacks.perturb import AutoAttack as AutoAttack
 from robustvlm.attacks.perturb import Perturbed as Perturbed
 from robustvlm.attacks.perturb import perturb as perturb
 from robustvlm.attacks.threat import ThreatModel as ThreatModel
+from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.build.work import Pipeline
 from robustvlm.commands.immunize.record import ImmunizeSummary

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from robustvlm.certify.bounds.bands import calibrate
+from robustvlm.certify.bands import calibrate
 
 SIZES = (100, 200, 400, 450, 500, 800, 900, 1000, 1800, 2000, 4000, 4500, 5000, 8000, 9000, 10_000, 18_000, 20_000)
 ALPHAS = (0.05, 0.025, 0.01, 0.005, 0.001, 0.0005, 0.00025, 0.0001)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.data.classes import imagenet_names
-from robustvlm.data.names import name_key
+from robustvlm.text import name_key
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "tools" / ".cache"

@@ -20,7 +20,8 @@ from benchmarks.detect.tables import Found, judge, judge_all, subset, table
 from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
-from robustvlm.detect import GDA, COOkeD, Head, Supplies, choose_alpha
+from robustvlm.detect import GDA, COOkeD, Head, Supplies
+from robustvlm.detect.distances import choose_alpha
 from robustvlm.errors import UserError
 from robustvlm.models.zero_shot import class_embeddings
 

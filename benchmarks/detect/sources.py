@@ -10,13 +10,13 @@ from torch import Tensor
 from robustvlm.commands.detect.config import DetectObserver
 from robustvlm.commands.detect.encoding import Encoded, Encoder, embed_words
 from robustvlm.commands.detect.scoring import own_sdis, score_all
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.data import open_data
 from robustvlm.data.names import same_things
 from robustvlm.data.source import DataSource
 from robustvlm.defenses import Classifier
 from robustvlm.detect import outside, tree_words
 from robustvlm.errors import UserError
-from robustvlm.models.weights import fingerprint
 
 
 class Kept:

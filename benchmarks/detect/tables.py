@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.common import markdown
 from robustvlm.commands.detect.scoring import score_all
-from robustvlm.detect import SCORES, Supplies, all_metrics, make_scores
+from robustvlm.detect import SCORES, Supplies, make_scores
+from robustvlm.detect.metrics import all_metrics
 
 # By score and set of unknown images: AUROC and FPR95 of each seed.
 Found = dict[str, dict[str, list[tuple[float, float]]]]

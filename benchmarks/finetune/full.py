@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import markdown
 from robustvlm.attacks import Goal, Misclassify, Superclass, ThreatModel
 from robustvlm.core.files import write_text
-from robustvlm.defenses import ZeroShot
+from robustvlm.defenses.classifier import ZeroShot
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.stats import rate

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from robustvlm.attacks import Superclass, ThreatModel
-from robustvlm.defenses import ZeroShot
-from robustvlm.defenses.finetune import FinetuneSettings, InnerAttack, finetune_task, merge
+from robustvlm.defenses.classifier import ZeroShot
+from robustvlm.defenses.finetune import FinetuneSettings, InnerAttack, finetune_task
+from robustvlm.defenses.finetune.trainable import merge
 from robustvlm.models import VLM, load_model, zero_shot
-from robustvlm.training import AUGMENTATIONS, Trainer, TrainingConfig, TrainingImages
+from robustvlm.training import Trainer, TrainingConfig, TrainingImages
+from robustvlm.training.images import AUGMENTATIONS
 
 from .measure import Images, right_when_attacked, right_when_clean
 from .sets import BenchmarkSet, Condition

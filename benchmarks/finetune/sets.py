@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select, to_pixels
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.data.trees import Forest, Tree
 
 from .measure import Images

@@ -20,7 +20,6 @@ from robustvlm.defenses.immunity import (
     VaccineSettings,
     fit_prototypes,
     immunise,
-    open_set_score,
     text_only,
 )
 from robustvlm.defenses.immunity.antibodies import (
@@ -31,6 +30,7 @@ from robustvlm.defenses.immunity.antibodies import (
     noise_antibodies,
     open_source,
 )
+from robustvlm.defenses.immunity.state import open_set_score
 from robustvlm.defenses.immunity.vaccine import automatic_margin
 from robustvlm.detect import Head, Supplies, make_scores
 

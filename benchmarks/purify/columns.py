@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from robustvlm.certify import certifier, classes, shapes
-from robustvlm.certify.bounds import bands
+from robustvlm.certify import bands, certifier, classes, shapes
 from robustvlm.certify.claims.feature import feature_radius
 from robustvlm.certify.feature import VACUOUS, PredictableDirection, norm_lower_bound, vector_table
 

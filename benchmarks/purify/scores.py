@@ -26,8 +26,9 @@ from benchmarks.purify.tables import print_tables
 from benchmarks.purify.training import trained
 from robustvlm import certify
 from robustvlm.certify.noise import noise_chunk, stream_seed
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
-from robustvlm.data.source import DataSource, Sample, to_pixels
+from robustvlm.data.source import DataSource, Sample
 from robustvlm.defenses import Classifier, load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.models import VLM, zero_shot

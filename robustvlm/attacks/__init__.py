@@ -7,16 +7,9 @@ from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD, TargetedAPGD
 from robustvlm.attacks.base import ATTACKS, FAILED, FOOLED, ROBUST, Job, LaneAttack, Option, Result
-from robustvlm.attacks.catalog import PLANS, Attack, Plan, parse_attacks, recommended_eot
+from robustvlm.attacks.catalog import Attack, parse_attacks, recommended_eot
 from robustvlm.attacks.engine import LaneEngine
-from robustvlm.attacks.external import (
-    ExternalAttack,
-    ExternalEngine,
-    parse_external,
-    parse_second_opinion,
-    require_fit,
-    require_norm,
-)
+from robustvlm.attacks.external import ExternalAttack, ExternalEngine, parse_second_opinion, require_fit, require_norm
 from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.fmn import FMN
 from robustvlm.attacks.goals import (
@@ -32,11 +25,11 @@ from robustvlm.attacks.goals import (
     SuperclassAll,
     Targeted,
 )
-from robustvlm.attacks.objectives import OBJECTIVES, Objective, margin, objective, target_classes
-from robustvlm.attacks.oracle import PRECISIONS, Answer, Oracle, Probe, probe
+from robustvlm.attacks.objectives import Objective, margin, objective
+from robustvlm.attacks.oracle import PRECISIONS, Answer, Oracle, Probe
 from robustvlm.attacks.pgd import PGD
 from robustvlm.attacks.square import Square
-from robustvlm.attacks.threat import DEFAULT_EPS, NORMS, ThreatModel, parse_eps, parse_norm, project
+from robustvlm.attacks.threat import DEFAULT_EPS, ThreatModel, parse_eps, parse_norm, project
 
 __all__ = [
     "APGD",
@@ -46,10 +39,7 @@ __all__ = [
     "FAILED",
     "FMN",
     "FOOLED",
-    "NORMS",
-    "OBJECTIVES",
     "PGD",
-    "PLANS",
     "PRECISIONS",
     "ROBUST",
     "AcceptedMistake",
@@ -70,7 +60,6 @@ __all__ = [
     "Objective",
     "Option",
     "Oracle",
-    "Plan",
     "Probe",
     "Result",
     "Square",
@@ -83,13 +72,10 @@ __all__ = [
     "objective",
     "parse_attacks",
     "parse_eps",
-    "parse_external",
     "parse_norm",
     "parse_second_opinion",
-    "probe",
     "project",
     "recommended_eot",
     "require_fit",
     "require_norm",
-    "target_classes",
 ]

@@ -29,10 +29,10 @@ from robustvlm.attacks.external.spec import PACKAGES, ExternalAttack, is_externa
 from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.threat import NORMS, ThreatModel
 from robustvlm.core import registry
-from robustvlm.core.foreign_text import one_line
 from robustvlm.core.registry import load, names_a_callable
 from robustvlm.core.user_code import no_exit
 from robustvlm.errors import UserError
+from robustvlm.text import one_line
 
 # The user's own attack, named `module:callable`: tried out before a run, and watched during it
 

@@ -21,8 +21,7 @@ from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms
-from robustvlm.core.batches import batch_sizes, narrower, smallest
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.batches import batch_sizes, narrower_after, smallest
 from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError
 
@@ -190,9 +189,8 @@ class LaneEngine:
             try:
                 finished = self._advance()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.rungs[0] == 1:
-                    raise
-                self._halve(waiting)
+                self._start_over(waiting)
+                self.rungs = narrower_after(error, self.rungs, self.oracle.device)
                 continue
             yield from finished
 
@@ -333,13 +331,10 @@ class LaneEngine:
             self._lanes = [self._lanes[row] for row in kept]
         return results
 
-    def _halve(self, waiting: deque[Job]) -> None:
-        """Go on with fewer lanes after running out of memory; jobs in flight start over, with the same draws."""
-        self.rungs = narrower(self.rungs)
+    def _start_over(self, waiting: deque[Job]) -> None:
+        """Put the jobs in flight back to the waiting ones; they will have the same draws."""
         waiting.extendleft(lane.job for lane in reversed(self._lanes))
         self._lanes, self._state = [], {}
-        if self.oracle.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _facts(answer: Answer) -> list[Fact]:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.core.batches import steady_sizes
-from robustvlm.core.foreign_text import one_line
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.boundary import Boundary, borrowed, placed
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.seeds import derive_seed
-from robustvlm.errors import UserError, nearest
-from robustvlm.models.boundary import Boundary, borrowed, placed
-from robustvlm.models.vlm import full_precision_kernels
+from robustvlm.errors import UserError, is_out_of_memory, nearest
+from robustvlm.text import one_line
 
 # Answers: what the model says at a batch of points, summed up over the draws of a random model
 

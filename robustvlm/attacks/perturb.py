@@ -13,7 +13,7 @@ from robustvlm.attacks.base import FAILED, FOOLED, Job, LaneAttack, Result
 from robustvlm.attacks.catalog import PLANS, Attack, parse_attacks, recommended_eot
 from robustvlm.attacks.engine import LaneEngine
 from robustvlm.attacks.external import ExternalAttack, ExternalEngine, require_fit, require_norm
-from robustvlm.attacks.goals import Case, Deny, FeatureAway, FeatureGoal, Goal, Intrude, Targeted, goal_named
+from robustvlm.attacks.goals import Case, Goal, Known, Targeted, read_goals
 from robustvlm.attacks.honesty import opened_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
@@ -25,7 +25,6 @@ from robustvlm.stats import Rate, rate
 CLEAN = "clean"
 """Stands in `by` for images at which the goal is reached as they are."""
 
-_NO_LABELS = (Targeted, Deny, Intrude, FeatureAway)
 _MOST = {"steps": 100_000, "restarts": 100_000, "lanes": 65_536, "eot": 10_000, "draws": 10_000}
 
 
@@ -130,7 +129,7 @@ def perturb(
     pixels = as_images(images)
     asked, wanted = _aim(model, goal)
     place = chosen_device(device, model, images)
-    about_classes = not isinstance(wanted, FeatureGoal)
+    about_classes = not wanted.of_features
     outputs = asked.try_out(pixels, classes=about_classes)
     classes = outputs - bool(getattr(model, "can_reject", False)) if about_classes else None
     for item in attacks:
@@ -340,8 +339,8 @@ class _Search:
 
 def _aim(model: Any, goal: str | Goal) -> tuple[AskedModel, Goal]:
     """Return the model whose output the goal is about, and the goal."""
-    wanted = goal if isinstance(goal, Goal) else goal_named(goal, model)
-    if isinstance(wanted, FeatureGoal):
+    wanted = goal if isinstance(goal, Goal) else read_goals(goal, Known.of_model(model))[0]
+    if wanted.of_features:
         encoder = getattr(model, "vlm", None)
         return AskedModel(model if encoder is None else encoder, unit=True), wanted
     if hasattr(model, "encode_text") and not hasattr(model, "class_names"):
@@ -356,8 +355,8 @@ def _labels(labels: Tensor | Sequence[int] | None, count: int, classes: int | No
     if isinstance(goal, Targeted) and classes is not None and goal.target >= classes:
         raise UserError(f"goal 'targeted:{goal.target}': the model has {classes} classes, from 0 to {classes - 1}")
     if labels is not None:
-        return as_labels(labels, count, None if isinstance(goal, Intrude) else classes)
-    if not isinstance(goal, _NO_LABELS):
+        return as_labels(labels, count, None if goal.unknown else classes)
+    if goal.labelled:
         raise UserError(f"goal '{goal.spec}' needs labels [N], the true classes of the images")
     return torch.full((count,), -1)
 

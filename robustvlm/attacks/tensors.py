@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.attacks.base import Job
-from robustvlm.attacks.goals import AcceptedMistake, Case, FeatureGoal, Goal
-from robustvlm.attacks.objectives import margin
+from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.oracle import Answer, Oracle, Tally
-from robustvlm.core.foreign_text import one_line
-from robustvlm.core.memory import is_out_of_memory
-from robustvlm.errors import UserError
-from robustvlm.models.boundary import Boundary, borrowed, in_own_precision
-from robustvlm.models.vlm import resolve_device
+from robustvlm.core.boundary import Boundary, borrowed, in_own_precision
+from robustvlm.core.device import resolve_device
+from robustvlm.errors import UserError, is_out_of_memory
+from robustvlm.text import one_line
 
 # What callers bring to the library: images, labels and a model of their own, checked and made fit for the engine
 
@@ -216,14 +214,14 @@ def ask_unperturbed(oracle: Oracle, goal: Goal, images: Tensor, label: Tensor) -
     label = label.to(oracle.device)
     outputs = [oracle.confirm(images)]
     total = outputs[0]
-    keep = not isinstance(goal, FeatureGoal) or oracle.draws == 1
+    keep = not goal.of_features or oracle.draws == 1
     for _ in range(oracle.draws - 1):
         output = oracle.confirm(images)
         total = total + output
         if keep:
             outputs.append(output)
     mean = total / oracle.draws
-    case = Case(label, label, _reference(goal, mean, label))
+    case = Case(label, label, goal.reference(mean, label))
     if not keep:
         return Unperturbed(oracle.judge(images, goal, case), mean, case.reference)
     tally = Tally(goal, case, len(images), oracle.device)
@@ -232,17 +230,9 @@ def ask_unperturbed(oracle: Oracle, goal: Goal, images: Tensor, label: Tensor) -
     return Unperturbed(tally.answer(), mean, case.reference)
 
 
-def _reference(goal: Goal, output: Tensor, label: Tensor) -> Tensor | None:
-    if isinstance(goal, FeatureGoal):
-        return F.normalize(output, dim=1)
-    if isinstance(goal, AcceptedMistake):
-        return torch.stack([margin(output[:, :-1], label), output[:, -1]], dim=1)
-    return None
-
-
 def needs_briefing(goal: Goal) -> bool:
     """Whether a goal has to know more of the clean images than the clean pass keeps."""
-    return isinstance(goal, FeatureGoal | AcceptedMistake)
+    return goal.refers
 
 
 def brief(

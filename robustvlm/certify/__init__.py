@@ -1,265 +1,73 @@
-"""Certified robustness of smoothed features: confidence bounds (`bounds`) and one module per certificate.
+"""Certified robustness of smoothed features: one module an idea; here what a run and a reader of its numbers need.
 
 Every certificate is a pure function of bounds on the clean image's smoothed feature and of `a = eps / sigma`:
 
-* `fcsb`: the feature-cosine smoothing bound along a fixed direction, as published and corrected (T1);
-* `cone`, `vector_np`, `vector_table`: the angle between the smoothed features of clean and attacked image (T2-T4);
-* `distribution`, `tangent`, `covariance`: whole distribution, its anytime-valid form, second moments (T5-T7);
-* `class_margin`, `class_sequential`, `open_vocabulary`: the class of the mean feature (T8); `vote`: the hard vote;
-* `openset`, `openset_rule`, `openset_deployed`: acceptance and rejection;
+* `means`, `bands`: confidence bounds for means and for survival functions of [0, 1] scores;
+* `feature`: the angle between the smoothed features of clean and attacked image (T2-T4), and along a fixed direction as
+  published and corrected (T1); `shapes`, `tangent`: from whole distributions, their anytime-valid form, covariances;
+* `classes`: the class of the mean feature (T8) and the hard vote; `openset`: acceptance and rejection;
 * `deployed`: what n0 inference samples keep of a certificate (T10);
-* `noise`, `sampling`, `engine`: fresh noise, what a claim wants of it, and batches of many images; with the certifiers
-  `feature_claim`, `class_claim`, `openset_claim` (fixed n, or stopping as soon as a radius is decided);
-* `resize`: what a radius at the model's resolution is worth at the source, for a resize in floating point;
-* `limits`: what settings can give at best; `record`: what a certificate must state; `rounding`: print it rounded down.
+* `noise`, `certifier`, `engine`: fresh noise, what a claim wants of it, and batches of many images; `claims`: the
+  certifiers of each claim (fixed n, or stopping as soon as a radius is decided) and what they state;
+* `limits`: what settings can give at best; `record`: what a certificate must state, printed rounded down, and what a
+  radius at the model's resolution is worth at the source.
 
 Radii are in the pixel units of sigma and hold strictly inside, up to floating point. Zero is ABSTAIN.
 """
 
-from robustvlm.certify.bounds import (
-    ANYTIME_BOUNDS,
-    Band,
-    BettingState,
-    Decision,
-    FixedSample,
-    SequentialTest,
-    betting_lower,
-    clopper_pearson_lower,
-    dkw_band,
-    ell_band,
-    hoeffding_lower,
-    index_band,
-    mean_lower,
-)
-from robustvlm.certify.certifier import (
-    Certifier,
-    Finding,
-    Request,
-    as_scores,
-    direction_scores,
-    mean_feature,
-    unit_rows,
-)
+from robustvlm.certify.certifier import Certifier, Finding, Request
 from robustvlm.certify.claims.class_ import ClassAtRadius, ClassRadius, VocabularyRadius, VoteAtRadius, VoteRadius
-from robustvlm.certify.claims.feature import FeatureRadius, FeatureTest, feature_radius
+from robustvlm.certify.claims.feature import FeatureRadius, FeatureTest
 from robustvlm.certify.claims.openset import OpensetRadius, RuleRadius
-from robustvlm.certify.classes import (
-    ClassTest,
-    class_angle,
-    class_margin_radius,
-    covariance_upper,
-    mean_ball,
-    mean_margin_radius,
-    rival_normals,
-    vocabulary_radius,
-    vote_predict,
-    vote_radius,
-)
-from robustvlm.certify.deployed import (
-    class_margin_needed,
-    deployed_cos,
-    deployed_feature_cos,
-    deployed_feature_radius,
-    deployed_from_angle,
-    deployed_inner,
-    predict,
-    predict_openset,
-    vote_share_needed,
-)
+from robustvlm.certify.classes import vote_predict, vote_radius
+from robustvlm.certify.deployed import deployed_feature_cos, predict, predict_openset
 from robustvlm.certify.engine import Sampled, SamplingEngine, Task
-from robustvlm.certify.feature import (
-    VACUOUS,
-    PredictableDirection,
-    VectorTable,
-    cone_cos,
-    cone_radius,
-    drift,
-    fcsb_cos,
-    fcsb_inner,
-    fcsb_radius,
-    norm_lower,
-    norm_lower_bound,
-    norm_upper,
-    required_norm,
-    side_upper,
-    vector_cos,
-    vector_radius,
-    vector_table,
-)
-from robustvlm.certify.limits import (
-    best_class_radius,
-    best_feature_radius,
-    best_mean,
-    best_paper_radius,
-    best_tangent_radius,
-    best_vote_radius,
-    best_vote_test_radius,
-    samples_needed,
-)
-from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk, settings_digest, stream_seed
-from robustvlm.certify.normal import shift_down, shift_up
-from robustvlm.certify.openset import (
-    NormRange,
-    OpensetRule,
-    acceptance_radius,
-    contrast_vectors,
-    norm_upper_bound,
-    openset_score,
-    pilot_choice,
-    rejection_radius,
-    score_lower,
-    score_upper,
-)
+from robustvlm.certify.feature import VACUOUS, cone_cos, fcsb_cos, vector_table
+from robustvlm.certify.noise import image_digest, settings_digest
+from robustvlm.certify.openset import OpensetRule
 from robustvlm.certify.record import (
     Certificate,
     Provenance,
-    best_of,
-    expected_false,
     floor_to,
     format_down,
     format_exact,
     format_up,
-    resize_matrix,
-    resize_norm,
     source_norm,
 )
-from robustvlm.certify.shapes import (
-    Sideways,
-    cdf_lower,
-    cdf_plug_in,
-    cdf_radius,
-    cdf_upper,
-    direction_cos,
-    direction_radius,
-    halfspace_lower,
-    halfspace_shift,
-    hcr_drift,
-    layer_cake,
-    sideways,
-)
-from robustvlm.certify.tangent import Tangent, TangentTest, tangent_at, tangent_radius
 
 __all__ = [
-    "ANYTIME_BOUNDS",
-    "CHUNK",
     "VACUOUS",
-    "Address",
-    "Band",
-    "BettingState",
     "Certificate",
     "Certifier",
     "ClassAtRadius",
     "ClassRadius",
-    "ClassTest",
-    "Decision",
     "FeatureRadius",
     "FeatureTest",
     "Finding",
-    "FixedSample",
-    "NormRange",
     "OpensetRadius",
     "OpensetRule",
-    "PredictableDirection",
     "Provenance",
     "Request",
     "RuleRadius",
     "Sampled",
     "SamplingEngine",
-    "SequentialTest",
-    "Sideways",
-    "Tangent",
-    "TangentTest",
     "Task",
-    "VectorTable",
     "VocabularyRadius",
     "VoteAtRadius",
     "VoteRadius",
-    "acceptance_radius",
-    "as_scores",
-    "best_class_radius",
-    "best_feature_radius",
-    "best_mean",
-    "best_of",
-    "best_paper_radius",
-    "best_tangent_radius",
-    "best_vote_radius",
-    "best_vote_test_radius",
-    "betting_lower",
-    "cdf_lower",
-    "cdf_plug_in",
-    "cdf_radius",
-    "cdf_upper",
-    "class_angle",
-    "class_margin_needed",
-    "class_margin_radius",
-    "clopper_pearson_lower",
     "cone_cos",
-    "cone_radius",
-    "contrast_vectors",
-    "covariance_upper",
-    "deployed_cos",
     "deployed_feature_cos",
-    "deployed_feature_radius",
-    "deployed_from_angle",
-    "deployed_inner",
-    "direction_cos",
-    "direction_radius",
-    "direction_scores",
-    "dkw_band",
-    "drift",
-    "ell_band",
-    "expected_false",
     "fcsb_cos",
-    "fcsb_inner",
-    "fcsb_radius",
-    "feature_radius",
     "floor_to",
     "format_down",
     "format_exact",
     "format_up",
-    "halfspace_lower",
-    "halfspace_shift",
-    "hcr_drift",
-    "hoeffding_lower",
     "image_digest",
-    "index_band",
-    "layer_cake",
-    "mean_ball",
-    "mean_feature",
-    "mean_lower",
-    "mean_margin_radius",
-    "noise_chunk",
-    "norm_lower",
-    "norm_lower_bound",
-    "norm_upper",
-    "norm_upper_bound",
-    "openset_score",
-    "pilot_choice",
     "predict",
     "predict_openset",
-    "rejection_radius",
-    "required_norm",
-    "resize_matrix",
-    "resize_norm",
-    "rival_normals",
-    "samples_needed",
-    "score_lower",
-    "score_upper",
     "settings_digest",
-    "shift_down",
-    "shift_up",
-    "side_upper",
-    "sideways",
     "source_norm",
-    "stream_seed",
-    "tangent_at",
-    "tangent_radius",
-    "unit_rows",
-    "vector_cos",
-    "vector_radius",
     "vector_table",
-    "vocabulary_radius",
     "vote_predict",
     "vote_radius",
-    "vote_share_needed",
 ]

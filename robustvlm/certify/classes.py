@@ -9,10 +9,10 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtri
 from scipy.stats import binomtest
 
-from robustvlm.certify.bounds.bands import Band
-from robustvlm.certify.bounds.means import Decision, betting_lower, clopper_pearson_lower, log_gains, mix
+from robustvlm.certify.bands import Band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, as_scores, unit_rows
 from robustvlm.certify.feature import fcsb_radius
+from robustvlm.certify.means import Decision, betting_lower, clopper_pearson_lower, log_gains, mix
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.certify.shapes import eigenvalue_upper, halfspace_shift
 from robustvlm.certify.tangent import TangentTest
@@ -63,7 +63,7 @@ def class_margin_radius(features: ArrayLike, text: ArrayLike, label: int, sigma:
         label: from a pilot sample, never from `features`.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> rows = [[0.8, 0.6], [1.0, 0.0]] * 500
         >>> round(class_margin_radius(rows, [[1.0, 0.0], [0.0, 1.0]], 0, 0.25, ell_band(1000, 0.001)), 3)
         0.323

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robustvlm.certify.bounds.means import divergence, kl_lower, log_gains, mix
 from robustvlm.certify.certifier import as_scores, mean_feature, unit_rows
 from robustvlm.certify.classes import mean_ball, rival_normals
 from robustvlm.certify.feature import VACUOUS, fcsb_inner, norm_lower, vector_table
+from robustvlm.certify.means import divergence, kl_lower, log_gains, mix
 from robustvlm.certify.normal import Array, beta_quantile, check_alpha, check_cos0, check_sigma, largest_true
 from robustvlm.certify.openset import pilot_choice
 from robustvlm.errors import UserError

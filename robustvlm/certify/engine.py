@@ -20,8 +20,7 @@ from torch import Tensor
 
 from robustvlm.certify.certifier import Certifier, Finding, Stage
 from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk
-from robustvlm.core.batches import narrower
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.batches import narrower_after
 
 # An image in work: its samples on their way, and its finding once they are complete
 
@@ -214,10 +213,10 @@ class SamplingEngine:
                     running.append(_Pass(pieces, self._forward(pieces)))
                 done = self._judge(running.popleft()) if len(running) > (self._depth if pieces else 0) else []
             except Exception as error:
-                if not is_out_of_memory(error) or self.rungs[0] == 1:
-                    raise
                 running.clear()
-                self._halve()
+                self.rungs = narrower_after(error, self.rungs, self.device)
+                for lane in self._lanes:  # the lost rows are made again, with the same noise
+                    lane.sent = lane.taken
                 continue
             rows = sum(piece.rows for piece in pieces)
             for piece in pieces:
@@ -302,14 +301,6 @@ class SamplingEngine:
         decided = [lane for lane in self._lanes if lane.certifier.request() is None]
         self._lanes = [lane for lane in self._lanes if lane.certifier.request() is not None]
         return decided
-
-    def _halve(self) -> None:
-        """Go on with fewer rows after running out of memory; the lost rows are made again, with the same noise."""
-        self.rungs = narrower(self.rungs)
-        for lane in self._lanes:
-            lane.sent = lane.taken
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _fill(lane: Lane, pieces: list[Piece], room: int, *, perhaps: bool) -> int:

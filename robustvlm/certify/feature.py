@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
 
-from robustvlm.certify.bounds.means import betting_lower
 from robustvlm.certify.certifier import as_scores, unit_rows, unit_vector
+from robustvlm.certify.means import betting_lower
 from robustvlm.certify.normal import Array, check_cos0, check_shift, check_sigma, largest_true, shift_down, shift_up
 
 # Feature-cosine smoothing bound (T1): a lower bound of the smoothed feature along one fixed direction

@@ -8,9 +8,9 @@ from math import log
 import numpy as np
 from scipy.special import ndtri
 
-from robustvlm.certify.bounds.bands import shipped_levels
-from robustvlm.certify.bounds.means import FRACTIONS, clopper_pearson_lower, mix
+from robustvlm.certify.bands import shipped_levels
 from robustvlm.certify.feature import fcsb_radius, vector_radius
+from robustvlm.certify.means import FRACTIONS, clopper_pearson_lower, mix
 from robustvlm.certify.normal import Array, check_alpha, check_sigma, largest_true
 from robustvlm.certify.shapes import A_MAX
 from robustvlm.certify.tangent import tangent_at

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import ArrayLike
 
-from robustvlm.certify.bounds.bands import Band
-from robustvlm.certify.bounds.means import kl_upper_mean
+from robustvlm.certify.bands import Band
 from robustvlm.certify.certifier import mean_feature
 from robustvlm.certify.feature import norm_lower, norm_upper
+from robustvlm.certify.means import kl_upper_mean
 from robustvlm.certify.normal import Array, check_sigma
 from robustvlm.certify.shapes import halfspace_lower, halfspace_shift
 from robustvlm.errors import UserError
@@ -78,7 +78,7 @@ def score_lower(features: ArrayLike, vectors: Array, k: int, a: float, band: Ban
     """Return a lower bound of the score of z = m(x') within `a` sigmas: `min_a L_{v_ka}`, k from the pilot.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(score_lower(rows, v, 0, 0.5, ell_band(1000, 0.001)), 3)
         0.733
@@ -90,7 +90,7 @@ def score_upper(features: ArrayLike, vectors: Array, chosen: ArrayLike, a: float
     """Return an upper bound of the score of z = m(x') within `a` sigmas: `max_k U_{v_k,a*(k)}`, a* from the pilot.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(score_upper(rows, v, [0], 0.5, ell_band(1000, 0.001)), 3)
         0.807
@@ -111,7 +111,7 @@ def acceptance_radius(
         norm: given, the score is that of `z = m(x') / ||m(x')||` and tau is compared with `<m(x'), v> / N(a)`.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(acceptance_radius(rows, v, 0, 0.5, 0.25, ell_band(1000, 0.001)), 3)
         0.33
@@ -140,7 +140,7 @@ def rejection_radius(
         chosen: [K] antibody per class, from the pilot.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
         >>> round(rejection_radius(rows, v, [0], 0.9, 0.25, ell_band(1000, 0.001)), 3)
         0.572

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from robustvlm.certify.bounds.means import ANYTIME_BOUNDS
+from robustvlm.certify.means import ANYTIME_BOUNDS
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.core.framing import Framing
 from robustvlm.errors import UserError

@@ -9,10 +9,10 @@ from math import log, sqrt
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robustvlm.certify.bounds.bands import Band
-from robustvlm.certify.bounds.means import kl_upper_mean
+from robustvlm.certify.bands import Band
 from robustvlm.certify.certifier import as_scores, unit_rows, unit_vector
 from robustvlm.certify.feature import join, side_upper
+from robustvlm.certify.means import kl_upper_mean
 from robustvlm.certify.normal import Array, check_alpha, check_cos0, check_sigma, largest_true, shift_down
 from robustvlm.errors import UserError
 
@@ -47,7 +47,7 @@ def sorted_for(scores: ArrayLike, band: Band) -> Array:
         UserError: the number of scores differs from the band's n (samples dropped or added after planning).
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import dkw_band
+        >>> from robustvlm.certify.bands import dkw_band
         >>> sorted_for([0.3, float("nan")], dkw_band(2, 0.1)).tolist()
         [0.0, 0.3]
     """
@@ -65,7 +65,7 @@ def cdf_lower(scores: ArrayLike, a: ArrayLike, band: Band) -> Array:
         a: shift(s), any shape [...]; the result has shape [..., K].
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> round(float(cdf_lower([0.9] * 1000, 0.5, ell_band(1000, 0.001))), 4)
         0.8667
     """
@@ -76,7 +76,7 @@ def cdf_upper(scores: ArrayLike, a: ArrayLike, band: Band) -> Array:
     """Return an upper bound of `E g(x' + noise)` for every x' within `a` sigmas (T5); shapes as in `cdf_lower`.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> round(float(cdf_upper([0.1] * 1000, 0.5, ell_band(1000, 0.001))), 4)
         0.1333
     """
@@ -105,7 +105,7 @@ def cdf_radius(scores: ArrayLike, target: float, sigma: float, band: Band) -> fl
             no correction, T8).
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> round(cdf_radius([0.9] * 1000, 0.75, 0.25, ell_band(1000, 0.001)), 3)
         0.33
     """
@@ -117,7 +117,7 @@ def shift_reached(levels: Array, target: float, band: Band, a_max: float) -> flo
     """Return the largest shift up to `a_max` at which every column of the sorted scores keeps the target (T5, T8).
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import dkw_band
+        >>> from robustvlm.certify.bands import dkw_band
         >>> shift_reached(np.full(100, 0.5), 0.9, dkw_band(100, 0.01), 4.0)
         0.0
     """
@@ -209,7 +209,7 @@ def direction_cos(scores: ArrayLike, a: ArrayLike, band: Band, side: Sideways) -
         scores: [n] of `(1 + <f, u>) / 2`.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> round(float(direction_cos([0.9] * 1000, 0.5, ell_band(1000, 5e-4), Sideways(0.1, 0.05, 5e-4))), 3)
         0.958
     """
@@ -224,7 +224,7 @@ def direction_radius(scores: ArrayLike, cos0: float, sigma: float, band: Band, s
     """Return the largest radius at which `direction_cos` is at least `cos0` (and above zero); 0 means ABSTAIN.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> round(direction_radius([0.9] * 1000, 0.5, 0.25, ell_band(1000, 5e-4), Sideways(0.1, 0.05, 5e-4)), 2)
         0.37
     """
@@ -265,7 +265,7 @@ def halfspace_lower(features: ArrayLike, vectors: ArrayLike, a: float, band: Ban
         features: [n, D] unit features at x, n = band.n; a NaN row counts as the worst value for every vector.
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> rows = [[0.6, 0.8], [0.8, 0.6]] * 500
         >>> halfspace_lower(rows, [[1.0, 0.0], [0.0, 2.0]], 0.5, ell_band(1000, 0.001)).round(3).tolist()
         [0.591, 1.183]
@@ -294,7 +294,7 @@ def halfspace_shift(
         threshold: non-decreasing in the shift; one number, or one for each vector [K].
 
     Example:
-        >>> from robustvlm.certify.bounds.bands import ell_band
+        >>> from robustvlm.certify.bands import ell_band
         >>> rows = [[0.6, 0.8], [0.8, 0.6]] * 500
         >>> round(halfspace_shift(rows, [[1.0, 0.0]], lambda a: 0.0, ell_band(1000, 0.001)), 2)
         1.97

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
-from robustvlm.certify.bounds.means import FRACTIONS, log_gains, mix
 from robustvlm.certify.certifier import as_scores
+from robustvlm.certify.means import FRACTIONS, log_gains, mix
 from robustvlm.certify.normal import Array, check_alpha, check_shift, check_sigma
 from robustvlm.errors import UserError
 

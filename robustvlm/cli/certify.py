@@ -244,11 +244,10 @@ def run_audit(
     from robustvlm.commands.certify.audit_search import Effort
     from robustvlm.commands.certify.terminal import audit_table
     from robustvlm.commands.certify.view import write_certify_report
-    from robustvlm.core.foreign_text import one_line
-    from robustvlm.core.memory import is_out_of_memory
-    from robustvlm.errors import UserError
-    from robustvlm.models.vlm import resolve_device
+    from robustvlm.core.device import resolve_device
+    from robustvlm.errors import UserError, is_out_of_memory
     from robustvlm.runs.read import find_run
+    from robustvlm.text import one_line
 
     for name, value in (("starts", starts), ("steps", steps), ("images (--limit)", limit)):
         if value is not None and value < 1:

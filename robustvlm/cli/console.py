@@ -11,7 +11,7 @@ from rich.errors import MarkupError
 from rich.segment import Segment
 from rich.text import Text
 
-from robustvlm.core.foreign_text import visible, without_secrets
+from robustvlm.text import visible, without_secrets
 
 
 class Console(RichConsole):

@@ -10,9 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from robustvlm.cli.terminal import say
-from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.ranks import current_ranks
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, is_out_of_memory
 
 MISTAKE = 2
 FAULT = 3

@@ -14,8 +14,8 @@ import typer
 from typer.models import ArgumentInfo
 
 from robustvlm.cli.terminal import say
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.ranks import current_ranks
+from robustvlm.text import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from robustvlm.core.foreign_text import ascii_json, secrets_cut, visible, visible_json, without_secrets
+from robustvlm.text import ascii_json, secrets_cut, visible, visible_json, without_secrets
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -12,6 +12,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from robustvlm.errors import is_out_of_memory
+
 # Batch sizes on which an image gets the same bits wherever it stands
 
 # The kernels of CPUs with AVX2 work on blocks of six rows: of six sizes in a row, some leave no rest.
@@ -65,6 +67,20 @@ def narrower(sizes: Sequence[int]) -> tuple[int, ...]:
         ((16, 8), (32,))
     """
     return tuple(sizes[1:]) or (sizes[0] // 2,)
+
+
+def narrower_after(error: BaseException, sizes: Sequence[int], device: torch.device) -> tuple[int, ...]:
+    """Return the sizes to go on with after memory ran out; raise any other error, and where nothing is smaller.
+
+    Example:
+        >>> narrower_after(MemoryError(), (64, 16), torch.device("cpu"))
+        (16,)
+    """
+    if not is_out_of_memory(error) or sizes[0] == 1:
+        raise error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return narrower(sizes)
 
 
 def _candidates(count: int) -> Iterator[int]:

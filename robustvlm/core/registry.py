@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
-from robustvlm.core.foreign_text import one_line
 from robustvlm.core.side_effects import same_process, same_random_state
 from robustvlm.core.user_code import import_user_module, may_be_imported, no_exit
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import one_line
 
 T = TypeVar("T")
 Thing = TypeVar("Thing")

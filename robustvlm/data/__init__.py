@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select, to_pixels
+from robustvlm.core.framing import to_pixels
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import open_data
-from robustvlm.data.trees import Forest, Tree, load_forest, load_tree
+from robustvlm.data.trees import Forest, Tree, load_tree
 
 __all__ = [
     "UNKNOWN",
@@ -13,7 +14,6 @@ __all__ = [
     "Sample",
     "Tree",
     "Unreadable",
-    "load_forest",
     "load_tree",
     "open_data",
     "select",

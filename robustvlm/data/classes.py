@@ -10,9 +10,10 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from robustvlm.data.names import check_names, name_key, read_lines
+from robustvlm.data.names import check_names, read_lines
 from robustvlm.data.trees import Forest, load_forest
 from robustvlm.errors import UserError
+from robustvlm.text import name_key
 
 # Prompt templates: the built-in ensembles and template files
 

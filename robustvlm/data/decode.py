@@ -16,8 +16,8 @@ from typing import IO, Generic, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from robustvlm.core.foreign_text import one_line
 from robustvlm.data.source import Sample, Unreadable
+from robustvlm.text import one_line
 
 # From image files of any common kind to RGB, 8 bit; what cannot be decoded becomes a reason, not an exception
 

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from robustvlm.core.foreign_text import one_line
 from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import decode
 from robustvlm.data.labels import TextLabels
@@ -15,6 +14,7 @@ from robustvlm.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.errors import MissingExtra, UserError, nearest
+from robustvlm.text import one_line
 
 _OPTIONS = ("split", "config", "revision", "image", "label", "streaming")
 

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from robustvlm.data.names import check_names, clean_name, name_key, words_of
+from robustvlm.data.names import check_names, clean_name, words_of
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import name_key
 
 _DIGITS = re.compile(r"([0-9]+)")
 _LEADING_CODE = re.compile(r"^(n\d{8}|\d+)[\s._-]+(?=\D)")

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.data.classes import recognise, wordnet_names
-from robustvlm.data.names import name_key
 from robustvlm.data.trees import Forest, Tree, build_tree
 from robustvlm.errors import MissingExtra, UserError, nearest, setting
 from robustvlm.llm import LlmClient, LlmError
+from robustvlm.text import name_key
 
 # WordNet's nouns, through nltk: the meaning of a class name, what it is a kind of, and what stands beside it
 

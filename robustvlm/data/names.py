@@ -15,48 +15,10 @@ from robustvlm.errors import UserError
 
 # Class names: how two spellings are compared, how they are read from files and checked
 
-# A "-" before a digit at the beginning of a word is a sign, and tells two numbers apart.
-_JOINTS = re.compile(r"(?:[\s_\u2010\u2011\u2012\u2013]|(?<=[^\s_])-|-(?!\d))+")
 # Marks that turn the direction of writing: a name that holds one reads differently from what it is.
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/")
 _NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
-
-
-def name_key(name: str) -> str:
-    """Return what two spellings of one name share: case, "_", "-" and the way accents are stored do not count.
-
-    macOS stores file names decomposed ("e" and an accent), most lists have them composed: every comparison of names,
-    of classes, tree nodes, goals and words alike, goes through this key.
-
-    Example:
-        >>> name_key("Aquarium_Fish") == name_key("aquarium fish")
-        True
-        >>> name_key("-5"), name_key("class_-5"), name_key("class-5")
-        ('-5', 'class -5', 'class 5')
-        >>> name_key("cafe\N{COMBINING ACUTE ACCENT}") == name_key("caf\N{LATIN SMALL LETTER E WITH ACUTE}")
-        True
-    """
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-    return _JOINTS.sub(" ", folded).strip()
-
-
-def places_of(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """Return where each wanted name stands among `names`: spelled so, else the only one with the same key; else None.
-
-    Example:
-        >>> places_of(["red fox", "a", "A", "Cat"], ["Red_Fox", "A", "a", "dog"])
-        [0, 2, 1, None]
-    """
-    exact = {name: place for place, name in enumerate(names)}
-    alike: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        alike.setdefault(name_key(name), []).append(place)
-    found: list[int | None] = []
-    for name in wanted:
-        places = [exact[name]] if name in exact else alike.get(name_key(name), [])
-        found.append(places[0] if len(places) == 1 else None)
-    return found
 
 
 def clean_name(name: str, where: str) -> str:

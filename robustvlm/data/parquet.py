@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from robustvlm.core.foreign_text import one_line
 from robustvlm.data.decode import decode
 from robustvlm.data.labels import TextLabels
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import chosen_split, one_split
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import one_line
 
 # Which columns of a Parquet file hold images and labels, and the class names its schema carries
 

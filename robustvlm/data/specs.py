@@ -10,7 +10,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from robustvlm.core import registry
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.user_code import file_digest
 from robustvlm.data.classes import (
     DEFAULT,
@@ -26,6 +25,7 @@ from robustvlm.data.names import check_names, clean_name, same_things
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree, load_forest
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import without_secrets
 
 # From a data spec, such as `imagefolder:photos/val?links=1`, to the source it names
 
@@ -209,15 +209,18 @@ def _lazy(module: str, name: str) -> Callable[[Spec], DataSource]:
     return opener
 
 
-KINDS: dict[str, Callable[[Spec], DataSource]] = {
-    "emoji": _emoji,
-    "imagefolder": _lazy("imagefolder", "ImageFolder"),
-    "parquet": _lazy("parquet", "ParquetSource"),
-    "torchvision": _lazy("torchvision_sets", "TorchvisionSource"),
-    "hf": _lazy("hub", "HubSource"),
-    "wds": _lazy("wds", "WebDatasetSource"),
-}
-"""How each kind of data is opened."""
+KINDS: registry.Table[Callable[[Spec], DataSource]] = registry.Table(
+    __package__,
+    {
+        "emoji": _emoji,
+        "imagefolder": _lazy("imagefolder", "ImageFolder"),
+        "parquet": _lazy("parquet", "ParquetSource"),
+        "torchvision": _lazy("torchvision_sets", "TorchvisionSource"),
+        "hf": _lazy("hub", "HubSource"),
+        "wds": _lazy("wds", "WebDatasetSource"),
+    },
+)
+"""How each kind of data is opened; another kind is a file of this package that adds itself: `KINDS["mine"] = ...`."""
 
 
 # Images whose classes do not matter: whatever a source calls them, they are unknown

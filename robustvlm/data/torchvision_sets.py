@@ -11,13 +11,13 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
-from robustvlm.core.foreign_text import one_line
 from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import DecodeError, to_rgb
 from robustvlm.data.names import readable
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import one_line
 
 _DIGITS = tuple("0123456789")
 # Sets without a list of names in torchvision whose classes are plain.

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from robustvlm.core.files import parse_json, write_text
-from robustvlm.core.foreign_text import one_line
-from robustvlm.data.names import clean_name, name_key, read_text
+from robustvlm.data.names import clean_name, read_text
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import name_key, one_line
 
 # Class trees: ancestors and superclasses of classes, and forests of several trees over the same classes
 

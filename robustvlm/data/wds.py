@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from robustvlm.core.foreign_text import HIDDEN, one_line, without_secrets
 from robustvlm.core.network import Deadline, SteadyStream, open_url
 from robustvlm.data.classes import DEFAULT, check_templates, read_class_names
 from robustvlm.data.decode import decode
@@ -20,6 +19,7 @@ from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import chosen_split, is_junk, one_split
 from robustvlm.errors import MissingExtra, UserError
+from robustvlm.text import HIDDEN, one_line, without_secrets
 
 # Where WebDataset shards lie: local tar files, folders of them, and http(s) addresses
 

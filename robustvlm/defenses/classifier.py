@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from robustvlm.attacks.tensors import as_images
 from robustvlm.certify import predict
+from robustvlm.core.boundary import borrowed
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
-from robustvlm.models.boundary import borrowed
-from robustvlm.models.vlm import framing_of_model, full_precision_kernels
+from robustvlm.models.vlm import framing_of_model
 
 # What attacks and evaluations need of a model: pixels in, logits out, perhaps with the right to refuse
 

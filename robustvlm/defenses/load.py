@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from robustvlm.core.device import resolve_device
 from robustvlm.core.registry import create, names_a_callable
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.classes import DEFAULT
@@ -15,7 +16,7 @@ from robustvlm.defenses.classifier import Classifier, split_rejection
 from robustvlm.defenses.pipeline import load_pipeline, saved_model
 from robustvlm.defenses.spec import split_spec
 from robustvlm.errors import UserError, arguments_named
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 
 
 @arguments_named()

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.certify import OpensetRule
+from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
+from robustvlm.core.device import resolve_device
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.probe import change_of
 from robustvlm.core.registry import create, names_a_callable
 from robustvlm.core.user_code import named_by
@@ -24,13 +27,12 @@ from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot, split_
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
 from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError, nearest
-from robustvlm.models import VLM, load_model, resize, resolve_device, zero_shot
-from robustvlm.models.boundary import Boundary, in_own_precision, own_copy
+from robustvlm.models import VLM, load_model, resize, zero_shot
 from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of, wrap_encoder
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card, require_ground
 from robustvlm.models.vlm import INTERPOLATIONS
-from robustvlm.models.weights import brief, fingerprint
+from robustvlm.models.weights import brief
 
 # Models that this program made: which part of it loads which kind of folder
 
@@ -39,8 +41,8 @@ KINDS = {
     "soup": "robustvlm.defenses.finetune.saved:FinetunedModel",
     "purify": "robustvlm.defenses.purify.parts:PurifiedModel",
     "immunize": "robustvlm.defenses.immunity.classifier:ImmunisedModel",
-    "tune-prompts": "robustvlm.defenses.prompts.tune:PromptTunedModel",
-    "build": "robustvlm.defenses.assemble.building:BuiltModel",
+    "tune-prompts": "robustvlm.defenses.prompts:PromptTunedModel",
+    "build": "robustvlm.defenses.assemble:BuiltModel",
 }
 """Where the loader of each kind of folder is found; imported when it is needed."""
 

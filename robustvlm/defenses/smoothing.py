@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robustvlm.certify import format_exact, predict
+from robustvlm.core.boundary import borrowed
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
-from robustvlm.models.boundary import borrowed
-from robustvlm.models.weights import fingerprint
 
 DEFAULT_N0 = 64
 MAX_SIGMA = 10.0

@@ -5,26 +5,13 @@ One sign rule for every score: the higher, the more in-distribution (known).
 
 from __future__ import annotations
 
-from robustvlm.detect.base import Detector, FittedDetector, Head, ImageDetector, NotFitted, confidence, head_of
-from robustvlm.detect.catalog import BASELINES, SCORES, Score, Skipped, Supplies, find_score, make_scores, parse_scores
-from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM, choose_alpha
-from robustvlm.detect.logits import ASH, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct, energy_change, free_energy
-from robustvlm.detect.metrics import (
-    METRICS,
-    Bootstrap,
-    Difference,
-    Interval,
-    Metrics,
-    all_metrics,
-    auroc,
-    auroc_interval,
-    average_precision,
-    difference,
-    fpr_at_tpr,
-    threshold_at_tpr,
-)
-from robustvlm.detect.mixtures import ClassMixtures, COOkeD, LinearProbe, fit_probe, mean_probabilities
-from robustvlm.detect.words import SDIS, NegLabel, mine_negatives, outside, read_words, tree_words
+from robustvlm.detect.base import Detector, FittedDetector, Head, ImageDetector, head_of
+from robustvlm.detect.catalog import BASELINES, SCORES, Score, Supplies, find_score, make_scores, parse_scores
+from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
+from robustvlm.detect.logits import ASH, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct, energy_change
+from robustvlm.detect.metrics import Bootstrap, Interval, auroc, auroc_interval, difference, threshold_at_tpr
+from robustvlm.detect.mixtures import ClassMixtures, COOkeD
+from robustvlm.detect.words import SDIS, NegLabel, outside, read_words, tree_words
 
 __all__ = [
     "ASH",
@@ -32,7 +19,6 @@ __all__ = [
     "GDA",
     "KNN",
     "MCM",
-    "METRICS",
     "MSP",
     "SCORES",
     "SDIS",
@@ -41,39 +27,25 @@ __all__ = [
     "ClassMixtures",
     "DeltaEnergy",
     "Detector",
-    "Difference",
     "Energy",
     "FittedDetector",
     "Head",
     "ImageDetector",
     "Interval",
-    "LinearProbe",
     "Mahalanobis",
     "MaxLogit",
-    "Metrics",
     "NegLabel",
-    "NotFitted",
     "ReAct",
     "Score",
-    "Skipped",
     "Supplies",
     "ViM",
-    "all_metrics",
     "auroc",
     "auroc_interval",
-    "average_precision",
-    "choose_alpha",
-    "confidence",
     "difference",
     "energy_change",
     "find_score",
-    "fit_probe",
-    "fpr_at_tpr",
-    "free_energy",
     "head_of",
     "make_scores",
-    "mean_probabilities",
-    "mine_negatives",
     "outside",
     "parse_scores",
     "read_words",

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks.tensors import as_images, own_device
-from robustvlm.data.source import DataSource, Sample, to_pixels
+from robustvlm.core.boundary import borrowed
+from robustvlm.core.device import full_precision_kernels
+from robustvlm.core.framing import to_pixels
+from robustvlm.data.source import DataSource, Sample
 from robustvlm.errors import UserError
-from robustvlm.models.boundary import borrowed
-from robustvlm.models.vlm import full_precision_kernels
 
 # Scores of images: an encoder and a detector as one module, fitted and asked with pixels or with features
 

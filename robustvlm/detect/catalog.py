@@ -14,7 +14,7 @@ from robustvlm.core.registry import Table
 from robustvlm.core.user_code import no_exit
 from robustvlm.detect.base import Detector, FittedDetector, Head
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
-from robustvlm.detect.logits import ASH, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
+from robustvlm.detect.logits import ASH, GEN, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
 from robustvlm.detect.words import SDIS, NegLabel, mine_negatives, safe_rows
 from robustvlm.errors import UserError, nearest
@@ -149,6 +149,14 @@ SCORES: Table[Score] = Table(
             Score("mixtures", "Class mixtures", "2308.15580", ("encoder", "images"), lambda _: ClassMixtures()),
             Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.tempered)),
             Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
+            Score(
+                "gen",
+                "GEN",
+                "Liu et al., CVPR 2023",
+                (),
+                lambda s: GEN(s.head, temperature=s.temperature),
+                usual=False,
+            ),
         )
     },
 )

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.core.defaults import LAMBDA_INF
-from robustvlm.data.names import name_key, read_lines
+from robustvlm.data.names import read_lines
 from robustvlm.data.trees import Forest
 from robustvlm.detect.base import Detector, Head
 from robustvlm.errors import UserError
+from robustvlm.text import name_key
 
 # Words that name things outside the known classes: from a file, or from the bundled class trees
 

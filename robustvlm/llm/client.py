@@ -14,27 +14,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.network import Deadline
 from robustvlm.errors import UserError, setting
-from robustvlm.llm.transport import (
-    LONGEST_PAUSE,
-    OPENAI_KEY,
-    OWN_KEY,
-    RETRIED,
-    AnswerCache,
-    Dropped,
-    Endpoint,
-    LlmError,
-    Reply,
-    Unreachable,
-    answer_key,
-    api_key,
-    default_folder,
-    pause,
-    post_json,
-    retry_after,
-)
+from robustvlm.llm import transport
+from robustvlm.llm.transport import AnswerCache, Endpoint, LlmError, Reply
+from robustvlm.text import without_secrets
 
 # Getting a typed answer: asking for a JSON schema in the ways that servers know, and reading what comes back
 
@@ -263,7 +247,7 @@ class LlmClient:
     ) -> None:
         self.endpoint, self.timeout, self.attempts, self.temperature = endpoint, timeout, attempts, temperature
         self.patience = patience
-        self.cache = cache or AnswerCache(default_folder())
+        self.cache = cache or AnswerCache(transport.default_folder())
         self.usage = Usage()
         self._sleep = sleep
         self._mode = 0
@@ -285,7 +269,7 @@ class LlmClient:
 
     def _key(self, prompt: str, schema: type[Answer], system: str) -> str:
         described = json.dumps(schema.model_json_schema(), sort_keys=True)
-        return answer_key(
+        return transport.answer_key(
             [
                 without_secrets(self.endpoint.chat_url),
                 self.endpoint.model,
@@ -338,12 +322,14 @@ class LlmClient:
 
     def _post(self, payload: dict[str, Any], seconds: float) -> tuple[Reply | None, str]:
         """Return the reply, or None for a broken connection; and, where it is no answer, what is wrong."""
-        key = api_key(self.endpoint)
+        key = transport.api_key(self.endpoint)
         try:
-            reply = post_json(self.endpoint.chat_url, payload, key=key, timeout=seconds, direct=self.endpoint.local)
-        except Unreachable as error:
+            reply = transport.post_json(
+                self.endpoint.chat_url, payload, key=key, timeout=seconds, direct=self.endpoint.local
+            )
+        except transport.Unreachable as error:
             raise LlmError(f"{self._who} cannot be reached ({error}): check the URL and the network") from None
-        except Dropped as error:
+        except transport.Dropped as error:
             self.usage = self.usage.with_reply(None)
             return None, str(error)
         if reply.status != 200:
@@ -355,7 +341,7 @@ class LlmClient:
     def _refuse_hopeless(self, reply: Reply, key: str | None) -> None:
         """Raise for a reply that no further attempt can better."""
         if reply.status in (401, 403):
-            advice = f"set {OWN_KEY} (or {OPENAI_KEY}) to a key that it knows"
+            advice = f"set {transport.OWN_KEY} (or {transport.OPENAI_KEY}) to a key that it knows"
             sent = "refused the key" if key else "wants a key"
             raise LlmError(f"{self._who} {sent} (status {reply.status}): {advice}")
         if 300 <= reply.status < 400:
@@ -363,14 +349,14 @@ class LlmClient:
             raise LlmError(f"{self._who} redirects to {where}: pass the URL that it redirects to, if you trust it")
         last_mode = self._mode + 1 == len(MODES)
         quota = reply.status == 429 and b"insufficient_quota" in reply.body
-        if quota or (reply.status not in RETRIED and (last_mode or reply.status not in _TAKES_NO_FORMAT)):
+        if quota or (reply.status not in transport.RETRIED and (last_mode or reply.status not in _TAKES_NO_FORMAT)):
             raise LlmError(f"{self._who} refused the question (status {reply.status}): {_message(reply, key)}")
 
     def _wait(self, attempt: int, reply: Reply | None, trouble: str) -> None:
-        asked = retry_after(reply.headers) if reply is not None else None
-        if asked is not None and asked > LONGEST_PAUSE:
+        asked = transport.retry_after(reply.headers) if reply is not None else None
+        if asked is not None and asked > transport.LONGEST_PAUSE:
             raise LlmError(f"{self._who} asks to wait {asked:,.0f} s ({trouble}): repeat the command after that")
-        self._sleep(pause(attempt, random.random(), asked))
+        self._sleep(transport.pause(attempt, random.random(), asked))
 
     def _read(self, reply: Reply, schema: type[Answer]) -> Answer:
         try:

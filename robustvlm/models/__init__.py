@@ -1,16 +1,14 @@
 """Models: a spec string becomes one module with pixels in [0, 1] in and unit features out."""
 
-from robustvlm.models.vlm import VLM, resize, resolve_device
+from robustvlm.models.vlm import VLM, resize
 from robustvlm.models.zero_shot import ZeroShotClassifier, zero_shot
-from robustvlm.models.zoo import KnownModel, list_models, load_model
+from robustvlm.models.zoo import list_models, load_model
 
 __all__ = [
     "VLM",
-    "KnownModel",
     "ZeroShotClassifier",
     "list_models",
     "load_model",
     "resize",
-    "resolve_device",
     "zero_shot",
 ]

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from robustvlm.core.boundary import borrowed
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.errors import UserError
-from robustvlm.models.boundary import borrowed
-from robustvlm.models.vlm import VLM, full_precision_kernels
+from robustvlm.models.vlm import VLM
 
 # Class embeddings kept between calls (in memory) and between runs (in the user's cache folder)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import read_json
 from robustvlm.core.registry import names_a_callable
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.clip import ClipVLM, build_clip
 from robustvlm.models.custom import load_custom
 from robustvlm.models.saved import CARD_NAME
-from robustvlm.models.vlm import VLM, resolve_device
+from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import CONFIG_NAME, SUFFIXES, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.runs.manifest import kind_of_run
 
@@ -78,18 +79,11 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
         if (Path(folder) / CARD_NAME).is_file() and not (Path(folder) / CONFIG_NAME).is_file():
-            return _from_card(spec, place)
+            raise UserError(f"'{spec}' stands on another model: open it with robustvlm.load_model")
         return _from_folder(Path(folder), spec).to(place)
     if names_a_callable(spec):
         return load_custom(spec, place)
     return _from_name(spec).to(place)
-
-
-def _from_card(spec: str, place: torch.device) -> VLM:
-    """Return the encoder of a folder that stands on another model; the kinds of such folders are known further up."""
-    from robustvlm.defenses.pipeline import load_pipeline
-
-    return load_pipeline(spec, device=place)
 
 
 def _from_folder(folder: Path, spec: str) -> ClipVLM:

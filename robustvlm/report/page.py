@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 
 from robustvlm import __version__
 from robustvlm.core.files import require_regular, write_text
-from robustvlm.core.foreign_text import one_line
 from robustvlm.errors import UserError
 from robustvlm.report import tables, words
 from robustvlm.report.sections import (
@@ -38,6 +37,7 @@ from robustvlm.report.sections import (
     straight,
 )
 from robustvlm.report.words import percent, plain
+from robustvlm.text import one_line
 
 # The page every report is: one HTML file that needs no network and no script, made of a template and values
 

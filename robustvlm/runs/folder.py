@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.core.files import is_temporary, kind_of, named_disk_errors, open_own, read_json, write_text
-from robustvlm.core.foreign_text import secrets_cut, without_secrets
 from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
-from robustvlm.runs import manifest as checksums
-from robustvlm.runs.manifest import Manifest, read_manifest, require_same
+from robustvlm.runs.manifest import FILES, Manifest, read_manifest, require_same, sealed
+from robustvlm.text import secrets_cut, without_secrets
 
 # A run's folder: its name, its lock, and the choice between starting, continuing and starting over
 
@@ -25,43 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _LOCK = "run.lock"
 _RANK_JOURNAL = re.compile(r"journal-[1-9][0-9]*\.jsonl")
 
-# Everything a run writes besides its journals, in the order in which `--fresh` deletes it: without summary and journals
-# a run starts over, so that a deletion cut short leaves nothing that could be taken for results; the manifest marks the
-# folder as ours.
-_FILES = (
-    checksums.CHECKSUMS,
-    "model.json",
-    "prompts.json",
-    "immunity.json",
-    "immunity.safetensors",
-    "prompts.safetensors",
-    "training.json",
-    "trees.json",
-    "soup.json",
-    "results.parquet",
-    "certificates.jsonl",
-    "attacked.parquet",
-    "report.html",
-    "gallery",
-    "adversarial",
-    "features",
-    "audit.json",
-    "audit.jsonl",
-    "last.safetensors",
-    "best.safetensors",
-    "weights.safetensors",
-    "purifier.safetensors",
-    "mapper.safetensors",
-    "training",
-    "parts",
-    "open_clip_config.json",
-    "open_clip_model.safetensors",
-    "bpe_merges.txt.gz",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "manifest.json",
-)
+_FILES = tuple(name for name in FILES if name != "summary.json")  # which goes before the journals
 
 
 def default_name(kind: str, model: str, data: str, config: dict[str, Any]) -> str:
@@ -158,7 +121,7 @@ class RunFolder:
     @property
     def sealed(self) -> bool:
         """Whether the run has written down the digests of its results, which it does last."""
-        return checksums.sealed(self.path, self.manifest() or {})
+        return sealed(self.path, self.manifest() or {})
 
     def manifest(self) -> Manifest | None:
         """Return the manifest on disk, or None when the run has not begun."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robustvlm.core.files import NotRegular, read_json, require_regular, write_text
-from robustvlm.core.foreign_text import secrets_cut
 from robustvlm.errors import UserError
+from robustvlm.text import secrets_cut
 
 # The manifest: what was run, with what, on what; and whether a run on disk may be continued
 
@@ -310,34 +311,59 @@ def _short(value: object) -> str:
 CHECKSUMS = "checksums.json"
 CHECKSUMS_FORMAT = 1
 
-# What a run ends with. Not among them: what it goes on from (journals, checkpoints, kept features, each bound to the
-# run by itself), reports, which are made again from these files, audits, which come later, and all adversarial images,
-# where they were asked for: they may be many, and nothing reads them.
-_FINAL = (
-    "summary.json",
-    "results.parquet",
-    "certificates.jsonl",
-    "attacked.parquet",
-    "gallery",
-    "training.json",
-    "soup.json",
-    "trees.json",
-    "prompts.json",
-    "prompts.safetensors",
-    "immunity.json",
-    "immunity.safetensors",
-    "model.json",
-    "weights.safetensors",
-    "purifier.safetensors",
-    "mapper.safetensors",
-    "parts",
-    "open_clip_config.json",
-    "open_clip_model.safetensors",
-    "bpe_merges.txt.gz",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+
+@dataclass(frozen=True)
+class RunFile:
+    """What becomes of a file that runs write: digests are taken of it, and it goes along with a copy of the model."""
+
+    sealed: bool = True
+    copied: bool = False
+
+
+_MODEL, _RESULT, _ASIDE = RunFile(copied=True), RunFile(), RunFile(sealed=False)
+
+FILES: dict[str, RunFile] = {
+    "summary.json": _RESULT,
+    CHECKSUMS: _ASIDE,
+    "model.json": _MODEL,
+    "prompts.json": _MODEL,
+    "immunity.json": _MODEL,
+    "immunity.safetensors": _MODEL,
+    "prompts.safetensors": _MODEL,
+    "training.json": _RESULT,
+    "trees.json": _MODEL,
+    "soup.json": _MODEL,
+    "results.parquet": _RESULT,
+    "certificates.jsonl": _RESULT,
+    "attacked.parquet": _RESULT,
+    "report.html": _ASIDE,
+    "gallery": _RESULT,
+    "adversarial": _ASIDE,
+    "features": _ASIDE,
+    "audit.json": _ASIDE,
+    "audit.jsonl": _ASIDE,
+    "last.safetensors": _ASIDE,
+    "best.safetensors": _ASIDE,
+    "weights.safetensors": _MODEL,
+    "purifier.safetensors": _MODEL,
+    "mapper.safetensors": _MODEL,
+    "training": _ASIDE,
+    "parts": _MODEL,
+    "open_clip_config.json": _MODEL,
+    "open_clip_model.safetensors": _MODEL,
+    "bpe_merges.txt.gz": _MODEL,
+    "tokenizer.json": _MODEL,
+    "tokenizer_config.json": _MODEL,
+    "special_tokens_map.json": _MODEL,
+    "manifest.json": _ASIDE,
+}
+"""Everything that runs write besides journals and the lock, in the order in which `--fresh` deletes it.
+
+Without summary and journals a run starts over, so that a deletion cut short leaves nothing that could be taken for
+results; the manifest, which goes last, marks the folder as ours. No digests are taken of what a run goes on from
+(checkpoints and kept features, each bound to the run by itself), of reports, which are made again, of audits, which
+come later, and of all adversarial images, where they were asked for: they may be many, and nothing reads them.
+"""
 
 
 class _Checksums(BaseModel):
@@ -423,7 +449,7 @@ def _again(name: str) -> str:
 
 def _final(folder: Path) -> Iterator[Path]:
     """Yield the files that digests are taken of, temporary ones left out."""
-    for name in _FINAL:
+    for name in (name for name, made in FILES.items() if made.sealed):
         path = folder / name
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         yield from (file for file in inside if file.is_file() and not file.name.startswith("."))

@@ -10,37 +10,19 @@
   checkpoints in mid-epoch, and warnings when training goes wrong.
 """
 
-from robustvlm.training.distributed import gathered, summed
-from robustvlm.training.history import Estimate, History, StepEntry, Validation, Warned
-from robustvlm.training.images import (
-    AUGMENTATIONS,
-    Augmentation,
-    Batch,
-    TrainingData,
-    TrainingImages,
-    augment,
-    ids_of,
-    parse_augmentation,
-)
-from robustvlm.training.state import BEST, LAST, read_checkpoint, write_checkpoint
+from robustvlm.training.distributed import gathered
+from robustvlm.training.history import Estimate, Validation, Warned
+from robustvlm.training.images import TrainingData, TrainingImages, ids_of, parse_augmentation
 from robustvlm.training.task import Draws, Measure, Task, TrainingConfig, TrainingObserver
-from robustvlm.training.trainer import Diverged, Trainer
+from robustvlm.training.trainer import Trainer
 from robustvlm.training.validation import LabelledImages, RobustValidation
 
 __all__ = [
-    "AUGMENTATIONS",
-    "BEST",
-    "LAST",
-    "Augmentation",
-    "Batch",
-    "Diverged",
     "Draws",
     "Estimate",
-    "History",
     "LabelledImages",
     "Measure",
     "RobustValidation",
-    "StepEntry",
     "Task",
     "Trainer",
     "TrainingConfig",
@@ -49,11 +31,7 @@ __all__ = [
     "TrainingObserver",
     "Validation",
     "Warned",
-    "augment",
     "gathered",
     "ids_of",
     "parse_augmentation",
-    "read_checkpoint",
-    "summed",
-    "write_checkpoint",
 ]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.core.framing import Framing
+from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.seeds import generator
 from robustvlm.data.decode import prefetch
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select, to_pixels
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.errors import UserError, nearest
 
 # What a trainer reads: an endless order of images, cut into batches

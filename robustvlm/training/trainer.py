@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustvlm.core.files import named_disk_errors
-from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.seeds import derive_seed
-from robustvlm.errors import UserError, setting
+from robustvlm.errors import UserError, is_out_of_memory, setting
 from robustvlm.training.distributed import counted, peak_memory, process_group, rank_and_size, summed
 from robustvlm.training.history import Estimate, History, StepEntry, Validation, Warned, warnings_of
 from robustvlm.training.images import Batch, TrainingData, spans

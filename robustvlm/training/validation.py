@@ -11,9 +11,9 @@ from torch import Tensor
 
 from robustvlm.attacks import ThreatModel, project
 from robustvlm.attacks.threat import l2_norms, per_image
-from robustvlm.core.framing import Framing
+from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.data import DataSource
-from robustvlm.data.source import UNKNOWN, Sample, select, to_pixels
+from robustvlm.data.source import UNKNOWN, Sample, select
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings

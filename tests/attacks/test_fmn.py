@@ -12,8 +12,9 @@ from test_fab import shortest
 from torch import Tensor
 from toy import Curved, Linear, attack_all, fooled, right_jobs
 
-from robustvlm.attacks import ATTACKS, FMN, NORMS, PGD, LaneAttack, Objective, ThreatModel, objective, parse_attacks
+from robustvlm.attacks import ATTACKS, FMN, PGD, LaneAttack, Objective, ThreatModel, objective, parse_attacks
 from robustvlm.attacks.catalog import own_attack
+from robustvlm.attacks.threat import NORMS
 from robustvlm.errors import UserError
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,6 @@ from toy import CHANNELS, SIDE, Curved, Linear
 from robustvlm.attacks import (
     APGD,
     FOOLED,
-    OBJECTIVES,
     PGD,
     ROBUST,
     AcceptedMistake,
@@ -31,6 +33,9 @@ from robustvlm.attacks import (
     ThreatModel,
     objective,
 )
+from robustvlm.attacks.goals import GOALS, GoalKind, GoalWords, Known, goal_words, read_goals
+from robustvlm.attacks.objectives import OBJECTIVES
+from robustvlm.errors import UserError
 
 K = 6
 FINE, COARSE = Superclass(torch.arange(K), "0"), Superclass(torch.tensor([0, 0, 1, 1, 2, 2]), "1")
@@ -201,3 +206,39 @@ def test_without_leaving_an_image_goes_on_to_its_lowest_margin() -> None:
     assert all(b.steps > a.steps and b.margin < a.margin for a, b in zip(first, last, strict=True))
     tiny = attack(model, Misclassify(), jobs, eps=1e-6, leave=False)
     assert all(result.outcome == ROBUST for result in tiny)
+
+
+def test_a_kind_that_is_added_is_read_checked_and_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = GoalWords("dogs", "make a dog of", "images without dogs", "no dog", "not a dog", "All were dogs.")
+    into = GoalKind(
+        ("into:CLASS",),
+        lambda rest, known: (Targeted(list(known.class_names).index(rest), rest),),
+        lambda rest, *_: replace(words, title=rest),
+        refuses=False,
+    )
+    known = Known("a:model", ("cat", "dog"))
+    monkeypatch.setitem(GOALS, "into", into)
+    (goal,) = read_goals("into:dog", known)
+    assert isinstance(goal, Targeted)
+    assert goal.target == 1
+    assert goal_words("into:dog").title == "dog"
+    for text, said in (("into", "says not which one: pass into:CLASS"), ("int:dog", "did you mean 'into'")):
+        with pytest.raises(UserError, match=said):
+            read_goals(text, known)
+    with pytest.raises(UserError, match="the goal into is for models that never refuse: attack 'a:model' without"):
+        read_goals("into:dog", replace(known, can_reject=True))
+    monkeypatch.delitem(GOALS, "into")
+    with pytest.raises(UserError, match=r"unknown goal 'into:dog'.*or your own MODULE:CALLABLE"):
+        read_goals("into:dog", known)
+    assert goal_words("into:dog").title == "the goal into:dog", "a run stays readable without it"
+
+
+def test_goals_that_a_model_alone_cannot_have() -> None:
+    for text, said in (
+        ("superclass:1", "pass robustvlm.attacks.Superclass"),
+        ("feature:a dog", "pass robustvlm.attacks.FeatureTo"),
+        ("targeted:dog", "pass the class's number"),
+        ("deny", "the goal deny needs a model that may refuse"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            read_goals(text, Known.of_model(torch.nn.Linear(2, 2)))

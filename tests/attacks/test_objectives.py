@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.attacks import OBJECTIVES, margin, objective, target_classes
+from robustvlm.attacks import margin, objective
+from robustvlm.attacks.objectives import OBJECTIVES, target_classes
 from robustvlm.errors import UserError
 
 # Hundredths: closer logits would test the guard against division by zero instead of the formula.

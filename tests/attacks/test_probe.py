@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy import Curved, images
 
-from robustvlm.attacks import Oracle, probe
+from robustvlm.attacks import Oracle
+from robustvlm.attacks.oracle import probe
 
 
 class Coupled(Curved):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks import Job, LaneAttack, LaneEngine, Oracle, Result, ThreatModel, target_classes
+from robustvlm.attacks import Job, LaneAttack, LaneEngine, Oracle, Result, ThreatModel
+from robustvlm.attacks.objectives import target_classes
 
 SIDE, CHANNELS = 6, 3
 PIXELS = CHANNELS * SIDE * SIDE

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of
 from benchmarks.common import Counted
 from benchmarks.duel import OURS, Part, Record, run_ours, timed, versus, where_time_goes
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
-from robustvlm.attacks import APGD, Job, Oracle, ThreatModel, probe
+from robustvlm.attacks import APGD, Job, Oracle, ThreatModel
+from robustvlm.attacks.oracle import probe
 from robustvlm.errors import UserError
 
 BALL = ThreatModel("Linf", 0.01)

@@ -5,30 +5,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.certify import (
-    Sideways,
-    cdf_lower,
-    cdf_plug_in,
-    cdf_radius,
-    cdf_upper,
-    cone_cos,
+from robustvlm.certify import cone_cos, fcsb_cos, vector_table
+from robustvlm.certify.bands import dkw_band, ell_band
+from robustvlm.certify.feature import (
     cone_radius,
-    direction_cos,
-    dkw_band,
-    ell_band,
-    fcsb_cos,
+    dual_value,
+    duality_gap,
     fcsb_radius,
-    hoeffding_lower,
     norm_upper,
     required_norm,
-    shift_down,
-    shift_up,
-    tangent_at,
     vector_cos,
     vector_radius,
-    vector_table,
 )
-from robustvlm.certify.feature import dual_value, duality_gap
+from robustvlm.certify.means import hoeffding_lower
+from robustvlm.certify.normal import shift_down, shift_up
+from robustvlm.certify.shapes import Sideways, cdf_lower, cdf_plug_in, cdf_radius, cdf_upper, direction_cos
+from robustvlm.certify.tangent import tangent_at
 from robustvlm.errors import UserError
 
 unit = st.floats(0.0, 1.0)

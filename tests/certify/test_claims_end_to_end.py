@@ -23,9 +23,9 @@ from robustvlm.certify import (
     VocabularyRadius,
     VoteAtRadius,
     VoteRadius,
-    contrast_vectors,
-    vector_radius,
 )
+from robustvlm.certify.feature import vector_radius
+from robustvlm.certify.openset import contrast_vectors
 
 SIGMA = 0.5
 

@@ -4,31 +4,24 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from robustvlm.certify import (
-    ClassRadius,
+from robustvlm.certify import ClassRadius, predict, vote_predict, vote_radius
+from robustvlm.certify.bands import ell_band
+from robustvlm.certify.certifier import direction_scores, mean_feature
+from robustvlm.certify.classes import (
     ClassTest,
-    TangentTest,
-    cdf_radius,
     class_angle,
-    class_margin_needed,
     class_margin_radius,
-    clopper_pearson_lower,
     covariance_upper,
-    deployed_from_angle,
-    deployed_inner,
-    direction_scores,
-    ell_band,
     mean_ball,
-    mean_feature,
     mean_margin_radius,
-    predict,
     rival_normals,
-    vector_radius,
     vocabulary_radius,
-    vote_predict,
-    vote_radius,
-    vote_share_needed,
 )
+from robustvlm.certify.deployed import class_margin_needed, deployed_from_angle, deployed_inner, vote_share_needed
+from robustvlm.certify.feature import vector_radius
+from robustvlm.certify.means import clopper_pearson_lower
+from robustvlm.certify.shapes import cdf_radius
+from robustvlm.certify.tangent import TangentTest
 from robustvlm.errors import UserError
 
 

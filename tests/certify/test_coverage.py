@@ -8,19 +8,12 @@ from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
 from scipy.stats import binom
 
-from robustvlm.certify import (
-    ClassTest,
-    PredictableDirection,
-    cdf_lower,
-    class_margin_radius,
-    ell_band,
-    layer_cake,
-    norm_lower_bound,
-    required_norm,
-    tangent_radius,
-    vector_radius,
-    vote_radius,
-)
+from robustvlm.certify import vote_radius
+from robustvlm.certify.bands import ell_band
+from robustvlm.certify.classes import ClassTest, class_margin_radius
+from robustvlm.certify.feature import PredictableDirection, norm_lower_bound, required_norm, vector_radius
+from robustvlm.certify.shapes import cdf_lower, layer_cake
+from robustvlm.certify.tangent import tangent_radius
 
 RUNS = [pytest.param(120, id="light"), pytest.param(1500, id="heavy", marks=pytest.mark.slow)]
 ALPHA = 0.1

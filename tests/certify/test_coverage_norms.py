@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from robustvlm.certify import PredictableDirection, mean_ball, norm_lower_bound, norm_upper_bound, sideways
-from robustvlm.certify.bounds import betting_lower
-from robustvlm.certify.shapes import eigenvalue_upper
+from robustvlm.certify.classes import mean_ball
+from robustvlm.certify.feature import PredictableDirection, norm_lower_bound
+from robustvlm.certify.means import betting_lower
+from robustvlm.certify.openset import norm_upper_bound
+from robustvlm.certify.shapes import eigenvalue_upper, sideways
 
 RUNS = [pytest.param(120, id="light"), pytest.param(1500, id="heavy", marks=pytest.mark.slow)]
 ALPHA = 0.1

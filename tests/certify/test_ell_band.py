@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from robustvlm.certify.bounds import bands
-from robustvlm.certify.bounds import bands as band_module
-from robustvlm.certify.bounds.bands import calibrate, crossing_prob, dkw_band, ell_band, index_band, order_quantiles
+from robustvlm.certify import bands
+from robustvlm.certify import bands as band_module
+from robustvlm.certify.bands import calibrate, crossing_prob, dkw_band, ell_band, index_band, order_quantiles
 from robustvlm.errors import UserError
 
 

@@ -6,18 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from robustvlm.certify import BettingState, FixedSample, SequentialTest, betting_lower, mean_lower
-from robustvlm.certify.bounds import (
+from robustvlm.certify.classes import least_lower
+from robustvlm.certify.means import (
+    FRACTIONS,
     LOWER_BOUNDS,
+    BettingState,
+    FixedSample,
+    SequentialTest,
     bernstein_lower,
+    betting_lower,
     clopper_pearson_lower,
     clopper_pearson_upper,
     hoeffding_lower,
     kl_lower,
+    mean_lower,
     upper,
 )
-from robustvlm.certify.bounds.means import FRACTIONS
-from robustvlm.certify.classes import least_lower
 from robustvlm.errors import UserError
 
 unit = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=60)

@@ -3,18 +3,17 @@
 import numpy as np
 import pytest
 
-from robustvlm.certify import (
+from robustvlm.certify import predict_openset
+from robustvlm.certify.bands import ell_band
+from robustvlm.certify.certifier import mean_feature
+from robustvlm.certify.feature import norm_lower, norm_upper
+from robustvlm.certify.openset import (
     NormRange,
     acceptance_radius,
     contrast_vectors,
-    ell_band,
-    mean_feature,
-    norm_lower,
-    norm_upper,
     norm_upper_bound,
     openset_score,
     pilot_choice,
-    predict_openset,
     rejection_radius,
     score_lower,
     score_upper,

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.certify import OpensetRadius, OpensetRule, RuleRadius, contrast_vectors
-from robustvlm.certify.bounds.bands import ell_band
+from robustvlm.certify import OpensetRadius, OpensetRule, RuleRadius
+from robustvlm.certify.bands import ell_band
+from robustvlm.certify.openset import contrast_vectors
 from robustvlm.certify.shapes import halfspace_shift
 from robustvlm.errors import UserError
 

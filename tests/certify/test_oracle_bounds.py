@@ -4,23 +4,22 @@ import numpy as np
 import pytest
 from scipy.special import ndtr, ndtri
 
-from robustvlm.certify import (
+from robustvlm.certify.bands import calibrate, crossing_prob, ell_band
+from robustvlm.certify.classes import mean_ball
+from robustvlm.certify.deployed import deployed_cos
+from robustvlm.certify.feature import fcsb_radius
+from robustvlm.certify.limits import best_class_radius
+from robustvlm.certify.means import (
     BettingState,
-    best_class_radius,
     betting_lower,
     clopper_pearson_lower,
-    deployed_cos,
-    ell_band,
-    fcsb_radius,
-    hcr_drift,
     hoeffding_lower,
-    layer_cake,
-    mean_ball,
+    kl_lower_mean,
+    kl_upper_mean,
     mean_lower,
-    shift_down,
 )
-from robustvlm.certify.bounds import kl_lower_mean, kl_upper_mean
-from robustvlm.certify.bounds.bands import calibrate, crossing_prob
+from robustvlm.certify.normal import shift_down
+from robustvlm.certify.shapes import hcr_drift, layer_cake
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,10 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import gamma, hyp1f1, ndtr
 
-from robustvlm.certify import (
-    cone_cos,
+from robustvlm.certify import cone_cos, fcsb_cos
+from robustvlm.certify.feature import (
     cone_radius,
     drift,
-    fcsb_cos,
     fcsb_inner,
     fcsb_radius,
     norm_lower,

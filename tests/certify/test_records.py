@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.certify import (
-    Certificate,
-    Provenance,
-    best_of,
-    expected_false,
-    floor_to,
-    format_down,
-    format_exact,
-    format_up,
-)
+from robustvlm.certify import Certificate, Provenance, floor_to, format_down, format_exact, format_up
+from robustvlm.certify.record import best_of, expected_false
 from robustvlm.errors import UserError
 
 HOW = Provenance(

@@ -14,7 +14,6 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from robustvlm.certify import (
-    CHUNK,
     Certifier,
     ClassAtRadius,
     ClassRadius,
@@ -28,11 +27,10 @@ from robustvlm.certify import (
     VocabularyRadius,
     VoteAtRadius,
     VoteRadius,
-    contrast_vectors,
-    noise_chunk,
-    stream_seed,
 )
 from robustvlm.certify.certifier import Stage
+from robustvlm.certify.noise import CHUNK, noise_chunk, stream_seed
+from robustvlm.certify.openset import contrast_vectors
 from robustvlm.errors import UserError
 
 SIGMA = 0.25

@@ -3,34 +3,20 @@
 import numpy as np
 import pytest
 
-from robustvlm.certify import (
-    PredictableDirection,
-    Sideways,
-    as_scores,
+from robustvlm.certify import fcsb_cos, normal
+from robustvlm.certify.bands import ell_band
+from robustvlm.certify.certifier import as_scores, direction_scores, mean_feature, unit_rows
+from robustvlm.certify.feature import PredictableDirection, fcsb_radius, norm_lower_bound, vector_radius
+from robustvlm.certify.limits import (
     best_class_radius,
     best_feature_radius,
     best_paper_radius,
     best_vote_radius,
-    cdf_lower,
-    direction_radius,
-    direction_scores,
-    ell_band,
-    fcsb_cos,
-    fcsb_radius,
-    mean_feature,
-    norm_lower_bound,
-    normal,
     samples_needed,
-    shift_down,
-    shift_up,
-    sideways,
-    tangent_radius,
-    unit_rows,
-    vector_radius,
 )
-from robustvlm.certify.normal import beta_quantile, largest_true
-from robustvlm.certify.shapes import eigenvalue_upper
-from robustvlm.certify.tangent import TangentTest, tangent_at
+from robustvlm.certify.normal import beta_quantile, largest_true, shift_down, shift_up
+from robustvlm.certify.shapes import Sideways, cdf_lower, direction_radius, eigenvalue_upper, sideways
+from robustvlm.certify.tangent import TangentTest, tangent_at, tangent_radius
 from robustvlm.errors import UserError
 
 

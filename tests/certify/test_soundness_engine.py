@@ -11,16 +11,9 @@ from scipy.special import ndtr
 from scipy.stats import binom
 from torch import Tensor, nn
 
-from robustvlm.certify import (
-    ClassRadius,
-    FeatureRadius,
-    Finding,
-    SamplingEngine,
-    Task,
-    VoteRadius,
-    betting_lower,
-    stream_seed,
-)
+from robustvlm.certify import ClassRadius, FeatureRadius, Finding, SamplingEngine, Task, VoteRadius
+from robustvlm.certify.means import betting_lower
+from robustvlm.certify.noise import stream_seed
 from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
@@ -136,7 +129,7 @@ def test_a_label_chosen_on_the_estimation_samples_would_be_wrong_too_often() -> 
 
 
 def betting_or_binomial(votes: np.ndarray, alpha: float) -> float:
-    from robustvlm.certify import clopper_pearson_lower
+    from robustvlm.certify.means import clopper_pearson_lower
 
     return float(clopper_pearson_lower(int(votes.sum()), len(votes), alpha))
 

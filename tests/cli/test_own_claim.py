@@ -15,7 +15,7 @@ from command_line import MEAN, Call
 from PIL import Image
 from scipy.stats import beta, norm
 
-from robustvlm.certify.claims import own
+from robustvlm.certify import claims
 from robustvlm.commands.certify.config import Settings
 from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.certify.view import write_certify_report
@@ -30,7 +30,7 @@ CLAIM = re.search(r"## Add a certificate claim.*?```python\n(.*?)```", (Path(__f
 
 def forget() -> None:
     """Forget the modules, as another process would not know them."""
-    own._loaded.clear()
+    claims._own.clear()
     for name in ("my_claims", "my_mean"):
         sys.modules.pop(name, None)
 
@@ -153,9 +153,9 @@ def test_code_that_only_a_file_names_is_announced(call: Call) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_a_refusal_holds_for_claims_that_were_loaded_before() -> None:
-    assert own.load_own(SPEC).name == "three quarters"
+    assert claims.load_own(SPEC).name == "three quarters"
     with code_policy(refused=True), pytest.raises(UserError, match="code is refused"):
-        own.load_own(SPEC)
+        claims.load_own(SPEC)
 
 
 def test_columns_are_those_of_the_results() -> None:
@@ -172,6 +172,6 @@ def test_columns_are_those_of_the_results() -> None:
 @pytest.mark.usefixtures("here")
 def test_a_plan_is_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     plan: Callable[..., Any] = lambda *_: None  # noqa: E731
-    monkeypatch.setattr(type(own.load_own(SPEC)), "plan", plan)
+    monkeypatch.setattr(type(claims.load_own(SPEC)), "plan", plan)
     with pytest.raises(UserError, match="must return a Plan, its plan\\(\\) returned a NoneType"):
         prepared()

@@ -18,10 +18,11 @@ from robustvlm.attacks.tensors import image_ids
 from robustvlm.certify import predict as decided
 from robustvlm.commands.predict import PredictSettings
 from robustvlm.commands.predict.work import Work
+from robustvlm.core.framing import to_pixels
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data.files import FileImages
-from robustvlm.data.source import DataSource, Sample, Unreadable, to_pixels
-from robustvlm.defenses import ZeroShot
+from robustvlm.data.source import DataSource, Sample, Unreadable
+from robustvlm.defenses.classifier import ZeroShot
 from robustvlm.defenses.immunity import immunise_without_images
 from robustvlm.defenses.immunity.state import card_settings, save_tensors
 from robustvlm.defenses.smoothing import SmoothedVLM

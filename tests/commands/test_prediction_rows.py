@@ -32,8 +32,8 @@ from robustvlm.commands.predict.rows import (
     table_of,
     verdict_of,
 )
-from robustvlm.core.foreign_text import visible
 from robustvlm.report.screen import show
+from robustvlm.text import visible
 
 # Names as files and classes may bear them: anything that is text, with what formulas, terminals and CSV hang on.
 HOSTILE = "=+-@'\",;\t\r\n\x00\x07\x1b\x7f\x85\x9b\u202e\u2028\ufeff\uff1d\uff20\\ [/b]{}"

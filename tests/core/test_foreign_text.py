@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.core.foreign_text import ascii_json, secrets_cut, visible, visible_json, without_secrets
 from robustvlm.errors import UserError
+from robustvlm.text import ascii_json, secrets_cut, visible, visible_json, without_secrets
 
 KEPT = [
     "wds:data/test-{000..007}.tar",

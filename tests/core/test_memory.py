@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robustvlm.attacks import Job, LaneEngine, Oracle, ThreatModel, parse_attacks
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.errors import is_out_of_memory
 
 SAID = [
     "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 79.15 GiB total capacity)",

@@ -17,7 +17,7 @@ from robustvlm.data.classes import (
     usual_names,
     wordnet_names,
 )
-from robustvlm.data.names import name_key
+from robustvlm.text import name_key
 
 
 @pytest.mark.parametrize("names", [CIFAR10, cifar100_names(), imagenet_names()], ids=[known.name for known in KNOWN])

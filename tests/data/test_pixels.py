@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from robustvlm.data.source import to_pixels
+from robustvlm.core.framing import to_pixels
 from robustvlm.errors import UserError
 
 

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustvlm.defenses import OwnClassifier, ZeroShot, acceptance, load_classifier
+from robustvlm.defenses import load_classifier
+from robustvlm.defenses.classifier import ZeroShot, acceptance
+from robustvlm.defenses.pipeline import OwnClassifier
 from robustvlm.errors import UserError
 from robustvlm.models import load_model, zero_shot
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robustvlm.defenses import Operation, SmoothedVLM, load_pipeline, split_spec
+from robustvlm.defenses import SmoothedVLM, load_pipeline, split_spec
+from robustvlm.defenses.spec import Operation
 from robustvlm.errors import UserError
 
 

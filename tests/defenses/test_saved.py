@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import robustvlm
 from robustvlm.defenses import load_classifier, load_pipeline, pipeline
 from robustvlm.defenses.pipeline import SavedModel, saved_model
 from robustvlm.errors import UserError
@@ -124,11 +125,15 @@ def test_a_card_keeps_what_it_was_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("shifted")
-def test_load_model_takes_such_a_folder_too(tmp_path: Path) -> None:
+def test_the_door_takes_such_a_folder_too(tmp_path: Path) -> None:
     folder = make(tmp_path / "one")
-    assert load_model(str(folder)).fingerprint == load_pipeline(str(folder)).fingerprint
     (folder / "manifest.json").write_text('{"kind": "purify"}')  # as a finished run has it
-    assert isinstance(load_model(str(folder)), Shifted)
-    (folder / CARD_NAME).unlink()
-    with pytest.raises(UserError, match="has not ended"):
+    opened = robustvlm.load_model(str(folder), device="cpu")
+    assert isinstance(opened, Shifted)
+    assert opened.fingerprint == load_pipeline(str(folder)).fingerprint
+    with pytest.raises(UserError, match=r"stands on another model: open it with robustvlm\.load_model"):
         load_model(str(folder))
+    (folder / CARD_NAME).unlink()
+    for load in (robustvlm.load_model, load_model):
+        with pytest.raises(UserError, match="has not ended"):
+            load(str(folder))

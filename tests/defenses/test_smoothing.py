@@ -9,7 +9,8 @@ import torch
 from analytic_encoders import SIDE, Circle, image_at
 from torch import Tensor, nn
 
-from robustvlm.defenses import SmoothedClassifier, SmoothedVLM, smooth, smoothing
+from robustvlm.defenses import SmoothedVLM, smooth, smoothing
+from robustvlm.defenses.smoothing import SmoothedClassifier
 from robustvlm.errors import UserError
 from robustvlm.models import zero_shot
 

@@ -10,7 +10,7 @@ from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 from robustvlm.attacks.perturb import perturb
-from robustvlm.certify.bounds.means import clopper_pearson_lower
+from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.defenses.classifier import ZeroShot
 from robustvlm.defenses.votes import ABSTAIN, Smoothed, certify_tensors
 from robustvlm.errors import UserError

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
-from robustvlm.detect import KNN, MCM, MSP, SCORES, Head, NotFitted, Supplies, head_of
-from robustvlm.detect.base import FittedDetector
+from robustvlm.detect import KNN, MCM, MSP, SCORES, Head, Supplies, head_of
+from robustvlm.detect.base import FittedDetector, NotFitted
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 

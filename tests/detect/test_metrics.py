@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 from scipy.integrate import trapezoid
 from scipy.stats import norm
 
-from robustvlm.detect import (
-    METRICS,
-    Bootstrap,
-    all_metrics,
-    auroc,
-    auroc_interval,
-    average_precision,
-    difference,
-    fpr_at_tpr,
-    threshold_at_tpr,
-)
-from robustvlm.detect.metrics import roc_points, weighted_metrics
+from robustvlm.detect import Bootstrap, auroc, auroc_interval, difference, threshold_at_tpr
+from robustvlm.detect.metrics import METRICS, all_metrics, average_precision, fpr_at_tpr, roc_points, weighted_metrics
 from robustvlm.errors import UserError
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=12)

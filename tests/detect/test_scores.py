@@ -32,25 +32,22 @@ from robustvlm.detect import (
     Mahalanobis,
     MaxLogit,
     NegLabel,
-    NotFitted,
     ReAct,
     Supplies,
     ViM,
-    choose_alpha,
     energy_change,
-    fit_probe,
-    free_energy,
     make_scores,
-    mean_probabilities,
-    mine_negatives,
     outside,
     parse_scores,
     read_words,
     tree_words,
 )
+from robustvlm.detect.base import NotFitted
 from robustvlm.detect.catalog import own_detector
-from robustvlm.detect.gen import GEN
-from robustvlm.detect.words import safe_rows
+from robustvlm.detect.distances import choose_alpha
+from robustvlm.detect.logits import GEN, free_energy
+from robustvlm.detect.mixtures import fit_probe, mean_probabilities
+from robustvlm.detect.words import mine_negatives, safe_rows
 from robustvlm.errors import UserError
 
 

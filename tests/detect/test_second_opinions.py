@@ -30,11 +30,11 @@ from robustvlm.detect import (
     MaxLogit,
     ReAct,
     ViM,
-    all_metrics,
-    fit_probe,
 )
 from robustvlm.detect.distances import ledoit_wolf_shrinkage
-from robustvlm.detect.gen import GEN
+from robustvlm.detect.logits import GEN
+from robustvlm.detect.metrics import all_metrics
+from robustvlm.detect.mixtures import fit_probe
 
 
 def same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-6) -> bool:

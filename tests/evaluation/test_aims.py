@@ -69,7 +69,7 @@ def test_goals_that_no_model_could_have(text: str, said: str) -> None:
 
 @pytest.mark.parametrize("value", [1.0, -1.0, float("nan"), 7.0])
 def test_the_threshold_is_a_cosine(value: float) -> None:
-    with pytest.raises(UserError, match="--min-cos must lie between -1 and 1"):
+    with pytest.raises(UserError, match="min_cos must lie between -1 and 1"):
         check_goal("feature", value)
 
 

@@ -12,11 +12,11 @@ from analytic_encoders import Analytic, Circle, HalfSpace, along, image_at
 from scipy.special import ndtr
 from torch import Tensor
 
-from robustvlm.certify import vector_radius
 from robustvlm.certify.claims import Quantity, upper_mean
 from robustvlm.certify.claims.class_ import ClassQuantity
 from robustvlm.certify.claims.feature import DirectionQuantity, FeatureQuantity
 from robustvlm.certify.claims.vote import VoteQuantity
+from robustvlm.certify.feature import vector_radius
 from robustvlm.certify.normal import Array
 from robustvlm.commands.certify.audit_search import (
     Effort,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from certifying import Interrupt, prepared, rows
 
-from robustvlm.certify import Address, Certificate
+from robustvlm.certify import Certificate
+from robustvlm.certify.noise import Address
 from robustvlm.commands.certify.config import Settings
 from robustvlm.commands.certify.record import source
 from robustvlm.commands.certify.setup import finish, prepare_certify

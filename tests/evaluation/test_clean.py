@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from robustvlm.commands.evaluate.work import evaluate_clean, expected_calibration_error
-from robustvlm.data.source import DataSource, Sample, Unreadable, to_pixels
+from robustvlm.core.framing import to_pixels
+from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree
-from robustvlm.defenses import Refusing, ZeroShot
+from robustvlm.defenses.classifier import Refusing, ZeroShot
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
 

@@ -16,7 +16,7 @@ from robustvlm.commands.detect.scoring import make_panel
 from robustvlm.commands.detect.summary import DetectSummary
 from robustvlm.commands.detect.view import write_detect_report
 from robustvlm.defenses import load_classifier
-from robustvlm.detect import all_metrics
+from robustvlm.detect.metrics import all_metrics
 
 
 def test_a_run_from_images_to_files(detect_run: DetectRun) -> None:

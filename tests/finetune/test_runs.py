@@ -22,13 +22,14 @@ from robustvlm.commands.finetune.work import parse_options
 from robustvlm.data import open_data
 from robustvlm.data.trees import load_forest
 from robustvlm.defenses import load_classifier, load_pipeline
-from robustvlm.defenses.finetune import METHODS, plain_state
+from robustvlm.defenses.finetune import METHODS
+from robustvlm.defenses.finetune.trainable import plain_state
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.saved import read_card
 from robustvlm.report.training import load_training_run
 from robustvlm.runs.settings import Observer
-from robustvlm.training import LAST, read_checkpoint
+from robustvlm.training.state import LAST, read_checkpoint
 
 PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from robustvlm.models import zero_shot
+from robustvlm.models.zero_shot import forget_embeddings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,7 +25,7 @@ VIT = {
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
-    zero_shot.forget_embeddings()
+    forget_embeddings()
 
 
 @pytest.fixture

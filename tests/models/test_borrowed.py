@@ -16,12 +16,12 @@ from robustvlm.attacks import ExternalEngine, Job, LaneEngine, Oracle, ThreatMod
 from robustvlm.attacks.external import parse_external
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.evaluate.work import evaluate_clean
+from robustvlm.core.boundary import borrowed, own_copy
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier, smooth
 from robustvlm.defenses.finetune import FinetuneSettings, finetune_task
 from robustvlm.errors import UserError
 from robustvlm.models import load_model, zero_shot
-from robustvlm.models.boundary import borrowed, own_copy
 from robustvlm.models.custom import wrap_encoder
 from robustvlm.models.vlm import VLM
 

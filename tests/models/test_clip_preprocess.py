@@ -15,12 +15,11 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from robustvlm.core.framing import RESIZE_MODES, Framing
+from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
 from robustvlm.data.decode import to_rgb
-from robustvlm.data.source import to_pixels
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
-from robustvlm.models.clip_inputs import preprocessing_of, settings_of
+from robustvlm.models.clip import preprocessing_of, settings_of
 
 SHAPES = {"wide": (150, 31), "tall": (29, 140), "tiny": (3, 2), "square": (50, 50), "long strip": (400, 9)}
 TAGS = open_clip.list_pretrained()
@@ -150,9 +149,7 @@ def test_a_difference_from_open_clip_is_seen_at_load(
     save_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(save_clip(resize_mode="squash"))
-    monkeypatch.setattr(
-        "robustvlm.models.clip_inputs.to_pixels", lambda image, framing: to_pixels(image, framing.image_size)
-    )
+    monkeypatch.setattr("robustvlm.models.clip.to_pixels", lambda image, framing: to_pixels(image, framing.image_size))
     with pytest.raises(UserError, match=r"preprocessing of model .* \(squash, bicubic, 16 pixels\) gives other pixels"):
         load_model(folder)
 

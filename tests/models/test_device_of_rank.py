@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from robustvlm.commands.evaluate.work import evaluate_clean
+from robustvlm.core.device import _switches, device_of_rank, full_precision_kernels
 from robustvlm.core.ranks import Ranks
 from robustvlm.data import open_data
 from robustvlm.errors import UserError
-from robustvlm.models.vlm import VLM, _switches, device_of_rank, full_precision_kernels
+from robustvlm.models.vlm import VLM
 from robustvlm.models.zero_shot import ZeroShotClassifier, class_embeddings
 
 CUDA = torch.device("cuda")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustvlm.defenses.purify import OwnDenoiser, load_denoiser
+from robustvlm.defenses.purify import load_denoiser
+from robustvlm.defenses.purify.denoiser import OwnDenoiser
 
 # Each factory hides a network with dropout, or a setting, in another place.
 OWN = """

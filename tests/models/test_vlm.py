@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from robustvlm.data.source import to_pixels
+from robustvlm.core.framing import to_pixels
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model, resize
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import robustvlm
 
 ORDER = (
+    "text",
     "errors",
     "stats",
     "core",
@@ -30,12 +31,7 @@ ORDER = (
 )
 """The first name below the package, from the bottom to the top."""
 
-UPWARDS = {
-    ("attacks", "models"): 5,
-    ("errors", "core"): 1,
-    ("models", "data"): 1,
-    ("models", "defenses"): 1,
-}
+UPWARDS: dict[tuple[str, str], int] = {}
 """How often modules of a part import from a part above their own."""
 
 CIRCLES: dict[tuple[str, ...], int] = {}

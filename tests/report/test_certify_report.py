@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from robustvlm.certify import cone_radius, fcsb_radius, vector_table
+from robustvlm.certify import vector_table
+from robustvlm.certify.feature import cone_radius, fcsb_radius
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.record import accuracy, cosine_lines, load_certify_run, share_lines, verdict
 from robustvlm.commands.certify.setup import ENDS, save_extremes

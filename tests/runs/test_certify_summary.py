@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from robustvlm.certify import cone_cos, fcsb_cos, vector_cos
+from robustvlm.certify import cone_cos, fcsb_cos
 from robustvlm.certify.claims import ClaimFacts
+from robustvlm.certify.feature import vector_cos
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.record import rule, source, state, verdict
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA, COLUMNS, CertifyFact, make_certify_rows

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustvlm.data.source import Sample, Unreadable, to_pixels
+from robustvlm.core.framing import to_pixels
+from robustvlm.data.source import Sample, Unreadable
 from robustvlm.errors import UserError
-from robustvlm.training import AUGMENTATIONS, Augmentation, augment, parse_augmentation
-from robustvlm.training.images import spans
+from robustvlm.training import parse_augmentation
+from robustvlm.training.images import AUGMENTATIONS, Augmentation, augment, spans
 
 from .toy import SIDE, Squares, images
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from robustvlm.errors import UserError
-from robustvlm.training import BEST, LAST, Diverged, Draws, History, Measure, read_checkpoint
-from robustvlm.training.state import write_checkpoint
+from robustvlm.training import Draws, Measure
+from robustvlm.training.history import History
+from robustvlm.training.state import BEST, LAST, read_checkpoint, write_checkpoint
+from robustvlm.training.trainer import Diverged
 
 from .toy import Toy, fit
 

@@ -18,20 +18,10 @@ from robustvlm.core.ranks import current_ranks
 from robustvlm.core.seeds import generator
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.stats import rate
-from robustvlm.training import (
-    AUGMENTATIONS,
-    LAST,
-    Draws,
-    History,
-    Measure,
-    Task,
-    Trainer,
-    TrainingConfig,
-    TrainingImages,
-    TrainingObserver,
-    gathered,
-    read_checkpoint,
-)
+from robustvlm.training import Draws, Measure, Task, Trainer, TrainingConfig, TrainingImages, TrainingObserver, gathered
+from robustvlm.training.history import History
+from robustvlm.training.images import AUGMENTATIONS
+from robustvlm.training.state import LAST, read_checkpoint
 
 SIDE = 8
 

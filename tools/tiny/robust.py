@@ -15,7 +15,8 @@ from robustvlm.defenses.finetune.methods import frozen
 from robustvlm.defenses.finetune.trainable import vision_module
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
-from robustvlm.training import Batch, Draws, LabelledImages, Measure, RobustValidation, Task, TrainingData
+from robustvlm.training import Draws, LabelledImages, Measure, RobustValidation, Task, TrainingData
+from robustvlm.training.images import Batch
 from tools.tiny.sprites import Batches, Sprites, Taxonomy
 
 

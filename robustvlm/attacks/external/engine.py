@@ -23,13 +23,12 @@ from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
-from robustvlm.core.batches import narrower, smallest
-from robustvlm.core.foreign_text import one_line
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.batches import narrower_after, smallest
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.seeds import derive_seed
 from robustvlm.core.side_effects import same_random_state
-from robustvlm.errors import UserError
-from robustvlm.models.vlm import full_precision_kernels
+from robustvlm.errors import UserError, is_out_of_memory
+from robustvlm.text import one_line
 
 # The model as a published package sees it: an ordinary module whose every pass we count
 
@@ -281,18 +280,10 @@ class ExternalEngine:
                 try:
                     results = self._attack(now)
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error) or self.rungs[0] == 1:
-                        raise
-                    self._halve()
+                    self.rungs = narrower_after(error, self.rungs, self.oracle.device)
                     continue
                 yield from results
                 batch = later
-
-    def _halve(self) -> None:
-        """Go on with smaller batches after running out of memory."""
-        self.rungs = narrower(self.rungs)
-        if self.oracle.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _attack(self, batch: list[Job]) -> list[Result]:
         began, before = time.perf_counter(), self._spent()

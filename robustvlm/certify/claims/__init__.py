@@ -12,6 +12,10 @@ Example:
 
 from __future__ import annotations
 
+import inspect
+import sys
+from dataclasses import fields
+
 from robustvlm.certify.claims.base import (
     RADII,
     Asked,
@@ -29,8 +33,11 @@ from robustvlm.certify.claims.base import (
 from robustvlm.certify.claims.class_ import CLASS
 from robustvlm.certify.claims.feature import FEATURE
 from robustvlm.certify.claims.openset import OPENSET
-from robustvlm.certify.claims.own import is_own, load_own, own_digest
 from robustvlm.certify.claims.vote import VOTE
+from robustvlm.certify.noise import settings_digest
+from robustvlm.certify.record import OWN
+from robustvlm.core import registry
+from robustvlm.core.user_code import code_is_refused
 from robustvlm.errors import UserError, nearest
 
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (FEATURE, CLASS, VOTE, OPENSET)}
@@ -75,6 +82,55 @@ def make_plan(name: str, asked: Asked, materials: Materials) -> Plan:
     if not isinstance(plan, Plan):
         raise UserError(f"the claim '{name}' must return a Plan, its plan() returned a {type(plan).__name__}")
     return plan
+
+
+# Claims of the user's own, named `module:callable` wherever a built-in name stands
+
+_own: dict[str, Claim] = {}
+
+
+def is_own(spec: str) -> bool:
+    """Whether a claim's name has the form of `module:callable`; nothing is imported.
+
+    Example:
+        >>> is_own("my_claims:half"), is_own("class"), is_own("class:")
+        (True, False, False)
+    """
+    return OWN.fullmatch(spec) is not None
+
+
+def load_own(spec: str) -> Claim:
+    """Return the claim that a `module:callable` names: a `Claim`, or what a callable without arguments returns.
+
+    The module is imported, and announced where a file names it, once in a process.
+
+    Raises:
+        UserError: code is refused (`--no-code`), the import fails, or what it gives is no claim.
+    """
+    if spec not in _own or code_is_refused():
+        target = registry.resolve(spec)
+        if not isinstance(target, Claim) and callable(target):
+            target = registry.call(spec, target, "a claim")
+        if not isinstance(target, Claim):
+            wanted = "expected a robustvlm.certify.claims.Claim or a callable that returns one"
+            raise UserError(f"'{spec}' is no claim: {wanted}, got a {type(target).__name__}")
+        _own[spec] = target
+    return _own[spec]
+
+
+def own_digest(spec: str) -> str:
+    """Return the digest of what an own claim is: the source of its module and its fields.
+
+    A run is continued, and its noise repeated, only for an equal one. Modules that it imports are not looked into.
+    """
+    claim, module = load_own(spec), sys.modules[spec.partition(":")[0]]
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):  # compiled, or made in memory
+        source = module.__name__
+    plain = {part.name: getattr(claim, part.name) for part in fields(claim)}
+    told = {name: value for name, value in plain.items() if isinstance(value, (str, int, float, tuple, type(None)))}
+    return settings_digest(spec, source, repr(sorted(told.items())))
 
 
 __all__ = [

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustvlm.certify.bounds import betting_lower
 from robustvlm.certify.certifier import Certifier, Finding
 from robustvlm.certify.limits import best_class_radius, best_tangent_radius, samples_needed
+from robustvlm.certify.means import betting_lower
 from robustvlm.certify.normal import Array, check_cos0
 from robustvlm.certify.openset import OpensetRule
 from robustvlm.certify.record import Source, StopRule, format_exact, format_up

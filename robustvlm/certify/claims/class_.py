@@ -14,21 +14,13 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtr
 from torch import Tensor
 
-from robustvlm.certify.bounds.bands import ell_band
-from robustvlm.certify.bounds.means import Decision, SequentialTest
+from robustvlm.certify import classes
+from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, mean_feature, unit_rows
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of, upper_mean
-from robustvlm.certify.classes import (
-    ClassTest,
-    covariance_upper,
-    mean_ball,
-    mean_margin_radius,
-    rival_normals,
-    vocabulary_radius,
-    vote_radius,
-)
 from robustvlm.certify.deployed import class_margin_needed, vote_share_needed
 from robustvlm.certify.limits import best_class_radius
+from robustvlm.certify.means import Decision, SequentialTest
 from robustvlm.certify.normal import Array, check_radius
 from robustvlm.certify.shapes import halfspace_shift
 from robustvlm.errors import UserError
@@ -128,7 +120,7 @@ class ClassRadius(_Labelled):
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
         band = ell_band(len(rows), self.alpha)
-        normals = rival_normals(self.text, self.label)
+        normals = classes.rival_normals(self.text, self.label)
 
         def radius(margin: float) -> float:
             # <m of the rounded features, v> >= rounding implies <m of the encoder's, v> >= 0, at x' as everywhere.
@@ -139,7 +131,7 @@ class ClassRadius(_Labelled):
         if self.deployed is not None:
             columns["deployed_radius"] = radius(class_margin_needed(len(self.text) - 1, self.deployed, self.alpha))
         if self._baselines and not self.rounding:
-            columns["mean_radius"] = mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
+            columns["mean_radius"] = classes.mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
         return self._found(radius(0.0), columns)
 
 
@@ -170,9 +162,9 @@ class VocabularyRadius(_Labelled):
         rows = self._rows["estimation"]
         mean, lost = mean_feature(rows)
         centre = mean_feature(self._rows["pilot"])[0]
-        variance = covariance_upper(rows, centre, 0.5 * self.alpha)
-        ball = mean_ball(len(rows), 0.5 * self.alpha) + lost + self.rounding
-        radius = vocabulary_radius(mean, self.text, self.label, self.sigma, ball=ball, variance=variance)
+        variance = classes.covariance_upper(rows, centre, 0.5 * self.alpha)
+        ball = classes.mean_ball(len(rows), 0.5 * self.alpha) + lost + self.rounding
+        radius = classes.vocabulary_radius(mean, self.text, self.label, self.sigma, ball=ball, variance=variance)
         return self._found(radius, {"ball": ball, "variance": variance})
 
 
@@ -190,13 +182,13 @@ class ClassAtRadius(_Labelled):
 
     def __init__(self, *, text: ArrayLike, radius: float, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
         super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
-        self._test: ClassTest | None = None
+        self._test: classes.ClassTest | None = None
 
     def _absorb(self, stage: Stage, rows: Array) -> None:
         if stage == "pilot":
             self.label = self._choose(rows)
             a = self._at / self.sigma
-            self._test = ClassTest(rows, self.text, self.label, a=a, alpha=self.alpha)
+            self._test = classes.ClassTest(rows, self.text, self.label, a=a, alpha=self.alpha)
         elif self._test is not None:
             self._test.update(rows)
 
@@ -241,8 +233,8 @@ class VoteRadius(_Labelled):
         columns = {"votes": successes / len(rows)}
         if self.deployed is not None:
             share = vote_share_needed(self.deployed, self.alpha)
-            columns["deployed_radius"] = vote_radius(successes, len(rows), self.sigma, self.alpha, share=share)
-        return self._found(vote_radius(successes, len(rows), self.sigma, self.alpha), columns)
+            columns["deployed_radius"] = classes.vote_radius(successes, len(rows), self.sigma, self.alpha, share=share)
+        return self._found(classes.vote_radius(successes, len(rows), self.sigma, self.alpha), columns)
 
 
 class VoteAtRadius(_Labelled):
@@ -334,7 +326,7 @@ class ClassQuantity(Quantity):
     @cached_property
     def normals(self) -> Array:
         """Unit directions [K-1, D] from rivals to the label."""
-        found = rival_normals(self.text, self.label)
+        found = classes.rival_normals(self.text, self.label)
         assert found is not None  # such a certificate would have abstained
         return found
 

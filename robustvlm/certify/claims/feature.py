@@ -10,20 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from robustvlm.certify.bounds.bands import ell_band
-from robustvlm.certify.bounds.means import SequentialTest, betting_lower, hoeffding_lower
+from robustvlm.certify import feature
+from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, direction_scores, mean_feature, unit_rows
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, mean_cosine, upper_mean
 from robustvlm.certify.deployed import deployed_feature_radius
-from robustvlm.certify.feature import (
-    PredictableDirection,
-    cone_radius,
-    fcsb_radius,
-    norm_lower_bound,
-    required_norm,
-    vector_table,
-)
 from robustvlm.certify.limits import best_mean
+from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.certify.normal import Array, check_cos0, check_radius, check_sigma, largest_true
 from robustvlm.certify.record import format_exact
 from robustvlm.certify.shapes import cdf_radius, direction_radius, sideways
@@ -84,11 +77,11 @@ class FeatureRadius(Certifier):
     def finding(self) -> Finding:
         pilot, estimation = self._rows.get("pilot"), self._rows["estimation"]
         samples = estimation if pilot is None else np.concatenate([pilot, estimation])
-        r = _norm_lower(PredictableDirection(samples.shape[1]).scores(samples), self.alpha)
+        r = _norm_lower(feature.PredictableDirection(samples.shape[1]).scores(samples), self.alpha)
         columns: dict[str, float] = {}
         if self._baselines:
             columns = self._anchored(samples) | self._directed(pilot, estimation)
-            columns["cone_radius"] = float(cone_radius(r, self.cos0, self.sigma))
+            columns["cone_radius"] = float(feature.cone_radius(r, self.cos0, self.sigma))
         return Finding(
             radius=feature_radius(r, self.cos0, self.sigma),
             stop="fixed",
@@ -105,7 +98,7 @@ class FeatureRadius(Certifier):
         if not np.isfinite(clean).all():
             return {"paper_s": 0.0, "paper_radius": 0.0}
         s = float(hoeffding_lower(direction_scores(samples, clean), self.alpha))
-        return {"paper_s": s, "paper_radius": float(fcsb_radius(s, self.cos0, self.sigma))}
+        return {"paper_s": s, "paper_radius": float(feature.fcsb_radius(s, self.cos0, self.sigma))}
 
     def _directed(self, pilot: Array | None, estimation: Array) -> dict[str, float]:
         direction = None if pilot is None else mean_feature(pilot)[0]
@@ -117,7 +110,7 @@ class FeatureRadius(Certifier):
         side = sideways(estimation, direction, 0.5 * self.alpha)
         return {
             "fcsb_s": s,
-            "fcsb_radius": float(fcsb_radius(s, self.cos0, self.sigma)),
+            "fcsb_radius": float(feature.fcsb_radius(s, self.cos0, self.sigma)),
             "cdf_radius": cdf_radius(scores, target, self.sigma, ell_band(n, self.alpha)),
             "direction_radius": direction_radius(scores, self.cos0, self.sigma, ell_band(n, 0.5 * self.alpha), side),
         }
@@ -145,9 +138,9 @@ class FeatureTest(Certifier):
         super().__init__(
             ("estimation", n), sigma=sigma, alpha=alpha, settings=(self.radius, self.cos0), looks=("estimation",)
         )
-        norm = vector_table().required(self.cos0, radius / self.sigma)
+        norm = feature.vector_table().required(self.cos0, radius / self.sigma)
         self._test = SequentialTest(0.5 * (1.0 + min(norm, 1.0)), alpha=alpha)
-        self._direction: PredictableDirection | None = None
+        self._direction: feature.PredictableDirection | None = None
         self._scores: list[Array] = []
         if self._test.decision != "open":
             self._stages = []
@@ -155,7 +148,7 @@ class FeatureTest(Certifier):
     def _absorb(self, stage: Stage, rows: Array) -> None:
         del stage
         if self._direction is None:
-            self._direction = PredictableDirection(rows.shape[1])
+            self._direction = feature.PredictableDirection(rows.shape[1])
         scores = self._direction.scores(rows)
         self._scores.append(scores)
         self._test.update(scores)
@@ -179,7 +172,7 @@ class FeatureTest(Certifier):
 
 def _norm_lower(scores: Array, alpha: float) -> float:
     """Return the norm's lower bound, zero if no sample met a direction (all of them failed)."""
-    return norm_lower_bound(scores, alpha) if len(scores) else 0.0
+    return feature.norm_lower_bound(scores, alpha) if len(scores) else 0.0
 
 
 def feature_radius(r: float, cos0: float, sigma: float) -> float:
@@ -191,12 +184,12 @@ def feature_radius(r: float, cos0: float, sigma: float) -> float:
         >>> [round(feature_radius(r, 0.5, 1.0), 3) for r in (0.05, 0.5, 0.7, 0.9)]
         [0.054, 0.583, 0.899, 1.461]
     """
-    table = vector_table()
+    table = feature.vector_table()
     low = float(table.radius(r, cos0, 1.0))
     beyond = table.shifts[np.searchsorted(table.shifts, low, side="right") :]
     if not r > 0.0 or not len(beyond):
         return check_sigma(sigma) * low
-    found = largest_true(lambda a: r >= required_norm(cos0, float(a)), low, float(beyond[0]), steps=6)
+    found = largest_true(lambda a: r >= feature.required_norm(cos0, float(a)), low, float(beyond[0]), steps=6)
     return check_sigma(sigma) * float(found)
 
 
@@ -225,7 +218,7 @@ class FeatureQuantity(Quantity):
     words = "cosine between the smoothed features of image and attacked image"
 
     def bound(self, eps: float) -> float:
-        curve = -1.0 if self.r is None else float(vector_table().cos(self.r, eps / self.sigma))
+        curve = -1.0 if self.r is None else float(feature.vector_table().cos(self.r, eps / self.sigma))
         return max(curve, self.cos0) if eps <= self.radius else curve
 
     def score(self, features: Tensor, aim: Tensor) -> Tensor:
@@ -245,8 +238,8 @@ class FeatureQuantity(Quantity):
         return min(1.0, inner / norms) if norms > 0.0 else 1.0
 
     def _norm(self, features: Array, alpha: float) -> float:
-        direction = PredictableDirection(features.shape[1], start=self.direction)
-        return norm_lower_bound(direction.scores(features), alpha)
+        direction = feature.PredictableDirection(features.shape[1], start=self.direction)
+        return feature.norm_lower_bound(direction.scores(features), alpha)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -273,8 +266,8 @@ class DirectionQuantity(Quantity):
         inner = upper_mean(unit_rows(features) @ (self.direction / np.linalg.norm(self.direction)), alpha / 2.0)
         if inner <= 0.0:
             return inner
-        direction = PredictableDirection(features.shape[1], start=self.direction)
-        norm = norm_lower_bound(direction.scores(features), alpha / 2.0)
+        direction = feature.PredictableDirection(features.shape[1], start=self.direction)
+        norm = feature.norm_lower_bound(direction.scores(features), alpha / 2.0)
         return min(1.0, inner / norm) if norm > 0.0 else 1.0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustvlm.certify.bounds.bands import ell_band
+from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, as_scores, mean_feature, unit_rows
 from robustvlm.certify.claims.base import Asked, Claim, Given, Materials, Plan, Quantity, sampling_of, upper_mean
 from robustvlm.certify.normal import Array, check_radius

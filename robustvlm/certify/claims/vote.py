@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from robustvlm.certify.bounds import clopper_pearson_lower
 from robustvlm.certify.certifier import Certifier
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of
 from robustvlm.certify.claims.class_ import VoteAtRadius, VoteRadius
 from robustvlm.certify.limits import best_vote_radius, best_vote_test_radius
+from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array
 
 

@@ -29,12 +29,14 @@ from robustvlm.attacks import (
     require_norm,
 )
 from robustvlm.attacks.catalog import is_foreign
+from robustvlm.attacks.goals import GOALS
+from robustvlm.attacks.goals.superclass import levels_of
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM
 from robustvlm.commands.attack import AttackPlan, AttackSettings
 from robustvlm.commands.attack.cost import Budget, parse_budget
 from robustvlm.commands.attack.findings import of_results, of_second_opinion
-from robustvlm.commands.attack.goal import KINDS, Aim, check_goal, levels_of, make_aim
+from robustvlm.commands.attack.goal import Aim, check_goal, make_aim
 from robustvlm.commands.attack.record import load_run
 from robustvlm.commands.attack.report import show as show
 from robustvlm.commands.attack.report import write_report as write_report
@@ -44,13 +46,13 @@ from robustvlm.commands.attack.summary import parse_condition as parse_condition
 from robustvlm.commands.attack.summary import summarise
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.common.store import new_session
+from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import load_own
 from robustvlm.errors import BadSetting, UserError, nearest, setting
-from robustvlm.models.vlm import device_of_rank, resolve_device
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.read import write_rows
 from robustvlm.runs.records import Check, Estimate
@@ -277,7 +279,7 @@ def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restar
 def _own(goal: str, attacks: list[Attack]) -> list[str]:
     """Return the names among these that stand for code of the user's."""
     own = [item.name for item in attacks if isinstance(item, LaneAttack) and is_foreign(item)]
-    return own + ([goal] if goal.partition(":")[0] not in KINDS else [])
+    return own + ([goal] if goal.partition(":")[0] not in GOALS else [])
 
 
 def _require_fit(attacks: list[Attack], aim: Aim, threat: ThreatModel, *, n_classes: int) -> None:

@@ -13,12 +13,11 @@ from rich.console import Console
 
 from robustvlm.commands.build import BuildSettings
 from robustvlm.commands.common.inputs import facts_of
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
-from robustvlm.defenses.assemble import Recipe, build_pipeline
-from robustvlm.defenses.assemble.building import PARTS
+from robustvlm.defenses.assemble import PARTS, Recipe, build_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.models import VLM
-from robustvlm.models.vlm import resolve_device
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Checks, Closing, Code, Text
 from robustvlm.report.tables import finding

@@ -23,15 +23,16 @@ from robustvlm.commands.certify.record import CertifyRecord, load_certify_run
 from robustvlm.commands.certify.setup import describe_head, materials_of, prompts_of, rule_of, vectors_of_classes
 from robustvlm.commands.common.inputs import probe_of
 from robustvlm.commands.common.store import Journal, read_journal
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.files import write_text
+from robustvlm.core.framing import to_pixels
 from robustvlm.core.probe import change_of
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
-from robustvlm.data.source import DataSource, Sample, select, to_pixels
+from robustvlm.data.source import DataSource, Sample, select
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.models.vlm import full_precision_kernels
 from robustvlm.runs.manifest import run_identity
 
 # An audit that has not ended, kept so that a killed one goes on where it was

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from robustvlm.certify.claims import Quantity
 from robustvlm.certify.normal import Array
-from robustvlm.core.memory import is_out_of_memory
 from robustvlm.core.seeds import derive_seed
 from robustvlm.defenses import SmoothedVLM
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, is_out_of_memory
 
 # Search inside a certified ball for the image that breaks the claim: l2 descent on the smoothed model, many starts
 

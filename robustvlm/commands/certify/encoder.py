@@ -12,14 +12,13 @@ from torch import Tensor
 
 from robustvlm.attacks.oracle import PRECISIONS
 from robustvlm.core.batches import steady_sizes
-from robustvlm.core.foreign_text import one_line
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.boundary import borrowed, placed
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.defenses import SmoothedVLM
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError, is_out_of_memory, nearest
 from robustvlm.models import VLM
-from robustvlm.models.boundary import borrowed, placed
-from robustvlm.models.vlm import full_precision_kernels
 from robustvlm.runs.records import Check
+from robustvlm.text import one_line
 
 # Whether an encoder that draws at random does so anew for every image: a test of one noisy image, many times over.
 #

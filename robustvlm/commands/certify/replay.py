@@ -28,20 +28,20 @@ from robustvlm.commands.certify.setup import (
 )
 from robustvlm.commands.certify.store import CertifyLedger, CertifyObserver, Recorder
 from robustvlm.commands.common.inputs import facts_of, probe_of
+from robustvlm.core.device import resolve_device
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.user_code import named_by
 from robustvlm.data.classes import read_templates
-from robustvlm.data.names import places_of
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.spec import split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.models.vlm import resolve_device
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, make_manifest
 from robustvlm.runs.read import find_run
+from robustvlm.text import places_of
 
 PROMPTS = ("adaptive", "independent")
 

@@ -33,20 +33,20 @@ from robustvlm.commands.certify.summary import CertifySummary, summarise_certify
 from robustvlm.commands.certify.view import write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.common.store import new_session
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import read_json, replacing, write_text
-from robustvlm.core.framing import Framing
+from robustvlm.core.framing import Framing, to_pixels
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.core.seeds import generator
 from robustvlm.data import open_data
 from robustvlm.data.classes import read_class_names
-from robustvlm.data.source import DataSource, Sample, to_pixels
+from robustvlm.data.source import DataSource, Sample
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.spec import split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, zero_shot
-from robustvlm.models.vlm import resolve_device
-from robustvlm.models.weights import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.folder import RunFolder, default_name, opened_by_all
 from robustvlm.runs.manifest import (

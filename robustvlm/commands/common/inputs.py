@@ -10,16 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from robustvlm.core import registry
-from robustvlm.core.framing import Framing
+from robustvlm.core.framing import Framing, to_pixels
+from robustvlm.core.object_graph import Reached, fingerprint
 from robustvlm.core.user_code import file_digest
 from robustvlm.data import DataSource
 from robustvlm.data.decode import prefetch
-from robustvlm.data.source import Sample, Unreadable, to_pixels
+from robustvlm.data.source import Sample, Unreadable
 from robustvlm.defenses import Classifier
 from robustvlm.models import VLM
-from robustvlm.models.object_graph import Reached
 from robustvlm.models.probe import probe_model
-from robustvlm.models.weights import fingerprint
 from robustvlm.models.zero_shot import cut_prompts
 
 # The images of an attack run: numbered in source order, decoded and resized ahead of the model

@@ -37,11 +37,11 @@ from robustvlm.commands.common.store import JournalLedger, cost_of
 from robustvlm.commands.detect.config import OWN, DetectObserver, UnderAttack
 from robustvlm.commands.detect.encoding import Encoded, answers
 from robustvlm.commands.detect.scoring import Panel
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.source import DataSource
 from robustvlm.defenses import Classifier
 from robustvlm.detect import Detector, Head
 from robustvlm.models import VLM
-from robustvlm.models.weights import fingerprint
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.attacks import DEFAULT_EPS, LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.registry import names_own
 from robustvlm.data.specs import parse_spec
 from robustvlm.detect import SCORES, parse_scores
 from robustvlm.detect.base import require_temperature
 from robustvlm.errors import UserError, nearest
+from robustvlm.text import without_secrets
 
 # What defines a detect run: the settings that decide its scores
 

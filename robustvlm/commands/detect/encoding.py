@@ -15,15 +15,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.commands.detect.config import DetectObserver
+from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.framing import to_pixels
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.seeds import derive_seed
-from robustvlm.data.source import DataSource, Sample, Unreadable, select, to_pixels
+from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.models import VLM
-from robustvlm.models.vlm import full_precision_kernels
-from robustvlm.models.weights import fingerprint
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.records import UnreadableImage

@@ -26,8 +26,8 @@ from robustvlm.commands.detect.summary import (
     Versus,
 )
 from robustvlm.core.files import replacing
-from robustvlm.core.framing import Framing
-from robustvlm.data.source import DataSource, Sample, to_pixels
+from robustvlm.core.framing import Framing, to_pixels
+from robustvlm.data.source import DataSource, Sample
 from robustvlm.detect import BASELINES, Bootstrap, Interval, auroc_interval, difference, find_score, threshold_at_tpr
 from robustvlm.detect.metrics import all_metrics, intervals_of
 from robustvlm.errors import UserError

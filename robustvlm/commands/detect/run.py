@@ -24,7 +24,9 @@ from robustvlm.commands.detect.remarks import of_antibodies, of_constant_scores,
 from robustvlm.commands.detect.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
 from robustvlm.commands.detect.summary import Adversarial, AttackedScore, DetectSummary, SetSummary, WordsSummary
 from robustvlm.commands.detect.view import load_detect_run, write_detect_report
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.ranks import current_ranks
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.names import same_things, some_of
@@ -32,8 +34,6 @@ from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import find_score, outside, read_words, tree_words
 from robustvlm.errors import UserError
-from robustvlm.models.vlm import resolve_device
-from robustvlm.models.weights import fingerprint
 from robustvlm.runs.folder import RunFolder, default_name
 from robustvlm.runs.manifest import Manifest, forget_checksums, make_manifest, write_checksums
 from robustvlm.runs.read import write_rows

@@ -10,13 +10,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.commands.common.inputs import remarks_of
-from robustvlm.core.memory import is_out_of_memory
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, to_pixels
+from robustvlm.core.boundary import borrowed
+from robustvlm.core.device import full_precision_kernels
+from robustvlm.core.framing import to_pixels
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree
 from robustvlm.defenses.classifier import Classifier, ZeroShot
-from robustvlm.errors import UserError
-from robustvlm.models.boundary import borrowed
-from robustvlm.models.vlm import full_precision_kernels
+from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.models.zero_shot import ZeroShotClassifier
 from robustvlm.stats import Rate, rate
 

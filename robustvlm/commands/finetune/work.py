@@ -18,6 +18,7 @@ from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.finetune import FinetuneSettings
 from robustvlm.commands.told import told
+from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource, open_data
@@ -41,7 +42,6 @@ from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card
-from robustvlm.models.vlm import device_of_rank, resolve_device
 from robustvlm.report import screen
 from robustvlm.report.training import (
     NAME,

@@ -35,8 +35,8 @@ from robustvlm.commands.immunize.record import (
     vaccine_settings,
 )
 from robustvlm.commands.told import counted
+from robustvlm.core.device import resolve_device
 from robustvlm.data import DataSource, open_data
-from robustvlm.data.names import name_key
 from robustvlm.defenses.immunity import (
     Immunity,
     Labelled,
@@ -51,11 +51,12 @@ from robustvlm.defenses.immunity.classifier import ImmunisedModel
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.prompts import Features
 from robustvlm.errors import UserError, nearest, setting
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.run import Facts, Session
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import mcnemar_exact, rate
+from robustvlm.text import name_key
 
 WARM_STEPS = 100
 _ANEW = (

@@ -21,7 +21,7 @@ from robustvlm.core.files import first_line, parse_json, replacing, require_regu
 from robustvlm.core.seeds import generator
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.classes import read_class_names
-from robustvlm.data.names import name_key, same_things
+from robustvlm.data.names import same_things
 from robustvlm.data.specs import Unlabelled
 from robustvlm.data.splits import in_both
 from robustvlm.defenses.immunity.antibodies import (
@@ -44,6 +44,7 @@ from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.settings import Observer
+from robustvlm.text import name_key
 
 # The images of an immunize run: which teach and which are held out, and their features, kept in the run's folder
 

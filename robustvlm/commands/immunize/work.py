@@ -40,7 +40,7 @@ from robustvlm.commands.immunize.record import (
 )
 from robustvlm.commands.immunize.view import immunize_closing, immunize_report
 from robustvlm.commands.told import counted
-from robustvlm.core.foreign_text import without_secrets
+from robustvlm.core.device import resolve_device
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import DataSource, Sample, open_data, to_pixels
 from robustvlm.data.source import UNKNOWN
@@ -64,13 +64,14 @@ from robustvlm.defenses.immunity.vaccine import automatic_margin
 from robustvlm.defenses.prompts import Features
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError, nearest, setting
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.zero_shot import require_distinct
 from robustvlm.report import screen
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.runs.settings import Observer
+from robustvlm.text import without_secrets
 
 # Thresholds for a smoothed model: the score of the mean adapted feature under noise, on held-out images
 

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robustvlm.core.files import replacing
-from robustvlm.core.foreign_text import visible, visible_json
 from robustvlm.report.sections import Code, Column, Inline, Line, Name, Row, Small, Table, Verdict, numbers
 from robustvlm.report.words import plain
+from robustvlm.text import visible, visible_json
 
 ANSWERED, REJECTED, ABSTAINED = "answered", "rejected", "abstained"
 UNREADABLE, FAILED = "unreadable", "failed"

@@ -26,22 +26,22 @@ from robustvlm.commands.predict.rows import (
     arrow_of,
     opened,
 )
-from robustvlm.core.foreign_text import without_secrets
-from robustvlm.core.memory import is_out_of_memory
+from robustvlm.core.device import resolve_device
+from robustvlm.core.framing import to_pixels
 from robustvlm.core.ranks import current_ranks
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import open_data
 from robustvlm.data.classes import DEFAULT, read_class_names, read_templates, recognise
 from robustvlm.data.decode import prefetch
 from robustvlm.data.files import FileImages
-from robustvlm.data.source import DataSource, Unreadable, to_pixels
+from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.data.specs import open_unlabelled
 from robustvlm.defenses.classifier import Answers, Classifier
 from robustvlm.defenses.load import own_classes
 from robustvlm.defenses.pipeline import load_classifier
 from robustvlm.defenses.smoothing import SmoothedVLM
-from robustvlm.errors import UserError, setting
-from robustvlm.models import resolve_device
+from robustvlm.errors import UserError, is_out_of_memory, setting
+from robustvlm.text import without_secrets
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,19 +14,18 @@ from torch import Tensor
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
 from robustvlm.commands.prompts import PromptSettings
 from robustvlm.commands.told import counted
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
-from robustvlm.core.foreign_text import without_secrets
 from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.specs import open_unlabelled
 from robustvlm.data.splits import copies, in_both
-from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
-from robustvlm.defenses.prompts.tune import PROMPTS, save_prompts
+from robustvlm.defenses import load_pipeline, prompts
+from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings
 from robustvlm.defenses.spec import split_spec
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError, setting
-from robustvlm.models import VLM, resolve_device
+from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
@@ -36,6 +35,7 @@ from robustvlm.report.tables import finding
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate
+from robustvlm.text import without_secrets
 
 NAME = "prompts.json"
 RESULTS = (NAME, CARD_NAME)
@@ -99,14 +99,14 @@ class PromptWork:
 
     def _shots(self, observer: Observer) -> Features:
         """Return the features of the few images to learn from."""
-        chosen = frozenset(choose_shots(self.source, self.settings.shots or None, self.settings.seed))
+        chosen = frozenset(prompts.choose_shots(self.source, self.settings.shots or None, self.settings.seed))
         observer.begin("Encoding", len(chosen))
-        return encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=counted(observer))
+        return prompts.encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=counted(observer))
 
     def _tuned(self, shots: Features, observer: Observer) -> list[dict[str, float]]:
         """Learn the context; return the mean losses of every epoch."""
         observer.begin("Tuning", self.settings.epochs)
-        return tune(
+        return prompts.tune(
             self.learner,
             shots.features,
             shots.labels,
@@ -119,7 +119,7 @@ class PromptWork:
         """Return accuracy and detection with the tuned and with the hand-written prompts, on `val` and `ood`."""
         if self.settings.val is None:
             return {}
-        known = encode_source(self.vlm, _matching(self.settings.val, self.source))
+        known = prompts.encode_source(self.vlm, _matching(self.settings.val, self.source))
         notes: list[str] = []
         taught = set(in_both(self.settings.val, known.ids, self.settings.data, shots.ids))
         if taught:
@@ -137,7 +137,7 @@ class PromptWork:
             notes.append(f"{twins} images of --val look to the model like images that taught the prompts")
         unknown: dict[str, Features] = {}
         for spec in self.settings.ood:
-            found = encode_source(self.vlm, open_unlabelled(spec, self.source.class_names))
+            found = prompts.encode_source(self.vlm, open_unlabelled(spec, self.source.class_names))
             name = without_secrets(spec)
             unknown[name] = found.rows((found.labels < 0).nonzero().flatten())
             left_out = len(found.ids) - len(unknown[name].ids)
@@ -169,9 +169,10 @@ class PromptWork:
 
     def _save(self, folder: Path, tuned: Tensor, record: PromptRecord) -> None:
         """Write the prompts, then the record, and the card last: a folder with a card is whole."""
-        save_prompts(folder, self.learner.context, tuned)
+        prompts.save_prompts(folder, self.learner.context, tuned)
         write_text(folder / NAME, record.model_dump_json(indent=1) + "\n")
-        settings = {"class_names": list(self.source.class_names), "n_reset": self.settings.c, "prompts": PROMPTS}
+        names = list(self.source.class_names)
+        settings = {"class_names": names, "n_reset": self.settings.c, "prompts": prompts.PROMPTS}
         probe = probe_encoder(self.vlm)
         write_card(folder, Card("tune-prompts", self.settings.model, self.vlm.fingerprint, settings, probe))
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from robustvlm.commands.common.inputs import facts_of, probe_of
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.commands.told import told
+from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
+from robustvlm.core.framing import to_pixels
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.data import DataSource, open_data
-from robustvlm.data.source import Sample, select, to_pixels
+from robustvlm.data.source import Sample, select
 from robustvlm.data.splits import require_unseen_validation
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.purify import NoiseLevels, Parts, load_denoiser
@@ -35,7 +37,6 @@ from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
-from robustvlm.models.vlm import device_of_rank, resolve_device
 from robustvlm.report import screen
 from robustvlm.report.training import (
     NAME,

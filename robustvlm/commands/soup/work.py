@@ -17,6 +17,7 @@ from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import describe_data, probe_of
 from robustvlm.commands.soup import MEASURES, SoupSettings
+from robustvlm.core.device import resolve_device
 from robustvlm.core.files import read_json, write_text
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import load_pipeline
@@ -25,7 +26,6 @@ from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card, require_ground
-from robustvlm.models.vlm import resolve_device
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Closing, Code, Column, Measure, Row, Table, numbers
 from robustvlm.report.words import percent

@@ -10,25 +10,17 @@
 * `trainable`: which parameters are trained (`all`, `lora[:RANK]`, `ssf`, `last:N`) and how they are merged back.
 """
 
-from robustvlm.defenses.finetune.hierarchical import HyperbolicEmbedding
 from robustvlm.defenses.finetune.hierarchy import HierarchicalOptions
-from robustvlm.defenses.finetune.methods import InnerAttack, Materials, Method
+from robustvlm.defenses.finetune.methods import InnerAttack, Method
 from robustvlm.defenses.finetune.task import METHODS, FinetuneSettings, FinetuneTask, find_method, finetune_task
-from robustvlm.defenses.finetune.trainable import make_trainable, merge, parse_trainable, plain_state
 
 __all__ = [
     "METHODS",
     "FinetuneSettings",
     "FinetuneTask",
     "HierarchicalOptions",
-    "HyperbolicEmbedding",
     "InnerAttack",
-    "Materials",
     "Method",
     "find_method",
     "finetune_task",
-    "make_trainable",
-    "merge",
-    "parse_trainable",
-    "plain_state",
 ]

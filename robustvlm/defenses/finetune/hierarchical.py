@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from robustvlm.data.classes import fill
-from robustvlm.defenses.finetune.hierarchy import (
-    HierarchicalOptions,
-    Hierarchy,
-    ImageNodes,
-    alignment,
-    image_nodes,
-    level_weights,
-    norm_order,
-    vicinity,
-)
+from robustvlm.defenses.finetune import hierarchy
+from robustvlm.defenses.finetune.hierarchy import HierarchicalOptions, Hierarchy, ImageNodes
 from robustvlm.defenses.finetune.hyperbolic import distances, exp0
 from robustvlm.defenses.finetune.methods import Materials, Method, frozen
 from robustvlm.errors import UserError, setting
@@ -281,17 +273,17 @@ class Hierarchical(Method):
             totals["alignment"] = totals["alignment"] + self._alignment(*seen)
             apart, images, own, tree, level = seen
             asked = (level > 0).to(level) if options.leaf_only else torch.ones_like(level)
-            near = vicinity(apart, images, tree, asked, options.vicinity_radius)
+            near = hierarchy.vicinity(apart, images, tree, asked, options.vicinity_radius)
             totals["vicinity"] = totals["vicinity"] + near
             if not options.leaf_only:
-                totals["norm order"] = totals["norm order"] + norm_order(images, own, tree, options.norm_gap)
+                totals["norm order"] = totals["norm order"] + hierarchy.norm_order(images, own, tree, options.norm_gap)
         return totals
 
     def _seen(self, points: Tensor, labels: Tensor, tangents: Tensor, weights: list[Tensor]) -> Iterator[_Seen]:
         """Yield for every tree the distances, the image rows, the texts of its nodes, itself, and its level weights."""
         r = self.embedding.curvature
         for tree, level in zip(self.trees, weights, strict=True):
-            images, own = image_nodes(points, labels, tree, r), self._node_texts(tangents, tree)
+            images, own = hierarchy.image_nodes(points, labels, tree, r), self._node_texts(tangents, tree)
             yield distances(images.points, own, r), images, own, tree, level
 
     def _node_texts(self, tangents: Tensor, tree: Hierarchy) -> Tensor:
@@ -305,17 +297,17 @@ class Hierarchical(Method):
         if self.options.name_superclasses:
             return points
         # Averages over texts go up a tree as those over images do, with every class shown once.
-        return image_nodes(points, classes, tree, self.embedding.curvature).points
+        return hierarchy.image_nodes(points, classes, tree, self.embedding.curvature).points
 
     def _alignment(self, apart: Tensor, images: ImageNodes, own: Tensor, tree: Hierarchy, weights: Tensor) -> Tensor:
         del own
         beside = self.options.negatives and not self.options.leaf_only
-        return alignment(apart, images, tree, weights, self.embedding.temperature, beside=beside)
+        return hierarchy.alignment(apart, images, tree, weights, self.embedding.temperature, beside=beside)
 
     def _level_weights(self) -> list[list[Tensor]]:
         """Return, for every perturbation to be made, the level weights of every tree."""
         device = self.student.device
-        full = [level_weights(tree.levels).to(device) for tree in self.trees]
+        full = [hierarchy.level_weights(tree.levels).to(device) for tree in self.trees]
         if self.options.leaf_only:
             return [[_only(0, weights) for weights in full]]
         if not self.options.per_level:
@@ -337,7 +329,7 @@ def _levelled(rows: Tensor, level: Tensor, *, ordered: bool) -> Tensor:
     totals = lengths.new_zeros(int(level.max()) + 1)
     means = totals.index_add(0, level, lengths) / totals.index_add(0, level, torch.ones_like(lengths))
     if ordered:
-        means = means[0] * level_weights(len(means)).to(means)
+        means = means[0] * hierarchy.level_weights(len(means)).to(means)
     return rows * (means[level] / lengths)[:, None]
 
 

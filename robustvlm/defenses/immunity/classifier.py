@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.certify import OpensetRule
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.immunity.state import AdaptedVLM, Immunity, antibody_score, class_scores, load_immunity
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.models.weights import fingerprint
 
 # The immunised classifier: a class or "rejected", with the score that decided it and its threshold
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from robustvlm.core.files import first_line, replacing
 from robustvlm.core.seeds import derive_seed
-from robustvlm.data.names import places_of
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.weights import read_weights
+from robustvlm.text import places_of
 
 # The vaccine: a small residual network on image features, and an encoder that ends in it
 

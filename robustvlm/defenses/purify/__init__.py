@@ -5,23 +5,14 @@
 * `noise`: the noise levels, and how both are told the present one; `train`: what they are trained for.
 """
 
-from robustvlm.defenses.purify.denoiser import Denoiser, OneStepDenoiser, OwnDenoiser, load_denoiser
+from robustvlm.defenses.purify.denoiser import OneStepDenoiser, load_denoiser
 from robustvlm.defenses.purify.noise import NoiseLevels
-from robustvlm.defenses.purify.parts import Mapper, MapperShape, Parts, PurifiedVLM
-from robustvlm.defenses.purify.unet import SIZES, Purifier, PurifierShape, purifier_shape
+from robustvlm.defenses.purify.parts import Parts, PurifiedVLM
 
 __all__ = [
-    "SIZES",
-    "Denoiser",
-    "Mapper",
-    "MapperShape",
     "NoiseLevels",
     "OneStepDenoiser",
-    "OwnDenoiser",
     "Parts",
     "PurifiedVLM",
-    "Purifier",
-    "PurifierShape",
     "load_denoiser",
-    "purifier_shape",
 ]

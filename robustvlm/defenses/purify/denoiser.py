@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robustvlm.core.boundary import own_copy
+from robustvlm.core.object_graph import Reached, fingerprint
 from robustvlm.core.registry import create, names_a_callable
 from robustvlm.core.side_effects import same_process
 from robustvlm.core.user_code import file_digest
 from robustvlm.errors import UserError, nearest
-from robustvlm.models.boundary import own_copy
-from robustvlm.models.object_graph import Reached
-from robustvlm.models.weights import brief, fingerprint
+from robustvlm.models.weights import brief
 
 # Denoisers in place of the trained purifier: a small protocol, and the user's own by `module:callable`
 

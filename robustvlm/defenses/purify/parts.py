@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustvlm.core.files import replacing
-from robustvlm.core.foreign_text import one_line
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
@@ -23,7 +23,8 @@ from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.saved import Card
-from robustvlm.models.weights import brief, fingerprint, read_weights
+from robustvlm.models.weights import brief, read_weights
+from robustvlm.text import one_line
 
 # The smoothness mapper: a noise-conditioned correction of features towards those of the clean image
 

@@ -21,9 +21,9 @@ from robustvlm.defenses.immunity.antibodies import (
     coverage,
     filter_antibodies,
     margins,
-    nearest_angles,
     noise_antibodies,
 )
+from robustvlm.defenses.immunity.antibodies.filters import nearest_angles
 from robustvlm.defenses.immunity.antibodies.texts import KnownNames
 from robustvlm.errors import UserError
 

@@ -15,12 +15,12 @@ from robustvlm.commands.build import build
 from robustvlm.commands.certify.config import Settings
 from robustvlm.commands.certify.setup import settle_sigma
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, pipeline, smooth
-from robustvlm.defenses.assemble import Misfit, Recipe, build_pipeline
-from robustvlm.defenses.assemble.building import copy_model
+from robustvlm.defenses.assemble import Misfit, Recipe, build_pipeline, copy_model
 from robustvlm.defenses.immunity import immunise_without_images
 from robustvlm.defenses.immunity.state import AdaptedVLM, Adapter, card_settings, save_tensors
-from robustvlm.defenses.purify import Mapper, MapperShape, Parts, PurifiedVLM, Purifier, PurifierShape
-from robustvlm.defenses.purify.parts import write_parts
+from robustvlm.defenses.purify import Parts, PurifiedVLM
+from robustvlm.defenses.purify.parts import Mapper, MapperShape, write_parts
+from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models.saved import Card, read_card, write_card
 
@@ -192,7 +192,7 @@ def test_an_interrupted_build_is_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("robustvlm.defenses.assemble.building.shutil.copyfile", full)
+    monkeypatch.setattr("robustvlm.defenses.assemble.shutil.copyfile", full)
     with pytest.raises(OSError, match="No space"):
         build_pipeline(Recipe(ENCODER, purify=purify, smooth="0.25"), folder)
     assert read_card(folder) is None

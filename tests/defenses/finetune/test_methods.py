@@ -14,8 +14,9 @@ from tiny_tower import NAMES, SmallVLM, images, make_task, small_forest, small_v
 from torch import Tensor
 
 from robustvlm.attacks import ThreatModel
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
-from robustvlm.data.source import Sample, to_pixels
+from robustvlm.data.source import Sample
 from robustvlm.defenses.finetune import METHODS, FinetuneSettings, HierarchicalOptions, InnerAttack, finetune_task
 from robustvlm.defenses.finetune.hierarchical import Hierarchical, ProjectedTexts
 from robustvlm.defenses.finetune.hyperbolic import distances, hyp_avg

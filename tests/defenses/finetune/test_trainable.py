@@ -9,8 +9,15 @@ import torch
 from tiny_tower import SmallVLM, images, make_task, small_forest, small_vlm
 from torch import Tensor, nn
 
-from robustvlm.defenses.finetune import make_trainable, merge, parse_trainable, plain_state
-from robustvlm.defenses.finetune.trainable import vision_blocks, vision_module, vision_parameters
+from robustvlm.defenses.finetune.trainable import (
+    make_trainable,
+    merge,
+    parse_trainable,
+    plain_state,
+    vision_blocks,
+    vision_module,
+    vision_parameters,
+)
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
 from robustvlm.training import Draws

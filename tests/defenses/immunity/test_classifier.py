@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from robustvlm.certify import OpensetRule
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
-from robustvlm.defenses.immunity import AdaptedVLM, Adapter, ImmunisedClassifier, Immunity, immunise_without_images
+from robustvlm.defenses.immunity import AdaptedVLM, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
-from robustvlm.defenses.immunity.state import card_settings, save_tensors
+from robustvlm.defenses.immunity.state import Adapter, card_settings, save_tensors
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.errors import UserError
 from robustvlm.models import load_model

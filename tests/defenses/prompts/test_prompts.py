@@ -21,10 +21,13 @@ from robustvlm.defenses.prompts import (
     choose_shots,
     encode_source,
     masked,
+    prompt_tokens,
+    text_tower,
+    token_embedding,
     tune,
     tuning_loss,
+    word_vectors,
 )
-from robustvlm.defenses.prompts.learner import prompt_tokens, text_tower, token_embedding, word_vectors
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
@@ -64,7 +67,7 @@ def test_many_classes_are_encoded_in_parts_with_the_same_gradient(tiny: VLM, mon
     whole, parts = learner_of(tiny), learner_of(tiny)
     direction = torch.randn(4, 192, generator=torch.Generator().manual_seed(0))
     (whole() * direction).sum().backward()
-    monkeypatch.setattr("robustvlm.defenses.prompts.learner._ROWS", 3)
+    monkeypatch.setattr("robustvlm.defenses.prompts._ROWS", 3)
     (parts() * direction).sum().backward()
     assert whole.context.grad is not None
     assert parts.context.grad is not None

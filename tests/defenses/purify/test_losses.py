@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustvlm.defenses.purify import Mapper, MapperShape, NoiseLevels, Purifier, PurifierShape
+from robustvlm.defenses.purify import NoiseLevels
+from robustvlm.defenses.purify.parts import Mapper, MapperShape
 from robustvlm.defenses.purify.train import (
     MapperTask,
     MapperWeights,
@@ -20,6 +21,7 @@ from robustvlm.defenses.purify.train import (
     scores,
     weighted,
 )
+from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.training import Draws

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robustvlm.defenses.purify import Mapper, MapperShape, Purifier, PurifierShape, purifier_shape
-from robustvlm.defenses.purify.unet import SIZES, coefficients
+from robustvlm.defenses.purify.parts import Mapper, MapperShape
+from robustvlm.defenses.purify.unet import SIZES, Purifier, PurifierShape, coefficients, purifier_shape
 from robustvlm.errors import UserError
 
 

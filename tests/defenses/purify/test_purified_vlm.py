@@ -13,17 +13,10 @@ from torch import Tensor, nn
 
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
-from robustvlm.defenses.purify import (
-    Mapper,
-    MapperShape,
-    OwnDenoiser,
-    Parts,
-    PurifiedVLM,
-    Purifier,
-    PurifierShape,
-    load_denoiser,
-)
-from robustvlm.defenses.purify.parts import write_parts
+from robustvlm.defenses.purify import Parts, PurifiedVLM, load_denoiser
+from robustvlm.defenses.purify.denoiser import OwnDenoiser
+from robustvlm.defenses.purify.parts import Mapper, MapperShape, write_parts
+from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, Card, write_card
 

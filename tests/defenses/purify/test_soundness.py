@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from robustvlm.certify import FeatureRadius, SamplingEngine, Task
 from robustvlm.commands.certify.encoder import NoisyEncoder, find_dependence, probe_encoder
 from robustvlm.defenses import SmoothedVLM, smooth
-from robustvlm.defenses.purify import Mapper, MapperShape, OwnDenoiser, PurifiedVLM, Purifier, PurifierShape
+from robustvlm.defenses.purify import PurifiedVLM
+from robustvlm.defenses.purify.denoiser import OwnDenoiser
+from robustvlm.defenses.purify.parts import Mapper, MapperShape
+from robustvlm.defenses.purify.unet import Purifier, PurifierShape
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 

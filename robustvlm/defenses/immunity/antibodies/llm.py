@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.data.names import name_key
 from robustvlm.defenses.immunity.antibodies.texts import CONTEXT, HARD_NEGATIVE, AntibodySource, AntibodyText, Proposal
 from robustvlm.llm import LlmClient, LlmError
+from robustvlm.text import name_key
 
 # What is written about one class, by a person or a language model, and how it becomes antibodies
 

@@ -19,7 +19,7 @@ from robustvlm.core.files import parse_json
 from robustvlm.core.seeds import generator
 from robustvlm.data.classes import KNOWN, imagenet_names, known_forest
 from robustvlm.data.make_trees import Nouns, Synset, above, below, find_senses, open_wordnet, words_of_sense
-from robustvlm.data.names import name_key, read_text
+from robustvlm.data.names import read_text
 from robustvlm.defenses.immunity.antibodies.llm import Entry, LlmSource, to_proposal
 from robustvlm.defenses.immunity.antibodies.texts import (
     HARD_NEGATIVE,
@@ -31,6 +31,7 @@ from robustvlm.defenses.immunity.antibodies.texts import (
 )
 from robustvlm.errors import UserError, nearest
 from robustvlm.llm import LlmClient
+from robustvlm.text import name_key
 
 # Antibodies that come with the package, for the bundled class sets: no model to ask, the same for everybody
 

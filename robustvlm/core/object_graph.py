@@ -12,14 +12,13 @@ import inspect
 import re
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-
-from robustvlm.models.weights import fingerprint
 
 _OURS = Path(__file__).parents[2]
 _LIBRARIES = ("site-packages", "dist-packages")
@@ -27,6 +26,43 @@ _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 _GLOBALS = (nn.Module, Tensor, np.ndarray, int, float, str, dict, list, tuple)
 _TORCHS = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def fingerprint(state: Mapping[str, object], extra: Iterable[str] = ()) -> str:
+    """Return a 32-digit hex BLAKE2b digest of names, shapes, dtypes and bytes of `state`, and of the texts in `extra`.
+
+    The order of the entries, the device and the memory layout do not matter; every value does. Entries that are no
+    tensors count by their `repr`.
+
+    Example:
+        >>> a = {"w": torch.ones(2, 3), "b": torch.zeros(2)}
+        >>> fingerprint(a) == fingerprint({"b": torch.zeros(2), "w": torch.ones(3, 2).T})
+        True
+        >>> fingerprint(a) == fingerprint({"b": torch.zeros(2), "w": torch.ones(3, 2)})
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        value = state[name]
+        if isinstance(value, torch.Tensor):
+            _add(digest, f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            _add(digest, _raw(value))
+        else:
+            _add(digest, f"{name} {value!r}".encode())
+    for text in extra:
+        _add(digest, text.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _add(digest: hashlib.blake2b, part: bytes | memoryview) -> None:
+    # The length goes first, so that no two lists of parts are the same stream of bytes.
+    digest.update(len(part).to_bytes(8, "big"))
+    digest.update(part)
 
 
 class Reached:

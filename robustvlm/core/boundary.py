@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from robustvlm.core.object_graph import Reached
 from robustvlm.core.side_effects import same_process
 from robustvlm.core.user_code import no_exit
 from robustvlm.errors import UserError
-from robustvlm.models.object_graph import Reached
 
 # Where this program hands pixels to a user's code: nothing it does to them, or to the process, comes back in
 

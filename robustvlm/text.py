@@ -1,4 +1,4 @@
-"""Text that others wrote, made fit to be shown and stored: control characters as escapes, secrets cut from URLs."""
+"""Text that others wrote: control characters as escapes, secrets cut from URLs, and when two spellings are one name."""
 
 from __future__ import annotations
 
@@ -173,3 +173,45 @@ def _json_escape(mark: str) -> str:
         return f"\\u{code:04x}"
     code -= 0x10000
     return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
+
+
+# When two names are the same name, however they are spelled
+
+# A "-" before a digit at the beginning of a word is a sign, and tells two numbers apart.
+_JOINTS = re.compile(r"(?:[\s_\u2010\u2011\u2012\u2013]|(?<=[^\s_])-|-(?!\d))+")
+
+
+def name_key(name: str) -> str:
+    """Return what two spellings of one name share: case, "_", "-" and the way accents are stored do not count.
+
+    macOS stores file names decomposed ("e" and an accent), most lists have them composed: every comparison of names,
+    of classes, tree nodes, goals and words alike, goes through this key.
+
+    Example:
+        >>> name_key("Aquarium_Fish") == name_key("aquarium fish")
+        True
+        >>> name_key("-5"), name_key("class_-5"), name_key("class-5")
+        ('-5', 'class -5', 'class 5')
+        >>> name_key("cafe\N{COMBINING ACUTE ACCENT}") == name_key("caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+        True
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return _JOINTS.sub(" ", folded).strip()
+
+
+def places_of(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Return where each wanted name stands among `names`: spelled so, else the only one with the same key; else None.
+
+    Example:
+        >>> places_of(["red fox", "a", "A", "Cat"], ["Red_Fox", "A", "a", "dog"])
+        [0, 2, 1, None]
+    """
+    exact = {name: place for place, name in enumerate(names)}
+    alike: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        alike.setdefault(name_key(name), []).append(place)
+    found: list[int | None] = []
+    for name in wanted:
+        places = [exact[name]] if name in exact else alike.get(name_key(name), [])
+        found.append(places[0] if len(places) == 1 else None)
+    return found

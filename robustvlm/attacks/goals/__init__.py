@@ -1,0 +1,41 @@
+"""Goals: what the attacker wants, one kind a file: its class, how it is written, and what it is called."""
+
+from robustvlm.attacks.goals.base import (
+    GOALS,
+    REJECTED,
+    Case,
+    Goal,
+    GoalKind,
+    GoalWords,
+    Known,
+    goal_words,
+    read_goals,
+    split_goal,
+)
+from robustvlm.attacks.goals.classes import AcceptedMistake, Deny, Intrude, Misclassify, Refusable, Targeted
+from robustvlm.attacks.goals.feature import FeatureAway, FeatureGoal, FeatureTo
+from robustvlm.attacks.goals.superclass import Superclass, SuperclassAll
+
+__all__ = [
+    "GOALS",
+    "REJECTED",
+    "AcceptedMistake",
+    "Case",
+    "Deny",
+    "FeatureAway",
+    "FeatureGoal",
+    "FeatureTo",
+    "Goal",
+    "GoalKind",
+    "GoalWords",
+    "Intrude",
+    "Known",
+    "Misclassify",
+    "Refusable",
+    "Superclass",
+    "SuperclassAll",
+    "Targeted",
+    "goal_words",
+    "read_goals",
+    "split_goal",
+]

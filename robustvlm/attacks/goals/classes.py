@@ -1,0 +1,228 @@
+"""Goals of class predictions: any wrong class, a given one, and what a model that may refuse adds."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustvlm.attacks.goals.base import GOALS, REJECTED, Case, Goal, GoalKind, GoalWords, Known
+from robustvlm.attacks.objectives import Objective, margin, objective
+from robustvlm.errors import UserError, nearest
+from robustvlm.text import name_key, places_of
+
+# Any wrong class, or a given one
+
+
+class Misclassify(Goal):
+    """Any wrong class.
+
+    Example:
+        >>> Misclassify().reached(torch.tensor([[1.0, 2.0]]), Case(torch.tensor([0]))).item()
+        True
+    """
+
+    spec = "misclassify"
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        return margin(output, case.label)
+
+    def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        return objective(output, case.label, case.aim)
+
+    def reached(self, output: Tensor, case: Case) -> Tensor:
+        return output.argmax(1) != case.label
+
+    def targets(self, clean_output: Tensor, label: int, n: int) -> list[int]:
+        order = torch.argsort(clean_output, descending=True, stable=True).tolist()
+        return [index for index in order if index != label][:n]
+
+
+class Targeted(Goal):
+    """One given class, whatever the true one."""
+
+    two_way, labelled = True, False
+
+    def __init__(self, target: int, name: str = "") -> None:
+        self.target, self.spec = target, f"targeted:{name or target}"
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        return -margin(output, self._aim(case))
+
+    def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        aim = self._aim(case)
+        rival = output.scatter(1, aim[:, None], float("-inf")).argmax(1)
+        return _targeted_form(objective)(output, rival, aim)
+
+    def reached(self, output: Tensor, case: Case) -> Tensor:
+        return output.argmax(1) == self._aim(case)
+
+    def targets(self, clean_output: Tensor, label: int, n: int) -> list[int]:
+        del clean_output, label, n
+        return [self.target]
+
+    def _aim(self, case: Case) -> Tensor:
+        return torch.full_like(case.label, self.target)
+
+
+def _targeted_form(chosen: Objective) -> Objective:
+    return chosen if chosen.targeted else objective(f"{chosen.name}-t")
+
+
+# Against a model that may refuse: an accepted mistake, a rejected known image, an accepted unknown one
+
+# How far past its threshold a condition is pushed when two must hold at once, in units of its clean distance: without
+# it a perturbation would hover on the edge of both.
+_OVERSHOOT = 0.05
+
+
+class Refusable(Goal):
+    """A goal against a model whose last output column is the acceptance score."""
+
+    def prediction(self, output: Tensor) -> Tensor:
+        return torch.where(output[:, -1] > 0, output[:, :-1].argmax(1), REJECTED)
+
+    def confidence(self, output: Tensor) -> Tensor:
+        return super().confidence(output[:, :-1])
+
+
+class AcceptedMistake(Refusable):
+    """A wrong class that the model accepts.
+
+    Two conditions must hold at once. The loss sums how far each is from holding, in units of its distance at the clean
+    image (the reference [B, 2]: clean margin, clean acceptance), so neither drowns the other; an objective contributes
+    its choice of class only (the target, or the leading wrong one).
+    """
+
+    spec, refers = "misclassify", True
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        return torch.maximum(margin(output[:, :-1], case.label), -output[:, -1])
+
+    def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        logits, acceptance = output[:, :-1], output[:, -1]
+        ahead = margin(logits, case.label)
+        if objective.targeted:
+            ahead = (logits.gather(1, case.label[:, None]) - logits.gather(1, case.aim[:, None])).squeeze(1)
+        scale = output.new_ones(len(output), 2) if case.reference is None else case.reference.abs().clamp_min(1e-6)
+        return -F.relu(ahead / scale[:, 0] + _OVERSHOOT) - F.relu(_OVERSHOOT - acceptance / scale[:, 1])
+
+    def reached(self, output: Tensor, case: Case) -> Tensor:
+        return (output[:, :-1].argmax(1) != case.label) & (output[:, -1] > 0)
+
+    def targets(self, clean_output: Tensor, label: int, n: int) -> list[int]:
+        return Misclassify().targets(clean_output[:-1], label, n)
+
+    def reference(self, output: Tensor, label: Tensor) -> Tensor:
+        return torch.stack([margin(output[:, :-1], label), output[:, -1]], dim=1)
+
+
+class Deny(Refusable):
+    """Rejection of an image that the model accepts."""
+
+    spec, two_way, labelled = "deny", True, False
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        del case
+        return output[:, -1]
+
+    def reached(self, output: Tensor, case: Case) -> Tensor:
+        return self.margin(output, case) <= 0
+
+
+class Intrude(Refusable):
+    """Acceptance of an image that the model rejects, as any class."""
+
+    spec, two_way, labelled, unknown = "intrude", True, False, True
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        del case
+        return -output[:, -1]
+
+
+# How these are written, and what they are called
+
+
+def _misclassify(rest: str, known: Known) -> tuple[Goal, ...]:
+    del rest
+    return (AcceptedMistake() if known.can_reject else Misclassify(),)
+
+
+def misclassify_words(can_reject: bool) -> GoalWords:
+    if can_reject:
+        return GoalWords(
+            title="accepted mistakes",
+            effect="make the model accept a wrong class on",
+            whom="images on which it otherwise makes no accepted mistake",
+            before="no accepted mistake when clean",
+            held="right or rejected",
+            nothing="The model accepted a wrong class on every image before any attack: there was nothing to attack.",
+        )
+    return GoalWords(
+        title="any wrong class",
+        effect="make the model wrong on",
+        whom="images it otherwise gets right",
+        before="right when clean",
+        held="robust accuracy",
+        nothing="The model was wrong on every image before any attack, so there was nothing to attack.",
+    )
+
+
+def _targeted(rest: str, known: Known) -> tuple[Goal, ...]:
+    target = _class(rest, known)
+    return (Targeted(target, known.class_names[target] if known.class_names else ""),)
+
+
+def _class(text: str, known: Known) -> int:
+    names = known.class_names
+    (label,) = places_of([text], names)
+    if label is not None:
+        return label
+    named = [name for name in names if name_key(name) == name_key(text)]
+    if named:
+        raise UserError(f"'{text}' may be any of {len(named)} classes: write one as it is, '{named[0]}'")
+    if text.isascii() and text.isdigit() and (not names or int(text) < len(names)):
+        return int(text)
+    if not names:
+        raise UserError(f"goal 'targeted:{text}' names no class, as the model's have no names: pass the class's number")
+    raise UserError(f"'{text}' is none of the {len(names)} classes: {nearest(text, names)}")
+
+
+def _targeted_words(rest: str, *_: object) -> GoalWords:
+    return GoalWords(
+        title=f"every image seen as {rest}",
+        effect=f"make the model see {rest} in",
+        whom="images of other classes in which it otherwise does not",
+        before=f"not {rest} when clean",
+        held=f"not seen as {rest}",
+        nothing=f"The model saw {rest} in every image before any attack, so there was nothing to attack.",
+    )
+
+
+def _deny_words(*_: object) -> GoalWords:
+    return GoalWords(
+        title="known images rejected",
+        effect="make the model reject",
+        whom="known images it otherwise accepts",
+        before="accepted when clean",
+        held="accepted throughout",
+        nothing="The model rejected every known image before any attack, so there was nothing to attack.",
+    )
+
+
+def _intrude_words(*_: object) -> GoalWords:
+    return GoalWords(
+        title="unknown images accepted",
+        effect="make the model accept",
+        whom="images of unknown classes it otherwise rejects",
+        before="rejected when clean",
+        held="rejected throughout",
+        nothing="The model accepted every unknown image before any attack, so there was nothing to attack.",
+        clean="rejected when clean",
+    )
+
+
+GOALS["misclassify"] = GoalKind(("misclassify",), _misclassify, lambda _, can_reject, __: misclassify_words(can_reject))
+GOALS["targeted"] = GoalKind(("targeted:CLASS",), _targeted, _targeted_words, refuses=False)
+GOALS["deny"] = GoalKind(("deny",), lambda *_: (Deny(),), _deny_words, refuses=True)
+GOALS["intrude"] = GoalKind(("intrude",), lambda *_: (Intrude(),), _intrude_words, refuses=True)
