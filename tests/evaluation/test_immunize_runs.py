@@ -26,10 +26,11 @@ from robustvlm.commands.detect import detect
 from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.commands.immunize import IMMUNIZE, ImmunizeSettings, view
 from robustvlm.commands.immunize.images import held_back
-from robustvlm.commands.immunize.record import NAME, read_run
+from robustvlm.commands.immunize.record import NAME, Measures, Unknown, read_run
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
 from robustvlm.defenses.immunity.state import load_immunity, save_tensors
+from robustvlm.detect.metrics import Interval
 from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, read_card
 from robustvlm.report.page import page_of
@@ -386,7 +387,8 @@ def test_antibodies_that_name_a_class_of_an_unknown_set_are_left_out_and_said(
     kept = record_of(oracle)
     assert "jackal" in {text for text, _, _ in kept["antibodies"]["kept"]}
     assert any(note.startswith("Oracle: 1 antibodies") for note in kept["notes"])
-    assert view.tone(kept) != "held"
+    summary = read_run(oracle.folder.path).summary
+    assert view.tone(summary.measures, summary.notes) != "held"
     # A finished run keeps its antibodies, and `detect` says what they are to the sets that it is judged on.
     options = {"id": f"imagefolder:{photos}", "ood": f"near={unknown}", "draws": 100, "scores": "own,msp"}
     summary = detect(str(oracle.folder.path), **options, device="cpu", out=tmp_path, name="judged").summary
@@ -411,7 +413,8 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
         out = classifier(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255)
     assert measured["rejected"]["successes"] == int((out[:, -1] <= 0).sum())
     assert any("known classes were left out" in note and "cat (4)" in note for note in record["notes"])
-    said = view.verdict(record)
+    measures = read_run(run.folder.path).summary.measures
+    said = view.verdict(measures)
     share = f"{measured['rejected']['value']:.1%}"
     assert said.startswith(f"Of unknown images the model rejects, at its own thresholds, {share} (")
     assert f"wrongly refuses {record['measures']['rejected']['value']:.1%} (" in said
@@ -419,18 +422,23 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
     assert share in page
     assert "Unknown images rejected" in page
     assert "Known images wrongly refused" in page
-    without = record | {"measures": record["measures"] | {"unknown": {}}}
+    without = measures.model_copy(update={"unknown": {}})
     assert "has not been measured: pass --ood DATA" in view.verdict(without)
-    assert view.tone(without) == "neutral"
+    assert view.tone(without, []) == "neutral"
 
 
 @pytest.mark.parametrize(
     ("rejected", "refused", "tone"), [(98, 3, "held"), (98, 30, "neutral"), (80, 3, "neutral"), (30, 3, "")]
 )
 def test_the_colour_of_the_verdict_says_what_it_means(rejected: int, refused: int, tone: str) -> None:
-    unknown = {"x": {"rejected": rate(rejected, 100).model_dump()}}
-    record = {"measures": {"unknown": unknown, "rejected": rate(refused, 100).model_dump()}, "notes": []}
-    assert view.tone(record) == tone
+    half = Interval(0.5, 0.4, 0.6, "made up")
+    # The second is of the time when the accepted alone were kept.
+    told = (
+        Unknown(images=100, auroc_mcm=half, auroc=half, accepted=rate(0, 100), rejected=rate(rejected, 100)),
+        Unknown(images=100, auroc_mcm=half, auroc=half, accepted=rate(100 - rejected, 100)),
+    )
+    for unknown in told:
+        assert view.tone(Measures(unknown={"x": unknown}, rejected=rate(refused, 100)), []) == tone
 
 
 def test_held_out_copies_and_unreadable_images_are_said(make_folder: MakeFolder, tmp_path: Path) -> None:
