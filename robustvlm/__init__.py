@@ -25,6 +25,7 @@ _HOME = {
     "attack": "robustvlm.commands.attack",
     "build": "robustvlm.commands.build",
     "certify_tensors": "robustvlm.defenses.votes",
+    "compare": "robustvlm.commands.attack.compare",
     "detect": "robustvlm.detect",
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",

@@ -8,8 +8,9 @@ from robustvlm.attacks.perturb import AutoAttack as AutoAttack
 from robustvlm.attacks.perturb import Perturbed as Perturbed
 from robustvlm.attacks.perturb import perturb as perturb
 from robustvlm.attacks.threat import ThreatModel as ThreatModel
+from robustvlm.commands.attack.compare import compare as compare
+from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.build.work import Pipeline
-from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup
@@ -26,6 +27,88 @@ from robustvlm.runs.run import FinishedRun
 from robustvlm.runs.settings import Observer
 
 __version__: str
+
+def attack(
+    model: str | object = "tiny",
+    *,
+    data: str | object = "emoji",
+    classes: Path | str | None = None,
+    templates: Path | str | None = None,
+    tree: Path | str | None = None,
+    goal: str = "misclassify",
+    min_cos: float = 0.5,
+    attack: str = "apgd-ce,apgd-t",
+    second_opinion: str | None = None,
+    norm: str = "Linf",
+    eps: str | float | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    lanes: int | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    eot: int | None = None,
+    draws: int | None = None,
+    compiled: bool = False,
+    resolution: int | None = None,
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    resume: bool | None = None,
+    budget: str | None = None,
+    save_adversarial: bool = False,
+    checks: str = "full",
+    observer: Observer | None = None,
+) -> AttackedRun:
+    """Attack a model on labelled images, as `robustvlm attack` does; options by their names.
+
+    In place of a spec, `model` may be a classifier of `load_classifier` or a module of yours from pixels to logits
+    (with an `image_size`), and `data` a source of `open_data`; the record names them, with their fingerprints.
+
+    Returns:
+        The run: its `summary` with exact 95 % intervals, its `rows` (an Arrow table, one row an image, attack and
+        eps), and where its `report` is.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model.
+
+    Example:
+        >>> import tempfile
+        >>> run = attack("tiny", attack="pgd", steps=2, limit=4, lanes=4, checks="none", out=tempfile.mkdtemp())
+        >>> run.summary.images.evaluated, run.summary.at("2/255").robust_accuracy.total
+        (4, 4)
+
+    Args:
+        model: tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.
+        data: emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL.
+        classes: File of class names, one per line or a JSON list.
+        templates: File of prompt templates, one per line with {}.
+        tree: File of the class tree (JSON, YAML or CSV).
+        goal: misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS; deny, intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT.
+        min_cos: --goal feature is reached below this cosine to the clean feature.
+        attack: Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or pgd:steps=40:objective=dlr; the plans standard, plus, rand and fare; torchattacks:NAME and autoattack[:VERSION] run those packages.
+        second_opinion: Let another program attack the images again that withstood, and report what only it breaks: autoattack, autoattack:plus, torchattacks:NAME.
+        norm: Linf or L2, in pixels scaled to [0, 1].
+        eps: Radius, or radii for a security curve: 1/255,2/255 [default: 2/255; L2: 0.5].
+        steps: Gradient steps [default: pgd 20, apgd 100].
+        restarts: Random restarts [default: 1].
+        limit: Attack this many images, chosen by a hash of their ids.
+        seed: Seed of every random draw.
+        lanes: Images attacked side by side in one batch [default: 64; GPU: 256].
+        device: auto, cpu, cuda, cuda:1, ...
+        precision: fp32; bf16 (gradients only, successes confirmed in fp32); fp64.
+        eot: Draws of a random model averaged in every gradient [default: 10; 1 if not random].
+        draws: Fresh draws of a random model that judge a success by majority [default: 21; 1 if not random].
+        compiled: Take gradients from a torch.compile'd copy; the plain model confirms.
+        resolution: Side in pixels of the image that is perturbed [default: the model's].
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings, so that they find it again].
+        resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        budget: Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s, 10min or 2h (of this session). Repeat the command with more, or without, to go on.
+        save_adversarial: Keep every successful adversarial image (safetensors).
+        checks: Checks of the evaluation itself: full (with extra attacks on 32 images), quick or none.
+        observer: told of the progress.
+    """
 
 def build(
     encoder: str = "tiny",

@@ -44,7 +44,7 @@ def report(
     if len(folders) > 1:
         records = [load_run(folder) for folder in folders]
         found = records
-        comparisons = [c.as_dict([r.name for r in records]) for c in compare(records)]
+        comparisons = [c.as_dict([r.name for r in records]) for c in compare(*records)]
     content = {"report": str(path), "runs": [_shown(run) for run in found], "comparisons": comparisons}
     say_json(json.dumps(content, indent=2, ensure_ascii=False))
 

@@ -43,7 +43,7 @@ def right(run: AttackedRun, eps: float | None) -> dict[str, bool]:
 
 def test_counts_match_the_rows_on_common_images(pair: tuple[AttackedRun, AttackedRun]) -> None:
     radii = [None, *(at.eps for at in pair[0].summary.per_eps)]
-    comparisons = compare(pair)
+    comparisons = compare(*pair)
     assert [c.condition for c in comparisons] == [CLEAN, "L∞ 0.5/255", "L∞ 1/255", "L∞ 2/255"]
     for comparison, eps in zip(comparisons, radii, strict=True):
         first, second = right(pair[0], eps), right(pair[1], eps)
@@ -57,7 +57,7 @@ def test_counts_match_the_rows_on_common_images(pair: tuple[AttackedRun, Attacke
 
 
 def test_a_run_does_not_differ_from_itself(pair: tuple[AttackedRun, AttackedRun]) -> None:
-    comparisons = compare([pair[0], pair[0]])
+    comparisons = compare(pair[0], pair[0])
     assert {c.adjusted for c in comparisons} == {1.0}
     assert findings(comparisons, ["a", "b"]) == [
         "No difference between a and b is shown unperturbed, at L∞ 0.5/255, at L∞ 1/255 and at L∞ 2/255 "
@@ -66,7 +66,7 @@ def test_a_run_does_not_differ_from_itself(pair: tuple[AttackedRun, AttackedRun]
 
 
 def test_swapping_the_runs_swaps_the_finding(pair: tuple[AttackedRun, AttackedRun]) -> None:
-    there, back = compare(pair), compare(pair[::-1])
+    there, back = compare(*pair), compare(*pair[::-1])
     assert [c.finding for c in there] == [None if c.finding is None else 1 - c.finding for c in back]
     assert there[-1].finding == 1
 
@@ -76,12 +76,12 @@ def test_undecided_images_are_not_compared(pair: tuple[AttackedRun, AttackedRun]
     broken = edit_rows(
         pair[1], lambda r: {**r, "outcome": "failed"} if r["image_id"] == lost and r["outcome"] == "robust" else r
     )
-    assert compare((pair[0], broken))[1].test.total == 89
+    assert compare(pair[0], broken)[1].test.total == 89
 
 
 def test_the_same_id_with_another_class_is_another_image(pair: tuple[AttackedRun, AttackedRun]) -> None:
     moved = edit_rows(pair[1], lambda r: {**r, "label": (r["label"] + 1) % 10})  # type: ignore[operator]
-    assert compare((pair[0], moved)) == []
+    assert compare(pair[0], moved) == []
 
 
 def test_class_names_decide_not_their_numbers(pair: tuple[AttackedRun, AttackedRun]) -> None:
@@ -93,7 +93,7 @@ def test_class_names_decide_not_their_numbers(pair: tuple[AttackedRun, AttackedR
         lambda r: {**r, "label": 9 - r["label"], "clean_prediction": 9 - r["clean_prediction"]},  # type: ignore[operator]
     )
     renamed = AttackedRun(flipped.folder, manifest, flipped.summary, flipped.rows)
-    assert compare((pair[0], renamed)) == compare(pair)
+    assert compare(pair[0], renamed) == compare(*pair)
 
 
 def test_other_norms_share_only_the_unperturbed_condition(pair: tuple[AttackedRun, AttackedRun]) -> None:
@@ -101,7 +101,7 @@ def test_other_norms_share_only_the_unperturbed_condition(pair: tuple[AttackedRu
     manifest["config"]["norm"] = "L2"
     full = pq.read_table(pair[1].folder / "results.parquet")
     other = AttackedRun(pair[1].folder, manifest, summarise(full, manifest), pair[1].rows)
-    assert [c.condition for c in compare((pair[0], other))] == [CLEAN]
+    assert [c.condition for c in compare(pair[0], other)] == [CLEAN]
 
 
 def test_a_difference_is_claimed_only_below_the_level() -> None:
@@ -119,10 +119,10 @@ def test_where_a_run_stopped_early_it_is_not_tested(pair: tuple[AttackedRun, Att
     )
     early = cut.summary.model_copy(update={"unfinished": "the budget was spent"})
     half = AttackedRun(cut.folder, cut.manifest, early, cut.rows)
-    assert [c.condition for c in compare((pair[0], half))] == [CLEAN, "L∞ 0.5/255", "L∞ 1/255"]
+    assert [c.condition for c in compare(pair[0], half)] == [CLEAN, "L∞ 0.5/255", "L∞ 1/255"]
     assert stopped([half], ["b"]) == [
         "b stopped early (the budget was spent): where it has undecided images it is not tested."
     ]
-    page = page_of(comparison_report([pair[0], half], compare((pair[0], half))))
+    page = page_of(comparison_report([pair[0], half], compare(pair[0], half)))
     assert "stopped early" in page
     assert "Only the first" in page

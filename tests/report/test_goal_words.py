@@ -85,10 +85,10 @@ def test_runs_are_compared_only_on_the_same_goal(write_run: WriteRun, tmp_path: 
         load_run(with_goal(folders[1], "misclassify")),
         load_run(with_goal(folders[2], "superclass:1")),
     ]
-    conditions = [(c.first, c.second, c.condition) for c in compare(records)]
+    conditions = [(c.first, c.second, c.condition) for c in compare(*records)]
     assert (0, 1, "L∞ 2/255") in conditions
     assert [condition for first, second, condition in conditions if second == 2] == ["unperturbed", "unperturbed"]
-    assert "2/255" in page_of(comparison_report(records, compare(records)))
+    assert "2/255" in page_of(comparison_report(records, compare(*records)))
 
 
 def test_a_run_without_goals_is_one_of_misclassification(write_run: WriteRun, tmp_path: Path) -> None:

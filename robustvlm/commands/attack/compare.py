@@ -37,6 +37,7 @@ from robustvlm.report.sections import (
 )
 from robustvlm.report.tables import manifest_rows
 from robustvlm.report.words import norm_name, plain
+from robustvlm.runs.read import find_run
 from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
 
 LEVEL = 0.05
@@ -86,13 +87,20 @@ Answers = dict[tuple[str, str], bool]
 """Whether the model is right, by image id and true class."""
 
 
-def compare(runs: Sequence[AttackedRun]) -> list[Comparison]:
+def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
     """Test every pair of runs, unperturbed and at each norm, eps and goal that both ran, on the images both decided.
 
     An image is the same when its id and the name of its class agree. Where a run stopped early and has undecided images
     there is no test: those that it has decided are the ones that fall easily. Source: McNemar's exact test, Holm's
     correction.
+
+    Args:
+        given: finished attack runs, as they were returned or by folder, or by name under `runs/`.
+
+    Raises:
+        UserError: a folder holds no finished attack run.
     """
+    runs = [run if isinstance(run, AttackedRun) else load_run(find_run(run)) for run in given]
     tested: list[tuple[int, int, str, PairedTest]] = []
     answers = [_answers(run) for run in runs]
     for (i, first), (j, second) in itertools.combinations(enumerate(answers), 2):
@@ -211,7 +219,7 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     runs = [load_run(folder) for folder in folders]
     path = out or runs[0].folder.resolve().parent / "comparison.html"
     with drawing(runs[0].folder):
-        text = page_of(comparison_report(runs, compare(runs)))
+        text = page_of(comparison_report(runs, compare(*runs)))
     write_page(path, text)
     return path
 

@@ -14,7 +14,7 @@ from robustvlm.data import DataSource
 from robustvlm.data.decode import decode, image_suffixes
 from robustvlm.data.source import UNKNOWN, Unreadable
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.errors import BadSetting, UserError, setting
+from robustvlm.errors import BadSetting, UserError
 from robustvlm.models import VLM
 from robustvlm.runs.records import Check
 
@@ -65,10 +65,7 @@ class Aim:
             return "of known classes: the goal intrude needs images of unknown classes"
         if self.target is not None:
             return "of the target class or of none: targeted attacks need labelled images of other classes"
-        return (
-            "of none of the classes: attacks need labelled images "
-            f"(only {setting('goal', 'intrude')} takes unknown ones)"
-        )
+        return "of none of the classes: attacks need labelled images (only --goal intrude takes unknown ones)"
 
 
 class Features(nn.Module):
