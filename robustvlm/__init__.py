@@ -27,6 +27,8 @@ _HOME = {
     "certify_tensors": "robustvlm.defenses.votes",
     "compare": "robustvlm.commands.attack.compare",
     "detect": "robustvlm.detect",
+    "finetune": "robustvlm.commands.finetune",
+    "immunize": "robustvlm.commands.immunize",
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",

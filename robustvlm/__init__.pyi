@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
@@ -11,6 +12,8 @@ from robustvlm.attacks.threat import ThreatModel as ThreatModel
 from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.build.work import Pipeline
+from robustvlm.commands.immunize.record import ImmunizeSummary
+from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup
@@ -145,6 +148,196 @@ def build(
         out: Folder that holds the runs.
         name: Name of the pipeline [default: made from the settings].
         fresh: Delete an earlier pipeline of that name.
+        observer: told of the progress.
+    """
+
+def finetune(
+    model: str = "tiny",
+    *,
+    method: str = "hierarchical",
+    data: str = "emoji?split=train",
+    val: str | None = None,
+    classes: Path | str | None = None,
+    templates: Path | str | None = None,
+    tree: list[str] | str = [],
+    tree_by: list[str] | str = [],
+    llm: str | None = None,
+    llm_model: str | None = None,
+    norm: str = "Linf",
+    eps: str | float = "1/255",
+    alpha: str | float | None = None,
+    inner_steps: int = 3,
+    curvature: float | None = None,
+    option: list[str] | str = [],
+    trainable: str = "all",
+    augment: str = "crop",
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 128,
+    accumulate: int = 1,
+    lr: float | None = None,
+    warmup: float = 0.05,
+    weight_decay: float = 0.0001,
+    clip: float = 1.0,
+    precision: str = "fp32",
+    ema: float | None = None,
+    compile: bool = False,
+    gradient_checkpointing: bool = False,
+    limit: int | None = None,
+    val_limit: int = 512,
+    val_steps: int = 10,
+    validate_every: float = 0.1,
+    checkpoint_every: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    resume: bool | None = None,
+    observer: Observer | None = None,
+) -> FinishedRun[TrainingSummary]:
+    """Fine-tune a model against attacks, as `robustvlm finetune` does; options by their names.
+
+    The folder of the run returned is a model spec, to be attacked, say.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model.
+
+    Example:
+        >>> import tempfile
+        >>> short = {"limit": 40, "val_limit": 4, "val_steps": 1, "inner_steps": 1, "steps": 1, "batch_size": 2}
+        >>> finetune("tiny", method="tecoa", out=tempfile.mkdtemp(), **short).summary.steps
+        1
+
+    Args:
+        model: The model to start from; `robustvlm models` lists the forms.
+        method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack). fare and simclip read no labels.
+        data: Images to train on; `robustvlm data` lists the forms.
+        val: Images to validate on [default: a tenth of the data, at most 512, held out].
+        classes: File of class names, one per line or a JSON list.
+        templates: File of prompt templates, one per line with {}.
+        tree: File of a class tree (JSON, YAML or CSV), wordnet, or llm (by the language model of --llm); repeat it for a forest [default: the data's own].
+        tree_by: What --tree llm sorts by, repeatable [default: kind of thing].
+        llm: OpenAI-compatible endpoint for --tree llm.
+        llm_model: The language model there.
+        norm: Linf or L2, of the inner attack and of validations.
+        eps: Radius, of the inner attack and of validations.
+        alpha: Step of the inner attack [default: 2.5 eps / (steps + 1)].
+        inner_steps: Gradient steps of the inner attack.
+        curvature: Of the hyperbolic space (hierarchical) [default: 1].
+        option: An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives, leaf_only, per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg: general, clean, reverse.
+        trainable: all (the vision tower), lora, lora:RANK, ssf, or last:N (its last N blocks).
+        augment: none, flip, crop (and flip) or strong (colours too).
+        steps: Optimiser steps [default: 2 epochs].
+        epochs: Passes over the images, in place of steps.
+        batch_size: Images per step, over all processes.
+        accumulate: Parts that a batch is cut into, to save memory.
+        lr: Peak learning rate [default: 1e-5; lora and ssf: 1e-3].
+        warmup: Steps of warm-up; below 1, a share of all steps.
+        weight_decay: Of matrices and filters.
+        clip: Largest norm of the gradient.
+        precision: fp32, or bf16 (weights and perturbations stay fp32).
+        ema: Decay of a moving average of the weights, which is then kept, such as 0.999.
+        compile: Compile the vision tower (torch.compile).
+        gradient_checkpointing: Trade time for memory, where the tower offers it.
+        limit: Use this many images, chosen by a hash of their ids.
+        val_limit: Validate on at most this many images.
+        val_steps: PGD steps of a validation.
+        validate_every: In steps; below 1, a share of all; 0: at the end only.
+        checkpoint_every: In steps [default: every five minutes].
+        seed: Seed of every random draw.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings, so that they find it again].
+        resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        observer: told of the progress.
+    """
+
+def immunize(
+    model: str = "tiny",
+    *,
+    data: str = "emoji?split=train",
+    held_out: str | float | None = None,
+    classes: Path | str | None = None,
+    templates: Path | str | None = None,
+    tree: Path | str | None = None,
+    no_images: bool = False,
+    shots: int = 0,
+    antibodies: str = "bank",
+    llm: str | None = None,
+    llm_model: str | None = None,
+    llm_prices: str | None = None,
+    xi: str | float | None = "auto",
+    prototypes_per_class: int = 1,
+    band: str | None = None,
+    margin: str | float | None = "0.2",
+    push_weight: float = 1.0,
+    lambda_inf: float = 0.5,
+    kappa: str = "model",
+    miss: float = 0.05,
+    min_images: int = 30,
+    sigma: list[float] | float = [],
+    hidden: int = 128,
+    steps: int = 400,
+    lr: float = 0.0003,
+    decay: float = 0.1,
+    ood: list[str] | str = [],
+    oracle_words: bool = False,
+    near_names: Path | str | None = None,
+    add_class: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    fresh: bool = False,
+    observer: Observer | None = None,
+) -> FinishedRun[ImmunizeSummary]:
+    """Immunise a model, as `robustvlm immunize` does; options by their names. The run's folder is a model spec.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model.
+
+    Example:
+        >>> import tempfile
+        >>> few = {"data": "emoji?split=train&styles=noto,fxemoji&copies=1", "steps": 10, "min_images": 5}
+        >>> len(immunize("tiny", out=tempfile.mkdtemp(), **few).summary.classes)
+        101
+
+    Args:
+        model: Any model without smoothing; with --add-class, a run.
+        data: Labelled images to learn from; `robustvlm data` lists the forms.
+        held_out: Data, or a share of --data, that sets the thresholds [default: emoji?split=val&copies=8 for the bundled data, else 0.2].
+        classes: File of class names, one per line or a JSON list.
+        templates: File of prompt templates, one per line with {}.
+        tree: Class tree: superclasses are no antibodies.
+        no_images: From texts alone: no adapter, thresholds at 0.
+        shots: Images of each class to learn from; 0 for all.
+        antibodies: bank (bundled), a file, llm, wordnet, noise (baseline), none.
+        llm: OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or OPENAI_API_KEY.
+        llm_model: Model to ask at that endpoint.
+        llm_prices: Price of a million tokens, to show what was spent.
+        xi: Largest angle of a prototype to its text, degrees; auto: an eighth of the median.
+        prototypes_per_class: Prototypes of each class.
+        band: Cosines SAFE,RISK that antibodies lie between; either may be auto [default: auto,auto].
+        margin: Cosine of image and antibody above which they are pushed apart; auto takes it from the data.
+        push_weight: Weight of pushing from antibodies (lambda).
+        lambda_inf: Weight of antibodies in the score.
+        kappa: Concentration in training: model (its temperature) or class (vMF estimates).
+        miss: Share of known images that thresholds reject.
+        min_images: Held-out images, classified right, that a threshold of its own needs.
+        sigma: Also set thresholds behind noise, for certify and +smooth; repeatable.
+        hidden: Width of the adapter.
+        steps: Training steps of the adapter, at most; 0 for none.
+        lr: Learning rate of the adapter.
+        decay: Weight of ||theta||^2 (eta).
+        ood: Unknown images to measure on; may be repeated.
+        oracle_words: Keep antibodies that name a class of an --ood set: figures on it are then those of an oracle, and say so.
+        near_names: File of names of near things, to measure the antibodies' coverage.
+        add_class: Add this class to the run MODEL, from its images in --data; the result is a new run.
+        seed: Seed of every random draw.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings, so that they find it again].
+        fresh: Delete an earlier run of this name first.
         observer: told of the progress.
     """
 

@@ -20,6 +20,7 @@ import robustvlm
 
 FACE = Path(__file__).parents[1] / "robustvlm" / "__init__.pyi"
 _HEAD = '''\
+# ruff: noqa: E501
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -118,7 +119,10 @@ def worked(run: Run, console: Console, act: Callable[..., Any] | None = None) ->
 
 def json_of(run: FinishedRun[Any]) -> str:
     """Return a run's summary as JSON text."""
-    text: str = run.summary.model_dump_json(indent=2)
+    try:
+        text: str = run.summary.model_dump_json(indent=2)
+    except ValueError:  # a name that is no Unicode text, as file names may be
+        text = json.dumps(run.summary.model_dump(), indent=2, ensure_ascii=False)
     return text
 
 

@@ -19,9 +19,7 @@ from robustvlm.cli.options import (
     LlmUrl,
     Templates,
     TreeFile,
-    make_client,
     require_none,
-    spent,
 )
 from robustvlm.cli.terminal import say, say_json
 
@@ -74,7 +72,9 @@ def data(
         require_none(given, "is for --make-tree: say --make-tree wordnet or --make-tree llm")
     source = open_data(spec, classes=classes, templates=templates, tree=tree)
     if make_tree is not None:
-        _make_tree(source, make_tree, tree_by, out, make_client(llm, llm_model, llm_prices), llm_prices)
+        from robustvlm.llm.client import open_client
+
+        _make_tree(source, make_tree, tree_by, out, open_client(llm, llm_model, llm_prices), llm_prices)
     facts = describe(source, limit)
     if check:
         facts["check"] = examine(source, limit, progress=not as_json)
@@ -97,6 +97,7 @@ def _make_tree(
     from robustvlm.data.make_trees import make_forest
     from robustvlm.data.trees import save_forest
     from robustvlm.errors import UserError
+    from robustvlm.llm.client import spent
 
     if out is None or out.suffix.lower() != ".json":
         raise UserError("--make-tree writes a JSON file: say which with --out trees.json")

@@ -18,7 +18,6 @@ from robustvlm.cli.app import typer_command
 from robustvlm.cli.certify import certify
 from robustvlm.cli.detect import detect
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
-from robustvlm.cli.immunize import immunize
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
 from robustvlm.cli.predict import predict_and_show
@@ -27,6 +26,7 @@ from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.attack import ATTACK
 from robustvlm.commands.build import BUILD
 from robustvlm.commands.finetune import FINETUNE
+from robustvlm.commands.immunize import IMMUNIZE
 from robustvlm.commands.predict import PREDICT
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
@@ -78,7 +78,7 @@ for command in (
     detect,
     typer_command(FINETUNE),
     typer_command(SOUP),
-    immunize,
+    typer_command(IMMUNIZE),
     typer_command(TUNE_PROMPTS),
     export,
     typer_command(PURIFY),

@@ -20,8 +20,6 @@ from robustvlm.text import without_secrets
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from robustvlm.llm import LlmClient
-
 
 # Options that several commands have, in the same words and read in the same way
 
@@ -39,7 +37,6 @@ Resume = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of this name first.")]
 SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
-RecordAsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")]
 
 
 def check_given(tokens: Sequence[str], parameters: Mapping[str, inspect.Parameter]) -> None:
@@ -101,25 +98,6 @@ def require_none(given: Mapping[str, object], why: str) -> None:
     useless = [option for option, value in given.items() if value not in (None, [])]
     if useless:
         raise UserError(f"{useless[0]} {why}")
-
-
-def one_radius(text: str, option: str) -> tuple[str, float]:
-    """Return the single radius of an option as text and number, such as ("1/255", 0.00392...).
-
-    Raises:
-        UserError: several radii, or no number.
-
-    Example:
-        >>> one_radius("1/4", "--eps")
-        ('1/4', 0.25)
-    """
-    from robustvlm.attacks import parse_eps
-    from robustvlm.errors import UserError
-
-    found = parse_eps(text)
-    if len(found) != 1:
-        raise UserError(f"{option} takes one number, got '{text}'")
-    return found[0]
 
 
 # How commands that make runs close: interrupted, or by the conditions of `--fail-if`
@@ -193,34 +171,3 @@ LlmPrices = Annotated[
     str | None,
     typer.Option("--llm-prices", metavar="IN,OUT", help="Price of a million tokens, to show what was spent."),
 ]
-
-
-def make_client(url: str | None, model: str | None, prices: str | None = None) -> LlmClient | None:
-    """Return the client that the options name, None where they name none.
-
-    Raises:
-        UserError: one option without the other, no URL, or prices that are none.
-
-    Example:
-        >>> make_client(None, None) is None
-        True
-    """
-    from robustvlm.errors import UserError
-    from robustvlm.llm import Endpoint, LlmClient, Prices
-
-    if prices is not None:
-        Prices.parse(prices)
-        if url is None and model is None:
-            raise UserError("--llm-prices is for --llm URL and --llm-model NAME")
-    if url is None and model is None:
-        return None
-    if url is None or model is None:
-        raise UserError("--llm URL and --llm-model NAME belong together")
-    return LlmClient(Endpoint(url, model))
-
-
-def spent(client: LlmClient, prices: str | None) -> str:
-    """Return one line on requests, tokens and cost."""
-    from robustvlm.llm import Prices
-
-    return f"{client.endpoint.model}: {client.usage.describe(None if prices is None else Prices.parse(prices))}"

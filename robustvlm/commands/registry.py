@@ -13,6 +13,7 @@ from robustvlm.runs.run import Command, FinishedRun, manifest_of
 COMMANDS = {
     "attack": "robustvlm.commands.attack:ATTACK",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
+    "immunize": "robustvlm.commands.immunize:IMMUNIZE",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.build:BUILD",
@@ -27,10 +28,6 @@ _OTHERS = {
         "robustvlm.commands.certify.view:write_certify_report",
     ),
     "detect": ("robustvlm.commands.detect.view:load_detect_run", "robustvlm.commands.detect.view:write_detect_report"),
-    "immunize": (
-        "robustvlm.commands.immunize.view:load_immunize_run",
-        "robustvlm.commands.immunize.view:write_immunize_report",
-    ),
 }
 
 

@@ -1,8 +1,8 @@
-"""What a training tells its observer, in the words that every run's observer takes."""
+"""What a training or a loop tells, in the words that every run's observer takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from robustvlm.report.words import duration
 from robustvlm.runs.settings import Observer
@@ -15,6 +15,29 @@ _TERMS = 4
 def told(observer: Observer) -> TrainingObserver:
     """Return an observer of a training that tells it to the observer of a run."""
     return _Told(observer)
+
+
+def counted(observer: Observer) -> Callable[[int], None]:
+    """Return what a loop calls with the number of pieces done so far, and the observer is told how many more that is.
+
+    Example:
+        >>> class Lines(Observer):
+        ...     def advance(self, count=1, **shown):
+        ...         print(count)
+        >>> tell = counted(Lines())
+        >>> tell(3), tell(5)
+        3
+        2
+        (None, None)
+    """
+    before = 0
+
+    def tell(done: int) -> None:
+        nonlocal before
+        observer.advance(done - before)
+        before = done
+
+    return tell
 
 
 class _Told(TrainingObserver):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from robustvlm.core.network import Deadline
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.llm import transport
 from robustvlm.llm.transport import AnswerCache, Endpoint, LlmError, Reply
 from robustvlm.text import without_secrets
@@ -383,3 +383,31 @@ def _message(reply: Reply, key: str | None) -> str:
     line = "".join(filter(str.isprintable, " ".join(text.split()))) or "no reason given"
     line = line.replace(key, "***") if key else line
     return line if len(line) <= 200 else line[:197] + "..."
+
+
+def open_client(url: str | None, model: str | None, prices: str | None = None) -> LlmClient | None:
+    """Return the client that the options name, None where they name none.
+
+    Raises:
+        UserError: one option without the other, no URL, or prices that are none.
+
+    Example:
+        >>> open_client(None, None) is None
+        True
+    """
+    if prices is not None:
+        Prices.parse(prices)
+        if url is None and model is None:
+            raise UserError(
+                f"{setting('llm_prices')} is for {setting('llm', 'URL')} and {setting('llm_model', 'NAME')}"
+            )
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise UserError(f"{setting('llm', 'URL')} and {setting('llm_model', 'NAME')} belong together")
+    return LlmClient(Endpoint(url, model))
+
+
+def spent(client: LlmClient, prices: str | None) -> str:
+    """Return one line on requests, tokens and cost."""
+    return f"{client.endpoint.model}: {client.usage.describe(None if prices is None else Prices.parse(prices))}"

@@ -9,8 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.core.files import read_json
-from robustvlm.errors import UserError
 from robustvlm.report import tables
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
 from robustvlm.report.page import drawing, page_of, write_page
@@ -38,9 +36,8 @@ from robustvlm.report.sections import (
     manifest_section,
 )
 from robustvlm.report.words import duration, norm_name, percent, plain, sentence
-from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of
-from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.manifest import require_shape
+from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import History, Validation
 
@@ -73,20 +70,8 @@ class TrainingSummary(BaseModel):
     history: History
 
 
-def read_training(folder: Path) -> TrainingSummary:
-    """Return the summary of a finished training run; raise UserError if there is none or it is damaged."""
-    advice = "delete it and give the run's command again"
-    try:
-        content = read_json(folder / NAME, advice=advice)
-    except FileNotFoundError:
-        raise UserError(f"the run '{folder}' has not ended: give its command again to go on") from None
-    require_shape(TrainingSummary, content, folder / NAME, f": {advice}")
-    return TrainingSummary.model_validate(content)
-
-
 # The HTML report of a training run: one file that needs no network and no script
 
-KINDS = ("finetune", "purify")
 _FIRST = ("clean accuracy", "robust accuracy")
 _SCORE_AT = "score at "  # of a purifier: the noise follows
 _NO_WARNING = (
@@ -95,22 +80,12 @@ _NO_WARNING = (
 _LEVEL = re.compile(r"(.+), level (\d+)")
 
 
-class TrainingRun(FinishedRun[TrainingSummary]):
-    """Manifest and record of a finished training run."""
-
-
-def is_training_run(folder: Path) -> bool:
-    """Whether the folder's manifest says that something was trained; False where none can be read."""
-    return kind_of_run(folder) in KINDS
-
-
-def load_training_run(folder: Path) -> TrainingRun:
+def load_training_run(folder: Path) -> FinishedRun[TrainingSummary]:
     """Read a finished training run; UserError when it has not ended or a file is damaged."""
-    manifest = read_manifest_of(folder)
+    manifest = manifest_of(folder)
     require_shape(_Needed, manifest, folder / "manifest.json", ": give the run's command again with --fresh")
-    summary = read_training(folder)
-    require_unchanged(folder, manifest)
-    return TrainingRun(folder, manifest, summary)
+    found: FinishedRun[TrainingSummary] = read_finished(folder, NAME, TrainingSummary, kind=manifest["kind"])
+    return found
 
 
 class _Config(BaseModel):
@@ -135,14 +110,9 @@ def write_training_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
     path = out or folder / "report.html"
     with drawing(folder):
-        text = render_training_run(load_training_run(folder))
+        text = page_of(training_report(load_training_run(folder)))
     write_page(path, text)
     return path
-
-
-def render_training_run(run: FinishedRun[TrainingSummary]) -> str:
-    """Return the report of one training run as HTML."""
-    return page_of(training_report(run))
 
 
 def training_report(run: FinishedRun[TrainingSummary]) -> Report:

@@ -217,7 +217,9 @@ def mirrors(command: Command) -> Callable[[F], F]:
                 continue
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in own else inspect.Parameter.KEYWORD_ONLY
             default = inspect.Parameter.empty if known.is_required() else known.get_default(call_default_factory=True)
-            parameters.append(inspect.Parameter(name, kind, default=default, annotation=known.annotation))
+            parameters.append(
+                inspect.Parameter(name, kind, default=default, annotation=about.given or known.annotation)
+            )
             lines.append(f"    {name}: {known.description}")
         observer = inspect.Parameter("observer", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Observer)
         function.__signature__ = inspect.Signature([*parameters, observer])  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ class Option:
         ranged: have the command line show the bounds and refuse by itself what lies outside.
         shown: whether the help shows the default; if not, the help text says what happens without the option.
         typed: the type on the command line, where it is narrower than in Python.
+        given: the type in Python, where more is understood than is kept, such as "auto".
     """
 
     place: Place = "config"
@@ -43,6 +44,7 @@ class Option:
     ranged: bool = False
     shown: bool = True
     typed: Any = None
+    given: Any = None
 
     def check(self, name: str, value: object) -> None:
         """Raise BadSetting where a number, or one of several, lies outside the bounds or is not finite."""

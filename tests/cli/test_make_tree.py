@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from robustvlm.cli.inspect import data
-from robustvlm.cli.options import make_client
 from robustvlm.errors import UserError
+from robustvlm.llm.client import open_client
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "llm"))
 from scripted import completion, serving
@@ -60,5 +60,5 @@ def test_half_of_what_is_needed_is_a_user_error(call, tmp_path: Path) -> None:  
         call("--make-tree", "llm", "--out", str(tmp_path / "tree.csv"))
     with pytest.raises(UserError, match="needs llm=URL and llm_model=NAME"):
         call("--make-tree", "llm", "--out", str(tmp_path / "tree.json"))
-    with pytest.raises(UserError, match="--llm URL and --llm-model NAME belong together"):
-        make_client("http://localhost/v1", None)
+    with pytest.raises(UserError, match="llm=URL and llm_model=NAME belong together"):
+        open_client("http://localhost/v1", None)

@@ -155,7 +155,7 @@ WHERE = {
     "report": "robustvlm.runs.read.find_run",
     "models": "robustvlm.models.list_models",
     "export": "robustvlm.commands.export.load_pipeline",
-    "immunize": "robustvlm.commands.immunize.run.prepare_immunize",
+    "immunize": "robustvlm.commands.immunize.work.open_work",
     "tune-prompts": "robustvlm.commands.prompts.work.open_work",
 }
 

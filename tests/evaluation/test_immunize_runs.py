@@ -26,24 +26,24 @@ from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.detect.config import Settings as DetectSettings
 from robustvlm.commands.detect.run import prepare_detect
 from robustvlm.commands.evaluate.work import evaluate_clean
-from robustvlm.commands.immunize import view
-from robustvlm.commands.immunize.config import RECORD, ImmunizeConfig
-from robustvlm.commands.immunize.extend import prepare_extension
+from robustvlm.commands.immunize import IMMUNIZE, ImmunizeSettings, view
 from robustvlm.commands.immunize.images import held_back
-from robustvlm.commands.immunize.run import ImmunizeObserver, PreparedImmunize, prepare_immunize
-from robustvlm.commands.immunize.view import load_immunize_run, render_immunize_run
+from robustvlm.commands.immunize.record import NAME, read_run
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
 from robustvlm.defenses.immunity.state import load_immunity, save_tensors
 from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, read_card
+from robustvlm.report.page import page_of
+from robustvlm.runs.run import Run
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import rate
 
 MakeFolder = Callable[..., Path]
 MODEL = "small_encoders:Encoder"
 
 
-def settings_of(photos: Path, **changes: Any) -> ImmunizeConfig:
+def prepared(photos: Path, *, name: str = "run", **changes: Any) -> Run:
     words = photos.parent / "antibodies.txt"
     words.write_text("cat: lynx\ncat: cat on the moon\ndog: <b>wolf</b>\nfox: jackal\nfox: fox\n")
     base: dict[str, Any] = {
@@ -51,23 +51,43 @@ def settings_of(photos: Path, **changes: Any) -> ImmunizeConfig:
         "data": f"imagefolder:{photos}",
         "held_out": 0.4,
         "antibodies": str(words),
-        "safe": -0.99,
-        "risk": 0.99,
+        "band": (-0.99, 0.99),
         "min_images": 3,
         "hidden": 8,
         "steps": 40,
+        "device": "cpu",
+        "out": photos.parent / "runs",
+        "name": name,
     }
-    return ImmunizeConfig(**{**base, **changes})
+    return Run(IMMUNIZE, ImmunizeSettings(**{**base, **changes}))
 
 
-def made(photos: Path, *, name: str = "run", **changes: Any) -> PreparedImmunize:
-    run = prepare_immunize(settings_of(photos, **changes), out=photos.parent / "runs", name=name)
-    run.run()
+def made(photos: Path, *, name: str = "run", **changes: Any) -> Run:
+    run = prepared(photos, name=name, **changes)
+    run.start()
     return run
 
 
+class Watching(Observer):
+    """Counts what is done of each stage, and presses Ctrl-C when so many pieces of one are done."""
+
+    def __init__(self, stop: tuple[str, int] | None = None) -> None:
+        self.stop, self.title, self.done = stop, "", dict[str, int]()
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
+        del total
+        self.title = title
+        self.done[title] = done
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        del shown
+        self.done[self.title] += count
+        if self.stop == (self.title, self.done[self.title]):
+            raise KeyboardInterrupt
+
+
 def record_of(run: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run.folder.path / RECORD).read_text())
+    found: dict[str, Any] = json.loads((run.folder.path / NAME).read_text())
     return found
 
 
@@ -93,30 +113,26 @@ def test_the_same_command_makes_the_same_model_and_finds_it_again(make_folder: M
     one, two = ((run.folder.path / "immunity.safetensors").read_bytes() for run in (first, second))
     assert one == two
     before = (first.folder.path / CARD_NAME).stat().st_mtime_ns
-    asked: list[int] = []
-    again = prepare_immunize(settings_of(photos), out=photos.parent / "runs", name="run")
-    again.run(ImmunizeObserver(on_step=asked.append))
-    assert asked == []
+    watching = Watching()
+    prepared(photos).start(watching)
+    assert watching.done == {}
     assert (first.folder.path / CARD_NAME).stat().st_mtime_ns == before
     with pytest.raises(UserError, match="other settings"):
-        prepare_immunize(settings_of(photos, miss=0.1), out=photos.parent / "runs", name="run").run()
+        prepared(photos, miss=0.1).start()
 
 
 @pytest.mark.equality
 def test_a_run_that_was_cut_short_is_no_model_and_goes_on(make_folder: MakeFolder) -> None:
     photos = make_folder()
 
-    def stop(step: int) -> None:
-        if step == 5:
-            raise KeyboardInterrupt
-
-    run = prepare_immunize(settings_of(photos), out=photos.parent / "runs", name="run")
+    run = prepared(photos)
     with pytest.raises(KeyboardInterrupt):
-        run.run(ImmunizeObserver(on_step=stop))
+        run.start(Watching(("Vaccinating", 5)))
     assert not (run.folder.path / CARD_NAME).exists()
-    encoded: list[int] = []
-    run.run(ImmunizeObserver(on_images=lambda *told: encoded.append(told[1])))
-    assert encoded == []  # features were kept
+    watching = Watching()
+    run.start(watching)
+    assert [title for title in watching.done if title.startswith("Encoding")] == []  # features were kept
+    assert watching.done["Vaccinating"] > 0
     straight = made(photos, name="straight")
     one, two = ((r.folder.path / "immunity.safetensors").read_bytes() for r in (run, straight))
     assert one == two
@@ -131,14 +147,14 @@ def test_baselines_run_without_texts(make_folder: MakeFolder, source: str) -> No
 
 def test_zero_shot_mode_says_what_is_lost(make_folder: MakeFolder) -> None:
     photos = make_folder()
-    run = made(photos, images=False)
+    run = made(photos, no_images=True)
     record = record_of(run)
     assert "not controlled" in record["notes"][0]
     assert [row["alpha"] for row in record["classes"]] == [[1.0]] * 3
     assert [row["threshold"] for row in record["classes"]] == [0.0] * 3
     assert load_classifier(str(run.folder.path), ("cat", "dog", "fox"), ["{}"]).can_reject
     with pytest.raises(UserError, match="none that mean anything"):
-        made(photos, name="b", images=False, antibodies="none")
+        made(photos, name="b", no_images=True, antibodies="none")
 
 
 def test_several_prototypes_noise_thresholds_and_unknown_images(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -148,14 +164,14 @@ def test_several_prototypes_noise_thresholds_and_unknown_images(make_folder: Mak
     for number in range(4):
         Image.new("RGB", (16, 16), (60 * number, 20, 200)).save(strange / f"{number}.png")
     unknown = f"imagefolder:{strange.parent}"
-    run = made(photos, per_class=2, sigmas=[0.1], noise_draws=4, ood=[unknown], margin=None)
+    run = made(photos, prototypes_per_class=2, sigma=[0.1], ood=[unknown], margin="auto")
     record = record_of(run)
     assert all(len(row["alpha"]) == 2 for row in record["classes"])
     assert set(record["noisy_thresholds"]) == {"0.1"}
     found = record["measures"]["unknown"][unknown]
     assert found["images"] == 4
     assert 0 <= found["auroc"]["low"] <= found["auroc"]["value"] <= found["auroc"]["high"] <= 1
-    assert "strange" in render_immunize_run(load_immunize_run(run.folder.path))
+    assert "strange" in page_of(view.immunize_report(read_run(run.folder.path)))
 
 
 def test_images_held_out_teach_nothing_and_groups_stay_together() -> None:
@@ -176,17 +192,19 @@ class Case:
 
 
 WRONG = [
-    Case({"miss": 0.7}, "--miss must lie"),
-    Case({"xi": 200.0}, "--xi is an angle"),
-    Case({"per_class": 0}, "--prototypes-per-class"),
-    Case({"weight": math.nan}, "--lambda-inf"),
-    Case({"held_out": 1.5}, "--held-out takes data or a share"),
-    Case({"sigmas": [0.0]}, "--sigma must be above 0"),
-    Case({"kappa": "own"}, "--kappa"),
+    Case({"miss": 0.7}, "miss must lie between 0 and 0.5"),
+    Case({"xi": 200.0}, "xi must be at most 180 degrees, got 200"),
+    Case({"prototypes_per_class": 0}, "prototypes_per_class must be at least 1"),
+    Case({"lambda_inf": math.nan}, "lambda_inf must be at least 0"),
+    Case({"held_out": 1.5}, "held_out takes data or a share"),
+    Case({"sigma": [0.0]}, "sigma must be above 0"),
+    Case({"kappa": "own"}, "unknown kappa 'own'"),
+    Case({"shots": -1}, "shots must be at least 0"),
+    Case({"no_images": True, "ood": ["emoji"]}, "need images: leave out no_images=True"),
     Case({"antibodies": "bnk"}, "antibodies come from"),
     Case({"antibodies": "missing.json"}, "missing.json"),
     Case({"antibodies": "llm"}, "--llm URL"),
-    Case({"safe": 0.9, "risk": 0.1}, "safe < risk"),
+    Case({"band": "0.9,0.1"}, "safe < risk"),
     Case({"model": f"{MODEL}+smooth:0.1:2"}, "is smoothed"),
     Case({"held_out": "emoji?split=val"}, "other classes"),
 ]
@@ -211,7 +229,7 @@ def test_every_command_takes_the_run(make_folder: MakeFolder) -> None:
     photos, other = make_folder(), make_folder(12, "other")
     for folder in list(other.iterdir()):  # things that the model does not know
         folder.rename(other / f"no {folder.name}")
-    run = made(photos, sigmas=[0.05], noise_draws=8)
+    run = made(photos, sigma=[0.05])
     folder, out = str(run.folder.path), photos.parent / "runs"
     data = f"imagefolder:{photos}"
     source = open_data(data)
@@ -278,7 +296,7 @@ def load_immunity_with(folder: Path, threshold: float) -> Path:
 
 def test_open_set_certificates_hold_under_audit_and_follow_the_rule(make_folder: MakeFolder) -> None:
     photos = make_folder()
-    run = made(photos, sigmas=[0.05], noise_draws=8)
+    run = made(photos, sigma=[0.05])
     out = photos.parent / "runs"
     settings = CertifySettings(
         model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.05,
@@ -297,7 +315,7 @@ def test_without_thresholds_for_the_noise_the_deployed_rule_is_another_and_not_c
     make_folder: MakeFolder,
 ) -> None:
     photos = make_folder()
-    run = made(photos, sigmas=[0.05], noise_draws=8)
+    run = made(photos, sigma=[0.05])
     settings = CertifySettings(
         model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.1,
         lanes=64, alpha=0.01, limit=2, device="cpu",
@@ -316,7 +334,7 @@ def test_without_thresholds_for_the_noise_the_deployed_rule_is_another_and_not_c
 
 def test_a_class_is_added_and_the_others_are_checked(make_folder: MakeFolder, tmp_path: Path) -> None:
     photos = make_folder()
-    run = made(photos, per_class=2)
+    run = made(photos, prototypes_per_class=2)
     before = (run.folder.path / "immunity.safetensors").read_bytes()
     more = tmp_path / "more" / "owl"
     more.mkdir(parents=True)
@@ -324,12 +342,14 @@ def test_a_class_is_added_and_the_others_are_checked(make_folder: MakeFolder, tm
         Image.new("RGB", (16, 16), (20 * number, 255 - 20 * number, 90)).save(more / f"{number}.png")
     words = tmp_path / "owls.txt"
     words.write_text("owl: eagle\n")
-    config = ImmunizeConfig(
-        model=str(run.folder.path), data=f"imagefolder:{more.parent}", held_out=0.4, antibodies=str(words),
-        add_class="owl",
-    )  # fmt: skip
-    extension = prepare_extension(config, out=photos.parent / "runs", name="more")
-    record = extension.run()
+
+    def extended(name: str, model: Path | str = run.folder.path, add_class: str = "owl") -> Run:
+        data = {"data": f"imagefolder:{more.parent}", "held_out": 0.4, "antibodies": str(words)}
+        return prepared(photos, name=name, model=str(model), add_class=add_class, **data)
+
+    extension = extended("more")
+    record = extension.start().summary.model_dump()
+    assert record == record_of(extension)
     assert [row["name"] for row in record["classes"]] == ["cat", "dog", "fox", "owl"]
     added = record["added"]
     held = record_of(run)["images"]["held_out"]
@@ -339,13 +359,14 @@ def test_a_class_is_added_and_the_others_are_checked(make_folder: MakeFolder, tm
     larger = load_classifier(str(extension.folder.path), ("owl", "cat", "dog", "fox"), ["{}"])
     assert larger(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))).shape == (1, 5)
     # And once more: the larger run has kept what the next class needs.
-    second = config.model_copy(update={"model": str(extension.folder.path), "add_class": "owl"})
     with pytest.raises(UserError, match="knows 'owl' already"):
-        prepare_extension(second, out=photos.parent / "runs", name="again")
+        extended("again", extension.folder.path)
     with pytest.raises(UserError, match="no class 'bat'"):
-        prepare_extension(config.model_copy(update={"add_class": "bat"}), out=photos.parent / "runs", name="bat")
+        extended("bat", add_class="bat")
     with pytest.raises(UserError, match="is none"):
-        prepare_extension(config.model_copy(update={"model": "tiny"}), out=photos.parent / "runs", name="bare")
+        extended("bare", "tiny")
+    with pytest.raises(UserError, match="is the run that the class is added to: choose another name"):
+        extended("run")
 
 
 def strangers(folder: Path, **counts: int) -> str:

@@ -27,7 +27,7 @@ from robustvlm.defenses.finetune.trainable import plain_state
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.saved import read_card
-from robustvlm.report.training import read_training
+from robustvlm.report.training import load_training_run
 from robustvlm.runs.settings import Observer
 from robustvlm.training.state import LAST, read_checkpoint
 
@@ -110,8 +110,8 @@ class Interrupted(Observer):
 def test_an_interrupted_run_goes_on_and_ends_as_a_straight_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path, name="stopped").start(Interrupted())
-    with pytest.raises(UserError, match="has not ended: give its command again"):
-        read_training(tmp_path / "stopped")
+    with pytest.raises(UserError, match="has not ended: give its finetune command again"):
+        load_training_run(tmp_path / "stopped")
     with pytest.raises(UserError, match="of `robustvlm finetune` has not ended"):
         load_pipeline(str(tmp_path / "stopped"))
     stopped, straight = (prepared(tmp_path, name=name).start().summary for name in ("stopped", "straight"))

@@ -8,19 +8,21 @@ from pathlib import Path
 from pages import HOSTILE, Page
 from rich.console import Console
 
+from robustvlm.report.page import page_of
 from robustvlm.report.screen import show
 from robustvlm.report.training import (
-    TrainingRun,
     TrainingSummary,
-    render_training_run,
     training_closing,
     training_report,
 )
+from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import mean, rate
 from robustvlm.training.history import History, StepEntry, Validation, Warned
 
 
-def run(kind: str = "finetune", name: str = "clean accuracy", skipped: dict[str, str] | None = None) -> TrainingRun:
+def run(
+    kind: str = "finetune", name: str = "clean accuracy", skipped: dict[str, str] | None = None
+) -> FinishedRun[TrainingSummary]:
     validations = [
         Validation(step=0, measures={name: rate(3, 8), "spread": mean([0.1, 0.3, 0.4])}),
         Validation(step=4, measures={name: rate(7, 8), "spread": mean([0.2, 0.3, 0.5])}),
@@ -36,17 +38,21 @@ def run(kind: str = "finetune", name: str = "clean accuracy", skipped: dict[str,
         kind=kind, method="tecoa", trained_parameters=5, parameters=10, best_by=name, steps=4, history=history
     )
     manifest = {"name": "demo", "command": "robustvlm finetune", "config": {"model": "tiny", "data": "emoji"}}
-    return TrainingRun(Path("runs/demo"), manifest, summary)
+    return FinishedRun(Path("runs/demo"), manifest, summary)
 
 
-def terminal(found: TrainingRun) -> str:
+def rendered(found: FinishedRun[TrainingSummary]) -> str:
+    return page_of(training_report(found))
+
+
+def terminal(found: FinishedRun[TrainingSummary]) -> str:
     stream = io.StringIO()
     show(Console(file=stream, width=80), training_report(found), training_closing(found))
     return stream.getvalue()
 
 
 def test_page_and_terminal_say_the_same_numbers() -> None:
-    page, said = " ".join(Page(render_training_run(run())).text), terminal(run())
+    page, said = " ".join(Page(rendered(run())).text), terminal(run())
     for words in ("37.5%", "8.5", "75.6%", "87.5%", "0.2667", "0.3333", "the loss rises", "Overfitting, after 4 steps"):
         assert words in page, words
         assert words in said, words
@@ -57,18 +63,18 @@ def test_a_purifier_is_told_by_its_noise_and_how_to_smooth_it() -> None:
     found = run("purify", "score at 0.25")
     assert "Smoothed: runs/demo+smooth:0.25\n" in terminal(found)
     assert "Encoder alone" in terminal(found)
-    assert "Encoder alone" in render_training_run(found)
+    assert "Encoder alone" in rendered(found)
 
 
 def test_images_left_out_are_counted_and_named() -> None:
     found = run(skipped={"b.png": "empty file", "a.png": "no image"})
-    for said in (terminal(found), render_training_run(found)):
+    for said in (terminal(found), rendered(found)):
         assert "2 images not used" in said
         assert "a.png" in said
-    assert "empty file" in render_training_run(found)
+    assert "empty file" in rendered(found)
 
 
 def test_hostile_names_change_no_element_of_the_page() -> None:
-    plain = Page(render_training_run(run(name="x", skipped={"x": "x"}))).tags
+    plain = Page(rendered(run(name="x", skipped={"x": "x"}))).tags
     for text in HOSTILE[:4]:
-        assert Page(render_training_run(run(name=text, skipped={text: text}))).tags == plain
+        assert Page(rendered(run(name=text, skipped={text: text}))).tags == plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robustvlm.runs.run import Command, FinishedRun
+from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import (
     CLASSES,
     DEVICE,
@@ -117,6 +117,7 @@ FINETUNE = Command(
 )
 
 
+@mirrors(FINETUNE)
 def finetune(model: str = "tiny", **options: Any) -> FinishedRun[TrainingSummary]:
     """Fine-tune a model against attacks, as `robustvlm finetune` does; options by their names.
 

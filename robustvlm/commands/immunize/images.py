@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.commands.immunize.config import ImmunizeConfig
+from robustvlm.commands.immunize import ImmunizeSettings
+from robustvlm.commands.told import counted
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
 from robustvlm.core.seeds import generator
 from robustvlm.data import DataSource, open_data
@@ -27,6 +28,7 @@ from robustvlm.defenses.immunity.antibodies import (
     Antibodies,
     Band,
     Dropped,
+    Proposal,
     automatic_band,
     coverage,
     filter_antibodies,
@@ -35,16 +37,16 @@ from robustvlm.defenses.immunity.antibodies import (
     open_source,
 )
 from robustvlm.defenses.prompts import Features, choose_shots, encode_source
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.llm import LlmClient
+from robustvlm.llm.client import open_client, spent
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.runs.manifest import Manifest, carried, require_owner
+from robustvlm.runs.settings import Observer
 from robustvlm.text import name_key
 
 # The images of an immunize run: which teach and which are held out, and their features, kept in the run's folder
-
-OnImages = Callable[[str, int], None]
 
 
 def held_back(group: str, share: float, seed: int) -> bool:
@@ -58,56 +60,52 @@ def held_back(group: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def open_held_out(config: ImmunizeConfig, source: DataSource) -> DataSource | float:
-    """Return the held-out data, or the share of `source` to hold out.
-
-    Raises:
-        UserError: a share outside (0, 1), or data with other classes.
-    """
-    if isinstance(config.held_out, float):
-        if not 0.0 < config.held_out < 1.0:
-            raise UserError(f"--held-out takes data or a share between 0 and 1, got {config.held_out:g}")
-        return config.held_out
-    found = open_data(config.held_out)
+def open_held_out(settings: ImmunizeSettings, source: DataSource) -> DataSource | float:
+    """Return the held-out data, or the share of `source` to hold out; UserError for data with other classes."""
+    if isinstance(settings.held_out, float):
+        return settings.held_out
+    found = open_data(settings.held_out)
     if [name_key(name) for name in found.class_names] != [name_key(name) for name in source.class_names]:
-        raise UserError(f"'{config.held_out}' has other classes than '{source.spec}': --held-out needs the same ones")
+        raise UserError(
+            f"'{settings.held_out}' has other classes than '{source.spec}': {setting('held_out')} needs the same ones"
+        )
     return found
 
 
 def encode_both(
     vlm: VLM,
-    config: ImmunizeConfig,
+    settings: ImmunizeSettings,
     source: DataSource,
     folder: Path,
-    on_images: OnImages | None,
+    observer: Observer,
     *,
     owner: Manifest,
 ) -> tuple[Features, Features]:
     """Return the features of the images to learn from and of the held-out ones, kept in `folder` of the run `owner`."""
-    other = open_held_out(config, source)
-    chosen = None if config.shots is None else frozenset(choose_shots(source, config.shots, config.seed))
+    other = open_held_out(settings, source)
+    chosen = frozenset(choose_shots(source, settings.shots, settings.seed)) if settings.shots else None
     share = other if isinstance(other, float) else 0.0
 
     def teaches(name: str) -> bool:
-        return (chosen is None or name in chosen) and not held_back(source.group(name), share, config.seed)
+        return (chosen is None or name in chosen) and not held_back(source.group(name), share, settings.seed)
 
-    fit = _encoded(vlm, source, folder / "fit.safetensors", "fit", on_images, owner=owner, keep=teaches)
+    fit = _encoded(vlm, source, folder / "fit.safetensors", "fit", observer, owner=owner, keep=teaches)
     if isinstance(other, DataSource):
-        held = _encoded(vlm, other, folder / "held-out.safetensors", "held out", on_images, owner=owner)
+        held = _encoded(vlm, other, folder / "held-out.safetensors", "held out", observer, owner=owner)
         _require_apart(fit, held, source.spec, other.spec)
     else:
         held = _encoded(
-            vlm, source, folder / "held-out.safetensors", "held out", on_images, owner=owner,
-            keep=lambda name: held_back(source.group(name), share, config.seed),
+            vlm, source, folder / "held-out.safetensors", "held out", observer, owner=owner,
+            keep=lambda name: held_back(source.group(name), share, settings.seed),
         )  # fmt: skip
     return fit, held
 
 
 def encode_unknown(
-    vlm: VLM, source: Unlabelled, number: int, folder: Path, on_images: OnImages | None, *, owner: Manifest
+    vlm: VLM, source: Unlabelled, number: int, folder: Path, observer: Observer, *, owner: Manifest
 ) -> Features:
     """Return the features of the images of `--ood` data; those of a known class have it as their label."""
-    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", source.spec, on_images, owner=owner)
+    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", source.spec, observer, owner=owner)
 
 
 def write_features(path: Path, found: Features, owner: Manifest) -> None:
@@ -145,7 +143,7 @@ def _encoded(
     source: DataSource,
     path: Path,
     title: str,
-    on_images: OnImages | None,
+    observer: Observer,
     *,
     owner: Manifest,
     keep: Callable[[str], bool] | None = None,
@@ -153,8 +151,8 @@ def _encoded(
     """Encode once; a run that was cut short finds what it had finished. The settings are the same, or it would not be
     the same folder."""
     if not path.exists():
-        told = None if on_images is None else (lambda done: on_images(title, done))
-        found = encode_source(vlm, source, keep=keep, on_images=told)
+        observer.begin(f"Encoding {title}")
+        found = encode_source(vlm, source, keep=keep, on_images=counted(observer))
         if not torch.isfinite(found.features).all():
             raise UserError(f"model '{vlm.spec}' gives NaN or infinite features for images of '{source.spec}'")
         write_features(path, found, owner)
@@ -194,30 +192,31 @@ def embedder(vlm: VLM, templates: Sequence[str]) -> Callable[[Sequence[str]], Te
     return lambda texts: class_embeddings(vlm, list(texts), templates).float().cpu()
 
 
-def source_spec(text: str) -> str:
-    """Return the antibody source that a command names; a file may be named without `file:`.
+def client_of(settings: ImmunizeSettings) -> LlmClient | None:
+    """Return the client of the language model that the settings name; None where they name none."""
+    return open_client(settings.llm, settings.llm_model, settings.llm_prices)
 
-    Example:
-        >>> source_spec("bank"), source_spec("my/antibodies.json")
-        ('bank', 'file:my/antibodies.json')
-    """
-    if text in ("bank", "wordnet", "llm", "noise", "none") or text.startswith("file:"):
-        return text
-    if Path(text).suffix or Path(text).exists():
-        return f"file:{text}"
-    return text
+
+def propose(settings: ImmunizeSettings, class_names: Sequence[str], observer: Observer) -> Proposal:
+    """Return antibodies for classes from the source that the settings name, and say what asking has cost."""
+    client = client_of(settings)
+    observer.begin("Antibodies", len(class_names))
+    opened = open_source(settings.antibodies, client=client, on_classes=counted(observer))
+    found = opened.propose(class_names)
+    if client is not None:
+        observer.say(spent(client, settings.llm_prices))
+    return found
 
 
 def make_antibodies(
-    config: ImmunizeConfig,
+    settings: ImmunizeSettings,
     source: DataSource,
     embed: Callable[[Sequence[str]], Tensor],
     prototypes: Tensor,
     text: Tensor,
     *,
     unknown: Sequence[DataSource] = (),
-    client: LlmClient | None = None,
-    on_classes: Callable[[int], None] | None = None,
+    observer: Observer,
 ) -> Made:
     """Return the antibodies of all classes: generated, filtered by name and by band.
 
@@ -231,18 +230,17 @@ def make_antibodies(
         UserError: an unknown source, or no band that leaves room.
     """
     dim = text.shape[1]
-    if config.antibodies == "none":
+    if settings.antibodies == "none":
         return Made(Antibodies((), torch.zeros(0, dim)), (), None)
-    if config.antibodies == "noise":
+    if settings.antibodies == "noise":
         count = NOISE_PER_CLASS * len(source.class_names)
-        return Made(noise_antibodies(count, dim, seed=config.seed), (), None)
-    opened = open_source(config.antibodies, client=client, on_classes=on_classes)
-    proposal = opened.propose(source.class_names)
+        return Made(noise_antibodies(count, dim, seed=settings.seed), (), None)
+    proposal = propose(settings, source.class_names, observer)
     texts = [text.text for text in proposal.texts]
     naming = {text: other.spec for other in reversed(unknown) for text in same_things(texts, other.things())}
-    told = () if config.oracle_words else tuple(text for text in proposal.texts if text.text in naming)
+    told = () if settings.oracle_words else tuple(text for text in proposal.texts if text.text in naming)
     proposal = replace(proposal, texts=tuple(text for text in proposal.texts if text not in told))
-    band = automatic_band(prototypes, text, safe=config.safe, risk=config.risk)
+    band = automatic_band(prototypes, text, safe=settings.band[0], risk=settings.band[1])
     found = filter_antibodies(proposal, embed, prototypes, source.class_names, band=band, above=superclasses(source))
     gone = [Dropped(text, f"it names a class of the unknown set '{naming[text.text]}'") for text in told]
     return Made(found.kept, (*found.dropped, *gone), band, naming)
@@ -259,7 +257,7 @@ def superclasses(source: DataSource) -> tuple[str, ...]:
 
 
 def diagnose(
-    made: Made, prototypes: Tensor, embed: Callable[[Sequence[str]], Tensor], near_names: str | None, seed: int
+    made: Made, prototypes: Tensor, embed: Callable[[Sequence[str]], Tensor], near_names: Path | None, seed: int
 ) -> dict[str, Any]:
     """Return coverage and margins of the antibodies.
 
@@ -275,7 +273,7 @@ def diagnose(
     angle = degrees(acos(max(-1.0, min(1.0, made.band.risk))))
     found |= {"angle": angle, "coverage_crossed": _crossed(antibodies, angle, seed)}
     if near_names is not None:
-        names, _ = read_class_names(Path(near_names))
+        names, _ = read_class_names(near_names)
         if not isinstance(names, tuple):
             raise UserError(f"'{near_names}' maps labels to names: expected a list, one name a line")
         within = coverage(antibodies, embed(list(names)), angle)

@@ -2,34 +2,109 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
-from robustvlm.commands.immunize.config import ImmunizeConfig
+from robustvlm.commands.immunize import ImmunizeSettings
 from robustvlm.commands.immunize.images import Made
+from robustvlm.core.files import write_text
 from robustvlm.data.names import some_of
 from robustvlm.data.splits import copies
 from robustvlm.defenses.immunity.antibodies import margins
 from robustvlm.defenses.immunity.prototypes import Prototypes, angle
 from robustvlm.defenses.immunity.recipe import Immunised
-from robustvlm.defenses.immunity.state import Immunity, class_scores, open_set_score
-from robustvlm.defenses.immunity.vaccine import pushed_share
+from robustvlm.defenses.immunity.state import Immunity, card_settings, class_scores, open_set_score, save_tensors
+from robustvlm.defenses.immunity.vaccine import VaccineSettings, pushed_share
 from robustvlm.defenses.prompts import Features
 from robustvlm.detect import auroc_interval
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
+from robustvlm.models import VLM
+from robustvlm.models.probe import probe_encoder
+from robustvlm.models.saved import Card, write_card
+from robustvlm.runs import records
+from robustvlm.runs.run import FinishedRun, Session, read_finished
 from robustvlm.stats import mcnemar_exact, rate
 
-# The record of an immunize run, as plain JSON: every class, every antibody, every fit
-
+NAME = "immunity.json"
 Record = dict[str, Any]
+
+
+class ImmunizeSummary(records.Record):
+    """What `immunity.json` holds. What a way of making the model has nothing to say of is left out of it.
+
+    Args:
+        templates: prompts of the class texts; classes: a row for each, see `class_rows`.
+        xi_degrees: largest angle from a prototype to its text; weight: of the antibodies in the score.
+        antibodies, diagnostics, vaccine, pooled_fit: see `antibody_facts`, `diagnose`, `vaccine_facts`.
+        copies: held-out images that look like images that taught; unreadable: how many, by data.
+        images: how many taught and were held out; noisy_thresholds: least, median and largest, by noise level.
+        measures: see `measure`; added: what a class that was added did to the others.
+        notes: what a reader has to know before trusting the model.
+    """
+
+    format: int = 1
+    templates: list[str] | None = None
+    classes: list[dict[str, Any]]
+    xi_degrees: float
+    antibodies: dict[str, Any]
+    diagnostics: dict[str, Any]
+    weight: float
+    copies: int = 0
+    unreadable: dict[str, int] | None = None
+    images: dict[str, int] | None = None
+    vaccine: dict[str, Any] | None = None
+    pooled_fit: dict[str, Any] | None = None
+    noisy_thresholds: dict[str, list[float]] | None = None
+    measures: dict[str, Any]
+    added: dict[str, Any] | None = None
+    notes: list[str]
+    seconds: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+
+def read_run(folder: Path) -> FinishedRun[ImmunizeSummary]:
+    """Read a finished immunize run; UserError when it has not ended, or a file is damaged or of another version."""
+    run = read_finished(folder, NAME, ImmunizeSummary, kind="immunize")
+    try:
+        ImmunizeSettings.of(run.manifest["config"])
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{folder / 'manifest.json'}': its config is not of this version ({error}); run it again"
+        ) from None
+    return run
+
+
+def save_model(session: Session, immunity: Immunity, record: Record, base: str, vlm: VLM) -> None:
+    """Write tensors and record, then the card, without which the folder is no model."""
+    summary = ImmunizeSummary(**record)
+    with session.results() as folder:
+        save_tensors(folder, immunity)
+        write_text(folder / NAME, json.dumps(summary.model_dump(), indent=1, ensure_ascii=False) + "\n")
+        write_card(folder, Card("immunize", base, vlm.fingerprint, card_settings(immunity), probe_encoder(vlm)))
+
+
+def vaccine_settings(settings: ImmunizeSettings, margin: float) -> VaccineSettings:
+    """Return the settings of the vaccine; the margin is that of the settings, or taken from the data."""
+    shared = ("hidden", "steps", "lr", "push_weight", "decay", "seed")
+    return VaccineSettings(margin=margin, **{name: getattr(settings, name) for name in shared})
+
+
+# Its parts: every class, every antibody, every fit
+
 INACTIVE = 1e-4
 """Share of pairs of image and antibody below which a margin is said to push nothing."""
 
@@ -58,10 +133,10 @@ def class_rows(immunity: Immunity, prototypes: Prototypes, made: Made, done: Imm
     return rows
 
 
-def antibody_facts(made: Made, config: ImmunizeConfig) -> Record:
+def antibody_facts(made: Made, settings: ImmunizeSettings) -> Record:
     """Return the antibodies kept and dropped, and the band."""
     return {
-        "source": config.antibodies,
+        "source": settings.antibodies,
         "band": None if made.band is None else {"safe": made.band.safe, "risk": made.band.risk},
         "kept": [[text.text, text.of_class, text.kind] for text in made.antibodies.texts],
         "dropped": [[gone.antibody.text, gone.antibody.of_class, gone.reason] for gone in made.dropped],
@@ -104,11 +179,11 @@ def alignment_error(immunity: Immunity, held: Features) -> float | None:
     return math.degrees(sum(angles) / len(angles)) if angles else None
 
 
-def _of_unknown(record: Record, config: ImmunizeConfig) -> list[str]:
+def _of_unknown(record: Record, settings: ImmunizeSettings) -> list[str]:
     """Return what has to be known of the unknown images: oracles, known classes and known images among them."""
     found = []
     naming, kept = record["antibodies"].get("naming_unknown", {}), {row[0] for row in record["antibodies"]["kept"]}
-    if naming and config.oracle_words:
+    if naming and settings.oracle_words:
         told = [text for text in naming if text in kept]
         found.append(
             f"Oracle: {len(told)} antibodies name classes of the unknown sets ({some_of(told)}) and were kept "
@@ -139,37 +214,37 @@ def _of_unknown(record: Record, config: ImmunizeConfig) -> list[str]:
     return found
 
 
-def notes_of(record: Record, config: ImmunizeConfig) -> list[str]:
+def notes_of(record: Record, settings: ImmunizeSettings) -> list[str]:
     """Return what a reader has to know before trusting the model, one sentence each."""
     found = []
-    if not config.images:
+    if settings.no_images:
         found.append(
             "Made without images: the share of known images that are rejected is not controlled, features are not "
             "adapted, and an image far from all texts is rejected only if an antibody happens to be nearest."
         )
         return found
-    found += _of_unknown(record, config)
+    found += _of_unknown(record, settings)
     rows = record["classes"]
     pooled = sum(bool(row.get("pooled")) for row in rows)
     if pooled:
         found.append(
-            f"{pooled} of {len(rows)} classes have fewer than {config.min_images} held-out images that are classified "
-            "right: they share one pooled threshold."
+            f"{pooled} of {len(rows)} classes have fewer than {settings.min_images} held-out images that are "
+            "classified right: they share one pooled threshold."
         )
     empty = sum(row["images"] == 0 for row in rows)
     if empty:
         found.append(f"{empty} of {len(rows)} classes have no images to learn from: their prototype is the text.")
     vaccine = record["vaccine"]
-    if config.antibodies != "none" and vaccine["pushed_share"] < INACTIVE:
+    if settings.antibodies != "none" and vaccine["pushed_share"] < INACTIVE:
         found.append(
             f"The margin {vaccine['margin']:.3f} lies above nearly all cosines of images and antibodies and pushes "
             "nothing: --margin auto takes one from the data."
         )
-    if vaccine["chosen_step"] == 0 and config.steps:
+    if vaccine["chosen_step"] == 0 and settings.steps:
         found.append(
             "No step of the vaccine lowered the held-out loss at no cost in accuracy: features stay as they are."
         )
-    if config.antibodies != "none" and not record["antibodies"]["kept"]:
+    if settings.antibodies != "none" and not record["antibodies"]["kept"]:
         found.append("No antibody passed the filters: the score is the nearness to the best prototype alone.")
     return found
 
@@ -220,7 +295,7 @@ def measure(
     for spec, whole in unknown.items():
         other = whole.rows((whole.labels < 0).nonzero().flatten())
         if not other.ids:
-            raise UserError(f"every image of '{spec}' is of a known class: pass others to --ood")
+            raise UserError(f"every image of '{spec}' is of a known class: pass others to {setting('ood')}")
         rival = (logit_scale * other.features @ text.T).softmax(dim=1).amax(dim=1)
         _, theirs = judged(immunity, other.features)
         interval = partial(auroc_interval, known_groups=groups, unknown_groups=other.groups)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from robustvlm.commands.immunize.config import RECORD, ImmunizeConfig
+from robustvlm.commands.immunize.record import NAME, ImmunizeSummary
 from robustvlm.errors import UserError
 from robustvlm.report.charts import loss_curves
-from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.sections import (
     Block,
     Card,
@@ -35,8 +33,6 @@ from robustvlm.report.sections import (
     numbers,
 )
 from robustvlm.report.words import interval, percent, plain
-from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of, read_object
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
 
@@ -122,59 +118,13 @@ _COLUMNS = (
 )
 
 
-class ImmunizeRun(FinishedRun[dict[str, Any]]):
-    """Manifest and record of a finished immunize run."""
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The summary under the name that its file has."""
-        return self.summary
-
-
-def is_immunize_run(folder: Path) -> bool:
-    """Whether the folder's manifest says that it is an immunised model; False where none can be read."""
-    return kind_of_run(folder) == "immunize"
-
-
-def load_immunize_run(folder: Path) -> ImmunizeRun:
-    """Read a finished immunize run; UserError when it has not ended or a file is damaged."""
-    manifest = read_manifest_of(folder)
-    require_shape(
-        ImmunizeConfig,
-        manifest["config"],
-        folder / "manifest.json",
-        ": its config is not of this version; run it again",
-    )
-    record = read_object(folder / RECORD, f"the run '{folder}' has not ended: give its command again")
-    require_unchanged(folder, manifest, what="immunize ")
-    return ImmunizeRun(folder, manifest, record)
-
-
-def write_immunize_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = render_immunize_run(load_immunize_run(folder))
-    write_page(path, text)
-    return path
-
-
-def render_immunize_run(run: ImmunizeRun) -> str:
-    """Return the report of one run as HTML.
-
-    Raises:
-        UserError: the record is not one of this program's.
-    """
-    return page_of(immunize_report(run))
-
-
-def immunize_report(run: ImmunizeRun) -> Report:
+def immunize_report(run: FinishedRun[ImmunizeSummary]) -> Report:
     """Return all that is said of an immunised model.
 
     Raises:
         UserError: the record is not one of this program's.
     """
-    record, antibodies = run.record, Code(run.manifest["config"]["antibodies"], limit=60)
+    record, antibodies = run.summary.model_dump(), Code(run.manifest["config"]["antibodies"], limit=60)
     try:
         sections = [*_added(record), _made(record), *_measures(record["measures"]), _classes(record), _kept(record)]
         verdicts = [Verdict([verdict(record)], tone=tone(record))]
@@ -190,12 +140,12 @@ def immunize_report(run: ImmunizeRun) -> Report:
             sections=[*sections, manifest_section(run.manifest)],
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{run.folder / RECORD}' is no record of `robustvlm immunize` ({error})") from None
+        raise UserError(f"'{run.folder / NAME}' is no record of `robustvlm immunize` ({error})") from None
 
 
-def immunize_closing(run: ImmunizeRun) -> Closing:
+def immunize_closing(run: FinishedRun[ImmunizeSummary]) -> Closing:
     """Return where the model and its report are."""
-    return Closing({"Model": run.folder, "Report": run.folder / "report.html"})
+    return Closing({"Model": run.folder, "Report": run.report})
 
 
 def _added(record: dict[str, Any]) -> list[Section]:

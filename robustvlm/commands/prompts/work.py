@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
 from robustvlm.commands.prompts import PromptSettings
+from robustvlm.commands.told import counted
 from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.registry import names_a_callable
@@ -100,14 +101,7 @@ class PromptWork:
         """Return the features of the few images to learn from."""
         chosen = frozenset(prompts.choose_shots(self.source, self.settings.shots or None, self.settings.seed))
         observer.begin("Encoding", len(chosen))
-        done = 0
-
-        def on_images(count: int) -> None:
-            nonlocal done
-            observer.advance(count - done)
-            done = count
-
-        return prompts.encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=on_images)
+        return prompts.encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=counted(observer))
 
     def _tuned(self, shots: Features, observer: Observer) -> list[dict[str, float]]:
         """Learn the context; return the mean losses of every epoch."""

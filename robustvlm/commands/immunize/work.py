@@ -1,0 +1,359 @@
+"""The work of `robustvlm immunize`: prototypes and antibodies, a vaccine, thresholds, measures, and the model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
+from robustvlm.commands.immunize import NOISE_DRAWS, ImmunizeSettings
+from robustvlm.commands.immunize import record as facts
+from robustvlm.commands.immunize.extend import ExtendWork, open_extension
+from robustvlm.commands.immunize.images import (
+    Made,
+    client_of,
+    diagnose,
+    embedder,
+    encode_both,
+    encode_unknown,
+    held_back,
+    make_antibodies,
+    open_held_out,
+)
+from robustvlm.commands.immunize.record import (
+    NAME,
+    ImmunizeSummary,
+    Record,
+    measure,
+    read_run,
+    save_model,
+    vaccine_settings,
+)
+from robustvlm.commands.immunize.view import immunize_closing, immunize_report
+from robustvlm.commands.told import counted
+from robustvlm.core.device import resolve_device
+from robustvlm.core.seeds import derive_seed
+from robustvlm.data import DataSource, Sample, open_data, to_pixels
+from robustvlm.data.source import UNKNOWN
+from robustvlm.data.specs import Unlabelled, open_unlabelled
+from robustvlm.data.splits import copies
+from robustvlm.defenses import SmoothedVLM, load_pipeline
+from robustvlm.defenses.immunity import (
+    AdaptedVLM,
+    Immunised,
+    Immunity,
+    Labelled,
+    Prototypes,
+    fit_prototypes,
+    immunise,
+    text_only,
+    text_prototypes,
+)
+from robustvlm.defenses.immunity.antibodies import Band, open_source
+from robustvlm.defenses.immunity.recipe import KAPPAS, thresholds_of
+from robustvlm.defenses.immunity.vaccine import automatic_margin
+from robustvlm.defenses.prompts import Features
+from robustvlm.defenses.smoothing import smooth
+from robustvlm.errors import UserError, nearest, setting
+from robustvlm.models import VLM
+from robustvlm.models.saved import CARD_NAME
+from robustvlm.models.zero_shot import require_distinct
+from robustvlm.report import screen
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.runs.run import Facts, FinishedRun, Session
+from robustvlm.runs.settings import Observer
+from robustvlm.text import without_secrets
+
+# Thresholds for a smoothed model: the score of the mean adapted feature under noise, on held-out images
+
+MOST_IMAGES = 512
+
+
+def noisy_means(
+    vlm: VLM,
+    source: DataSource,
+    sigma: float,
+    *,
+    draws: int,
+    seed: int,
+    keep: Callable[[str], bool] | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean features [N, D] of noisy copies of the labelled images, not normalised, and the labels [N].
+
+    That mean is what certificates of smoothed models are about. Noise is drawn per image from (seed, id, sigma).
+
+    Args:
+        vlm: the adapted encoder, not smoothed. draws: noisy copies of an image. keep: which ids to use; of these at
+            most `MOST_IMAGES`.
+
+    Raises:
+        UserError: no image of a known class.
+    """
+    smoothed = smooth(vlm, sigma, draws)
+    means: list[Tensor] = []
+    labels: list[int] = []
+    cuda = [vlm.device] if vlm.device.type == "cuda" else []
+    for item in source.samples(limit=_limit(source, keep), keep=keep):
+        if not isinstance(item, Sample) or item.label == UNKNOWN:
+            continue
+        pixels = to_pixels(item.image, vlm.framing)[None].to(vlm.device)
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            torch.manual_seed(derive_seed(seed, "noisy thresholds", repr(sigma), item.id))
+            means.append(smoothed.mean_feature(pixels, draws).float().cpu())
+        labels.append(item.label)
+        if on_images is not None:
+            on_images(len(labels))
+        if len(labels) == MOST_IMAGES:
+            break
+    if not means:
+        raise UserError(f"'{source.spec}' has no image of a known class to set thresholds under noise with")
+    return torch.cat(means), torch.tensor(labels)
+
+
+def _limit(source: DataSource, keep: Callable[[str], bool] | None) -> int | None:
+    """Choose by hash among many images, where all of them may be used."""
+    ids = source.ids() if keep is None else None
+    return MOST_IMAGES if ids is not None and len(ids) > MOST_IMAGES else None
+
+
+# A run of immunisation: encode once, make prototypes and antibodies, vaccinate, set thresholds, measure, save
+
+RESULTS = (NAME, CARD_NAME)
+
+
+@dataclass(frozen=True)
+class ImmunizeWork:
+    """A run's facts, model and images, and the unknown images to measure on."""
+
+    facts: Facts
+    settings: ImmunizeSettings
+    vlm: VLM
+    source: DataSource
+    unknown: Sequence[Unlabelled]
+
+    def run(self, session: Session) -> None:
+        """Make the model and save it.
+
+        Raises:
+            UserError: images, antibodies or settings that nothing can be made of.
+        """
+        began = time.monotonic()
+        made, record = self._make(session)
+        record["seconds"] = round(time.monotonic() - began, 3)
+        save_model(session, made, record, self.settings.model, self.vlm)
+
+    def _make(self, session: Session) -> tuple[Immunity, Record]:
+        embed = embedder(self.vlm, self.source.templates)
+        text = embed(self.source.class_names)
+        require_distinct(self.vlm, self.source.class_names, self.source.templates, text)
+        if self.settings.no_images:
+            return self._from_texts(text, session)
+        fit, held = encode_both(
+            self.vlm,
+            self.settings,
+            self.source,
+            session.folder.features_path,
+            session.observer,
+            owner=session.manifest,
+        )
+        xi = None if self.settings.xi is None else math.radians(self.settings.xi)
+        prototypes = fit_prototypes(
+            fit.features, fit.labels, text, xi=xi, per_class=self.settings.prototypes_per_class, seed=self.settings.seed
+        )
+        made = self._antibodies(prototypes, text, session.observer)
+        margin = self.settings.margin
+        if margin is None:
+            margin = automatic_margin(fit.features[fit.labels >= 0], made.antibodies.embeddings)
+        session.observer.begin("Vaccinating", self.settings.steps or None)
+        done = immunise(
+            Labelled(fit.features, fit.labels),
+            Labelled(held.features, held.labels),
+            prototypes,
+            made.antibodies,
+            self.source.class_names,
+            logit_scale=self.vlm.logit_scale,
+            kappa=self.settings.kappa,
+            weight=self.settings.lambda_inf,
+            miss=self.settings.miss,
+            min_images=self.settings.min_images,
+            vaccine=vaccine_settings(self.settings, margin),
+            on_step=counted(session.observer),
+        )
+        done = replace(done, immunity=self._told_of_noise(done.immunity, session.observer))
+        unknown = self._unknown(session)
+        return done.immunity, self._record(done, prototypes, made, margin, text, fit, held, unknown)
+
+    def _antibodies(self, prototypes: Prototypes, text: Tensor, observer: Observer) -> Made:
+        return make_antibodies(
+            self.settings,
+            self.source,
+            embedder(self.vlm, self.source.templates),
+            prototypes.vectors,
+            text,
+            unknown=self.unknown,
+            observer=observer,
+        )
+
+    def _from_texts(self, text: Tensor, session: Session) -> tuple[Immunity, Record]:
+        prototypes = text_prototypes(text)
+        made = self._antibodies(prototypes, text, session.observer)
+        immunity = text_only(self.source.class_names, text, made.antibodies)
+        record = self._common(immunity, prototypes, made, None) | {"measures": {}}
+        return immunity, record | {"notes": facts.notes_of(record, self.settings)}
+
+    def _told_of_noise(self, immunity: Immunity, observer: Observer) -> Immunity:
+        """Add thresholds for each noise level that was asked for."""
+        other, keep = open_held_out(self.settings, self.source), None
+        if isinstance(other, float):
+            keep = partial(_in_share, self.source, other, self.settings.seed)
+        source = self.source if isinstance(other, float) else other
+        found: dict[float, Tensor] = {}
+        for sigma in self.settings.sigma:
+            observer.begin(f"Encoding noise {sigma:g}")
+            means, labels = noisy_means(
+                AdaptedVLM(self.vlm.at_noise(sigma), immunity.adapter),
+                source,
+                sigma,
+                draws=NOISE_DRAWS,
+                seed=self.settings.seed,
+                keep=keep,
+                on_images=counted(observer),
+            )
+            thresholds = thresholds_of(
+                means,
+                labels,
+                immunity.prototypes,
+                immunity.antibodies.embeddings,
+                immunity.weight,
+                miss=self.settings.miss,
+                min_images=self.settings.min_images,
+            )
+            found[sigma] = torch.tensor(thresholds.values, dtype=torch.float32)
+        return replace(immunity, noisy=found)
+
+    def _unknown(self, session: Session) -> dict[str, Features]:
+        folder, owner = session.folder.features_path, session.manifest
+        return {
+            without_secrets(spec): encode_unknown(self.vlm, source, i, folder, session.observer, owner=owner)
+            for i, (spec, source) in enumerate(zip(self.settings.ood, self.unknown, strict=True))
+        }
+
+    def _common(self, immunity: Immunity, prototypes: Prototypes, made: Made, done: Immunised | None) -> Record:
+        embed = embedder(self.vlm, self.source.templates)
+        return {
+            "format": 1,
+            "templates": list(self.source.templates),
+            "classes": facts.class_rows(immunity, prototypes, made, done),
+            "xi_degrees": math.degrees(prototypes.xi),
+            "antibodies": facts.antibody_facts(made, self.settings),
+            "diagnostics": diagnose(made, prototypes.vectors, embed, self.settings.near_names, self.settings.seed),
+            "weight": immunity.weight,
+        }
+
+    def _record(
+        self,
+        done: Immunised,
+        prototypes: Prototypes,
+        made: Made,
+        margin: float,
+        text: Tensor,
+        fit: Features,
+        held: Features,
+        unknown: Mapping[str, Features],
+    ) -> Record:
+        record = self._common(done.immunity, prototypes, made, done)
+        record["diagnostics"]["eps_align_degrees"] = facts.alignment_error(done.immunity, held)
+        pooled = done.thresholds.pooled
+        parts = {without_secrets(self.settings.data): fit, "the held-out data": held, **unknown}
+        record |= {
+            "copies": copies(held.features, fit.features),
+            "unreadable": {name: part.unreadable for name, part in parts.items() if part.unreadable},
+            "images": {"fit": len(fit.ids), "held_out": len(held.ids)},
+            "vaccine": facts.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
+            "pooled_fit": {**pooled.__dict__, "threshold": pooled.threshold(self.settings.miss)},
+            "noisy_thresholds": {
+                repr(sigma): [float(values.min()), float(values.median()), float(values.max())]
+                for sigma, values in done.immunity.noisy.items()
+            },
+            "measures": measure(done.immunity, text, self.vlm.logit_scale, held, unknown),
+        }
+        return record | {"notes": facts.notes_of(record, self.settings)}
+
+
+def _in_share(source: DataSource, share: float, seed: int, name: str) -> bool:
+    return held_back(source.group(name), share, seed)
+
+
+# From settings to a run; every mistake is found before any work begins
+
+
+def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
+    """Check all settings, open the data and load the model; with a class to add, also the run that it is added to."""
+    _check(settings)
+    if settings.add_class is not None:
+        return open_extension(settings)
+    device = resolve_device(settings.device)
+    source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+    held = None if settings.no_images else open_held_out(settings, source)
+    unknown = [open_unlabelled(spec, source.class_names) for spec in settings.ood]
+    vlm = load_pipeline(settings.model, device=device)
+    require_bare(vlm, settings.model)
+    data = describe_data(source)
+    if isinstance(held, DataSource):
+        data |= {"held out": held.fingerprint()}
+    if unknown:
+        data |= {"ood": [other.fingerprint() for other in unknown]}
+    facts = Facts(
+        (settings.model, settings.data),
+        settings.stored(device=str(device)),
+        {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale},
+        data,
+        probe=probe_of(vlm, source.class_names, source.templates),
+        remarks=remarks_of(source, vlm),
+    )
+    return ImmunizeWork(facts, settings, vlm, source, unknown)
+
+
+def require_bare(vlm: VLM, spec: str) -> None:
+    """Refuse a smoothed model: an adapter behind the averaging is not inside the expectation."""
+    if isinstance(vlm, SmoothedVLM):
+        raise UserError(
+            f"'{spec}' is smoothed: immunise the model below ({setting('sigma', f'{vlm.sigma:g}')} sets thresholds for "
+            "the noise), and put +smooth behind the result"
+        )
+
+
+def _check(settings: ImmunizeSettings) -> None:
+    """Refuse what makes no sense by itself, and is known only to the libraries behind a run."""
+    client = client_of(settings)
+    if settings.antibodies not in ("noise", "none"):
+        open_source(settings.antibodies, client=client)
+    if settings.kappa not in KAPPAS:
+        raise UserError(f"unknown {setting('kappa')} '{settings.kappa}': {nearest(settings.kappa, KAPPAS)}")
+    safe, risk = settings.band
+    if safe is not None and risk is not None:
+        Band(safe, risk)
+    vaccine_settings(settings, 0.0 if settings.margin is None else settings.margin)
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
+    path = out or folder / "report.html"
+    with drawing(folder):
+        text = page_of(immunize_report(read_run(folder)))
+    write_page(path, text)
+    return path
+
+
+def show(run: FinishedRun[ImmunizeSummary], console: Console) -> None:
+    """Print what was made and measured, and where the model is."""
+    screen.show(console, immunize_report(run), immunize_closing(run))
