@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -9,9 +10,10 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
+from rich.markup import escape
 
 from robustvlm import __version__
 from robustvlm.cli.app import typer_command
@@ -43,11 +45,20 @@ _NoCode = Annotated[
 ]
 
 
+def _as_written(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return an option whose help shows what stands in square brackets, which the drawn page would take for markup."""
+    kind, info = get_args(parameter.annotation)
+    info = copy.copy(info)
+    info.help = escape(info.help or "")
+    return parameter.replace(annotation=Annotated[kind, info])
+
+
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with the option that all have; whatever it raises goes past the command-line library."""
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("no_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_NoCode)
-    signature = signature.replace(parameters=[*signature.parameters.values(), option])
+    parameters = [*signature.parameters.values(), option]
+    signature = signature.replace(parameters=[_as_written(parameter) for parameter in parameters])
 
     @functools.wraps(command)
     def run(*arguments: Any, no_code: bool, **options: Any) -> None:

@@ -27,7 +27,7 @@ def described(name: str) -> str:
     """Return a command's help as text: one paragraph for the command, then one for each of its parameters."""
     command = COMMANDS[name]
     parts = [f"{name}\n{_indented(inspect.cleandoc(command.help or ''))}"]
-    parts += [f"{_usage(parameter)}\n{_indented(parameter.help or '')}" for parameter in command.params]
+    parts += [f"{_usage(parameter)}\n{_indented(_unescaped(parameter.help))}" for parameter in command.params]
     if name == "robustvlm":
         parts += [f"{other}\n{_indented((COMMANDS[other].help or '').splitlines()[0])}" for other in PROGRAM.commands]  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in "\n\n".join(parts).splitlines()) + "\n"
@@ -66,6 +66,10 @@ def _bound(parameter: Any, which: str) -> float | None:
     return getattr(getattr(parameter, "type", None), which, None) if found is None else found
 
 
+def _unescaped(text: str | None) -> str:
+    return (text or "").replace("\\[", "[")
+
+
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
@@ -86,9 +90,14 @@ def test_the_page_shows_every_option(
     for key, value in {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(key, value)
     app([name, "--help"], standalone_mode=False)
-    words = set(capsys.readouterr().out.replace(",", " ").split())
+    page = capsys.readouterr().out
+    words = set(page.replace(",", " ").split())
     missing = [option for parameter in COMMANDS[name].params for option in parameter.opts if option not in words]
     assert [option for option in missing if option.startswith("--")] == []
+    # Square brackets are markup to the library that draws the page: what stands in them must not be eaten.
+    drawn = "".join(character for character in page if not character.isspace() and character not in "│╭╰╮╯─")
+    for parameter in COMMANDS[name].params:
+        assert "".join(_unescaped(parameter.help).split()) in drawn, parameter.name
 
 
 if __name__ == "__main__":
