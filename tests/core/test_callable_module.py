@@ -30,7 +30,8 @@ def kitchen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_called_it_hands_on_and_otherwise_it_is_the_module_that_it_was(kitchen: Path) -> None:
+@pytest.mark.usefixtures("kitchen")
+def test_called_it_hands_on_and_otherwise_it_is_the_module_that_it_was() -> None:
     package = importlib.import_module("kitchen")
     assert "kitchen.stove" not in sys.modules
     assert callable(package)
