@@ -15,7 +15,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,17 @@ from torch import Tensor
 
 from benchmarks.common import markdown
 from robustvlm.certify import FeatureRadius, FeatureTest, SamplingEngine, Task
+from robustvlm.commands.certify import CERTIFY, CertifySettings
+from robustvlm.commands.certify import certify as certified
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
-from robustvlm.commands.certify.config import Settings
 from robustvlm.commands.certify.encoder import NoisyEncoder
-from robustvlm.commands.certify.replay import prepare_replay
-from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.certify.view import write_certify_report
 from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
 from robustvlm.data.source import Sample
 from robustvlm.defenses import load_pipeline
+from robustvlm.runs.run import Run
 
 
 def main() -> None:
@@ -124,14 +123,10 @@ def bf16(options: argparse.Namespace) -> None:
     for precision in ("fp32", "bf16"):
         began = time.process_time()
         sigma = float(options.sigma.split(",")[0])
-        prepared = prepare_certify(
-            Settings(
-                model=options.model, data=options.data, limit=options.limit, samples=options.samples, sigma=sigma,
-                precision=precision, device=options.device,
-            ),
-            out=options.out, name=f"benchmark-{precision}",
-        )  # fmt: skip
-        summary = prepared.run(fresh=True)
+        summary = certified(
+            options.model, data=options.data, limit=options.limit, samples=options.samples, sigma=sigma,
+            precision=precision, device=options.device, out=options.out, name=f"benchmark-{precision}", fresh=True,
+        ).summary  # fmt: skip
         spent = time.process_time() - began
         encoder = NoisyEncoder(load_pipeline(options.model), precision=precision)
         rows.append(
@@ -144,23 +139,25 @@ def bf16(options: argparse.Namespace) -> None:
 def cache(options: argparse.Namespace) -> None:
     """Certify classes while keeping the noisy features, then another prompt set from what was kept."""
     sigma = float(options.sigma.split(",")[0])
-    settings = Settings(
+    common = {"claim": "class", "device": options.device, "out": options.out}
+    sampled = CertifySettings(
         model=options.model, data=options.data, limit=options.limit, samples=options.samples, sigma=sigma,
-        claim="class", cache="float16", device=options.device,
+        cache="float16", name="benchmark-cache", **common,
     )  # fmt: skip
     rows = []
     first = 0.0
     for name, prompts in (("first, by sampling", None), ("adaptive, from cache", "adaptive"),
                           ("independent, from cache", "independent")):  # fmt: skip
         began = time.process_time()
-        if prompts is None:
-            prepared = prepare_certify(settings, out=options.out, name="benchmark-cache")
-        else:
-            other = replace(settings, classes=options.classes, cache=None)
+        settings = sampled
+        if prompts is not None:
             source = str(options.out / "benchmark-cache")
-            prepared = prepare_replay(other, source, prompts=prompts, out=options.out, name=f"benchmark-{prompts}")
+            settings = CertifySettings(
+                classes=options.classes, from_cache=source, prompts=prompts, name=f"benchmark-{prompts}", **common
+            )
+        run = Run(CERTIFY, settings)
         loaded = time.process_time()
-        summary = prepared.run(fresh=True)
+        summary = run.start(fresh=True).summary
         done = time.process_time()
         first = first or done - loaded
         share = f"{100 * (done - loaded) / first:.2f}%"
@@ -178,13 +175,10 @@ def audit(options: argparse.Namespace) -> None:
     )  # fmt: skip
     rows = []
     for sigma in map(float, options.sigma.split(",")):
-        settings = Settings(
-            model=options.model, data=options.data, limit=options.limit, samples=options.samples, sigma=sigma,
-            device=options.device,
-        )  # fmt: skip
-        prepared = prepare_certify(settings, out=options.out, name=f"audit-{sigma}")
-        prepared.run()
-        folder = prepared.folder.path
+        folder = certified(
+            options.model, data=options.data, limit=options.limit, samples=options.samples, sigma=sigma,
+            device=options.device, out=options.out, name=f"audit-{sigma}",
+        ).folder  # fmt: skip
         if not (folder / "audit.json").exists():
             audit_folder(folder, effort, device=options.device)
             write_certify_report(folder)

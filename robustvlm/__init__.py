@@ -24,6 +24,7 @@ _HOME = {
     "UserError": "robustvlm.errors",
     "attack": "robustvlm.commands.attack",
     "build": "robustvlm.commands.build",
+    "certify": "robustvlm.certify",
     "certify_tensors": "robustvlm.defenses.votes",
     "compare": "robustvlm.commands.attack.compare",
     "detect": "robustvlm.detect",

@@ -12,6 +12,7 @@ from robustvlm.attacks.threat import ThreatModel as ThreatModel
 from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.build.work import Pipeline
+from robustvlm.commands.certify.record import CertifyRecord
 from robustvlm.commands.detect.view import DetectRecord
 from robustvlm.commands.evaluate.work import CleanResult
 from robustvlm.commands.immunize.record import ImmunizeSummary
@@ -19,6 +20,7 @@ from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup
+from robustvlm.core.callable_module import CallableModule
 from robustvlm.data.specs import open_data as open_data
 from robustvlm.defenses.load import load_classifier as load_classifier
 from robustvlm.defenses.load import load_model as load_model
@@ -84,15 +86,20 @@ def attack(
         (4, 4)
 
     Args:
-        model: tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.
+        model: tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or
+            module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.
         data: emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL.
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.
         tree: File of the class tree (JSON, YAML or CSV).
-        goal: misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS; deny, intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT.
+        goal: misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS;
+            deny, intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT.
         min_cos: --goal feature is reached below this cosine to the clean feature.
-        attack: Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or pgd:steps=40:objective=dlr; the plans standard, plus, rand and fare; torchattacks:NAME and autoattack[:VERSION] run those packages.
-        second_opinion: Let another program attack the images again that withstood, and report what only it breaks: autoattack, autoattack:plus, torchattacks:NAME.
+        attack: Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or
+            pgd:steps=40:objective=dlr; the plans standard, plus, rand and fare; torchattacks:NAME and
+            autoattack[:VERSION] run those packages.
+        second_opinion: Let another program attack the images again that withstood, and report what only it breaks:
+            autoattack, autoattack:plus, torchattacks:NAME.
         norm: Linf or L2, in pixels scaled to [0, 1].
         eps: Radius, or radii for a security curve: 1/255,2/255 [default: 2/255; L2: 0.5].
         steps: Gradient steps [default: pgd 20, apgd 100].
@@ -109,7 +116,8 @@ def attack(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         resume: Insist on an earlier run, or delete it. Default: continue if there is one.
-        budget: Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s, 10min or 2h (of this session). Repeat the command with more, or without, to go on.
+        budget: Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s,
+            10min or 2h (of this session). Repeat the command with more, or without, to go on.
         save_adversarial: Keep every successful adversarial image (safetensors).
         checks: Checks of the evaluation itself: full (with extra attacks on 32 images), quick or none.
         observer: told of the progress.
@@ -153,7 +161,92 @@ def build(
         observer: told of the progress.
     """
 
-class _Detect(ModuleType):
+class _Certify(CallableModule[CertifyRecord]):
+    def __call__(
+        self,
+        model: str = "tiny",
+        *,
+        data: str = "emoji",
+        classes: Path | str | None = None,
+        templates: Path | str | None = None,
+        tree: Path | str | None = None,
+        claim: str | None = None,
+        sigma: float | None = None,
+        samples: int = 10000,
+        alpha: float | None = None,
+        min_cos: float = 0.5,
+        radius: float | None = None,
+        at: str | None = None,
+        tau: float | None = None,
+        antibodies: Path | str | None = None,
+        weight: float = 0.5,
+        deployed: int | None = None,
+        cache: str | None = None,
+        from_cache: str | None = None,
+        prompts: str | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        lanes: int | None = None,
+        device: str = "auto",
+        precision: str = "fp32",
+        out: Path | str = Path("runs"),
+        name: str | None = None,
+        resume: bool | None = None,
+        observer: Observer | None = None,
+    ) -> CertifyRecord:
+        """Certify a smoothed model, as `robustvlm certify` does; options by their names. Also `robustvlm.certify(...)`.
+
+        Radii are l2 distances in the pixels that the noise is added to, in [0, 1]. Each image's certificate is false
+            with
+        probability at most `alpha`.
+
+        Raises:
+            UserError: whatever is wrong with the options, the data or the model; settings that can certify nothing.
+
+        Example:
+            >>> import tempfile
+            >>> found = certify("tiny", claim="class", sigma=0.05, samples=200, limit=2, out=tempfile.mkdtemp())
+            >>> found.summary.images, found.rows.column("radius").to_numpy().shape
+            (2, (2,))
+
+        Args:
+            model: Any model (`robustvlm models` lists the forms); of MODEL+smooth:SIGMA the smoothing is certified.
+            data: The images; `robustvlm data` lists the forms.
+            classes: File of class names, one per line or a JSON list.
+            templates: File of prompt templates, one per line with {}.
+            tree: File of the class tree (JSON, YAML or CSV).
+            claim: feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another
+                rule), openset (accepted or rejected), or module:callable of your own [default: feature; with --from-
+                cache: class].
+            sigma: Noise level in pixels scaled to [0, 1] [default: 0.25].
+            samples: Noisy copies per image, at most.
+            alpha: Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of
+                the run].
+            min_cos: Cosine to certify (feature claims).
+            radius: Decide only whether this l2 radius is certified, with as few samples as that takes.
+            at: Radii to count images at, as 0.1,0.25 [default: by sigma].
+            tau: Threshold of the score, from other images (openset); in place of the model's own.
+            antibodies: File of names to score against (openset).
+            weight: Weight of the antibodies (openset).
+            deployed: Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].
+            cache: Keep the noisy features as float16 or float32, to certify other prompts later.
+            from_cache: A run made with --cache: certify --classes by text passes only.
+            prompts: With --from-cache: independent if the prompts were fixed without looking at what the features gave,
+                else adaptive (the default, valid always, smaller radii).
+            limit: Certify this many images, chosen by a hash of their ids.
+            seed: Seed of the noise.
+            lanes: Noisy images per batch [default: 128; GPU: 512].
+            device: auto, cpu, cuda, cuda:1, ...
+            precision: fp32, bf16 or fp64: part of the encoder that is certified, to be deployed alike.
+            out: Folder that holds the runs.
+            name: Name of the run [default: made from the settings, so that they find it again].
+            resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+            observer: told of the progress.
+        """
+
+certify: _Certify
+
+class _Detect(CallableModule[DetectRecord]):
     def __call__(
         self,
         model: str = "tiny",
@@ -200,13 +293,16 @@ class _Detect(ModuleType):
             ['near', 'far']
 
         Args:
-            model: Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance score.
+            model: Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance
+                score.
             id: Images of the known classes [default: emoji].
             ood: Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji].
-            fit: Images of the known classes to learn from, or none [default: none; the training styles for the bundled data].
+            fit: Images of the known classes to learn from, or none [default: none; the training styles for the bundled
+                data].
             scores: all, or a list such as mcm,energy,knn (docs/detect.md lists them); own shows a model's own alone.
             words: File of words outside the known classes [default: the bundled class trees].
-            oracle_words: Keep words that name a class of an unknown set: scores from words are then oracles, and the report says so.
+            oracle_words: Keep words that name a class of an unknown set: scores from words are then oracles, and the
+                report says so.
             temperature: Temperature of the scores from energies: they divide the logits by it; 1 is the model's own.
             classes: File of class names, one per line or a JSON list.
             templates: File of prompt templates, one per line with {}.
@@ -218,7 +314,8 @@ class _Detect(ModuleType):
             batch_size: Images per encoder pass.
             device: auto, cpu, cuda, cuda:1, ...
             under_attack: Also attack the scores: unknown images to be accepted, known ones refused.
-            attack_scores: Scores to attack, and own for a model's own [default: own, mcm, energy, mahalanobis, as far as there].
+            attack_scores: Scores to attack, and own for a model's own [default: own, mcm, energy, mahalanobis, as far
+                as there].
             attack: Attacks of --under-attack; objectives do not matter, all climb the acceptance margin.
             norm: Norm of the attacks: Linf or L2, in pixels scaled to [0, 1].
             eps: Radius of the attacks [default: 2/255; L2: 0.5].
@@ -324,12 +421,14 @@ def finetune(
 
     Args:
         model: The model to start from; `robustvlm models` lists the forms.
-        method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack). fare and simclip read no labels.
+        method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack).
+            fare and simclip read no labels.
         data: Images to train on; `robustvlm data` lists the forms.
         val: Images to validate on [default: a tenth of the data, at most 512, held out].
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.
-        tree: File of a class tree (JSON, YAML or CSV), wordnet, or llm (by the language model of --llm); repeat it for a forest [default: the data's own].
+        tree: File of a class tree (JSON, YAML or CSV), wordnet, or llm (by the language model of --llm); repeat it
+            for a forest [default: the data's own].
         tree_by: What --tree llm sorts by, repeatable [default: kind of thing].
         llm: OpenAI-compatible endpoint for --tree llm.
         llm_model: The language model there.
@@ -338,7 +437,9 @@ def finetune(
         alpha: Step of the inner attack [default: 2.5 eps / (steps + 1)].
         inner_steps: Gradient steps of the inner attack.
         curvature: Of the hyperbolic space (hierarchical) [default: 1].
-        option: An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives, leaf_only, per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg: general, clean, reverse.
+        option: An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives,
+            leaf_only, per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg:
+            general, clean, reverse.
         trainable: all (the vision tower), lora, lora:RANK, ssf, or last:N (its last N blocks).
         augment: none, flip, crop (and flip) or strong (colours too).
         steps: Optimiser steps [default: 2 epochs].
@@ -419,14 +520,16 @@ def immunize(
     Args:
         model: Any model without smoothing; with --add-class, a run.
         data: Labelled images to learn from; `robustvlm data` lists the forms.
-        held_out: Data, or a share of --data, that sets the thresholds [default: emoji?split=val&copies=8 for the bundled data, else 0.2].
+        held_out: Data, or a share of --data, that sets the thresholds [default: emoji?split=val&copies=8 for the
+            bundled data, else 0.2].
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.
         tree: Class tree: superclasses are no antibodies.
         no_images: From texts alone: no adapter, thresholds at 0.
         shots: Images of each class to learn from; 0 for all.
         antibodies: bank (bundled), a file, llm, wordnet, noise (baseline), none.
-        llm: OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or OPENAI_API_KEY.
+        llm: OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or
+            OPENAI_API_KEY.
         llm_model: Model to ask at that endpoint.
         llm_prices: Price of a million tokens, to show what was spent.
         xi: Largest angle of a prototype to its text, degrees; auto: an eighth of the median.
@@ -444,7 +547,8 @@ def immunize(
         lr: Learning rate of the adapter.
         decay: Weight of ||theta||^2 (eta).
         ood: Unknown images to measure on; may be repeated.
-        oracle_words: Keep antibodies that name a class of an --ood set: figures on it are then those of an oracle, and say so.
+        oracle_words: Keep antibodies that name a class of an --ood set: figures on it are then those of an oracle,
+            and say so.
         near_names: File of names of near things, to measure the antibodies' coverage.
         add_class: Add this class to the run MODEL, from its images in --data; the result is a new run.
         seed: Seed of every random draw.
@@ -603,7 +707,8 @@ def tune_prompts(
     fresh: bool = False,
     observer: Observer | None = None,
 ) -> FinishedRun[PromptRecord]:
-    """Learn prompts for a model, as `robustvlm tune-prompts` does; options by their names. The folder is a model spec.
+    """Learn prompts for a model, as `robustvlm tune-prompts` does; options by their names. The folder is a model
+        spec.
 
     Raises:
         UserError: whatever is wrong with the options, the data or the model; a loss that is not finite.

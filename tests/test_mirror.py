@@ -13,7 +13,6 @@ import typer
 import robustvlm as rv
 from robustvlm.cli.main import app
 from robustvlm.commands.registry import COMMANDS, command_of
-from robustvlm.core.callable_module import verb_of
 from robustvlm.runs.settings import flags_of, repeatable
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +38,7 @@ def test_a_command_and_its_function_have_the_same_options(kind: str) -> None:
             assert here.default == field.get_default()
             hidden = repeatable(field) or not about.shown
             assert (flag.default or None) == ((None if hidden else here.default) or None), name
-        assert f"    {name}: {field.description}" in (inspect.getdoc(verb_of(function)) or "")
+        assert f"    {name}: {field.description}" in (inspect.getdoc(inspect.unwrap(function)) or "")
     assert not told
     assert set(typed) == {"no_code"}
 

@@ -39,6 +39,17 @@ def test_the_import_loads_nothing_heavy() -> None:
     assert float(spent) < 0.1
 
 
+def test_a_package_is_a_command_too(tmp_path: Path) -> None:
+    options = {"claim": "class", "sigma": 0.05, "samples": 200, "limit": 2, "device": "cpu", "out": tmp_path}
+    run = rv.certify("tiny", **options)
+    assert run.rows.num_rows == run.summary.images == 2
+    assert rv.open_run(run.folder).summary == run.summary
+    assert rv.certify.format_down(0.19999, 2) == "0.19"
+    for wrong, said in (({"samples": 1}, "samples must be at least 2"), ({"audit": "x"}, "audit")):
+        with pytest.raises(rv.UserError, match=said):
+            rv.certify("tiny", **{**options, **wrong})
+
+
 def test_one_loader_for_specs_and_folders(tmp_path: Path) -> None:
     vlm = rv.load_model("tiny", device="cpu")
     made = immunise_without_images(vlm, ["apple", "dog"], ["{}"], ["bus", "guitar"])

@@ -13,13 +13,15 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent, wrap
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import robustvlm
-from robustvlm.core.callable_module import verb_of
+from robustvlm.core.callable_module import CallableModule
 
 FACE = Path(__file__).parents[1] / "robustvlm" / "__init__.pyi"
+_WIDTH = 112  # of a docstring's lines, which are indented below
 _HEAD = '''\
 # ruff: noqa: E501
 """Made by tools/library_stub.py: the names of the library with their types."""
@@ -34,10 +36,13 @@ def stub() -> str:
     imports, functions = {"from robustvlm.runs.settings import Observer"}, []
     for name, home in sorted(robustvlm._HOME.items()):
         found = getattr(robustvlm, name)
-        if verb_of(found) is not found:
-            result, needed = _result(verb_of(found))
-            imports |= needed
-            functions.append(_callable_module(name, verb_of(found), result))
+        if isinstance(found, CallableModule):  # a package and a verb
+            verb = inspect.unwrap(found)  # type: ignore[arg-type]
+            result, needed = _result(verb)
+            imports |= {*needed, "from robustvlm.core.callable_module import CallableModule"}
+            head, kind = f"class _{name.capitalize()}(CallableModule[{result}]):", f"{name}: _{name.capitalize()}\n"
+            written = _function("__call__", verb, result).replace("(\n", "(\n    self,\n", 1)
+            functions.append(f"{head}\n{indent(written, '    ')}\n{kind}")
         elif home == f"robustvlm.{name}":
             imports.add(f"from robustvlm import {name} as {name}")
         elif hasattr(found, "__signature__"):
@@ -58,16 +63,13 @@ def _function(name: str, function: Callable[..., Any], result: str) -> str:
         default = "" if parameter.default is inspect.Parameter.empty else f" = {_default(parameter.default)}"
         parameters.append(f"{parameter.name}: {kind}{default}")
     said = (inspect.getdoc(function) or "").replace("\\", "\\\\")
-    body = "\n".join(f"    {line}".rstrip() for line in f'"""{said}\n"""'.splitlines())
+    lines = [part for line in f'"""{said}\n"""'.splitlines() for part in _wrapped(line)]
+    body = "\n".join(f"    {line}".rstrip() for line in lines)
     return f"def {name}(\n    " + ",\n    ".join(parameters) + f",\n) -> {result}:\n{body}\n"
 
 
-def _callable_module(name: str, verb: Callable[..., Any], result: str) -> str:
-    """Return a package that is a verb too: what it holds is of any type, a call of the verb's."""
-    kind = f"_{name.title()}"
-    call = _function("__call__", verb, result).replace("(\n", "(\n    self,\n", 1)
-    body = "".join(f"    {line}\n" if line else "\n" for line in call.splitlines())
-    return f"class {kind}(ModuleType):\n{body}\n{name}: {kind}\n"
+def _wrapped(line: str) -> list[str]:
+    return wrap(line, _WIDTH, subsequent_indent=" " * (4 + len(line) - len(line.lstrip()))) if line else [""]
 
 
 def _type(kind: Any) -> str:

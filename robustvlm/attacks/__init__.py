@@ -1,6 +1,6 @@
 """Attacks: threat models, objectives, PGD and APGD, and the lanes that run them.
 
-Imports nothing of the package but errors and seeds: any module from pixels in [0, 1] to logits can be attacked.
+Knows nothing of models and data: any module from pixels in [0, 1] to logits can be attacked.
 """
 
 from __future__ import annotations

@@ -294,6 +294,7 @@ class Probe:
         zero_gradients: share of images whose cross-entropy gradient is exactly zero.
         rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
             the full one alone for a model that is random or not finite.
+        rows: images of the full batch, for which memory sufficed.
     """
 
     finite: bool
@@ -301,6 +302,15 @@ class Probe:
     batch_change: float
     zero_gradients: float
     rungs: tuple[int, ...]
+    rows: int = 0
+
+    def fewer_than(self, lanes: int) -> str | None:
+        """Say why batches have fewer rows than `lanes`; None where they do not."""
+        if self.rungs[0] >= lanes:
+            return None
+        if self.rows == lanes:
+            return f"{self.rungs[0]} lanes are used, as in more the last digits of an answer tell an image's place"
+        return f"memory did not suffice for more than {self.rungs[0]} lanes"
 
     @property
     def random(self) -> bool:
@@ -337,6 +347,7 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
         batch_change=_neighbour_change(oracle, images, confirmed),
         zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
         rungs=_rungs(oracle, images, label, (logits, grad, confirmed)) if finite and repeat == 0 else (len(images),),
+        rows=len(images),
     )
 
 

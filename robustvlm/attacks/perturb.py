@@ -391,8 +391,8 @@ def _whole(**counts: int | None) -> None:
 
 
 def _remarks(asked: AskedModel, oracle: Oracle, found: Probe, lanes: int) -> Iterator[str]:
-    if found.rungs[0] < lanes:
-        yield f"memory did not suffice for more than {found.rungs[0]} lanes"
+    if (fewer := found.fewer_than(lanes)) is not None:
+        yield fewer
     if found.random:
         yield (
             f"the model is random: gradients are averaged over {oracle.eot} draws, and {oracle.draws} fresh draws "

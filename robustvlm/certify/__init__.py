@@ -34,6 +34,7 @@ from robustvlm.certify.record import (
     format_up,
     source_norm,
 )
+from robustvlm.core.callable_module import make_callable
 
 __all__ = [
     "VACUOUS",
@@ -71,3 +72,6 @@ __all__ = [
     "vote_predict",
     "vote_radius",
 ]
+
+# `robustvlm.certify("tiny", claim="class")` is the command; what is above is its mathematics.
+make_callable(__name__, "robustvlm.commands.certify:certify")

@@ -15,7 +15,7 @@ import typer
 
 from robustvlm import __version__
 from robustvlm.cli.app import typer_command
-from robustvlm.cli.certify import certify
+from robustvlm.cli.certify import certify_or_audit
 from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.cli.options import check_given
@@ -24,6 +24,7 @@ from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
 from robustvlm.commands.attack import ATTACK
 from robustvlm.commands.build import BUILD
+from robustvlm.commands.certify import CERTIFY
 from robustvlm.commands.detect import DETECT
 from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.commands.finetune import FINETUNE
@@ -73,7 +74,7 @@ app = typer.Typer(
 )
 for command in (
     typer_command(ATTACK),
-    certify,
+    typer_command(CERTIFY, act=certify_or_audit),
     typer_command(EVALUATE, evaluate),
     typer_command(PREDICT, predict_and_show),
     typer_command(DETECT),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from robustvlm.runs.run import Command, FinishedRun, manifest_of
 
 COMMANDS = {
     "attack": "robustvlm.commands.attack:ATTACK",
+    "certify": "robustvlm.commands.certify:CERTIFY",
     "detect": "robustvlm.commands.detect:DETECT",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
     "immunize": "robustvlm.commands.immunize:IMMUNIZE",
@@ -21,14 +21,6 @@ COMMANDS = {
     "tune-prompts": "robustvlm.commands.prompts:TUNE_PROMPTS",
 }
 """Where the command of a kind stands."""
-
-# Kinds whose command is not in COMMANDS: modules that read a run and write its report, and how both are called.
-_OTHERS = {
-    "certify": (
-        "robustvlm.commands.certify.record:load_certify_run",
-        "robustvlm.commands.certify.view:write_certify_report",
-    ),
-}
 
 
 def command_of(kind: str) -> Command:
@@ -40,7 +32,8 @@ def command_of(kind: str) -> Command:
     """
     if kind not in COMMANDS:
         raise UserError(f"unknown kind of run '{kind}': {nearest(kind, COMMANDS)}")
-    found = _named(COMMANDS[kind])
+    module, _, name = COMMANDS[kind].partition(":")
+    found = getattr(import_module(module), name)
     assert isinstance(found, Command)
     return found
 
@@ -54,28 +47,14 @@ def open_run(folder: str | Path) -> FinishedRun[Any]:
     from robustvlm.runs.read import find_run
 
     path = find_run(folder)
-    found: FinishedRun[Any] = _reader(path)(path)
-    return found
+    return command_of(str(manifest_of(path)["kind"])).load().read_run(path)
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run of any kind, by default to `report.html` in its folder; return its path."""
     kind = str(manifest_of(folder)["kind"])
-    if kind in _OTHERS:
-        write = _named(_OTHERS[kind][1])
-    else:
-        write = getattr(command_of(kind).load(), "write_report", None)
+    write = getattr(command_of(kind).load(), "write_report", None)
     if write is None:
         raise UserError(f"cannot report on '{folder}': a run of kind {kind!r} has no report")
     path: Path = write(folder, out)
     return path
-
-
-def _reader(folder: Path) -> Callable[[Path], Any]:
-    kind = str(manifest_of(folder)["kind"])
-    return _named(_OTHERS[kind][0]) if kind in _OTHERS else command_of(kind).load().read_run
-
-
-def _named(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -21,23 +20,14 @@ class CallableModule(ModuleType, Generic[R]):
 
     def __call__(self, *args: Any, **options: Any) -> R:
         """Call the verb; its own signature and errors count."""
-        found: R = verb_of(self)(*args, **options)
-        return found
+        return self.__wrapped__(*args, **options)
 
     @property
-    def __signature__(self) -> inspect.Signature:
-        """The verb's signature, for `inspect.signature`, `help` and editors."""
-        return inspect.signature(verb_of(self))
-
-
-def verb_of(thing: Any) -> Callable[..., Any]:
-    """Return the function that a call ends in: of a module that can be called, its verb; of a function, itself."""
-    if not isinstance(thing, CallableModule):
-        found: Callable[..., Any] = thing
+    def __wrapped__(self) -> Callable[..., R]:
+        """The verb: what `inspect.signature` and `inspect.unwrap` look at."""
+        module, _, name = str(self.__dict__["__verb__"]).partition(":")
+        found: Callable[..., R] = getattr(import_module(module), name)
         return found
-    module, _, name = str(thing.__dict__["__verb__"]).partition(":")
-    verb: Callable[..., Any] = getattr(import_module(module), name)
-    return verb
 
 
 def make_callable(name: str, verb: str) -> None:

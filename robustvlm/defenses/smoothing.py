@@ -15,13 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from robustvlm.certify import format_exact, predict
 from robustvlm.core.boundary import borrowed
+from robustvlm.core.defaults import MAX_N0, MAX_SIGMA
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
 
 DEFAULT_N0 = 64
-MAX_SIGMA = 10.0
-MAX_N0 = 1_000_000
 ROWS_PER_PASS = 128
 
 Hook = Callable[[Tensor], Tensor]

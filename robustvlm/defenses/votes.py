@@ -21,11 +21,12 @@ from robustvlm.certify.classes import CountedVotes, vote_predict
 from robustvlm.certify.engine import SamplingEngine, Task
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.normal import check_alpha
+from robustvlm.core.defaults import MAX_N0, MAX_SIGMA
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.classes import DEFAULT
 from robustvlm.data.source import DataSource
 from robustvlm.defenses.classifier import ZeroShot
-from robustvlm.defenses.smoothing import DEFAULT_N0, MAX_N0, MAX_SIGMA, ROWS_PER_PASS, SmoothedVLM
+from robustvlm.defenses.smoothing import DEFAULT_N0, ROWS_PER_PASS, SmoothedVLM
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.custom import Hidden, source_of, state_of

@@ -43,7 +43,8 @@ class Facts:
         model, data: spec, fingerprint and what else describes them.
         probe: what the model answers to fixed inputs; no part of the name.
         remarks: what a reader has to know of the data; said before the work begins. None: the kind has none.
-        more: further entries of the manifest, which define nothing, such as the plan of a certificate.
+        more: further entries of the manifest, which define nothing, such as the plan of a certificate; or what makes
+            them of the run's folder and manifest.
         named_by_config: the default name is a digest of the config alone, for what can be named before it is loaded.
     """
 
@@ -53,7 +54,7 @@ class Facts:
     data: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
     remarks: list[str] | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] | Callable[[RunFolder, Manifest], Mapping[str, Any]] = field(default_factory=dict)
     named_by_config: bool = False
 
     @property
@@ -264,7 +265,7 @@ class Run:
             data=facts.data,
             probe=facts.probe,
         )
-        self.manifest |= dict(facts.more)
+        self.manifest |= facts.more(self.folder, self.manifest) if callable(facts.more) else facts.more
         if facts.remarks is not None:
             self.manifest["remarks"] = facts.remarks
         require_text(self.manifest)

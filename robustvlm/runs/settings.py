@@ -53,9 +53,9 @@ class Option:
                 continue
             low, high = self.at_least, self.at_most
             if low is not None and not low <= number < float("inf"):
-                raise BadSetting(name, f"must be at least {low:g}{self._unit(low)}", got=number)
+                raise BadSetting(name, f"must be at least {_written(low)}{self._unit(low)}", got=number)
             if high is not None and not number <= high:
-                raise BadSetting(name, f"must be at most {high:g}{self._unit(high)}", got=number)
+                raise BadSetting(name, f"must be at most {_written(high)}{self._unit(high)}", got=number)
 
     def _unit(self, number: float) -> str:
         return "" if not self.unit else f" {self.unit.removesuffix('s') if number == 1 else self.unit}"
@@ -189,6 +189,10 @@ def flags_of(name: str, about: Option) -> tuple[str, ...]:
         (('--val-steps',), ('--resume/--fresh',))
     """
     return () if about.positional else about.flags or (flag_of(name),)
+
+
+def _written(number: float) -> str:
+    return f"{number:,.0f}" if number == round(number) else f"{number:g}"
 
 
 def _plain(value: Any) -> Any:

@@ -124,3 +124,9 @@ def test_rungs_are_sizes_on_which_an_image_gets_the_same_bits_at_every_place():
     assert found.rungs[0] < 8
     answers = [oracle.confirm(images(1).expand(size, -1, -1, -1)) for size in found.rungs]
     assert all(torch.equal(row, answers[0][0]) for answer in answers for row in answer)
+    assert (
+        found.fewer_than(8)
+        == f"{found.rungs[0]} lanes are used, as in more the last digits of an answer tell an image's place"
+    )
+    assert found.fewer_than(found.rungs[0]) is None
+    assert "memory did not suffice" in (found.fewer_than(16) or "")

@@ -16,11 +16,11 @@ from PIL import Image
 from scipy.stats import beta, norm
 
 from robustvlm.certify import claims
-from robustvlm.commands.certify.config import Settings
-from robustvlm.commands.certify.setup import prepare_certify
+from robustvlm.commands.certify import CERTIFY, CertifySettings
 from robustvlm.commands.certify.view import write_certify_report
 from robustvlm.core.user_code import code_policy
 from robustvlm.errors import UserError
+from robustvlm.runs.run import Run
 
 SIGMA, ALPHA = 0.5, 0.001
 SPEC = "my_claims:three_quarters"
@@ -51,7 +51,7 @@ def here(own_place: None, tmp_path: Path) -> Path:  # noqa: ARG001
 
 def prepared(name: str = "python", **options: Any) -> Any:
     given = {"model": "my_mean:Mean", "data": "imagefolder:photos", "device": "cpu", "samples": 600, "sigma": SIGMA}
-    return prepare_certify(Settings(claim=SPEC, **{**given, **options}), name=name)
+    return Run(CERTIFY, CertifySettings(claim=SPEC, name=name, **{**given, **options}))
 
 
 def test_an_own_claim_certifies_from_the_command_line_and_from_python(here: Path, call: Call) -> None:
@@ -70,7 +70,7 @@ def test_an_own_claim_certifies_from_the_command_line_and_from_python(here: Path
     manifest = json.loads((here / "runs/shell/manifest.json").read_text())
     assert any("is for its author to prove" in note for note in manifest["plan"]["notes"])
 
-    found = prepared().run()
+    found = prepared().start().summary
     assert found.own_claim is not None
     assert found.certified_correct is not None
     assert found.model_dump(mode="json")["own_claim"] == summary["own_claim"]
@@ -95,7 +95,7 @@ def test_a_certificate_three_times_too_large_is_caught(here: Path, call: Call) -
 
 def test_a_run_is_shown_without_its_claims_code_and_audited_only_with_it(here: Path, call: Call) -> None:
     run = prepared()
-    run.run()
+    run.start()
     folder = run.folder.path
     before = (folder / "report.html").read_text()
     assert "three quarters of the noisy copies is right and certified to stay" in before
@@ -114,9 +114,9 @@ def test_a_changed_claim_is_another_run_with_other_noise(here: Path) -> None:
     (here / "my_claims.py").write_text((here / "my_claims.py").read_text() + "\nTHRESHOLD = 0\n")
     second = prepared(name=None)
     assert first.folder.name != second.folder.name
-    assert first.config.noise != second.config.noise
+    assert first.work.config.noise != second.work.config.noise
     forget()
-    assert prepared(name=None).config == second.config
+    assert prepared(name=None).work.config == second.work.config
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_mistakes_are_one_line(here: Path, call: Call, spec: str, options: tuple
 
 @pytest.mark.usefixtures("here")
 def test_code_that_only_a_file_names_is_announced(call: Call) -> None:
-    prepared().run()
+    prepared().start()
     forget()
     ended = call("certify", "--audit", "python", "--audit-starts", "2", "--audit-steps", "1", "--limit", "1")
     assert f"running code: importing '{SPEC}', named by the manifest of" in " ".join(ended.err.split())

@@ -151,7 +151,7 @@ WHERE = {
     "data": "robustvlm.data.open_data",
     "evaluate": "robustvlm.data.open_data",
     "attack": "robustvlm.commands.attack.work.open_work",
-    "certify": "robustvlm.commands.certify.setup.prepare_certify",
+    "certify": "robustvlm.commands.certify.work.open_work",
     "report": "robustvlm.runs.read.find_run",
     "models": "robustvlm.models.list_models",
     "export": "robustvlm.commands.export.load_pipeline",

@@ -7,44 +7,64 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from robustvlm.commands.certify.config import Settings
-from robustvlm.commands.certify.setup import PreparedCertify, prepare_certify
-from robustvlm.commands.certify.store import CertifyFact, CertifyObserver, Forecast
+from robustvlm.commands.certify import CERTIFY, CertifySettings
+from robustvlm.commands.certify.config import CertifyConfig
+from robustvlm.commands.certify.summary import CertifySummary
+from robustvlm.runs.run import Run
+from robustvlm.runs.settings import Observer
 
 
-def prepared(photos: Path, model: str = "Encoder", *, name: str = "run", **options: Any) -> PreparedCertify:
+class Certifying(Run):
+    """A certify run with its settled settings at hand."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(CERTIFY, CertifySettings(**options))
+        self.config: CertifyConfig = self.work.config  # type: ignore[attr-defined]
+
+    def summary(self, observer: Observer | None = None, **how: bool) -> CertifySummary:
+        """Start, or go on, and return the summary."""
+        found: CertifySummary = self.start(observer, **how).summary
+        return found
+
+
+def prepared(photos: Path, model: str = "Encoder", *, name: str = "run", **options: Any) -> Certifying:
     """Prepare a run on an image folder; it lies in "runs" beside the folder."""
     options = {"samples": 300, "sigma": 0.05, "lanes": 64, "claim": "class", "alpha": 0.01, **options}
-    settings = Settings(model=f"small_encoders:{model}", data=f"imagefolder:{photos}?empty=1", device="cpu", **options)
-    return prepare_certify(settings, out=photos.parent / "runs", name=name)
+    data, out = f"imagefolder:{photos}?empty=1", photos.parent / "runs"
+    return Certifying(model=f"small_encoders:{model}", data=data, device="cpu", out=out, name=name, **options)
 
 
-def rows(run: PreparedCertify, *, without: tuple[str, ...] = ("seconds", "passes")) -> list[dict[str, Any]]:
+def replayed(photos: Path, of: str = "run", **options: Any) -> Certifying:
+    """Prepare a run on the features that another run kept; it lies beside that one."""
+    return Certifying(**{"claim": "class", "from_cache": of, "out": photos.parent / "runs", **options})
+
+
+def rows(run: Run, *, without: tuple[str, ...] = ("seconds", "passes")) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = pq.read_table(run.folder.results_path).to_pylist()
     return [{key: value for key, value in row.items() if key not in without} for row in found]
 
 
-class Interrupt(CertifyObserver):
+class Interrupt(Observer):
     """Presses Ctrl-C when `images` images are done."""
 
     def __init__(self, images: int) -> None:
         self.left = images
 
-    def image_done(self, fact: CertifyFact | None) -> None:
-        del fact
-        self.left -= 1
+    def advance(self, count: int = 1, **shown: str) -> None:
+        del shown
+        self.left -= count
         if self.left < 0:
             raise KeyboardInterrupt
 
 
-class Watch(CertifyObserver):
+class Watch(Observer):
     def __init__(self) -> None:
-        self.forecasts: list[Forecast] = []
+        self.said: list[str] = []
         self.passes = 0
 
-    def forecast(self, forecast: Forecast) -> None:
-        self.forecasts.append(forecast)
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
-    def passed(self, rows: int, used: int) -> None:
-        assert 0 < used <= rows
-        self.passes += rows
+    def passed(self, used: int, passes: int) -> None:
+        assert 0 < used <= passes
+        self.passes += passes

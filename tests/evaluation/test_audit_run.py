@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +14,13 @@ from analytic_encoders import PIXELS, SIDE, Circle
 from PIL import Image
 
 from robustvlm.cli.certify import run_audit
+from robustvlm.commands.certify import CertifySettings, certify
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
-from robustvlm.commands.certify.config import Settings
-from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.errors import UserError
 from robustvlm.models.custom import CustomVLM
 from robustvlm.runs.manifest import write_checksums
+from robustvlm.runs.settings import Observer
 
 QUICK = Effort(starts=4, steps=15, draws=8, choice=64, evidence=1000, fractions=(0.5, 1.0))
 
@@ -38,13 +39,16 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def finished(pictures: Path, claim: str, **options: object) -> Path:
-    settings = Settings(
-        model="circle", data=f"imagefolder:{pictures}", templates=pictures.parent / "templates.txt", claim=claim,
-        sigma=0.5, samples=1000, **options,
-    )  # fmt: skip
-    prepared = prepare_certify(settings, out=pictures.parent, name=claim)
-    prepared.run()
-    return prepared.folder.path
+    return certify(
+        "circle", data=f"imagefolder:{pictures}", templates=pictures.parent / "templates.txt", claim=claim,
+        sigma=0.5, samples=1000, out=pictures.parent, name=claim, **options,
+    ).folder  # fmt: skip
+
+
+def audited(folder: Path, **options: Any) -> int:
+    """Return the exit code of an audit as the command line makes it, as quick as `QUICK`."""
+    options = {"audit": str(folder), "device": "cpu", **options}
+    return run_audit(CertifySettings(**options), QUICK)
 
 
 def stretch(folder: Path, factor: float) -> None:
@@ -70,16 +74,13 @@ def test_true_certificates_stand_and_stretched_ones_fall(pictures: Path, claim: 
     assert audit_folder(folder, QUICK).broken
 
 
-def test_the_exit_code_and_the_report_say_what_was_found(
-    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("robustvlm.commands.certify.audit_search.Effort", lambda: QUICK)
+def test_the_exit_code_and_the_report_say_what_was_found(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = finished(pictures, "feature")
-    assert run_audit(str(folder), device="cpu") == 0
+    assert audited(folder) == 0
     assert "No attack got below a certified bound on any of 2 images" in capsys.readouterr().out
     assert "No attack got below a certified bound" in (folder / "report.html").read_text(encoding="utf-8")
     stretch(folder, 4.0)
-    assert run_audit(str(folder), device="cpu", limit=1, as_json=True) == 1
+    assert audited(folder, limit=1, as_json=True) == 1
     shown = json.loads(capsys.readouterr().out)
     assert shown["broken"] > 0
     assert shown["certified"] == 2
@@ -94,9 +95,9 @@ def test_the_exit_code_one_is_kept_for_false_certificates(pictures: Path, monkey
 
     monkeypatch.setattr("robustvlm.commands.certify.audit.audit_image", fail)
     with pytest.raises(UserError, match="failed: RuntimeError: an encoder of the user's broke"):
-        run_audit(str(folder), device="cpu")
-    with pytest.raises(UserError, match="at least 1 of its images"):
-        run_audit(str(folder), limit=0)
+        audited(folder)
+    with pytest.raises(UserError, match="limit must be at least 1, got 0"):
+        audited(folder, limit=0)
 
 
 def test_another_image_under_the_same_name_is_not_audited(pictures: Path) -> None:
@@ -138,9 +139,9 @@ def test_other_models_missing_images_and_unfinished_runs(pictures: Path, monkeyp
         audit_folder(folder, QUICK)
     (folder / "summary.json").unlink()
     with pytest.raises(UserError, match="has not ended"):
-        run_audit(str(folder))
-    with pytest.raises(UserError, match="at least 1 of its steps"):
-        run_audit(str(folder), steps=0)
+        audited(folder)
+    with pytest.raises(UserError, match="audit_steps must be at least 1, got 0"):
+        audited(folder, audit_steps=0)
 
 
 @pytest.mark.equality
@@ -148,17 +149,28 @@ def test_a_killed_audit_goes_on_where_it_was(pictures: Path) -> None:
     folder = finished(pictures, "class")
     straight = audit_folder(folder, QUICK)
 
-    def kill(*_: int) -> None:
-        raise KeyboardInterrupt
+    class Watch(Observer):
+        def __init__(self, kills: bool = False) -> None:
+            self.kills, self.known, self.seen = kills, 0, 0
+
+        def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
+            assert (title, total) == ("Attacking", 2)
+            self.known = done
+
+        def advance(self, count: int = 1, **shown: str) -> None:
+            assert not shown
+            self.seen += count
+            if self.kills:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        audit_folder(folder, QUICK, on_image=kill)
-    seen: list[int] = []
-    resumed = audit_folder(folder, QUICK, on_image=lambda done, _: seen.append(done))
-    assert seen == [2]
+        audit_folder(folder, QUICK, observer=Watch(kills=True))
+    watch = Watch()
+    resumed = audit_folder(folder, QUICK, observer=watch)
+    assert (watch.known, watch.seen) == (1, 1)
     assert resumed.findings == straight.findings
     assert resumed.passes == straight.passes
     assert not (folder / "audit.jsonl").exists()
     with pytest.raises(KeyboardInterrupt):
-        audit_folder(folder, QUICK, on_image=kill)
+        audit_folder(folder, QUICK, observer=Watch(kills=True))
     assert audit_folder(folder, QUICK, seed=1).findings != straight.findings  # other settings start over

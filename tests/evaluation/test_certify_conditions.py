@@ -50,7 +50,7 @@ def test_a_gate_that_could_not_be_checked_stays_shut() -> None:
 
 
 def test_a_radius_that_was_not_counted_at_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"the radius 0\.5, the run counts at 0\.25: see --at"):
+    with pytest.raises(UserError, match=r"the radius 0\.5, the run counts at 0\.25: see at"):
         parse_certify_condition("certified@0.5<0.1").holds(summary())
 
 

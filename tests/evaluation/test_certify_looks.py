@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifying import prepared, rows
+from certifying import prepared, replayed, rows
 
-from robustvlm.commands.certify.config import LEDGER, Settings, read_looks, record_look
-from robustvlm.commands.certify.replay import prepare_replay
-from robustvlm.commands.certify.setup import prepare_certify
+from robustvlm.commands.certify.config import LEDGER, read_looks, record_look
 from robustvlm.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -45,8 +43,8 @@ def test_settings_that_could_be_chosen_after_a_look_draw_other_noise(
     with_other_prompts = "templates" in change
     model = change.pop("model", "Encoder")
     first, second = prepared(photos), prepared(photos, model, name="other", **{"sigma": 0.05, **change})
-    first.run()
-    second.run()
+    first.summary()
+    second.summary()
     assert set(seeds(first).values()).isdisjoint(seeds(second).values())
     records = [json.loads(rows(run)[0]["certificate"]) for run in (first, second)]
     assert (records[0]["prompts"] != records[1]["prompts"]) == with_other_prompts
@@ -59,10 +57,10 @@ def test_settings_that_could_be_chosen_after_a_look_draw_other_noise(
 def test_what_decides_nothing_draws_the_same_noise_and_is_no_new_look(make_folder: MakeFolder) -> None:
     photos = make_folder(3)
     first = prepared(photos, limit=2)
-    first.run()
+    first.summary()
     second = prepared(photos, name="more", lanes=32, at="0.01,0.02", cache="float32")
     assert second.manifest["trail"]["looks"] == 1
-    second.run()
+    second.summary()
     assert seeds(first).items() <= seeds(second).items()
     assert len(read_looks(photos.parent / "runs")) == 1
     for row in rows(first):
@@ -74,11 +72,11 @@ def test_other_pixels_under_the_same_name_draw_other_noise(make_folder: MakeFold
 
     photos = make_folder(2)
     first = prepared(photos)
-    first.run()
+    first.summary()
     path = min(photos.glob("*/*.png"))
     Image.open(path).point(lambda value: 255 - value).save(path)
     second = prepared(photos, name="retouched")
-    second.run()
+    second.summary()
     changed = [name for name, seed in seeds(second).items() if seeds(first)[name] != seed]
     assert len(changed) == 1
     assert path.stem in changed[0]
@@ -88,11 +86,11 @@ def test_looks_are_counted_over_deleted_and_fresh_runs(make_folder: MakeFolder) 
     photos = make_folder(2)
     runs = photos.parent / "runs"
     for alpha in (0.01, 0.02, 0.03, 0.02):
-        prepared(photos, alpha=alpha).run(fresh=True)
+        prepared(photos, alpha=alpha).summary(fresh=True)
     assert len(read_looks(runs)) == 3
     last = prepared(photos, alpha=0.04, name="last")
     assert last.manifest["trail"]["looks"] == 4
-    last.run()
+    last.summary()
     from robustvlm.commands.certify.view import write_certify_report
 
     text = write_certify_report(last.folder.path).read_text(encoding="utf-8")
@@ -104,7 +102,7 @@ def test_looks_are_counted_over_deleted_and_fresh_runs(make_folder: MakeFolder) 
 def test_a_model_that_changed_where_no_digest_looks_is_another_look(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
     first = prepared(photos)
-    first.run()
+    first.summary()
     ledger = photos.parent / "runs" / LEDGER
     (line,) = read_looks(ledger.parent)
     line["probe"]["parts"]["image features"]["values"][0][0] += 0.1
@@ -120,29 +118,28 @@ def test_a_model_that_changed_where_no_digest_looks_is_another_look(make_folder:
 
 def test_kept_features_count_as_looks_at_the_same_noise(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
-    runs = photos.parent / "runs"
     first = prepared(photos, cache="float32")
-    first.run()
+    first.summary()
     for number, prompts in enumerate(("independent", "adaptive")):
-        again = prepare_replay(Settings(claim="class"), "run", prompts=prompts, out=runs, name=f"r{number}")
+        again = replayed(photos, prompts=prompts, name=f"r{number}")
         assert again.manifest["trail"]["same_noise"] == again.manifest["trail"]["looks"] == number + 2
-        again.run()
+        again.summary()
         assert again.config.alpha == 0.01  # that of the features' run
         assert seeds(again) == seeds(first)
-    with pytest.raises(UserError, match=r"that of their run, 0\.01: leave out --alpha"):
-        prepare_replay(Settings(claim="class", alpha=0.5), "run", out=runs)
+    with pytest.raises(UserError, match=r"that of their run, 0\.01: leave out alpha"):
+        replayed(photos, alpha=0.5)
 
 
 def test_a_run_from_before_settings_were_in_the_noise_is_not_gone_on_with(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
     run = prepared(photos)
-    run.run()
+    run.summary()
     old = json.loads(run.folder.manifest_path.read_text())
     del old["config"]["noise"], old["trail"]
     run.folder.manifest_path.write_text(json.dumps(old))
     run.folder.summary_path.unlink()
     with pytest.raises(UserError, match="noise: None -> "):
-        prepared(photos).run()
+        prepared(photos).summary()
 
 
 def test_the_ledger_is_no_way_into_other_files(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -168,8 +165,8 @@ def test_the_copies_of_a_smoothed_model_fill_the_deployed_column(make_folder: Ma
     photos = make_folder(2)
     few = prepared(photos, "Encoder+smooth:0.05:4", sigma=None, claim=claim, name="few")
     many = prepared(photos, "Encoder+smooth:0.05:100000", sigma=None, claim=claim, name="many")
-    shown = few.run()
-    assert (few.config.deployed, many.run().deployed_n0) == (4, 100_000)
+    shown = few.summary()
+    assert (few.config.deployed, many.summary().deployed_n0) == (4, 100_000)
     assert all(row["deployed_radius"] == 0.0 or claim == "vote" for row in rows(few))
     assert all(0.9 * row["radius"] <= row["deployed_radius"] <= row["radius"] for row in rows(many))
     assert shown.methods[1].column == "deployed_radius"
@@ -178,15 +175,12 @@ def test_the_copies_of_a_smoothed_model_fill_the_deployed_column(make_folder: Ma
     record = json.loads(rows(few)[0]["certificate"])
     assert (record["deployed_radius"], record["provenance"]["deployed_n0"]) == (rows(few)[0]["deployed_radius"], 4)
     assert (few.folder.path / "certificates.jsonl").read_text().splitlines() == [r["certificate"] for r in rows(few)]
-    with pytest.raises(UserError, match="is deployed with 4 copies, and --deployed says 64"):
+    with pytest.raises(UserError, match="is deployed with 4 copies, and deployed says 64"):
         prepared(photos, "Encoder+smooth:0.05:4", sigma=None, claim=claim, deployed=64)
 
 
 def test_an_open_set_run_of_a_smoothed_model_says_that_its_copies_are_not_covered(make_folder: MakeFolder) -> None:
     photos = make_folder(6)
-    settings = Settings(
-        model="small_encoders:Encoder+smooth:0.05:4", data=f"imagefolder:{photos}", claim="openset", tau=0.1, limit=2,
-        samples=300, alpha=0.01, device="cpu",
-    )  # fmt: skip
-    summary = prepare_certify(settings, out=photos.parent / "runs", name="run").run()
+    run = prepared(photos, "Encoder+smooth:0.05:4", sigma=None, claim="openset", tau=0.1, limit=2)
+    summary = run.summary()
     assert "with 4 copies, this run states nothing" in summary.deployed

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from certifying import Watch, prepared, rows
+from certifying import Watch, prepared, replayed, rows
 from safetensors.numpy import load_file
 
-from robustvlm.commands.certify.config import Settings
-from robustvlm.commands.certify.replay import prepare_replay
-from robustvlm.commands.certify.run import cache_bytes, rounding_error
+from robustvlm.commands.certify.features import cache_bytes, rounding_error
 from robustvlm.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -23,13 +21,12 @@ MakeFolder = Callable[..., Path]
 def test_kept_features_give_the_same_certificates(make_folder: MakeFolder) -> None:
     photos = make_folder(4)
     first = prepared(photos, cache="float32")
-    first.run()
-    settings = Settings(claim="class", alpha=0.01)
-    second = prepare_replay(settings, "run", prompts="independent", out=photos.parent / "runs", name="again")
+    first.summary()
+    second = replayed(photos, prompts="independent", name="again")
     watch = Watch()
-    second.run(watch)
+    second.summary(watch)
     assert watch.passes == 0
-    assert watch.forecasts[0].passes == 0
+    assert "up to 0 encoder passes" in watch.said[0]
     skipped = ("seconds", "passes", "mean_radius")
     assert rows(second, without=skipped) == rows(first, without=skipped)
     assert all(row["passes"] == 0 for row in pq.read_table(second.folder.results_path).to_pylist())
@@ -37,15 +34,13 @@ def test_kept_features_give_the_same_certificates(make_folder: MakeFolder) -> No
 
 def test_half_precision_and_adaptive_prompts_cost_radius(make_folder: MakeFolder) -> None:
     photos = make_folder(4)
-    runs = photos.parent / "runs"
     exact = prepared(photos, sigma=0.02, samples=600)
-    exact.run()
-    prepared(photos, sigma=0.02, samples=600, name="half", cache="float16").run()
-    settings = Settings(claim="class", alpha=0.01)
-    half = prepare_replay(settings, "half", prompts="independent", out=runs, name="half-independent")
-    half.run()
-    ball = prepare_replay(settings, "half", out=runs, name="half-adaptive")
-    ball.run()
+    exact.summary()
+    prepared(photos, sigma=0.02, samples=600, name="half", cache="float16").summary()
+    half = replayed(photos, "half", prompts="independent", name="half-independent")
+    half.summary()
+    ball = replayed(photos, "half", name="half-adaptive")
+    ball.summary()
     assert ball.config.prompts == "adaptive"
     assert "chosen after looking" in ball.manifest["plan"]["notes"][0]
     for mine, rounded, any_prompts in zip(rows(exact), rows(half), rows(ball), strict=True):
@@ -58,13 +53,11 @@ def test_half_precision_and_adaptive_prompts_cost_radius(make_folder: MakeFolder
 def test_new_classes_find_their_images_by_name(make_folder: MakeFolder, tmp_path: Path) -> None:
     photos = make_folder(6)
     first = prepared(photos, cache="float32")
-    first.run()
+    first.summary()
     names = tmp_path / "other.txt"
     names.write_text("wolf\nDog\ncat\n")
-    other = prepare_replay(
-        Settings(claim="class", alpha=0.01, classes=names), "run", out=photos.parent / "runs", name="other"
-    )
-    summary = other.run()
+    other = replayed(photos, alpha=0.01, classes=names, name="other")
+    summary = other.summary()
     old = {row["index"]: first.manifest["data"]["class_names"][row["label"]] for row in rows(first)}
     new = {"cat": 2, "dog": 1, "fox": -1}
     assert {row["index"]: row["label"] for row in rows(other)} == {index: new[name] for index, name in old.items()}
@@ -76,11 +69,15 @@ def test_new_classes_find_their_images_by_name(make_folder: MakeFolder, tmp_path
 def test_kept_features_are_whole_and_of_the_size_foretold(make_folder: MakeFolder) -> None:
     run = prepared(make_folder(3), cache="float16")
     watch = Watch()
-    run.run(watch)
+    run.summary(watch)
     files = sorted(run.folder.features_path.iterdir())
     assert len(files) == 3
-    assert watch.forecasts[0].cache_bytes == cache_bytes(3, 300, 12, "float16") == 3 * 300 * 12 * 2
-    tensors = load_file(files[0])
+    assert "3 images, at most 300 samples each: up to 900 encoder passes" in watch.said[0]
+    assert "kept features take 0.0 MB" in watch.said[0]
+    assert watch.passes >= 900
+    kept = [load_file(path) for path in files]
+    assert sum(array.nbytes for one in kept for array in one.values()) == cache_bytes(3, 300, 12, "float16")
+    tensors = kept[0]
     assert {name: (array.shape, array.dtype) for name, array in tensors.items()} == {
         "pilot": ((150, 12), np.float16),
         "estimation": ((150, 12), np.float16),
@@ -101,43 +98,41 @@ def test_the_bound_of_rounding_holds() -> None:
 def test_damaged_or_foreign_features_are_refused(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
     run = prepared(photos, cache="float32")
-    run.run()
+    run.summary()
     one, two = sorted(run.folder.features_path.iterdir())
-    settings = Settings(claim="class", alpha=0.01)
     whole = one.read_bytes()
     for content in (whole[:100], two.read_bytes()):
         one.write_bytes(content)
-        again = prepare_replay(settings, "run", out=photos.parent / "runs", name="again")
+        again = replayed(photos, name="again")
         with pytest.raises(UserError, match="make them again"):
-            again.run(fresh=True)
+            again.summary(fresh=True)
 
 
 @pytest.mark.parametrize(
     ("options", "prompts", "message"),
     [
         ({"claim": "vote"}, "independent", "float32"),
-        ({"claim": "class", "radius": 0.1}, None, "leave out --radius"),
+        ({"claim": "class", "radius": 0.1}, None, "leave out radius"),
         ({"claim": "class"}, "any", "adaptive or independent"),
-        ({"claim": "class", "cache": "float16"}, None, "leave out --cache"),
+        ({"claim": "class", "cache": "float16"}, None, "leave out cache"),
     ],
 )
 def test_what_kept_features_cannot_certify_is_refused(
     make_folder: MakeFolder, options: dict[str, Any], prompts: str | None, message: str
 ) -> None:
     photos = make_folder(2)
-    prepared(photos, cache="float16").run()
+    prepared(photos, cache="float16").summary()
     with pytest.raises(UserError, match=message):
-        prepare_replay(Settings(**options), "run", prompts=prompts, out=photos.parent / "runs")
+        replayed(photos, prompts=prompts, **options)
 
 
 def test_votes_over_prompts_chosen_by_the_features_are_refused(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
-    prepared(photos, cache="float32").run()
-    runs = photos.parent / "runs"
-    with pytest.raises(UserError, match="--prompts independent if they were"):
-        prepare_replay(Settings(claim="vote"), "run", out=runs)
-    assert prepare_replay(Settings(claim="vote", alpha=0.01), "run", prompts="independent", out=runs).run().images == 2
-    feature = prepare_replay(Settings(claim="feature", alpha=0.01), "run", out=runs).run()
+    prepared(photos, cache="float32").summary()
+    with pytest.raises(UserError, match="prompts=independent if they were"):
+        replayed(photos, claim="vote")
+    assert replayed(photos, claim="vote", alpha=0.01, prompts="independent").summary().images == 2
+    feature = replayed(photos, claim="feature", alpha=0.01).summary()
     assert [method.column for method in feature.methods] == ["radius"]  # the clean feature was not kept
 
 
@@ -145,7 +140,7 @@ def test_runs_without_kept_features_cannot_be_judged_again(make_folder: MakeFold
     photos = make_folder(2)
     run = prepared(photos)
     with pytest.raises(UserError, match="no run 'nothing'"):
-        prepare_replay(Settings(), "nothing", out=photos.parent / "runs")
-    run.run()
+        replayed(photos, "nothing")
+    run.summary()
     with pytest.raises(UserError, match="kept no features"):
-        prepare_replay(Settings(), "run", out=photos.parent / "runs")
+        replayed(photos)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifying import Interrupt, prepared, rows
+from certifying import Certifying, Interrupt, prepared, rows
 
 from robustvlm.certify import Certificate
 from robustvlm.certify.noise import Address
-from robustvlm.commands.certify.config import Settings
 from robustvlm.commands.certify.record import source
-from robustvlm.commands.certify.setup import finish, prepare_certify
-from robustvlm.commands.certify.store import CertifyLedger, CertifyObserver
+from robustvlm.commands.certify.run import CertifyWork, finish
+from robustvlm.commands.certify.store import CertifyLedger
 from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
+from robustvlm.runs.settings import Observer
 
 MakeFolder = Callable[..., Path]
 
@@ -30,21 +30,21 @@ MakeFolder = Callable[..., Path]
 def test_interrupted_runs_end_with_the_same_rows(make_folder: MakeFolder, options: dict[str, Any]) -> None:
     photos = make_folder(6)
     whole = prepared(photos, name="whole", **options)
-    summary = whole.run()
+    summary = whole.summary()
     assert summary.images == 6
     for images in (1, 2):
         with pytest.raises(KeyboardInterrupt):
-            prepared(photos, **options).run(Interrupt(images))
+            prepared(photos, **options).summary(Interrupt(images))
     pieces = prepared(photos, **options)
-    assert pieces.run(resume=True).mean_radius == summary.mean_radius
+    assert pieces.summary(resume=True).mean_radius == summary.mean_radius
     assert rows(pieces) == rows(whole)
-    again = prepared(photos, **options).run(Interrupt(0))  # finished: nothing is done
+    again = prepared(photos, **options).summary(Interrupt(0))  # finished: nothing is done
     assert again.mean_radius == summary.mean_radius
 
 
 def test_every_row_has_the_record_of_its_certificate(make_folder: MakeFolder) -> None:
     run = prepared(make_folder(3), claim="feature", deployed=500, min_cos=0.4)
-    run.run()
+    run.summary()
     for row in rows(run):
         record = Certificate.from_dict(json.loads(row["certificate"]))
         assert record.radius == row["radius"]
@@ -67,12 +67,13 @@ def test_every_row_has_the_record_of_its_certificate(make_folder: MakeFolder) ->
 def test_processes_share_the_images_and_find_the_same(make_folder: MakeFolder) -> None:
     photos = make_folder(5)
     alone = prepared(photos, name="alone")
-    alone.run()
+    alone.summary()
     shared = prepared(photos, name="shared")
+    assert isinstance(shared.work, CertifyWork)
     with shared.folder.opened(shared.manifest) as manifest:
         ledgers = [CertifyLedger(shared.folder, rank=rank, session="s") for rank in (0, 1)]
         for rank, ledger in enumerate(ledgers):
-            shared.begin(ledger, CertifyObserver(), Ranks(rank=rank, size=2)).run()
+            shared.work.begin(ledger, Observer(), Ranks(rank=rank, size=2)).run()
         assert [len(ledger.found) for ledger in ledgers] == [3, 2]
         ledgers[0].sync()
         finish(ledgers[0], manifest)
@@ -85,31 +86,31 @@ def test_processes_share_the_images_and_find_the_same(make_folder: MakeFolder) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 8}, r"8 samples at sigma 0.05 .* any radius for no image.* --samples \d+ or more"),
-        ({"claim": "feature", "radius": 0.19}, "at best 0.1.* --samples .* or more"),
+        ({"samples": 8}, r"8 samples at sigma 0.05 .* any radius for no image.* samples=\d+ or more"),
+        ({"claim": "feature", "radius": 0.19}, "at best 0.1.* samples=.* or more"),
         ({"claim": "feature", "radius": 5.0}, "no number of samples does it"),
         ({"claim": "feature", "min_cos": 1.0}, "below 1"),
         ({"claim": "faeture"}, "did you mean 'feature'"),
-        ({"claim": "openset"}, "pass --tau"),
-        ({"tau": 0.3}, "--claim openset"),
-        ({"claim": "openset", "tau": 0.1, "deployed": 64}, "--deployed is for feature, class and vote claims"),
+        ({"claim": "openset"}, "pass tau"),
+        ({"tau": 0.3}, "claim=openset"),
+        ({"claim": "openset", "tau": 0.1, "deployed": 64}, "deployed is for feature, class and vote claims"),
         ({"claim": ""}, "unknown claim ''"),
-        ({"sigma": 1e30}, "--sigma is at most 10"),
+        ({"sigma": 1e30}, "sigma is at most 10"),
         ({"sigma": float("nan")}, "sigma must be a positive number"),
         ({"alpha": float("nan")}, "alpha must lie strictly between"),
         ({"alpha": 1.0 - 2.0**-53}, "at most 0.5"),
-        ({"samples": 10**15}, "--samples must be at most 10,000,000"),
-        ({"claim": "openset", "tau": float("nan")}, "pass --tau"),
+        ({"samples": 10**15}, "samples must be at most 10,000,000"),
+        ({"claim": "openset", "tau": float("nan")}, "pass tau"),
         ({"claim": "openset", "tau": 0.1, "weight": float("inf")}, "finite number that is not negative"),
-        ({"radius": float("nan")}, "--radius must be a positive number"),
-        ({"at": "0.1,nan"}, "--at must be a positive number"),
+        ({"radius": float("nan")}, "radius must be a positive number"),
+        ({"at": "0.1,nan"}, "at must be a positive number"),
         ({"sigma": -1.0}, "sigma must be a positive number"),
         ({"alpha": 1.0}, "alpha must lie strictly between"),
         ({"cache": "int8"}, "float16 or float32"),
-        ({"cache": "float16", "radius": 0.1}, "leave out --radius"),
+        ({"cache": "float16", "radius": 0.1}, "leave out radius"),
         ({"at": "0.1,x"}, "cannot read the radii"),
-        ({"radius": 0.0}, "--radius must be a positive number"),
-        ({"limit": 0}, "--limit must be at least 1"),
+        ({"radius": 0.0}, "radius must be a positive number"),
+        ({"limit": 0}, "limit must be at least 1"),
         ({"precision": "fp8"}, "unknown precision"),
     ],
 )
@@ -117,22 +118,22 @@ def test_settings_that_make_no_sense_are_refused_before_any_work(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     """The model and the data do not even exist: these mistakes are found first."""
-    settings = Settings(
-        **{"model": "nowhere", "data": f"imagefolder:{tmp_path}/none", "claim": "class", "sigma": 0.05, **options}
-    )
-    with pytest.raises(UserError, match=message):
-        prepare_certify(settings, out=tmp_path)
+    given = {"model": "nowhere", "data": f"imagefolder:{tmp_path}/none", "claim": "class", "sigma": 0.05, **options}
+    with pytest.raises(UserError, match=message) as caught:
+        Certifying(**given, out=tmp_path)
+    assert "--" not in str(caught.value)  # a Python caller reads arguments, not flags
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_smoothed_model_is_certified_at_its_own_noise(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
     plain = prepared(photos, sigma=0.03, claim="vote", name="plain")
     smoothed = prepared(photos, "Encoder+smooth:0.03:8", sigma=None, claim="vote", name="smoothed")
-    plain.run()
-    smoothed.run()
+    plain.summary()
+    smoothed.summary()
     assert smoothed.config.sigma == 0.03
     assert [row["radius"] for row in rows(smoothed)] == [row["radius"] for row in rows(plain)]
-    with pytest.raises(UserError, match="leave out --sigma"):
+    with pytest.raises(UserError, match="leave out sigma"):
         prepared(photos, "Encoder+smooth:0.03", sigma=0.1)
 
 
@@ -141,8 +142,8 @@ def test_another_precision_is_another_encoder(make_folder: MakeFolder, precision
     photos = make_folder(2)
     base = prepared(photos, claim="feature", name="base")
     other = prepared(photos, claim="feature", precision=precision)
-    base.run()
-    other.run()
+    base.summary()
+    other.summary()
     dtypes = {"bf16": "bfloat16", "fp64": "float64"}
     for mine, theirs in zip(rows(base), rows(other), strict=True):
         record = Certificate.from_dict(json.loads(theirs["certificate"]))
@@ -153,23 +154,23 @@ def test_another_precision_is_another_encoder(make_folder: MakeFolder, precision
 
 def test_an_encoder_that_mixes_images_is_refused(make_folder: MakeFolder) -> None:
     with pytest.raises(UserError, match="depending on the others in its batch"):
-        prepared(make_folder(2), "Coupled").run()
+        prepared(make_folder(2), "Coupled").summary()
 
 
 def test_a_random_encoder_is_certified_with_a_warning(make_folder: MakeFolder) -> None:
-    summary = prepared(make_folder(2), "Random", claim="feature").run()
+    summary = prepared(make_folder(2), "Random", claim="feature").summary()
     assert [check.name for check in summary.checks] == ["random encoder"]
 
 
 def test_memory_for_few_rows_is_used_and_noted(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
-    summary = prepared(photos, "SmallMemory").run()
+    summary = prepared(photos, "SmallMemory").summary()
     assert [check.name for check in summary.checks] == ["lanes"]
     assert summary.images == 2
 
 
 def test_failed_passes_are_counted_and_images_not_lost(make_folder: MakeFolder) -> None:
-    summary = prepared(make_folder(2), "NaNOffGrid", claim="feature").run()
+    summary = prepared(make_folder(2), "NaNOffGrid", claim="feature").summary()
     assert summary.failed_samples == 2 * 300
     assert summary.abstained.successes == 2
 
@@ -177,7 +178,7 @@ def test_failed_passes_are_counted_and_images_not_lost(make_folder: MakeFolder) 
 def test_unreadable_images_are_named_and_skipped(make_folder: MakeFolder) -> None:
     photos = make_folder(3)
     (photos / "cat" / "broken.png").write_bytes(b"no picture")
-    summary = prepared(photos).run()
+    summary = prepared(photos).summary()
     assert summary.images == 3
     assert summary.unreadable_images == 1
     assert "broken" in summary.unreadable[0].id
@@ -185,11 +186,11 @@ def test_unreadable_images_are_named_and_skipped(make_folder: MakeFolder) -> Non
 
 def test_a_changed_setting_is_not_mixed_into_a_run(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
-    prepared(photos).run()
+    prepared(photos).summary()
     with pytest.raises(UserError, match=r"alpha: 0\.01 -> 0\.02"):
-        prepared(photos, alpha=0.02).run()
+        prepared(photos, alpha=0.02).summary()
     fresh = prepared(photos, alpha=0.02)
-    assert fresh.run(fresh=True).risk.expected_false == pytest.approx(0.04)
+    assert fresh.summary(fresh=True).risk.expected_false == pytest.approx(0.04)
 
 
 def test_nothing_is_stated_of_the_source_of_a_picture_that_was_resized(make_folder: MakeFolder) -> None:
@@ -198,7 +199,7 @@ def test_nothing_is_stated_of_the_source_of_a_picture_that_was_resized(make_fold
     photos = make_folder(2)
     Image.new("RGB", (40, 24), (200, 30, 30)).save(photos / "cat" / "large.png")
     run = prepared(photos)
-    summary = run.run()
+    summary = run.summary()
     norms = {row["image_id"]: row["resize_norm"] for row in rows(run)}
     assert sorted(norms.values(), key=str) == [1.0, 1.0, None]
     assert norms[next(name for name in norms if "large" in name)] is None

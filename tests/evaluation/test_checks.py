@@ -9,7 +9,7 @@ import pytest
 
 from robustvlm.attacks import PGD, Probe, ThreatModel, parse_attacks
 from robustvlm.attacks.honesty import Sanity
-from robustvlm.commands.attack import findings
+from robustvlm.commands.attack import checks as findings
 from robustvlm.commands.attack.store import AttackFact, CleanFact
 from robustvlm.commands.attack.verdicts import NO_ANSWER
 from robustvlm.commands.common import questions

@@ -16,21 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from certifying import Certifying
 from PIL import Image
 
 from robustvlm.commands.attack import attack
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
-from robustvlm.commands.certify.config import Settings as CertifySettings
-from robustvlm.commands.certify.setup import prepare_certify
 from robustvlm.commands.detect import detect
 from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.commands.immunize import IMMUNIZE, ImmunizeSettings, view
 from robustvlm.commands.immunize.images import held_back
-from robustvlm.commands.immunize.record import NAME, read_run
+from robustvlm.commands.immunize.record import NAME, Measures, Unknown, read_run
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
 from robustvlm.defenses.immunity.state import load_immunity, save_tensors
+from robustvlm.detect.metrics import Interval
 from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, read_card
 from robustvlm.report.page import page_of
@@ -242,11 +242,11 @@ def test_every_command_takes_the_run(make_folder: MakeFolder) -> None:
         assert attacked.summary.images.evaluated > 0
         assert attacked.report.exists()
     for claim in ("openset", "class", "feature"):
-        settings = CertifySettings(
-            model=folder, data=data, claim=claim, samples=300, sigma=0.05, lanes=64, alpha=0.01, limit=6, device="cpu"
-        )
-        certified = prepare_certify(settings, out=out, name=f"certify-{claim}")
-        assert certified.run().images == 6
+        certified = Certifying(
+            model=folder, data=data, claim=claim, samples=300, sigma=0.05, lanes=64, alpha=0.01, limit=6, device="cpu",
+            out=out, name=f"certify-{claim}",
+        )  # fmt: skip
+        assert certified.summary().images == 6
     names = {row["claim"] for row in pq.read_table(out / "certify-openset" / "results.parquet").to_pylist()}
     assert names <= {"openset-accept", "openset-reject"}
     options = {"id": data, "ood": f"imagefolder:{other}", "scores": "mcm,energy", "draws": 100, "fit": "none"}
@@ -290,18 +290,17 @@ def load_immunity_with(folder: Path, threshold: float) -> Path:
 def test_open_set_certificates_hold_under_audit_and_follow_the_rule(make_folder: MakeFolder) -> None:
     photos = make_folder()
     run = made(photos, sigma=[0.05])
-    out = photos.parent / "runs"
-    settings = CertifySettings(
-        model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.05,
-        lanes=64, alpha=0.01, limit=4, device="cpu",
-    )  # fmt: skip
-    certified = prepare_certify(settings, out=out, name="certified")
-    certified.run()
+    settings = {
+        "model": str(run.folder.path), "data": f"imagefolder:{photos}", "claim": "openset", "samples": 400,
+        "sigma": 0.05, "lanes": 64, "alpha": 0.01, "limit": 4, "device": "cpu", "out": photos.parent / "runs",
+    }  # fmt: skip
+    certified = Certifying(**settings, name="certified")
+    certified.start()
     assert "head" in certified.manifest["model"]
     result = audit_folder(certified.folder.path, Effort(starts=1, steps=2, draws=4, choice=16, evidence=256), limit=2)
     assert result.broken == []
     with pytest.raises(UserError, match="antibodies of its own"):
-        prepare_certify(replace(settings, antibodies=photos / "x.txt"), out=out, name="other")
+        Certifying(**settings, antibodies=photos / "x.txt", name="other")
 
 
 def test_without_thresholds_for_the_noise_the_deployed_rule_is_another_and_not_certified(
@@ -309,19 +308,19 @@ def test_without_thresholds_for_the_noise_the_deployed_rule_is_another_and_not_c
 ) -> None:
     photos = make_folder()
     run = made(photos, sigma=[0.05])
-    settings = CertifySettings(
-        model=str(run.folder.path), data=f"imagefolder:{photos}", claim="openset", samples=400, sigma=0.1,
-        lanes=64, alpha=0.01, limit=2, device="cpu",
-    )  # fmt: skip
+    settings = {
+        "model": str(run.folder.path), "data": f"imagefolder:{photos}", "claim": "openset", "samples": 400,
+        "sigma": 0.1, "lanes": 64, "alpha": 0.01, "limit": 2, "device": "cpu", "out": photos.parent / "runs",
+    }  # fmt: skip
     with pytest.raises(
         UserError, match=r"no thresholds for noise of 0\.1 \(only for 0\.05\).*immunize \.\.\. --sigma 0\.1"
     ) as no:
-        prepare_certify(settings, out=photos.parent / "runs", name="refused")
+        Certifying(**settings, name="refused")
     assert "\n" not in str(no.value)
     assert not (photos.parent / "runs" / "refused").exists()
-    other = prepare_certify(replace(settings, tau=0.1), out=photos.parent / "runs", name="other-rule")
+    other = Certifying(**settings, tau=0.1, name="other-rule")
     assert "not the decision of the deployed model" in other.manifest["plan"]["statement"]
-    own = prepare_certify(replace(settings, sigma=0.05), out=photos.parent / "runs", name="own-rule")
+    own = Certifying(**{**settings, "sigma": 0.05}, name="own-rule")
     assert "stays accepted, or stays rejected" in own.manifest["plan"]["statement"]
 
 
@@ -388,7 +387,8 @@ def test_antibodies_that_name_a_class_of_an_unknown_set_are_left_out_and_said(
     kept = record_of(oracle)
     assert "jackal" in {text for text, _, _ in kept["antibodies"]["kept"]}
     assert any(note.startswith("Oracle: 1 antibodies") for note in kept["notes"])
-    assert view.tone(kept) != "held"
+    summary = read_run(oracle.folder.path).summary
+    assert view.tone(summary.measures, summary.notes) != "held"
     # A finished run keeps its antibodies, and `detect` says what they are to the sets that it is judged on.
     options = {"id": f"imagefolder:{photos}", "ood": f"near={unknown}", "draws": 100, "scores": "own,msp"}
     summary = detect(str(oracle.folder.path), **options, device="cpu", out=tmp_path, name="judged").summary
@@ -413,7 +413,8 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
         out = classifier(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255)
     assert measured["rejected"]["successes"] == int((out[:, -1] <= 0).sum())
     assert any("known classes were left out" in note and "cat (4)" in note for note in record["notes"])
-    said = view.verdict(record)
+    measures = read_run(run.folder.path).summary.measures
+    said = view.verdict(measures)
     share = f"{measured['rejected']['value']:.1%}"
     assert said.startswith(f"Of unknown images the model rejects, at its own thresholds, {share} (")
     assert f"wrongly refuses {record['measures']['rejected']['value']:.1%} (" in said
@@ -421,18 +422,23 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
     assert share in page
     assert "Unknown images rejected" in page
     assert "Known images wrongly refused" in page
-    without = record | {"measures": record["measures"] | {"unknown": {}}}
+    without = measures.model_copy(update={"unknown": {}})
     assert "has not been measured: pass --ood DATA" in view.verdict(without)
-    assert view.tone(without) == "neutral"
+    assert view.tone(without, []) == "neutral"
 
 
 @pytest.mark.parametrize(
     ("rejected", "refused", "tone"), [(98, 3, "held"), (98, 30, "neutral"), (80, 3, "neutral"), (30, 3, "")]
 )
 def test_the_colour_of_the_verdict_says_what_it_means(rejected: int, refused: int, tone: str) -> None:
-    unknown = {"x": {"rejected": rate(rejected, 100).model_dump()}}
-    record = {"measures": {"unknown": unknown, "rejected": rate(refused, 100).model_dump()}, "notes": []}
-    assert view.tone(record) == tone
+    half = Interval(0.5, 0.4, 0.6, "made up")
+    # The second is of the time when the accepted alone were kept.
+    told = (
+        Unknown(images=100, auroc_mcm=half, auroc=half, accepted=rate(0, 100), rejected=rate(rejected, 100)),
+        Unknown(images=100, auroc_mcm=half, auroc=half, accepted=rate(100 - rejected, 100)),
+    )
+    for unknown in told:
+        assert view.tone(Measures(unknown={"x": unknown}, rejected=rate(refused, 100)), []) == tone
 
 
 def test_held_out_copies_and_unreadable_images_are_said(make_folder: MakeFolder, tmp_path: Path) -> None:

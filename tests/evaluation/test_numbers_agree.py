@@ -242,7 +242,7 @@ def test_notes_about_the_data_do_not_excuse_a_gradient(make_folder: Photos, monk
         seen.append(declared)
         return []
 
-    monkeypatch.setattr("robustvlm.commands.attack.run.of_sanity", judged)
+    monkeypatch.setattr("robustvlm.commands.attack.checks.of_sanity", judged)
     run.work = replace(run.work, aim=aim)
     run.run()
     assert seen == [False]

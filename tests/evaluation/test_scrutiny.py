@@ -13,8 +13,8 @@ from attacking import Interrupt, outcomes, prepared
 from PIL import Image
 
 from robustvlm.attacks import PGD, parse_attacks
+from robustvlm.commands.attack.checks import published
 from robustvlm.commands.attack.effort import MOST_IMAGES, NAMES, PASSES_PER_IMAGE, choose_sample, short_attack
-from robustvlm.commands.attack.run import published
 from robustvlm.commands.attack.summary import Summary
 from robustvlm.commands.common.questions import SANITY_NAMES
 from robustvlm.errors import UserError

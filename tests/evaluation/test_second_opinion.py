@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.commands.attack.findings import of_second_opinion
+from robustvlm.commands.attack.checks import of_second_opinion
 from robustvlm.commands.attack.store import AttackFact, CleanFact
 
 

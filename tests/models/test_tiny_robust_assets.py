@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from robustvlm.attacks import ThreatModel
-from robustvlm.commands.attack.run import published
+from robustvlm.commands.attack.checks import published
 from robustvlm.data import open_data
 from robustvlm.data.emoji import ASSETS
 from robustvlm.models import load_model, zero_shot

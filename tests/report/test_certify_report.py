@@ -14,16 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from robustvlm.certify import vector_table
 from robustvlm.certify.feature import cone_radius, fcsb_radius
 from robustvlm.commands.certify.config import CertifyConfig
+from robustvlm.commands.certify.pictures import ENDS, load_extremes, save_extremes
 from robustvlm.commands.certify.record import accuracy, cosine_lines, load_certify_run, share_lines, verdict
-from robustvlm.commands.certify.setup import ENDS, save_extremes
 from robustvlm.commands.certify.store import CertifyFact, make_certify_rows
 from robustvlm.commands.certify.summary import summarise_certify
-from robustvlm.commands.certify.terminal import audit_table, audit_view, load_audit
-from robustvlm.commands.certify.view import load_extremes, render_certify_run, write_certify_report
+from robustvlm.commands.certify.view import (
+    audit_view,
+    load_audit,
+    render_certify_run,
+    show_audit,
+    write_certify_report,
+)
 from robustvlm.core.framing import Framing
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.errors import UserError
@@ -238,15 +244,19 @@ class TestAuditTable:
     def test_a_bound_is_broken_only_beyond_doubt(self) -> None:
         content = {"quantity": "cosine", "findings": [self.finding("a", 0.49, 0.55), self.finding("b", 0.8, 0.9)]}
         view = audit_view(content)
-        assert (view.broken, view.rows[0].unsettled, view.rows[0].broken) == (False, 1, 0)
+        assert (view.broken, view.fallen, view.rows[0][-2:]) == (False, frozenset(), ("1", "0"))
         assert "No attack" in view.sentence
         content["findings"].append(self.finding("c", 0.3, 0.4))  # type: ignore[attr-defined]
         assert audit_view(content).broken
+        assert audit_view(content).fallen == {0}
         assert "1 of 3 images" in audit_view(content).sentence
 
     def test_nothing_to_audit(self, tmp_path: Path) -> None:
         assert "nothing to attack" in audit_view({"findings": []}).sentence
-        assert audit_table({"findings": []}) is not None
+        console = Console(width=100)
+        with console.capture() as shown:
+            show_audit({"findings": []}, console)
+        assert shown.get().strip() == audit_view({"findings": []}).sentence
         assert load_audit(tmp_path / "none.json", {}) is None
         (tmp_path / "bad.json").write_text("[1]")
         assert load_audit(tmp_path / "bad.json", {}) is None

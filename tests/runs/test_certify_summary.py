@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from robustvlm.certify import cone_cos, fcsb_cos
 from robustvlm.certify.claims import ClaimFacts
 from robustvlm.certify.feature import vector_cos
 from robustvlm.commands.certify.config import CertifyConfig
-from robustvlm.commands.certify.record import rule, source, state, verdict
+from robustvlm.commands.certify.record import CertifyRecord, rule, source, state, verdict
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA, COLUMNS, CertifyFact, make_certify_rows
 from robustvlm.commands.certify.summary import CertifySummary, standing, summarise_certify
-from robustvlm.commands.certify.terminal import certify_table
+from robustvlm.commands.certify.view import certify_report
+from robustvlm.report.screen import show
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
@@ -176,17 +178,20 @@ def test_colour_and_verdict_go_by_a_distance_that_was_asked_about() -> None:
     assert "One grey level in every pixel is a distance of 0.218." in verdict(tiny, resolution=32)
 
 
-def test_what_was_asked_for_is_printed_as_asked_and_bounds_on_the_safe_side() -> None:
+def test_what_was_asked_for_is_printed_as_asked_and_bounds_on_the_safe_side(tmp_path: Path) -> None:
     low = 0.1234567
-    found = summary(fact(0, low), fact(1, 0.0), at=[low], alpha=0.0123456, sigma=0.5000001)
+    options: dict[str, Any] = {"at": [low], "alpha": 0.0123456, "sigma": 0.5000001}
+    facts, made = (fact(0, low), fact(1, 0.0)), {**manifest(**options), "kind": "certify", "name": "run"}
+    found, config = summary(*facts, **options), CertifyConfig(**made["config"])
+    run = CertifyRecord(tmp_path, made, found, config, make_certify_rows(facts))
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(certify_table(found, {"threat": [], "alpha_split": {}}))
+        show(console, certify_report(run))
     text = shown.get()
     assert "0.123457" not in text  # rounded up
     assert text.count("0.1234567") >= 2
-    assert "sigma 0.5000001" in text
-    assert "Error probability 0.0123456 per image" in text
+    assert "noise 0.5000001" in text
+    assert "wrong with probability at most 0.0123456" in text
     assert "at most 0.0247" in text  # 2 * 0.0123456 = 0.0246912
 
 

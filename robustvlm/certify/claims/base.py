@@ -21,40 +21,30 @@ from robustvlm.certify.means import betting_lower
 from robustvlm.certify.normal import Array, check_cos0
 from robustvlm.certify.openset import OpensetRule
 from robustvlm.certify.record import Source, StopRule, format_exact, format_up
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError, nearest, setting
 
 # Radii that a certify run may have beside its own, each in a column of its own, and what tables call them
 
 
 @dataclass(frozen=True)
 class Column:
-    """What a column of radii is called.
-
-    Attributes:
-        title: in the terminal. page: in the report. short: in narrow tables. about: which claim it is about.
-    """
+    """What a column of radii is called, and which claim it is about if not the run's own."""
 
     title: str
-    page: str
-    short: str = ""
     about: str = ""
 
 
 _COLUMN_PILOT = "cosine to the pilot's direction, another claim"
 
 RADII: dict[str, Column] = {
-    "radius": Column("this claim", "this certificate"),
-    "deployed_radius": Column(
-        "deployed copies", "deployed copies", "deployed", "what finitely many fresh copies keep of this claim"
-    ),
-    "cone_radius": Column("cone (T3)", "cone (T3)", "T3", "the same claim, closed form"),
-    "paper_radius": Column(
-        "paper's bound", "paper's bound", "paper", "cosine to the image's own feature f(x), another claim"
-    ),
-    "fcsb_radius": Column("corrected FCSB", "corrected FCSB", "FCSB", _COLUMN_PILOT),
-    "cdf_radius": Column("distribution (T5)", "distribution (T5)", "T5", _COLUMN_PILOT),
-    "direction_radius": Column("distribution + covariance (F3)", "distribution and covariance", "F3", _COLUMN_PILOT),
-    "mean_radius": Column("mean margins", "mean margins only", "means", "the same claim from means alone"),
+    "radius": Column("this certificate"),
+    "deployed_radius": Column("deployed copies", "what finitely many fresh copies keep of this claim"),
+    "cone_radius": Column("cone (T3)", "the same claim, closed form"),
+    "paper_radius": Column("paper's bound", "cosine to the image's own feature f(x), another claim"),
+    "fcsb_radius": Column("corrected FCSB", _COLUMN_PILOT),
+    "cdf_radius": Column("distribution (T5)", _COLUMN_PILOT),
+    "direction_radius": Column("distribution and covariance (F3)", _COLUMN_PILOT),
+    "mean_radius": Column("mean margins only", "the same claim from means alone"),
 }
 """By the name of the column in `results.parquet`."""
 
@@ -294,13 +284,15 @@ class Claim(ClaimFacts, ABC):
         if "min_cos" in self.options:
             check_cos0(given.min_cos)
         if given.radius is not None and not self.tests_radius:
-            raise UserError(f"the claim '{self.name}' has no test of one radius: leave out --radius")
+            raise UserError(f"the claim '{self.name}' has no test of one radius: leave out {setting('radius')}")
         if given.deployed is not None and not self.deployed:
-            raise UserError(f"the claim '{self.name}' states nothing of finitely many copies: leave out --deployed")
+            raise UserError(
+                f"the claim '{self.name}' states nothing of finitely many copies: leave out {setting('deployed')}"
+            )
         if (given.tau is not None and "tau" not in self.options) or (
             given.antibodies is not None and "antibodies" not in self.options
         ):
-            raise UserError("--tau and --antibodies are for --claim openset")
+            raise UserError(f"{setting('tau')} and {setting('antibodies')} are for {setting('claim', 'openset')}")
 
     def pilot(self, samples: int, *, early: bool) -> int:
         """Return how many of the samples make choices."""
@@ -392,8 +384,8 @@ def require_possible(plan: Plan, asked: Asked) -> float:
     needed = samples_needed(plan.best, wanted if wanted else 1e-9)
     goal = f"a radius of {format_exact(wanted)}" if wanted else "any radius"
     cure = (
-        f"pass --samples {needed} or more (without any spread in the samples; real images need more), a larger sigma "
-        "or a larger alpha"
+        f"pass {setting('samples', needed)} or more (without any spread in the samples; real images need more), a "
+        "larger sigma or a larger alpha"
         if needed is not None
         else "no number of samples does it: pass a smaller radius or a larger sigma"
     )

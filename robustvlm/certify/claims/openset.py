@@ -21,7 +21,7 @@ from robustvlm.certify.openset import Claims, OpensetRule, contrast_vectors, ope
 from robustvlm.certify.record import format_exact
 from robustvlm.certify.shapes import halfspace_shift
 from robustvlm.certify.tangent import TangentTest
-from robustvlm.errors import UserError
+from robustvlm.errors import BadSetting, UserError, setting
 
 # Certifiers for open-set decisions: the image stays accepted, or stays rejected, whichever the pilot says (T5, T8)
 
@@ -320,15 +320,15 @@ def _upper(rows: Array, vector: Array, alpha: float) -> float:
 class _Openset(Claim):
     def check(self, given: Given, *, refuses: bool) -> None:
         if refuses and given.antibodies is not None:
-            raise UserError(f"'{given.model}' has antibodies of its own: leave out --antibodies")
+            raise UserError(f"'{given.model}' has antibodies of its own: leave out {setting('antibodies')}")
         if (given.tau is None and not refuses) or not math.isfinite(given.tau or 0.0):
-            raise UserError("an open-set claim needs its threshold: pass --tau, chosen on other images")
+            raise UserError(f"an open-set claim needs its threshold: pass {setting('tau')}, chosen on other images")
         if not (given.weight >= 0.0 and math.isfinite(given.weight)):
-            raise UserError(f"--weight must be a finite number that is not negative, got {given.weight}")
+            raise BadSetting("weight", "must be a finite number that is not negative", got=given.weight)
         if given.deployed is not None:
             raise UserError(
-                "--deployed is for feature, class and vote claims: an open-set certificate holds for any number of "
-                "inference samples of the abstaining decision (docs/certify.md)"
+                f"{setting('deployed')} is for feature, class and vote claims: an open-set certificate holds for any "
+                "number of inference samples of the abstaining decision (docs/certify.md)"
             )
 
     def plan(self, asked: Asked, materials: Materials) -> Plan:

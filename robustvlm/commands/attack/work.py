@@ -34,13 +34,13 @@ from robustvlm.attacks.goals.superclass import levels_of
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM
 from robustvlm.commands.attack import AttackPlan, AttackSettings
+from robustvlm.commands.attack.checks import STAND_INS, of_results, of_second_opinion, published
 from robustvlm.commands.attack.cost import Budget, parse_budget
-from robustvlm.commands.attack.findings import of_results, of_second_opinion
 from robustvlm.commands.attack.goal import Aim, check_goal, make_aim
 from robustvlm.commands.attack.record import load_run
 from robustvlm.commands.attack.report import show as show
 from robustvlm.commands.attack.report import write_report as write_report
-from robustvlm.commands.attack.run import STAND_INS, AttackRun, published
+from robustvlm.commands.attack.run import AttackRun
 from robustvlm.commands.attack.store import Ledger, make_rows, trim_gallery
 from robustvlm.commands.attack.summary import parse_condition as parse_condition
 from robustvlm.commands.attack.summary import summarise

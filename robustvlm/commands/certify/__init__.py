@@ -1,1 +1,134 @@
 """`robustvlm certify`: radii inside which no attack can do certain things to a smoothed model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import model_validator
+
+from robustvlm.core.defaults import LAMBDA_INF, MAX_N0, N_MAX
+from robustvlm.errors import BadSetting, setting
+from robustvlm.runs.run import Command, mirrors
+from robustvlm.runs.settings import (
+    CLASSES,
+    DEVICE,
+    NAME,
+    OUT,
+    RESUME,
+    SUMMARY_AS_JSON,
+    TEMPLATES,
+    TREE_FILE,
+    Settings,
+    argument,
+    option,
+    shown_as,
+    way,
+)
+
+if TYPE_CHECKING:
+    from robustvlm.commands.certify.record import CertifyRecord
+
+
+class CertifySettings(Settings):
+    """Certify a smoothed model: a radius per image inside which, with confidence 1 - alpha, no attack succeeds.
+
+    Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
+    """
+
+    model: str = argument(
+        "tiny", "Any model (`robustvlm models` lists the forms); of MODEL+smooth:SIGMA the smoothing is certified."
+    )
+    data: str = option("emoji", "The images; `robustvlm data` lists the forms.")
+    classes: Path | None = CLASSES
+    templates: Path | None = TEMPLATES
+    tree: Path | None = TREE_FILE
+    claim: str | None = option(
+        None,
+        "feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another rule), "
+        "openset (accepted or rejected), or module:callable of your own [default: feature; with --from-cache: class].",
+    )
+    sigma: float | None = option(None, "Noise level in pixels scaled to [0, 1] [default: 0.25].")
+    samples: int = option(10_000, "Noisy copies per image, at most.", at_least=2, at_most=N_MAX)
+    alpha: float | None = option(
+        None,
+        "Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of the "
+        "run].",
+    )
+    min_cos: float = option(0.5, "Cosine to certify (feature claims).")
+    radius: float | None = option(
+        None, "Decide only whether this l2 radius is certified, with as few samples as that takes."
+    )
+    at: str | None = option(None, "Radii to count images at, as 0.1,0.25 [default: by sigma].")
+    tau: float | None = option(
+        None, "Threshold of the score, from other images (openset); in place of the model's own."
+    )
+    antibodies: Path | None = option(None, "File of names to score against (openset).")
+    weight: float = option(LAMBDA_INF, "Weight of the antibodies (openset).")
+    deployed: int | None = option(
+        None,
+        "Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].",
+        at_least=1,
+        at_most=MAX_N0,
+    )
+    cache: str | None = option(None, "Keep the noisy features as float16 or float32, to certify other prompts later.")
+    from_cache: str | None = way(None, "A run made with --cache: certify --classes by text passes only.")
+    prompts: str | None = option(
+        None,
+        "With --from-cache: independent if the prompts were fixed without looking at what the features gave, else "
+        "adaptive (the default, valid always, smaller radii).",
+    )
+    limit: int | None = option(None, "Certify this many images, chosen by a hash of their ids.", at_least=1)
+    seed: int = option(0, "Seed of the noise.", at_least=0)
+    lanes: int | None = option(None, "Noisy images per batch [default: 128; GPU: 512].", at_least=1, at_most=N_MAX)
+    device: str = DEVICE
+    precision: str = option("fp32", "fp32, bf16 or fp64: part of the encoder that is certified, to be deployed alike.")
+    out: Path = OUT
+    name: str | None = NAME
+    resume: bool | None = RESUME
+    audit: str | None = shown_as(None, "Attack the certificates of this finished run; exit code 1 if one breaks.")
+    audit_starts: int | None = shown_as(None, "Descents per image and distance (audit).")
+    audit_steps: int | None = shown_as(None, "Gradient steps per descent (audit).")
+    as_json: bool = SUMMARY_AS_JSON
+    fail_if: list[str] | None = shown_as(
+        None, "End with exit code 1 if this holds, e.g. 'certified@0.25<50%' or 'mean_radius<0.1'."
+    )
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> CertifySettings:
+        """Refuse what has no effect in an audit, or outside one."""
+        if self.audit is None:
+            self.require_none(("audit_starts", "audit_steps"), f"is for {setting('audit', 'RUN')}")
+            return self
+        others = ("fail_if", "from_cache", "prompts", "name")
+        self.require_none(others, f"is not for {setting('audit')}: what is audited stands in the run")
+        for name in ("audit_starts", "audit_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadSetting(name, "must be at least 1", got=value)
+        return self
+
+
+CERTIFY = Command(
+    "certify", CertifySettings, "robustvlm.commands.certify.work", doing="Certifying", shares="the images"
+)
+
+
+@mirrors(CERTIFY)
+def certify(model: str = "tiny", **options: Any) -> CertifyRecord:
+    """Certify a smoothed model, as `robustvlm certify` does; options by their names. Also `robustvlm.certify(...)`.
+
+    Radii are l2 distances in the pixels that the noise is added to, in [0, 1]. Each image's certificate is false with
+    probability at most `alpha`.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the model; settings that can certify nothing.
+
+    Example:
+        >>> import tempfile
+        >>> found = certify("tiny", claim="class", sigma=0.05, samples=200, limit=2, out=tempfile.mkdtemp())
+        >>> found.summary.images, found.rows.column("radius").to_numpy().shape
+        (2, (2,))
+    """
+    found: CertifyRecord = CERTIFY.start(model=model, **options)  # type: ignore[assignment]
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.runs.manifest import run_identity
+from robustvlm.runs.settings import Observer
 
 # An audit that has not ended, kept so that a killed one goes on where it was
 
@@ -151,7 +152,7 @@ def audit_folder(
     seed: int = 0,
     device: str = "cpu",
     rows_per_pass: int = 256,
-    on_image: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> AuditResult:
     """Attack the certificates of a finished run, write `audit.json` into its folder and return the result.
 
@@ -159,7 +160,7 @@ def audit_folder(
 
     Args:
         limit: audit this many of the images that have a certificate, a fixed selection.
-        on_image: called with the number of images done and their total.
+        observer: told of the images that are done.
 
     Raises:
         UserError: the run has not ended, or model or images are not those that it was made with.
@@ -187,6 +188,8 @@ def audit_folder(
     header |= {"run": run.manifest.get("created") if identity is None else identity}
     with Partial(folder / "audit.jsonl", json.loads(json.dumps(header))) as kept:
         left = {name: row for name, row in wanted.items() if not kept.has(row)}
+        told = observer or Observer()
+        told.begin("Attacking", len(wanted), len(wanted) - len(left))
         for row, pixels in _images(run, source, left, vlm):
             target = Target(
                 image_id=row["image_id"],
@@ -197,8 +200,7 @@ def audit_folder(
             began, before = time.monotonic(), model.rows
             found = audit_image(model, target, effort, alpha=effort.alpha / len(wanted), seed=seed)
             kept.add(row, found, passes=model.rows - before, seconds=time.monotonic() - began)
-            if on_image is not None:
-                on_image(len(kept.done), len(wanted))
+            told.advance()
         if len(kept.done) < len(wanted):
             raise UserError(f"some images of the run are no longer in '{run.config.data}': audit it on the same data")
         done = [kept.done[name] for name in wanted]

@@ -27,7 +27,7 @@ from robustvlm.stats import Rate, rate
 # A finished certify run read back from its folder, with the curves that its report draws
 
 _DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "deployed_radius", "mean_radius")
-_CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
+CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
            "deployed": "deployed mean"}  # fmt: skip
 _POINTS = 121
 _ALWAYS = ("index", "image_id", "label", "prediction", "claim", "radius", "n", "n_pilot", "certificate")
@@ -93,7 +93,7 @@ def cosine_lines(run: CertifyRecord) -> list[Line]:
     """Return the mean certified cosines over distance, of a feature run."""
     curve = run.summary.curve
     lines = []
-    for field, name in _CURVES.items():
+    for field, name in CURVES.items():
         values = [getattr(point, field) for point in curve]
         if values and None not in values:
             lines.append(Line(name=name, eps=tuple(point.eps for point in curve), values=tuple(values)))
@@ -117,7 +117,7 @@ def share_lines(run: CertifyRecord) -> list[Line]:
         # At distance zero an abstention certifies nothing either.
         counts = [int((counted & (radii >= eps) & (radii > 0.0)).sum()) for eps in grid]
         rates = tuple(rate(count, int(known.sum())) for count in counts)
-        lines.append(Line(name=RADII[name].page, eps=tuple(grid), rates=rates))
+        lines.append(Line(name=RADII[name].title, eps=tuple(grid), rates=rates))
     return lines
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from robustvlm.certify.claims import find_claim, make_plan, require_possible
-from robustvlm.commands.certify.config import CertifyConfig, Settings, describe_trail
+from robustvlm.commands.certify import CertifySettings
+from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.certify.features import rounding_error
 from robustvlm.commands.certify.record import load_certify_run
-from robustvlm.commands.certify.run import ReplayRun, rounding_error
+from robustvlm.commands.certify.run import CertifyWork, ReplayRun
 from robustvlm.commands.certify.setup import (
-    PreparedCertify,
-    Work,
+    check,
+    claim_of,
     describe_head,
     describe_plan,
     embed_classes,
@@ -26,7 +27,7 @@ from robustvlm.commands.certify.setup import (
     settle_deployed,
     vectors_of_classes,
 )
-from robustvlm.commands.certify.store import CertifyLedger, CertifyObserver, Recorder
+from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.common.inputs import facts_of, probe_of
 from robustvlm.core.device import resolve_device
 from robustvlm.core.probe import change_of
@@ -34,24 +35,30 @@ from robustvlm.core.ranks import Ranks
 from robustvlm.core.user_code import named_by
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.pipeline import saved_model
-from robustvlm.defenses.spec import split_spec
-from robustvlm.errors import UserError
+from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
-from robustvlm.runs.folder import RunFolder, default_name
-from robustvlm.runs.manifest import Manifest, make_manifest
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.read import find_run
+from robustvlm.runs.run import Facts
+from robustvlm.runs.settings import Observer
 from robustvlm.text import places_of
 
 PROMPTS = ("adaptive", "independent")
 
-WHY = {
-    "adaptive": "The prompts may have been chosen after looking at what these features gave, so the radius comes from "
-    "one ball around the mean and one bound of the covariance, which hold for all prompts at once. If they were fixed "
-    "without looking, --prompts independent gives the larger radius of the usual certificate.",
-    "independent": "You said that the prompts were fixed without looking at what these features gave; the usual "
-    "certificate (P1-CDF) is then valid for them. Were they tuned on these results, it would not be.",
-}
+
+def _why(prompts: str) -> str:
+    """Say why prompts of this kind may be certified."""
+    if prompts == "adaptive":
+        return (
+            "The prompts may have been chosen after looking at what these features gave, so the radius comes from one "
+            "ball around the mean and one bound of the covariance, which hold for all prompts at once. If they were "
+            "fixed without looking, --prompts independent gives the larger radius of the usual certificate."
+        )
+    return (
+        "You said that the prompts were fixed without looking at what these features gave; the usual certificate "
+        "(P1-CDF) is then valid for them. Were they tuned on these results, it would not be."
+    )
 
 
 @dataclass(frozen=True)
@@ -75,43 +82,32 @@ def open_source(run: str, *, root: Path) -> Source:
     folder = RunFolder(path.parent, path.name)
     manifest = folder.manifest()
     if manifest is None or manifest["kind"] != "certify":
-        raise UserError(f"'{path}' is no certify run: pass one that was made with --cache")
+        raise UserError(f"'{path}' is no certify run: pass one that was made with {setting('cache')}")
     config = CertifyConfig(**manifest["config"])
     if config.cache is None:
-        raise UserError(f"the run '{path}' kept no features: make it with --cache float16")
+        raise UserError(f"the run '{path}' kept no features: make it with {setting('cache', 'float16')}")
     if not folder.finished:
         raise UserError(f"the run '{path}' has not ended: give its command again to go on")
     return Source(folder, manifest, config, load_certify_run(path).rows.to_pylist())
 
 
-def prepare_replay(
-    settings: Settings,
-    run: str,
-    *,
-    prompts: str | None = None,
-    out: Path = Path("runs"),
-    name: str | None = None,
-    command: str = "",
-) -> PreparedCertify:
-    """Check all settings, load the model for its text encoder and return a run that is ready to start.
+def open_replay(settings: CertifySettings) -> CertifyWork:
+    """Check all settings, and load the model for its text encoder; no image is opened.
 
-    Model, data, noise, samples and seed are the source run's.
-
-    Args:
-        run: folder or name of a finished run made with --cache.
-        prompts: "adaptive" (default): valid whatever the prompts were chosen by; "independent": the user vouches that
-            they were fixed without looking at what the features gave.
+    Model, data, noise, samples and seed are those of the run `from_cache`, whose kept features are judged. `prompts` is
+    "adaptive" (default): valid whatever the prompts were chosen by; or "independent": the user vouches that they were
+    fixed without looking at what the features gave.
 
     Raises:
         UserError: settings that do not go with kept features, or under which every image would abstain.
     """
-    source = open_source(run, root=out)
-    settings = settings.with_source(source.manifest["config"])
-    made = saved_model(split_spec(settings.model)[0])
-    settings.checked(refuses=made is not None and made.refuses)
-    _check(settings, source, prompts)
-    claim = find_claim(settings.claim)
-    chosen = (prompts or "adaptive") if claim.any_prompts else None
+    assert settings.from_cache is not None
+    source = open_source(settings.from_cache, root=settings.out)
+    settings = with_source(settings, source.manifest["config"])
+    check(settings)
+    _check(settings, source)
+    claim = find_claim(claim_of(settings))
+    chosen = (settings.prompts or "adaptive") if claim.any_prompts else None
     assert source.config.cache is not None
     device = str(resolve_device(settings.device))
     data = source.manifest["data"]
@@ -143,29 +139,54 @@ def prepare_replay(
     plan = make_plan(config.claim, config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, names, templates)
-    encoder = NoisyEncoder(vlm, precision=config.precision)
     model_facts = facts_of(vlm, "interpolation") | describe_head(config, names)
-    prompts_told = prompts_of(config, model_facts, templates)
-    recorder = Recorder(config, plan, encoder.fingerprint, text, names, rule, prompts_told)
-    begin = partial(_begin, recorder=recorder, source=source, names=names, best=best)
-    data_facts = {**data, "class_names": list(names), "templates": list(templates)}
-    identity = config.model_dump() | {"model facts": model_facts, "data facts": data_facts}
-    folder = RunFolder(out, name or default_name("certify", settings.model, "kept", identity))
-    manifest = make_manifest(
-        kind="certify",
-        name=folder.name,
-        command=command,
-        config=config,
-        model=model_facts,
-        data=data_facts,
-        probe=probe,
-    )
+    encoder = NoisyEncoder(vlm, precision=config.precision).fingerprint
+    recorder = Recorder(config, plan, encoder, text, names, rule, prompts_of(config, model_facts, templates))
     described = describe_plan(plan, config, best)
     described["notes"] += _unnamed(data["class_names"], names)
     if chosen is not None:
-        described["notes"].append(WHY[chosen])
-    trail = describe_trail(folder, manifest, judged=source.manifest)
-    return PreparedCertify(config, folder, manifest | {"plan": described, "trail": trail}, begin)
+        described["notes"].append(_why(chosen))
+
+    def begin(ledger: CertifyLedger, observer: Observer, ranks: Ranks) -> ReplayRun:
+        return ReplayRun(
+            recorder=recorder,
+            rows=source.rows,
+            features=source.folder.features_path,
+            source=source.manifest,
+            labels=relabel(source.rows, data["class_names"], names),
+            best_radius=best,
+            ledger=ledger,
+            observer=observer,
+            ranks=ranks,
+        )
+
+    def more(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
+        return {"plan": described, "trail": describe_trail(folder, manifest, judged=source.manifest)}
+
+    facts = Facts(
+        (settings.model, "kept"),
+        config.model_dump(),
+        model_facts,
+        {**data, "class_names": list(names), "templates": list(templates)},
+        probe=probe,
+        more=more,
+    )
+    return CertifyWork(facts, config, begin)
+
+
+def with_source(settings: CertifySettings, config: dict[str, Any]) -> CertifySettings:
+    """Return the settings with those of the run whose kept features are judged.
+
+    Raises:
+        UserError: another alpha: an error probability chosen after a look at the samples is none.
+    """
+    if settings.alpha not in (None, config["alpha"]):
+        raise UserError(
+            f"the error probability of kept features is that of their run, {config['alpha']}: leave out "
+            f"{setting('alpha')}, or sample anew"
+        )
+    theirs = ("alpha", "model", "data", "sigma", "samples", "limit", "seed", "precision")
+    return settings.model_copy(update={name: config[name] for name in theirs})
 
 
 def require_same_model(source: Source, vlm: VLM) -> None:
@@ -185,29 +206,6 @@ def require_same_model(source: Source, vlm: VLM) -> None:
         raise UserError(
             f"the model '{vlm.spec}' is no longer the one of the run '{source.folder.path}': {'; '.join(other)}"
         )
-
-
-def _begin(
-    ledger: CertifyLedger,
-    observer: CertifyObserver,
-    ranks: Ranks,
-    *,
-    recorder: Recorder,
-    source: Source,
-    names: tuple[str, ...],
-    best: float,
-) -> Work:
-    return ReplayRun(
-        recorder=recorder,
-        rows=source.rows,
-        features=source.folder.features_path,
-        source=source.manifest,
-        labels=relabel(source.rows, source.manifest["data"]["class_names"], names),
-        best_radius=best,
-        ledger=ledger,
-        observer=observer,
-        ranks=ranks,
-    )
 
 
 def relabel(rows: list[dict[str, Any]], old: list[str], new: tuple[str, ...]) -> dict[int, int]:
@@ -231,21 +229,25 @@ def _unnamed(old: list[str], new: tuple[str, ...]) -> list[str]:
     return [f"{len(lost)} of {len(old)} classes of the kept images are not in the new list, so unknown: {shown}"]
 
 
-def _check(settings: Settings, source: Source, prompts: str | None) -> None:
+def _check(settings: CertifySettings, source: Source) -> None:
+    prompts, name = settings.prompts, claim_of(settings)
     if prompts is not None and prompts not in PROMPTS:
-        raise UserError(f"--prompts is adaptive or independent, got '{prompts}'")
+        raise BadSetting("prompts", "is adaptive or independent", got=f"'{prompts}'")
     if settings.radius is not None:
-        raise UserError("kept features are all there already, stopping early saves nothing: leave out --radius")
+        raise UserError(
+            f"kept features are all there already, stopping early saves nothing: leave out {setting('radius')}"
+        )
     if settings.cache is not None:
-        raise UserError("the features are kept already: leave out --cache")
-    claim = find_claim(settings.claim)
+        raise UserError(f"the features are kept already: leave out {setting('cache')}")
+    claim = find_claim(name)
     if source.config.cache == "float16" and not claim.bounds_rounding:
         raise UserError(
             f"the run '{source.folder.path}' kept float16 features, whose rounding is accounted for in class claims "
-            f"only: for --claim {settings.claim} make it with --cache float32"
+            f"only: for {setting('claim', name)} make it with {setting('cache', 'float32')}"
         )
     if claim.needs_classes and not claim.any_prompts and prompts != "independent":
         raise UserError(
-            f"a certificate of --claim {settings.claim} from kept features is valid only for prompts that were fixed "
-            "without looking at what the features gave: pass --prompts independent if they were, else sample anew"
+            f"a certificate of {setting('claim', name)} from kept features is valid only for prompts that were fixed "
+            f"without looking at what the features gave: pass {setting('prompts', 'independent')} if they were, else "
+            "sample anew"
         )

@@ -1,141 +1,151 @@
-"""The work of a certify run: every image sampled until its claim is decided, with noisy features kept for later."""
+"""The work of a certify run: every image sampled until its claim is decided, or samples judged that were kept."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
+import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from robustvlm.certify import Certificate, Sampled, SamplingEngine, Task, source_norm
-from robustvlm.certify.certifier import Stage
-from robustvlm.commands.certify.config import CacheType
+from robustvlm.certify import Certificate, Sampled, SamplingEngine, Task, format_up, source_norm
+from robustvlm.commands.certify.config import CertifyConfig, record_look
 from robustvlm.commands.certify.encoder import NoisyEncoder, Probed, probe_encoder
-from robustvlm.commands.certify.store import CertifyLedger, CertifyObserver, Forecast, Recorder
+from robustvlm.commands.certify.features import FeatureWriter, cache_bytes, read_features, require_room
+from robustvlm.commands.certify.store import CertifyFact, CertifyLedger, Recorder, make_certify_rows
+from robustvlm.commands.certify.summary import summarise_certify
 from robustvlm.commands.common.inputs import Images, Picture
-from robustvlm.core.files import replacing, require_regular
+from robustvlm.commands.common.store import new_session
+from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable, select
 from robustvlm.errors import UserError
-from robustvlm.runs.manifest import Manifest, run_identity
+from robustvlm.report.words import duration
+from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.read import write_rows
+from robustvlm.runs.run import Facts, Session
+from robustvlm.runs.settings import Observer
 
-# Noisy features kept on disk, a file per image, so that other prompts can be certified without encoder passes
+CERTIFICATES = "certificates.jsonl"
+_STAGE = "Certifying"
 
-STAGES: tuple[Stage, ...] = ("pilot", "estimation", "clean")
-_BYTES = {"float16": 2, "float32": 4}
-
-
-def cache_bytes(images: int, samples: int, dim: int, kind: CacheType) -> int:
-    """Return what the features of a run take on disk.
-
-    Example:
-        >>> cache_bytes(100, 10_000, 512, "float16")
-        1024000000
-    """
-    return images * samples * dim * _BYTES[kind]
+# A run that is ready: images to certify, by sampling or from kept features, and the files that come of them
 
 
-def rounding_error(kind: CacheType, dim: int) -> float:
-    """Return a bound of the l2 distance between a unit feature [dim] and what its kept numbers read back as, rescaled.
+class Share(Protocol):
+    """What certifies images: by sampling, or from kept features."""
 
-    Rounding to half precision moves an entry by at most 2^-11 of its size, or by 2^-25 where it is tiny; scaling the
-    result to unit length again moves it no further than the chord of the angle in between. Float32 is kept as it is.
-
-    Example:
-        >>> rounding_error("float32", 512), round(rounding_error("float16", 512), 6)
-        (0.0, 0.00049)
-    """
-    if kind == "float32":
-        return 0.0
-    moved = 2.0**-11 + sqrt(dim) * 2.0**-25
-    return moved * (1.0 + moved * moved) + 1e-6  # features are unit vectors up to float32
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Refuse to begin a run whose kept features do not fit on the disk."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"no space left on the disk for the kept features: they would take {needed / 1e6:,.1f} MB, and "
-            f"{free / 1e6:,.1f} MB are free in '{place}': pass --cache float16, fewer --samples or another --out"
-        )
-
-
-class FeatureWriter:
-    """Gathers the features of images in work and writes them when an image is done, each file whole or not at all.
-
-    Args:
-        run: identity of the run that samples, which each file carries: features are evidence for its model alone.
-    """
-
-    def __init__(self, folder: Path, kind: CacheType, *, run: str | None = None) -> None:
-        self.folder, self.kind, self.run = folder, kind, run
-        self._parts: dict[int, dict[Stage, list[NDArray[Any]]]] = {}
-
-    def add(self, task: Task, stage: Stage, rows: NDArray[np.float32]) -> None:
-        """Add the next rows of a stage."""
-        kept = rows.astype(np.float16 if self.kind == "float16" else np.float32)
-        self._parts.setdefault(task.index, {}).setdefault(stage, []).append(kept)
-
-    def write(self, task: Task) -> None:
-        """Write the file of a finished image."""
-        stages = self._parts.pop(task.index, {})
-        tensors: dict[str, NDArray[Any]] = {stage: np.concatenate(parts) for stage, parts in stages.items()}
-        about = {"image_id": task.image_id, "dtype": self.kind} | ({} if self.run is None else {"run": self.run})
-        with replacing(feature_file(self.folder, task.index)) as temporary:
-            temporary.write_bytes(save(tensors, metadata=about))
-
-
-def feature_file(folder: Path, index: int) -> Path:
-    """Return where the features of an image are kept."""
-    return folder / f"{index:06d}.safetensors"
+    def run(self) -> None:
+        """Do what is left to do."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The kept features of one image, in float32: [n, D] by stage."""
+class CertifyWork:
+    """A certify run that is ready to start; of several processes each takes its share of the images.
 
-    stages: dict[Stage, NDArray[np.float32]]
-
-
-def read_features(folder: Path, index: int, image_id: str, source: Manifest) -> Kept:
-    """Return the kept features of an image.
-
-    Raises:
-        UserError: the file is missing, damaged, another image's, or does not show that it is of the run `source`.
+    Args:
+        begin: makes the share of this process, given ledger, observer and ranks.
+        illustrate: given a folder and the rows, keeps pictures for the report; None if the images are not at hand.
     """
-    path = feature_file(folder, index)
-    try:
-        require_regular(path)
-        with safe_open(path, framework="np") as file:
-            about = file.metadata() or {}
-            owner = about.get("image_id")
-            names = set(file.keys())
-            stages = {stage: file.get_tensor(stage).astype(np.float32) for stage in STAGES if stage in names}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the kept features '{path}' ({error}): make them again with --cache") from None
-    if owner != image_id or "estimation" not in stages:
-        raise UserError(f"'{path}' holds features of '{owner}', expected '{image_id}': make them again with --cache")
-    if about.get("run") is None or about["run"] != run_identity(source):
-        raise UserError(
-            f"nothing shows that the kept features '{path}' are of the run that they lie in (another run's, or from a "
-            "version that did not note it): make them again with --cache"
-        )
-    return Kept(stages)
+
+    facts: Facts
+    config: CertifyConfig
+    begin: Callable[[CertifyLedger, Observer, Ranks], Share]
+    illustrate: Callable[[Path, list[dict[str, Any]]], None] | None = None
+
+    def run(self, session: Session) -> None:
+        """Certify what is left to certify; rank 0 writes results, certificates, summary and pictures."""
+        ranks = session.ranks
+        if ranks.leader and "trail" in session.manifest:
+            record_look(session.folder, session.manifest["trail"])
+        ledger = CertifyLedger(session.folder, rank=ranks.rank, session=ranks.share(new_session()))
+        try:
+            self.begin(ledger, session.observer, ranks).run()
+            ranks.barrier()
+            if ranks.leader:
+                ledger.sync()
+                require_some(ledger)
+                with session.results() as folder:
+                    finish(ledger, session.manifest)
+                    if self.illustrate is not None:
+                        rows = pq.read_table(folder / "results.parquet").to_pylist()
+                        self.illustrate(session.folder.gallery_path, rows)
+        finally:
+            ledger.close()
 
 
-# The work of a certify run: sample every image until its claim is decided, or judge samples that were kept
+def require_some(ledger: CertifyLedger) -> None:
+    """Refuse to make results of no image at all."""
+    if not ledger.found:
+        reasons = [f"'{image.id}': {image.reason}" for image in ledger.unreadable]
+        raise UserError(f"none of the {len(reasons)} images can be read (the first, {', '.join(reasons[:1])})")
+
+
+def finish(ledger: CertifyLedger, manifest: Manifest) -> None:
+    """Write `results.parquet`, the certificates and `summary.json` from what the ledger holds."""
+    rows = make_certify_rows(ledger.found.values())
+    summary = summarise_certify(rows, manifest, cost=ledger.cost, checks=ledger.checks, unreadable=ledger.unreadable)
+    write_rows(ledger.folder.results_path, rows)
+    # One record a line, for whoever takes a certificate elsewhere; the same as in the column of the results.
+    records = rows.column("certificate").to_pylist()
+    write_text(ledger.folder.path / CERTIFICATES, "".join(f"{record}\n" for record in records))
+    write_text(ledger.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+
+
+# What is said meanwhile
+
+
+def forecast_line(
+    images: int | None,
+    samples: int,
+    passes: int | None,
+    seconds: float | None,
+    best_radius: float,
+    cache_bytes: int = 0,
+) -> str:
+    """Say what a run will cost and can give, before it starts.
+
+    Args:
+        images: images still to certify (None: not known before streaming). samples: noisy copies of each, at most.
+        passes, seconds: encoder passes and wall time at most, on all processes together; None with `images`.
+        best_radius: the largest radius that the settings can give.
+        cache_bytes: what the kept features will take on disk; 0 if none are kept.
+
+    Example:
+        >>> forecast_line(10, 1000, 10_000, 42.0, 0.5)
+        '10 images, at most 1,000 samples each: up to 10,000 encoder passes, about 42.0 s; radius at best 0.5'
+    """
+    some = "images" if images is None else f"{images:,} images"
+    cost = ""
+    if passes is not None and seconds is not None:
+        cost = f": up to {passes:,} encoder passes, about {duration(seconds)}"
+    kept = f"; kept features take {cache_bytes / 1e6:,.1f} MB" if cache_bytes else ""
+    best = format_up(best_radius, 3)
+    return f"{some}, at most {samples:,} samples each{cost}; radius at best {best}{kept}"
+
+
+class Told:
+    """Tells an observer of each image that is done, with the share certified and what early stopping has saved."""
+
+    def __init__(self, observer: Observer, samples: int) -> None:
+        self._observer, self._samples = observer, samples
+        self._images = self._certified = self._used = 0
+
+    def image_done(self, fact: CertifyFact | None) -> None:
+        """An image is finished; None if it could not be read."""
+        self._images += 1
+        if fact is not None:
+            self._certified += fact.radius > 0.0
+            self._used += fact.n + fact.n_pilot
+        saved = 1.0 - self._used / (self._samples * self._images)
+        self._observer.advance(certified=f"{self._certified / self._images:.0%},", samples_saved=f"{saved:.0%}")
+
+
+# The share of a process: images sampled, or samples judged that were kept
 
 # A killed session loses its count of passes since the last note of it.
 _COST_SECONDS = 5.0
@@ -161,13 +171,14 @@ class SamplingRun:
         images: Images,
         best_radius: float,
         ledger: CertifyLedger,
-        observer: CertifyObserver,
+        observer: Observer,
         ranks: Ranks,
     ) -> None:
         self.recorder, self.config = recorder, recorder.config
         self.encoder, self.images = encoder, images
         self.best_radius = best_radius
         self.ledger, self.observer, self.ranks = ledger, observer, ranks
+        self._told = Told(observer, self.config.samples)
         self._norms: dict[int, float | None] = {}
         self._began = self._noted = time.monotonic()
 
@@ -197,7 +208,7 @@ class SamplingRun:
                     writer.write(sampled.task)
                 fact = self.recorder.fact(sampled, resize_norm=self._norms.pop(sampled.task.index))
                 self.ledger.add_image(fact)
-                self.observer.image_done(fact)
+                self._told.image_done(fact)
         finally:
             self._note_cost()
 
@@ -233,17 +244,9 @@ class SamplingRun:
         if self.config.cache is not None and left is not None:
             size = cache_bytes(left, self.config.samples, probed.dim, self.config.cache)
             require_room(self._features, size)
-        self.observer.forecast(
-            Forecast(
-                images=left,
-                samples=self.config.samples,
-                passes=passes,
-                seconds=None if passes is None else passes / probed.rate / self.ranks.size,
-                best_radius=self.best_radius,
-                cache_bytes=size,
-            )
-        )
-        self.observer.begin(total, done)
+        seconds = None if passes is None else passes / probed.rate / self.ranks.size
+        self.observer.say(forecast_line(left, self.config.samples, passes, seconds, self.best_radius, size))
+        self.observer.begin(_STAGE, total, done)
 
     def _tasks(self) -> Iterator[Task]:
         known, index = self.ledger.seen, self.images.index
@@ -255,7 +258,7 @@ class SamplingRun:
             handed_on.add(item.id)
             if isinstance(item, Unreadable):
                 self.ledger.add_unreadable(index(item.id), item)
-                self.observer.image_done(None)
+                self._told.image_done(None)
                 continue
             number = index(item.id)
             self._norms[number] = source_norm(*item.source_size, self.config.resolution)
@@ -263,7 +266,7 @@ class SamplingRun:
 
     def _passed(self, rows: int, used: int) -> None:
         self.ranks.check()
-        self.observer.passed(rows, used)
+        self.observer.passed(used, rows)
         if time.monotonic() - self._noted >= _COST_SECONDS:
             self._note_cost()
 
@@ -293,13 +296,14 @@ class ReplayRun:
         labels: Mapping[int, int],
         best_radius: float,
         ledger: CertifyLedger,
-        observer: CertifyObserver,
+        observer: Observer,
         ranks: Ranks,
     ) -> None:
         self.recorder, self.rows, self.features, self.labels = recorder, rows, features, labels
         self.source = source
         self.best_radius = best_radius
         self.ledger, self.observer, self.ranks = ledger, observer, ranks
+        self._told = Told(observer, recorder.config.samples)
 
     def run(self) -> None:
         """Do what is left to do; every finished image goes to the ledger at once."""
@@ -307,8 +311,8 @@ class ReplayRun:
         known = {fact.index for fact in self.ledger.found.values()}
         left = [row for row in self.rows if row["index"] not in known]
         samples = self.recorder.config.samples
-        self.observer.forecast(Forecast(len(left), samples, 0, 0.0, self.best_radius))
-        self.observer.begin(len(self.rows), len(known))
+        self.observer.say(forecast_line(len(left), samples, 0, 0.0, self.best_radius))
+        self.observer.begin(_STAGE, len(self.rows), len(known))
         try:
             for row in left:
                 if self.ranks.mine(row["index"]):
@@ -317,7 +321,7 @@ class ReplayRun:
                     norm = 1.0 if row["resize_norm"] == 1.0 else None
                     fact = self.recorder.fact(self._judged(row), resize_norm=norm)
                     self.ledger.add_image(fact)
-                    self.observer.image_done(fact)
+                    self._told.image_done(fact)
         finally:
             self.ledger.add_cost(passes=0, seconds=time.monotonic() - began, model_seconds=0.0)
 

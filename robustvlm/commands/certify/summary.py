@@ -16,7 +16,7 @@ from robustvlm.certify import VACUOUS, cone_cos, deployed_feature_cos, fcsb_cos,
 from robustvlm.certify.claims import CLAIMS, ClaimFacts, require_known
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.common.conditions import Comparison, parse_comparison
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError, nearest, setting
 from robustvlm.runs.records import Check, Cost, Record, UnreadableImage
 from robustvlm.stats import Rate, rate
 
@@ -356,7 +356,8 @@ class CertifyCondition:
                 return point.certified if self.quantity == "certified" else point.correct
         known = ", ".join(format_exact(point.radius) for point in summary.at)
         raise UserError(
-            f"'{self.text}' asks about the radius {format_exact(self.radius)}, the run counts at {known}: see --at"
+            f"'{self.text}' asks about the radius {format_exact(self.radius)}, the run counts at {known}: "
+            f"see {setting('at')}"
         )
 
 

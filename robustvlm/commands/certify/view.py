@@ -1,119 +1,63 @@
-"""The HTML report of a certify run, and its charts."""
+"""What is said of a certify run, once: the terminal and the HTML report both read it; and of its audit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from safetensors import SafetensorError, safe_open
+from rich.console import Console
 
-from robustvlm.certify import format_down, format_exact
+from robustvlm.certify import floor_to, format_down, format_exact
 from robustvlm.certify.claims import RADII
 from robustvlm.commands.certify import record as words
+from robustvlm.commands.certify.audit_search import BLIND
+from robustvlm.commands.certify.pictures import Extreme, cosine_curve, load_extremes, samples_histogram, share_curve
 from robustvlm.commands.certify.record import CertifyRecord, cosine_lines, load_certify_run, share_lines
-from robustvlm.commands.certify.terminal import load_audit
-from robustvlm.core.files import require_regular
-from robustvlm.report import tables
-from robustvlm.report.charts import DASHES, INK, SERIES, STYLE, Line, as_svg, chart, legend, new_figure
-from robustvlm.report.page import data_uri, drawing, page, write_page
+from robustvlm.core.files import read_json
+from robustvlm.errors import UserError
+from robustvlm.report import screen, tables
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.sections import (
+    Block,
+    Card,
+    Chart,
+    Checks,
+    Closing,
+    Code,
+    Column,
+    Facts,
+    Inline,
+    Line,
+    Measure,
+    Name,
+    Pair,
+    Picture,
+    Pictures,
+    Report,
+    Row,
+    Section,
+    Table,
+    Text,
+    Verdict,
+    facts_line,
+    left_out,
+    manifest_section,
+    numbers,
+)
 from robustvlm.report.words import DASH, plain
+from robustvlm.runs.manifest import Manifest, run_identity
 
-# Charts of certificates: cosine and accuracy that are certified at a distance, and what the certificates cost
-
-_AXIS = "distance ε from the image (L₂, pixels in [0, 1])"
-
-
-@chart
-def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None) -> Markup:
-    """Draw mean certified cosines over distance; an image without a certificate counts as -1, all that is sure then."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        for i, line in enumerate(lines):
-            axes.plot(line.eps, line.values, color=SERIES[i], ls=DASHES[i % len(DASHES)], lw=1.8, label=line.name)
-        if cos0 is not None:
-            axes.axhline(cos0, color=INK, lw=0.8, ls=":")
-        axes.set_ylim(-1.03, 1.03)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(_AXIS)
-        axes.set_ylabel("mean certified cosine")
-        legend(figure, columns=_columns(lines))
-        return as_svg(figure, key=key, alt="Mean certified cosine against distance. " + _alt(lines))
+# A run, shown in the terminal and on its page
 
 
-@chart
-def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
-    """Draw the share of images certified at a distance, the first two lines with 95 % bands; `what` names the share."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        for i, line in enumerate(lines):
-            low, high = ([100 * getattr(rate, end) for rate in line.rates] for end in ("low", "high"))
-            if i < 2:  # bands of more lines would cover each other
-                axes.fill_between(line.eps, low, high, step="post", color=SERIES[i], alpha=0.18, lw=0)
-            axes.step(
-                line.eps,
-                [100 * (rate.value or 0.0) for rate in line.rates],
-                where="post",
-                color=SERIES[i],
-                ls=DASHES[i % len(DASHES)],
-                lw=1.8,
-                label=line.name,
-            )
-        axes.set_ylim(0, 102)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(_AXIS)
-        axes.set_ylabel(what)
-        legend(figure, columns=_columns(lines))
-        return as_svg(figure, key=key, alt=f"{what} against distance. " + _alt(lines))
-
-
-@chart
-def samples_histogram(samples: Sequence[int], *, key: str, fixed: int) -> Markup:
-    """Draw how many noisy copies each image took, beside the fixed number it would have been."""
-    values = np.asarray(samples)
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        low, high = max(1.0, float(values.min())), float(max(values.max(), fixed))
-        bins = np.geomspace(0.9 * low, 1.1 * high, 31).tolist()
-        axes.hist(values, bins, color=SERIES[0], lw=0)
-        axes.axvline(fixed, color=INK, lw=1, ls="--", label=f"fixed number: {fixed:,}")
-        axes.set_xscale("log")
-        # Matplotlib's own labels of a logarithmic axis are formulas, which plain text in an SVG cannot show.
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("noisy copies used for an image")
-        axes.set_ylabel("images")
-        legend(figure, columns=1)
-        alt = f"Samples of {len(values)} images: median {np.median(values):,.0f}, largest {values.max():,}."
-        return as_svg(figure, key=key, alt=alt)
-
-
-def _columns(lines: Sequence[Line]) -> int:
-    """Four names in one row would be cut off."""
-    return 3 if len(lines) < 4 else 2
-
-
-def _alt(lines: Sequence[Line]) -> str:
-    """Say each line's course at five distances."""
-    parts = []
-    for line in lines:
-        picks = np.linspace(0, len(line.eps) - 1, min(5, len(line.eps))).astype(int)
-        points = [
-            f"{line.eps[i]:.3g}: "
-            + (format_down(line.values[i], 2) if line.values else f"{100 * (line.rates[i].value or 0):.1f}%")
-            for i in picks
-        ]
-        parts.append(f"{line.name}: " + ", ".join(points))
-    return "; ".join(parts) + "."
-
-
-# The HTML report of a certify run: one file that needs no network and no script
+def show(run: CertifyRecord, console: Console) -> None:
+    """Print what came of a run, and where it is."""
+    closing = Closing({"Report": run.report, "Results": run.folder / "results.parquet"})
+    screen.show(console, certify_report(run), closing)
 
 
 def write_certify_report(folder: Path, out: Path | None = None) -> Path:
@@ -130,46 +74,70 @@ def write_certify_report(folder: Path, out: Path | None = None) -> Path:
 
 def render_certify_run(run: CertifyRecord) -> str:
     """Return the report of one certify run as HTML."""
-    return page(
-        "certify.html.j2",
-        run=run,
-        config=run.config,
-        summary=run.summary,
-        sentence=words.verdict(run.summary, resolution=run.config.resolution),
-        state=words.state(run.summary),
-        confidence=words.confidence(run.summary),
-        rule=words.rule(run.summary),
-        accuracy=words.accuracy(run),
-        certified=words.certified(run.summary),
-        exact=format_exact,
-        about_class=run.summary.facts.about_class,
-        to_paper="paper_radius" in run.summary.facts.columns,
+    return page_of(certify_report(run))
+
+
+def certify_report(run: CertifyRecord) -> Report:
+    """Return all that is said of a certify run; the numbers are the summary's, radii rounded down.
+
+    Raises:
+        UserError: the audit beside it is another run's.
+    """
+    summary = run.summary
+    audit = load_audit(run.folder / "audit.json", run.manifest)
+    checks = _checks(run, audit)
+    state = words.state(summary)
+    report = Report(
+        kind="certificate report",
+        name=run.name,
+        kicker="Certificate report",
+        facts=facts_line(run.manifest, f", {summary.images:,} images, noise {format_exact(run.config.sigma)}"),
+        verdicts=[Verdict(_verdict(run), "" if state == "none" else state)],
         cards=_cards(run),
-        charts=_charts(run),
-        methods=_methods(run),
-        names={name: column.page for name, column in RADII.items()},
-        gallery=load_extremes(run),
-        audit=load_audit(run.folder / "audit.json", run.manifest),
-        findings=tables.findings(run.summary.checks),
-        assumptions=words.assumptions(run),
-        cost=[*_copies(run), *tables.cost_rows(run.summary.cost)],
-        manifest=tables.manifest_rows(run.manifest),
+        sections=[
+            _radii(run),
+            *_gallery(run),
+            _claimed(run),
+            *([] if audit is None else [_audit(audit)]),
+            *checks,
+            Section("Cost", [Facts([*_copies(run), *tables.cost_rows(summary.cost)], only="both")], "cost", "Cost"),
+            manifest_section(run.manifest),
+        ],
     )
+    # Nothing is good news beside a fault.
+    return replace(report, verdicts=[Verdict(_verdict(run), "")]) if report.faults else report
 
 
-def _cards(run: CertifyRecord) -> list[tuple[str, str, str]]:
-    """Return radius and samples, each with its number and what it means."""
+def _verdict(run: CertifyRecord) -> list[Line]:
+    summary = run.summary
+    lines = [
+        words.verdict(summary, resolution=run.config.resolution),
+        words.rule(summary),
+        words.accuracy(run),
+        words.confidence(summary),
+    ]
+    return [line for line in lines if line]
+
+
+def _cards(run: CertifyRecord) -> list[Card]:
+    """Return the share certified, radius and samples, each with its number and what it means."""
     summary, samples = run.summary, run.summary.samples
     average = summary.average_certified_radius
-    about_class = run.summary.facts.about_class and average is not None
+    by_class = summary.facts.about_class and average is not None
+    zero = "abstentions and wrong classes count as 0" if by_class else "abstentions count as 0"
     return [
-        (
-            "Average certified radius" if about_class else "Mean certified radius",
-            format_down(average if about_class and average is not None else summary.mean_radius, 4),
-            ("abstentions and wrong classes count as 0" if about_class else "abstentions count as 0")
-            + f"; median {format_down(summary.median_radius, 4)}",
+        Card(
+            "Right and certified" if summary.facts.about_class else "Certified",
+            words.certified(summary),
+            "images",
+            good=words.state(summary) == "held",
         ),
-        (
+        Card(
+            "Average certified radius" if by_class else "Mean certified radius",
+            format_down(average if by_class and average is not None else summary.mean_radius, 4),
+            f"{zero}; median {format_down(summary.median_radius, 4)}",
+        ),
+        Card(
             "Noisy copies per image",
             f"{samples.median:,.0f}",
             f"median; {samples.used:,} in all, {samples.fixed:,} with the fixed number",
@@ -177,43 +145,128 @@ def _cards(run: CertifyRecord) -> list[tuple[str, str, str]]:
     ]
 
 
-def _charts(run: CertifyRecord) -> dict[str, Markup]:
-    charts: dict[str, Markup] = {}
-    lines = cosine_lines(run)
-    if lines:
-        charts["cosine"] = cosine_curve(lines, key="cosine", cos0=run.config.min_cos)
-    if run.config.radius is None:  # otherwise every radius is that one or none
-        what = "right and certified, % of images" if run.summary.facts.about_class else "certified, % of images"
-        charts["share"] = share_curve(share_lines(run), key="share", what=what)
+_LEAD = (
+    "Distances are Euclidean, over all pixels of the image the noise is added to, on a scale from 0 to 1. Every method "
+    "is judged at the same error probability"
+)
+_ANCHORS = (
+    " on the same noisy copies; those that speak of another anchor (the paper's bound of the unperturbed feature, FCSB "
+    "and the distribution bounds of the pilot's direction) are claims of their own"
+)
+
+
+def _radii(run: CertifyRecord) -> Section:
+    several = len(run.summary.methods) > 1
+    lead = Text(f"{_LEAD}{_ANCHORS if several else ''}.", kind="lead")
+    blocks: list[Block] = [lead, Pair([*_charts(run), _by_method(run)]), *_by_radius(run), *_curve(run)]
+    return Section("How far the certificates reach", blocks, "radii", "Radii")
+
+
+def _charts(run: CertifyRecord) -> list[Chart]:
+    summary, config = run.summary, run.config
+    about_class, several = summary.facts.about_class, len(summary.methods) > 1
+    charts = []
+    if lines := cosine_lines(run):
+        caption = (
+            "Mean over all images of the cosine that is certified at each distance; an image without a certificate "
+            "counts as \N{MINUS SIGN}1."
+        )
+        if config.min_cos is not None:
+            caption += f" Dotted: the cosine asked for, {format_exact(config.min_cos)}."
+        draw = partial(cosine_curve, lines, key="cosine", cos0=config.min_cos)
+        charts.append(Chart(draw, "Certified cosine", caption))
+    if config.radius is None:  # otherwise every radius is that one or none
+        what = "right and certified, % of images" if about_class else "certified, % of images"
+        caption = "class is right and certified at" if about_class else "certificate reaches"
+        caption = f"Images whose {caption} each distance"
+        caption += "; 95% bands for the first two." if several else ", with its 95% band."
+        draw = partial(share_curve, share_lines(run), key="share", what=what)
+        charts.append(Chart(draw, "Certified accuracy" if about_class else "Share certified", caption))
     elif run.copies.max(initial=0) > 0:  # a largest radius takes all copies of every image
-        charts["samples"] = samples_histogram(run.copies.tolist(), key="samples", fixed=run.config.samples)
+        draw = partial(samples_histogram, run.copies.tolist(), key="samples", fixed=config.samples)
+        caption = "Sampling stops as soon as it is decided whether the radius is certified."
+        charts.append(Chart(draw, "Noisy copies used", caption))
     return charts
 
 
-@dataclass(frozen=True)
-class MethodRow:
-    """One method's radii over all images, abstentions as zero, in words."""
-
-    name: str
-    mean: str
-    median: str
-    abstained: str
-    ratio: str
-
-
-def _methods(run: CertifyRecord) -> list[MethodRow]:
-    found = run.summary.methods
+def _by_method(run: CertifyRecord) -> Table:
+    """Return every method's radii over all images, abstentions as zero."""
+    found, alpha = run.summary.methods, format_exact(run.summary.risk.alpha)
     paper = next((method.mean for method in found if method.column == "paper_radius"), 0.0)
-    return [
-        MethodRow(
-            name=RADII[method.column].page if method.column in RADII else plain(method.column, 40),
-            mean=format_down(method.mean, 4),
-            median=format_down(method.median, 4),
-            abstained=f"{method.abstained.successes:,} of {method.abstained.total:,}",
-            ratio=f"{method.mean / paper:.2f}" if paper > 0 else DASH,
+    to_paper = "paper_radius" in run.summary.facts.columns
+    rows: list[Row] = []
+    for method in found:
+        about = RADII[method.column].about if method.column in RADII else ""
+        mean, median = format_down(method.mean, 4), format_down(method.median, 4)
+        abstained = f"{method.abstained.successes:,} of {method.abstained.total:,}"
+        ratio = [f"{method.mean / paper:.2f}" if paper > 0 else DASH] if to_paper else []
+        rows.append((_title(method.column), mean, median, abstained, *ratio, *([about] if len(found) > 1 else [])))
+    columns = [Column("Radius"), *numbers("Mean", "Median", "Abstained", *(["To the paper's"] if to_paper else []))]
+    caption = f"The other rows are claims of their own at {alpha} each; the largest of all is none."
+    return Table(
+        [*columns, *([Column("About")] if len(found) > 1 else [])],
+        rows,
+        title="By method (an abstention counts as 0)",
+        caption=caption if len(found) > 1 else "",
+        strong=frozenset({0}),
+    )
+
+
+def _title(column: str) -> str:
+    return RADII[column].title if column in RADII else plain(column, 40)
+
+
+def _by_radius(run: CertifyRecord) -> list[Table]:
+    summary = run.summary
+    if not summary.at:
+        return []
+    with_class, others = summary.at[0].correct is not None, list(summary.at[0].others)
+    columns = ["Radius", "Certified", *(["Right and certified"] if with_class else []), *map(_title, others)]
+    rows: list[Row] = [
+        (
+            format_exact(point.radius),
+            Measure.of(point.certified),
+            *([Measure.of(point.correct)] if with_class else []),
+            *(Measure.of(point.others[column]) for column in others),
         )
-        for method in found
+        for point in summary.at
     ]
+    title = f"At given radii ({summary.images:,} images, noise {format_exact(summary.sigma)})"
+    return [Table([Column(name) for name in columns], rows, title=title)]
+
+
+def _curve(run: CertifyRecord) -> list[Table]:
+    """Return the numbers of the chart of cosines, for the terminal."""
+    counted = {share.radius for share in run.summary.at}
+    points = [point for point in run.summary.curve if point.eps in counted]
+    lines = [field for field in words.CURVES if any(getattr(point, field) is not None for point in points)]
+    if not lines:
+        return []
+    rows: list[Row] = [
+        (format_exact(point.eps), *(format_down(getattr(point, field), 3) for field in lines)) for point in points
+    ]
+    title = "Mean certified cosine (an image without a certificate counts as -1)"
+    columns = [Column("Distance"), *numbers(*(words.CURVES[field] for field in lines))]
+    return [Table(columns, rows, title=title, only="terminal")]
+
+
+def _claimed(run: CertifyRecord) -> Section:
+    rows: list[tuple[str, Line]] = [*words.assumptions(run)]
+    said = ("Rule", "Error probability")  # in the terminal the verdict has just said these
+    blocks: list[Block] = [
+        Facts(rows, kind="sentences"),
+        Facts([row for row in rows if row[0] not in said], kind="sentences", only="terminal"),
+    ]
+    return Section("What is claimed, and under which conditions", blocks, "claim", "What is claimed")
+
+
+def _checks(run: CertifyRecord, audit: AuditView | None) -> list[Section]:
+    found = tables.findings(run.summary.checks)
+    if audit is not None and audit.broken:
+        found.insert(0, tables.Finding("fault", *tables.LEVELS["fault"], "audit", audit.sentence, "See the audit."))
+    reasons = [(image.id, image.reason) for image in run.summary.unreadable]
+    lost = left_out(reasons, "unreadable, left out of every number above")
+    return [Section("Checks", [Checks(found), *lost], "checks")] if found or lost else []
 
 
 def _copies(run: CertifyRecord) -> list[tuple[str, str]]:
@@ -227,55 +280,168 @@ def _copies(run: CertifyRecord) -> list[tuple[str, str]]:
     ]
 
 
+# The images that were hardest and easiest to certify
+
+
+def _gallery(run: CertifyRecord) -> list[Section]:
+    found = load_extremes(run)
+    if not found:
+        return []
+    ends = "with the smallest and the largest radii" if run.config.radius is None else "hardest and easiest to certify"
+    lead = (
+        "Each beside one copy under the noise of the certificate (shown clipped to the colours of a screen; the model "
+        "sees it unclipped)."
+    )
+    shown = [Pictures([_picture(one) for one in some], title) for title, some in found]
+    return [Section(f"Images {ends}", [Text(lead, kind="lead"), *shown], "gallery", "Images")]
+
+
+def _picture(one: Extreme) -> Picture:
+    line: list[Inline] = []
+    if one.said:
+        right = (" (right)" if one.said == one.label else " (wrong)") if one.label else ""
+        line += ["Smoothed model: ", Name(one.said), f"{right}; "]
+    if one.label:
+        line += ["true class ", Name(one.label), "; "]
+    pair = [(one.clean, f"Image {one.image_id}", "image"), (one.noisy, "The image under noise", "under noise")]
+    return Picture(pair, [*line, "image ", Code(one.image_id)], title=one.radius)
+
+
+# The outcome of an audit: at the end of one in the terminal, and in the report of the run it belongs to
+
+
+def show_audit(content: dict[str, Any], console: Console, *closing: Closing) -> None:
+    """Print an audit (the content of audit.json).
+
+    Example:
+        >>> finding = {"image_id": "a", "fraction": 1.0, "eps": 0.1, "bound": 0.5, "lowest": 0.9, "upper": 0.95}
+        >>> console = Console(width=110)
+        >>> with console.capture() as shown:
+        ...     show_audit({"quantity": "cosine", "findings": [finding]}, console)
+        >>> "No attack got below a certified bound on any of 1 images." in shown.get()
+        True
+    """
+    view = audit_view(content)
+    screen.show(console, [*_found(view), Verdict([view.sentence], "" if view.broken else "held")], *closing)
+
+
+def _audit(view: AuditView) -> Section:
+    lead = (
+        "Attacks on the smoothed model inside the certified balls: gradient descent through fresh noise from many "
+        "starting points. What they reach must stay above the bound; a bound counts as broken only where Monte-Carlo "
+        "error is ruled out."
+    )
+    said = [Text(view.sentence, only="page"), Text(f"Audit: {view.sentence}", only="terminal")]
+    return Section("Audit", [Text(lead, kind="lead"), *said, *_found(view)], "audit", "Audit")
+
+
+def _found(view: AuditView) -> list[Block]:
+    if not view.rows:
+        return []
+    lowest, room = "Lowest reached (min / median)", "Room above the bound (min / median)"
+    columns = numbers("Images", "Bound (median)", lowest, room, "Below, not certain", "Broken")
+    worst: list[tuple[str, Line]] = [*view.worst]
+    return [
+        Table([Column("Of the radius"), *columns], view.rows, title=f"Measured: {view.quantity}", strong=view.fallen),
+        Facts(worst, title="Least room", only="both"),
+    ]
+
+
 @dataclass(frozen=True)
-class Extreme:
-    """An image with one of the smallest or largest radii, clean and under its noise."""
+class AuditView:
+    """An audit in words.
 
-    image_id: str
-    radius: str
-    clean: str
-    noisy: str
-    said: str
-    label: str
+    Args:
+        rows: all images at each part of their radius. fallen: numbers of the rows in which a bound is broken.
+        worst: the images with the least room.
+    """
 
-
-def load_extremes(run: CertifyRecord) -> list[tuple[str, list[Extreme]]]:
-    """Return the stored images with the smallest and with the largest radii; unreadable files are left out."""
-    found: list[tuple[tuple[float, int], Extreme]] = []
-    for path in sorted((run.folder / "gallery").glob("*.safetensors")):
-        try:
-            found.append(_extreme(path, run))
-        except (SafetensorError, OSError, KeyError, ValueError, IndexError):
-            continue
-    found.sort(key=lambda item: item[0])
-    images = [image for _, image in found]
-    half = len(images) // 2
-    titles = (
-        ("Abstained, or certified last", "Certified first")
-        if run.config.radius
-        else ("Smallest radii", "Largest radii")
-    )
-    groups = [(titles[0], images[:half]), (titles[1], images[half:][::-1])]
-    return [(title, some) for title, some in groups if some]
+    sentence: str
+    quantity: str
+    broken: bool
+    rows: list[tuple[str, ...]]
+    fallen: frozenset[int]
+    worst: list[tuple[str, str]]
 
 
-def _extreme(path: Path, run: CertifyRecord) -> tuple[tuple[float, int], Extreme]:
-    require_regular(path)
-    with safe_open(path, framework="np") as file:
-        clean, noisy = file.get_tensor("clean"), file.get_tensor("noisy")
-        about = file.metadata() or {}
-    if clean.ndim != 3 or clean.shape[0] != 3 or clean.shape != noisy.shape:
-        raise ValueError(f"{path.name}: need two images of one shape [3, H, W]")
-    radius, names = float(about["radius"]), run.class_names
-    return (radius, -int(about["n"])), Extreme(
-        image_id=plain(about["image_id"]),
-        radius=f"radius {format_down(radius, 4)}" if radius > 0.0 else "abstains",
-        clean=data_uri(np.asarray(clean)),
-        noisy=data_uri(np.asarray(noisy)),
-        said="" if not run.summary.facts.names_class else _name(names, int(about["prediction"])),
-        label=_name(names, int(about["label"])),
+def audit_view(content: dict[str, Any]) -> AuditView:
+    """Return an audit (the content of audit.json) in words.
+
+    Raises KeyError, TypeError or ValueError where it is not one.
+    """
+    findings: list[dict[str, Any]] = content["findings"]
+    fractions = sorted({float(f["fraction"]) for f in findings})
+    images = len({f["image_id"] for f in findings})
+    broken = _broken(findings)
+    at = [[f for f in findings if float(f["fraction"]) == x] for x in fractions]
+    return AuditView(
+        sentence=_sentence(images, broken) + _search(findings),
+        quantity=plain(content.get("quantity", "certified quantity"), 120),
+        broken=bool(broken),
+        rows=[_row(x, some) for x, some in zip(fractions, at, strict=True)],
+        fallen=frozenset(i for i, some in enumerate(at) if _broken(some)),
+        worst=[
+            (
+                plain(f["image_id"], 80),
+                f"{f['lowest']:.4f} (at most {_up(f['upper'])}) at distance {_up(f['eps'])}, certified "
+                f"{format_down(f['bound'], 4)}",
+            )
+            for f in sorted(broken or findings, key=lambda f: float(f["lowest"] - f["bound"]))[:5]
+        ],
     )
 
 
-def _name(names: list[str], index: int) -> str:
-    return plain(names[index], 60) if 0 <= index < len(names) else ""
+def _sentence(images: int, broken: Sequence[dict[str, Any]]) -> str:
+    if not images:
+        return "No image has a certificate, so there was nothing to attack."
+    if broken:
+        names = len({f["image_id"] for f in broken})
+        return f"Attacks broke the certified bound of {names:,} of {images:,} images: these certificates are false."
+    return f"No attack got below a certified bound on any of {images:,} images."
+
+
+def _search(findings: Sequence[dict[str, Any]]) -> str:
+    """Say where the search had no gradient to follow, which makes it the weaker one."""
+    blind = len({f["image_id"] for f in findings if str(f.get("start", "")).endswith(BLIND)})
+    if not blind:
+        return ""
+    return f" The encoder gave no gradient on {blind:,} of them, which were searched without one: that finds less."
+
+
+def _up(value: float) -> str:
+    """Return an upper limit with four decimals, rounded up."""
+    return f"{-floor_to(-float(value), 4):.4f}"
+
+
+def _row(fraction: float, findings: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    lowest, bound = (np.array([float(f[key]) for f in findings]) for key in ("lowest", "bound"))
+    return (
+        f"{100 * fraction:.3g}%",
+        f"{len(findings):,}",
+        format_down(float(np.median(bound)), 3),
+        f"{lowest.min():.3f} / {np.median(lowest):.3f}",
+        f"{(lowest - bound).min():.3f} / {np.median(lowest - bound):.3f}",
+        f"{int((lowest < bound).sum()) - len(_broken(findings)):,}",
+        f"{len(_broken(findings)):,}",
+    )
+
+
+def _broken(findings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the findings below a bound beyond doubt."""
+    return [f for f in findings if f["upper"] < f["bound"]]
+
+
+def load_audit(path: Path, manifest: Manifest) -> AuditView | None:
+    """Return the audit stored beside the run of a manifest, or None when there is none that can be read.
+
+    Raises:
+        UserError: it is the audit of another run.
+    """
+    try:
+        content = read_json(path)
+        view = audit_view(content)
+    except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if content.get("of") != run_identity(manifest):
+        raise UserError(f"'{path}' is the audit of another run: delete it, or give `robustvlm certify --audit` again")
+    return view

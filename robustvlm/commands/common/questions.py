@@ -18,7 +18,7 @@ from robustvlm.stats import rate
 
 
 def ask(oracle: Oracle, images: Tensor, label: Tensor, *, model: str) -> tuple[Probe, list[Check]]:
-    """Probe a model on images [L, 3, H, W] and labels [L]; the notes say if memory sufficed for fewer only.
+    """Probe a model on images [L, 3, H, W] and labels [L]; the notes say if fewer are asked at once, and why.
 
     Raises:
         UserError: the model fails on such a batch, or gives no gradient.
@@ -31,10 +31,10 @@ def ask(oracle: Oracle, images: Tensor, label: Tensor, *, model: str) -> tuple[P
         (True, [])
     """
     found = ask_first(oracle, images, label, model=f"model '{model}'")
-    if found.rungs[0] == len(images):
+    said = found.fewer_than(len(images))
+    if said is None:
         return found, []
-    message = f"Memory did not suffice for more than {found.rungs[0]} lanes."
-    return found, [Check(name="lanes", level="note", message=message)]
+    return found, [Check(name="lanes", level="note", message=f"{said[0].upper()}{said[1:]}.")]
 
 
 # What the first questions to a model showed: its output, its randomness, its gradients, the range of its input

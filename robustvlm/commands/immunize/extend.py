@@ -23,7 +23,10 @@ from robustvlm.commands.immunize.images import (
     write_features,
 )
 from robustvlm.commands.immunize.record import (
+    Added,
     ImmunizeSummary,
+    Measures,
+    Others,
     Record,
     judged,
     measure,
@@ -136,7 +139,7 @@ class ExtendWork:
         made = self._antibodies(prototypes, session.observer)
         immunity = text_only(self._names, text, made.antibodies)
         record = self._common(immunity, prototypes, made)
-        return immunity, record | {"measures": {}, "notes": facts.notes_of(record, self.settings)}
+        return immunity, record | {"measures": Measures(), "notes": facts.notes_of(record, self.settings)}
 
     def _from_images(self, session: Session) -> tuple[Immunity, Record]:
         text = self._text()
@@ -244,7 +247,7 @@ class ExtendWork:
             "weight": immunity.weight,
         }
 
-    def _added(self, before: Immunity, after: Immunity, new: Features) -> Record:
+    def _added(self, before: Immunity, after: Immunity, new: Features) -> Added:
         """Return what the new class costs the others, on the same held-out images, and how well it is known itself."""
         held = self.earlier.features("held-out")
         known = held.labels >= 0
@@ -254,24 +257,23 @@ class ExtendWork:
         was, now = old_class == labels, new_class == labels
         own_class, own_score = judged(after, new.features)
         own = own_class == len(after.class_names) - 1
-        return {
-            "name": self.name,
-            "to": str(self.earlier.model.folder),
-            "others": mcnemar_exact(was.tolist(), now.tolist()).model_dump() | {"total": len(labels)},
-            "others_accepted": mcnemar_exact(
-                (was & (old_score > 0)).tolist(), (now & (new_score > 0)).tolist()
-            ).model_dump(),
-            "accuracy": rate(int(own.sum()), len(own)).model_dump(),
-            "accepted": rate(int((own & (own_score > 0)).sum()), len(own)).model_dump(),
-        }
+        others = mcnemar_exact(was.tolist(), now.tolist())
+        return Added(
+            name=self.name,
+            to=str(self.earlier.model.folder),
+            others=Others(**others.model_dump(), total=len(labels)),
+            others_accepted=mcnemar_exact((was & (old_score > 0)).tolist(), (now & (new_score > 0)).tolist()),
+            accuracy=rate(int(own.sum()), len(own)),
+            accepted=rate(int((own & (own_score > 0)).sum()), len(own)),
+        )
 
     def _warnings(self, record: Record) -> list[str]:
         found = []
-        others = record["added"]["others"]
-        if others["p_value"] < _CLEAR and others["only_first"] > others["only_second"]:
+        others = record["added"].others
+        if others.p_value < _CLEAR and others.only_first > others.only_second:
             found.append(
-                f"The other classes lose accuracy to '{self.name}': {others['only_first'] - others['only_second']} of "
-                f"{others['total']} held-out images, more than chance explains."
+                f"The other classes lose accuracy to '{self.name}': {others.only_first - others.only_second} of "
+                f"{others.total} held-out images, more than chance explains."
             )
         if self.earlier.model.immunity.noisy:
             found.append("Thresholds behind noise belong to the earlier adapter and are not carried over.")

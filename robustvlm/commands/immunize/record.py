@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from robustvlm.commands.immunize import ImmunizeSettings
@@ -28,19 +28,94 @@ from robustvlm.defenses.immunity.state import Immunity, card_settings, class_sco
 from robustvlm.defenses.immunity.vaccine import VaccineSettings, pushed_share
 from robustvlm.defenses.prompts import Features
 from robustvlm.detect import auroc_interval
+from robustvlm.detect.metrics import Interval
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
 from robustvlm.runs import records
 from robustvlm.runs.run import FinishedRun, Session, read_finished
-from robustvlm.stats import mcnemar_exact, rate
+from robustvlm.stats import PairedTest, Rate, mcnemar_exact, rate
 
 NAME = "immunity.json"
 Record = dict[str, Any]
 
 
-class ImmunizeSummary(records.Record):
+class _Part(records.Record):
+    """Part of the record, which holds what it was given and no more."""
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+
+class Unknown(_Part):
+    """What the model does with one set of unknown images; AUROC is against the held-out known images.
+
+    Args:
+        auroc_mcm: of the largest softmax probability of the model as it was; auroc: of the score less its threshold.
+        known_classes: images of known classes that were left out, by class; copies: images that look like known ones.
+    """
+
+    images: int
+    auroc_mcm: Interval
+    auroc: Interval
+    accepted: Rate
+    rejected: Rate | None = None
+    known_classes: dict[str, int] = Field(default_factory=dict)
+    copies: int = 0
+
+    @property
+    def share_rejected(self) -> Rate:
+        """The share rejected, also of a record of the time when the accepted alone were kept."""
+        accepted = self.accepted
+        if self.rejected is not None:
+            return self.rejected
+        share = None if accepted.value is None else 1 - accepted.value
+        missed, total = accepted.total - accepted.successes, accepted.total
+        return Rate(successes=missed, total=total, value=share, low=1 - accepted.high, high=1 - accepted.low)
+
+
+class Measures(_Part):
+    """What was measured on the held-out images before and after, and on each unknown set; nothing without images.
+
+    Args:
+        paired: answers before and after, cross-counted; accepted_right: right and not rejected.
+        rejected: known images that are refused; rejected_right: among those classified right.
+    """
+
+    accuracy_before: Rate | None = None
+    accuracy_after: Rate | None = None
+    paired: PairedTest | None = None
+    accepted_right: Rate | None = None
+    rejected: Rate | None = None
+    rejected_right: Rate | None = None
+    unknown: dict[str, Unknown] = Field(default_factory=dict)
+
+
+class Others(_Part):
+    """Answers to the held-out images of the other classes before and after a class was added, as in `PairedTest`."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p_value: float
+    total: int
+
+
+class Added(_Part):
+    """A class that was added to the run `to`: what it costs the others, and how well it is known itself."""
+
+    name: str
+    to: str
+    others: Others
+    others_accepted: PairedTest
+    accuracy: Rate
+    accepted: Rate
+
+
+class ImmunizeSummary(_Part):
     """What `immunity.json` holds. What a way of making the model has nothing to say of is left out of it.
 
     Args:
@@ -66,14 +141,10 @@ class ImmunizeSummary(records.Record):
     vaccine: dict[str, Any] | None = None
     pooled_fit: dict[str, Any] | None = None
     noisy_thresholds: dict[str, list[float]] | None = None
-    measures: dict[str, Any]
-    added: dict[str, Any] | None = None
+    measures: Measures
+    added: Added | None = None
     notes: list[str]
     seconds: float | None = None
-
-    @model_serializer(mode="wrap")
-    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
 
 
 def read_run(folder: Path) -> FinishedRun[ImmunizeSummary]:
@@ -194,13 +265,13 @@ def _of_unknown(record: Record, settings: ImmunizeSettings) -> list[str]:
             f"{len(naming)} antibodies that name classes of the unknown sets were left out ({some_of(naming)}): the "
             "model would have been told what it is tested on. Without --ood they are kept."
         )
-    for spec, measured in record["measures"].get("unknown", {}).items():
-        if measured["known_classes"]:
-            classes = some_of(f"{name} ({count})" for name, count in measured["known_classes"].items())
+    for spec, measured in record["measures"].unknown.items():
+        if measured.known_classes:
+            classes = some_of(f"{name} ({count})" for name, count in measured.known_classes.items())
             found.append(f"Images of known classes were left out of the unknown set '{spec}': {classes}.")
-        if measured["copies"]:
+        if measured.copies:
             found.append(
-                f"{measured['copies']} images of the unknown set '{spec}' look to the model like known images: nothing "
+                f"{measured.copies} images of the unknown set '{spec}' look to the model like known images: nothing "
                 "can tell an image from itself."
             )
     copies = record.get("copies", 0)
@@ -264,14 +335,14 @@ def judged(immunity: Immunity, features: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure(
     immunity: Immunity, text: Tensor, logit_scale: float, held: Features | None, unknown: Mapping[str, Features]
-) -> dict[str, Any]:
+) -> Measures:
     """Return the numbers of a run's record; unknown images that are of a known class (a label from 0) do not count.
 
     Before: the zero-shot head on class texts, with the largest softmax probability (MCM) as its detection score. After:
     classes by the nearest prototype; a right answer "accepted" is one that is not rejected either.
     """
     if held is None:
-        return {}
+        return Measures()
     known = held.labels >= 0
     features, labels = held.features[known], held.labels[known]
     logits = logit_scale * features @ text.T
@@ -279,19 +350,8 @@ def measure(
     before, after = (logits.argmax(dim=1) == labels).tolist(), (predicted == labels).tolist()
     accepted = acceptance > 0
     count = len(before)
-    found: dict[str, Any] = {
-        "accuracy_before": rate(sum(before), count).model_dump(),
-        "accuracy_after": rate(sum(after), count).model_dump(),
-        "paired": mcnemar_exact(before, after).model_dump(),
-        "accepted_right": rate(int((accepted & (predicted == labels)).sum()), count).model_dump(),
-        "rejected": rate(int((~accepted).sum()), count).model_dump(),
-        "rejected_right": rate(
-            int((~accepted & (predicted == labels)).sum()), int((predicted == labels).sum())
-        ).model_dump(),
-        "unknown": {},
-    }
     groups = [group for group, wanted in zip(held.groups, known.tolist(), strict=True) if wanted]
-    confidence = logits.softmax(dim=1).amax(dim=1)
+    confidence, sets = logits.softmax(dim=1).amax(dim=1), {}
     for spec, whole in unknown.items():
         other = whole.rows((whole.labels < 0).nonzero().flatten())
         if not other.ids:
@@ -299,17 +359,26 @@ def measure(
         rival = (logit_scale * other.features @ text.T).softmax(dim=1).amax(dim=1)
         _, theirs = judged(immunity, other.features)
         interval = partial(auroc_interval, known_groups=groups, unknown_groups=other.groups)
-        found["unknown"][spec] = {
-            "images": len(other.ids),
-            "auroc_mcm": asdict(interval(confidence.double().numpy(), rival.double().numpy())),
-            "auroc": asdict(interval(acceptance.double().numpy(), theirs.double().numpy())),
-            "accepted": rate(int((theirs > 0).sum()), len(theirs)).model_dump(),
-            "rejected": rate(int((theirs <= 0).sum()), len(theirs)).model_dump(),
-            "known_classes": {
+        sets[spec] = Unknown(
+            images=len(other.ids),
+            auroc_mcm=interval(confidence.double().numpy(), rival.double().numpy()),
+            auroc=interval(acceptance.double().numpy(), theirs.double().numpy()),
+            accepted=rate(int((theirs > 0).sum()), len(theirs)),
+            rejected=rate(int((theirs <= 0).sum()), len(theirs)),
+            known_classes={
                 immunity.class_names[label]: count
                 for label, count in sorted(Counter(whole.labels.tolist()).items())
                 if label >= 0
             },
-            "copies": copies(other.features, held.features),
-        }
-    return found
+            copies=copies(other.features, held.features),
+        )
+    right = predicted == labels
+    return Measures(
+        accuracy_before=rate(sum(before), count),
+        accuracy_after=rate(sum(after), count),
+        paired=mcnemar_exact(before, after),
+        accepted_right=rate(int((accepted & right).sum()), count),
+        rejected=rate(int((~accepted).sum()), count),
+        rejected_right=rate(int((~accepted & right).sum()), int(right.sum())),
+        unknown=sets,
+    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from robustvlm.commands.immunize.record import NAME, ImmunizeSummary
+from robustvlm.commands.immunize.record import NAME, Added, ImmunizeSummary, Measures
 from robustvlm.errors import UserError
 from robustvlm.report.charts import loss_curves
 from robustvlm.report.sections import (
@@ -38,56 +38,37 @@ from robustvlm.stats import Rate
 
 # What an immunised model does, in plain words: terminal and report say the same things with these
 
-Record = Mapping[str, Any]
 
-
-def verdict(record: Record) -> str:
+def verdict(measures: Measures) -> str:
     """Say which share of unknown images the model rejects, and of known ones, at the thresholds it is deployed with."""
-    measures = record["measures"]
-    if not measures:
+    if measures.rejected is None:
         return "Made from texts alone: how many images of either kind it rejects has not been measured."
-    unknown = [f"{_rate(rejected_of(found))} of {plain(spec, 60)}" for spec, found in measures["unknown"].items()]
+    unknown = [f"{_rate(found.share_rejected)} of {plain(spec, 60)}" for spec, found in measures.unknown.items()]
     if unknown:
         first = f"Of unknown images the model rejects, at its own thresholds, {'; '.join(unknown)}."
     else:
         first = "How many unknown images the model rejects has not been measured: pass --ood DATA."
     return (
-        f"{first} Of the known ones it wrongly refuses {_rate(Rate(**measures['rejected']))}: held-out images, which "
+        f"{first} Of the known ones it wrongly refuses {_rate(measures.rejected)}: held-out images, which "
         "set the thresholds too, so expect more elsewhere."
     )
 
 
-def tone(record: Record) -> str:
+def tone(measures: Measures, notes: Sequence[str]) -> Literal["held", "", "neutral"]:
     """Return the colour class of the verdict: "held" (green), "" (red) or "neutral".
 
     Red: less than half of the unknown images of some set are rejected. Green: at least nine tenths of every set are, by
     the lower end of the interval, and no more than a tenth of the known ones refused. Without unknown images neither.
     """
-    measures = record["measures"]
-    if not measures or not measures["unknown"]:
+    refused = measures.rejected
+    if refused is None or not measures.unknown:
         return "neutral"
-    rates = [rejected_of(found) for found in measures["unknown"].values()]
+    rates = [found.share_rejected for found in measures.unknown.values()]
     if any(rate.value is None or rate.value < 0.5 for rate in rates):
         return ""
-    refused = Rate(**measures["rejected"])
-    oracle = any(note.startswith("Oracle") for note in record["notes"])
+    oracle = any(note.startswith("Oracle") for note in notes)
     good = all(rate.low >= 0.9 for rate in rates) and refused.value is not None and refused.value <= 0.1
     return "held" if good and not oracle else "neutral"
-
-
-def rejected_of(found: Mapping[str, Any]) -> Rate:
-    """Return the share of unknown images rejected, of a record that may be of the time when the accepted were kept."""
-    if "rejected" in found:
-        return Rate(**found["rejected"])
-    accepted = Rate(**found["accepted"])
-    share = None if accepted.value is None else 1 - accepted.value
-    return Rate(
-        successes=accepted.total - accepted.successes,
-        total=accepted.total,
-        value=share,
-        low=1 - accepted.high,
-        high=1 - accepted.low,
-    )
 
 
 def _rate(found: Rate) -> str:
@@ -106,7 +87,6 @@ _KNOWN = (
     ("Right and accepted", "accepted_right", True),
     ("Known images wrongly refused", "rejected", False),
 )
-_AFTER = (("right and accepted", "accepted_right"), ("wrongly refused", "rejected"))
 _AUROC = (
     "AUROC against the held-out known images, with 95% intervals: of the largest softmax probability before (MCM), and "
     "of the score less its threshold after. Rejected: at the thresholds of this model."
@@ -126,8 +106,9 @@ def immunize_report(run: FinishedRun[ImmunizeSummary]) -> Report:
     """
     record, antibodies = run.summary.model_dump(), Code(run.manifest["config"]["antibodies"], limit=60)
     try:
-        sections = [*_added(record), _made(record), *_measures(record["measures"]), _classes(record), _kept(record)]
-        verdicts = [Verdict([verdict(record)], tone=tone(record))]
+        measures = run.summary.measures
+        sections = [*_added(run.summary.added), _made(record), *_measures(measures), _classes(record), _kept(record)]
+        verdicts = [Verdict([verdict(measures)], tone=tone(measures, run.summary.notes))]
         if record["notes"]:
             verdicts.append(Verdict([plain(note, 400) for note in record["notes"]]))
         return Report(
@@ -136,7 +117,7 @@ def immunize_report(run: FinishedRun[ImmunizeSummary]) -> Report:
             kicker="Immunised model",
             facts=facts_line(run.manifest, ", antibodies from ", antibodies),
             verdicts=verdicts,
-            cards=_cards(record["measures"]),
+            cards=_cards(measures),
             sections=[*sections, manifest_section(run.manifest)],
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -148,16 +129,16 @@ def immunize_closing(run: FinishedRun[ImmunizeSummary]) -> Closing:
     return Closing({"Model": run.folder, "Report": run.report})
 
 
-def _added(record: dict[str, Any]) -> list[Section]:
+def _added(added: Added | None) -> list[Section]:
     """Return what a class that was added did to the others."""
-    if record.get("added") is None:
+    if added is None:
         return []
-    added, others = record["added"], record["added"]["others"]
+    others = added.others
     said = (
-        f". Of {others['total']} held-out images of the other classes, {others['only_first']} were right before and "
-        f"are wrong now, {others['only_second']} the other way round (McNemar p = {others['p_value']:.3g})."
+        f". Of {others.total} held-out images of the other classes, {others.only_first} were right before and "
+        f"are wrong now, {others.only_second} the other way round (McNemar p = {others.p_value:.3g})."
     )
-    line: list[Inline] = [Name(added["name"]), " was added to ", Code(added["to"]), said]
+    line: list[Inline] = [Name(added.name), " was added to ", Code(added.to), said]
     return [Section("The class that was added", [Text(line)])]
 
 
@@ -173,33 +154,30 @@ def _made(record: dict[str, Any]) -> Section:
     return Section("How it was made", blocks, key="facts", short="Facts")
 
 
-def _measures(measures: dict[str, Any]) -> list[Section]:
+def _measures(measures: Measures) -> list[Section]:
     """Return what was measured on known images, on the page in cards, and on every set of unknown ones."""
-    if not measures:
+    if measures.accuracy_after is None:
         return []
-    found = {key: Measure.of(Rate(**measures[key])) for _, key, _ in _KNOWN if key in measures}
-    rows: list[Row] = [("accuracy", found["accuracy_before"], found["accuracy_after"])]
-    rows += [(what, "", found[key]) for what, key in _AFTER if key in found]
+    before, after = (Measure.of(found) for found in (measures.accuracy_before, measures.accuracy_after))
+    rows: list[Row] = [("accuracy", before, after)]
+    later = (("right and accepted", measures.accepted_right), ("wrongly refused", measures.rejected))
+    rows += [(what, "", Measure.of(found)) for what, found in later if found is not None]
     columns = [Column("Measure"), Column("Before"), Column("After")]
     known: list[Block] = [Table(columns, rows, title="Known images, held out", only="terminal")]
-    if not measures.get("unknown"):
+    if not measures.unknown:
         return [Section("", known)]
     columns = [Column("Data"), *numbers("Images"), *map(Column, ("AUROC before", "AUROC after", "Rejected"))]
     sets: list[Row] = [
         (
             Name(spec),
-            f"{found['images']:,}",
-            *(_auroc(found[key]) for key in ("auroc_mcm", "auroc")),
-            Measure.of(rejected_of(found)),
+            f"{found.images:,}",
+            *(Measure.between(auroc.value, auroc.low, auroc.high) for auroc in (found.auroc_mcm, found.auroc)),
+            Measure.of(found.share_rejected),
         )
-        for spec, found in measures["unknown"].items()
+        for spec, found in measures.unknown.items()
     ]
     blocks = [*known, Text(_AUROC, kind="lead"), Table(columns, sets)]
     return [Section("Unknown images", blocks, key="unknown", short="Unknown images")]
-
-
-def _auroc(found: dict[str, Any]) -> Measure:
-    return Measure.between(found["value"], found["low"], found["high"])
 
 
 def _classes(record: dict[str, Any]) -> Section:
@@ -238,13 +216,12 @@ def _kept(record: dict[str, Any]) -> Section:
     return Section("Antibodies", blocks, key="antibodies", short="Antibodies")
 
 
-def _cards(measures: dict[str, Any]) -> list[Card]:
-    cards = [
-        Card(what, Rate(**measures[key]), "held-out images", good=good) for what, key, good in _KNOWN if key in measures
-    ]
+def _cards(measures: Measures) -> list[Card]:
+    known = [(what, getattr(measures, key), good) for what, key, good in _KNOWN]
+    cards = [Card(what, found, "held-out images", good=good) for what, found, good in known if found is not None]
     return cards + [
-        Card(f"Unknown images rejected, {plain(spec, 40)}", rejected_of(found), "images", good=True)
-        for spec, found in measures.get("unknown", {}).items()
+        Card(f"Unknown images rejected, {plain(spec, 40)}", found.share_rejected, "images", good=True)
+        for spec, found in measures.unknown.items()
     ]
 
 

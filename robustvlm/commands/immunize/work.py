@@ -31,6 +31,7 @@ from robustvlm.commands.immunize.images import (
 from robustvlm.commands.immunize.record import (
     NAME,
     ImmunizeSummary,
+    Measures,
     Record,
     measure,
     read_run,
@@ -207,7 +208,7 @@ class ImmunizeWork:
         prototypes = text_prototypes(text)
         made = self._antibodies(prototypes, text, session.observer)
         immunity = text_only(self.source.class_names, text, made.antibodies)
-        record = self._common(immunity, prototypes, made, None) | {"measures": {}}
+        record = self._common(immunity, prototypes, made, None) | {"measures": Measures()}
         return immunity, record | {"notes": facts.notes_of(record, self.settings)}
 
     def _told_of_noise(self, immunity: Immunity, observer: Observer) -> Immunity:

@@ -1,16 +1,180 @@
-"""What finished rows say of the run itself: signs that a number should not be believed, and a second opinion."""
+"""May a run's numbers be believed: questions to the model before the attacks, extra ones after, and what rows show."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from robustvlm.attacks import FAILED, FOOLED, ROBUST, LaneAttack, ThreatModel
+import torch
+from torch import Tensor
+
+from robustvlm.attacks import FAILED, FOOLED, ROBUST, Goal, Job, LaneAttack, Probe, ThreatModel
+from robustvlm.attacks.catalog import Attack
 from robustvlm.attacks.external.spec import VERSIONS, ExternalAttack
-from robustvlm.commands.attack.store import AttackFact, CleanFact
+from robustvlm.attacks.goals import Case, FeatureGoal
+from robustvlm.attacks.honesty import MOST_IMAGES, inspect_model
+from robustvlm.attacks.tensors import ask_unperturbed, brief, needs_briefing
+from robustvlm.commands.attack import AttackPlan
+from robustvlm.commands.attack.cost import BudgetSpent, MeteredOracle, Work
+from robustvlm.commands.attack.effort import FEWEST_ROBUST, JUDGED_POINTS, NAMES, Diagnosis, choose_sample, short_attack
+from robustvlm.commands.attack.goal import Aim
+from robustvlm.commands.attack.store import AttackFact, CleanFact, Ledger
 from robustvlm.commands.attack.verdicts import NO_ANSWER
+from robustvlm.commands.common.inputs import Images, Picture
+from robustvlm.commands.common.questions import SANITY_NAMES, fit_for, of_sanity
+from robustvlm.data.source import UNKNOWN
+from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED, list_models
 from robustvlm.runs.records import Check
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import mcnemar_exact, rate
+
+# What a run does besides its attacks to be believed: questions before them, and extra attacks after them
+
+_EXTRA = "extra attacks"
+STAND_INS = "gradient stand-ins"
+"""The note that names parts of the model which are declared to have no gradient of their own."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The checks that one run makes of its model and of its attacks; what an earlier session found is not asked again.
+
+    Args:
+        plan: whose `checks` says which; oracle, aim, images: what is attacked, for what.
+        ledger, observer: told what is found; attacks: the run's, in order.
+        n_targets: how many classes worth aiming at are noted for each image.
+    """
+
+    plan: AttackPlan
+    oracle: MeteredOracle
+    aim: Aim
+    images: Images
+    ledger: Ledger
+    observer: Observer
+    attacks: Sequence[Attack]
+    n_targets: int
+
+    @property
+    def _known(self) -> set[str]:
+        return {check.name for check in self.ledger.checks}
+
+    @property
+    def _threats(self) -> list[ThreatModel]:
+        return [ThreatModel(self.plan.norm, eps) for _, eps in self.plan.radii]
+
+    def questions(self, images: Tensor, label: Tensor, found: Probe) -> list[Check]:
+        """Return what a few passes over the first images [B, 3, H, W] with labels [B] say of the model's honesty."""
+        if self.plan.checks == "none" or self._known & set(SANITY_NAMES):
+            return []
+        goal, most = self.aim.goals[0], min(MOST_IMAGES, found.rungs[0])
+        images, label = images[:most], label[:most]
+        if self.aim.unknown:
+            label = torch.full_like(label, UNKNOWN)
+        seen = ask_unperturbed(self.oracle, goal, images, label)
+        sanity = inspect_model(
+            self.oracle,
+            images,
+            goal,
+            Case(label, reference=seen.reference),
+            self._threats[0],
+            random=found.random,
+            classes=None if isinstance(goal, FeatureGoal) else len(self.images.source.class_names),
+        )
+        attacks = [attack for attack in self.attacks if isinstance(attack, LaneAttack)]
+        declared = any(note.name == STAND_INS for note in self.aim.notes)
+        return of_sanity(sanity, attacks=attacks, zero_gradients=found.zero_gradients, declared=declared)
+
+    def extra_work(self, planned: Sequence[Work]) -> list[Work]:
+        """Return what the extra attacks will cost at most, as work on images that are `planned` to be attacked."""
+        if self.plan.checks != "full" or _EXTRA in self._known:
+            return []
+        names = dict.fromkeys(name for stage in planned for name in stage.images)
+        goal = self.aim.goals[0].spec
+        names = names or dict.fromkeys((goal, fact.image_id) for fact in self.ledger.clean.values() if fact.exposed)
+        sample, attack = list(names)[:MOST_IMAGES], short_attack(self.attacks)
+        # Points that are judged and not attacked count as attacks of as many passes.
+        judged = math.ceil(JUDGED_POINTS * self.oracle.draws / (2 * (attack.n_iter + 1) * self.oracle.eot))
+        longer = dataclasses.replace(attack, n_iter=2 * attack.n_iter)
+        return [Work(longer, sample)] + [Work(attack, sample)] * (3 + judged)
+
+    def extra(self, found: Probe) -> None:
+        """Attack a sample of the run's images anew, at most `PASSES_PER_IMAGE` passes each, and record what it says."""
+        oracle, goal, known = self.oracle, self.aim.goals[0], self._known
+        if self.plan.checks != "full" or _EXTRA in known:
+            return
+        threat, held, fell = _doubtful(self.ledger, goal, self._threats)
+        if threat is None:
+            self._note(
+                f"Not made: fewer than {FEWEST_ROBUST} images withstood the attacks, so there is nothing to doubt."
+            )
+            return
+        jobs = _sample(self.ledger, self.images, choose_sample(held, fell, self.plan.seed))
+        if needs_briefing(goal):
+            jobs = [job for job, _ in brief(jobs, oracle, goal, found.rungs, self.n_targets)]
+        if not jobs:  # the files are gone since
+            return
+        self.observer.begin("checks", len(NAMES), len(known & set(NAMES)))
+        before = oracle.passes.forward + oracle.passes.backward
+        attack = fit_for(short_attack(self.attacks), found)
+        told = self.observer.passed
+        diagnosis = Diagnosis(oracle, goal, attack, threat, jobs, found.rungs, self.plan.seed, on_pass=told)
+        try:
+            for check in diagnosis.checks(known):
+                self.ledger.add_checks([check])
+                self.observer.advance()
+        except BudgetSpent:
+            self._note("Not finished: the budget was spent.")
+            return
+        spent = oracle.passes.forward + oracle.passes.backward - before
+        said = f"{len(jobs)} images were attacked anew at eps {threat.eps:.4g}, in {spent:,} passes of this session."
+        self._note(said, "ok")
+
+    def _note(self, message: str, level: Literal["note", "ok"] = "note") -> None:
+        self.ledger.add_checks([Check(name=_EXTRA, level=level, message=message)])
+
+
+def _doubtful(
+    ledger: Ledger, goal: Goal, threats: Collection[ThreatModel]
+) -> tuple[ThreatModel | None, list[str], list[str]]:
+    """Return the largest ball in which images withstood all attacks, with their ids, and those of fallen images."""
+    exposed = {fact.index: fact.image_id for fact in ledger.clean.values() if fact.exposed}
+    for threat in sorted(threats, key=lambda ball: ball.eps, reverse=True):
+        facts = [fact for fact in ledger.found.values() if fact.goal == goal.spec and fact.eps <= threat.eps]
+        fell = {fact.index for fact in facts if fact.outcome == FOOLED}
+        held = {fact.index for fact in facts if fact.eps == threat.eps and fact.outcome == ROBUST} - fell
+        if len(held) >= FEWEST_ROBUST:
+            return threat, [exposed[i] for i in held if i in exposed], [exposed[i] for i in fell if i in exposed]
+    return None, [], []
+
+
+def _sample(ledger: Ledger, images: Images, names: Sequence[str]) -> list[Job]:
+    """Return the jobs of the images of these ids, in the order of the source."""
+    facts = {fact.image_id: fact for fact in ledger.clean.values()}
+    jobs: dict[str, Job] = {}
+    for item in images.stream(lambda name: name in names):
+        if isinstance(item, Picture) and item.id in names and item.id not in jobs:
+            fact = facts[item.id]
+            jobs[item.id] = Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
+    return list(jobs.values())
+
+
+def published(spec: str) -> bool:
+    """Whether a spec names weights that are known to be published without adversarial training.
+
+    Example:
+        >>> published("tiny"), published("ViT-B/32/openai"), published("tiny+smooth:0.25")
+        (True, True, False)
+    """
+    if spec in BUNDLED:
+        return spec not in ADVERSARIALLY_TRAINED
+    name, slash, tag = spec.rpartition("/")
+    plain = f"{name.replace('/', '-')}/{tag}"
+    return bool(slash) and "+" not in spec and any(model.spec == plain for model in list_models())
+
 
 # What the finished rows show
 
