@@ -1,8 +1,6 @@
-# ruff: noqa: E501
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
-from types import ModuleType
 
 from robustvlm.attacks.base import ATTACKS as ATTACKS
 from robustvlm.attacks.perturb import AutoAttack as AutoAttack

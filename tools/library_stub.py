@@ -23,11 +23,9 @@ from robustvlm.core.callable_module import CallableModule
 FACE = Path(__file__).parents[1] / "robustvlm" / "__init__.pyi"
 _WIDTH = 112  # of a docstring's lines, which are indented below
 _HEAD = '''\
-# ruff: noqa: E501
 """Made by tools/library_stub.py: the names of the library with their types."""
 
 from pathlib import Path
-from types import ModuleType
 '''
 
 
