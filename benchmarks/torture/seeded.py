@@ -19,6 +19,7 @@ _BASE = {
     "attack": READS["attack"],
     "evaluate": f"{READS['evaluate']} --limit 4",
     "data": "data emoji --limit 4",
+    "predict": "predict tiny --data emoji --limit 4",
     "certify": BY_NAME["certify"].line,
     "detect": BY_NAME["detect"].line,
     "finetune": BY_NAME["finetune"].line,
@@ -136,17 +137,19 @@ _FILES = (
 
 def options(draws: random.Random) -> Iterator[Bad]:
     """Yield options of every command with values of the wrong kind."""
-    from robustvlm.cli import main as program
+    from robustvlm.cli.main import app
 
+    functions = {str(info.name).replace("-", "_"): info.callback for info in app.registered_commands}
     while True:
         if draws.random() < 0.2:
             command, value = draws.choice(sorted(_SPEC)), draws.choice(_SPECS)
             yield Bad("spec", f"{command} {value[:40]!r}", _SPEC[command].format(shlex.quote(value)), wrong=True)
             continue
         command = draws.choice(sorted(_BASE))
-        function = getattr(program, command)
+        function = functions[command]
+        assert function is not None
         hints = typing.get_type_hints(function)
-        name = draws.choice([name for name in inspect.signature(function).parameters if name in hints])
+        name = draws.choice([name for name in inspect.signature(function).parameters if name != "no_code"])
         option, found = _spelled(function, name), _value(hints[name], name, draws)
         if option is not None and found is not None:
             line = f"{_BASE[command]} {option}={shlex.quote(found[0])}"
