@@ -149,7 +149,7 @@ def test_markup_in_names_is_text_and_never_a_crash(capsys: pytest.CaptureFixture
 
 WHERE = {
     "data": "robustvlm.data.open_data",
-    "evaluate": "robustvlm.data.open_data",
+    "evaluate": "robustvlm.commands.evaluate.work.open_data",
     "attack": "robustvlm.commands.attack.work.open_work",
     "certify": "robustvlm.commands.certify.work.open_work",
     "report": "robustvlm.runs.read.find_run",
