@@ -218,7 +218,7 @@ def _expected(spec: str, made: object) -> Detector:
 
 
 def own_detector(spec: str, make: Callable[[Supplies], object], supplies: Supplies) -> Detector:
-    """Return the detector of a user's function, after a trial on the class vectors; fitted where it learns from images.
+    """Return the detector of a user's function, after a trial on a few vectors; fitted where it learns from images.
 
     Raises:
         UserError: it fails, is no detector, or does not give one number for each row by that row alone.
@@ -226,7 +226,10 @@ def own_detector(spec: str, make: Callable[[Supplies], object], supplies: Suppli
     made = _expected(spec, registry.call(spec, make, "a detector", supplies))
     if isinstance(made, FittedDetector) and supplies.features is not None and supplies.labels is not None:
         made = _expected(spec, registry.call(spec, made.fit_features, "it", supplies.features, supplies.labels))
-    rows = supplies.head.class_embeddings
+    known = supplies.head.class_embeddings
+    # Vectors between the classes, each nearer to them than the one before: their scores differ, as those of classes may not.
+    share = torch.linspace(0.1, 0.9, 6).to(known)[:, None]
+    rows = torch.nn.functional.normalize(known[:1] * share + known[1:2] * (1 - share) ** 2, dim=1)
     with torch.no_grad(), no_exit(f"the score '{spec}'"):
         both = registry.call(spec, made.score, "scores", rows)
         one = registry.call(spec, made.score, "scores", rows[:1])

@@ -39,7 +39,7 @@ def test_an_interrupted_run_ends_with_the_same_images(make_folder: MakeFolder) -
 def test_a_second_opinion_goes_over_what_ours_left(make_folder: MakeFolder) -> None:
     run = prepared(make_folder(), attack="apgd-ce:steps=10", second_opinion="torchattacks:FGSM", eps="1/255")
     summary = run.run()
-    assert run.config.attack == ["apgd-ce:steps=10", "torchattacks:FGSM"]
+    assert run.manifest["config"]["attack"] == ["apgd-ce:steps=10", "torchattacks:FGSM"]
     ours, theirs = summary.per_eps[0].per_attack
     assert theirs.attacked == ours.attacked - ours.fooled > 0
     (check,) = [check for check in summary.checks if check.name == "second opinion"]
