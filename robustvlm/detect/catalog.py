@@ -227,7 +227,7 @@ def own_detector(spec: str, make: Callable[[Supplies], object], supplies: Suppli
     if isinstance(made, FittedDetector) and supplies.features is not None and supplies.labels is not None:
         made = _expected(spec, registry.call(spec, made.fit_features, "it", supplies.features, supplies.labels))
     known = supplies.head.class_embeddings
-    # Vectors between the classes, each nearer to them than the one before: their scores differ, as those of classes may not.
+    # Vectors between two classes, at all distances: their scores differ, as those of the class vectors may not.
     share = torch.linspace(0.1, 0.9, 6).to(known)[:, None]
     rows = torch.nn.functional.normalize(known[:1] * share + known[1:2] * (1 - share) ** 2, dim=1)
     with torch.no_grad(), no_exit(f"the score '{spec}'"):
