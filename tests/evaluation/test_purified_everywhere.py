@@ -66,7 +66,7 @@ def test_certify_takes_the_noise_of_the_pipeline(pipeline: tuple[Path, str], out
     assert isinstance(smoothed, SmoothedVLM)
     noisy = torch.from_numpy(probe_pixels(smoothed.image_size))
     assert torch.equal(smoothed.encode_noisy(noisy), behind.encode_image(noisy)), "the same function of noisy images"
-    with pytest.raises(Ended, match=r"smoothed with noise of 0.25, and --sigma says 0.5"):
+    with pytest.raises(Ended, match=r"smoothed with noise of 0.25, and sigma says 0.5"):
         command("certify", model, "--sigma", 0.5, *shared)
     with pytest.raises(Ended, match="smoothed twice"):
         command("certify", f"{model}+smooth:0.25", *shared)
