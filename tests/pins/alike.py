@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -38,6 +39,8 @@ def _content(path: Path) -> Any:
         return [row | {key: json.loads(row[key]) for key in ("certificate",) if key in row} for row in rows]
     if path.suffix == ".safetensors":
         return {key: value.float().flatten().tolist() for key, value in load_file(path).items()}
+    if path.suffix == ".gz":  # the head of the file names the system in some releases of Python and not in others
+        return gzip.decompress(path.read_bytes())
     return path.read_bytes()
 
 
