@@ -58,3 +58,31 @@ def test_editors_and_type_checkers_read_the_same() -> None:
     spec.loader.exec_module(module)
     kept = module.FACE.read_text(encoding="utf-8")
     assert "".join(kept.split()) == "".join(module.stub().split()), "renew it: python tools/library_stub.py"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: rv.attack("tiny", estimate=True), "'estimate' is for the command line"),
+        (lambda: rv.detect("tiny", fail_if=["auroc:mcm>0"]), "'fail_if' is for the command line"),
+        (lambda: rv.evaluate("tiny", as_json=True), "'as_json' is for the command line"),
+        (lambda: rv.attack("tiny", fresh=True, resume=True), "contradict each other"),
+        (lambda: rv.soup("tiny"), "at least 2 models, got 1"),
+        (lambda: rv.predict(3, data="emoji"), "model must be a spec or what load_classifier returns, got a int"),
+    ],
+)
+def test_what_a_caller_cannot_mean_is_refused(call: Any, said: str) -> None:
+    with pytest.raises(rv.UserError, match=said) as caught:
+        call()
+    assert "--" not in str(caught.value)
+
+
+def test_an_abstaining_prediction_needs_copies_that_do_not_change_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustvlm.defenses.smoothing import SmoothedVLM
+
+    asked = {"data": "emoji", "limit": 1, "alpha": 0.1, "device": "cpu"}
+    assert len(rv.predict("tiny+smooth:0.05:8", **asked).classes) == 1
+    plain = SmoothedVLM.encode_noisy
+    monkeypatch.setattr(SmoothedVLM, "encode_noisy", lambda self, noisy: plain(self, noisy - noisy.mean(0)))
+    with pytest.raises(rv.UserError, match="alpha needs independent draws"):
+        rv.predict("tiny+smooth:0.05:8", **asked)

@@ -196,6 +196,7 @@ class Command:
             observer: told of the progress.
             options: by the names of the settings, and `fresh=True` to start over.
         """
+        self.settings.require_for_callers(options)
         if options.get("fresh") and "fresh" not in self.settings.model_fields:
             options["resume"] = False
         if "fresh" not in self.settings.model_fields:

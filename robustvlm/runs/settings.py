@@ -153,6 +153,19 @@ class Settings(BaseModel):
             extra = field.json_schema_extra
             yield name, field, extra["option"] if isinstance(extra, dict) else Option()  # type: ignore[misc]
 
+    @classmethod
+    def require_for_callers(cls, given: Mapping[str, Any]) -> None:
+        """Refuse what a caller of the library gives and only the command line acts on, and contradictions.
+
+        Raises:
+            UserError: an option such as `estimate` or `fail_if`; `fresh` with `resume`.
+        """
+        only = [name for name, _, about in cls.options() if about.place == "terminal" and given.get(name)]
+        if only:
+            raise UserError(f"'{only[0]}' is for the command line: leave it out, and look at the run that is returned")
+        if given.get("fresh") and given.get("resume"):
+            raise UserError("fresh and resume contradict each other: give one of them")
+
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run, for the manifest and the default name; `resolved` are values settled later.
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from robustvlm.commands.predict.rows import (
@@ -162,7 +163,7 @@ def test_the_table_keeps_to_80_columns(rows: list[Prediction]) -> None:
         counts.add(row)
     show(Console(file=stream, width=80), [table_of(rows, ABOUT), verdict_of(counts, ABOUT)])
     lines = stream.getvalue().split("\n")
-    assert max(map(len, lines)) <= 80
+    assert max(map(cell_len, lines)) <= 80
     assert not STEERING.search(stream.getvalue())
     assert f"{len(rows)} image{'s' * (len(rows) > 1)}: {counts.status[ANSWERED]} answered" in stream.getvalue()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from robustvlm.errors import arguments_named
 from robustvlm.runs.run import Command, mirrors
 from robustvlm.runs.settings import (
     CLASSES,
@@ -54,4 +55,6 @@ def evaluate(model: str = "tiny", *, observer: Observer | None = None, **options
     """
     from robustvlm.commands.evaluate.work import measure
 
-    return measure(EvaluateSettings(model=model, **options), observer)
+    EvaluateSettings.require_for_callers(options)
+    with arguments_named():
+        return measure(EvaluateSettings(model=model, **options), observer)

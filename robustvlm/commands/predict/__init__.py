@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from robustvlm.errors import BadSetting, UserError, nearest, setting
+from robustvlm.errors import BadSetting, UserError, arguments_named, nearest, setting
 from robustvlm.runs.run import Command
 from robustvlm.runs.settings import CLASSES, DEVICE, TEMPLATES, Settings, argument, option, shown_as, way
 
@@ -117,8 +117,12 @@ def predict(
     elif classes is not None:
         names = tuple(classes)
     given = {name: value for name, value in options.items() if value is not None}
-    spec = model if isinstance(model, str) else getattr(model, "spec", "")
-    settings = PredictSettings(model=spec, images=paths, classes=file, **given)
-    if settings.to is None and settings.format not in (None, "table"):
-        raise UserError(f"{setting('format')} is for a file: pass {setting('to', 'FILE')} as well")
-    return predictions(settings, None if isinstance(model, str) else model, names)
+    spec = model if isinstance(model, str) else getattr(model, "spec", None)
+    if not isinstance(spec, str):
+        raise UserError(f"model must be a spec or what load_classifier returns, got a {type(model).__name__}")
+    PredictSettings.require_for_callers({name: value for name, value in given.items() if name != "strict"})
+    with arguments_named():
+        settings = PredictSettings(model=spec, images=paths, classes=file, **given)
+        if settings.to is None and settings.format not in (None, "table"):
+            raise UserError(f"{setting('format')} is for a file: pass {setting('to', 'FILE')} as well")
+        return predictions(settings, None if isinstance(model, str) else model, names)

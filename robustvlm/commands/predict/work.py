@@ -155,6 +155,22 @@ class Work:
         # A model on the CPU leaves no core idle to read ahead.
         self.ahead = 0 if self.classifier.device.type == "cpu" else 2 * settings.batch_size
         self._random, self._coupled = (True, False) if self._smoothed is not None else self._noticed()
+        if settings.alpha is not None:
+            self._require_independent_draws()
+
+    def _require_independent_draws(self) -> None:
+        """Refuse to abstain at an error probability where the noisy copies of an image change each other in a batch."""
+        assert self._smoothed is not None
+        size = self._smoothed.image_size
+        rows = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.classifier.device)
+        with torch.no_grad():
+            together = self._smoothed.encode_noisy(rows)
+            alone = torch.cat([self._smoothed.encode_noisy(row[None]) for row in rows])
+        if (together - alone).abs().max() > _NOTICED:
+            raise UserError(
+                f"{setting('alpha')} needs independent draws, and what the encoder says of one image depends on the "
+                "others of its batch: take out what works across the batch, such as batch statistics"
+            )
 
     @cached_property
     def about(self) -> About:

@@ -75,4 +75,4 @@ def soup(models: Sequence[str], **options: Any) -> FinishedRun[Soup]:
         >>> soup(["tiny", "tiny"], out=tempfile.mkdtemp()).summary.method
         'uniform'
     """
-    return SOUP.start(models=list(models), **options)
+    return SOUP.start(models=[models] if isinstance(models, str) else list(models), **options)
