@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.core.files import is_temporary, kind_of, named_disk_errors, open_own, read_json, write_text
-from robustvlm.core.ranks import Ranks
 from robustvlm.errors import UserError
 from robustvlm.runs.manifest import FILES, Manifest, read_manifest, require_same, sealed
 from robustvlm.text import secrets_cut, without_secrets
@@ -234,29 +233,3 @@ class RunFolder:
                     f"another process is working on the run in '{self.path}': wait for it, or choose another --name"
                 ) from None
             yield
-
-
-# A run folder held by one process, or by several at once under `torchrun`
-
-
-@contextmanager
-def opened_by_all(
-    folder: RunFolder, manifest: Manifest, ranks: Ranks, *, fresh: bool, resume: bool
-) -> Iterator[Manifest]:
-    """Hold the folder's lock, on rank 0, while all processes work on it; tell the others when this one fails.
-
-    Yields the manifest on disk, which is an older one when the run is continued.
-    """
-    try:
-        if ranks.leader:
-            with folder.opened(manifest, fresh=fresh, resume=resume) as known:
-                ranks.barrier()
-                yield known
-                ranks.barrier()
-        else:
-            ranks.barrier()
-            yield folder.joined(manifest)
-            ranks.barrier()
-    except BaseException as error:
-        ranks.fail(str(error) or "interrupted")
-        raise
