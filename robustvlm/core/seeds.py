@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +27,14 @@ def derive_seed(*parts: int | str) -> int:
     text = "".join(f"{type(part).__name__}:{len(str(part))}:{part};" for part in parts)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+@contextlib.contextmanager
+def own_draws(device: torch.device, seed: int) -> Iterator[None]:
+    """Let what draws from the global streams draw from a seed, and leave the draws of everything else as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def generator(*parts: int | str) -> torch.Generator:

@@ -187,6 +187,13 @@ class Settings(BaseModel):
             if getattr(self, name) not in (None, []):
                 raise UserError(f"{setting(name)} {why}")
 
+    def require_only(self, names: tuple[str, ...], why: str) -> None:
+        """Refuse options that were changed and would have no effect: all of the run's but those named."""
+        usual = type(self)()
+        for name, _, about in self.options():
+            if about.place == "config" and name not in names and getattr(self, name) != getattr(usual, name):
+                raise UserError(f"{setting(name)} {why}")
+
 
 def repeatable(field: FieldInfo) -> bool:
     """Whether an option takes several values."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ from robustvlm.commands.build import BuildSettings
 from robustvlm.commands.common.inputs import facts_of
 from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
-from robustvlm.defenses.assemble import PARTS, Recipe, build_pipeline
+from robustvlm.defenses.assemble import PARTS, Recipe, build_pipeline, read_parts_of
+from robustvlm.defenses.pipeline import load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.models import VLM
+from robustvlm.models.saved import CARD_NAME
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Checks, Closing, Code, Text
 from robustvlm.report.tables import finding
+from robustvlm.runs.manifest import CHECKSUMS
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 
 NAME = "summary.json"
@@ -51,9 +56,7 @@ class BuildWork:
     def run(self, session: Session) -> None:
         """Copy the parts, and write down what they are."""
         session.observer.begin("Copying the parts")
-        with session.results() as folder:
-            if (folder / PARTS).exists():
-                shutil.rmtree(folder / PARTS)
+        with _given_back(session.path), session.results() as folder:
             vlm, misfits = build_pipeline(self.recipe, folder, accept_misfits=self.accept_misfits, device=self.device)
             record = Pipeline(
                 name=session.folder.name,
@@ -64,11 +67,41 @@ class BuildWork:
             write_text(folder / NAME, record.model_dump_json(indent=2) + "\n")
 
 
+@contextmanager
+def _given_back(folder: Path) -> Iterator[None]:
+    """Put an earlier pipeline of the folder aside, and back if the new one cannot be made."""
+    aside = folder / ".before"
+    if aside.exists():  # of a session that was killed: whole, unless it had come to an end
+        if not (folder / CARD_NAME).exists():
+            _moved_back(aside, folder)
+        shutil.rmtree(aside)
+    aside.mkdir()
+    earlier = [name for name in (PARTS, CARD_NAME, NAME, CHECKSUMS) if (folder / name).exists()]
+    for name in earlier:
+        (folder / name).rename(aside / name)
+    try:
+        yield
+    except BaseException:
+        _moved_back(aside, folder)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _moved_back(aside: Path, folder: Path) -> None:
+    if (folder / PARTS).exists():
+        shutil.rmtree(folder / PARTS)
+    for path in aside.iterdir():
+        path.replace(folder / path.name)
+
+
 def open_work(settings: BuildSettings) -> BuildWork:
-    """Check the recipe; the parts are checked as they are put together."""
-    recipe = Recipe(settings.encoder, settings.purify, settings.smooth, settings.immunize)
+    """Check the recipe, its runs and its encoder; whether they fit is seen as they are put together."""
+    recipe, device = Recipe(settings.encoder, settings.purify, settings.smooth, settings.immunize), settings.device
+    read_parts_of(recipe)
+    load_pipeline(recipe.encoder, device=resolve_device(device))
     facts = Facts((recipe.encoder, ""), settings.stored(), {"spec": recipe.encoder}, named_by_config=True)
-    return BuildWork(facts, recipe, resolve_device(settings.device), settings.accept_misfits)
+    return BuildWork(facts, recipe, resolve_device(device), settings.accept_misfits)
 
 
 def _stages(recipe: Recipe, vlm: VLM) -> list[str]:

@@ -101,7 +101,9 @@ class CertifySettings(Settings):
             self.require_none(("audit_starts", "audit_steps"), f"is for {setting('audit', 'RUN')}")
             return self
         others = ("fail_if", "from_cache", "prompts", "name")
-        self.require_none(others, f"is not for {setting('audit')}: what is audited stands in the run")
+        why = f"is not for {setting('audit')}: what is audited stands in the run"
+        self.require_none(others, why)
+        self.require_only(("limit", "seed", "device"), why)
         for name in ("audit_starts", "audit_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -99,7 +99,7 @@ class DetectSettings(Settings):
         "Attacks of --under-attack; objectives do not matter, all climb the acceptance margin.",
     )
     norm: str = option("Linf", "Norm of the attacks: Linf or L2, in pixels scaled to [0, 1].")
-    eps: str | None = option(None, "Radius of the attacks [default: 2/255; L2: 0.5].")
+    eps: str | float | None = option(None, "Radius of the attacks [default: 2/255; L2: 0.5].", typed=str | None)
     attack_limit: int = option(64, "Images of each set that are attacked.", at_least=2, unit="images")
     lanes: int = option(64, "Images attacked side by side in one batch.", at_least=1)
     out: Path = OUT

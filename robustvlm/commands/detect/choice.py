@@ -82,7 +82,7 @@ def attacks_of(settings: DetectSettings) -> list[LaneAttack]:
 def threat_of(settings: DetectSettings) -> tuple[ThreatModel, str]:
     """Return the ball of the attacks, and its radius as it was written."""
     norm = parse_norm(settings.norm)
-    radii = parse_eps(settings.eps if settings.eps is not None else DEFAULT_EPS[norm])
+    radii = parse_eps(str(settings.eps) if settings.eps is not None else DEFAULT_EPS[norm])
     if len(radii) != 1:
         raise BadSetting("eps", "takes one radius here", got=f"'{settings.eps}'")
     return ThreatModel(norm, radii[0][1]), radii[0][0]

@@ -19,7 +19,7 @@ from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.object_graph import fingerprint
-from robustvlm.core.seeds import derive_seed
+from robustvlm.core.seeds import derive_seed, own_draws
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError, setting
@@ -107,7 +107,10 @@ class Answers:
                 try:
                     parts.append(self._filled(rest[:size], size))
                 except (RuntimeError, MemoryError) as error:
-                    self._sizes = narrower_after(error, self._sizes, self.classifier.device)
+                    tried = self._sizes
+                    self._sizes = narrower_after(error, tried, self.classifier.device)
+                    self._asked = self._sizes[0] in tried  # a size that was never tried is tried first
+                    self._try_out(pixels.shape[1:])
                     break
                 rest = rest[size:]
         return _stack([part[0] for part in parts]), _stack([part[1] for part in parts])
@@ -135,7 +138,7 @@ class Answers:
         while not self._asked and self._sizes[0] > 1:
             noise = torch.rand((self._sizes[0], *shape), generator=torch.Generator().manual_seed(0))
             try:
-                with own_draws(self.classifier, 0):
+                with own_draws(self.classifier.device, 0):
                     self._question(noise)
                 break
             except (RuntimeError, MemoryError) as error:
@@ -228,7 +231,7 @@ class Encoder:
     def _ask(self, batch: Sequence[tuple[Sample, Tensor]]) -> Encoded:
         samples, pixels = [sample for sample, _ in batch], torch.stack([image for _, image in batch])
         classifier, began = self.answers.classifier, time.perf_counter()
-        with own_draws(classifier, derive_seed(self.seed, "encode", samples[0].id)):
+        with own_draws(classifier.device, derive_seed(self.seed, "encode", samples[0].id)):
             features, output = self.answers(pixels)
         seconds = time.perf_counter() - began
         for found in (features, output):
@@ -238,15 +241,6 @@ class Encoder:
         self.observer.advance(len(batch))
         labels = torch.tensor([sample.label for sample in samples])
         return Encoded([sample.id for sample in samples], labels, features, output, seconds)
-
-
-@contextlib.contextmanager
-def own_draws(classifier: Classifier, seed: int) -> Iterator[None]:
-    """Let a random model draw from a seed, and leave the draws of all others as they were."""
-    cuda = [classifier.device] if classifier.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        yield
 
 
 def kept(path: Path, make: Callable[[], Encoded], *, owner: Manifest) -> Encoded:

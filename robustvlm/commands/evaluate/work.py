@@ -15,6 +15,7 @@ from robustvlm.commands.evaluate import EvaluateSettings
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.framing import to_pixels
+from robustvlm.core.seeds import derive_seed, own_draws
 from robustvlm.data import open_data
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree
@@ -178,9 +179,11 @@ def evaluate_clean(
         raise UserError(f"the classifier and '{source.spec}' have different classes")
     tally = _Tally(source.tree, source.class_names, refuses=classifier.can_reject)
     start, told = time.perf_counter(), 0
-    for batch in _batches(source, tally, limit, batch_size):
+    for number, batch in enumerate(_batches(source, tally, limit, batch_size)):
         pixels = torch.stack([to_pixels(sample.image, classifier.framing) for sample in batch])
-        with borrowed(classifier), torch.inference_mode(), full_precision_kernels():
+        # A random model draws the same noise in every evaluation with this batch size, or its rates would never repeat.
+        draws = own_draws(classifier.device, derive_seed("evaluate", number))
+        with draws, borrowed(classifier), torch.inference_mode(), full_precision_kernels():
             output = _logits(classifier, pixels.to(classifier.device)).cpu()
         _check_finite(output, batch, classifier.spec)
         tally.add(output, torch.tensor([sample.label for sample in batch]))

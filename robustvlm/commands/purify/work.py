@@ -33,6 +33,7 @@ from robustvlm.defenses.purify.train import (
     train_parts,
 )
 from robustvlm.defenses.purify.train import PurifySettings as Stages
+from robustvlm.defenses.purify.unet import purifier_shape
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
@@ -144,6 +145,7 @@ def open_work(settings: PurifySettings) -> PurifyWork:
     source, val = open_data(settings.data), None if settings.val is None else open_data(settings.val)
     require_unseen_validation(val, source, val_limit=settings.val_limit, limit=settings.limit)
     encoder = load_pipeline(settings.model, device=device)
+    purifier_shape(settings.size, encoder.image_size)
     check_encoder(encoder, stages)
     images, held = _images(settings, source, val, encoder)
     model, data = facts_of(encoder, "interpolation"), _describe(source)
