@@ -23,7 +23,7 @@ _HOME = {
     "ThreatModel": "robustvlm.attacks.threat",
     "UserError": "robustvlm.errors",
     "attack": "robustvlm.commands.attack",
-    "build": "robustvlm.commands.build",
+    "build": "robustvlm.commands.assemble",
     "certify": "robustvlm.certify",
     "certify_tensors": "robustvlm.defenses.votes",
     "compare": "robustvlm.commands.attack.compare",

@@ -7,9 +7,9 @@ from robustvlm.attacks.perturb import AutoAttack as AutoAttack
 from robustvlm.attacks.perturb import Perturbed as Perturbed
 from robustvlm.attacks.perturb import perturb as perturb
 from robustvlm.attacks.threat import ThreatModel as ThreatModel
+from robustvlm.commands.assemble.work import Pipeline
 from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
-from robustvlm.commands.build.work import Pipeline
 from robustvlm.commands.certify.record import CertifyRecord
 from robustvlm.commands.detect.view import DetectRecord
 from robustvlm.commands.evaluate.work import CleanResult
@@ -269,7 +269,7 @@ class _Detect(CallableModule[DetectRecord]):
         attack_scores: str | None = None,
         attack: str = "pgd,apgd-ce:steps=40",
         norm: str = "Linf",
-        eps: str | None = None,
+        eps: str | float | None = None,
         attack_limit: int = 64,
         lanes: int = 64,
         out: Path | str = Path("runs"),

@@ -65,6 +65,7 @@ class MissingExtra(UserError):
 
 
 # A flag as messages name it, and the value that it is to be given.
+_SWITCHES = ("fresh", "resume", "accept-misfits")
 _FLAG = re.compile(r"--([a-z][a-z0-9-]*)(?:[ =](?=[0-9.'\"/]))?")
 
 
@@ -86,6 +87,8 @@ def arguments_named() -> Iterator[None]:
 
 
 def _argument(flag: re.Match[str]) -> str:
+    if flag.group(1) in _SWITCHES:
+        return f"{flag.group(1).replace('-', '_')}=True"
     return flag.group(1).replace("-", "_") + ("=" if len(flag.group(0)) > len(flag.group(1)) + 2 else "")
 
 

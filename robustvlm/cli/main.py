@@ -24,8 +24,8 @@ from robustvlm.cli.options import check_given
 from robustvlm.cli.predict import predict_and_show
 from robustvlm.cli.report import report
 from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
+from robustvlm.commands.assemble import BUILD
 from robustvlm.commands.attack import ATTACK
-from robustvlm.commands.build import BUILD
 from robustvlm.commands.certify import CERTIFY
 from robustvlm.commands.detect import DETECT
 from robustvlm.commands.evaluate import EVALUATE

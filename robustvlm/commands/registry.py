@@ -17,7 +17,7 @@ COMMANDS = {
     "immunize": "robustvlm.commands.immunize:IMMUNIZE",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
-    "build": "robustvlm.commands.build:BUILD",
+    "build": "robustvlm.commands.assemble:BUILD",
     "tune-prompts": "robustvlm.commands.prompts:TUNE_PROMPTS",
 }
 """Where the command of a kind stands."""

@@ -35,7 +35,7 @@ def test_a_build_that_fails_at_its_last_step_gives_the_earlier_one_back(
         raise OSError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("robustvlm.commands.build.work.write_text", full)
+        patch.setattr("robustvlm.commands.assemble.work.write_text", full)
         with pytest.raises(OSError, match="no space"):
             rv.build("tiny", smooth="0.25:4", out=tmp_path, name="whole", device="cpu")
     assert ((made / "model.json").read_bytes(), (made / "summary.json").read_bytes()) == (card, record)

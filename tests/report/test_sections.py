@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pages import HOSTILE, Page
 from rich.console import Console
 
-from robustvlm.commands.build import work as build
+from robustvlm.commands.assemble import work as build
 from robustvlm.commands.prompts import work as prompts
 from robustvlm.commands.soup import work as soup
 from robustvlm.defenses.finetune.saved import Tasting

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustvlm.commands.build import build
+from robustvlm.commands.assemble import build
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.setup import settle_sigma
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, pipeline, smooth
@@ -207,7 +207,7 @@ def test_the_run_of_a_build_can_be_given_again(tmp_path: Path) -> None:
     assert first.summary.parts == parts
     again = build(ENCODER, **recipe, **place)
     assert torch.equal(logits(str(again.folder), images()), before)
-    with pytest.raises(UserError, match="--fresh"):
+    with pytest.raises(UserError, match="fresh=True"):
         build(ENCODER, smooth="0.25:2", **place)
     build(ENCODER, smooth="0.25:2", fresh=True, **place)
     assert not (tmp_path / "runs" / "whole" / "parts" / "purify").exists()

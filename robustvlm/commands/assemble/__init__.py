@@ -9,7 +9,7 @@ from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import OUT, Settings, option, way
 
 if TYPE_CHECKING:
-    from robustvlm.commands.build.work import Pipeline
+    from robustvlm.commands.assemble.work import Pipeline
 
 
 class BuildSettings(Settings):
@@ -31,7 +31,7 @@ class BuildSettings(Settings):
     fresh: bool = way(False, "Delete an earlier pipeline of that name.")
 
 
-BUILD = Command("build", BuildSettings, "robustvlm.commands.build.work", loading="Reading the parts")
+BUILD = Command("build", BuildSettings, "robustvlm.commands.assemble.work", loading="Reading the parts")
 
 
 @mirrors(BUILD)

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from robustvlm.commands.build import BuildSettings
+from robustvlm.commands.assemble import BuildSettings
 from robustvlm.commands.common.inputs import facts_of
 from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
