@@ -32,6 +32,7 @@ from robustvlm.certify.record import (
     format_down,
     format_exact,
     format_up,
+    resize_norm,
     source_norm,
 )
 from robustvlm.core.callable_module import make_callable
@@ -66,6 +67,7 @@ __all__ = [
     "image_digest",
     "predict",
     "predict_openset",
+    "resize_norm",
     "settings_digest",
     "source_norm",
     "vector_table",

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from robustvlm.core.files import is_temporary, named_disk_errors, read_json
 from robustvlm.defenses import load_pipeline
 from robustvlm.errors import UserError
-from robustvlm.models.clip import MERGES, ClipVLM, clip_config, stored_weights, write_clip_folder
+from robustvlm.models.clip import MERGES, ClipVLM
+from robustvlm.models.clip_folder import clip_config, stored_weights, write_clip_folder
 from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES
 
 

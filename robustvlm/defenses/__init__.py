@@ -2,12 +2,13 @@
 
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.pipeline import OPERATORS, load_classifier, load_pipeline
-from robustvlm.defenses.smoothing import SmoothedVLM, smooth
+from robustvlm.defenses.smoothing import SmoothedClassifier, SmoothedVLM, smooth
 from robustvlm.defenses.spec import split_spec
 
 __all__ = [
     "OPERATORS",
     "Classifier",
+    "SmoothedClassifier",
     "SmoothedVLM",
     "load_classifier",
     "load_pipeline",

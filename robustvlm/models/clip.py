@@ -1,4 +1,4 @@
-"""open_clip models as VLMs: what they take, loaded by name, folder or hub, and written as a folder of their own."""
+"""open_clip models as VLMs: what they take, loaded by name, folder or hub."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, replacing, require_regular, write_text
+from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, require_regular
 from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
 from robustvlm.core.side_effects import same_random_state
 from robustvlm.errors import MissingExtra, UserError, nearest
 from robustvlm.models.vlm import VLM
-from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, brief, fit_weights, hub_file, read_weights
+from robustvlm.models.weights import CONFIG_NAME, brief, fit_weights, hub_file, read_weights
 
 # What an open_clip config says of preprocessing: read as open_clip reads it, and compared with its own
 
@@ -139,6 +138,7 @@ Tokenizer = Callable[[list[str]], torch.Tensor]
 _FOLDER = "local-dir:"
 # A vocabulary of transformers may be padded to a round number of rows, or lack reserved ones; CLIPA's fills 95 %.
 _FILLED = 0.8
+MERGES = "bpe_merges.txt.gz"
 
 
 def load_tokenizer(source: str, folder_source: str, spec: str) -> Tokenizer:
@@ -344,83 +344,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-# Writing an open_clip model as a folder that needs nothing else: config, weights, tokenizer
-
-MERGES = "bpe_merges.txt.gz"
-
-
-def write_clip_folder(
-    vlm: ClipVLM, folder: Path, *, state: Mapping[str, torch.Tensor] | None = None, half: bool = False
-) -> None:
-    """Write `vlm` as open_clip reads it (`local-dir:FOLDER`), each file atomically.
-
-    open_clip takes the path of a merges file as it stands, so a tokenizer that is not CLIP's own is named by where the
-    folder lies now; this program finds the file beside the config wherever the folder goes.
-
-    Args:
-        state: weights under the names of the open_clip model; default: the model's own.
-        half: store floating-point weights with 16 bits; they are widened again when read.
-
-    Raises:
-        UserError: the model's tokenizer is of a kind that cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> from robustvlm.models import load_model
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> write_clip_folder(load_model("tiny"), folder)
-        >>> load_model(str(folder)).fingerprint == load_model("tiny").fingerprint
-        True
-        >>> sorted(path.name for path in folder.iterdir())
-        ['bpe_merges.txt.gz', 'open_clip_config.json', 'open_clip_model.safetensors']
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    merges = _write_tokenizer(vlm, folder)
-    values = stored_weights(state or vlm.model.state_dict(), half=half)
-    with replacing(folder / WEIGHT_NAMES[0]) as temporary:
-        save_file(values, temporary, metadata={"format": "pt"})
-    write_text(folder / CONFIG_NAME, json.dumps(clip_config(vlm, merges), indent=2) + "\n")
-
-
-def stored_weights(state: Mapping[str, torch.Tensor], *, half: bool = False) -> dict[str, torch.Tensor]:
-    """Return weights as they are written: on the CPU, each with memory of its own, with 16 bits if `half`."""
-    return {
-        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
-        for name, tensor in state.items()
-    }
-
-
-def clip_config(vlm: ClipVLM, merges: Path | None = None) -> dict[str, Any]:
-    """Return what `open_clip_config.json` holds: architecture and preprocessing, without anything to fetch."""
-    config, quick_gelu = json.loads(vlm.architecture)
-    if merges is not None:
-        config["text_cfg"]["tokenizer_kwargs"] = {
-            **(config["text_cfg"].get("tokenizer_kwargs") or {}),
-            "bpe_path": str(merges.resolve()),
-        }
-    if quick_gelu:
-        config["quick_gelu"] = True
-    if "timm_model_pretrained" in config["vision_cfg"]:
-        config["vision_cfg"]["timm_model_pretrained"] = False
-    return {"model_cfg": config, "preprocess_cfg": settings_of(vlm.model.visual.preprocess_cfg)}
-
-
-def _write_tokenizer(vlm: ClipVLM, folder: Path) -> Path | None:
-    """Write the tokenizer, unless it is CLIP's own, which open_clip carries; return the merges file, if any."""
-    import open_clip
-
-    tokenizer: Any = vlm.tokenizer
-    if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        if tokenizer.bpe_ranks != open_clip.SimpleTokenizer().bpe_ranks:
-            lines = ["merges", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
-            with replacing(folder / MERGES) as temporary:
-                # No time and no name inside: the same tokenizer gives the same bytes.
-                temporary.write_bytes(gzip.compress("\n".join(lines).encode("utf-8"), mtime=0))
-            return folder / MERGES
-    elif hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(str(folder))
-    else:
-        raise UserError(f"the tokenizer of '{vlm.spec}' is a {type(tokenizer).__name__}, which cannot be stored")
-    return None

@@ -16,7 +16,8 @@ import torch
 from robustvlm.commands.export import export_model
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
-from robustvlm.models.clip import MERGES, write_clip_folder
+from robustvlm.models.clip import MERGES
+from robustvlm.models.clip_folder import write_clip_folder
 from robustvlm.models.zoo import BUNDLED
 
 

@@ -13,6 +13,7 @@
 from robustvlm.defenses.finetune.hierarchy import HierarchicalOptions
 from robustvlm.defenses.finetune.methods import InnerAttack, Method
 from robustvlm.defenses.finetune.task import METHODS, FinetuneSettings, FinetuneTask, find_method, finetune_task
+from robustvlm.defenses.finetune.trainable import plain_state
 
 __all__ = [
     "METHODS",
@@ -23,4 +24,5 @@ __all__ = [
     "Method",
     "find_method",
     "finetune_task",
+    "plain_state",
 ]
