@@ -187,11 +187,16 @@ class Settings(BaseModel):
             if getattr(self, name) not in (None, []):
                 raise UserError(f"{setting(name)} {why}")
 
-    def require_only(self, names: tuple[str, ...], why: str) -> None:
-        """Refuse options that were changed and would have no effect: all of the run's but those named."""
+    def require_only(self, names: tuple[str, ...], why: str, *, stands: Settings | None = None) -> None:
+        """Refuse options that were changed and would have no effect: all of the run's but those named.
+
+        ``stands`` are the settings that act in their place: an option that says the same as they do is no mistake.
+        """
         usual = type(self)()
+        harmless = (usual,) if stands is None else (usual, stands)
         for name, _, about in self.options():
-            if about.place == "config" and name not in names and getattr(self, name) != getattr(usual, name):
+            value = getattr(self, name)
+            if about.place == "config" and name not in names and all(value != getattr(one, name) for one in harmless):
                 raise UserError(f"{setting(name)} {why}")
 
 

@@ -294,9 +294,8 @@ def open_extension(given: ImmunizeSettings) -> ExtendWork:
         raise UserError(
             f"'{given.out / given.name}' is the run that the class is added to: choose another {setting('name')}"
         )
-    given.require_only(
-        (*_ANEW, "steps", "device"), f"is not for {setting('add_class')}: it is that of the run {given.model}"
-    )
+    why = f"is not for {setting('add_class')}: it is that of the run {given.model}"
+    given.require_only((*_ANEW, "steps", "device"), why, stands=earlier.settings)
     anew = {name: getattr(given, name) for name in _ANEW}
     config = earlier.manifest["config"]
     settings = ImmunizeSettings.of(
