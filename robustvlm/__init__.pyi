@@ -18,7 +18,7 @@ from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup
-from robustvlm.core.callable_module import CallableModule
+from robustvlm.core.registry import CallableModule
 from robustvlm.data.specs import open_data as open_data
 from robustvlm.defenses.load import load_classifier as load_classifier
 from robustvlm.defenses.load import load_model as load_model

@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import robustvlm
-from robustvlm.core.callable_module import CallableModule
+from robustvlm.core.registry import CallableModule
 
 FACE = Path(__file__).parents[1] / "robustvlm" / "__init__.pyi"
 _WIDTH = 112  # of a docstring's lines, which are indented below
@@ -37,7 +37,7 @@ def stub() -> str:
         if isinstance(found, CallableModule):  # a package and a verb
             verb = inspect.unwrap(found)  # type: ignore[arg-type]
             result, needed = _result(verb)
-            imports |= {*needed, "from robustvlm.core.callable_module import CallableModule"}
+            imports |= {*needed, "from robustvlm.core.registry import CallableModule"}
             head, kind = f"class _{name.capitalize()}(CallableModule[{result}]):", f"{name}: _{name.capitalize()}\n"
             written = _function("__call__", verb, result).replace("(\n", "(\n    self,\n", 1)
             functions.append(f"{head}\n{indent(written, '    ')}\n{kind}")

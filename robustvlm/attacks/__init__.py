@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from robustvlm.attacks.apgd import APGD, TargetedAPGD
 from robustvlm.attacks.base import ATTACKS, FAILED, FOOLED, ROBUST, Job, LaneAttack, Option, Result
-from robustvlm.attacks.catalog import Attack, parse_attacks, recommended_eot
+from robustvlm.attacks.catalog import Attack, parse_attacks, parse_second_opinion, recommended_eot
 from robustvlm.attacks.engine import LaneEngine
-from robustvlm.attacks.external import ExternalAttack, ExternalEngine, parse_second_opinion, require_fit, require_norm
+from robustvlm.attacks.external import ExternalAttack, require_fit, require_norm
+from robustvlm.attacks.external_engine import ExternalEngine
 from robustvlm.attacks.fab import FAB
 from robustvlm.attacks.fmn import FMN
 from robustvlm.attacks.goals import (

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import ATTACKS, MOST, LaneAttack, State, check, options_of, read_option, require_once
-from robustvlm.attacks.external.spec import PACKAGES, ExternalAttack, is_external, parse_external
+from robustvlm.attacks.external import ExternalAttack, parse_external
 from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.threat import NORMS, ThreatModel
 from robustvlm.core import registry
@@ -183,6 +183,10 @@ PLANS = {
 }
 
 
+# How names of published attacks begin.
+PACKAGES = ("torchattacks", "autoattack")
+
+
 def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None = None) -> list[Attack]:
     """Return the attacks of a list such as `apgd-ce,apgd-t` or `pgd:steps=40:objective=margin`, plans expanded.
 
@@ -216,6 +220,31 @@ def parse_attacks(text: str, *, steps: int | None = None, restarts: int | None =
         if names.count(name) > 1:
             raise UserError(f"attack '{name}' stands twice in '{text}': name each attack once")
     return attacks
+
+
+def is_external(text: str) -> bool:
+    """Whether a name on the command line means an attack of a published package.
+
+    Example:
+        >>> is_external("torchattacks:PGD"), is_external("autoattack"), is_external("pgd")
+        (True, True, False)
+    """
+    return text.strip().split(":")[0].lower() in PACKAGES
+
+
+def parse_second_opinion(text: str) -> ExternalAttack:
+    """Return the published attack that is to go over the images that ours have left, with its own settings.
+
+    Example:
+        >>> parse_second_opinion("autoattack").kind
+        'standard'
+    """
+    if not is_external(text) or "," in text:
+        raise UserError(
+            f"the second opinion must come from one attack of another program, got '{text}': "
+            "pass autoattack, autoattack:plus, torchattacks:NAME, ..."
+        )
+    return parse_external(text)
 
 
 def recommended_eot(text: str) -> int:

@@ -14,8 +14,7 @@ from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import Boundary, borrowed, placed
-from robustvlm.core.device import full_precision_kernels
-from robustvlm.core.seeds import derive_seed
+from robustvlm.core.seeds import derive_seed, full_precision_kernels
 from robustvlm.errors import UserError, is_out_of_memory, nearest
 from robustvlm.text import one_line
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from robustvlm.attacks.base import FAILED, FOOLED, Job, LaneAttack, Result
 from robustvlm.attacks.catalog import PLANS, Attack, parse_attacks, recommended_eot
 from robustvlm.attacks.engine import LaneEngine
-from robustvlm.attacks.external import ExternalAttack, ExternalEngine, require_fit, require_norm
+from robustvlm.attacks.external import ExternalAttack, require_fit, require_norm
+from robustvlm.attacks.external_engine import ExternalEngine
 from robustvlm.attacks.goals import Case, Goal, Known, Targeted, read_goals
 from robustvlm.attacks.honesty import opened_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws

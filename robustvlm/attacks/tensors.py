@@ -17,7 +17,7 @@ from robustvlm.attacks.base import Job
 from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.oracle import Answer, Oracle, Tally
 from robustvlm.core.boundary import Boundary, borrowed, in_own_precision
-from robustvlm.core.device import resolve_device
+from robustvlm.core.ranks import resolve_device
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.text import one_line
 

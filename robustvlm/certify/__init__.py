@@ -35,7 +35,7 @@ from robustvlm.certify.record import (
     resize_norm,
     source_norm,
 )
-from robustvlm.core.callable_module import make_callable
+from robustvlm.core.registry import make_callable
 
 __all__ = [
     "VACUOUS",

@@ -14,7 +14,7 @@ from robustvlm.certify.means import FRACTIONS, clopper_pearson_lower, mix
 from robustvlm.certify.normal import Array, check_alpha, check_sigma, largest_true
 from robustvlm.certify.shapes import A_MAX
 from robustvlm.certify.tangent import tangent_at
-from robustvlm.core.defaults import N_MAX
+from robustvlm.core import N_MAX
 
 
 def best_mean(n: int, alpha: float) -> float:

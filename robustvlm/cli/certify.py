@@ -41,7 +41,7 @@ def run_audit(settings: CertifySettings, default: Effort | None = None) -> int:
     from robustvlm.commands.certify.audit import audit_folder
     from robustvlm.commands.certify.audit_search import Effort
     from robustvlm.commands.certify.view import show_audit, write_certify_report
-    from robustvlm.core.device import resolve_device
+    from robustvlm.core.ranks import resolve_device
     from robustvlm.errors import UserError, is_out_of_memory
     from robustvlm.runs.read import find_run
     from robustvlm.text import one_line

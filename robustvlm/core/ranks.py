@@ -1,4 +1,4 @@
-"""Which of how many processes this is, as `torchrun` says in the environment; the work is dealt out by it."""
+"""Which of how many processes this is, as `torchrun` says in the environment, and which device it runs on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from robustvlm.core.files import first_line
 from robustvlm.core.link import Link, Watch
 from robustvlm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _CONNECT_SECONDS = 300
 
@@ -148,3 +152,61 @@ def _connected(place: Ranks, address: tuple[str, int, bool], prefix: str) -> Ran
         ) from error
     link = Link(board, rank=place.rank, size=place.size, hosts_store=hosts_store, watch=watch)
     return Ranks(place.rank, place.size, place.local_rank, link)
+
+
+# The device of a process
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device named, or for "auto" the best there is: cuda, else mps, else cpu.
+
+    Raises UserError when there is no such device.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{device}': pass auto, cpu, cuda, cuda:0 or mps") from error
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"the device '{device}' is not one that models run on: pass auto, cpu, cuda, cuda:0 or mps")
+    if found.type != "cuda" and found.index:
+        raise UserError(f"the device '{device}' is not there: {found.type} is one device, pass {found.type}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"the device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("the device 'mps' is not there: pass auto or cpu")
+    return found
+
+
+def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
+    """Make the GPU with this process's local rank its current one, so that "cuda" means another one for each process.
+
+    Raises UserError when there are fewer GPUs than processes on this machine, or one of them is named for all.
+
+    Example:
+        >>> import torch
+        >>> device_of_rank(torch.device("cpu"), Ranks(rank=1, size=2, local_rank=1))
+        device(type='cpu')
+    """
+    if ranks.size == 1 or device.type != "cuda":
+        return device
+    if str(device) != "cuda":
+        raise UserError(f"'{device}' would be the GPU of all {ranks.size} processes: pass --device cuda")
+    import torch
+
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {ranks.local_rank} of this machine has no GPU, torch sees {torch.cuda.device_count()}: "
+            "start one process per GPU, or pass --device cpu"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return device

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from robustvlm.core.side_effects import same_process, same_random_state
 from robustvlm.core.user_code import import_user_module, may_be_imported, no_exit
 from robustvlm.errors import UserError, nearest
 from robustvlm.text import one_line
@@ -132,7 +134,7 @@ def resolve(spec: str) -> Any:
     """Return the object that `module:name` stands for, or raise a UserError that says why it cannot be had."""
     module_name, _, attribute = spec.partition(":")
     try:
-        with same_process(), same_random_state():
+        with _put_back():
             target: Any = import_user_module(spec)
     except UserError:
         raise
@@ -153,6 +155,15 @@ def resolve(spec: str) -> Any:
     return target
 
 
+@contextmanager
+def _put_back() -> Iterator[None]:
+    """Put back what a user's code changes for the whole process, and its random states."""
+    from robustvlm.core.boundary import same_process, same_random_state  # imports torch, which names do without
+
+    with same_process(), same_random_state():
+        yield
+
+
 def create(spec: str, what: str = "the encoder") -> Any:
     """Return what the callable of a `module:callable` spec returns, or raise a UserError that says why it cannot."""
     return call(spec, resolve(spec), what)
@@ -167,7 +178,7 @@ def call(spec: str, target: Any, what: str, *given: Any, **options: Any) -> Any:
     if not callable(target):
         raise UserError(f"'{spec}' is a {type(target).__name__}, not a callable that returns {what}")
     try:
-        with no_exit(f"'{spec}'"), same_process(), same_random_state():
+        with no_exit(f"'{spec}'"), _put_back():
             return target(*given, **options)
     except UserError:
         raise
@@ -190,3 +201,39 @@ def expect(spec: str, thing: Any, kind: type, what: str, has: Iterable[str] = ()
     raise UserError(
         f"'{spec}': expected {what} (robustvlm's {kind.__name__}{members}), got {article} {type(thing).__name__}"
     )
+
+
+class CallableModule(ModuleType, Generic[T]):
+    """A module that hands a call on to a function elsewhere, which is imported when it is first called.
+
+    A package and a command may share a name, and Python binds that name to the package as soon as anything in it is
+    imported; so the package itself has to be what is called.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> T:
+        """Call the verb; its own signature and errors count."""
+        return self.__wrapped__(*args, **options)
+
+    @property
+    def __wrapped__(self) -> Callable[..., T]:
+        """The verb: what `inspect.signature` and `inspect.unwrap` look at."""
+        module, _, name = str(self.__dict__["__verb__"]).partition(":")
+        found: Callable[..., T] = getattr(import_module(module), name)
+        return found
+
+
+def make_callable(name: str, verb: str) -> None:
+    """Let an imported module be called.
+
+    Args:
+        name: of the module, its own `__name__`. verb: "module:function" that a call is handed on to.
+
+    Example:
+        >>> sys.modules["stand_in"] = ModuleType("stand_in")
+        >>> make_callable("stand_in", "math:hypot")
+        >>> sys.modules.pop("stand_in")(3.0, 4.0)
+        5.0
+    """
+    module = sys.modules[name]
+    module.__dict__["__verb__"] = verb
+    module.__class__ = CallableModule

@@ -1,10 +1,12 @@
-"""What makes numbers repeat to the bit: random streams named by what they are for, and sums in one order."""
+"""What makes numbers repeat to the bit: random streams named by what they are for, sums in one order, exact kernels."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,3 +98,47 @@ def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
     """
     matrix = matrix.contiguous()
     return torch.stack([torch.mv(matrix, row.contiguous()) for row in rows]) if len(rows) else rows @ matrix.T
+
+
+# Kernels that compute float32 as float32
+
+
+@contextlib.contextmanager
+def full_precision_kernels() -> Iterator[None]:
+    """Run float32 as float32 (no TF32, no bfloat16 within) with reproducible cuDNN kernels; restore all settings.
+
+    Example:
+        >>> with full_precision_kernels():
+        ...     torch.backends.cudnn.deterministic
+        True
+    """
+    switches = _switches()
+    try:
+        for put, exact, _ in switches:
+            put(exact)
+        yield
+    finally:
+        for put, _, before in switches:
+            put(before)
+
+
+def _switches() -> list[tuple[Callable[[Any], None], object, object]]:
+    """Return torch's settings of how exactly float32 is computed: how to set one, its exact value and the present one.
+
+    Since torch 2.9 each backend has a precision of its own; where these were set, the older flags refuse to be read.
+    """
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    found: list[tuple[Callable[[Any], None], object, object]] = []
+    with contextlib.suppress(RuntimeError):
+        found.append((torch.set_float32_matmul_precision, "highest", torch.get_float32_matmul_precision()))
+    with contextlib.suppress(RuntimeError):
+        found.append((partial(setattr, cudnn, "allow_tf32"), False, cudnn.allow_tf32))
+    parts: list[Any] = [torch.backends.cuda.matmul]
+    parts += [getattr(mkldnn, name, None) for name in ("matmul", "conv", "rnn")]
+    parts += [getattr(cudnn, name, None) for name in ("conv", "rnn")]
+    for part in parts:
+        if hasattr(part, "fp32_precision"):
+            found.append((partial(setattr, part, "fp32_precision"), "ieee", part.fp32_precision))
+    found.append((partial(setattr, cudnn, "deterministic"), True, cudnn.deterministic))
+    found.append((partial(setattr, cudnn, "benchmark"), False, cudnn.benchmark))
+    return found

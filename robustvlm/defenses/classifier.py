@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustvlm.attacks.tensors import as_images
 from robustvlm.certify import predict
 from robustvlm.core.boundary import borrowed
-from robustvlm.core.device import full_precision_kernels
+from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from robustvlm.core.device import resolve_device
+from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import create, names_a_callable
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.classes import DEFAULT

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from robustvlm.certify import OpensetRule
 from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
-from robustvlm.core.device import resolve_device
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.probe import change_of
+from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import create, names_a_callable
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot, split_rejection

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robustvlm.certify import format_exact, predict
+from robustvlm.core import MAX_N0, MAX_SIGMA
 from robustvlm.core.boundary import borrowed
-from robustvlm.core.defaults import MAX_N0, MAX_SIGMA
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize

@@ -21,7 +21,7 @@ from robustvlm.certify.classes import CountedVotes, vote_predict
 from robustvlm.certify.engine import SamplingEngine, Task
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.normal import check_alpha
-from robustvlm.core.defaults import MAX_N0, MAX_SIGMA
+from robustvlm.core import MAX_N0, MAX_SIGMA
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.classes import DEFAULT
 from robustvlm.data.source import DataSource

@@ -5,7 +5,7 @@ One sign rule for every score: the higher, the more in-distribution (known). Cal
 
 from __future__ import annotations
 
-from robustvlm.core.callable_module import make_callable
+from robustvlm.core.registry import make_callable
 from robustvlm.detect.base import Detector, FittedDetector, Head, ImageDetector, head_of
 from robustvlm.detect.catalog import BASELINES, SCORES, Score, Supplies, find_score, make_scores, parse_scores
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from robustvlm.attacks.tensors import as_images, own_device
 from robustvlm.core.boundary import borrowed
-from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.framing import to_pixels
+from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.errors import UserError
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.core.defaults import LAMBDA_INF
+from robustvlm.core import LAMBDA_INF
 from robustvlm.data.names import read_lines
 from robustvlm.data.trees import Forest
 from robustvlm.detect.base import Detector, Head

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, require_regular
 from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
-from robustvlm.core.side_effects import same_random_state
 from robustvlm.errors import MissingExtra, UserError, nearest
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import CONFIG_NAME, brief, fit_weights, hub_file, read_weights

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
+from robustvlm.core.boundary import Boundary, in_own_precision, own_copy, same_process
 from robustvlm.core.object_graph import Reached
 from robustvlm.core.registry import create
-from robustvlm.core.side_effects import same_process
 from robustvlm.core.user_code import no_exit
 from robustvlm.errors import UserError
 from robustvlm.models.vlm import VLM

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.core import probe as known
-from robustvlm.core.boundary import borrowed
-from robustvlm.core.device import full_precision_kernels
+from robustvlm.core.boundary import borrowed, same_random_state
 from robustvlm.core.probe import Array
-from robustvlm.core.side_effects import same_random_state
+from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.models.vlm import VLM
 
 TOLERANCE = 1e-4

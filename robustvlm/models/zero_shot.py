@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from robustvlm.core.boundary import borrowed
-from robustvlm.core.device import full_precision_kernels
+from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.errors import UserError
 from robustvlm.models.vlm import VLM
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from robustvlm.core.device import resolve_device
 from robustvlm.core.files import read_json
+from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import names_a_callable
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.clip import ClipVLM, build_clip

@@ -21,10 +21,12 @@ from robustvlm.attacks import (
     Oracle,
     Result,
     ThreatModel,
+    external_engine,
     parse_attacks,
 )
-from robustvlm.attacks.external import ExternalEngine, engine, is_external, parse_external, require_fit
-from robustvlm.attacks.external.spec import SINGLE, TORCHATTACKS, UNBOUNDED, VERSIONS
+from robustvlm.attacks.catalog import is_external
+from robustvlm.attacks.external import SINGLE, TORCHATTACKS, UNBOUNDED, VERSIONS, parse_external, require_fit
+from robustvlm.attacks.external_engine import ExternalEngine
 from robustvlm.errors import UserError
 
 BALLS = {"Linf": ThreatModel("Linf", 0.1), "L2": ThreatModel("L2", 1.0)}
@@ -137,7 +139,7 @@ def test_the_model_stays_in_evaluation_mode_and_learns_nothing() -> None:
     ],
 )
 def test_points_that_break_the_rules_are_mended_and_told(monkeypatch: pytest.MonkeyPatch, points, said) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(engine, "program", lambda *_: lambda x, *_: points(x))
+    monkeypatch.setattr(external_engine, "program", lambda *_: lambda x, *_: points(x))
     results, made = run("torchattacks:PGD", Linear(), right_jobs(Linear(), 5))
     (finding,) = made.findings
     assert said in finding.message
@@ -145,7 +147,7 @@ def test_points_that_break_the_rules_are_mended_and_told(monkeypatch: pytest.Mon
 
 
 def test_rounding_is_mended_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "program", lambda *_: lambda x, *_: (x + 0.1 * (1 + 1e-6)).clamp(0, 1))
+    monkeypatch.setattr(external_engine, "program", lambda *_: lambda x, *_: (x + 0.1 * (1 + 1e-6)).clamp(0, 1))
     results, made = run("torchattacks:PGD", Linear(), right_jobs(Linear(), 5))
     assert made.findings == []
     assert all(result.linf <= 0.1 for result in results)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from robustvlm.core.callable_module import make_callable
+from robustvlm.core.registry import make_callable
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def kitchen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "kitchen"
     folder.mkdir()
     (folder / "__init__.py").write_text(
-        "from robustvlm.core.callable_module import make_callable\n"
+        "from robustvlm.core.registry import make_callable\n"
         "SALT = 1\n"
         "class Pot: pass\n"
         "make_callable(__name__, 'kitchen.stove:cook')\n"
@@ -55,8 +55,6 @@ def test_a_module_that_was_not_imported_cannot_be_made_callable() -> None:
 
 
 def test_it_loads_nothing() -> None:
-    code = (
-        "import sys, robustvlm.core.callable_module; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
-    )
+    code = "import sys, robustvlm.core.registry; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"

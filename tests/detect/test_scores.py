@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustvlm.core.defaults import LAMBDA_INF
+from robustvlm.core import LAMBDA_INF
 from robustvlm.detect import (
     GDA,
     KNN,

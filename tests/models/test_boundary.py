@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks import PGD, Job, LaneEngine, Oracle, ThreatModel
-from robustvlm.core.boundary import Boundary
-from robustvlm.core.side_effects import same_process, same_random_state
+from robustvlm.core.boundary import Boundary, same_process, same_random_state
 from robustvlm.errors import UserError
 
 WEIGHT = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from robustvlm.commands.evaluate.work import evaluate_clean
-from robustvlm.core.device import _switches, device_of_rank, full_precision_kernels
-from robustvlm.core.ranks import Ranks
+from robustvlm.core.ranks import Ranks, device_of_rank
+from robustvlm.core.seeds import _switches, full_precision_kernels
 from robustvlm.data import open_data
 from robustvlm.errors import UserError
 from robustvlm.models.vlm import VLM

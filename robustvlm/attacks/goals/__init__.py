@@ -12,9 +12,17 @@ from robustvlm.attacks.goals.base import (
     read_goals,
     split_goal,
 )
-from robustvlm.attacks.goals.classes import AcceptedMistake, Deny, Intrude, Misclassify, Refusable, Targeted
+from robustvlm.attacks.goals.classes import (
+    AcceptedMistake,
+    Deny,
+    Intrude,
+    Misclassify,
+    Refusable,
+    Superclass,
+    SuperclassAll,
+    Targeted,
+)
 from robustvlm.attacks.goals.feature import FeatureAway, FeatureGoal, FeatureTo
-from robustvlm.attacks.goals.superclass import Superclass, SuperclassAll
 
 __all__ = [
     "GOALS",

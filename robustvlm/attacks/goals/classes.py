@@ -1,6 +1,10 @@
-"""Goals of class predictions: any wrong class, a given one, and what a model that may refuse adds."""
+"""Goals of class predictions: any wrong class, a given one, another superclass, and what a model that refuses adds."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +12,7 @@ from torch import Tensor
 
 from robustvlm.attacks.goals.base import GOALS, REJECTED, Case, Goal, GoalKind, GoalWords, Known
 from robustvlm.attacks.objectives import Objective, margin, objective
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError, nearest, setting
 from robustvlm.text import name_key, places_of
 
 # Any wrong class, or a given one
@@ -226,3 +230,169 @@ GOALS["misclassify"] = GoalKind(("misclassify",), _misclassify, lambda _, can_re
 GOALS["targeted"] = GoalKind(("targeted:CLASS",), _targeted, _targeted_words, refuses=False)
 GOALS["deny"] = GoalKind(("deny",), lambda *_: (Deny(),), _deny_words, refuses=True)
 GOALS["intrude"] = GoalKind(("intrude",), lambda *_: (Intrude(),), _intrude_words, refuses=True)
+
+
+class Superclass(Goal):
+    """A class of another superclass, at one level of the class tree.
+
+    The logit of a superclass is the largest of its classes' logits, so that the leading superclass is the one of the
+    predicted class.
+
+    Args:
+        groups: superclass of every class, int64 [K], numbered from 0.
+        level: how the level is named.
+
+    Example:
+        >>> goal = Superclass(torch.tensor([0, 0, 1]), "1")
+        >>> goal.margin(torch.tensor([[1.0, 3.0, 2.0]]), Case(torch.tensor([0]))).item()
+        1.0
+    """
+
+    def __init__(self, groups: Tensor, level: str) -> None:
+        self.groups, self.spec = groups, f"superclass:{level}"
+        self.n_groups = int(groups.max()) + 1
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        return margin(self.group_logits(output), self.group_of(case.label))
+
+    def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        return objective(self.group_logits(output), self.group_of(case.label), self.group_of(case.aim))
+
+    def reached(self, output: Tensor, case: Case) -> Tensor:
+        return self.group_of(output.argmax(1)) != self.group_of(case.label)
+
+    def targets(self, clean_output: Tensor, label: int, n: int) -> list[int]:
+        """Return the leading class of every other superclass, the likeliest first."""
+        groups = self.groups.tolist()
+        leaders: dict[int, int] = {groups[label]: label}
+        for index in torch.argsort(clean_output, descending=True, stable=True).tolist():
+            leaders.setdefault(groups[index], index)
+        return list(leaders.values())[1 : n + 1]
+
+    def group_logits(self, output: Tensor) -> Tensor:
+        """Return the largest logit of every superclass, [B, K] -> [B, S]."""
+        index = self.groups.to(output.device).expand(len(output), -1)
+        empty = output.new_full((len(output), self.n_groups), float("-inf"))
+        return empty.scatter_reduce(1, index, output, reduce="amax")
+
+    def group_of(self, classes: Tensor) -> Tensor:
+        """Return the superclasses of classes, int64 [B]."""
+        return self.groups.to(classes.device)[classes]
+
+
+class SuperclassAll(Goal):
+    """One perturbation against all levels at once; reached at the coarsest level, which is wrong at all finer ones.
+
+    The loss is the sum over levels l = 0 (classes) .. L of the objective there, weighted 1 - l / (L + 1)
+    (arXiv 2604.18867, the HITA loss's weights). A target of the same superclass says nothing at a level, so the level
+    is left out for that image.
+
+    Args:
+        levels: goals of the levels from the finest (level 0, every class by itself) to the coarsest below the root.
+    """
+
+    spec = "superclass:all"
+
+    def __init__(self, levels: Sequence[Superclass]) -> None:
+        self.levels = tuple(levels)
+        self.weights = [1 - level / (len(levels) + 1) for level in range(len(levels))]
+
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        return self.levels[-1].margin(output, case)
+
+    def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        total = output.new_zeros(len(output))
+        for weight, level in zip(self.weights, self.levels, strict=True):
+            part = level.loss(output, objective, case)
+            if objective.targeted:
+                part = torch.where(level.group_of(case.aim) == level.group_of(case.label), torch.zeros_like(part), part)
+            total = total + weight * part
+        return total
+
+    def reached(self, output: Tensor, case: Case) -> Tensor:
+        return self.levels[-1].reached(output, case)
+
+    def targets(self, clean_output: Tensor, label: int, n: int) -> list[int]:
+        return self.levels[-1].targets(clean_output, label, n)
+
+
+# How these are written, and what they are called; a tree is a `robustvlm.data.trees.Tree`
+
+
+def levels_of(tree: Any, class_names: Sequence[str]) -> list[tuple[int, Tensor]]:
+    """Return the levels of a tree that tell classes apart, with the superclass number of every class, int64 [K]."""
+    found = []
+    for level in range(tree.levels):
+        index = {name: number for number, name in enumerate(tree.level_names(level))}
+        if len(index) > 1:
+            found.append((level, torch.tensor([index[tree.ancestor(name, level)] for name in class_names])))
+    return found
+
+
+def _read(text: str, known: Known) -> tuple[Goal, ...]:
+    tree, prefix, which = _tree(text, known)
+    levels = levels_of(tree, known.class_names)
+    goals = [Superclass(groups, f"{prefix}{level}") for level, groups in levels]
+    universal = SuperclassAll(goals)
+    universal.spec = f"superclass:{prefix}all"
+    if which == "all":
+        return (universal,)
+    if which == "matrix":
+        return (*goals, universal)
+    wanted = _level(which, tree)
+    for (level, _), goal in zip(levels, goals, strict=True):
+        if level == wanted:
+            return (goal,)
+    last = levels[-1][0]
+    raise UserError(f"level {wanted} of the tree '{tree.root}' has one superclass only: pass a level from 0 to {last}")
+
+
+def _tree(text: str, known: Known) -> tuple[Any, str, str]:
+    if known.trees is None and known.data is None:
+        raise UserError("superclass goals need a class tree: pass robustvlm.attacks.Superclass(groups, level)")
+    if known.trees is None:
+        advice = f"pass {setting('tree', 'FILE')}"
+        raise UserError(f"the data '{known.data}' has no class tree, which superclass goals need: {advice}")
+    root, slash, which = text.rpartition("/")
+    if slash:
+        return known.trees[root], f"{root}/", which
+    return known.trees[0], "", which
+
+
+def _level(text: str, tree: Any) -> int:
+    """Return the level of a number or of the name of a superclass that stands in it."""
+    if text.lstrip("-").isdigit():
+        level = int(text)
+        if not 0 <= level < tree.levels - 1:
+            last = tree.levels - 2
+            raise UserError(f"the tree '{tree.root}' has levels 0 (classes) to {last} below its root, got {level}")
+        return level
+    for level in range(tree.levels):
+        if name_key(text) in map(name_key, tree.level_names(level)):
+            return level
+    words = {name for level in range(1, tree.levels - 1) for name in tree.level_names(level)}
+    raise UserError(
+        f"'{text}' is no level of the tree '{tree.root}': pass a number from 0 to {tree.levels - 2}, a superclass of "
+        f"the level, all or matrix; {nearest(text, words | {'all', 'matrix'})}"
+    )
+
+
+def _words(rest: str, can_reject: bool, min_cos: float | None) -> GoalWords:
+    del min_cos
+    which = rest.rpartition("/")[2]
+    if which == "matrix":  # several goals: the counts by attack are of the classes
+        return replace(misclassify_words(can_reject), leave=False)
+    where = "of the coarsest level, with one perturbation against all levels," if which == "all" else f"(level {rest})"
+    return GoalWords(
+        title="a wrong superclass " + ("at all levels, by one perturbation" if which == "all" else f"at level {rest}"),
+        effect=f"move the prediction out of the right superclass {where} on",
+        whom="images whose superclass it otherwise gets right",
+        before="superclass right when clean",
+        held="robust superclass accuracy",
+        nothing="The model missed the superclass of every image before any attack, so there was nothing to attack.",
+    )
+
+
+GOALS["superclass"] = GoalKind(
+    ("superclass:LEVEL", "superclass:all", "superclass:matrix"), _read, _words, refuses=False
+)

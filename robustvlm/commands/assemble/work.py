@@ -15,8 +15,8 @@ from rich.console import Console
 
 from robustvlm.commands.assemble import BuildSettings
 from robustvlm.commands.common.inputs import facts_of
-from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
+from robustvlm.core.ranks import resolve_device
 from robustvlm.defenses.assemble import PARTS, Recipe, build_pipeline, read_parts_of
 from robustvlm.defenses.pipeline import load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM

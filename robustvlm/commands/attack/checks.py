@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustvlm.attacks import FAILED, FOOLED, ROBUST, Goal, Job, LaneAttack, Probe, ThreatModel
 from robustvlm.attacks.catalog import Attack
-from robustvlm.attacks.external.spec import VERSIONS, ExternalAttack
+from robustvlm.attacks.external import VERSIONS, ExternalAttack
 from robustvlm.attacks.goals import Case, FeatureGoal
 from robustvlm.attacks.honesty import MOST_IMAGES, inspect_model
 from robustvlm.attacks.tensors import ask_unperturbed, brief, needs_briefing

@@ -30,7 +30,7 @@ from robustvlm.attacks import (
 )
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.goals import GOALS
-from robustvlm.attacks.goals.superclass import levels_of
+from robustvlm.attacks.goals.classes import levels_of
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM
 from robustvlm.commands.attack import AttackPlan, AttackSettings
@@ -46,9 +46,8 @@ from robustvlm.commands.attack.summary import parse_condition as parse_condition
 from robustvlm.commands.attack.summary import summarise
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.common.store import new_session
-from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
-from robustvlm.core.ranks import current_ranks
+from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import load_own

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from robustvlm.core.defaults import LAMBDA_INF, MAX_N0, N_MAX
+from robustvlm.core import LAMBDA_INF, MAX_N0, N_MAX
 from robustvlm.errors import BadSetting, setting
 from robustvlm.runs.run import Command, mirrors
 from robustvlm.runs.settings import (

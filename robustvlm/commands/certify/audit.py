@@ -23,10 +23,10 @@ from robustvlm.commands.certify.record import CertifyRecord, load_certify_run
 from robustvlm.commands.certify.setup import describe_head, materials_of, prompts_of, rule_of, vectors_of_classes
 from robustvlm.commands.common.inputs import probe_of
 from robustvlm.commands.common.store import Journal, read_journal
-from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.probe import change_of
+from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.source import DataSource, Sample, select

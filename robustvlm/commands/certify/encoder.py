@@ -13,7 +13,7 @@ from torch import Tensor
 from robustvlm.attacks.oracle import PRECISIONS
 from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import borrowed, placed
-from robustvlm.core.device import full_precision_kernels
+from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.errors import UserError, is_out_of_memory, nearest
 from robustvlm.models import VLM

@@ -29,9 +29,8 @@ from robustvlm.commands.certify.setup import (
 )
 from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.common.inputs import facts_of, probe_of
-from robustvlm.core.device import resolve_device
 from robustvlm.core.probe import change_of
-from robustvlm.core.ranks import Ranks
+from robustvlm.core.ranks import Ranks, resolve_device
 from robustvlm.core.user_code import named_by
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import load_pipeline

@@ -17,7 +17,7 @@ from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT, Materials, Plan, fin
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig, noise_settings
-from robustvlm.core.defaults import MAX_SIGMA
+from robustvlm.core import MAX_SIGMA
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM

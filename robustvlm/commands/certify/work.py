@@ -32,8 +32,7 @@ from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.core.device import resolve_device
-from robustvlm.core.ranks import Ranks
+from robustvlm.core.ranks import Ranks, resolve_device
 from robustvlm.data import open_data
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.errors import UserError, setting

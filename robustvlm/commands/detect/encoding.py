@@ -15,11 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.core.batches import batch_sizes, narrower_after, steady_sizes
-from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.object_graph import fingerprint
-from robustvlm.core.seeds import derive_seed, own_draws
+from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError, setting

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.commands.detect.summary import OWN, OWN_SDIS
-from robustvlm.core.defaults import LAMBDA_INF
+from robustvlm.core import LAMBDA_INF
 from robustvlm.data.splits import _ROWS, copies, in_both
 from robustvlm.defenses import Classifier
 from robustvlm.detect import SDIS, Detector, Head, Supplies, make_scores

@@ -33,9 +33,9 @@ from robustvlm.commands.detect.summary import (
     parse_condition,
 )
 from robustvlm.commands.detect.view import read_run, show, write_report
-from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.names import same_things, some_of
 from robustvlm.data.source import select

@@ -13,9 +13,8 @@ from rich.console import Console
 from robustvlm.commands.common.inputs import remarks_of
 from robustvlm.commands.evaluate import EvaluateSettings
 from robustvlm.core.boundary import borrowed
-from robustvlm.core.device import full_precision_kernels
 from robustvlm.core.framing import to_pixels
-from robustvlm.core.seeds import derive_seed, own_draws
+from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.data import open_data
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree

@@ -18,9 +18,8 @@ from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.finetune import FinetuneSettings
 from robustvlm.commands.told import told
-from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
-from robustvlm.core.ranks import Ranks, current_ranks
+from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.make_trees import BY_KIND, MAKERS, make_forest
 from robustvlm.data.source import select

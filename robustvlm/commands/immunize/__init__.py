@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, ValidationInfo, field_validator, model_validator
 
-from robustvlm.core.defaults import LAMBDA_INF
+from robustvlm.core import LAMBDA_INF
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import (

@@ -35,7 +35,7 @@ from robustvlm.commands.immunize.record import (
     vaccine_settings,
 )
 from robustvlm.commands.told import counted
-from robustvlm.core.device import resolve_device
+from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses.immunity import (
     Immunity,

@@ -40,7 +40,7 @@ from robustvlm.commands.immunize.record import (
 )
 from robustvlm.commands.immunize.view import immunize_closing, immunize_report
 from robustvlm.commands.told import counted
-from robustvlm.core.device import resolve_device
+from robustvlm.core.ranks import resolve_device
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import DataSource, Sample, open_data, to_pixels
 from robustvlm.data.source import UNKNOWN

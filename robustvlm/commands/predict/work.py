@@ -26,9 +26,8 @@ from robustvlm.commands.predict.rows import (
     arrow_of,
     opened,
 )
-from robustvlm.core.device import resolve_device
 from robustvlm.core.framing import to_pixels
-from robustvlm.core.ranks import current_ranks
+from robustvlm.core.ranks import current_ranks, resolve_device
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import open_data
 from robustvlm.data.classes import DEFAULT, read_class_names, read_templates, recognise

@@ -14,8 +14,8 @@ from torch import Tensor
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
 from robustvlm.commands.prompts import PromptSettings
 from robustvlm.commands.told import counted
-from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
+from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.specs import open_unlabelled

@@ -13,10 +13,9 @@ from torch import Tensor
 from robustvlm.commands.common.inputs import facts_of, probe_of
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.commands.told import told
-from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
-from robustvlm.core.ranks import Ranks, current_ranks
+from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.source import Sample, select
 from robustvlm.data.splits import require_unseen_validation

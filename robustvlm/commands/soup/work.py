@@ -17,8 +17,8 @@ from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import describe_data, probe_of
 from robustvlm.commands.soup import MEASURES, SoupSettings
-from robustvlm.core.device import resolve_device
 from robustvlm.core.files import read_json, write_text
+from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune.saved import Tasting, averaged, greedy, overlay, require_alike, save_finetuned

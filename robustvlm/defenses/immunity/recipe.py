@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustvlm.core.defaults import LAMBDA_INF
+from robustvlm.core import LAMBDA_INF
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
 from robustvlm.defenses.immunity.prototypes import Prototypes, log_normaliser
 from robustvlm.defenses.immunity.state import Adapter, Immunity, class_scores, open_set_score

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from robustvlm.core.boundary import own_copy
+from robustvlm.core.boundary import own_copy, same_process
 from robustvlm.core.object_graph import Reached, fingerprint
 from robustvlm.core.registry import create, names_a_callable
-from robustvlm.core.side_effects import same_process
 from robustvlm.core.user_code import file_digest
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.weights import brief

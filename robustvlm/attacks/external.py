@@ -15,9 +15,6 @@ from robustvlm.errors import UserError, nearest
 
 # What the published packages offer for a ball of given norm and radius, and what they need
 
-# How names of their attacks begin on the command line.
-PACKAGES = ("torchattacks", "autoattack")
-
 LINF, BOTH = ("Linf",), ("Linf", "L2")
 
 # Attacks of torchattacks that keep inside a ball of radius eps, with the norms that they know.
@@ -111,16 +108,6 @@ class ExternalAttack:
         return dict(self.options)
 
 
-def is_external(text: str) -> bool:
-    """Whether a name on the command line means an attack of a published package.
-
-    Example:
-        >>> is_external("torchattacks:PGD"), is_external("autoattack"), is_external("pgd")
-        (True, True, False)
-    """
-    return text.strip().split(":")[0].lower() in PACKAGES
-
-
 def parse_external(text: str, *, steps: int | None = None, restarts: int | None = None) -> ExternalAttack:
     """Return the attack of a name such as `torchattacks:PGD:steps=20:alpha=2/255` or `autoattack:standard`.
 
@@ -140,21 +127,6 @@ def parse_external(text: str, *, steps: int | None = None, restarts: int | None 
     if prefix.lower() == "torchattacks":
         return _torchattacks(text, parts, given)
     return _autoattack(text, parts, given)
-
-
-def parse_second_opinion(text: str) -> ExternalAttack:
-    """Return the published attack that is to go over the images that ours have left, with its own settings.
-
-    Example:
-        >>> parse_second_opinion("autoattack").kind
-        'standard'
-    """
-    if not is_external(text) or "," in text:
-        raise UserError(
-            f"the second opinion must come from one attack of another program, got '{text}': "
-            "pass autoattack, autoattack:plus, torchattacks:NAME, ..."
-        )
-    return parse_external(text)
 
 
 def _torchattacks(text: str, parts: list[str], given: Mapping[str, int]) -> ExternalAttack:

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks.base import FAILED, FOOLED, ROBUST, Job, Result
-from robustvlm.attacks.external.spec import VERSIONS, ExternalAttack, package, require_fit
+from robustvlm.attacks.external import VERSIONS, ExternalAttack, package, require_fit
 from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
 from robustvlm.core.batches import narrower_after, smallest
-from robustvlm.core.device import full_precision_kernels
-from robustvlm.core.seeds import derive_seed
-from robustvlm.core.side_effects import same_random_state
+from robustvlm.core.boundary import same_random_state
+from robustvlm.core.seeds import derive_seed, full_precision_kernels
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.text import one_line
 
@@ -225,7 +224,7 @@ class ExternalEngine:
             batch in hand is lost.
 
     Example:
-        >>> from robustvlm.attacks.external.spec import parse_external
+        >>> from robustvlm.attacks.external import parse_external
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
         >>> attack, ball = parse_external("torchattacks:PGD:steps=3"), ThreatModel("Linf", 0.5)
         >>> engine = ExternalEngine(Oracle(model), attack, ball, lanes=4, seed=0)
