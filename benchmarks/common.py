@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks import Job, Oracle
-from robustvlm.attacks.objectives import target_classes
+from robustvlm.attacks import Job, Misclassify, Oracle
 from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
 from robustvlm.data.source import Sample
@@ -48,7 +47,7 @@ def load_subject(model: str, data: str, limit: int | None, *, device: str = "cpu
         for sample, image, logits in zip(batch, x, oracle.confirm(x).cpu(), strict=True):
             seen += 1
             if int(logits.argmax()) == sample.label:
-                targets = tuple(target_classes(logits, sample.label, n_targets))
+                targets = tuple(Misclassify().targets(logits, sample.label, n_targets))
                 jobs.append(Job(sample.id, len(jobs), image, sample.label, targets))
     return Subject(classifier, jobs, seen)
 

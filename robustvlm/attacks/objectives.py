@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -133,14 +132,3 @@ def objective(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise UserError(f"unknown objective '{name}': {nearest(name, OBJECTIVES)}")
     return OBJECTIVES[name]
-
-
-def target_classes(clean_logits: Tensor, label: int, n_targets: int) -> list[int]:
-    """Return the `n_targets` classes with the largest clean logits, the label left out (fewer if there are fewer).
-
-    Example:
-        >>> target_classes(torch.tensor([3.0, 1.0, 2.0]), 0, 9)
-        [2, 1]
-    """
-    order = torch.argsort(clean_logits, descending=True, stable=True).tolist()
-    return [index for index in order if index != label][:n_targets]

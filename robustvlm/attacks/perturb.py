@@ -140,10 +140,7 @@ def perturb(
     label = _labels(labels, len(pixels), classes, wanted)
     with opened_gradients(asked) as stand_ins:
         oracle = Oracle(
-            asked,
-            device=place,
-            precision=precision or ("fp64" if asked.dtype == torch.float64 else "fp32"),
-            seed=seed,
+            asked, device=place, precision=precision or ("fp64" if asked.dtype == torch.float64 else "fp32"), seed=seed
         )
         lanes = lanes or (256 if place.type == "cuda" else 64)
         rows = torch.arange(lanes) % len(pixels)

@@ -25,55 +25,17 @@ from robustvlm.certify.engine import Sampled, SamplingEngine, Task
 from robustvlm.certify.feature import VACUOUS, cone_cos, fcsb_cos, vector_table
 from robustvlm.certify.noise import image_digest, settings_digest
 from robustvlm.certify.openset import OpensetRule
-from robustvlm.certify.record import (
-    Certificate,
-    Provenance,
-    floor_to,
-    format_down,
-    format_exact,
-    format_up,
-    resize_norm,
-    source_norm,
-)
+from robustvlm.certify.record import Certificate, Provenance, resize_norm, source_norm
 from robustvlm.core.registry import make_callable
+from robustvlm.text import floor_to, format_down, format_exact, format_up
 
 __all__ = [
-    "VACUOUS",
-    "Certificate",
-    "Certifier",
-    "ClassAtRadius",
-    "ClassRadius",
-    "FeatureRadius",
-    "FeatureTest",
-    "Finding",
-    "OpensetRadius",
-    "OpensetRule",
-    "Provenance",
-    "Request",
-    "RuleRadius",
-    "Sampled",
-    "SamplingEngine",
-    "Task",
-    "VocabularyRadius",
-    "VoteAtRadius",
-    "VoteRadius",
-    "cone_cos",
-    "deployed_feature_cos",
-    "fcsb_cos",
-    "floor_to",
-    "format_down",
-    "format_exact",
-    "format_up",
-    "image_digest",
-    "predict",
-    "predict_openset",
-    "resize_norm",
-    "settings_digest",
-    "source_norm",
-    "vector_table",
-    "vote_predict",
-    "vote_radius",
-]
+    "VACUOUS", "Certificate", "Certifier", "ClassAtRadius", "ClassRadius", "FeatureRadius", "FeatureTest", "Finding",
+    "OpensetRadius", "OpensetRule", "Provenance", "Request", "RuleRadius", "Sampled", "SamplingEngine", "Task",
+    "VocabularyRadius", "VoteAtRadius", "VoteRadius", "cone_cos", "deployed_feature_cos", "fcsb_cos", "floor_to",
+    "format_down", "format_exact", "format_up", "image_digest", "predict", "predict_openset", "resize_norm",
+    "settings_digest", "source_norm", "vector_table", "vote_predict", "vote_radius",
+]  # fmt: skip
 
 # `robustvlm.certify("tiny", claim="class")` is the command; what is above is its mathematics.
 make_callable(__name__, "robustvlm.commands.certify:certify")

@@ -111,22 +111,6 @@ def least_lower(scores: Array, alpha: float) -> float:
     return best
 
 
-def class_angle(direction: ArrayLike, text: ArrayLike, label: int) -> float:
-    """Return `beta = min_k arcsin <u, v_k>`, the angle u may turn before another class wins (P2); at most 0 if it has.
-
-    An angle certificate below beta (`vector_radius(r, cos(beta), ...)`) certifies the class.
-
-    Example:
-        >>> round(float(np.degrees(class_angle([1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], 0))), 6)
-        45.0
-    """
-    normals = rival_normals(text, label)
-    if normals is None:
-        return 0.0
-    u = unit_rows(np.atleast_2d(np.asarray(direction, dtype=np.float64)))[0]
-    return float(np.arcsin(np.clip((normals @ u).min(), -1.0, 1.0)))
-
-
 # Is the class certified at this radius? All rivals tested side by side, stopping as soon as all have given in
 
 

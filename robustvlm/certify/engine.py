@@ -199,11 +199,7 @@ class SamplingEngine:
             yield from self._work(queue, certifier, running, verdicts)
 
     def _work(
-        self,
-        queue: Iterator[Task],
-        certifier: Callable[[Task], Certifier],
-        running: deque[_Pass],
-        verdicts: Verdicts,
+        self, queue: Iterator[Task], certifier: Callable[[Task], Certifier], running: deque[_Pass], verdicts: Verdicts
     ) -> Iterator[Sampled]:
         while True:
             began = time.perf_counter()

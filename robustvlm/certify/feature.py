@@ -93,16 +93,6 @@ def norm_lower(norm: ArrayLike, a: ArrayLike) -> Array:
     return np.maximum(0.0, fcsb_inner(0.5 * (1.0 + np.asarray(norm, dtype=np.float64)), a))
 
 
-def drift(a: ArrayLike) -> Array:
-    """Return `2 (2 Phi(a/2) - 1) >= ||m(x') - m(x)||` (T2).
-
-    Example:
-        >>> round(float(drift(0.5)), 5)
-        0.39483
-    """
-    return 4.0 * shift_up(0.5, 0.5 * np.asarray(a, dtype=np.float64)) - 2.0
-
-
 def side_upper(eta: ArrayLike, a: ArrayLike) -> Array:
     """Return `s(a) >= ||P m(x')||`, P the projection orthogonal to u, from an upper bound `eta` of `||P m(x)||` (T2).
 
@@ -211,18 +201,6 @@ def _cell_masses(t: Array) -> Array:
     return np.asarray(np.where(left > 0.0, ndtr(-left) - ndtr(-right), ndtr(right) - ndtr(left)))
 
 
-def dual_value(cos0: float, a: float, s: float, low: float, *, eta: float = 0.0) -> float:
-    """Return an upper bound of `E ||(1 - s L sin, s L cos - l)|| + eta |l|` at any multipliers s >= 0 and l = `low`.
-
-    A norm above this value certifies the angle arccos(cos0) at shift `a`, whatever the multipliers (weak duality).
-
-    Example:
-        >>> round(dual_value(0.5, 0.3, 0.0, 0.0), 12)
-        1.0
-    """
-    return float(_dual(np.array([s, low]), check_cos0(cos0), check_shift(a), eta)[0])
-
-
 def _dual(x: Array, cos0: float, a: float, eta: float) -> tuple[float, Array]:
     likelihood, weights, tail = _chords(a)
     sin0 = np.sqrt(1.0 - cos0 * cos0)
@@ -289,21 +267,6 @@ def vector_cos(r: float, a: float, *, eta: float = 0.0) -> float:
         return closed
     found = largest_true(lambda c: float(r) >= required_norm(float(c), a, eta=eta), 0.0, 1.0 - 1e-9, steps=26)
     return max(float(found), closed)
-
-
-def duality_gap(theta: float, r: ArrayLike, a: float, *, eta: float = 0.0) -> Array:
-    """Return `required_norm - r`: negative exactly where `V(theta) < 0` in the unscaled dual, i.e. certified (T4).
-
-    Args:
-        theta: angle to certify, in (0, pi/2].
-        r: lower bound of `<m(x), u>`.
-
-    Example:
-        >>> bool(duality_gap(np.pi / 3, 0.9, 1.46) < 0 < duality_gap(np.pi / 3, 0.9, 1.47))
-        True
-    """
-    cos0 = max(0.0, float(np.cos(theta)))
-    return required_norm(cos0, a, eta=eta) - np.asarray(r, dtype=np.float64)
 
 
 # The T4 certificate as a table: microseconds instead of milliseconds, always read on the conservative side

@@ -13,23 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import ArrayLike
 
-from robustvlm.certify.bands import Band
-from robustvlm.certify.certifier import mean_feature
-from robustvlm.certify.feature import norm_lower, norm_upper
-from robustvlm.certify.means import kl_upper_mean
-from robustvlm.certify.normal import Array, check_sigma
-from robustvlm.certify.shapes import halfspace_lower, halfspace_shift
+from robustvlm.certify.normal import Array
 from robustvlm.errors import UserError
 
 # Certified open-set decisions for `S = max_k min_a <z, mu_k - lam b_a>` with z the smoothed feature (T5, T8)
-
-
-@dataclass(frozen=True)
-class NormRange:
-    """Bounds `low <= ||m(x)|| <= high`, for the score of the *normalised* smoothed feature; their alpha adds up."""
-
-    low: float
-    high: float
 
 
 def contrast_vectors(prototypes: ArrayLike, antibodies: ArrayLike, lam: float) -> Array:
@@ -72,101 +59,6 @@ def pilot_choice(z: ArrayLike, vectors: Array) -> tuple[int, Array]:
     """
     values = vectors @ np.asarray(z, dtype=np.float64)
     return int(values.min(axis=1).argmax()), np.asarray(values.argmin(axis=1))
-
-
-def score_lower(features: ArrayLike, vectors: Array, k: int, a: float, band: Band) -> float:
-    """Return a lower bound of the score of z = m(x') within `a` sigmas: `min_a L_{v_ka}`, k from the pilot.
-
-    Example:
-        >>> from robustvlm.certify.bands import ell_band
-        >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
-        >>> round(score_lower(rows, v, 0, 0.5, ell_band(1000, 0.001)), 3)
-        0.733
-    """
-    return float(halfspace_lower(features, vectors[k], a, band).min())
-
-
-def score_upper(features: ArrayLike, vectors: Array, chosen: ArrayLike, a: float, band: Band) -> float:
-    """Return an upper bound of the score of z = m(x') within `a` sigmas: `max_k U_{v_k,a*(k)}`, a* from the pilot.
-
-    Example:
-        >>> from robustvlm.certify.bands import ell_band
-        >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
-        >>> round(score_upper(rows, v, [0], 0.5, ell_band(1000, 0.001)), 3)
-        0.807
-    """
-    picked = vectors[np.arange(len(vectors)), np.asarray(chosen, dtype=np.int64)]
-    return float((-halfspace_lower(features, -picked, a, band)).max())
-
-
-def acceptance_radius(
-    features: ArrayLike, vectors: Array, k: int, tau: float, sigma: float, band: Band, *, norm: NormRange | None = None
-) -> float:
-    """Return the radius inside which the score stays at least `tau`; 0 means ABSTAIN.
-
-    Args:
-        features: [n, D] estimation features, n = band.n.
-        vectors: [K, A, D] from `contrast_vectors`.
-        k: class from the pilot.
-        norm: given, the score is that of `z = m(x') / ||m(x')||` and tau is compared with `<m(x'), v> / N(a)`.
-
-    Example:
-        >>> from robustvlm.certify.bands import ell_band
-        >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
-        >>> round(acceptance_radius(rows, v, 0, 0.5, 0.25, ell_band(1000, 0.001)), 3)
-        0.33
-    """
-    grows = tau > 0.0  # a positive threshold is hardest at the largest norm, a negative one at the smallest
-
-    def threshold(a: float) -> float:
-        return tau if norm is None else tau * float(norm_upper(norm.high, a) if grows else norm_lower(norm.low, a))
-
-    return check_sigma(sigma) * halfspace_shift(features, vectors[k], threshold, band)
-
-
-def rejection_radius(
-    features: ArrayLike,
-    vectors: Array,
-    chosen: ArrayLike,
-    tau: float,
-    sigma: float,
-    band: Band,
-    *,
-    norm: NormRange | None = None,
-) -> float:
-    """Return the radius inside which the score stays below `tau`; 0 means ABSTAIN. Arguments as `acceptance_radius`.
-
-    Args:
-        chosen: [K] antibody per class, from the pilot.
-
-    Example:
-        >>> from robustvlm.certify.bands import ell_band
-        >>> rows, v = [[0.6, 0.8]] * 1000, contrast_vectors([[0.0, 1.0]], [], 0.0)
-        >>> round(rejection_radius(rows, v, [0], 0.9, 0.25, ell_band(1000, 0.001)), 3)
-        0.572
-    """
-    picked = vectors[np.arange(len(vectors)), np.asarray(chosen, dtype=np.int64)]
-    shrinks = tau > 0.0
-
-    def threshold(a: float) -> float:
-        limit = tau if norm is None else tau * float(norm_lower(norm.low, a) if shrinks else norm_upper(norm.high, a))
-        return float(np.nextafter(-limit, np.inf))  # strictly below tau
-
-    return check_sigma(sigma) * halfspace_shift(features, -picked, threshold, band)
-
-
-def norm_upper_bound(features: ArrayLike, alpha: float) -> float:
-    """Return an upper bound of `||m(x)||` from unit features [n, D]: the Chernoff bound along the true mean (T2).
-
-    The true direction is fixed and the sample mean along it is at most the sample mean's norm: no dimension factor.
-
-    Example:
-        >>> round(norm_upper_bound([[0.8, 0.6], [0.8, -0.6]] * 500, 0.001), 3)
-        0.863
-    """
-    mean, lost = mean_feature(features)
-    length = min(1.0, float(np.linalg.norm(mean)) + lost)
-    return min(1.0, 2.0 * float(kl_upper_mean(0.5 * (1.0 + length), len(np.asarray(features)), alpha)) - 1.0)
 
 
 # The open-set rule with a threshold for each class, and the linear claims that keep its decision (T5, T8).

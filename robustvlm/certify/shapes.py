@@ -72,28 +72,6 @@ def cdf_lower(scores: ArrayLike, a: ArrayLike, band: Band) -> Array:
     return layer_cake(sorted_for(scores, band), band.lower, a)
 
 
-def cdf_upper(scores: ArrayLike, a: ArrayLike, band: Band) -> Array:
-    """Return an upper bound of `E g(x' + noise)` for every x' within `a` sigmas (T5); shapes as in `cdf_lower`.
-
-    Example:
-        >>> from robustvlm.certify.bands import ell_band
-        >>> round(float(cdf_upper([0.1] * 1000, 0.5, ell_band(1000, 0.001))), 4)
-        0.1333
-    """
-    return 1.0 - cdf_lower(1.0 - np.asarray(scores, dtype=np.float64), a, band)
-
-
-def cdf_plug_in(scores: ArrayLike, a: ArrayLike) -> Array:
-    """Return the shifted mean of the empirical distribution: between `cdf_lower` and `cdf_upper`, and no certificate.
-
-    Example:
-        >>> round(float(cdf_plug_in([0.2] + [0.95] * 9, 0.5)), 6)
-        0.787071
-    """
-    x = np.sort(as_scores(scores), axis=0)
-    return layer_cake(x, np.arange(len(x), 0, -1) / len(x), a)
-
-
 def cdf_radius(scores: ArrayLike, target: float, sigma: float, band: Band) -> float:
     """Return the largest radius at which `E g(x' + noise) >= target` is certified; 0 means ABSTAIN (T5).
 
@@ -200,28 +178,12 @@ def sideways(features: ArrayLike, direction: ArrayLike, alpha: float) -> Sideway
     return Sideways(min(1.0, eta), lam, alpha)
 
 
-def direction_cos(scores: ArrayLike, a: ArrayLike, band: Band, side: Sideways) -> Array:
-    """Return the certified `cos(m(x'), u)` for a published direction u, or -1 (T3 with T5 forwards, T7 sideways).
-
-    Holds with error probability `band.alpha + side.alpha`, for all `a` at once.
-
-    Args:
-        scores: [n] of `(1 + <f, u>) / 2`.
-
-    Example:
-        >>> from robustvlm.certify.bands import ell_band
-        >>> round(float(direction_cos([0.9] * 1000, 0.5, ell_band(1000, 5e-4), Sideways(0.1, 0.05, 5e-4))), 3)
-        0.958
-    """
-    return _cos(sorted_for(scores, band), np.asarray(a, dtype=np.float64), band, side)
-
-
 def _cos(levels: Array, a: Array, band: Band, side: Sideways) -> Array:
     return join(2.0 * layer_cake(levels, band.lower, a) - 1.0, side.at(a))
 
 
 def direction_radius(scores: ArrayLike, cos0: float, sigma: float, band: Band, side: Sideways) -> float:
-    """Return the largest radius at which `direction_cos` is at least `cos0` (and above zero); 0 means ABSTAIN.
+    """Return the radius inside which `cos(m(x'), u) >= cos0`, for a published direction u; 0 means ABSTAIN.
 
     Example:
         >>> from robustvlm.certify.bands import ell_band

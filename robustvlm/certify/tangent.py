@@ -13,7 +13,7 @@ from scipy.special import ndtr, ndtri
 
 from robustvlm.certify.certifier import as_scores
 from robustvlm.certify.means import FRACTIONS, log_gains, mix
-from robustvlm.certify.normal import Array, check_alpha, check_shift, check_sigma
+from robustvlm.certify.normal import Array, check_alpha, check_shift
 from robustvlm.errors import UserError
 
 CLIPS: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4)
@@ -154,35 +154,3 @@ class TangentTest:
         self.tangent = self.tangent.keep(columns)
         self._nulls, self._gains, self._doubts = (x[:, columns] for x in (self._nulls, self._gains, self._doubts))
         self.certified, self.hopeless = self.certified[columns], self.hopeless[columns]
-
-
-def tangent_radius(
-    pilot: ArrayLike, scores: ArrayLike, *, target: float, sigma: float, alpha: float, grid: Sequence[float]
-) -> float:
-    """Return the radius certified by testing an increasing grid of shifts in turn, each at `alpha` (T6).
-
-    The nulls are nested and testing stops at the first failure, so no correction is needed (fixed sequence).
-
-    Args:
-        pilot: [n0] scores for the references only.
-        scores: [n] estimation scores.
-        grid: increasing shifts eps / sigma, fixed before the data.
-
-    Raises:
-        UserError: the grid is empty, negative or not increasing.
-
-    Example:
-        >>> tangent_radius([0.9] * 200, [0.9] * 800, target=0.75, sigma=1.0, alpha=0.001, grid=[0.5, 1.0, 1.5, 2.0])
-        1.0
-    """
-    shifts = np.asarray(grid, dtype=np.float64)
-    if shifts.ndim != 1 or len(shifts) == 0 or shifts[0] < 0.0 or (np.diff(shifts) <= 0.0).any():
-        raise UserError("the grid of shifts must be increasing numbers >= 0, fixed before the data")
-    reached = 0.0
-    for a in shifts:
-        test = TangentTest(pilot, a=float(a), target=target, alpha=alpha)
-        test.update(scores)
-        if not test.certified.all():
-            break
-        reached = float(a)
-    return check_sigma(sigma) * reached

@@ -8,14 +8,5 @@ from robustvlm.data.specs import open_data
 from robustvlm.data.trees import Forest, Tree, load_tree
 
 __all__ = [
-    "UNKNOWN",
-    "DataSource",
-    "Forest",
-    "Sample",
-    "Tree",
-    "Unreadable",
-    "load_tree",
-    "open_data",
-    "select",
-    "to_pixels",
-]
+    "UNKNOWN", "DataSource", "Forest", "Sample", "Tree", "Unreadable", "load_tree", "open_data", "select", "to_pixels",
+]  # fmt: skip

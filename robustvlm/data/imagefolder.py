@@ -40,13 +40,7 @@ class ImageFolder(DataSource):
     """
 
     def __init__(
-        self,
-        root: Path,
-        *,
-        links: bool = False,
-        empty: bool = False,
-        split: str | None = None,
-        spec: str | None = None,
+        self, root: Path, *, links: bool = False, empty: bool = False, split: str | None = None, spec: str | None = None
     ) -> None:
         _check_folder(root)
         root, within = chosen_split(root, split)

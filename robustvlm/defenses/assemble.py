@@ -15,14 +15,15 @@ from robustvlm.certify import OpensetRule
 from robustvlm.core.files import replacing
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.pipeline import (
+    Operation,
     SavedModel,
     apply_operations,
     check_operations,
     load_pipeline,
     require_same_base,
     saved_model,
+    split_spec,
 )
-from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder

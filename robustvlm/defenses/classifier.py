@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.attacks.tensors import as_images
-from robustvlm.certify import predict
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.defenses.smoothing import SmoothedVLM
-from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
 from robustvlm.models.vlm import framing_of_model
@@ -138,6 +136,8 @@ class Classifier(nn.Module, ABC):
                 f"'{self.spec}' does not abstain: leave out alpha, or pass a smoothed encoder without refusal, as "
                 "load_classifier('tiny+smooth:0.25', ...)"
             )
+        if alpha is not None:
+            from robustvlm.certify import predict as vote  # certificates' mathematics, which attacks do without
         outputs, decided = [], []
         with borrowed(self), full_precision_kernels():
             for batch in pixels.split(lanes):
@@ -149,7 +149,7 @@ class Classifier(nn.Module, ABC):
                 unit = F.normalize(draws.mean(dim=1), dim=-1).to(text.dtype)
                 outputs.append((smoothed.logit_scale * unit @ text.T).float().cpu())
                 table = text.double().cpu().numpy()
-                decided += [predict(rows, table, alpha) for rows in draws.double().cpu().numpy()]
+                decided += [vote(rows, table, alpha) for rows in draws.double().cpu().numpy()]
         output = torch.cat(outputs)
         logits = output[:, :-1] if self.can_reject else output
         classes = logits.argmax(1)
@@ -269,25 +269,3 @@ def acceptance(logits: Tensor, threshold: float) -> Tensor:
     leading, index = logits.max(dim=1)
     others = logits.scatter(1, index[:, None], float("-inf")).logsumexp(dim=1)
     return leading - others - math.log(threshold / (1 - threshold))
-
-
-def split_rejection(spec: str) -> tuple[str, float | None]:
-    """Split `MODEL+reject:T` into the model and the threshold, None where nothing is rejected."""
-    base, operations = split_spec(spec)
-    if not any(operation.name == "reject" for operation in operations):
-        return spec, None
-    *before, last = operations
-    if last.name != "reject" or any(operation.name == "reject" for operation in before):
-        raise UserError(f"'+reject:T' must be the last operator of '{spec}' and stand there once")
-    return "+".join([base, *map(str, before)]), _threshold(last)
-
-
-def _threshold(operation: Operation) -> float:
-    try:
-        (text,) = operation.arguments
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise UserError(f"'+{operation}' must be written +reject:T with a probability 0 < T < 1, as +reject:0.5")
-    return value

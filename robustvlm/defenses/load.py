@@ -12,9 +12,8 @@ from robustvlm.core.registry import create, names_a_callable
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.classes import DEFAULT
 from robustvlm.defenses import pipeline
-from robustvlm.defenses.classifier import Classifier, split_rejection
-from robustvlm.defenses.pipeline import load_pipeline, saved_model
-from robustvlm.defenses.spec import split_spec
+from robustvlm.defenses.classifier import Classifier
+from robustvlm.defenses.pipeline import load_pipeline, saved_model, split_rejection, split_spec
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM
 

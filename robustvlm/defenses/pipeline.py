@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -11,21 +12,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from robustvlm.certify import OpensetRule
 from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import create, names_a_callable
 from robustvlm.core.user_code import named_by
-from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot, split_rejection
+from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
-from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, load_model, resize, zero_shot
 from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of, wrap_encoder
@@ -33,6 +32,71 @@ from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card, require_ground
 from robustvlm.models.vlm import INTERPOLATIONS
 from robustvlm.models.weights import brief
+
+if TYPE_CHECKING:
+    from robustvlm.certify import OpensetRule
+
+# The operators of a spec: `MODEL+operator:arguments` taken apart
+
+# A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are.
+_OPERATION = re.compile(r"[A-Za-z][A-Za-z_-]*(:[^/+]*)?")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator of a spec with its arguments as text: `smooth:0.25:64` is ("smooth", ("0.25", "64"))."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *self.arguments])
+
+
+def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
+    """Split a spec into the model and its operations; a path that holds a plus sign stays whole.
+
+    Raises UserError when there are operations but no model.
+
+    Example:
+        >>> split_spec("tiny+smooth:0.25:64")
+        ('tiny', (Operation(name='smooth', arguments=('0.25', '64')),))
+    """
+    operations: list[Operation] = []
+    base = spec
+    while "+" in base and not os.path.exists(os.path.expanduser(base)):
+        rest, _, last = base.rpartition("+")
+        if not _OPERATION.fullmatch(last):
+            break
+        name, *arguments = last.split(":")
+        operations.insert(0, Operation(name, tuple(arguments)))
+        base = rest
+    if operations and not base:
+        raise UserError(f"'{spec}' names no model: write MODEL+{operations[0]}, as tiny+{operations[0]}")
+    return base, tuple(operations)
+
+
+def split_rejection(spec: str) -> tuple[str, float | None]:
+    """Split `MODEL+reject:T` into the model and the threshold, None where nothing is rejected."""
+    base, operations = split_spec(spec)
+    if not any(operation.name == "reject" for operation in operations):
+        return spec, None
+    *before, last = operations
+    if last.name != "reject" or any(operation.name == "reject" for operation in before):
+        raise UserError(f"'+reject:T' must be the last operator of '{spec}' and stand there once")
+    return "+".join([base, *map(str, before)]), _threshold(last)
+
+
+def _threshold(operation: Operation) -> float:
+    try:
+        (text,) = operation.arguments
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise UserError(f"'+{operation}' must be written +reject:T with a probability 0 < T < 1, as +reject:0.5")
+    return value
+
 
 # Models that this program made: which part of it loads which kind of folder
 
@@ -263,7 +327,7 @@ OPERATORS = {
         meaning=f"the model averaged over N0 noisy copies of the image (default {DEFAULT_N0}), noise of SIGMA in [0, 1]"
         " pixels",
         apply=_smooth,
-    ),
+    )
 }
 """Every operator by name."""
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustvlm.certify import format_exact, predict
 from robustvlm.core import MAX_N0, MAX_SIGMA
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, resize
+from robustvlm.text import format_exact
 
 DEFAULT_N0 = 64
 ROWS_PER_PASS = 128
@@ -222,6 +222,8 @@ class SmoothedClassifier:
         rival at level `alpha0`. Anywhere inside the radius of a class certificate, the answer is another class than the
         certified one with probability at most `alpha0`, provided the input was chosen without knowing this noise.
         """
+        from robustvlm.certify import predict  # certificates' mathematics, which attacks do without
+
         features = self.vlm.noisy_features(pixels, self.vlm.n0 if n0 is None else n0).double().cpu().numpy()
         text = self.class_embeddings.double().cpu().numpy()
         return [predict(rows, text, alpha0) for rows in features]

@@ -150,12 +150,7 @@ SCORES: Table[Score] = Table(
             Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.tempered)),
             Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
             Score(
-                "gen",
-                "GEN",
-                "Liu et al., CVPR 2023",
-                (),
-                lambda s: GEN(s.head, temperature=s.temperature),
-                usual=False,
+                "gen", "GEN", "Liu et al., CVPR 2023", (), lambda s: GEN(s.head, temperature=s.temperature), usual=False
             ),
         )
     },

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
-from robustvlm.certify.record import floor_to
 from robustvlm.runs.records import Estimate
 from robustvlm.stats import Mean, Rate
+from robustvlm.text import floor_to
 
 NORMS = {"Linf": "L∞", "L2": "L₂"}
 

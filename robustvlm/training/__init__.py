@@ -18,20 +18,7 @@ from robustvlm.training.trainer import Trainer
 from robustvlm.training.validation import LabelledImages, RobustValidation
 
 __all__ = [
-    "Draws",
-    "Estimate",
-    "LabelledImages",
-    "Measure",
-    "RobustValidation",
-    "Task",
-    "Trainer",
-    "TrainingConfig",
-    "TrainingData",
-    "TrainingImages",
-    "TrainingObserver",
-    "Validation",
-    "Warned",
-    "gathered",
-    "ids_of",
+    "Draws", "Estimate", "LabelledImages", "Measure", "RobustValidation", "Task", "Trainer", "TrainingConfig",
+    "TrainingData", "TrainingImages", "TrainingObserver", "Validation", "Warned", "gathered", "ids_of",
     "parse_augmentation",
-]
+]  # fmt: skip

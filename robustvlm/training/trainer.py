@@ -170,12 +170,7 @@ class Session:
         t = self.t
         return t.data.batches(
             spans(
-                step=step,
-                last=last,
-                batch_size=t.config.batch_size,
-                part=t.part,
-                rank=t.ranks.rank,
-                ranks=t.ranks.size,
+                step=step, last=last, batch_size=t.config.batch_size, part=t.part, rank=t.ranks.rank, ranks=t.ranks.size
             )
         )
 
@@ -183,11 +178,7 @@ class Session:
         t, history = self.t, self.state.history
         began = time.perf_counter()
         rate = learning_rate(
-            self.state.step,
-            total=t.total,
-            peak=t.config.lr,
-            warmup=self.warmup,
-            final=t.config.final_lr,
+            self.state.step, total=t.total, peak=t.config.lr, warmup=self.warmup, final=t.config.final_lr
         )
         terms = stepper.gradients(batches, self.state.step)
         shares = summed(torch.stack(list(terms.values()))) / t.ranks.size

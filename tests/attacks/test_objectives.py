@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.attacks import margin, objective
-from robustvlm.attacks.objectives import OBJECTIVES, target_classes
+from robustvlm.attacks import Misclassify, margin, objective
+from robustvlm.attacks.objectives import OBJECTIVES
 from robustvlm.errors import UserError
 
 # Hundredths: closer logits would test the guard against division by zero instead of the formula.
@@ -72,8 +72,8 @@ def test_fallbacks_are_stated_for_few_classes_only():
 
 
 def test_targets_are_the_likeliest_wrong_classes():
-    assert target_classes(torch.tensor([0.0, 9.0, 3.0, 5.0]), 1, 2) == [3, 2]
-    assert target_classes(torch.tensor([0.0, 9.0]), 0, 9) == [1]
+    assert Misclassify().targets(torch.tensor([0.0, 9.0, 3.0, 5.0]), 1, 2) == [3, 2]
+    assert Misclassify().targets(torch.tensor([0.0, 9.0]), 0, 9) == [1]
 
 
 def test_unknown_objective_names_the_nearest():

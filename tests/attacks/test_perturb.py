@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy import CHANNELS, PIXELS, SIDE, Curved, Linear, images
 
-from robustvlm.attacks import FOOLED, Intrude, Job, LaneEngine, Oracle, ThreatModel, parse_attacks
-from robustvlm.attacks.objectives import target_classes
+from robustvlm.attacks import FOOLED, Intrude, Job, LaneEngine, Misclassify, Oracle, ThreatModel, parse_attacks
 from robustvlm.attacks.perturb import CLEAN, AutoAttack, Perturbed, perturb
 from robustvlm.errors import UserError
 
@@ -129,7 +128,10 @@ def test_the_answers_are_those_of_the_engine_under_the_same_ids() -> None:
         logits = model(x)
     label = logits.argmax(1)
     names = [f"image-{i}" for i in range(8)]
-    jobs = [Job(names[i], i, x[i], int(label[i]), tuple(target_classes(logits[i], int(label[i]), 9))) for i in range(8)]
+    jobs = [
+        Job(names[i], i, x[i], int(label[i]), tuple(Misclassify().targets(logits[i], int(label[i]), 9)))
+        for i in range(8)
+    ]
     (attack,) = parse_attacks("apgd-t", steps=6)
     engine = LaneEngine(Oracle(model), attack, ThreatModel("Linf", 0.04), lanes=8, seed=3)
     results = sorted(engine.run(jobs), key=lambda result: result.job.index)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks import Job, LaneAttack, LaneEngine, Oracle, Result, ThreatModel
-from robustvlm.attacks.objectives import target_classes
+from robustvlm.attacks import Job, LaneAttack, LaneEngine, Misclassify, Oracle, Result, ThreatModel
 
 SIDE, CHANNELS = 6, 3
 PIXELS = CHANNELS * SIDE * SIDE
@@ -50,7 +49,10 @@ def right_jobs(model: nn.Module, count: int = 24, seed: int = 1) -> list[Job]:
     with torch.no_grad():
         logits = model(x)
     labels = logits.argmax(1).tolist()
-    return [Job(f"image-{i}", i, x[i], labels[i], tuple(target_classes(logits[i], labels[i], 9))) for i in range(count)]
+    return [
+        Job(f"image-{i}", i, x[i], labels[i], tuple(Misclassify().targets(logits[i], labels[i], 9)))
+        for i in range(count)
+    ]
 
 
 def attack_all(

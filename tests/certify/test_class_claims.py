@@ -9,7 +9,6 @@ from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import direction_scores, mean_feature
 from robustvlm.certify.classes import (
     ClassTest,
-    class_angle,
     class_margin_radius,
     covariance_upper,
     mean_ball,
@@ -56,7 +55,7 @@ def test_more_rivals_never_help_and_identical_prompts_abstain() -> None:
     doubled = np.vstack([TEXT, TEXT[7]])
     assert class_margin_radius(ROWS, doubled, 7, 1.0, BAND) == 0.0
     assert mean_margin_radius(ROWS, doubled, 7, 1.0, 0.001) == 0.0
-    assert class_angle(TEXT[7], doubled, 7) == 0.0
+    assert rival_normals(doubled, 7) is None
     assert vocabulary_radius(TEXT[7], doubled, 7, 1.0, ball=0.0) == 0.0
     assert predict(ROWS, np.vstack([TEXT[7], TEXT[7]]), 0.001) is None
     assert ClassTest(PILOT, doubled, 7, a=0.1, alpha=0.001).decision == "futile"
@@ -65,7 +64,7 @@ def test_more_rivals_never_help_and_identical_prompts_abstain() -> None:
 def test_wrong_labels_abstain() -> None:
     assert class_margin_radius(ROWS, TEXT, 3, 1.0, BAND) == 0.0
     assert mean_margin_radius(ROWS, TEXT, 3, 1.0, 0.001) == 0.0
-    assert class_angle(TEXT[7], TEXT, 3) < 0.0
+    assert class_angle(TEXT[7], 3) < 0.0
 
 
 def test_failed_rows_only_shrink_the_radius_and_cannot_be_dropped() -> None:
@@ -94,9 +93,16 @@ def test_early_stopping_certifies_small_radii_and_gives_up_on_large_ones() -> No
     assert hard.update(ROWS) == "futile"
 
 
+def class_angle(direction: np.ndarray, label: int) -> float:
+    """Return the angle that a unit direction may turn before another class wins (P2)."""
+    normals = rival_normals(TEXT, label)
+    assert normals is not None
+    return float(np.arcsin((normals @ direction).min()))
+
+
 def test_angle_route_certifies_where_the_angle_allows() -> None:
     mean, _ = mean_feature(ROWS)
-    beta = class_angle(mean / np.linalg.norm(mean), TEXT, 7)
+    beta = class_angle(mean / np.linalg.norm(mean), 7)
     assert 0.0 < beta < np.pi / 2
     assert vector_radius(0.8, float(np.cos(beta)), 1.0) > 0.0
 

@@ -11,7 +11,6 @@ from robustvlm.certify.means import (
     FRACTIONS,
     LOWER_BOUNDS,
     BettingState,
-    FixedSample,
     SequentialTest,
     bernstein_lower,
     betting_lower,
@@ -102,21 +101,8 @@ def test_failed_samples_count_as_the_worst_value_in_both_directions() -> None:
         assert float(upper(lower, [*good, float("nan")], 0.01)) == float(upper(lower, [*good, 1.0], 0.01))
 
 
-def test_fixed_samples_refuse_early_looks_and_late_additions() -> None:
-    sample = FixedSample(5)
-    sample.add([0.9, 0.8, 0.7])
-    with pytest.raises(UserError, match="only 3 are there"):
-        sample.lower(0.05, bound="hoeffding")
-    with pytest.raises(UserError, match="planned for 5"):
-        sample.add([0.9] * 3)
-    sample.add([float("nan"), 0.6])
-    assert float(sample.lower(0.05, bound="kl")) == float(kl_lower([0.9, 0.8, 0.7, 0.0, 0.6], 0.05))
-    with pytest.raises(UserError, match="planned for 5"):
-        sample.add([1.0])
-
-
 def test_peeking_at_a_fixed_bound_breaks_it_and_betting_survives() -> None:
-    """Looking after every 10 of 600 samples at nominal 10%: why `FixedSample` refuses to be read early."""
+    """Looking after every 10 of 600 samples at nominal 10%: why a claim with such a bound fixes its n."""
     runs, alpha, mean = 300, 0.1, 0.5
     x = (np.random.default_rng(5).random((600, runs)) < mean).astype(float)
     state, peeked = BettingState(np.full(runs, mean)), np.zeros(runs, dtype=bool)

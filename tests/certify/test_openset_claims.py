@@ -1,4 +1,4 @@
-"""Open-set claims: bounds around the score, joint directions, normalised scores, the deployed rule."""
+"""Open-set claims: bounds around the score, joint directions, the deployed rule."""
 
 import numpy as np
 import pytest
@@ -6,19 +6,12 @@ import pytest
 from robustvlm.certify import predict_openset
 from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import mean_feature
-from robustvlm.certify.feature import norm_lower, norm_upper
 from robustvlm.certify.openset import (
-    NormRange,
-    acceptance_radius,
     contrast_vectors,
-    norm_upper_bound,
     openset_score,
     pilot_choice,
-    rejection_radius,
-    score_lower,
-    score_upper,
 )
-from robustvlm.certify.shapes import halfspace_lower
+from robustvlm.certify.shapes import halfspace_lower, halfspace_shift
 from robustvlm.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -36,6 +29,14 @@ ROWS = units(2.0 * PROTOTYPES[4] + 0.3 * RNG.standard_normal((1000, 12)))
 FAR = units(-2.0 * np.eye(12)[0] + 0.3 * RNG.standard_normal((1000, 12)))
 
 
+def least(rows: np.ndarray, vectors: np.ndarray, a: float) -> float:
+    return float(halfspace_lower(rows, vectors, a, BAND).min())
+
+
+def picked(chosen: np.ndarray) -> np.ndarray:
+    return np.asarray(VECTORS[np.arange(len(VECTORS)), chosen])
+
+
 def test_score_is_max_over_classes_of_min_over_antibodies() -> None:
     z = mean_feature(ROWS)[0]
     brute = max(min(float(z @ (mu - 0.3 * b)) for b in ANTIBODIES) for mu in PROTOTYPES)
@@ -49,8 +50,8 @@ def test_score_is_max_over_classes_of_min_over_antibodies() -> None:
 def test_bounds_enclose_the_plug_in_score_and_widen(rows: np.ndarray) -> None:
     z = mean_feature(rows)[0]
     k, chosen = pilot_choice(z, VECTORS)
-    lows = [score_lower(rows, VECTORS, k, a, BAND) for a in (0.0, 0.3, 1.0)]
-    highs = [score_upper(rows, VECTORS, chosen, a, BAND) for a in (0.0, 0.3, 1.0)]
+    lows = [least(rows, VECTORS[k], a) for a in (0.0, 0.3, 1.0)]
+    highs = [-least(rows, -picked(chosen), a) for a in (0.0, 0.3, 1.0)]
     assert lows[2] <= lows[1] <= lows[0] <= openset_score(z, VECTORS) <= highs[0] <= highs[1] <= highs[2]
 
 
@@ -66,38 +67,16 @@ def test_radii_match_the_bounds_at_their_end() -> None:
     z = mean_feature(ROWS)[0]
     k, _ = pilot_choice(z, VECTORS)
     tau = 0.5 * openset_score(z, VECTORS)
-    radius = acceptance_radius(ROWS, VECTORS, k, tau, 0.25, BAND)
-    assert radius > 0.0
-    assert score_lower(ROWS, VECTORS, k, radius / 0.25, BAND) == pytest.approx(tau, abs=1e-6)
+    accepted = halfspace_shift(ROWS, VECTORS[k], lambda _: tau, BAND)
+    assert accepted > 0.0
+    assert least(ROWS, VECTORS[k], accepted) == pytest.approx(tau, abs=1e-6)
     _, chosen = pilot_choice(mean_feature(FAR)[0], VECTORS)
-    out = rejection_radius(FAR, VECTORS, chosen, tau, 0.25, BAND)
-    assert out > 0.0
-    assert score_upper(FAR, VECTORS, chosen, out / 0.25, BAND) <= tau
-    assert rejection_radius(ROWS, VECTORS, chosen, tau, 0.25, BAND) == 0.0
-    assert acceptance_radius(FAR, VECTORS, k, tau, 0.25, BAND) == 0.0
-
-
-@pytest.mark.parametrize("tau", [0.3, -0.05])
-def test_normalised_scores_use_the_hard_side_of_the_norm(tau: float) -> None:
-    norm = NormRange(low=0.7, high=0.95)
-    z = mean_feature(ROWS)[0]
-    k, _ = pilot_choice(z, VECTORS)
-    a = acceptance_radius(ROWS, VECTORS, k, tau, 1.0, BAND, norm=norm)
-    limits = [tau * float(bound(value, a)) for bound, value in ((norm_lower, norm.low), (norm_upper, norm.high))]
-    assert a > 0.0
-    assert score_lower(ROWS, VECTORS, k, a, BAND) >= max(limits) - 1e-9
-    _, chosen = pilot_choice(mean_feature(FAR)[0], VECTORS)
-    a = rejection_radius(FAR, VECTORS, chosen, tau, 1.0, BAND, norm=norm)
-    limits = [tau * float(bound(value, a)) for bound, value in ((norm_lower, norm.low), (norm_upper, norm.high))]
-    if a > 0.0:
-        assert score_upper(FAR, VECTORS, chosen, a, BAND) < min(limits) + 1e-9
-
-
-def test_norm_upper_bound_covers_and_counts_failures() -> None:
-    truth = np.linalg.norm(units(2.0 * PROTOTYPES[4] + 0.3 * RNG.standard_normal((50_000, 12))).mean(axis=0))
-    failed = ROWS.copy()
-    failed[:10] = np.nan
-    assert truth < norm_upper_bound(ROWS, 0.001) <= norm_upper_bound(failed, 0.001) <= 1.0
+    below = float(np.nextafter(-tau, np.inf))
+    rejected = halfspace_shift(FAR, -picked(chosen), lambda _: below, BAND)
+    assert rejected > 0.0
+    assert -least(FAR, -picked(chosen), rejected) <= tau
+    assert halfspace_shift(ROWS, -picked(chosen), lambda _: below, BAND) == 0.0
+    assert halfspace_shift(FAR, VECTORS[k], lambda _: tau, BAND) == 0.0
 
 
 def test_deployed_rule_decides_or_abstains() -> None:

@@ -8,7 +8,6 @@ from scipy.special import gamma, hyp1f1, ndtr
 from robustvlm.certify import cone_cos, fcsb_cos
 from robustvlm.certify.feature import (
     cone_radius,
-    drift,
     fcsb_inner,
     fcsb_radius,
     norm_lower,
@@ -126,7 +125,6 @@ def test_o8_printed_cosines(r: float, a: float, bound: float, cone: float, vecto
     assert float(fcsb_inner((1.0 + r) / 2.0, a)) == pytest.approx(bound, abs=5e-6)
     assert float(cone_cos(r, a)) == pytest.approx(cone, abs=5e-6)
     assert vector_cos(r, a) == pytest.approx(vector, abs=5e-6)
-    assert float(drift(0.5)) == pytest.approx(0.39483, abs=5e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.certify import Certificate, Provenance, floor_to, format_down, format_exact, format_up
+from robustvlm.certify import Certificate, Provenance
 from robustvlm.certify.record import best_of, expected_false
 from robustvlm.errors import UserError
+from robustvlm.text import floor_to, format_down, format_exact, format_up
 
 HOW = Provenance(
     sigma=0.25,

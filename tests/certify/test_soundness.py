@@ -16,7 +16,7 @@ from robustvlm.certify.limits import (
 )
 from robustvlm.certify.normal import beta_quantile, largest_true, shift_down, shift_up
 from robustvlm.certify.shapes import Sideways, cdf_lower, direction_radius, eigenvalue_upper, sideways
-from robustvlm.certify.tangent import TangentTest, tangent_at, tangent_radius
+from robustvlm.certify.tangent import TangentTest, tangent_at
 from robustvlm.errors import UserError
 
 
@@ -99,9 +99,6 @@ def test_half_precision_accumulation_is_not_possible() -> None:
 def test_tangent_references_must_be_sound_inputs() -> None:
     with pytest.raises(UserError, match="clip"):
         tangent_at([0.5], 1.0, clips=[0.01, 0.0])
-    for grid in ([], [1.0, 0.5], [-1.0, 1.0]):
-        with pytest.raises(UserError, match="grid"):
-            tangent_radius([0.5], [0.5], target=0.5, sigma=1.0, alpha=0.1, grid=grid)
     impossible = TangentTest([0.9] * 50, a=6.0, target=0.9, alpha=0.01)
     impossible.update([1.0] * 500)
     assert impossible.hopeless.all()

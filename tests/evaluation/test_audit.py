@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustvlm.certify.claims import Quantity, upper_mean
 from robustvlm.certify.claims.class_ import ClassQuantity
-from robustvlm.certify.claims.feature import DirectionQuantity, FeatureQuantity
+from robustvlm.certify.claims.feature import FeatureQuantity
 from robustvlm.certify.claims.vote import VoteQuantity
 from robustvlm.certify.feature import vector_radius
 from robustvlm.certify.normal import Array
@@ -120,11 +120,10 @@ def test_a_certificate_of_another_noise_level_is_refused() -> None:
         run(smooth(Circle(), 0.25), 0.1, feature(0.1, r=NORMS["circle"]))
 
 
-def test_directions_classes_and_votes() -> None:
+def test_classes_and_votes() -> None:
     vlm = smooth(Circle(), SIGMA)
     boundary = math.pi / 4  # where the classes meet; the image is at 0
     claims: dict[str, Callable[[float], Quantity]] = {
-        "direction": lambda radius: DirectionQuantity(cos0=math.sqrt(0.5), radius=radius, direction=TEXT[0]),
         "class": lambda radius: ClassQuantity(text=TEXT, label=0, radius=radius),
         "vote": lambda radius: VoteQuantity(text=TEXT, label=0, radius=radius, logit_scale=10.0),
     }

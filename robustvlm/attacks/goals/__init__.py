@@ -25,25 +25,7 @@ from robustvlm.attacks.goals.classes import (
 from robustvlm.attacks.goals.feature import FeatureAway, FeatureGoal, FeatureTo
 
 __all__ = [
-    "GOALS",
-    "REJECTED",
-    "AcceptedMistake",
-    "Case",
-    "Deny",
-    "FeatureAway",
-    "FeatureGoal",
-    "FeatureTo",
-    "Goal",
-    "GoalKind",
-    "GoalWords",
-    "Intrude",
-    "Known",
-    "Misclassify",
-    "Refusable",
-    "Superclass",
-    "SuperclassAll",
-    "Targeted",
-    "goal_words",
-    "read_goals",
-    "split_goal",
-]
+    "GOALS", "REJECTED", "AcceptedMistake", "Case", "Deny", "FeatureAway", "FeatureGoal", "FeatureTo", "Goal",
+    "GoalKind", "GoalWords", "Intrude", "Known", "Misclassify", "Refusable", "Superclass", "SuperclassAll", "Targeted",
+    "goal_words", "read_goals", "split_goal",
+]  # fmt: skip

@@ -20,8 +20,9 @@ from robustvlm.certify.limits import best_class_radius, best_tangent_radius, sam
 from robustvlm.certify.means import betting_lower
 from robustvlm.certify.normal import Array, check_cos0
 from robustvlm.certify.openset import OpensetRule
-from robustvlm.certify.record import Source, StopRule, format_exact, format_up
+from robustvlm.certify.record import Source, StopRule
 from robustvlm.errors import UserError, nearest, setting
+from robustvlm.text import format_exact, format_up
 
 # Radii that a certify run may have beside its own, each in a column of its own, and what tables call them
 

@@ -32,14 +32,7 @@ class _Labelled(Certifier):
     """Chooses the label in the pilot; the estimation samples have no say in it."""
 
     def __init__(
-        self,
-        *,
-        text: ArrayLike,
-        sigma: float,
-        alpha: float,
-        n: int,
-        n_pilot: int,
-        radius: float | None = None,
+        self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None = None
     ) -> None:
         self.text = np.asarray(text, dtype=np.float64)
         self.radius = None if radius is None else check_radius(radius)

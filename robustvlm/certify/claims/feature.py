@@ -18,8 +18,8 @@ from robustvlm.certify.deployed import deployed_feature_radius
 from robustvlm.certify.limits import best_mean
 from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.certify.normal import Array, check_cos0, check_radius, check_sigma, largest_true
-from robustvlm.certify.record import format_exact
 from robustvlm.certify.shapes import cdf_radius, direction_radius, sideways
+from robustvlm.text import format_exact
 
 # Certifiers for features: the cosine between the smoothed features of image and attacked image (T4), and baselines.
 #
@@ -240,35 +240,6 @@ class FeatureQuantity(Quantity):
     def _norm(self, features: Array, alpha: float) -> float:
         direction = feature.PredictableDirection(features.shape[1], start=self.direction)
         return feature.norm_lower_bound(direction.scores(features), alpha)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DirectionQuantity(Quantity):
-    """`cos(m(x'), u) >= cos0` for a published direction u (T5, T3)."""
-
-    cos0: float
-    radius: float
-    direction: Array
-
-    words = "cosine between the attacked image's smoothed feature and the published direction"
-
-    def bound(self, eps: float) -> float:
-        return self.cos0 if eps <= self.radius else -1.0
-
-    def score(self, features: Tensor, aim: Tensor) -> Tensor:
-        return mean_cosine(features, self.direction, aim)
-
-    def value(self, features: Array) -> float:
-        there = mean_feature(features)[0]
-        return float(there @ self.direction / (np.linalg.norm(there) * np.linalg.norm(self.direction)))
-
-    def upper(self, features: Array, alpha: float) -> float:
-        inner = upper_mean(unit_rows(features) @ (self.direction / np.linalg.norm(self.direction)), alpha / 2.0)
-        if inner <= 0.0:
-            return inner
-        direction = feature.PredictableDirection(features.shape[1], start=self.direction)
-        norm = feature.norm_lower_bound(direction.scores(features), alpha / 2.0)
-        return min(1.0, inner / norm) if norm > 0.0 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

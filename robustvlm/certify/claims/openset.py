@@ -18,10 +18,10 @@ from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, as_scor
 from robustvlm.certify.claims.base import Asked, Claim, Given, Materials, Plan, Quantity, sampling_of, upper_mean
 from robustvlm.certify.normal import Array, check_radius
 from robustvlm.certify.openset import Claims, OpensetRule, contrast_vectors, openset_score, pilot_choice
-from robustvlm.certify.record import format_exact
 from robustvlm.certify.shapes import halfspace_shift
 from robustvlm.certify.tangent import TangentTest
 from robustvlm.errors import BadSetting, UserError, setting
+from robustvlm.text import format_exact
 
 # Certifiers for open-set decisions: the image stays accepted, or stays rejected, whichever the pilot says (T5, T8)
 
@@ -30,14 +30,7 @@ class _DecisionRadius(Certifier):
     """Settles in the pilot which linear claims keep the decision, and tests them on the estimation samples."""
 
     def __init__(
-        self,
-        *,
-        sigma: float,
-        alpha: float,
-        n: int,
-        n_pilot: int,
-        radius: float | None,
-        settings: tuple[object, ...],
+        self, *, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None, settings: tuple[object, ...]
     ) -> None:
         self.radius = None if radius is None else check_radius(radius)
         super().__init__(

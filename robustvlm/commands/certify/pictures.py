@@ -15,7 +15,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from robustvlm.certify import format_down
 from robustvlm.commands.certify.record import CertifyRecord
 from robustvlm.core.files import replacing, require_regular
 from robustvlm.core.framing import Framing, to_pixels
@@ -24,6 +23,7 @@ from robustvlm.data.source import DataSource, Sample
 from robustvlm.report.charts import DASHES, INK, SERIES, STYLE, Line, as_svg, chart, legend, new_figure
 from robustvlm.report.page import data_uri
 from robustvlm.report.words import plain
+from robustvlm.text import format_down
 
 # Cosine and share of images that are certified at a distance, and what that took
 

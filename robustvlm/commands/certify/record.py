@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from robustvlm.certify import format_down, format_exact, format_up
 from robustvlm.certify.claims import RADII
 from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
@@ -23,6 +22,7 @@ from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchange
 from robustvlm.runs.read import read_manifest_of, read_object, read_rows
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate, rate
+from robustvlm.text import format_down, format_exact, format_up
 
 # A finished certify run read back from its folder, with the curves that its report draws
 

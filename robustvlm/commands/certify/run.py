@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 import torch
 
-from robustvlm.certify import Certificate, Sampled, SamplingEngine, Task, format_up, source_norm
+from robustvlm.certify import Certificate, Sampled, SamplingEngine, Task, source_norm
 from robustvlm.commands.certify.config import CertifyConfig, record_look
 from robustvlm.commands.certify.encoder import NoisyEncoder, Probed, probe_encoder
 from robustvlm.commands.certify.features import FeatureWriter, cache_bytes, read_features, require_room
@@ -29,6 +29,7 @@ from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.read import write_rows
 from robustvlm.runs.run import Facts, Session
 from robustvlm.runs.settings import Observer
+from robustvlm.text import format_up
 
 CERTIFICATES = "certificates.jsonl"
 _STAGE = "Certifying"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import PRECISIONS
-from robustvlm.certify import OpensetRule, format_exact, settings_digest
+from robustvlm.certify import OpensetRule, settings_digest
 from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT, Materials, Plan, find_claim, is_own, own_digest
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.commands.certify import CertifySettings
@@ -21,11 +21,11 @@ from robustvlm.core import MAX_SIGMA
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
-from robustvlm.defenses.pipeline import saved_model
-from robustvlm.defenses.spec import split_spec
+from robustvlm.defenses.pipeline import saved_model, split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.text import format_exact
 
 DEFAULT_SIGMA = 0.25
 DEFAULT_ALPHA, MAX_ALPHA = 0.001, 0.5

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from robustvlm.certify import floor_to, format_down, format_exact
 from robustvlm.certify.claims import RADII
 from robustvlm.commands.certify import record as words
 from robustvlm.commands.certify.audit_search import BLIND
@@ -50,6 +49,7 @@ from robustvlm.report.sections import (
 )
 from robustvlm.report.words import DASH, plain
 from robustvlm.runs.manifest import Manifest, run_identity
+from robustvlm.text import floor_to, format_down, format_exact
 
 # A run, shown in the terminal and on its page
 

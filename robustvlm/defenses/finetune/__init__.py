@@ -16,13 +16,6 @@ from robustvlm.defenses.finetune.task import METHODS, FinetuneSettings, Finetune
 from robustvlm.defenses.finetune.trainable import plain_state
 
 __all__ = [
-    "METHODS",
-    "FinetuneSettings",
-    "FinetuneTask",
-    "HierarchicalOptions",
-    "InnerAttack",
-    "Method",
-    "find_method",
-    "finetune_task",
-    "plain_state",
-]
+    "METHODS", "FinetuneSettings", "FinetuneTask", "HierarchicalOptions", "InnerAttack", "Method", "find_method",
+    "finetune_task", "plain_state",
+]  # fmt: skip

@@ -24,14 +24,7 @@ from robustvlm.training import Draws, Measure, Task
 
 METHODS: Table[type[Method]] = Table(
     __package__,
-    {
-        "hierarchical": Hierarchical,
-        "tecoa": TeCoA,
-        "fare": FARE,
-        "pmg": PMG,
-        "simclip": SimCLIP,
-        "clean": Clean,
-    },
+    {"hierarchical": Hierarchical, "tecoa": TeCoA, "fare": FARE, "pmg": PMG, "simclip": SimCLIP, "clean": Clean},
 )
 """Every method, made as METHODS[name](materials, **options of its own)."""
 

@@ -8,16 +8,6 @@ from robustvlm.defenses.immunity.state import AdaptedVLM, Immunity
 from robustvlm.defenses.immunity.vaccine import VaccineSettings
 
 __all__ = [
-    "AdaptedVLM",
-    "Immunised",
-    "ImmunisedClassifier",
-    "Immunity",
-    "Labelled",
-    "Prototypes",
-    "VaccineSettings",
-    "fit_prototypes",
-    "immunise",
-    "immunise_without_images",
-    "text_only",
-    "text_prototypes",
-]
+    "AdaptedVLM", "Immunised", "ImmunisedClassifier", "Immunity", "Labelled", "Prototypes", "VaccineSettings",
+    "fit_prototypes", "immunise", "immunise_without_images", "text_only", "text_prototypes",
+]  # fmt: skip

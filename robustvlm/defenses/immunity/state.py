@@ -61,11 +61,7 @@ class AdaptedVLM(VLM):
     """
 
     def __init__(self, base: VLM, adapter: Adapter) -> None:
-        super().__init__(
-            spec=base.spec,
-            logit_scale=base.logit_scale,
-            **base.framing.options(),
-        )
+        super().__init__(spec=base.spec, logit_scale=base.logit_scale, **base.framing.options())
         self.base, self.adapter = base, adapter
         self.training = False
         self.to(base.device)

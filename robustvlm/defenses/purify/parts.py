@@ -18,8 +18,7 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
-from robustvlm.defenses.purify.noise import FiLM, SigmaEmbedding, as_levels, dtype_of, zeroed
-from robustvlm.defenses.purify.unet import Purifier, PurifierShape
+from robustvlm.defenses.purify.unet import FiLM, Purifier, PurifierShape, SigmaEmbedding, as_levels, dtype_of, zeroed
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.saved import Card
@@ -122,11 +121,7 @@ class PurifiedVLM(VLM):
     def __init__(
         self, base: VLM, purifier: Purifier | OwnDenoiser | None, mapper: Mapper | None, *, sigma: float = 0.0
     ) -> None:
-        super().__init__(
-            spec=base.spec,
-            logit_scale=base.logit_scale,
-            **base.framing.options(),
-        )
+        super().__init__(spec=base.spec, logit_scale=base.logit_scale, **base.framing.options())
         # Behind a purifier of ours the encoder meets denoised images, so a purifier of its own is not told the noise.
         self.base = base if purifier is not None else base.at_noise(sigma)
         self.purifier, self.mapper, self.sigma = purifier, mapper, float(sigma)

@@ -15,9 +15,8 @@ from torch import Tensor
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.seeds import derive_seed, generator
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
-from robustvlm.defenses.purify.noise import NoiseLevels
 from robustvlm.defenses.purify.parts import Mapper, MapperShape, Parts, PurifiedVLM
-from robustvlm.defenses.purify.unet import Purifier, coefficients, purifier_shape
+from robustvlm.defenses.purify.unet import NoiseLevels, Purifier, coefficients, purifier_shape
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM

@@ -12,15 +12,6 @@ from robustvlm.defenses.immunity.antibodies.sources import noise_antibodies, ope
 from robustvlm.defenses.immunity.antibodies.texts import Antibodies, AntibodyText, Proposal
 
 __all__ = [
-    "Antibodies",
-    "AntibodyText",
-    "Band",
-    "Dropped",
-    "Proposal",
-    "automatic_band",
-    "coverage",
-    "filter_antibodies",
-    "margins",
-    "noise_antibodies",
-    "open_source",
-]
+    "Antibodies", "AntibodyText", "Band", "Dropped", "Proposal", "automatic_band", "coverage", "filter_antibodies",
+    "margins", "noise_antibodies", "open_source",
+]  # fmt: skip

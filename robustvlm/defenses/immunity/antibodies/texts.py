@@ -43,10 +43,7 @@ class KnownNames:
     """
 
     def __init__(
-        self,
-        class_names: Sequence[str],
-        kin: Mapping[str, Sequence[str]] | None = None,
-        above: Iterable[str] = (),
+        self, class_names: Sequence[str], kin: Mapping[str, Sequence[str]] | None = None, above: Iterable[str] = ()
     ) -> None:
         self._classes = {words_of(name): name for name in reversed(class_names)}
         self._tails = {
