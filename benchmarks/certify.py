@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import markdown
-from robustvlm.certify import FeatureRadius, FeatureTest, SamplingEngine, Task
+from robustvlm.certify import FeatureRadius, FeatureTest, Job, SamplingEngine
 from robustvlm.commands.certify import CERTIFY, CertifySettings
 from robustvlm.commands.certify import certify as certified
 from robustvlm.commands.certify.audit import audit_folder
@@ -74,7 +74,7 @@ def rate(options: argparse.Namespace) -> None:
     batch = (
         images[torch.arange(options.lanes) % len(images)] + sigma * torch.randn(options.lanes, *images.shape[1:])
     ).to(vlm.device)
-    tasks = [Task(str(i), i, image) for i, image in enumerate(images)]
+    jobs = [Job(str(i), i, image) for i, image in enumerate(images)]
     common: Any = {"cos0": 0.5, "sigma": sigma, "alpha": 0.001}
 
     def bare() -> int:
@@ -83,10 +83,10 @@ def rate(options: argparse.Namespace) -> None:
         return 8 * len(batch)
 
     def fixed() -> int:
-        return _engine(encoder, options, tasks[:4], lambda _: FeatureRadius(**common, n=512, n_pilot=200))
+        return _engine(encoder, options, jobs[:4], lambda _: FeatureRadius(**common, n=512, n_pilot=200))
 
     def early() -> int:
-        return _engine(encoder, options, tasks, lambda _: FeatureTest(**common, n=64, radius=0.25 * sigma))
+        return _engine(encoder, options, jobs, lambda _: FeatureTest(**common, n=64, radius=0.25 * sigma))
 
     rates: dict[str, list[float]] = {"bare encoder": [], "engine, fixed n": [], "engine, early stopping": []}
     bare()
@@ -99,11 +99,9 @@ def rate(options: argparse.Namespace) -> None:
     print(markdown(("", "noisy images/s", "of the bare rate"), rows))
 
 
-def _engine(
-    encoder: NoisyEncoder, options: argparse.Namespace, tasks: list[Task], make: Callable[[Task], object]
-) -> int:
+def _engine(encoder: NoisyEncoder, options: argparse.Namespace, jobs: list[Job], make: Callable[[Job], object]) -> int:
     engine = SamplingEngine(encoder, seed=0, lanes=options.lanes, device=options.device)
-    for _ in engine.run(tasks, make):  # type: ignore[arg-type]
+    for _ in engine.run(jobs, make):  # type: ignore[arg-type]
         pass
     return engine.passes
 

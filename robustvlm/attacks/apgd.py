@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import ATTACKS, DONE, MOST, LaneAttack, Option, State
-from robustvlm.attacks.fab import boundary_step, lengths
+from robustvlm.attacks.fab import boundary_step
 from robustvlm.attacks.futility import FIRST_STEP, learn, nothing_known, out_of_reach, reach
 from robustvlm.attacks.objectives import Objective, objective
-from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, pixel_box, project, random_start
+from robustvlm.attacks.threat import ThreatModel, l2_norms, lengths, per_image, pixel_box, project, random_start
 
 # Auto-PGD: step sizes that adapt to the progress of each image (Croce & Hein 2020, arXiv 2003.01690, algorithm 1)
 

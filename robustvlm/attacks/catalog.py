@@ -26,8 +26,7 @@ from torch import Tensor
 
 from robustvlm.attacks.base import ATTACKS, MOST, LaneAttack, State, check, options_of, read_option, require_once
 from robustvlm.attacks.external import ExternalAttack, parse_external
-from robustvlm.attacks.fab import lengths
-from robustvlm.attacks.threat import NORMS, ThreatModel
+from robustvlm.attacks.threat import NORMS, ThreatModel, lengths
 from robustvlm.core import registry
 from robustvlm.core.registry import load, names_a_callable
 from robustvlm.core.user_code import no_exit

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from robustvlm.attacks import catalog
 from robustvlm.attacks.base import DONE, FAILED, FOOLED, ROBUST, Job, LaneAttack, Result, State
-from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
-from robustvlm.attacks.threat import ThreatModel, perturbation_norms
+from robustvlm.attacks.threat import ThreatModel, lengths, perturbation_norms
 from robustvlm.core.batches import batch_sizes, narrower_after, smallest
 from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError

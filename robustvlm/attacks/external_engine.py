@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from robustvlm.attacks.base import FAILED, FOOLED, ROBUST, Job, Result
 from robustvlm.attacks.external import VERSIONS, ExternalAttack, package, require_fit
-from robustvlm.attacks.fab import lengths
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.oracle import Answer, Oracle
-from robustvlm.attacks.threat import ThreatModel, perturbation_norms, project
+from robustvlm.attacks.threat import ThreatModel, lengths, perturbation_norms, project
 from robustvlm.core.batches import narrower_after, smallest
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.seeds import derive_seed, full_precision_kernels

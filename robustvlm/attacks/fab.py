@@ -10,10 +10,9 @@ from torch import Tensor
 
 from robustvlm.attacks.base import ATTACKS, DONE, MOST, LaneAttack, Option, State
 from robustvlm.attacks.futility import learn, nothing_known, out_of_reach
-from robustvlm.attacks.objectives import OBJECTIVES, Objective, objective
-from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, random_start
+from robustvlm.attacks.objectives import Objective, objective, require_signed
+from robustvlm.attacks.threat import ThreatModel, lengths, per_image, random_start
 from robustvlm.core.seeds import row_sums
-from robustvlm.errors import UserError
 
 # Projection onto a hyperplane inside the pixel box, the step of boundary attacks (Croce & Hein 2020, section 3.2).
 #
@@ -121,16 +120,6 @@ def boundary_step(
     return ((1 - bias) * (start + eta * ahead) + bias * (x0 + eta * home)).clamp(0, 1), near
 
 
-def lengths(delta: Tensor, norm: str) -> Tensor:
-    """Return the Linf or L2 norm of every image's perturbation, [B, ...] -> [B].
-
-    Example:
-        >>> lengths(torch.tensor([[3.0, -4.0]]), "L2"), lengths(torch.tensor([[3.0, -4.0]]), "Linf")
-        (tensor([5.]), tensor([4.]))
-    """
-    return delta.flatten(1).abs().amax(1) if norm == "Linf" else l2_norms(delta)
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return row_sums(a * b)
 
@@ -185,12 +174,7 @@ class FAB(LaneAttack):
     futility: Annotated[bool, Option("futility")] = True
 
     def __post_init__(self) -> None:
-        if not self.objective.signed:
-            signed = ", ".join(name for name, known in OBJECTIVES.items() if known.signed)
-            raise UserError(
-                f"attack '{self.name}' needs an objective whose sign tells success ({signed}), "
-                f"got '{self.objective.name}'"
-            )
+        require_signed(self.name, self.objective)
 
     @property
     def leaves_ball(self) -> bool:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import ATTACKS, LaneAttack, Option, State
-from robustvlm.attacks.fab import lengths
-from robustvlm.attacks.objectives import OBJECTIVES, Objective, objective
-from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, random_start
+from robustvlm.attacks.objectives import Objective, objective, require_signed
+from robustvlm.attacks.threat import ThreatModel, l2_norms, lengths, per_image, random_start
 from robustvlm.core.seeds import row_sums
-from robustvlm.errors import UserError
 
 _LAST_ALPHA = 0.01  # share of the first step that the last one has
 _LAST_GAMMA = 1e-3  # share by which a ball still changes at the end
@@ -54,12 +52,7 @@ class FMN(LaneAttack):
     random_start: bool = False
 
     def __post_init__(self) -> None:
-        if not self.objective.signed:
-            signed = ", ".join(name for name, known in OBJECTIVES.items() if known.signed and not known.targeted)
-            raise UserError(
-                f"attack '{self.name}' needs an objective whose sign tells success ({signed}), "
-                f"got '{self.objective.name}'"
-            )
+        require_signed(self.name, self.objective, targeted=False)
 
     @property
     def leaves_ball(self) -> bool:

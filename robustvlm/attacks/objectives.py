@@ -132,3 +132,12 @@ def objective(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise UserError(f"unknown objective '{name}': {nearest(name, OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def require_signed(name: str, objective: Objective, *, targeted: bool = True) -> None:
+    """Refuse, for the attack of that name, an objective whose sign does not tell success; name those that it takes."""
+    if not objective.signed:
+        signed = ", ".join(known.name for known in OBJECTIVES.values() if known.signed and targeted >= known.targeted)
+        raise UserError(
+            f"attack '{name}' needs an objective whose sign tells success ({signed}), got '{objective.name}'"
+        )

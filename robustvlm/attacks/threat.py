@@ -145,6 +145,16 @@ def l2_norms(delta: Tensor) -> Tensor:
     return row_norms(delta)
 
 
+def lengths(delta: Tensor, norm: str) -> Tensor:
+    """Return the Linf or L2 norm of every image's perturbation, [B, ...] -> [B].
+
+    Example:
+        >>> lengths(torch.tensor([[3.0, -4.0]]), "L2"), lengths(torch.tensor([[3.0, -4.0]]), "Linf")
+        (tensor([5.]), tensor([4.]))
+    """
+    return delta.flatten(1).abs().amax(1) if norm == "Linf" else l2_norms(delta)
+
+
 def project(x: Tensor, x0: Tensor, threat: ThreatModel, box: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Project images [B, C, H, W] onto the ball around `x0` and into [0, 1].
 

@@ -21,7 +21,7 @@ from robustvlm.certify.claims.feature import FeatureRadius, FeatureTest
 from robustvlm.certify.claims.openset import OpensetRadius, RuleRadius
 from robustvlm.certify.classes import vote_predict, vote_radius
 from robustvlm.certify.deployed import deployed_feature_cos, predict, predict_openset
-from robustvlm.certify.engine import Sampled, SamplingEngine, Task
+from robustvlm.certify.engine import Job, Sampled, SamplingEngine
 from robustvlm.certify.feature import VACUOUS, cone_cos, fcsb_cos, vector_table
 from robustvlm.certify.noise import image_digest, settings_digest
 from robustvlm.certify.openset import OpensetRule
@@ -31,7 +31,7 @@ from robustvlm.text import floor_to, format_down, format_exact, format_up
 
 __all__ = [
     "VACUOUS", "Certificate", "Certifier", "ClassAtRadius", "ClassRadius", "FeatureRadius", "FeatureTest", "Finding",
-    "OpensetRadius", "OpensetRule", "Provenance", "Request", "RuleRadius", "Sampled", "SamplingEngine", "Task",
+    "Job", "OpensetRadius", "OpensetRule", "Provenance", "Request", "RuleRadius", "Sampled", "SamplingEngine",
     "VocabularyRadius", "VoteAtRadius", "VoteRadius", "cone_cos", "deployed_feature_cos", "fcsb_cos", "floor_to",
     "format_down", "format_exact", "format_up", "image_digest", "predict", "predict_openset", "resize_norm",
     "settings_digest", "source_norm", "vector_table", "vote_predict", "vote_radius",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import asin, cos, expm1, log, sqrt
+from math import expm1, log, sqrt
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from robustvlm.certify.certifier import as_scores, mean_feature, unit_rows
-from robustvlm.certify.classes import mean_ball, rival_normals
+from robustvlm.certify.classes import rival_normals
 from robustvlm.certify.feature import VACUOUS, fcsb_inner, norm_lower, vector_table
 from robustvlm.certify.means import divergence, kl_lower, log_gains, mix
 from robustvlm.certify.normal import Array, beta_quantile, check_alpha, check_cos0, check_sigma, largest_true
@@ -46,29 +46,6 @@ def deployed_cos(inner: ArrayLike, n0: int, alpha0: float) -> Array:
     """
     kept = deployed_inner(inner, n0, alpha0)
     return np.where(kept > 0.0, kept, VACUOUS)
-
-
-def deployed_from_angle(cosine: float, norm: float, n0: int, alpha0: float) -> float:
-    """Return the cosine certified for the deployed mean from an angle certificate, or -1 (T10).
-
-    Args:
-        cosine: certified `cos(m(x'), u)`.
-        norm: lower bound of `||m(x')||` (`cone.norm_lower` of a lower bound at x).
-
-    The mean of n0 samples lies in a ball around m(x'); seen from the origin the ball turns it by at most
-    `arcsin(ball / norm)`.
-
-    Example:
-        >>> round(deployed_from_angle(0.9, 0.8, 1000, 0.001), 3)
-        0.812
-    """
-    if not (norm > 0.0 and cosine > 0.0):
-        return VACUOUS
-    ball = mean_ball(n0, alpha0, r=min(norm, 1.0))
-    if ball >= norm:
-        return VACUOUS
-    angle = float(np.arccos(min(cosine, 1.0))) + asin(ball / norm)
-    return cos(angle) if angle < np.pi / 2 else VACUOUS
 
 
 def class_margin_needed(rivals: int, n0: int, alpha0: float) -> float:
@@ -163,7 +140,14 @@ def deployed_feature_cos(r: ArrayLike, a: float, n0: int, alpha0: float) -> Arra
 
 
 def _by_angle(cosine: Array, norm: Array, n0: int, alpha0: float) -> Array:
-    """As `deployed_from_angle`, for arrays."""
+    """Return the cosine certified for the deployed mean from an angle certificate, or -1 (T10).
+
+    The mean of n0 samples lies in a ball around m(x'); seen from the origin the ball turns it by at most
+    `arcsin(ball / norm)`.
+
+    Args:
+        cosine: certified `cos(m(x'), u)`. norm: lower bound of `||m(x')||` (`norm_lower` of a lower bound at x).
+    """
     ball = np.sqrt(np.maximum(0.0, 1.0 - norm * norm) / n0) + np.sqrt(2.0 * log(1.0 / alpha0) / n0)
     turn = np.arcsin(np.minimum(1.0, ball / np.maximum(norm, 1e-12)))
     angle = np.arccos(np.clip(cosine, -1.0, 1.0)) + turn

@@ -29,7 +29,7 @@ _BACKLOG = 4
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """One image to certify: pixels [3, S, S] in [0, 1] at the resolution where the noise is added."""
 
     image_id: str
@@ -47,7 +47,7 @@ class Sampled:
         sigma: noise level of its samples. image: digest of its pixels. seeds: of its noise, by stage.
     """
 
-    task: Task
+    job: Job
     finding: Finding
     passes: int
     seconds: float
@@ -59,8 +59,8 @@ class Sampled:
 class Lane:
     """An image in work: how many rows of its current stage are on their way."""
 
-    def __init__(self, task: Task, certifier: Certifier, pixels: Tensor, address: Address) -> None:
-        self.task, self.certifier, self.pixels, self.address = task, certifier, pixels, address
+    def __init__(self, job: Job, certifier: Certifier, pixels: Tensor, address: Address) -> None:
+        self.job, self.certifier, self.pixels, self.address = job, certifier, pixels, address
         self.stage: Stage | None = None
         self.taken = self.sent = self.passes = 0
         self.seconds = 0.0
@@ -125,7 +125,7 @@ class Verdicts:
 
 def _sampled(lane: Lane, finding: Finding) -> Sampled:
     seeds = {stage: lane.address.stream(stage) for stage in ("pilot", "estimation")}
-    return Sampled(lane.task, finding, lane.passes, lane.seconds, lane.certifier.sigma, lane.address.image, seeds)
+    return Sampled(lane.job, finding, lane.passes, lane.seconds, lane.certifier.sigma, lane.address.image, seeds)
 
 
 # The sampling engine: full batches of noisy copies of many images, each image leaving as soon as its claim is decided
@@ -133,7 +133,7 @@ def _sampled(lane: Lane, finding: Finding) -> Sampled:
 Encode = Callable[[Tensor], Tensor]
 """From noisy images [R, 3, S, S] float32 to unit features [R, D]; each row a function of its own image alone."""
 
-Keep = Callable[[Task, Stage, NDArray[np.float32]], None]
+Keep = Callable[[Job, Stage, NDArray[np.float32]], None]
 """Told the features of a stage as they are used, in order (the cache)."""
 
 
@@ -164,8 +164,8 @@ class SamplingEngine:
         >>> from robustvlm.certify.claims.feature import FeatureRadius
         >>> encode = lambda x: torch.nn.functional.normalize(x.flatten(1)[:, :4], dim=1)
         >>> engine = SamplingEngine(encode, seed=0, lanes=64)
-        >>> tasks = [Task(str(i), i, torch.rand(3, 2, 2)) for i in range(3)]
-        >>> found = engine.run(tasks, lambda task: FeatureRadius(cos0=0.5, sigma=0.1, alpha=0.01, n=400, n_pilot=100))
+        >>> jobs = [Job(str(i), i, torch.rand(3, 2, 2)) for i in range(3)]
+        >>> found = engine.run(jobs, lambda job: FeatureRadius(cos0=0.5, sigma=0.1, alpha=0.01, n=400, n_pilot=100))
         >>> [sampled.finding.n for sampled in found]
         [300, 300, 300]
     """
@@ -191,15 +191,15 @@ class SamplingEngine:
         # On a GPU the next pass is on its way while the features of the last one are judged.
         self._depth = 1 if self.device.type == "cuda" else 0
 
-    def run(self, tasks: Iterable[Task], certifier: Callable[[Task], Certifier]) -> Iterator[Sampled]:
-        """Certify every task with a certifier of its own; findings come in order of completion."""
-        queue, running = iter(tasks), deque[_Pass]()
+    def run(self, jobs: Iterable[Job], certifier: Callable[[Job], Certifier]) -> Iterator[Sampled]:
+        """Certify every job with a certifier of its own; findings come in order of completion."""
+        queue, running = iter(jobs), deque[_Pass]()
         self._lanes = []
         with Verdicts(beside=self._depth > 0) as verdicts:
             yield from self._work(queue, certifier, running, verdicts)
 
     def _work(
-        self, queue: Iterator[Task], certifier: Callable[[Task], Certifier], running: deque[_Pass], verdicts: Verdicts
+        self, queue: Iterator[Job], certifier: Callable[[Job], Certifier], running: deque[_Pass], verdicts: Verdicts
     ) -> Iterator[Sampled]:
         while True:
             began = time.perf_counter()
@@ -222,19 +222,19 @@ class SamplingEngine:
             if last:
                 return
 
-    def _plan(self, queue: Iterator[Task], certifier: Callable[[Task], Certifier]) -> list[Piece]:
+    def _plan(self, queue: Iterator[Job], certifier: Callable[[Job], Certifier]) -> list[Piece]:
         """Return the pieces of the next pass: sure ones of the images in work, of new images, then possible ones."""
         pieces: list[Piece] = []
         room = self.rungs[0]
         for lane in self._lanes:
             room -= _fill(lane, pieces, room, perhaps=False)
         while room:
-            task = next(queue, None)
-            if task is None:
+            job = next(queue, None)
+            if job is None:
                 break
-            own = certifier(task)
-            address = Address(self.seed, task.image_id, image_digest(task.pixels), self.settings or own.key)
-            lane = Lane(task, own, task.pixels.to(self.device, torch.float32), address)
+            own = certifier(job)
+            address = Address(self.seed, job.image_id, image_digest(job.pixels), self.settings or own.key)
+            lane = Lane(job, own, job.pixels.to(self.device, torch.float32), address)
             self._lanes.append(lane)
             room -= _fill(lane, pieces, room, perhaps=False)
         used = self.rungs[0] - room
@@ -291,7 +291,7 @@ class SamplingEngine:
                     lane.taken += piece.rows
                 continue
             if self._keep is not None:
-                self._keep(lane.task, piece.stage, rows)
+                self._keep(lane.job, piece.stage, rows)
             lane.certifier.take(rows)
             lane.taken += piece.rows
         decided = [lane for lane in self._lanes if lane.certifier.request() is None]

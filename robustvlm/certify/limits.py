@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from robustvlm.certify.bands import shipped_levels
-from robustvlm.certify.feature import fcsb_radius, vector_radius
+from robustvlm.certify.feature import fcsb_radius
 from robustvlm.certify.means import FRACTIONS, clopper_pearson_lower, mix
 from robustvlm.certify.normal import Array, check_alpha, check_sigma, largest_true
 from robustvlm.certify.shapes import A_MAX
@@ -30,26 +30,6 @@ def best_mean(n: int, alpha: float) -> float:
         return bool(mix(n * np.log1p(np.array(FRACTIONS) * (1.0 / float(m0) - 1.0))) >= level)
 
     return float(largest_true(rejected, 0.0, 1.0))
-
-
-def best_feature_radius(n: int, alpha: float, cos0: float, sigma: float) -> float:
-    """Return the feature radius (T4 with betting) at best.
-
-    Example:
-        >>> round(best_feature_radius(10_000, 0.001, 0.5, 0.25), 3)
-        0.736
-    """
-    return vector_radius(max(0.0, 2.0 * best_mean(n, alpha) - 1.0), cos0, sigma)
-
-
-def best_paper_radius(n: int, alpha: float, cos0: float, sigma: float) -> float:
-    """Return the FCSB radius (T1 with betting) at best.
-
-    Example:
-        >>> round(best_paper_radius(10_000, 0.001, 0.5, 0.25), 3)
-        0.611
-    """
-    return float(fcsb_radius(best_mean(n, alpha), cos0, sigma))
 
 
 def best_class_radius(n: int, alpha: float, sigma: float, *, target: float = 0.5) -> float:

@@ -180,7 +180,6 @@ def _readable_names(senses: Sequence[Synset | None], nodes: set[str], class_name
 
 # A class tree by a language model: first the groups, then each class into one of them
 
-PROMPT_VERSION = 1
 BY_KIND = "kind of thing"
 CLASSES_PER_QUESTION = 40
 _LONGEST = 60

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from robustvlm.attacks.oracle import Oracle, row_changes
 from robustvlm.attacks.tensors import AskedModel, as_images, image_ids, own_device
 from robustvlm.certify.classes import CountedVotes, vote_predict
-from robustvlm.certify.engine import SamplingEngine, Task
+from robustvlm.certify.engine import Job, SamplingEngine
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.normal import check_alpha
 from robustvlm.core import MAX_N0, MAX_SIGMA
@@ -180,7 +180,7 @@ class Smoothed(nn.Module):
         oracle = self._oracle(pixels)
         classes = self._classes or 0
 
-        def certifier(_: Task | None = None) -> CountedVotes:
+        def certifier(_: Job | None = None) -> CountedVotes:
             return CountedVotes(classes=classes, sigma=self.sigma, alpha=alpha, n=n, n_pilot=n0)
 
         engine = SamplingEngine(
@@ -190,9 +190,9 @@ class Smoothed(nn.Module):
             device=oracle.device,
             settings=settings_digest(_digest(self.asked.model), certifier().key),
         )
-        tasks = [Task(name, i, pixels[i]) for i, name in enumerate(image_ids(pixels))]
-        found = {sampled.task.index: sampled.finding for sampled in engine.run(tasks, certifier)}
-        findings = [found[i] for i in range(len(tasks))]
+        jobs = [Job(name, i, pixels[i]) for i, name in enumerate(image_ids(pixels))]
+        found = {sampled.job.index: sampled.finding for sampled in engine.run(jobs, certifier)}
+        findings = [found[i] for i in range(len(jobs))]
         return CertifiedVotes(
             torch.tensor([ABSTAIN if f.radius <= 0 or f.prediction is None else f.prediction for f in findings]),
             torch.tensor([f.radius for f in findings], dtype=torch.float64),

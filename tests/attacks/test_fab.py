@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from toy import Curved, Linear, attack_all, fooled, images, right_jobs
 
 from robustvlm.attacks import Job, LaneAttack, ThreatModel, objective, parse_attacks
-from robustvlm.attacks.fab import FAB, lengths
+from robustvlm.attacks.fab import FAB
+from robustvlm.attacks.threat import lengths
 from robustvlm.errors import UserError
 
 THREATS = [ThreatModel("Linf", 0.03), ThreatModel("L2", 0.2)]

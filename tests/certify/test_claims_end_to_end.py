@@ -17,9 +17,9 @@ from robustvlm.certify import (
     FeatureRadius,
     FeatureTest,
     Finding,
+    Job,
     OpensetRadius,
     SamplingEngine,
-    Task,
     VocabularyRadius,
     VoteAtRadius,
     VoteRadius,
@@ -37,7 +37,7 @@ def sample(
     pixels = torch.zeros(3, 2, 2)
     pixels[0, 0, 0] = first
     engine = SamplingEngine(encode, seed=seed, lanes=512)
-    return next(iter(engine.run([Task("x", 0, pixels)], lambda _: make()))).finding
+    return next(iter(engine.run([Job("x", 0, pixels)], lambda _: make()))).finding
 
 
 def circle(k: float) -> Callable[[Tensor], Tensor]:

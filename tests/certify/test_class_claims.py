@@ -16,7 +16,7 @@ from robustvlm.certify.classes import (
     rival_normals,
     vocabulary_radius,
 )
-from robustvlm.certify.deployed import class_margin_needed, deployed_from_angle, deployed_inner, vote_share_needed
+from robustvlm.certify.deployed import _by_angle, class_margin_needed, deployed_inner, vote_share_needed
 from robustvlm.certify.feature import vector_radius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.shapes import cdf_radius
@@ -163,12 +163,13 @@ def test_deployed_corrections_shrink_with_n0() -> None:
     kept = [float(deployed_inner(0.8, n0, 0.001)) for n0 in (1, 10, 100, 1000, 10**6)]
     assert kept == sorted(kept)
     assert kept[-1] < 0.8
-    angles = [deployed_from_angle(0.9, 0.8, n0, 0.001) for n0 in (10, 1000, 10**6)]
+    near, far = np.array(0.9), np.array(0.8)
+    angles = [float(_by_angle(near, far, n0, 0.001)) for n0 in (10, 1000, 10**6)]
     assert angles == sorted(angles)
     assert angles[0] == -1.0
     assert angles[-1] < 0.9
-    assert deployed_from_angle(-1.0, 0.8, 1000, 0.001) == -1.0
-    assert deployed_from_angle(0.9, 0.0, 1000, 0.001) == -1.0
+    assert _by_angle(np.array(-1.0), far, 1000, 0.001) == -1.0
+    assert _by_angle(near, np.array(0.0), 1000, 0.001) == -1.0
     with pytest.raises(UserError, match="n0 = 0"):
         deployed_inner(0.5, 0, 0.001)
     with pytest.raises(UserError, match="one sample"):

@@ -20,10 +20,10 @@ from robustvlm.certify import (
     FeatureRadius,
     FeatureTest,
     Finding,
+    Job,
     OpensetRadius,
     Sampled,
     SamplingEngine,
-    Task,
     VocabularyRadius,
     VoteAtRadius,
     VoteRadius,
@@ -44,9 +44,9 @@ def encode(noisy: Tensor) -> Tensor:
     return raw / raw.norm(dim=1, keepdim=True)
 
 
-def tasks(count: int) -> list[Task]:
+def jobs(count: int) -> list[Job]:
     draws = torch.Generator().manual_seed(3)
-    return [Task(f"image-{i}", i, torch.rand(3, 2, 2, generator=draws), i % 4) for i in range(count)]
+    return [Job(f"image-{i}", i, torch.rand(3, 2, 2, generator=draws), i % 4) for i in range(count)]
 
 
 CLAIMS: dict[str, Callable[[], Certifier]] = {
@@ -66,9 +66,9 @@ CLAIMS: dict[str, Callable[[], Certifier]] = {
 }
 
 
-def run(make: Callable[[], Certifier], *, lanes: int, order: list[Task], **options: Any) -> dict[int, Finding]:
+def run(make: Callable[[], Certifier], *, lanes: int, order: list[Job], **options: Any) -> dict[int, Finding]:
     engine = SamplingEngine(options.pop("encode", encode), seed=1, lanes=lanes, **options)
-    return {found.task.index: found.finding for found in engine.run(order, lambda _: make())}
+    return {found.job.index: found.finding for found in engine.run(order, lambda _: make())}
 
 
 def same(a: Finding, b: Finding) -> bool:
@@ -81,7 +81,7 @@ def same(a: Finding, b: Finding) -> bool:
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_findings_do_not_depend_on_batches_neighbours_or_order(claim: str) -> None:
-    images = tasks(5)
+    images = jobs(5)
     base = run(CLAIMS[claim], lanes=64, order=images)
     assert len(base) == 5
     for lanes, order in ((7, images), (200, images[::-1]), (33, images[2:3])):
@@ -93,7 +93,7 @@ def test_findings_do_not_depend_on_batches_neighbours_or_order(claim: str) -> No
 @pytest.mark.parametrize("lanes", [40, 256])
 def test_judging_one_pass_while_the_next_runs_changes_nothing(claim: str, lanes: int) -> None:
     """On a GPU the next pass starts before the last one is judged; here the same order of events on the CPU."""
-    base = run(CLAIMS[claim], lanes=64, order=tasks(5))
+    base = run(CLAIMS[claim], lanes=64, order=jobs(5))
     calls = 0
 
     def sometimes_full(noisy: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def test_judging_one_pass_while_the_next_runs_changes_nothing(claim: str, lanes:
 
     engine = SamplingEngine(sometimes_full, seed=1, lanes=lanes)
     engine._depth = 1
-    found = {sampled.task.index: sampled.finding for sampled in engine.run(tasks(5), lambda _: CLAIMS[claim]())}
+    found = {sampled.job.index: sampled.finding for sampled in engine.run(jobs(5), lambda _: CLAIMS[claim]())}
     assert len(found) == 5
     assert all(same(base[index], found[index]) for index in base)
 
@@ -119,8 +119,8 @@ def test_running_out_of_memory_halves_the_pass_and_loses_nothing() -> None:
         sizes.append(len(noisy))
         return encode(noisy)
 
-    base = run(CLAIMS["feature"], lanes=64, order=tasks(3))
-    found = run(CLAIMS["feature"], lanes=64, order=tasks(3), encode=small)
+    base = run(CLAIMS["feature"], lanes=64, order=jobs(3))
+    found = run(CLAIMS["feature"], lanes=64, order=jobs(3), encode=small)
     assert all(same(base[index], found[index]) for index in base)
     assert set(sizes) == {16}
 
@@ -130,14 +130,14 @@ def test_memory_that_does_not_suffice_for_one_row_is_an_error() -> None:
         raise RuntimeError("CUDA out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(CLAIMS["feature"], lanes=4, order=tasks(1), encode=never)
+        run(CLAIMS["feature"], lanes=4, order=jobs(1), encode=never)
 
 
 @pytest.mark.parametrize("lanes", [16, 64, 256])
 def test_smaller_passes_are_used_when_no_image_waits(lanes: int) -> None:
     rungs = tuple(lanes >> i for i in range(lanes.bit_length()))
     sizes: list[int] = []
-    images = tasks(2)
+    images = jobs(2)
     base = run(CLAIMS["feature test"], lanes=64, order=images)
     found = run(
         CLAIMS["feature test"], lanes=lanes, order=images, rungs=rungs, on_pass=lambda rows, _: sizes.append(rows)
@@ -154,7 +154,7 @@ def test_every_row_of_noise_is_fresh_and_has_the_law_that_theorems_ask_for() -> 
         seen.append(noisy.flatten(1).clone())
         return encode(noisy)
 
-    grey = [Task(f"grey-{i}", i, torch.full((3, 4, 4), 0.5)) for i in range(4)]
+    grey = [Job(f"grey-{i}", i, torch.full((3, 4, 4), 0.5)) for i in range(4)]
     run(CLAIMS["class"], lanes=50, order=grey, encode=watch, rungs=(50, 25, 5, 1))
     rows = torch.cat(seen)
     noise = (rows - 0.5) / SIGMA
@@ -197,7 +197,7 @@ def test_the_clean_stage_has_no_noise() -> None:
         seen.append(noisy.clone())
         return encode(noisy)
 
-    image = tasks(1)[0]
+    image = jobs(1)[0]
     run(CLAIMS["feature"], lanes=1, order=[image], encode=watch)
     assert torch.equal(seen[-1][0], image.pixels)
     assert sum(torch.equal(row[0], image.pixels) for row in seen) == 1
@@ -209,8 +209,8 @@ def test_failed_rows_count_as_the_worst_value_and_are_counted() -> None:
         return torch.where((noisy.flatten(1)[:, :1] > 0.6), torch.nan, features)
 
     for claim in CLAIMS:
-        good = run(CLAIMS[claim], lanes=64, order=tasks(3))
-        bad = run(CLAIMS[claim], lanes=64, order=tasks(3), encode=failing)
+        good = run(CLAIMS[claim], lanes=64, order=jobs(3))
+        bad = run(CLAIMS[claim], lanes=64, order=jobs(3), encode=failing)
         assert sum(found.failed for found in bad.values()) > 0, claim
         if "test" not in claim:
             assert all(bad[i].radius <= good[i].radius for i in good), claim
@@ -219,14 +219,14 @@ def test_failed_rows_count_as_the_worst_value_and_are_counted() -> None:
 
 def test_an_encoder_that_only_fails_certifies_nothing() -> None:
     for claim in CLAIMS:
-        found = run(CLAIMS[claim], lanes=64, order=tasks(1), encode=lambda noisy: encode(noisy) * torch.nan)
+        found = run(CLAIMS[claim], lanes=64, order=jobs(1), encode=lambda noisy: encode(noisy) * torch.nan)
         # Rejection is a side too: its score is bounded as if every failed copy had voted for acceptance.
         assert found[0].radius == 0.0, claim
 
 
 def test_undecided_images_cost_their_samples_and_decided_ones_little_more() -> None:
     engine = SamplingEngine(encode, seed=1, lanes=96)
-    found: list[Sampled] = list(engine.run(tasks(6), lambda _: CLAIMS["feature test"]()))
+    found: list[Sampled] = list(engine.run(jobs(6), lambda _: CLAIMS["feature test"]()))
     for sampled in found:
         used = sampled.finding.n + sampled.finding.n_pilot
         assert used <= sampled.passes <= used + 2 * 96
@@ -238,14 +238,14 @@ def test_features_that_are_kept_are_those_that_were_used() -> None:
     found = run(
         CLAIMS["class"],
         lanes=48,
-        order=tasks(3),
-        keep=lambda task, stage, rows: kept.setdefault((task.index, stage), []).append(rows),
+        order=jobs(3),
+        keep=lambda job, stage, rows: kept.setdefault((job.index, stage), []).append(rows),
     )
-    for task in tasks(3):
+    for job in jobs(3):
         certifier = CLAIMS["class"]()
         for stage in ("pilot", "estimation"):
-            certifier.take(np.concatenate(kept[task.index, stage]))  # type: ignore[index]
-        assert same(certifier.finding(), found[task.index])
+            certifier.take(np.concatenate(kept[job.index, stage]))  # type: ignore[index]
+        assert same(certifier.finding(), found[job.index])
 
 
 def rows_for(certifier: Certifier, pieces: list[int], seed: int) -> Finding:

@@ -9,8 +9,7 @@ from robustvlm.certify.certifier import as_scores, direction_scores, mean_featur
 from robustvlm.certify.feature import PredictableDirection, fcsb_radius, norm_lower_bound, vector_radius
 from robustvlm.certify.limits import (
     best_class_radius,
-    best_feature_radius,
-    best_paper_radius,
+    best_mean,
     best_vote_radius,
     samples_needed,
 )
@@ -25,12 +24,17 @@ def rows(seed: int, n: int, dim: int = 8) -> np.ndarray:
     return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
+def best_feature_radius(n: int, alpha: float) -> float:
+    """Return the radius for cosine 0.5 and sigma 1 from scores that are all one."""
+    return vector_radius(max(0.0, 2.0 * best_mean(n, alpha) - 1.0), 0.5, 1.0)
+
+
 def test_a_score_of_one_gives_no_infinite_radius() -> None:
     assert np.isfinite(fcsb_radius(1.0, 0.0, 1.0))
     assert float(shift_down(1.0, 50.0)) == 0.0
     assert float(shift_up(0.0, 50.0)) == 1.0
     assert float(cdf_lower(np.ones(500), 0.0, ell_band(500, 0.001))) < 1.0
-    for best in (best_feature_radius(500, 0.001, 0.5, 1.0), best_paper_radius(500, 0.001, 0.5, 1.0)):
+    for best in (best_feature_radius(500, 0.001), float(fcsb_radius(best_mean(500, 0.001), 0.5, 1.0))):
         assert 0.0 < best < 4.0
 
 
@@ -124,8 +128,8 @@ def test_bisection_returns_a_verified_point() -> None:
 
 def test_limits_tell_what_settings_can_reach() -> None:
     for best in (
-        lambda n: best_feature_radius(n, 0.001, 0.5, 1.0),
-        lambda n: best_paper_radius(n, 0.001, 0.5, 1.0),
+        lambda n: best_feature_radius(n, 0.001),
+        lambda n: float(fcsb_radius(best_mean(n, 0.001), 0.5, 1.0)),
         lambda n: best_vote_radius(n, 0.001, 1.0),
     ):
         n = samples_needed(best, 1.5)
@@ -134,7 +138,7 @@ def test_limits_tell_what_settings_can_reach() -> None:
     assert samples_needed(lambda n: best_vote_radius(n, 0.001, 1.0), 9.0) is None
     ones = np.tile(np.eye(4)[0], (300, 1))
     reached = vector_radius(norm_lower_bound(PredictableDirection(4, start=np.eye(4)[0]).scores(ones), 0.01), 0.5, 1.0)
-    assert reached == pytest.approx(best_feature_radius(300, 0.01, 0.5, 1.0), abs=1e-4)
+    assert reached == pytest.approx(best_feature_radius(300, 0.01), abs=1e-4)
     assert best_class_radius(1000, 0.001, 1.0) < best_vote_radius(1000, 0.001, 1.0)
 
 

@@ -11,7 +11,7 @@ from scipy.special import ndtr
 from scipy.stats import binom
 from torch import Tensor, nn
 
-from robustvlm.certify import ClassRadius, FeatureRadius, Finding, SamplingEngine, Task, VoteRadius
+from robustvlm.certify import ClassRadius, FeatureRadius, Finding, Job, SamplingEngine, VoteRadius
 from robustvlm.certify.means import betting_lower
 from robustvlm.certify.noise import stream_seed
 from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
@@ -47,14 +47,14 @@ def certify(
     encode: object, ids: list[str], *, claim: str = "vote", seed: int = 0, n: int = 300, alpha: float = 0.05
 ) -> dict[str, Finding]:
     engine = SamplingEngine(encode, seed=seed, lanes=100)  # type: ignore[arg-type]
-    tasks = [Task(name, i, torch.zeros(3, 2, 2)) for i, name in enumerate(ids)]
+    jobs = [Job(name, i, torch.zeros(3, 2, 2)) for i, name in enumerate(ids)]
     common = {"sigma": SIGMA, "alpha": alpha, "n": n, "n_pilot": 100}
     make = {
         "vote": lambda _: VoteRadius(text=TEXT, **common),
         "class": lambda _: ClassRadius(text=TEXT, **common),
         "feature": lambda _: FeatureRadius(cos0=0.5, baselines=False, **common),
     }[claim]
-    return {sampled.task.image_id: sampled.finding for sampled in engine.run(tasks, make)}
+    return {sampled.job.image_id: sampled.finding for sampled in engine.run(jobs, make)}
 
 
 def test_no_draw_is_used_twice_by_images_stages_or_rows() -> None:
@@ -140,7 +140,7 @@ def test_noise_is_of_the_level_that_the_radius_counts_in() -> None:
         watched = Watched()
         engine = SamplingEngine(watched, seed=0, lanes=100)
         make = ClassRadius(text=TEXT, sigma=sigma, alpha=0.05, n=2000, n_pilot=100)
-        (sampled,) = engine.run([Task("a", 0, torch.zeros(3, 2, 2))], lambda _: make)  # noqa: B023
+        (sampled,) = engine.run([Job("a", 0, torch.zeros(3, 2, 2))], lambda _: make)  # noqa: B023
         assert watched.noise.std().item() == pytest.approx(sigma, rel=0.03)
         assert sampled.sigma == make.sigma == sigma
         assert sampled.finding.radius <= B
@@ -162,7 +162,7 @@ def test_whatever_decides_a_claim_draws_noise_of_its_own(change: dict[str, objec
         watched = Watched()
         engine = SamplingEngine(watched, seed=options.pop("seed"), lanes=100, settings=options.pop("settings"))  # type: ignore[arg-type]
         pixels, make = torch.full((3, 2, 2), options.pop("image")), options.pop("claim")  # type: ignore[call-overload]
-        list(engine.run([Task("a", 0, pixels)], lambda _: make(**options)))  # type: ignore[operator]
+        list(engine.run([Job("a", 0, pixels)], lambda _: make(**options)))  # type: ignore[operator]
         return (watched.noise - pixels.flatten()) / level
 
     same = {
@@ -183,17 +183,17 @@ def tuned(runs: int, *, settings: str | None) -> int:
     encode = lambda noisy: torch.nn.functional.normalize(noisy.flatten(1), dim=1)  # noqa: E731
     common = {"sigma": SIGMA, "alpha": 0.05, "n": 264, "n_pilot": 64}
     seen: list[np.ndarray] = []
-    keep = lambda task, stage, rows: seen.append(rows)  # noqa: E731, ARG005
+    keep = lambda job, stage, rows: seen.append(rows)  # noqa: E731, ARG005
     false = 0
     for run in range(runs):
         seen.clear()
-        task = Task(str(run), 0, torch.zeros(3, 8, 8))
+        job = Job(str(run), 0, torch.zeros(3, 8, 8))
         engine = SamplingEngine(encode, seed=0, lanes=264, settings=settings, keep=keep)
-        list(engine.run([task], lambda _: ClassRadius(text=np.eye(2, 192), **common, baselines=False)))
+        list(engine.run([job], lambda _: ClassRadius(text=np.eye(2, 192), **common, baselines=False)))
         best = np.concatenate(seen).mean(axis=0, keepdims=True)
         again = SamplingEngine(encode, seed=0, lanes=264, settings=settings)
         text = np.concatenate([best, -best])
-        (found,) = again.run([task], lambda _: ClassRadius(text=text, **common, baselines=False))  # noqa: B023
+        (found,) = again.run([job], lambda _: ClassRadius(text=text, **common, baselines=False))  # noqa: B023
         false += found.finding.radius > 0.0
     return false
 

@@ -77,7 +77,6 @@ class Goal(ABC):
 
     Attributes:
         spec: the goal as written on the command line.
-        two_way: there are only two outcomes, so that an attack with targets has one of them to aim at.
         still_at_image: the gradient vanishes at the clean image, so that attacks must start elsewhere.
         leave: an image leaves at its first success; otherwise every attack goes on to the end of its budget.
         labelled: it has to know the true class of an image.
@@ -87,7 +86,6 @@ class Goal(ABC):
     """
 
     spec: str
-    two_way: bool = False
     still_at_image: bool = False
     leave: bool = True
     labelled: bool = True

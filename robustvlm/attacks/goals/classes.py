@@ -45,7 +45,7 @@ class Misclassify(Goal):
 class Targeted(Goal):
     """One given class, whatever the true one."""
 
-    two_way, labelled = True, False
+    labelled = False
 
     def __init__(self, target: int, name: str = "") -> None:
         self.target, self.spec = target, f"targeted:{name or target}"
@@ -124,7 +124,7 @@ class AcceptedMistake(Refusable):
 class Deny(Refusable):
     """Rejection of an image that the model accepts."""
 
-    spec, two_way, labelled = "deny", True, False
+    spec, labelled = "deny", False
 
     def margin(self, output: Tensor, case: Case) -> Tensor:
         del case
@@ -137,7 +137,7 @@ class Deny(Refusable):
 class Intrude(Refusable):
     """Acceptance of an image that the model rejects, as any class."""
 
-    spec, two_way, labelled, unknown = "intrude", True, False, True
+    spec, labelled, unknown = "intrude", False, True
 
     def margin(self, output: Tensor, case: Case) -> Tensor:
         del case

@@ -18,7 +18,7 @@ class FeatureGoal(Goal):
         head: class weights [K, D] that turn features into logits, for predictions; None: there are no classes.
     """
 
-    two_way, leave, of_features, refers = True, False, True, True
+    leave, of_features, refers = False, True, True
 
     def __init__(self, head: Tensor | None = None) -> None:
         self.head = head

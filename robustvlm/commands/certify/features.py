@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from robustvlm.certify import Task
+from robustvlm.certify import Job
 from robustvlm.certify.certifier import Stage
 from robustvlm.commands.certify.config import CacheType
 from robustvlm.core.files import replacing, require_regular
@@ -73,17 +73,17 @@ class FeatureWriter:
         self.folder, self.kind, self.run = folder, kind, run
         self._parts: dict[int, dict[Stage, list[NDArray[Any]]]] = {}
 
-    def add(self, task: Task, stage: Stage, rows: NDArray[np.float32]) -> None:
+    def add(self, job: Job, stage: Stage, rows: NDArray[np.float32]) -> None:
         """Add the next rows of a stage."""
         kept = rows.astype(np.float16 if self.kind == "float16" else np.float32)
-        self._parts.setdefault(task.index, {}).setdefault(stage, []).append(kept)
+        self._parts.setdefault(job.index, {}).setdefault(stage, []).append(kept)
 
-    def write(self, task: Task) -> None:
+    def write(self, job: Job) -> None:
         """Write the file of a finished image."""
-        stages = self._parts.pop(task.index, {})
+        stages = self._parts.pop(job.index, {})
         tensors: dict[str, NDArray[Any]] = {stage: np.concatenate(parts) for stage, parts in stages.items()}
-        about = {"image_id": task.image_id, "dtype": self.kind} | ({} if self.run is None else {"run": self.run})
-        with replacing(feature_file(self.folder, task.index)) as temporary:
+        about = {"image_id": job.image_id, "dtype": self.kind} | ({} if self.run is None else {"run": self.run})
+        with replacing(feature_file(self.folder, job.index)) as temporary:
             temporary.write_bytes(save(tensors, metadata=about))
 
 

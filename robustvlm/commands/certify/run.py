@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 import torch
 
-from robustvlm.certify import Certificate, Sampled, SamplingEngine, Task, source_norm
+from robustvlm.certify import Certificate, Job, Sampled, SamplingEngine, source_norm
 from robustvlm.commands.certify.config import CertifyConfig, record_look
 from robustvlm.commands.certify.encoder import NoisyEncoder, Probed, probe_encoder
 from robustvlm.commands.certify.features import FeatureWriter, cache_bytes, read_features, require_room
@@ -204,10 +204,10 @@ class SamplingRun:
                 keep=None if writer is None else writer.add,
                 on_pass=self._passed,
             )
-            for sampled in engine.run(self._tasks(), lambda _: self.recorder.plan.certifier()):
+            for sampled in engine.run(self._jobs(), lambda _: self.recorder.plan.certifier()):
                 if writer is not None:  # a row in the journal means that the features are there
-                    writer.write(sampled.task)
-                fact = self.recorder.fact(sampled, resize_norm=self._norms.pop(sampled.task.index))
+                    writer.write(sampled.job)
+                fact = self.recorder.fact(sampled, resize_norm=self._norms.pop(sampled.job.index))
                 self.ledger.add_image(fact)
                 self._told.image_done(fact)
         finally:
@@ -249,7 +249,7 @@ class SamplingRun:
         self.observer.say(forecast_line(left, self.config.samples, passes, seconds, self.best_radius, size))
         self.observer.begin(_STAGE, total, done)
 
-    def _tasks(self) -> Iterator[Task]:
+    def _jobs(self) -> Iterator[Job]:
         known, index = self.ledger.seen, self.images.index
         handed_on: set[str] = set()
         for item in self.images.stream(lambda name: name not in known and self.ranks.mine(index(name))):
@@ -263,7 +263,7 @@ class SamplingRun:
                 continue
             number = index(item.id)
             self._norms[number] = source_norm(*item.source_size, self.config.resolution)
-            yield Task(item.id, number, item.pixels, item.label)
+            yield Job(item.id, number, item.pixels, item.label)
 
     def _passed(self, rows: int, used: int) -> None:
         self.ranks.check()
@@ -338,10 +338,10 @@ class ReplayRun:
                 raise UserError(f"the kept features of '{row['image_id']}' lack {wanted.stage} samples: make them anew")
             used[wanted.stage] = start + wanted.sure
             certifier.take(rows)
-        task = Task(row["image_id"], row["index"], torch.zeros(0), self.labels[row["index"]])
+        job = Job(row["image_id"], row["index"], torch.zeros(0), self.labels[row["index"]])
         drawn = Certificate.from_dict(json.loads(row["certificate"]))  # the samples are those of the first run
         return Sampled(
-            task=task,
+            job=job,
             finding=certifier.finding(),
             passes=0,
             seconds=time.perf_counter() - began,

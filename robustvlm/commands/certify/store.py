@@ -170,15 +170,15 @@ class Recorder:
 
     def fact(self, sampled: Sampled, *, resize_norm: float | None) -> CertifyFact:
         """Return the row of an image."""
-        task, found = sampled.task, sampled.finding
+        job, found = sampled.job, sampled.finding
         prediction = self._prediction(found)
         columns = found.columns | self._claim.deployed_columns(found, self.config, sigma=sampled.sigma)
         return CertifyFact(
-            index=task.index,
-            image_id=task.image_id,
-            label=task.label,
+            index=job.index,
+            image_id=job.image_id,
+            label=job.label,
             prediction=prediction,
-            correct=self._claim.correct(task.label, prediction),
+            correct=self._claim.correct(job.label, prediction),
             claim=found.claim or self.config.claim,
             radius=found.radius,
             stop=found.stop,
@@ -209,7 +209,7 @@ class Recorder:
         return self._claim.thresholds(self.config, self.rule)
 
     def _certificate(self, sampled: Sampled, resize_norm: float | None, deployed: float | None) -> Certificate:
-        found, image_id = sampled.finding, sampled.task.image_id
+        found, image_id = sampled.finding, sampled.job.image_id
         claim = self._claim
         how = Provenance(
             sigma=sampled.sigma,

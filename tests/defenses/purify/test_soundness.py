@@ -9,7 +9,7 @@ import torch
 from analytic_encoders import Circle, image_at
 from torch import Tensor, nn
 
-from robustvlm.certify import FeatureRadius, SamplingEngine, Task
+from robustvlm.certify import FeatureRadius, Job, SamplingEngine
 from robustvlm.commands.certify.encoder import NoisyEncoder, find_dependence, probe_encoder
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.defenses.purify import PurifiedVLM
@@ -264,19 +264,19 @@ def test_certificates_of_a_composed_model_with_a_closed_form_hold() -> None:
     k, shrink = 3.0, 1 + SIGMA**2
     vlm = PurifiedVLM(Circle(k), OwnDenoiser(lambda noisy, sigma: noisy / (1 + sigma**2), spec="shrink"), None)
     engine = SamplingEngine(NoisyEncoder(vlm.at_noise(SIGMA)), seed=0, lanes=128)
-    tasks = [Task(str(i), i, image_at(0.1 * i)[0]) for i in range(24)]
+    jobs = [Job(str(i), i, image_at(0.1 * i)[0]) for i in range(24)]
     cos0, alpha = 0.8, 0.05
 
-    def certifier(_: Task) -> FeatureRadius:
+    def certifier(_: Job) -> FeatureRadius:
         return FeatureRadius(cos0=cos0, sigma=SIGMA, alpha=alpha, n=256, n_pilot=64, baselines=False)
 
-    found = [sampled.finding for sampled in engine.run(tasks, certifier)]
+    found = [sampled.finding for sampled in engine.run(jobs, certifier)]
     norm = math.exp(-((k / shrink * SIGMA) ** 2) / 2)
     assert sum(finding.r > norm for finding in found) <= 24 * alpha + 3  # type: ignore[operator]
     truth = math.acos(cos0) / (k / shrink)
     assert all(0 < finding.radius < truth for finding in found)
     unpurified = SamplingEngine(NoisyEncoder(Circle(k)), seed=0, lanes=128)
-    plain = [sampled.finding.radius for sampled in unpurified.run(tasks, certifier)]
+    plain = [sampled.finding.radius for sampled in unpurified.run(jobs, certifier)]
     assert sum(finding.radius for finding in found) > sum(plain)
 
 
@@ -284,11 +284,11 @@ def test_the_sampling_engine_gives_the_same_answer_in_any_company() -> None:
     def certify(count: int, lanes: int) -> dict[str, float]:
         encoder = NoisyEncoder(composed().at_noise(SIGMA))
         engine = SamplingEngine(encoder, seed=0, lanes=lanes)
-        tasks = [Task(str(i), i, images(5)[i]) for i in range(count)]
+        jobs = [Job(str(i), i, images(5)[i]) for i in range(count)]
         found = engine.run(
-            tasks, lambda _: FeatureRadius(cos0=0.5, sigma=SIGMA, alpha=0.01, n=128, n_pilot=32, baselines=False)
+            jobs, lambda _: FeatureRadius(cos0=0.5, sigma=SIGMA, alpha=0.01, n=128, n_pilot=32, baselines=False)
         )
-        return {sampled.task.image_id: sampled.finding.radius for sampled in found}
+        return {sampled.job.image_id: sampled.finding.radius for sampled in found}
 
     alone, among = certify(2, 32), certify(5, 96)
     assert {name: among[name] for name in alone} == pytest.approx(alone, rel=1e-4)

@@ -52,7 +52,6 @@ def to_proposal(entries: Mapping[str, Entry]) -> Proposal:
 
 # Antibodies written by a language model: the questions asked, and the answers taken
 
-PROMPT_VERSION = 1
 CLASSES_PER_QUESTION = 8
 
 SYSTEM = (
