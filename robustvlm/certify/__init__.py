@@ -9,8 +9,8 @@ Every certificate is a pure function of bounds on the clean image's smoothed fea
 * `deployed`: what n0 inference samples keep of a certificate (T10);
 * `noise`, `certifier`, `engine`: fresh noise, what a claim wants of it, and batches of many images; `claims`: the
   certifiers of each claim (fixed n, or stopping as soon as a radius is decided) and what they state;
-* `limits`: what settings can give at best; `record`: what a certificate must state, printed rounded down, and what a
-  radius at the model's resolution is worth at the source.
+* `limits`: what settings can give at best; `record`: what a certificate must state, and what a radius at the model's
+  resolution is worth at the source.
 
 Radii are in the pixel units of sigma and hold strictly inside, up to floating point. Zero is ABSTAIN.
 """

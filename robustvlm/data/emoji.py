@@ -218,11 +218,11 @@ class Sprite:
     data: bytes
 
 
-def draw_sprite(data: bytes, sample_id: str) -> Image.Image:
+def draw_sprite(data: bytes, image_id: str) -> Image.Image:
     """Decode a sprite and compose it into a 64x64 RGB picture that depends on the sprite and the id alone."""
     rgba = np.array(Image.open(io.BytesIO(data)).convert("RGBA"))
     sprite = torch.from_numpy(rgba).permute(2, 0, 1)[None].float() / 255
-    pixels = compose(sprite, generator("emoji", sample_id))[0]
+    pixels = compose(sprite, generator("emoji", image_id))[0]
     return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
@@ -286,9 +286,9 @@ class EmojiSource(DataSource):
         """Return the ids, copy by copy."""
         return [f"{sprite.id}/{copy}" for copy in range(self.copies) for sprite in self._sprites]
 
-    def group(self, sample_id: str) -> str:
+    def group(self, image_id: str) -> str:
         """Return the drawing that an image is made of: its copies stand and fall together."""
-        return sample_id.rpartition("/")[0]
+        return image_id.rpartition("/")[0]
 
     def things(self) -> tuple[str, ...]:
         """Return the names of the drawings of the split."""
@@ -297,9 +297,9 @@ class EmojiSource(DataSource):
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         for copy in range(self.copies):
             for sprite in self._sprites:
-                sample_id = f"{sprite.id}/{copy}"
-                if keep(sample_id):
-                    yield Sample(sample_id, draw_sprite(sprite.data, sample_id), sprite.label)
+                image_id = f"{sprite.id}/{copy}"
+                if keep(image_id):
+                    yield Sample(image_id, draw_sprite(sprite.data, image_id), sprite.label)
 
     def _read(self) -> Iterator[Sprite]:
         """Read the compressed sprites of the split: at most a few megabytes, decoded one at a time when streamed."""

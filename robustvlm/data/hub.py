@@ -96,17 +96,17 @@ class HubSource(DataSource):
             if keep(f"{self.split}/{i}"):
                 yield self._sample(f"{self.split}/{i}", self._data[i])
 
-    def _sample(self, name: str, row: dict[str, Any]) -> Sample | Unreadable:
+    def _sample(self, image_id: str, row: dict[str, Any]) -> Sample | Unreadable:
         value, label = row[self._image], row[self._label]
         data = value
         if isinstance(value, dict):
             # Local image folders hold paths; data from the hub holds the bytes.
             data = value["bytes"] if value.get("bytes") is not None else value.get("path") and Path(value["path"])
         if not data:
-            return Unreadable(name, "no image bytes in this row")
+            return Unreadable(image_id, "no image bytes in this row")
         if self._texts is not None:
-            return decode(name, data, self._texts[label])
-        return decode(name, data, UNKNOWN if label is None else int(label))
+            return decode(image_id, data, self._texts[label])
+        return decode(image_id, data, UNKNOWN if label is None else int(label))
 
     def _identity(self) -> Iterable[str]:
         yield f"{self.split} {self._image} {self._label}"

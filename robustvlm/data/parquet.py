@@ -201,12 +201,12 @@ class ParquetSource(DataSource):
                 Unreadable(name, reason) for name, wanted in zip(ids[done:], kept[done:], strict=True) if wanted
             )
 
-    def _sample(self, name: str, batch: pa.RecordBatch, row: int) -> Sample | Unreadable:
+    def _sample(self, image_id: str, batch: pa.RecordBatch, row: int) -> Sample | Unreadable:
         value = batch.column(self._columns.image)[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
-            return Unreadable(name, "no image bytes in this row")
-        return decode(name, data, self._label(batch.column(self._columns.label)[row].as_py()))
+            return Unreadable(image_id, "no image bytes in this row")
+        return decode(image_id, data, self._label(batch.column(self._columns.label)[row].as_py()))
 
     def _label(self, value: Any) -> int:
         if self._texts is not None:

@@ -92,9 +92,9 @@ class DataSource(ABC):
         """Return the stable ids in source order, or None when only streaming can tell."""
         return None
 
-    def group(self, sample_id: str) -> str:
+    def group(self, image_id: str) -> str:
         """Return what images that are no independent evidence have in common, such as their drawing; else the id."""
-        return sample_id
+        return image_id
 
     def things(self) -> tuple[str, ...]:
         """Return the names of what the images show, be it a class or not, as far as the source knows."""
@@ -154,12 +154,12 @@ class DataSource(ABC):
         """Yield what `wanted` accepts among the first `limit` ids of a stream, then stop reading."""
         seen = 0
 
-        def gate(name: str) -> bool:
+        def gate(image_id: str) -> bool:
             nonlocal seen
             if seen == limit:
                 raise _LimitReached
             seen += 1
-            return wanted(name)
+            return wanted(image_id)
 
         try:
             for item in self._stream(gate):
@@ -243,5 +243,5 @@ def select(ids: Iterable[str], limit: int | None) -> list[str]:
     return heapq.nsmallest(limit, ids, key=_rank)
 
 
-def _rank(name: str) -> tuple[bytes, str]:
-    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest(), name
+def _rank(image_id: str) -> tuple[bytes, str]:
+    return hashlib.blake2b(image_id.encode("utf-8", "surrogateescape"), digest_size=16).digest(), image_id

@@ -254,9 +254,9 @@ class Unlabelled(DataSource):
         """Return the ids of the other source."""
         return self.inner.ids()
 
-    def group(self, sample_id: str) -> str:
+    def group(self, image_id: str) -> str:
         """Return the group that the other source puts an image in."""
-        return self.inner.group(sample_id)
+        return self.inner.group(image_id)
 
     def things(self) -> tuple[str, ...]:
         """Return the names that the other source has for what its images show."""
