@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.core import MAX_SIGMA
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import BadSetting, UserError, nearest
 
 CENTRE, SPREAD = 0.5, 0.25
 """Mean and standard deviation of pixels in [0, 1] that the preconditioning assumes."""
@@ -193,7 +193,9 @@ class NoiseLevels:
             raise UserError("say which noise to train for: pass --sigma 0.25, more than once for several levels")
         for sigma in self.given:
             if not 0 < sigma <= MAX_SIGMA:
-                raise UserError(f"sigma must be above 0 and at most {MAX_SIGMA:g} in [0, 1] pixels, got {sigma:g}")
+                raise BadSetting(
+                    "sigma", f"must be above 0 and at most {MAX_SIGMA:g} in [0, 1] pixels", got=f"{sigma:g}"
+                )
 
     @classmethod
     def of(cls, levels: Sequence[float]) -> NoiseLevels:
