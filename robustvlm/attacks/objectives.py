@@ -32,6 +32,7 @@ def margin(logits: Tensor, label: Tensor) -> Tensor:
     """Return z_y - max_{i != y} z_i per image: positive exactly when the image is classified right.
 
     Example:
+        >>> import torch
         >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])).item()
         1.0
     """
@@ -86,6 +87,7 @@ class Objective:
     """A named function (logits [B, K], label [B], target [B]) -> loss [B] that an attack maximises.
 
     Example:
+        >>> import torch
         >>> z, y = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])
         >>> objective("margin")(z, y, y).item()
         -1.0
