@@ -6,16 +6,8 @@ import time
 from types import TracebackType
 from typing import Literal
 
+from rich import progress
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from robustvlm.cli.console import Console
 from robustvlm.runs.settings import Observer as RunObserver
@@ -33,19 +25,19 @@ class Bars(RunObserver):
 
     def __init__(self, console: Console, *, plain: Plain = "") -> None:
         self._console, self._plain = console, plain
-        self._bars = Progress(
-            TextColumn("{task.description:<22}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[words]}", markup=False),
-            TextColumn("{task.fields[speed]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description:<22}", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[words]}", markup=False),
+            progress.TextColumn("{task.fields[speed]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task: TaskID | None = None
+        self._task: progress.TaskID | None = None
         self._title = ""
         self._reset()
 

@@ -22,20 +22,8 @@ from safetensors import SafetensorError, safe_open
 from robustvlm import __version__
 from robustvlm.core.files import require_regular, write_text
 from robustvlm.errors import UserError
+from robustvlm.report import sections as doc
 from robustvlm.report import tables, words
-from robustvlm.report.sections import (
-    Block,
-    Closing,
-    Code,
-    Column,
-    Line,
-    Measure,
-    Name,
-    Report,
-    Small,
-    parts_of,
-    straight,
-)
 from robustvlm.report.words import percent, plain
 from robustvlm.text import one_line
 
@@ -47,7 +35,7 @@ def page(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def page_of(report: Report) -> str:
+def page_of(report: doc.Report) -> str:
     """Return a report as a page.
 
     Example:
@@ -107,27 +95,29 @@ def _environment() -> Environment:
     return environment
 
 
-def _line(line: Line) -> Markup:
+def _line(line: doc.Line) -> Markup:
     """Return a line of text as HTML; `format` escapes what is put in."""
-    return Markup("").join(_word(part) for part in parts_of(line))
+    return Markup("").join(_word(part) for part in doc.parts_of(line))
 
 
-def _word(part: str | Code | Name | Small | Measure) -> Markup:
-    if isinstance(part, Code):
+def _word(part: str | doc.Code | doc.Name | doc.Small | doc.Measure) -> Markup:
+    if isinstance(part, doc.Code):
         return Markup("<code>{}</code>").format(words.plain(part.text, part.limit))
-    if isinstance(part, Name):
+    if isinstance(part, doc.Name):
         return Markup("<bdi>{}</bdi>").format(words.plain(part.text, part.limit))
-    if isinstance(part, Small):
-        return Markup('<span class="small">{}</span>').format(straight(part.text))
-    if isinstance(part, Measure):
-        text = Markup("<strong>{}</strong>").format(straight(part.text))
+    if isinstance(part, doc.Small):
+        return Markup('<span class="small">{}</span>').format(doc.straight(part.text))
+    if isinstance(part, doc.Measure):
+        text = Markup("<strong>{}</strong>").format(doc.straight(part.text))
         return (
-            text + Markup(' <span class="small">{}</span>').format(straight(part.interval)) if part.interval else text
+            text + Markup(' <span class="small">{}</span>').format(doc.straight(part.interval))
+            if part.interval
+            else text
         )
-    return Markup("{}").format(straight(part))
+    return Markup("{}").format(doc.straight(part))
 
 
-def _heads(columns: Sequence[Column]) -> list[dict[str, Any]]:
+def _heads(columns: Sequence[doc.Column]) -> list[dict[str, Any]]:
     """Return the cells of the upper row of headings: groups of columns, and single columns, which reach down."""
     heads: list[dict[str, Any]] = []
     for group, some in groupby(columns, key=lambda column: column.group):
@@ -138,9 +128,9 @@ def _heads(columns: Sequence[Column]) -> list[dict[str, Any]]:
     return heads
 
 
-def _on_page(blocks: Sequence[Block]) -> list[Block]:
+def _on_page(blocks: Sequence[doc.Block]) -> list[doc.Block]:
     return [
-        block for block in blocks if not isinstance(block, Closing) and getattr(block, "only", "both") != "terminal"
+        block for block in blocks if not isinstance(block, doc.Closing) and getattr(block, "only", "both") != "terminal"
     ]
 
 

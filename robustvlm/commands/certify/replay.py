@@ -7,26 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.certify.claims import find_claim, make_plan, require_possible
-from robustvlm.commands.certify import CertifySettings
+from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.features import rounding_error
 from robustvlm.commands.certify.record import load_certify_run
 from robustvlm.commands.certify.run import CertifyWork, ReplayRun
-from robustvlm.commands.certify.setup import (
-    check,
-    claim_of,
-    describe_head,
-    describe_plan,
-    embed_classes,
-    list_of_names,
-    make_config,
-    materials_of,
-    prompts_of,
-    rule_of,
-    settle_deployed,
-    vectors_of_classes,
-)
 from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.common.inputs import facts_of, probe_of
 from robustvlm.core.device import resolve_device
@@ -104,45 +90,45 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     assert settings.from_cache is not None
     source = open_source(settings.from_cache, root=settings.out)
     settings = with_source(settings, source.manifest["config"])
-    check(settings)
+    setup.check(settings)
     _check(settings, source)
-    claim = find_claim(claim_of(settings))
+    claim = find_claim(setup.claim_of(settings))
     chosen = (settings.prompts or "adaptive") if claim.any_prompts else None
     assert source.config.cache is not None
     device = str(resolve_device(settings.device))
     data = source.manifest["data"]
-    names = tuple(data["class_names"]) if settings.classes is None else list_of_names(settings.classes)
+    names = tuple(data["class_names"]) if settings.classes is None else setup.list_of_names(settings.classes)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
     with named_by(f"the manifest of '{source.folder.path}'"):
         vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
     require_same_model(source, vlm)
-    config = make_config(settings, sigma=source.config.sigma, device=device).model_copy(
+    config = setup.make_config(settings, sigma=source.config.sigma, device=device).model_copy(
         update={
             "resolution": source.config.resolution,
             "n_pilot": source.config.n_pilot,
             "source": source.identity,
             "prompts": chosen,
             "noise": source.config.noise,
-            "deployed": settle_deployed(settings, vlm),
+            "deployed": setup.settle_deployed(settings, vlm),
         }
     )
-    rule = rule_of(config, names)
+    rule = setup.rule_of(config, names)
     if settings.classes is None and settings.templates is None:
-        text = vectors_of_classes(config, vlm, names, templates)
+        text = setup.vectors_of_classes(config, vlm, names, templates)
     else:
-        text = embed_classes(vlm, names, templates, needed=claim.needs_classes)
+        text = setup.embed_classes(vlm, names, templates, needed=claim.needs_classes)
     dim = vlm.encode_text(["a"]).shape[1]
     rounding = rounding_error(source.config.cache, dim)
     with named_by(f"the manifest of '{source.folder.path}'"):
         clean_kept = find_claim(source.config.claim).needs_clean
-    materials = materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
+    materials = setup.materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
     plan = make_plan(config.claim, config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, names, templates)
-    model_facts = facts_of(vlm, "interpolation") | describe_head(config, names)
+    model_facts = facts_of(vlm, "interpolation") | setup.describe_head(config, names)
     encoder = NoisyEncoder(vlm, precision=config.precision).fingerprint
-    recorder = Recorder(config, plan, encoder, text, names, rule, prompts_of(config, model_facts, templates))
-    described = describe_plan(plan, config, best)
+    recorder = Recorder(config, plan, encoder, text, names, rule, setup.prompts_of(config, model_facts, templates))
+    described = setup.describe_plan(plan, config, best)
     described["notes"] += _unnamed(data["class_names"], names)
     if chosen is not None:
         described["notes"].append(_why(chosen))
@@ -230,7 +216,7 @@ def _unnamed(old: list[str], new: tuple[str, ...]) -> list[str]:
 
 
 def _check(settings: CertifySettings, source: Source) -> None:
-    prompts, name = settings.prompts, claim_of(settings)
+    prompts, name = settings.prompts, setup.claim_of(settings)
     if prompts is not None and prompts not in PROMPTS:
         raise BadSetting("prompts", "is adaptive or independent", got=f"'{prompts}'")
     if settings.radius is not None:

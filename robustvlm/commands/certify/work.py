@@ -8,26 +8,13 @@ from typing import Any
 import numpy as np
 
 from robustvlm.certify.claims import Materials, find_claim, make_plan, require_possible
-from robustvlm.commands.certify import CertifySettings
+from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.pictures import save_extremes
 from robustvlm.commands.certify.record import load_certify_run
 from robustvlm.commands.certify.replay import open_replay
 from robustvlm.commands.certify.run import CertifyWork, SamplingRun
-from robustvlm.commands.certify.setup import (
-    check,
-    describe_head,
-    describe_plan,
-    make_config,
-    materials_of,
-    noise_of,
-    prompts_of,
-    rule_of,
-    settle_deployed,
-    settle_sigma,
-    vectors_of_classes,
-)
 from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import show, write_certify_report
@@ -67,26 +54,28 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
 
     Settings under which every image would have to abstain are refused, with what would do.
     """
-    check(settings)
-    sigma = settle_sigma(settings)
+    setup.check(settings)
+    sigma = setup.settle_sigma(settings)
     device = str(resolve_device(settings.device))
-    config = make_config(settings, sigma=sigma, device=device)
+    config = setup.make_config(settings, sigma=sigma, device=device)
     if find_claim(config.claim).known_best:
         require_possible(make_plan(config.claim, config, Materials(text=np.eye(2))), config)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
     if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
-    config = config.model_copy(update={"resolution": vlm.image_size, "deployed": settle_deployed(settings, vlm)})
-    rule = rule_of(config, source.class_names)
-    text = vectors_of_classes(config, vlm, source.class_names, source.templates)
-    plan = make_plan(config.claim, config, materials_of(config, vlm, text, source.templates, rule=rule))
+    config = config.model_copy(update={"resolution": vlm.image_size, "deployed": setup.settle_deployed(settings, vlm)})
+    rule = setup.rule_of(config, source.class_names)
+    text = setup.vectors_of_classes(config, vlm, source.class_names, source.templates)
+    plan = make_plan(config.claim, config, setup.materials_of(config, vlm, text, source.templates, rule=rule))
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    model_facts = facts_of(encoder.vlm, "interpolation") | describe_head(config, source.class_names)
-    config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
-    prompts = prompts_of(config, model_facts, source.templates)
+    model_facts = facts_of(encoder.vlm, "interpolation") | setup.describe_head(config, source.class_names)
+    config = config.model_copy(
+        update={"noise": setup.noise_of(config, model_facts, source.class_names, source.templates)}
+    )
+    prompts = setup.prompts_of(config, model_facts, source.templates)
     recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule, prompts)
 
     def begin(ledger: CertifyLedger, observer: Observer, ranks: Ranks) -> SamplingRun:
@@ -101,7 +90,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         )
 
     remarks = remarks_of(source, vlm)
-    described = describe_plan(plan, config, best)
+    described = setup.describe_plan(plan, config, best)
     described["notes"] += remarks
 
     def more(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
