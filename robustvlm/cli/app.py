@@ -104,7 +104,7 @@ def worked(run: Run, console: Console, act: Callable[..., Any] | None = None) ->
     """Start a run, or do another `act` of it that takes an observer, with its progress; Ctrl-C says how to go on."""
     from rich.markup import escape
 
-    from robustvlm.cli.progress import Bars
+    from robustvlm.cli.console import Bars
 
     command = run.command
     if command.doing:

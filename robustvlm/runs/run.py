@@ -129,7 +129,7 @@ class FinishedRun(Generic[S]):
         from rich.console import Console
 
         # Found by name, as every command's work is: which kinds there are is not known here.
-        command: Command = import_module("robustvlm.commands.registry").command_of(self.kind)
+        command: Command = import_module("robustvlm.commands").command_of(self.kind)
         command.load().show(self, Console())
 
 

@@ -275,7 +275,7 @@ def test_the_noise_that_is_shown_is_that_of_the_run(tmp_path: Path, write_certif
 def test_the_report_command_knows_certify_runs(
     tmp_path: Path, write_certify_run: WriteRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from robustvlm.cli.report import report
+    from robustvlm.cli.acts import report
 
     folder = write_certify_run(tmp_path / "run", gallery=False)
     report([str(folder)], out=tmp_path / "page.html", as_json=True)

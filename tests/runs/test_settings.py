@@ -9,7 +9,7 @@ import pytest
 
 from robustvlm.cli.app import typer_command
 from robustvlm.cli.options import option_names
-from robustvlm.commands.registry import COMMANDS, command_of
+from robustvlm.commands import COMMANDS, command_of
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.runs.folder import default_name
 from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as, way
