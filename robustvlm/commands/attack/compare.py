@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.commands.attack import plots
-from robustvlm.commands.attack.record import AttackedRun, load_run
+from robustvlm.commands.attack.record import AttackedRun, headline, load_run
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
-from robustvlm.commands.attack.wording import headline
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.tables import manifest_rows

@@ -1,4 +1,4 @@
-"""What `--goal` says, in terms of the model and the data: the goals to attack for, and what is attacked and judged."""
+"""What a run is to reach, and where its images stand before any attack: the goals, and the clean pass."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from robustvlm.commands.attack import plots, wording
+from robustvlm.commands.attack import plots
+from robustvlm.commands.attack import record as wording
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
 from robustvlm.report import screen, tables

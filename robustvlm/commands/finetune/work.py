@@ -17,7 +17,6 @@ from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.finetune import FinetuneSettings
-from robustvlm.commands.told import told
 from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks
@@ -44,6 +43,7 @@ from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card
 from robustvlm.report import screen
 from robustvlm.report import training as report
+from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.training import (

@@ -12,7 +12,6 @@ from torch import Tensor
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
 from robustvlm.commands.immunize import ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
-from robustvlm.commands.told import counted
 from robustvlm.core.device import resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import immunity as immune
@@ -22,6 +21,7 @@ from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.prompts import Features
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.models import VLM
+from robustvlm.report.training import counted
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.run import Facts, Session
 from robustvlm.runs.settings import Observer

@@ -16,7 +16,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.commands.immunize import ImmunizeSettings
-from robustvlm.commands.told import counted
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
 from robustvlm.core.seeds import generator
 from robustvlm.data import DataSource, open_data
@@ -31,6 +30,7 @@ from robustvlm.llm import LlmClient
 from robustvlm.llm.client import open_client, spent
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.report.training import counted
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.settings import Observer
 from robustvlm.text import name_key

@@ -18,7 +18,6 @@ from robustvlm.commands.immunize import NOISE_DRAWS, ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
 from robustvlm.commands.immunize.extend import ExtendWork, open_extension
 from robustvlm.commands.immunize.view import immunize_closing, immunize_report
-from robustvlm.commands.told import counted
 from robustvlm.core.device import resolve_device
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import DataSource, Sample, open_data, to_pixels
@@ -38,6 +37,7 @@ from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.zero_shot import require_distinct
 from robustvlm.report import screen
 from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.training import counted
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.runs.settings import Observer
 from robustvlm.text import without_secrets

@@ -13,7 +13,6 @@ from torch import Tensor
 from robustvlm import training
 from robustvlm.commands.common.inputs import facts_of, probe_of
 from robustvlm.commands.purify import PurifySettings
-from robustvlm.commands.told import told
 from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
@@ -32,6 +31,7 @@ from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
 from robustvlm.report import screen
 from robustvlm.report import training as report
+from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.training.history import History
