@@ -54,7 +54,7 @@ def run_audit(settings: CertifySettings, default: Effort | None = None) -> int:
     from robustvlm.commands.certify.view import show_audit, write_certify_report
     from robustvlm.core.device import resolve_device
     from robustvlm.errors import UserError, is_out_of_memory
-    from robustvlm.runs.read import find_run
+    from robustvlm.runs.records import find_run
     from robustvlm.text import one_line
 
     run, as_json, default = str(settings.audit), settings.as_json, default or Effort()
@@ -179,7 +179,7 @@ def report(
     from robustvlm.commands import open_run, write_report
     from robustvlm.commands.attack.compare import compare, write_comparison
     from robustvlm.commands.attack.record import load_run
-    from robustvlm.runs.read import find_run
+    from robustvlm.runs.records import find_run
 
     folders = [find_run(run) for run in runs]
     path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)

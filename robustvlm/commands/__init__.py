@@ -47,7 +47,7 @@ def open_run(folder: str | Path) -> FinishedRun[Any]:
     Raises:
         UserError: there is none, it has not ended, or a file is damaged or not what the run wrote.
     """
-    from robustvlm.runs.read import find_run
+    from robustvlm.runs.records import find_run
 
     path = find_run(folder)
     return command_of(str(manifest_of(path)["kind"])).load().read_run(path)

@@ -23,7 +23,7 @@ from robustvlm import __version__
 from robustvlm.core.files import require_regular, write_text
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
-from robustvlm.report import tables, words
+from robustvlm.report import words
 from robustvlm.report.words import percent, plain
 from robustvlm.text import one_line
 
@@ -91,7 +91,7 @@ def _environment() -> Environment:
         on_page=_on_page,
         kind=lambda block: type(block).__name__,
     )
-    environment.globals.update(version=__version__, bar=tables.bar)
+    environment.globals.update(version=__version__, bar=words.bar)
     return environment
 
 

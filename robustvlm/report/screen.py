@@ -11,8 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from robustvlm.report import sections as doc
-from robustvlm.report.tables import Finding
-from robustvlm.report.words import plain
+from robustvlm.report.words import Finding, plain
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 _GAP = 3  # characters between columns

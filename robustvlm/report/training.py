@@ -11,10 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.report import sections as doc
-from robustvlm.report import tables
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
 from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.words import duration, norm_name, percent, plain, sentence
+from robustvlm.report.words import duration, finding, manifest_rows, norm_name, percent, plain, sentence
 from robustvlm.runs.manifest import require_shape
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.runs.settings import Observer
@@ -107,7 +106,7 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
     measured = doc.Code(f"robustvlm attack {plain(run.folder, 200)} --attack standard", limit=250)
     settings: list[doc.Block] = []
     if summary.settings:
-        rows = tables.manifest_rows({"method": summary.settings})
+        rows = manifest_rows({"method": summary.settings})
         settings = [doc.More("Settings and fitted constants of the method", [doc.Facts(rows, kind="settings")])]
     return doc.Report(
         kind="training report",
@@ -159,7 +158,7 @@ def _measures(summary: TrainingSummary) -> list[doc.Section]:
 
 def _warnings(history: History) -> doc.Section:
     found = [
-        tables.finding(
+        finding(
             "warning", plain(warning.message, 400), f"{plain(sentence(warning.name), 80)}, after {warning.step:,} steps"
         )
         for warning in history.warnings

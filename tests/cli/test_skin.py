@@ -152,7 +152,7 @@ WHERE = {
     "evaluate": "robustvlm.commands.evaluate.work.open_data",
     "attack": "robustvlm.commands.attack.work.open_work",
     "certify": "robustvlm.commands.certify.work.open_work",
-    "report": "robustvlm.runs.read.find_run",
+    "report": "robustvlm.runs.records.find_run",
     "models": "robustvlm.models.list_models",
     "export": "robustvlm.commands.export.load_pipeline",
     "immunize": "robustvlm.commands.immunize.work.open_work",

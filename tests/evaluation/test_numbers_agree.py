@@ -22,8 +22,7 @@ from robustvlm.commands.attack.report import attack_report
 from robustvlm.commands.attack.summary import EpsSummary, Summary, parse_condition
 from robustvlm.report.page import page_of
 from robustvlm.report.screen import show
-from robustvlm.report.tables import pass_rows
-from robustvlm.report.words import bounds, percent
+from robustvlm.report.words import bounds, pass_rows, percent
 from robustvlm.runs.records import Check
 from robustvlm.stats import Rate
 

@@ -19,7 +19,7 @@ from robustvlm.commands.attack import report as html
 from robustvlm.commands.attack.plots import Margins
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.certify import pictures as certify_plots
-from robustvlm.commands.detect import charts as detect_plots
+from robustvlm.commands.detect import words as detect_plots
 from robustvlm.errors import UserError
 from robustvlm.report import charts
 from robustvlm.stats import mean, rate

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from robustvlm.cli.acts import report
 from robustvlm.commands.attack.record import load_run
 from robustvlm.errors import UserError
-from robustvlm.runs.read import find_run
+from robustvlm.runs.records import find_run
 
 WriteRun = Callable[..., Path]
 

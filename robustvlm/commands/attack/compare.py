@@ -15,9 +15,8 @@ from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.tables import manifest_rows
-from robustvlm.report.words import norm_name, plain
-from robustvlm.runs.read import find_run
+from robustvlm.report.words import manifest_rows, norm_name, plain
+from robustvlm.runs.records import find_run
 from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
 
 LEVEL = 0.05

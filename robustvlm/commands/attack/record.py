@@ -18,7 +18,7 @@ from robustvlm.commands.attack.verdicts import Verdicts, verdicts
 from robustvlm.errors import UserError
 from robustvlm.report.words import RANGE, ball, bounds, interval, number, percent, plain
 from robustvlm.runs.manifest import Manifest, require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of, read_object, read_rows, required
+from robustvlm.runs.records import read_manifest_of, read_object, read_rows, required
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from robustvlm.commands.attack import plots
-from robustvlm.commands.attack import record as wording
+from robustvlm.commands.attack import plots, record
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
-from robustvlm.report import screen, tables
+from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import Example, drawing, load_gallery, page_of, write_page
-from robustvlm.report.words import DASH, bounds, norm_name, plain, sentence
+from robustvlm.report.words import DASH, bounds, cost_rows, findings, norm_name, plain, sentence
 from robustvlm.stats import Rate
 
 # Rows of the terminal's tables of classes and superclasses; the page has them all.
@@ -44,19 +43,19 @@ def show(run: AttackedRun, console: Console) -> None:
 
 def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
     """Return what is said of a run; without what is `drawn`, which only a page has and which takes its time."""
-    summary, at, words = run.summary, wording.headline(run.summary), wording.words_of(run.summary)
+    summary, at, words = run.summary, record.headline(run.summary), record.words_of(run.summary)
     config = run.manifest["config"]
     about: list[doc.Inline] = [f", {summary.clean_accuracy.total:,} images, {plain(', '.join(config['attack']))}"]
     early = bool(summary.unfinished)
-    lines = [wording.verdict(summary), wording.smaller_eps(summary)]
+    lines = [record.verdict(summary), record.smaller_eps(summary)]
     if at is not None:
-        lines += [wording.cosines(at, summary.goal, unfinished=early), wording.acceptances(at, unfinished=early)]
+        lines += [record.cosines(at, summary.goal, unfinished=early), record.acceptances(at, unfinished=early)]
     parts = [_strength(run, at, words, drawn=drawn)]
     if at is not None:
         parts += [*_levels(summary, at), *_classes(summary, at, words)]
     if drawn:
         parts += _gallery(load_gallery(run.folder / "gallery", run.class_names, run.eps_texts))
-    cost: Sequence[tuple[str, doc.Line]] = tables.cost_rows(summary.cost, summary.estimate)
+    cost: Sequence[tuple[str, doc.Line]] = cost_rows(summary.cost, summary.estimate)
     parts += [
         _checks(summary),
         doc.Section("Cost", [doc.Facts(cost, only="both")], key="cost", short="Cost"),
@@ -84,9 +83,9 @@ def _tone(summary: Summary, at: EpsSummary | None) -> str:
     return "held" if sound else "neutral"
 
 
-def _cards(summary: Summary, at: EpsSummary | None, words: wording.GoalWords) -> list[doc.Card]:
+def _cards(summary: Summary, at: EpsSummary | None, words: record.GoalWords) -> list[doc.Card]:
     cards = []
-    if not wording.open_ended(summary, summary.clean_accuracy, summary.clean_accuracy_at_most):
+    if not record.open_ended(summary, summary.clean_accuracy, summary.clean_accuracy_at_most):
         right = "right" if words.clean == "clean accuracy" else "rejected"
         cards.append(
             doc.Card(sentence(words.clean), summary.clean_accuracy, f"images {right} before any attack", good=True)
@@ -104,13 +103,13 @@ def _cards(summary: Summary, at: EpsSummary | None, words: wording.GoalWords) ->
 # The strength of the attack: by radius, by attack, and how success came about
 
 
-def _strength(run: AttackedRun, at: EpsSummary | None, words: wording.GoalWords, *, drawn: bool) -> doc.Section:
+def _strength(run: AttackedRun, at: EpsSummary | None, words: record.GoalWords, *, drawn: bool) -> doc.Section:
     summary = run.summary
     table = _by_eps(summary, words)
     if at is None:
         return doc.Section("Strength of the attack", [table], key="curve")
     lead = (
-        f"Worst case per image over {wording.how_many_attacks(len(at.per_attack))}: an image counts as robust only if "
+        f"Worst case per image over {record.how_many_attacks(len(at.per_attack))}: an image counts as robust only if "
         f"nothing fooled it, at this size or a smaller one. Stronger attacks may exist, so {words.held} is an upper "
         "bound."
     )
@@ -121,7 +120,7 @@ def _strength(run: AttackedRun, at: EpsSummary | None, words: wording.GoalWords,
     return doc.Section("Strength of the attack", blocks, key="curve", short="Strength of the attack")
 
 
-def _by_eps(summary: Summary, words: wording.GoalWords) -> doc.Table:
+def _by_eps(summary: Summary, words: record.GoalWords) -> doc.Table:
     undecided = any(at.undecided for at in summary.per_eps)
     norm = norm_name(summary.norm)
     clean = share(summary, summary.clean_accuracy, summary.clean_accuracy_at_most)
@@ -144,16 +143,16 @@ def _by_eps(summary: Summary, words: wording.GoalWords) -> doc.Table:
 def _worst_case(summary: Summary, at: EpsSummary) -> tuple[doc.Measure, doc.Measure]:
     """Return robust accuracy and success rate; as bounds where a run has not come to some of the images."""
     if summary.unfinished and at.undecided:
-        return doc.Measure(wording.robust_bounds(at)), doc.Measure(wording.success_bounds(at))
+        return doc.Measure(record.robust_bounds(at)), doc.Measure(record.success_bounds(at))
     return doc.Measure.of(at.robust_accuracy), doc.Measure.of(at.attack_success_rate)
 
 
 def share(summary: Summary, least: Rate, most: Rate | None) -> doc.Measure:
     """Return a rate with its interval; as bounds where a run that stopped early does not know it yet."""
-    return doc.Measure(bounds(least, most)) if wording.open_ended(summary, least, most) else doc.Measure.of(least)
+    return doc.Measure(bounds(least, most)) if record.open_ended(summary, least, most) else doc.Measure.of(least)
 
 
-def _by_attack(summary: Summary, words: wording.GoalWords) -> doc.Table:
+def _by_attack(summary: Summary, words: record.GoalWords) -> doc.Table:
     broke = any(attack.failed for at in summary.per_eps for attack in at.per_attack)
     rows: list[doc.Row] = []
     for at in summary.per_eps:
@@ -163,7 +162,7 @@ def _by_attack(summary: Summary, words: wording.GoalWords) -> doc.Table:
             left = share(summary, attack.robust_accuracy_after, attack.robust_accuracy_after_at_most)
             counts = (attack.attacked, attack.fooled, *([attack.failed] if broke else []), attack.steps, attack.passes)
             rows.append((plain(attack.attack, 60), left, *(f"{count:,}" for count in counts)))
-    goal = wording.first_goal(summary)
+    goal = record.first_goal(summary)
     titles = ("Ran on", "Fooled", *(["Broke off"] if broke else []), "Gradient steps", "Passes")
     return doc.Table(
         [
@@ -172,12 +171,12 @@ def _by_attack(summary: Summary, words: wording.GoalWords) -> doc.Table:
             *doc.numbers(*titles),
         ],
         rows,
-        title=f"By attack, each on {wording.each_attack_on(words)}{f' ({goal})' if goal else ''}",
+        title=f"By attack, each on {record.each_attack_on(words)}{f' ({goal})' if goal else ''}",
         caption="Passes are those of an attack's images; what else was paid is under cost.",
     )
 
 
-def _curve(run: AttackedRun, words: wording.GoalWords) -> doc.Chart:
+def _curve(run: AttackedRun, words: record.GoalWords) -> doc.Chart:
     what = "Share of all images still classified right."
     if not words.accuracy:
         what = f"{sentence(words.held)}: share of all images."
@@ -192,7 +191,7 @@ def _curve(run: AttackedRun, words: wording.GoalWords) -> doc.Chart:
     return doc.Chart(draw, caption=f"{what} {band}")
 
 
-def _histograms(run: AttackedRun, at: EpsSummary, words: wording.GoalWords) -> list[doc.Block]:
+def _histograms(run: AttackedRun, at: EpsSummary, words: record.GoalWords) -> list[doc.Block]:
     """Return the charts of margins and steps, where there is data for them."""
     charts: list[doc.Block] = []
     margins = plots.margins(run.rows, at.eps)
@@ -262,7 +261,7 @@ def _levels(summary: Summary, at: EpsSummary) -> list[doc.Section]:
     return [doc.Section("Levels of the class tree", blocks, key="levels", short="Levels")]
 
 
-def _classes(summary: Summary, at: EpsSummary, words: wording.GoalWords) -> list[doc.Section]:
+def _classes(summary: Summary, at: EpsSummary, words: record.GoalWords) -> list[doc.Section]:
     """Return what is known of classes; nothing of a run that stopped early: what it decided are those easily fooled."""
     every = [] if summary.unfinished else plots.group_rows(summary)
     if not every:
@@ -305,7 +304,7 @@ def _classes(summary: Summary, at: EpsSummary, words: wording.GoalWords) -> list
     return [doc.Section("Which classes fall", blocks, key="classes", short="Classes")]
 
 
-def _worst(kind: str, groups: Sequence[GroupSummary], eps: str, words: wording.GoalWords) -> list[doc.Block]:
+def _worst(kind: str, groups: Sequence[GroupSummary], eps: str, words: record.GoalWords) -> list[doc.Block]:
     """Return the groups most often fooled, for the terminal, which has no room for all."""
     order = plots.ranked(groups)
     if not order:
@@ -362,10 +361,10 @@ def _picture(x: Example) -> doc.Picture:
 
 
 def _checks(summary: Summary) -> doc.Section:
-    findings = tables.findings(summary.checks)
+    found = findings(summary.checks)
     lead = "What was asked of the model and the attack themselves, so that a broken setup does not pass for robustness."
-    blocks: list[doc.Block] = [doc.Text(lead, "lead")] if findings else []
-    blocks.append(doc.Checks(findings, none="No check was recorded for this run."))
+    blocks: list[doc.Block] = [doc.Text(lead, "lead")] if found else []
+    blocks.append(doc.Checks(found, none="No check was recorded for this run."))
     blocks += doc.left_out(
         [(image.id, image.reason) for image in summary.unreadable], "unreadable, left out of every number"
     )

@@ -24,9 +24,8 @@ from robustvlm.attacks.tensors import brief, needs_briefing
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.attack import AttackPlan
 from robustvlm.commands.attack.checks import Checks
-from robustvlm.commands.attack.clean import CleanPass
 from robustvlm.commands.attack.cost import Budget, BudgetSpent, MeteredOracle, Speed, Work, estimate
-from robustvlm.commands.attack.goal import Aim
+from robustvlm.commands.attack.goal import Aim, CleanPass
 from robustvlm.commands.attack.store import CLEAN_WRONG, CleanFact, Ledger, save_pair, save_to_gallery
 from robustvlm.commands.common import questions
 from robustvlm.commands.common.inputs import Images

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustvlm.commands.attack import verdicts
-from robustvlm.commands.common.conditions import Comparison, parse_comparison
 from robustvlm.errors import UserError, nearest
-from robustvlm.runs.records import Check, Cost, Estimate, Record, UnreadableImage
+from robustvlm.runs.records import Check, Comparison, Cost, Estimate, Record, UnreadableImage, parse_comparison
 from robustvlm.stats import Mean, Rate, mean, rate
 
 

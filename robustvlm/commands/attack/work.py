@@ -40,8 +40,7 @@ from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import load_own
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.read import write_rows
-from robustvlm.runs.records import Check, Estimate
+from robustvlm.runs.records import Check, Estimate, write_rows
 from robustvlm.runs.run import Facts, Session
 
 RESULTS = ("summary.json", "results.parquet")

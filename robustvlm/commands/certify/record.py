@@ -20,7 +20,7 @@ from robustvlm.errors import UserError
 from robustvlm.report.charts import Line
 from robustvlm.report.words import percent, plain
 from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of, read_object, read_rows
+from robustvlm.runs.records import read_manifest_of, read_object, read_rows
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate, rate
 

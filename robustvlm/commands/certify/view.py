@@ -19,10 +19,10 @@ from robustvlm.commands.certify.pictures import Extreme, cosine_curve, load_extr
 from robustvlm.commands.certify.record import CertifyRecord, cosine_lines, load_certify_run, share_lines
 from robustvlm.core.files import read_json
 from robustvlm.errors import UserError
-from robustvlm.report import screen, tables
+from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.words import DASH, plain
+from robustvlm.report.words import DASH, LEVELS, Finding, cost_rows, findings, plain
 from robustvlm.runs.manifest import Manifest, run_identity
 
 # A run, shown in the terminal and on its page
@@ -74,9 +74,7 @@ def certify_report(run: CertifyRecord) -> doc.Report:
             _claimed(run),
             *([] if audit is None else [_audit(audit)]),
             *checks,
-            doc.Section(
-                "Cost", [doc.Facts([*_copies(run), *tables.cost_rows(summary.cost)], only="both")], "cost", "Cost"
-            ),
+            doc.Section("Cost", [doc.Facts([*_copies(run), *cost_rows(summary.cost)], only="both")], "cost", "Cost"),
             doc.manifest_section(run.manifest),
         ],
     )
@@ -240,9 +238,9 @@ def _claimed(run: CertifyRecord) -> doc.Section:
 
 
 def _checks(run: CertifyRecord, audit: AuditView | None) -> list[doc.Section]:
-    found = tables.findings(run.summary.checks)
+    found = findings(run.summary.checks)
     if audit is not None and audit.broken:
-        found.insert(0, tables.Finding("fault", *tables.LEVELS["fault"], "audit", audit.sentence, "See the audit."))
+        found.insert(0, Finding("fault", *LEVELS["fault"], "audit", audit.sentence, "See the audit."))
     reasons = [(image.id, image.reason) for image in run.summary.unreadable]
     lost = doc.left_out(reasons, "unreadable, left out of every number above")
     return [doc.Section("Checks", [doc.Checks(found), *lost], "checks")] if found or lost else []

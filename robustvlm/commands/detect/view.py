@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 
 from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect import words
-from robustvlm.commands.detect.charts import Curve, auroc_chart, histogram, roc_chart
+from robustvlm.commands.detect.words import Curve, auroc_chart, histogram, roc_chart
 from robustvlm.core.files import require_regular
 from robustvlm.detect import BASELINES
 from robustvlm.errors import UserError
-from robustvlm.report import screen, tables
+from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import data_uri, drawing, page_of, write_page
-from robustvlm.report.words import RANGE, duration, moment, norm_name, percent, plain
+from robustvlm.report.words import RANGE, duration, findings, moment, norm_name, percent, plain
 from robustvlm.runs.manifest import require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of, read_object, read_rows
+from robustvlm.runs.records import read_manifest_of, read_object, read_rows
 from robustvlm.runs.run import FinishedRun
 
 # A finished detect run read back from its folder
@@ -389,7 +389,7 @@ def _name(names: list[str], index: int) -> str:
 
 def _checks(summary: record.DetectSummary) -> Iterator[doc.Section]:
     skipped: list[tuple[str, doc.Line]] = [(name, plain(reason, 300)) for name, reason in summary.skipped.items()]
-    blocks: list[doc.Block] = [doc.Checks(tables.findings(summary.checks))] if summary.checks else []
+    blocks: list[doc.Block] = [doc.Checks(findings(summary.checks))] if summary.checks else []
     if skipped:
         blocks.append(doc.Facts(skipped, kind="sentences", title="Scores that were not used", only="both"))
     unreadable = [(image.id, image.reason) for image in summary.unreadable]

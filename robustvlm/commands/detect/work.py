@@ -14,7 +14,7 @@ from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.detect import DetectSettings, choice, measures
+from robustvlm.commands.detect import DetectSettings, measures, scoring
 from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
 from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
@@ -33,8 +33,7 @@ from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import find_score, outside, read_words, tree_words
 from robustvlm.errors import UserError, setting
-from robustvlm.runs.read import write_rows
-from robustvlm.runs.records import Check
+from robustvlm.runs.records import Check, write_rows
 from robustvlm.runs.run import Facts, Session
 from robustvlm.stats import rate
 
@@ -316,10 +315,10 @@ class DetectWork:
 
 def open_work(settings: DetectSettings) -> DetectWork:
     """Check all settings, open the data and load the model."""
-    choice.check(settings)
+    scoring.check(settings)
     device = str(resolve_device(settings.device))
     known = open_data(settings.known, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    named = choice.unknown_sets(settings)
+    named = scoring.unknown_sets(settings)
     unknown = [(one.name, open_unlabelled(one.spec, known.class_names)) for one in named]
     fit = None if settings.learnt_from is None else _open_fit(settings, settings.learnt_from, known)
     words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
@@ -327,15 +326,15 @@ def open_work(settings: DetectSettings) -> DetectWork:
     if not settings.oracle_words:
         words = tuple(word for word in words if word not in naming)
     classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
-    if choice.asks_own(settings) and not classifier.can_reject:
+    if scoring.asks_own(settings) and not classifier.can_reject:
         raise UserError(f"the model never refuses, so it has no score of its own: leave out own in {setting('scores')}")
     scores, under_attack = (
-        choice.scores_of(settings),
-        choice.under_attack_of(settings, may_refuse=classifier.can_reject),
+        scoring.scores_of(settings),
+        scoring.under_attack_of(settings, may_refuse=classifier.can_reject),
     )
     if under_attack is not None:
         open_gradients(classifier)
-    attacks = choice.attacks_of(settings)
+    attacks = scoring.attacks_of(settings)
     config = settings.stored(
         unknown=[one.model_dump() for one in named],
         scores=list(scores),

@@ -30,8 +30,8 @@ from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Checks, Closing, Code, Column, Line, Measure, Name, Row, Table, Text
-from robustvlm.report.tables import finding
 from robustvlm.report.training import counted
+from robustvlm.report.words import finding
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate
