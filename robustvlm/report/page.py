@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -68,6 +68,22 @@ def drawing(folder: Path) -> Iterator[None]:
             f"the report of '{folder}' could not be drawn ({said}); its numbers are whole, in summary.json beside it: "
             "please report this with that file"
         ) from error
+
+
+def write_report_of(folder: Path, out: Path | None, told: Callable[[Path], doc.Report]) -> Path:
+    """Write the report of a run, by default to `report.html` in its folder, whole or not at all; return its path.
+
+    Args:
+        told: what reads the run in a folder and says all of it.
+
+    Raises:
+        UserError: the folder holds no finished run of that kind, or the report cannot be written.
+    """
+    path = out or folder / "report.html"
+    with drawing(folder):
+        text = page_of(told(folder))
+    write_page(path, text)
+    return path
 
 
 @cache

@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
-from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.page import write_report_of
 from robustvlm.report.words import duration, finding, manifest_rows, norm_name, percent, plain, sentence
-from robustvlm.runs.manifest import require_shape
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
@@ -62,9 +61,8 @@ _LEVEL = re.compile(r"(.+), level (\d+)")
 
 def load_training_run(folder: Path) -> FinishedRun[TrainingSummary]:
     """Read a finished training run; UserError when it has not ended or a file is damaged."""
-    manifest = manifest_of(folder)
-    require_shape(_Needed, manifest, folder / "manifest.json", ": give the run's command again with --fresh")
-    found: FinishedRun[TrainingSummary] = read_finished(folder, NAME, TrainingSummary, kind=manifest["kind"])
+    kind = manifest_of(folder)["kind"]
+    found: FinishedRun[TrainingSummary] = read_finished(folder, NAME, TrainingSummary, kind=kind, needed=_Needed)
     return found
 
 
@@ -88,11 +86,7 @@ class _Needed(BaseModel):
 
 def write_training_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = page_of(training_report(load_training_run(folder)))
-    write_page(path, text)
-    return path
+    return write_report_of(folder, out, lambda run: training_report(load_training_run(run)))
 
 
 def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:

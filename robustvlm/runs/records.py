@@ -8,15 +8,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.core.files import first_line, read_json, replacing, require_regular
+from robustvlm.core.files import first_line, replacing, require_regular
 from robustvlm.errors import UserError, nearest
-from robustvlm.runs.manifest import Manifest, read_manifest
 
 # What every run's summary is made of
 
@@ -113,25 +112,6 @@ def find_run(name: str | Path, *, root: Path = Path("runs")) -> Path:
     none = f"there are no runs under '{root}/': make one with `robustvlm attack` or `robustvlm certify`"
     hint = nearest(str(name), known) if known else none
     raise UserError(f"no run '{name}': expected a run folder or the name of one under '{root}/'; {hint}")
-
-
-def read_manifest_of(folder: Path) -> Manifest:
-    """Return the manifest of a run folder; UserError when there is none or it is damaged."""
-    try:
-        return read_manifest(folder / "manifest.json")
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it") from None
-
-
-def read_object(path: Path, if_absent: str) -> dict[str, Any]:
-    """Return the JSON object in a file of a run folder; UserError when it is missing, damaged or no object."""
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise UserError(if_absent) from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read '{path}': expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def read_rows(path: Path, wanted: pa.Schema, *, if_absent: str, again: str) -> pa.Table:

@@ -321,8 +321,19 @@ def manifest_of(folder: Path) -> made.Manifest:
         raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it") from None
 
 
-def read_finished(folder: Path, name: str, shape: type[Any], *, kind: str) -> FinishedRun[Any]:
+def not_ended(folder: Path, kind: str) -> str:
+    """Return what is said of a run that lacks a file which it writes at its end."""
+    return f"the run '{folder}' has not ended: give its {kind} command again to go on"
+
+
+def read_finished(
+    folder: Path, name: str, shape: type[Any], *, kind: str, needed: type[Any] | None = None, again: str = ""
+) -> FinishedRun[Any]:
     """Read a run whose summary is one JSON file; `shape` is the pydantic class of its content.
+
+    Args:
+        needed: the shape of what its reader needs of the manifest. again: how it is made again, where runs of other
+            versions are not read.
 
     Raises:
         UserError: no run of that kind, one that has not ended, or files that are damaged or not those that it wrote.
@@ -330,11 +341,15 @@ def read_finished(folder: Path, name: str, shape: type[Any], *, kind: str) -> Fi
     manifest = manifest_of(folder)
     if manifest["kind"] != kind:
         raise UserError(f"'{folder}' is no {kind} run: expected a run of kind '{kind}', got {manifest['kind']!r}")
-    advice = "delete it and give the run's command again"
+    advice = again or "delete it and give the run's command again"
+    article = "an" if kind[0] in "aeiou" else "a"
+    more = f": not {article} {kind} run of this version, {again}" if again else f": {advice}"
+    if needed is not None:
+        made.require_shape(needed, manifest, folder / "manifest.json", more)
     try:
         content = read_json(folder / name, advice=advice)
     except FileNotFoundError:
-        raise UserError(f"the run '{folder}' has not ended: give its {kind} command again to go on") from None
-    made.require_shape(shape, content, folder / name, f": {advice}")
+        raise UserError(not_ended(folder, kind)) from None
+    made.require_shape(shape, content, folder / name, more)
     made.require_unchanged(folder, manifest, what=f"{kind} ")
     return FinishedRun(folder, manifest, shape.model_validate(content))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,9 +16,9 @@ from robustvlm.commands.attack.summary import EpsSummary, Summary
 from robustvlm.commands.attack.verdicts import Verdicts, verdicts
 from robustvlm.errors import UserError
 from robustvlm.report.words import RANGE, ball, bounds, interval, number, percent, plain
-from robustvlm.runs.manifest import Manifest, require_shape, require_unchanged
-from robustvlm.runs.records import read_manifest_of, read_object, read_rows, required
-from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.records import read_rows, required
+from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 from robustvlm.stats import Rate
 
 COLUMNS = (
@@ -103,22 +102,11 @@ def load_run(folder: Path) -> AttackedRun:
     Raises UserError when the folder holds no run, the run has not ended, is of another kind, or a file is damaged, or
     is not what the run wrote.
     """
-    manifest = read_manifest_of(folder)
-    if manifest["kind"] != "attack":
-        raise UserError(f"cannot report on '{folder}': expected a run of kind 'attack', got {manifest['kind']!r}")
-    require_shape(_Needed, manifest, folder / "manifest.json", ": run the attack again")
-    unfinished = f"the run '{folder}' has not ended: give its attack command again to go on, then report"
-    path = folder / "summary.json"
-    summary = _summary(path, read_object(path, unfinished))
-    require_unchanged(folder, manifest, what="attack ")
-    rows = _rows(folder / "results.parquet", unfinished, (manifest["config"].get("goals") or [None])[0])
-    _require_labels(rows, manifest, folder)
-    return AttackedRun(folder=folder, manifest=manifest, summary=summary, rows=rows)
-
-
-def _summary(path: Path, content: dict[str, Any]) -> Summary:
-    require_shape(Summary, content, path, ": not a run summary of this version, run the attack again")
-    return Summary.model_validate(content)
+    run = read_finished(folder, "summary.json", Summary, kind="attack", needed=_Needed, again="run the attack again")
+    goal = (run.manifest["config"].get("goals") or [None])[0]
+    rows = _rows(folder / "results.parquet", not_ended(folder, "attack"), goal)
+    _require_labels(rows, run.manifest, folder)
+    return AttackedRun(folder, run.manifest, run.summary, rows)
 
 
 def _rows(path: Path, if_absent: str, goal: str | None) -> pa.Table:

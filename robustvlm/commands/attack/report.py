@@ -13,7 +13,7 @@ from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
-from robustvlm.report.page import Example, drawing, load_gallery, page_of, write_page
+from robustvlm.report.page import Example, load_gallery, write_report_of
 from robustvlm.report.words import DASH, bounds, cost_rows, findings, norm_name, plain, sentence
 from robustvlm.stats import Rate
 
@@ -22,17 +22,8 @@ _WORST = {"class": 5, "superclass": 12}
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a run, by default to `report.html` in its folder, whole or not at all; return its path.
-
-    Raises:
-        UserError: the folder holds no finished run, or the report cannot be written.
-    """
-    run = load_run(folder)
-    path = out or run.report
-    with drawing(folder):
-        text = page_of(attack_report(run))
-    write_page(path, text)
-    return path
+    """Write the report of a finished attack run, by default to `report.html` in its folder, and return its path."""
+    return write_report_of(folder, out, lambda run: attack_report(load_run(run)))
 
 
 def show(run: AttackedRun, console: Console) -> None:

@@ -21,7 +21,7 @@ from robustvlm.core.files import read_json
 from robustvlm.errors import UserError
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
-from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.page import write_report_of
 from robustvlm.report.words import DASH, LEVELS, Finding, cost_rows, findings, plain
 from robustvlm.runs.manifest import Manifest, run_identity
 
@@ -35,20 +35,8 @@ def show(run: CertifyRecord, console: Console) -> None:
 
 
 def write_certify_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a finished certify run, by default to `report.html` in its folder, and return its path.
-
-    Raises UserError for a folder that holds no finished certify run.
-    """
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = render_certify_run(load_certify_run(folder))
-    write_page(path, text)
-    return path
-
-
-def render_certify_run(run: CertifyRecord) -> str:
-    """Return the report of one certify run as HTML."""
-    return page_of(certify_report(run))
+    """Write the report of a finished certify run, by default to `report.html` in its folder, and return its path."""
+    return write_report_of(folder, out, lambda run: certify_report(load_certify_run(run)))
 
 
 def certify_report(run: CertifyRecord) -> doc.Report:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
@@ -19,18 +20,20 @@ from robustvlm.commands.detect import words
 from robustvlm.commands.detect.words import Curve, auroc_chart, histogram, roc_chart
 from robustvlm.core.files import require_regular
 from robustvlm.detect import BASELINES
-from robustvlm.errors import UserError
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
-from robustvlm.report.page import data_uri, drawing, page_of, write_page
+from robustvlm.report.page import data_uri, write_report_of
 from robustvlm.report.words import RANGE, duration, findings, moment, norm_name, percent, plain
-from robustvlm.runs.manifest import require_shape, require_unchanged
-from robustvlm.runs.records import read_manifest_of, read_object, read_rows
-from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.records import read_rows
+from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 
 # A finished detect run read back from its folder
 
 _COLUMNS = (("set", pa.string()), ("image_id", pa.string()), ("label", pa.int32()), ("prediction", pa.int32()))
+
+
+class _Needed(BaseModel):
+    config: record.DetectConfig
 
 
 @dataclass(frozen=True)
@@ -59,29 +62,13 @@ class DetectRecord(FinishedRun[record.DetectSummary]):
 
 def read_run(folder: Path) -> DetectRecord:
     """Read a finished detect run; UserError when it has not ended, is of another kind, or a file is damaged."""
-    manifest = read_manifest_of(folder)
-    if manifest["kind"] != "detect":
-        raise UserError(f"'{folder}' is no detect run: expected a run of kind 'detect', got {manifest['kind']!r}")
-    unfinished = f"the run '{folder}' has not ended: give its detect command again to go on"
     again = "run the detection again"
-    path = folder / "summary.json"
-    require_shape(
-        record.DetectConfig,
-        manifest["config"],
-        folder / "manifest.json",
-        f": not a detect run of this version, {again}",
-    )
-    content = read_object(path, unfinished)
-    require_shape(record.DetectSummary, content, path, f": not a detect run of this version, {again}")
-    config, summary = (
-        record.DetectConfig.model_validate(manifest["config"]),
-        record.DetectSummary.model_validate(content),
-    )
-    require_unchanged(folder, manifest, what="detect ")
-    wanted = [*_COLUMNS, *((score.name, pa.float64()) for score in summary.scores)]
+    run = read_finished(folder, "summary.json", record.DetectSummary, kind="detect", needed=_Needed, again=again)
+    config = record.DetectConfig.model_validate(run.manifest["config"])
+    wanted = [*_COLUMNS, *((score.name, pa.float64()) for score in run.summary.scores)]
     fields = pa.schema([pa.field(name, kind, nullable=False) for name, kind in wanted])
-    rows = read_rows(folder / "results.parquet", fields, if_absent=unfinished, again=again)
-    return DetectRecord(folder, manifest, summary, config, rows)
+    rows = read_rows(folder / "results.parquet", fields, if_absent=not_ended(folder, "detect"), again=again)
+    return DetectRecord(folder, run.manifest, run.summary, config, rows)
 
 
 # All that is said of a detect run, in the order of the page
@@ -100,15 +87,8 @@ def show(run: DetectRecord, console: Console) -> None:
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a finished detect run, by default to `report.html` in its folder, and return its path.
-
-    Raises UserError for a folder that holds no finished detect run.
-    """
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = page_of(detect_report(read_run(folder)))
-    write_page(path, text)
-    return path
+    """Write the report of a finished detect run, by default to `report.html` in its folder, and return its path."""
+    return write_report_of(folder, out, lambda run: detect_report(read_run(run)))
 
 
 def detect_report(run: DetectRecord) -> doc.Report:

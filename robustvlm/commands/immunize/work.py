@@ -36,7 +36,7 @@ from robustvlm.models import VLM
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.zero_shot import require_distinct
 from robustvlm.report import screen
-from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.page import write_report_of
 from robustvlm.report.training import counted
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.runs.settings import Observer
@@ -322,11 +322,7 @@ def _check(settings: ImmunizeSettings) -> None:
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = page_of(immunize_report(records.read_run(folder)))
-    write_page(path, text)
-    return path
+    return write_report_of(folder, out, lambda run: immunize_report(records.read_run(run)))
 
 
 def show(run: FinishedRun[records.ImmunizeSummary], console: Console) -> None:
