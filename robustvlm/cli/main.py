@@ -17,9 +17,8 @@ from rich.markup import escape
 
 from robustvlm import __version__
 from robustvlm.cli.acts import certify_or_audit, predict_and_show, report
-from robustvlm.cli.app import typer_command
+from robustvlm.cli.app import check_given, typer_command
 from robustvlm.cli.inspect import data, evaluate, export, models
-from robustvlm.cli.options import check_given
 from robustvlm.cli.terminal import (
     BROKEN_PIPE,
     INTERRUPTED,

@@ -20,9 +20,9 @@ import pytest
 from command_line import MEAN, OWN, Call
 
 from robustvlm.cli import terminal
+from robustvlm.cli.app import option_names
 from robustvlm.cli.console import Console
 from robustvlm.cli.main import app
-from robustvlm.cli.options import option_names
 from robustvlm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_place")

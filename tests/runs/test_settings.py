@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robustvlm.cli.app import typer_command
-from robustvlm.cli.options import option_names
+from robustvlm.cli.app import option_names, typer_command
 from robustvlm.commands import COMMANDS, command_of
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.runs.folder import default_name
