@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import t as student_t
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
+from scipy.special import stdtrit
+
+# statsmodels is imported where it is used: with pandas and scipy.stats behind it, it costs a start two seconds.
 
 CLOPPER_PEARSON = "Clopper-Pearson"
 
@@ -52,6 +51,8 @@ def rate(successes: int, total: int, confidence: float = 0.95) -> Rate:
         raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
     if total == 0:
         return Rate(successes=0, total=0, value=None, low=0.0, high=1.0, confidence=confidence)
+    from statsmodels.stats.proportion import proportion_confint
+
     low, high = proportion_confint(successes, total, alpha=1 - confidence, method="beta")
     return Rate(
         successes=int(successes),
@@ -96,7 +97,7 @@ def mean(values: Sequence[float], confidence: float = 0.95) -> Mean:
     if n == 1:
         return Mean(total=1, value=centre, low=None, high=None, confidence=confidence)
     spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
-    reach = float(student_t.ppf(0.5 + confidence / 2, n - 1)) * spread
+    reach = float(stdtrit(n - 1, 0.5 + confidence / 2)) * spread
     return Mean(total=n, value=centre, low=centre - reach, high=centre + reach, confidence=confidence)
 
 
@@ -132,6 +133,8 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
         >>> mcnemar_exact([True] * 6, [False] * 6).p_value
         0.03125
     """
+    from statsmodels.stats.contingency_tables import mcnemar
+
     if len(first) != len(second):
         raise ValueError(f"paired outcomes must have one length, got {len(first)} and {len(second)}")
     pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
@@ -154,6 +157,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         >>> [round(p, 4) for p in holm([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
     """
+    from statsmodels.stats.multitest import multipletests
+
     if not p_values:
         return []
     return [float(p) for p in multipletests(list(p_values), method="holm")[1]]

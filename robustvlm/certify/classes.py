@@ -7,7 +7,6 @@ from math import log, sqrt
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri
-from scipy.stats import binomtest
 
 from robustvlm.certify.bands import Band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, as_scores, unit_rows
@@ -298,6 +297,8 @@ def vote_predict(counts: ArrayLike, alpha: float) -> int | None:
         >>> vote_predict([90, 10, 0], 0.001), vote_predict([55, 45, 0], 0.001)
         (0, None)
     """
+    from scipy.stats import binomtest  # not at import: it takes over a second
+
     votes = np.asarray(counts, dtype=np.int64)
     if votes.ndim != 1 or len(votes) < 2:
         raise UserError("expected vote counts of at least two classes")

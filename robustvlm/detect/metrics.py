@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri
 
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError
@@ -198,7 +198,7 @@ def auroc_interval(
     """
     high, low = checked_scores(known, unknown)
     value = auroc(high, low)
-    z = float(norm.ppf(0.5 + confidence / 2))
+    z = float(ndtri(0.5 + confidence / 2))
     sizes = [_group_count(groups, len(side)) for groups, side in ((known_groups, high), (unknown_groups, low))]
     variance = math.fsum(
         _variance(part, groups)
@@ -219,6 +219,8 @@ def placements(known: Array, unknown: Array) -> tuple[Array, Array]:
         >>> [list(map(float, part)) for part in placements(np.array([2.0, 1.0]), np.array([1.0]))]
         [[1.0, 0.5], [0.75]]
     """
+    from scipy.stats import rankdata  # not at import: it takes over a second, and only detection needs it
+
     n, m = len(known), len(unknown)
     together = rankdata(np.concatenate([known, unknown]))
     return (together[:n] - rankdata(known)) / m, 1 - (together[n:] - rankdata(unknown)) / n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor
 
 from robustvlm.attacks import LaneAttack, Oracle, Probe
@@ -225,4 +225,4 @@ def sign_test(wins: int, losses: int) -> float:
         >>> sign_test(3, 0)
         0.125
     """
-    return float(binom.sf(wins - 1, wins + losses, 0.5))
+    return float(bdtrc(wins - 1, wins + losses, 0.5))
