@@ -1,4 +1,4 @@
-"""The console of rich that every command draws on; it trusts no text."""
+"""The console of rich that every command draws on, which trusts no text, and the bars of a run's progress on it."""
 
 from __future__ import annotations
 

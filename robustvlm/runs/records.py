@@ -1,4 +1,4 @@
-"""What every run's files hold and how they are read back: parts of summaries, JSON files, rows."""
+"""What every run's files hold and how they are read back: parts of summaries, rows, and conditions put to them."""
 
 from __future__ import annotations
 
