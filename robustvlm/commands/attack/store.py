@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-# What an attack measures of an image, by the names of its result and of the fact; and what was not attacked has of it.
-_MEASURED = "outcome prediction steps passes linf l2 margin confidence run seconds cosine".split()
+_STAGE = ("index", "attack", "eps", "goal")  # the first fields of a fact; the others are named as in an attack's result
 _UNATTACKED: dict[str, Any] = {"steps": 0, "passes": 0, "linf": 0.0, "l2": 0.0, "seconds": 0.0}
 
 CLEAN_WRONG, FOOLED, SKIPPED, FAILED, UNDECIDED = "clean_wrong", "fooled", "skipped", "failed", "undecided"
@@ -151,7 +150,7 @@ def _row(image: CleanFact, fact: AttackFact | None, stage: dict[str, Any], *, fa
     }
     if fact is not None:
         prediction = NO_ANSWER if fact.outcome == FAILED else fact.prediction
-        row |= {name: getattr(fact, name) for name in _MEASURED if name in row}
+        row |= {name: value for name, value in asdict(fact).items() if name in row}
         row |= {"adversarial_prediction": prediction, "restart": fact.run}
     return row
 
@@ -213,7 +212,7 @@ class Ledger(JournalLedger):
 
     def add_result(self, result: Result, attack: str, eps: float, goal: str) -> None:
         """Record the answer of one attack for one image."""
-        measured = {name: getattr(result, name) for name in _MEASURED}
+        measured = {field.name: getattr(result, field.name) for field in fields(AttackFact) if field.name not in _STAGE}
         fact = AttackFact(index=result.job.index, attack=attack, eps=eps, goal=goal, **measured)
         self._add({"kind": "attack", **asdict(fact)})
 
