@@ -46,6 +46,7 @@ from robustvlm.commands.common.questions import (
     of_probe,
     require_independent_rows,
 )
+from robustvlm.core.batches import SteadySizes
 from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
@@ -159,6 +160,7 @@ class AttackRun:
             plan, self.oracle, aim, self.images, ledger, observer, attacks=attacks, n_targets=self.n_targets
         )
         self._told: Counter[str] = Counter()
+        self._sizes: dict[bool, SteadySizes] = {}
         self._began = self._noted = time.monotonic()
 
     def run(self) -> None:
@@ -298,6 +300,8 @@ class AttackRun:
             permit = self.oracle.meter.require
             return ExternalEngine(self.oracle, stage.attack, stage.threat, permit=permit, **common)
         attack = fit_for(stage.attack, found)
+        # What one attack finds out about batch sizes, the next of its kind need not ask again.
+        common["rungs"] = self._sizes.setdefault(attack.uses_gradient, SteadySizes(found.rungs))
         return LaneEngine(self.oracle, attack, stage.threat, leave=self.aim.leave, **common)
 
     def _remaining(self, stage: Stage) -> dict[str, CleanFact]:
