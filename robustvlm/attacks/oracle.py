@@ -186,6 +186,11 @@ class Oracle:
         """Forward passes that one look takes per image."""
         return self.eot
 
+    def made_for(self, purpose: str) -> contextlib.AbstractContextManager[None]:
+        """Name what the passes made inside are for; of use to an oracle that tells purposes apart."""
+        del purpose
+        return contextlib.nullcontext()
+
     def confirm(self, x: Tensor) -> Tensor:
         """Return full-precision outputs [B, O] of images [B, 3, H, W], one draw of a random model."""
         with self._counted(len(x), backward=False), self._drawing(), torch.no_grad():
@@ -292,7 +297,7 @@ class Probe:
         batch_change: largest relative change of an image's logits when its neighbours in the batch are replaced.
         zero_gradients: share of images whose cross-entropy gradient is exactly zero.
         rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
-            the full one alone for a model that is random or not finite.
+            halves of the full one where no two answers are the same, the full one alone where they are not finite.
         rows: images of the full batch, for which memory sufficed.
     """
 
@@ -340,12 +345,17 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     again = oracle.gradient(images, ce, label, label)[0]
     finite = bool(logits.isfinite().all())
     repeat = _relative_change(again, logits)
+    rungs: tuple[int, ...] = (len(images),)
+    if finite and repeat:
+        rungs = tuple(len(images) >> k for k in range(len(images).bit_length()))
+    elif finite:
+        rungs = _rungs(oracle, images, label, (logits, grad, confirmed))
     return Probe(
         finite=finite,
         repeat_change=repeat,
         batch_change=_neighbour_change(oracle, images, confirmed),
         zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
-        rungs=_rungs(oracle, images, label, (logits, grad, confirmed)) if finite and repeat == 0 else (len(images),),
+        rungs=rungs,
         rows=len(images),
     )
 

@@ -19,7 +19,7 @@ from robustvlm.attacks.honesty import opened_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
 from robustvlm.attacks.threat import ThreatModel, parse_eps, parse_norm
-from robustvlm.core.batches import smallest
+from robustvlm.core.batches import SteadySizes, smallest
 from robustvlm.errors import UserError, arguments_named, nearest
 from robustvlm.stats import Rate, rate
 
@@ -228,6 +228,7 @@ class _Search:
         self.fooled, self.failed = torch.zeros(2, count, dtype=torch.bool)
         self.margins = torch.full((count,), float("inf"), dtype=torch.float64)
         self.predictions, self.passes = torch.zeros(2, count, dtype=torch.int64)
+        self._sizes: dict[bool, SteadySizes] = {}
         self.by: list[str | None] = [None] * count
         self.targets: list[tuple[int, ...]] = [()] * count
         self.references: list[Tensor | None] = [None] * count
@@ -296,8 +297,9 @@ class _Search:
         if isinstance(attack, ExternalAttack):
             return ExternalEngine(self.oracle, attack, self.threat, lanes=rungs[0], rungs=rungs, seed=seed, goal=goal)
         fit = attack.for_random_model() if self.found.random else attack
+        sizes = self._sizes.setdefault(fit.uses_gradient, SteadySizes(rungs))
         return LaneEngine(
-            self.oracle, fit, self.threat, lanes=rungs[0], rungs=rungs, seed=seed, goal=goal, leave=stop_at_success
+            self.oracle, fit, self.threat, lanes=rungs[0], rungs=sizes, seed=seed, goal=goal, leave=stop_at_success
         )
 
     def _keep(self, result: Result, name: str) -> None:

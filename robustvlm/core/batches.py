@@ -100,6 +100,53 @@ def _same(new: Sequence[Tensor], old: Sequence[Tensor], rows: Tensor) -> bool:
     return all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b[rows.to(b.device)])) for a, b in pairs)
 
 
+# Sizes that are tried when rows go to waste: kernels work on blocks of powers of two, or of six rows.
+_STEPS = sorted({2**k for k in range(20)} | {3 * 2**k for k in range(19)})
+
+
+class SteadySizes:
+    """Batch sizes on which an image gets the same bits, descending; smaller ones are looked for once that pays.
+
+    Args:
+        sizes: those that are known, descending.
+
+    Example:
+        >>> sizes = SteadySizes((36, 18))
+        >>> [sizes.worth_trying(rows, paid=18) for rows in (1, 7)]  # 17 spare rows, then 11, pay for more than these
+        [1, 8]
+        >>> sizes.add(8)
+        >>> sizes.steady
+        (36, 18, 8)
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.steady = tuple(sizes)
+        self._tried = set(sizes)
+        self._wasted = 0
+
+    def worth_trying(self, rows: int, paid: int) -> int | None:
+        """Count the spare rows of a pass; return an untried size for its rows once they have cost as much as to try it.
+
+        Args:
+            rows: rows that were needed. paid: rows of the batches that held them.
+        """
+        self._wasted += paid - rows
+        size = next((step for step in _STEPS if rows <= step < paid and step not in self._tried), None)
+        if size is None or size > self._wasted:
+            return None
+        self._wasted -= size
+        self._tried.add(size)
+        return size
+
+    def add(self, size: int) -> None:
+        """Take in a size that was found to be steady."""
+        self.steady = tuple(sorted({*self.steady, size}, reverse=True))
+
+    def narrow(self, error: BaseException, device: torch.device) -> None:
+        """Go on with smaller sizes after memory ran out; raise any other error, and where nothing is smaller."""
+        self.steady = narrower_after(error, self.steady, device)
+
+
 # Batch sizes: on which of the allowed ones a number of rows costs least
 
 # A second batch is worth its start only when it saves at least this share of the rows.

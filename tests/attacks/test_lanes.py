@@ -72,7 +72,9 @@ def test_a_solved_image_leaves_and_its_lane_is_refilled():
     )
     assert len(list(engine.run(jobs))) == 40
     assert set(occupied[: len(occupied) // 2]) == {8}
-    assert engine.oracle.passes.forward == 8 * len(occupied)
+    assert engine.oracle.passes.forward <= 8 * (len(occupied) + 2), (
+        "smaller batches are tried, which pays in longer runs"
+    )
     assert engine.oracle.passes.forward < 40 * 50 / 4
 
 

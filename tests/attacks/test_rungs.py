@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.core.batches import batch_sizes, smallest
+from robustvlm.core.batches import SteadySizes, batch_sizes, smallest
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, unique=True), st.data())
@@ -23,3 +23,20 @@ def test_sizes_are_allowed_and_suffice(rungs: list[int], data: st.DataObject) ->
 def test_one_batch_unless_a_second_saves_a_fifth() -> None:
     rungs = (64, 32, 16, 8, 4, 2, 1)
     assert [sum(batch_sizes(rungs, rows)) for rows in (33, 40, 48, 51, 52, 64)] == [33, 40, 48, 64, 64, 64]
+
+
+def test_a_smaller_size_is_asked_about_only_when_it_has_been_paid_for() -> None:
+    sizes = SteadySizes((16,))
+    asked = [sizes.worth_trying(rows, paid=16) for rows in (15, 15, 9, 9, 9, 1)]
+    # Of 15 rows no step below 16 is left; of 9 rows it is 12, once 1 + 1 + 7 + 7 spare rows are paid.
+    assert asked == [None, None, None, 12, None, 1]
+    sizes.add(12)
+    assert sizes.steady == (16, 12)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
+def test_questions_never_cost_more_than_the_rows_that_were_wasted(rows: list[int]) -> None:
+    sizes = SteadySizes((64,))
+    asked = [size for size in (sizes.worth_trying(count, paid=64) for count in rows) if size is not None]
+    assert sum(asked) <= sum(64 - count for count in rows)
+    assert len(set(asked)) == len(asked)

@@ -29,6 +29,7 @@ from robustvlm.commands.attack.goal import Aim, CleanPass
 from robustvlm.commands.attack.store import CLEAN_WRONG, CleanFact, Ledger, save_pair, save_to_gallery
 from robustvlm.commands.common import questions
 from robustvlm.commands.common.inputs import Images
+from robustvlm.core.batches import SteadySizes
 from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
@@ -142,6 +143,7 @@ class AttackRun:
             plan, self.oracle, aim, self.images, ledger, observer, attacks=attacks, n_targets=self.n_targets
         )
         self._told: Counter[str] = Counter()
+        self._sizes: dict[bool, SteadySizes] = {}
         self._began = self._noted = time.monotonic()
 
     def run(self) -> None:
@@ -281,6 +283,8 @@ class AttackRun:
             permit = self.oracle.meter.require
             return attacks.ExternalEngine(self.oracle, stage.attack, stage.threat, permit=permit, **common)
         attack = questions.fit_for(stage.attack, found)
+        # What one attack finds out about batch sizes, the next of its kind need not ask again.
+        common["rungs"] = self._sizes.setdefault(attack.uses_gradient, SteadySizes(found.rungs))
         return attacks.LaneEngine(self.oracle, attack, stage.threat, leave=self.aim.leave, **common)
 
     def _remaining(self, stage: Stage) -> dict[str, CleanFact]:

@@ -1,0 +1,154 @@
+"""What a row of the batch holds: a sub-run of an image, its counters and the best point met so far."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks.base import FAILED, FOOLED, ROBUST, Job, Result
+from robustvlm.attacks.threat import perturbation_norms
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What the model says at one point: a row of an `Answer`, off the device."""
+
+    reached: bool
+    margin: float
+    prediction: int
+    confidence: float
+    finite: bool
+    cosine: float | None
+
+
+@dataclass
+class Best:
+    """The point to record: the first success where that ends the attack, otherwise the point of lowest margin."""
+
+    fact: Fact | None = None
+    x: Tensor | None = None
+    run: int = 0
+
+    def take(self, x: Tensor, fact: Fact, run: int, *, decisive: bool) -> None:
+        """Take in what the model says at a point [3, H, W] of a sub-run."""
+        if decisive or self._worse_than(x, fact):
+            self.fact, self.x, self.run = fact, x, run
+
+    def _worse_than(self, x: Tensor, fact: Fact) -> bool:
+        if self.fact is None or self.x is None:
+            return True
+        # The point met before is no better one: several sub-runs may start at the image, and rounding differs by batch.
+        return fact.margin < self.fact.margin and not torch.equal(x, self.x)
+
+
+@dataclass(eq=False)
+class Lane:
+    """A sub-run of an image in a row of the batch.
+
+    With `leave`, it ends at its first success; otherwise it goes on and keeps its point of lowest margin.
+    """
+
+    image: Image
+    run: int
+    leave: bool = True
+    step: int = 0
+    passes: int = 0
+    told: int = 0
+    seconds: float = 0.0
+    best: Best = field(default_factory=Best)
+    outcome: str | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether it is the sub-run that its image has come to; the others run ahead of their turn."""
+        return self.run == self.image.run
+
+    def observe(self, x: Tensor, fact: Fact) -> None:
+        """Take in what the model says at a point [3, H, W]; that may decide the outcome."""
+        success = fact.reached and self.leave
+        self.outcome = FAILED if not fact.finite else FOOLED if success else None
+        self.best.take(x.clone(), fact, self.run, decisive=self.outcome is not None)
+
+    def untold(self) -> int:
+        """Return the passes that count for its image and have not been told yet."""
+        told, self.told = self.told, self.passes
+        return self.passes - told
+
+
+@dataclass(eq=False)
+class Image:
+    """The progress of one image through the sub-runs of an attack, which count in their order.
+
+    A sub-run may be made before its turn, in a row that would be paid for and not used. What it finds waits until those
+    before it have ended without deciding the outcome, so that the answer is that of one sub-run after the other.
+    """
+
+    job: Job
+    runs: int
+    run: int = 0
+    steps: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    best: Best = field(default_factory=Best)
+    running: set[int] = field(default_factory=set)
+    waiting: dict[int, Lane] = field(default_factory=dict)
+    outcome: str | None = None
+
+    @property
+    def next_run(self) -> int | None:
+        """The first sub-run that may count and is neither made nor being made."""
+        run = next(run for run in itertools.count(self.run) if run not in self.running and run not in self.waiting)
+        return run if run < self.last else None
+
+    @property
+    def last(self) -> int:
+        """Sub-runs from this one on cannot count any more."""
+        return min((run for run, lane in self.waiting.items() if lane.outcome is not None), default=self.runs)
+
+    def end(self, lane: Lane) -> list[Lane]:
+        """Note the end of a sub-run; return those that count now, in their order."""
+        self.running.discard(lane.run)
+        self.waiting[lane.run] = lane
+        counted = []
+        while self.outcome is None and self.run in self.waiting:
+            counted.append(self.waiting.pop(self.run))
+            self._count(counted[-1])
+        return counted
+
+    def _count(self, lane: Lane) -> None:
+        self.steps, self.passes = self.steps + lane.step, self.passes + lane.passes
+        self.seconds += lane.seconds
+        assert lane.best.fact is not None, "the first point of a sub-run lies inside the ball"
+        assert lane.best.x is not None
+        self.best.take(lane.best.x, lane.best.fact, lane.run, decisive=lane.outcome is not None)
+        self.outcome = lane.outcome
+        if self.outcome is None:
+            self.run += 1
+            if self.run == self.runs:
+                self.outcome = FOOLED if self.best.fact is not None and self.best.fact.reached else ROBUST
+
+    def result(self) -> Result:
+        """Return the answer, measured at the recorded point."""
+        assert self.best.fact is not None
+        assert self.best.x is not None
+        assert self.outcome is not None
+        fact, adversarial = self.best.fact, self.best.x.cpu()
+        linf, l2 = perturbation_norms(adversarial, self.job.pixels)
+        return Result(
+            job=self.job,
+            outcome=self.outcome,
+            prediction=fact.prediction if self.outcome != FAILED else -1,
+            confidence=fact.confidence,
+            margin=fact.margin,
+            cosine=fact.cosine,
+            steps=self.steps,
+            passes=self.passes,
+            run=self.best.run,
+            linf=linf,
+            l2=l2,
+            seconds=self.seconds,
+            adversarial=adversarial,
+        )
