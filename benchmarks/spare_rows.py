@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks import FOOLED, Job, LaneEngine, Oracle, ThreatModel, parse_attacks
+from robustvlm.attacks import FOOLED, Job, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_attacks
 from robustvlm.core.batches import SteadySizes
 
 PLAN = "apgd-ce:steps=30,apgd-t:steps=30,fab-t:steps=30,square:queries=300"
@@ -57,6 +57,7 @@ def cost(images: int, threat: ThreatModel, sizes: tuple[int, ...]) -> tuple[int,
     oracle, left, counted, remaining = Oracle(Smooth(), precision="fp64"), jobs(images), 0, []
     known = {gradient: SteadySizes(sizes) for gradient in (True, False)}
     for attack in parse_attacks(PLAN):
+        assert isinstance(attack, LaneAttack)
         rungs = known[attack.uses_gradient]
         results = list(LaneEngine(oracle, attack, threat, lanes=sizes[0], seed=0, rungs=rungs).run(left))
         counted += sum(result.passes for result in results)
