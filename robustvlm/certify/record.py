@@ -392,7 +392,7 @@ def resize_norm(width: int, height: int, size: int | Framing) -> float:
         [7.013, 1.0, 0.452]
     """
     framing = Framing.of(size)
-    target, filter_ = framing.image_size, framing.interpolation
+    target, filter_ = framing.resized, framing.interpolation
     if framing.resize_mode == "squash":
         return _line_norm(width, target, filter_) * _line_norm(height, target, filter_)
     short, long = min(width, height), max(width, height)
@@ -403,11 +403,13 @@ def resize_norm(width: int, height: int, size: int | Framing) -> float:
     return _line_norm(short, target, filter_) * _line_norm(long, max(target, int(target * long / short)), filter_)
 
 
-def source_norm(width: int, height: int, target: int) -> float | None:
+def source_norm(width: int, height: int, size: int | Framing) -> float | None:
     """Return the factor from a change of an 8-bit image to that of the model's pixels: 1 if these are the same or None.
 
     Example:
         >>> source_norm(224, 224, 224), source_norm(256, 256, 224)
         (1.0, None)
+        >>> source_norm(224, 224, Framing(224, scaled=256))
     """
-    return 1.0 if width == height == target else None
+    framing = Framing.of(size)
+    return 1.0 if width == height == framing.image_size == framing.resized else None

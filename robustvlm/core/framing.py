@@ -25,9 +25,11 @@ class Framing:
         resize_mode: "shortest" scales the shorter side to the square and crops the centre, "squash" scales both sides
             whatever their ratio, "longest" scales the longer side and pads the rest.
         fill_color: grey level 0..255 of the padding.
+        scaled: side that an image is resized to before its centre of `image_size` is cut out, as DINOv2 takes 224 of
+            256 pixels; 0 for `image_size` itself. Not with "longest".
 
     Raises:
-        UserError: a size below 1, an unknown mode, or no grey level.
+        UserError: a size below 1, an unknown mode, no grey level, or a crop of more pixels than there are.
 
     Example:
         >>> Framing(224, resize_mode="squash").at(64)
@@ -38,6 +40,7 @@ class Framing:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int = 0
+    scaled: int = 0
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -47,6 +50,16 @@ class Framing:
             raise UserError(f"unknown resize_mode '{self.resize_mode}': {hint}")
         if isinstance(self.fill_color, bool) or not isinstance(self.fill_color, int) or not 0 <= self.fill_color < 256:
             raise UserError(f"fill_color must be a grey level from 0 to 255, got {self.fill_color!r}")
+        if self.scaled and (self.scaled < self.image_size or self.resize_mode == "longest"):
+            raise UserError(
+                f"cannot cut {self.image_size} pixels out of {self.scaled} with resize_mode '{self.resize_mode}': "
+                "expected at most as many, and another mode than 'longest'"
+            )
+
+    @property
+    def resized(self) -> int:
+        """Side that an image is resized to, before a crop."""
+        return self.scaled or self.image_size
 
     @classmethod
     def of(cls, size: int | Framing) -> Framing:
@@ -54,8 +67,8 @@ class Framing:
         return size if isinstance(size, Framing) else cls(size)
 
     def at(self, size: int) -> Framing:
-        """Return the same framing at another size."""
-        return replace(self, image_size=size)
+        """Return the same framing at another size, with the same share of the image cut off."""
+        return replace(self, image_size=size, scaled=round(self.scaled * size / self.image_size))
 
     def options(self) -> dict[str, Any]:
         """Return the fields by name, as a model that stands on another one hands them on."""
@@ -64,7 +77,9 @@ class Framing:
     def unusual(self) -> tuple[str, ...]:
         """Return what differs from CLIP's usual mode and padding as texts: nothing for most models."""
         mode = () if self.resize_mode == "shortest" else (f"resize_mode {self.resize_mode}",)
-        return (*mode, f"fill_color {self.fill_color}") if self.resize_mode == "longest" and self.fill_color else mode
+        cut = (f"scaled {self.scaled}",) if self.resized != self.image_size else ()
+        fill = (f"fill_color {self.fill_color}",) if self.resize_mode == "longest" and self.fill_color else ()
+        return *mode, *fill, *cut
 
 
 # From an image to the pixels a model takes
@@ -100,13 +115,17 @@ def to_pixels(image: Image.Image, size: int | Framing, *, interpolation: str = "
 
 
 def _shortest(image: Image.Image, framing: Framing, mode: InterpolationMode) -> Image.Image:
-    side = framing.image_size
+    side = framing.resized
     short, long = sorted(image.size)
     if side * side * long > _STRIP * short:
-        return _middle_of_strip(image, side, mode)
-    if short != side:
+        image = _middle_of_strip(image, side, mode)
+    elif short != side:
         image = tv.resize(image, [side], interpolation=mode)
-    return tv.center_crop(image, [side, side])
+    return _centre(image, framing)
+
+
+def _centre(image: Image.Image, framing: Framing) -> Image.Image:
+    return tv.center_crop(image, [framing.image_size, framing.image_size])
 
 
 def _middle_of_strip(image: Image.Image, side: int, mode: InterpolationMode) -> Image.Image:
@@ -121,7 +140,7 @@ def _middle_of_strip(image: Image.Image, side: int, mode: InterpolationMode) -> 
 
 
 def _squash(image: Image.Image, framing: Framing, mode: InterpolationMode) -> Image.Image:
-    return tv.resize(image, [framing.image_size, framing.image_size], interpolation=mode)
+    return _centre(tv.resize(image, [framing.resized, framing.resized], interpolation=mode), framing)
 
 
 def _longest(image: Image.Image, framing: Framing, mode: InterpolationMode) -> Image.Image:

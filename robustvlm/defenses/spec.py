@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from robustvlm.core.registry import NOT_CODE
 from robustvlm.errors import UserError
 
 # A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are.
@@ -23,6 +24,11 @@ class Operation:
         return ":".join([self.name, *self.arguments])
 
 
+def _is_path(base: str) -> bool:
+    prefix = next((one for one in NOT_CODE if base.startswith(one)), "")
+    return os.path.exists(os.path.expanduser(base.removeprefix(prefix)))
+
+
 def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     """Split a spec into the model and its operations; a path that holds a plus sign stays whole.
 
@@ -34,7 +40,7 @@ def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     """
     operations: list[Operation] = []
     base = spec
-    while "+" in base and not os.path.exists(os.path.expanduser(base)):
+    while "+" in base and not _is_path(base):
         rest, _, last = base.rpartition("+")
         if not _OPERATION.fullmatch(last):
             break
