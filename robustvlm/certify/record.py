@@ -392,12 +392,13 @@ def resize_norm(width: int, height: int, size: int | Framing) -> float:
         [7.013, 1.0, 0.452]
     """
     framing = Framing.of(size)
-    target, filter_ = framing.resized, framing.interpolation
+    target, filter_ = framing.image_size, framing.interpolation
     if framing.resize_mode == "squash":
         return _line_norm(width, target, filter_) * _line_norm(height, target, filter_)
     short, long = min(width, height), max(width, height)
     if framing.resize_mode == "longest":
         return _line_norm(short, max(1, round(short * target / long)), filter_) * _line_norm(long, target, filter_)
+    target = framing.scaled_side
     if short == target:
         return 1.0
     return _line_norm(short, target, filter_) * _line_norm(long, max(target, int(target * long / short)), filter_)
@@ -409,7 +410,7 @@ def source_norm(width: int, height: int, size: int | Framing) -> float | None:
     Example:
         >>> source_norm(224, 224, 224), source_norm(256, 256, 224)
         (1.0, None)
-        >>> source_norm(224, 224, Framing(224, scaled=256))
+        >>> source_norm(224, 224, Framing(224, short_side=256))
     """
     framing = Framing.of(size)
-    return 1.0 if width == height == framing.image_size == framing.resized else None
+    return 1.0 if width == height == framing.image_size == framing.scaled_side else None

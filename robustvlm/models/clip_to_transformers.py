@@ -231,10 +231,8 @@ def _tower(tower: Any, norm: Any) -> dict[str, Any]:
 def _processor(vlm: ClipVLM) -> dict[str, Any]:
     framing = vlm.framing
     side = {"height": framing.image_size, "width": framing.image_size}
-    cut = framing.resize_mode == "shortest" or framing.resized != framing.image_size
-    resized = {"shortest_edge": framing.resized}
-    if framing.resize_mode == "squash":
-        resized = {"height": framing.resized, "width": framing.resized}
+    cut = framing.resize_mode == "shortest"
+    resized = {"shortest_edge": framing.scaled_side} if cut else side
     return {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "CLIPProcessor",

@@ -74,8 +74,13 @@ def _framing(processor: Any, interpolation: str, spec: str) -> Framing:
     side = scaled if crop is None else _square(crop, "crop_size", spec)
     if side > scaled:
         raise UserError(f"the processor of '{spec}' crops {side} pixels out of {scaled}: expected at most as many")
-    mode = "squash" if short is None else "shortest"
-    return Framing(side, interpolation, mode, **({"scaled": scaled} if side != scaled else {}))
+    if short is None:
+        if side != scaled:
+            raise UserError(
+                f"the processor of '{spec}' squashes images to {scaled} pixels and crops {side} of them: not known here"
+            )
+        return Framing(side, interpolation, "squash")
+    return Framing(side, interpolation, short_side=scaled if scaled != side else 0)
 
 
 def _sides(size: Any) -> dict[str, int]:

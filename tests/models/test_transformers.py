@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytest.importorskip("transformers", minversion="4.57")
 
 import transformers
 
+from robustvlm.cli.main import main
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError
@@ -104,10 +106,10 @@ def test_towers_give_the_features_of_the_library_and_refuse_texts(kind: str, tmp
     spec = f"transformers:{tmp_path / kind}"
     vlm = load_model(spec)
     assert isinstance(vlm, TowerVLM)
-    pixels = torch.stack([to_pixels(image, vlm.framing) for image in pictures(side=vlm.framing.resized)])
+    pixels = torch.stack([to_pixels(image, vlm.framing) for image in pictures(side=vlm.framing.scaled_side)])
     processor = transformers.AutoImageProcessor.from_pretrained(str(tmp_path / kind))
     with torch.no_grad():
-        output = model(**processor(images=pictures(side=vlm.framing.resized), return_tensors="pt"))
+        output = model(**processor(images=pictures(side=vlm.framing.scaled_side), return_tensors="pt"))
     wanted = output.image_embeds if "image_embeds" in output else output.pooler_output
     if kind == "vit":
         wanted = output.last_hidden_state[:, 0]
@@ -212,7 +214,7 @@ def test_the_fingerprint_covers_both_towers_the_tokenizer_and_the_processor(tmp_
     ("settings", "framing"),
     [
         ({"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}, Framing(16)),
-        ({"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}, Framing(16, scaled=20)),
+        ({"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}, Framing(16, short_side=20)),
         ({"size": {"height": 16, "width": 16}, "do_center_crop": False}, Framing(16, resize_mode="squash")),
         (
             {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "resample": 2},
@@ -231,7 +233,7 @@ def test_the_processor_s_settings_become_pixels(settings: dict[str, Any], framin
     vlm = load_model(f"transformers:{tmp_path / 'm'}")
     assert vlm.framing == framing
     processor = transformers.AutoImageProcessor.from_pretrained(str(tmp_path / "m"))
-    (image,) = pictures(1, framing.resized)
+    (image,) = pictures(1, framing.scaled_side)
     wanted = processor(images=image, return_tensors="pt")["pixel_values"]
     pixels = to_pixels(image, vlm.framing)[None]
     assert isinstance(vlm, TowerVLM)
@@ -244,6 +246,7 @@ def test_the_processor_s_settings_become_pixels(settings: dict[str, Any], framin
         ({"do_resize": False}, "does not resize"),
         ({"resample": 0}, "resizes by filter 0: only bilinear (2) and bicubic (3) are known"),
         ({"size": {"shortest_edge": 12}}, "crops 16 pixels out of 12"),
+        ({"size": {"height": 20, "width": 20}}, "squashes images to 20 pixels and crops 16 of them"),
         ({"do_center_crop": False}, "resizes and does not crop"),
         ({"size": {"height": 16, "width": 20}, "do_center_crop": False}, "only square images are supported"),
         ({"image_std": [0.1, 0.0, 0.1]}, "needs 3 numbers as image_mean and image_std"),
@@ -387,6 +390,40 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path: Path, monke
 def test_a_version_with_a_defect_is_named(tmp_path: Path) -> None:
     make(tmp_path / "m", "chinese_clip")
     assert f"under transformers {transformers.__version__}" in refused(f"transformers:{tmp_path / 'm'}")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip2"])
+def test_attacked_and_certified_by_the_commands(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "m", kind)
+    spec = "transformers:m"
+    vlm = load_model(f"transformers:{tmp_path / 'm'}")
+    classifier = zero_shot(vlm, ["cat", "dog"], ["a {}"], cache=False)
+    for number, image in enumerate(pictures(6)):
+        label = ("cat", "dog")[int(classifier(to_pixels(image, vlm.framing)[None]).argmax())]
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "photos" / label / f"{number}.png")
+    (tmp_path / "prompts.txt").write_text("a {}\n")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    monkeypatch.chdir(tmp_path)
+    # A model that is named after a library is no code of the user's.
+    shared = ["--data", "imagefolder:photos", "--classes", "names.txt", "--templates", "prompts.txt", "--no-code"]
+    for words in (
+        ["attack", spec, *shared, "--eps", "16/255", "--attack", "pgd:steps=8", "--name", "a"],
+        ["certify", spec, *shared, "--sigma", "0.1", "--samples", "200", "--limit", "2", "--name", "c"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["robustvlm", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "runs/a/summary.json").read_text())
+    assert found["clean_accuracy"]["value"] == 1.0
+    assert found["per_eps"][0]["fooled"] > 0
+    manifest = json.loads((tmp_path / "runs/a/manifest.json").read_text())
+    assert manifest["model"]["fingerprint"] == vlm.fingerprint
+    assert json.loads((tmp_path / "runs/c/summary.json").read_text())["images"] == 2
 
 
 def test_a_sequence_of_tokens_is_never_taken_for_features() -> None:
