@@ -19,6 +19,7 @@ from robustvlm.models.clip import MERGES, ClipVLM
 from robustvlm.models.clip_folder import clip_config, stored_weights, write_clip_folder
 from robustvlm.models.clip_to_transformers import LAYOUT, translate
 from robustvlm.models.transformers_files import CONFIG, WEIGHTS
+from robustvlm.models.transformers_vlm import TransformersVLM
 from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES
 
 
@@ -67,6 +68,8 @@ def export_model(
     if out.exists() and (not out.is_dir() or not _ours(out, layout)):
         raise taken
     vlm = load_pipeline(spec)
+    if isinstance(vlm, TransformersVLM):
+        raise UserError(f"'{spec}' stands on a model of transformers, and only open_clip models are exported so far")
     if not isinstance(vlm, ClipVLM):
         raise UserError(
             f"'{spec}' is more than an open_clip model (a {type(vlm).__name__}), which {to} cannot hold: "
