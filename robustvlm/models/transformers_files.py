@@ -16,7 +16,8 @@ from typing import Any
 from robustvlm.core.files import read_bytes, read_json
 from robustvlm.core.network import download_seconds, within
 from robustvlm.errors import MissingExtra, UserError
-from robustvlm.models.weights import brief, reach_hub
+from robustvlm.models.weights import _reach_hub as reach_hub
+from robustvlm.models.weights import brief
 
 PREFIX = "transformers:"
 CONFIG = "config.json"

@@ -170,7 +170,7 @@ def hub_file(repo: str, names: Sequence[str], *, advice: str) -> Path:
         for path in cached:
             if isinstance(path, str):
                 return Path(path)
-        reach_hub()
+        _reach_hub()
         for name in names:
             try:
                 return Path(within(download_seconds(), partial(hf_hub_download, repo, name)))
@@ -196,7 +196,7 @@ def tag_file(tag: dict[str, Any], *, advice: str) -> Path:
         raise UserError(f"could not fetch '{tag.get('url')}' ({brief(error)}): {advice}") from error
 
 
-def reach_hub() -> None:
+def _reach_hub() -> None:
     # The client itself retries each of several files for half a minute; one short question fails at once.
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.utils import get_session

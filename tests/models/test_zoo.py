@@ -207,7 +207,7 @@ class TestPretrained:
         def fail() -> None:
             raise OSError("[Errno -2] Name or service not known\nlong story")
 
-        monkeypatch.setattr(hub, "reach_hub", fail)
+        monkeypatch.setattr(hub, "_reach_hub", fail)
         monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
         message = refused("ViT-B-32/laion2b_s34b_b79k")
         assert "could not fetch 'laion/CLIP-ViT-B-32-laion2B-s34B-b79K'" in message
@@ -226,7 +226,7 @@ class TestPretrained:
             assert repo == "org/name"
             return str(architecture / name) if (architecture / name).is_file() else None
 
-        monkeypatch.setattr(hub, "reach_hub", lambda: pytest.fail("the network was asked"))
+        monkeypatch.setattr(hub, "_reach_hub", lambda: pytest.fail("the network was asked"))
         monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
         vlm = load_model("hf-hub:org/name")
         assert vlm.spec == "hf-hub:org/name"
@@ -241,7 +241,7 @@ class TestPretrained:
             tried.append((repo, name))
             raise EntryNotFoundError("404")
 
-        monkeypatch.setattr(hub, "reach_hub", lambda: None)
+        monkeypatch.setattr(hub, "_reach_hub", lambda: None)
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
         monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
         assert "has none of the files open_clip_config.json" in refused("hf-hub:org/name")
