@@ -84,8 +84,8 @@ def attack(
         (4, 4)
 
     Args:
-        model: tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or
-            module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.
+        model: tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, transformers:NAME, a
+            folder, or module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.
         data: emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL.
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.

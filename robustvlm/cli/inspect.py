@@ -314,21 +314,33 @@ class _Bar(Observer):
         self._bars.advance(self._task, count)
 
 
-# `robustvlm export`: a model as a folder that open_clip reads
+# `robustvlm export`: a model as a folder that open_clip or transformers reads
 
 
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or any other open_clip model's spec.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")],
+    to: Annotated[
+        str, typer.Option("--to", help="Who is to read it: open_clip or transformers (CLIPModel).")
+    ] = "open_clip",
+    evaluated: Annotated[
+        list[str] | None,
+        typer.Option("--evaluated", help="An attack or certify run of this model, for the model card; repeatable."),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store weights with 16 bits.")] = False,
 ) -> None:
-    """Write a fine-tuned or averaged model as an open_clip folder: config, weights (safetensors), tokenizer.
+    """Write a model as a folder for others: config, weights (safetensors), tokenizer, and a model card (README.md).
 
-    open_clip loads it with create_model("local-dir:OUT"), and robustvlm with OUT as the model.
+    open_clip loads it with create_model("local-dir:OUT"), and robustvlm with OUT as the model. With --to transformers,
+    CLIPModel.from_pretrained("OUT") loads it, and robustvlm with transformers:OUT.
     """
     # Loading torch and open_clip takes seconds; --help should not wait for them.
     from robustvlm.commands.export import export_model
 
-    export_model(model, out, half=half)
+    export_model(model, out, half=half, to=to, evaluated=evaluated or ())
     say(f"Model: {out}")
-    say(f"open_clip: create_model('local-dir:{out}'), get_tokenizer('local-dir:{out}')")
+    if to == "transformers":
+        say(f"transformers: CLIPModel.from_pretrained('{out}'), CLIPProcessor.from_pretrained('{out}')")
+    else:
+        say(f"open_clip: create_model('local-dir:{out}'), get_tokenizer('local-dir:{out}')")
+    say(f"Card: {out / 'README.md'}")

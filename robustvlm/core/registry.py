@@ -82,13 +82,21 @@ class Table(MutableMapping[str, T], Generic[T]):
                 import_module(f"{self._home}.{module.name}")
 
 
+NOT_CODE = ("transformers:",)
+"""Beginnings of specs that name a model's files, though they look like `module:callable`."""
+
+
 def names_a_callable(spec: str) -> bool:
     """Whether a spec has the form `module:callable`.
 
     Example:
         >>> names_a_callable("my.module:make"), names_a_callable("hf-hub:org/name")
         (True, False)
+        >>> names_a_callable("transformers:gpt2")  # a model's name, not code
+        False
     """
+    if spec.startswith(NOT_CODE):
+        return False
     return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
 
 

@@ -23,8 +23,8 @@ def load_model(spec: str, device: str | torch.device = "auto") -> VLM:
     """Return the encoder that `spec` names, frozen, in evaluation mode, on `device` ("auto": the best there is).
 
     Args:
-        spec: "tiny", open_clip's "NAME/TAG", "NAME/FILE", "hf-hub:ORG/REPO", a folder, also any that this program made,
-            "module:callable", each with operators as "+smooth:0.25:64".
+        spec: "tiny", open_clip's "NAME/TAG", "NAME/FILE", "hf-hub:ORG/REPO", "transformers:FOLDER", a folder, also any
+            that this program made, "module:callable", each with operators as "+smooth:0.25:64".
 
     Raises:
         UserError: there is no such model, or its weights cannot be had or do not fit.

@@ -21,7 +21,7 @@ from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import resolve_device
-from robustvlm.core.registry import create, names_a_callable
+from robustvlm.core.registry import NOT_CODE, create, names_a_callable
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
@@ -53,6 +53,11 @@ class Operation:
         return ":".join([self.name, *self.arguments])
 
 
+def _is_path(base: str) -> bool:
+    prefix = next((one for one in NOT_CODE if base.startswith(one)), "")
+    return os.path.exists(os.path.expanduser(base.removeprefix(prefix)))
+
+
 def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     """Split a spec into the model and its operations; a path that holds a plus sign stays whole.
 
@@ -64,7 +69,7 @@ def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     """
     operations: list[Operation] = []
     base = spec
-    while "+" in base and not os.path.exists(os.path.expanduser(base)):
+    while "+" in base and not _is_path(base):
         rest, _, last = base.rpartition("+")
         if not _OPERATION.fullmatch(last):
             break

@@ -27,7 +27,7 @@ class Encoder(Protocol):
 
     `logit_scale` is the factor on cosine similarities (CLIP's learnt parameter after exp, 100 for most). Optional
     attributes `interpolation` ("bicubic" by default, or "bilinear"), `resize_mode` ("shortest" by default, "squash",
-    "longest") and `fill_color` (0) say how images are brought to `image_size`; see `Framing`.
+    "longest"), `fill_color` (0) and `short_side` say how images are brought to `image_size`; see `Framing`.
     """
 
     image_size: int
@@ -42,7 +42,7 @@ class Encoder(Protocol):
 
 def framing_declared(thing: object) -> dict[str, Any]:
     """Return what a user's object says of how images are brought to its size, under the names that models take."""
-    found = {name: getattr(thing, name, None) for name in ("interpolation", "resize_mode", "fill_color")}
+    found = {name: getattr(thing, name, None) for name in ("interpolation", "resize_mode", "fill_color", "short_side")}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -18,6 +18,8 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.models.clip import ClipVLM, build_clip
 from robustvlm.models.custom import load_custom
 from robustvlm.models.saved import CARD_NAME
+from robustvlm.models.transformers_files import PREFIX as _TRANSFORMERS
+from robustvlm.models.transformers_vlm import load_transformers
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import CONFIG_NAME, SUFFIXES, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.runs.manifest import kind_of_run
@@ -33,6 +35,8 @@ SPEC_FORMS = (
     ("NAME/TAG", "an open_clip model with published weights, as ViT-B-32/laion2b_s34b_b79k"),
     ("NAME/FILE", "an open_clip architecture with a local checkpoint, as ViT-B-32/runs/best.safetensors"),
     ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
+    ("transformers:FOLDER_OR_REPO", "a CLIP, SigLIP or image tower of the transformers library (needs [hub])"),
+    ("transformers:TOWER@MODEL", "an image tower of it, with the text side of MODEL"),
     ("FOLDER", f"a model made by this program, or a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
     ("MODULE:CALLABLE", "your own encoder (see docs/models.md)"),
 )
@@ -76,6 +80,8 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         return _from_folder(BUNDLED[spec], spec).to(place)
     if spec.startswith(_HUB):
         return _from_hub(spec.removeprefix(_HUB), spec).to(place)
+    if spec.startswith(_TRANSFORMERS):
+        return load_transformers(spec, load_model).to(place)
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
         if (Path(folder) / CARD_NAME).is_file() and not (Path(folder) / CONFIG_NAME).is_file():

@@ -35,8 +35,8 @@ class AttackSettings(Settings):
 
     model: str | object = positional(
         "tiny",
-        "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, a folder, or module:callable (an "
-        "encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.",
+        "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, transformers:NAME, a folder, or "
+        "module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.",
         typed=str,
     )
     data: str | object = option(

@@ -1,0 +1,425 @@
+"""The model card of an exported model: what it is, how it was made, what was measured on it, and what is not known."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robustvlm import __version__
+from robustvlm.commands import open_run
+from robustvlm.commands.certify import record as certify_words
+from robustvlm.core.files import read_text
+from robustvlm.core.object_graph import fingerprint
+from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.pipeline import split_spec
+from robustvlm.errors import UserError
+from robustvlm.models.clip import ClipVLM
+from robustvlm.models.clip_folder import stored_weights
+from robustvlm.models.saved import read_card
+from robustvlm.models.transformers_files import PREFIX
+from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED
+from robustvlm.report.words import ball, interval, percent, plain
+from robustvlm.runs.manifest import kind_of_run
+from robustvlm.runs.records import read_manifest_of
+from robustvlm.runs.run import FinishedRun
+from robustvlm.stats import Rate
+
+CARD = "README.md"
+_MEASURING = ("attack", "certify")
+_HUB = "hf-hub:"
+_MOST_STEPS = 20
+
+
+# What was measured, read from runs of this very model
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what it is the share of, and that share with its interval."""
+
+    what: str
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a run says of the model.
+
+    Args:
+        command: that gave the figures. model: what was measured, in words. data: spec of the images. notes: sentences.
+    """
+
+    command: str
+    model: str
+    data: str
+    images: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def measured(vlm: ClipVLM, runs: Sequence[str | Path], *, half: bool) -> list[Measurement]:
+    """Return what attack and certify runs of a model say of it.
+
+    Args:
+        half: the exported weights are rounded to 16 bits; runs of both forms are taken, and the card says of which.
+
+    Raises:
+        UserError: a run cannot be read, is of another kind, or its fingerprint is not this model's.
+    """
+    found = []
+    for name in runs:
+        run = open_run(name)
+        if run.kind not in _MEASURING:
+            raise UserError(f"'{name}' is a run of `robustvlm {run.kind}`, expected one of {' or '.join(_MEASURING)}")
+        what = _whose(vlm, run, half=half)
+        read = _attack if run.kind == "attack" else _certify
+        rows, notes = read(run.summary)
+        facts = run.manifest
+        found.append(
+            Measurement(facts["command"], what, facts["data"]["spec"], _images(run), tuple(rows), tuple(notes))
+        )
+    return found
+
+
+def _images(run: FinishedRun[Any]) -> int:
+    return int(run.summary.images.evaluated if run.kind == "attack" else run.summary.images)
+
+
+def _whose(vlm: ClipVLM, run: FinishedRun[Any], *, half: bool) -> str:
+    """Say in words what a run measured; refuse one that measured another model."""
+    model = run.manifest["model"]
+    wanted, spec = model["fingerprint"], str(model["spec"])
+    exported = _halved(vlm) if half else vlm.fingerprint
+    rounded = "" if exported == vlm.fingerprint else ", before they were rounded to 16 bits"
+    if wanted == exported:
+        return "these weights"
+    if wanted == vlm.fingerprint:
+        return f"these weights{rounded}"
+    operations = split_spec(spec)[1]
+    if operations:
+        behind = "".join(f"+{operation}" for operation in operations)
+        try:
+            if load_pipeline(f"{vlm.spec}{behind}").fingerprint == wanted:
+                return f"these weights behind `{behind}`{rounded}"
+        except UserError:  # an operator that makes no encoder
+            pass
+    raise UserError(
+        f"the run '{run.folder}' measured another model ('{spec}', fingerprint {wanted}): '{vlm.spec}' has "
+        f"{vlm.fingerprint}; run it on this one"
+    )
+
+
+def _halved(vlm: ClipVLM) -> str:
+    """Return the fingerprint that a model has after its weights were stored with 16 bits."""
+    rounded = {name: tensor.float() for name, tensor in stored_weights(vlm.model.state_dict(), half=True).items()}
+    read = copy.copy(vlm)
+    read.logit_scale = float(rounded["logit_scale"].exp())
+    return fingerprint(dict(vlm._state()) | {f"model.{name}": value for name, value in rounded.items()}, read.design)
+
+
+def _attack(summary: Any) -> tuple[Iterator[Row], list[str]]:
+    plainly = summary.goal == "misclassify"
+    notes = [] if plainly else [f"Goal of the attacks: {code(summary.goal)}."]
+    if summary.unfinished:
+        notes.append(
+            f"The run stopped early ({text(summary.unfinished)}): images it did not decide count as not robust."
+        )
+
+    def rows() -> Iterator[Row]:
+        yield Row("right on unperturbed images", summary.clean_accuracy)
+        kept = "right after the attacks" if plainly else "goal not reached"
+        for one in summary.per_eps:
+            yield Row(f"{kept}. {ball(summary.norm, one.eps_text)}", one.robust_accuracy)
+
+    return rows(), [*notes, *_shared(summary)]
+
+
+def _certify(summary: Any) -> tuple[Iterator[Row], list[str]]:
+    notes = [
+        f"Of the model smoothed by Gaussian noise of {summary.sigma:g}: {text(summary.statement)}.",
+        *(text(say(summary), 600) for say in (certify_words.rule, certify_words.confidence, certify_words.source)),
+    ]
+    if summary.unfinished:
+        notes.append(f"The run stopped early ({text(summary.unfinished)}).")
+    if (summary.looks or 0) > 1:
+        notes.append(f"These images were looked at {summary.looks} times, in runs of different settings.")
+
+    def rows() -> Iterator[Row]:
+        if summary.correct is not None:
+            yield Row("right when smoothed, without attack", summary.correct)
+        for one in summary.at:
+            yield Row(f"certified at L₂ radius {one.radius:g}", one.certified)
+            if one.correct is not None:
+                yield Row(f"certified at L₂ radius {one.radius:g} and right", one.correct)
+
+    return rows(), [*notes, *_shared(summary)]
+
+
+def _shared(summary: Any) -> Iterator[str]:
+    """Yield what every run says of itself: images it could not read, and checks that fired."""
+    if summary.unreadable:
+        yield f"{len(summary.unreadable):,} images could not be read and are left out."
+    for check in summary.checks:
+        if check.level != "ok":
+            yield f"Check {code(check.name)} ({text(check.level)}): {text(check.message, 600)}"
+
+
+# How the model was made, as far as folders say it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One step back: the run that made a model from another one, or nothing where no run did."""
+
+    spec: str
+    fingerprint: str = ""
+    manifest: Mapping[str, Any] | None = None
+
+
+def origins(vlm: ClipVLM) -> list[Origin]:
+    """Return a model and what it was made from, step by step, as far as their folders are there."""
+    found, spec, mark = [], vlm.spec, vlm.fingerprint
+    for _ in range(_MOST_STEPS):  # a folder that stands on itself
+        folder = Path(os.path.expanduser(spec))
+        manifest = read_manifest_of(folder) if spec not in BUNDLED and kind_of_run(folder) is not None else None
+        found.append(Origin(spec, mark, manifest))
+        if manifest is None:
+            break
+        card = read_card(folder)
+        model = manifest.get("model") or {}
+        base = model.get("spec")
+        if card is not None and card.base is not None and not (isinstance(base, str) and _there(base)):
+            base = os.path.normpath(card.base) if _there(card.base) else card.base  # it was moved
+        if not isinstance(base, str) or not base or base == spec:
+            break
+        spec, mark = base, str((card.base_fingerprint if card is not None else None) or model.get("fingerprint") or "")
+    return found
+
+
+def _there(spec: str) -> bool:
+    return os.path.isdir(os.path.expanduser(spec))
+
+
+def licence_of(root: str) -> tuple[str | None, str]:
+    """Return the licence of a base model, as the hub writes it if it is known, and a sentence about it.
+
+    Example:
+        >>> licence_of("tiny")[0], licence_of("ViT-B-32/openai")[0]
+        ('apache-2.0', None)
+    """
+    if root in BUNDLED:
+        return "apache-2.0", (
+            f"The base, robustvlm's bundled `{root}`, is under Apache-2.0; the drawings that it was trained on keep "
+            "the licences that robustvlm's NOTICE lists."
+        )
+    place = Path(os.path.expanduser(root.removeprefix(PREFIX)))
+    said = _said_licence(place / CARD) if os.path.isdir(place) else None
+    if said:
+        return said, f"The card of the base, {code(root)}, names the licence {code(said)}; look there for its terms."
+    return None, (
+        f"The licence of the base, {code(root)}, is unknown to robustvlm: ask whoever published it before you hand "
+        "this on."
+    )
+
+
+def _said_licence(path: Path) -> str | None:
+    """Return the licence that the front matter of a model card names."""
+    try:
+        matter = re.match(r"---\n(.*?)\n---\n", read_text(path), re.DOTALL)
+    except (OSError, UserError):
+        return None
+    found = re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", matter[1], re.MULTILINE) if matter else None
+    return found[1] if found and found[1] not in ("other", "unknown") else None
+
+
+# Text that came from outside, as text
+
+
+def text(value: object, limit: int = 300) -> str:
+    """Return a text on one line in which no character means anything to Markdown or HTML.
+
+    Example:
+        >>> print(text("a [link](http://x) <b> | `c`"))
+        a \\[link\\]\\(http://x\\) &lt;b&gt; \\| \\`c\\`
+    """
+    marked = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", plain(value, limit).replace("&", "&amp;"))
+    return marked.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def code(value: object, limit: int = 300) -> str:
+    """Return a text on one line as a span of code, whatever backticks it holds.
+
+    Example:
+        >>> code("a`b"), code("runs/x")
+        ('`` a`b ``', '`runs/x`')
+    """
+    shown = plain(value, limit)
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {shown} {fence}" if longest else f"{fence}{shown}{fence}"
+
+
+def block(lines: str, language: str = "") -> str:
+    """Return lines as a block of code that none of them can end."""
+    longest = max((len(run) for run in re.findall("`+", lines)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{lines}\n{fence}"
+
+
+# The card
+
+_SETTINGS = {
+    "method": "method",
+    "norm": "norm of the attack in training",
+    "eps_text": "its radius",
+    "inner_steps": "its steps",
+    "data": "data",
+    "val": "validation data",
+    "limit": "images used, at most",
+    "steps": "optimiser steps",
+    "epochs": "epochs",
+    "batch_size": "batch size",
+    "lr": "learning rate",
+    "trainable": "what was trained",
+    "models": "models averaged",
+    "by": "chosen by",
+    "seed": "seed",
+}
+
+
+def model_card(vlm: ClipVLM, *, to: str, half: bool, measurements: Sequence[Measurement]) -> str:
+    """Return the README.md of an exported model, with the front matter that the Hugging Face hub reads."""
+    chain = origins(vlm)
+    licence, sentence = licence_of(chain[-1].spec)
+    parts = [
+        _front_matter(chain, to, licence),
+        f"# {text(_title(vlm.spec))}",
+        _what_it_is(vlm, to, half),
+        "## Use",
+        _use(to),
+        "## How it was made",
+        *_how(chain),
+        "## Measured robustness",
+        *_measured(measurements),
+        "## Limits",
+        _limits(measurements),
+        "## Licence",
+        sentence + " Weights made from it, and what was learnt from the training data, may be bound by both.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _title(spec: str) -> str:
+    return Path(spec).name if os.path.isdir(os.path.expanduser(spec)) else spec
+
+
+def _front_matter(chain: Sequence[Origin], to: str, licence: str | None) -> str:
+    lines = [f"library_name: {to}", "pipeline_tag: zero-shot-image-classification"]
+    lines += [f"license: {licence}"] if licence else ["license: other", "license_name: unknown"]
+    root = chain[-1].spec
+    place = root.removeprefix(_HUB).removeprefix(PREFIX)
+    if place != root and re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not os.path.isdir(place):
+        lines.append(f"base_model: {json.dumps(place)}")
+    tags = ["clip", "zero-shot-image-classification", "robustvlm"]
+    trained = any(one.manifest and one.manifest.get("kind") == "finetune" for one in chain)
+    tags += ["adversarial-robustness"] if trained or root in ADVERSARIALLY_TRAINED else []
+    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _what_it_is(vlm: ClipVLM, to: str, half: bool) -> str:
+    weights = sum(value.numel() for value in vlm.model.parameters())
+    bits = "16 bits" if half else "32 bits"
+    return (
+        f"A CLIP model: an image tower ({text(type(vlm.model.visual).__name__)}, {vlm.image_size} by {vlm.image_size} "
+        f"pixels) and a text tower with one space of features, {weights:,} weights of {bits}, written for {text(to)} "
+        f"by robustvlm {__version__}. The fingerprint of the model that was exported is `{vlm.fingerprint}`."
+    )
+
+
+def _use(to: str) -> str:
+    if to == "transformers":
+        lines = (
+            "from transformers import CLIPModel, CLIPProcessor\n\n"
+            'model = CLIPModel.from_pretrained("FOLDER")\nprocessor = CLIPProcessor.from_pretrained("FOLDER")'
+        )
+    else:
+        lines = (
+            "import open_clip\n\n"
+            'model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")\n'
+            'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")'
+        )
+    spec = f"{PREFIX}FOLDER" if to == "transformers" else "FOLDER"
+    return f"{block(lines, 'python')}\n\nMeasure it on your own data: `robustvlm attack {spec} --data ...`."
+
+
+def _how(chain: Sequence[Origin]) -> Iterator[str]:
+    if chain[0].manifest is None:
+        yield f"No run of robustvlm changed the weights: they are those of {code(chain[0].spec)}."
+        if chain[0].spec in ADVERSARIALLY_TRAINED:
+            yield "These come with robustvlm and were trained to withstand attacks (its docs/bundled.md says how)."
+        return
+    for origin in chain:
+        if origin.manifest is None:
+            mark = f", fingerprint `{plain(origin.fingerprint)}`" if origin.fingerprint else ""
+            yield f"It began with {code(origin.spec)}{mark}."
+            return
+        config = origin.manifest.get("config") or {}
+        data = (origin.manifest.get("data") or {}).get("spec")
+        known = {**config, **({"data": data} if data else {})}
+        rows = [
+            f"| {label} | {_cell(known[name])} |"
+            for name, label in _SETTINGS.items()
+            if known.get(name) not in (None, "", [])
+        ]
+        versions = origin.manifest.get("versions") or {}
+        yield f"Made by `robustvlm {plain(origin.manifest.get('kind'))}` {text(versions.get('robustvlm', ''))}:"
+        yield block(plain(origin.manifest.get("command", ""), 2000))
+        if rows:
+            yield "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    return text(", ".join(map(str, value)) if isinstance(value, list) else value)
+
+
+def _measured(measurements: Sequence[Measurement]) -> Iterator[str]:
+    if not measurements:
+        yield (
+            "Nothing was measured on these weights, or it was not handed to the export. Figures of the base, and the "
+            "validations that chose these weights while they were trained, say little of them and are left out."
+        )
+    for one in measurements:
+        rows = [
+            f"| {text(row.what)} | {percent(row.rate.value)} | {interval(row.rate)} | "
+            f"{row.rate.successes:,} of {row.rate.total:,} |"
+            for row in one.rows
+            if row.rate.value is not None
+        ]
+        levels = sorted({f"{row.rate.confidence:.0%}" for row in one.rows})
+        yield f"Of {one.model}, on {one.images:,} images of {code(one.data)}, by"
+        yield block(plain(one.command, 2000))
+        yield "\n".join([f"| share of images | | {' '.join(levels)} interval | count |", "|---|---|---|---|", *rows])
+        if one.notes:
+            yield " ".join(one.notes)
+
+
+def _limits(measurements: Sequence[Measurement]) -> str:
+    items = [
+        "The model is zero-shot: what it answers hangs on the class names and prompts, which are part of every figure.",
+        "Robust is meant of small changes of pixels in a ball. Nothing is said of other changes: crops, patches, text "
+        "in the image, other cameras, classes that were not asked about.",
+    ]
+    if measurements:
+        items += [
+            "An attack that found nothing proves nothing: a stronger one may find more, so that shares right after "
+            "attacks are bounds from above. Certificates are no such bounds, but hold for the smoothed model alone.",
+            "Intervals are exact binomial ones (Clopper and Pearson) over images that are taken as independent; "
+            "several images of one thing are not. They say nothing of other data.",
+        ]
+    return "\n".join(f"* {item}" for item in items)
