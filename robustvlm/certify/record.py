@@ -398,6 +398,7 @@ def resize_norm(width: int, height: int, size: int | Framing) -> float:
     short, long = min(width, height), max(width, height)
     if framing.resize_mode == "longest":
         return _line_norm(short, max(1, round(short * target / long)), filter_) * _line_norm(long, target, filter_)
+    target = framing.scaled_side
     if short == target:
         return 1.0
     return _line_norm(short, target, filter_) * _line_norm(long, max(target, int(target * long / short)), filter_)

@@ -25,9 +25,11 @@ class Framing:
         resize_mode: "shortest" scales the shorter side to the square and crops the centre, "squash" scales both sides
             whatever their ratio, "longest" scales the longer side and pads the rest.
         fill_color: grey level 0..255 of the padding.
+        short_side: what "shortest" scales the shorter side to before it crops, 256 for many models of 224 pixels; 0 for
+            the size of the square itself.
 
     Raises:
-        UserError: a size below 1, an unknown mode, or no grey level.
+        UserError: a size below 1, an unknown mode, no grey level, or a shorter side that cannot be cropped.
 
     Example:
         >>> Framing(224, resize_mode="squash").at(64)
@@ -38,6 +40,7 @@ class Framing:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int = 0
+    short_side: int = 0
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -47,6 +50,16 @@ class Framing:
             raise UserError(f"unknown resize_mode '{self.resize_mode}': {hint}")
         if isinstance(self.fill_color, bool) or not isinstance(self.fill_color, int) or not 0 <= self.fill_color < 256:
             raise UserError(f"fill_color must be a grey level from 0 to 255, got {self.fill_color!r}")
+        if self.short_side and (self.resize_mode != "shortest" or self.short_side < self.image_size):
+            raise UserError(
+                f"short_side is what resize_mode 'shortest' scales to, at least the image size, got {self.short_side} "
+                f"with '{self.resize_mode}' and {self.image_size} pixels"
+            )
+
+    @property
+    def scaled_side(self) -> int:
+        """What the shorter side is scaled to in mode "shortest"."""
+        return self.short_side or self.image_size
 
     @classmethod
     def of(cls, size: int | Framing) -> Framing:
@@ -55,7 +68,7 @@ class Framing:
 
     def at(self, size: int) -> Framing:
         """Return the same framing at another size."""
-        return replace(self, image_size=size)
+        return replace(self, image_size=size, short_side=round(self.short_side * size / self.image_size))
 
     def options(self) -> dict[str, Any]:
         """Return the fields by name, as a model that stands on another one hands them on."""
@@ -63,6 +76,8 @@ class Framing:
 
     def unusual(self) -> tuple[str, ...]:
         """Return what differs from CLIP's usual mode and padding as texts: nothing for most models."""
+        if self.scaled_side != self.image_size:
+            return (f"short_side {self.short_side}",)
         mode = () if self.resize_mode == "shortest" else (f"resize_mode {self.resize_mode}",)
         return (*mode, f"fill_color {self.fill_color}") if self.resize_mode == "longest" and self.fill_color else mode
 
@@ -100,21 +115,22 @@ def to_pixels(image: Image.Image, size: int | Framing, *, interpolation: str = "
 
 
 def _shortest(image: Image.Image, framing: Framing, mode: InterpolationMode) -> Image.Image:
-    side = framing.image_size
+    side, scaled = framing.image_size, framing.scaled_side
     short, long = sorted(image.size)
-    if side * side * long > _STRIP * short:
-        return _middle_of_strip(image, side, mode)
-    if short != side:
-        image = tv.resize(image, [side], interpolation=mode)
+    if scaled * scaled * long > _STRIP * short:
+        return _middle_of_strip(image, framing, mode)
+    if short != scaled:
+        image = tv.resize(image, [scaled], interpolation=mode)
     return tv.center_crop(image, [side, side])
 
 
-def _middle_of_strip(image: Image.Image, side: int, mode: InterpolationMode) -> Image.Image:
+def _middle_of_strip(image: Image.Image, framing: Framing, mode: InterpolationMode) -> Image.Image:
     """Return, up to rounding, the centre that resizing all of a long strip would give, without making the rest."""
+    side, scaled = framing.image_size, framing.scaled_side
     short, long = sorted(image.size)
-    length = int(side * long / short)
-    start = round((length - side) / 2.0) * long / length
-    box = (start, 0.0, start + side * long / length, float(short))
+    length = int(scaled * long / short)
+    start, above = round((length - side) / 2.0) * long / length, round((scaled - side) / 2.0) * short / scaled
+    box = (start, above, start + side * long / length, above + side * short / scaled)
     if image.width < image.height:
         box = (box[1], box[0], box[3], box[2])
     return image.resize((side, side), _FILTERS.get(mode.value, Image.Resampling.NEAREST), box=box)

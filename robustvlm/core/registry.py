@@ -80,14 +80,21 @@ class Table(MutableMapping[str, T], Generic[T]):
                 import_module(f"{self._home}.{module.name}")
 
 
+LIBRARIES = ("timm", "torchvision")
+"""Whose classifiers are named `LIBRARY:NAME`, which is no `module:callable`."""
+
+
 def names_a_callable(spec: str) -> bool:
-    """Whether a spec has the form `module:callable`.
+    """Whether a spec has the form `module:callable`, and is no model of a library.
 
     Example:
         >>> names_a_callable("my.module:make"), names_a_callable("hf-hub:org/name")
         (True, False)
+        >>> names_a_callable("timm:resnet18"), names_a_callable("timm.models:resnet18")
+        (False, True)
     """
-    return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
+    form = re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec)
+    return form is not None and spec.partition(":")[0] not in LIBRARIES
 
 
 def names_own(spec: str) -> bool:

@@ -66,12 +66,13 @@ class Classifier(nn.Module, ABC):
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
         fill_color: int = 0,
+        short_side: int = 0,
         logit_scale: float | None = None,
         can_reject: bool = False,
     ) -> None:
         super().__init__()
         self.spec, self.class_names = spec, tuple(class_names)
-        self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color)
+        self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color, short_side)
         self.logit_scale, self.can_reject = logit_scale, can_reject
 
     @property

@@ -100,17 +100,19 @@ def find_weights(
         if part is None or not places:
             raise UserError(f"{what} holds no named tensors: save model.state_dict()")
         raise UserError(f"{what} holds no weights named '{part}': it has {', '.join(places)}")
-    fitting = [reading.found for reading in readings if not reading.count]
     # The vision tower of a whole model fits as well.
-    fitting = [found for found in fitting if found.tower is None] or fitting
-    different = [found for i, found in enumerate(fitting) if not any(_same(found, other) for other in fitting[:i])]
+    for tower in (None, "vision", "text"):
+        near = [reading for reading in readings if reading.found.tower == tower and not any(reading.faults)]
+        different = _different([reading.found for reading in near])
+        if any(not reading.outside for reading in near) or len(different) > 1:
+            break
     if len(different) > 1:
         places = [found.place for found in different]
         raise UserError(
             f"{what} holds several sets of weights that fit, {' and '.join(places)}: name one of them behind the file, "
             f"as FILE#{places[-1]}"
         )
-    if not different:
+    if not different or all(reading.outside for reading in near):
         raise UserError(_misfit(min(readings, key=lambda reading: reading.count), what))
     require_finite(different[0].weights, what)
     return different[0]
@@ -157,9 +159,16 @@ def _readings(model: nn.Module, content: Mapping[str, Any], part: str | None, co
                 place = ".".join((*path, *prefix)) or "."
                 if part is not None and place != part and not place.startswith(f"{part}."):
                     continue
-                # Whoever names a module of a training script leaves its other modules aside.
-                whole = part is None or part in (".", ".".join(path))
-                yield _reading(model, own, given, prefix, names, tower, place, whole=whole, convert=convert)
+                within = _named(part, path)
+                yield _reading(model, own, given, prefix, names, tower, place, within=within, convert=convert)
+
+
+def _named(part: str | None, path: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the prefix that the name of a part says beyond a dict: other modules than that are left aside."""
+    place = ".".join(path)
+    if part in (None, ".", place) or place.startswith(f"{part}."):
+        return ()
+    return tuple(str(part).removeprefix(f"{place}." if place else "").split("."))
 
 
 def _groups(
@@ -211,15 +220,16 @@ def _reading(
     tower: str | None,
     place: str,
     *,
-    whole: bool,
+    within: tuple[str, ...],
     convert: Convert,
 ) -> _Reading:
     taken: dict[str, tuple[str, Tensor]] = {}
-    clashes, beside = [], {}
+    clashes, outside = [], []
     for key, tensor in given.items():
         parts = tuple(_bare(key).split("."))
         if parts[: len(prefix)] != prefix:
-            beside[key] = tensor
+            if parts[: len(within)] == within and not _is_beside(key, tensor):
+                outside.append(key)
             continue
         name = ".".join(parts[len(prefix) :])
         name = names.get(name, name)
@@ -246,7 +256,6 @@ def _reading(
         for name, tensor in weights.items()
         if name not in known and not _is_beside(name, tensor)
     ]
-    outside = [name for name, tensor in beside.items() if whole and not _is_beside(name, tensor)]
     kept = {name: tensor for name, tensor in weights.items() if name in known}
     return _Reading(Found(kept, tower, place, bias), (clashes + shapes, missing, unknown), outside)
 
@@ -258,6 +267,10 @@ def _is_beside(name: str, tensor: Tensor) -> bool:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and torch.equal(one.float(), other.float()))
+
+
+def _different(found: list[Found]) -> list[Found]:
+    return [one for i, one in enumerate(found) if not any(_same(one, other) for other in found[:i])]
 
 
 def _same(one: Found, other: Found) -> bool:
@@ -277,7 +290,7 @@ def _misfit(reading: _Reading, what: str) -> str:
             f"{what} holds weights beside the model, '{reading.outside[0]}'{more}: if the model is what stands under "
             f"'{place}' alone, say so as FILE#{place}"
         )
-    more = f" ({len(faults) - 2} more)" if len(faults) > 2 else ""
+    more = f" ({reading.count - 2} more)" if reading.count > 2 else ""
     # Of each kind the first: a wrong architecture shows in all three.
     shown = [kind[0] for kind in reading.faults if kind][:2] if more else faults
     fits = "the model" if reading.found.tower is None else f"the model's {reading.found.tower} tower"

@@ -98,6 +98,13 @@ def require_equal(
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     theirs = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    require_same_pixels(theirs, framing, mean, std, spec, "open_clip")
+
+
+def require_same_pixels(
+    theirs: Callable[[Image.Image], Any], framing: Framing, mean: torch.Tensor, std: torch.Tensor, spec: str, whose: str
+) -> None:
+    """Refuse a model for which the transform of the library that it is from gives other values than ours."""
     for width, height in ((96, 41), (37, 80)):
         grid = np.add.outer(np.arange(height) * 7, np.arange(width) * 5)
         image = Image.fromarray(np.stack([grid, grid * 3 + 1, grid // 2], axis=-1).astype(np.uint8))
@@ -106,7 +113,7 @@ def require_equal(
         if wanted.shape != got.shape or (wanted - got).abs().max() > _ROUNDING * wanted.abs().max().clamp_min(1):
             raise UserError(
                 f"the preprocessing of model '{spec}' ({framing.resize_mode}, {framing.interpolation}, "
-                f"{framing.image_size} pixels) gives other pixels than this release of open_clip does: use another one"
+                f"{framing.image_size} pixels) gives other pixels than this release of {whose} does: use another one"
             )
 
 

@@ -43,7 +43,7 @@ class Encoder(Protocol):
 
 def framing_declared(thing: object) -> dict[str, Any]:
     """Return what a user's object says of how images are brought to its size, under the names that models take."""
-    found = {name: getattr(thing, name, None) for name in ("interpolation", "resize_mode", "fill_color")}
+    found = {name: getattr(thing, name, None) for name in ("interpolation", "resize_mode", "fill_color", "short_side")}
     return {name: value for name, value in found.items() if value is not None}
 
 

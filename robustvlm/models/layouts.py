@@ -49,7 +49,7 @@ _BESIDE = {
     ) for kind in ("weight", "bias")},
 }  # fmt: skip
 _PLACE = re.compile(
-    r"(?P<before>(?:.*\.)?)(?:(?P<tower>vision|text)_model\.)?"
+    r"(?P<before>(?:.+?\.)??)(?:(?P<tower>vision|text)_model\.)?"
     r"(?P<rest>embeddings\..*|encoder\.layers\..*|(?:pre_layrnorm|post_layernorm|final_layer_norm)\..*)"
 )
 _PROJECTION = re.compile(r"(?P<before>(?:.*\.)?)(?P<tower>visual|text)_projection\.weight")

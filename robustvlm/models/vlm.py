@@ -23,8 +23,9 @@ class VLM(nn.Module, ABC):
 
     A subclass implements `_image_features` (pixels [B, 3, S, S] in [0, 1], S = `image_size`) and `_text_features`;
     both may return features of any length, which are scaled to unit norm here. `logit_scale` is the factor on cosine
-    similarities (the inverse of the softmax temperature). `interpolation`, `resize_mode` and `fill_color` say how an
-    image of any shape becomes such a square (see `Framing`); they are handed to whoever reads the images.
+    similarities (the inverse of the softmax temperature). `interpolation`, `resize_mode`, `fill_color` and
+    `short_side` say how an image of any shape becomes such a square (see `Framing`); they are handed to whoever reads
+    the images.
 
     Example:
         >>> class Mean(VLM):
@@ -46,10 +47,11 @@ class VLM(nn.Module, ABC):
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
         fill_color: int = 0,
+        short_side: int = 0,
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color)
+        self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color, short_side)
         self.logit_scale = logit_scale
         # Follows .to(device) even where a model has no tensor of its own.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
@@ -100,6 +102,11 @@ class VLM(nn.Module, ABC):
         """Return how many tokens of each text are cut off at the context length; 0 where that is not known."""
         return [0] * len(texts)
 
+    def class_vectors(self, class_names: Sequence[str]) -> torch.Tensor | None:
+        """Return unit vectors [K, D] that stand for the classes whatever the prompts; None: their texts do."""
+        del class_names
+        return None
+
     def at_noise(self, sigma: float) -> VLM:
         """Return the model to use behind Gaussian noise of `sigma`: itself, unless a part of it is told the noise."""
         del sigma
@@ -138,13 +145,15 @@ class VLM(nn.Module, ABC):
         return ()
 
 
-def framing_of_model(spec: str, image_size: int, interpolation: str, resize_mode: str, fill_color: int) -> Framing:
+def framing_of_model(
+    spec: str, image_size: int, interpolation: str, resize_mode: str, fill_color: int, short_side: int = 0
+) -> Framing:
     """Return how a model takes images, or raise a UserError that names the model."""
     if interpolation not in INTERPOLATIONS:
         hint = nearest(str(interpolation), INTERPOLATIONS)
         raise UserError(f"model '{spec}' asks for the unknown interpolation '{interpolation}'; {hint}")
     try:
-        return Framing(image_size, interpolation, resize_mode, fill_color)
+        return Framing(image_size, interpolation, resize_mode, fill_color, short_side)
     except UserError as error:
         raise UserError(f"model '{spec}': {error}") from None
 

@@ -14,7 +14,7 @@ import torch
 
 from robustvlm.core.device import resolve_device
 from robustvlm.core.files import read_json
-from robustvlm.core.registry import names_a_callable
+from robustvlm.core.registry import LIBRARIES, names_a_callable
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.checkpoints import TowerAlone
 from robustvlm.models.clip import ClipVLM, build_clip, put_tower
@@ -37,6 +37,8 @@ SPEC_FORMS = (
     ("FILE@BASE", "a vision or text tower alone, in place of that of the model BASE, as fare.pt@ViT-L-14/openai"),
     ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
     ("FOLDER", f"a model made by this program, or a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
+    ("timm:NAME", "a classifier of timm, also NAME.TAG, and NAME/FILE for a local checkpoint (see docs/models.md)"),
+    ("torchvision:NAME", "the same of torchvision, as torchvision:resnet50.IMAGENET1K_V1"),
     ("MODULE:CALLABLE", "your own encoder (see docs/models.md)"),
 )
 _HUB = "hf-hub:"
@@ -75,6 +77,8 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         2
     """
     place = resolve_device(device)
+    if spec.partition(":")[0] in LIBRARIES and not os.path.exists(spec):
+        raise UserError(f"'{spec}' is a classifier: open it with robustvlm.load_model or robustvlm.load_classifier")
     if spec in BUNDLED:
         return _from_folder(BUNDLED[spec], spec).to(place)
     if spec.startswith(_HUB):
