@@ -189,7 +189,7 @@ class _Timm(_Library):
     def make(self, name: str, classes: int | None) -> nn.Module:
         import timm
 
-        options = {} if classes is None else {"num_classes": classes}
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         net: nn.Module = timm.create_model(name, pretrained=False, **options)
         return net
 
@@ -339,7 +339,10 @@ def _from_file(library: _Library, name: str, file: Path, part: str | None, spec:
     except Exception as error:  # libraries fail in any way
         raise UserError(f"'{spec}' cannot be built: {brief(error)}") from error
     found = find_weights(net, content, what=what, part=part, convert=_as_they_are)
-    net.load_state_dict(found.weights, strict=False)
+    # Its own state first: that carries the versions that some layers ask for.
+    state = net.state_dict()
+    state.update(found.weights)
+    net.load_state_dict(state)
     return net
 
 

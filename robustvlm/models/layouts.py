@@ -15,20 +15,20 @@ def from_open_clip(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dic
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
-    weights = convert_state_dict(model, dict(weights))
+    found: dict[str, torch.Tensor] = convert_state_dict(model, dict(weights))
     own = model.state_dict()
-    if "positional_embedding" in weights and "positional_embedding" not in own:
-        weights = convert_to_custom_text_state_dict(weights)
-    weights.pop("text.transformer.embeddings.position_ids", None)
+    if "positional_embedding" in found and "positional_embedding" not in own:
+        found = convert_to_custom_text_state_dict(found)
+    found.pop("text.transformer.embeddings.position_ids", None)
     for name in ("logit_scale", "logit_bias"):
-        if name in weights and name in own and weights[name].numel() == 1:
-            weights[name] = weights[name].reshape(own[name].shape)
+        if name in found and name in own and found[name].numel() == 1:
+            found[name] = found[name].reshape(own[name].shape)
     if hasattr(model, "visual"):
         # Where these fail, the checkpoint is of another width; the comparison of shapes says so in words.
         with contextlib.suppress(AssertionError, AttributeError, RuntimeError):
-            resize_pos_embed(weights, model)
-            resize_text_pos_embed(weights, model)
-    return weights
+            resize_pos_embed(found, model)
+            resize_text_pos_embed(found, model)
+    return found
 
 
 # CLIP as transformers names it: each row of a pattern and what open_clip calls the same tensor

@@ -139,6 +139,7 @@ def _from_tower(tower: str, base: str, spec: str) -> ClipVLM:
     if name:
         _require_architecture(name, vlm, spec)
     put_tower(vlm, Path(file), spec=spec, part=part)
+    _require_activation(Path(file), vlm)
     return vlm
 
 
@@ -151,6 +152,25 @@ def _require_architecture(name: str, base: ClipVLM, spec: str) -> None:
         raise UserError(f"'{spec}': '{base.spec}' is no {name}: name a base of the tower's architecture")
     if named.get("quick_gelu") and not (quick or config.get("quick_gelu")):
         raise UserError(f"'{spec}': {name} uses QuickGELU and '{base.spec}' does not: name the base it was made from")
+
+
+def _require_activation(file: Path, vlm: ClipVLM) -> None:
+    """Refuse a file beside which transformers says that it was trained with another activation."""
+    described = file.parent / "config.json"
+    content = read_json(described) if described.is_file() else {}
+    if content.get("model_type") not in ("clip", "clip_vision_model", "clip_text_model"):
+        return
+    parts = [content[key] for key in ("vision_config", "text_config") if isinstance(content.get(key), dict)] or [
+        content
+    ]
+    config, forced = json.loads(vlm.architecture)
+    ours = {"quick_gelu" if forced or config.get("quick_gelu") else "gelu"}
+    theirs = {str(part.get("hidden_act", "quick_gelu")) for part in parts}  # transformers' own default
+    if theirs != ours:
+        raise UserError(
+            f"'{described}' says that '{file.name}' was trained with {' and '.join(sorted(theirs))}, and '{vlm.spec}' "
+            f"computes {', '.join(ours)}: name the architecture that has it, as ViT-L-14-quickgelu or ViT-L-14"
+        )
 
 
 def _from_folder(folder: Path, spec: str, part: str | None = None) -> ClipVLM:
@@ -215,6 +235,7 @@ def _from_name(spec: str) -> ClipVLM:
         tags = _tags(name)
         base = f"{name}/{'openai' if 'openai' in tags else tags[0]}" if tags else "BASE"
         raise TowerAlone(alone.what, alone.tower, spec=spec, base=base) from None
+    _require_activation(path, vlm)
     if unsure := _unsure(name):
         _log.warning(
             "the file of '%s' does not say how it was trained: %s; a model folder's config says it", spec, unsure

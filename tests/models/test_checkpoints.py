@@ -364,6 +364,16 @@ def test_transformers_weights_give_the_same_features(theirs: Any, prefix: str) -
     assert not torch.allclose(features(plain, pixels, tokens)[0], features(theirs, pixels, tokens)[0], atol=1e-5)
 
 
+def test_the_activation_that_transformers_names_is_held_against_the_architecture(folder: Path) -> None:
+    spec = f"mini-8/{folder / 'open_clip_model.safetensors'}"
+    (folder / "config.json").write_text('{"model_type": "clip", "vision_config": {}, "text_config": {}}')
+    with pytest.raises(UserError, match=r"trained with quick_gelu, and .* computes gelu: name the architecture"):
+        load_model(spec)
+    gelu = {"hidden_act": "gelu"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": gelu, "text_config": gelu}))
+    load_model(spec)
+
+
 def test_transformers_towers_alone(theirs: Any) -> None:
     whole: Found = find_weights(ours(quick=True), theirs.state_dict(), what="x")
     for tower, projection in (("vision", "visual_projection"), ("text", "text_projection")):
