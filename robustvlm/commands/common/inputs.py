@@ -183,8 +183,8 @@ def _parts(thing: object) -> Iterator[object]:
 
 
 def remarks_of(source: DataSource, vlm: VLM | None = None) -> list[str]:
-    """Return what was left aside or understood in some way in the data, and of `vlm` which prompts it does not read whole
-    and what its logits leave out.
+    """Return what was left aside or understood in some way in the data; which prompts `vlm` does not read whole, and
+    what its logits leave out.
 
     They are said on the terminal and in the manifest, and are no part of what defines a run.
 
