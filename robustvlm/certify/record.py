@@ -404,11 +404,12 @@ def resize_norm(width: int, height: int, size: int | Framing) -> float:
     return _line_norm(short, target, filter_) * _line_norm(long, max(target, int(target * long / short)), filter_)
 
 
-def source_norm(width: int, height: int, target: int) -> float | None:
+def source_norm(width: int, height: int, target: int | Framing) -> float | None:
     """Return the factor from a change of an 8-bit image to that of the model's pixels: 1 if these are the same or None.
 
     Example:
-        >>> source_norm(224, 224, 224), source_norm(256, 256, 224)
-        (1.0, None)
+        >>> source_norm(224, 224, 224), source_norm(256, 256, 224), source_norm(224, 224, Framing(224, short_side=256))
+        (1.0, None, None)
     """
-    return 1.0 if width == height == target else None
+    framing = Framing.of(target)
+    return 1.0 if width == height == framing.image_size == framing.scaled_side else None

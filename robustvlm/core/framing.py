@@ -33,7 +33,7 @@ class Framing:
 
     Example:
         >>> Framing(224, resize_mode="squash").at(64)
-        Framing(image_size=64, interpolation='bicubic', resize_mode='squash', fill_color=0)
+        Framing(image_size=64, interpolation='bicubic', resize_mode='squash', fill_color=0, short_side=0)
     """
 
     image_size: int

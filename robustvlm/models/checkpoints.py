@@ -89,7 +89,7 @@ def find_weights(
     Example:
         >>> content = {"epoch": 3, "ema": {"module.weight": torch.ones(1, 2), "module.bias": torch.ones(1)}}
         >>> find_weights(nn.Linear(2, 1), content, what="a.pt")
-        Found(tower=None, place='ema.module', logit_bias=None)
+        Found(tower=None, place='ema', logit_bias=None)
         >>> find_weights(nn.Linear(3, 1), content, what="a.pt")
         Traceback (most recent call last):
         robustvlm.errors.UserError: a.pt does not fit the model: 'weight' is [1, 2], the model needs [1, 3]

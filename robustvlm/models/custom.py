@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
     `logit_scale` is the factor on cosine similarities (CLIP's learnt parameter after exp, 100 for most). Optional
     attributes `interpolation` ("bicubic" by default, or "bilinear"), `resize_mode` ("shortest" by default, "squash",
-    "longest") and `fill_color` (0) say how images are brought to `image_size`; see `Framing`.
+    "longest"), `fill_color` (0) and `short_side` say how images are brought to `image_size`; see `Framing`.
     """
 
     image_size: int

@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import robustvlm as rv
+from robustvlm.certify import resize_norm, source_norm
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.data.classes import imagenet_names, wordnet_names
 from robustvlm.defenses.library import _LIBRARIES, _outputs, places_of
@@ -92,6 +93,15 @@ def test_cropping_after_a_larger_resize_is_torchvisions(side: int, size: tuple[i
     wanted = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(side), v2.PILToTensor()])(picture(*size))
     found = to_pixels(picture(*size), Framing(side, "bilinear", short_side=256))
     assert torch.equal((255 * found).round().to(torch.uint8), wanted)
+
+
+def test_a_radius_is_the_source_images_only_where_nothing_was_scaled_or_cropped() -> None:
+    cropped = Framing(224, short_side=256)
+    assert source_norm(224, 224, 224) == 1.0
+    assert source_norm(224, 224, cropped) is source_norm(256, 256, cropped) is None
+    # A resize to 256 that scales up by 8/7 at most stretches by it in each direction; the crop adds nothing.
+    assert resize_norm(224, 224, cropped) == pytest.approx(resize_norm(224, 224, 256))
+    assert resize_norm(256, 300, cropped) == 1.0
 
 
 def test_a_long_strip_is_cropped_alike(monkeypatch: pytest.MonkeyPatch) -> None:

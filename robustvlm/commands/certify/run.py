@@ -261,7 +261,7 @@ class SamplingRun:
                 self._told.image_done(None)
                 continue
             number = index(item.id)
-            self._norms[number] = source_norm(*item.source_size, self.config.resolution)
+            self._norms[number] = source_norm(*item.source_size, self.images.framing)
             yield Task(item.id, number, item.pixels, item.label)
 
     def _passed(self, rows: int, used: int) -> None:

@@ -62,7 +62,7 @@ class Images:
         ahead: int = 0,
     ) -> None:
         self.source, self.limit = source, limit
-        self._framing, self._ahead = Framing.of(resolution), ahead
+        self.framing, self._ahead = Framing.of(resolution), ahead
         self._order: dict[str, int] = {}
 
     def index(self, name: str) -> int:
@@ -86,7 +86,7 @@ class Images:
         for item in self.source.samples(limit=self.limit, keep=keep):
             self._order.setdefault(item.id, len(self._order))  # the faults of a stream are not asked for
             if isinstance(item, Sample):
-                pixels = to_pixels(item.image, self._framing)
+                pixels = to_pixels(item.image, self.framing)
                 yield Picture(item.id, item.label, pixels, item.image.size)
             else:
                 yield item
