@@ -82,22 +82,24 @@ class Table(MutableMapping[str, T], Generic[T]):
                 import_module(f"{self._home}.{module.name}")
 
 
-NOT_CODE = ("transformers:",)
-"""Beginnings of specs that name a model's files, though they look like `module:callable`."""
+LIBRARIES = ("timm", "torchvision")
+"""Whose classifiers are named `LIBRARY:NAME`, which is no `module:callable`."""
+
+NOT_CODE = (*LIBRARIES, "transformers")
+"""Libraries whose models are named `LIBRARY:NAME`, though that looks like `module:callable`."""
 
 
 def names_a_callable(spec: str) -> bool:
-    """Whether a spec has the form `module:callable`.
+    """Whether a spec has the form `module:callable`, and is no model of a library.
 
     Example:
         >>> names_a_callable("my.module:make"), names_a_callable("hf-hub:org/name")
         (True, False)
-        >>> names_a_callable("transformers:gpt2")  # a model's name, not code
-        False
+        >>> names_a_callable("timm:resnet18"), names_a_callable("timm.models:resnet18")
+        (False, True)
     """
-    if spec.startswith(NOT_CODE):
-        return False
-    return re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec) is not None
+    form = re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", spec)
+    return form is not None and spec.partition(":")[0] not in NOT_CODE
 
 
 def names_own(spec: str) -> bool:

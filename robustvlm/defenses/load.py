@@ -13,6 +13,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.data.classes import DEFAULT
 from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
+from robustvlm.defenses.library import load_library, names_library_model
 from robustvlm.defenses.pipeline import load_pipeline, saved_model, split_rejection, split_spec
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM
@@ -24,7 +25,8 @@ def load_model(spec: str, device: str | torch.device = "auto") -> VLM:
 
     Args:
         spec: "tiny", open_clip's "NAME/TAG", "NAME/FILE", "hf-hub:ORG/REPO", "transformers:FOLDER", a folder, also any
-            that this program made, "module:callable", each with operators as "+smooth:0.25:64".
+            that this program made, "module:callable", a classifier as "timm:resnet18", each with operators as
+            "+smooth:0.25:64".
 
     Raises:
         UserError: there is no such model, or its weights cannot be had or do not fit.
@@ -78,7 +80,10 @@ def own_classes(spec: str) -> Sequence[str] | None:
         True
     """
     base, _ = split_rejection(spec)
-    made = saved_model(split_spec(base)[0])
+    model = split_spec(base)[0]
+    if names_library_model(model):
+        return load_library(model).class_names
+    made = saved_model(model)
     if made is None and names_a_callable(base) and not os.path.isdir(base):
         found: Sequence[str] | None = getattr(create(base), "class_names", None)
         return found

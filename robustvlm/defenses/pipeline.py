@@ -24,6 +24,7 @@ from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import NOT_CODE, create, names_a_callable
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
+from robustvlm.defenses.library import ClassifierVLM, LibraryClassifier, load_library, names_library_model
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, load_model, resize, zero_shot
@@ -54,8 +55,8 @@ class Operation:
 
 
 def _is_path(base: str) -> bool:
-    prefix = next((one for one in NOT_CODE if base.startswith(one)), "")
-    return os.path.exists(os.path.expanduser(base.removeprefix(prefix)))
+    kind, _, rest = base.partition(":")
+    return os.path.exists(os.path.expanduser(rest if kind in NOT_CODE else base))
 
 
 def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
@@ -253,7 +254,8 @@ class Operator:
 
 
 def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
-    """Return the model that `spec` names: any spec of `load_model`, or a folder made by this program, then +operators.
+    """Return the model that `spec` names: any spec of `load_model`, a folder made by this program, or a classifier of
+    timm or torchvision seen as an encoder, then +operators.
 
     Operators and their arguments are checked before the model is loaded. Raises UserError for an unknown operator or
     wrong arguments, and whatever `load_model` raises.
@@ -265,7 +267,10 @@ def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     base, operations = split_spec(spec)
     check_operations(spec, operations)
     made = saved_model(base)
-    if made is None:
+    vlm: VLM
+    if names_library_model(base):
+        vlm = ClassifierVLM(load_library(base)).to(resolve_device(device))
+    elif made is None:
         vlm = load_model(base, device=device)
     else:
         vlm = made.encoder(resolve_device(device))
@@ -384,6 +389,15 @@ class OwnClassifier(Classifier):
         return fingerprint(state_of(self.model) | self._hidden.state(), extra)
 
 
+class OfLibrary(OwnClassifier):
+    """A classifier of timm or torchvision, known by its weights and its name, wherever its file lies."""
+
+    @property
+    def fingerprint(self) -> str:
+        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
+        return fingerprint(state_of(self.model), (self.model.identity, *framing))
+
+
 def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.device) -> OwnClassifier:
     """Return a user's object as a classifier, after a trial on two images; a UserError says what is wrong with it."""
     if not callable(model) and not callable(getattr(model, "forward", None)):
@@ -399,7 +413,8 @@ def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.dev
     if not isinstance(model, nn.Module) and callable(getattr(model, "to", None)):
         model = model.to(place) or model
     # A caller may go on using what the callable returned.
-    classifier = OwnClassifier(own_copy(model), spec=spec, class_names=class_names)
+    kind = OfLibrary if isinstance(model, LibraryClassifier) else OwnClassifier
+    classifier = kind(own_copy(model), spec=spec, class_names=class_names)
     classifier.to(place)
     _try_out(classifier, place)
     return classifier
@@ -438,10 +453,10 @@ def load_classifier(
 ) -> Classifier:
     """Return the classifier that `spec` names over the given classes, frozen, in evaluation mode, on `device`.
 
-    A spec is any of `load_pipeline`, read as a zero-shot classifier; or `module:callable` whose object has no
-    `encode_text` but classifies: called with pixels [B, 3, S, S] in [0, 1] it returns logits [B, K], and it has an
-    `image_size` S. Optional attributes: `can_reject` (the output has the acceptance score as one column more),
-    `interpolation`, `differentiable`, `surrogate`. Either may end in `+reject:T`.
+    A spec is any of `load_pipeline`, read as a zero-shot classifier; or a classifier of timm or torchvision; or
+    `module:callable` whose object has no `encode_text` but classifies: called with pixels [B, 3, S, S] in [0, 1] it
+    returns logits [B, K], and it has an `image_size` S. Optional attributes: `can_reject` (the output has the
+    acceptance score as one column more), `interpolation`, `differentiable`, `surrogate`. Either may end in `+reject:T`.
 
     Raises:
         UserError: no such model, wrong operators, or an output that does not fit the classes.
@@ -463,6 +478,8 @@ def load_classifier(
 def _load(
     spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
 ) -> Classifier:
+    if names_library_model(spec) and not split_spec(spec)[1]:
+        return load_own(load_library(spec).for_classes(class_names), spec, class_names, place)
     if not names_a_callable(spec) or os.path.isdir(spec):
         vlm = load_pipeline(spec, device=place)
         made = saved_model(split_spec(spec)[0])

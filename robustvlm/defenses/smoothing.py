@@ -129,6 +129,9 @@ class SmoothedVLM(VLM):
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.encode_text(texts)
 
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        return self.base.class_vectors(class_names)
+
     def cut_tokens(self, texts: Sequence[str]) -> list[int]:
         return self.base.cut_tokens(texts)
 

@@ -20,8 +20,9 @@ from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, require_regular
 from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
 from robustvlm.errors import MissingExtra, UserError, nearest
+from robustvlm.models.checkpoints import find_weights, fit_weights
 from robustvlm.models.vlm import VLM
-from robustvlm.models.weights import CONFIG_NAME, brief, fit_weights, hub_file, read_weights
+from robustvlm.models.weights import CONFIG_NAME, brief, hub_file, read_checkpoint
 
 # What an open_clip config says of preprocessing: read as open_clip reads it, and compared with its own
 
@@ -97,6 +98,13 @@ def require_equal(
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     theirs = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    require_same_pixels(theirs, framing, mean, std, spec, "open_clip")
+
+
+def require_same_pixels(
+    theirs: Callable[[Image.Image], Any], framing: Framing, mean: torch.Tensor, std: torch.Tensor, spec: str, whose: str
+) -> None:
+    """Refuse a model for which the transform of the library that it is from gives other values than ours."""
     for width, height in ((96, 41), (37, 80)):
         grid = np.add.outer(np.arange(height) * 7, np.arange(width) * 5)
         image = Image.fromarray(np.stack([grid, grid * 3 + 1, grid // 2], axis=-1).astype(np.uint8))
@@ -105,7 +113,7 @@ def require_equal(
         if wanted.shape != got.shape or (wanted - got).abs().max() > _ROUNDING * wanted.abs().max().clamp_min(1):
             raise UserError(
                 f"the preprocessing of model '{spec}' ({framing.resize_mode}, {framing.interpolation}, "
-                f"{framing.image_size} pixels) gives other pixels than this release of open_clip does: use another one"
+                f"{framing.image_size} pixels) gives other pixels than this release of {whose} does: use another one"
             )
 
 
@@ -226,7 +234,11 @@ _PROBES = ["a photo of a border collie, 1986", "Zwölf Boxkämpfer jagen Viktor"
 
 
 class ClipVLM(VLM):
-    """An open_clip model with its tokenizer and the preprocessing it was trained with."""
+    """An open_clip model with its tokenizer and the preprocessing it was trained with.
+
+    `logit_bias` is what the sigmoid loss adds to every logit, None without one. It changes neither softmax nor
+    prediction and is left out of the logits.
+    """
 
     model: Any  # open_clip's classes share encode_image, encode_text, visual and logit_scale, but no typed base
     mean: torch.Tensor
@@ -238,6 +250,7 @@ class ClipVLM(VLM):
         self.model = model
         self.tokenizer = tokenizer
         self.architecture = architecture
+        self.logit_bias: float | None = None
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -274,12 +287,14 @@ def build_clip(
     preprocess: dict[str, Any] | None = None,
     quick_gelu: bool = False,
     tokenizer_source: str | None = None,
+    part: str | None = None,
 ) -> ClipVLM:
     """Return the open_clip model that `source` describes, with the weights of a local file.
 
     `source` is what open_clip takes: an architecture's name or `local-dir:FOLDER`; `preprocess` overrides what it says
-    of the preprocessing. Raises UserError when the config is broken or unknown in a part, when the weights or the
-    tokenizer do not fit, or when open_clip would bring images to the model in another way than this program does.
+    of the preprocessing; `part` names the weights to take of a file with several. Raises UserError when the config is
+    broken or unknown in a part, when the weights or the tokenizer do not fit, or when open_clip would bring images to
+    the model in another way than this program does.
     """
     import open_clip
 
@@ -288,7 +303,7 @@ def build_clip(
             check_settings(Path(source.removeprefix(_FOLDER)), spec)
         config = open_clip.get_model_config(source)
         _check_text_config(config["text_cfg"], spec, tokenizer_inside=(tokenizer_source or source).startswith(_FOLDER))
-        values = read_weights(weights)
+        content = read_checkpoint(weights)
         with _quiet(), same_random_state():
             model = open_clip.create_model(
                 source,
@@ -306,11 +321,30 @@ def build_clip(
         raise MissingExtra(error.name or "transformers", extra="hub") from error
     except Exception as error:  # a wrong config fails in any way inside open_clip, torch or timm
         raise UserError(f"model '{spec}' cannot be built from its config: {brief(error)}") from error
-    fit_weights(model, values, what=f"'{weights}'")
+    found = fit_weights(model, content, what=f"'{weights}'", part=part)
     check_vocabulary(tokenizer, model, config["text_cfg"], spec)
-    # The temperature is one of the weights that have just been read.
-    vlm.logit_scale = float(model.logit_scale.detach().exp())
+    _take_temperature(vlm, found.logit_bias)
     return vlm
+
+
+def put_tower(vlm: ClipVLM, weights: Path, *, spec: str, part: str | None = None) -> None:
+    """Replace one tower of a model by that of a file which holds no more, and name the model `spec`.
+
+    Raises UserError when the file holds another tower, or a whole model.
+    """
+    found = find_weights(vlm.model, read_checkpoint(weights), what=f"'{weights}'", part=part)
+    if found.tower is None:
+        raise UserError(f"'{weights}' holds a whole model: leave out '@{vlm.spec}', nothing of which would be used")
+    vlm.model.load_state_dict(found.weights, strict=False)
+    vlm.spec = spec
+    _take_temperature(vlm, found.logit_bias if "logit_scale" in found.weights else vlm.logit_bias)
+
+
+def _take_temperature(vlm: ClipVLM, bias: float | None) -> None:
+    """Read the temperature, which is one of the weights, and the bias, which most models have no place for."""
+    own = getattr(vlm.model, "logit_bias", None)
+    vlm.logit_scale = float(vlm.model.logit_scale.detach().exp())
+    vlm.logit_bias = bias if own is None else float(own.detach())
 
 
 def _architecture(config: dict[str, Any], quick_gelu: bool) -> str:

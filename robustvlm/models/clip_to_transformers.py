@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import replacing, write_text
-from robustvlm.core.side_effects import same_random_state
 from robustvlm.errors import UserError, setting
 from robustvlm.models.clip import ClipVLM
 from robustvlm.models.clip_folder import stored_weights

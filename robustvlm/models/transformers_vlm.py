@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustvlm.core.side_effects import same_random_state
+from robustvlm.core.boundary import same_random_state
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.transformers_files import (
     ALIGNMENT,

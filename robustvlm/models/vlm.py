@@ -104,6 +104,11 @@ class VLM(nn.Module, ABC):
         """Return how many tokens of each text are cut off at the context length; 0 where that is not known."""
         return [0] * len(texts)
 
+    def class_vectors(self, class_names: Sequence[str]) -> torch.Tensor | None:
+        """Return unit vectors [K, D] that stand for the classes whatever the prompts; None: their texts do."""
+        del class_names
+        return None
+
     def at_noise(self, sigma: float) -> VLM:
         """Return the model to use behind Gaussian noise of `sigma`: itself, unless a part of it is told the noise."""
         del sigma

@@ -1,4 +1,4 @@
-"""Weights: fetched from a hub, read without running code from them, fitted to a model, and known by a digest."""
+"""Weights: fetched from a hub, and read from a file without running code from it."""
 
 from __future__ import annotations
 
@@ -14,50 +14,81 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from robustvlm.core.files import require_regular
 from robustvlm.core.network import download_seconds, within
 from robustvlm.errors import UserError
+from robustvlm.models.torchscript import read_archive
 from robustvlm.text import without_secrets
 
-# Reading checkpoints without running code from them, and fitting them to a model with clear errors
+# Reading checkpoints without running code from them
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+# What training scripts keep beside the weights without a thought: read as nothing, and without any code of theirs.
+_ASIDE = (
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "argparse.Namespace",
+)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the named tensors of a checkpoint file, on the CPU; nothing but tensors is ever unpickled.
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Return what a checkpoint file holds, tensors on the CPU; nothing but tensors is ever unpickled.
 
-    A state dict inside a training checkpoint is found, and the prefixes of DDP and torch.compile are taken off.
-    Raises UserError when the file is missing, damaged, holds code, or holds anything but finite tensors.
+    NumPy numbers and parsed options beside the weights, as training scripts store them, come out as empty objects. Of a
+    TorchScript archive the tensors are returned under the names of its state dict; its code is not read.
+
+    Raises:
+        UserError: the file is missing, damaged, holds code, or is no mapping.
 
     Example:
         >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "w.pt"
+        >>> file = Path(tempfile.mkdtemp()) / "w.pth.tar"
         >>> torch.save({"epoch": 3, "state_dict": {"module.a": torch.ones(1)}}, file)
-        >>> read_weights(file)
-        {'a': tensor([1.])}
+        >>> read_checkpoint(file)
+        {'epoch': 3, 'state_dict': {'module.a': tensor([1.])}}
     """
     if not path.is_file():
         raise UserError(f"no checkpoint file at '{path}'")
     if path.suffix not in SUFFIXES:
         raise UserError(f"a checkpoint file ends in {', '.join(SUFFIXES)}, got '{path.name}'")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled_tensors(path)
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"'{path}' holds no named tensors but {type(content).__name__}: save model.state_dict()")
-    weights = _without_prefixes(dict(content))
+    return content
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the named tensors of a file that holds nothing else, on the CPU.
+
+    Raises UserError as `read_checkpoint`, and for anything but finite tensors.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "w.pt"
+        >>> torch.save({"a": torch.ones(1)}, file)
+        >>> read_weights(file)
+        {'a': tensor([1.])}
+    """
+    weights = dict(read_checkpoint(path))
     for name, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"'{path}' holds more than tensors: '{name}' is a {type(tensor).__name__}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"'{path}' is broken: '{name}' holds NaN or infinite values")
+    require_finite(weights, f"'{path}'")
     return weights
+
+
+def require_finite(weights: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuse weights of which one is no number.
+
+    Example:
+        >>> require_finite({"a": torch.ones(1)}, "a.pt")
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{what} is broken: '{name}' holds NaN or infinite values")
 
 
 def _read_safetensors(path: Path) -> object:
@@ -70,7 +101,7 @@ def _read_safetensors(path: Path) -> object:
 
 def _read_pickled_tensors(path: Path) -> object:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _aside():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -82,67 +113,33 @@ def _read_pickled_tensors(path: Path) -> object:
         raise UserError(_damaged(path)) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError ... depending on where the bytes break
         if "TorchScript" in str(error):
-            raise UserError(f"'{path}' is a TorchScript archive: save its state_dict() as .safetensors") from error
+            return read_archive(path)
         raise UserError(_damaged(path)) from error
+
+
+class _Aside:
+    """Stands for an object beside the weights; whatever it was made from is dropped."""
+
+    def __init__(self, *given: object, **options: object) -> None:
+        del given, options
+
+    def __setstate__(self, state: object) -> None:
+        del state
+
+
+def _aside() -> contextlib.AbstractContextManager[None]:
+    """Let the loader of plain tensors put stand-ins where a file names what `_ASIDE` lists."""
+    # Stand-ins came to torch with this function.
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        return contextlib.nullcontext()
+    allowed: contextlib.AbstractContextManager[None] = torch.serialization.safe_globals(
+        [(_Aside, name) for name in _ASIDE]
+    )
+    return allowed
 
 
 def _damaged(path: Path) -> str:
     return f"'{path}' is damaged or no torch checkpoint of plain tensors: fetch it again or save it as .safetensors"
-
-
-def _without_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
-
-
-def fit_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, what: str) -> None:
-    """Copy `weights` into an open_clip `model`, or raise UserError naming the first keys and shapes that do not fit.
-
-    open_clip's own conversions (older layouts, other image and context sizes) are applied first.
-
-    Example:
-        >>> fit_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 3), "bias": torch.ones(1)}, what="a.pt")
-        Traceback (most recent call last):
-        robustvlm.errors.UserError: a.pt does not fit the model: 'weight' is [1, 3], the model needs [1, 2]
-    """
-    weights = _converted(model, dict(weights))
-    own = model.state_dict()
-    shapes = [
-        f"'{name}' is {list(weights[name].shape)}, the model needs {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    missing = [f"'{name}' is missing" for name in own if name not in weights]
-    unknown = [f"'{name}' is not part of the model" for name in weights if name not in own]
-    faults = [*shapes, *missing, *unknown]
-    if faults:
-        more = f" ({len(faults) - 2} more)" if len(faults) > 2 else ""
-        # Of each kind the first: a wrong architecture shows in all three.
-        shown = [kind[0] for kind in (shapes, missing, unknown) if kind][:2] if more else faults
-        raise UserError(f"{what} does not fit the model: {'; '.join(shown)}{more}")
-    model.load_state_dict(weights)
-
-
-def _converted(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
-
-    weights = convert_state_dict(model, weights)
-    own = model.state_dict()
-    if "positional_embedding" in weights and "positional_embedding" not in own:
-        weights = convert_to_custom_text_state_dict(weights)
-    weights.pop("text.transformer.embeddings.position_ids", None)
-    for name in ("logit_scale", "logit_bias"):
-        if name in weights and name in own and weights[name].numel() == 1:
-            weights[name] = weights[name].reshape(own[name].shape)
-    if hasattr(model, "visual"):
-        # Where these fail, the checkpoint is of another width; the comparison of shapes says so in words.
-        with contextlib.suppress(AssertionError, AttributeError, RuntimeError):
-            resize_pos_embed(weights, model)
-            resize_text_pos_embed(weights, model)
-    return weights
 
 
 # Fetching checkpoints from the Hugging Face hub, cached copies first, with one clear error where that fails
@@ -216,6 +213,3 @@ def brief(error: BaseException, *, limit: int = 160) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     line = without_secrets(line)
     return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-# The identity of a model: a digest of its weights and of what else decides its output

@@ -172,6 +172,9 @@ def class_embeddings(
         >>> class_embeddings(load_model("tiny"), ["apple", "dog"], ["{}", "a {}"]).norm(dim=-1).round(decimals=4)
         tensor([1., 1.])
     """
+    own = vlm.class_vectors(class_names)
+    if own is not None:
+        return own
     per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
     rows = []
     with torch.no_grad(), full_precision_kernels():
@@ -263,7 +266,7 @@ def _short(name: str) -> str:
 
 
 def _embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool) -> torch.Tensor:
-    if not cache:
+    if not cache or vlm.class_vectors(class_names[:1]) is not None:
         return class_embeddings(vlm, class_names, templates)
     # The first class is always computed: should anything but the weights have changed what the text tower does
     # (a library, the device, the encoder's own files), its bits differ, and so does the key.

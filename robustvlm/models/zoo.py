@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -13,9 +14,10 @@ import torch
 
 from robustvlm.core.files import read_json
 from robustvlm.core.ranks import resolve_device
-from robustvlm.core.registry import names_a_callable
+from robustvlm.core.registry import LIBRARIES, names_a_callable
 from robustvlm.errors import UserError, nearest
-from robustvlm.models.clip import ClipVLM, build_clip
+from robustvlm.models.checkpoints import TowerAlone
+from robustvlm.models.clip import ClipVLM, build_clip, put_tower
 from robustvlm.models.custom import load_custom
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.transformers_files import PREFIX as _TRANSFORMERS
@@ -34,10 +36,13 @@ SPEC_FORMS = (
     ("tiny-robust", "the same, adversarially trained (Linf 2/255)"),
     ("NAME/TAG", "an open_clip model with published weights, as ViT-B-32/laion2b_s34b_b79k"),
     ("NAME/FILE", "an open_clip architecture with a local checkpoint, as ViT-B-32/runs/best.safetensors"),
+    ("FILE@BASE", "a vision or text tower alone, in place of that of the model BASE, as fare.pt@ViT-L-14/openai"),
     ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
     ("transformers:FOLDER_OR_REPO", "a CLIP, SigLIP or image tower of the transformers library (needs [hub])"),
     ("transformers:TOWER@MODEL", "an image tower of it, with the text side of MODEL"),
     ("FOLDER", f"a model made by this program, or a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
+    ("timm:NAME", "a classifier of timm, also NAME.TAG, and NAME/FILE for a local checkpoint (see docs/models.md)"),
+    ("torchvision:NAME", "the same of torchvision, as torchvision:resnet50.IMAGENET1K_V1"),
     ("MODULE:CALLABLE", "your own encoder (see docs/models.md)"),
 )
 _HUB = "hf-hub:"
@@ -76,6 +81,8 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         2
     """
     place = resolve_device(device)
+    if spec.partition(":")[0] in LIBRARIES and not os.path.exists(spec):
+        raise UserError(f"'{spec}' is a classifier: open it with robustvlm.load_model or robustvlm.load_classifier")
     if spec in BUNDLED:
         return _from_folder(BUNDLED[spec], spec).to(place)
     if spec.startswith(_HUB):
@@ -89,16 +96,100 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         return _from_folder(Path(folder), spec).to(place)
     if names_a_callable(spec):
         return load_custom(spec, place)
+    tower, base = split_base(spec)
+    if base is not None:
+        return _from_tower(tower, base, spec).to(place)
+    rest, part = split_part(folder)
+    if part is not None and os.path.isdir(rest):
+        return _from_folder(Path(rest), spec, part).to(place)
     return _from_name(spec).to(place)
 
 
-def _from_folder(folder: Path, spec: str) -> ClipVLM:
+def split_base(spec: str) -> tuple[str, str | None]:
+    """Split FILE@BASE, also NAME/FILE#PART@BASE, into the file and its base; a path with an @ inside stays whole.
+
+    Example:
+        >>> split_base("ViT-L-14/fare.pt@ViT-L-14/openai"), split_base("runs@home/x.pt")
+        (('ViT-L-14/fare.pt', 'ViT-L-14/openai'), ('runs@home/x.pt', None))
+    """
+    parts = spec.split("@")
+    for count in range(1, len(parts)):
+        left = "@".join(parts[:count])
+        if Path(left.partition("#")[0]).suffix in SUFFIXES and not os.path.exists(spec):
+            return left, "@".join(parts[count:])
+    return spec, None
+
+
+def split_part(path: str) -> tuple[str, str | None]:
+    """Split FILE#PART into the path and the place in the file; a path with a # inside stays whole.
+
+    Example:
+        >>> split_part("runs/last.pt#model_ema"), split_part("runs/last.pt")
+        (('runs/last.pt', 'model_ema'), ('runs/last.pt', None))
+    """
+    left, mark, part = path.rpartition("#")
+    return (left, part) if mark and not os.path.exists(path) else (path, None)
+
+
+def _from_tower(tower: str, base: str, spec: str) -> ClipVLM:
+    file, part = split_part(os.path.expanduser(tower))
+    name = ""
+    if not os.path.isfile(file):
+        import open_clip
+
+        name, rest = _split(tower, open_clip.list_models())
+        file, part = split_part(os.path.expanduser(rest))
+    vlm = load_model(base)
+    if not isinstance(vlm, ClipVLM):
+        raise UserError(f"'{spec}': the base of a tower must be an open_clip model, and '{base}' is none")
+    if name:
+        _require_architecture(name, vlm, spec)
+    put_tower(vlm, Path(file), spec=spec, part=part)
+    _require_activation(Path(file), vlm)
+    return vlm
+
+
+def _require_architecture(name: str, base: ClipVLM, spec: str) -> None:
+    """Refuse a tower that is named by another architecture than its base has, or by another activation."""
+    from open_clip import get_model_config
+
+    named, (config, quick) = get_model_config(name) or {}, json.loads(base.architecture)
+    if any(named.get(key) != json.loads(json.dumps(config.get(key))) for key in ("embed_dim", "vision_cfg")):
+        raise UserError(f"'{spec}': '{base.spec}' is no {name}: name a base of the tower's architecture")
+    if named.get("quick_gelu") and not (quick or config.get("quick_gelu")):
+        raise UserError(f"'{spec}': {name} uses QuickGELU and '{base.spec}' does not: name the base it was made from")
+
+
+def _require_activation(file: Path, vlm: ClipVLM) -> None:
+    """Refuse a file beside which transformers says that it was trained with another activation."""
+    described = file.parent / "config.json"
+    content = read_json(described) if described.is_file() else {}
+    if content.get("model_type") not in ("clip", "clip_vision_model", "clip_text_model"):
+        return
+    parts = [content[key] for key in ("vision_config", "text_config") if isinstance(content.get(key), dict)] or [
+        content
+    ]
+    config, forced = json.loads(vlm.architecture)
+    ours = {"quick_gelu" if forced or config.get("quick_gelu") else "gelu"}
+    theirs = {str(part.get("hidden_act", "quick_gelu")) for part in parts}  # transformers' own default
+    if theirs != ours:
+        raise UserError(
+            f"'{described}' says that '{file.name}' was trained with {' and '.join(sorted(theirs))}, and '{vlm.spec}' "
+            f"computes {', '.join(ours)}: name the architecture that has it, as ViT-L-14-quickgelu or ViT-L-14"
+        )
+
+
+def _from_folder(folder: Path, spec: str, part: str | None = None) -> ClipVLM:
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(_why_no_model(folder, spec))
     present = [folder / name for name in WEIGHT_NAMES if (folder / name).is_file()]
     if not present:
         raise UserError(f"the folder '{spec}' has {CONFIG_NAME} but no weights: put {WEIGHT_NAMES[0]} beside it")
-    return build_clip(f"local-dir:{folder}", present[0], spec=spec)
+    try:
+        return build_clip(f"local-dir:{folder}", present[0], spec=spec, part=part)
+    except TowerAlone as alone:
+        place = f"{present[0]}#{part}" if part else str(present[0])
+        raise TowerAlone(alone.what, alone.tower, spec=place) from None
 
 
 def _why_no_model(folder: Path, spec: str) -> str:
@@ -139,11 +230,18 @@ def _from_name(spec: str) -> ClipVLM:
         weights = tag_file(tag, advice=f"check the network, or pass a local file as '{name}/FILE.safetensors'")
         # Which activation the weights were trained with is the tag's to say; open_clip only warns about it.
         return build_clip(name, weights, spec=spec, preprocess=tag, quick_gelu=bool(tag.get("quick_gelu")))
-    path = Path(os.path.expanduser(rest))
+    file, part = split_part(os.path.expanduser(rest))
+    path = Path(file)
     if not os.path.exists(path) and path.suffix not in SUFFIXES:
         hint = nearest(rest, _tags(name)) if _tags(name) else "open_clip has no published weights for it"
         raise UserError(f"'{name}' has no weights '{rest}', and there is no such file; {hint}")
-    vlm = build_clip(name, path, spec=spec, preprocess=_shared_preprocess(name))
+    try:
+        vlm = build_clip(name, path, spec=spec, preprocess=_shared_preprocess(name), part=part)
+    except TowerAlone as alone:
+        tags = _tags(name)
+        base = f"{name}/{'openai' if 'openai' in tags else tags[0]}" if tags else "BASE"
+        raise TowerAlone(alone.what, alone.tower, spec=spec, base=base) from None
+    _require_activation(path, vlm)
     if unsure := _unsure(name):
         _log.warning(
             "the file of '%s' does not say how it was trained: %s; a model folder's config says it", spec, unsure
@@ -158,7 +256,7 @@ def _split(spec: str, architectures: list[str]) -> tuple[str, str]:
         name = "-".join(parts[:count])
         if name in architectures:
             return name, "/".join(parts[count:])
-    if Path(spec).suffix in SUFFIXES:
+    if Path(split_part(spec)[0]).suffix in SUFFIXES:
         raise UserError(f"a checkpoint needs its architecture before it, as 'ViT-B-32/{spec}'")
     if spec.startswith((".", "/", "~")):
         raise UserError(f"no model folder at '{spec}'")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import robustvlm as rv
 from robustvlm.attacks import PGD, Job, LaneEngine, Oracle, ThreatModel
 from robustvlm.core.boundary import Boundary, same_process, same_random_state
 from robustvlm.errors import UserError
@@ -41,6 +42,29 @@ def test_an_in_place_function_is_as_good_as_another(grad: bool) -> None:
         y = pixels(grad=True)
         (right,) = torch.autograd.grad(plain(y).square().sum(), y)
         assert torch.equal(found, right)  # scaled by powers of two: not a bit is different
+
+
+class Normalising(nn.Module):
+    """Normalises its input in place, or not."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_place(x) if self.in_place else plain(x)
+
+
+def test_attacks_and_certificates_from_python_hand_over_copies() -> None:
+    x = pixels()
+    before, label = x.clone(), plain(x).argmax(1)
+    torch.manual_seed(0)
+    found = [rv.perturb(Normalising(in_place=way), x, label, eps=0.05, attack="pgd", steps=3) for way in (True, False)]
+    assert torch.equal(found[0].images, found[1].images)
+    votes = [rv.certify_tensors(rv.Smoothed(Normalising(in_place=way), 0.25), x, n=100) for way in (True, False)]
+    assert torch.equal(votes[0].radius, votes[1].radius)
+    assert votes[0].radius.max() > 0
+    assert torch.equal(x, before)
 
 
 def test_outputs_cannot_be_changed_behind_our_back() -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
-from robustvlm.models.weights import fit_weights, read_weights
+from robustvlm.models.checkpoints import fit_weights
+from robustvlm.models.weights import read_weights
 
 
 class Payload:
@@ -94,19 +95,6 @@ def test_unknown_suffix_and_missing_file(tmp_path: Path) -> None:
         read_weights(tmp_path / "w.npy")
     with pytest.raises(UserError, match="no checkpoint file at"):
         read_weights(tmp_path / "none.pt")
-
-
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "ddp", "compiled"])
-def test_training_checkpoints_are_unwrapped(tmp_path: Path, wrap: str) -> None:
-    weights: dict[str, object] = {"a.weight": torch.rand(2, 2), "b": torch.rand(1)}
-    prefix = {"ddp": "module.", "compiled": "_orig_mod."}.get(wrap, "")
-    named = {prefix + name: tensor for name, tensor in weights.items()}
-    inside = {wrap: named, "epoch": 3, "optimizer": {"lr": 0.1}} if wrap in ("state_dict", "model") else named
-    torch.save(inside, tmp_path / "w.pt")
-    found = read_weights(tmp_path / "w.pt")
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {
-        name: tensor.tolist() for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)
-    }
 
 
 class TestFit:

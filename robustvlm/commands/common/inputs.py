@@ -183,7 +183,8 @@ def _parts(thing: object) -> Iterator[object]:
 
 
 def remarks_of(source: DataSource, vlm: VLM | None = None) -> list[str]:
-    """Return what was left aside or understood in some way in the data, and which prompts `vlm` does not read whole.
+    """Return what was left aside or understood in some way in the data; which prompts `vlm` does not read whole, and
+    what its logits leave out.
 
     They are said on the terminal and in the manifest, and are no part of what defines a run.
 
@@ -193,4 +194,6 @@ def remarks_of(source: DataSource, vlm: VLM | None = None) -> list[str]:
         []
     """
     cut = None if vlm is None else cut_prompts(vlm, source.class_names, source.templates)
-    return [*source.remarks, *([cut] if cut else [])]
+    bias = getattr(vlm, "logit_bias", None)
+    left_out = [] if bias is None else [f"a bias of {bias:.4g}, the same for every class, is left out of the logits"]
+    return [*source.remarks, *([cut] if cut else []), *left_out]

@@ -25,8 +25,7 @@ from robustvlm.models.saved import read_card
 from robustvlm.models.transformers_files import PREFIX
 from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED
 from robustvlm.report.words import ball, interval, percent, plain
-from robustvlm.runs.manifest import kind_of_run
-from robustvlm.runs.records import read_manifest_of
+from robustvlm.runs.manifest import kind_of_run, read_manifest
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
 
@@ -187,7 +186,9 @@ def origins(vlm: ClipVLM) -> list[Origin]:
     found, spec, mark = [], vlm.spec, vlm.fingerprint
     for _ in range(_MOST_STEPS):  # a folder that stands on itself
         folder = Path(os.path.expanduser(spec))
-        manifest = read_manifest_of(folder) if spec not in BUNDLED and kind_of_run(folder) is not None else None
+        manifest = (
+            read_manifest(folder / "manifest.json") if spec not in BUNDLED and kind_of_run(folder) is not None else None
+        )
         found.append(Origin(spec, mark, manifest))
         if manifest is None:
             break

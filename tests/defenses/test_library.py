@@ -1,0 +1,264 @@
+"""Classifiers of timm and torchvision: the library's own pixels and logits, the data's classes, one line otherwise."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+import robustvlm as rv
+from robustvlm.certify import resize_norm, source_norm
+from robustvlm.core.framing import Framing, to_pixels
+from robustvlm.data.classes import imagenet_names, wordnet_names
+from robustvlm.defenses.library import _LIBRARIES, _outputs, places_of
+from robustvlm.defenses.load import own_classes
+from robustvlm.defenses.pipeline import load_classifier, load_pipeline
+from robustvlm.errors import UserError
+from robustvlm.models import weights as hub
+
+NAMES = ("dog", "cat", "ice cream")
+TEMPLATES = ("{}",)
+
+
+def picture(width: int = 213, height: int = 171) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def saved(
+    folder: Path, net: Any, *, classes: tuple[str, ...] | None = NAMES, name: str = "w.pt", **wrapped: Any
+) -> Path:
+    torch.save(wrapped or net.state_dict(), folder / name)
+    if classes:
+        (folder / "classes.txt").write_text("\n".join(classes))
+    return folder / name
+
+
+def timm_net(classes: int = 3, name: str = "test_resnet") -> Any:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=classes).eval()
+
+
+def refused(spec: str, names: tuple[str, ...] = NAMES) -> str:
+    with pytest.raises(UserError) as caught:
+        load_classifier(spec, names, TEMPLATES)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet.r160_in1k"])
+def test_logits_are_timms_on_its_own_pixels(tmp_path: Path, name: str) -> None:
+    net = timm_net(name=name)
+    found = load_classifier(f"timm:{name}/{saved(tmp_path, net)}", NAMES, TEMPLATES)
+    config = resolve_model_data_config(net)
+    wanted = net(create_transform(**config, is_training=False)(picture())[None])
+    assert torch.allclose(found(to_pixels(picture(), found.framing)[None]), wanted, atol=1e-4)
+
+
+def test_logits_are_torchvisions_on_its_own_pixels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torchvision.models.shufflenet_v2_x0_5(num_classes=3).eval()
+    found = load_classifier(f"torchvision:shufflenet_v2_x0_5/{saved(tmp_path, net)}", NAMES, TEMPLATES)
+    assert found.framing == Framing(224, "bilinear", short_side=256)
+    weights = torchvision.models.get_model_weights("shufflenet_v2_x0_5").DEFAULT
+    wanted = net(weights.transforms()(picture())[None])
+    assert torch.allclose(found(to_pixels(picture(), found.framing)[None]), wanted, atol=1e-4)
+
+
+def test_the_tag_of_a_name_says_how_images_are_brought(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert {tag.partition("_")[0] for tag in _LIBRARIES["timm"].tags("resnet18")} >= {"a1", "tv"}
+    recipe = _LIBRARIES["torchvision"].recipe
+    net = torch.nn.Identity()
+    sides = {tag: recipe(net, f"resnet50.{tag}").framing.scaled_side for tag in ("IMAGENET1K_V1", "IMAGENET1K_V2")}
+    assert sides == {"IMAGENET1K_V1": 256, "IMAGENET1K_V2": 232}
+    file = saved(tmp_path, torchvision.models.mnasnet0_5(num_classes=3))
+    with caplog.at_level(logging.WARNING, "robustvlm"):
+        load_classifier(f"torchvision:mnasnet0_5/{file}", NAMES, TEMPLATES)
+    assert not caplog.messages  # published once, so that there is no doubt
+
+
+@pytest.mark.parametrize("side", [64, 100, 223])
+@pytest.mark.parametrize("size", [(30, 47), (301, 200), (40, 5000)])
+def test_cropping_after_a_larger_resize_is_torchvisions(side: int, size: tuple[int, int]) -> None:
+    from torchvision.transforms import v2
+
+    wanted = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(side), v2.PILToTensor()])(picture(*size))
+    found = to_pixels(picture(*size), Framing(side, "bilinear", short_side=256))
+    assert torch.equal((255 * found).round().to(torch.uint8), wanted)
+
+
+def test_a_radius_is_the_source_images_only_where_nothing_was_scaled_or_cropped() -> None:
+    cropped = Framing(224, short_side=256)
+    assert source_norm(224, 224, 224) == 1.0
+    assert source_norm(224, 224, cropped) is source_norm(256, 256, cropped) is None
+    # A resize to 256 that scales up by 8/7 at most stretches by it in each direction; the crop adds nothing.
+    assert resize_norm(224, 224, cropped) == pytest.approx(resize_norm(224, 224, 256))
+    assert resize_norm(256, 300, cropped) == 1.0
+
+
+def test_a_long_strip_is_cropped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    framing = Framing(48, short_side=64)
+    whole = to_pixels(picture(900, 60), framing)
+    monkeypatch.setattr("robustvlm.core.framing._STRIP", 1)
+    assert (to_pixels(picture(900, 60), framing) - whole).abs().max() < 0.02
+
+
+FAMILIES = (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "resnet18",
+    "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vgg11", "vit_b_16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_of_torchvision_are_known_by_the_last_layer(name: str) -> None:
+    with torch.device("meta"):
+        assert _outputs(_LIBRARIES["torchvision"].make(name, 7)) == 7
+
+
+def test_wrapped_checkpoints_with_any_number_of_classes(tmp_path: Path) -> None:
+    net = timm_net(5)
+    file = saved(
+        tmp_path,
+        net,
+        classes=None,
+        name="x.pth.tar",
+        state_dict_ema={"module." + n: t for n, t in net.state_dict().items()},
+        epoch=3,
+    )
+    assert "has 5 classes, and nothing says which: put classes.txt beside" in refused(f"timm:test_resnet/{file}")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert "lists 3 classes, and" in refused(f"timm:test_resnet/{file}")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne")
+    assert load_classifier(f"timm:test_resnet/{file}", ("e", "b"), TEMPLATES)(torch.rand(1, 3, 160, 160)).shape == (
+        1,
+        2,
+    )
+    assert own_classes(f"timm:test_resnet/{file}+reject:0.5") == ("a", "b", "c", "d", "e")
+    assert "does not fit the model" in refused(f"timm:test_vit/{file}")
+
+
+def test_columns_follow_the_names_of_the_data(tmp_path: Path) -> None:
+    spec = f"timm:test_resnet/{saved(tmp_path, timm_net())}"
+    pixels = torch.rand(2, 3, 160, 160)
+    logits = load_classifier(spec, NAMES, TEMPLATES)(pixels)
+    assert torch.equal(load_classifier(spec, ("Ice_Cream", "dog"), TEMPLATES)(pixels), logits[:, [2, 0]])
+    assert "does not know the class 'wolf' of the data; its 3 classes begin with 'dog'" in refused(
+        spec, ("dog", "wolf")
+    )
+
+
+def test_a_thousand_classes_are_imagenets(tmp_path: Path) -> None:
+    spec = f"timm:test_resnet/{saved(tmp_path, timm_net(1000), classes=None)}"
+    assert own_classes(spec) == imagenet_names()
+    pixels = torch.rand(1, 3, 160, 160)
+    picked = load_classifier(spec, ("goldfish", "n01440764"), TEMPLATES)(pixels)
+    assert torch.equal(picked, load_classifier(spec, imagenet_names(), TEMPLATES)(pixels)[:, [1, 0]])
+    ids = sorted(wordnet_names())
+    assert places_of(ids, imagenet_names(), "m") == list(range(1000))
+
+
+def test_the_file_decides_what_a_model_is_known_by_not_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, two = saved(tmp_path / "a", timm_net()), saved(tmp_path / "b", timm_net())
+    first = load_classifier(f"timm:test_resnet/{one}", NAMES, TEMPLATES)
+    assert first.fingerprint == load_classifier(f"timm:test_resnet/{two}", NAMES, TEMPLATES).fingerprint
+    assert first.fingerprint != load_classifier(f"timm:test_resnet/{two}", NAMES[::-1], TEMPLATES).fingerprint
+
+
+def test_as_an_encoder_it_names_the_same_class_and_can_be_smoothed(tmp_path: Path) -> None:
+    spec = f"timm:test_resnet/{saved(tmp_path, timm_net())}"
+    pixels = torch.rand(8, 3, 160, 160)
+    logits = load_classifier(spec, NAMES, TEMPLATES)(pixels)
+    vlm = load_pipeline(spec)
+    axes = vlm.class_vectors(NAMES)
+    assert axes is not None
+    features = vlm.encode_image(pixels)
+    assert torch.allclose((features @ axes.T).square(), logits.softmax(1), atol=1e-5)
+    assert torch.equal((features @ axes.T).argmax(1), logits.argmax(1))
+    smoothed = load_classifier(f"{spec}+smooth:0.01:4", NAMES[::-1], ("a photo of a {}.",))
+    assert torch.equal(smoothed(pixels).argmax(1), 2 - logits.argmax(1))
+    certain = vlm.logit_scale * torch.eye(3)
+    assert certain.softmax(1)[0, 0] == pytest.approx(0.99)
+    with pytest.raises(UserError, match="is a classifier and has no text encoder"):
+        vlm.encode_text(["a cat"])
+
+
+def test_gradients_reach_the_pixels(tmp_path: Path) -> None:
+    spec = f"timm:test_resnet/{saved(tmp_path, timm_net())}"
+    for form in (spec, f"{spec}+smooth:0.1:2"):
+        pixels = torch.rand(1, 3, 160, 160, requires_grad=True)
+        (grad,) = torch.autograd.grad(load_classifier(form, NAMES, TEMPLATES)(pixels)[0, 0], pixels)
+        assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("timm:resnet_18", "timm has no model 'resnet_18'"),
+        ("timm:resnet18.a9_in1k", "timm has no weights 'a9_in1k' of 'resnet18'"),
+        ("torchvision:resnet50.IMAGENET1K_V9", "torchvision has no weights 'IMAGENET1K_V9' of 'resnet50'"),
+        ("torchvision:resnet50/none.pt", "no checkpoint file at 'none.pt'"),
+        ("timm:resnet18/a1_in1k", "no file 'a1_in1k'; published weights are named 'timm:resnet18.TAG'"),
+    ],
+)
+def test_what_is_not_there(spec: str, said: str) -> None:
+    assert said in refused(spec)
+
+
+def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("[Errno -2] Name or service not known\nlong story")
+
+    monkeypatch.setattr(hub, "_reach_hub", fail)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fail)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    said = refused("timm:test_resnet")
+    assert "could not fetch 'timm/test_resnet.r160_in1k' from the Hugging Face hub" in said
+    assert "pass a local file as 'timm:test_resnet/FILE'" in said
+    assert "could not fetch 'torchvision:squeezenet1_1' ([Errno -2]" in refused("torchvision:squeezenet1_1")
+
+
+def test_published_weights_are_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    net = timm_net(1000)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(hub, "_reach_hub", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: str(tmp_path / name))
+    found = load_classifier("timm:test_resnet", imagenet_names(), TEMPLATES)
+    pixels = torch.rand(1, 3, 160, 160)
+    mean, std = (torch.tensor(net.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    assert torch.allclose(found(pixels), net((pixels - mean) / std), atol=1e-4)
+
+
+def test_the_lower_loader_says_which_one_opens_it() -> None:
+    from robustvlm.models import load_model
+
+    with pytest.raises(UserError, match=r"is a classifier: open it with robustvlm.load_model"):
+        load_model("timm:resnet18")
+
+
+def test_votes_are_certified_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = f"timm:test_resnet/{saved(tmp_path, timm_net())}"
+    for name in NAMES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        picture(20, 20).save(tmp_path / "data" / name / "0.png")
+    options: dict[str, Any] = {"data": "imagefolder:data", "device": "cpu", "limit": 1}
+    record = rv.certify(spec, claim="vote", sigma=0.01, samples=60, **options)
+    (row,) = record.rows.to_pylist()
+    model = load_classifier(spec, ("cat", "dog", "ice cream"), TEMPLATES)
+    clean = to_pixels(picture(20, 20), model.framing)
+    votes = model(clean + 0.01 * torch.randn(64, *clean.shape)).argmax(1).bincount(minlength=3)
+    assert row["prediction"] == votes.argmax().item()
+    assert row["radius"] > 0
