@@ -8,8 +8,6 @@ The library's face: every name below is loaded when it is first asked for, so th
     found = rv.perturb(model, images, labels, attack="apgd-ce,apgd-t", eps="2/255")
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 # Where each public name lives; a module stands for itself. `python tools/library_stub.py` writes their types.

@@ -1,7 +1,5 @@
 """`python -m robustvlm`, and what the installed command calls."""
 
-from __future__ import annotations
-
 import signal
 import sys
 

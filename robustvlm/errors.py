@@ -1,7 +1,5 @@
 """Errors that are the user's to mend: one clear line, no traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

@@ -1,7 +1,5 @@
 """Rates with exact intervals, means, and exact paired tests: every proportion the program shows comes from here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

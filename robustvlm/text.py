@@ -1,8 +1,6 @@
 """Text that others wrote: control characters as escapes, secrets cut from URLs, and when two spellings are one name;
 and numbers as text, rounded so that they still hold."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

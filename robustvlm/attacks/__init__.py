@@ -3,8 +3,6 @@
 Knows nothing of models and data: any module from pixels in [0, 1] to logits can be attacked.
 """
 
-from __future__ import annotations
-
 from robustvlm.attacks.apgd import APGD, TargetedAPGD
 from robustvlm.attacks.base import ATTACKS, FAILED, FOOLED, ROBUST, Job, LaneAttack, Option, Result
 from robustvlm.attacks.catalog import Attack, parse_attacks, parse_second_opinion, recommended_eot

@@ -15,8 +15,6 @@ Your own attack is named `module:callable[:key=value...]`. One of this package s
 itself to `ATTACKS`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeAlias

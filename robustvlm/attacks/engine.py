@@ -5,8 +5,6 @@ fooled, or has used up its budget, is refilled from the queue before the next pa
 (seed, image, attack, sub-run), so an image's answer does not depend on its neighbours, its lane or the order.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

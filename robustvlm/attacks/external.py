@@ -1,7 +1,5 @@
 """Names of published attacks, `torchattacks:NAME[:key=value...]` and `autoattack[:VERSION]`, and what each can do."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ allows at least 2.5 times the excess that was ever seen. No class within reach w
 `futility=off` then helps.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

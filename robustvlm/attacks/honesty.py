@@ -4,8 +4,6 @@ Attacks climb along gradients of logits. Each question here compares what the mo
 does, on a few images and with a few passes, before any attack is made.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

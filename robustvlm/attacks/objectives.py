@@ -14,8 +14,6 @@ z_(i) is the i-th largest logit, y the label, t the target. `dlr` and `dlr-t` ar
 stated fallback is `margin` / `margin-t` for two classes, and z_(1) - z_(3) as the spread of `dlr-t` for three.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Tensors in, tensors out: attacks on a batch of images of any module, without a run and its folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

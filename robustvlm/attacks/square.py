@@ -3,8 +3,6 @@
 Source: arXiv 1912.00049, algorithms 1 to 3. It needs no gradient, so it also finds what a masked gradient hides.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache

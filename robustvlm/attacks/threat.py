@@ -1,7 +1,5 @@
 """Threat models: which perturbations an attacker may add to an image with pixels in [0, 1]."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Simultaneous lower bounds for a survival function: bands over the order statistics, calibrated exactly."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

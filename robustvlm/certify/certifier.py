@@ -1,7 +1,5 @@
 """What a claim wants of the sampling engine, and the scores that it makes of the samples."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal

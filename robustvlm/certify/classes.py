@@ -1,7 +1,5 @@
 """Certificates of a class: by the mean feature, tested in sequence, for prompts chosen afterwards, and by vote."""
 
-from __future__ import annotations
-
 from math import log, sqrt
 
 import numpy as np

@@ -1,7 +1,5 @@
 """From the ideal smoothed feature to the deployed mean of n0 fresh samples: features, classes, refusals (T10)."""
 
-from __future__ import annotations
-
 from math import expm1, log, sqrt
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Certificates for the smoothed feature: along a direction, by its norm, as a cone, and the tight bound of the two."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files

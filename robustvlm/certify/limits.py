@@ -1,7 +1,5 @@
 """What settings can give at best: the radius that scores without any spread would earn, and the samples it takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import log
 

@@ -11,8 +11,6 @@ every certificate holds at its alpha, however its settings came about. What no n
 results: the best of J looks is false with probability at most J alpha (union bound), so a run counts the looks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

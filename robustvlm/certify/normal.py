@@ -1,7 +1,5 @@
 """Gaussian shifts (T0), argument checks and a bisection that can only err on the safe side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -5,8 +5,6 @@ with one antibody per class from the pilot (a maximum over classes). Both are mi
 no correction. The side to test, the class and the antibodies come from the pilot, tau from other data altogether.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Certificates from the shape of the scores: their whole distribution, their covariance, many linear claims at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log, sqrt

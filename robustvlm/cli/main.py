@@ -1,7 +1,5 @@
 """The `robustvlm` program: its commands, and what every failure looks like to the user."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect
@@ -16,19 +14,10 @@ import typer
 from rich.markup import escape
 
 from robustvlm import __version__
+from robustvlm.cli import terminal
 from robustvlm.cli.acts import certify_or_audit, predict_and_show, report
 from robustvlm.cli.app import check_given, typer_command
 from robustvlm.cli.inspect import data, evaluate, export, models
-from robustvlm.cli.terminal import (
-    BROKEN_PIPE,
-    INTERRUPTED,
-    Ended,
-    complain,
-    drop_output,
-    explain,
-    notes_shown,
-    open_streams,
-)
 from robustvlm.commands.assemble import BUILD
 from robustvlm.commands.attack import ATTACK
 from robustvlm.commands.certify import CERTIFY
@@ -73,7 +62,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             with code_policy(refused=no_code, given=sys.argv[1:]):
                 command(*arguments, **options)
         except BaseException as error:
-            raise Ended(error) from error
+            raise terminal.Ended(error) from error
 
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -126,25 +115,25 @@ def _options(
 
 def main() -> NoReturn:
     """Run the program; a user's mistake ends in one line on standard error and exit code 2, Ctrl-C in 130."""
-    open_streams()
+    terminal.open_streams()
     signal.signal(signal.SIGTERM, _interrupt)
     # Threads that spin while they wait cost a busy machine several times what they save; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The C++ stack traces by which torch tells that a connection of several processes is lost; we say it in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        with notes_shown():
+        with terminal.notes_shown():
             code = _run()
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output went away (`| head`); what is left to say has no listener.
-        drop_output()
-        code = BROKEN_PIPE
+        terminal.drop_output()
+        code = terminal.BROKEN_PIPE
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        code = terminal.INTERRUPTED
     except OSError as error:
-        drop_output()
-        code = explain(error)
+        terminal.drop_output()
+        code = terminal.explain(error)
     sys.exit(code)
 
 
@@ -154,9 +143,11 @@ def _run() -> int:
     except SystemExit as error:  # not from a command: the command-line library could not print the help
         raise BrokenPipeError from error
     except BaseException as error:
-        return explain(error)
-    if code == INTERRUPTED:  # not from a command: the command-line library was interrupted while it read the options
-        return complain("interrupted", INTERRUPTED)
+        return terminal.explain(error)
+    if (
+        code == terminal.INTERRUPTED
+    ):  # not from a command: the command-line library was interrupted while it read the options
+        return terminal.complain("interrupted", terminal.INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -1,7 +1,5 @@
 """What leaves the program: lines, notes, and what a failure looks like: one line on standard error, an exit code."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

@@ -3,8 +3,6 @@
 Here: which command a run on disk is of, and how it is read back; nothing is imported before it is needed.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A matrix kernel works on blocks of rows and may sum the rows that are left over 
 of an image's answer tell its place in the batch, and with it the other images, the number of processes and resumption.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from math import gcd
 

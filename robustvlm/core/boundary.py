@@ -1,7 +1,5 @@
 """Where this program hands pixels to a user's code, and how it borrows a caller's module."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import random

@@ -1,7 +1,5 @@
 """Small files: read with care whoever wrote them, and written so that a crash never leaves half of one."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

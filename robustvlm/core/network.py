@@ -1,7 +1,5 @@
 """HTTP with a deadline for the call as a whole: names, connections, headers and bodies, however slowly they trickle."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import http.client

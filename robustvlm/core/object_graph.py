@@ -4,8 +4,6 @@ A network may stand in a closure, a default argument or a list, where `torch` do
 not count, and it would stay in training mode and on the CPU.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import inspect

@@ -6,8 +6,6 @@ row as a few sums of its entries with fixed signs, so that a changed row changes
 the number of entries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

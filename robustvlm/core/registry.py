@@ -6,8 +6,6 @@ the object of a `module:callable`, imported under the rules of `robustvlm.core.u
 it, refused by `--no-code`).
 """
 
-from __future__ import annotations
-
 import pkgutil
 import re
 import sys

@@ -1,7 +1,5 @@
 """What makes numbers repeat to the bit: random streams named by what they are for, sums in one order, exact kernels."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator

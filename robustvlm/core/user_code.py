@@ -1,7 +1,5 @@
 """Code that is not this program's: imported in one place, announced where a file names it, refused on request."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

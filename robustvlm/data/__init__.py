@@ -1,7 +1,5 @@
 """Where images come from: sources, prompts, class names and class trees."""
 
-from __future__ import annotations
-
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import open_data

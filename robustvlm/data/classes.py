@@ -1,7 +1,5 @@
 """Class sets with a name: their classes, prompt templates and tree."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence

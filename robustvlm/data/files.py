@@ -1,7 +1,5 @@
 """Images as they lie on a disk: files, folders, patterns and lists of paths, without classes."""
 
-from __future__ import annotations
-
 import glob
 import os
 import sys

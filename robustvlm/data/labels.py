@@ -1,7 +1,5 @@
 """The one place that decides which label a name, a number or a folder means."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

@@ -1,7 +1,5 @@
 """Class names: how they are read and checked, and when two of them say the same thing."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

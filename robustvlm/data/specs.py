@@ -1,7 +1,5 @@
 """From a data spec, such as `imagefolder:photos/val?links=1`, to the source it names, with its classes or without."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

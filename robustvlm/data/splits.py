@@ -1,7 +1,5 @@
 """Splits and overlaps: training and test images must not become one number."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Pipelines put together from runs: purifier, encoder, mapper, smoothing, immunised head, copied into one folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

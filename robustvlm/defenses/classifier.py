@@ -1,7 +1,5 @@
 """What attacks and evaluations need of a model: pixels in, logits out, perhaps with the right to refuse."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

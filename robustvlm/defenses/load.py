@@ -1,7 +1,5 @@
 """One door for every model: any spec, with operators, or a folder that this program made."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Smoothing as a model: the mean feature of noisy copies of an image, fresh noise on every call."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

@@ -4,8 +4,6 @@ Cohen, Rosenfeld and Kolter 2019, arXiv 1902.02918: the class that the classifie
 is the smoothed one's; `predict` names it where the vote is significant, `certify` says how far it is safe.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 One sign rule for every score: the higher, the more in-distribution (known). Called, the package makes a detect run.
 """
 
-from __future__ import annotations
-
 from robustvlm.core.registry import make_callable
 from robustvlm.detect.base import Detector, FittedDetector, Head, ImageDetector, head_of
 from robustvlm.detect.catalog import BASELINES, SCORES, Score, Supplies, find_score, make_scores, parse_scores

@@ -1,7 +1,5 @@
 """Every score by name: what it is called, where it comes from, what it needs, and how it is made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal

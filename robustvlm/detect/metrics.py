@@ -5,8 +5,6 @@ distinct scores, descending, where everything with a score at or above the thres
 weights, so that a bootstrap sample is a matter of counts (`weighted_metrics`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

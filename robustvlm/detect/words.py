@@ -1,7 +1,5 @@
 """Scores that compare an image with words outside the known classes, and where such words come from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The standard library is enough for the one request that this protocol needs: no 
 between us and the headers, the retries and the key. Redirects are not followed, since they would take the key along.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import email.utils

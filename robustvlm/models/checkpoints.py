@@ -5,8 +5,6 @@ FSDP, Lightning, in any order, at times inside a tower. No prefix is known here 
 file that one counts under which every weight of the model is there, once and in its shape, and none is left over.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """open_clip models as VLMs: what they take, loaded by name, folder or hub."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json

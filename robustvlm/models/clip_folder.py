@@ -1,7 +1,5 @@
 """Writing an open_clip model as a folder that needs nothing else: config, weights, tokenizer."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Mapping

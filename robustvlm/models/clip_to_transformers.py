@@ -1,7 +1,5 @@
 """An open_clip model as a folder that CLIPModel and CLIPProcessor of the transformers library read."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The layouts in which CLIP's weights are published, brought to the names of an open_clip model."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Mapping

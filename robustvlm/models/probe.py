@@ -1,7 +1,5 @@
 """Asking a model the fixed questions by which it is known again; see `robustvlm.core.probe`."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The card of a model that this program made: what kind it is and which model it stands on."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The tensors of a TorchScript archive, as OpenAI publishes CLIP, taken from its records; its code is not read."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import zipfile

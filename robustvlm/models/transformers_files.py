@@ -1,7 +1,5 @@
 """The files of a model of the transformers library: found, and refused before anything of them could run."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What a processor of transformers does to an image, as geometry outside of a model and normalisation inside."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

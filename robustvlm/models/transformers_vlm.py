@@ -1,7 +1,5 @@
 """Models of the transformers library as VLMs: CLIP-like pairs, and image towers with a text side of another model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,18 +11,7 @@ from torch import nn
 
 from robustvlm.core.boundary import same_random_state
 from robustvlm.errors import UserError, nearest
-from robustvlm.models.transformers_files import (
-    ALIGNMENT,
-    PREFIX,
-    config_text,
-    library,
-    model_folder,
-    quiet,
-    read_config,
-    require_tokenizer,
-    split_sides,
-    tokenizer_digest,
-)
+from robustvlm.models import transformers_files as files
 from robustvlm.models.transformers_pixels import Preprocessing, patches, preprocessing_of, require_equal
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import brief, read_weights
@@ -280,11 +267,11 @@ def load_transformers(spec: str, load_text: LoadText) -> VLM:
     Raises:
         UserError: no such model, or it is refused.
     """
-    place, text = split_sides(spec.removeprefix(PREFIX))
-    own = PREFIX + place
-    module = library()
-    folder = model_folder(place)
-    config = read_config(folder, own)
+    place, text = files.split_sides(spec.removeprefix(files.PREFIX))
+    own = files.PREFIX + place
+    module = files.library()
+    folder = files.model_folder(place)
+    config = files.read_config(folder, own)
     family = FAMILIES.get(config["model_type"])
     if family is None:
         raise UserError(
@@ -297,10 +284,10 @@ def load_transformers(spec: str, load_text: LoadText) -> VLM:
     how = _preprocessing(module, folder, own)
     if family.texts:
         words = _load_words(module, folder, model, family, own)
-        vlm: VLM = TransformersVLM(model, words, how, spec=spec, config=config_text(config))
+        vlm: VLM = TransformersVLM(model, words, how, spec=spec, config=files.config_text(config))
     else:
         side = None if text is None else load_text(text)
-        vlm = _beside(model, how, side, folder, spec=spec, text=text, config=config_text(config))
+        vlm = _beside(model, how, side, folder, spec=spec, text=text, config=files.config_text(config))
     _try_out(vlm)
     return vlm
 
@@ -316,7 +303,7 @@ def _load_weights(module: Any, folder: Path, config: Mapping[str, Any], family: 
     options |= {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
     options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
-        with quiet(), same_random_state():
+        with files.quiet(), same_random_state():
             try:
                 model, found = kind.from_pretrained(str(folder), attn_implementation="sdpa", **options)
             except ValueError as error:  # some families have it in later versions only
@@ -343,7 +330,7 @@ def _load_weights(module: Any, folder: Path, config: Mapping[str, Any], family: 
 
 def _preprocessing(module: Any, folder: Path, spec: str) -> Preprocessing:
     try:
-        with quiet():
+        with files.quiet():
             processor = module.AutoImageProcessor.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
@@ -353,7 +340,7 @@ def _preprocessing(module: Any, folder: Path, spec: str) -> Preprocessing:
             f"({brief(error)})"
         ) from error
     found = preprocessing_of(processor, spec)
-    with quiet():
+    with files.quiet():
         require_equal(found, processor, spec)
     return found
 
@@ -365,9 +352,9 @@ _FILLED = 0.8  # a vocabulary may be padded to a round number of rows, or lack r
 
 
 def _load_words(module: Any, folder: Path, model: Any, family: Family, spec: str) -> Words:
-    require_tokenizer(folder, spec)
+    files.require_tokenizer(folder, spec)
     try:
-        with quiet():
+        with files.quiet():
             tokenizer = module.AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
@@ -387,7 +374,7 @@ def _load_words(module: Any, folder: Path, model: Any, family: Family, spec: str
         )
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of '{spec}' has no pad_token: say which in its tokenizer_config.json")
-    words = Words(tokenizer, family, room, tokenizer_digest(folder))
+    words = Words(tokenizer, family, room, files.tokenizer_digest(folder))
     if family.end:
         _require_end(words, int(text.eos_token_id), spec)
     return words
@@ -423,12 +410,14 @@ def _beside(
     tower: nn.Module, how: Preprocessing, side: VLM | None, folder: Path, *, spec: str, text: str | None, config: str
 ) -> TowerVLM:
     """Return an image tower beside a text side, mapped into its space where the folder holds an alignment."""
-    if side is None or not (folder / ALIGNMENT).is_file():
+    if side is None or not (folder / files.ALIGNMENT).is_file():
         return TowerVLM(tower, how, spec=spec, config=config, text=side)
-    found, path = read_weights(folder / ALIGNMENT), folder / ALIGNMENT
+    found, path = read_weights(folder / files.ALIGNMENT), folder / files.ALIGNMENT
     meant = _metadata(path).get("text")
     if meant is not None and meant != text:
-        raise UserError(f"'{path}' leads into the space of '{meant}', not of '{text}': write {PREFIX}{folder}@{meant}")
+        raise UserError(
+            f"'{path}' leads into the space of '{meant}', not of '{text}': write {files.PREFIX}{folder}@{meant}"
+        )
     weight, bias = found.get("weight"), found.get("bias")
     good = weight is not None and weight.ndim == 2 and not found.keys() - {"weight", "bias"}
     if not good or (bias is not None and weight is not None and bias.shape != weight.shape[:1]):
@@ -457,7 +446,8 @@ def _try_out(vlm: TransformersVLM | TowerVLM | VLM) -> None:
     if images.shape[1] != texts.shape[1]:
         raise UserError(
             f"'{vlm.spec}': image features have {images.shape[1]} dimensions, text features {texts.shape[1]}; they "
-            f"must share one space ({ALIGNMENT} beside the image tower can map one into the other, see docs/models.md)"
+            f"must share one space ({files.ALIGNMENT} beside the image tower can map one into the other, see "
+            "docs/models.md)"
         )
 
 
@@ -468,7 +458,8 @@ def _rows(vlm: VLM, what: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         raise UserError(f"'{vlm.spec}': {error}") from None
     except Exception as error:  # of versions of the library with a defect, or of a config that misleads
         raise UserError(
-            f"'{vlm.spec}' fails on {what} under transformers {library().__version__}: {brief(error)}; try its newest"
+            f"'{vlm.spec}' fails on {what} under transformers {files.library().__version__}: {brief(error)}; try its "
+            "newest"
         ) from error
     if not torch.isfinite(found).all() or not found.norm(dim=-1).all():
         raise UserError(f"'{vlm.spec}' gives {what} features that are not finite, or all zero")

@@ -1,7 +1,5 @@
 """Weights: fetched from a hub, and read from a file without running code from it."""
 
-from __future__ import annotations
-
 import contextlib
 import pickle
 import re

@@ -1,7 +1,5 @@
 """A classifier from class names alone: each class is the mean of its prompts' embeddings, which are kept."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """From a spec string to a model: bundled, open_clip, hub, folder, or the user's own."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

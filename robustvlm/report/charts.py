@@ -4,8 +4,6 @@ Text stays text, colours are the page's CSS variables, the same input gives the 
 says so in its place: no picture is worth a finished run's report.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

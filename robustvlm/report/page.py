@@ -1,7 +1,5 @@
 """The page every report is, made of a template and values, and the pictures on it."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Callable, Iterator, Sequence

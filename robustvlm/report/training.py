@@ -1,7 +1,5 @@
 """What a training run has to show, of a model or of a purifier: its record, and the report with its curves."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Numbers in plain words, and what tables and bars show as plain values; the terminal and every report use these."""
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence

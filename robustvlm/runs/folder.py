@@ -1,7 +1,5 @@
 """A run's folder: its name, its lock for one process or several, and whether a run starts, goes on or starts over."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The manifest: what was run, with what, on what; and digests by which its results are known to be its own."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

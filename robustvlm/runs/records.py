@@ -1,7 +1,5 @@
 """What every run's files hold and how they are read back: parts of summaries, rows, and conditions put to them."""
 
-from __future__ import annotations
-
 import math
 import operator
 import re

@@ -1,7 +1,5 @@
 """What the ranks of a training exchange, and what it costs: encoder passes and memory."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

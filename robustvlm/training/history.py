@@ -1,7 +1,5 @@
 """The record of a training: loss terms, validations, and early warnings when it goes wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict

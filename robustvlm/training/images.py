@@ -1,7 +1,5 @@
 """Images as training data: a seeded order, decoded within a bound on memory, cut into batches, augmented."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Everything that a training consists of between two steps, and its way to disk and back."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

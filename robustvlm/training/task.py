@@ -1,7 +1,5 @@
 """What is trained: a module and the loss of a batch, the engine's settings, a step's draws, and who watches."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -262,7 +262,7 @@ def test_every_failure_is_one_line(call: Call, kind: str) -> None:
 
 def test_a_reader_that_went_away_is_no_failed_condition(call: Call) -> None:
     with raising("robustvlm.models.list_models", BrokenPipeError()), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("robustvlm.cli.main.drop_output", lambda: None)
+        patch.setattr("robustvlm.cli.terminal.drop_output", lambda: None)
         ended = call("models")
     assert (ended.code, ended.err) == (141, "")
 

@@ -1,7 +1,5 @@
 """Goals of class predictions: any wrong class, a given one, another superclass, and what a model that refuses adds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Goals about the feature itself: away from the clean one, or to a target."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -10,8 +10,6 @@ Example:
     ('radius', 'deployed_radius')
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from dataclasses import fields

@@ -4,8 +4,6 @@ A claim is one frozen object. The command, the journal, the tables, the report a
 know and compare its name with nothing, so that another claim is another object (docs/certify.md has one of 30 lines).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """The class claim: the class nearest to the mean feature stays, for fixed prompts or for any; and its certifiers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """The feature claim: the smoothed features of image and attacked image keep a cosine (T4); and its certifiers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

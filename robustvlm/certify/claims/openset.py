@@ -1,7 +1,5 @@
 """The open-set claim: an image stays accepted, or stays rejected, by its mean feature's score; and its certifiers."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The vote claim: the class that most noisy copies are put into stays (Cohen et al. 2019), another deployed rule."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The work of `robustvlm build`: copy the parts into one folder, which is then a model, and say what does not fit."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

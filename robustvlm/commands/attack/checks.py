@@ -1,7 +1,5 @@
 """May a run's numbers be believed: questions to the model before the attacks, extra ones after, and what rows show."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import defaultdict

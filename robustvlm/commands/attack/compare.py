@@ -1,7 +1,5 @@
 """Attack runs against each other on the images they share: paired exact tests, corrected for how many were made."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

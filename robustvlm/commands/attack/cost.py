@@ -1,7 +1,5 @@
 """What an attack run may cost and will cost: passes and seconds, as a limit and as a forecast."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

@@ -5,8 +5,6 @@ ball. Where it does not, gradients are masked and the robust accuracy is an arte
 1802.00420; Carlini et al. 2019, arXiv 1902.06705, section 4).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run is to reach, and where its images stand before any attack: the goals, and the clean pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

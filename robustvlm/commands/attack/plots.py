@@ -1,7 +1,5 @@
 """Charts and rankings of an attack run, and the per-image numbers behind them."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A finished attack run read back from its folder, and its findings in plain words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

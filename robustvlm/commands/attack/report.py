@@ -1,7 +1,5 @@
 """What is said of an attack run, once for the terminal and the page."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

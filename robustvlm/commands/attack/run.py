@@ -6,8 +6,6 @@ inside a small ball lies inside every larger one. Goals whose figure of merit is
 level matrix) let no image leave. Every finished image is a line in the run's journal before its lane is used again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """All facts of an attack run: in memory, in the journal, as result rows, and as pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path

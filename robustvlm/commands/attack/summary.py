@@ -1,7 +1,5 @@
 """The content of an attack's `summary.json`, made from its rows in one place, and the conditions put to it."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """From result rows to one verdict per image and eps, and to accuracies at every level of a class tree."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

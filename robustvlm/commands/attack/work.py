@@ -1,7 +1,5 @@
 """The work of `robustvlm attack`: from its settings to a run ready to start, and from its facts to its files."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math

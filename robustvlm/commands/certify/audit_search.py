@@ -1,7 +1,5 @@
 """Certificates held against attacks: descent inside the certified ball for the image that breaks the claim."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

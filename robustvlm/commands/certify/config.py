@@ -1,7 +1,5 @@
 """What defines a certify run: the settings that decide its certificates, and what its noise is drawn for."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The encoder under noise, and the features that it gave, kept to be judged with other prompts later."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import time

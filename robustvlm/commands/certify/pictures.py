@@ -1,7 +1,5 @@
 """Pictures of a certify run: its charts, and the images that were hardest and easiest to certify, kept and shown."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A finished certify run read back from its folder, and what it found and assumed in plain words."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

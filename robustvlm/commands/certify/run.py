@@ -1,7 +1,5 @@
 """The work of a certify run: every image sampled until its claim is decided, or samples judged that were kept."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """From options to a claim that is ready to be decided: settings checked and settled, classes and rule at hand."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All facts of a certify run: from the finding of one image to its row and its journal line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """The home of `robustvlm certify`: from its options to a run that is ready; every mistake is found before any work."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

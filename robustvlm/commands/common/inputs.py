@@ -1,7 +1,5 @@
 """The model and the data of a run: its images in source order, and what its manifest says of both."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

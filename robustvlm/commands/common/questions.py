@@ -1,7 +1,5 @@
 """The first questions to a model, and what its answers show: its output, its draws, its gradients, its input range."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from scipy.special import bdtrc

@@ -5,8 +5,6 @@ threshold that accepts 95% of the clean known images). No image leaves at its fi
 of their budget, and the worst score met counts, so that an AUROC under attack can be computed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """From the scores of all images to the summary, clean and attacked, and the images that were taken most wrongly."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

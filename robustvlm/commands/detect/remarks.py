@@ -1,7 +1,5 @@
 """What the reader of a detect run has to know of its data."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The scores of a detect run: which are asked for and attacked, what they are made from, and what every image gets."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a detect run keeps: the settings in its manifest, its `summary.json`, and the conditions put to that."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A finished detect run read back from its folder, and all that is said of it, in the terminal and on the page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The findings of a detect run in plain words and in charts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

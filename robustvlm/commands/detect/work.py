@@ -1,7 +1,5 @@
 """The work of `robustvlm detect`: encode every set, score it, attack the scores, and write down what was found."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`robustvlm evaluate`: clean accuracy, calibration and superclass accuracy over a stream of images."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A model as a folder that open_clip or transformers reads, with a model card."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The model card of an exported model: what it is, how it was made, what was measured on it, and what is not known."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """The work of `robustvlm finetune`: from settings to a run folder that is a model."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
@@ -24,15 +22,9 @@ from robustvlm.data.make_trees import BY_KIND, MAKERS, make_forest
 from robustvlm.data.source import select
 from robustvlm.data.splits import require_unseen_validation
 from robustvlm.data.trees import Forest, Tree, load_forest, save_forest
+from robustvlm.defenses import finetune as methods
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import FinetuneSettings as Tuning
-from robustvlm.defenses.finetune import (
-    FinetuneTask,
-    HierarchicalOptions,
-    InnerAttack,
-    find_method,
-    finetune_task,
-)
 from robustvlm.defenses.finetune.saved import save_finetuned
 from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.errors import UserError, nearest, setting
@@ -89,7 +81,7 @@ class FinetuneWork:
         base, fingerprint, probe = self.vlm.spec, self.vlm.fingerprint, probe_encoder(self.vlm)
         images, held = self.images()
         batch = next(iter(images.batches([range(min(_CALIBRATION, len(images)))])))
-        task = finetune_task(
+        task = methods.finetune_task(
             self.vlm,
             self.tuning,
             class_names=self.source.class_names,
@@ -147,13 +139,13 @@ class FinetuneWork:
             size=framing,
             seed=self.settings.seed,
             how=parse_augmentation(self.settings.augment),
-            labelled=find_method(self.settings.method).labelled,
+            labelled=methods.find_method(self.settings.method).labelled,
             ids=ids,
             ahead=_AHEAD if self.vlm.device.type != "cpu" else 0,
         )
         return images, held
 
-    def _validation(self, task: FinetuneTask, held: LabelledImages) -> ZeroShotValidation:
+    def _validation(self, task: methods.FinetuneTask, held: LabelledImages) -> ZeroShotValidation:
         source = self.val or self.source
         robust = RobustValidation(
             held, self.tuning.attack.threat, n_iter=self.settings.val_steps, seed=self.settings.seed
@@ -173,12 +165,12 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
     curvature = [] if settings.curvature is None else [f"curvature={settings.curvature}"]
     options = parse_options(settings.method, [*curvature, *settings.option])
     training, ranks = training_of(settings), current_ranks()
-    attack = InnerAttack(threat=ThreatModel(norm, radius), steps=settings.inner_steps, step_size=alpha)
+    attack = methods.InnerAttack(threat=ThreatModel(norm, radius), steps=settings.inner_steps, step_size=alpha)
     tuning = Tuning(
         method=settings.method,
         trainable=settings.trainable,
         attack=attack,
-        options={"options": HierarchicalOptions(**options)} if settings.method == "hierarchical" else options,
+        options={"options": methods.HierarchicalOptions(**options)} if settings.method == "hierarchical" else options,
         seed=settings.seed,
     )
     parse_augmentation(settings.augment)
@@ -197,7 +189,7 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
     model, data = facts_of(vlm), describe_data(source)
     if val is not None:
         data |= {"val": describe_data(val)}
-    if loss := find_method(settings.method).loss:
+    if loss := methods.find_method(settings.method).loss:
         model |= {"loss": loss}
     if forest is not None:
         data |= {"trees": [tree.root for tree in forest], "trees fingerprint": _digest(forest)}
@@ -288,9 +280,9 @@ def parse_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
 
 def _switches(method: str) -> dict[str, bool]:
     """Return the options of a method, and of each whether it is on or off rather than a number."""
-    kind = find_method(method)
+    kind = methods.find_method(method)
     if method == "hierarchical":
-        return {field.name: "bool" in str(field.type) for field in fields(HierarchicalOptions)}
+        return {field.name: "bool" in str(field.type) for field in fields(methods.HierarchicalOptions)}
     parameters = list(inspect.signature(kind).parameters.values())[1:]
     return {p.name: isinstance(p.default, bool) for p in parameters}
 

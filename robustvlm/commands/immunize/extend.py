@@ -1,7 +1,5 @@
 """One more class for an immunised model: its prototype, antibodies and threshold, and a short vaccination."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The images and the texts of an immunize run: which teach, which are held out, and the antibodies."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The record of an immunize run, as plain JSON, and what immunisation changed on the same images."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """The HTML report of an immunize run, and what an immunised model does in plain words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The work of `robustvlm immunize`: prototypes and antibodies, a vaccine, thresholds, measures, and the model."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

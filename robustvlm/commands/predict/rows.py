@@ -1,7 +1,5 @@
 """Predictions as they are written: a row for each image, as a table, CSV, JSON, JSON lines or Parquet."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

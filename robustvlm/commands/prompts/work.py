@@ -1,7 +1,5 @@
 """The work of `robustvlm tune-prompts`: encode a few images a class once, learn a context, measure what it changed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The work of `robustvlm purify`: train both parts, write them as a model, and show what became of the score."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The work of `robustvlm soup`: several models averaged, measured, written as a model, and how it is shown."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

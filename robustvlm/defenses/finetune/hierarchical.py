@@ -1,7 +1,5 @@
 """`hierarchical`: hyperbolic alignment at every level of class trees, with its embedding and its trained texts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

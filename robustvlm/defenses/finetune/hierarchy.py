@@ -1,7 +1,5 @@
 """A class tree as index arrays, and the hierarchical loss over it (arXiv 2604.18867)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

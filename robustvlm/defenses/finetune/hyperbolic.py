@@ -14,8 +14,6 @@ section 2); Khrulkov et al. 2020 (arXiv 1904.02239, equation 10: the midpoint). 
 Every function leaves autocast and computes in float32 at least: half precision has no digits left near the rim.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

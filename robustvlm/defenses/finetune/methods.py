@@ -1,7 +1,5 @@
 """Fine-tuning methods: their contract, the short ones (`clean`, `tecoa`, `fare`, `pmg`, `simclip`), inner attack."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Fine-tuned models on disk, and soups: the average of the weights of several."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fine-tuning as a task of the training engine, and its methods by name."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Which parameters of a vision tower are trained: `all`, `lora[:RANK]`, `ssf` or `last:N`; and merging them back."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

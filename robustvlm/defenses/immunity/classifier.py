@@ -1,7 +1,5 @@
 """The immunised classifier: a class or "rejected", with the score that decided it; and its folder as a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Phase 1, prototypes: where images of a class lie, pulled towards its text as far as a bound on the angle asks for."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """Phase 4, thresholds: a Weibull fit of each class's lowest scores says below which score a known image is unlikely."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

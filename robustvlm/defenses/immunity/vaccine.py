@@ -1,7 +1,5 @@
 """Phase 3, vaccination: the adapter is trained on features encoded once, near prototypes, away from antibodies."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

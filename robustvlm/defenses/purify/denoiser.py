@@ -1,7 +1,5 @@
 """The user's own denoiser in the purifier's place: a function of pixels and sigma, or one step of a diffusion model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Training purifier and mapper, one stage after the other: the stages as tasks, and their losses."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """Which proposed antibodies are kept: no known class, inside the band, none twice; and whether they are any good."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The templates are part of the method and are therefore published here, with a version that changes when they do.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
