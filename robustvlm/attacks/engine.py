@@ -19,6 +19,7 @@ from robustvlm.attacks.lanes import Fact, Image, Lane
 from robustvlm.attacks.oracle import Answer, Oracle
 from robustvlm.attacks.threat import ThreatModel, lengths
 from robustvlm.core.batches import SteadySizes, batch_sizes, smallest
+from robustvlm.core.device import fetched, sent
 from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError
 
@@ -80,6 +81,7 @@ class LaneEngine:
         self._on_pass = on_pass
         self._lanes: list[Lane] = []
         self._state: State = {}
+        self._claims: list[int] = []  # rows whose success got a second look in this pass
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
         """Attack every job; results come in order of completion."""
@@ -118,8 +120,8 @@ class LaneEngine:
         self._keep(self._affordable(len(started)))
         started += self._ahead(started)
         if started:
-            states = [self._begin(lane) for lane in started]
-            self._state = _concatenate([self._state, *states] if self._lanes else states)
+            begun = self._begin(started)
+            self._state = _concatenate([self._state, begun]) if self._lanes else begun
             self._lanes += started
 
     def _lane(self, image: Image, run: int) -> Lane:
@@ -158,35 +160,46 @@ class LaneEngine:
     def _spare(self, rows: int) -> int:
         return sum(batch_sizes(self.rungs, rows)) - rows if rows else 0
 
-    def _begin(self, lane: Lane) -> State:
-        """Return the state of a lane at the start of its sub-run."""
-        job = lane.image.job
-        x0 = job.pixels[None].to(self.oracle.dtype)
-        draws = generator(self.seed, job.image_id, self.attack.name, lane.run)
-        state = catalog.begin(self.attack, x0, self.threat, draws, lane.run)
-        return {name: value.to(self.oracle.device) for name, value in state.items()}
+    def _begin(self, lanes: Sequence[Lane]) -> State:
+        """Return the state of lanes at the start of their sub-runs, drawn on the CPU and sent in one piece."""
+        states = []
+        for lane in lanes:
+            job = lane.image.job
+            draws = generator(self.seed, job.image_id, self.attack.name, lane.run)
+            x0 = job.pixels[None].to("cpu", self.oracle.dtype)
+            states.append(catalog.begin(self.attack, x0, self.threat, draws, lane.run))
+        return {name: sent(value, self.oracle.device) for name, value in _concatenate(states).items()}
 
     def _advance(self) -> list[Result]:
-        """Make one batched pass, take in what it shows, and move every lane on; return the finished jobs."""
+        """Make one batched pass, take in what it shows, and move every lane on; return the finished jobs.
+
+        The host waits for a GPU once for what the pass shows, and once more for the points of sub-runs that end. A
+        success that is not final asks for one more, before its second look; attacks may ask in their own `advance`.
+        """
         began, used = time.perf_counter(), len(self._lanes)
         sizes = batch_sizes(self.rungs, used)
         rows = torch.arange(sum(sizes), device=self.oracle.device) % used  # spare rows repeat occupied lanes
-        case = self._case(self._lanes).rows(rows)
-        step = self._spread([lane.step for lane in self._lanes])[rows]
+        lanes, steps = self._case(self._lanes, [lane.step for lane in self._lanes])
+        case, step = lanes.rows(rows), steps[rows]
         state = self._state if len(rows) == used else {name: value[rows] for name, value in self._state.items()}
         gradient = self.attack.uses_gradient
         alone = self._look_alone(state["x"], case, gradient=gradient)
         answer, loss, grad = look = self._look(state["x"], case, sizes, gradient=gradient)
         if alone is not None and _alike(alone, look):
             self.sizes.add(len(alone[1]))
-        self._observe(state, answer, used, passes=self.oracle.look_passes * (2 if gradient else 1))
+        for lane in self._lanes:
+            lane.passes += self.oracle.look_passes * (2 if gradient else 1)
+        # A user's attack may change its points in place.
+        x = state["x"][:used].clone() if catalog.is_foreign(self.attack) else state["x"][:used]
+        answer, inside = self._confirmed(state, answer.head(used), x)
         state = catalog.advance(self.attack, state, loss, grad, step, self.threat)
         self._state = {name: value[:used] for name, value in state.items()}
+        ended = self._observe(x, answer, inside)
         share = (time.perf_counter() - began) / used
         for lane in self._lanes:
             lane.seconds += share
         told = sum(lane.untold() for lane in self._lanes if lane.needed)
-        results, counted = self._move_on()
+        results, counted = self._move_on(ended)
         if self._on_pass is not None:
             self._on_pass(used, told + sum(lane.untold() for lane in counted))
         return results
@@ -211,18 +224,17 @@ class LaneEngine:
         with self.oracle.made_for("questions"):
             return self._look(x[:size], case.rows(torch.arange(size, device=x.device)), (size,), gradient=gradient)
 
-    def _spread(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.oracle.device)
+    def _spread(self, *values: list[int]) -> Tensor:
+        """Return rows of whole numbers on the device, sent at once."""
+        return sent(torch.tensor(values, dtype=torch.int64), self.oracle.device)
 
-    def _case(self, lanes: Sequence[Lane]) -> Case:
-        """Return what the goal has to know of lanes."""
+    def _case(self, lanes: Sequence[Lane], steps: list[int]) -> tuple[Case, Tensor]:
+        """Return what the goal has to know of lanes, and their steps."""
         jobs = [lane.image.job for lane in lanes]
         references = [job.reference for job in jobs if job.reference is not None]
-        return Case(
-            label=self._spread([job.label for job in jobs]),
-            target=self._spread([self._target(lane) for lane in lanes]),
-            reference=torch.stack(references).to(self.oracle.device, self.oracle.dtype) if references else None,
-        )
+        label, target, step = self._spread([job.label for job in jobs], [self._target(lane) for lane in lanes], steps)
+        reference = sent(torch.stack(references), self.oracle.device, self.oracle.dtype) if references else None
+        return Case(label=label, target=target, reference=reference), step
 
     def _target(self, lane: Lane) -> int:
         """Return the class that a sub-run aims at; the label where the objective has no target."""
@@ -231,61 +243,77 @@ class LaneEngine:
         targets = lane.image.job.targets
         return targets[min(self.attack.target_rank(lane.run), len(targets) - 1)]
 
-    def _observe(self, state: State, answer: Answer, used: int, *, passes: int) -> None:
-        """Show every lane its answer; an apparent success that is not final gets a second look first."""
-        for lane in self._lanes:
-            lane.passes += passes
-        x = state["x"]
+    def _confirmed(self, state: State, answer: Answer, x: Tensor) -> tuple[Answer, Tensor]:
+        """Return final answers at the points [L, ...] and which of them count; what is not final gets a second look."""
         # A user's attack may say that it stays in the ball; only what lies there counts all the same.
         measured = self.attack.leaves_ball or catalog.is_foreign(self.attack)
-        counts = _inside(x, state["x0"], self.threat) if measured else torch.ones_like(answer.reached)
+        counts = _inside(x, state["x0"][: len(x)], self.threat) if measured else torch.ones_like(answer.reached)
         counts |= ~answer.finite
-        if not self.oracle.confirmed:
-            doubtful = torch.nonzero(((answer.reached & counts) | ~answer.finite)[:used]).flatten()
-            if len(doubtful):
-                claimed = answer.reached[doubtful]
-                lanes = [self._lanes[row] for row in doubtful.tolist()]
-                answer = answer.replaced(doubtful, self._confirm(x[doubtful], lanes))
-                self.claimed += int(claimed.sum())
-                self.upheld += int((claimed & answer.reached[doubtful]).sum())
-        facts = zip(self._lanes, x[:used], _facts(answer)[:used], counts[:used].tolist(), strict=True)
-        for lane, point, fact, inside in facts:
-            if inside:
-                lane.observe(point, fact)
+        if self.oracle.confirmed:
+            return answer, counts
+        doubtful, reached = fetched([(answer.reached & counts) | ~answer.finite, answer.reached])
+        rows = [row for row, doubt in enumerate(doubtful) if doubt]
+        if not rows:
+            return answer, counts
+        for row in rows:
+            self._lanes[row].passes += self.oracle.draws
+        chosen = self._spread(rows)[0]
+        final = self._confirm(x[chosen], [self._lanes[row] for row in rows])
+        self._claims = [row for row in rows if reached[row]]
+        return answer.replaced(chosen, final), counts
 
     def _confirm(self, x: Tensor, lanes: Sequence[Lane]) -> Answer:
         """Return final answers at points of these lanes, from a batch of an allowed shape."""
-        for lane in lanes:
-            lane.passes += self.oracle.draws
         spare = torch.arange(smallest(self.rungs, len(x)), device=x.device) % len(x)
-        case = self._case(lanes).rows(spare)
-        return self.oracle.judge(x[spare], self.goal, case).head(len(x))
+        case, _ = self._case(lanes, [0] * len(lanes))
+        return self.oracle.judge(x[spare], self.goal, case.rows(spare)).head(len(x))
 
-    def _move_on(self) -> tuple[list[Result], list[Lane]]:
+    def _observe(self, x: Tensor, answer: Answer, inside: Tensor) -> list[bool]:
+        """Show every lane its point and its answer; return which lanes' attack has come to an end."""
+        done = self._state.get(DONE)
+        more = [inside, torch.zeros_like(inside) if done is None else done]
+        far = x.device.type == "cuda"
+        if far:  # elsewhere points are compared one by one, and only where it matters
+            best = torch.stack([x[row] if lane.best.x is None else lane.best.x for row, lane in enumerate(self._lanes)])
+            more.append((x == best).flatten(1).all(1))
+        facts, (counts, ended, *met) = _facts(answer, more)
+        self.claimed += len(self._claims)
+        self.upheld += sum(facts[row].reached for row in self._claims)
+        self._claims = []
+        for row, lane in enumerate(self._lanes):
+            if counts[row]:
+                lane.observe(x[row], facts[row], bool(met[0][row]) if met else None)
+        return [bool(end) for end in ended]
+
+    def _move_on(self, ended: Sequence[bool]) -> tuple[list[Result], list[Lane]]:
         """Step the sub-runs on, end those that are through, and begin the next; return results and what counts now."""
-        ended = self._state[DONE].tolist() if DONE in self._state else [False] * len(self._lanes)
         counted: list[Lane] = []
-        over: set[int] = set()
+        over: list[int] = []
         for row, (lane, end) in enumerate(zip(self._lanes, ended, strict=True)):
             if lane.outcome is None and lane.step + 1 < self.attack.n_points() and not end:
                 lane.step += 1
             else:
-                counted += lane.image.end(lane)
-                over.add(row)
-        images = {id(lane.image): lane.image for lane in self._lanes}
+                over.append(row)
+        _bring_home([self._lanes[row] for row in over])
+        for row in over:
+            counted += self._lanes[row].image.end(self._lanes[row])
+        images, through = {id(lane.image): lane.image for lane in self._lanes}, set(over)
         done = [image for image in images.values() if image.outcome is not None]
         self._reconsider(done, {id(lane.image): lane for lane in counted})
-        kept = []
+        kept, begun = [], []
         for row, lane in enumerate(self._lanes):
             if lane.image.outcome is not None:
                 continue
-            if row in over:
+            if row in through:
                 if lane.image.run in lane.image.running or lane.image.run in lane.image.waiting:
                     continue  # the sub-run that comes next is being made already
                 self._lanes[row] = self._lane(lane.image, lane.image.run)
-                for name, value in self._begin(self._lanes[row]).items():
-                    self._state[name][row] = value[0]
+                begun.append(row)
             kept.append(row)
+        if begun:
+            places = self._spread(begun)[0]
+            for name, value in self._begin([self._lanes[row] for row in begun]).items():
+                self._state[name][places] = value
         self._keep(kept)
         return [image.result() for image in done], counted
 
@@ -295,8 +323,10 @@ class LaneEngine:
         if self.oracle.confirmed or not doubtful:
             return
         lanes = [last[id(image)] for image in doubtful]
-        x = torch.stack([image.best.x for image in doubtful if image.best.x is not None])
-        for image, fact in zip(doubtful, _facts(self._confirm(x, lanes)), strict=True):
+        for lane in lanes:
+            lane.passes += self.oracle.draws
+        x = sent(torch.stack([image.best.x for image in doubtful if image.best.x is not None]), self.oracle.device)
+        for image, fact in zip(doubtful, _facts(self._confirm(x, lanes))[0], strict=True):
             image.passes += self.oracle.draws
             image.best.fact = fact
             image.outcome = FAILED if not fact.finite else FOOLED if fact.reached else ROBUST
@@ -304,7 +334,7 @@ class LaneEngine:
     def _keep(self, rows: list[int]) -> None:
         """Free all other rows."""
         if len(rows) < len(self._lanes):
-            chosen = self._spread(rows)
+            chosen = self._spread(rows)[0]
             self._state = {name: value[chosen] for name, value in self._state.items()}
             self._lanes = [self._lanes[row] for row in rows]
 
@@ -321,16 +351,31 @@ def _alike(alone: Look, look: Look) -> bool:
     columns += zip(alone[1:], look[1:], strict=True)
     signal = alone[2] if len(alone[2]) else alone[1]
     # Rows that are all zero look alike in every batch.
-    return bool((signal != 0).any()) and all(
-        torch.equal(torch.nan_to_num(part), torch.nan_to_num(whole[: len(part)])) for part, whole in columns
-    )
+    told = [(signal != 0).any()]
+    for part, whole in columns:
+        told.append((torch.nan_to_num(part) == torch.nan_to_num(whole[: len(part)])).all())
+    return bool(torch.stack(told).all())
 
 
-def _facts(answer: Answer) -> list[Fact]:
-    """Return the rows of an answer, moved off the device at once."""
-    columns = [getattr(answer, name).tolist() for name in answer.__dataclass_fields__]
-    columns[-1] = [None if value != value else value for value in columns[-1]]  # no cosine: equal facts stay equal
-    return [Fact(*row) for row in zip(*columns, strict=True)]
+def _facts(answer: Answer, more: Sequence[Tensor] = ()) -> tuple[list[Fact], list[list[float]]]:
+    """Return the rows of an answer and further columns [B], all moved off the device at once."""
+    names = list(Answer.__dataclass_fields__)
+    columns = fetched([*(getattr(answer, name) for name in names), *more])
+    facts = [
+        # No cosine is None: equal facts stay equal.
+        Fact(bool(reached), margin, int(prediction), confidence, bool(finite), None if cosine != cosine else cosine)
+        for reached, margin, prediction, confidence, finite, cosine in zip(*columns[: len(names)], strict=True)
+    ]
+    return facts, columns[len(names) :]
+
+
+def _bring_home(lanes: Sequence[Lane]) -> None:
+    """Move the recorded points of sub-runs that have ended off a GPU, all in one wait."""
+    found = [lane.best for lane in lanes if lane.best.x is not None and lane.best.x.device.type == "cuda"]
+    if found:
+        points = torch.stack([best.x for best in found if best.x is not None]).cpu()
+        for best, point in zip(found, points, strict=True):
+            best.x = point
 
 
 def _inside(x: Tensor, x0: Tensor, threat: ThreatModel) -> Tensor:

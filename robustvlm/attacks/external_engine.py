@@ -92,7 +92,7 @@ class Watched(nn.Module):
         (oracle,) = self._hidden
         if oracle.device.type == "cuda":
             torch.cuda.synchronize(oracle.device)
-        oracle.passes.seconds += time.perf_counter() - began
+        oracle.passes.watch.add(time.perf_counter() - began)
         oracle.passes.forward += 0 if backward else images
         oracle.passes.backward += images if backward else 0
         if self._on_pass is not None:

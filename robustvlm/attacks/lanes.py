@@ -32,16 +32,22 @@ class Best:
     x: Tensor | None = None
     run: int = 0
 
-    def take(self, x: Tensor, fact: Fact, run: int, *, decisive: bool) -> None:
-        """Take in what the model says at a point [3, H, W] of a sub-run."""
-        if decisive or self._worse_than(x, fact):
-            self.fact, self.x, self.run = fact, x, run
+    def take(self, x: Tensor, fact: Fact, run: int, *, decisive: bool, met: bool | None = None) -> None:
+        """Take in what the model says at a point [3, H, W] of a sub-run.
 
-    def _worse_than(self, x: Tensor, fact: Fact) -> bool:
+        Args:
+            met: whether it is the recorded point once more, where that is known; else the two are compared.
+        """
+        if decisive or self._worse_than(x, fact, met):
+            self.fact, self.x, self.run = fact, x.clone(), run
+
+    def _worse_than(self, x: Tensor, fact: Fact, met: bool | None) -> bool:
         if self.fact is None or self.x is None:
             return True
+        if not fact.margin < self.fact.margin:
+            return False
         # The point met before is no better one: several sub-runs may start at the image, and rounding differs by batch.
-        return fact.margin < self.fact.margin and not torch.equal(x, self.x)
+        return not (torch.equal(x, self.x) if met is None else met)
 
 
 @dataclass(eq=False)
@@ -66,11 +72,11 @@ class Lane:
         """Whether it is the sub-run that its image has come to; the others run ahead of their turn."""
         return self.run == self.image.run
 
-    def observe(self, x: Tensor, fact: Fact) -> None:
-        """Take in what the model says at a point [3, H, W]; that may decide the outcome."""
+    def observe(self, x: Tensor, fact: Fact, met: bool | None = None) -> None:
+        """Take in what the model says at a point [3, H, W]; that may decide the outcome. `met`: see `Best.take`."""
         success = fact.reached and self.leave
         self.outcome = FAILED if not fact.finite else FOOLED if success else None
-        self.best.take(x.clone(), fact, self.run, decisive=self.outcome is not None)
+        self.best.take(x, fact, self.run, decisive=self.outcome is not None, met=met)
 
     def untold(self) -> int:
         """Return the passes that count for its image and have not been told yet."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import Boundary, borrowed, placed
+from robustvlm.core.device import Stopwatch
 from robustvlm.core.seeds import derive_seed, full_precision_kernels
 from robustvlm.errors import UserError, is_out_of_memory, nearest
 from robustvlm.text import one_line
@@ -123,11 +123,16 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass
 class Passes:
-    """Encoder passes spent, in images (a padded row costs as much as a used one), and the seconds inside the model."""
+    """Encoder passes spent, in images (a padded row costs as much as a used one), and the time inside the model."""
 
     forward: int = 0
     backward: int = 0
-    seconds: float = 0.0
+    watch: Stopwatch = field(default_factory=Stopwatch, repr=False, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds inside the model; on a GPU by its own clock, and reading them waits for the passes under way."""
+        return self.watch.seconds
 
 
 class Oracle:
@@ -257,12 +262,10 @@ class Oracle:
 
     @contextlib.contextmanager
     def _counted(self, images: int, *, backward: bool) -> Iterator[None]:
-        start = time.perf_counter()
         with full_precision_kernels():
+            self.passes.watch.start(self.device)
             yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        self.passes.seconds += time.perf_counter() - start
+            self.passes.watch.stop(self.device)
         self.passes.forward += images
         self.passes.backward += images if backward else 0
 

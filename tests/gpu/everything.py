@@ -1,0 +1,164 @@
+"""Every command and the functions on tensors, on the CPU and on a simulated GPU; run by test_simulated_gpu.py.
+
+    python everything.py FOLDER
+
+FOLDER holds the inputs; the runs of a device stand in a folder of its name, and report.json says how they ended.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import open_clip  # noqa: F401
+import torch
+import torch.distributed.tensor  # noqa: F401
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "pins")]
+
+import make_before
+import simulated
+
+import robustvlm as rv
+from robustvlm.certify import engine, noise
+
+_DATA = ["--data", "parquet:test.parquet", "--limit", "6"]
+_ATTACK = ["--data", "parquet:test.parquet", "--lanes", "4"]
+_PLAIN = [*_ATTACK, "--checks", "none", "--limit", "6", "--eps", "40/255"]
+_ALL = "pgd:steps=4,apgd-ce:steps=6,apgd-t:steps=4:targets=2,fab-t:steps=4:targets=2,fmn:steps=4,square:queries=12"
+
+COMMANDS: dict[str, list[str]] = {
+    **{name: command for name, command in make_before.RUNS.items() if name not in ("certify", "recertify")},
+    "attack-linf": ["attack", "model", *_PLAIN, "--attack", _ALL],
+    "attack-l2": [
+        "attack",
+        "model",
+        *_ATTACK,
+        "--checks",
+        "none",
+        "--limit",
+        "6",
+        "--norm",
+        "L2",
+        "--eps",
+        "1.5",
+        "--attack",
+        _ALL,
+    ],
+    "attack-checks": ["attack", "model", *_ATTACK, "--attack", "pgd:steps=3", "--checks", "full", "--limit", "4"],
+    "attack-feature": ["attack", "model", *_PLAIN, "--attack", "pgd:steps=4", "--goal", "feature"],
+    "attack-smooth": [
+        "attack",
+        "model+smooth:0.1:4",
+        *_ATTACK,
+        "--checks",
+        "none",
+        "--limit",
+        "3",
+        "--attack",
+        "pgd:steps=2",
+    ],
+    "attack-refusal": ["attack", "immunize", *_PLAIN, "--attack", "pgd:steps=3", "--goal", "deny"],
+    "attack-tiny": ["attack", "tiny", "--attack", "apgd-t:steps=2:targets=2", "--limit", "4", "--checks", "none"],
+    "certify": make_before.RUNS["certify"],
+    "recertify": make_before.RUNS["recertify"],
+    "certify-feature": ["certify", "model", *_DATA, "--claim", "feature", "--sigma", "0.1", "--samples", "600"],
+    "certify-radius": ["certify", "model", *_DATA, "--claim", "class", "--sigma", "0.1", "--radius", "0.05"],
+    "certify-purified": ["certify", "purify", *_DATA, "--claim", "feature", "--sigma", "0.1", "--samples", "400"],
+}
+"""Name and command of every run, in the order in which they are made: some stand on others."""
+
+_ASKED = {
+    "evaluate": ["evaluate", "model", "--data", "parquet:test.parquet"],
+    "evaluate-smooth": ["evaluate", "model+smooth:0.1:4", "--data", "parquet:test.parquet", "--limit", "4"],
+    "evaluate-immune": ["evaluate", "immunize", "--data", "parquet:test.parquet"],
+    "predict": ["predict", "model", "one.png", "--classes", "names.txt"],
+}
+"""Commands that keep no run: their answer is what they print."""
+
+
+def main(folder: Path) -> None:
+    """Run everything on the CPU, then on the GPU, and write down how it went."""
+    os.chdir(folder)
+    for module in pkgutil.walk_packages(rv.__path__, "robustvlm."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    _one_noise()
+    report = {"cpu": _everything("cpu")}
+    simulated.pretend()
+    report["cuda:0"] = _everything("cuda:0")
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def _one_noise() -> None:
+    """A GPU draws the noise of certificates itself, other numbers than the CPU; here both have the CPU's."""
+
+    def chunk(stream: int, number: int, shape: Any, device: Any = "cpu") -> torch.Tensor:
+        return noise.noise_chunk(stream, number, shape).to(device, non_blocking=True)
+
+    engine.noise_chunk = chunk  # type: ignore[attr-defined]
+
+
+def _everything(device: str) -> dict[str, Any]:
+    place = Path(device)
+    place.mkdir()
+    for path in Path().iterdir():
+        if path.name not in ("cpu", "cuda:0"):
+            (place / path.name).symlink_to(path.resolve())
+    os.chdir(place)
+    try:
+        ended = {name: make_before.call([*command, *_end(name, device)]) for name, command in COMMANDS.items()}
+        said = {name: _said([*command, "--device", device, "--json"]) for name, command in _ASKED.items()}
+        return {"ended": ended, "said": said, "library": _library(device)}
+    finally:
+        os.chdir("..")
+
+
+def _end(name: str, device: str) -> list[str]:
+    return [] if name == "" else ["--device", device, "--out", ".", "--name", name]
+
+
+def _said(arguments: list[str]) -> list[Any]:
+    """Return exit code and printed answer of a command."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = make_before.call(arguments)
+    try:
+        return [code, json.loads(out.getvalue())]
+    except ValueError:
+        return [code, out.getvalue()]
+
+
+def _library(device: str) -> dict[str, Any]:
+    """Return what the functions on tensors say, or the trace of what they failed with."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4)).to(device)
+    images, labels = torch.rand(6, 3, 8, 8).to(device), torch.tensor([0, 1, 2, 3, 0, 1]).to(device)
+    found: dict[str, Any] = {}
+    try:
+        for attack in ("pgd", "apgd-t", "fab-t", "square"):
+            done = rv.perturb(
+                net, images, labels, attack=f"{attack}:{'queries' if attack == 'square' else 'steps'}=5", eps=0.1
+            )
+            assert done.images.device == images.device
+            found[attack] = done.images.cpu().flatten().tolist()
+        smoothed = rv.Smoothed(net, sigma=0.1)
+        found["predict"] = smoothed.predict(images, n=100).cpu().tolist()
+        votes = rv.certify_tensors(smoothed, images, n=200)
+        found["classes"], found["radius"] = votes.classes.cpu().tolist(), votes.radius.cpu().tolist()
+    except Exception:
+        found["failed"] = traceback.format_exc()
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
