@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -13,6 +14,7 @@ from robustvlm.attacks.fab import boundary_step
 from robustvlm.attacks.futility import FIRST_STEP, learn, nothing_known, out_of_reach, reach
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.attacks.threat import ThreatModel, l2_norms, lengths, per_image, pixel_box, project, random_start
+from robustvlm.core.device import sent
 
 # Auto-PGD: step sizes that adapt to the progress of each image (Croce & Hein 2020, arXiv 2003.01690, algorithm 1)
 
@@ -82,7 +84,7 @@ class APGD(LaneAttack):
 
     def _review(self, state: State, grad: Tensor, step: Tensor) -> tuple[State, Tensor, Tensor]:
         """At a checkpoint, halve the step of lanes that stopped improving and send them back to their best point."""
-        due, interval = (table.to(step.device)[step] for table in _review_tables(self.n_iter))
+        due, interval = (table[step] for table in _review_tables(self.n_iter, step.device))
         oscillates = state["rises"] <= _SUCCESS_SHARE * interval
         stalls = ~state["halved_at_review"] & (state["loss_best_at_review"] >= state["loss_best"])
         halve = due & (oscillates | stalls)
@@ -106,14 +108,15 @@ ATTACKS["apgd-ce"] = APGD
 ATTACKS["apgd-dlr"] = lambda: APGD(name="apgd-dlr", objective=objective("dlr"))
 
 
-def _review_tables(n_iter: int) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=32)
+def _review_tables(n_iter: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return, by number of steps made: whether a review is due, and the length of the interval that ends there."""
     due, interval = torch.zeros(n_iter + 1, dtype=torch.bool), torch.ones(n_iter + 1)
     previous = 0
     for at in checkpoints(n_iter):
         due[at], interval[at] = True, float(at - previous)
         previous = at
-    return due, interval
+    return sent(due, device), sent(interval, device)
 
 
 def _keep_best(state: State, loss: Tensor, grad: Tensor, step: Tensor) -> State:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import State
+from robustvlm.core.device import sent
 
 # Whether a walk along the boundary to a target class has shown that the class is out of reach
 
@@ -107,7 +108,7 @@ def begin(like: Tensor) -> State:
 
 def watch(state: State, best: Tensor, better: Tensor, step: Tensor, n_iter: int) -> State:
     """Write down the best loss [L] after `step` queries [L] of `n_iter`, and whether the latest one improved it [L]."""
-    slots = _slots(n_iter).to(step.device)
+    slots = _slots(n_iter, step.device)
     now = slots[step][:, None]
     # The count goes on from the interval of the query before.
     rises = state["watched_rises"].gather(1, slots[(step - 1).clamp_min(0)][:, None]) + better[:, None]
@@ -119,7 +120,7 @@ def watch(state: State, best: Tensor, better: Tensor, step: Tensor, n_iter: int)
 
 def futile(state: State, step: Tensor, n_iter: int) -> Tensor:
     """Return which lanes cannot reach a loss of zero in time, bool [L]; false between the points where it is asked."""
-    due, slots = _due(n_iter).to(step.device)[step], _slots(n_iter).to(step.device)[step]
+    due, slots = _due(n_iter, step.device)[step], _slots(n_iter, step.device)[step]
     loss, rises = state["watched_loss"], state["watched_rises"]
     quarter, half, now = (loss.gather(1, (slots // part)[:, None]).squeeze(1) for part in (4, 2, 1))
     recent = (rises.gather(1, slots[:, None]) - rises.gather(1, (slots // 2)[:, None])).squeeze(1)
@@ -141,14 +142,14 @@ def _log_odds(loss: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _slots(n_iter: int) -> Tensor:
+def _slots(n_iter: int, device: torch.device) -> Tensor:
     """Return the interval that every number of queries falls into, int64 [n_iter + 1]; 0 is the start alone."""
-    return -(-torch.arange(n_iter + 1) * _INTERVALS // n_iter)
+    return sent(-(-torch.arange(n_iter + 1) * _INTERVALS // n_iter), device)
 
 
 @lru_cache(maxsize=32)
-def _due(n_iter: int) -> Tensor:
+def _due(n_iter: int, device: torch.device) -> Tensor:
     """Return after which numbers of queries the rule is asked, bool [n_iter + 1]: every fourth interval's end."""
-    slots, steps = _slots(n_iter), torch.arange(n_iter + 1)
+    slots, steps = _slots(n_iter, torch.device("cpu")), torch.arange(n_iter + 1)
     ends = torch.cat([slots[1:] != slots[:-1], torch.tensor([False])])
-    return ends & (slots % 4 == 0) & (slots >= _INTERVALS // 10) & (steps >= _FIRST_QUERY)
+    return sent(ends & (slots % 4 == 0) & (slots >= _INTERVALS // 10) & (steps >= _FIRST_QUERY), device)

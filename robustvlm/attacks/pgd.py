@@ -13,6 +13,7 @@ from torch import Tensor
 from robustvlm.attacks.base import ATTACKS, DONE, MOST, LaneAttack, Option, State
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, pixel_box, project, random_start
+from robustvlm.core.device import sent
 
 # Lattice coordinates are whole numbers held in floats; this keeps them exactly representable in float32.
 _LARGEST_COORDINATE = 2.0**22
@@ -117,10 +118,11 @@ def _place(state: State, quantum: float) -> Tensor:
 def _hash(k: Tensor) -> Tensor:
     """Return a 64-bit hash per lane of whole-number coordinates [L, ...]: a random linear map modulo 2^64."""
     flat = k.flatten(1).to(torch.int64)
-    return (flat * _hash_weights(flat.shape[1]).to(flat.device)).sum(dim=1)
+    return (flat * _hash_weights(flat.shape[1], flat.device)).sum(dim=1)
 
 
 @lru_cache(maxsize=8)
-def _hash_weights(size: int) -> Tensor:
+def _hash_weights(size: int, device: torch.device) -> Tensor:
     """Odd 64-bit weights; odd ones are invertible modulo 2^64, so no single changed coordinate goes unnoticed."""
-    return 2 * torch.randint(-(2**62), 2**62, (size,), generator=torch.Generator().manual_seed(20250319)) + 1
+    drawn = torch.randint(-(2**62), 2**62, (size,), generator=torch.Generator().manual_seed(20250319))
+    return sent(2 * drawn + 1, device)

@@ -15,6 +15,7 @@ from robustvlm.attacks import futility as square_futility
 from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, Option, State
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, pixel_box, project
+from robustvlm.core.device import sent
 from robustvlm.core.seeds import row_sums
 
 # Square windows of different sizes and places, one per lane, as masks and coordinates over the whole image
@@ -183,7 +184,7 @@ def bump(height: int, width: int, top: Tensor, left: Tensor, side: Tensor, turne
         (torch.where(upper, across, across - sides // 2) - half // 2).abs(), (along - sides // 2).abs()
     )
     rings = torch.maximum(half // 2, sides // 2) + 1
-    sums = _sums_of_squares(max(height, width) + 1).to(ring.device)
+    sums = _sums_of_squares(max(height, width) + 1, ring.device)
     values = torch.where(inside, sums[rings] - sums[ring.clamp_max(max(height, width))], 0.0)
     above, below = values * (inside & upper), values * (inside & ~upper)
     return _unit(_unit(above) - _unit(below))
@@ -205,10 +206,11 @@ def _unit(values: Tensor) -> Tensor:
     return values / _energy(values).sqrt().clamp_min(_TINY)
 
 
-def _sums_of_squares(count: int) -> Tensor:
+@lru_cache(maxsize=32)
+def _sums_of_squares(count: int, device: torch.device) -> Tensor:
     """Return s[k] = sum over m = 1..k of 1 / m^2, for k = 0..count, rounded to float32 at the end."""
     terms = 1 / torch.arange(1, count + 1, dtype=torch.float64) ** 2
-    return torch.cat([torch.zeros(1), terms.cumsum(0).float()])
+    return sent(torch.cat([torch.zeros(1), terms.cumsum(0).float()]), device)
 
 
 # Square Attack: random search over square-shaped changes, forward passes only (Andriushchenko et al. 2020)
@@ -300,8 +302,8 @@ class Square(LaneAttack):
         best = state["x_best"]
         query = step.clamp_max(self.n_iter - 1)  # after the last query of a sub-run the proposal is not evaluated
         draws = state["draws"][torch.arange(len(query), device=query.device), query]
-        sides = _sides(self.n_iter, self.p_init, threat.norm, best.shape[2], best.shape[3])
-        side = sides.to(query.device)[query]
+        sides = _sides(self.n_iter, self.p_init, threat.norm, best.shape[2], best.shape[3], query.device)
+        side = sides[query]
         if threat.norm == "Linf":
             return propose_linf(best, state["low"], state["high"], side, draws)
         return propose_l2(best, state["x0"], side, draws, threat)
@@ -311,7 +313,7 @@ ATTACKS["square"] = Square
 
 
 @lru_cache(maxsize=32)
-def _sides(n_iter: int, p_init: float, norm: str, height: int, width: int) -> Tensor:
+def _sides(n_iter: int, p_init: float, norm: str, height: int, width: int, device: torch.device) -> Tensor:
     """Return the width of the square of every query, int64 [n_iter]; L2 windows are odd and at least 3 wide."""
     sides = []
     for query in range(n_iter):
@@ -320,4 +322,4 @@ def _sides(n_iter: int, p_init: float, norm: str, height: int, width: int) -> Te
             side = max(side, 3)
             side += 1 - side % 2
         sides.append(min(side, height, width))
-    return torch.tensor(sides)
+    return sent(torch.tensor(sides), device)

@@ -21,6 +21,7 @@ from torch import Tensor
 from robustvlm.certify.certifier import Certifier, Finding, Stage
 from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk
 from robustvlm.core.batches import narrower_after
+from robustvlm.core.device import Arriving, sent
 
 # An image in work: its samples on their way, and its finding once they are complete
 
@@ -140,7 +141,7 @@ Keep = Callable[[Job, Stage, NDArray[np.float32]], None]
 @dataclass(frozen=True)
 class _Pass:
     pieces: list[Piece]
-    features: Tensor
+    features: Arriving
 
 
 class SamplingEngine:
@@ -234,7 +235,7 @@ class SamplingEngine:
                 break
             own = certifier(job)
             address = Address(self.seed, job.image_id, image_digest(job.pixels), self.settings or own.key)
-            lane = Lane(job, own, job.pixels.to(self.device, torch.float32), address)
+            lane = Lane(job, own, sent(job.pixels, self.device, torch.float32), address)
             self._lanes.append(lane)
             room -= _fill(lane, pieces, room, perhaps=False)
         used = self.rungs[0] - room
@@ -253,8 +254,8 @@ class SamplingEngine:
     def _rung(self, used: int) -> int:
         return min(rung for rung in self.rungs if rung >= used)
 
-    def _forward(self, pieces: list[Piece]) -> Tensor:
-        """Run the pieces as one pass of an allowed size, the spare rows repeating the first; return features [R, D]."""
+    def _forward(self, pieces: list[Piece]) -> Arriving:
+        """Run the pieces as one pass of an allowed size, spare rows repeating the first; return features [R, D]."""
         rows = sum(piece.rows for piece in pieces)
         parts = [self._noisy(piece) for piece in pieces]
         size = self._rung(rows)
@@ -265,7 +266,8 @@ class SamplingEngine:
         self.passes += size
         if self._on_pass is not None:
             self._on_pass(size, rows)
-        return features[:rows].detach().float()
+        # On its way at once: behind the next pass, it would arrive when that one has ended.
+        return Arriving(features[:rows].detach().float())
 
     def _noisy(self, piece: Piece) -> Tensor:
         """Return the image plus fresh noise for every row, in float32 and not clipped; the clean stage has no noise."""
@@ -279,7 +281,7 @@ class SamplingEngine:
 
     def _judge(self, done: _Pass) -> list[Lane]:
         """Hand the features to their certifiers; return the lanes that are decided, which leave."""
-        features = done.features.cpu().numpy()
+        features = done.features.wait().numpy()
         start = 0
         for piece in done.pieces:
             rows = features[start : start + piece.rows]

@@ -37,7 +37,7 @@ def fetched(columns: Sequence[Tensor]) -> list[list[float]]:
 
 
 class Arriving:
-    """A tensor on its way to the host: the copy follows what the device has to do by now, and nothing given to it later.
+    """A tensor on its way to the host, behind what the device has to do by now and ahead of what it is given later.
 
     Example:
         >>> Arriving(torch.ones(2)).wait()
@@ -69,7 +69,7 @@ class Stopwatch:
     Example:
         >>> watch = Stopwatch()
         >>> watch.start(torch.device("cpu"))
-        >>> watch.stop()
+        >>> watch.stop(torch.device("cpu"))
         >>> 0 < watch.seconds < 1
         True
     """
@@ -83,7 +83,7 @@ class Stopwatch:
         """Begin a block whose work goes to a device."""
         self._began = _mark(device) if device.type == "cuda" else time.perf_counter()
 
-    def stop(self, device: torch.device = torch.device("cpu")) -> None:
+    def stop(self, device: torch.device) -> None:
         """End the block."""
         if device.type == "cuda":
             self._under_way.append((self._began, _mark(device)))

@@ -7,7 +7,9 @@ FOLDER holds the inputs; the runs of a device stand in a folder of its name, and
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -16,14 +18,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import open_clip  # noqa: F401
-import torch
-import torch.distributed.tensor  # noqa: F401
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "pins")]
-
+import budget
 import make_before
+import open_clip  # noqa: F401
 import simulated
+import torch
+import torch.distributed.tensor
 
 import robustvlm as rv
 from robustvlm.certify import engine, noise
@@ -75,10 +75,10 @@ COMMANDS: dict[str, list[str]] = {
 """Name and command of every run, in the order in which they are made: some stand on others."""
 
 _ASKED = {
-    "evaluate": ["evaluate", "model", "--data", "parquet:test.parquet"],
-    "evaluate-smooth": ["evaluate", "model+smooth:0.1:4", "--data", "parquet:test.parquet", "--limit", "4"],
-    "evaluate-immune": ["evaluate", "immunize", "--data", "parquet:test.parquet"],
-    "predict": ["predict", "model", "one.png", "--classes", "names.txt"],
+    "evaluate": ["evaluate", "model", "--json", "--data", "parquet:test.parquet"],
+    "evaluate-smooth": ["evaluate", "model+smooth:0.1:4", "--json", "--data", "parquet:test.parquet", "--limit", "4"],
+    "evaluate-immune": ["evaluate", "immunize", "--json", "--data", "parquet:test.parquet"],
+    "predict": ["predict", "model", "--data", "parquet:test.parquet", "--to", "predict.json"],
 }
 """Commands that keep no run: their answer is what they print."""
 
@@ -93,6 +93,11 @@ def main(folder: Path) -> None:
     report = {"cpu": _everything("cpu")}
     simulated.pretend()
     report["cuda:0"] = _everything("cuda:0")
+    report["waits"] = {
+        "fp32": budget.attack_waits(precision="fp32"),
+        "bf16": budget.attack_waits(precision="bf16", attacks=("pgd:steps=4", "apgd-ce:steps=4")),
+        "certify": budget.certify_waits(),
+    }
     (folder / "report.json").write_text(json.dumps(report))
 
 
@@ -102,7 +107,7 @@ def _one_noise() -> None:
     def chunk(stream: int, number: int, shape: Any, device: Any = "cpu") -> torch.Tensor:
         return noise.noise_chunk(stream, number, shape).to(device, non_blocking=True)
 
-    engine.noise_chunk = chunk  # type: ignore[attr-defined]
+    engine.noise_chunk = chunk
 
 
 def _everything(device: str) -> dict[str, Any]:
@@ -114,28 +119,23 @@ def _everything(device: str) -> dict[str, Any]:
     os.chdir(place)
     try:
         ended = {name: make_before.call([*command, *_end(name, device)]) for name, command in COMMANDS.items()}
-        said = {name: _said([*command, "--device", device, "--json"]) for name, command in _ASKED.items()}
+        said = {name: _said([*command, "--device", device]) for name, command in _ASKED.items()}
         return {"ended": ended, "said": said, "library": _library(device)}
     finally:
         os.chdir("..")
 
 
 def _end(name: str, device: str) -> list[str]:
-    return [] if name == "" else ["--device", device, "--out", ".", "--name", name]
+    return ["--device", device, "--out", ".", "--name", name]
 
 
 def _said(arguments: list[str]) -> list[Any]:
     """Return exit code and printed answer of a command."""
-    import contextlib
-    import io
-
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = make_before.call(arguments)
-    try:
-        return [code, json.loads(out.getvalue())]
-    except ValueError:
-        return [code, out.getvalue()]
+    file = Path("predict.json")
+    return [code, json.loads(file.read_text() if "--to" in arguments else out.getvalue()) if not code else None]
 
 
 def _library(device: str) -> dict[str, Any]:
@@ -146,9 +146,8 @@ def _library(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         for attack in ("pgd", "apgd-t", "fab-t", "square"):
-            done = rv.perturb(
-                net, images, labels, attack=f"{attack}:{'queries' if attack == 'square' else 'steps'}=5", eps=0.1
-            )
+            budget = "queries" if attack == "square" else "steps"
+            done = rv.perturb(net, images, labels, attack=f"{attack}:{budget}=5", eps=0.1)
             assert done.images.device == images.device
             found[attack] = done.images.cpu().flatten().tolist()
         smoothed = rv.Smoothed(net, sigma=0.1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,7 +64,7 @@ class OnGpu(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> OnGpu:
-        made: OnGpu = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: OnGpu = torch.Tensor._make_wrapper_subclass(
             cls,
             values.shape,
             strides=values.stride(),
@@ -75,12 +76,12 @@ class OnGpu(torch.Tensor):
         made.values = values
         return made
 
-    device = property(lambda self: GPU)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
-    is_meta = property(lambda self: False)  # type: ignore[assignment]
+    device = property(lambda _: GPU)
+    is_cuda = property(lambda _: True)
+    is_cpu = property(lambda _: False)
+    is_meta = property(lambda _: False)
 
-    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+    def __repr__(self, **_: object) -> str:
         return f"OnGpu({self.values!r})"
 
     def tolist(self) -> Any:
@@ -171,9 +172,7 @@ class _Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.timed, self.at = enable_timing, 0.0
 
-    def record(self, stream: Any = None) -> None:
-        import time
-
+    def record(self, *_: Any) -> None:
         self.at = time.perf_counter()
 
     def query(self) -> bool:
@@ -183,7 +182,7 @@ class _Event:
         waits.add("event")
 
     def elapsed_time(self, end: _Event) -> float:
-        assert self.timed and end.timed, "both events must have been made with enable_timing"
+        assert (self.timed, end.timed) == (True, True), "both events must have been made with enable_timing"
         return 1000 * (end.at - self.at)
 
 
@@ -208,20 +207,18 @@ def pretend() -> None:
     cuda.Event, cuda.current_stream = _Event, lambda *_: _Stream()
     cuda.is_current_stream_capturing = lambda: False
     if hasattr(torch, "accelerator"):
-        torch.accelerator.current_stream = lambda *_: _Stream()  # type: ignore[assignment]
+        torch.accelerator.current_stream = lambda *_: _Stream()
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()  # type: ignore[assignment,misc]
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()
     _pretend_draws()
     _pretend_tensors()
     autocast = torch.autocast
 
-    class Autocast(autocast):  # type: ignore[misc,valid-type]
-        def __init__(
-            self, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None
-        ) -> None:
-            super().__init__("cpu", dtype=dtype or torch.bfloat16, enabled=enabled)
+    class Autocast(autocast):
+        def __init__(self, _: str, **options: Any) -> None:
+            super().__init__("cpu", **{"dtype": torch.bfloat16, **options})
 
-    torch.autocast = Autocast  # type: ignore[assignment,misc]
+    torch.autocast = Autocast
     _Everywhere().__enter__()
 
 
@@ -232,11 +229,11 @@ def _pretend_draws() -> None:
     def seed(number: int) -> Any:
         return default.manual_seed(int(number))
 
-    torch.random.fork_rng = lambda devices=(), **more: fork(devices=[], **more)  # type: ignore[assignment]
+    torch.random.fork_rng = lambda *_, **more: fork(**(more | {"devices": []}))
     torch.manual_seed = torch.random.manual_seed = seed
-    torch.Generator = lambda device="cpu": generator()  # type: ignore[assignment,misc]
-    torch.cuda.get_rng_state = lambda *_: default.get_state()  # type: ignore[assignment]
-    torch.cuda.set_rng_state = lambda state, *_: default.set_state(state)  # type: ignore[assignment]
+    torch.Generator = lambda *_, **__: generator()
+    torch.cuda.get_rng_state = lambda *_: default.get_state()
+    torch.cuda.set_rng_state = lambda state, *_: default.set_state(state)
 
 
 def _pretend_tensors() -> None:
@@ -261,4 +258,4 @@ def _pretend_tensors() -> None:
             return new(self, data, dtype=dtype, device=device, **more)
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or GPU, **more)
 
-    torch.Tensor.new_tensor = new_tensor  # type: ignore[assignment,method-assign]
+    torch.Tensor.new_tensor = new_tensor

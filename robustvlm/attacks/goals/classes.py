@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robustvlm.attacks.goals.base import GOALS, REJECTED, Case, Goal, GoalKind, GoalWords, Known
 from robustvlm.attacks.objectives import Objective, margin, objective
+from robustvlm.core.device import sent
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.text import name_key, places_of
 
@@ -269,13 +270,13 @@ class Superclass(Goal):
 
     def group_logits(self, output: Tensor) -> Tensor:
         """Return the largest logit of every superclass, [B, K] -> [B, S]."""
-        index = self.groups.to(output.device).expand(len(output), -1)
+        index = sent(self.groups, output.device).expand(len(output), -1)
         empty = output.new_full((len(output), self.n_groups), float("-inf"))
         return empty.scatter_reduce(1, index, output, reduce="amax")
 
     def group_of(self, classes: Tensor) -> Tensor:
         """Return the superclasses of classes, int64 [B]."""
-        return self.groups.to(classes.device)[classes]
+        return sent(self.groups, classes.device)[classes]
 
 
 class SuperclassAll(Goal):

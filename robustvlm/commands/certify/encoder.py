@@ -22,6 +22,7 @@ from robustvlm.certify.certifier import Stage
 from robustvlm.commands.certify.config import CacheType
 from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import borrowed, placed
+from robustvlm.core.device import Stopwatch
 from robustvlm.core.files import replacing, require_regular
 from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.defenses import SmoothedVLM
@@ -182,7 +183,12 @@ class NoisyEncoder:
         self._encode = self.vlm.encode_noisy if isinstance(self.vlm, SmoothedVLM) else self.vlm.encode_image
         self.device = vlm.device
         self.passes = 0
-        self.seconds = 0.0
+        self._watch = Stopwatch()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds inside the encoder; on a GPU by its own clock, and reading them waits for the passes under way."""
+        return self._watch.seconds
 
     @property
     def fingerprint(self) -> str:
@@ -191,12 +197,12 @@ class NoisyEncoder:
 
     def __call__(self, noisy: Tensor) -> Tensor:
         """Return unit features [R, D] of noisy images [R, 3, S, S]."""
-        began = time.perf_counter()
+        self._watch.start(self.device)
         half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         with borrowed(self.vlm), torch.inference_mode(), full_precision_kernels(), half:
             features = self._encode(noisy.double() if self.precision == "fp64" else noisy)
         self.passes += len(noisy)
-        self.seconds += time.perf_counter() - began
+        self._watch.stop(self.device)
         return features
 
 
