@@ -51,7 +51,7 @@ COMMANDS: dict[str, list[str]] = {
         "--attack",
         _ALL,
     ],
-    "attack-checks": ["attack", "model", *_ATTACK, "--attack", "pgd:steps=3", "--checks", "full", "--limit", "4"],
+    "attack-checks": ["attack", "model", *_ATTACK, "--attack", "pgd:steps=3", "--checks", "quick", "--limit", "4"],
     "attack-feature": ["attack", "model", *_PLAIN, "--attack", "pgd:steps=4", "--goal", "feature"],
     "attack-smooth": [
         "attack",

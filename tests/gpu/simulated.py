@@ -215,8 +215,8 @@ def pretend() -> None:
     autocast = torch.autocast
 
     class Autocast(autocast):
-        def __init__(self, _: str, **options: Any) -> None:
-            super().__init__("cpu", **{"dtype": torch.bfloat16, **options})
+        def __init__(self, _: str, dtype: Any = None, *given: Any, **options: Any) -> None:
+            super().__init__("cpu", dtype or torch.bfloat16, *given, **options)
 
     torch.autocast = Autocast
     _Everywhere().__enter__()
