@@ -110,7 +110,7 @@ def measured(options: argparse.Namespace) -> Iterator[Figure]:
     steps: list[tuple[str, str, str, Callable[[], Iterator[Figure]]]] = [
         ("correctness", "tiny", path, lambda path=path: errors(tiny, place, path)) for path in paths
     ]
-    steps += [("same outcomes as float64", "tiny", "fp32", lambda: outcomes(tiny, place))]
+    steps += [("same outcomes as float64", "tiny", "fp32", lambda: outcomes(tiny, place, 4 if options.tiny else 16))]
     steps += [("noise", "", "fp32", lambda: noise(place, options.each))]
     made: dict[str, Classifier] = {}
 
@@ -176,14 +176,14 @@ def errors(model: Classifier, place: torch.device, path: str) -> Iterator[Figure
         yield Figure(f"relative error of {what}", "tiny", path, error)
 
 
-def outcomes(model: Classifier, place: torch.device) -> Iterator[Figure]:
+def outcomes(model: Classifier, place: torch.device, count: int) -> Iterator[Figure]:
     """Attack the same images here in float32 and on the CPU in float64; count equal outcomes."""
-    jobs, threat = _jobs(model, 16, torch.device("cpu")), ThreatModel("Linf", 2 / 255)
+    jobs, threat = _jobs(model, count, torch.device("cpu")), ThreatModel("Linf", 2 / 255)
     for attack in parse_attacks(_ATTACKS):
         assert isinstance(attack, LaneAttack)
         found = []
         for oracle in (Oracle(model, device=place), Oracle(model, precision="fp64")):
-            results = LaneEngine(oracle, attack, threat, lanes=16, seed=0).run(jobs)
+            results = LaneEngine(oracle, attack, threat, lanes=count, seed=0).run(jobs)
             found.append({result.job.index: result.outcome for result in results})
         same = sum(found[0][job.index] == found[1][job.index] for job in jobs)
         yield Figure("same outcomes as float64", "tiny", attack.name, f"{same} of {len(jobs)}")
