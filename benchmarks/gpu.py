@@ -16,7 +16,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +110,7 @@ def measured(options: argparse.Namespace) -> Iterator[Figure]:
     paths = [path for path in PATHS if path in options.paths.split(",")]
     tiny = classifier("tiny")
     steps: list[tuple[str, str, str, Callable[[], Iterator[Figure]]]] = [
-        ("correctness", "tiny", path, lambda path=path: errors(tiny, place, path)) for path in paths
+        ("correctness", "tiny", path, partial(errors, tiny, place, path)) for path in paths
     ]
     steps += [("same outcomes as float64", "tiny", "fp32", lambda: outcomes(tiny, place, 4 if options.tiny else 16))]
     steps += [("noise", "", "fp32", lambda: noise(place, options.each))]
@@ -120,11 +122,12 @@ def measured(options: argparse.Namespace) -> Iterator[Figure]:
             made[name] = classifier(name).to(place)
         return made[name]
 
+    def timed(name: str, path: str) -> Iterator[Figure]:
+        return rates(kept(name), name, place, path, options.each)
+
     for name in options.models.split(","):
         for path in paths:
-            steps.append(
-                ("rates", name, path, lambda n=name, path=path: rates(kept(n), n, place, path, options.each))
-            )  # fmt: skip
+            steps.append(("rates", name, path, partial(timed, name, path)))
     for what, name, path, step in steps:
         if time.monotonic() > ends:
             yield Figure(what, name, path, "left out: no time")
@@ -221,7 +224,7 @@ def rates(model: Classifier, name: str, place: torch.device, path: str, each: fl
     yield Figure("rows/s forward, bare", name, path, forward)
     passes = max(4, min(400, int(each * forward / lanes)))
     sampling = certify.SamplingEngine(lambda noisy: _forward(model, noisy, path), seed=0, lanes=lanes, device=place)
-    common = {"cos0": 0.5, "sigma": 0.25, "alpha": 0.001}
+    common: Any = {"cos0": 0.5, "sigma": 0.25, "alpha": 0.001}
     few = [certify.Job(job.image_id, job.index, job.pixels) for job in jobs[:4]]
 
     def sampled() -> list[certify.Sampled]:
