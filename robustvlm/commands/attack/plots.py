@@ -103,6 +103,31 @@ def curve_of(summary: Summary, name: str) -> Curve:
     )
 
 
+_APART = 0.1
+"""Of the axis: what a label such as "0.25/255" takes up."""
+
+
+def uncrowded(ticks: Mapping[float, str]) -> list[str]:
+    """Return the labels of ascending ticks, those that would run into the one on their right left blank.
+
+    Where they stand apart well enough for labels at an angle (half as much), more than six are kept all.
+
+    Example:
+        >>> uncrowded({0.0: "0", 0.05: "0.05/255", 0.1: "0.1/255", 0.5: "0.5/255", 1.0: "1/255"})
+        ['0', '', '0.1/255', '0.5/255', '1/255']
+    """
+    places = list(ticks)
+    least = _APART * (places[-1] - places[0]) * (0.5 if len(places) > 6 else 1)
+    shown, right = dict(ticks), float("inf")
+    for place in reversed(places):
+        # Rounding must not decide about marks that are exactly as far apart.
+        if right - place < least * (1 - 1e-9):
+            shown[place] = ""
+        else:
+            right = place
+    return list(shown.values())
+
+
 @chart
 def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
     """Draw robust accuracy over eps with its 95 % band, one line per run."""
@@ -126,7 +151,8 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
                 label=curve.name,
             )
         ticks = dict(sorted((e, t) for curve in curves for e, t in zip(curve.eps, curve.ticks, strict=True)))
-        axes.set_xticks(list(ticks), list(ticks.values()), rotation=35 if len(ticks) > 6 else 0)
+        labels = uncrowded(ticks)
+        axes.set_xticks(list(ticks), labels, rotation=35 if sum(map(bool, labels)) > 6 else 0)
         axes.set_ylim(0, 102)
         axes.set_xlim(left=0)
         axes.set_xlabel(f"perturbation size ε ({norm})")

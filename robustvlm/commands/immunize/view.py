@@ -81,6 +81,7 @@ def _rate(found: Rate) -> str:
 
 # More would be a file, not a report; all of them are in the record.
 _ROWS = 400
+_CLASSES = 100
 _KNOWN = (
     ("Accuracy before (zero-shot)", "accuracy_before", True),
     ("Accuracy after", "accuracy_after", True),
@@ -96,6 +97,7 @@ _COLUMNS = (
     "marked as pooled where a class has too few held-out images for a fit of its own; KS is the distance of its lowest "
     "scores from their Weibull fit."
 )
+_MARGIN = "Margin: 1 - cosine of the prototype and the nearest antibody."
 
 
 def immunize_report(run: FinishedRun[ImmunizeSummary]) -> Report:
@@ -181,24 +183,38 @@ def _measures(measures: Measures) -> list[Section]:
 
 
 def _classes(record: dict[str, Any]) -> Section:
-    classes, shown = record["classes"], record["classes"][:_ROWS]
-    more = f" The first {len(shown)} of {len(classes)}; all are in immunity.json." if len(classes) > len(shown) else ""
-    numbered = numbers("Images", "alpha", "kappa", "Antibodies", "Margin", "Threshold", "KS")
-    rows: list[Row] = [
-        (
-            Name(row["name"], limit=60),
-            f"{row['images']:,}",
-            " ".join(f"{value:.2f}" for value in row["alpha"]),
-            f"{row['kappa']:.0f}",
-            f"{row['antibodies']:,}",
-            f"{row['margin']:.3f}",
-            [f"{row['threshold']:.3f}", Small(" pooled" if row["pooled"] else "")],
-            f"{row['fit']['distance']:.3f}" if row["fit"] else "",
-        )
-        for row in shown
-    ]
-    table = Table([Column("Class"), *numbered], rows, only="page")
-    return Section("Classes", [Text(_COLUMNS + more, kind="lead"), table], key="classes", short="Classes")
+    """Return the table of the classes; of many those with the smallest margin, which are the likeliest to be confused.
+
+    Of a model without images there is nothing to say of images, prototypes and thresholds.
+    """
+    classes = shown = record["classes"]
+    taught = any(row["images"] for row in classes)
+    said = [_COLUMNS, _MARGIN] if taught else [_MARGIN]
+    if len(classes) > _CLASSES:
+        shown = sorted(classes, key=lambda row: row["margin"])[:_CLASSES]
+        said.append(f"The {len(shown)} of {len(classes):,} with the smallest margin; all are in immunity.json.")
+    titles = ("Images", "alpha", "kappa", "Antibodies", "Margin", "Threshold", "KS")
+    cells = _cells if taught else _cells_of_texts
+    columns = numbers(*(titles if taught else ("Antibodies", "Margin")))
+    table = Table([Column("Class"), *columns], [cells(row) for row in shown], only="page")
+    return Section("Classes", [Text(" ".join(said), kind="lead"), table], key="classes", short="Classes")
+
+
+def _cells(row: dict[str, Any]) -> Row:
+    return (
+        Name(row["name"], limit=60),
+        f"{row['images']:,}",
+        " ".join(f"{value:.2f}" for value in row["alpha"]),
+        f"{row['kappa']:.0f}",
+        f"{row['antibodies']:,}",
+        f"{row['margin']:.3f}",
+        [f"{row['threshold']:.3f}", Small(" pooled" if row["pooled"] else "")],
+        f"{row['fit']['distance']:.3f}" if row["fit"] else "",
+    )
+
+
+def _cells_of_texts(row: dict[str, Any]) -> Row:
+    return Name(row["name"], limit=60), f"{row['antibodies']:,}", f"{row['margin']:.3f}"
 
 
 def _kept(record: dict[str, Any]) -> Section:
