@@ -31,8 +31,8 @@ class Sizes:
     attacked: int = 100
     levels: int = 50
     attack_steps: int = 20
-    certified: int = 6
-    samples: int = 1500
+    certified: int = 4
+    samples: int = 1000
     smoothed: int = 50
     copies: int = 16
     tune_steps: int = 400
@@ -60,7 +60,7 @@ class Setting:
     superclasses: int
     sigma: float = 0.1
     tune_eps: str = "1/255"
-    tune_lr: float = 5e-5
+    tune_lr: float = 2e-5
 
     def part(self, name: str) -> str:
         """Return the data spec of a part."""
@@ -107,6 +107,8 @@ def rows(s: Setting) -> Iterator[Row]:
     plain = "as it is"
     yield _row(s, "clean", plain, "evaluate", s.model, "photographs", readings.clean, limit=s.sizes.clean)
     yield from _measured(s, s.model, plain, "")
+    yield _told_apart(s, "detect-all", plain, s.model, "")
+    yield _told_apart(s, "immune-all", plain, s.run("immunity"), "", scores="own,mcm,max-logit")
     yield _row(
         s, "finetune", "fine-tuned", "finetune", s.model, "tune", readings.trained,
         method="fare", eps=s.tune_eps, inner_steps=1, lr=s.tune_lr, steps=s.sizes.tune_steps,
@@ -131,14 +133,11 @@ def _measured(s: Setting, model: str, of: str, prefix: str) -> Iterator[Row]:
     noise["at"] = f"{s.sigma / 4:g},{s.sigma:g}"
     yield row("feature", "certify", model, "held", readings.certified, claim="feature", min_cos=0.5, **noise)
     yield row("class", "certify", model, "held", readings.certified, claim="class", **noise)
-    detect = {"id": s.part("held-known"), "ood": [f"near={s.part('held-near')}", f"far={s.part('held-far')}"]}
-    yield row("detect", "detect", model, None, readings.told_apart, **detect, fit="none", limit=n.clean)
+    yield _told_apart(s, f"{prefix}detect", of, model, "held-")
     images = {"no_images": True, "tree": s.data / "known-tree.json"}
     yield row("immunity", "immunize", model, "known", readings.antibodies, **images)
     immune = s.run(f"{prefix}immunity")
-    yield row(
-        "immune", "detect", immune, None, readings.told_apart, **detect, fit="none", scores="own,mcm", limit=n.clean
-    )
+    yield _told_apart(s, f"{prefix}immune", of, immune, "held-", scores="own,mcm,max-logit")
     yield row(
         "purifier", "purify", model, "tune", readings.trained, sigma=[s.sigma], steps=n.purify_steps,
         mapper_steps=n.mapper_steps, batch_size=8, val_limit=n.validated, validate_every=0.0,
@@ -152,6 +151,13 @@ def _measured(s: Setting, model: str, of: str, prefix: str) -> Iterator[Row]:
     yield row("whole", "evaluate", whole, "held-known", readings.answers, limit=n.smoothed)
 
 
+def _told_apart(s: Setting, key: str, of: str, model: str, which: str, **more: Any) -> Row:
+    """Return the row that tells known classes from unknown ones: held-out photographs ("held-") or all of them ("")."""
+    unknown = [f"{name}={s.part(which + name)}" for name in ("near", "far")]
+    given: dict[str, Any] = {"id": s.part(f"{which}known"), "ood": unknown, "fit": "none", "limit": s.sizes.clean}
+    return _row(s, key, of, "detect", model, None, readings.told_apart, **given, **more)
+
+
 def _row(
     s: Setting, key: str, of: str, verb: str, model: str, data: str | None,
     read: Callable[[Any], list[Reading]], **options: Any,
@@ -159,7 +165,8 @@ def _row(
     given: dict[str, Any] = {"model": model}
     if data is not None:
         given["data"] = s.part(data)
-    given["templates"] = s.data / "templates.txt"
+    if verb != "purify":  # which reads no classes
+        given["templates"] = s.data / "templates.txt"
     where = {} if verb == "evaluate" else _where(s, key)
     return Row(key, of, verb, given | options | where, read)
 

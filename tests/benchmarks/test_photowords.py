@@ -24,7 +24,8 @@ from benchmarks.photowords.photographs import Photograph, gathered, main, write_
 from benchmarks.photowords.pixels import unit
 from benchmarks.photowords.rows import QUICK, Setting, rows
 from benchmarks.photowords.words import Layer
-from robustvlm.commands.registry import COMMANDS
+from robustvlm.commands.evaluate import EVALUATE
+from robustvlm.commands.registry import COMMANDS, command_of
 from robustvlm.data import open_data
 from robustvlm.data.classes import KNOWN, cifar100_names, wordnet_names
 from robustvlm.data.trees import Tree, load_forest
@@ -214,6 +215,9 @@ def test_every_command_of_a_run_is_there_for_both_models(tmp_path: Path) -> None
     assert verbs == {"evaluate", "attack", "certify", "detect", "immunize", "purify", "build"}
     assert verbs | {"finetune"} == {row.verb for row in found if row.of == "fine-tuned"}
     assert verbs - {"evaluate"} < set(COMMANDS)
+    for row in found:
+        settings = EVALUATE.settings if row.verb == "evaluate" else command_of(row.verb).settings
+        assert set(row.options) <= set(settings.model_fields), row.key
     tuned = [row for row in found if row.of == "fine-tuned" and row.verb != "finetune"]
     # A fine-tuned model is measured on nothing that it was tuned on.
     assert not any(f"{part}.parquet" in str(row.options.get("data")) for row in tuned for part in ("photographs",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_labels_of_the_curve_do_not_run_into_each_other(radii: list[float]) -> N
     assert labels[-1] == ticks[max(radii)]
     shown = [eps for eps, label in zip(ticks, labels, strict=True) if label]
     least = max(radii) * (0.05 if len(ticks) > 6 else 0.1)
-    assert all(b - a >= 0.999 * least for a, b in zip(shown, shown[1:], strict=False))
+    assert all(b - a >= 0.999 * least for a, b in pairwise(shown))
     # None is left out without need: each blank one is too near to the next that is shown.
     for eps, label in zip(ticks, labels, strict=True):
         assert label or min(other for other in shown if other > eps) - eps < least
