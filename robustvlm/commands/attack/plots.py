@@ -103,29 +103,31 @@ def curve_of(summary: Summary, name: str) -> Curve:
     )
 
 
-_APART = 0.1
-"""Of the axis: what a label such as "0.25/255" takes up."""
+_CHARACTER = 0.019
+"""Of the axis: what a character of a label takes up."""
 
 
 def uncrowded(ticks: Mapping[float, str]) -> list[str]:
-    """Return the labels of ascending ticks, those that would run into the one on their right left blank.
+    """Return the labels of ascending ticks; one is left blank that would run into the first or one on its right.
 
-    Where they stand apart well enough for labels at an angle (half as much), more than six are kept all.
+    More than six stand at an angle, where the lines and not the lengths have to keep apart.
 
     Example:
-        >>> uncrowded({0.0: "0", 0.05: "0.05/255", 0.1: "0.1/255", 0.5: "0.5/255", 1.0: "1/255"})
-        ['0', '', '0.1/255', '0.5/255', '1/255']
+        >>> uncrowded({0.0: "0", 0.05: "0.05/255", 0.25: "0.25/255", 0.5: "0.5/255", 1.0: "1/255"})
+        ['0', '', '0.25/255', '0.5/255', '1/255']
     """
-    places = list(ticks)
-    least = _APART * (places[-1] - places[0]) * (0.5 if len(places) > 6 else 1)
-    shown, right = dict(ticks), float("inf")
+    first, *places = ticks
+    span = max([first, *places]) - first
+
+    def clear(left: float, right: float) -> bool:
+        characters = 3.0 if len(ticks) > 6 else (len(ticks[left]) + len(ticks[right])) / 2 + 1
+        return right - left >= characters * _CHARACTER * span
+
+    shown = [first]
     for place in reversed(places):
-        # Rounding must not decide about marks that are exactly as far apart.
-        if right - place < least * (1 - 1e-9):
-            shown[place] = ""
-        else:
-            right = place
-    return list(shown.values())
+        if len(shown) == 1 or (clear(first, place) and clear(place, shown[-1])):
+            shown.append(place)
+    return [label if place in shown else "" for place, label in ticks.items()]
 
 
 @chart
