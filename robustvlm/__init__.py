@@ -34,7 +34,7 @@ _HOME = {
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",
-    "open_run": "robustvlm.commands.registry",
+    "open_run": "robustvlm.commands",
     "perturb": "robustvlm.attacks.perturb",
     "predict": "robustvlm.commands.predict",
     "purify": "robustvlm.commands.purify",

@@ -7,6 +7,7 @@ from robustvlm.attacks.perturb import AutoAttack as AutoAttack
 from robustvlm.attacks.perturb import Perturbed as Perturbed
 from robustvlm.attacks.perturb import perturb as perturb
 from robustvlm.attacks.threat import ThreatModel as ThreatModel
+from robustvlm.commands import open_run as open_run
 from robustvlm.commands.assemble.work import Pipeline
 from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
@@ -16,7 +17,6 @@ from robustvlm.commands.evaluate.work import CleanResult
 from robustvlm.commands.immunize.record import ImmunizeSummary
 from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
-from robustvlm.commands.registry import open_run as open_run
 from robustvlm.commands.soup.work import Soup
 from robustvlm.core.callable_module import CallableModule
 from robustvlm.data.specs import open_data as open_data

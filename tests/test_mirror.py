@@ -12,7 +12,7 @@ import typer
 
 import robustvlm as rv
 from robustvlm.cli.main import app
-from robustvlm.commands.registry import COMMANDS, command_of
+from robustvlm.commands import COMMANDS, command_of
 from robustvlm.runs.settings import flags_of, repeatable
 
 ROOT = Path(__file__).parents[1]

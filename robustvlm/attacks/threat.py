@@ -46,7 +46,7 @@ class ThreatModel:
         if self.norm not in NORMS:
             raise UserError(f"unknown norm '{self.norm}': {nearest(self.norm, NORMS)}")
         if not (math.isfinite(self.eps) and self.eps > 0):
-            raise UserError(f"eps must be a positive number, got {self.eps}: pass for example 2/255")
+            raise BadSetting("eps", "must be a positive number", got=f"{self.eps}: pass for example 2/255")
         if self.norm == "Linf" and self.eps > 1:
             raise UserError(
                 f"eps {self.eps:g} is larger than the pixel range [0, 1]: "

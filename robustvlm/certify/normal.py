@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainc, betaincinv, ndtr, ndtri
 
-from robustvlm.errors import UserError
+from robustvlm.errors import BadSetting, UserError
 
 Array = NDArray[np.float64]
 
@@ -95,7 +95,7 @@ def check_alpha(alpha: float) -> float:
         0.001
     """
     if not 0.0 < alpha < 1.0:
-        raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha}: pass for example 0.001")
+        raise BadSetting("alpha", "must lie strictly between 0 and 1", got=f"{alpha}: pass for example 0.001")
     return float(alpha)
 
 
@@ -110,7 +110,7 @@ def check_sigma(sigma: float) -> float:
         0.25
     """
     if not (sigma > 0.0 and np.isfinite(sigma)):
-        raise UserError(f"sigma must be a positive number, got {sigma}: pass for example 0.25")
+        raise BadSetting("sigma", "must be a positive number", got=f"{sigma}: pass for example 0.25")
     return float(sigma)
 
 

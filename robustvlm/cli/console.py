@@ -1,16 +1,21 @@
-"""The console of rich that every command draws on; it trusts no text."""
+"""The console of rich that every command draws on, which trusts no text, and the bars of a run's progress on it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
+from rich import progress
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.errors import MarkupError
+from rich.markup import escape
 from rich.segment import Segment
 from rich.text import Text
 
+from robustvlm.runs.settings import Observer as RunObserver
 from robustvlm.text import visible, without_secrets
 
 
@@ -50,3 +55,86 @@ class Console(RichConsole):
 
 def _fit(text: str) -> str:
     return visible(without_secrets(text))
+
+
+Plain = Literal["", "begin", "end"]
+
+
+class Bars(RunObserver):
+    """One bar a stage: pieces done, words of the run, encoder passes per second, time left; and its lines of text.
+
+    Args:
+        console: to draw on; without a terminal there are no bars.
+        plain: whether a line for each stage stands in their place: when it begins, or when it ends with its cost.
+    """
+
+    def __init__(self, console: Console, *, plain: Plain = "") -> None:
+        self._console, self._plain = console, plain
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description:<22}", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[words]}", markup=False),
+            progress.TextColumn("{task.fields[speed]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: progress.TaskID | None = None
+        self._title = ""
+        self._reset()
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        self._bars.stop()
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self._console.print(f"[bold]Warning[/bold]: {escape(text)}", highlight=False, soft_wrap=True)
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
+        self._close()
+        self._reset()
+        self._title = title
+        if self._plain == "begin" and not self._console.is_terminal:
+            self._console.print(title, markup=False)
+        self._task = self._bars.add_task(title, total=total, completed=done, words="", speed="")
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        self._done += count
+        self._shown.update(shown)
+        if self._task is not None:
+            words = " ".join(f"{name.replace('_', ' ')} {text}" for name, text in self._shown.items())
+            self._bars.update(self._task, advance=count, words=words)
+
+    def passed(self, used: int, passes: int) -> None:
+        del used
+        self._passes += passes
+        if self._task is not None:
+            speed = self._passes / max(time.monotonic() - self._began, 1e-9)
+            self._bars.update(self._task, speed=f"{speed:,.0f} passes/s")
+
+    def _reset(self) -> None:
+        self._began, self._passes, self._done = time.monotonic(), 0, 0
+        self._shown: dict[str, str] = {}
+
+    def _close(self) -> None:
+        """End the stage: its bar is full, whatever total was expected."""
+        if self._task is None:
+            return
+        self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
+        if self._plain == "end" and not self._console.is_terminal and self._done:
+            seconds = time.monotonic() - self._began
+            line = f"{self._title}: {self._done} images, {self._passes:,} passes, {seconds:.0f} s"
+            self._console.print(line, markup=False)
+        self._task = None

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustvlm.cli.options import (
-    LlmModel,
-    LlmPrices,
-    LlmUrl,
-    require_none,
-)
 from robustvlm.cli.terminal import say, say_json
 from robustvlm.runs.run import Command
 from robustvlm.runs.settings import Observer, Settings
@@ -51,9 +46,22 @@ def data(
         typer.Option("--tree-by", help="Criterion of a tree by a language model; repeat it for a forest."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the tree that is made, as trees.json.")] = None,
-    llm: LlmUrl = None,
-    llm_model: LlmModel = None,
-    llm_prices: LlmPrices = None,
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            "--llm",
+            metavar="URL",
+            help="OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or "
+            "OPENAI_API_KEY.",
+        ),
+    ] = None,
+    llm_model: Annotated[
+        str | None, typer.Option("--llm-model", metavar="NAME", help="Model to ask at that endpoint.")
+    ] = None,
+    llm_prices: Annotated[
+        str | None,
+        typer.Option("--llm-prices", metavar="IN,OUT", help="Price of a million tokens, to show what was spent."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Decode every selected image and count the faults.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -62,7 +70,7 @@ def data(
 
     given = {"--tree-by": tree_by, "--out": out, "--llm": llm, "--llm-model": llm_model, "--llm-prices": llm_prices}
     if make_tree is None:
-        require_none(given, "is for --make-tree: say --make-tree wordnet or --make-tree llm")
+        _require_none(given, "is for --make-tree: say --make-tree wordnet or --make-tree llm")
     source = open_data(spec, classes=classes, templates=templates, tree=tree)
     if make_tree is not None:
         from robustvlm.llm.client import open_client
@@ -75,6 +83,15 @@ def data(
         say_json(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         _show(facts)
+
+
+def _require_none(given: Mapping[str, object], why: str) -> None:
+    """Refuse options that would have no effect."""
+    from robustvlm.errors import UserError
+
+    useless = [option for option, value in given.items() if value not in (None, [])]
+    if useless:
+        raise UserError(f"{useless[0]} {why}")
 
 
 def _make_tree(

@@ -16,14 +16,19 @@ import typer
 from rich.markup import escape
 
 from robustvlm import __version__
-from robustvlm.cli.app import typer_command
-from robustvlm.cli.certify import certify_or_audit
-from robustvlm.cli.failures import BROKEN_PIPE, INTERRUPTED, Ended, complain, explain
+from robustvlm.cli.acts import certify_or_audit, predict_and_show, report
+from robustvlm.cli.app import check_given, typer_command
 from robustvlm.cli.inspect import data, evaluate, export, models
-from robustvlm.cli.options import check_given
-from robustvlm.cli.predict import predict_and_show
-from robustvlm.cli.report import report
-from robustvlm.cli.terminal import drop_output, notes_shown, open_streams
+from robustvlm.cli.terminal import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    Ended,
+    complain,
+    drop_output,
+    explain,
+    notes_shown,
+    open_streams,
+)
 from robustvlm.commands.assemble import BUILD
 from robustvlm.commands.attack import ATTACK
 from robustvlm.commands.certify import CERTIFY

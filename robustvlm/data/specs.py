@@ -11,15 +11,7 @@ from urllib.parse import unquote
 
 from robustvlm.core import registry
 from robustvlm.core.user_code import file_digest
-from robustvlm.data.classes import (
-    DEFAULT,
-    known_forest,
-    read_class_names,
-    read_templates,
-    recognise,
-    usual_names,
-    what_changed,
-)
+from robustvlm.data import classes as words
 from robustvlm.data.labels import Own, settle_names
 from robustvlm.data.names import check_names, clean_name, same_things
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
@@ -109,13 +101,13 @@ def open_data(
     source = open_raw(parse_spec(spec))
     _settle(source, classes, f"'{spec}'")
     source.check()
-    known = recognise(source.class_names) if source.tree is None else None
+    known = words.recognise(source.class_names) if source.tree is None else None
     if known is not None:
-        source.tree = known_forest(known, source.class_names)
-        if source.templates == DEFAULT:  # else they lie beside the data
+        source.tree = words.known_forest(known, source.class_names)
+        if source.templates == words.DEFAULT:  # else they lie beside the data
             source.templates = known.templates
     if templates is not None:
-        source.templates = read_templates(templates)
+        source.templates = words.read_templates(templates)
     if tree is not None:
         source.tree = load_forest(tree, source.class_names)
     return source
@@ -144,12 +136,12 @@ def _own(spec: Spec) -> DataSource:
 def _settle(source: DataSource, classes: Path | None, where: str) -> None:
     """Bring together what the source calls its classes and what the user gave, and write down what was changed."""
     found = tuple(clean_name(name, where) for name in source.class_names)
-    names = usual_names(found)
+    names = words.usual_names(found)
     if names != found:
-        source.remarks.append(f"ImageNet's usual class names are taken for: {what_changed(found, names)}")
+        source.remarks.append(f"ImageNet's usual class names are taken for: {words.what_changed(found, names)}")
     if names:
         check_names(names, where)
-    given, note = read_class_names(classes) if classes is not None else (None, None)
+    given, note = words.read_class_names(classes) if classes is not None else (None, None)
     settled = settle_names(Own(source.marks, names or None), given, where)
     if source.tree is not None:
         if len(settled.names) != len(names):

@@ -13,15 +13,8 @@ import torch
 
 from robustvlm.certify import OpensetRule
 from robustvlm.core.files import replacing
+from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.defenses.pipeline import (
-    SavedModel,
-    apply_operations,
-    check_operations,
-    load_pipeline,
-    require_same_base,
-    saved_model,
-)
 from robustvlm.defenses.spec import Operation, split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
@@ -64,7 +57,7 @@ class Recipe:
         if operations:
             advice = "pass --smooth instead" if operations[0].name == "smooth" else "leave it out"
             raise UserError(f"the encoder '{self.encoder}' comes with an operator, +{operations[0]}: {advice}")
-        check_operations(f"--smooth {self.smooth}", self.smoothing)
+        pipeline.check_operations(f"--smooth {self.smooth}", self.smoothing)
         if not (self.purify or self.smooth or self.immunize):
             raise UserError("nothing to build: pass --purify RUN, --smooth SIGMA or --immunize RUN")
 
@@ -198,14 +191,14 @@ def levels_used(part: Part, sigma: float | None) -> tuple[float, ...]:
 
     Without a smoothing of its own (None) any: a pipeline can be smoothed later, by an operator.
     """
-    made = saved_model(str(part.folder))
+    made = pipeline.saved_model(str(part.folder))
     levels = () if made is None else made.noise_levels
     return tuple(level for level in levels if sigma in (None, level))
 
 
 def unfitted(part: Part, sigma: float | None) -> Unfitted | None:
     """Return what is to be said of a head that is smoothed without thresholds for the noise, None if it has them."""
-    made = saved_model(str(part.folder))
+    made = pipeline.saved_model(str(part.folder))
     if sigma is None or made is None or not made.refuses or sigma in made.noise_levels:
         return None
     return Unfitted(part, sigma)
@@ -300,13 +293,13 @@ def build_pipeline(
     parts = read_parts_of(recipe)
     (folder / CARD_NAME).unlink(missing_ok=True)  # not a model until all of it is there
     spec = copy_model(recipe.encoder, folder / PARTS / "encoder")
-    vlm = load_pipeline(spec, device=device)
+    vlm = pipeline.load_pipeline(spec, device=device)
     found: list[Misfit | Unfitted] = []
     shown, clean = recipe.encoder, [vlm.fingerprint]
     for part in parts:
         wrong = misfit(part, shown, vlm.fingerprint, clean, levels_used(part, recipe.sigma))
         if wrong is None:
-            require_same_base(part.card, vlm, part.folder)
+            pipeline.require_same_base(part.card, vlm, part.folder)
         else:
             if not wrong.harmless and not accept_misfits:
                 raise UserError(f"{wrong}; --accept-misfits builds it anyway")
@@ -315,16 +308,16 @@ def build_pipeline(
         found += [] if bare is None else [bare]
         spec, vlm = _put_on(part, spec, vlm, folder / PARTS / part.name, device)
         shown, clean = str(part.folder), [*clean, vlm.fingerprint]
-    _try_out(apply_operations(vlm, recipe.smoothing), recipe)
+    _try_out(pipeline.apply_operations(vlm, recipe.smoothing), recipe)
     settings = {"smooth": recipe.smooth}
     write_card(folder, Card("build", spec, vlm.fingerprint, settings, probe_encoder(vlm)))
-    return load_pipeline(str(folder), device=device), tuple(found)
+    return pipeline.load_pipeline(str(folder), device=device), tuple(found)
 
 
 def _put_on(part: Part, spec: str, vlm: VLM, target: Path, device: torch.device | str) -> tuple[str, VLM]:
     """Copy a part with a card that names the model before it; return its spec and itself."""
     copy_part(part.folder, target, _on(part.card, spec, vlm))
-    return str(target), load_pipeline(str(target), device=device)
+    return str(target), pipeline.load_pipeline(str(target), device=device)
 
 
 def _on(card: Card, spec: str, vlm: VLM) -> Card:
@@ -349,7 +342,7 @@ def _try_out(vlm: VLM, recipe: Recipe) -> None:
 # A folder of kind `build` as a model: the last of its parts, smoothed as its card says
 
 
-class BuiltModel(SavedModel):
+class BuiltModel(pipeline.SavedModel):
     """A whole pipeline; smoothing, if it has one, is part of its encoder, and the head is that of its last part."""
 
     @property
@@ -365,7 +358,7 @@ class BuiltModel(SavedModel):
             raise UserError(f'{wrong}, as the text "0.25:64", but {said!r}: build it again')
         operations = smoothing_of(said)
         try:
-            check_operations(str(self.folder), operations)
+            pipeline.check_operations(str(self.folder), operations)
         except UserError as error:
             raise UserError(f"{wrong} ({error}): build it again") from None
         return operations
@@ -376,12 +369,12 @@ class BuiltModel(SavedModel):
 
     def encoder(self, device: torch.device) -> VLM:
         smoothing = self.smoothing  # a damaged card should not wait for a large model
-        return apply_operations(self.base(device), smoothing)
+        return pipeline.apply_operations(self.base(device), smoothing)
 
     @property
-    def _top(self) -> SavedModel | None:
+    def _top(self) -> pipeline.SavedModel | None:
         """The last of the parts, whose head the pipeline has."""
-        return saved_model(split_spec(self.card.base or "")[0])
+        return pipeline.saved_model(split_spec(self.card.base or "")[0])
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,20 +22,8 @@ from safetensors import SafetensorError, safe_open
 from robustvlm import __version__
 from robustvlm.core.files import require_regular, write_text
 from robustvlm.errors import UserError
-from robustvlm.report import tables, words
-from robustvlm.report.sections import (
-    Block,
-    Closing,
-    Code,
-    Column,
-    Line,
-    Measure,
-    Name,
-    Report,
-    Small,
-    parts_of,
-    straight,
-)
+from robustvlm.report import sections as doc
+from robustvlm.report import words
 from robustvlm.report.words import percent, plain
 from robustvlm.text import one_line
 
@@ -47,7 +35,7 @@ def page(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def page_of(report: Report) -> str:
+def page_of(report: doc.Report) -> str:
     """Return a report as a page.
 
     Example:
@@ -82,6 +70,22 @@ def drawing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def write_report_of(folder: Path, out: Path | None, told: Callable[[Path], doc.Report]) -> Path:
+    """Write the report of a run, by default to `report.html` in its folder, whole or not at all; return its path.
+
+    Args:
+        told: what reads the run in a folder and says all of it.
+
+    Raises:
+        UserError: the folder holds no finished run of that kind, or the report cannot be written.
+    """
+    path = out or folder / "report.html"
+    with drawing(folder):
+        text = page_of(told(folder))
+    write_page(path, text)
+    return path
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -103,31 +107,33 @@ def _environment() -> Environment:
         on_page=_on_page,
         kind=lambda block: type(block).__name__,
     )
-    environment.globals.update(version=__version__, bar=tables.bar)
+    environment.globals.update(version=__version__, bar=words.bar)
     return environment
 
 
-def _line(line: Line) -> Markup:
+def _line(line: doc.Line) -> Markup:
     """Return a line of text as HTML; `format` escapes what is put in."""
-    return Markup("").join(_word(part) for part in parts_of(line))
+    return Markup("").join(_word(part) for part in doc.parts_of(line))
 
 
-def _word(part: str | Code | Name | Small | Measure) -> Markup:
-    if isinstance(part, Code):
+def _word(part: str | doc.Code | doc.Name | doc.Small | doc.Measure) -> Markup:
+    if isinstance(part, doc.Code):
         return Markup("<code>{}</code>").format(words.plain(part.text, part.limit))
-    if isinstance(part, Name):
+    if isinstance(part, doc.Name):
         return Markup("<bdi>{}</bdi>").format(words.plain(part.text, part.limit))
-    if isinstance(part, Small):
-        return Markup('<span class="small">{}</span>').format(straight(part.text))
-    if isinstance(part, Measure):
-        text = Markup("<strong>{}</strong>").format(straight(part.text))
+    if isinstance(part, doc.Small):
+        return Markup('<span class="small">{}</span>').format(doc.straight(part.text))
+    if isinstance(part, doc.Measure):
+        text = Markup("<strong>{}</strong>").format(doc.straight(part.text))
         return (
-            text + Markup(' <span class="small">{}</span>').format(straight(part.interval)) if part.interval else text
+            text + Markup(' <span class="small">{}</span>').format(doc.straight(part.interval))
+            if part.interval
+            else text
         )
-    return Markup("{}").format(straight(part))
+    return Markup("{}").format(doc.straight(part))
 
 
-def _heads(columns: Sequence[Column]) -> list[dict[str, Any]]:
+def _heads(columns: Sequence[doc.Column]) -> list[dict[str, Any]]:
     """Return the cells of the upper row of headings: groups of columns, and single columns, which reach down."""
     heads: list[dict[str, Any]] = []
     for group, some in groupby(columns, key=lambda column: column.group):
@@ -138,9 +144,9 @@ def _heads(columns: Sequence[Column]) -> list[dict[str, Any]]:
     return heads
 
 
-def _on_page(blocks: Sequence[Block]) -> list[Block]:
+def _on_page(blocks: Sequence[doc.Block]) -> list[doc.Block]:
     return [
-        block for block in blocks if not isinstance(block, Closing) and getattr(block, "only", "both") != "terminal"
+        block for block in blocks if not isinstance(block, doc.Closing) and getattr(block, "only", "both") != "terminal"
     ]
 
 

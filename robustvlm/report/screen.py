@@ -10,22 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from robustvlm.report import sections
-from robustvlm.report.sections import (
-    Block,
-    Closing,
-    Code,
-    Line,
-    Measure,
-    Name,
-    Report,
-    Small,
-    Verdict,
-    parts_of,
-    straight,
-)
-from robustvlm.report.tables import Finding
-from robustvlm.report.words import plain
+from robustvlm.report import sections as doc
+from robustvlm.report.words import Finding, plain
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 _GAP = 3  # characters between columns
@@ -33,7 +19,7 @@ _GAP = 3  # characters between columns
 _WORD = 36
 
 
-def show(console: Console, what: Report | Iterable[Block | Verdict], *closing: Closing) -> None:
+def show(console: Console, what: doc.Report | Iterable[doc.Block | doc.Verdict], *closing: doc.Closing) -> None:
     """Print a report, or single blocks, and the closing lines.
 
     Example:
@@ -46,14 +32,14 @@ def show(console: Console, what: Report | Iterable[Block | Verdict], *closing: C
          one   1
         <BLANKLINE>
     """
-    blocks = sections.terminal_blocks(what) if isinstance(what, Report) else sections.flat(what)
+    blocks = doc.terminal_blocks(what) if isinstance(what, doc.Report) else doc.flat(what)
     loud = "bold"  # the first sentence of the first verdict
     for block in (*blocks, *closing):
-        if isinstance(block, Closing):
+        if isinstance(block, doc.Closing):
             width = max(map(len, block.places), default=0) + 1
             for name, place in block.places.items():
                 console.print(RichText(f"{name + ':':<{width}} {place}"), soft_wrap=True)
-        elif isinstance(block, Verdict):
+        elif isinstance(block, doc.Verdict):
             for line in block.lines:
                 console.print(text(line, loud))
                 loud = ""
@@ -62,46 +48,48 @@ def show(console: Console, what: Report | Iterable[Block | Verdict], *closing: C
                 console.print(part)
 
 
-def _drawn(block: Block) -> Iterable[RichText | FittedTable]:
-    if isinstance(block, sections.Checks):
+def _drawn(block: doc.Block) -> Iterable[RichText | FittedTable]:
+    if isinstance(block, doc.Checks):
         yield from (_finding(finding) for finding in block.findings if finding.level != "ok")
-    elif isinstance(block, sections.Chart) and block.text:
+    elif isinstance(block, doc.Chart) and block.text:
         yield text(block.text)
-    elif isinstance(block, sections.Text) and block.only != "page" and block.kind != "lead":
+    elif isinstance(block, doc.Text) and block.only != "page" and block.kind != "lead":
         yield text(block.line, "dim" if block.kind == "small" else "")
-    elif isinstance(block, sections.Facts) and block.only != "page":
-        columns = [sections.Column(""), sections.Column("")]
-        yield FittedTable(sections.Table(columns, block.rows, title=block.title), heads=False)
-    elif isinstance(block, sections.Table) and block.only != "page" and block.rows:
+    elif isinstance(block, doc.Facts) and block.only != "page":
+        columns = [doc.Column(""), doc.Column("")]
+        yield FittedTable(doc.Table(columns, block.rows, title=block.title), heads=False)
+    elif isinstance(block, doc.Table) and block.only != "page" and block.rows:
         yield FittedTable(block)
 
 
-def text(line: Line, style: str = "") -> RichText:
+def text(line: doc.Line, style: str = "") -> RichText:
     """Return a line with the weights of its words."""
     made = RichText(style=style)
-    for part in parts_of(line):
-        if isinstance(part, Measure):
-            made.append(straight(part.text))
+    for part in doc.parts_of(line):
+        if isinstance(part, doc.Measure):
+            made.append(doc.straight(part.text))
             if part.interval:
-                made.append(f"  {straight(part.interval)}", "dim")
-        elif isinstance(part, (Code, Name)):
+                made.append(f"  {doc.straight(part.interval)}", "dim")
+        elif isinstance(part, (doc.Code, doc.Name)):
             made.append(plain(part.text, part.limit))
-        elif isinstance(part, Small):
-            made.append(straight(part.text), "dim")
+        elif isinstance(part, doc.Small):
+            made.append(doc.straight(part.text), "dim")
         else:
-            made.append(straight(part))
+            made.append(doc.straight(part))
     return made
 
 
 def _finding(finding: Finding) -> RichText:
     said = f"{finding.name}: {finding.message}" if finding.name else finding.message
-    return RichText.assemble((f"{finding.sign} {straight(finding.word)}: ", COLOURS[finding.level]), straight(said))
+    return RichText.assemble(
+        (f"{finding.sign} {doc.straight(finding.word)}: ", COLOURS[finding.level]), doc.straight(said)
+    )
 
 
 class FittedTable:
     """A table that is cut between columns, each part with the rows' names, where it is wider than the terminal."""
 
-    def __init__(self, table: sections.Table, *, heads: bool = True) -> None:
+    def __init__(self, table: doc.Table, *, heads: bool = True) -> None:
         self._table, self._shows_heads = table, heads
         self._heads = [_head(column) for column in table.columns]
         self._rows = [row if isinstance(row, str) else [text(cell) for cell in row] for row in table.rows]
@@ -119,7 +107,7 @@ class FittedTable:
             max(width, *(cell_len(cell.plain) for cell in column)) for width, column in zip(least, cells, strict=True)
         ]
         if self._table.title:
-            yield RichText(straight(self._table.title), style="bold")
+            yield RichText(doc.straight(self._table.title), style="bold")
         for part in split(least, options.max_width):
             yield self._part(part, narrowed([least[k] for k in part], [wished[k] for k in part], options.max_width))
         if self._table.caption:
@@ -183,6 +171,6 @@ def _longest_word(cell: RichText) -> int:
     return min(_WORD, max((cell_len(word) for word in cell.plain.split()), default=0))
 
 
-def _head(column: sections.Column) -> RichText:
+def _head(column: doc.Column) -> RichText:
     title = text(column.title)
     return RichText(f"{plain(column.group, 60)} ").append_text(title) if column.group else title

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from robustvlm.report.tables import Bar, Finding, manifest_rows
-from robustvlm.report.words import DASH, RANGE, interval, moment, percent, plain
+from robustvlm.report.words import DASH, RANGE, Bar, Finding, interval, manifest_rows, moment, percent, plain
 from robustvlm.stats import Mean, Rate
 
 _LONGEST = 4000  # characters of a text that has no bound of its own

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.report import tables
+from robustvlm.report import sections as doc
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
-from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.sections import (
-    Block,
-    Card,
-    Chart,
-    Checks,
-    Closing,
-    Code,
-    Column,
-    Facts,
-    Inline,
-    Measure,
-    More,
-    Pair,
-    Report,
-    Row,
-    Section,
-    Table,
-    Verdict,
-    cost_section,
-    facts_line,
-    left_out,
-    manifest_section,
-)
-from robustvlm.report.words import duration, norm_name, percent, plain, sentence
-from robustvlm.runs.manifest import require_shape
+from robustvlm.report.page import write_report_of
+from robustvlm.report.words import duration, finding, manifest_rows, norm_name, percent, plain, sentence
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
-from robustvlm.training.history import History, Validation
+from robustvlm.training import Estimate, TrainingObserver, Validation, Warned
+from robustvlm.training.history import History
 
 # What a training run has to show: its history, and the facts that explain it
 
@@ -82,9 +61,8 @@ _LEVEL = re.compile(r"(.+), level (\d+)")
 
 def load_training_run(folder: Path) -> FinishedRun[TrainingSummary]:
     """Read a finished training run; UserError when it has not ended or a file is damaged."""
-    manifest = manifest_of(folder)
-    require_shape(_Needed, manifest, folder / "manifest.json", ": give the run's command again with --fresh")
-    found: FinishedRun[TrainingSummary] = read_finished(folder, NAME, TrainingSummary, kind=manifest["kind"])
+    kind = manifest_of(folder)["kind"]
+    found: FinishedRun[TrainingSummary] = read_finished(folder, NAME, TrainingSummary, kind=kind, needed=_Needed)
     return found
 
 
@@ -108,79 +86,79 @@ class _Needed(BaseModel):
 
 def write_training_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = page_of(training_report(load_training_run(folder)))
-    write_page(path, text)
-    return path
+    return write_report_of(folder, out, lambda run: training_report(load_training_run(run)))
 
 
-def training_report(run: FinishedRun[TrainingSummary]) -> Report:
+def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
     """Return all that is said of a training run."""
     summary, history, config = run.summary, run.summary.history, run.manifest["config"]
-    inner: list[Inline] = []
+    inner: list[doc.Inline] = []
     if "eps_text" in config:
         radius = f"{norm_name(config['norm'])} {plain(config['eps_text'], 20)}"
         inner = [f", inner attack {radius}, {config['inner_steps']} steps"]
     advice = ["Validations are quick estimates for choosing weights. Measure the result with "]
-    measured = Code(f"robustvlm attack {plain(run.folder, 200)} --attack standard", limit=250)
-    settings: list[Block] = []
+    measured = doc.Code(f"robustvlm attack {plain(run.folder, 200)} --attack standard", limit=250)
+    settings: list[doc.Block] = []
     if summary.settings:
-        rows = tables.manifest_rows({"method": summary.settings})
-        settings = [More("Settings and fitted constants of the method", [Facts(rows, kind="settings")])]
-    return Report(
+        rows = manifest_rows({"method": summary.settings})
+        settings = [doc.More("Settings and fitted constants of the method", [doc.Facts(rows, kind="settings")])]
+    return doc.Report(
         kind="training report",
         name=run.name,
         kicker=f"Training report · {plain(summary.kind, 20)}: {plain(summary.method, 40)}",
-        facts=facts_line(run.manifest, *inner),
-        verdicts=[Verdict([verdict(summary), [*advice, measured, " on data that chose nothing."]])],
+        facts=doc.facts_line(run.manifest, *inner),
+        verdicts=[doc.Verdict([verdict(summary), [*advice, measured, " on data that chose nothing."]])],
         cards=[
-            Card(sentence(name), rate, "validation images, kept weights", good=True) for name, rate in _rates(history)
+            doc.Card(sentence(name), rate, "validation images, kept weights", good=True)
+            for name, rate in _rates(history)
         ],
         sections=[
-            Section("How training went", [Pair(_charts(summary))], key="curves", short="Curves"),
+            doc.Section("How training went", [doc.Pair(_charts(summary))], key="curves", short="Curves"),
             *_measures(summary),
             _warnings(history),
-            cost_section(cost_rows(summary)),
-            manifest_section(run.manifest, *settings),
+            doc.cost_section(cost_rows(summary)),
+            doc.manifest_section(run.manifest, *settings),
         ],
     )
 
 
-def training_closing(run: FinishedRun[TrainingSummary]) -> Closing:
+def training_closing(run: FinishedRun[TrainingSummary]) -> doc.Closing:
     """Return where the model and its report are; of a purifier also the spec that smooths it."""
     folder, smoothed = str(run.folder), {}
     if run.summary.kind == "purify" and run.summary.best_by is not None:
         smoothed = {"Smoothed": f"{folder}+smooth:{run.summary.best_by.removeprefix(_SCORE_AT)}"}
-    return Closing({"Model": folder, **smoothed, "Report": run.folder / "report.html"})
+    return doc.Closing({"Model": folder, **smoothed, "Report": run.folder / "report.html"})
 
 
-def _measures(summary: TrainingSummary) -> list[Section]:
+def _measures(summary: TrainingSummary) -> list[doc.Section]:
     """Return the table of every measure before training and of the kept weights."""
     kept, history = summary.history.best(), summary.history
     if kept is None:
         return []
     first, title = history.validations[0], ""
-    columns = [Column("Measure"), Column("Before training"), Column("Kept weights")]
+    columns = [doc.Column("Measure"), doc.Column("Before training"), doc.Column("Kept weights")]
     if summary.kind == "purify":
         title = "Gaussian robustness score, images held out"
-        columns = [Column("Noise"), Column("Encoder alone"), Column("This model")]
-    rows: list[Row] = [
-        (plain(name.removeprefix(_SCORE_AT), 80), *(Measure.of(found.measures.get(name)) for found in (first, kept)))
+        columns = [doc.Column("Noise"), doc.Column("Encoder alone"), doc.Column("This model")]
+    rows: list[doc.Row] = [
+        (
+            plain(name.removeprefix(_SCORE_AT), 80),
+            *(doc.Measure.of(found.measures.get(name)) for found in (first, kept)),
+        )
         for name in _order(kept)
     ]
-    return [Section("Before and after", [Table(columns, rows, title=title)], key="measures", short="Measures")]
+    return [doc.Section("Before and after", [doc.Table(columns, rows, title=title)], key="measures", short="Measures")]
 
 
-def _warnings(history: History) -> Section:
+def _warnings(history: History) -> doc.Section:
     found = [
-        tables.finding(
+        finding(
             "warning", plain(warning.message, 400), f"{plain(sentence(warning.name), 80)}, after {warning.step:,} steps"
         )
         for warning in history.warnings
     ]
-    blocks = [Checks(found, none=_NO_WARNING), *left_out(sorted(history.skipped.items()), "not used")]
-    return Section("Warnings", blocks, key="warnings", short="Warnings")
+    blocks = [doc.Checks(found, none=_NO_WARNING), *doc.left_out(sorted(history.skipped.items()), "not used")]
+    return doc.Section("Warnings", blocks, key="warnings", short="Warnings")
 
 
 def verdict(summary: TrainingSummary) -> str:
@@ -199,7 +177,7 @@ def verdict(summary: TrainingSummary) -> str:
 
 
 def _from_to(first: Validation, kept: Validation, name: str) -> str:
-    both = [Measure.of(found.measures.get(name)) for found in (first, kept)]
+    both = [doc.Measure.of(found.measures.get(name)) for found in (first, kept)]
     return "from " + " to ".join(f"{found.text} ({found.interval})" if found.interval else found.text for found in both)
 
 
@@ -234,7 +212,7 @@ def _rates(history: History) -> list[tuple[str, Rate]]:
     return [(name, rate) for name, rate in found if isinstance(rate, Rate)]
 
 
-def _charts(summary: TrainingSummary) -> list[Chart]:
+def _charts(summary: TrainingSummary) -> list[doc.Chart]:
     """Return the charts that there is data for."""
     history = summary.history
     terms: dict[str, list[tuple[int, float]]] = {}
@@ -255,21 +233,21 @@ def _charts(summary: TrainingSummary) -> list[Chart]:
     charts = []
     if terms:
         caption = "Means over the training images; the one called loss is what is minimised."
-        charts.append(Chart(partial(loss_curves, terms, key="loss"), "Terms of the loss", caption))
+        charts.append(doc.Chart(partial(loss_curves, terms, key="loss"), "Terms of the loss", caption))
     if rates:
         caption = f"On images that are not trained on; 95% bands for the first two.{dotted}"
         draw = partial(rate_curves, {name: rates[name] for name in order}, key="validation", kept=best)
-        charts.append(Chart(draw, "Validation", caption))
+        charts.append(doc.Chart(draw, "Validation", caption))
     if means:
         caption = "Of the validation images, with 95% bands."
-        charts.append(Chart(partial(mean_curves, means, key="means"), "Means", caption))
+        charts.append(doc.Chart(partial(mean_curves, means, key="means"), "Means", caption))
     kept = history.best()
     if kept is not None and by_level(kept):
         caption = (
             "Mean norm of the text embeddings in the ball: parents should lie nearer to the origin than their children."
         )
         draw = partial(level_norms, by_level(history.validations[0]), by_level(kept), key="norms")
-        charts.append(Chart(draw, "Norms by level", caption))
+        charts.append(doc.Chart(draw, "Norms by level", caption))
     return charts
 
 
@@ -282,3 +260,75 @@ def by_level(found: Validation) -> dict[int, float]:
     """
     matches = ((_LEVEL.fullmatch(name), found.number(name)) for name in found.measures)
     return {int(match[2]): value for match, value in matches if match is not None and value is not None}
+
+
+# What a training or a loop tells meanwhile, in the words that every run's observer takes
+
+_TERMS = 4
+
+
+def told(observer: Observer) -> TrainingObserver:
+    """Return an observer of a training that tells it to the observer of a run."""
+    return _Told(observer)
+
+
+def counted(observer: Observer) -> Callable[[int], None]:
+    """Return what a loop calls with the number of pieces done so far, and the observer is told how many more that is.
+
+    Example:
+        >>> class Lines(Observer):
+        ...     def advance(self, count=1, **shown):
+        ...         print(count)
+        >>> tell = counted(Lines())
+        >>> tell(3), tell(5)
+        3
+        2
+        (None, None)
+    """
+    before = 0
+
+    def tell(done: int) -> None:
+        nonlocal before
+        observer.advance(done - before)
+        before = done
+
+    return tell
+
+
+class _Told(TrainingObserver):
+    def __init__(self, observer: Observer) -> None:
+        self._observer, self._step = observer, 0
+
+    def began(self, total: int, done: int) -> None:
+        if done:
+            self._observer.say(f"Going on after {done:,} of {total:,} steps.")
+        self._step = done
+        self._observer.begin("Training", total, done)
+
+    def estimated(self, estimate: Estimate) -> None:
+        self._observer.say(
+            f"{estimate.steps:,} steps to go: {estimate.passes:,} encoder passes, about {duration(estimate.seconds)}."
+        )
+
+    def stepped(self, step: int, terms: Mapping[str, float]) -> None:
+        shown = {name: f"{value:.3g}" for name, value in list(terms.items())[:_TERMS]}
+        self._observer.advance(step - self._step, **shown)
+        self._step = step
+
+    def validated(self, found: Validation) -> None:
+        shown = [] if found.train_loss is None else [f"loss {found.train_loss:.4g}"]
+        for name, value in found.measures.items():
+            if isinstance(value, Rate | Mean):
+                shown.append(f"{name} {_words(value)}")
+        self._observer.say(f"Step {found.step:,}: {', '.join(shown)}")
+
+    def warned(self, warning: Warned) -> None:
+        self._observer.warn(f"{warning.name}: {warning.message}")
+
+
+def _words(found: Rate | Mean) -> str:
+    if found.value is None:
+        return "-"
+    if isinstance(found, Mean):
+        return f"{found.value:.3f}"
+    return f"{found.value:.1%} ({found.low:.1%}-{found.high:.1%})"

@@ -13,17 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 from robustvlm.core.files import read_json
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.errors import UserError, arguments_named
+from robustvlm.runs import manifest as made
 from robustvlm.runs.folder import RunFolder, default_name
-from robustvlm.runs.manifest import (
-    Manifest,
-    forget_checksums,
-    make_manifest,
-    read_manifest,
-    require_shape,
-    require_text,
-    require_unchanged,
-    write_checksums,
-)
 from robustvlm.runs.settings import Observer, Settings
 
 if TYPE_CHECKING:
@@ -54,7 +45,7 @@ class Facts:
     data: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
     remarks: list[str] | None = None
-    more: Mapping[str, Any] | Callable[[RunFolder, Manifest], Mapping[str, Any]] = field(default_factory=dict)
+    more: Mapping[str, Any] | Callable[[RunFolder, made.Manifest], Mapping[str, Any]] = field(default_factory=dict)
     named_by_config: bool = False
 
     @property
@@ -75,7 +66,7 @@ class Session:
     """
 
     folder: RunFolder
-    manifest: Manifest
+    manifest: made.Manifest
     observer: Observer
     ranks: Ranks
 
@@ -91,9 +82,9 @@ class Session:
         Until then the run has not ended, whatever was there before. For rank 0 only.
         """
         assert self.ranks.leader, "results are written by one process"
-        forget_checksums(self.path)
+        made.forget_checksums(self.path)
         yield self.path
-        write_checksums(self.path, self.manifest)
+        made.write_checksums(self.path, self.manifest)
 
 
 class Work(Protocol):
@@ -115,7 +106,7 @@ class FinishedRun(Generic[S]):
     """
 
     folder: Path
-    manifest: Manifest
+    manifest: made.Manifest
     summary: S
 
     @property
@@ -138,7 +129,7 @@ class FinishedRun(Generic[S]):
         from rich.console import Console
 
         # Found by name, as every command's work is: which kinds there are is not known here.
-        command: Command = import_module("robustvlm.commands.registry").command_of(self.kind)
+        command: Command = import_module("robustvlm.commands").command_of(self.kind)
         command.load().show(self, Console())
 
 
@@ -257,7 +248,7 @@ class Run:
         self.work = self.home.open_work(settings)
         facts = self.work.facts
         self.folder = RunFolder(out, name or default_name(command.name, *facts.about, facts.identity))
-        self.manifest = make_manifest(
+        self.manifest = made.make_manifest(
             kind=command.name,
             name=self.folder.name,
             command=given,
@@ -269,7 +260,7 @@ class Run:
         self.manifest |= facts.more(self.folder, self.manifest) if callable(facts.more) else facts.more
         if facts.remarks is not None:
             self.manifest["remarks"] = facts.remarks
-        require_text(self.manifest)
+        made.require_text(self.manifest)
 
     @property
     def finished(self) -> bool:
@@ -322,16 +313,27 @@ class Run:
             raise
 
 
-def manifest_of(folder: Path) -> Manifest:
+def manifest_of(folder: Path) -> made.Manifest:
     """Return the manifest of a run folder; UserError when there is none or it is damaged."""
     try:
-        return read_manifest(folder / "manifest.json")
+        return made.read_manifest(folder / "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it") from None
 
 
-def read_finished(folder: Path, name: str, shape: type[Any], *, kind: str) -> FinishedRun[Any]:
+def not_ended(folder: Path, kind: str) -> str:
+    """Return what is said of a run that lacks a file which it writes at its end."""
+    return f"the run '{folder}' has not ended: give its {kind} command again to go on"
+
+
+def read_finished(
+    folder: Path, name: str, shape: type[Any], *, kind: str, needed: type[Any] | None = None, again: str = ""
+) -> FinishedRun[Any]:
     """Read a run whose summary is one JSON file; `shape` is the pydantic class of its content.
+
+    Args:
+        needed: the shape of what its reader needs of the manifest. again: how it is made again, where runs of other
+            versions are not read.
 
     Raises:
         UserError: no run of that kind, one that has not ended, or files that are damaged or not those that it wrote.
@@ -339,11 +341,15 @@ def read_finished(folder: Path, name: str, shape: type[Any], *, kind: str) -> Fi
     manifest = manifest_of(folder)
     if manifest["kind"] != kind:
         raise UserError(f"'{folder}' is no {kind} run: expected a run of kind '{kind}', got {manifest['kind']!r}")
-    advice = "delete it and give the run's command again"
+    advice = again or "delete it and give the run's command again"
+    article = "an" if kind[0] in "aeiou" else "a"
+    more = f": not {article} {kind} run of this version, {again}" if again else f": {advice}"
+    if needed is not None:
+        made.require_shape(needed, manifest, folder / "manifest.json", more)
     try:
         content = read_json(folder / name, advice=advice)
     except FileNotFoundError:
-        raise UserError(f"the run '{folder}' has not ended: give its {kind} command again to go on") from None
-    require_shape(shape, content, folder / name, f": {advice}")
-    require_unchanged(folder, manifest, what=f"{kind} ")
+        raise UserError(not_ended(folder, kind)) from None
+    made.require_shape(shape, content, folder / name, more)
+    made.require_unchanged(folder, manifest, what=f"{kind} ")
     return FinishedRun(folder, manifest, shape.model_validate(content))

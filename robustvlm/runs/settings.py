@@ -67,7 +67,7 @@ def option(default: Any, help: str, **facts: Any) -> Any:
     Example:
         >>> class Cook(Settings):
         ...     minutes: int = option(10, "How long.", at_least=1)
-        ...     out: Path = OUT
+        ...     out: Path = Shared.OUT
         >>> Cook(minutes=3).stored()
         {'minutes': 3}
         >>> Cook(minutes=0)
@@ -92,27 +92,30 @@ def shown_as(default: Any, help: str, **facts: Any) -> Any:
     return option(default, help, place="terminal", **facts)
 
 
-DEVICE = option("auto", "auto, cpu, cuda, cuda:1, ...")
-CLASSES = option(None, "File of class names, one per line or a JSON list.")
-TEMPLATES = option(None, "File of prompt templates, one per line with {}.")
-TREE_FILE = option(None, "File of the class tree (JSON, YAML or CSV).")
-SEED = option(0, "Seed of every random draw.")
-OUT = way(Path("runs"), "Folder that holds the runs.")
-NAME = way(None, "Name of the run [default: made from the settings, so that they find it again].")
-RESUME = way(
-    None,
-    "Insist on an earlier run, or delete it. Default: continue if there is one.",
-    flags=("--resume/--fresh",),
-)
-FRESH = way(False, "Delete an earlier run of this name first.")
-SUMMARY_AS_JSON = shown_as(False, "Print the summary as JSON on standard output.", flags=("--json",))
-RECORD_AS_JSON = shown_as(False, "Print the record as JSON on standard output.", flags=("--json",))
+class Shared:
+    """Options of several commands, each written once."""
+
+    DEVICE = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    CLASSES = option(None, "File of class names, one per line or a JSON list.")
+    TEMPLATES = option(None, "File of prompt templates, one per line with {}.")
+    TREE_FILE = option(None, "File of the class tree (JSON, YAML or CSV).")
+    SEED = option(0, "Seed of every random draw.")
+    OUT = way(Path("runs"), "Folder that holds the runs.")
+    NAME = way(None, "Name of the run [default: made from the settings, so that they find it again].")
+    RESUME = way(
+        None,
+        "Insist on an earlier run, or delete it. Default: continue if there is one.",
+        flags=("--resume/--fresh",),
+    )
+    FRESH = way(False, "Delete an earlier run of this name first.")
+    SUMMARY_AS_JSON = shown_as(False, "Print the summary as JSON on standard output.", flags=("--json",))
+    RECORD_AS_JSON = shown_as(False, "Print the record as JSON on standard output.", flags=("--json",))
 
 
 class Settings(BaseModel):
     """All options of a command, each written once, in the order of its help.
 
-    A subclass has a field for each, made by `option`, `argument`, `way` or `shown_as`, or one of the shared ones above.
+    A subclass has a field for each, made by `option`, `argument`, `way` or `shown_as`, or one of `Shared`.
     Options that do not depend on the libraries behind a run are checked as the object is made; what needs those is
     checked as the run is opened.
 

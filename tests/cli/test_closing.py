@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import typer
 
-from robustvlm.cli.options import end_if_any_holds, interruptible, plain
+from robustvlm.cli.app import end_if_any_holds, interruptible, plain
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import get_args
 import pytest
 from command_line import MEAN, OWN, Call
 
-from robustvlm.cli import failures, terminal
+from robustvlm.cli import terminal
+from robustvlm.cli.app import option_names
 from robustvlm.cli.console import Console
 from robustvlm.cli.main import app
-from robustvlm.cli.options import option_names
 from robustvlm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_place")
@@ -152,7 +152,7 @@ WHERE = {
     "evaluate": "robustvlm.commands.evaluate.work.open_data",
     "attack": "robustvlm.commands.attack.work.open_work",
     "certify": "robustvlm.commands.certify.work.open_work",
-    "report": "robustvlm.runs.read.find_run",
+    "report": "robustvlm.runs.records.find_run",
     "models": "robustvlm.models.list_models",
     "export": "robustvlm.commands.export.load_pipeline",
     "immunize": "robustvlm.commands.immunize.work.open_work",
@@ -251,7 +251,7 @@ def test_every_failure_is_one_line(call: Call, kind: str) -> None:
         assert (ended.code, line) == (2, line)
         assert "code outside robustvlm failed: KeyError: 'x' (test_skin.py:" in line
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(failures, "_users_frame", lambda _: None)
+            patch.setattr(terminal, "_users_frame", lambda _: None)
             with raising("robustvlm.models.list_models", error):
                 ended = call("models")
         line = only_line(ended.err)

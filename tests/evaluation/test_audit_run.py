@@ -13,7 +13,7 @@ import pytest
 from analytic_encoders import PIXELS, SIDE, Circle
 from PIL import Image
 
-from robustvlm.cli.certify import run_audit
+from robustvlm.cli.acts import run_audit
 from robustvlm.commands.certify import CertifySettings, certify
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from attacking import CURVE, prepared, rows, table
 
+from robustvlm.commands.attack.record import verdict
 from robustvlm.commands.attack.summary import Summary
-from robustvlm.commands.attack.wording import verdict
 from robustvlm.commands.common.store import read_journal
 from robustvlm.runs.settings import Observer
 

@@ -12,7 +12,7 @@ import pytest
 from certifying import Watch, prepared, replayed, rows
 from safetensors.numpy import load_file
 
-from robustvlm.commands.certify.features import cache_bytes, rounding_error
+from robustvlm.commands.certify.encoder import cache_bytes, rounding_error
 from robustvlm.errors import UserError
 
 MakeFolder = Callable[..., Path]

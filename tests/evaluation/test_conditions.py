@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robustvlm.commands.attack.summary import Condition, EpsSummary, Images, Summary, parse_condition
-from robustvlm.commands.common.conditions import Comparison
 from robustvlm.errors import UserError
-from robustvlm.runs.records import Cost
+from robustvlm.runs.records import Comparison, Cost
 from robustvlm.stats import rate
 
 SIGNS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}

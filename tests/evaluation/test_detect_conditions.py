@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustvlm.commands.common.conditions import Comparison
 from robustvlm.commands.detect.summary import (
     AttackedOnSet,
     AttackedScore,
@@ -26,6 +25,7 @@ from robustvlm.commands.detect.summary import (
     parse_condition,
 )
 from robustvlm.errors import UserError
+from robustvlm.runs.records import Comparison
 from robustvlm.stats import rate
 
 SIGNS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}

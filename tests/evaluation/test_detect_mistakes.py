@@ -11,7 +11,7 @@ from detecting import DetectRun
 from PIL import Image
 
 from robustvlm.commands.detect import DetectSettings
-from robustvlm.commands.detect.choice import unknown_sets
+from robustvlm.commands.detect.scoring import unknown_sets
 from robustvlm.errors import UserError
 
 

@@ -17,14 +17,12 @@ from attacking import Attacking, Interrupt, prepared, run_in_pieces
 from rich.console import Console
 
 from robustvlm.attacks.goals import Goal
-from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.record import load_run, open_ended, verdict
 from robustvlm.commands.attack.report import attack_report
 from robustvlm.commands.attack.summary import EpsSummary, Summary, parse_condition
-from robustvlm.commands.attack.wording import open_ended, verdict
 from robustvlm.report.page import page_of
 from robustvlm.report.screen import show
-from robustvlm.report.tables import pass_rows
-from robustvlm.report.words import bounds, percent
+from robustvlm.report.words import bounds, pass_rows, percent
 from robustvlm.runs.records import Check
 from robustvlm.stats import Rate
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from robustvlm.cli.failures import Ended
 from robustvlm.cli.main import app
+from robustvlm.cli.terminal import Ended
 from robustvlm.core.probe import probe_pixels
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 

@@ -75,7 +75,7 @@ def test_a_run_is_a_model_with_a_record_and_a_report(prepare: Callable[..., Run]
 
 def test_a_finished_run_is_not_trained_again(prepare: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(only="mapper").start()
-    monkeypatch.setattr("robustvlm.commands.purify.work.train_parts", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("robustvlm.defenses.purify.train.train_parts", lambda *_, **__: pytest.fail("trained"))
     assert prepare(only="mapper").start() == first
     with pytest.raises(UserError, match=r"mapper_steps: 5 -> 6.*--fresh"):
         prepare(only="mapper", mapper_steps=6).start()

@@ -25,14 +25,15 @@ from robustvlm.commands.certify.store import CertifyFact, make_certify_rows
 from robustvlm.commands.certify.summary import summarise_certify
 from robustvlm.commands.certify.view import (
     audit_view,
+    certify_report,
     load_audit,
-    render_certify_run,
     show_audit,
     write_certify_report,
 )
 from robustvlm.core.framing import Framing
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.errors import UserError
+from robustvlm.report.page import page_of
 from robustvlm.runs.records import Check, Cost, UnreadableImage
 
 SIGMA, SAMPLES = 0.25, 2000
@@ -157,9 +158,8 @@ def test_a_feature_report_has_every_part(tmp_path: Path, write_certify_run: Writ
 @pytest.mark.parametrize("claim", ["class", "vote", "openset"])
 def test_other_claims_and_single_radii(tmp_path: Path, write_certify_run: WriteRun, claim: str) -> None:
     for radius in (None, 0.125):
-        text = render_certify_run(
-            load_certify_run(write_certify_run(tmp_path / f"{radius}", claim=claim, radius=radius))
-        )
+        run = load_certify_run(write_certify_run(tmp_path / f"{radius}", claim=claim, radius=radius))
+        text = page_of(certify_report(run))
         Page(text)
         assert text.count('<svg class="chart"') == 1
         assert ("Noisy copies used</h3>" in text) == (radius is not None)
@@ -207,7 +207,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path, write_certify_run: WriteRun) -
     folder = write_certify_run(tmp_path / "run", claim="class", names=names, checks=(check,), reason=evil)
     finding = {"image_id": evil, "fraction": 1.0, "eps": 0.1, "bound": 0.5, "lowest": 0.1, "upper": 0.2}
     (folder / "audit.json").write_text(json.dumps({"quantity": evil, "findings": [finding]}))
-    text = render_certify_run(load_certify_run(folder))
+    text = page_of(certify_report(load_certify_run(folder)))
     page = Page(text)
     assert "script" not in page.tags
     assert "onerror" not in page.attributes
@@ -275,7 +275,7 @@ def test_the_noise_that_is_shown_is_that_of_the_run(tmp_path: Path, write_certif
 def test_the_report_command_knows_certify_runs(
     tmp_path: Path, write_certify_run: WriteRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from robustvlm.cli.report import report
+    from robustvlm.cli.acts import report
 
     folder = write_certify_run(tmp_path / "run", gallery=False)
     report([str(folder)], out=tmp_path / "page.html", as_json=True)

@@ -14,10 +14,9 @@ from pages import terminal
 
 from robustvlm.attacks.goals import goal_words
 from robustvlm.commands.attack.compare import compare, comparison_report
-from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.record import load_run, verdict
 from robustvlm.commands.attack.report import write_report
 from robustvlm.commands.attack.summary import summarise
-from robustvlm.commands.attack.wording import verdict
 from robustvlm.report.page import page_of
 from robustvlm.report.words import sentence
 

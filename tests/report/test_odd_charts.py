@@ -19,9 +19,10 @@ from robustvlm.commands.attack import report as html
 from robustvlm.commands.attack.plots import Margins
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.certify import pictures as certify_plots
-from robustvlm.commands.detect import charts as detect_plots
+from robustvlm.commands.detect import words as detect_plots
 from robustvlm.errors import UserError
 from robustvlm.report import charts
+from robustvlm.report.page import page_of
 from robustvlm.stats import mean, rate
 
 WriteRun = Callable[..., Path]
@@ -85,7 +86,7 @@ def test_a_run_whose_margins_are_all_zero_has_a_report(write_run: WriteRun, tmp_
     flat = AttackedRun(run.folder, run.manifest, run.summary, pa.Table.from_pylist(rows, schema=run.rows.schema))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert 'id="curve"' in html.page_of(html.attack_report(flat))
+        assert 'id="curve"' in page_of(html.attack_report(flat))
 
 
 def test_a_fault_of_the_report_is_one_line_that_says_where_the_numbers_are(

@@ -12,10 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from robustvlm.cli.report import report
+from robustvlm.cli.acts import report
 from robustvlm.commands.attack.record import load_run
 from robustvlm.errors import UserError
-from robustvlm.runs.read import find_run
+from robustvlm.runs.records import find_run
 
 WriteRun = Callable[..., Path]
 

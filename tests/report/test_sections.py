@@ -40,7 +40,7 @@ from robustvlm.report.sections import (
     Verdict,
     numbers,
 )
-from robustvlm.report.tables import Finding
+from robustvlm.report.words import Finding
 from robustvlm.stats import rate
 
 

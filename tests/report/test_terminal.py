@@ -10,11 +10,9 @@ import pytest
 from pages import terminal as shown
 
 from robustvlm.commands.attack.plots import ranked, ranking
-from robustvlm.commands.attack.record import AttackedRun, load_run
+from robustvlm.commands.attack.record import AttackedRun, load_run, smaller_eps, verdict
 from robustvlm.commands.attack.summary import GroupSummary, summarise
-from robustvlm.commands.attack.wording import smaller_eps, verdict
-from robustvlm.report.tables import findings, manifest_rows
-from robustvlm.report.words import interval, percent
+from robustvlm.report.words import findings, interval, manifest_rows, percent
 from robustvlm.runs.records import Check, UnreadableImage
 from robustvlm.stats import rate
 

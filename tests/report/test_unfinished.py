@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from pages import terminal
 
-from robustvlm.commands.attack.record import load_run
+from robustvlm.commands.attack.record import load_run, robust_bounds, success_bounds, verdict
 from robustvlm.commands.attack.report import write_report
 from robustvlm.commands.attack.summary import Summary
-from robustvlm.commands.attack.wording import robust_bounds, success_bounds, verdict
 from robustvlm.report.words import RANGE, forecast
 from robustvlm.runs.records import Estimate
 from robustvlm.stats import rate

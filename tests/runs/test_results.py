@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustvlm.commands.attack.store import SCHEMA, AttackFact, CleanFact, make_rows
-from robustvlm.runs.read import write_rows
+from robustvlm.runs.records import write_rows
 
 GOAL, NO_ANSWER = "misclassify", -2
 EPS, ATTACKS = [0.01, 0.02], ["pgd", "apgd-t"]

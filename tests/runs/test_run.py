@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from robustvlm.errors import UserError
 from robustvlm.runs.manifest import CHECKSUMS as DIGESTS
 from robustvlm.runs.run import Command, Facts, FinishedRun, Run, Session, read_finished
-from robustvlm.runs.settings import NAME, OUT, RESUME, Observer, Settings, argument, option
+from robustvlm.runs.settings import Observer, Settings, Shared, argument, option
 
 
 class Count(Settings):
@@ -22,9 +22,9 @@ class Count(Settings):
 
     model: str = argument("tiny", "What.")
     upto: int = option(3, "How far.", at_least=1)
-    out: Path = OUT
-    name: str | None = NAME
-    resume: bool | None = RESUME
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    resume: bool | None = Shared.RESUME
 
 
 COUNT = Command("count", Count, "toy_count")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from robustvlm.cli.app import typer_command
-from robustvlm.cli.options import option_names
-from robustvlm.commands.registry import COMMANDS, command_of
+from robustvlm.cli.app import option_names, typer_command
+from robustvlm.commands import COMMANDS, command_of
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.runs.folder import default_name
-from robustvlm.runs.settings import CLASSES, NAME, OUT, RESUME, Settings, argument, option, shown_as, way
+from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as, way
 
 
 class Bake(Settings):
@@ -22,12 +21,12 @@ class Bake(Settings):
     minutes: int = option(10, "How long.", at_least=2, at_most=90, unit="minutes")
     salt: float = option(0.5, "Salt.", at_least=0)
     seeds: list[str] = option([], "Seeds.")
-    classes: Path | None = CLASSES
+    classes: Path | None = Shared.CLASSES
     cover: bool = option(False, "Cover it.")
     watch: int = way(0, "How often to look.")
-    out: Path = OUT
-    name: str | None = NAME
-    resume: bool | None = RESUME
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    resume: bool | None = Shared.RESUME
     as_json: bool = shown_as(False, "As JSON.", flags=("--json",))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustvlm.runs.run import Command, FinishedRun, mirrors
-from robustvlm.runs.settings import OUT, Settings, option, way
+from robustvlm.runs.settings import Settings, Shared, option, way
 
 if TYPE_CHECKING:
     from robustvlm.commands.assemble.work import Pipeline
@@ -26,7 +26,7 @@ class BuildSettings(Settings):
     accept_misfits: bool = option(False, "Put parts together that were made for other models.")
     # No part of what a pipeline is: it is copied, and only tried out there.
     device: str = way("auto", "auto, cpu, cuda, cuda:1, ...")
-    out: Path = OUT
+    out: Path = Shared.OUT
     name: str | None = way(None, "Name of the pipeline [default: made from the settings].")
     fresh: bool = way(False, "Delete an earlier pipeline of that name.")
 

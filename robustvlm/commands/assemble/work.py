@@ -24,7 +24,7 @@ from robustvlm.models import VLM
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Checks, Closing, Code, Text
-from robustvlm.report.tables import finding
+from robustvlm.report.words import finding
 from robustvlm.runs.manifest import CHECKSUMS
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 

@@ -9,21 +9,7 @@ from pydantic import model_validator
 
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.runs.run import Command, mirrors
-from robustvlm.runs.settings import (
-    CLASSES,
-    DEVICE,
-    NAME,
-    OUT,
-    RESUME,
-    SEED,
-    SUMMARY_AS_JSON,
-    TEMPLATES,
-    TREE_FILE,
-    Settings,
-    option,
-    shown_as,
-    way,
-)
+from robustvlm.runs.settings import Settings, Shared, option, shown_as, way
 from robustvlm.runs.settings import argument as positional
 
 if TYPE_CHECKING:
@@ -58,9 +44,9 @@ class AttackSettings(Settings):
         "emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL.",
         typed=str,
     )
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
-    tree: Path | None = TREE_FILE
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
+    tree: Path | None = Shared.TREE_FILE
     goal: str = option(
         "misclassify",
         "misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS; deny, "
@@ -86,9 +72,9 @@ class AttackSettings(Settings):
     steps: int | None = option(None, "Gradient steps [default: pgd 20, apgd 100].")
     restarts: int | None = option(None, "Random restarts [default: 1].")
     limit: int | None = option(None, "Attack this many images, chosen by a hash of their ids.")
-    seed: int = SEED
+    seed: int = Shared.SEED
     lanes: int | None = option(None, "Images attacked side by side in one batch [default: 64; GPU: 256].")
-    device: str = DEVICE
+    device: str = Shared.DEVICE
     precision: str = option("fp32", "fp32; bf16 (gradients only, successes confirmed in fp32); fp64.")
     eot: int | None = option(None, "Draws of a random model averaged in every gradient [default: 10; 1 if not random].")
     draws: int | None = option(
@@ -100,9 +86,9 @@ class AttackSettings(Settings):
         flags=("--compile",),
     )
     resolution: int | None = option(None, "Side in pixels of the image that is perturbed [default: the model's].")
-    out: Path = OUT
-    name: str | None = NAME
-    resume: bool | None = RESUME
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    resume: bool | None = Shared.RESUME
     budget: str | None = way(
         None,
         "Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s, "
@@ -113,7 +99,7 @@ class AttackSettings(Settings):
     checks: str = option(
         "full", "Checks of the evaluation itself: full (with extra attacks on 32 images), quick or none."
     )
-    as_json: bool = SUMMARY_AS_JSON
+    as_json: bool = Shared.SUMMARY_AS_JSON
     fail_if: list[str] | None = shown_as(
         None, "End with exit code 1 if this holds at any eps, e.g. 'asr>0.5' or 'robust_accuracy.low<30%'."
     )

@@ -10,34 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.commands.attack import plots
-from robustvlm.commands.attack.record import AttackedRun, load_run
+from robustvlm.commands.attack.record import AttackedRun, headline, load_run
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
-from robustvlm.commands.attack.wording import headline
+from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.sections import (
-    Block,
-    Chart,
-    Code,
-    Column,
-    Facts,
-    Line,
-    Measure,
-    More,
-    Name,
-    Pair,
-    Report,
-    Row,
-    Section,
-    Small,
-    Table,
-    Text,
-    Verdict,
-    numbers,
-)
-from robustvlm.report.tables import manifest_rows
-from robustvlm.report.words import norm_name, plain
-from robustvlm.runs.read import find_run
+from robustvlm.report.words import manifest_rows, norm_name, plain
+from robustvlm.runs.records import find_run
 from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
 
 LEVEL = 0.05
@@ -224,94 +203,99 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     return path
 
 
-def comparison_report(runs: Sequence[AttackedRun], comparisons: Sequence[Comparison]) -> Report:
+def comparison_report(runs: Sequence[AttackedRun], comparisons: Sequence[Comparison]) -> doc.Report:
     """Return what is said of several runs side by side."""
     keys = [chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i in range(len(runs))]
     names = [f"{plain(run.name, 60)} ({key})" for run, key in zip(runs, keys, strict=True)]
     early = stopped(runs, names)
     sentences = [*findings(comparisons, names), *early]
-    manifests: list[Block] = []
+    manifests: list[doc.Block] = []
     for key, run in zip(keys, runs, strict=True):
-        rows: Sequence[tuple[str, Line]] = manifest_rows(run.manifest)
-        manifests.append(More([f"{key} ", Name(run.name)], [Facts(rows, kind="settings")]))
-    return Report(
+        rows: Sequence[tuple[str, doc.Line]] = manifest_rows(run.manifest)
+        manifests.append(doc.More([f"{key} ", doc.Name(run.name)], [doc.Facts(rows, kind="settings")]))
+    return doc.Report(
         kind="comparison",
         name=" · ".join(plain(run.name, 60) for run in runs),
         kicker=f"Comparison of {len(runs)} attack runs",
         facts="",
-        verdicts=[Verdict(sentences)] if sentences else [],
+        verdicts=[doc.Verdict(sentences)] if sentences else [],
         sections=[
-            Section("The runs", [_about(runs, keys)], key="runs", short="Runs"),
-            Section("Robust accuracy", _curves(runs, keys), key="curve", short="Robust accuracy"),
-            Section("Paired tests on common images", _tests(comparisons, keys), key="tests", short="Paired tests"),
+            doc.Section("The runs", [_about(runs, keys)], key="runs", short="Runs"),
+            doc.Section("Robust accuracy", _curves(runs, keys), key="curve", short="Robust accuracy"),
+            doc.Section("Paired tests on common images", _tests(comparisons, keys), key="tests", short="Paired tests"),
             *_superclasses(runs, keys, early=bool(early)),
-            Section("Manifests", manifests, key="manifest", short="Manifests"),
+            doc.Section("Manifests", manifests, key="manifest", short="Manifests"),
         ],
     )
 
 
-def _about(runs: Sequence[AttackedRun], keys: Sequence[str]) -> Table:
-    rows: list[Row] = []
+def _about(runs: Sequence[AttackedRun], keys: Sequence[str]) -> doc.Table:
+    rows: list[doc.Row] = []
     for key, run in zip(keys, runs, strict=True):
         config, summary = run.manifest["config"], run.summary
         clean = share(summary, summary.clean_accuracy, summary.clean_accuracy_at_most)
         images, attacks = f"{summary.images.evaluated:,}", plain(", ".join(config["attack"]), 80)
-        spec, data = Code(config["model"], 80), Code(config["data"], 80)
-        rows.append(([f"{key} ", Name(run.name, 60)], spec, data, attacks, clean, images))
+        spec, data = doc.Code(config["model"], 80), doc.Code(config["data"], 80)
+        rows.append(([f"{key} ", doc.Name(run.name, 60)], spec, data, attacks, clean, images))
     titles = ("Run", "Model", "Data", "Attacks", "Clean accuracy")
-    return Table([*map(Column, titles), *numbers("Images")], rows)
+    return doc.Table([*map(doc.Column, titles), *doc.numbers("Images")], rows)
 
 
-def _curves(runs: Sequence[AttackedRun], keys: Sequence[str]) -> list[Block]:
+def _curves(runs: Sequence[AttackedRun], keys: Sequence[str]) -> list[doc.Block]:
     lead = (
         "Share of each run's images still right after every attack. Only the paired tests below compare like with "
         "like: they use the images that both runs decided."
     )
-    blocks: list[Block] = []
+    blocks: list[doc.Block] = []
     for i, norm in enumerate(dict.fromkeys(run.summary.norm for run in runs)):
         curves = [
             plots.curve_of(run.summary, key) for run, key in zip(runs, keys, strict=True) if run.summary.norm == norm
         ]
         draw = partial(plots.security_curve, curves, key=f"curve{i}", norm=norm_name(norm))
-        blocks.append(Chart(draw, caption=f"Still right under attack in {norm_name(norm)}, with 95% bands."))
+        blocks.append(doc.Chart(draw, caption=f"Still right under attack in {norm_name(norm)}, with 95% bands."))
     radii = sorted({(run.summary.norm, at.eps, at.eps_text) for run in runs for at in run.summary.per_eps})
-    rows: dict[tuple[str, float], Row] = {}
+    rows: dict[tuple[str, float], doc.Row] = {}
     for norm, eps, text in radii:
         label = f"{norm_name(norm)} {plain(text, 20)}"
         rows.setdefault((norm, eps), (label, *(_robust(run, norm, eps) for run in runs)))
-    return [Text(lead, "lead"), Pair([*blocks, Table([Column("ε"), *map(Column, keys)], list(rows.values()))])]
+    return [
+        doc.Text(lead, "lead"),
+        doc.Pair([*blocks, doc.Table([doc.Column("ε"), *map(doc.Column, keys)], list(rows.values()))]),
+    ]
 
 
-def _robust(run: AttackedRun, norm: str, eps: float) -> Measure | Small:
+def _robust(run: AttackedRun, norm: str, eps: float) -> doc.Measure | doc.Small:
     """Return robust accuracy; as bounds where the run stopped early."""
     for at in run.summary.per_eps if run.summary.norm == norm else ():
         if at.eps == eps:
             return share(run.summary, at.robust_accuracy, at.robust_accuracy_at_most)
-    return Small("not run")
+    return doc.Small("not run")
 
 
-def _tests(comparisons: Sequence[Comparison], keys: Sequence[str]) -> list[Block]:
+def _tests(comparisons: Sequence[Comparison], keys: Sequence[str]) -> list[doc.Block]:
     if not comparisons:
         lead = "These runs have no image in common (same id and class), so there is nothing to test pairwise."
-        return [Text(lead, "lead")]
+        return [doc.Text(lead, "lead")]
     lead = (
         "McNemar's exact test on the images that both runs decided; p-values are Holm-corrected over all "
         f"{len(comparisons)} tests on this page. “Only the first” counts images that the first of the two runs gets "
         "right and the second does not."
     )
-    rows: list[Row] = []
+    rows: list[doc.Row] = []
     for c in comparisons:
-        found: Line = Small("no difference shown") if c.finding is None else Measure(f"{keys[c.finding]} is better")
+        found: doc.Line = (
+            doc.Small("no difference shown") if c.finding is None else doc.Measure(f"{keys[c.finding]} is better")
+        )
         counts = (f"{c.test.total:,}", f"{c.test.only_first:,}", f"{c.test.only_second:,}")
         p = "< 0.0001" if c.adjusted < 0.0001 else f"{c.adjusted:.4f}"
-        right = (Measure.of(c.first_rate), Measure.of(c.second_rate))
+        right = (doc.Measure.of(c.first_rate), doc.Measure.of(c.second_rate))
         rows.append((f"{keys[c.first]} {keys[c.second]}", c.condition, found, *right, *counts, p))
     titles = ("Runs", "Perturbation", "Finding", "Right, the first", "Right, the second")
-    columns = [*map(Column, titles), *numbers("Images", "Only the first", "Only the second", "p (Holm)")]
-    return [Text(lead, "lead"), Table(columns, rows)]
+    columns = [*map(doc.Column, titles), *doc.numbers("Images", "Only the first", "Only the second", "p (Holm)")]
+    return [doc.Text(lead, "lead"), doc.Table(columns, rows)]
 
 
-def _superclasses(runs: Sequence[AttackedRun], keys: Sequence[str], *, early: bool) -> list[Section]:
+def _superclasses(runs: Sequence[AttackedRun], keys: Sequence[str], *, early: bool) -> list[doc.Section]:
     """Return the success rate per superclass at each run's largest eps; nothing of runs that stopped early."""
     largest: list[EpsSummary | None] = [None if run.summary.unfinished else headline(run.summary) for run in runs]
     groups = [{g.name: g.attack_success_rate for g in (at.per_superclass if at else [])} for at in largest]
@@ -321,13 +305,16 @@ def _superclasses(runs: Sequence[AttackedRun], keys: Sequence[str], *, early: bo
     left = "; runs that stopped early are left out" if early else ""
     lead = f"At each run's largest ε, over the images that were right when clean{left}."
     titles = [f"{key} at {plain(at.eps_text, 20)}" if at else key for key, at in zip(keys, largest, strict=True)]
-    rows: list[Row] = [
-        (Name(name), *(Measure.of(some[name]) if name in some else Small("not run") for some in groups))
+    rows: list[doc.Row] = [
+        (doc.Name(name), *(doc.Measure.of(some[name]) if name in some else doc.Small("not run") for some in groups))
         for name in names
     ]
-    table = Table([Column("Superclass"), *map(Column, titles)], rows)
+    table = doc.Table([doc.Column("Superclass"), *map(doc.Column, titles)], rows)
     return [
-        Section(
-            "Attack success rate per superclass", [Text(lead, "lead"), table], key="superclasses", short="Superclasses"
+        doc.Section(
+            "Attack success rate per superclass",
+            [doc.Text(lead, "lead"), table],
+            key="superclasses",
+            short="Superclasses",
         )
     ]

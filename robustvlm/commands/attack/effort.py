@@ -16,21 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustvlm.attacks import (
-    FOOLED,
-    PGD,
-    Case,
-    Goal,
-    Job,
-    LaneAttack,
-    LaneEngine,
-    Misclassify,
-    Oracle,
-    Result,
-    Superclass,
-    SuperclassAll,
-    ThreatModel,
-)
+from robustvlm import attacks
 from robustvlm.attacks.threat import l2_norms, per_image, project
 from robustvlm.commands.common.questions import sign_test
 from robustvlm.core.seeds import derive_seed, generator
@@ -153,7 +139,7 @@ NAMES = (
     "unconfirmed successes",
 )
 # Goals that must be reached where plain grey lies in the ball; a model that may refuse may refuse all of that.
-_REACHABLE = (Misclassify, Superclass, SuperclassAll)
+_REACHABLE = (attacks.Misclassify, attacks.Superclass, attacks.SuperclassAll)
 
 
 def choose_sample(robust: Collection[str], fooled: Collection[str], seed: int) -> list[str]:
@@ -173,14 +159,14 @@ def choose_sample(robust: Collection[str], fooled: Collection[str], seed: int) -
     return sorted(chosen + fell[: MOST_IMAGES - len(chosen)])
 
 
-def short_attack(attacks: Sequence[object]) -> LaneAttack:
+def short_attack(planned: Sequence[object]) -> attacks.LaneAttack:
     """Return the run's first gradient attack with 10 steps and one run; PGD if there is none or it makes one step."""
-    for attack in attacks:
-        plain = attack.exhaustive() if isinstance(attack, LaneAttack) else None
+    for attack in planned:
+        plain = attack.exhaustive() if isinstance(attack, attacks.LaneAttack) else None
         if plain is not None and plain.uses_gradient and not plain.leaves_ball and plain.n_iter > 1:
             targets: dict[str, Any] = {"n_targets": 1} if getattr(plain, "n_targets", None) else {}
             return dataclasses.replace(plain, name="diagnosis", n_iter=N_ITER, n_restarts=1, **targets)
-    return PGD(name="diagnosis", n_iter=N_ITER)
+    return attacks.PGD(name="diagnosis", n_iter=N_ITER)
 
 
 @dataclass
@@ -195,11 +181,11 @@ class Diagnosis:
         seed: run seed; the draws are others than the run's own.
     """
 
-    oracle: Oracle
-    goal: Goal
-    attack: LaneAttack
-    threat: ThreatModel
-    jobs: Sequence[Job]
+    oracle: attacks.Oracle
+    goal: attacks.Goal
+    attack: attacks.LaneAttack
+    threat: attacks.ThreatModel
+    jobs: Sequence[attacks.Job]
     rungs: Sequence[int]
     seed: int
     on_pass: Callable[[int, int], None] | None = None
@@ -262,12 +248,12 @@ class Diagnosis:
             yield self._clean.roll(shift, 0)
 
     def _rounding(self) -> Check | None:
-        fooled = [result for result in self._reference if result.outcome == FOOLED]
+        fooled = [result for result in self._reference if result.outcome == attacks.FOOLED]
         if not fooled:
             return None
         points = torch.stack([result.adversarial for result in self._reference])
         held = self._reached((points * 255).round() / 255)
-        survived = sum(h and result.outcome == FOOLED for h, result in zip(held, self._reference, strict=True))
+        survived = sum(h and result.outcome == attacks.FOOLED for h, result in zip(held, self._reference, strict=True))
         return rounding(len(fooled), survived)
 
     def _second_look(self) -> Check | None:
@@ -278,7 +264,7 @@ class Diagnosis:
         return second_look(*self._claims, why=why)
 
     @cached_property
-    def _reference(self) -> list[Result]:
+    def _reference(self) -> list[attacks.Result]:
         """The fresh attack that the others are compared with."""
         return self._attack(self.attack, self.threat)
 
@@ -290,8 +276,8 @@ class Diagnosis:
     def _clean(self) -> Tensor:
         return torch.stack([job.pixels for job in self.jobs])
 
-    def _attack(self, attack: LaneAttack, threat: ThreatModel) -> list[Result]:
-        engine = LaneEngine(
+    def _attack(self, attack: attacks.LaneAttack, threat: attacks.ThreatModel) -> list[attacks.Result]:
+        engine = attacks.LaneEngine(
             self.oracle,
             attack,
             threat,
@@ -316,14 +302,14 @@ class Diagnosis:
             found += (answer.reached & answer.finite)[: len(jobs)].tolist()
         return found
 
-    def _case(self, jobs: Sequence[Job], rows: Tensor) -> Case:
+    def _case(self, jobs: Sequence[attacks.Job], rows: Tensor) -> attacks.Case:
         references = [job.reference for job in jobs if job.reference is not None]
         label = torch.tensor([job.label for job in jobs])
         target = torch.tensor([job.targets[0] if job.targets else job.label for job in jobs])
-        case = Case(label, target, torch.stack(references).cpu() if references else None).rows(rows)
+        case = attacks.Case(label, target, torch.stack(references).cpu() if references else None).rows(rows)
         return case.to(self.oracle.device, self.oracle.dtype)
 
-    def _random_point(self, job: Job, size: float, draw: int) -> Tensor:
+    def _random_point(self, job: attacks.Job, size: float, draw: int) -> Tensor:
         """Return the image with noise of the given size [1, 3, H, W]: every pixel changed by it, or that length."""
         draws = generator(self.seed, job.image_id, "diagnosis", draw)
         noise = torch.randn(1, *job.pixels.shape, generator=draws)
@@ -331,8 +317,8 @@ class Diagnosis:
         return (job.pixels[None] + size * noise).clamp(0, 1)
 
 
-def _successes(results: Sequence[Result]) -> list[bool]:
-    return [result.outcome == FOOLED for result in results]
+def _successes(results: Sequence[attacks.Result]) -> list[bool]:
+    return [result.outcome == attacks.FOOLED for result in results]
 
 
 def _either(first: Sequence[bool], second: Sequence[bool]) -> list[bool]:

@@ -16,8 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from robustvlm.commands.attack.summary import GroupSummary, Summary
 from robustvlm.commands.attack.verdicts import Rows, columns
 from robustvlm.report.charts import BAD, DASHES, GOOD, INK, SERIES, STYLE, as_svg, chart, legend, new_figure
-from robustvlm.report.tables import Bar, bar
-from robustvlm.report.words import bounds, percent, plain
+from robustvlm.report.words import Bar, bar, bounds, percent, plain
 from robustvlm.stats import Rate
 
 # The per-image numbers behind the histograms, taken from the result rows

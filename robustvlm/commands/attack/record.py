@@ -1,23 +1,25 @@
-"""A finished attack run read back from its folder, with one clear error for whatever is wrong with it."""
+"""A finished attack run read back from its folder, and its findings in plain words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
+from robustvlm.attacks.goals import GoalWords, goal_words
 from robustvlm.commands.attack.store import SCHEMA
-from robustvlm.commands.attack.summary import Summary
+from robustvlm.commands.attack.summary import EpsSummary, Summary
 from robustvlm.commands.attack.verdicts import Verdicts, verdicts
 from robustvlm.errors import UserError
-from robustvlm.runs.manifest import Manifest, require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of, read_object, read_rows, required
-from robustvlm.runs.run import FinishedRun
+from robustvlm.report.words import RANGE, ball, bounds, interval, number, percent, plain
+from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.records import read_rows, required
+from robustvlm.runs.run import FinishedRun, not_ended, read_finished
+from robustvlm.stats import Rate
 
 COLUMNS = (
     "index",
@@ -100,22 +102,11 @@ def load_run(folder: Path) -> AttackedRun:
     Raises UserError when the folder holds no run, the run has not ended, is of another kind, or a file is damaged, or
     is not what the run wrote.
     """
-    manifest = read_manifest_of(folder)
-    if manifest["kind"] != "attack":
-        raise UserError(f"cannot report on '{folder}': expected a run of kind 'attack', got {manifest['kind']!r}")
-    require_shape(_Needed, manifest, folder / "manifest.json", ": run the attack again")
-    unfinished = f"the run '{folder}' has not ended: give its attack command again to go on, then report"
-    path = folder / "summary.json"
-    summary = _summary(path, read_object(path, unfinished))
-    require_unchanged(folder, manifest, what="attack ")
-    rows = _rows(folder / "results.parquet", unfinished, (manifest["config"].get("goals") or [None])[0])
-    _require_labels(rows, manifest, folder)
-    return AttackedRun(folder=folder, manifest=manifest, summary=summary, rows=rows)
-
-
-def _summary(path: Path, content: dict[str, Any]) -> Summary:
-    require_shape(Summary, content, path, ": not a run summary of this version, run the attack again")
-    return Summary.model_validate(content)
+    run = read_finished(folder, "summary.json", Summary, kind="attack", needed=_Needed, again="run the attack again")
+    goal = (run.manifest["config"].get("goals") or [None])[0]
+    rows = _rows(folder / "results.parquet", not_ended(folder, "attack"), goal)
+    _require_labels(rows, run.manifest, folder)
+    return AttackedRun(folder, run.manifest, run.summary, rows)
 
 
 def _rows(path: Path, if_absent: str, goal: str | None) -> pa.Table:
@@ -136,3 +127,132 @@ def _require_labels(rows: pa.Table, manifest: Manifest, folder: Path) -> None:
                 f"the column '{name}' of '{folder / 'results.parquet'}' holds {highest}, and the manifest has "
                 f"{classes} classes: run the attack again"
             )
+
+
+# The findings of a run in plain words
+
+
+def headline(summary: Summary) -> EpsSummary | None:
+    """Return the largest eps, the one the verdict speaks of; None when no eps was run."""
+    return summary.per_eps[-1] if summary.per_eps else None
+
+
+def words_of(summary: Summary) -> GoalWords:
+    """Return the words of the run's goal."""
+    return goal_words(plain(summary.goal, 80), can_reject=summary.can_reject, min_cos=summary.min_cos)
+
+
+def verdict(summary: Summary) -> str:
+    """Return the outcome of a run in one plain sentence, with its interval."""
+    at = headline(summary)
+    if summary.unfinished:
+        return unfinished(summary)
+    if summary.images.evaluated == 0 or at is None:
+        return "No image was evaluated, so nothing can be said."
+    words, rate = words_of(summary), at.attack_success_rate
+    if at.fooled + at.robust + at.undecided == 0:
+        return words.nothing
+    if rate.total == 0:
+        return "The attacks broke on every image, so nothing is known about the model's robustness."
+    start, worst = ball(summary.norm, at.eps_text), _worst_case(len(at.per_attack))
+    if rate.successes == 0:
+        whom = words.whom if words.whom != "images" else "images of this run"
+        return (
+            f"No attack found {start[0].lower()}{start[1:]} to {words.effect} any of the {rate.total:,} {whom}"
+            f" ({worst}95% interval of the success rate {interval(rate)})."
+        )
+    return (
+        f"{start} is enough to {words.effect} {percent(rate.value)} of the {words.whom}"
+        f" ({rate.successes:,} of {rate.total:,}; {worst}95% interval {interval(rate)})."
+    )
+
+
+def _worst_case(attacks: int) -> str:
+    return f"worst case over {attacks} attacks per image; " if attacks > 1 else ""
+
+
+def cosines(at: EpsSummary, goal: str, *, unfinished: bool = False) -> str:
+    """Say what became of the cosine that a feature goal is about, or has so far; "" for other goals."""
+    if at.cosine is None:
+        return ""
+    what = "to the target" if goal.partition(":")[2] else "to the clean feature (FCS)"
+    return (
+        f"{'So far, mean' if unfinished else 'Mean'} cosine {what}: {number(at.cosine.clean)} unperturbed,"
+        f" {number(at.cosine.attacked)} under attack at"
+        f" {plain(at.eps_text, 20)} (95% intervals by Student's t over {at.cosine.attacked.total:,} images)."
+    )
+
+
+def acceptances(at: EpsSummary, *, unfinished: bool = False) -> str:
+    """Say how many images a model that may refuse accepted and rejected, before and under attack; "" for others."""
+    if at.acceptance is None:
+        return ""
+    found = at.acceptance
+    return (
+        f"{'So far accepted' if unfinished else 'Accepted'} and rejected: {found.clean_accepted:,} and"
+        f" {found.clean_rejected:,} images unperturbed,"
+        f" {found.accepted:,} and {found.rejected:,} under attack at {plain(at.eps_text, 20)}."
+    )
+
+
+def unfinished(summary: Summary) -> str:
+    """Say that a run stopped early, why, and what is known all the same; "" of a run that came to its end."""
+    if not summary.unfinished:
+        return ""
+    at, parts = headline(summary), [f"Stopped early: {plain(summary.unfinished)}."]
+    if at is not None and at.undecided:
+        parts.append(
+            f"{at.undecided:,} of {at.robust_accuracy.total:,} images are undecided, so {_held(summary)} at "
+            f"{plain(at.eps_text, 20)} lies between {robust_bounds(at).replace(f' {RANGE} ', ' and ')}."
+        )
+    return " ".join([*parts, "The same command with a larger budget, or none, goes on from here."])
+
+
+def _held(summary: Summary) -> str:
+    """Name the share of images on which the goal is not reached, inside a sentence."""
+    words = words_of(summary)
+    return words.held if words.held.endswith("accuracy") else f'the share "{words.held}"'
+
+
+def open_ended(summary: Summary, least: Rate, most: Rate | None) -> bool:
+    """Whether a rate of a run that stopped early is only known between two bounds."""
+    return bool(summary.unfinished) and most is not None and most.successes > least.successes
+
+
+def robust_bounds(at: EpsSummary) -> str:
+    """Return robust accuracy if no undecided image were robust, and if all of them were, as "a - b"."""
+    return bounds(at.robust_accuracy, at.robust_accuracy_at_most)
+
+
+def success_bounds(at: EpsSummary) -> str:
+    """Return the success rate if no undecided image fell, and if all of them did, as "a - b"."""
+    total = at.fooled + at.robust + at.undecided
+    low, high = (count / total if total else None for count in (at.fooled, at.fooled + at.undecided))
+    return f"{percent(low)} {RANGE} {percent(high)}"
+
+
+def each_attack_on(words: GoalWords) -> str:
+    """Say which images each attack of a run was made on."""
+    return "the images that the ones before left standing" if words.leave else "all images"
+
+
+def first_goal(summary: Summary) -> str:
+    """Say which of several goals the counts by attack are of; "" where there is one."""
+    return "for level 0, the classes" if summary.goal.rpartition("/")[2].endswith("matrix") else ""
+
+
+def how_many_attacks(n: int) -> str:
+    """Return "the attack", "both attacks" or "all n attacks"."""
+    return {1: "the attack", 2: "both attacks"}.get(n, f"all {n} attacks")
+
+
+def smaller_eps(summary: Summary) -> str:
+    """Return what already happens at the smallest eps, or "" when there is only one."""
+    if len(summary.per_eps) < 2 or summary.per_eps[0].attack_success_rate.total == 0:
+        return ""
+    at = summary.per_eps[0]
+    if summary.unfinished and at.undecided:
+        between = success_bounds(at).replace(f" {RANGE} ", " and ")
+        return f"At {plain(at.eps_text)} the attack success rate lies between {between}."
+    rate = at.attack_success_rate
+    return f"At {plain(at.eps_text)} the attack success rate is {percent(rate.value)} (95% interval {interval(rate)})."

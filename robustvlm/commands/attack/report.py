@@ -8,56 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from robustvlm.commands.attack import plots
+from robustvlm.commands.attack import plots, record
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
-from robustvlm.commands.attack.wording import (
-    GoalWords,
-    acceptances,
-    cosines,
-    each_attack_on,
-    first_goal,
-    headline,
-    how_many_attacks,
-    open_ended,
-    robust_bounds,
-    smaller_eps,
-    success_bounds,
-    verdict,
-    words_of,
-)
-from robustvlm.report import screen, tables
-from robustvlm.report.page import Example, drawing, load_gallery, page_of, write_page
-from robustvlm.report.sections import (
-    Bars,
-    Block,
-    Card,
-    Chart,
-    Checks,
-    Closing,
-    Code,
-    Column,
-    Facts,
-    Inline,
-    Line,
-    Measure,
-    More,
-    Name,
-    Pair,
-    Picture,
-    Pictures,
-    Report,
-    Row,
-    Section,
-    Table,
-    Text,
-    Verdict,
-    facts_line,
-    left_out,
-    manifest_section,
-    numbers,
-)
-from robustvlm.report.words import DASH, bounds, norm_name, plain, sentence
+from robustvlm.report import screen
+from robustvlm.report import sections as doc
+from robustvlm.report.page import Example, load_gallery, write_report_of
+from robustvlm.report.words import DASH, bounds, cost_rows, findings, norm_name, plain, sentence
 from robustvlm.stats import Rate
 
 # Rows of the terminal's tables of classes and superclasses; the page has them all.
@@ -65,53 +22,44 @@ _WORST = {"class": 5, "superclass": 12}
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a run, by default to `report.html` in its folder, whole or not at all; return its path.
-
-    Raises:
-        UserError: the folder holds no finished run, or the report cannot be written.
-    """
-    run = load_run(folder)
-    path = out or run.report
-    with drawing(folder):
-        text = page_of(attack_report(run))
-    write_page(path, text)
-    return path
+    """Write the report of a finished attack run, by default to `report.html` in its folder, and return its path."""
+    return write_report_of(folder, out, lambda run: attack_report(load_run(run)))
 
 
 def show(run: AttackedRun, console: Console) -> None:
     """Print what came of a run, and where its report and its rows are."""
     places = {"Report": run.report, "Results": run.folder / "results.parquet"}
-    screen.show(console, attack_report(run, drawn=False), Closing(places))
+    screen.show(console, attack_report(run, drawn=False), doc.Closing(places))
 
 
-def attack_report(run: AttackedRun, *, drawn: bool = True) -> Report:
+def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
     """Return what is said of a run; without what is `drawn`, which only a page has and which takes its time."""
-    summary, at, words = run.summary, headline(run.summary), words_of(run.summary)
+    summary, at, words = run.summary, record.headline(run.summary), record.words_of(run.summary)
     config = run.manifest["config"]
-    about: list[Inline] = [f", {summary.clean_accuracy.total:,} images, {plain(', '.join(config['attack']))}"]
+    about: list[doc.Inline] = [f", {summary.clean_accuracy.total:,} images, {plain(', '.join(config['attack']))}"]
     early = bool(summary.unfinished)
-    lines = [verdict(summary), smaller_eps(summary)]
+    lines = [record.verdict(summary), record.smaller_eps(summary)]
     if at is not None:
-        lines += [cosines(at, summary.goal, unfinished=early), acceptances(at, unfinished=early)]
-    sections = [_strength(run, at, words, drawn=drawn)]
+        lines += [record.cosines(at, summary.goal, unfinished=early), record.acceptances(at, unfinished=early)]
+    parts = [_strength(run, at, words, drawn=drawn)]
     if at is not None:
-        sections += [*_levels(summary, at), *_classes(summary, at, words)]
+        parts += [*_levels(summary, at), *_classes(summary, at, words)]
     if drawn:
-        sections += _gallery(load_gallery(run.folder / "gallery", run.class_names, run.eps_texts))
-    cost: Sequence[tuple[str, Line]] = tables.cost_rows(summary.cost, summary.estimate)
-    sections += [
+        parts += _gallery(load_gallery(run.folder / "gallery", run.class_names, run.eps_texts))
+    cost: Sequence[tuple[str, doc.Line]] = cost_rows(summary.cost, summary.estimate)
+    parts += [
         _checks(summary),
-        Section("Cost", [Facts(cost, only="both")], key="cost", short="Cost"),
-        manifest_section(run.manifest),
+        doc.Section("Cost", [doc.Facts(cost, only="both")], key="cost", short="Cost"),
+        doc.manifest_section(run.manifest),
     ]
     plain_goal = summary.goal == "misclassify" and not summary.can_reject
-    return Report(
+    return doc.Report(
         kind="attack report",
         name=run.name,
         kicker="Attack report" + ("" if plain_goal else f" · goal: {words.title}"),
-        facts=facts_line(run.manifest, *about, f" in {norm_name(summary.norm)}"),
-        verdicts=[Verdict([line for line in lines if line], _tone(summary, at))],
-        sections=sections,
+        facts=doc.facts_line(run.manifest, *about, f" in {norm_name(summary.norm)}"),
+        verdicts=[doc.Verdict([line for line in lines if line], _tone(summary, at))],
+        sections=parts,
         cards=_cards(summary, at, words),
     )
 
@@ -126,19 +74,19 @@ def _tone(summary: Summary, at: EpsSummary | None) -> str:
     return "held" if sound else "neutral"
 
 
-def _cards(summary: Summary, at: EpsSummary | None, words: GoalWords) -> list[Card]:
+def _cards(summary: Summary, at: EpsSummary | None, words: record.GoalWords) -> list[doc.Card]:
     cards = []
-    if not open_ended(summary, summary.clean_accuracy, summary.clean_accuracy_at_most):
+    if not record.open_ended(summary, summary.clean_accuracy, summary.clean_accuracy_at_most):
         right = "right" if words.clean == "clean accuracy" else "rejected"
         cards.append(
-            Card(sentence(words.clean), summary.clean_accuracy, f"images {right} before any attack", good=True)
+            doc.Card(sentence(words.clean), summary.clean_accuracy, f"images {right} before any attack", good=True)
         )
     if at is not None and not summary.unfinished:
         eps = plain(at.eps_text, 20)
         whole = "images right after every attack" if words.accuracy else "images, before and after every attack"
         cards += [
-            Card(f"{sentence(words.held)} at {eps}", at.robust_accuracy, whole, good=True),
-            Card(f"Attack success rate at {eps}", at.attack_success_rate, words.whom),
+            doc.Card(f"{sentence(words.held)} at {eps}", at.robust_accuracy, whole, good=True),
+            doc.Card(f"Attack success rate at {eps}", at.attack_success_rate, words.whom),
         ]
     return cards
 
@@ -146,27 +94,28 @@ def _cards(summary: Summary, at: EpsSummary | None, words: GoalWords) -> list[Ca
 # The strength of the attack: by radius, by attack, and how success came about
 
 
-def _strength(run: AttackedRun, at: EpsSummary | None, words: GoalWords, *, drawn: bool) -> Section:
+def _strength(run: AttackedRun, at: EpsSummary | None, words: record.GoalWords, *, drawn: bool) -> doc.Section:
     summary = run.summary
     table = _by_eps(summary, words)
     if at is None:
-        return Section("Strength of the attack", [table], key="curve")
+        return doc.Section("Strength of the attack", [table], key="curve")
     lead = (
-        f"Worst case per image over {how_many_attacks(len(at.per_attack))}: an image counts as robust only if nothing "
-        f"fooled it, at this size or a smaller one. Stronger attacks may exist, so {words.held} is an upper bound."
+        f"Worst case per image over {record.how_many_attacks(len(at.per_attack))}: an image counts as robust only if "
+        f"nothing fooled it, at this size or a smaller one. Stronger attacks may exist, so {words.held} is an upper "
+        "bound."
     )
     curve = [_curve(run, words)] if drawn and len(summary.per_eps) > 1 and summary.images.evaluated else []
-    blocks: list[Block] = [Text(lead, "lead"), Pair([*curve, table]), _by_attack(summary, words)]
+    blocks: list[doc.Block] = [doc.Text(lead, "lead"), doc.Pair([*curve, table]), _by_attack(summary, words)]
     if drawn and summary.images.evaluated:
-        blocks.append(Pair(_histograms(run, at, words)))
-    return Section("Strength of the attack", blocks, key="curve", short="Strength of the attack")
+        blocks.append(doc.Pair(_histograms(run, at, words)))
+    return doc.Section("Strength of the attack", blocks, key="curve", short="Strength of the attack")
 
 
-def _by_eps(summary: Summary, words: GoalWords) -> Table:
+def _by_eps(summary: Summary, words: record.GoalWords) -> doc.Table:
     undecided = any(at.undecided for at in summary.per_eps)
     norm = norm_name(summary.norm)
     clean = share(summary, summary.clean_accuracy, summary.clean_accuracy_at_most)
-    rows: list[Row] = [("clean", clean, DASH, DASH)]
+    rows: list[doc.Row] = [("clean", clean, DASH, DASH)]
     if summary.per_eps:
         rows = [
             (plain(at.eps_text, 20), clean, *_worst_case(summary, at), *([f"{at.undecided:,}"] if undecided else []))
@@ -174,29 +123,29 @@ def _by_eps(summary: Summary, words: GoalWords) -> Table:
         ]
     about = "" if words.accuracy else f": {words.title}"
     titles = (f"ε ({norm})", sentence(words.clean), sentence(words.held), "Attack success rate")
-    return Table(
-        [*map(Column, titles), *(numbers("Undecided") if undecided else [])],
+    return doc.Table(
+        [*map(doc.Column, titles), *(doc.numbers("Undecided") if undecided else [])],
         rows,
         title=f"Worst case over the attacks ({norm}, {summary.clean_accuracy.total:,} images){about}",
         caption=words.caption,
     )
 
 
-def _worst_case(summary: Summary, at: EpsSummary) -> tuple[Measure, Measure]:
+def _worst_case(summary: Summary, at: EpsSummary) -> tuple[doc.Measure, doc.Measure]:
     """Return robust accuracy and success rate; as bounds where a run has not come to some of the images."""
     if summary.unfinished and at.undecided:
-        return Measure(robust_bounds(at)), Measure(success_bounds(at))
-    return Measure.of(at.robust_accuracy), Measure.of(at.attack_success_rate)
+        return doc.Measure(record.robust_bounds(at)), doc.Measure(record.success_bounds(at))
+    return doc.Measure.of(at.robust_accuracy), doc.Measure.of(at.attack_success_rate)
 
 
-def share(summary: Summary, least: Rate, most: Rate | None) -> Measure:
+def share(summary: Summary, least: Rate, most: Rate | None) -> doc.Measure:
     """Return a rate with its interval; as bounds where a run that stopped early does not know it yet."""
-    return Measure(bounds(least, most)) if open_ended(summary, least, most) else Measure.of(least)
+    return doc.Measure(bounds(least, most)) if record.open_ended(summary, least, most) else doc.Measure.of(least)
 
 
-def _by_attack(summary: Summary, words: GoalWords) -> Table:
+def _by_attack(summary: Summary, words: record.GoalWords) -> doc.Table:
     broke = any(attack.failed for at in summary.per_eps for attack in at.per_attack)
-    rows: list[Row] = []
+    rows: list[doc.Row] = []
     for at in summary.per_eps:
         if len(summary.per_eps) > 1:
             rows.append(f"ε = {plain(at.eps_text, 20)}")
@@ -204,17 +153,21 @@ def _by_attack(summary: Summary, words: GoalWords) -> Table:
             left = share(summary, attack.robust_accuracy_after, attack.robust_accuracy_after_at_most)
             counts = (attack.attacked, attack.fooled, *([attack.failed] if broke else []), attack.steps, attack.passes)
             rows.append((plain(attack.attack, 60), left, *(f"{count:,}" for count in counts)))
-    goal = first_goal(summary)
+    goal = record.first_goal(summary)
     titles = ("Ran on", "Fooled", *(["Broke off"] if broke else []), "Gradient steps", "Passes")
-    return Table(
-        [Column("Attack"), Column("Accuracy left" if words.accuracy else sentence(words.held)), *numbers(*titles)],
+    return doc.Table(
+        [
+            doc.Column("Attack"),
+            doc.Column("Accuracy left" if words.accuracy else sentence(words.held)),
+            *doc.numbers(*titles),
+        ],
         rows,
-        title=f"By attack, each on {each_attack_on(words)}{f' ({goal})' if goal else ''}",
+        title=f"By attack, each on {record.each_attack_on(words)}{f' ({goal})' if goal else ''}",
         caption="Passes are those of an attack's images; what else was paid is under cost.",
     )
 
 
-def _curve(run: AttackedRun, words: GoalWords) -> Chart:
+def _curve(run: AttackedRun, words: record.GoalWords) -> doc.Chart:
     what = "Share of all images still classified right."
     if not words.accuracy:
         what = f"{sentence(words.held)}: share of all images."
@@ -226,18 +179,18 @@ def _curve(run: AttackedRun, words: GoalWords) -> Chart:
         )
     curve = [plots.curve_of(run.summary, "this run")]
     draw = partial(plots.security_curve, curve, key="curve", norm=norm_name(run.summary.norm))
-    return Chart(draw, caption=f"{what} {band}")
+    return doc.Chart(draw, caption=f"{what} {band}")
 
 
-def _histograms(run: AttackedRun, at: EpsSummary, words: GoalWords) -> list[Block]:
+def _histograms(run: AttackedRun, at: EpsSummary, words: record.GoalWords) -> list[doc.Block]:
     """Return the charts of margins and steps, where there is data for them."""
-    charts: list[Block] = []
+    charts: list[doc.Block] = []
     margins = plots.margins(run.rows, at.eps)
     if margins.clean:
         decided = " that were decided" if run.summary.unfinished else ""
         early = " An attack stops as soon as it succeeds, so margins pile up just below zero." if words.leave else ""
         charts.append(
-            Chart(
+            doc.Chart(
                 partial(plots.margin_histogram, margins, key="margins"),
                 title="How close to the boundary",
                 caption=f"Over the {words.whom}{decided}, at ε = {plain(at.eps_text, 20)}.{early}",
@@ -247,7 +200,7 @@ def _histograms(run: AttackedRun, at: EpsSummary, words: GoalWords) -> list[Bloc
     if steps and words.leave:
         names = {eps: plain(text, 20) for eps, text in run.eps_texts.items()}
         charts.append(
-            Chart(
+            doc.Chart(
                 partial(plots.steps_histogram, steps, names, key="steps"),
                 title="How quickly it succeeds",
                 caption="Gradient steps taken by each successful attack. Many successes near the step limit mean that "
@@ -260,17 +213,17 @@ def _histograms(run: AttackedRun, at: EpsSummary, words: GoalWords) -> list[Bloc
 # Where it strikes: levels of the class tree, classes, single images
 
 
-def _levels(summary: Summary, at: EpsSummary) -> list[Section]:
+def _levels(summary: Summary, at: EpsSummary) -> list[doc.Section]:
     eps = plain(at.eps_text, 20)
-    lead: Line
+    lead: doc.Line
     if at.transfer is not None:
         lead = (
             "Attacks against the level of the row, scored at the level of the column: share of all images whose "
             "predicted class lies in the right superclass at every point that the attacks recorded. No image leaves "
             "early."
         )
-        columns = [Column("Attacked"), *(Column(plain(name, 60)) for name in at.transfer.levels)]
-        rows: list[Row] = [("nothing", *map(Measure.of, at.transfer.clean_accuracy))]
+        columns = [doc.Column("Attacked"), *(doc.Column(plain(name, 60)) for name in at.transfer.levels)]
+        rows: list[doc.Row] = [("nothing", *map(doc.Measure.of, at.transfer.clean_accuracy))]
         for row in at.transfer.rows:
             most = row.robust_accuracy_at_most or row.robust_accuracy
             cells = (share(summary, *pair) for pair in zip(row.robust_accuracy, most, strict=True))
@@ -280,14 +233,14 @@ def _levels(summary: Summary, at: EpsSummary) -> list[Section]:
         lead = [
             "Right at a level: the predicted class lies in the right superclass, unperturbed and at every point that "
             "these attacks recorded. Attacks against a level itself find more (",
-            Code("--goal superclass:LEVEL"),
+            doc.Code("--goal superclass:LEVEL"),
             ").",
         ]
-        columns = [Column("Level"), Column("Clean accuracy"), Column("Accuracy under these attacks")]
+        columns = [doc.Column("Level"), doc.Column("Clean accuracy"), doc.Column("Accuracy under these attacks")]
         rows = [
             (
                 plain(level.name, 60),
-                Measure.of(level.clean_accuracy),
+                doc.Measure.of(level.clean_accuracy),
                 share(summary, level.robust_accuracy, level.robust_accuracy_at_most),
             )
             for level in at.levels
@@ -295,19 +248,19 @@ def _levels(summary: Summary, at: EpsSummary) -> list[Section]:
         title = f"By level of the class tree at ε = {eps}"
     else:
         return []
-    blocks: list[Block] = [Text(lead, "lead"), Table(columns, rows, title=title)]
-    return [Section("Levels of the class tree", blocks, key="levels", short="Levels")]
+    blocks: list[doc.Block] = [doc.Text(lead, "lead"), doc.Table(columns, rows, title=title)]
+    return [doc.Section("Levels of the class tree", blocks, key="levels", short="Levels")]
 
 
-def _classes(summary: Summary, at: EpsSummary, words: GoalWords) -> list[Section]:
+def _classes(summary: Summary, at: EpsSummary, words: record.GoalWords) -> list[doc.Section]:
     """Return what is known of classes; nothing of a run that stopped early: what it decided are those easily fooled."""
     every = [] if summary.unfinished else plots.group_rows(summary)
     if not every:
         return []
     eps = plain(at.eps_text, 20)
     classes, superclasses = plots.ranking(at.per_class), plots.ranking(at.per_superclass, ends=30)
-    blocks: list[Block] = [
-        Text(
+    blocks: list[doc.Block] = [
+        doc.Text(
             f"Attack success rate at ε = {eps}, over each class's {words.whom}. A class with few images has a wide "
             "interval: look at the whisker before the bar.",
             "lead",
@@ -315,64 +268,67 @@ def _classes(summary: Summary, at: EpsSummary, words: GoalWords) -> list[Section
     ]
     if superclasses.total:
         bars = [*superclasses.worst, *superclasses.best]
-        blocks.append(Bars(bars, "Attack success rate per superclass", title="Superclasses"))
+        blocks.append(doc.Bars(bars, "Attack success rate per superclass", title="Superclasses"))
     if classes.total:
         never = f"{classes.always} of {classes.total} classes were fooled every time, {classes.never} never."
-        blocks.append(Text(never, "lead"))
+        blocks.append(doc.Text(never, "lead"))
     if classes.best:
-        worst = Bars(classes.worst, "Classes most often fooled", title="Most often fooled", half=True)
-        best = Bars(classes.best[::-1], "Classes least often fooled", title="Least often fooled", half=True)
-        blocks.append(Pair([worst, best]))
+        worst = doc.Bars(classes.worst, "Classes most often fooled", title="Most often fooled", half=True)
+        best = doc.Bars(classes.best[::-1], "Classes least often fooled", title="Least often fooled", half=True)
+        blocks.append(doc.Pair([worst, best]))
     elif classes.worst:
-        blocks.append(Bars(classes.worst, "Attack success rate per class", title="Classes"))
-    titles = [Column(f"Success at {plain(point.eps_text, 20)}") for point in summary.per_eps]
-    table = Table(
-        [Column("Class"), *numbers("Images", sentence(words.before)), *titles],
-        [(Name(row.name), f"{row.images:,}", f"{row.clean_correct:,}", *map(Measure.of, row.rates)) for row in every],
+        blocks.append(doc.Bars(classes.worst, "Attack success rate per class", title="Classes"))
+    titles = [doc.Column(f"Success at {plain(point.eps_text, 20)}") for point in summary.per_eps]
+    table = doc.Table(
+        [doc.Column("Class"), *doc.numbers("Images", sentence(words.before)), *titles],
+        [
+            (doc.Name(row.name), f"{row.images:,}", f"{row.clean_correct:,}", *map(doc.Measure.of, row.rates))
+            for row in every
+        ],
     )
     which = " at every ε" if len(summary.per_eps) > 1 else ""
     blocks += [
-        More(f"All {len(every)} classes{which}", [table]),
+        doc.More(f"All {len(every)} classes{which}", [table]),
         *_worst("superclass", at.per_superclass, eps, words),
         *_worst("class", at.per_class, eps, words),
     ]
-    return [Section("Which classes fall", blocks, key="classes", short="Classes")]
+    return [doc.Section("Which classes fall", blocks, key="classes", short="Classes")]
 
 
-def _worst(kind: str, groups: Sequence[GroupSummary], eps: str, words: GoalWords) -> list[Block]:
+def _worst(kind: str, groups: Sequence[GroupSummary], eps: str, words: record.GoalWords) -> list[doc.Block]:
     """Return the groups most often fooled, for the terminal, which has no room for all."""
     order = plots.ranked(groups)
     if not order:
         return []
     some = order[: _WORST[kind]]
     count = f"{len(some)} of {len(order)}, " if len(some) < len(order) else ""
-    rows: list[Row] = [
+    rows: list[doc.Row] = [
         (
-            Name(group.name, 40),
-            Measure.of(group.attack_success_rate),
+            doc.Name(group.name, 40),
+            doc.Measure.of(group.attack_success_rate),
             f"{group.clean_correct:,} of {group.images:,}",
         )
         for group in some
     ]
-    columns = [Column(sentence(kind)), Column("Attack success rate"), *numbers(sentence(words.before))]
+    columns = [doc.Column(sentence(kind)), doc.Column("Attack success rate"), *doc.numbers(sentence(words.before))]
     title = f"By {kind} at ε = {eps} ({count}most often fooled first)"
-    return [Table(columns, rows, title=title, only="terminal")]
+    return [doc.Table(columns, rows, title=title, only="terminal")]
 
 
-def _gallery(examples: Sequence[Example]) -> list[Section]:
+def _gallery(examples: Sequence[Example]) -> list[doc.Section]:
     if not examples:
         return []
     lead = (
         "The first images that were fooled, in the order of the data. The difference is amplified by the factor given, "
         "grey meaning no change. Pictures are shown with 8 bits per colour; the attack was judged on exact values."
     )
-    pictures = Pictures([_picture(example) for example in examples])
-    return [Section("Adversarial examples", [Text(lead, "lead"), pictures], key="gallery", short="Examples")]
+    pictures = doc.Pictures([_picture(example) for example in examples])
+    return [doc.Section("Adversarial examples", [doc.Text(lead, "lead"), pictures], key="gallery", short="Examples")]
 
 
-def _picture(x: Example) -> Picture:
+def _picture(x: Example) -> doc.Picture:
     before, after = plain(x.clean_prediction, 60), plain(x.prediction, 60)
-    return Picture(
+    return doc.Picture(
         [
             (
                 x.clean,
@@ -390,17 +346,17 @@ def _picture(x: Example) -> Picture:
                 f"difference \N{MULTIPLICATION SIGN} {x.gain}",
             ),
         ],
-        ["True class ", Name(x.label, 60), f"; {x.attack}, ε = {plain(x.eps, 20)}; image ", Code(x.image_id)],
-        title=[Name(before), " → ", Name(after)],
+        ["True class ", doc.Name(x.label, 60), f"; {x.attack}, ε = {plain(x.eps, 20)}; image ", doc.Code(x.image_id)],
+        title=[doc.Name(before), " → ", doc.Name(after)],
     )
 
 
-def _checks(summary: Summary) -> Section:
-    findings = tables.findings(summary.checks)
+def _checks(summary: Summary) -> doc.Section:
+    found = findings(summary.checks)
     lead = "What was asked of the model and the attack themselves, so that a broken setup does not pass for robustness."
-    blocks: list[Block] = [Text(lead, "lead")] if findings else []
-    blocks.append(Checks(findings, none="No check was recorded for this run."))
-    blocks += left_out(
+    blocks: list[doc.Block] = [doc.Text(lead, "lead")] if found else []
+    blocks.append(doc.Checks(found, none="No check was recorded for this run."))
+    blocks += doc.left_out(
         [(image.id, image.reason) for image in summary.unreadable], "unreadable, left out of every number"
     )
-    return Section("Checks of this evaluation", blocks, key="checks", short="Checks")
+    return doc.Section("Checks of this evaluation", blocks, key="checks", short="Checks")

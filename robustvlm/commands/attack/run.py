@@ -17,35 +17,18 @@ from typing import Any
 
 import torch
 
-from robustvlm.attacks import (
-    FAILED,
-    FOOLED,
-    ExternalAttack,
-    ExternalEngine,
-    Goal,
-    Job,
-    LaneAttack,
-    LaneEngine,
-    Probe,
-    Result,
-    ThreatModel,
-)
+from robustvlm import attacks
 from robustvlm.attacks.catalog import Attack
 from robustvlm.attacks.oracle import settle_draws
 from robustvlm.attacks.tensors import brief, needs_briefing
+from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.attack import AttackPlan
 from robustvlm.commands.attack.checks import Checks
-from robustvlm.commands.attack.clean import CleanPass
 from robustvlm.commands.attack.cost import Budget, BudgetSpent, MeteredOracle, Speed, Work, estimate
-from robustvlm.commands.attack.goal import Aim
+from robustvlm.commands.attack.goal import Aim, CleanPass
 from robustvlm.commands.attack.store import CLEAN_WRONG, CleanFact, Ledger, save_pair, save_to_gallery
+from robustvlm.commands.common import questions
 from robustvlm.commands.common.inputs import Images
-from robustvlm.commands.common.questions import (
-    ask,
-    fit_for,
-    of_probe,
-    require_independent_rows,
-)
 from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
@@ -62,9 +45,9 @@ class Stage:
     """One attack at one eps for one goal."""
 
     attack: Attack
-    threat: ThreatModel
+    threat: attacks.ThreatModel
     eps_text: str
-    goal: Goal
+    goal: attacks.Goal
 
     @property
     def title(self) -> str:
@@ -72,7 +55,7 @@ class Stage:
         return f"{self.attack.name} {self.threat.norm} {self.eps_text}{about}"
 
 
-def save_pictures(folder: RunFolder, result: Result, fact: CleanFact, stage: Stage, *, every: bool) -> None:
+def save_pictures(folder: RunFolder, result: attacks.Result, fact: CleanFact, stage: Stage, *, every: bool) -> None:
     """Keep a success for the gallery, and among all adversarial images if `every` one is wanted."""
     about = picture_facts(result, fact, stage)
     pictures = (result.job.index, result.job.pixels, result.adversarial, about)
@@ -81,7 +64,7 @@ def save_pictures(folder: RunFolder, result: Result, fact: CleanFact, stage: Sta
         save_pair(folder.adversarial_path, *pictures)
 
 
-def picture_facts(result: Result, fact: CleanFact, stage: Stage) -> dict[str, str]:
+def picture_facts(result: attacks.Result, fact: CleanFact, stage: Stage) -> dict[str, str]:
     """Return the metadata that goes with a saved pair of images."""
     shown = {
         "image_id": fact.image_id,
@@ -183,7 +166,7 @@ class AttackRun:
             return None if found is None else self._forecast(found)
 
     @contextlib.contextmanager
-    def _session(self) -> Iterator[Probe | None]:
+    def _session(self) -> Iterator[attacks.Probe | None]:
         """Question the model and make the clean pass; note at the end, however it comes, what it all has cost."""
         self._began = self._noted = time.monotonic()
         found = None
@@ -217,14 +200,14 @@ class AttackRun:
         cost = self.ledger.cost
         self.oracle.meter.deal_out(cost.forward_passes + cost.backward_passes)
 
-    def _forecast(self, found: Probe) -> Estimate:
+    def _forecast(self, found: attacks.Probe) -> Estimate:
         """Return what is left to do, in passes and seconds."""
         work = []
         for stage in self.stages:
             wanted = self._remaining(stage)
             targets = max((len(fact.targets) for fact in wanted.values()), default=1)
             attack = stage.attack
-            known = attack if isinstance(attack, LaneAttack) else attack.name
+            known = attack if isinstance(attack, attacks.LaneAttack) else attack.name
             work.append(Work(known, [(stage.goal.spec, name) for name in wanted], n_targets=targets))
         oracle = self.oracle
         speed = Speed(
@@ -246,27 +229,27 @@ class AttackRun:
             self.ledger.add_cost(self.oracle, now - self._began)
             self._noted = now
 
-    def _probe(self) -> Probe:
+    def _probe(self) -> attacks.Probe:
         """Question the model on the first images; refuse one whose rows are not independent."""
         first = self.clean.first_images(self.plan.lanes)
         images = torch.stack([picture.pixels for picture in first])
         # Images of unknown classes have no label; what the probe asks does not depend on it.
         label = torch.tensor([max(0, picture.label) for picture in first])
-        found, notes = ask(self.oracle, images, label, model=self.plan.model)
-        require_independent_rows(found, self.plan.model)
+        found, notes = questions.ask(self.oracle, images, label, model=self.plan.model)
+        questions.require_independent_rows(found, self.plan.model)
         self._settle_draws(found)
-        said = of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
+        said = questions.of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
         if self.ranks.leader:
             asked = self.checks.questions(images, label, found)
             self.ledger.add_checks([*said, *notes, *self.aim.notes, *asked])
         return found
 
-    def _settle_draws(self, found: Probe) -> None:
+    def _settle_draws(self, found: attacks.Probe) -> None:
         """Average over the draws of a random model, and judge it by fresh ones."""
         plan = self.plan
         settle_draws(self.oracle, found, eot=plan.eot, draws=plan.draws, eot_if_random=plan.eot_if_random)
 
-    def _run_stage(self, stage: Stage, found: Probe) -> None:
+    def _run_stage(self, stage: Stage, found: attacks.Probe) -> None:
         """Run one attack at one eps on every image that still withstands; every one of them gets a row."""
         wanted = self._share(stage)
         done = self.ledger.attacked(stage.threat.eps, stage.goal.spec, stage.attack.name)
@@ -283,10 +266,10 @@ class AttackRun:
             self._keep(replace(result, outcome=CLEAN_WRONG) if result.job.index in reached else result, stage)
         for fact in (fact for name, fact in self._remaining(stage).items() if name in wanted):
             self._lose(fact, stage, "it is no longer in the data")
-        if isinstance(engine, ExternalEngine):
+        if isinstance(engine, attacks.ExternalEngine):
             self.ledger.add_checks([Check(**asdict(finding)) for finding in engine.findings])
 
-    def _engine(self, stage: Stage, found: Probe) -> LaneEngine | ExternalEngine:
+    def _engine(self, stage: Stage, found: attacks.Probe) -> attacks.LaneEngine | attacks.ExternalEngine:
         common: dict[str, Any] = {
             "lanes": found.rungs[0],
             "rungs": found.rungs,
@@ -294,11 +277,11 @@ class AttackRun:
             "goal": stage.goal,
             "on_pass": self.observer.passed,
         }
-        if isinstance(stage.attack, ExternalAttack):
+        if isinstance(stage.attack, attacks.ExternalAttack):
             permit = self.oracle.meter.require
-            return ExternalEngine(self.oracle, stage.attack, stage.threat, permit=permit, **common)
-        attack = fit_for(stage.attack, found)
-        return LaneEngine(self.oracle, attack, stage.threat, leave=self.aim.leave, **common)
+            return attacks.ExternalEngine(self.oracle, stage.attack, stage.threat, permit=permit, **common)
+        attack = questions.fit_for(stage.attack, found)
+        return attacks.LaneEngine(self.oracle, attack, stage.threat, leave=self.aim.leave, **common)
 
     def _remaining(self, stage: Stage) -> dict[str, CleanFact]:
         return self.ledger.remaining(
@@ -310,7 +293,9 @@ class AttackRun:
         left = self._remaining(stage).items()
         return {name: fact for place, (name, fact) in enumerate(left) if self.ranks.mine(place)}
 
-    def _briefed(self, jobs: Iterator[Job], stage: Stage, found: Probe, reached: set[int]) -> Iterator[Job]:
+    def _briefed(
+        self, jobs: Iterator[attacks.Job], stage: Stage, found: attacks.Probe, reached: set[int]
+    ) -> Iterator[attacks.Job]:
         """Tell the jobs what the goal has to know of the clean images; note where it is reached unperturbed."""
         briefs = brief(jobs, self.oracle, stage.goal, found.rungs, self.n_targets)
         while True:
@@ -323,7 +308,7 @@ class AttackRun:
                 reached.add(job.index)
             yield job
 
-    def _jobs(self, wanted: dict[str, CleanFact], stage: Stage) -> Iterator[Job]:
+    def _jobs(self, wanted: dict[str, CleanFact], stage: Stage) -> Iterator[attacks.Job]:
         handed_on: set[str] = set()
         for item in self.images.stream(lambda name: name in wanted):
             # Streams also name what no one asked for: damaged shards, and second images of the same name.
@@ -335,15 +320,15 @@ class AttackRun:
             if isinstance(item, Unreadable):
                 self._lose(fact, stage, item.reason)
             else:
-                yield Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
+                yield attacks.Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
 
     def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
         self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)
-        self._tell(FAILED)
+        self._tell(attacks.FAILED)
 
-    def _keep(self, result: Result, stage: Stage) -> None:
+    def _keep(self, result: attacks.Result, stage: Stage) -> None:
         """Save the pictures first: a row in the journal means that they are there."""
-        if result.outcome == FOOLED:
+        if result.outcome == attacks.FOOLED:
             fact = self.ledger.clean[result.job.index]
             save_pictures(self.ledger.folder, result, fact, stage, every=self.plan.save_adversarial)
         self.ledger.add_result(result, stage.attack.name, stage.threat.eps, stage.goal.spec)
@@ -353,4 +338,4 @@ class AttackRun:
     def _tell(self, outcome: str) -> None:
         """Tell the observer of a finished image, and how many of this session's fell in the stage."""
         self._told[outcome] += 1
-        self.observer.advance(fooled=f"{self._told[FOOLED] / self._told.total():.0%}")
+        self.observer.advance(fooled=f"{self._told[attacks.FOOLED] / self._told.total():.0%}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
+
+_STAGE = ("index", "attack", "eps", "goal")  # the first fields of a fact; the others are named as in an attack's result
+_UNATTACKED: dict[str, Any] = {"steps": 0, "passes": 0, "linf": 0.0, "l2": 0.0, "seconds": 0.0}
 
 CLEAN_WRONG, FOOLED, SKIPPED, FAILED, UNDECIDED = "clean_wrong", "fooled", "skipped", "failed", "undecided"
 
@@ -136,10 +139,6 @@ def _row(image: CleanFact, fact: AttackFact | None, stage: dict[str, Any], *, fa
         **stage,
         "outcome": CLEAN_WRONG if not image.exposed else SKIPPED if fallen else UNDECIDED,
         "adversarial_prediction": NO_ANSWER,
-        "steps": 0,
-        "passes": 0,
-        "linf": 0.0,
-        "l2": 0.0,
         "clean_margin": image.margin,
         "margin": image.margin,
         "clean_confidence": image.confidence,
@@ -147,14 +146,12 @@ def _row(image: CleanFact, fact: AttackFact | None, stage: dict[str, Any], *, fa
         "clean_cosine": image.cosine,
         "cosine": image.cosine,
         "restart": -1,
-        "seconds": 0.0,
+        **_UNATTACKED,
     }
     if fact is not None:
-        measured = asdict(fact)
-        row |= {key: measured[key] for key in ("outcome", "steps", "passes", "linf", "l2", "margin", "confidence")}
         prediction = NO_ANSWER if fact.outcome == FAILED else fact.prediction
-        row |= {"adversarial_prediction": prediction, "restart": fact.run, "seconds": fact.seconds}
-        row["cosine"] = fact.cosine
+        row |= {name: value for name, value in asdict(fact).items() if name in row}
+        row |= {"adversarial_prediction": prediction, "restart": fact.run}
     return row
 
 
@@ -215,23 +212,8 @@ class Ledger(JournalLedger):
 
     def add_result(self, result: Result, attack: str, eps: float, goal: str) -> None:
         """Record the answer of one attack for one image."""
-        fact = AttackFact(
-            index=result.job.index,
-            attack=attack,
-            eps=eps,
-            goal=goal,
-            outcome=result.outcome,
-            prediction=result.prediction,
-            steps=result.steps,
-            passes=result.passes,
-            linf=result.linf,
-            l2=result.l2,
-            margin=result.margin,
-            confidence=result.confidence,
-            run=result.run,
-            seconds=result.seconds,
-            cosine=result.cosine,
-        )
+        measured = {field.name: getattr(result, field.name) for field in fields(AttackFact) if field.name not in _STAGE}
+        fact = AttackFact(index=result.job.index, attack=attack, eps=eps, goal=goal, **measured)
         self._add({"kind": "attack", **asdict(fact)})
 
     def add_lost(self, clean: CleanFact, attack: str, eps: float, goal: str, reason: str) -> None:
@@ -243,15 +225,11 @@ class Ledger(JournalLedger):
             goal=goal,
             outcome=FAILED,
             prediction=NO_ANSWER,
-            steps=0,
-            passes=0,
-            linf=0.0,
-            l2=0.0,
             margin=clean.margin,
             confidence=clean.confidence,
             run=-1,
-            seconds=0.0,
             cosine=clean.cosine,
+            **_UNATTACKED,
         )
         self._add({"kind": "attack", **asdict(nothing)})
         message = f"image '{clean.image_id}' could not be read again for the attack: {reason}"

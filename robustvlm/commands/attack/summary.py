@@ -9,26 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustvlm.commands.attack.verdicts import (
-    NO_ANSWER,
-    REJECTED,
-    ImageVerdict,
-    LevelSummary,
-    LevelTransfer,
-    Outcome,
-    Point,
-    Rows,
-    Verdicts,
-    columns,
-    level_summaries,
-    level_transfer,
-    tree_levels,
-    verdicts,
-    worst_points,
-)
-from robustvlm.commands.common.conditions import Comparison, parse_comparison
+from robustvlm.commands.attack import verdicts
 from robustvlm.errors import UserError, nearest
-from robustvlm.runs.records import Check, Cost, Estimate, Record, UnreadableImage
+from robustvlm.runs.records import Check, Comparison, Cost, Estimate, Record, UnreadableImage, parse_comparison
 from robustvlm.stats import Mean, Rate, mean, rate
 
 
@@ -123,8 +106,8 @@ class EpsSummary(Record):
     per_attack: list[AttackSummary]
     per_class: list[GroupSummary]
     per_superclass: list[GroupSummary]
-    levels: list[LevelSummary] = []  # noqa: RUF012 (pydantic gives every record its own)
-    transfer: LevelTransfer | None = None
+    levels: list[verdicts.LevelSummary] = []  # noqa: RUF012 (pydantic gives every record its own)
+    transfer: verdicts.LevelTransfer | None = None
     cosine: Cosine | None = None
     acceptance: Acceptance | None = None
 
@@ -169,7 +152,7 @@ class Summary(Record):
 
 
 def summarise(
-    rows: Rows,
+    rows: verdicts.Rows,
     manifest: Mapping[str, Any],
     *,
     cost: Cost | None = None,
@@ -195,7 +178,7 @@ def summarise(
     """
     config = manifest["config"]
     goals = config.get("goals") or ["misclassify"]
-    table = verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0])
+    table = verdicts.verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0])
     texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
     work = _work(rows, goals[0])
     correct = sum(image.clean_correct for image in table.images)
@@ -226,10 +209,10 @@ def summarise(
     )
 
 
-def _work(rows: Rows, goal: str) -> dict[tuple[float, str], Counter[str]]:
+def _work(rows: verdicts.Rows, goal: str) -> dict[tuple[float, str], Counter[str]]:
     """Count, per eps and attack, the goal's rows of each outcome and the steps and passes they took."""
     work: dict[tuple[float, str], Counter[str]] = defaultdict(Counter)
-    fields = columns(rows, "eps", "attack", "goal", "outcome", "steps", "passes")
+    fields = verdicts.columns(rows, "eps", "attack", "goal", "outcome", "steps", "passes")
     for eps, attack, of, outcome, steps, passes in fields:
         if of == goal:
             work[float(eps), attack].update({outcome: 1, "steps": steps, "passes": passes})
@@ -237,18 +220,18 @@ def _work(rows: Rows, goal: str) -> dict[tuple[float, str], Counter[str]]:
 
 
 def _at_eps(
-    table: Verdicts,
+    table: verdicts.Verdicts,
     index: int,
     *,
     text: str,
     work: Mapping[tuple[float, str], Counter[str]],
-    rows: Rows,
+    rows: verdicts.Rows,
     manifest: Mapping[str, Any],
     waiting: int,
 ) -> EpsSummary:
     data, config = manifest["data"], manifest["config"]
     goals = config.get("goals") or ["misclassify"]
-    levels = tree_levels(data) if any(image.label >= 0 for image in table.images) else []
+    levels = verdicts.tree_levels(data) if any(image.label >= 0 for image in table.images) else []
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
     count["undecided"] += waiting
@@ -256,7 +239,7 @@ def _at_eps(
     features = goals[0].startswith("feature")
     # Feature goals look at the encoder, below any refusal.
     refuses = bool((manifest.get("model") or {}).get("can_reject")) and not features
-    recorded = worst_points(rows, goals[0], table.eps[index]) if refuses or features else []
+    recorded = verdicts.worst_points(rows, goals[0], table.eps[index]) if refuses or features else []
     names: list[str] = data["class_names"]
     superclasses: Mapping[str, str] = data.get("superclasses") or {}
     return EpsSummary(
@@ -277,8 +260,8 @@ def _at_eps(
         per_superclass=_groups(
             outcomes, lambda image: superclasses.get(names[image.label]) if image.label >= 0 else None
         ),
-        levels=level_summaries(rows, table, index, levels, waiting=waiting) if len(goals) == 1 else [],
-        transfer=level_transfer(rows, goals, index, levels, config, waiting=waiting)
+        levels=verdicts.level_summaries(rows, table, index, levels, waiting=waiting) if len(goals) == 1 else [],
+        transfer=verdicts.level_transfer(rows, goals, index, levels, config, waiting=waiting)
         if len(goals) > 1 and levels
         else None,
         cosine=_cosine(recorded) if features else None,
@@ -286,22 +269,30 @@ def _at_eps(
     )
 
 
-def _cosine(recorded: Sequence[Point]) -> Cosine | None:
+def _cosine(recorded: Sequence[verdicts.Point]) -> Cosine | None:
     known = [point for point in recorded if point.cosine is not None and math.isfinite(point.cosine)]
     if not known:
         return None
     return Cosine(clean=mean([point.clean_cosine for point in known]), attacked=mean([p.cosine for p in known]))
 
 
-def _acceptance(recorded: Sequence[Point]) -> Acceptance:
-    clean = Counter(point.clean_prediction == REJECTED for point in recorded if point.clean_prediction != NO_ANSWER)
-    after = Counter(point.prediction == REJECTED for point in recorded if point.prediction != NO_ANSWER)
+def _acceptance(recorded: Sequence[verdicts.Point]) -> Acceptance:
+    clean = Counter(
+        point.clean_prediction == verdicts.REJECTED
+        for point in recorded
+        if point.clean_prediction != verdicts.NO_ANSWER
+    )
+    after = Counter(
+        point.prediction == verdicts.REJECTED for point in recorded if point.prediction != verdicts.NO_ANSWER
+    )
     return Acceptance(
         clean_accepted=clean[False], clean_rejected=clean[True], accepted=after[False], rejected=after[True]
     )
 
 
-def _attack(table: Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int) -> AttackSummary:
+def _attack(
+    table: verdicts.Verdicts, eps_index: int, attack_index: int, done: Counter[str], waiting: int
+) -> AttackSummary:
     after = Counter(table.after(image, eps_index, attack_index) for image in table.images)
     total, held = len(table.images) + waiting, after["robust"]
     return AttackSummary(
@@ -317,10 +308,11 @@ def _attack(table: Verdicts, eps_index: int, attack_index: int, done: Counter[st
 
 
 def _groups(
-    outcomes: Sequence[tuple[ImageVerdict, Outcome]], name_of: Callable[[ImageVerdict], str | None]
+    outcomes: Sequence[tuple[verdicts.ImageVerdict, verdicts.Outcome]],
+    name_of: Callable[[verdicts.ImageVerdict], str | None],
 ) -> list[GroupSummary]:
     """Summarise the images of each name, names in alphabetical order; images without a name are left out."""
-    counts: dict[str, Counter[Outcome]] = defaultdict(Counter)
+    counts: dict[str, Counter[verdicts.Outcome]] = defaultdict(Counter)
     for image, outcome in outcomes:
         name = name_of(image)
         if name is not None:
@@ -328,7 +320,7 @@ def _groups(
     return [_group(name, counts[name]) for name in sorted(counts)]
 
 
-def _group(name: str, count: Counter[Outcome]) -> GroupSummary:
+def _group(name: str, count: Counter[verdicts.Outcome]) -> GroupSummary:
     images = count.total()
     return GroupSummary(
         name=name,
@@ -340,7 +332,7 @@ def _group(name: str, count: Counter[Outcome]) -> GroupSummary:
     )
 
 
-def _success_rate(count: Counter[Outcome]) -> Rate:
+def _success_rate(count: Counter[verdicts.Outcome]) -> Rate:
     return rate(count["fooled"], count["fooled"] + count["robust"])
 
 

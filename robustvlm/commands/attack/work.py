@@ -13,21 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustvlm.attacks import (
-    DEFAULT_EPS,
-    PRECISIONS,
-    Attack,
-    ExternalAttack,
-    LaneAttack,
-    ThreatModel,
-    parse_attacks,
-    parse_eps,
-    parse_norm,
-    parse_second_opinion,
-    recommended_eot,
-    require_fit,
-    require_norm,
-)
+from robustvlm import attacks
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.goals import GOALS
 from robustvlm.attacks.goals.superclass import levels_of
@@ -54,8 +40,7 @@ from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import load_own
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.read import write_rows
-from robustvlm.runs.records import Check, Estimate
+from robustvlm.runs.records import Check, Estimate, write_rows
 from robustvlm.runs.run import Facts, Session
 
 RESULTS = ("summary.json", "results.parquet")
@@ -75,7 +60,7 @@ class AttackWork:
 
     facts: Facts
     plan: AttackPlan
-    attacks: list[Attack]
+    attacks: list[attacks.Attack]
     source: DataSource
     classifier: Classifier
     aim: Aim
@@ -122,7 +107,7 @@ class AttackWork:
         judged = of_results(
             clean,
             found,
-            threats=[ThreatModel(plan.norm, eps) for _, eps in plan.radii],
+            threats=[attacks.ThreatModel(plan.norm, eps) for _, eps in plan.radii],
             attacks=self.attacks,
             n_classes=len(self.source.class_names),
             undefended=plan.model if published(plan.model) else None,
@@ -184,11 +169,11 @@ def open_work(settings: AttackSettings) -> AttackWork:
     Cheap checks come first, so that a mistyped option is not found only after a model was loaded.
     """
     budget = parse_budget(settings.budget)
-    attacks = _attacks(settings.attack, settings.second_opinion, steps=settings.steps, restarts=settings.restarts)
-    norm = parse_norm(settings.norm)
-    for item in attacks:
-        if isinstance(item, ExternalAttack):
-            require_norm(item, norm)
+    planned = _attacks(settings.attack, settings.second_opinion, steps=settings.steps, restarts=settings.restarts)
+    norm = attacks.parse_norm(settings.norm)
+    for item in planned:
+        if isinstance(item, attacks.ExternalAttack):
+            attacks.require_norm(item, norm)
     radii = _radii(settings.eps, norm)
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     _check_precision(settings.precision, device)
@@ -196,7 +181,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
     source = _source(settings)
     classifier = _classifier(settings.model, source, device)
     size = settings.resolution or classifier.image_size
-    model = facts_of(classifier, "can_reject") | code_facts(_own(settings.goal, attacks))
+    model = facts_of(classifier, "can_reject") | code_facts(_own(settings.goal, planned))
     data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)
@@ -204,7 +189,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
     remarks = remarks_of(source, classifier.vlm)
     aim = dataclasses.replace(aim, notes=(*_notes(opened, classifier), *_data_notes(remarks)))
     _require_ball(norm, radii, size)
-    _require_fit(attacks, aim, ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
+    _require_fit(planned, aim, attacks.ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))
     chosen = {
         "model": settings.model if isinstance(settings.model, str) else classifier.spec,
         "data": settings.data if isinstance(settings.data, str) else source.spec,
@@ -213,17 +198,17 @@ def open_work(settings: AttackSettings) -> AttackWork:
         "lanes": _lanes(settings.lanes, device),
         "resolution": size,
         "radii": radii,
-        "eot_if_random": max(EOT_IF_RANDOM, recommended_eot(settings.attack)),
+        "eot_if_random": max(EOT_IF_RANDOM, attacks.recommended_eot(settings.attack)),
     }
     plan = AttackPlan(**dict(settings) | chosen)
     config = plan.stored(
         goal=aim.spec,
         goals=[item.spec for item in aim.goals],
-        attack=[item.name for item in attacks],
-        second_opinion=None if settings.second_opinion is None else attacks[-1].name,
+        attack=[item.name for item in planned],
+        second_opinion=None if settings.second_opinion is None else planned[-1].name,
     )
     facts = Facts((plan.model, plan.data), config, model, data, probe=probe, remarks=remarks)
-    return AttackWork(facts, plan, attacks, source, classifier, aim, budget)
+    return AttackWork(facts, plan, planned, source, classifier, aim, budget)
 
 
 def _source(settings: AttackSettings) -> DataSource:
@@ -258,35 +243,35 @@ def _classifier(model: object, source: DataSource, device: str) -> Classifier:
 
 def _radii(eps: str | float | None, norm: str) -> list[tuple[str, float]]:
     """Return the radii as texts and values, ascending; the usual one for the norm where none is given."""
-    text = DEFAULT_EPS[norm] if eps is None else eps if isinstance(eps, str) else repr(float(eps))
-    radii = parse_eps(text)
+    text = attacks.DEFAULT_EPS[norm] if eps is None else eps if isinstance(eps, str) else repr(float(eps))
+    radii = attacks.parse_eps(text)
     for _, value in radii:
-        ThreatModel(norm, value)
+        attacks.ThreatModel(norm, value)
     return radii
 
 
-def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restarts: int | None) -> list[Attack]:
+def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restarts: int | None) -> list[attacks.Attack]:
     """Return the attacks in order, the second opinion last: it so gets the images that all others have left."""
-    attacks = parse_attacks(text, steps=steps, restarts=restarts)
+    chosen = attacks.parse_attacks(text, steps=steps, restarts=restarts)
     if second_opinion is None:
-        return attacks
-    last = parse_second_opinion(second_opinion)
-    if last.name in [item.name for item in attacks]:
+        return chosen
+    last = attacks.parse_second_opinion(second_opinion)
+    if last.name in [item.name for item in chosen]:
         raise UserError(f"the second opinion '{last.name}' is among the attacks already: name it in one place")
-    return [*attacks, last]
+    return [*chosen, last]
 
 
-def _own(goal: str, attacks: list[Attack]) -> list[str]:
+def _own(goal: str, chosen: list[attacks.Attack]) -> list[str]:
     """Return the names among these that stand for code of the user's."""
-    own = [item.name for item in attacks if isinstance(item, LaneAttack) and is_foreign(item)]
+    own = [item.name for item in chosen if isinstance(item, attacks.LaneAttack) and is_foreign(item)]
     return own + ([goal] if goal.partition(":")[0] not in GOALS else [])
 
 
-def _require_fit(attacks: list[Attack], aim: Aim, threat: ThreatModel, *, n_classes: int) -> None:
-    for item in attacks:
-        if isinstance(item, ExternalAttack):
+def _require_fit(chosen: list[attacks.Attack], aim: Aim, threat: attacks.ThreatModel, *, n_classes: int) -> None:
+    for item in chosen:
+        if isinstance(item, attacks.ExternalAttack):
             for goal in aim.goals:
-                require_fit(item, threat, n_classes=n_classes, goal=goal)
+                attacks.require_fit(item, threat, n_classes=n_classes, goal=goal)
         elif (getattr(item, "n_targets", None) or 0) > max(n_classes - 1, _PLANNED_TARGETS):
             raise UserError(
                 f"attack '{item.name}' asks for more targets than there are wrong classes: "
@@ -310,8 +295,8 @@ def _lanes(lanes: int | None, device: str) -> int:
 
 
 def _check_precision(precision: str, device: str) -> None:
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision '{precision}': {nearest(precision, PRECISIONS)}")
+    if precision not in attacks.PRECISIONS:
+        raise UserError(f"unknown precision '{precision}': {nearest(precision, attacks.PRECISIONS)}")
     if precision == "fp64" and device.startswith("mps"):
         raise UserError(
             f"{setting('precision', 'fp64')}: the device 'mps' has no 64-bit numbers; pass fp32, or "

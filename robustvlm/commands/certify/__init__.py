@@ -10,21 +10,7 @@ from pydantic import model_validator
 from robustvlm.core.defaults import LAMBDA_INF, MAX_N0, N_MAX
 from robustvlm.errors import BadSetting, setting
 from robustvlm.runs.run import Command, mirrors
-from robustvlm.runs.settings import (
-    CLASSES,
-    DEVICE,
-    NAME,
-    OUT,
-    RESUME,
-    SUMMARY_AS_JSON,
-    TEMPLATES,
-    TREE_FILE,
-    Settings,
-    argument,
-    option,
-    shown_as,
-    way,
-)
+from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as, way
 
 if TYPE_CHECKING:
     from robustvlm.commands.certify.record import CertifyRecord
@@ -40,9 +26,9 @@ class CertifySettings(Settings):
         "tiny", "Any model (`robustvlm models` lists the forms); of MODEL+smooth:SIGMA the smoothing is certified."
     )
     data: str = option("emoji", "The images; `robustvlm data` lists the forms.")
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
-    tree: Path | None = TREE_FILE
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
+    tree: Path | None = Shared.TREE_FILE
     claim: str | None = option(
         None,
         "feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another rule), "
@@ -81,15 +67,15 @@ class CertifySettings(Settings):
     limit: int | None = option(None, "Certify this many images, chosen by a hash of their ids.", at_least=1)
     seed: int = option(0, "Seed of the noise.", at_least=0)
     lanes: int | None = option(None, "Noisy images per batch [default: 128; GPU: 512].", at_least=1, at_most=N_MAX)
-    device: str = DEVICE
+    device: str = Shared.DEVICE
     precision: str = option("fp32", "fp32, bf16 or fp64: part of the encoder that is certified, to be deployed alike.")
-    out: Path = OUT
-    name: str | None = NAME
-    resume: bool | None = RESUME
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    resume: bool | None = Shared.RESUME
     audit: str | None = shown_as(None, "Attack the certificates of this finished run; exit code 1 if one breaks.")
     audit_starts: int | None = shown_as(None, "Descents per image and distance (audit).")
     audit_steps: int | None = shown_as(None, "Gradient steps per descent (audit).")
-    as_json: bool = SUMMARY_AS_JSON
+    as_json: bool = Shared.SUMMARY_AS_JSON
     fail_if: list[str] | None = shown_as(
         None, "End with exit code 1 if this holds, e.g. 'certified@0.25<50%' or 'mean_radius<0.1'."
     )

@@ -10,18 +10,18 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from robustvlm.certify import format_down, format_exact, format_up
 from robustvlm.certify.claims import RADII
 from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
-from robustvlm.errors import UserError
 from robustvlm.report.charts import Line
 from robustvlm.report.words import percent, plain
-from robustvlm.runs.manifest import kind_of_run, require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of, read_object, read_rows
-from robustvlm.runs.run import FinishedRun
+from robustvlm.runs.manifest import kind_of_run
+from robustvlm.runs.records import read_rows
+from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 from robustvlm.stats import Rate, rate
 
 # A finished certify run read back from its folder, with the curves that its report draws
@@ -32,6 +32,10 @@ CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "correct
 _POINTS = 121
 _ALWAYS = ("index", "image_id", "label", "prediction", "claim", "radius", "n", "n_pilot", "certificate")
 _WANTED = pa.schema([field.with_nullable(field.name not in _ALWAYS) for field in CERTIFY_SCHEMA])
+
+
+class _Needed(BaseModel):
+    config: CertifyConfig
 
 
 @dataclass(frozen=True)
@@ -67,26 +71,11 @@ def is_certify_run(folder: Path) -> bool:
 
 def load_certify_run(folder: Path) -> CertifyRecord:
     """Read a finished certify run; UserError when it has not ended, is of another kind, or a file is damaged."""
-    manifest = read_manifest_of(folder)
-    if manifest["kind"] != "certify":
-        raise UserError(f"'{folder}' is no certify run: expected a run of kind 'certify', got {manifest['kind']!r}")
-    unfinished = f"the run '{folder}' has not ended: give its certify command again to go on"
     again = "run the certification again"
-    path = folder / "summary.json"
-    require_shape(
-        CertifyConfig, manifest["config"], folder / "manifest.json", f": not a certify run of this version, {again}"
-    )
-    content = read_object(path, unfinished)
-    require_shape(CertifySummary, content, path, f": not a certify run of this version, {again}")
-    require_unchanged(folder, manifest, what="certify ")
-    rows = read_rows(folder / "results.parquet", _WANTED, if_absent=unfinished, again=again)
-    return CertifyRecord(
-        folder=folder,
-        manifest=manifest,
-        config=CertifyConfig.model_validate(manifest["config"]),
-        summary=CertifySummary.model_validate(content),
-        rows=rows,
-    )
+    run = read_finished(folder, "summary.json", CertifySummary, kind="certify", needed=_Needed, again=again)
+    rows = read_rows(folder / "results.parquet", _WANTED, if_absent=not_ended(folder, "certify"), again=again)
+    config = CertifyConfig.model_validate(run.manifest["config"])
+    return CertifyRecord(folder, run.manifest, run.summary, config, rows)
 
 
 def cosine_lines(run: CertifyRecord) -> list[Line]:

@@ -14,8 +14,15 @@ import torch
 
 from robustvlm.certify import Certificate, Sampled, SamplingEngine, Task, format_up, source_norm
 from robustvlm.commands.certify.config import CertifyConfig, record_look
-from robustvlm.commands.certify.encoder import NoisyEncoder, Probed, probe_encoder
-from robustvlm.commands.certify.features import FeatureWriter, cache_bytes, read_features, require_room
+from robustvlm.commands.certify.encoder import (
+    FeatureWriter,
+    NoisyEncoder,
+    Probed,
+    cache_bytes,
+    probe_encoder,
+    read_features,
+    require_room,
+)
 from robustvlm.commands.certify.store import CertifyFact, CertifyLedger, Recorder, make_certify_rows
 from robustvlm.commands.certify.summary import summarise_certify
 from robustvlm.commands.common.inputs import Images, Picture
@@ -26,7 +33,7 @@ from robustvlm.data.source import Unreadable, select
 from robustvlm.errors import UserError
 from robustvlm.report.words import duration
 from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.read import write_rows
+from robustvlm.runs.records import write_rows
 from robustvlm.runs.run import Facts, Session
 from robustvlm.runs.settings import Observer
 

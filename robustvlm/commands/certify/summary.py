@@ -15,9 +15,8 @@ from pydantic import SerializerFunctionWrapHandler, TypeAdapter, model_serialize
 from robustvlm.certify import VACUOUS, cone_cos, deployed_feature_cos, fcsb_cos, format_exact, vector_table
 from robustvlm.certify.claims import CLAIMS, ClaimFacts, require_known
 from robustvlm.commands.certify.config import CertifyConfig
-from robustvlm.commands.common.conditions import Comparison, parse_comparison
 from robustvlm.errors import UserError, nearest, setting
-from robustvlm.runs.records import Check, Cost, Record, UnreadableImage
+from robustvlm.runs.records import Check, Comparison, Cost, Record, UnreadableImage, parse_comparison
 from robustvlm.stats import Rate, rate
 
 # The summary of a certify run: the one place where its rows become the numbers that are shown

@@ -19,36 +19,10 @@ from robustvlm.commands.certify.pictures import Extreme, cosine_curve, load_extr
 from robustvlm.commands.certify.record import CertifyRecord, cosine_lines, load_certify_run, share_lines
 from robustvlm.core.files import read_json
 from robustvlm.errors import UserError
-from robustvlm.report import screen, tables
-from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.sections import (
-    Block,
-    Card,
-    Chart,
-    Checks,
-    Closing,
-    Code,
-    Column,
-    Facts,
-    Inline,
-    Line,
-    Measure,
-    Name,
-    Pair,
-    Picture,
-    Pictures,
-    Report,
-    Row,
-    Section,
-    Table,
-    Text,
-    Verdict,
-    facts_line,
-    left_out,
-    manifest_section,
-    numbers,
-)
-from robustvlm.report.words import DASH, plain
+from robustvlm.report import screen
+from robustvlm.report import sections as doc
+from robustvlm.report.page import write_report_of
+from robustvlm.report.words import DASH, LEVELS, Finding, cost_rows, findings, plain
 from robustvlm.runs.manifest import Manifest, run_identity
 
 # A run, shown in the terminal and on its page
@@ -56,28 +30,16 @@ from robustvlm.runs.manifest import Manifest, run_identity
 
 def show(run: CertifyRecord, console: Console) -> None:
     """Print what came of a run, and where it is."""
-    closing = Closing({"Report": run.report, "Results": run.folder / "results.parquet"})
+    closing = doc.Closing({"Report": run.report, "Results": run.folder / "results.parquet"})
     screen.show(console, certify_report(run), closing)
 
 
 def write_certify_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a finished certify run, by default to `report.html` in its folder, and return its path.
-
-    Raises UserError for a folder that holds no finished certify run.
-    """
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = render_certify_run(load_certify_run(folder))
-    write_page(path, text)
-    return path
+    """Write the report of a finished certify run, by default to `report.html` in its folder, and return its path."""
+    return write_report_of(folder, out, lambda run: certify_report(load_certify_run(run)))
 
 
-def render_certify_run(run: CertifyRecord) -> str:
-    """Return the report of one certify run as HTML."""
-    return page_of(certify_report(run))
-
-
-def certify_report(run: CertifyRecord) -> Report:
+def certify_report(run: CertifyRecord) -> doc.Report:
     """Return all that is said of a certify run; the numbers are the summary's, radii rounded down.
 
     Raises:
@@ -87,12 +49,12 @@ def certify_report(run: CertifyRecord) -> Report:
     audit = load_audit(run.folder / "audit.json", run.manifest)
     checks = _checks(run, audit)
     state = words.state(summary)
-    report = Report(
+    report = doc.Report(
         kind="certificate report",
         name=run.name,
         kicker="Certificate report",
-        facts=facts_line(run.manifest, f", {summary.images:,} images, noise {format_exact(run.config.sigma)}"),
-        verdicts=[Verdict(_verdict(run), "" if state == "none" else state)],
+        facts=doc.facts_line(run.manifest, f", {summary.images:,} images, noise {format_exact(run.config.sigma)}"),
+        verdicts=[doc.Verdict(_verdict(run), "" if state == "none" else state)],
         cards=_cards(run),
         sections=[
             _radii(run),
@@ -100,15 +62,15 @@ def certify_report(run: CertifyRecord) -> Report:
             _claimed(run),
             *([] if audit is None else [_audit(audit)]),
             *checks,
-            Section("Cost", [Facts([*_copies(run), *tables.cost_rows(summary.cost)], only="both")], "cost", "Cost"),
-            manifest_section(run.manifest),
+            doc.Section("Cost", [doc.Facts([*_copies(run), *cost_rows(summary.cost)], only="both")], "cost", "Cost"),
+            doc.manifest_section(run.manifest),
         ],
     )
     # Nothing is good news beside a fault.
-    return replace(report, verdicts=[Verdict(_verdict(run), "")]) if report.faults else report
+    return replace(report, verdicts=[doc.Verdict(_verdict(run), "")]) if report.faults else report
 
 
-def _verdict(run: CertifyRecord) -> list[Line]:
+def _verdict(run: CertifyRecord) -> list[doc.Line]:
     summary = run.summary
     lines = [
         words.verdict(summary, resolution=run.config.resolution),
@@ -119,25 +81,25 @@ def _verdict(run: CertifyRecord) -> list[Line]:
     return [line for line in lines if line]
 
 
-def _cards(run: CertifyRecord) -> list[Card]:
+def _cards(run: CertifyRecord) -> list[doc.Card]:
     """Return the share certified, radius and samples, each with its number and what it means."""
     summary, samples = run.summary, run.summary.samples
     average = summary.average_certified_radius
     by_class = summary.facts.about_class and average is not None
     zero = "abstentions and wrong classes count as 0" if by_class else "abstentions count as 0"
     return [
-        Card(
+        doc.Card(
             "Right and certified" if summary.facts.about_class else "Certified",
             words.certified(summary),
             "images",
             good=words.state(summary) == "held",
         ),
-        Card(
+        doc.Card(
             "Average certified radius" if by_class else "Mean certified radius",
             format_down(average if by_class and average is not None else summary.mean_radius, 4),
             f"{zero}; median {format_down(summary.median_radius, 4)}",
         ),
-        Card(
+        doc.Card(
             "Noisy copies per image",
             f"{samples.median:,.0f}",
             f"median; {samples.used:,} in all, {samples.fixed:,} with the fixed number",
@@ -155,14 +117,14 @@ _ANCHORS = (
 )
 
 
-def _radii(run: CertifyRecord) -> Section:
+def _radii(run: CertifyRecord) -> doc.Section:
     several = len(run.summary.methods) > 1
-    lead = Text(f"{_LEAD}{_ANCHORS if several else ''}.", kind="lead")
-    blocks: list[Block] = [lead, Pair([*_charts(run), _by_method(run)]), *_by_radius(run), *_curve(run)]
-    return Section("How far the certificates reach", blocks, "radii", "Radii")
+    lead = doc.Text(f"{_LEAD}{_ANCHORS if several else ''}.", kind="lead")
+    blocks: list[doc.Block] = [lead, doc.Pair([*_charts(run), _by_method(run)]), *_by_radius(run), *_curve(run)]
+    return doc.Section("How far the certificates reach", blocks, "radii", "Radii")
 
 
-def _charts(run: CertifyRecord) -> list[Chart]:
+def _charts(run: CertifyRecord) -> list[doc.Chart]:
     summary, config = run.summary, run.config
     about_class, several = summary.facts.about_class, len(summary.methods) > 1
     charts = []
@@ -174,37 +136,40 @@ def _charts(run: CertifyRecord) -> list[Chart]:
         if config.min_cos is not None:
             caption += f" Dotted: the cosine asked for, {format_exact(config.min_cos)}."
         draw = partial(cosine_curve, lines, key="cosine", cos0=config.min_cos)
-        charts.append(Chart(draw, "Certified cosine", caption))
+        charts.append(doc.Chart(draw, "Certified cosine", caption))
     if config.radius is None:  # otherwise every radius is that one or none
         what = "right and certified, % of images" if about_class else "certified, % of images"
         caption = "class is right and certified at" if about_class else "certificate reaches"
         caption = f"Images whose {caption} each distance"
         caption += "; 95% bands for the first two." if several else ", with its 95% band."
         draw = partial(share_curve, share_lines(run), key="share", what=what)
-        charts.append(Chart(draw, "Certified accuracy" if about_class else "Share certified", caption))
+        charts.append(doc.Chart(draw, "Certified accuracy" if about_class else "Share certified", caption))
     elif run.copies.max(initial=0) > 0:  # a largest radius takes all copies of every image
         draw = partial(samples_histogram, run.copies.tolist(), key="samples", fixed=config.samples)
         caption = "Sampling stops as soon as it is decided whether the radius is certified."
-        charts.append(Chart(draw, "Noisy copies used", caption))
+        charts.append(doc.Chart(draw, "Noisy copies used", caption))
     return charts
 
 
-def _by_method(run: CertifyRecord) -> Table:
+def _by_method(run: CertifyRecord) -> doc.Table:
     """Return every method's radii over all images, abstentions as zero."""
     found, alpha = run.summary.methods, format_exact(run.summary.risk.alpha)
     paper = next((method.mean for method in found if method.column == "paper_radius"), 0.0)
     to_paper = "paper_radius" in run.summary.facts.columns
-    rows: list[Row] = []
+    rows: list[doc.Row] = []
     for method in found:
         about = RADII[method.column].about if method.column in RADII else ""
         mean, median = format_down(method.mean, 4), format_down(method.median, 4)
         abstained = f"{method.abstained.successes:,} of {method.abstained.total:,}"
         ratio = [f"{method.mean / paper:.2f}" if paper > 0 else DASH] if to_paper else []
         rows.append((_title(method.column), mean, median, abstained, *ratio, *([about] if len(found) > 1 else [])))
-    columns = [Column("Radius"), *numbers("Mean", "Median", "Abstained", *(["To the paper's"] if to_paper else []))]
+    columns = [
+        doc.Column("Radius"),
+        *doc.numbers("Mean", "Median", "Abstained", *(["To the paper's"] if to_paper else [])),
+    ]
     caption = f"The other rows are claims of their own at {alpha} each; the largest of all is none."
-    return Table(
-        [*columns, *([Column("About")] if len(found) > 1 else [])],
+    return doc.Table(
+        [*columns, *([doc.Column("About")] if len(found) > 1 else [])],
         rows,
         title="By method (an abstention counts as 0)",
         caption=caption if len(found) > 1 else "",
@@ -216,57 +181,57 @@ def _title(column: str) -> str:
     return RADII[column].title if column in RADII else plain(column, 40)
 
 
-def _by_radius(run: CertifyRecord) -> list[Table]:
+def _by_radius(run: CertifyRecord) -> list[doc.Table]:
     summary = run.summary
     if not summary.at:
         return []
     with_class, others = summary.at[0].correct is not None, list(summary.at[0].others)
     columns = ["Radius", "Certified", *(["Right and certified"] if with_class else []), *map(_title, others)]
-    rows: list[Row] = [
+    rows: list[doc.Row] = [
         (
             format_exact(point.radius),
-            Measure.of(point.certified),
-            *([Measure.of(point.correct)] if with_class else []),
-            *(Measure.of(point.others[column]) for column in others),
+            doc.Measure.of(point.certified),
+            *([doc.Measure.of(point.correct)] if with_class else []),
+            *(doc.Measure.of(point.others[column]) for column in others),
         )
         for point in summary.at
     ]
     title = f"At given radii ({summary.images:,} images, noise {format_exact(summary.sigma)})"
-    return [Table([Column(name) for name in columns], rows, title=title)]
+    return [doc.Table([doc.Column(name) for name in columns], rows, title=title)]
 
 
-def _curve(run: CertifyRecord) -> list[Table]:
+def _curve(run: CertifyRecord) -> list[doc.Table]:
     """Return the numbers of the chart of cosines, for the terminal."""
     counted = {share.radius for share in run.summary.at}
     points = [point for point in run.summary.curve if point.eps in counted]
     lines = [field for field in words.CURVES if any(getattr(point, field) is not None for point in points)]
     if not lines:
         return []
-    rows: list[Row] = [
+    rows: list[doc.Row] = [
         (format_exact(point.eps), *(format_down(getattr(point, field), 3) for field in lines)) for point in points
     ]
     title = "Mean certified cosine (an image without a certificate counts as -1)"
-    columns = [Column("Distance"), *numbers(*(words.CURVES[field] for field in lines))]
-    return [Table(columns, rows, title=title, only="terminal")]
+    columns = [doc.Column("Distance"), *doc.numbers(*(words.CURVES[field] for field in lines))]
+    return [doc.Table(columns, rows, title=title, only="terminal")]
 
 
-def _claimed(run: CertifyRecord) -> Section:
-    rows: list[tuple[str, Line]] = [*words.assumptions(run)]
+def _claimed(run: CertifyRecord) -> doc.Section:
+    rows: list[tuple[str, doc.Line]] = [*words.assumptions(run)]
     said = ("Rule", "Error probability")  # in the terminal the verdict has just said these
-    blocks: list[Block] = [
-        Facts(rows, kind="sentences"),
-        Facts([row for row in rows if row[0] not in said], kind="sentences", only="terminal"),
+    blocks: list[doc.Block] = [
+        doc.Facts(rows, kind="sentences"),
+        doc.Facts([row for row in rows if row[0] not in said], kind="sentences", only="terminal"),
     ]
-    return Section("What is claimed, and under which conditions", blocks, "claim", "What is claimed")
+    return doc.Section("What is claimed, and under which conditions", blocks, "claim", "What is claimed")
 
 
-def _checks(run: CertifyRecord, audit: AuditView | None) -> list[Section]:
-    found = tables.findings(run.summary.checks)
+def _checks(run: CertifyRecord, audit: AuditView | None) -> list[doc.Section]:
+    found = findings(run.summary.checks)
     if audit is not None and audit.broken:
-        found.insert(0, tables.Finding("fault", *tables.LEVELS["fault"], "audit", audit.sentence, "See the audit."))
+        found.insert(0, Finding("fault", *LEVELS["fault"], "audit", audit.sentence, "See the audit."))
     reasons = [(image.id, image.reason) for image in run.summary.unreadable]
-    lost = left_out(reasons, "unreadable, left out of every number above")
-    return [Section("Checks", [Checks(found), *lost], "checks")] if found or lost else []
+    lost = doc.left_out(reasons, "unreadable, left out of every number above")
+    return [doc.Section("Checks", [doc.Checks(found), *lost], "checks")] if found or lost else []
 
 
 def _copies(run: CertifyRecord) -> list[tuple[str, str]]:
@@ -283,7 +248,7 @@ def _copies(run: CertifyRecord) -> list[tuple[str, str]]:
 # The images that were hardest and easiest to certify
 
 
-def _gallery(run: CertifyRecord) -> list[Section]:
+def _gallery(run: CertifyRecord) -> list[doc.Section]:
     found = load_extremes(run)
     if not found:
         return []
@@ -292,25 +257,25 @@ def _gallery(run: CertifyRecord) -> list[Section]:
         "Each beside one copy under the noise of the certificate (shown clipped to the colours of a screen; the model "
         "sees it unclipped)."
     )
-    shown = [Pictures([_picture(one) for one in some], title) for title, some in found]
-    return [Section(f"Images {ends}", [Text(lead, kind="lead"), *shown], "gallery", "Images")]
+    shown = [doc.Pictures([_picture(one) for one in some], title) for title, some in found]
+    return [doc.Section(f"Images {ends}", [doc.Text(lead, kind="lead"), *shown], "gallery", "Images")]
 
 
-def _picture(one: Extreme) -> Picture:
-    line: list[Inline] = []
+def _picture(one: Extreme) -> doc.Picture:
+    line: list[doc.Inline] = []
     if one.said:
         right = (" (right)" if one.said == one.label else " (wrong)") if one.label else ""
-        line += ["Smoothed model: ", Name(one.said), f"{right}; "]
+        line += ["Smoothed model: ", doc.Name(one.said), f"{right}; "]
     if one.label:
-        line += ["true class ", Name(one.label), "; "]
+        line += ["true class ", doc.Name(one.label), "; "]
     pair = [(one.clean, f"Image {one.image_id}", "image"), (one.noisy, "The image under noise", "under noise")]
-    return Picture(pair, [*line, "image ", Code(one.image_id)], title=one.radius)
+    return doc.Picture(pair, [*line, "image ", doc.Code(one.image_id)], title=one.radius)
 
 
 # The outcome of an audit: at the end of one in the terminal, and in the report of the run it belongs to
 
 
-def show_audit(content: dict[str, Any], console: Console, *closing: Closing) -> None:
+def show_audit(content: dict[str, Any], console: Console, *closing: doc.Closing) -> None:
     """Print an audit (the content of audit.json).
 
     Example:
@@ -322,28 +287,30 @@ def show_audit(content: dict[str, Any], console: Console, *closing: Closing) -> 
         True
     """
     view = audit_view(content)
-    screen.show(console, [*_found(view), Verdict([view.sentence], "" if view.broken else "held")], *closing)
+    screen.show(console, [*_found(view), doc.Verdict([view.sentence], "" if view.broken else "held")], *closing)
 
 
-def _audit(view: AuditView) -> Section:
+def _audit(view: AuditView) -> doc.Section:
     lead = (
         "Attacks on the smoothed model inside the certified balls: gradient descent through fresh noise from many "
         "starting points. What they reach must stay above the bound; a bound counts as broken only where Monte-Carlo "
         "error is ruled out."
     )
-    said = [Text(view.sentence, only="page"), Text(f"Audit: {view.sentence}", only="terminal")]
-    return Section("Audit", [Text(lead, kind="lead"), *said, *_found(view)], "audit", "Audit")
+    said = [doc.Text(view.sentence, only="page"), doc.Text(f"Audit: {view.sentence}", only="terminal")]
+    return doc.Section("Audit", [doc.Text(lead, kind="lead"), *said, *_found(view)], "audit", "Audit")
 
 
-def _found(view: AuditView) -> list[Block]:
+def _found(view: AuditView) -> list[doc.Block]:
     if not view.rows:
         return []
     lowest, room = "Lowest reached (min / median)", "Room above the bound (min / median)"
-    columns = numbers("Images", "Bound (median)", lowest, room, "Below, not certain", "Broken")
-    worst: list[tuple[str, Line]] = [*view.worst]
+    columns = doc.numbers("Images", "Bound (median)", lowest, room, "Below, not certain", "Broken")
+    worst: list[tuple[str, doc.Line]] = [*view.worst]
     return [
-        Table([Column("Of the radius"), *columns], view.rows, title=f"Measured: {view.quantity}", strong=view.fallen),
-        Facts(worst, title="Least room", only="both"),
+        doc.Table(
+            [doc.Column("Of the radius"), *columns], view.rows, title=f"Measured: {view.quantity}", strong=view.fallen
+        ),
+        doc.Facts(worst, title="Least room", only="both"),
     ]
 
 

@@ -2,45 +2,252 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from robustvlm.certify.claims import Materials, find_claim, make_plan, require_possible
-from robustvlm.commands.certify import CertifySettings
-from robustvlm.commands.certify.config import describe_trail
-from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.certify import CertifySettings, setup
+from robustvlm.commands.certify.config import CertifyConfig, describe_trail
+from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
 from robustvlm.commands.certify.pictures import save_extremes
 from robustvlm.commands.certify.record import load_certify_run
-from robustvlm.commands.certify.replay import open_replay
-from robustvlm.commands.certify.run import CertifyWork, SamplingRun
-from robustvlm.commands.certify.setup import (
-    check,
-    describe_head,
-    describe_plan,
-    make_config,
-    materials_of,
-    noise_of,
-    prompts_of,
-    rule_of,
-    settle_deployed,
-    settle_sigma,
-    vectors_of_classes,
-)
+from robustvlm.commands.certify.run import CertifyWork, ReplayRun, SamplingRun
 from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.core.device import resolve_device
+from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks
+from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
+from robustvlm.data.classes import read_templates
 from robustvlm.defenses import SmoothedVLM, load_pipeline
-from robustvlm.errors import UserError, setting
+from robustvlm.errors import BadSetting, UserError, setting
+from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.manifest import Manifest
+from robustvlm.runs.records import find_run
 from robustvlm.runs.run import Facts
 from robustvlm.runs.settings import Observer
+from robustvlm.text import places_of
+
+# From the features that another run kept
+
+PROMPTS = ("adaptive", "independent")
+
+
+def _why(prompts: str) -> str:
+    """Say why prompts of this kind may be certified."""
+    if prompts == "adaptive":
+        return (
+            "The prompts may have been chosen after looking at what these features gave, so the radius comes from one "
+            "ball around the mean and one bound of the covariance, which hold for all prompts at once. If they were "
+            "fixed without looking, --prompts independent gives the larger radius of the usual certificate."
+        )
+    return (
+        "You said that the prompts were fixed without looking at what these features gave; the usual certificate "
+        "(P1-CDF) is then valid for them. Were they tuned on these results, it would not be."
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run with kept features."""
+
+    folder: RunFolder
+    manifest: Manifest
+    config: CertifyConfig
+    rows: list[dict[str, Any]]
+
+    @property
+    def identity(self) -> str:
+        """What tells this run's samples from any other's."""
+        return f"{self.manifest['name']} {self.manifest['created']} {self.manifest['model']['fingerprint']}"
+
+
+def open_source(run: str, *, root: Path) -> Source:
+    """Return the run whose features are to be judged; UserError when it is none, unfinished, or kept none."""
+    path = find_run(run, root=root)
+    folder = RunFolder(path.parent, path.name)
+    manifest = folder.manifest()
+    if manifest is None or manifest["kind"] != "certify":
+        raise UserError(f"'{path}' is no certify run: pass one that was made with {setting('cache')}")
+    config = CertifyConfig(**manifest["config"])
+    if config.cache is None:
+        raise UserError(f"the run '{path}' kept no features: make it with {setting('cache', 'float16')}")
+    if not folder.finished:
+        raise UserError(f"the run '{path}' has not ended: give its command again to go on")
+    return Source(folder, manifest, config, load_certify_run(path).rows.to_pylist())
+
+
+def open_replay(settings: CertifySettings) -> CertifyWork:
+    """Check all settings, and load the model for its text encoder; no image is opened.
+
+    Model, data, noise, samples and seed are those of the run `from_cache`, whose kept features are judged. `prompts` is
+    "adaptive" (default): valid whatever the prompts were chosen by; or "independent": the user vouches that they were
+    fixed without looking at what the features gave.
+
+    Raises:
+        UserError: settings that do not go with kept features, or under which every image would abstain.
+    """
+    assert settings.from_cache is not None
+    source = open_source(settings.from_cache, root=settings.out)
+    settings = with_source(settings, source.manifest["config"])
+    setup.check(settings)
+    _check(settings, source)
+    claim = find_claim(setup.claim_of(settings))
+    chosen = (settings.prompts or "adaptive") if claim.any_prompts else None
+    assert source.config.cache is not None
+    device = str(resolve_device(settings.device))
+    data = source.manifest["data"]
+    names = tuple(data["class_names"]) if settings.classes is None else setup.list_of_names(settings.classes)
+    templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
+    with named_by(f"the manifest of '{source.folder.path}'"):
+        vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
+    require_same_model(source, vlm)
+    config = setup.make_config(settings, sigma=source.config.sigma, device=device).model_copy(
+        update={
+            "resolution": source.config.resolution,
+            "n_pilot": source.config.n_pilot,
+            "source": source.identity,
+            "prompts": chosen,
+            "noise": source.config.noise,
+            "deployed": setup.settle_deployed(settings, vlm),
+        }
+    )
+    rule = setup.rule_of(config, names)
+    if settings.classes is None and settings.templates is None:
+        text = setup.vectors_of_classes(config, vlm, names, templates)
+    else:
+        text = setup.embed_classes(vlm, names, templates, needed=claim.needs_classes)
+    dim = vlm.encode_text(["a"]).shape[1]
+    rounding = rounding_error(source.config.cache, dim)
+    with named_by(f"the manifest of '{source.folder.path}'"):
+        clean_kept = find_claim(source.config.claim).needs_clean
+    materials = setup.materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
+    plan = make_plan(config.claim, config, materials)
+    best = require_possible(plan, config)
+    probe = probe_of(vlm, names, templates)
+    model_facts = facts_of(vlm, "interpolation") | setup.describe_head(config, names)
+    encoder = NoisyEncoder(vlm, precision=config.precision).fingerprint
+    recorder = Recorder(config, plan, encoder, text, names, rule, setup.prompts_of(config, model_facts, templates))
+    described = setup.describe_plan(plan, config, best)
+    described["notes"] += _unnamed(data["class_names"], names)
+    if chosen is not None:
+        described["notes"].append(_why(chosen))
+
+    def begin(ledger: CertifyLedger, observer: Observer, ranks: Ranks) -> ReplayRun:
+        return ReplayRun(
+            recorder=recorder,
+            rows=source.rows,
+            features=source.folder.features_path,
+            source=source.manifest,
+            labels=relabel(source.rows, data["class_names"], names),
+            best_radius=best,
+            ledger=ledger,
+            observer=observer,
+            ranks=ranks,
+        )
+
+    def more(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
+        return {"plan": described, "trail": describe_trail(folder, manifest, judged=source.manifest)}
+
+    facts = Facts(
+        (settings.model, "kept"),
+        config.model_dump(),
+        model_facts,
+        {**data, "class_names": list(names), "templates": list(templates)},
+        probe=probe,
+        more=more,
+    )
+    return CertifyWork(facts, config, begin)
+
+
+def with_source(settings: CertifySettings, config: dict[str, Any]) -> CertifySettings:
+    """Return the settings with those of the run whose kept features are judged.
+
+    Raises:
+        UserError: another alpha: an error probability chosen after a look at the samples is none.
+    """
+    if settings.alpha not in (None, config["alpha"]):
+        raise UserError(
+            f"the error probability of kept features is that of their run, {config['alpha']}: leave out "
+            f"{setting('alpha')}, or sample anew"
+        )
+    theirs = ("alpha", "model", "data", "sigma", "samples", "limit", "seed", "precision")
+    return settings.model_copy(update={name: config[name] for name in theirs})
+
+
+def require_same_model(source: Source, vlm: VLM) -> None:
+    """Refuse another model than the one whose features were kept, by its digest and by what it answers.
+
+    Raises:
+        UserError: what differs.
+    """
+    before = source.manifest["model"]
+    now = facts_of(vlm, "interpolation")
+    other = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    data, probe = source.manifest["data"], source.manifest.get("probe")
+    if not other and probe is not None:
+        answers = change_of(probe, probe_of(vlm, data["class_names"], data["templates"]))
+        other = [] if answers is None else [answers]
+    if other:
+        raise UserError(
+            f"the model '{vlm.spec}' is no longer the one of the run '{source.folder.path}': {'; '.join(other)}"
+        )
+
+
+def relabel(rows: list[dict[str, Any]], old: list[str], new: tuple[str, ...]) -> dict[int, int]:
+    """Return the images' classes in a new list of class names, by image index; -1 where their class is not in it.
+
+    Example:
+        >>> relabel([{"index": 0, "label": 1}, {"index": 1, "label": 0}], ["cat", "dog"], ("wolf", "Dog"))
+        {0: 1, 1: -1}
+    """
+    places = [-1 if place is None else place for place in places_of(old, new)]
+    found = [-1 if row["label"] < 0 else places[row["label"]] for row in rows]
+    return {row["index"]: label for row, label in zip(rows, found, strict=True)}
+
+
+def _unnamed(old: list[str], new: tuple[str, ...]) -> list[str]:
+    """Say which classes of the kept images the new list does not have: their images count as unknown."""
+    lost = [name for name, place in zip(old, places_of(old, new), strict=True) if place is None]
+    if not lost:
+        return []
+    shown = ", ".join(f"'{name}'" for name in lost[:6]) + (", ..." if len(lost) > 6 else "")
+    return [f"{len(lost)} of {len(old)} classes of the kept images are not in the new list, so unknown: {shown}"]
+
+
+def _check(settings: CertifySettings, source: Source) -> None:
+    prompts, name = settings.prompts, setup.claim_of(settings)
+    if prompts is not None and prompts not in PROMPTS:
+        raise BadSetting("prompts", "is adaptive or independent", got=f"'{prompts}'")
+    if settings.radius is not None:
+        raise UserError(
+            f"kept features are all there already, stopping early saves nothing: leave out {setting('radius')}"
+        )
+    if settings.cache is not None:
+        raise UserError(f"the features are kept already: leave out {setting('cache')}")
+    claim = find_claim(name)
+    if source.config.cache == "float16" and not claim.bounds_rounding:
+        raise UserError(
+            f"the run '{source.folder.path}' kept float16 features, whose rounding is accounted for in class claims "
+            f"only: for {setting('claim', name)} make it with {setting('cache', 'float32')}"
+        )
+    if claim.needs_classes and not claim.any_prompts and prompts != "independent":
+        raise UserError(
+            f"a certificate of {setting('claim', name)} from kept features is valid only for prompts that were fixed "
+            f"without looking at what the features gave: pass {setting('prompts', 'independent')} if they were, else "
+            "sample anew"
+        )
+
+
+# From new samples
 
 RESULTS = ("summary.json", "results.parquet")
 
@@ -67,26 +274,28 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
 
     Settings under which every image would have to abstain are refused, with what would do.
     """
-    check(settings)
-    sigma = settle_sigma(settings)
+    setup.check(settings)
+    sigma = setup.settle_sigma(settings)
     device = str(resolve_device(settings.device))
-    config = make_config(settings, sigma=sigma, device=device)
+    config = setup.make_config(settings, sigma=sigma, device=device)
     if find_claim(config.claim).known_best:
         require_possible(make_plan(config.claim, config, Materials(text=np.eye(2))), config)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
     if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
-    config = config.model_copy(update={"resolution": vlm.image_size, "deployed": settle_deployed(settings, vlm)})
-    rule = rule_of(config, source.class_names)
-    text = vectors_of_classes(config, vlm, source.class_names, source.templates)
-    plan = make_plan(config.claim, config, materials_of(config, vlm, text, source.templates, rule=rule))
+    config = config.model_copy(update={"resolution": vlm.image_size, "deployed": setup.settle_deployed(settings, vlm)})
+    rule = setup.rule_of(config, source.class_names)
+    text = setup.vectors_of_classes(config, vlm, source.class_names, source.templates)
+    plan = make_plan(config.claim, config, setup.materials_of(config, vlm, text, source.templates, rule=rule))
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    model_facts = facts_of(encoder.vlm, "interpolation") | describe_head(config, source.class_names)
-    config = config.model_copy(update={"noise": noise_of(config, model_facts, source.class_names, source.templates)})
-    prompts = prompts_of(config, model_facts, source.templates)
+    model_facts = facts_of(encoder.vlm, "interpolation") | setup.describe_head(config, source.class_names)
+    config = config.model_copy(
+        update={"noise": setup.noise_of(config, model_facts, source.class_names, source.templates)}
+    )
+    prompts = setup.prompts_of(config, model_facts, source.templates)
     recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule, prompts)
 
     def begin(ledger: CertifyLedger, observer: Observer, ranks: Ranks) -> SamplingRun:
@@ -101,7 +310,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         )
 
     remarks = remarks_of(source, vlm)
-    described = describe_plan(plan, config, best)
+    described = setup.describe_plan(plan, config, best)
     described["notes"] += remarks
 
     def more(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:

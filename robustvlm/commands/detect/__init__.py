@@ -9,21 +9,7 @@ from pydantic import model_validator
 
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.run import Command, mirrors
-from robustvlm.runs.settings import (
-    CLASSES,
-    DEVICE,
-    NAME,
-    OUT,
-    RESUME,
-    SUMMARY_AS_JSON,
-    TEMPLATES,
-    TREE_FILE,
-    Settings,
-    argument,
-    option,
-    shown_as,
-    way,
-)
+from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as, way
 
 if TYPE_CHECKING:
     from robustvlm.commands.detect.view import DetectRecord
@@ -72,9 +58,9 @@ class DetectSettings(Settings):
     temperature: float = option(
         1.0, "Temperature of the scores from energies: they divide the logits by it; 1 is the model's own."
     )
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
-    tree: Path | None = TREE_FILE
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
+    tree: Path | None = Shared.TREE_FILE
     limit: int | None = option(
         None, "Score this many images of each set, chosen by a hash of their ids.", at_least=2, unit="images"
     )
@@ -88,7 +74,7 @@ class DetectSettings(Settings):
     )
     seed: int = option(0, "Seed of every random draw.", at_least=0)
     batch_size: int = way(64, "Images per encoder pass.", at_least=1, unit="images")
-    device: str = DEVICE
+    device: str = Shared.DEVICE
     under_attack: bool = option(False, "Also attack the scores: unknown images to be accepted, known ones refused.")
     attack_scores: str | None = option(
         None,
@@ -102,10 +88,10 @@ class DetectSettings(Settings):
     eps: str | float | None = option(None, "Radius of the attacks [default: 2/255; L2: 0.5].", typed=str | None)
     attack_limit: int = option(64, "Images of each set that are attacked.", at_least=2, unit="images")
     lanes: int = option(64, "Images attacked side by side in one batch.", at_least=1)
-    out: Path = OUT
-    name: str | None = NAME
-    resume: bool | None = RESUME
-    as_json: bool = SUMMARY_AS_JSON
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    resume: bool | None = Shared.RESUME
+    as_json: bool = Shared.SUMMARY_AS_JSON
     fail_if: list[str] = shown_as(
         [],
         "End with exit code 1 if this holds, e.g. 'auroc:mcm@near<0.8' or 'fpr95.high>50%'; without :SCORE or @SET, if "

@@ -16,21 +16,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from robustvlm.attacks import (
-    FOOLED,
-    Deny,
-    Goal,
-    Intrude,
-    Job,
-    LaneAttack,
-    LaneEngine,
-    Misclassify,
-    Oracle,
-    Probe,
-    Result,
-    ThreatModel,
-)
+from robustvlm import attacks
 from robustvlm.attacks.oracle import settle_draws
+from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.commands.common.questions import ask, fit_for, of_probe, require_independent_rows
 from robustvlm.commands.common.store import JournalLedger, cost_of
@@ -203,7 +191,7 @@ class ScoreAttacks:
         self,
         *,
         config: UnderAttack,
-        attacks: Sequence[LaneAttack],
+        attacks: Sequence[attacks.LaneAttack],
         classifier: Classifier,
         panel: Panel,
         thresholds: Mapping[str, float],
@@ -241,8 +229,8 @@ class ScoreAttacks:
 
     def _stage(self, name: str, model: Classifier, target: Target) -> None:
         """Run all attacks on one score and one set."""
-        goal: Goal = Deny() if target.known else Intrude()
-        oracle = Oracle(model, device=self.classifier.device, seed=self.seed)
+        goal: attacks.Goal = attacks.Deny() if target.known else attacks.Intrude()
+        oracle = attacks.Oracle(model, device=self.classifier.device, seed=self.seed)
         began, probed = time.monotonic(), None
         for attack in self.attacks:
             pictures = self._pictures(target, self.ledger.done(name, target.name, attack.name))
@@ -270,7 +258,7 @@ class ScoreAttacks:
         found = (item for item in images.stream(lambda name: name in scored and name not in done))
         return [item for item in found if isinstance(item, Picture) and item.id in scored and item.id not in done]
 
-    def _probe(self, oracle: Oracle, pictures: Sequence[Picture]) -> Probe:
+    def _probe(self, oracle: attacks.Oracle, pictures: Sequence[Picture]) -> attacks.Probe:
         """Ask the model what batches it takes, whether it is random, and whether rows are independent."""
         rows = [pictures[i % len(pictures)] for i in range(self.config.lanes)]
         images = torch.stack([picture.pixels for picture in rows])
@@ -280,8 +268,10 @@ class ScoreAttacks:
         self.ledger.add_checks([*of_probe(found, eot=oracle.eot, draws=oracle.draws), *notes])
         return found
 
-    def _engine(self, oracle: Oracle, attack: LaneAttack, goal: Goal, found: Probe) -> LaneEngine:
-        return LaneEngine(
+    def _engine(
+        self, oracle: attacks.Oracle, attack: attacks.LaneAttack, goal: attacks.Goal, found: attacks.Probe
+    ) -> attacks.LaneEngine:
+        return attacks.LaneEngine(
             oracle,
             fit_for(attack, found),
             self.threat,
@@ -292,11 +282,13 @@ class ScoreAttacks:
             leave=False,
         )
 
-    def _jobs(self, pictures: Sequence[Picture]) -> Iterator[Job]:
+    def _jobs(self, pictures: Sequence[Picture]) -> Iterator[attacks.Job]:
         for number, picture in enumerate(pictures):
-            yield Job(picture.id, number, picture.pixels, 0, (0,))
+            yield attacks.Job(picture.id, number, picture.pixels, 0, (0,))
 
-    def _fact(self, result: Result, name: str, target: Target, goal: Goal, attack: LaneAttack) -> AttackedFact:
+    def _fact(
+        self, result: attacks.Result, name: str, target: Target, goal: attacks.Goal, attack: attacks.LaneAttack
+    ) -> AttackedFact:
         threshold = self.thresholds[name]
         row = self.encoded[target.name].ids.index(result.job.image_id)
         clean = float(self.clean[target.name][name][row])
@@ -359,7 +351,13 @@ class Logits(nn.Module):
 
 
 def fool(
-    answers: Answers, pictures: list[Picture], attack: LaneAttack, threat: ThreatModel, *, lanes: int, seed: int
+    answers: Answers,
+    pictures: list[Picture],
+    attack: attacks.LaneAttack,
+    threat: ThreatModel,
+    *,
+    lanes: int,
+    seed: int,
 ) -> Encoded:
     """Attack images that a model classifies right; return what it says of those that are wrong at the end.
 
@@ -370,23 +368,23 @@ def fool(
         pictures: images of known classes, each classified right.
     """
     classifier = answers.classifier
-    oracle = Oracle(Logits(classifier), device=classifier.device, seed=seed)
+    oracle = attacks.Oracle(Logits(classifier), device=classifier.device, seed=seed)
     rows = [pictures[i % len(pictures)] for i in range(lanes)]
     labels = torch.tensor([picture.label for picture in rows])
     found, _ = ask(oracle, torch.stack([picture.pixels for picture in rows]), labels, model=classifier.spec)
     require_independent_rows(found, classifier.spec)
-    engine = LaneEngine(
+    engine = attacks.LaneEngine(
         oracle,
         fit_for(attack, found),
         threat,
         lanes=found.rungs[0],
         rungs=found.rungs,
         seed=seed,
-        goal=Misclassify(),
+        goal=attacks.Misclassify(),
         leave=False,
     )
-    jobs = (Job(picture.id, number, picture.pixels, picture.label) for number, picture in enumerate(pictures))
-    fooled = sorted((r for r in engine.run(jobs) if r.outcome == FOOLED), key=lambda result: result.job.index)
+    jobs = (attacks.Job(picture.id, number, picture.pixels, picture.label) for number, picture in enumerate(pictures))
+    fooled = sorted((r for r in engine.run(jobs) if r.outcome == attacks.FOOLED), key=lambda result: result.job.index)
     if not fooled:
         return Encoded([], torch.zeros(0, dtype=torch.int64), None, None)
     features, output = answers(torch.stack([result.adversarial for result in fooled]))

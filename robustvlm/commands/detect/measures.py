@@ -12,21 +12,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
+from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, worst_scores
 from robustvlm.commands.detect.scoring import Panel
-from robustvlm.commands.detect.summary import (
-    KNOWN,
-    OWN,
-    OWN_SDIS,
-    Adversarial,
-    AttackedOnSet,
-    AttackedScore,
-    Measured,
-    OnSet,
-    OwnDecision,
-    ScoreSummary,
-    Versus,
-)
 from robustvlm.core.files import replacing
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.data.source import DataSource, Sample
@@ -38,7 +26,7 @@ from robustvlm.stats import Rate, holm, rate
 # From the scores of all images to the summary: every metric with its interval, compared in pairs
 
 Array = NDArray[np.float64]
-_OF_THE_MODEL = {OWN: "the model's own", OWN_SDIS: "S_DIS of the model"}
+_OF_THE_MODEL = {record.OWN: "the model's own", record.OWN_SDIS: "S_DIS of the model"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +85,7 @@ def decision_threshold(known: Array) -> float:
 
 def thresholds_of(known: Scored) -> dict[str, float]:
     """Return the threshold of every score; that of a model's own acceptance is 0."""
-    return {name: 0.0 if name == OWN else decision_threshold(values) for name, values in known.scores.items()}
+    return {name: 0.0 if name == record.OWN else decision_threshold(values) for name, values in known.scores.items()}
 
 
 def summarise_scores(
@@ -108,14 +96,14 @@ def summarise_scores(
     microseconds: Mapping[str, float],
     draws: int,
     seed: int,
-) -> list[ScoreSummary]:
+) -> list[record.ScoreSummary]:
     """Return every score's metrics on every set of unknown images, in the order of the catalogue."""
-    on: dict[str, list[OnSet]] = {name: [] for name in known.scores}
+    on: dict[str, list[record.OnSet]] = {name: [] for name in known.scores}
     for other in unknown:
         for name, found in _on_set(known, other, draws=draws, seed=seed).items():
             on[name].append(found)
     return [
-        ScoreSummary(
+        record.ScoreSummary(
             name=name,
             title=title_of(name),
             source="" if name in _OF_THE_MODEL else find_score(name).where,
@@ -128,10 +116,10 @@ def summarise_scores(
     ]
 
 
-def _on_set(known: Scored, other: Scored, *, draws: int, seed: int) -> dict[str, OnSet]:
+def _on_set(known: Scored, other: Scored, *, draws: int, seed: int) -> dict[str, record.OnSet]:
     """Return every score's metrics on one set, all from the same bootstrap samples."""
     bootstrap = Bootstrap(known.groups, other.groups, n_draws=draws, seed=seed)
-    found: dict[str, OnSet] = {}
+    found: dict[str, record.OnSet] = {}
     aurocs: dict[str, Array] = {}
     for name, values in known.scores.items():
         resampled = bootstrap.draws(values, other.scores[name])
@@ -140,7 +128,7 @@ def _on_set(known: Scored, other: Scored, *, draws: int, seed: int) -> dict[str,
         intervals["auroc"] = auroc_interval(
             values, other.scores[name], known_groups=known.groups, unknown_groups=other.groups
         )
-        found[name] = OnSet(
+        found[name] = record.OnSet(
             unknown=other.name,
             auroc=measure(intervals["auroc"]),
             fpr95=measure(intervals["fpr95"]),
@@ -150,7 +138,7 @@ def _on_set(known: Scored, other: Scored, *, draws: int, seed: int) -> dict[str,
     return _compared(found, aurocs)
 
 
-def _compared(found: dict[str, OnSet], aurocs: Mapping[str, Array]) -> dict[str, OnSet]:
+def _compared(found: dict[str, record.OnSet], aurocs: Mapping[str, Array]) -> dict[str, record.OnSet]:
     """Set every score against the best other baseline of this set, p-values adjusted for the number of comparisons."""
     rivals = {name: _best_baseline(found, name) for name in found}
     gaps = {
@@ -160,7 +148,7 @@ def _compared(found: dict[str, OnSet], aurocs: Mapping[str, Array]) -> dict[str,
     }
     adjusted = dict(zip(gaps, holm([gap.p_value for gap in gaps.values()]), strict=True))
     for name, gap in gaps.items():
-        versus = Versus(
+        versus = record.Versus(
             baseline=str(rivals[name]),
             difference=gap.value,
             low=gap.low,
@@ -172,27 +160,27 @@ def _compared(found: dict[str, OnSet], aurocs: Mapping[str, Array]) -> dict[str,
     return found
 
 
-def _best_baseline(found: Mapping[str, OnSet], but: str) -> str | None:
+def _best_baseline(found: Mapping[str, record.OnSet], but: str) -> str | None:
     """Return the baseline with the highest AUROC on a set, other than the score that is compared; None without any."""
     others = [name for name in BASELINES if name in found and name != but]
     return max(others, key=lambda name: found[name].auroc.value, default=None)
 
 
-def best_score(scores: Sequence[ScoreSummary]) -> str:
+def best_score(scores: Sequence[record.ScoreSummary]) -> str:
     """Return the name of the score with the highest AUROC, averaged over the sets."""
     return max(scores, key=lambda score: sum(at.auroc.value for at in score.on)).name
 
 
-def own_decision(known: Scored, unknown: Sequence[Scored]) -> OwnDecision | None:
+def own_decision(known: Scored, unknown: Sequence[Scored]) -> record.OwnDecision | None:
     """Return what a model that may refuse decides by itself; None for other models."""
-    if OWN not in known.scores:
+    if record.OWN not in known.scores:
         return None
-    accepted = known.scores[OWN] > 0
+    accepted = known.scores[record.OWN] > 0
     right = np.array(known.predictions) == np.array(known.labels)
-    return OwnDecision(
+    return record.OwnDecision(
         accepted_known=share(accepted),
         right=share(accepted & right),
-        accepted_unknown={other.name: share(other.scores[OWN] > 0) for other in unknown},
+        accepted_unknown={other.name: share(other.scores[record.OWN] > 0) for other in unknown},
     )
 
 
@@ -201,9 +189,9 @@ def share(chosen: NDArray[np.bool_]) -> Rate:
     return rate(int(chosen.sum()), len(chosen))
 
 
-def measure(interval: Interval) -> Measured:
+def measure(interval: Interval) -> record.Measured:
     """Return an interval as the summary keeps it."""
-    return Measured(value=interval.value, low=interval.low, high=interval.high, method=interval.method)
+    return record.Measured(value=interval.value, low=interval.low, high=interval.high, method=interval.method)
 
 
 def rows_of(sets: Sequence[Scored]) -> pa.Table:
@@ -236,11 +224,11 @@ def summarise_attacks(
     thresholds: Mapping[str, float],
     known: Scored,
     unknown: Sequence[Scored],
-) -> list[AttackedScore]:
+) -> list[record.AttackedScore]:
     """Return every attacked score before and after, on the images that were attacked; sets without any are left out."""
     found = []
     for name in names:
-        rows, clean, worst = _arrays(ledger, name, KNOWN)
+        rows, clean, worst = _arrays(ledger, name, record.KNOWN)
         if not rows:
             continue
         groups = [known.groups[row] for row in rows]
@@ -250,7 +238,7 @@ def summarise_attacks(
             if other_rows:
                 others = [other.groups[row] for row in other_rows]
                 on.append(
-                    AttackedOnSet(
+                    record.AttackedOnSet(
                         unknown=other.name,
                         auroc_clean=_auroc(clean, before, groups, others),
                         auroc_intrude=_auroc(clean, after, groups, others),
@@ -261,7 +249,7 @@ def summarise_attacks(
                     )
                 )
         found.append(
-            AttackedScore(
+            record.AttackedScore(
                 name=name,
                 title=title_of(name),
                 threshold=thresholds[name],
@@ -273,7 +261,7 @@ def summarise_attacks(
     return found
 
 
-def summarise_adversarial(known: Scored, fooled: Scored, attacked: Sequence[str]) -> Adversarial | None:
+def summarise_adversarial(known: Scored, fooled: Scored, attacked: Sequence[str]) -> record.Adversarial | None:
     """Return how every score tells fooled images from the known ones that were not attacked; None if none was fooled.
 
     Args:
@@ -284,7 +272,7 @@ def summarise_adversarial(known: Scored, fooled: Scored, attacked: Sequence[str]
     if not rest or not len(fooled):
         return None
     groups = [known.groups[row] for row in rest]
-    return Adversarial(
+    return record.Adversarial(
         attacked=len(attacked),
         fooled=len(fooled),
         auroc={
@@ -298,7 +286,7 @@ def _arrays(ledger: AttackLedger, name: str, set_name: str) -> tuple[list[int], 
     return rows, clean.numpy(), worst.numpy()
 
 
-def _auroc(known: Array, unknown: Array, known_groups: Sequence[str], unknown_groups: Sequence[str]) -> Measured:
+def _auroc(known: Array, unknown: Array, known_groups: Sequence[str], unknown_groups: Sequence[str]) -> record.Measured:
     return measure(auroc_interval(known, unknown, known_groups=known_groups, unknown_groups=unknown_groups))
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from robustvlm.commands.common.conditions import Comparison, parse_comparison
 from robustvlm.detect.metrics import METRICS
 from robustvlm.errors import UserError, setting
-from robustvlm.runs.records import Check, Record, UnreadableImage
+from robustvlm.runs.records import Check, Comparison, Record, UnreadableImage, parse_comparison
 from robustvlm.stats import Rate
 
 # What is read of the settings in the manifest

@@ -11,68 +11,36 @@ import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
+from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect import words
-from robustvlm.commands.detect.charts import Curve, auroc_chart, histogram, roc_chart
-from robustvlm.commands.detect.summary import (
-    OWN,
-    AttackedScore,
-    DetectConfig,
-    DetectSummary,
-    Measured,
-    ScoreSummary,
-    SetSummary,
-)
+from robustvlm.commands.detect.words import Curve, auroc_chart, histogram, roc_chart
 from robustvlm.core.files import require_regular
 from robustvlm.detect import BASELINES
-from robustvlm.errors import UserError
-from robustvlm.report import screen, tables
-from robustvlm.report.page import data_uri, drawing, page_of, write_page
-from robustvlm.report.sections import (
-    Block,
-    Card,
-    Chart,
-    Checks,
-    Closing,
-    Code,
-    Column,
-    Facts,
-    Inline,
-    Line,
-    Measure,
-    More,
-    Name,
-    Pair,
-    Picture,
-    Pictures,
-    Report,
-    Row,
-    Section,
-    Small,
-    Table,
-    Text,
-    Verdict,
-    cost_section,
-    left_out,
-    manifest_section,
-)
-from robustvlm.report.words import RANGE, duration, moment, norm_name, percent, plain
-from robustvlm.runs.manifest import require_shape, require_unchanged
-from robustvlm.runs.read import read_manifest_of, read_object, read_rows
-from robustvlm.runs.run import FinishedRun
+from robustvlm.report import screen
+from robustvlm.report import sections as doc
+from robustvlm.report.page import data_uri, write_report_of
+from robustvlm.report.words import RANGE, duration, findings, moment, norm_name, percent, plain
+from robustvlm.runs.records import read_rows
+from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 
 # A finished detect run read back from its folder
 
 _COLUMNS = (("set", pa.string()), ("image_id", pa.string()), ("label", pa.int32()), ("prediction", pa.int32()))
 
 
+class _Needed(BaseModel):
+    config: record.DetectConfig
+
+
 @dataclass(frozen=True)
-class DetectRecord(FinishedRun[DetectSummary]):
+class DetectRecord(FinishedRun[record.DetectSummary]):
     """Manifest, settings, summary and rows of one finished detect run."""
 
-    config: DetectConfig
+    config: record.DetectConfig
     rows: pa.Table
 
     @property
@@ -81,10 +49,10 @@ class DetectRecord(FinishedRun[DetectSummary]):
         return list((self.manifest.get("data") or {}).get("class_names") or [])
 
     @property
-    def shown(self) -> ScoreSummary:
+    def shown(self) -> record.ScoreSummary:
         """The score that pictures and histograms are about: the model's own, or the best."""
         by_name = {score.name: score for score in self.summary.scores}
-        return by_name.get(OWN, by_name[self.summary.best])
+        return by_name.get(record.OWN, by_name[self.summary.best])
 
     def scores(self, name: str, set_name: str) -> NDArray[np.float64]:
         """Return a score of every image of a set."""
@@ -94,23 +62,13 @@ class DetectRecord(FinishedRun[DetectSummary]):
 
 def read_run(folder: Path) -> DetectRecord:
     """Read a finished detect run; UserError when it has not ended, is of another kind, or a file is damaged."""
-    manifest = read_manifest_of(folder)
-    if manifest["kind"] != "detect":
-        raise UserError(f"'{folder}' is no detect run: expected a run of kind 'detect', got {manifest['kind']!r}")
-    unfinished = f"the run '{folder}' has not ended: give its detect command again to go on"
     again = "run the detection again"
-    path = folder / "summary.json"
-    require_shape(
-        DetectConfig, manifest["config"], folder / "manifest.json", f": not a detect run of this version, {again}"
-    )
-    content = read_object(path, unfinished)
-    require_shape(DetectSummary, content, path, f": not a detect run of this version, {again}")
-    config, summary = DetectConfig.model_validate(manifest["config"]), DetectSummary.model_validate(content)
-    require_unchanged(folder, manifest, what="detect ")
-    wanted = [*_COLUMNS, *((score.name, pa.float64()) for score in summary.scores)]
+    run = read_finished(folder, "summary.json", record.DetectSummary, kind="detect", needed=_Needed, again=again)
+    config = record.DetectConfig.model_validate(run.manifest["config"])
+    wanted = [*_COLUMNS, *((score.name, pa.float64()) for score in run.summary.scores)]
     fields = pa.schema([pa.field(name, kind, nullable=False) for name, kind in wanted])
-    rows = read_rows(folder / "results.parquet", fields, if_absent=unfinished, again=again)
-    return DetectRecord(folder, manifest, summary, config, rows)
+    rows = read_rows(folder / "results.parquet", fields, if_absent=not_ended(folder, "detect"), again=again)
+    return DetectRecord(folder, run.manifest, run.summary, config, rows)
 
 
 # All that is said of a detect run, in the order of the page
@@ -124,134 +82,140 @@ _INTERVALS = (
 
 def show(run: DetectRecord, console: Console) -> None:
     """Print the closing tables of a detect run: every score on every set, attacks, what was skipped, the verdict."""
-    closing = Closing({"Report": run.report, "Results": run.folder / "results.parquet"})
+    closing = doc.Closing({"Report": run.report, "Results": run.folder / "results.parquet"})
     screen.show(console, detect_report(run), closing)
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a finished detect run, by default to `report.html` in its folder, and return its path.
-
-    Raises UserError for a folder that holds no finished detect run.
-    """
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = page_of(detect_report(read_run(folder)))
-    write_page(path, text)
-    return path
+    """Write the report of a finished detect run, by default to `report.html` in its folder, and return its path."""
+    return write_report_of(folder, out, lambda run: detect_report(read_run(run)))
 
 
-def detect_report(run: DetectRecord) -> Report:
+def detect_report(run: DetectRecord) -> doc.Report:
     """Return all that is said of a detect run."""
     summary = run.summary
     lines = [words.verdict(summary), words.comparison(summary), words.words_sentence(summary)]
     lines += [words.own_sentence(summary), words.attack_sentence(summary)]
-    return Report(
+    return doc.Report(
         kind="detection report",
         name=run.name,
         kicker="Detection report",
         facts=_facts(run),
-        verdicts=[Verdict([line for line in lines if line], tone=words.tone(summary))],
+        verdicts=[doc.Verdict([line for line in lines if line], tone=words.tone(summary))],
         cards=_cards(run),
         sections=[
             _scores(run),
-            Section("Curves", [Pair(_curves(run))], key="curves", short="Curves"),
+            doc.Section("Curves", [doc.Pair(_curves(run))], key="curves", short="Curves"),
             *_under_attack(run),
             *_mistakes(run),
             *_checks(summary),
-            cost_section(_cost(summary)),
-            manifest_section(run.manifest),
+            doc.cost_section(_cost(summary)),
+            doc.manifest_section(run.manifest),
         ],
         footer=_INTERVALS,
     )
 
 
-def _facts(run: DetectRecord) -> list[Inline]:
+def _facts(run: DetectRecord) -> list[doc.Inline]:
     config, summary, created = run.config, run.summary, run.manifest.get("created")
-    line: list[Inline] = ["Model ", Code(config.model), f": {summary.known.images:,} known images of "]
-    line.append(Code(config.known))
+    line: list[doc.Inline] = ["Model ", doc.Code(config.model), f": {summary.known.images:,} known images of "]
+    line.append(doc.Code(config.known))
     for named, part in zip(config.unknown, summary.unknown, strict=True):
-        line += [f", {part.images:,} unknown ones of ", Code(named.spec)]
+        line += [f", {part.images:,} unknown ones of ", doc.Code(named.spec)]
     return [*line, f", {moment(created)}"] if created else line
 
 
-def _cards(run: DetectRecord) -> list[Card]:
+def _cards(run: DetectRecord) -> list[doc.Card]:
     summary, shown = run.summary, run.shown
-    first = Card("Right class", summary.accuracy, "known images, refusals left aside", good=True)
+    first = doc.Card("Right class", summary.accuracy, "known images, refusals left aside", good=True)
     if summary.own is not None:
-        accepted = Card("Known images accepted", summary.own.accepted_known, "at the model's own threshold", good=True)
+        accepted = doc.Card(
+            "Known images accepted", summary.own.accepted_known, "at the model's own threshold", good=True
+        )
         unknown = summary.own.accepted_unknown.items()
-        return [first, accepted, *(Card("Unknown images accepted", r, f"of {plain(name, 40)}") for name, r in unknown)]
+        return [
+            first,
+            accepted,
+            *(doc.Card("Unknown images accepted", r, f"of {plain(name, 40)}") for name, r in unknown),
+        ]
     cards = [first]
     for part, on in zip(summary.unknown[:2], shown.on, strict=False):
         groups = f" from {part.groups:,} independent ones" if part.groups < part.images else ""
         small = f"95% interval {_of(on.auroc).interval}; {part.images:,} unknown images{groups}"
-        cards.append(Card(f"AUROC on {plain(part.name, 40)}, {shown.title}", _of(on.auroc).text, small))
+        cards.append(doc.Card(f"AUROC on {plain(part.name, 40)}, {shown.title}", _of(on.auroc).text, small))
     return cards
 
 
-def _scores(run: DetectRecord) -> Section:
+def _scores(run: DetectRecord) -> doc.Section:
     """Return the tables of every score on every set of unknown images."""
     summary, config = run.summary, run.config
-    lead: list[Inline] = [
+    lead: list[doc.Inline] = [
         "For every score, higher means more likely known. AUROC: the chance that a known image scores above an unknown "
         "one. FPR95: the share of unknown images accepted where 95% of the known ones are."
     ]
     if config.temperature != 1:
         lead.append(f" Energies divide the logits by {config.temperature:g}.")
     if summary.fit is not None:
-        lead += [f" Scores that learn from images have seen {summary.fit.images:,} of ", Code(str(config.fit)), "."]
+        lead += [f" Scores that learn from images have seen {summary.fit.images:,} of ", doc.Code(str(config.fit)), "."]
     sets = ", ".join(f"{part.images:,} {plain(part.name, 40)}" for part in summary.unknown)
     titles = {score.name: score.title for score in summary.scores}
     oracles = words.oracle_titles(summary)
-    names: list[Line] = [[s.title, " ", Small("oracle")] if s.title in oracles else s.title for s in summary.scores]
+    names: list[doc.Line] = [
+        [s.title, " ", doc.Small("oracle")] if s.title in oracles else s.title for s in summary.scores
+    ]
     each = [(name, score) for name, score in zip(names, summary.scores, strict=True)]
-    rows: list[Row] = [
+    rows: list[doc.Row] = [
         (
             name,
             *(_of(found) for on in score.on for found in (on.auroc, on.fpr95)),
-            Small(words.needs(score)),
+            doc.Small(words.needs(score)),
             f"{score.microseconds:.1f}",
         )
         for name, score in each
     ]
-    rivals: list[Row] = [(name, *(Small(words.versus(on, titles)) for on in score.on)) for name, score in each]
-    precision: list[Row] = [
+    rivals: list[doc.Row] = [(name, *(doc.Small(words.versus(on, titles)) for on in score.on)) for name, score in each]
+    precision: list[doc.Row] = [
         (
             name,
-            Small(score.source),
+            doc.Small(score.source),
             *(_of(found) for on in score.on for found in (on.aupr_in, on.aupr_out)),
             f"{score.threshold:.4g}",
         )
         for name, score in each
     ]
     best = [score.name for score in summary.scores].index(summary.best)
-    blocks: list[Block] = [
-        Text(lead, kind="lead"),
-        Chart(partial(auroc_chart, summary.scores, [part.name for part in summary.unknown], key="auroc")),
-        Table(
-            [Column("Score"), *_by_set(summary.unknown, "AUROC", "FPR95"), Column("Needs"), Column("µs", number=True)],
+    blocks: list[doc.Block] = [
+        doc.Text(lead, kind="lead"),
+        doc.Chart(partial(auroc_chart, summary.scores, [part.name for part in summary.unknown], key="auroc")),
+        doc.Table(
+            [
+                doc.Column("Score"),
+                *_by_set(summary.unknown, "AUROC", "FPR95"),
+                doc.Column("Needs"),
+                doc.Column("µs", number=True),
+            ],
             rows,
             title=f"Known ({summary.known.images:,} images) against unknown ({sets})",
             caption=f"µs an image: of the score alone; the encoder takes {summary.encode_ms:.2f} ms an image.",
             strong=frozenset({best}),
         ),
-        Table(
-            [Column("Score"), *(Column(plain(part.name, 40)) for part in summary.unknown)],
+        doc.Table(
+            [doc.Column("Score"), *(doc.Column(plain(part.name, 40)) for part in summary.unknown)],
             rivals,
             title="Against the best other baseline",
             caption="Difference of AUROC to the best of MSP, MCM, MaxLogit and energy that is another score, on the "
             "same images, with its p-value by paired bootstrap, adjusted (Holm) for all scores of the column.",
             only="page",
         ),
-        More(
+        doc.More(
             "Average precision (AUPR), and where the scores come from",
             [
-                Table(
+                doc.Table(
                     [
-                        Column("Score"),
-                        Column("Source"),
+                        doc.Column("Score"),
+                        doc.Column("Source"),
                         *_by_set(summary.unknown, "AUPR-in", "AUPR-out"),
-                        Column("Threshold (95%)", number=True),
+                        doc.Column("Threshold (95%)", number=True),
                     ],
                     precision,
                     caption="AUPR depends on how many known and unknown images there are: compare it within a column "
@@ -260,23 +224,23 @@ def _scores(run: DetectRecord) -> Section:
             ],
         ),
     ]
-    return Section("How well every score tells known from unknown", blocks, key="scores", short="Scores")
+    return doc.Section("How well every score tells known from unknown", blocks, key="scores", short="Scores")
 
 
-def _of(found: Measured) -> Measure:
-    return Measure.between(found.value, found.low, found.high)
+def _of(found: record.Measured) -> doc.Measure:
+    return doc.Measure.between(found.value, found.low, found.high)
 
 
-def _by_set(sets: Sequence[SetSummary], *titles: str) -> list[Column]:
-    return [Column(title, group=plain(part.name, 40)) for part in sets for title in titles]
+def _by_set(sets: Sequence[record.SetSummary], *titles: str) -> list[doc.Column]:
+    return [doc.Column(title, group=plain(part.name, 40)) for part in sets for title in titles]
 
 
-def _curves(run: DetectRecord) -> list[Chart]:
+def _curves(run: DetectRecord) -> list[doc.Chart]:
     """Return ROC curves for every set, and the distributions of the shown score and of the best baseline."""
     unknown = [part.name for part in run.summary.unknown]
     caption = "The upper dotted line accepts 95% of the known images."
     charts = [
-        Chart(
+        doc.Chart(
             partial(_roc, run, name, key=f"roc{i}"), f"ROC, {plain(name, 40)}", caption if name == unknown[-1] else ""
         )
         for i, name in enumerate(unknown)
@@ -286,11 +250,11 @@ def _curves(run: DetectRecord) -> list[Chart]:
     best = max(baselines, key=lambda score: sum(on.auroc.value for on in score.on), default=None)
     chosen = list({score.name: score for score in (run.shown, best) if score is not None}.values())
     for i, score in enumerate(chosen):
-        last, own = i == len(chosen) - 1, score.name == OWN
+        last, own = i == len(chosen) - 1, score.name == record.OWN
         whose = "of the model" if own else "that accepts 95% of the known images"
         caption = f"Dashed: the threshold {whose}. The outermost half per cent on either side is drawn at the edge."
         draw = partial(_histogram, run, score, key=f"histogram{i}")
-        charts.append(Chart(draw, "Scores of known and unknown images", caption if last else ""))
+        charts.append(doc.Chart(draw, "Scores of known and unknown images", caption if last else ""))
     return charts
 
 
@@ -298,7 +262,7 @@ def _roc(run: DetectRecord, unknown: str, *, key: str) -> Markup:
     """Draw the curves of the model's own score, the best ones on this set, and the best baseline."""
     by_auroc = sorted(run.summary.scores, key=lambda score: -_auroc(score, unknown))
     baseline = next((score for score in by_auroc if score.name in BASELINES), None)
-    first = [score for score in by_auroc if score.name == OWN] + by_auroc[: _CURVES - 1]
+    first = [score for score in by_auroc if score.name == record.OWN] + by_auroc[: _CURVES - 1]
     chosen = {score.name: score for score in [*first, *([baseline] if baseline else [])]}
     curves = [
         Curve(score.title, run.scores(name, "known"), run.scores(name, unknown)) for name, score in chosen.items()
@@ -306,16 +270,16 @@ def _roc(run: DetectRecord, unknown: str, *, key: str) -> Markup:
     return roc_chart(curves, key=key, unknown=plain(unknown, 40))
 
 
-def _auroc(score: ScoreSummary, unknown: str) -> float:
+def _auroc(score: record.ScoreSummary, unknown: str) -> float:
     return next(on.auroc.value for on in score.on if on.unknown == unknown)
 
 
-def _histogram(run: DetectRecord, score: ScoreSummary, *, key: str) -> Markup:
+def _histogram(run: DetectRecord, score: record.ScoreSummary, *, key: str) -> Markup:
     unknown = [(plain(part.name, 40), run.scores(score.name, part.name)) for part in run.summary.unknown]
     return histogram(run.scores(score.name, "known"), unknown, score.threshold, key=key, title=score.title)
 
 
-def _under_attack(run: DetectRecord) -> Iterator[Section]:
+def _under_attack(run: DetectRecord) -> Iterator[doc.Section]:
     summary, config = run.summary, run.config.under_attack
     if not summary.attacked or config is None:
         return
@@ -326,12 +290,12 @@ def _under_attack(run: DetectRecord) -> Iterator[Section]:
         "accepts them. The worst score met counts. Stronger attacks may exist."
     )
     own = "; for the model's own score, at its own threshold" if summary.own is not None else ""
-    columns = [Column("Unknown images")]
-    columns += [Column(t, group="AUROC") for t in ("clean", "unknown attacked", "known attacked", "both attacked")]
-    columns += [Column(t, group=f"{who} accepted") for who in ("Unknown", "Known") for t in ("clean", "attacked")]
-    blocks: list[Block] = [
-        Text(lead, kind="lead"),
-        Table(
+    columns = [doc.Column("Unknown images")]
+    columns += [doc.Column(t, group="AUROC") for t in ("clean", "unknown attacked", "known attacked", "both attacked")]
+    columns += [doc.Column(t, group=f"{who} accepted") for who in ("Unknown", "Known") for t in ("clean", "attacked")]
+    blocks: list[doc.Block] = [
+        doc.Text(lead, kind="lead"),
+        doc.Table(
             columns,
             [row for score in summary.attacked for row in _attacked(score)],
             caption=f"On the images that were attacked, at most {config.limit} of each set. Accepted: at the threshold "
@@ -341,8 +305,8 @@ def _under_attack(run: DetectRecord) -> Iterator[Section]:
     if summary.adversarial is not None:
         found, titles = summary.adversarial, {score.name: score.title for score in summary.scores}
         blocks.append(
-            Table(
-                [Column("Score"), Column("AUROC, clean against adversarial")],
+            doc.Table(
+                [doc.Column("Score"), doc.Column("AUROC, clean against adversarial")],
                 [(titles[name], _of(value)) for name, value in found.auroc.items()],
                 title="Do scores notice adversarial images?",
                 caption=f"{found.fooled} of {found.attacked} known images were made to be misclassified as surely as "
@@ -350,32 +314,32 @@ def _under_attack(run: DetectRecord) -> Iterator[Section]:
                 "not attacked and these. An attacker who knows the score evades it: see above.",
             )
         )
-    yield Section(f"Under attack ({ball})", blocks, key="attack", short="Under attack")
+    yield doc.Section(f"Under attack ({ball})", blocks, key="attack", short="Under attack")
 
 
-def _attacked(score: AttackedScore) -> list[Row]:
+def _attacked(score: record.AttackedScore) -> list[doc.Row]:
     """Return the rows of one attacked score below its name, a row a set."""
-    rows: list[Row] = [score.title]
+    rows: list[doc.Row] = [score.title]
     for on in score.on:
         aurocs = (on.auroc_clean, on.auroc_intrude, on.auroc_deny, on.auroc_both)
-        unknown = (percent(on.accepted_clean.value), Measure.of(on.accepted_attacked))
-        known = (percent(score.accepted_clean.value), Measure.of(score.accepted_attacked))
-        rows.append((Name(on.unknown, 40), *map(_of, aurocs), *unknown, *known))
+        unknown = (percent(on.accepted_clean.value), doc.Measure.of(on.accepted_attacked))
+        known = (percent(score.accepted_clean.value), doc.Measure.of(score.accepted_attacked))
+        rows.append((doc.Name(on.unknown, 40), *map(_of, aurocs), *unknown, *known))
     return rows
 
 
-def _mistakes(run: DetectRecord) -> Iterator[Section]:
+def _mistakes(run: DetectRecord) -> Iterator[doc.Section]:
     found = load_mistakes(run)
     if found:
         lead = f"The threshold is {run.shown.threshold:.4g}; only images on its wrong side are shown, the worst first."
-        pictures = [Pictures(some, title, small=True) for title, some in found]
+        pictures = [doc.Pictures(some, title, small=True) for title, some in found]
         title = f"Most wrongly accepted and refused, by {run.shown.title}"
-        yield Section(title, [Text(lead, kind="lead"), *pictures], key="mistakes", short="Mistakes")
+        yield doc.Section(title, [doc.Text(lead, kind="lead"), *pictures], key="mistakes", short="Mistakes")
 
 
-def load_mistakes(run: DetectRecord) -> list[tuple[str, list[Picture]]]:
+def load_mistakes(run: DetectRecord) -> list[tuple[str, list[doc.Picture]]]:
     """Return the stored images by set, the worst first, with a title; files that cannot be read are left out."""
-    found: dict[str, list[tuple[int, Picture]]] = {}
+    found: dict[str, list[tuple[int, doc.Picture]]] = {}
     for path in sorted((run.folder / "gallery").glob("*.safetensors")):
         try:
             require_regular(path)
@@ -384,12 +348,14 @@ def load_mistakes(run: DetectRecord) -> list[tuple[str, list[Picture]]]:
             kept = about["known"] == "1"
             title = "Known, and refused" if kept else f"Unknown ({plain(about['set'], 40)}), and accepted"
             said, label = (_name(run.class_names, int(about[key])) for key in ("prediction", "label"))
-            line: list[Inline] = [f"Score {float(about['score']):.4g}"]
-            line += ["; seen as ", Name(said, 60)] if said else []
-            line += ["; is ", Name(label, 60)] if label and label != said else []
+            line: list[doc.Inline] = [f"Score {float(about['score']):.4g}"]
+            line += ["; seen as ", doc.Name(said, 60)] if said else []
+            line += ["; is ", doc.Name(label, 60)] if label and label != said else []
             image_id = plain(about["image_id"])
             shown = (data_uri(image), f"Image {image_id}", "")
-            found.setdefault(title, []).append((int(about["rank"]), Picture([shown], [*line, ". ", Code(image_id)])))
+            found.setdefault(title, []).append(
+                (int(about["rank"]), doc.Picture([shown], [*line, ". ", doc.Code(image_id)]))
+            )
         except (SafetensorError, OSError, KeyError, ValueError, IndexError):
             continue
     return [
@@ -401,18 +367,18 @@ def _name(names: list[str], index: int) -> str:
     return plain(names[index], 60) if 0 <= index < len(names) else ""
 
 
-def _checks(summary: DetectSummary) -> Iterator[Section]:
-    skipped: list[tuple[str, Line]] = [(name, plain(reason, 300)) for name, reason in summary.skipped.items()]
-    blocks: list[Block] = [Checks(tables.findings(summary.checks))] if summary.checks else []
+def _checks(summary: record.DetectSummary) -> Iterator[doc.Section]:
+    skipped: list[tuple[str, doc.Line]] = [(name, plain(reason, 300)) for name, reason in summary.skipped.items()]
+    blocks: list[doc.Block] = [doc.Checks(findings(summary.checks))] if summary.checks else []
     if skipped:
-        blocks.append(Facts(skipped, kind="sentences", title="Scores that were not used", only="both"))
+        blocks.append(doc.Facts(skipped, kind="sentences", title="Scores that were not used", only="both"))
     unreadable = [(image.id, image.reason) for image in summary.unreadable]
-    blocks += left_out(unreadable, "could not be read, and left out of every number")
+    blocks += doc.left_out(unreadable, "could not be read, and left out of every number")
     if blocks:
-        yield Section("Checks", blocks, key="checks", short="Checks")
+        yield doc.Section("Checks", blocks, key="checks", short="Checks")
 
 
-def _cost(summary: DetectSummary) -> list[tuple[str, Line]]:
+def _cost(summary: record.DetectSummary) -> list[tuple[str, doc.Line]]:
     images = summary.known.images + sum(part.images for part in summary.unknown)
     return [
         ("Images scored", f"{images:,}" + (f", and {summary.fit.images:,} to learn from" if summary.fit else "")),

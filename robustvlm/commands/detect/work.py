@@ -14,24 +14,14 @@ from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.detect import DetectSettings, choice, measures
+from robustvlm.commands.detect import DetectSettings, measures, scoring
+from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
 from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
 from robustvlm.commands.detect.measures import Scored, save_mistakes
 from robustvlm.commands.detect.remarks import of_antibodies, of_constant_scores, of_unknown_sets, of_words, remarks
 from robustvlm.commands.detect.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
-from robustvlm.commands.detect.summary import (
-    KNOWN,
-    OWN,
-    Adversarial,
-    AttackedScore,
-    DetectConfig,
-    DetectSummary,
-    SetSummary,
-    UnderAttack,
-    WordsSummary,
-    parse_condition,
-)
+from robustvlm.commands.detect.summary import parse_condition
 from robustvlm.commands.detect.view import read_run, show, write_report
 from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
@@ -43,8 +33,7 @@ from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import find_score, outside, read_words, tree_words
 from robustvlm.errors import UserError, setting
-from robustvlm.runs.read import write_rows
-from robustvlm.runs.records import Check
+from robustvlm.runs.records import Check, write_rows
 from robustvlm.runs.run import Facts, Session
 from robustvlm.stats import rate
 
@@ -89,7 +78,7 @@ class DetectWork:
     fit: DataSource | None
     words: tuple[str, ...]
     naming: dict[str, str]
-    under_attack: UnderAttack | None
+    under_attack: record.UnderAttack | None
     attacks: list[LaneAttack]
 
     def run(self, session: Session) -> None:
@@ -109,7 +98,7 @@ class DetectWork:
         thresholds = measures.thresholds_of(sets[0])
         attacked, adversarial, checks = self._attacked(panel, answers, sets, thresholds, found, session)
         summary = self._summary(panel, sets, found, thresholds, checks=[*self._remarks(sets, found, panel), *checks])
-        shown = OWN if panel.may_refuse else summary.best
+        shown = record.OWN if panel.may_refuse else summary.best
         save_mistakes(
             session.folder.gallery_path,
             [(part, source) for part, (_, source) in zip(sets, self._sources(), strict=True)],
@@ -126,7 +115,7 @@ class DetectWork:
             write_text(session.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
 
     def _sources(self) -> list[tuple[str, DataSource]]:
-        return [(KNOWN, self.known), *self.unknown]
+        return [(record.KNOWN, self.known), *self.unknown]
 
     def _batch_size(self) -> int:
         """Return how many images are asked about at a time: no more than the largest set has."""
@@ -148,14 +137,14 @@ class DetectWork:
         encoded: dict[str, Encoded] = {}
         known_after_all: dict[str, dict[str, int]] = {}
         for number, (name, source) in enumerate(self._sources()):
-            file = f"unknown-{number}" if number else KNOWN
+            file = f"unknown-{number}" if number else record.KNOWN
             encoded[name] = encoder.encode(source, file, limit=self.settings.limit, title=f"Encoding {name}")
             if number:
                 encoded[name], known_after_all[name] = self._without_known(encoded[name], source.spec)
-        encoded[KNOWN], left_out = of_known_classes(encoded[KNOWN])
-        if not encoded[KNOWN].ids:
+        encoded[record.KNOWN], left_out = of_known_classes(encoded[record.KNOWN])
+        if not encoded[record.KNOWN].ids:
             raise UserError(f"no image of '{self.known.spec}' has one of its known classes: nothing can be judged")
-        return Sets(encoded, self._encode_fit(encoder, encoded[KNOWN]), left_out, known_after_all)
+        return Sets(encoded, self._encode_fit(encoder, encoded[record.KNOWN]), left_out, known_after_all)
 
     def _encode_fit(self, encoder: Encoder, known: Encoded) -> Encoded | None:
         if self.fit is None:
@@ -207,7 +196,7 @@ class DetectWork:
             name,
             found.ids,
             [source.group(sample_id) for sample_id in found.ids],
-            found.labels.tolist() if name == KNOWN else [-1] * len(found.ids),
+            found.labels.tolist() if name == record.KNOWN else [-1] * len(found.ids),
             panel.predictions(found).tolist(),
             measures.as_arrays(panel.scores(found)),
         )
@@ -220,7 +209,7 @@ class DetectWork:
         thresholds: dict[str, float],
         found: Sets,
         session: Session,
-    ) -> tuple[list[AttackedScore], Adversarial | None, list[Check]]:
+    ) -> tuple[list[record.AttackedScore], record.Adversarial | None, list[Check]]:
         """Attack the scores, and find out which of them notice adversarial images; nothing without `under_attack`."""
         config = self.under_attack
         if config is None:
@@ -239,7 +228,7 @@ class DetectWork:
                 observer=session.observer,
                 seed=self.settings.seed,
             )
-            work.run([Target(source, name, name == KNOWN) for name, source in self._sources()])
+            work.run([Target(source, name, name == record.KNOWN) for name, source in self._sources()])
             write_rows(session.folder.attacked_path, ledger.table())
             attacked = measures.summarise_attacks(ledger, config.scores, thresholds, sets[0], sets[1:])
             return attacked, self._adversarial(config, panel, answers, sets[0], session), ledger.checks
@@ -247,8 +236,8 @@ class DetectWork:
             ledger.close()
 
     def _adversarial(
-        self, config: UnderAttack, panel: Panel, answers: Answers, known: Scored, session: Session
-    ) -> Adversarial | None:
+        self, config: record.UnderAttack, panel: Panel, answers: Answers, known: Scored, session: Session
+    ) -> record.Adversarial | None:
         """Fool the classifier on known images that it gets right, and see which scores notice."""
         right = {
             name for name, label, said in zip(known.ids, known.labels, known.predictions, strict=True) if label == said
@@ -279,7 +268,7 @@ class DetectWork:
         thresholds: dict[str, float],
         *,
         checks: list[Check],
-    ) -> DetectSummary:
+    ) -> record.DetectSummary:
         known, unknown = sets[0], sets[1:]
         scores = measures.summarise_scores(
             known,
@@ -291,8 +280,8 @@ class DetectWork:
         )
         right = sum(a == b for a, b in zip(known.labels, known.predictions, strict=True))
         config = self.under_attack
-        return DetectSummary(
-            known=self._set_summary(KNOWN, self.known, found.encoded[KNOWN]),
+        return record.DetectSummary(
+            known=self._set_summary(record.KNOWN, self.known, found.encoded[record.KNOWN]),
             unknown=[self._set_summary(name, source, found.encoded[name]) for name, source in self.unknown],
             fit=None if found.fit is None or self.fit is None else self._set_summary("fit", self.fit, found.fit),
             left_out=found.left_out,
@@ -303,7 +292,7 @@ class DetectWork:
             best=measures.best_score(scores),
             encode_ms=mean_time(found.encoded),
             own=measures.own_decision(known, unknown),
-            words=WordsSummary(used=len(self.words), naming=self.naming, oracle=self.settings.oracle_words)
+            words=record.WordsSummary(used=len(self.words), naming=self.naming, oracle=self.settings.oracle_words)
             if self._from_words(panel)
             else None,
             eps_text=None if config is None else config.eps_text,
@@ -313,9 +302,9 @@ class DetectWork:
             unreadable=[image for part in found.encoded.values() for image in part.unreadable],
         )
 
-    def _set_summary(self, name: str, source: DataSource, found: Encoded) -> SetSummary:
+    def _set_summary(self, name: str, source: DataSource, found: Encoded) -> record.SetSummary:
         groups = {source.group(sample_id) for sample_id in found.ids}
-        return SetSummary(
+        return record.SetSummary(
             name=name,
             spec=source.spec,
             images=len(found.ids),
@@ -326,10 +315,10 @@ class DetectWork:
 
 def open_work(settings: DetectSettings) -> DetectWork:
     """Check all settings, open the data and load the model."""
-    choice.check(settings)
+    scoring.check(settings)
     device = str(resolve_device(settings.device))
     known = open_data(settings.known, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    named = choice.unknown_sets(settings)
+    named = scoring.unknown_sets(settings)
     unknown = [(one.name, open_unlabelled(one.spec, known.class_names)) for one in named]
     fit = None if settings.learnt_from is None else _open_fit(settings, settings.learnt_from, known)
     words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
@@ -337,15 +326,15 @@ def open_work(settings: DetectSettings) -> DetectWork:
     if not settings.oracle_words:
         words = tuple(word for word in words if word not in naming)
     classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
-    if choice.asks_own(settings) and not classifier.can_reject:
+    if scoring.asks_own(settings) and not classifier.can_reject:
         raise UserError(f"the model never refuses, so it has no score of its own: leave out own in {setting('scores')}")
     scores, under_attack = (
-        choice.scores_of(settings),
-        choice.under_attack_of(settings, may_refuse=classifier.can_reject),
+        scoring.scores_of(settings),
+        scoring.under_attack_of(settings, may_refuse=classifier.can_reject),
     )
     if under_attack is not None:
         open_gradients(classifier)
-    attacks = choice.attacks_of(settings)
+    attacks = scoring.attacks_of(settings)
     config = settings.stored(
         unknown=[one.model_dump() for one in named],
         scores=list(scores),
@@ -354,7 +343,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
         under_attack=None if under_attack is None else under_attack.model_dump(),
     )
     for text in settings.fail_if:
-        parse_condition(text).require(DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
+        parse_condition(text).require(record.DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
     others = [
         remark for source in (*(source for _, source in unknown), *([fit] if fit else [])) for remark in source.remarks
     ]

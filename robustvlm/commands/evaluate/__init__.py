@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from robustvlm.errors import arguments_named
 from robustvlm.runs.run import Command, mirrors
-from robustvlm.runs.settings import (
-    CLASSES,
-    DEVICE,
-    TEMPLATES,
-    TREE_FILE,
-    Observer,
-    Settings,
-    argument,
-    option,
-    shown_as,
-)
+from robustvlm.runs.settings import Observer, Settings, Shared, argument, option, shown_as
 
 if TYPE_CHECKING:
     from robustvlm.commands.evaluate.work import CleanResult
@@ -28,14 +18,14 @@ class EvaluateSettings(Settings):
 
     model: str = argument("tiny", "The model; `robustvlm models` lists the forms.")
     data: str = option("emoji", "The images; `robustvlm data` lists the forms.")
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
-    tree: Path | None = TREE_FILE
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
+    tree: Path | None = Shared.TREE_FILE
     limit: int | None = option(
         None, "Evaluate this many images, a fixed selection.", at_least=1, unit="images", ranged=True
     )
     batch_size: int = option(64, "Images per pass.", at_least=1, unit="images", ranged=True)
-    device: str = DEVICE
+    device: str = Shared.DEVICE
     as_json: bool = shown_as(False, "Print the numbers as JSON.", flags=("--json",))
 
 

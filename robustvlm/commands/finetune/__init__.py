@@ -6,19 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustvlm.runs.run import Command, FinishedRun, mirrors
-from robustvlm.runs.settings import (
-    CLASSES,
-    DEVICE,
-    NAME,
-    OUT,
-    RECORD_AS_JSON,
-    RESUME,
-    SEED,
-    TEMPLATES,
-    Settings,
-    argument,
-    way,
-)
+from robustvlm.runs.settings import Settings, Shared, argument, way
 from robustvlm.runs.settings import option as declared  # one of the options is called "option"
 
 if TYPE_CHECKING:
@@ -40,8 +28,8 @@ class FinetuneSettings(Settings):
     )
     data: str = declared("emoji?split=train", "Images to train on; `robustvlm data` lists the forms.")
     val: str | None = declared(None, "Images to validate on [default: a tenth of the data, at most 512, held out].")
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
     tree: list[str] = declared(
         [],
         "File of a class tree (JSON, YAML or CSV), wordnet, or llm (by the language model of --llm); repeat it for a "
@@ -84,12 +72,12 @@ class FinetuneSettings(Settings):
     val_steps: int = declared(10, "PGD steps of a validation.", at_least=1, unit="PGD steps")
     validate_every: float = declared(0.1, "In steps; below 1, a share of all; 0: at the end only.")
     checkpoint_every: int = way(0, "In steps [default: every five minutes].")
-    seed: int = SEED
-    device: str = DEVICE
-    out: Path = OUT
-    name: str | None = NAME
-    resume: bool | None = RESUME
-    as_json: bool = RECORD_AS_JSON
+    seed: int = Shared.SEED
+    device: str = Shared.DEVICE
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    resume: bool | None = Shared.RESUME
+    as_json: bool = Shared.RECORD_AS_JSON
 
     @property
     def passes(self) -> float | None:

@@ -17,7 +17,6 @@ from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.finetune import FinetuneSettings
-from robustvlm.commands.told import told
 from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks
@@ -43,14 +42,8 @@ from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card
 from robustvlm.report import screen
-from robustvlm.report.training import (
-    NAME,
-    TrainingSummary,
-    load_training_run,
-    training_closing,
-    training_report,
-    write_training_report,
-)
+from robustvlm.report import training as report
+from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.training import (
@@ -67,11 +60,11 @@ from robustvlm.training.validation import ZeroShotValidation, held_out, validati
 # What a fine-tuning run does, in one process or in several
 
 TREES = "trees.json"
-RESULTS = (NAME,)
+RESULTS = (report.NAME,)
 _CALIBRATION = 64
 _AHEAD = 4
 
-read_run, write_report = load_training_run, write_training_report
+read_run, write_report = report.load_training_run, report.write_training_report
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ class FinetuneWork:
             return
         trained = sum(p.numel() for p in self.vlm.parameters() if p.requires_grad)
         method = {"method": self.settings.method, **task.method.settings()}
-        summary = TrainingSummary(
+        summary = report.TrainingSummary(
             kind="finetune",
             method=self.settings.method,
             settings=task.method.settings(),
@@ -131,7 +124,7 @@ class FinetuneWork:
                 save_forest(self.forest, folder / TREES)
             card = Card("finetune", base=base, base_fingerprint=fingerprint, settings=method, base_probe=probe)
             save_finetuned(folder, self.vlm, card)
-            write_text(folder / NAME, summary.model_dump_json(indent=2) + "\n")
+            write_text(folder / report.NAME, summary.model_dump_json(indent=2) + "\n")
 
     def images(self) -> tuple[TrainingImages, LabelledImages]:
         """Return the images to train on and those to validate on."""
@@ -220,9 +213,9 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
     return FinetuneWork(facts, settings, tuning, training, source, val, forest, vlm)
 
 
-def show(run: FinishedRun[TrainingSummary], console: Console) -> None:
+def show(run: FinishedRun[report.TrainingSummary], console: Console) -> None:
     """Print the measures before and after, what came of the training, and where the model is."""
-    screen.show(console, training_report(run), training_closing(run))
+    screen.show(console, report.training_report(run), report.training_closing(run))
 
 
 def training_of(settings: FinetuneSettings) -> TrainingConfig:

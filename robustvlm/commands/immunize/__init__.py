@@ -11,20 +11,7 @@ from pydantic import ConfigDict, ValidationInfo, field_validator, model_validato
 from robustvlm.core.defaults import LAMBDA_INF
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.runs.run import Command, FinishedRun, mirrors
-from robustvlm.runs.settings import (
-    CLASSES,
-    DEVICE,
-    FRESH,
-    NAME,
-    OUT,
-    RECORD_AS_JSON,
-    SEED,
-    TEMPLATES,
-    Settings,
-    argument,
-    option,
-    way,
-)
+from robustvlm.runs.settings import Settings, Shared, argument, option, way
 
 if TYPE_CHECKING:
     from robustvlm.commands.immunize.record import ImmunizeSummary
@@ -50,8 +37,8 @@ class ImmunizeSettings(Settings):
         typed=str | None,
         given=str | float | None,
     )
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
     tree: Path | None = option(None, "Class tree: superclasses are no antibodies.")
     no_images: bool = option(False, "From texts alone: no adapter, thresholds at 0.")
     shots: int = option(0, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True)
@@ -105,12 +92,12 @@ class ImmunizeSettings(Settings):
     add_class: str | None = option(
         None, "Add this class to the run MODEL, from its images in --data; the result is a new run.", metavar="NAME"
     )
-    seed: int = SEED
-    device: str = DEVICE
-    out: Path = OUT
-    name: str | None = NAME
-    fresh: bool = FRESH
-    as_json: bool = RECORD_AS_JSON
+    seed: int = Shared.SEED
+    device: str = Shared.DEVICE
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    fresh: bool = Shared.FRESH
+    as_json: bool = Shared.RECORD_AS_JSON
 
     @field_validator("held_out", mode="before")
     @classmethod

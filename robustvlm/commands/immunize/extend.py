@@ -10,48 +10,18 @@ import torch
 from torch import Tensor
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
-from robustvlm.commands.immunize import ImmunizeSettings
-from robustvlm.commands.immunize import record as facts
-from robustvlm.commands.immunize.images import (
-    Made,
-    diagnose,
-    embedder,
-    encode_both,
-    open_held_out,
-    propose,
-    read_features,
-    write_features,
-)
-from robustvlm.commands.immunize.record import (
-    Added,
-    ImmunizeSummary,
-    Measures,
-    Others,
-    Record,
-    judged,
-    measure,
-    read_run,
-    save_model,
-    vaccine_settings,
-)
-from robustvlm.commands.told import counted
+from robustvlm.commands.immunize import ImmunizeSettings, images
+from robustvlm.commands.immunize import record as records
 from robustvlm.core.device import resolve_device
 from robustvlm.data import DataSource, open_data
-from robustvlm.defenses.immunity import (
-    Immunity,
-    Labelled,
-    Prototypes,
-    fit_prototypes,
-    immunise,
-    text_only,
-    text_prototypes,
-)
+from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, Proposal, filter_antibodies
 from robustvlm.defenses.immunity.classifier import ImmunisedModel
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.prompts import Features
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.models import VLM
+from robustvlm.report.training import counted
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.run import Facts, Session
 from robustvlm.runs.settings import Observer
@@ -70,18 +40,18 @@ class Earlier:
     """The run that a class is added to: its model, summary and settings."""
 
     model: ImmunisedModel
-    summary: ImmunizeSummary
+    summary: records.ImmunizeSummary
     settings: ImmunizeSettings
     manifest: Manifest
 
     def features(self, name: str) -> Features:
         """Return the features that the run has kept of its images."""
-        return read_features(self.model.folder / "features" / f"{name}.safetensors", self.manifest)
+        return images.read_features(self.model.folder / "features" / f"{name}.safetensors", self.manifest)
 
-    def prototypes(self) -> Prototypes:
+    def prototypes(self) -> immune.Prototypes:
         """Return the prototypes with what the record knows of them."""
         rows = self.summary.classes
-        return Prototypes(
+        return immune.Prototypes(
             self.model.immunity.prototypes,
             torch.tensor([row["alpha"] for row in rows]),
             torch.tensor([row["kappa"] for row in rows]),
@@ -110,7 +80,7 @@ class ExtendWork:
         record["seconds"] = round(time.monotonic() - began, 3)
         base = self.earlier.model.card.base
         assert base is not None  # its base was loaded
-        save_model(session, made, record, base, self.vlm)
+        records.save_model(session, made, record, base, self.vlm)
 
     @property
     def _templates(self) -> list[str]:
@@ -131,37 +101,37 @@ class ExtendWork:
         return (*self.earlier.model.immunity.class_names, self.name)
 
     def _text(self) -> Tensor:
-        return embedder(self.vlm, self._templates)(self._names)
+        return images.embedder(self.vlm, self._templates)(self._names)
 
-    def _from_texts(self, session: Session) -> tuple[Immunity, Record]:
+    def _from_texts(self, session: Session) -> tuple[immune.Immunity, records.Record]:
         text = self._text()
-        prototypes = text_prototypes(text)
+        prototypes = immune.text_prototypes(text)
         made = self._antibodies(prototypes, session.observer)
-        immunity = text_only(self._names, text, made.antibodies)
+        immunity = immune.text_only(self._names, text, made.antibodies)
         record = self._common(immunity, prototypes, made)
-        return immunity, record | {"measures": Measures(), "notes": facts.notes_of(record, self.settings)}
+        return immunity, record | {"measures": records.Measures(), "notes": records.notes_of(record, self.settings)}
 
-    def _from_images(self, session: Session) -> tuple[Immunity, Record]:
+    def _from_images(self, session: Session) -> tuple[immune.Immunity, records.Record]:
         text = self._text()
         before = self.earlier.model.immunity
         folder, owner = session.folder.features_path, session.manifest
         new_fit, new_held = (
             self._new(found)
-            for found in encode_both(
+            for found in images.encode_both(
                 self.vlm, self.settings, self.source, folder / "new", session.observer, owner=owner
             )
         )
         fit, held = _joined(self.earlier.features("fit"), new_fit), _joined(self.earlier.features("held-out"), new_held)
-        write_features(folder / "fit.safetensors", fit, owner)
-        write_features(folder / "held-out.safetensors", held, owner)
+        images.write_features(folder / "fit.safetensors", fit, owner)
+        images.write_features(folder / "held-out.safetensors", held, owner)
         prototypes = self._prototypes(new_fit, text)
         made = self._antibodies(prototypes, session.observer)
         assert self.earlier.summary.vaccine is not None  # it was made from images
         margin = self.earlier.summary.vaccine["margin"]
         session.observer.begin("Vaccinating", self.settings.steps or None)
-        done = immunise(
-            Labelled(fit.features, fit.labels),
-            Labelled(held.features, held.labels),
+        done = immune.immunise(
+            immune.Labelled(fit.features, fit.labels),
+            immune.Labelled(held.features, held.labels),
             prototypes,
             made.antibodies,
             self._names,
@@ -170,22 +140,22 @@ class ExtendWork:
             weight=before.weight,
             miss=self.settings.miss,
             min_images=self.settings.min_images,
-            vaccine=replace(vaccine_settings(self.settings, margin), hidden=before.adapter.inner.out_features),
+            vaccine=replace(records.vaccine_settings(self.settings, margin), hidden=before.adapter.inner.out_features),
             start=before.adapter,
             on_step=counted(session.observer),
         )
         record = self._common(done.immunity, prototypes, made)
-        record["classes"] = facts.class_rows(done.immunity, prototypes, made, done)
-        record["diagnostics"]["eps_align_degrees"] = facts.alignment_error(done.immunity, held)
+        record["classes"] = records.class_rows(done.immunity, prototypes, made, done)
+        record["diagnostics"]["eps_align_degrees"] = records.alignment_error(done.immunity, held)
         pooled = done.thresholds.pooled
         record |= {
             "images": {"fit": len(fit.ids), "held_out": len(held.ids)},
-            "vaccine": facts.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
+            "vaccine": records.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
             "pooled_fit": {**pooled.__dict__, "threshold": pooled.threshold(self.settings.miss)},
-            "measures": measure(done.immunity, text, self.vlm.logit_scale, held, {}),
+            "measures": records.measure(done.immunity, text, self.vlm.logit_scale, held, {}),
             "added": self._added(before, done.immunity, new_held),
         }
-        return done.immunity, record | {"notes": [*facts.notes_of(record, self.settings), *self._warnings(record)]}
+        return done.immunity, record | {"notes": [*records.notes_of(record, self.settings), *self._warnings(record)]}
 
     def _new(self, found: Features) -> Features:
         """Keep the images of the new class, under its number in the larger model."""
@@ -203,9 +173,9 @@ class ExtendWork:
             tuple(found.groups[i] for i in index),
         )
 
-    def _prototypes(self, new: Features, text: Tensor) -> Prototypes:
+    def _prototypes(self, new: Features, text: Tensor) -> immune.Prototypes:
         old = self.earlier.prototypes()
-        own = fit_prototypes(
+        own = immune.fit_prototypes(
             new.features,
             torch.zeros(len(new.ids), dtype=torch.int64),
             text[-1:],
@@ -213,7 +183,7 @@ class ExtendWork:
             per_class=old.vectors.shape[1],
             seed=self.settings.seed,
         )
-        return Prototypes(
+        return immune.Prototypes(
             torch.cat([old.vectors, own.vectors]),
             torch.cat([old.alpha, own.alpha]),
             torch.cat([old.kappa, own.kappa]),
@@ -221,53 +191,53 @@ class ExtendWork:
             old.xi,
         )
 
-    def _antibodies(self, prototypes: Prototypes, observer: Observer) -> Made:
+    def _antibodies(self, prototypes: immune.Prototypes, observer: Observer) -> images.Made:
         """Keep the antibodies that do not mean the new class, and add those that guard it."""
         old, found = self.earlier.model.immunity.antibodies, self.earlier.summary.antibodies["band"]
         if found is None:
-            return Made(old, (), None)
+            return images.Made(old, (), None)
         proposal = Proposal(())
         if self.settings.antibodies not in ("none", "noise"):
-            proposal = propose(self.settings, [self.name], observer)
+            proposal = images.propose(self.settings, [self.name], observer)
         both = Proposal((*old.texts, *proposal.texts), proposal.kin)
         band = Band(found["safe"], found["risk"])
-        embed = embedder(self.vlm, self._templates)
+        embed = images.embedder(self.vlm, self._templates)
         filtered = filter_antibodies(both, embed, prototypes.vectors, self._names, band=band)
-        return Made(filtered.kept, filtered.dropped, band)
+        return images.Made(filtered.kept, filtered.dropped, band)
 
-    def _common(self, immunity: Immunity, prototypes: Prototypes, made: Made) -> Record:
-        embed = embedder(self.vlm, self._templates)
+    def _common(self, immunity: immune.Immunity, prototypes: immune.Prototypes, made: images.Made) -> records.Record:
+        embed = images.embedder(self.vlm, self._templates)
         return {
             "format": 1,
             "templates": self._templates,
-            "classes": facts.class_rows(immunity, prototypes, made, None),
+            "classes": records.class_rows(immunity, prototypes, made, None),
             "xi_degrees": math.degrees(prototypes.xi),
-            "antibodies": facts.antibody_facts(made, self.settings),
-            "diagnostics": diagnose(made, prototypes.vectors, embed, None, self.settings.seed),
+            "antibodies": records.antibody_facts(made, self.settings),
+            "diagnostics": images.diagnose(made, prototypes.vectors, embed, None, self.settings.seed),
             "weight": immunity.weight,
         }
 
-    def _added(self, before: Immunity, after: Immunity, new: Features) -> Added:
+    def _added(self, before: immune.Immunity, after: immune.Immunity, new: Features) -> records.Added:
         """Return what the new class costs the others, on the same held-out images, and how well it is known itself."""
         held = self.earlier.features("held-out")
         known = held.labels >= 0
         labels = held.labels[known]
-        old_class, old_score = judged(before, held.features[known])
-        new_class, new_score = judged(after, held.features[known])
+        old_class, old_score = records.judged(before, held.features[known])
+        new_class, new_score = records.judged(after, held.features[known])
         was, now = old_class == labels, new_class == labels
-        own_class, own_score = judged(after, new.features)
+        own_class, own_score = records.judged(after, new.features)
         own = own_class == len(after.class_names) - 1
         others = mcnemar_exact(was.tolist(), now.tolist())
-        return Added(
+        return records.Added(
             name=self.name,
             to=str(self.earlier.model.folder),
-            others=Others(**others.model_dump(), total=len(labels)),
+            others=records.Others(**others.model_dump(), total=len(labels)),
             others_accepted=mcnemar_exact((was & (old_score > 0)).tolist(), (now & (new_score > 0)).tolist()),
             accuracy=rate(int(own.sum()), len(own)),
             accepted=rate(int((own & (own_score > 0)).sum()), len(own)),
         )
 
-    def _warnings(self, record: Record) -> list[str]:
+    def _warnings(self, record: records.Record) -> list[str]:
         found = []
         others = record["added"].others
         if others.p_value < _CLEAR and others.only_first > others.only_second:
@@ -310,7 +280,7 @@ def open_extension(given: ImmunizeSettings) -> ExtendWork:
     source, name = open_data(settings.data, classes=settings.classes), given.add_class or ""
     _check_class(name, source, earlier.model.immunity.class_names)
     if not settings.no_images:
-        open_held_out(settings, source)
+        images.open_held_out(settings, source)
     vlm = earlier.model.base(device)
     facts = Facts(
         (given.model, name),
@@ -327,7 +297,7 @@ def _earlier(spec: str) -> Earlier:
     model = saved_model(spec)
     if not isinstance(model, ImmunisedModel):
         raise UserError(f"{setting('add_class')} takes the folder of a run of `robustvlm immunize`, '{spec}' is none")
-    run = read_run(model.folder)
+    run = records.read_run(model.folder)
     if not run.summary.templates:
         raise UserError(f"the record of '{spec}' lacks its prompts: make that run again")
     return Earlier(model, run.summary, ImmunizeSettings.of(run.manifest["config"]), run.manifest)

@@ -16,7 +16,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from robustvlm.commands.immunize import ImmunizeSettings
-from robustvlm.commands.told import counted
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
 from robustvlm.core.seeds import generator
 from robustvlm.data import DataSource, open_data
@@ -24,24 +23,14 @@ from robustvlm.data.classes import read_class_names
 from robustvlm.data.names import same_things
 from robustvlm.data.specs import Unlabelled
 from robustvlm.data.splits import in_both
-from robustvlm.defenses.immunity.antibodies import (
-    Antibodies,
-    Band,
-    Dropped,
-    Proposal,
-    automatic_band,
-    coverage,
-    filter_antibodies,
-    margins,
-    noise_antibodies,
-    open_source,
-)
+from robustvlm.defenses.immunity import antibodies as known
 from robustvlm.defenses.prompts import Features, choose_shots, encode_source
 from robustvlm.errors import UserError, setting
 from robustvlm.llm import LlmClient
 from robustvlm.llm.client import open_client, spent
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.report.training import counted
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.settings import Observer
 from robustvlm.text import name_key
@@ -181,9 +170,9 @@ class Made:
     `naming` are the proposed texts that name a class of an unknown set that is measured on, with its spec.
     """
 
-    antibodies: Antibodies
-    dropped: tuple[Dropped, ...]
-    band: Band | None
+    antibodies: known.Antibodies
+    dropped: tuple[known.Dropped, ...]
+    band: known.Band | None
     naming: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -197,11 +186,11 @@ def client_of(settings: ImmunizeSettings) -> LlmClient | None:
     return open_client(settings.llm, settings.llm_model, settings.llm_prices)
 
 
-def propose(settings: ImmunizeSettings, class_names: Sequence[str], observer: Observer) -> Proposal:
+def propose(settings: ImmunizeSettings, class_names: Sequence[str], observer: Observer) -> known.Proposal:
     """Return antibodies for classes from the source that the settings name, and say what asking has cost."""
     client = client_of(settings)
     observer.begin("Antibodies", len(class_names))
-    opened = open_source(settings.antibodies, client=client, on_classes=counted(observer))
+    opened = known.open_source(settings.antibodies, client=client, on_classes=counted(observer))
     found = opened.propose(class_names)
     if client is not None:
         observer.say(spent(client, settings.llm_prices))
@@ -231,18 +220,20 @@ def make_antibodies(
     """
     dim = text.shape[1]
     if settings.antibodies == "none":
-        return Made(Antibodies((), torch.zeros(0, dim)), (), None)
+        return Made(known.Antibodies((), torch.zeros(0, dim)), (), None)
     if settings.antibodies == "noise":
         count = NOISE_PER_CLASS * len(source.class_names)
-        return Made(noise_antibodies(count, dim, seed=settings.seed), (), None)
+        return Made(known.noise_antibodies(count, dim, seed=settings.seed), (), None)
     proposal = propose(settings, source.class_names, observer)
     texts = [text.text for text in proposal.texts]
     naming = {text: other.spec for other in reversed(unknown) for text in same_things(texts, other.things())}
     told = () if settings.oracle_words else tuple(text for text in proposal.texts if text.text in naming)
     proposal = replace(proposal, texts=tuple(text for text in proposal.texts if text not in told))
-    band = automatic_band(prototypes, text, safe=settings.band[0], risk=settings.band[1])
-    found = filter_antibodies(proposal, embed, prototypes, source.class_names, band=band, above=superclasses(source))
-    gone = [Dropped(text, f"it names a class of the unknown set '{naming[text.text]}'") for text in told]
+    band = known.automatic_band(prototypes, text, safe=settings.band[0], risk=settings.band[1])
+    found = known.filter_antibodies(
+        proposal, embed, prototypes, source.class_names, band=band, above=superclasses(source)
+    )
+    gone = [known.Dropped(text, f"it names a class of the unknown set '{naming[text.text]}'") for text in told]
     return Made(found.kept, (*found.dropped, *gone), band, naming)
 
 
@@ -266,7 +257,7 @@ def diagnose(
     themselves, each fifth held against the other four.
     """
     antibodies = made.antibodies
-    nearest = margins(antibodies, prototypes)
+    nearest = known.margins(antibodies, prototypes)
     found: dict[str, Any] = {"margin_min": float(nearest.min()), "margin_median": float(nearest.median())}
     if made.band is None or not len(antibodies):
         return found
@@ -276,12 +267,12 @@ def diagnose(
         names, _ = read_class_names(near_names)
         if not isinstance(names, tuple):
             raise UserError(f"'{near_names}' maps labels to names: expected a list, one name a line")
-        within = coverage(antibodies, embed(list(names)), angle)
+        within = known.coverage(antibodies, embed(list(names)), angle)
         found |= {"coverage_near": float(within.double().mean()), "near_names": len(names)}
     return found
 
 
-def _crossed(antibodies: Antibodies, angle: float, seed: int) -> float | None:
+def _crossed(antibodies: known.Antibodies, angle: float, seed: int) -> float | None:
     """Return the share of antibodies that the other four fifths cover; None for fewer than five."""
     count = len(antibodies)
     if count < _FOLDS:
@@ -290,6 +281,6 @@ def _crossed(antibodies: Antibodies, angle: float, seed: int) -> float | None:
     hits = 0
     for i in range(_FOLDS):
         rest = [row for row in range(count) if fold[row] != i]
-        others = Antibodies(tuple(antibodies.texts[row] for row in rest), antibodies.embeddings[rest])
-        hits += int(coverage(others, antibodies.embeddings[fold == i], angle).sum())
+        others = known.Antibodies(tuple(antibodies.texts[row] for row in rest), antibodies.embeddings[rest])
+        hits += int(known.coverage(others, antibodies.embeddings[fold == i], angle).sum())
     return hits / count

@@ -8,30 +8,8 @@ from typing import Any, Literal
 
 from robustvlm.commands.immunize.record import NAME, Added, ImmunizeSummary, Measures
 from robustvlm.errors import UserError
+from robustvlm.report import sections as doc
 from robustvlm.report.charts import loss_curves
-from robustvlm.report.sections import (
-    Block,
-    Card,
-    Chart,
-    Closing,
-    Code,
-    Column,
-    Facts,
-    Inline,
-    Measure,
-    More,
-    Name,
-    Report,
-    Row,
-    Section,
-    Small,
-    Table,
-    Text,
-    Verdict,
-    facts_line,
-    manifest_section,
-    numbers,
-)
 from robustvlm.report.words import interval, percent, plain
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
@@ -100,38 +78,38 @@ _COLUMNS = (
 _MARGIN = "Margin: 1 - cosine of the prototype and the nearest antibody."
 
 
-def immunize_report(run: FinishedRun[ImmunizeSummary]) -> Report:
+def immunize_report(run: FinishedRun[ImmunizeSummary]) -> doc.Report:
     """Return all that is said of an immunised model.
 
     Raises:
         UserError: the record is not one of this program's.
     """
-    record, antibodies = run.summary.model_dump(), Code(run.manifest["config"]["antibodies"], limit=60)
+    record, antibodies = run.summary.model_dump(), doc.Code(run.manifest["config"]["antibodies"], limit=60)
     try:
         measures = run.summary.measures
-        sections = [*_added(run.summary.added), _made(record), *_measures(measures), _classes(record), _kept(record)]
-        verdicts = [Verdict([verdict(measures)], tone=tone(measures, run.summary.notes))]
+        parts = [*_added(run.summary.added), _made(record), *_measures(measures), _classes(record), _kept(record)]
+        verdicts = [doc.Verdict([verdict(measures)], tone=tone(measures, run.summary.notes))]
         if record["notes"]:
-            verdicts.append(Verdict([plain(note, 400) for note in record["notes"]]))
-        return Report(
+            verdicts.append(doc.Verdict([plain(note, 400) for note in record["notes"]]))
+        return doc.Report(
             kind="immunised model",
             name=run.name,
             kicker="Immunised model",
-            facts=facts_line(run.manifest, ", antibodies from ", antibodies),
+            facts=doc.facts_line(run.manifest, ", antibodies from ", antibodies),
             verdicts=verdicts,
             cards=_cards(measures),
-            sections=[*sections, manifest_section(run.manifest)],
+            sections=[*parts, doc.manifest_section(run.manifest)],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{run.folder / NAME}' is no record of `robustvlm immunize` ({error})") from None
 
 
-def immunize_closing(run: FinishedRun[ImmunizeSummary]) -> Closing:
+def immunize_closing(run: FinishedRun[ImmunizeSummary]) -> doc.Closing:
     """Return where the model and its report are."""
-    return Closing({"Model": run.folder, "Report": run.report})
+    return doc.Closing({"Model": run.folder, "Report": run.report})
 
 
-def _added(added: Added | None) -> list[Section]:
+def _added(added: Added | None) -> list[doc.Section]:
     """Return what a class that was added did to the others."""
     if added is None:
         return []
@@ -140,49 +118,53 @@ def _added(added: Added | None) -> list[Section]:
         f". Of {others.total} held-out images of the other classes, {others.only_first} were right before and "
         f"are wrong now, {others.only_second} the other way round (McNemar p = {others.p_value:.3g})."
     )
-    line: list[Inline] = [Name(added.name), " was added to ", Code(added.to), said]
-    return [Section("The class that was added", [Text(line)])]
+    line: list[doc.Inline] = [doc.Name(added.name), " was added to ", doc.Code(added.to), said]
+    return [doc.Section("The class that was added", [doc.Text(line)])]
 
 
-def _made(record: dict[str, Any]) -> Section:
-    blocks: list[Block] = [Facts(_diagnostics(record), kind="sentences", only="both")]
+def _made(record: dict[str, Any]) -> doc.Section:
+    blocks: list[doc.Block] = [doc.Facts(_diagnostics(record), kind="sentences", only="both")]
     vaccine = record.get("vaccine")
     if vaccine is not None and len(vaccine["history"]) >= 2:
         names = {"pull (held out)": "pull", "push (held out)": "push", "held out, both": "held_out"}
         points = {name: [(look["step"], look[key]) for look in vaccine["history"]] for name, key in names.items()}
         caption = "The step with the smallest loss that costs no accuracy is kept; step 0 is the model as it was."
         title = "The vaccine's losses on held-out images"
-        blocks.append(Chart(partial(loss_curves, points, key="vaccine"), title, caption))
-    return Section("How it was made", blocks, key="facts", short="Facts")
+        blocks.append(doc.Chart(partial(loss_curves, points, key="vaccine"), title, caption))
+    return doc.Section("How it was made", blocks, key="facts", short="Facts")
 
 
-def _measures(measures: Measures) -> list[Section]:
+def _measures(measures: Measures) -> list[doc.Section]:
     """Return what was measured on known images, on the page in cards, and on every set of unknown ones."""
     if measures.accuracy_after is None:
         return []
-    before, after = (Measure.of(found) for found in (measures.accuracy_before, measures.accuracy_after))
-    rows: list[Row] = [("accuracy", before, after)]
+    before, after = (doc.Measure.of(found) for found in (measures.accuracy_before, measures.accuracy_after))
+    rows: list[doc.Row] = [("accuracy", before, after)]
     later = (("right and accepted", measures.accepted_right), ("wrongly refused", measures.rejected))
-    rows += [(what, "", Measure.of(found)) for what, found in later if found is not None]
-    columns = [Column("Measure"), Column("Before"), Column("After")]
-    known: list[Block] = [Table(columns, rows, title="Known images, held out", only="terminal")]
+    rows += [(what, "", doc.Measure.of(found)) for what, found in later if found is not None]
+    columns = [doc.Column("Measure"), doc.Column("Before"), doc.Column("After")]
+    known: list[doc.Block] = [doc.Table(columns, rows, title="Known images, held out", only="terminal")]
     if not measures.unknown:
-        return [Section("", known)]
-    columns = [Column("Data"), *numbers("Images"), *map(Column, ("AUROC before", "AUROC after", "Rejected"))]
-    sets: list[Row] = [
+        return [doc.Section("", known)]
+    columns = [
+        doc.Column("Data"),
+        *doc.numbers("Images"),
+        *map(doc.Column, ("AUROC before", "AUROC after", "Rejected")),
+    ]
+    sets: list[doc.Row] = [
         (
-            Name(spec),
+            doc.Name(spec),
             f"{found.images:,}",
-            *(Measure.between(auroc.value, auroc.low, auroc.high) for auroc in (found.auroc_mcm, found.auroc)),
-            Measure.of(found.share_rejected),
+            *(doc.Measure.between(auroc.value, auroc.low, auroc.high) for auroc in (found.auroc_mcm, found.auroc)),
+            doc.Measure.of(found.share_rejected),
         )
         for spec, found in measures.unknown.items()
     ]
-    blocks = [*known, Text(_AUROC, kind="lead"), Table(columns, sets)]
-    return [Section("Unknown images", blocks, key="unknown", short="Unknown images")]
+    blocks = [*known, doc.Text(_AUROC, kind="lead"), doc.Table(columns, sets)]
+    return [doc.Section("Unknown images", blocks, key="unknown", short="Unknown images")]
 
 
-def _classes(record: dict[str, Any]) -> Section:
+def _classes(record: dict[str, Any]) -> doc.Section:
     """Return the table of the classes; of many those with the smallest margin, which are the likeliest to be confused.
 
     Of a model without images there is nothing to say of images, prototypes and thresholds.
@@ -195,48 +177,50 @@ def _classes(record: dict[str, Any]) -> Section:
         said.append(f"The {len(shown)} of {len(classes):,} with the smallest margin; all are in immunity.json.")
     titles = ("Images", "alpha", "kappa", "Antibodies", "Margin", "Threshold", "KS")
     cells = _cells if taught else _cells_of_texts
-    columns = numbers(*(titles if taught else ("Antibodies", "Margin")))
-    table = Table([Column("Class"), *columns], [cells(row) for row in shown], only="page")
-    return Section("Classes", [Text(" ".join(said), kind="lead"), table], key="classes", short="Classes")
+    columns = doc.numbers(*(titles if taught else ("Antibodies", "Margin")))
+    table = doc.Table([doc.Column("Class"), *columns], [cells(row) for row in shown], only="page")
+    return doc.Section("Classes", [doc.Text(" ".join(said), kind="lead"), table], key="classes", short="Classes")
 
 
-def _cells(row: dict[str, Any]) -> Row:
+def _cells(row: dict[str, Any]) -> doc.Row:
     return (
-        Name(row["name"], limit=60),
+        doc.Name(row["name"], limit=60),
         f"{row['images']:,}",
         " ".join(f"{value:.2f}" for value in row["alpha"]),
         f"{row['kappa']:.0f}",
         f"{row['antibodies']:,}",
         f"{row['margin']:.3f}",
-        [f"{row['threshold']:.3f}", Small(" pooled" if row["pooled"] else "")],
+        [f"{row['threshold']:.3f}", doc.Small(" pooled" if row["pooled"] else "")],
         f"{row['fit']['distance']:.3f}" if row["fit"] else "",
     )
 
 
-def _cells_of_texts(row: dict[str, Any]) -> Row:
-    return Name(row["name"], limit=60), f"{row['antibodies']:,}", f"{row['margin']:.3f}"
+def _cells_of_texts(row: dict[str, Any]) -> doc.Row:
+    return doc.Name(row["name"], limit=60), f"{row['antibodies']:,}", f"{row['margin']:.3f}"
 
 
-def _kept(record: dict[str, Any]) -> Section:
+def _kept(record: dict[str, Any]) -> doc.Section:
     kept, dropped = (record["antibodies"][key] for key in ("kept", "dropped"))
 
-    def table(rows: list[tuple[str, str, str]], last: str, limit: int) -> Table:
-        cells = [(Name(text, 120), Name(of_class, 60), plain(why, limit)) for text, of_class, why in rows[:_ROWS]]
-        return Table([Column("Text"), Column("Class"), Column(last)], cells)
+    def table(rows: list[tuple[str, str, str]], last: str, limit: int) -> doc.Table:
+        cells = [
+            (doc.Name(text, 120), doc.Name(of_class, 60), plain(why, limit)) for text, of_class, why in rows[:_ROWS]
+        ]
+        return doc.Table([doc.Column("Text"), doc.Column("Class"), doc.Column(last)], cells)
 
-    blocks: list[Block] = [
-        Text(f"{len(kept):,} antibodies kept, {len(dropped):,} dropped."),
-        More("Kept", [table(kept, "Kind", 30)]),
-        More("Dropped, with reasons", [table(dropped, "Why", 160)]),
+    blocks: list[doc.Block] = [
+        doc.Text(f"{len(kept):,} antibodies kept, {len(dropped):,} dropped."),
+        doc.More("Kept", [table(kept, "Kind", 30)]),
+        doc.More("Dropped, with reasons", [table(dropped, "Why", 160)]),
     ]
-    return Section("Antibodies", blocks, key="antibodies", short="Antibodies")
+    return doc.Section("Antibodies", blocks, key="antibodies", short="Antibodies")
 
 
-def _cards(measures: Measures) -> list[Card]:
+def _cards(measures: Measures) -> list[doc.Card]:
     known = [(what, getattr(measures, key), good) for what, key, good in _KNOWN]
-    cards = [Card(what, found, "held-out images", good=good) for what, found, good in known if found is not None]
+    cards = [doc.Card(what, found, "held-out images", good=good) for what, found, good in known if found is not None]
     return cards + [
-        Card(f"Unknown images rejected, {plain(spec, 40)}", found.share_rejected, "images", good=True)
+        doc.Card(f"Unknown images rejected, {plain(spec, 40)}", found.share_rejected, "images", good=True)
         for spec, found in measures.unknown.items()
     ]
 

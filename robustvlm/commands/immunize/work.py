@@ -14,32 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
-from robustvlm.commands.immunize import NOISE_DRAWS, ImmunizeSettings
-from robustvlm.commands.immunize import record as facts
+from robustvlm.commands.immunize import NOISE_DRAWS, ImmunizeSettings, images
+from robustvlm.commands.immunize import record as records
 from robustvlm.commands.immunize.extend import ExtendWork, open_extension
-from robustvlm.commands.immunize.images import (
-    Made,
-    client_of,
-    diagnose,
-    embedder,
-    encode_both,
-    encode_unknown,
-    held_back,
-    make_antibodies,
-    open_held_out,
-)
-from robustvlm.commands.immunize.record import (
-    NAME,
-    ImmunizeSummary,
-    Measures,
-    Record,
-    measure,
-    read_run,
-    save_model,
-    vaccine_settings,
-)
 from robustvlm.commands.immunize.view import immunize_closing, immunize_report
-from robustvlm.commands.told import counted
 from robustvlm.core.device import resolve_device
 from robustvlm.core.seeds import derive_seed
 from robustvlm.data import DataSource, Sample, open_data, to_pixels
@@ -47,17 +25,7 @@ from robustvlm.data.source import UNKNOWN
 from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.data.splits import copies
 from robustvlm.defenses import SmoothedVLM, load_pipeline
-from robustvlm.defenses.immunity import (
-    AdaptedVLM,
-    Immunised,
-    Immunity,
-    Labelled,
-    Prototypes,
-    fit_prototypes,
-    immunise,
-    text_only,
-    text_prototypes,
-)
+from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, open_source
 from robustvlm.defenses.immunity.recipe import KAPPAS, thresholds_of
 from robustvlm.defenses.immunity.vaccine import automatic_margin
@@ -68,7 +36,8 @@ from robustvlm.models import VLM
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.zero_shot import require_distinct
 from robustvlm.report import screen
-from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.page import write_report_of
+from robustvlm.report.training import counted
 from robustvlm.runs.run import Facts, FinishedRun, Session
 from robustvlm.runs.settings import Observer
 from robustvlm.text import without_secrets
@@ -128,7 +97,8 @@ def _limit(source: DataSource, keep: Callable[[str], bool] | None) -> int | None
 
 # A run of immunisation: encode once, make prototypes and antibodies, vaccinate, set thresholds, measure, save
 
-RESULTS = (NAME, CARD_NAME)
+RESULTS = (records.NAME, CARD_NAME)
+read_run = records.read_run
 
 
 @dataclass(frozen=True)
@@ -150,15 +120,15 @@ class ImmunizeWork:
         began = time.monotonic()
         made, record = self._make(session)
         record["seconds"] = round(time.monotonic() - began, 3)
-        save_model(session, made, record, self.settings.model, self.vlm)
+        records.save_model(session, made, record, self.settings.model, self.vlm)
 
-    def _make(self, session: Session) -> tuple[Immunity, Record]:
-        embed = embedder(self.vlm, self.source.templates)
+    def _make(self, session: Session) -> tuple[immune.Immunity, records.Record]:
+        embed = images.embedder(self.vlm, self.source.templates)
         text = embed(self.source.class_names)
         require_distinct(self.vlm, self.source.class_names, self.source.templates, text)
         if self.settings.no_images:
             return self._from_texts(text, session)
-        fit, held = encode_both(
+        fit, held = images.encode_both(
             self.vlm,
             self.settings,
             self.source,
@@ -167,7 +137,7 @@ class ImmunizeWork:
             owner=session.manifest,
         )
         xi = None if self.settings.xi is None else math.radians(self.settings.xi)
-        prototypes = fit_prototypes(
+        prototypes = immune.fit_prototypes(
             fit.features, fit.labels, text, xi=xi, per_class=self.settings.prototypes_per_class, seed=self.settings.seed
         )
         made = self._antibodies(prototypes, text, session.observer)
@@ -175,9 +145,9 @@ class ImmunizeWork:
         if margin is None:
             margin = automatic_margin(fit.features[fit.labels >= 0], made.antibodies.embeddings)
         session.observer.begin("Vaccinating", self.settings.steps or None)
-        done = immunise(
-            Labelled(fit.features, fit.labels),
-            Labelled(held.features, held.labels),
+        done = immune.immunise(
+            immune.Labelled(fit.features, fit.labels),
+            immune.Labelled(held.features, held.labels),
             prototypes,
             made.antibodies,
             self.source.class_names,
@@ -186,34 +156,34 @@ class ImmunizeWork:
             weight=self.settings.lambda_inf,
             miss=self.settings.miss,
             min_images=self.settings.min_images,
-            vaccine=vaccine_settings(self.settings, margin),
+            vaccine=records.vaccine_settings(self.settings, margin),
             on_step=counted(session.observer),
         )
         done = replace(done, immunity=self._told_of_noise(done.immunity, session.observer))
         unknown = self._unknown(session)
         return done.immunity, self._record(done, prototypes, made, margin, text, fit, held, unknown)
 
-    def _antibodies(self, prototypes: Prototypes, text: Tensor, observer: Observer) -> Made:
-        return make_antibodies(
+    def _antibodies(self, prototypes: immune.Prototypes, text: Tensor, observer: Observer) -> images.Made:
+        return images.make_antibodies(
             self.settings,
             self.source,
-            embedder(self.vlm, self.source.templates),
+            images.embedder(self.vlm, self.source.templates),
             prototypes.vectors,
             text,
             unknown=self.unknown,
             observer=observer,
         )
 
-    def _from_texts(self, text: Tensor, session: Session) -> tuple[Immunity, Record]:
-        prototypes = text_prototypes(text)
+    def _from_texts(self, text: Tensor, session: Session) -> tuple[immune.Immunity, records.Record]:
+        prototypes = immune.text_prototypes(text)
         made = self._antibodies(prototypes, text, session.observer)
-        immunity = text_only(self.source.class_names, text, made.antibodies)
-        record = self._common(immunity, prototypes, made, None) | {"measures": Measures()}
-        return immunity, record | {"notes": facts.notes_of(record, self.settings)}
+        immunity = immune.text_only(self.source.class_names, text, made.antibodies)
+        record = self._common(immunity, prototypes, made, None) | {"measures": records.Measures()}
+        return immunity, record | {"notes": records.notes_of(record, self.settings)}
 
-    def _told_of_noise(self, immunity: Immunity, observer: Observer) -> Immunity:
+    def _told_of_noise(self, immunity: immune.Immunity, observer: Observer) -> immune.Immunity:
         """Add thresholds for each noise level that was asked for."""
-        other, keep = open_held_out(self.settings, self.source), None
+        other, keep = images.open_held_out(self.settings, self.source), None
         if isinstance(other, float):
             keep = partial(_in_share, self.source, other, self.settings.seed)
         source = self.source if isinstance(other, float) else other
@@ -221,7 +191,7 @@ class ImmunizeWork:
         for sigma in self.settings.sigma:
             observer.begin(f"Encoding noise {sigma:g}")
             means, labels = noisy_means(
-                AdaptedVLM(self.vlm.at_noise(sigma), immunity.adapter),
+                immune.AdaptedVLM(self.vlm.at_noise(sigma), immunity.adapter),
                 source,
                 sigma,
                 draws=NOISE_DRAWS,
@@ -244,54 +214,58 @@ class ImmunizeWork:
     def _unknown(self, session: Session) -> dict[str, Features]:
         folder, owner = session.folder.features_path, session.manifest
         return {
-            without_secrets(spec): encode_unknown(self.vlm, source, i, folder, session.observer, owner=owner)
+            without_secrets(spec): images.encode_unknown(self.vlm, source, i, folder, session.observer, owner=owner)
             for i, (spec, source) in enumerate(zip(self.settings.ood, self.unknown, strict=True))
         }
 
-    def _common(self, immunity: Immunity, prototypes: Prototypes, made: Made, done: Immunised | None) -> Record:
-        embed = embedder(self.vlm, self.source.templates)
+    def _common(
+        self, immunity: immune.Immunity, prototypes: immune.Prototypes, made: images.Made, done: immune.Immunised | None
+    ) -> records.Record:
+        embed = images.embedder(self.vlm, self.source.templates)
         return {
             "format": 1,
             "templates": list(self.source.templates),
-            "classes": facts.class_rows(immunity, prototypes, made, done),
+            "classes": records.class_rows(immunity, prototypes, made, done),
             "xi_degrees": math.degrees(prototypes.xi),
-            "antibodies": facts.antibody_facts(made, self.settings),
-            "diagnostics": diagnose(made, prototypes.vectors, embed, self.settings.near_names, self.settings.seed),
+            "antibodies": records.antibody_facts(made, self.settings),
+            "diagnostics": images.diagnose(
+                made, prototypes.vectors, embed, self.settings.near_names, self.settings.seed
+            ),
             "weight": immunity.weight,
         }
 
     def _record(
         self,
-        done: Immunised,
-        prototypes: Prototypes,
-        made: Made,
+        done: immune.Immunised,
+        prototypes: immune.Prototypes,
+        made: images.Made,
         margin: float,
         text: Tensor,
         fit: Features,
         held: Features,
         unknown: Mapping[str, Features],
-    ) -> Record:
+    ) -> records.Record:
         record = self._common(done.immunity, prototypes, made, done)
-        record["diagnostics"]["eps_align_degrees"] = facts.alignment_error(done.immunity, held)
+        record["diagnostics"]["eps_align_degrees"] = records.alignment_error(done.immunity, held)
         pooled = done.thresholds.pooled
         parts = {without_secrets(self.settings.data): fit, "the held-out data": held, **unknown}
         record |= {
             "copies": copies(held.features, fit.features),
             "unreadable": {name: part.unreadable for name, part in parts.items() if part.unreadable},
             "images": {"fit": len(fit.ids), "held_out": len(held.ids)},
-            "vaccine": facts.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
+            "vaccine": records.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
             "pooled_fit": {**pooled.__dict__, "threshold": pooled.threshold(self.settings.miss)},
             "noisy_thresholds": {
                 repr(sigma): [float(values.min()), float(values.median()), float(values.max())]
                 for sigma, values in done.immunity.noisy.items()
             },
-            "measures": measure(done.immunity, text, self.vlm.logit_scale, held, unknown),
+            "measures": records.measure(done.immunity, text, self.vlm.logit_scale, held, unknown),
         }
-        return record | {"notes": facts.notes_of(record, self.settings)}
+        return record | {"notes": records.notes_of(record, self.settings)}
 
 
 def _in_share(source: DataSource, share: float, seed: int, name: str) -> bool:
-    return held_back(source.group(name), share, seed)
+    return images.held_back(source.group(name), share, seed)
 
 
 # From settings to a run; every mistake is found before any work begins
@@ -304,7 +278,7 @@ def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
         return open_extension(settings)
     device = resolve_device(settings.device)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    held = None if settings.no_images else open_held_out(settings, source)
+    held = None if settings.no_images else images.open_held_out(settings, source)
     unknown = [open_unlabelled(spec, source.class_names) for spec in settings.ood]
     vlm = load_pipeline(settings.model, device=device)
     require_bare(vlm, settings.model)
@@ -335,7 +309,7 @@ def require_bare(vlm: VLM, spec: str) -> None:
 
 def _check(settings: ImmunizeSettings) -> None:
     """Refuse what makes no sense by itself, and is known only to the libraries behind a run."""
-    client = client_of(settings)
+    client = images.client_of(settings)
     if settings.antibodies not in ("noise", "none"):
         open_source(settings.antibodies, client=client)
     if settings.kappa not in KAPPAS:
@@ -343,18 +317,14 @@ def _check(settings: ImmunizeSettings) -> None:
     safe, risk = settings.band
     if safe is not None and risk is not None:
         Band(safe, risk)
-    vaccine_settings(settings, 0.0 if settings.margin is None else settings.margin)
+    records.vaccine_settings(settings, 0.0 if settings.margin is None else settings.margin)
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished run, by default to `report.html` in its folder, and return its path."""
-    path = out or folder / "report.html"
-    with drawing(folder):
-        text = page_of(immunize_report(read_run(folder)))
-    write_page(path, text)
-    return path
+    return write_report_of(folder, out, lambda run: immunize_report(records.read_run(run)))
 
 
-def show(run: FinishedRun[ImmunizeSummary], console: Console) -> None:
+def show(run: FinishedRun[records.ImmunizeSummary], console: Console) -> None:
     """Print what was made and measured, and where the model is."""
     screen.show(console, immunize_report(run), immunize_closing(run))

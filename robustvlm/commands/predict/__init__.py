@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from robustvlm.errors import BadSetting, UserError, arguments_named, nearest, setting
 from robustvlm.runs.run import Command
-from robustvlm.runs.settings import CLASSES, DEVICE, TEMPLATES, Settings, argument, option, shown_as, way
+from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as, way
 
 if TYPE_CHECKING:
     from robustvlm.commands.predict.work import Predictions
@@ -35,8 +35,8 @@ class PredictSettings(Settings):
         [], "Files, folders or patterns; - for a list of paths on standard input.", metavar="IMAGES...", typed=list[str]
     )
     data: str | None = option(None, "The images of a data spec instead; `robustvlm data` lists the forms.")
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
     top: int = option(1, "Show this many of the likeliest classes.", at_least=1, ranged=True)
     alpha: float | None = option(
         None, "Of a smoothed model: abstain unless its draws decide the class at this probability of error."
@@ -44,7 +44,7 @@ class PredictSettings(Settings):
     limit: int | None = option(None, "Only this many images.", at_least=1, ranged=True)
     seed: int = option(0, "Seed of a random model's draws; each image has its own.", at_least=0, ranged=True)
     batch_size: int = way(64, "Images per pass; a random model is asked one by one.", at_least=1, ranged=True)
-    device: str = DEVICE
+    device: str = Shared.DEVICE
     format: str | None = way(
         None, "table, csv, json, jsonl or parquet; by default what the name of --to ends in, else table."
     )

@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.run import Command, FinishedRun, mirrors
-from robustvlm.runs.settings import CLASSES, DEVICE, FRESH, NAME, OUT, RECORD_AS_JSON, SEED, Settings, argument, option
+from robustvlm.runs.settings import Settings, Shared, argument, option
 
 if TYPE_CHECKING:
     from robustvlm.commands.prompts.work import PromptRecord
@@ -20,7 +20,7 @@ class PromptSettings(Settings):
 
     model: str = argument("tiny", "An open_clip model or a folder on one; it stays as it is.")
     data: str = option("emoji?split=train&copies=1", "Labelled images to learn from; `robustvlm data` lists the forms.")
-    classes: Path | None = CLASSES
+    classes: Path | None = Shared.CLASSES
     val: str | None = option(None, "Images of the same classes to measure on, another style say.")
     ood: list[str] = option([], "Unknown images to tell from those of --val; may be repeated.")
     shots: int = option(16, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True)
@@ -32,12 +32,12 @@ class PromptSettings(Settings):
     lambda_ebm: float = option(10.0, "Weight of the energy term.")
     ebm: bool = option(True, "With the EBM terms, or CoOp without them.")
     c: int = option(2, "Largest cosines that the energy change as a score resets.", at_least=1)
-    seed: int = SEED
-    device: str = DEVICE
-    out: Path = OUT
-    name: str | None = NAME
-    fresh: bool = FRESH
-    as_json: bool = RECORD_AS_JSON
+    seed: int = Shared.SEED
+    device: str = Shared.DEVICE
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    fresh: bool = Shared.FRESH
+    as_json: bool = Shared.RECORD_AS_JSON
 
     @property
     def energy_weight(self) -> float | None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
 from robustvlm.commands.prompts import PromptSettings
-from robustvlm.commands.told import counted
 from robustvlm.core.device import resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.registry import names_a_callable
@@ -31,7 +30,8 @@ from robustvlm.models.saved import CARD_NAME, Card, write_card
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Checks, Closing, Code, Column, Line, Measure, Name, Row, Table, Text
-from robustvlm.report.tables import finding
+from robustvlm.report.training import counted
+from robustvlm.report.words import finding
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate

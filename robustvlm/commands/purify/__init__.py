@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustvlm.runs.run import Command, FinishedRun, mirrors
-from robustvlm.runs.settings import DEVICE, NAME, OUT, RECORD_AS_JSON, RESUME, SEED, Settings, argument, option, way
+from robustvlm.runs.settings import Settings, Shared, argument, option, way
 
 if TYPE_CHECKING:
     from robustvlm.report.training import TrainingSummary
@@ -51,12 +51,12 @@ class PurifySettings(Settings):
     limit: int | None = option(None, "Use this many images, chosen by a hash of their ids.", at_least=2, unit="images")
     validate_every: float = option(0.25, "In steps; below 1, a share of all; 0: at the end only.")
     checkpoint_every: int = way(0, "In steps [default: every five minutes].")
-    seed: int = SEED
-    device: str = DEVICE
-    out: Path = OUT
-    name: str | None = NAME
-    resume: bool | None = RESUME
-    as_json: bool = RECORD_AS_JSON
+    seed: int = Shared.SEED
+    device: str = Shared.DEVICE
+    out: Path = Shared.OUT
+    name: str | None = Shared.NAME
+    resume: bool | None = Shared.RESUME
+    as_json: bool = Shared.RECORD_AS_JSON
 
 
 PURIFY = Command(

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from robustvlm import training
 from robustvlm.commands.common.inputs import facts_of, probe_of
 from robustvlm.commands.purify import PurifySettings
-from robustvlm.commands.told import told
 from robustvlm.core.device import device_of_rank, resolve_device
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
@@ -21,17 +21,8 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.data.source import Sample, select
 from robustvlm.data.splits import require_unseen_validation
 from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.purify import NoiseLevels, Parts, load_denoiser
+from robustvlm.defenses.purify import NoiseLevels, Parts, load_denoiser, train
 from robustvlm.defenses.purify.parts import write_parts
-from robustvlm.defenses.purify.train import (
-    STAGES,
-    MapperWeights,
-    PurifierWeights,
-    Stage,
-    check_encoder,
-    scores,
-    train_parts,
-)
 from robustvlm.defenses.purify.train import PurifySettings as Stages
 from robustvlm.defenses.purify.unet import purifier_shape
 from robustvlm.errors import BadSetting, UserError, nearest, setting
@@ -39,33 +30,17 @@ from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
 from robustvlm.report import screen
-from robustvlm.report.training import (
-    NAME,
-    TrainingSummary,
-    load_training_run,
-    training_closing,
-    training_report,
-    write_training_report,
-)
+from robustvlm.report import training as report
+from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
-from robustvlm.training import (
-    Measure,
-    TrainingConfig,
-    TrainingData,
-    TrainingImages,
-    TrainingObserver,
-    Validation,
-    ids_of,
-    parse_augmentation,
-)
 from robustvlm.training.history import History
 from robustvlm.training.validation import held_out
 
-RESULTS = (NAME,)
+RESULTS = (report.NAME,)
 _AHEAD = 4
 
-read_run, write_report = load_training_run, write_training_report
+read_run, write_report = report.load_training_run, report.write_training_report
 
 
 @dataclass(frozen=True)
@@ -79,20 +54,20 @@ class PurifyWork:
     facts: Facts
     stages: Stages
     encoder: VLM
-    images: TrainingData
+    images: training.TrainingData
     held: Tensor
 
     def run(self, session: Session) -> None:
         """Train, or go on training, and write the model and its record."""
         held = self.held.to(self.encoder.device)
-        before = scores(self.encoder, held, self.stages.levels)
+        before = train.scores(self.encoder, held, self.stages.levels)
 
-        def observe(stage: Stage) -> TrainingObserver:
+        def observe(stage: train.Stage) -> training.TrainingObserver:
             session.observer.say(f"The {stage}:")
             return told(session.observer)
 
         # The checkpoints of the stages are needed only to go on.
-        parts, records = train_parts(
+        parts, records = train.train_parts(
             self.encoder,
             self.images,
             self.stages,
@@ -109,7 +84,7 @@ class PurifyWork:
             write_parts(folder, parts)
             write_card(folder, self._card(parts))
             summary = self._summary(parts, history, session.ranks)
-            write_text(folder / NAME, summary.model_dump_json(indent=2) + "\n")
+            write_text(folder / report.NAME, summary.model_dump_json(indent=2) + "\n")
 
     def _card(self, parts: Parts) -> Card:
         return Card(
@@ -120,10 +95,10 @@ class PurifyWork:
             base_probe=probe_encoder(self.encoder),
         )
 
-    def _summary(self, parts: Parts, history: History, ranks: Ranks) -> TrainingSummary:
+    def _summary(self, parts: Parts, history: History, ranks: Ranks) -> report.TrainingSummary:
         sizes = _sizes(parts)
         given = self.stages.levels.given
-        return TrainingSummary(
+        return report.TrainingSummary(
             kind="purify",
             method=" and ".join(self.stages.trained) or "denoiser",
             settings=parts.settings() | {"parameters": sizes},
@@ -146,7 +121,7 @@ def open_work(settings: PurifySettings) -> PurifyWork:
     require_unseen_validation(val, source, val_limit=settings.val_limit, limit=settings.limit)
     encoder = load_pipeline(settings.model, device=device)
     purifier_shape(settings.size, encoder.image_size)
-    check_encoder(encoder, stages)
+    train.check_encoder(encoder, stages)
     images, held = _images(settings, source, val, encoder)
     model, data = facts_of(encoder, "interpolation"), _describe(source)
     if settings.denoiser is not None:
@@ -172,42 +147,42 @@ def stages_of(settings: PurifySettings) -> Stages:
         >>> stages_of(PurifySettings(sigma=[0.5, 0.25])).levels
         NoiseLevels(given=(0.25, 0.5))
     """
-    parse_augmentation(settings.augment)
+    training.parse_augmentation(settings.augment)
     only = settings.only
-    if only is not None and only not in STAGES:
-        raise BadSetting("only", "takes purifier or mapper", got=f"'{only}': {nearest(only, STAGES)}")
+    if only is not None and only not in train.STAGES:
+        raise BadSetting("only", "takes purifier or mapper", got=f"'{only}': {nearest(only, train.STAGES)}")
     same = ("batch_size", "ema", "precision", "accumulate", "seed", "validate_every", "checkpoint_every")
     engine = {"final_lr": 0.01, "weight_decay": 0.01, **{name: getattr(settings, name) for name in same}}
     return Stages(
         levels=NoiseLevels.of(settings.sigma),
-        stages=tuple(stage for stage in STAGES if only in (None, stage)),
+        stages=tuple(stage for stage in train.STAGES if only in (None, stage)),
         denoiser=settings.denoiser,
         size=settings.size,
-        purifier=TrainingConfig(steps=settings.steps, lr=settings.lr, **engine),
-        mapper=TrainingConfig(steps=settings.mapper_steps, lr=settings.mapper_lr, **engine),
-        purifier_weights=PurifierWeights(
+        purifier=training.TrainingConfig(steps=settings.steps, lr=settings.lr, **engine),
+        mapper=training.TrainingConfig(steps=settings.mapper_steps, lr=settings.mapper_lr, **engine),
+        purifier_weights=train.PurifierWeights(
             diffusion=settings.diffusion_weight, feature=settings.feature_weight, pixel=settings.pixel_weight
         ),
-        mapper_weights=MapperWeights(statistics=settings.statistics_weight),
+        mapper_weights=train.MapperWeights(statistics=settings.statistics_weight),
     )
 
 
 def _images(
     settings: PurifySettings, source: DataSource, val: DataSource | None, encoder: VLM
-) -> tuple[TrainingImages, Tensor]:
+) -> tuple[training.TrainingImages, Tensor]:
     """Return the images to train on, and pixels [N, 3, S, S] of those to watch the score on; labels play no part."""
-    ids = ids_of(source)
+    ids = training.ids_of(source)
     ids = select(ids, settings.limit) if settings.limit is not None else ids
     chosen = held_out(source, ids, settings.val_limit) if val is None else set()
     if val is None and not chosen:
         raise UserError(
             f"'{settings.data}' is too small ({len(ids)} images) to hold a part out: pass {setting('val', 'DATA')}"
         )
-    images = TrainingImages(
+    images = training.TrainingImages(
         source,
         size=encoder.framing,
         seed=settings.seed,
-        how=parse_augmentation(settings.augment),
+        how=training.parse_augmentation(settings.augment),
         labelled=False,
         ids=[name for name in ids if name not in chosen],
         ahead=0 if encoder.device.type == "cpu" else _AHEAD,
@@ -225,7 +200,7 @@ def _describe(source: DataSource) -> dict[str, Any]:
     return {"spec": source.spec, "fingerprint": source.fingerprint(), "images": None if ids is None else len(ids)}
 
 
-def joined(records: Mapping[str, History], before: Mapping[str, Measure]) -> History:
+def joined(records: Mapping[str, History], before: Mapping[str, training.Measure]) -> History:
     """Return the stages as one training: steps counted on, terms named by their stage, seconds and passes added.
 
     Args:
@@ -238,7 +213,7 @@ def joined(records: Mapping[str, History], before: Mapping[str, Measure]) -> His
         >>> [(entry.step, entry.terms) for entry in both.steps]
         [(10, {'purifier loss': 1.0}), (20, {'mapper loss': 1.0})]
     """
-    whole = History(validations=[Validation(step=0, measures=dict(before))])
+    whole = History(validations=[training.Validation(step=0, measures=dict(before))])
     done = 0
     for stage, record in records.items():
         for entry in record.steps:
@@ -264,6 +239,6 @@ def _sizes(parts: Parts) -> Mapping[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in both.items() if part is not None}
 
 
-def show(run: FinishedRun[TrainingSummary], console: Console) -> None:
+def show(run: FinishedRun[report.TrainingSummary], console: Console) -> None:
     """Print the score without and with the parts, and where the model is."""
-    screen.show(console, training_report(run), training_closing(run))
+    screen.show(console, report.training_report(run), report.training_closing(run))

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.runs.run import Command, FinishedRun, mirrors
-from robustvlm.runs.settings import CLASSES, DEVICE, OUT, TEMPLATES, Settings, argument, option, shown_as, way
+from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as, way
 
 if TYPE_CHECKING:
     from robustvlm.commands.soup.work import Soup
@@ -26,14 +26,14 @@ class SoupSettings(Settings):
     method: str = option("uniform", "uniform (the mean of all), or greedy (each stays only if it does not harm).")
     val: str | None = option(None, "Images to choose by and to measure on; greedy needs them.")
     by: str = option("robust", "What greedy goes by: robust or clean accuracy.")
-    classes: Path | None = CLASSES
-    templates: Path | None = TEMPLATES
+    classes: Path | None = Shared.CLASSES
+    templates: Path | None = Shared.TEMPLATES
     norm: str = option("Linf", "Linf or L2, of the attack that measures.")
     eps: str | float = option("1/255", "Its radius.", typed=str)
     val_steps: int = option(10, "Its PGD steps.", at_least=1, ranged=True)
     limit: int = option(512, "Measure on at most this many images.", at_least=1, unit="images", ranged=True)
-    device: str = DEVICE
-    out: Path = OUT
+    device: str = Shared.DEVICE
+    out: Path = Shared.OUT
     name: str | None = way(None, "Name of the run [default: made from the settings].")
     fresh: bool = way(False, "Delete an earlier run of this name.")
     as_json: bool = shown_as(False, "Print the result as JSON.", flags=("--json",))

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from robustvlm.errors import UserError
+from robustvlm.errors import BadSetting, UserError
 
 # Which noise levels a purifier and a mapper are trained for
 
@@ -43,7 +43,7 @@ class NoiseLevels:
             raise UserError("say which noise to train for: pass --sigma 0.25, more than once for several levels")
         for sigma in self.given:
             if not 0 < sigma <= LARGEST:
-                raise UserError(f"sigma must be above 0 and at most {LARGEST:g} in [0, 1] pixels, got {sigma:g}")
+                raise BadSetting("sigma", f"must be above 0 and at most {LARGEST:g} in [0, 1] pixels", got=f"{sigma:g}")
 
     @classmethod
     def of(cls, levels: Sequence[float]) -> NoiseLevels:

@@ -20,15 +20,8 @@ from robustvlm.core.seeds import generator
 from robustvlm.data.classes import KNOWN, imagenet_names, known_forest
 from robustvlm.data.make_trees import Nouns, Synset, above, below, find_senses, open_wordnet, words_of_sense
 from robustvlm.data.names import read_text
+from robustvlm.defenses.immunity.antibodies import texts as kept
 from robustvlm.defenses.immunity.antibodies.llm import Entry, LlmSource, to_proposal
-from robustvlm.defenses.immunity.antibodies.texts import (
-    HARD_NEGATIVE,
-    NOISE,
-    Antibodies,
-    AntibodySource,
-    AntibodyText,
-    Proposal,
-)
 from robustvlm.errors import UserError, nearest
 from robustvlm.llm import LlmClient
 from robustvlm.text import name_key
@@ -38,7 +31,7 @@ from robustvlm.text import name_key
 BANKS = ("emoji", "cifar10", "cifar100", "imagenet1k")
 
 
-class BankSource(AntibodySource):
+class BankSource(kept.AntibodySource):
     """The bundled banks; each class is looked up by name, first in the bank that knows most of the classes.
 
     The bank for ImageNet-1k is by superclass: its classes share those of theirs (the level that reports group by).
@@ -52,7 +45,7 @@ class BankSource(AntibodySource):
         ['cat', 'dog']
     """
 
-    def propose(self, class_names: Sequence[str]) -> Proposal:
+    def propose(self, class_names: Sequence[str]) -> kept.Proposal:
         banks = sorted((load_bank(name) for name in BANKS), key=lambda bank: -_known(bank, class_names))
         entries: dict[str, Entry] = {}
         for name in class_names:
@@ -99,7 +92,7 @@ _LONGEST = 300
 _FORM = '{"classes": {"dog": {"same": [...], "look_alikes": ["wolf", ...], "impossible": [...]}}} or {"dog": ["wolf"]}'
 
 
-class FileSource(AntibodySource):
+class FileSource(kept.AntibodySource):
     """Antibodies in a file of the user's.
 
     * `.json`: `{"classes": {CLASS: {"same": [...], "look_alikes": [...], "impossible": [...]}}}`, the form of the
@@ -113,7 +106,7 @@ class FileSource(AntibodySource):
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
-    def propose(self, class_names: Sequence[str]) -> Proposal:
+    def propose(self, class_names: Sequence[str]) -> kept.Proposal:
         """Return what the file holds.
 
         Raises:
@@ -126,7 +119,9 @@ class FileSource(AntibodySource):
             proposal = to_proposal({self._class(name, known): entry for name, entry in self._json(text).items()})
         else:
             rows = self._csv(text) if suffix == ".csv" else self._lines(text)
-            proposal = Proposal(tuple(AntibodyText(text, self._class(name, known), kind) for name, text, kind in rows))
+            proposal = kept.Proposal(
+                tuple(kept.AntibodyText(text, self._class(name, known), kind) for name, text, kind in rows)
+            )
         if not proposal.texts:
             raise UserError(f"the antibodies file {self.path} holds no text")
         for item in proposal.texts:
@@ -169,7 +164,7 @@ class FileSource(AntibodySource):
             raise UserError(f"{self.path}: a CSV of antibodies begins with the header class,text or class,text,kind")
         table.fieldnames = columns
         return [
-            ((row["class"] or "").strip(), (row["text"] or "").strip(), (row.get("kind") or HARD_NEGATIVE).strip())
+            ((row["class"] or "").strip(), (row["text"] or "").strip(), (row.get("kind") or kept.HARD_NEGATIVE).strip())
             for row in table
         ]
 
@@ -181,7 +176,7 @@ class FileSource(AntibodySource):
             name, colon, phrase = line.partition(":")
             if not colon:
                 raise UserError(f"{self.path}: line {number} must be CLASS: TEXT, as 'dog: wolf', got '{line[:60]}'")
-            rows.append((name.strip(), phrase.strip(), HARD_NEGATIVE))
+            rows.append((name.strip(), phrase.strip(), kept.HARD_NEGATIVE))
         return rows
 
 
@@ -190,7 +185,7 @@ class FileSource(AntibodySource):
 _MOST_KIN = 2000
 
 
-class WordNetSource(AntibodySource):
+class WordNetSource(kept.AntibodySource):
     """Co-hyponyms of each class, the most frequent words first: a baseline without a language model.
 
     Args:
@@ -205,18 +200,18 @@ class WordNetSource(AntibodySource):
     def __init__(self, nouns: Nouns | None = None, *, count: int = 12) -> None:
         self.nouns, self.count = nouns, count
 
-    def propose(self, class_names: Sequence[str]) -> Proposal:
+    def propose(self, class_names: Sequence[str]) -> kept.Proposal:
         nouns = open_wordnet() if self.nouns is None else self.nouns
-        texts: list[AntibodyText] = []
+        texts: list[kept.AntibodyText] = []
         kin: dict[str, tuple[str, ...]] = {}
         for name, sense in zip(class_names, find_senses(nouns, class_names), strict=True):
             if sense is None:
                 continue
             kin[name] = _kin(sense)
-            texts += [AntibodyText(words_of_sense(other)[0], name) for other in _beside(sense, self.count)]
+            texts += [kept.AntibodyText(words_of_sense(other)[0], name) for other in _beside(sense, self.count)]
         if not texts:
             raise UserError(f"WordNet has nothing beside any of the classes ('{class_names[0]}', ...)")
-        return Proposal(tuple(texts), kin)
+        return kept.Proposal(tuple(texts), kin)
 
 
 def _beside(sense: Synset, count: int) -> list[Synset]:
@@ -260,7 +255,7 @@ FORMS = (
 
 def open_source(
     spec: str, *, client: LlmClient | None = None, on_classes: Callable[[int], None] | None = None
-) -> AntibodySource:
+) -> kept.AntibodySource:
     """Return the source that `spec` names, one of `FORMS`.
 
     Raises:
@@ -289,7 +284,7 @@ def open_source(
 # Noise as antibodies: the baseline that is worth nothing, which shows what the texts are worth
 
 
-def noise_antibodies(count: int, dimensions: int, *, seed: int) -> Antibodies:
+def noise_antibodies(count: int, dimensions: int, *, seed: int) -> kept.Antibodies:
     """Return `count` antibodies uniform on the unit sphere of `dimensions`, each a function of seed and number alone.
 
     In D dimensions P(|cos| > eps) <= 2 exp(-D eps^2 / 2) for a fixed direction (Immuno-VLM, arXiv 2605.30745): such
@@ -302,4 +297,4 @@ def noise_antibodies(count: int, dimensions: int, *, seed: int) -> Antibodies:
     """
     rows = [torch.randn(dimensions, generator=generator(seed, "noise antibody", i)) for i in range(count)]
     embeddings = F.normalize(torch.stack(rows), dim=-1) if rows else torch.zeros(0, dimensions)
-    return Antibodies(tuple(AntibodyText(f"noise {i}", "", NOISE) for i in range(count)), embeddings)
+    return kept.Antibodies(tuple(kept.AntibodyText(f"noise {i}", "", kept.NOISE) for i in range(count)), embeddings)

@@ -1,0 +1,201 @@
+"""Commands that do more than start a run and show it: audits of certificates, predictions row by row, reports."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from robustvlm.cli.app import start_and_show
+from robustvlm.cli.terminal import say, say_json
+from robustvlm.errors import UserError
+from robustvlm.runs.run import Command
+from robustvlm.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from robustvlm.cli.console import Console
+    from robustvlm.commands.certify import CertifySettings
+    from robustvlm.commands.certify.audit_search import Effort
+    from robustvlm.commands.predict import PredictSettings
+    from robustvlm.commands.predict.rows import Prediction
+    from robustvlm.commands.predict.work import Work
+    from robustvlm.runs.run import FinishedRun
+
+# `robustvlm certify --audit RUN`: attacks on the certificates of a finished run
+
+
+def certify_or_audit(command: Command, settings: Settings) -> None:
+    """Certify, or audit the run that the settings name: exit code 1 if one of its bounds is broken."""
+    given = cast("CertifySettings", settings)
+    if given.audit is None:
+        start_and_show(command, settings)
+    elif broken := run_audit(given):
+        raise typer.Exit(broken)
+
+
+def run_audit(settings: CertifySettings, default: Effort | None = None) -> int:
+    """Audit the run that the settings name, print what was found and return the exit code: 1 if a bound is broken.
+
+    Args:
+        default: how much is searched where the settings do not say.
+
+    Raises:
+        UserError: the audit could not be made, for whatever reason: 1 is kept for certificates that are false.
+    """
+    from robustvlm.cli.console import Bars, Console
+    from robustvlm.commands.certify.audit import audit_folder
+    from robustvlm.commands.certify.audit_search import Effort
+    from robustvlm.commands.certify.view import show_audit, write_certify_report
+    from robustvlm.core.device import resolve_device
+    from robustvlm.errors import UserError, is_out_of_memory
+    from robustvlm.runs.records import find_run
+    from robustvlm.text import one_line
+
+    run, as_json, default = str(settings.audit), settings.as_json, default or Effort()
+    effort = replace(
+        default, starts=settings.audit_starts or default.starts, steps=settings.audit_steps or default.steps
+    )
+    folder = find_run(run, root=settings.out)
+    with Bars(Console(stderr=True, quiet=as_json)) as progress:
+        try:
+            result = audit_folder(
+                folder,
+                effort,
+                limit=settings.limit,
+                seed=settings.seed,
+                device=str(resolve_device(settings.device)),
+                observer=progress,
+            )
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:  # the encoder may be the user's code, which fails in any way
+            if is_out_of_memory(error):
+                raise
+            said = one_line(error, limit=200)
+            raise UserError(f"the audit of '{run}' failed: {type(error).__name__}: {said}") from error
+    report = write_certify_report(folder)
+    content = result.model_dump(mode="json")
+    if as_json:
+        say_json(json.dumps(content | {"broken": len(result.broken), "report": str(report)}, indent=2))
+    else:
+        show_audit(content, Console())
+        say(f"{result.passes:,} encoder passes in {result.seconds:.0f} s. Report: {report}")
+    return 1 if result.broken else 0
+
+
+# `robustvlm predict`: rows on standard output or into a file, words beside them, the exit code
+
+_ROWS_PER_TABLE = 200
+
+
+def predict_and_show(command: Command, settings: Settings) -> None:
+    """Ask the model about all images, and write or show a row for each as they come."""
+    from robustvlm.cli.console import Bars, Console
+    from robustvlm.commands.predict.rows import verdict_of
+    from robustvlm.commands.predict.work import Work
+    from robustvlm.report.screen import show
+    from robustvlm.report.sections import Closing
+
+    asked = cast("PredictSettings", settings)
+    if asked.written_as == "parquet" and asked.to_stdout and sys.stdout.isatty():
+        raise UserError("parquet is no text for a terminal: pass --to FILE, or another --format")
+    console = Console(stderr=asked.to_stdout)
+    with console.status(command.loading) if console.is_terminal else nullcontext():
+        work = Work(asked)
+    with Bars(console) as progress, _written(work, console) as write:
+        progress.begin(command.doing, work.total)
+        for rows in work.batches():
+            write(rows)
+            progress.advance(len(rows))
+        if not work.counts.images:
+            work.require_some()
+    for remark in work.remarks:
+        console.print(f"Note: {remark}", markup=False, highlight=False, soft_wrap=True)
+    closing = [] if asked.to is None or asked.to_stdout else [Closing({"Predictions": asked.to})]
+    show(console, [verdict_of(work.counts, work.about)], *closing)
+    work.require_some()
+    first = work.counts.first_fault
+    if asked.strict and first is not None:
+        raise UserError(
+            f"{work.counts.faults:,} of {work.counts.images:,} images could not be read; the first, "
+            f"'{first.image}': {first.reason}"
+        )
+
+
+@contextmanager
+def _written(work: Work, console: Console) -> Iterator[Any]:
+    """Yield what takes rows: a file, standard output, or the terminal, in tables of a bounded length."""
+    from robustvlm.commands.predict.rows import opened
+
+    settings = work.settings
+    if settings.written_as != "table":
+        to = None if settings.to_stdout else settings.to
+        with opened(settings.written_as, to, work.about, work.counts) as sink:
+            yield sink.write
+        return
+    waiting: list[Prediction] = []
+
+    def write(rows: list[Prediction]) -> None:
+        waiting.extend(rows)
+        while len(waiting) >= _ROWS_PER_TABLE:
+            _print(work, console, waiting[:_ROWS_PER_TABLE])
+            del waiting[:_ROWS_PER_TABLE]
+
+    yield write
+    if waiting:
+        _print(work, console, waiting)
+
+
+def _print(work: Work, console: Console, rows: list[Prediction]) -> None:
+    from robustvlm.commands.predict.rows import table_of
+    from robustvlm.report.screen import show
+
+    show(console, [table_of(rows, work.about)])
+
+
+# `robustvlm report`: one run as HTML, or several side by side
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs under runs/.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The HTML file to write [default: RUN/report.html, or comparison.html for several]."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as JSON, with the path of the report.")
+    ] = False,
+) -> None:
+    """Write the report of a run, or compare several runs on the images they share (paired tests)."""
+    # The libraries behind reports take a second to load; other commands and --help should not wait for them.
+    from robustvlm.commands import open_run, write_report
+    from robustvlm.commands.attack.compare import compare, write_comparison
+    from robustvlm.commands.attack.record import load_run
+    from robustvlm.runs.records import find_run
+
+    folders = [find_run(run) for run in runs]
+    path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)
+    if not as_json:
+        say(f"Report: {path}")
+        return
+    found: Sequence[FinishedRun[Any]] = [open_run(folders[0])]
+    comparisons = []
+    if len(folders) > 1:
+        records = [load_run(folder) for folder in folders]
+        found = records
+        comparisons = [c.as_dict([r.name for r in records]) for c in compare(*records)]
+    content = {"report": str(path), "runs": [_shown(run) for run in found], "comparisons": comparisons}
+    say_json(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _shown(run: FinishedRun[Any]) -> dict[str, Any]:
+    summary = run.summary if isinstance(run.summary, dict) else run.summary.model_dump(mode="json")
+    return {"name": run.name, "folder": str(run.folder), "summary": summary}
