@@ -24,8 +24,8 @@ from benchmarks.photowords.photographs import Photograph, gathered, main, write_
 from benchmarks.photowords.pixels import unit
 from benchmarks.photowords.rows import QUICK, Setting, rows
 from benchmarks.photowords.words import Layer
+from robustvlm.commands import COMMANDS, command_of
 from robustvlm.commands.evaluate import EVALUATE
-from robustvlm.commands.registry import COMMANDS, command_of
 from robustvlm.data import open_data
 from robustvlm.data.classes import KNOWN, cifar100_names, wordnet_names
 from robustvlm.data.trees import Tree, load_forest
