@@ -27,6 +27,7 @@ _HOME = {
     "compare": "robustvlm.commands.attack.compare",
     "detect": "robustvlm.detect",
     "evaluate": "robustvlm.commands.evaluate",
+    "export": "robustvlm.commands.export",
     "finetune": "robustvlm.commands.finetune",
     "immunize": "robustvlm.commands.immunize",
     "load_classifier": "robustvlm.defenses.load",

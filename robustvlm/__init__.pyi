@@ -14,6 +14,7 @@ from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.certify.record import CertifyRecord
 from robustvlm.commands.detect.view import DetectRecord
 from robustvlm.commands.evaluate.work import CleanResult
+from robustvlm.commands.export import export as export
 from robustvlm.commands.immunize.record import ImmunizeSummary
 from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord

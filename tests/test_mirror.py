@@ -43,6 +43,19 @@ def test_a_command_and_its_function_have_the_same_options(kind: str) -> None:
     assert set(typed) == {"no_code"}
 
 
+def test_export_has_the_same_options_too() -> None:
+    """It makes no run and so has no settings; its function is the mirror all the same."""
+    typed = {p.name: p for p in PROGRAM.commands["export"].params}
+    told = inspect.signature(rv.export).parameters
+    assert set(typed) - {"no_code"} == set(told)
+    for name, parameter in told.items():
+        assert typed[name].required == (parameter.default is inspect.Parameter.empty)
+        if not typed[name].required:
+            assert (typed[name].default or None) == (parameter.default or None)
+    with pytest.raises(rv.UserError, match=r"^to is one of open_clip, transformers, got 'onnx'"):
+        rv.export("tiny", "out", to="onnx")
+
+
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_name_that_is_no_option_is_refused_with_the_nearest(kind: str) -> None:
     function = getattr(rv, kind.replace("-", "_"))

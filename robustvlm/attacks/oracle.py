@@ -14,7 +14,7 @@ from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import Boundary, borrowed, placed
 from robustvlm.core.device import Stopwatch
-from robustvlm.core.seeds import derive_seed, full_precision_kernels
+from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.errors import UserError, is_out_of_memory, nearest
 from robustvlm.text import one_line
 
@@ -255,9 +255,7 @@ class Oracle:
     def _drawing(self) -> Iterator[None]:
         """Give a random model fresh draws that follow from the seed; the caller's random state is left alone."""
         self._drawn += 1
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(derive_seed(self.seed, "draws of the model", self._drawn))
+        with own_draws(self.device, derive_seed(self.seed, "draws of the model", self._drawn)):
             yield
 
     @contextlib.contextmanager

@@ -335,9 +335,9 @@ def export(
     CLIPModel.from_pretrained("OUT") loads it, and robustvlm with transformers:OUT.
     """
     # Loading torch and open_clip takes seconds; --help should not wait for them.
-    from robustvlm.commands.export import export_model
+    from robustvlm.commands.export import write_export
 
-    export_model(model, out, half=half, to=to, evaluated=evaluated or ())
+    write_export(model, out, to=to, evaluated=evaluated or (), half=half)
     say(f"Model: {out}")
     if to == "transformers":
         say(f"transformers: CLIPModel.from_pretrained('{out}'), CLIPProcessor.from_pretrained('{out}')")

@@ -180,7 +180,7 @@ class Unfitted:
         return (
             f"'{self.part.folder}' has no thresholds for noise of {self.sigma:g}: smoothed, it uses those set without "
             "noise, and `certify --claim openset` refuses the pipeline; "
-            f"`robustvlm immunize ... --sigma {self.sigma:g}` sets them"
+            f"`robustvlm immunize ... --sigma {self.sigma:g}` sets them, from images (not with --no-images)"
         )
 
 

@@ -104,6 +104,14 @@ class Classifier(nn.Module, ABC):
     def fingerprint(self) -> str:
         """Digest of all that decides the output."""
 
+    def from_features(self, features: Tensor) -> Tensor | None:
+        """Return the output for images whose features [B, D], as `vlm.encode_image` gives them, are known.
+
+        To the bit that of `forward`, which would encode them once more; None where more than features decides it.
+        """
+        del features
+        return None
+
     def refusal(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return score and threshold [N] by which images with this `output` [N, K + 1] are accepted: score > threshold.
 

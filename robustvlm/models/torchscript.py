@@ -51,6 +51,23 @@ def read_archive(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, which torch before 2.6 would compile when asked for its tensors.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "plain.pt"
+        >>> torch.save({"a": torch.ones(1)}, file)
+        >>> is_archive(file)
+        False
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 class _Node:
     """A module of the archive: its attributes, and nothing that they do."""
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from robustvlm.core.files import require_regular
 from robustvlm.core.network import download_seconds, within
 from robustvlm.errors import UserError
-from robustvlm.models.torchscript import read_archive
+from robustvlm.models.torchscript import is_archive, read_archive
 from robustvlm.text import without_secrets
 
 # Reading checkpoints without running code from them
@@ -98,6 +98,8 @@ def _read_safetensors(path: Path) -> object:
 
 
 def _read_pickled_tensors(path: Path) -> object:
+    if is_archive(path):
+        return read_archive(path)
     try:
         with warnings.catch_warnings(), _aside():
             warnings.simplefilter("ignore")
@@ -110,8 +112,6 @@ def _read_pickled_tensors(path: Path) -> object:
             raise UserError(f"{what}: save its state dict as .safetensors") from error
         raise UserError(_damaged(path)) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError ... depending on where the bytes break
-        if "TorchScript" in str(error):
-            return read_archive(path)
         raise UserError(_damaged(path)) from error
 
 

@@ -37,7 +37,7 @@ def page_of(report: doc.Report) -> str:
     """Return a report as a page.
 
     Example:
-        >>> from robustvlm.report.sections import Section, Text, Verdict
+        >>> from robustvlm.report.sections import Report, Section, Text, Verdict
         >>> report = Report("test", "run", "Test", "on data", [Verdict(["<b>"])], [Section("One", [Text("two")])])
         >>> "<p>&lt;b&gt;</p>" in page_of(report)
         True

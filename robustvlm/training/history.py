@@ -92,6 +92,7 @@ class History(BaseModel):
 # same images, and "feature spread" (1 - the squared norm of the mean unit feature; 0 if all features are one). Rules
 # that compare two accuracies are asked of at least 100 images.
 
+CLEAN = "clean accuracy"
 _LEAST_SPREAD = 0.01
 _LEAST_IMAGES = 100
 _MARGIN = 0.02
@@ -195,7 +196,7 @@ def _overfitting(validations: Sequence[Validation]) -> str | None:
 
 def _collapse(validations: Sequence[Validation]) -> str | None:
     """Clean accuracy below a third of what it was before training."""
-    first, now = _counted(validations[0], "clean accuracy"), _counted(validations[-1], "clean accuracy")
+    first, now = _counted(validations[0], CLEAN), _counted(validations[-1], CLEAN)
     if first is None or now is None or len(validations) < 2 or now >= first / 3:
         return None
     return f"clean accuracy fell from {first:.1%} to {now:.1%}: lower the learning rate or eps"

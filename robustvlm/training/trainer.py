@@ -17,7 +17,7 @@ from robustvlm.core.ranks import Ranks
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError, is_out_of_memory, setting
 from robustvlm.training.distributed import counted, peak_memory, process_group, rank_and_size, summed
-from robustvlm.training.history import Estimate, History, StepEntry, Validation, Warned, warnings_of
+from robustvlm.training.history import CLEAN, Estimate, History, StepEntry, Validation, Warned, warnings_of
 from robustvlm.training.images import Batch, TrainingData, spans
 from robustvlm.training.state import Pending, TrainingState
 from robustvlm.training.task import Draws, Measure, Task, TrainingConfig, TrainingObserver
@@ -234,12 +234,13 @@ class Session:
                 self._save()  # at once, so that hardly anything can come between the two files
 
     def _is_best(self, found: Validation) -> bool:
+        """Whether weights are better than the best so far; of two that withstand as much, those more often right clean."""
         assert self.t.best_by is not None
         value, best = found.number(self.t.best_by), self.state.history.best()
         if value is None or self.state.history.best_step is None or best is None:
             return value is not None
         before = best.number(self.t.best_by)
-        return before is None or value > before
+        return before is None or (value, found.number(CLEAN) or 0.0) > (before, best.number(CLEAN) or 0.0)
 
     def _warn(self, warnings: list[Warned]) -> None:
         known = {warning.name for warning in self.state.history.warnings}

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import robustvlm as rv
-from robustvlm.commands.export import export_model
+from robustvlm.commands.export import export
 from robustvlm.commands.export.card import block, code, licence_of, text
 from robustvlm.data import to_pixels
 from robustvlm.errors import UserError
@@ -77,7 +77,7 @@ def test_transformers_itself_gives_our_logits(
 ) -> None:
     transformers = pytest.importorskip("transformers", minversion="4.57")
     source, out = save(model=model, **preprocess), tmp_path / "out"
-    export_model(str(source), out, to="transformers")
+    export(str(source), out, to="transformers")
     assert json.loads((out / "config.json").read_text())["vision_config"]["hidden_act"] == activation
     theirs, found = transformers.CLIPModel.from_pretrained(str(out), output_loading_info=True, dtype=torch.float32)
     assert not found["missing_keys"]
@@ -105,7 +105,7 @@ def test_open_clip_itself_reads_the_other(save: Callable[..., Path], tmp_path: P
     import open_clip
 
     source, out = save(), tmp_path / "out"
-    export_model(str(source), out)
+    export(str(source), out)
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{out}")
     vlm = load_model(str(source))
     pixels = torch.stack([to_pixels(image, vlm.framing) for image in pictures()])
@@ -119,13 +119,13 @@ def test_open_clip_itself_reads_the_other(save: Callable[..., Path], tmp_path: P
 def test_an_export_is_made_anew_when_cut_short_and_stays_when_whole(save: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("transformers", minversion="4.57")
     source, out = save(), tmp_path / "out"
-    export_model(str(source), out, to="transformers")
+    export(str(source), out, to="transformers")
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
-    export_model(str(source), out, to="transformers")
+    export(str(source), out, to="transformers")
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
     (out / "config.json").unlink()
     (out / "merges.txt").unlink()
-    export_model(str(source), out, to="transformers")
+    export(str(source), out, to="transformers")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {name: one[0] for name, one in before.items()}
     for other, half, to in (
         (source, True, "transformers"),
@@ -133,12 +133,12 @@ def test_an_export_is_made_anew_when_cut_short_and_stays_when_whole(save: Callab
         (source, False, "open_clip"),
     ):
         with pytest.raises(UserError, match="choose another one to export to"):
-            export_model(str(other), out, half=half, to=to)
+            export(str(other), out, half=half, to=to)
 
 
 def test_half_is_half(save: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("transformers", minversion="4.57")
-    export_model(str(save()), tmp_path / "out", to="transformers", half=True)
+    export(str(save()), tmp_path / "out", to="transformers", half=True)
     values = load_file(tmp_path / "out/model.safetensors")
     assert {value.dtype for value in values.values()} == {torch.float16}
     assert load_model(f"transformers:{tmp_path / 'out'}").encode_text(["a cat"]).dtype == torch.float32
@@ -161,7 +161,7 @@ def test_what_transformers_cannot_express_is_refused(
     pytest.importorskip("transformers", minversion="4.57")
     model = {**VIT, "vision_cfg": {**VIT["vision_cfg"], **vision}, "text_cfg": {**VIT["text_cfg"], **text_cfg}}
     with pytest.raises(UserError) as caught:
-        export_model(str(save(model=model, **preprocess)), tmp_path / "out", to="transformers")
+        export(str(save(model=model, **preprocess)), tmp_path / "out", to="transformers")
     assert said in str(caught.value)
     assert "export it with to=open_clip" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -170,11 +170,11 @@ def test_what_transformers_cannot_express_is_refused(
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its image tower is a ModifiedResNet"):
-        export_model("tiny", tmp_path / "out", to="transformers")
+        export("tiny", tmp_path / "out", to="transformers")
     with pytest.raises(UserError, match="to is one of open_clip, transformers, got 'onnx'"):
-        export_model("tiny", tmp_path / "out", to="onnx")
+        export("tiny", tmp_path / "out", to="onnx")
     with pytest.raises(UserError, match=r"more than an open_clip model \(a Smoothed"):
-        export_model("tiny+smooth:0.1", tmp_path / "out")
+        export("tiny+smooth:0.1", tmp_path / "out")
 
 
 # The model card
@@ -199,7 +199,7 @@ def measured(save: Callable[..., Path], tmp_path: Path, photos: str, monkeypatch
 
 
 def test_every_number_of_a_card_has_its_interval_and_its_command(measured: Path, tmp_path: Path) -> None:
-    export_model(str(measured), tmp_path / "out", evaluated=["attacked", tmp_path / "runs/certified"])
+    export(str(measured), tmp_path / "out", evaluated=["attacked", tmp_path / "runs/certified"])
     matter, body = card_of(tmp_path / "out")
     assert matter["license"] == "other"
     assert matter["license_name"] == "unknown"
@@ -228,30 +228,30 @@ def test_runs_of_other_models_and_of_other_kinds_are_refused(
     other = save("other", seed=1)
     for run in ("attacked", "certified"):
         with pytest.raises(UserError, match="measured another model") as caught:
-            export_model(str(other), tmp_path / "out", evaluated=[run])
+            export(str(other), tmp_path / "out", evaluated=[run])
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="no run 'nothing'"):
-        export_model(str(measured), tmp_path / "out", evaluated=["nothing"])
+        export(str(measured), tmp_path / "out", evaluated=["nothing"])
     rounded = tmp_path / "half"
-    export_model(str(measured), rounded, evaluated=["attacked"], half=True)
+    export(str(measured), rounded, evaluated=["attacked"], half=True)
     assert "Of these weights, before they were rounded to 16 bits, on 3 images" in card_of(rounded)[1]
     rv.attack(str(rounded), data=f"imagefolder:{tmp_path / 'photos'}", eps="1/255", attack="pgd:steps=1", name="again")
-    export_model(str(measured), rounded, evaluated=["again"], half=True)  # the card is written anew
+    export(str(measured), rounded, evaluated=["again"], half=True)  # the card is written anew
     assert "Of these weights, on 3 images" in card_of(rounded)[1]
     with pytest.raises(UserError, match="measured another model"):
-        export_model(str(measured), tmp_path / "whole", evaluated=["again"])
+        export(str(measured), tmp_path / "whole", evaluated=["again"])
 
 
 def test_a_card_without_runs_says_so(save: Callable[..., Path], tmp_path: Path) -> None:
     source = save()
-    export_model(str(source), tmp_path / "out")
+    export(str(source), tmp_path / "out")
     _, body = card_of(tmp_path / "out")
     part = body[body.index("## Measured robustness") : body.index("## Limits")]
     assert "Nothing was measured on these weights" in part
     assert "%" not in part
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-    export_model(str(source), tmp_path / "mine")
+    export(str(source), tmp_path / "mine")
     matter, body = card_of(tmp_path / "mine")
     assert matter["license"] == "mit"
     assert "names the licence `mit`" in body
@@ -274,7 +274,7 @@ def test_a_card_says_how_a_model_was_trained(
         eps="2/255",
         name="ft",
     )
-    export_model("runs/ft", tmp_path / "out")
+    export("runs/ft", tmp_path / "out")
     matter, body = card_of(tmp_path / "out")
     assert "adversarial-robustness" in matter["tags"]
     for wanted in (

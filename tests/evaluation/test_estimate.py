@@ -44,7 +44,7 @@ def forecast(attacks: str, images: int, rungs: tuple[int, ...]) -> tuple[int, in
 
 
 @settings(max_examples=15, deadline=None)
-@given(images=st.integers(0, 9), rungs=st.sampled_from([(1,), (4,), (4, 2, 1), (8, 4, 2)]))
+@given(images=st.integers(0, 9), rungs=st.sampled_from([(1,), (2, 1), (3, 2, 1)]))
 def test_the_bounds_are_met_exactly_by_models_that_never_and_always_fall(images: int, rungs: tuple[int, ...]) -> None:
     attacks = "pgd:steps=3,apgd-ce:steps=2"
     least, most = forecast(attacks, images, rungs)
@@ -57,8 +57,8 @@ def test_the_bounds_are_met_exactly_by_models_that_never_and_always_fall(images:
 def test_restarts_that_run_ahead_in_spare_rows_cost_less_than_said(images: int, rungs: tuple[int, ...]) -> None:
     attacks = "pgd:steps=3:restarts=3,apgd-t:steps=2"
     _, most = forecast(attacks, images, rungs)
-    looks = sum(looks_per_image(attack, 2) for attack in parse_attacks(attacks))
-    assert images * looks * 2 <= spent(attacks, images, rungs, Constant(right=True)) <= most
+    needed = spent(attacks, images, (1,), Constant(right=True))
+    assert needed <= spent(attacks, images, rungs, Constant(right=True)) <= most
 
 
 @settings(max_examples=15, deadline=None)

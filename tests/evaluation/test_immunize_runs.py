@@ -34,6 +34,7 @@ from robustvlm.detect.metrics import Interval
 from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, read_card
 from robustvlm.report.page import page_of
+from robustvlm.report.sections import Report
 from robustvlm.runs.run import Run
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import rate
@@ -154,6 +155,38 @@ def test_zero_shot_mode_says_what_is_lost(make_folder: MakeFolder) -> None:
     assert load_classifier(str(run.folder.path), ("cat", "dog", "fox"), ["{}"]).can_reject
     with pytest.raises(UserError, match="none that mean anything"):
         made(photos, name="b", no_images=True, antibodies="none")
+
+
+def page_of_classes(count: int, images: int) -> str:
+    """Return the table of so many classes, the last of which has the smallest margin, as the page shows it."""
+    fit = {"distance": 0.1234} if images else None
+    rows = [
+        {"name": f"class {k}", "images": images, "alpha": [1.0], "kappa": 7.0, "threshold": 0.5, "antibodies": 1}
+        | {"margin": 1 - k / 1000, "held_out_right": 0, "pooled": False, "fit": fit}
+        for k in range(count)
+    ]
+    return page_of(Report("report", "run", "kicker", "", [], [view._classes({"classes": rows})]))
+
+
+def test_of_many_classes_the_report_shows_the_likeliest_to_be_confused() -> None:
+    page = page_of_classes(1000, images=3)
+    assert page.count("<tr") == 1 + 100
+    assert "The 100 of 1,000 with the smallest margin" in page
+    assert ">class 999<" in page
+    assert ">class 899<" not in page
+    few = page_of_classes(100, images=3)
+    assert few.count("<tr") == 1 + 100
+    assert few.index(">class 0<") < few.index(">class 99<")
+    assert "with the smallest" not in few
+
+
+def test_a_model_of_texts_has_no_columns_about_images() -> None:
+    taught, texts = page_of_classes(3, images=3), page_of_classes(3, images=0)
+    for column in ("Images", "alpha", "kappa", "Threshold", "KS"):
+        assert f">{column}</th>" in taught
+        assert f">{column}</th>" not in texts
+    assert ">Margin</th>" in texts
+    assert "Weibull" not in texts
 
 
 def test_several_prototypes_noise_thresholds_and_unknown_images(make_folder: MakeFolder, tmp_path: Path) -> None:

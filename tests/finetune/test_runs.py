@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small import OWN, clip_folder, pictures, prepared
 from torch import Tensor
 
-from robustvlm.commands.export import export_model
+from robustvlm.commands.export import export
 from robustvlm.commands.finetune.work import parse_options
 from robustvlm.data import open_data
 from robustvlm.data.trees import load_forest
@@ -61,7 +61,7 @@ def test_an_open_clip_run_is_a_model_of_its_own(tmp_path: Path) -> None:
 def test_an_exported_run_is_read_by_open_clip_itself(tmp_path: Path) -> None:
     run = prepared(tmp_path, model=str(clip_folder(tmp_path / "base")), steps=3, trainable="lora:2")
     run.start()
-    export_model(str(run.folder.path), tmp_path / "out")
+    export(str(run.folder.path), tmp_path / "out")
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     tokens = open_clip.get_tokenizer(
         f"local-dir:{tmp_path / 'out'}", bpe_path=str(tmp_path / "out" / "bpe_merges.txt.gz")
@@ -73,15 +73,15 @@ def test_an_exported_run_is_read_by_open_clip_itself(tmp_path: Path) -> None:
         texts = model.encode_text(tokens(["a red thing", "blue"]), normalize=True)
     torch.testing.assert_close(images, vlm.encode_image(PIXELS))
     torch.testing.assert_close(texts, vlm.encode_text(["a red thing", "blue"]))
-    export_model(str(run.folder.path), tmp_path / "out")  # the same again: it is there already
+    export(str(run.folder.path), tmp_path / "out")  # the same again: it is there already
     for other, half in ((tmp_path / "base", False), (run.folder.path, True)):
         with pytest.raises(UserError, match="not an empty folder: choose another one"):
-            export_model(str(other), tmp_path / "out", half=half)
-    export_model(str(run.folder.path), tmp_path / "halved", half=True)
-    export_model(str(run.folder.path), tmp_path / "halved", half=True)
+            export(str(other), tmp_path / "out", half=half)
+    export(str(run.folder.path), tmp_path / "halved", half=True)
+    export(str(run.folder.path), tmp_path / "halved", half=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty folder: choose another one"):
-        export_model(str(run.folder.path), tmp_path / "out")
+        export(str(run.folder.path), tmp_path / "out")
 
 
 def test_an_encoder_of_one_s_own_gets_new_weights_laid_over_it(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_encoder_of_one_s_own_gets_new_weights_laid_over_it(tmp_path: Path) -
     found = load_pipeline(str(run.folder.path))
     assert_same(found, run.work.vlm)
     with pytest.raises(UserError, match=r"more than an open_clip model \(a CustomVLM\)"):
-        export_model(str(run.folder.path), tmp_path / "out")
+        export(str(run.folder.path), tmp_path / "out")
 
 
 class Interrupted(Observer):

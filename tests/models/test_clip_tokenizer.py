@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 
-from robustvlm.commands.export import export_model
+from robustvlm.commands.export import export
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.clip import MERGES
@@ -111,13 +111,13 @@ def test_exporting_what_is_there_already_is_no_mistake_and_another_model_is_one(
     first.mkdir()
     for left in (".tmpvOESOB", ".open_clip_model.safetensors.kzwoaq_a.part"):  # of an export that was killed
         (first / left).write_bytes(b"half")
-    export_model(str(tiny), first)
+    export(str(tiny), first)
     assert not list(first.glob(".*"))
-    export_model(str(first), second)
+    export(str(first), second)
     before = [(path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(second.iterdir())]
-    export_model(str(first), second)
+    export(str(first), second)
     assert [(path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(second.iterdir())] == before
     with pytest.raises(UserError, match="choose another one to export to"):
-        export_model(str(first), second, half=True)
+        export(str(first), second, half=True)
     with pytest.raises(UserError, match="choose another one to export to"):
-        export_model("tiny-robust", second)
+        export("tiny-robust", second)

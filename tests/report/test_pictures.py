@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_charts_keep_text_and_take_the_pages_colours() -> None:
     assert "var(--series-0)" in svg
     assert not re.search(r"#0[1-6]0[1-6]0[0-9]", svg)
     assert "http" not in svg
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=12, unique=True))
+def test_labels_of_the_curve_do_not_run_into_each_other(radii: list[float]) -> None:
+    ticks = {eps: f"{eps:.2g}/255" for eps in sorted([0.0, *radii])}
+    labels = plots.uncrowded(ticks)
+    assert len(labels) == len(ticks)
+    assert labels[0] == ticks[0.0]
+    assert labels[-1] == ticks[max(radii)]
+    shown = {eps: label for eps, label in zip(ticks, labels, strict=True) if label}
+    assert all(ticks[eps] == label for eps, label in shown.items())
+    if len(ticks) <= 6 and len(shown) > 2:
+        for (left, one), (right, other) in pairwise(shown.items()):
+            assert (right - left) / max(radii) > 0.019 * (len(one) + len(other)) / 2
 
 
 def test_labels_are_neither_mathematics_nor_markup() -> None:

@@ -117,6 +117,16 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert [found.number("score") for found in history.validations] == [0.9, 0.0, 0.8, 0.8, 0.0]
 
 
+def test_of_weights_that_withstand_as_much_those_with_more_right_clean_are_kept(tmp_path):
+    clean = iter([0.9, 0.1, 0.7, 0.7])
+    history = Trainer(
+        Toy(), images(), config(steps=6, validate_every=2),
+        validation=lambda: {"score": 0.0, "clean accuracy": next(clean)}, best_by="score",
+    ).fit(tmp_path)  # fmt: skip
+    assert [found.number("clean accuracy") for found in history.validations] == [0.9, 0.1, 0.7, 0.7]
+    assert history.best_step == 4, "the untrained weights are no candidate, and of equals the earlier are kept"
+
+
 def test_of_equally_good_weights_the_first_are_kept(tmp_path: Path) -> None:
     history = Trainer(
         Toy(), images(), config(steps=6, validate_every=2), validation=lambda: {"score": 0.0}, best_by="score"

@@ -100,6 +100,33 @@ def curve_of(summary: Summary, name: str) -> Curve:
     )
 
 
+_CHARACTER = 0.019
+"""Of the axis: what a character of a label takes up."""
+
+
+def uncrowded(ticks: Mapping[float, str]) -> list[str]:
+    """Return the labels of ascending ticks; one is left blank that would run into the first or one on its right.
+
+    More than six stand at an angle, where the lines and not the lengths have to keep apart.
+
+    Example:
+        >>> uncrowded({0.0: "0", 0.05: "0.05/255", 0.25: "0.25/255", 0.5: "0.5/255", 1.0: "1/255"})
+        ['0', '', '0.25/255', '0.5/255', '1/255']
+    """
+    first, *places = ticks
+    span = max([first, *places]) - first
+
+    def clear(left: float, right: float) -> bool:
+        characters = 3.0 if len(ticks) > 6 else (len(ticks[left]) + len(ticks[right])) / 2 + 1
+        return right - left >= characters * _CHARACTER * span
+
+    shown = [first]
+    for place in reversed(places):
+        if len(shown) == 1 or (clear(first, place) and clear(place, shown[-1])):
+            shown.append(place)
+    return [label if place in shown else "" for place, label in ticks.items()]
+
+
 @chart
 def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
     """Draw robust accuracy over eps with its 95 % band, one line per run."""
@@ -123,7 +150,8 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
                 label=curve.name,
             )
         ticks = dict(sorted((e, t) for curve in curves for e, t in zip(curve.eps, curve.ticks, strict=True)))
-        axes.set_xticks(list(ticks), list(ticks.values()), rotation=35 if len(ticks) > 6 else 0)
+        labels = uncrowded(ticks)
+        axes.set_xticks(list(ticks), labels, rotation=35 if sum(map(bool, labels)) > 6 else 0)
         axes.set_ylim(0, 102)
         axes.set_xlim(left=0)
         axes.set_xlabel(f"perturbation size ε ({norm})")

@@ -125,9 +125,13 @@ class Answers:
     def _ask(self, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
         classifier, moved = self.classifier, pixels.to(self.classifier.device)
         with torch.inference_mode(), full_precision_kernels():
-            features = None if classifier.vlm is None else classifier.vlm.encode_image(moved).float().cpu()
-            output = classifier(moved).float().cpu() if features is None or classifier.can_reject else None
-        return features, output
+            features = None if classifier.vlm is None else classifier.vlm.encode_image(moved)
+            output = None
+            if features is not None and classifier.can_reject:
+                output = classifier.from_features(features)
+            if output is None and (features is None or classifier.can_reject):
+                output = classifier(moved)
+        return None if features is None else features.float().cpu(), None if output is None else output.float().cpu()
 
     def _try_out(self, shape: torch.Size) -> None:
         """Find the batch sizes on fixed noise, so that every session finds the same ones.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from robustvlm.commands.export.card import CARD, measured, model_card
 from robustvlm.core.files import is_temporary, named_disk_errors, read_json, read_text, write_text
 from robustvlm.defenses import load_pipeline
-from robustvlm.errors import UserError, nearest, setting
+from robustvlm.errors import UserError, arguments_named, nearest, setting
 from robustvlm.models.clip import MERGES, ClipVLM
 from robustvlm.models.clip_folder import clip_config, stored_weights, write_clip_folder
 from robustvlm.models.clip_to_transformers import LAYOUT, translate
@@ -35,18 +35,26 @@ class Layout:
     prepare: Callable[[ClipVLM, bool], tuple[Callable[[Path], None], Callable[[Path], bool]]]
 
 
-def export_model(
-    spec: str, out: Path, *, half: bool = False, to: str = "open_clip", evaluated: Sequence[str | Path] = ()
-) -> None:
-    """Write the open_clip model that `spec` names into the folder `out`, with a model card (README.md).
+@arguments_named()
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str = "open_clip",
+    evaluated: Sequence[str | Path] = (),
+    half: bool = False,
+) -> Path:
+    """Write a model as a folder that open_clip or transformers reads, with a model card (README.md); return the folder.
 
     An export that was cut short is made anew, and one that is there already stays; its card is written anew where runs
     are given.
 
     Args:
-        half: store weights with 16 bits.
+        model: a run folder, or any other open_clip model's spec.
+        out: the folder to write, new or empty.
         to: "open_clip" or "transformers".
         evaluated: folders or names of attack and certify runs of this model, whose figures the card shows.
+        half: store weights with 16 bits.
 
     Raises:
         UserError: the model is not a plain open_clip model, or one that transformers cannot express; `out` holds
@@ -54,11 +62,16 @@ def export_model(
 
     Example:
         >>> import tempfile
-        >>> out = Path(tempfile.mkdtemp()) / "exported"
-        >>> export_model("tiny", out)
+        >>> out = export("tiny", Path(tempfile.mkdtemp()) / "exported")
         >>> sorted(path.name for path in out.iterdir() if path.suffix in (".md", ".safetensors"))
         ['README.md', 'open_clip_model.safetensors']
     """
+    write_export(str(model), Path(out), to=to, evaluated=evaluated, half=half)
+    return Path(out)
+
+
+def write_export(spec: str, out: Path, *, to: str, evaluated: Sequence[str | Path], half: bool) -> None:
+    """As `export`, with errors that name options as the command line has them."""
     if to not in LAYOUTS:
         raise UserError(f"{setting('to')} is one of {', '.join(LAYOUTS)}, got '{to}': {nearest(to, LAYOUTS)}")
     layout = LAYOUTS[to]

@@ -57,6 +57,7 @@ def _rate(found: Rate) -> str:
 
 # More would be a file, not a report; all of them are in the record.
 _ROWS = 400
+_CLASSES = 100
 _KNOWN = (
     ("Accuracy before (zero-shot)", "accuracy_before", True),
     ("Accuracy after", "accuracy_after", True),
@@ -72,6 +73,7 @@ _COLUMNS = (
     "marked as pooled where a class has too few held-out images for a fit of its own; KS is the distance of its lowest "
     "scores from their Weibull fit."
 )
+_MARGIN = "Margin: 1 - cosine of the prototype and the nearest antibody."
 
 
 def immunize_report(run: FinishedRun[ImmunizeSummary]) -> doc.Report:
@@ -161,24 +163,38 @@ def _measures(measures: Measures) -> list[doc.Section]:
 
 
 def _classes(record: dict[str, Any]) -> doc.Section:
-    classes, shown = record["classes"], record["classes"][:_ROWS]
-    more = f" The first {len(shown)} of {len(classes)}; all are in immunity.json." if len(classes) > len(shown) else ""
-    numbered = doc.numbers("Images", "alpha", "kappa", "Antibodies", "Margin", "Threshold", "KS")
-    rows: list[doc.Row] = [
-        (
-            doc.Name(row["name"], limit=60),
-            f"{row['images']:,}",
-            " ".join(f"{value:.2f}" for value in row["alpha"]),
-            f"{row['kappa']:.0f}",
-            f"{row['antibodies']:,}",
-            f"{row['margin']:.3f}",
-            [f"{row['threshold']:.3f}", doc.Small(" pooled" if row["pooled"] else "")],
-            f"{row['fit']['distance']:.3f}" if row["fit"] else "",
-        )
-        for row in shown
-    ]
-    table = doc.Table([doc.Column("Class"), *numbered], rows, only="page")
-    return doc.Section("Classes", [doc.Text(_COLUMNS + more, kind="lead"), table], key="classes", short="Classes")
+    """Return the table of the classes; of many those with the smallest margin, which are the likeliest to be confused.
+
+    Of a model without images there is nothing to say of images, prototypes and thresholds.
+    """
+    classes = shown = record["classes"]
+    taught = any(row["images"] for row in classes)
+    said = [_COLUMNS, _MARGIN] if taught else [_MARGIN]
+    if len(classes) > _CLASSES:
+        shown = sorted(classes, key=lambda row: row["margin"])[:_CLASSES]
+        said.append(f"The {len(shown)} of {len(classes):,} with the smallest margin; all are in immunity.json.")
+    titles = ("Images", "alpha", "kappa", "Antibodies", "Margin", "Threshold", "KS")
+    cells = _cells if taught else _cells_of_texts
+    columns = doc.numbers(*(titles if taught else ("Antibodies", "Margin")))
+    table = doc.Table([doc.Column("Class"), *columns], [cells(row) for row in shown], only="page")
+    return doc.Section("Classes", [doc.Text(" ".join(said), kind="lead"), table], key="classes", short="Classes")
+
+
+def _cells(row: dict[str, Any]) -> doc.Row:
+    return (
+        doc.Name(row["name"], limit=60),
+        f"{row['images']:,}",
+        " ".join(f"{value:.2f}" for value in row["alpha"]),
+        f"{row['kappa']:.0f}",
+        f"{row['antibodies']:,}",
+        f"{row['margin']:.3f}",
+        [f"{row['threshold']:.3f}", doc.Small(" pooled" if row["pooled"] else "")],
+        f"{row['fit']['distance']:.3f}" if row["fit"] else "",
+    )
+
+
+def _cells_of_texts(row: dict[str, Any]) -> doc.Row:
+    return doc.Name(row["name"], limit=60), f"{row['antibodies']:,}", f"{row['margin']:.3f}"
 
 
 def _kept(record: dict[str, Any]) -> doc.Section:

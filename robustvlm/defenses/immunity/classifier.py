@@ -90,6 +90,10 @@ class ImmunisedClassifier(Classifier):
         with torch.autocast(pixels.device.type, enabled=False):
             return self.head(features)
 
+    def from_features(self, features: Tensor) -> Tensor | None:
+        """Return the output for known features; None on a smoothed encoder, which draws afresh for its answer."""
+        return None if isinstance(self.encoder, SmoothedVLM) else self.head(features)
+
     def head(self, features: Tensor) -> Tensor:
         """Return logits and the acceptance score [B, K + 1] of adapted features [B, D]."""
         z = features.to(self.prototypes.dtype)

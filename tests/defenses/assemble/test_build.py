@@ -296,6 +296,7 @@ def test_a_head_smoothed_without_thresholds_for_the_noise_is_built_with_a_warnin
         1,
         1,
     ]
+    assert "--sigma 0.25` sets them, from images" in str(found[1])
     assert len(found) == 2
     whole = pipeline.saved_model(str(tmp_path / "whole"))
     assert whole is not None

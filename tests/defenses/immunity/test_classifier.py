@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from robustvlm.certify import OpensetRule
+from robustvlm.commands.detect.encoding import Answers
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
 from robustvlm.defenses.immunity import AdaptedVLM, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
@@ -135,6 +136,40 @@ def test_smoothing_goes_between_adapter_and_head(tmp_path: Path) -> None:
     mean = vlm.mean_feature(images(1), 8)  # type: ignore[attr-defined]
     assert torch.allclose(output, told.head(mean)[0])  # type: ignore[union-attr]
     assert float(mean.norm()) < 0.999  # not scaled: what certificates are about
+
+
+def test_known_features_give_the_bits_of_the_answer_and_smoothed_models_draw_afresh(tmp_path: Path) -> None:
+    folder = str(saved(tmp_path / "run", immunity()))
+    classifier = load_classifier(folder, NAMES, ["{}"], device="cpu")
+    assert classifier.vlm is not None
+    with torch.no_grad():
+        found = classifier.from_features(classifier.vlm.encode_image(images()))
+        assert found is not None
+        assert torch.equal(found, classifier(images()))
+        smoothed = load_classifier(f"{folder}+smooth:0.25:4", NAMES, ["{}"], device="cpu")
+        assert smoothed.vlm is not None
+        assert smoothed.from_features(smoothed.vlm.encode_image(images())) is None
+        refusing = load_classifier("tiny+reject:0.5", NAMES, ["{}"], device="cpu")
+        assert refusing.from_features(images()) is None
+
+
+@pytest.mark.parametrize("operators", ["", "+smooth:0.25:4"])
+def test_detect_encodes_an_image_once_unless_the_answer_is_random(
+    tmp_path: Path, operators: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(saved(tmp_path / "run", immunity()))
+    classifier = load_classifier(folder + operators, NAMES, ["{}"], device="cpu")
+    answers = Answers(classifier, batch_size=1)  # of one image nothing is to be tried out
+    seen: list[int] = []
+    encoder = type(load_model("tiny"))
+    inner = encoder._image_features
+    monkeypatch.setattr(encoder, "_image_features", lambda self, x: seen.append(len(x)) or inner(self, x))
+    features, output = answers(images(2))
+    assert features is not None
+    assert output is not None
+    assert output.shape == (2, 4)
+    copies = 4 if operators else 1
+    assert sum(seen) == 2 * copies * (2 if operators else 1)
 
 
 def test_certificates_get_the_rule_that_is_deployed(tmp_path: Path) -> None:
