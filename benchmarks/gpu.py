@@ -212,7 +212,7 @@ def rates(model: Classifier, name: str, place: torch.device, path: str, each: fl
     x, label = torch.stack([job.pixels for job in jobs]).to(place), torch.tensor([job.label for job in jobs])
     label = label.to(place)
     with full_precision_kernels():
-        net = torch.compile(model) if path == "compile" else model
+        net: Any = torch.compile(model) if path == "compile" else model
         bare = _rate(lambda: _backward(net, x, label, path), lanes, place, each)
         forward = _rate(lambda: _forward(model, x, path), lanes, place, each)
     yield Figure("rows/s forward and backward, bare", name, path, bare)
@@ -227,7 +227,7 @@ def rates(model: Classifier, name: str, place: torch.device, path: str, each: fl
     common: Any = {"cos0": 0.5, "sigma": 0.25, "alpha": 0.001}
     few = [certify.Job(job.image_id, job.index, job.pixels) for job in jobs[:4]]
 
-    def sampled() -> list[certify.Sampled]:
+    def sampled() -> list[Any]:
         claim = lambda _: certify.FeatureRadius(**common, n=100 + passes * lanes // len(few), n_pilot=50)  # noqa: E731
         return list(sampling.run(few, claim))
 
