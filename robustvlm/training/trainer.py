@@ -234,7 +234,7 @@ class Session:
                 self._save()  # at once, so that hardly anything can come between the two files
 
     def _is_best(self, found: Validation) -> bool:
-        """Whether weights are better than the best so far; of two that withstand as much, those more often right clean."""
+        """Whether weights are better than the best so far; of equally robust ones, those more right when clean."""
         assert self.t.best_by is not None
         value, best = found.number(self.t.best_by), self.state.history.best()
         if value is None or self.state.history.best_step is None or best is None:
