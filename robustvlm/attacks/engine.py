@@ -185,8 +185,8 @@ class LaneEngine:
         gradient = self.attack.uses_gradient
         alone = self._look_alone(state["x"], case, gradient=gradient)
         answer, loss, grad = look = self._look(state["x"], case, sizes, gradient=gradient)
-        if alone is not None and _alike(alone, look):
-            self.sizes.add(len(alone[1]))
+        if alone is not None:
+            self.sizes.note(len(alone[1]), agree=_alike(alone, look), numbers=_numbers(alone, used))
         for lane in self._lanes:
             lane.passes += self.oracle.look_passes * (2 if gradient else 1)
         # A user's attack may change its points in place.
@@ -346,15 +346,20 @@ class LaneEngine:
 
 
 def _alike(alone: Look, look: Look) -> bool:
-    """Whether the first rows of a look are the same to the bit as when looked at alone, and show anything at all."""
+    """Whether the first rows of a look are the same to the bit as when looked at alone."""
     columns = [(getattr(alone[0], name), getattr(look[0], name)) for name in Answer.__dataclass_fields__]
     columns += zip(alone[1:], look[1:], strict=True)
+    same = [(torch.nan_to_num(part) == torch.nan_to_num(whole[: len(part)])).all() for part, whole in columns]
+    return bool(torch.stack(same).all())
+
+
+def _numbers(alone: Look, used: int) -> int:
+    """Return how many numbers of a look could have shown a difference: gradients, else losses; zeros show nothing.
+
+    Rows beyond those in use repeat others.
+    """
     signal = alone[2] if len(alone[2]) else alone[1]
-    # Rows that are all zero look alike in every batch.
-    told = [(signal != 0).any()]
-    for part, whole in columns:
-        told.append((torch.nan_to_num(part) == torch.nan_to_num(whole[: len(part)])).all())
-    return bool(torch.stack(told).all())
+    return int((signal[:used] != 0).sum())
 
 
 def _facts(answer: Answer, more: Sequence[Tensor] = ()) -> tuple[list[Fact], list[list[float]]]:

@@ -102,6 +102,10 @@ def _same(new: Sequence[Tensor], old: Sequence[Tensor], rows: Tensor) -> bool:
 _STEPS = sorted({2**k for k in range(20)} | {3 * 2**k for k in range(19)})
 
 
+# Numbers that must agree to the bit before a size is believed: of a few, rounding alone lets many agree.
+_EVIDENCE = 64
+
+
 class SteadySizes:
     """Batch sizes on which an image gets the same bits, descending; smaller ones are looked for once that pays.
 
@@ -112,33 +116,40 @@ class SteadySizes:
         >>> sizes = SteadySizes((36, 18))
         >>> [sizes.worth_trying(rows, paid=18) for rows in (1, 7)]  # 17 spare rows, then 11, pay for more than these
         [1, 8]
-        >>> sizes.add(8)
+        >>> sizes.note(1, agree=False, numbers=500)
+        >>> sizes.note(8, agree=True, numbers=500)
         >>> sizes.steady
         (36, 18, 8)
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.steady = tuple(sizes)
-        self._tried = set(sizes)
+        self._evidence: dict[int, int] = {}
+        self._refused: set[int] = set()
         self._wasted = 0
 
     def worth_trying(self, rows: int, paid: int) -> int | None:
-        """Count the spare rows of a pass; return an untried size for its rows once they have cost as much as to try it.
+        """Count the spare rows of a pass; return an open size for its rows once they have cost as much as to try it.
 
         Args:
             rows: rows that were needed. paid: rows of the batches that held them.
         """
         self._wasted += paid - rows
-        size = next((step for step in _STEPS if rows <= step < paid and step not in self._tried), None)
+        known = self._refused.union(self.steady)
+        size = next((step for step in _STEPS if rows <= step < paid and step not in known), None)
         if size is None or size > self._wasted:
             return None
         self._wasted -= size
-        self._tried.add(size)
         return size
 
-    def add(self, size: int) -> None:
-        """Take in a size that was found to be steady."""
-        self.steady = tuple(sorted({*self.steady, size}, reverse=True))
+    def note(self, size: int, *, agree: bool, numbers: int) -> None:
+        """Take in whether so many numbers of a trial were the same to the bit; one that was not rules the size out."""
+        if not agree:
+            self._refused.add(size)
+            return
+        self._evidence[size] = self._evidence.get(size, 0) + numbers
+        if self._evidence[size] >= _EVIDENCE:
+            self.steady = tuple(sorted({*self.steady, size}, reverse=True))
 
     def narrow(self, error: BaseException, device: torch.device) -> None:
         """Go on with smaller sizes after memory ran out; raise any other error, and where nothing is smaller."""
