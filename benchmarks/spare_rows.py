@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -62,7 +63,8 @@ def cost(images: int, threat: ThreatModel, sizes: tuple[int, ...]) -> tuple[int,
         results = list(LaneEngine(oracle, attack, threat, lanes=sizes[0], seed=0, rungs=rungs).run(left))
         counted += sum(result.passes for result in results)
         fooled = {result.job.index for result in results if result.outcome == FOOLED}
-        left = [job for job in left if job.index not in fooled]
+        shown = {result.job.index: result.beyond for result in results}
+        left = [replace(job, beyond={**job.beyond, **shown[job.index]}) for job in left if job.index not in fooled]
         remaining.append(len(left))
     return counted, oracle.passes.forward + oracle.passes.backward, remaining
 

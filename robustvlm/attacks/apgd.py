@@ -9,9 +9,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import ATTACKS, DONE, MOST, LaneAttack, Option, State
+from robustvlm.attacks.base import ATTACKS, BEYOND, DONE, MOST, LaneAttack, Option, State
 from robustvlm.attacks.fab import boundary_step
-from robustvlm.attacks.futility import FIRST_STEP, learn, nothing_known, out_of_reach, reach
+from robustvlm.attacks.futility import FIRST_STEP, beyond, learn, nothing_known, out_of_reach, reach
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.attacks.threat import ThreatModel, l2_norms, lengths, per_image, pixel_box, project, random_start
 from robustvlm.core.device import sent
@@ -186,6 +186,10 @@ class TargetedAPGD(APGD):
     def n_runs(self, n_classes: int) -> int:
         return self.n_restarts * min(self.n_targets, n_classes - 1)
 
+    def walks_from_image(self, run: int) -> bool:
+        del run
+        return self._walks()
+
     def target_rank(self, run: int) -> int:
         return run // self.n_restarts
 
@@ -199,7 +203,7 @@ class TargetedAPGD(APGD):
         state = super().begin(x0, threat, generator, run)
         if not self._walks():
             return state
-        flags = {"walking": torch.ones(1, dtype=torch.bool), DONE: torch.zeros(1, dtype=torch.bool)}
+        flags = {"walking": torch.ones(1, dtype=torch.bool)}
         # The start of the iterations waits in "x_before" until the walk is over.
         return state | nothing_known(x0) | flags | {"x": x0.clone(), "begun": torch.zeros(1, dtype=torch.int64)}
 
@@ -226,6 +230,7 @@ class TargetedAPGD(APGD):
             "walking": ~over,
             "begun": torch.where(over, step + 1, state["begun"]),
             DONE: out_of_reach(state, step, threat.eps),
+            BEYOND: beyond(state, step),
         }
 
     def _walks(self) -> bool:

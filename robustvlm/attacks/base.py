@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
@@ -179,6 +179,8 @@ def check(attack: LaneAttack) -> None:
 State = dict[str, Tensor]
 
 DONE = "done"
+# Where an attack looks which classes are within reach, the radius within which a lane's class is not, [L]; else 0.
+BEYOND = "beyond"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +219,14 @@ class LaneAttack(ABC):
     def n_points(self) -> int:
         """Return how many points a sub-run evaluates at most, its start included."""
         return self.n_iter + 1
+
+    def walks_from_image(self, run: int) -> bool:
+        """Whether a sub-run begins at the image and ends once a walk has shown its class to be out of reach.
+
+        It tells so under `BEYOND`; where an attack before has shown the same, only its first point is evaluated.
+        """
+        del run
+        return False
 
     def exhaustive(self) -> LaneAttack:
         """Return the attack without early ends that are sound for the outcome but not for the worst margin met."""
@@ -271,6 +281,8 @@ class Job:
         label: true class; -1 when it is none of the classes.
         targets: classes for targeted sub-runs, the likeliest first.
         reference: what the goal has to know of the clean image (its feature), a vector [R], or None.
+        beyond: classes that an earlier attack's walk has shown to be out of reach, each with the radius within which
+            it is.
 
     Raises:
         UserError: the pixels are no floats, or not in [0, 1].
@@ -282,6 +294,7 @@ class Job:
     label: int
     targets: tuple[int, ...] = ()
     reference: Tensor | None = field(default=None, repr=False)
+    beyond: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.pixels.is_floating_point():
@@ -313,6 +326,7 @@ class Result:
         linf, l2: norms of the recorded perturbation in pixel units.
         seconds: the image's share of the wall time of the batches it rode in.
         adversarial: recorded point [3, H, W], the first success or the point of lowest margin.
+        beyond: as in `Job`; what this attack has shown.
     """
 
     job: Job
@@ -328,3 +342,4 @@ class Result:
     l2: float
     seconds: float
     adversarial: Tensor = field(repr=False)
+    beyond: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)

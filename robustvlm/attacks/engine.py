@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import catalog
-from robustvlm.attacks.base import DONE, FAILED, FOOLED, ROBUST, Job, LaneAttack, Result, State
+from robustvlm.attacks.base import BEYOND, DONE, FAILED, FOOLED, ROBUST, Job, LaneAttack, Result, State
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.lanes import Fact, Image, Lane
 from robustvlm.attacks.oracle import Answer, Oracle
@@ -126,7 +126,9 @@ class LaneEngine:
 
     def _lane(self, image: Image, run: int) -> Lane:
         image.running.add(run)
-        return Lane(image, run, leave=self.leave)
+        target = self._target(image.job, run)
+        known = self.attack.walks_from_image(run) and image.job.beyond.get(target, 0.0) > self.threat.eps
+        return Lane(image, run, 1 if known else self.attack.n_points(), target, leave=self.leave)
 
     def _affordable(self, started: int) -> list[int]:
         """Return the rows to keep: sub-runs ahead of their turn as long as they fit beside those that are needed."""
@@ -232,16 +234,15 @@ class LaneEngine:
         """Return what the goal has to know of lanes, and their steps."""
         jobs = [lane.image.job for lane in lanes]
         references = [job.reference for job in jobs if job.reference is not None]
-        label, target, step = self._spread([job.label for job in jobs], [self._target(lane) for lane in lanes], steps)
+        label, target, step = self._spread([job.label for job in jobs], [lane.target for lane in lanes], steps)
         reference = sent(torch.stack(references), self.oracle.device, self.oracle.dtype) if references else None
         return Case(label=label, target=target, reference=reference), step
 
-    def _target(self, lane: Lane) -> int:
+    def _target(self, job: Job, run: int) -> int:
         """Return the class that a sub-run aims at; the label where the objective has no target."""
         if not self.attack.objective.targeted:
-            return lane.image.job.label
-        targets = lane.image.job.targets
-        return targets[min(self.attack.target_rank(lane.run), len(targets) - 1)]
+            return job.label
+        return job.targets[min(self.attack.target_rank(run), len(job.targets) - 1)]
 
     def _confirmed(self, state: State, answer: Answer, x: Tensor) -> tuple[Answer, Tensor]:
         """Return final answers at the points [L, ...] and which of them count; what is not final gets a second look."""
@@ -270,19 +271,23 @@ class LaneEngine:
 
     def _observe(self, x: Tensor, answer: Answer, inside: Tensor) -> list[bool]:
         """Show every lane its point and its answer; return which lanes' attack has come to an end."""
-        done = self._state.get(DONE)
-        more = [inside, torch.zeros_like(inside) if done is None else done]
+        nothing = torch.zeros_like(inside)
+        # What a user's attack says of classes out of reach would spare other attacks their own look.
+        beyond = nothing if catalog.is_foreign(self.attack) else self._state.get(BEYOND, nothing)
+        more = [inside, self._state.get(DONE, nothing), beyond]
         far = x.device.type == "cuda"
         if far:  # elsewhere points are compared one by one, and only where it matters
             best = torch.stack([x[row] if lane.best.x is None else lane.best.x for row, lane in enumerate(self._lanes)])
             more.append((x == best).flatten(1).all(1))
-        facts, (counts, ended, *met) = _facts(answer, more)
+        facts, (counts, ended, radii, *met) = _facts(answer, more)
         self.claimed += len(self._claims)
         self.upheld += sum(facts[row].reached for row in self._claims)
         self._claims = []
         for row, lane in enumerate(self._lanes):
             if counts[row]:
                 lane.observe(x[row], facts[row], bool(met[0][row]) if met else None)
+            if ended[row] and radii[row] > self.threat.eps:
+                lane.beyond = radii[row]
         return [bool(end) for end in ended]
 
     def _move_on(self, ended: Sequence[bool]) -> tuple[list[Result], list[Lane]]:
@@ -290,7 +295,7 @@ class LaneEngine:
         counted: list[Lane] = []
         over: list[int] = []
         for row, (lane, end) in enumerate(zip(self._lanes, ended, strict=True)):
-            if lane.outcome is None and lane.step + 1 < self.attack.n_points() and not end:
+            if lane.outcome is None and lane.step + 1 < lane.points and not end:
                 lane.step += 1
             else:
                 over.append(row)

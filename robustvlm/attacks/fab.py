@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import ATTACKS, DONE, MOST, LaneAttack, Option, State
-from robustvlm.attacks.futility import learn, nothing_known, out_of_reach
+from robustvlm.attacks.base import ATTACKS, BEYOND, DONE, MOST, LaneAttack, Option, State
+from robustvlm.attacks.futility import beyond, learn, nothing_known, out_of_reach
 from robustvlm.attacks.objectives import Objective, objective, require_signed
 from robustvlm.attacks.threat import ThreatModel, lengths, per_image, random_start
 from robustvlm.core.seeds import row_sums
@@ -192,6 +192,9 @@ class FAB(LaneAttack):
             return self.n_restarts
         return self.n_restarts * min(self.n_targets, n_classes - 1)
 
+    def walks_from_image(self, run: int) -> bool:
+        return self._gives_up() and not self._begins_away(run)
+
     def target_rank(self, run: int) -> int:
         return 0 if self.n_targets is None else run // self.n_restarts
 
@@ -202,10 +205,10 @@ class FAB(LaneAttack):
         return replace(self, futility=False)
 
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
-        away = self.random_start or run % self.n_restarts
+        away = self._begins_away(run)
         x = random_start(x0, ThreatModel(threat.norm, threat.eps / 2), generator) if away else x0.clone()
         state = {"x0": x0, "x": x}
-        return state | nothing_known(x0) | {DONE: torch.zeros(1, dtype=torch.bool)} if self._gives_up() else state
+        return state | nothing_known(x0) if self._gives_up() else state
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         x0, x = state["x0"], state["x"]
@@ -216,7 +219,10 @@ class FAB(LaneAttack):
         if not self._gives_up():
             return state
         state = learn(state, distance, lengths(x - x0, threat.norm), loss > 0)
-        return state | {DONE: out_of_reach(state, step, threat.eps)}
+        return state | {DONE: out_of_reach(state, step, threat.eps), BEYOND: beyond(state, step)}
+
+    def _begins_away(self, run: int) -> bool:
+        return self.random_start or run % self.n_restarts > 0
 
     def _gives_up(self) -> bool:
         return self.futility and self.n_targets is not None

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import State
+from robustvlm.attacks.base import BEYOND, DONE, State
 from robustvlm.core.device import sent
 
 # Whether a walk along the boundary to a target class has shown that the class is out of reach
@@ -42,7 +42,8 @@ def safety(step: Tensor) -> Tensor:
 def nothing_known(x0: Tensor) -> State:
     """Return the state of one lane [1, ...] before its first step: no distances, no success."""
     unknown = x0.new_full((1,), float("inf"))
-    return {"distances": unknown[:, None].repeat(1, _RECENT), "shortest": unknown.clone()}
+    known = {"distances": unknown[:, None].repeat(1, _RECENT), "shortest": unknown.clone()}
+    return known | {DONE: torch.zeros(1, dtype=torch.bool), BEYOND: x0.new_zeros(1)}
 
 
 def learn(state: State, distance: Tensor, length: Tensor, success: Tensor) -> State:
@@ -58,6 +59,11 @@ def learn(state: State, distance: Tensor, length: Tensor, success: Tensor) -> St
 def reach(state: State) -> Tensor:
     """Return the least that the recent distances and the shortest success say of the boundary's distance, [L]."""
     return torch.minimum(state["distances"].amin(1), state["shortest"])
+
+
+def beyond(state: State, step: Tensor) -> Tensor:
+    """Return the radius within which a lane's target is out of reach, [L]; 0 where the walk has not shown any."""
+    return torch.where(state["shortest"].isfinite(), reach(state) / safety(step), 0)
 
 
 def out_of_reach(state: State, step: Tensor, eps: float) -> Tensor:

@@ -55,11 +55,18 @@ class Lane:
     """A sub-run of an image in a row of the batch.
 
     With `leave`, it ends at its first success; otherwise it goes on and keeps its point of lowest margin.
+
+    Args:
+        points: how many points it may evaluate; target: the class it aims at; beyond: the radius within which a walk
+            has shown that class to be out of reach, 0 where none has.
     """
 
     image: Image
     run: int
+    points: int
+    target: int
     leave: bool = True
+    beyond: float = 0.0
     step: int = 0
     passes: int = 0
     told: int = 0
@@ -101,6 +108,7 @@ class Image:
     best: Best = field(default_factory=Best)
     running: set[int] = field(default_factory=set)
     waiting: dict[int, Lane] = field(default_factory=dict)
+    beyond: dict[int, float] = field(default_factory=dict)
     outcome: str | None = None
 
     @property
@@ -127,6 +135,8 @@ class Image:
     def _count(self, lane: Lane) -> None:
         self.steps, self.passes = self.steps + lane.step, self.passes + lane.passes
         self.seconds += lane.seconds
+        if lane.beyond:
+            self.beyond[lane.target] = max(lane.beyond, self.beyond.get(lane.target, 0.0))
         assert lane.best.fact is not None, "the first point of a sub-run lies inside the ball"
         assert lane.best.x is not None
         self.best.take(lane.best.x, lane.best.fact, lane.run, decisive=lane.outcome is not None)
@@ -157,4 +167,5 @@ class Image:
             l2=l2,
             seconds=self.seconds,
             adversarial=adversarial,
+            beyond=self.beyond,
         )

@@ -1,6 +1,6 @@
 """Tensors in, tensors out: attacks on a batch of images of any module, without a run and its folder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,6 +230,7 @@ class _Search:
         self.by: list[str | None] = [None] * count
         self.targets: list[tuple[int, ...]] = [()] * count
         self.references: list[Tensor | None] = [None] * count
+        self.beyond: list[Mapping[int, float]] = [{}] * count
         self.remarks: list[str] = []
 
     def remark(self, *sentences: str) -> None:
@@ -255,7 +256,15 @@ class _Search:
         left = ~self.failed
         left &= ~self.fooled if stop_at_success else torch.tensor([by != CLEAN for by in self.by])
         jobs = (
-            Job(self.names[i], i, self.images[i], int(self.label[i]), self.targets[i], self.references[i])
+            Job(
+                self.names[i],
+                i,
+                self.images[i],
+                int(self.label[i]),
+                self.targets[i],
+                self.references[i],
+                self.beyond[i],
+            )
             for i in left.nonzero().flatten().tolist()
         )
         engine = self._engine(attack, stop_at_success)
@@ -303,6 +312,7 @@ class _Search:
     def _keep(self, result: Result, name: str) -> None:
         place, fooled = result.job.index, result.outcome == FOOLED
         self.passes[place] += result.passes
+        self.beyond[place] = {**self.beyond[place], **result.beyond}
         if result.outcome == FAILED:
             self.failed[place] = True
             return

@@ -140,3 +140,41 @@ def test_futility_needs_an_objective_whose_sign_tells_success():
 def test_untargeted_fab_gives_nothing_up():
     results = attack_all(Curved(), parse_attacks("fab:steps=15")[0], ThreatModel("Linf", 1e-4), right_jobs(Curved(), 4))
     assert {result.steps for result in results} == {15}
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=NORMS)
+@pytest.mark.parametrize("names", ["apgd-t:steps=40,fab-t:steps=60", "fab-t:steps=60,apgd-t:steps=40"])
+def test_what_one_attack_shows_of_a_class_spares_the_next_its_look(names, threat):
+    model = Curved(seed=4)
+    jobs = right_jobs(model, 24, seed=4)
+    first, second = parse_attacks(names)
+    shown = attack_all(model, first, threat, jobs)
+    told = [dataclasses.replace(job, beyond=result.beyond) for job, result in zip(jobs, shown, strict=True)]
+    alone, after = attack_all(model, second, threat, jobs), attack_all(model, second, threat, told)
+    assert [result.outcome for result in after] == [result.outcome for result in alone]
+    left = [i for i, result in enumerate(shown) if result.outcome == "robust"]
+    assert any(shown[i].beyond for i in left)
+    assert all(radius > threat.eps for result in shown for radius in result.beyond.values())
+    saved = [alone[i].passes - after[i].passes for i in left if shown[i].beyond]
+    assert min(saved) > 0
+    # One look at the image is left of a sub-run whose class is known to be out of reach.
+    spared = [i for i in left if len(shown[i].beyond) == len(jobs[i].targets)]
+    assert {after[i].passes for i in spared} == {2 * len(jobs[i].targets) for i in spared}
+
+
+def test_what_is_known_of_a_smaller_radius_spares_nothing():
+    model, attack = Curved(seed=4), parse_attacks("fab-t:steps=30")[0]
+    small, large = ThreatModel("Linf", 0.01), ThreatModel("Linf", 0.02)
+    jobs = right_jobs(model, 12, seed=4)
+    known = [dataclasses.replace(job, beyond=dict.fromkeys(job.targets, 0.015)) for job in jobs]
+    for threat, spared in ((small, True), (large, False)):
+        fresh, told = attack_all(model, attack, threat, jobs), attack_all(model, attack, threat, known)
+        assert ([result.passes for result in told] != [result.passes for result in fresh]) == spared
+
+
+def test_a_users_attack_spares_the_others_nothing(monkeypatch):
+    attack, job = TargetedAPGD(n_iter=5), right_jobs(Curved(seed=4), 4)
+    threat = ThreatModel("Linf", 0.005)
+    assert any(result.beyond for result in attack_all(Curved(seed=4), attack, threat, job))
+    monkeypatch.setattr("robustvlm.attacks.engine.catalog.is_foreign", lambda _: True)
+    assert not any(result.beyond for result in attack_all(Curved(seed=4), attack, threat, job))

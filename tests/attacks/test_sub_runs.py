@@ -25,7 +25,7 @@ scripts = st.lists(st.lists(points, min_size=1, max_size=4), min_size=1, max_siz
 
 def made(image: Image, run: int, script: list[tuple[int, bool, bool]], leave: bool) -> Lane:
     """Return a sub-run that has gone to its end through these points."""
-    lane = Lane(image, run, leave=leave)
+    lane = Lane(image, run, len(script), target=0, leave=leave)
     image.running.add(run)
     for place, (margin, reached, finite) in enumerate(script):
         lane.passes += 2

@@ -15,6 +15,7 @@ from attacking import CURVE, Attacking, Interrupt, outcomes, pictures, prepared,
 from safetensors.torch import load_file
 
 from robustvlm.attacks.oracle import Oracle
+from robustvlm.commands.attack.store import Ledger
 from robustvlm.commands.common.store import read_journal
 from robustvlm.data import open_data, select, to_pixels
 from robustvlm.errors import UserError
@@ -250,3 +251,22 @@ def test_ctrl_c_reaches_the_caller_and_frees_the_run(make_folder: Photos) -> Non
     run = prepared(photos)
     assert not run.folder.finished
     assert run.run(resume=True).images.evaluated == 12
+
+
+def test_a_class_shown_to_be_out_of_reach_is_not_walked_to_again(make_folder: Photos) -> None:
+    folder = make_folder(24)
+    plan = {"attack": "apgd-t:steps=4,fab-t:steps=10", "eps": "0.5/255,1/255"}
+    run = prepared(folder, name="straight", **plan)
+    run.run()
+    ledger = Ledger(run.folder)
+    spared = 0
+    for (eps, goal, attack, index), fact in ledger.found.items():
+        if attack.startswith("fab-t") and fact.outcome == "robust":
+            targets = set(ledger.clean[index].targets)
+            known = set(ledger.beyond(eps, goal, index)) - set(fact.beyond)
+            assert fact.passes <= 2 * len(known) + 2 * 11 * len(targets - known)
+            assert all(radius > eps for radius in fact.beyond.values())
+            spared += len(known)
+    assert spared > 10
+    again = run_in_pieces(lambda: prepared(folder, **plan), [15, 20, 10])
+    assert table(again).equals(table(run))

@@ -322,7 +322,8 @@ class AttackRun:
             if isinstance(item, Unreadable):
                 self._lose(fact, stage, item.reason)
             else:
-                yield attacks.Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets))
+                beyond = self.ledger.beyond(stage.threat.eps, stage.goal.spec, fact.index)
+                yield attacks.Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets), beyond=beyond)
 
     def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
         self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)

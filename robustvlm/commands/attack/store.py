@@ -1,7 +1,7 @@
 """All facts of an attack run: in memory, in the journal, as result rows, and as pictures."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,11 @@ class CleanFact:
 
 @dataclass(frozen=True)
 class AttackFact:
-    """What one attack found for one image at one eps under one goal."""
+    """What one attack found for one image at one eps under one goal.
+
+    Args:
+        beyond: classes shown to be out of reach, each with the radius within which it is.
+    """
 
     index: int
     attack: str
@@ -95,6 +99,15 @@ class AttackFact:
     run: int
     seconds: float
     cosine: float | None = None
+    beyond: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # As keys of a journal's objects, classes are texts.
+        object.__setattr__(self, "beyond", {int(label): radius for label, radius in self.beyond.items()})
+
+    def written(self) -> dict[str, Any]:
+        """Return the fact for the journal; classes that are out of reach only where there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "beyond" or value}
 
 
 def make_rows(
@@ -164,6 +177,7 @@ class Ledger(JournalLedger):
         self.found: dict[tuple[float, str, str, int], AttackFact] = {}
         self.fooled: set[tuple[str, int]] = set()
         self.left_out: dict[int, str] = {}
+        self._beyond: dict[tuple[str, int], dict[int, float]] = {}
         self._stops: dict[str, str] = {}
         self.estimate: Estimate | None = None
         super().__init__(folder, rank=rank, session=session)
@@ -196,6 +210,11 @@ class Ledger(JournalLedger):
             and (eps, goal, attack, index) not in self.found
         }
 
+    def beyond(self, eps: float, goal: str, index: int) -> dict[int, float]:
+        """Return the classes that attacks have shown to be out of reach of an image at this radius."""
+        known = self._beyond.get((goal, index), {})
+        return {label: radius for label, radius in known.items() if radius > eps}
+
     def attacked(self, eps: float, goal: str, attack: str) -> int:
         """Return how many images this stage has finished."""
         return sum(1 for *stage, _ in self.found if tuple(stage) == (eps, goal, attack))
@@ -212,7 +231,7 @@ class Ledger(JournalLedger):
         """Record the answer of one attack for one image."""
         measured = {field.name: getattr(result, field.name) for field in fields(AttackFact) if field.name not in _STAGE}
         fact = AttackFact(index=result.job.index, attack=attack, eps=eps, goal=goal, **measured)
-        self._add({"kind": "attack", **asdict(fact)})
+        self._add({"kind": "attack", **fact.written()})
 
     def add_lost(self, clean: CleanFact, attack: str, eps: float, goal: str, reason: str) -> None:
         """Record an image that was readable in the clean pass and is no longer: the attack could not be made."""
@@ -229,7 +248,7 @@ class Ledger(JournalLedger):
             cosine=clean.cosine,
             **_UNATTACKED,
         )
-        self._add({"kind": "attack", **asdict(nothing)})
+        self._add({"kind": "attack", **nothing.written()})
         message = f"image '{clean.image_id}' could not be read again for the attack: {reason}"
         self.add_checks([Check(name=f"lost image {clean.index}", level="warning", message=message)])
 
@@ -291,6 +310,8 @@ class Ledger(JournalLedger):
         elif kind == "attack":
             row = AttackFact(**fact)
             self.found[row.eps, row.goal, row.attack, row.index] = row
+            if row.beyond:
+                self._beyond.setdefault((row.goal, row.index), {}).update(row.beyond)
             if row.outcome == FOOLED:
                 self.fooled.add((row.goal, row.index))
         elif kind == "stop":
