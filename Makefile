@@ -58,7 +58,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "robustvlm needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); PyTorch and its libraries are several GB, this takes a few minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[external]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -210,7 +210,10 @@ def package(name: str) -> Any:
 
         return pyautoattack
     except ImportError as error:
-        raise UserError(f"this needs the package '{name}' ({error}): pip install {name}") from error
+        raise UserError(f"this needs the package '{name}' ({error}): pip install {_INSTALLED_BY[name]}") from error
+
+
+_INSTALLED_BY = {"torchattacks": "'robustvlm[external]'", "pyautoattack": "pyautoattack"}
 
 
 def require_norm(attack: ExternalAttack, norm: str) -> None:

@@ -252,7 +252,7 @@ def test_norm_and_goal_must_fit() -> None:
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchattacks", None)
-    with pytest.raises(UserError, match="pip install torchattacks"):
+    with pytest.raises(UserError, match=r"pip install 'robustvlm\[external\]'"):
         parse_external("torchattacks:PGD")
 
 

@@ -24,7 +24,7 @@ def test_the_oldest_releases_are_the_floors_of_pyproject() -> None:
     # Of what is optional, what opens models and data: the newest releases refuse the oldest torch and numpy.
     optional = [
         found
-        for extra in re.findall(r"^(?:hub|wds) = \[(.*?)\]", text, re.MULTILINE)
+        for extra in re.findall(r"^(?:external|hub|wds) = \[(.*?)\]", text, re.MULTILINE)
         for found in re.findall(r'"(.*?)"', extra)
     ]
     promised = floors([*re.findall(r'"(.*?)"', section[1]), *optional], ">=")
