@@ -73,7 +73,9 @@ def test_rungs_are_batch_sizes_on_which_rows_are_the_same_to_the_bit():
         """Rounds differently below eight rows, as many matrix kernels do."""
 
         def forward(self, x):
-            return super().forward(x) * (1.0 if len(x) >= 8 else 1.0 + 1e-6)
+            # Row by row, so that no kernel of this machine adds a rounding of its own.
+            rows = torch.cat([super(Shaped, self).forward(row[None]) for row in x])
+            return rows * (1.0 if len(x) >= 8 else 1.0 + 1e-6)
 
     found = ask(Shaped())
     assert found.rungs == (16, 8)

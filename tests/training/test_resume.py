@@ -29,7 +29,8 @@ def run(folder: Path, out: Path, *options: str, kill_at: int = 0, ranks: int = 1
     """Train in a process of its own, killed once at a step, or in several."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *several, "-m", "tests.training.toy", str(folder), str(out), str(kill_at), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Sums are in another order with another number of threads: as many as the straight run has in this process.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
 
