@@ -32,6 +32,8 @@ def test_interrupted_runs_end_with_the_same_rows(make_folder: MakeFolder, option
     whole = prepared(photos, name="whole", **options)
     summary = whole.summary()
     assert summary.images == 6
+    assert (summary.spread is not None) == (options["claim"] == "feature")
+    assert all((point.apart is None) == (summary.spread is None) for point in summary.at)
     for images in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             prepared(photos, **options).summary(Interrupt(images))
@@ -39,7 +41,7 @@ def test_interrupted_runs_end_with_the_same_rows(make_folder: MakeFolder, option
     assert pieces.summary(resume=True).mean_radius == summary.mean_radius
     assert rows(pieces) == rows(whole)
     again = prepared(photos, **options).summary(Interrupt(0))  # finished: nothing is done
-    assert again.mean_radius == summary.mean_radius
+    assert (again.mean_radius, again.spread, again.at) == (summary.mean_radius, summary.spread, summary.at)
 
 
 def test_every_row_has_the_record_of_its_certificate(make_folder: MakeFolder) -> None:

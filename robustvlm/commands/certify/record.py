@@ -26,7 +26,7 @@ from robustvlm.text import format_down, format_exact, format_up
 
 _DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "deployed_radius", "mean_radius")
 CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
-           "deployed": "deployed mean"}  # fmt: skip
+           "deployed": "deployed mean", "margin": "margin to the nearest other image"}  # fmt: skip
 _POINTS = 121
 _ALWAYS = ("index", "image_id", "label", "prediction", "claim", "radius", "n", "n_pilot", "certificate")
 _WANTED = pa.schema([field.with_nullable(field.name not in _ALWAYS) for field in CERTIFY_SCHEMA])
@@ -177,6 +177,26 @@ def accuracy(run: CertifyRecord) -> str:
     words = f"Under this noise the smoothed model names the right class for {percent(right.value)} of the images"
     few = right.value is not None and right.value < 0.5
     return words + (": features that noise has made alike are easily certified and of little use." if few else ".")
+
+
+def spread(summary: CertifySummary) -> str:
+    """Say how alike different images are under the noise, and for how many the certificate tells them apart."""
+    found = summary.spread
+    if found is None:
+        return ""
+    words = (
+        f"Under the same noise the smoothed features of different images have a mean cosine of {found.between:.3f}, and"
+        f" of {found.nearest:.3f} to the nearest other of the {found.images:,} (measured)"
+    )
+    at = standing(summary)
+    point = next((point for point in summary.at if at is not None and point.radius == at[0]), None)
+    if point is None or point.apart is None:
+        return f"{words}; certified cosines below that do not tell images apart."
+    share = f"{point.apart.successes:,} of {point.apart.total:,} ({percent(point.apart.value)})"
+    return (
+        f"{words}: at the distance {format_exact(point.radius)} the feature is certified to stay nearer to its own"
+        f" image than to any other for {share}."
+    )
 
 
 def confidence(summary: CertifySummary) -> str:

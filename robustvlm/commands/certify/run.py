@@ -94,7 +94,14 @@ def require_some(ledger: CertifyLedger) -> None:
 def finish(ledger: CertifyLedger, manifest: Manifest) -> None:
     """Write `results.parquet`, the certificates and `summary.json` from what the ledger holds."""
     rows = make_certify_rows(ledger.found.values())
-    summary = summarise_certify(rows, manifest, cost=ledger.cost, checks=ledger.checks, unreadable=ledger.unreadable)
+    summary = summarise_certify(
+        rows,
+        manifest,
+        cost=ledger.cost,
+        checks=ledger.checks,
+        unreadable=ledger.unreadable,
+        directions={fact.index: fact.direction for fact in ledger.found.values() if fact.direction is not None},
+    )
     write_rows(ledger.folder.results_path, rows)
     # One record a line, for whoever takes a certificate elsewhere; the same as in the column of the results.
     records = rows.column("certificate").to_pylist()

@@ -13,6 +13,7 @@ from robustvlm.certify import Certificate, Finding, OpensetRule, Provenance, Sam
 from robustvlm.certify.claims import Claim, Plan, find_claim
 from robustvlm.certify.normal import Array
 from robustvlm.commands.certify.config import CertifyConfig
+from robustvlm.commands.certify.spread import direction
 from robustvlm.commands.common.store import JournalLedger, cost_of
 from robustvlm.runs.folder import RunFolder
 
@@ -70,6 +71,7 @@ class CertifyFact:
         radius: certified, not rounded; 0 is ABSTAIN.
         resize_norm: 1 where the radius is one at the source image too, which was not resized; else None (withheld).
         columns: by name of `COLUMNS`.
+        direction: of the smoothed feature, where cosines are certified (`spread.direction`).
         certificate: the record as JSON (`robustvlm.certify.Certificate`).
     """
 
@@ -90,6 +92,11 @@ class CertifyFact:
     seconds: float
     certificate: str
     columns: dict[str, float] = field(default_factory=dict)
+    direction: str | None = None
+
+    def written(self) -> dict[str, Any]:
+        """Return the fact for the journal; a direction only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "direction" or value is not None}
 
 
 def make_certify_rows(facts: Iterable[CertifyFact]) -> pa.Table:
@@ -105,7 +112,7 @@ def make_certify_rows(facts: Iterable[CertifyFact]) -> pa.Table:
 
 
 def _row(fact: CertifyFact) -> dict[str, Any]:
-    row = {name: getattr(fact, name) for name in CertifyFact.__dataclass_fields__ if name != "columns"}
+    row = {name: getattr(fact, name) for name in CertifyFact.__dataclass_fields__ if name in CERTIFY_SCHEMA.names}
     return row | {name: fact.columns.get(name) for name in COLUMNS} | {"abstained": fact.radius == 0.0}
 
 
@@ -126,7 +133,7 @@ class CertifyLedger(JournalLedger):
 
     def add_image(self, fact: CertifyFact) -> None:
         """Record what was certified for an image."""
-        self._add({"kind": "image", **asdict(fact)})
+        self._add({"kind": "image", **fact.written()})
 
     def add_cost(self, *, passes: int, seconds: float, model_seconds: float) -> None:
         """Record what this session has cost so far."""
@@ -189,7 +196,13 @@ class Recorder:
             seconds=sampled.seconds,
             certificate=json.dumps(self._certificate(sampled, resize_norm, columns.get("deployed_radius")).to_dict()),
             columns=columns,
+            direction=self._direction(found),
         )
+
+    def _direction(self, found: Finding) -> str | None:
+        if found.mean is None or not self._claim.curve:
+            return None
+        return direction(found.mean, found.n + found.n_pilot - found.failed)
 
     def _prediction(self, found: Finding) -> int:
         if found.prediction is not None:

@@ -15,6 +15,7 @@ from pydantic import SerializerFunctionWrapHandler, TypeAdapter, model_serialize
 from robustvlm.certify import VACUOUS, cone_cos, deployed_feature_cos, fcsb_cos, vector_table
 from robustvlm.certify.claims import CLAIMS, ClaimFacts, require_known
 from robustvlm.commands.certify.config import CertifyConfig
+from robustvlm.commands.certify.spread import Spread, compare, margin, vectors_of
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.runs.records import Check, Comparison, Cost, Record, UnreadableImage, parse_comparison
 from robustvlm.stats import Rate, rate
@@ -29,13 +30,15 @@ CURVE_SIGMAS = 3.0
 class RadiusShare(Record):
     """Images certified at one radius; `correct` counts only those whose prediction is right too (certified accuracy).
 
-    `others` has the shares of the other methods' columns.
+    `others` has the shares of the other methods' columns; `apart` those whose attacked feature is certified to stay
+    nearer to its own image's than to that of any other image of the run, measured under the same noise.
     """
 
     radius: float
     certified: Rate
     correct: Rate | None
     others: dict[str, Rate]
+    apart: Rate | None = None
 
 
 class MethodSummary(Record):
@@ -51,7 +54,8 @@ class CosinePoint(Record):
     """Mean certified cosine at one distance; an image without a certificate counts -1.
 
     `ours` is T4, `cone` T3 on the same event; `paper` and `fcsb` are about cosines to other anchors (f(x), the pilot's
-    direction); `deployed` is about the mean of so many fresh samples instead of the ideal smoothed feature.
+    direction); `deployed` is about the mean of so many fresh samples instead of the ideal smoothed feature. `margin` is
+    by how much `ours` exceeds the largest cosine to the nearest other image.
     """
 
     eps: float
@@ -60,6 +64,7 @@ class CosinePoint(Record):
     paper: float | None = None
     fcsb: float | None = None
     deployed: float | None = None
+    margin: float | None = None
 
 
 class SampleCount(Record):
@@ -98,6 +103,7 @@ class CertifySummary(Record):
             them, in words; "" where nothing was asked.
         min_cos, asked_radius: cosine and radius that were asked for, where they were.
         looks: at these images in the folder of runs, this one included; None in runs from before they were counted.
+        spread: how alike the images are under the noise, where cosines are certified.
         own_claim: what is to be known of a claim of the user's own; left out of runs with a built-in one.
         resized: images that were resized, of whose source nothing is stated. resize_norm: smallest and largest norm, in
             runs from before that.
@@ -128,6 +134,7 @@ class CertifySummary(Record):
     asked_radius: float | None = None
     looks: int | None = None
     resized: int = 0
+    spread: Spread | None = None
     best_radius: float
     cost: Cost
     checks: list[Check]
@@ -180,10 +187,12 @@ def summarise_certify(
     checks: Sequence[Check] = (),
     unreadable: Sequence[UnreadableImage] = (),
     unfinished: str | None = None,
+    directions: Mapping[int, str] | None = None,
 ) -> CertifySummary:
     """Return the summary of the rows of a certify run under its manifest.
 
-    Raises ValueError when there is no row. Every rate has its exact 95 % interval.
+    `directions` are those of the smoothed features, by image. Raises ValueError when there is no row. Every rate has
+    its exact 95 % interval.
     """
     table = rows.to_pylist() if isinstance(rows, pa.Table) else [dict(row) for row in rows]
     if not table:
@@ -193,6 +202,9 @@ def summarise_certify(
     facts = own or CLAIMS[config.claim]
     radii = [row["radius"] for row in table]
     known = [row for row in table if row["correct"] is not None]
+    spread, nearest = compare(vectors_of(directions or {}))
+    for row in table:
+        row["nearest"] = nearest.get(row["index"])
     return CertifySummary(
         claim=config.claim,
         statement=plan["statement"],
@@ -206,7 +218,7 @@ def summarise_certify(
         mean_radius=fmean(radii),
         median_radius=float(median(radii)),
         methods=[_method(table, column) for column in facts.columns if table[0].get(column) is not None],
-        at=[_at(table, known, radius, facts.columns[1:]) for radius in config.at],
+        at=[_at(table, known, radius, facts.columns[1:], config) for radius in config.at],
         curve=_curve(table, config) if facts.curve else [],
         samples=_samples(table, config),
         risk=Risk(alpha=config.alpha, split=plan["alpha_split"], expected_false=config.alpha * len(table)),
@@ -218,6 +230,7 @@ def summarise_certify(
         asked_radius=config.radius,
         looks=(manifest.get("trail") or {}).get("looks"),
         resized=sum(row["resize_norm"] != 1.0 for row in table),
+        spread=spread,
         best_radius=plan["best_radius"],
         cost=cost or Cost(),
         checks=list(checks),
@@ -238,15 +251,36 @@ def _certified_correct(known: Sequence[Mapping[str, Any]], radius: float) -> Rat
 
 
 def _at(
-    table: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]], radius: float, others: Sequence[str]
+    table: Sequence[Mapping[str, Any]],
+    known: Sequence[Mapping[str, Any]],
+    radius: float,
+    others: Sequence[str],
+    config: CertifyConfig,
 ) -> RadiusShare:
+    margins = _margins(table, radius, config)
     there = [column for column in others if table[0].get(column) is not None]
     return RadiusShare(
         radius=radius,
         certified=rate(sum(_certified(row, radius) for row in table), len(table)),
         correct=_certified_correct(known, radius) if known else None,
         others={name: rate(sum(_certified(row, radius, name) for row in table), len(table)) for name in there},
+        apart=None if margins is None else rate(int((margins > 0).sum()), len(table)),
     )
+
+
+def _margins(table: Sequence[Mapping[str, Any]], eps: float, config: CertifyConfig) -> np.ndarray | None:
+    """Return every image's margin to the nearest other at a distance; None where the others are not known."""
+    if any(row["nearest"] is None for row in table):
+        return None
+    nearest = np.array([row["nearest"] for row in table])
+    return margin(np.array([_certified_cos(row, eps, config) for row in table]), nearest)
+
+
+def _certified_cos(row: Mapping[str, Any], eps: float, config: CertifyConfig) -> float:
+    """Return the cosine that is certified for an image at a distance, -1 where none is."""
+    at_all = -1.0 if row["r"] is None else float(vector_table().cos(row["r"], eps / config.sigma))
+    kept = _certified(row, eps) and config.min_cos is not None
+    return max(at_all, config.min_cos) if kept and config.min_cos is not None else at_all
 
 
 def _method(table: Sequence[Mapping[str, Any]], column: str) -> MethodSummary:
@@ -266,7 +300,7 @@ def _curve(table: Sequence[Mapping[str, Any]], config: CertifyConfig) -> list[Co
     points = []
     for eps in sorted(grid):
         a = eps / config.sigma
-        ours = vector_table().cos(r, a)
+        ours, margins = vector_table().cos(r, a), _margins(table, eps, config)
         points.append(
             CosinePoint(
                 eps=eps,
@@ -275,6 +309,7 @@ def _curve(table: Sequence[Mapping[str, Any]], config: CertifyConfig) -> list[Co
                 paper=None if paper is None else float(fcsb_cos(paper, a).mean()),
                 fcsb=None if fcsb is None else float(fcsb_cos(fcsb, a).mean()),
                 deployed=None if config.deployed is None else _deployed(r, a, config),
+                margin=None if margins is None else float(margins.mean()),
             )
         )
     return points

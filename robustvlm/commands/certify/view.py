@@ -74,6 +74,7 @@ def _verdict(run: CertifyRecord) -> list[doc.Line]:
     summary = run.summary
     lines = [
         words.verdict(summary, resolution=run.config.resolution),
+        words.spread(summary),
         words.rule(summary),
         words.accuracy(run),
         words.confidence(summary),
@@ -187,10 +188,12 @@ def _by_radius(run: CertifyRecord) -> list[doc.Table]:
         return []
     with_class, others = summary.at[0].correct is not None, list(summary.at[0].others)
     columns = ["Radius", "Certified", *(["Right and certified"] if with_class else []), *map(_title, others)]
+    columns[2:2] = [] if summary.at[0].apart is None else ["Nearer to itself than to any other"]
     rows: list[doc.Row] = [
         (
             format_exact(point.radius),
             doc.Measure.of(point.certified),
+            *([] if point.apart is None else [doc.Measure.of(point.apart)]),
             *([doc.Measure.of(point.correct)] if with_class else []),
             *(doc.Measure.of(point.others[column]) for column in others),
         )
