@@ -32,24 +32,24 @@ from benchmarks.common import markdown
 from benchmarks.torture.compare import differences
 
 LONGEST = 30.0
+RUN = Path("runs") / "r"
 _ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
-    "attack": "attack tiny --data emoji --attack pgd:steps=40,apgd-ce:steps=10 --eps 1/255 --checks none "
-    "--limit 40 --lanes 8",
-    "certify": "certify tiny --data emoji --claim class --sigma 0.05 --samples 1500 --limit 24 --lanes 32",
-    "finetune": "finetune tiny --data emoji --method tecoa --steps 60 --batch-size 8 --limit 32 --checkpoint-every 2 "
-    "--val-limit 16 --val-steps 1 --inner-steps 4 --validate-every 20",
+    "attack": "attack tiny --data emoji --attack pgd:steps=40 --eps 1/255 --checks none --limit 24 --lanes 8",
+    "certify": "certify tiny --data emoji --claim class --sigma 0.05 --samples 800 --limit 12 --lanes 32",
+    "finetune": "finetune tiny --data emoji --method tecoa --steps 40 --batch-size 8 --limit 32 --checkpoint-every 2 "
+    "--val-limit 8 --val-steps 1 --inner-steps 4 --validate-every 20",
 }
 # Training adds up the gradients of two ranks in another order than one rank would: its weights are not compared.
 _SAME = ("attack", "certify")
 RENDEZVOUS = ("static", "c10d")
 _LOSSES = (
-    ("attack", "static", "b", "killed"),
-    ("attack", "static", "a", "killed"),
     ("attack", "static", "b", "cut off"),
-    ("attack", "c10d", "b", "killed"),
-    ("attack", "c10d", "a", "killed"),
     ("attack", "c10d", "b", "cut off"),
+    ("attack", "static", "a", "killed"),
+    ("attack", "c10d", "b", "killed"),
+    ("attack", "static", "b", "killed"),
+    ("attack", "c10d", "a", "killed"),
     ("certify", "static", "a", "killed"),
     ("certify", "static", "b", "cut off"),
     ("finetune", "static", "b", "killed"),
@@ -74,16 +74,17 @@ class Machine:
     def name(self) -> str:
         return f"machine-{self.letter}"
 
-    def start(self, command: Sequence[str], said: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a command on the machine; what it says on both streams goes to a file."""
+    def start(self, command: Sequence[str], place: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start a command on the machine, in a folder, where a file gets what it says on both streams."""
         # A host name and a table of hosts of its own, as two machines have: torchrun tells the others its host's name.
         enter = 'echo "$0" > /proc/sys/kernel/hostname && mount --bind "$1" /etc/hosts && shift && exec "$@"'
         shell = ["unshare", "--uts", "--mount", "sh", "-c", enter, self.name, str(self.hosts)]
-        with said.open("wb") as out:
+        with (place / f"{self.letter}.txt").open("wb") as out:
             return subprocess.Popen(
                 [_ip(), "netns", "exec", self.namespace, *shell, *command],
                 stdout=out,
                 stderr=out,
+                cwd=place,
                 env=environment,
                 start_new_session=True,
             )
@@ -166,7 +167,7 @@ class Lost:
 
 
 class Bench:
-    """A folder that both machines see, in which runs are made on them and alone."""
+    """A folder that both machines see, in which each run has a place of its own."""
 
     def __init__(self, folder: Path, machines: Network) -> None:
         self.folder, self.network = folder, machines
@@ -177,66 +178,68 @@ class Bench:
             "XDG_CACHE_HOME": str(folder / "cache"),
         }
 
-    def alone(self, command: str, name: str) -> subprocess.CompletedProcess[str]:
+    def place(self, name: str) -> Path:
+        """Return a new place."""
+        place = self.folder / name
+        place.mkdir()
+        return place
+
+    def alone(self, command: str, place: Path) -> subprocess.CompletedProcess[str]:
         """Run a command in one process, without a network of its own."""
-        line = [sys.executable, *self._words(command, name)]
-        return subprocess.run(line, env=self.environment, capture_output=True, text=True)
+        line = [sys.executable, *_words(command)]
+        return subprocess.run(line, cwd=place, env=self.environment, capture_output=True, text=True)
 
     def straight(self, command: str) -> Path:
         """Return the folder of a run in one process that nothing has happened to."""
-        folder = self.folder / f"{command}-alone"
-        if not folder.exists():
-            done = self.alone(command, folder.name)
+        place = self.folder / f"{command}-alone"
+        if not place.exists():
+            done = self.alone(command, self.place(place.name))
             assert done.returncode == 0, done.stderr
-        return folder
+        return place / RUN
 
-    def start(self, command: str, name: str, rendezvous: str) -> dict[str, subprocess.Popen[bytes]]:
+    def start(self, command: str, place: Path, rendezvous: str) -> dict[str, subprocess.Popen[bytes]]:
         """Start a run on both machines by torchrun; what its ranks say lies in files of their own."""
         found = {}
         for node, (letter, machine) in enumerate(self.network.machines.items()):
             meet = ["--node-rank", str(node), "--master-addr", "machine-a", "--master-port", str(_PORT)]
             if rendezvous == "c10d":
-                meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"machine-b:{_PORT}", "--rdzv-id", name]
-            kept = ["--redirects", "3", "--log-dir", str(self._logs(name, letter))]
+                meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"machine-b:{_PORT}", "--rdzv-id", place.name]
+                meet += ["--rdzv-conf", "read_timeout=5"]
+            kept = ["--redirects", "3", "--log-dir", str(place / "logs" / letter)]
             line = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meet, *kept]
-            line = [sys.executable, *line, *self._words(command, name)]
-            found[letter] = machine.start(line, self.folder / f"{name}-{letter}.txt", self.environment)
+            found[letter] = machine.start([sys.executable, *line, *_words(command)], place, self.environment)
         return found
 
-    def said(self, name: str, letter: str) -> str:
-        """Return what the rank on a machine has written to standard error."""
-        files = self._logs(name, letter).rglob("stderr.log")
-        return "".join(path.read_text(errors="replace") for path in files)
 
-    def _logs(self, name: str, letter: str) -> Path:
-        return self.folder / "logs" / f"{name}-{letter}"
+def _words(command: str) -> list[str]:
+    return ["-m", "robustvlm", *COMMANDS[command].split(), "--device", "cpu", "--name", RUN.name]
 
-    def _words(self, command: str, name: str) -> list[str]:
-        out = ["--device", "cpu", "--out", str(self.folder), "--name", name]
-        return ["-m", "robustvlm", *COMMANDS[command].split(), *out]
+
+def _said(place: Path, letter: str) -> str:
+    """Return what the rank on a machine has written to standard error."""
+    files = (place / "logs" / letter).rglob("stderr.log")
+    return "".join(path.read_text(errors="replace") for path in files)
 
 
 def same(bench: Bench, command: str, rendezvous: str) -> list[str]:
     """Return what differs between a run on two machines and one in one process."""
-    name = f"{command}-{rendezvous}"
-    started = bench.start(command, name, rendezvous)
-    for letter, process in started.items():
+    place = bench.place(f"{command}-{rendezvous}")
+    for letter, process in bench.start(command, place, rendezvous).items():
         if process.wait() != 0:
-            return [f"{letter} ended with exit code {process.returncode}: {bench.said(name, letter)[-300:]}"]
-    journals = sorted(path.name for path in (bench.folder / name).glob("journal*.jsonl"))
+            return [f"{letter} ended with exit code {process.returncode}: {_said(place, letter)[-300:]}"]
+    journals = sorted(path.name for path in (place / RUN).glob("journal*.jsonl"))
     if journals != ["journal-1.jsonl", "journal.jsonl"]:
         return [f"journals: {journals}"]
-    return differences(bench.folder / name, bench.straight(command))
+    return differences(place / RUN, bench.straight(command))
 
 
 def lose(bench: Bench, command: str, rendezvous: str, victim: str, how: str) -> Lost:
     """Lose a machine in the middle of a run, see how the other ends, and go on alone."""
-    name = f"{command}-{rendezvous}-{victim}-{how.replace(' ', '-')}"
-    rank = "rank 0" if victim == "a" else "rank 1"
-    found = Lost(command, rendezvous, f"{victim} ({rank}) {how}")
-    started = bench.start(command, name, rendezvous)
-    if not _under_way(bench.folder / name, started, command):
-        said = "; ".join(bench.said(name, letter)[-300:] for letter in started)
+    place = bench.place(f"{command}-{rendezvous}-{victim}-{how.replace(' ', '-')}")
+    found = Lost(command, rendezvous, f"{victim} (rank {'ab'.index(victim)}) {how}")
+    started = bench.start(command, place, rendezvous)
+    if not _under_way(place / RUN, started, command):
+        said = "; ".join(_said(place, letter)[-300:] for letter in started)
         found.wrong.append(f"it ended before anything was lost: {said}")
         return found
     began = time.monotonic()
@@ -245,14 +248,14 @@ def lose(bench: Bench, command: str, rendezvous: str, victim: str, how: str) -> 
         started.pop(victim).wait()
     else:
         bench.network.plug(victim, into=False)
-    _watch(bench, name, started, began, found)
+    _watch(place, started, began, found)
     for machine in bench.network.machines.values():
         machine.kill()
     bench.network.plug(victim, into=True)
-    again = bench.alone(command, name)
+    again = bench.alone(command, place)
     if again.returncode != 0:
         found.wrong.append(f"repeated alone: exit code {again.returncode}: {again.stderr[-300:]}")
-    elif command in _SAME and (differ := differences(bench.folder / name, bench.straight(command))):
+    elif command in _SAME and (differ := differences(place / RUN, bench.straight(command))):
         found.wrong.append(f"{len(differ)} differences, {differ[0]}")
     return found
 
@@ -274,7 +277,7 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _watch(bench: Bench, name: str, started: dict[str, subprocess.Popen[bytes]], began: float, found: Lost) -> None:
+def _watch(place: Path, started: dict[str, subprocess.Popen[bytes]], began: float, found: Lost) -> None:
     """Note when and how the machines that still could have ended."""
     while time.monotonic() - began < 4 * LONGEST and len(found.seconds) < len(started):
         for letter, process in started.items():
@@ -282,7 +285,7 @@ def _watch(bench: Bench, name: str, started: dict[str, subprocess.Popen[bytes]],
                 found.seconds[letter] = time.monotonic() - began
         time.sleep(0.05)
     for letter, process in started.items():
-        said = bench.said(name, letter)
+        said = _said(place, letter)
         found.lines[letter] = [line for line in said.splitlines() if line.startswith("error: ")]
         seconds = found.seconds.get(letter)
         if seconds is None:

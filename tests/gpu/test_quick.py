@@ -18,12 +18,12 @@ def test_rows_are_those_of_the_cpu(place: Path) -> None:
     report = report_of(place)
     for device in ("cpu", "cuda:0"):
         assert not any(report[device]["ended"].values()), (place / "log.txt").read_text()[-3000:]
-    assert require_same_rows(place) == 2 * 4 + 3
+    assert require_same_rows(place) == 2 * 6 + 6
 
 
 def test_the_host_waits_at_most_twice_a_pass_of_attacks_and_once_of_certificates(place: Path) -> None:
     waits = report_of(place)["waits"]
-    assert len(waits["fp32"]) == 4
+    assert len(waits["fp32"]) == 2
     for name, passes in waits["fp32"].items():
         require_few_waits(passes, name)
     assert waits["certify"]["passes"] > 5
