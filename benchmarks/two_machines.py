@@ -294,7 +294,8 @@ def _watch(place: Path, started: dict[str, subprocess.Popen[bytes]], began: floa
             found.wrong.append(f"{letter} ended after {seconds:.0f} s")
         if process.poll() == 0:
             found.wrong.append(f"{letter} ended as if all were well")
-        if len(found.lines[letter]) != 1 or "Traceback" in said or "frame #" in said:
+        expected = "has died; " if found.lost.endswith("killed") else "is out of reach; "
+        if len(found.lines[letter]) != 1 or expected not in said or "Traceback" in said or "frame #" in said:
             found.wrong.append(f"{letter} said: {said[-500:]!r}")
 
 

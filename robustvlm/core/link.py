@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _TICK_SECONDS = 0.5
 _LONGEST_LINE = 200
+_ENDS = {"lost": "has died", "cut": "is out of reach"}
 _LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
 
 
@@ -54,6 +55,8 @@ class _Peer:
     rank: int | None
     heard: float = field(default_factory=time.monotonic)
     rest: bytes = b""
+    how: str = "lost"
+    """How it is gone, if it is: closed by the system of a process that died, or "cut": not even that one answers."""
 
 
 class Watch:
@@ -174,48 +177,49 @@ class Watch:
         self._selector.register(wire, selectors.EVENT_READ)
 
     def _hear(self, peer: _Peer) -> None:
+        said = b""
         try:
             said = peer.wire.recv(4096)
+        except ConnectionError:
+            pass
         except OSError:
-            said = b""
+            peer.how = "cut"
         peer.heard = time.monotonic()
         *lines, peer.rest = (peer.rest + said).split(b"\n")
         for line in lines:
             self._heed(peer, line.decode("ascii", "replace").split())
         if not said or len(peer.rest) > _LONGEST_LINE:
-            self._lose(peer)
+            self._lose(peer, peer.how)
 
     def _heed(self, peer: _Peer, words: list[str]) -> None:
         if peer.rank is None:
             if len(words) == 3 and words[0] == "hello" and hmac.compare_digest(words[1], self._secret):
                 peer.rank = int(words[2])
             return
-        if len(words) != 2 or words[0] not in ("failed", "left", "lost"):
+        if len(words) != 2 or words[0] not in ("failed", "left", *_ENDS):
             return
         kind, rank = words[0], int(words[1])
         if kind == "left":
             self.left.add(rank)
         else:
-            self._judge(rank, dead=kind == "lost")
+            self._judge(rank, kind)
         if self._listener is not None:
             self._tell(" ".join(words), but=peer)
 
-    def _lose(self, peer: _Peer) -> None:
+    def _lose(self, peer: _Peer, how: str) -> None:
         self._selector.unregister(peer.wire)
         del self._peers[peer.wire]
         peer.wire.close()
         if peer.rank is not None and peer.rank not in self.left:
-            self._judge(peer.rank, dead=True)
+            self._judge(peer.rank, how)
             if self._listener is not None:
-                self._tell(f"lost {peer.rank}")
+                self._tell(f"{how} {peer.rank}")
 
-    def _judge(self, rank: int, *, dead: bool) -> None:
+    def _judge(self, rank: int, how: str) -> None:
         if self.trouble is None and rank != self.rank:
-            self.failed_in_words = not dead
-            self.trouble = (
-                f"rank {rank} of {self.size} has died; what is finished is kept: repeat the command to go on"
-                if dead
-                else f"rank {rank} of {self.size} failed"
+            self.failed_in_words = how not in _ENDS
+            self.trouble = f"rank {rank} of {self.size} " + (
+                f"{_ENDS[how]}; what is finished is kept: repeat the command to go on" if how in _ENDS else "failed"
             )
             self._deadline = time.monotonic() + self._grace
 
@@ -226,7 +230,7 @@ class Watch:
             self._tell("alive")
         for peer in list(self._peers.values()):
             if now - peer.heard > self._silence:
-                self._lose(peer)
+                self._lose(peer, "cut")
         if self._deadline is not None and now > self._deadline:
             self._deadline = None
             self._leave(None if self.failed_in_words or self._spoken else self.trouble)
@@ -234,8 +238,12 @@ class Watch:
     def _tell(self, line: str, but: _Peer | None = None) -> None:
         for peer in list(self._peers.values()):
             if peer is not but:
-                with contextlib.suppress(OSError):
+                try:
                     peer.wire.sendall(line.encode() + b"\n")
+                except ConnectionError:
+                    pass
+                except OSError:
+                    peer.how = "cut"
 
     def _drop(self) -> None:
         for wire in (self._listener, *self._peers):
@@ -265,10 +273,10 @@ def _connected(host: str, port: int) -> socket.socket:
 
 
 def _probe_often(wire: socket.socket) -> None:
-    """Let the system find within 15 s that the machine at the other end is gone."""
+    """Let the system find within 12 s that the machine at the other end is gone."""
     wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    options = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 15_000}
+    options = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 12_000}
     for name, value in options.items():
         if hasattr(socket, name):
             wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -432,7 +440,7 @@ class Link:
         if self._closing.is_set():
             return
         self._closing.set()
-        self._heart.join(timeout=self._farewell() + _LAST_SECONDS)  # a store out of reach answers never
+        self._heart.join(timeout=self._farewell())  # a store out of reach answers never
         if self._watch is not None:
             self._watch.close()
 

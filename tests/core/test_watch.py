@@ -106,10 +106,12 @@ def test_a_closed_port_between_machines_is_named() -> None:
 
 
 def test_one_that_is_silent_on_a_standing_wire_is_given_up(wires: ExitStack) -> None:
-    watches = joined(wires, 2, silence=0.5, leave=lambda _: None)
+    watches = joined(wires, 2, leave=lambda _: None)
     watches[1]._closing.set()  # its thread stops, as that of a process under SIGSTOP; its wires stand
     watches[1]._thread.join()
+    watches[0]._silence = 0.5
     assert watches[0].wait_for(lambda: watches[0].trouble is not None, seconds=SECONDS)
+    assert str(watches[0].trouble).startswith("rank 1 of 2 is out of reach; what is finished is kept")
 
 
 def test_strangers_are_not_heard(wires: ExitStack) -> None:
