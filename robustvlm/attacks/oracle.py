@@ -104,13 +104,16 @@ class Tally:
         )
 
     def _leading(self, reached: Tensor) -> Tensor:
-        """Return each row's most frequent prediction among the draws on the winning side."""
+        """Return each row's most frequent prediction among the draws on the winning side, the lowest where some tie."""
         predictions, sides = torch.stack(self.predictions), torch.stack(self.reached)
-        rows = []
-        for row in range(predictions.shape[1]):
-            side = predictions[:, row][sides[:, row] == reached[row]]
-            rows.append(side.mode().values if len(side) else predictions[0, row])
-        return torch.stack(rows)
+        won = sides == reached
+        # One draw at a time over all rows: nothing depends on a size that a GPU would have to be asked for.
+        counts = torch.stack([((predictions == drawn) & won).sum(0) for drawn in predictions])
+        counts = torch.where(won, counts, 0)
+        most = counts.amax(0)
+        beyond = torch.iinfo(predictions.dtype).max
+        leading = torch.where((counts == most) & won, predictions, beyond).amin(0)
+        return torch.where(most > 0, leading, predictions[0])
 
 
 # The model as attacks see it: logits and input gradients of full batches, every pass counted

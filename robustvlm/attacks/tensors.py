@@ -17,7 +17,7 @@ from robustvlm.attacks.base import Job
 from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.oracle import Answer, Oracle, Tally
 from robustvlm.core.boundary import Boundary, borrowed, in_own_precision
-from robustvlm.core.ranks import resolve_device
+from robustvlm.core.ranks import require_float64, resolve_device
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.text import one_line
 
@@ -105,7 +105,9 @@ def image_ids(images: Tensor) -> list[str]:
 def own_device(model: Any, images: Tensor) -> torch.device:
     """Return where a model's weights are; the images' device for one without weights."""
     tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else iter(())
-    return next((tensor.device for tensor in tensors), images.device)
+    place = next((tensor.device for tensor in tensors), images.device)
+    require_float64(place)
+    return place
 
 
 class AskedModel(nn.Module):

@@ -27,7 +27,6 @@ from robustvlm.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-
 # The wire between the processes of one job: each learns at once that another has died, failed or left.
 #
 # The operating system closes the connections of a process that dies, however it dies, and TCP's own probes find a
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 _TICK_SECONDS = 0.5
 _LONGEST_LINE = 200
+_ENDS = {"lost": "has died", "cut": "is out of reach"}
 _LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
 
 
@@ -55,6 +55,8 @@ class _Peer:
     rank: int | None
     heard: float = field(default_factory=time.monotonic)
     rest: bytes = b""
+    how: str = "lost"
+    """How it is gone, if it is: closed by the system of a process that died, or "cut": not even that one answers."""
 
 
 class Watch:
@@ -67,7 +69,7 @@ class Watch:
         rank, size: which process this is, and of how many.
         host: the machine of rank 0, as all of them know it.
         board: through which rank 0 lets the others know its port, and a secret that keeps strangers out.
-        grace: seconds from trouble to the end of the process.
+        grace: seconds from trouble to the end of the process, which has to come 30 s after a machine was lost at most.
         silence: seconds without a word after which a process whose connection still stands (stopped, or stuck) is
             given up.
         leave: what ends the process; another function in tests.
@@ -95,7 +97,7 @@ class Watch:
         host: str,
         board: Board,
         *,
-        grace: float = 10.0,
+        grace: float = 6.0,
         silence: float = 120.0,
         leave: Callable[[str | None], None] | None = None,
     ) -> None:
@@ -104,6 +106,7 @@ class Watch:
         self.failed_in_words = False
         """Whether the trouble is a failure that the other process tells of itself."""
         self.left: set[int] = set()
+        self._spoken = False
         self._grace, self._silence, self._leave = grace, silence, leave or _end_process
         self._deadline: float | None = None
         self._peers: dict[socket.socket, _Peer] = {}
@@ -117,7 +120,7 @@ class Watch:
             board.set("watch", f"{self._listener.getsockname()[1]} {self._secret}")
         else:
             port, self._secret = board.get("watch").decode().split()
-            self._add(socket.create_connection((host, int(port)), timeout=60), 0)
+            self._add(_connected(host, int(port)), 0)
             self._tell(f"hello {self._secret} {rank}")
         self._beaten = time.monotonic()
         if hasattr(os, "register_at_fork"):  # a child that inherited the wires would keep them open past our death
@@ -128,6 +131,12 @@ class Watch:
     def fail(self) -> None:
         """Let the others know that this process fails, and says why itself."""
         self._tell(f"failed {self.rank}")
+
+    def ends_itself(self) -> None:
+        """Note that this process is ending, and says why: it gets time for that, and is not spoken for."""
+        self._spoken = True
+        if self._deadline is not None:
+            self._deadline = time.monotonic() + self._grace
 
     def wait_for(self, condition: Callable[[], bool], *, seconds: float) -> bool:
         """Wait until `condition` holds, for so many seconds at most; return whether it does."""
@@ -168,48 +177,49 @@ class Watch:
         self._selector.register(wire, selectors.EVENT_READ)
 
     def _hear(self, peer: _Peer) -> None:
+        said = b""
         try:
             said = peer.wire.recv(4096)
+        except ConnectionError:
+            pass
         except OSError:
-            said = b""
+            peer.how = "cut"
         peer.heard = time.monotonic()
         *lines, peer.rest = (peer.rest + said).split(b"\n")
         for line in lines:
             self._heed(peer, line.decode("ascii", "replace").split())
         if not said or len(peer.rest) > _LONGEST_LINE:
-            self._lose(peer)
+            self._lose(peer, peer.how)
 
     def _heed(self, peer: _Peer, words: list[str]) -> None:
         if peer.rank is None:
             if len(words) == 3 and words[0] == "hello" and hmac.compare_digest(words[1], self._secret):
                 peer.rank = int(words[2])
             return
-        if len(words) != 2 or words[0] not in ("failed", "left", "lost"):
+        if len(words) != 2 or words[0] not in ("failed", "left", *_ENDS):
             return
         kind, rank = words[0], int(words[1])
         if kind == "left":
             self.left.add(rank)
         else:
-            self._judge(rank, dead=kind == "lost")
+            self._judge(rank, kind)
         if self._listener is not None:
             self._tell(" ".join(words), but=peer)
 
-    def _lose(self, peer: _Peer) -> None:
+    def _lose(self, peer: _Peer, how: str) -> None:
         self._selector.unregister(peer.wire)
         del self._peers[peer.wire]
         peer.wire.close()
         if peer.rank is not None and peer.rank not in self.left:
-            self._judge(peer.rank, dead=True)
+            self._judge(peer.rank, how)
             if self._listener is not None:
-                self._tell(f"lost {peer.rank}")
+                self._tell(f"{how} {peer.rank}")
 
-    def _judge(self, rank: int, *, dead: bool) -> None:
+    def _judge(self, rank: int, how: str) -> None:
         if self.trouble is None and rank != self.rank:
-            self.failed_in_words = not dead
-            self.trouble = (
-                f"rank {rank} of {self.size} has died; what is finished is kept: repeat the command to go on"
-                if dead
-                else f"rank {rank} of {self.size} failed"
+            self.failed_in_words = how not in _ENDS
+            self.trouble = f"rank {rank} of {self.size} " + (
+                f"{_ENDS[how]}; what is finished is kept: repeat the command to go on" if how in _ENDS else "failed"
             )
             self._deadline = time.monotonic() + self._grace
 
@@ -220,16 +230,20 @@ class Watch:
             self._tell("alive")
         for peer in list(self._peers.values()):
             if now - peer.heard > self._silence:
-                self._lose(peer)
+                self._lose(peer, "cut")
         if self._deadline is not None and now > self._deadline:
             self._deadline = None
-            self._leave(None if self.failed_in_words else self.trouble)
+            self._leave(None if self.failed_in_words or self._spoken else self.trouble)
 
     def _tell(self, line: str, but: _Peer | None = None) -> None:
         for peer in list(self._peers.values()):
             if peer is not but:
-                with contextlib.suppress(OSError):
+                try:
                     peer.wire.sendall(line.encode() + b"\n")
+                except ConnectionError:
+                    pass
+                except OSError:
+                    peer.how = "cut"
 
     def _drop(self) -> None:
         for wire in (self._listener, *self._peers):
@@ -248,11 +262,21 @@ def _listening(host: str) -> socket.socket:
     return socket.create_server(("", 0))
 
 
+def _connected(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), timeout=60)
+    except OSError as error:
+        raise OSError(
+            f"{first_line(error)} at port {port} of rank 0's machine, which the system chose: processes of several "
+            "machines must reach each other's ports"
+        ) from error
+
+
 def _probe_often(wire: socket.socket) -> None:
-    """Let the system find within 20 s that the machine at the other end is gone."""
+    """Let the system find within 12 s that the machine at the other end is gone."""
     wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    options = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+    options = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 12_000}
     for name, value in options.items():
         if hasattr(socket, name):
             wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -304,7 +328,7 @@ class Link:
     ) -> None:
         self.rank, self.size = rank, size
         self._store, self._hosts_store, self._silence, self._watch = store, hosts_store, silence, watch
-        self._barriers = self._shared = 0
+        self._barriers = self._shared = self._told = 0
         self._checked = 0.0
         self._first_to_fail: bool | None = None
         self._beats: dict[int, tuple[int, float]] = {}
@@ -337,6 +361,14 @@ class Link:
             self._set(key, text or "")
         self.barrier()
         return self._get(key)
+
+    def gathered(self, text: str) -> list[str]:
+        """Return on every process what each of them gave, by rank, once all have."""
+        self._told += 1
+        key = f"told/{self._told}"
+        self._set(f"{key}/{self.rank}", text)
+        self.barrier()
+        return [self._get(f"{key}/{rank}") for rank in range(self.size)]
 
     def check(self, *, every: float = 1.0) -> None:
         """Raise PeerFailed if another process has failed, UserError if one is lost; asks at most every so often."""
@@ -378,14 +410,23 @@ class Link:
         """
         if self._first_to_fail is None:
             self._first_to_fail = True
-            with contextlib.suppress(UserError):
-                self._first_to_fail = self._count("claims", 1) == 1
-                if self._first_to_fail:
-                    self._set("failure", f"rank {self.rank} of {self.size} failed: {message}")
-                    self._count("failed", 1)
+            from robustvlm.core.network import within
+
+            if self._watch is not None:
+                self._watch.ends_itself()
+            # A store that is lost says so; one that is out of reach would never answer.
+            with contextlib.suppress(UserError, TimeoutError):
+                self._first_to_fail = within(_LAST_SECONDS, lambda: self._claims_to_be_first(message))
             if self._watch is not None:
                 self._watch.fail()
         return self._first_to_fail
+
+    def _claims_to_be_first(self, message: str) -> bool:
+        first = self._count("claims", 1) == 1
+        if first:
+            self._set("failure", f"rank {self.rank} of {self.size} failed: {message}")
+            self._count("failed", 1)
+        return first
 
     def store_for(self, purpose: str) -> Store:
         """Return the part of the processes' store that belongs to one purpose, for what else connects them."""
@@ -399,27 +440,28 @@ class Link:
         if self._closing.is_set():
             return
         self._closing.set()
-        self._heart.join(timeout=_BEAT_SECONDS)
-        with contextlib.suppress(UserError):
-            left, began = self._count("left", 1), time.monotonic()
-            while self._hosts_store and left < self.size and time.monotonic() - began < self._farewell():
-                time.sleep(0.01)
-                left = self._count("left")
+        self._heart.join(timeout=self._farewell())  # a store out of reach answers never
         if self._watch is not None:
             self._watch.close()
+
+    def _part(self) -> None:
+        """Say good-bye; the keeper of the store waits until all have."""
+        left, began = self._count("left", 1), time.monotonic()
+        while self._hosts_store and left < self.size and time.monotonic() - began < self._farewell():
+            time.sleep(0.01)
+            left = self._count("left")
 
     def _farewell(self) -> float:
         """Return for how long to wait for the others: the dead never say good-bye."""
         return _LAST_SECONDS if self._watch is not None and self._watch.trouble else _FAREWELL_SECONDS
 
     def _beat(self) -> None:
-        while True:
-            try:
+        with contextlib.suppress(UserError):  # the main thread meets the same trouble, and says so
+            while True:
                 self._count(f"beat/{self.rank}", 1)
-            except UserError:  # the main thread meets the same trouble, and says so
-                return
-            if self._closing.wait(_BEAT_SECONDS):
-                return
+                if self._closing.wait(_BEAT_SECONDS):
+                    break
+            self._part()
 
     def _count(self, key: str, more: int = 0) -> int:
         with _named(self._watch):

@@ -63,6 +63,10 @@ class Ranks:
         """Return on every process the text given by rank 0."""
         return self.link.share(text) if self.link is not None else text or ""
 
+    def gathered(self, text: str) -> list[str]:
+        """Return on every process what each of them gave, by rank, once all have."""
+        return self.link.gathered(text) if self.link is not None else [text]
+
     def fail(self, message: str) -> bool:
         """Tell the others why this process fails; return whether it should tell the user (the first does)."""
         return self.link.fail(message) if self.link is not None else True
@@ -158,9 +162,9 @@ def _connected(place: Ranks, address: tuple[str, int, bool], prefix: str) -> Ran
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return the device named, or for "auto" the best there is: cuda, else mps, else cpu.
+    """Return the device named, or for "auto" the best there is: cuda, else cpu.
 
-    Raises UserError when there is no such device.
+    Raises UserError when there is no such device, or it has no 64-bit numbers, which decide what lies in a ball.
 
     Example:
         >>> resolve_device("cpu")
@@ -169,22 +173,32 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     import torch
 
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"unknown device '{device}': pass auto, cpu, cuda, cuda:0 or mps") from error
-    if found.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"the device '{device}' is not one that models run on: pass auto, cpu, cuda, cuda:0 or mps")
-    if found.type != "cuda" and found.index:
-        raise UserError(f"the device '{device}' is not there: {found.type} is one device, pass {found.type}")
+        raise UserError(f"unknown device '{device}': pass auto, cpu, cuda or cuda:0") from error
+    require_float64(found)
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"the device '{device}' is not one that models run on: pass auto, cpu, cuda or cuda:0")
+    if found.type == "cpu" and found.index:
+        raise UserError(f"the device '{device}' is not there: cpu is one device, pass cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"the device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("the device 'mps' is not there: pass auto or cpu")
     return found
+
+
+def require_float64(device: torch.device) -> None:
+    """Refuse a device without 64-bit numbers.
+
+    Example:
+        >>> import torch
+        >>> require_float64(torch.device("mps"))
+        Traceback (most recent call last):
+        robustvlm.errors.UserError: the device 'mps' has no 64-bit numbers, which decide results: pass cpu or cuda
+    """
+    if device.type == "mps":
+        raise UserError("the device 'mps' has no 64-bit numbers, which decide results: pass cpu or cuda")
 
 
 def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
@@ -205,8 +219,8 @@ def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
 
     if ranks.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"process {ranks.local_rank} of this machine has no GPU, torch sees {torch.cuda.device_count()}: "
-            "start one process per GPU, or pass --device cpu"
+            f"process {ranks.local_rank} of this machine has no GPU, torch sees {torch.cuda.device_count()}: start one "
+            "process per GPU, numbered from 0 on each machine by LOCAL_RANK, or pass --device cpu"
         )
     torch.cuda.set_device(ranks.local_rank)
     return device

@@ -58,8 +58,6 @@ class Draws:
     def normal(self, like: Tensor, name: str = "") -> Tensor:
         """Return float32 standard normal numbers of the shape of `like` [B, ...], row i from the stream of image i."""
         bits = self._bits(like[0].numel(), name)
-        if bits.device.type == "mps":  # which has no float64
-            bits = bits.cpu()
         # 52 bits, centred in their cell, so that neither tail is cut short of 8 standard deviations.
         uniform = ((bits >> 12) & (2**52 - 1)).to(torch.float64).add_(0.5).mul_(2.0**-52)
         return torch.special.ndtri(uniform).to(self.device, torch.float32).view(like.shape)

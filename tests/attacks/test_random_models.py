@@ -19,6 +19,7 @@ from robustvlm.attacks import (
     objective,
     parse_attacks,
 )
+from robustvlm.attacks.oracle import Tally
 
 
 class Noisy(torch.nn.Module):
@@ -54,6 +55,24 @@ def test_gradients_are_averaged_over_the_draws() -> None:
         spread.append(torch.stack(looks).std(0).mean().item())
         assert oracle.passes.forward == oracle.passes.backward == 24 * eot
     assert spread[1] < spread[0] / 5, "the error of a mean of 64 draws is 8 times smaller"
+
+
+@pytest.mark.parametrize("draws", [2, 3, 7])
+def test_the_prediction_is_the_most_frequent_of_the_side_that_won(draws: int) -> None:
+    """Against a second implementation, image by image; of several that are as frequent, the lowest class."""
+    generator = torch.Generator().manual_seed(draws)
+    label = torch.arange(60) % 4
+    outputs = [torch.randint(0, 3, (60, 4), generator=generator).float() for _ in range(draws)]
+    tally = Tally(Misclassify(), Case(label), 60, torch.device("cpu"))
+    for output in outputs:
+        tally.add(output)
+    answer = tally.answer()
+    for row in range(60):
+        said = [int(output[row].argmax()) for output in outputs]
+        fooled = [bool(Misclassify().reached(output, Case(label))[row]) for output in outputs]
+        won = [k for k, reached in zip(said, fooled, strict=True) if reached == bool(answer.reached[row])]
+        expected = min(set(won), key=lambda k: (-won.count(k), k)) if won else said[0]
+        assert int(answer.prediction[row]) == expected
 
 
 def test_a_lucky_draw_is_no_success() -> None:

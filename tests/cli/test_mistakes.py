@@ -79,6 +79,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "negative seed": (["attack", "--seed", "-1"], "--seed must not be negative"),
     "unknown device": (["attack", "--device", "tpu"], "pass auto, cpu, cuda"),
     "device without data": (["attack", "--device", "meta"], "pass auto, cpu, cuda"),
+    "device without 64 bits": (["attack", "--device", "mps"], "'mps' has no 64-bit numbers"),
+    "certificate without 64 bits": (["certify", "--device", "mps"], "pass cpu or cuda"),
     "missing device": (["attack", "--device", "cuda:99"], "is not there"),
     "unknown precision": (["attack", "--precision", "fp8"], "unknown precision 'fp8'"),
     "tiny resolution": (["attack", "--resolution", "4"], "between 8 and 4096"),

@@ -111,6 +111,33 @@ def test_a_text_of_rank_0_reaches_all() -> None:
     )
 
 
+def test_what_each_says_reaches_all_by_rank() -> None:
+    said = in_threads(3, lambda link: link.gathered(f"a{link.rank}") + link.gathered(""))
+    assert said == [["a0", "a1", "a2", "", "", ""]] * 3
+    assert Ranks().gathered("alone") == ["alone"]
+
+
+def test_a_store_out_of_reach_keeps_nobody_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a pulled cable it neither answers nor fails."""
+    monkeypatch.setattr("robustvlm.core.link._LAST_SECONDS", 0.2)
+    out_of_reach, over = threading.Event(), threading.Event()
+
+    class Far(HashStore):
+        def add(self, key: str, more: int) -> int:
+            if out_of_reach.is_set():
+                over.wait(60)
+            return super().add(key, more)
+
+    link = Link(Far(), rank=0, size=2)
+    monkeypatch.setattr(link, "_farewell", lambda: 0.2)
+    out_of_reach.set()
+    began = time.monotonic()
+    assert link.fail("rank 1 of 2 has died"), "then this process speaks for itself"
+    link.close()
+    assert time.monotonic() - began < 10
+    over.set()
+
+
 def test_one_failure_ends_the_wait_of_all_and_only_the_first_speaks() -> None:
     def act(link: Link) -> bool:
         if link.rank == 1:

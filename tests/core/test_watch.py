@@ -84,11 +84,34 @@ def test_a_process_that_cannot_be_told_is_ended_with_one_line(wires: ExitStack) 
     assert watches[0].wait_for(lambda: ends == [None], seconds=SECONDS)
 
 
+def test_one_that_is_ending_by_itself_gets_time_and_is_not_spoken_for(wires: ExitStack) -> None:
+    ends: list[str | None] = []
+    watches = joined(wires, 2, grace=1.0, leave=ends.append)
+    die(watches[1])
+    assert watches[0].wait_for(lambda: watches[0].trouble is not None, seconds=SECONDS)
+    time.sleep(0.5)
+    watches[0].ends_itself()
+    time.sleep(0.7)
+    assert ends == [], "the time counts from when it said so"
+    assert watches[0].wait_for(lambda: ends == [None], seconds=SECONDS)
+
+
+def test_a_closed_port_between_machines_is_named() -> None:
+    store = HashStore()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        store.set("watch", f"{taken.getsockname()[1]} secret")
+        with pytest.raises(OSError, match=rf"refused at port {taken.getsockname()[1]} of rank 0's machine"):
+            Watch(1, 2, "127.0.0.1", store)
+
+
 def test_one_that_is_silent_on_a_standing_wire_is_given_up(wires: ExitStack) -> None:
-    watches = joined(wires, 2, silence=0.5, leave=lambda _: None)
+    watches = joined(wires, 2, leave=lambda _: None)
     watches[1]._closing.set()  # its thread stops, as that of a process under SIGSTOP; its wires stand
     watches[1]._thread.join()
+    watches[0]._silence = 0.5
     assert watches[0].wait_for(lambda: watches[0].trouble is not None, seconds=SECONDS)
+    assert str(watches[0].trouble).startswith("rank 1 of 2 is out of reach; what is finished is kept")
 
 
 def test_strangers_are_not_heard(wires: ExitStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,32 @@ def test_processes_share_the_images_and_find_the_same(make_folder: MakeFolder) -
             ledger.close()
     assert rows(shared) == rows(alone)
     assert ledgers[0].cost.forward_passes > 5 * 300
+
+
+def test_a_rank_waits_for_all_that_the_others_have_written(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of a network may show a file late; one that the machines do not share never does."""
+    run = prepared(make_folder(2), name="late")
+    with run.folder.opened(run.manifest):
+        ledger = CertifyLedger(run.folder, rank=0, session="s")
+        other = run.folder.journal_of(1)
+        text = json.dumps({"kind": "run", "id": ledger.owner}) + "\n"
+        text += json.dumps({"kind": "unreadable", "index": 7, "id": "far", "reason": "damaged"}) + "\n"
+
+        class Two(Ranks):
+            def gathered(self, text_of_rank_0: str) -> list[str]:
+                return [text_of_rank_0, str(len(text))]
+
+        ledger.meet(Two(rank=0, size=2))
+        threading.Timer(0.3, lambda: other.write_text(text)).start()
+        ledger.sync()
+        assert [image.id for image in ledger.unreadable] == ["far"]
+        monkeypatch.setattr("robustvlm.commands.common.store._SEEN_SECONDS", 0.2)
+        other.unlink()
+        with pytest.raises(UserError, match=rf"'.*journal-1.jsonl' has 0 of the {len(text)} bytes .* see one folder"):
+            ledger.sync()
+        ledger.close()
 
 
 @pytest.mark.parametrize(

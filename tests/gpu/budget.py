@@ -23,13 +23,16 @@ ATTACKS = (
     "apgd-t:steps=4:targets=2",
     "fab-t:steps=4:targets=2",
 )
+RADII = (("Linf", 0.04), ("L2", 0.5))
 
 
-def attack_waits(*, precision: str, attacks: tuple[str, ...] = ATTACKS) -> dict[str, list[dict[str, Any]]]:
+def attack_waits(
+    *, precision: str, attacks: tuple[str, ...] = ATTACKS, radii: tuple[tuple[str, float], ...] = RADII
+) -> dict[str, list[dict[str, Any]]]:
     """Return by attack and norm what each pass of the engine waited for: itself, and the attack in its `advance`."""
     found = {}
     for text in attacks:
-        for norm, eps in (("Linf", 0.04), ("L2", 0.5)):
+        for norm, eps in radii:
             (attack,) = catalog.parse_attacks(text)
             assert isinstance(attack, LaneAttack)
             found[f"{text} {norm}"] = _attacked(attack, ThreatModel(norm, eps), precision)

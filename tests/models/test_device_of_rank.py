@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from robustvlm.attacks.tensors import own_device
+from robustvlm.commands.attack import AttackSettings
+from robustvlm.commands.attack import work as attack_work
+from robustvlm.commands.certify import CertifySettings
+from robustvlm.commands.certify import work as certify_work
 from robustvlm.commands.evaluate.work import evaluate_clean
-from robustvlm.core.ranks import Ranks, device_of_rank
+from robustvlm.core.ranks import Ranks, device_of_rank, resolve_device
 from robustvlm.core.seeds import _switches, full_precision_kernels
 from robustvlm.data import open_data
 from robustvlm.errors import UserError
@@ -46,6 +53,41 @@ def test_one_gpu_for_all_or_too_few_of_them_are_refused(chosen: list[int]) -> No
     ):
         device_of_rank(CUDA, Ranks(2, 3, 2))
     assert chosen == []
+
+
+@pytest.mark.parametrize("what", ["attack", "certify", "certify from a cache"])
+def test_every_command_of_several_processes_takes_the_gpu_of_its_rank(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One GPU for all is what `device_of_rank` refuses, so whoever asks it says this."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for module in (attack_work, certify_work):
+        monkeypatch.setattr(module, "current_ranks", lambda: Ranks(1, 2, 1))
+    source = SimpleNamespace(manifest={"config": {}}, config=SimpleNamespace(cache="float16", claim="feature"))
+    monkeypatch.setattr(certify_work, "open_source", lambda *_, **__: source)
+    for name in ("with_source", "_check"):
+        monkeypatch.setattr(certify_work, name, lambda settings, _: settings)
+    kept = "kept" if "cache" in what else None
+    certifying = CertifySettings(model="tiny", device="cuda:0", sigma=0.1, from_cache=kept)
+    attacking = AttackSettings(model="tiny", device="cuda:0")
+    with pytest.raises(UserError, match="'cuda:0' would be the GPU of all 2 processes"):
+        attack_work.open_work(attacking) if what == "attack" else certify_work.open_work(certifying)
+
+
+def test_a_mac_s_gpu_is_refused_and_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device() == torch.device("cpu")
+    for name in ("mps", "mps:0"):
+        with pytest.raises(UserError, match="the device 'mps' has no 64-bit numbers, which decide results: pass cpu"):
+            resolve_device(name)
+
+    class Apple(torch.nn.Linear):
+        def parameters(self, *_: object) -> Iterator[Any]:
+            return iter([SimpleNamespace(device=torch.device("mps"))])
+
+    with pytest.raises(UserError, match="no 64-bit numbers"):
+        own_device(Apple(2, 2), torch.rand(1, 3, 2, 2))
 
 
 def _by_flag() -> None:

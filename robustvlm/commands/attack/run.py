@@ -193,7 +193,7 @@ class AttackRun:
     def _meet(self) -> None:
         """Wait for the other processes and learn what they have found; deal out what is left of the budget."""
         self._note_cost()
-        self.ranks.barrier()
+        self.ledger.meet(self.ranks)
         self.ledger.sync()
         # Nobody goes on and writes before everybody has read, or they would know different things.
         self.ranks.barrier()

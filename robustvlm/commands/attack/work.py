@@ -35,7 +35,7 @@ from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import load_own
-from robustvlm.errors import BadSetting, UserError, nearest, setting
+from robustvlm.errors import BadSetting, UserError, nearest
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.records import Check, Estimate, write_rows
 from robustvlm.runs.run import Facts, Session
@@ -173,7 +173,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
             attacks.require_norm(item, norm)
     radii = _radii(settings.eps, norm)
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
-    _check_precision(settings.precision, device)
+    _check_precision(settings.precision)
     check_goal(settings.goal, settings.min_cos)
     source = _source(settings)
     classifier = _classifier(settings.model, source, device)
@@ -291,14 +291,9 @@ def _lanes(lanes: int | None, device: str) -> int:
     return lanes if lanes is not None else 256 if device.startswith("cuda") else 64
 
 
-def _check_precision(precision: str, device: str) -> None:
+def _check_precision(precision: str) -> None:
     if precision not in attacks.PRECISIONS:
         raise UserError(f"unknown precision '{precision}': {nearest(precision, attacks.PRECISIONS)}")
-    if precision == "fp64" and device.startswith("mps"):
-        raise UserError(
-            f"{setting('precision', 'fp64')}: the device 'mps' has no 64-bit numbers; pass fp32, or "
-            f"{setting('device', 'cpu')}"
-        )
 
 
 def _notes(opened: list[str], classifier: Classifier) -> tuple[Check, ...]:

@@ -71,7 +71,7 @@ class CertifyWork:
         ledger = CertifyLedger(session.folder, rank=ranks.rank, session=ranks.share(new_session()))
         try:
             self.begin(ledger, session.observer, ranks).run()
-            ranks.barrier()
+            ledger.meet(ranks)
             if ranks.leader:
                 ledger.sync()
                 require_some(ledger)

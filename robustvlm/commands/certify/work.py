@@ -19,7 +19,7 @@ from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.core.probe import change_of
-from robustvlm.core.ranks import Ranks, resolve_device
+from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
@@ -100,7 +100,7 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     claim = find_claim(setup.claim_of(settings))
     chosen = (settings.prompts or "adaptive") if claim.any_prompts else None
     assert source.config.cache is not None
-    device = str(resolve_device(settings.device))
+    device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     data = source.manifest["data"]
     names = tuple(data["class_names"]) if settings.classes is None else setup.list_of_names(settings.classes)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
@@ -273,7 +273,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     """
     setup.check(settings)
     sigma = setup.settle_sigma(settings)
-    device = str(resolve_device(settings.device))
+    device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     config = setup.make_config(settings, sigma=sigma, device=device)
     if find_claim(config.claim).known_best:
         require_possible(make_plan(config.claim, config, Materials(text=np.eye(2))), config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.core.files import NotRegular, open_own, parse_json, require_regular
+from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.folder import RunFolder
@@ -24,6 +25,9 @@ from robustvlm.runs.records import Check, Cost, Passes, UnreadableImage
 # A line reaches the operating system at once, which survives the death of the process; it is forced to the disk, which
 # survives a power cut, at most this often.
 _SYNC_SECONDS = 2.0
+
+# Network folders remember for up to a minute what they hold.
+_SEEN_SECONDS = 90.0
 
 
 class Journal:
@@ -71,12 +75,21 @@ class Journal:
     @property
     def empty(self) -> bool:
         """Whether no fact has been written yet."""
-        return os.fstat(self._file.fileno()).st_size == 0
+        return self.size == 0
+
+    @property
+    def size(self) -> int:
+        """How many bytes have been written, by earlier sessions too."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def force(self) -> None:
+        """Force everything to the disk, and so to the server of a network's folder."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Force everything to the disk and close the file."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            self.force()
             self._file.close()
 
     def __enter__(self) -> Journal:
@@ -196,6 +209,7 @@ class JournalLedger(ABC):
         self._checks: dict[str, Check] = {}
         self._costs: dict[tuple[str, int], Cost] = {}
         self._readers: dict[Path, JournalReader] = {}
+        self._written: dict[Path, int] = {}
         self.owner = run_identity(folder.manifest() or {})
         self._read()
         self._journal = Journal(folder.journal_of(rank))
@@ -210,9 +224,24 @@ class JournalLedger(ABC):
         """Force all facts to the disk."""
         self._journal.close()
 
+    def meet(self, ranks: Ranks) -> None:
+        """Wait for the other processes, and learn how much they have written; for all of them at once."""
+        if ranks.size > 1:
+            self._journal.force()
+            sizes = ranks.gathered(str(self._journal.size))
+            self._written = {self.folder.journal_of(rank): int(size) for rank, size in enumerate(sizes)}
+
     def sync(self) -> None:
-        """Take in what the other processes have found since."""
-        self._read(skip=self.folder.journal_of(self.rank))
+        """Take in what the other processes have found since, all of what they had written when they met.
+
+        Raises:
+            UserError: it does not come to be seen here, as in a folder that the machines do not share.
+        """
+        own = self.folder.journal_of(self.rank)
+        for path, size in self._written.items():
+            if path != own:
+                _wait_for_bytes(path, size)
+        self._read(skip=own)
 
     @property
     def unreadable(self) -> list[UnreadableImage]:
@@ -266,7 +295,8 @@ class JournalLedger(ABC):
         self._take(dict(fact))
 
     def _read(self, *, skip: Path | None = None) -> None:
-        for path in self.folder.journals():
+        # A folder of a network may not list yet what another machine has put there.
+        for path in dict.fromkeys([*self.folder.journals(), *self._written]):
             if path != skip:
                 for number, fact in self._readers.setdefault(path, JournalReader(path)).new():
                     self._take_from_disk(path, number, fact)
@@ -302,6 +332,27 @@ class JournalLedger(ABC):
             self._costs[key] = Cost(**fact)
         else:
             self._take_own(kind, fact)
+
+
+def _wait_for_bytes(path: Path, size: int) -> None:
+    """Wait until so much of a file is to be seen: machines that share a folder may learn late of each other's files."""
+    until = time.monotonic() + _SEEN_SECONDS
+    while (seen := _seen(path)) < size:
+        if time.monotonic() > until:
+            raise UserError(
+                f"'{path}' has {seen:,} of the {size:,} bytes that its process has written: all machines must see one "
+                f"folder, see {setting('out')}"
+            )
+        time.sleep(0.1)
+
+
+def _seen(path: Path) -> int:
+    try:
+        with path.open("rb") as handle:  # opening a file of a network asks the server; a look at its size need not
+            return os.fstat(handle.fileno()).st_size
+    except FileNotFoundError:
+        os.listdir(path.parent)
+        return 0
 
 
 def _sum_of_passes(parts: Sequence[Cost]) -> Passes | None:
