@@ -393,6 +393,12 @@ class OfLibrary(OwnClassifier):
     """A classifier of timm or torchvision, known by its weights and its name, wherever its file lies."""
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was taken for granted of it."""
+        found: tuple[str, ...] = self.model.remarks
+        return found
+
+    @property
     def fingerprint(self) -> str:
         framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
         return fingerprint(state_of(self.model), (self.model.identity, *framing))

@@ -38,6 +38,8 @@ class VLM(nn.Module, ABC):
 
     logit_bias: float | None = None
     """What a model that was trained on pairs (SigLIP) adds to `logit_scale` * cosine; the same for every class."""
+    remarks: tuple[str, ...] = ()
+    """What was taken for granted of the model and could not be checked: every run says it."""
     _anchor: torch.Tensor
 
     def __init__(

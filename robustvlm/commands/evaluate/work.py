@@ -274,7 +274,7 @@ class _Tally:
             unknown=self.unknown,
             unreadable=self.unreadable,
             unreadable_reasons=self.reasons,
-            remarks=[*remarks_of(source, classifier.vlm), *self.without_images(whole=limit is None)],
+            remarks=[*remarks_of(source, classifier), *self.without_images(whole=limit is None)],
             accuracy=rate(self.right, self.images),
             calibration_error=calibration_error(bins),
             mean_confidence=math.fsum(confidences.tolist()) / self.images,

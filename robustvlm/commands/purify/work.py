@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from robustvlm import training
-from robustvlm.commands.common.inputs import facts_of, probe_of
+from robustvlm.commands.common.inputs import facts_of, probe_of, taken_for_granted
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
@@ -132,7 +132,7 @@ def open_work(settings: PurifySettings) -> PurifyWork:
         model,
         data,
         probe=probe_of(encoder),
-        remarks=source.remarks,
+        remarks=[*taken_for_granted(encoder), *source.remarks],
     )
     return PurifyWork(facts, stages, encoder, images, held)
 
