@@ -128,6 +128,21 @@ class ClassifierVLM(VLM):
         return (self.model.identity,)
 
 
+def require_texts(vlm: VLM, what: str) -> None:
+    """Refuse a classifier of a library, or a model that stands on one, where texts are needed.
+
+    Args:
+        what: needs them.
+
+    Raises:
+        UserError: it is one.
+    """
+    if any(isinstance(part, ClassifierVLM) for part in vlm.modules()):
+        raise UserError(
+            f"'{vlm.spec}' is a classifier without a text encoder, which {what} needs: pass a CLIP-like model"
+        )
+
+
 def places_of(wanted: Sequence[str], known: Sequence[str], spec: str) -> list[int]:
     """Return where each class wanted stands among those a model knows; ImageNet's ids count as their names.
 

@@ -121,8 +121,10 @@ def as_clip(vlm: TransformersVLM) -> ClipVLM:
         if not torch.equal(row[:end].to(other), other[:end]):
             raise UserError(f"{wrong}: open_clip's tokenizer reads {text[:40]!r} otherwise; {_OWN}")
     pixels = torch.linspace(0, 1, 2 * 3 * side * side, device=vlm.device).view(2, 3, side, side)
-    pairs = ((vlm.embed_image(pixels).cpu(), clip.embed_image(pixels.cpu())),)
-    pairs += ((vlm.embed_text(texts).cpu(), clip.embed_text(texts)),)
+    pairs = [
+        (vlm.embed_image(pixels).cpu(), clip.embed_image(pixels.cpu())),
+        (vlm.embed_text(texts).cpu(), clip.embed_text(texts)),
+    ]
     for ours, given in pairs:
         if ours.shape != given.shape or (ours - given).abs().max() > ROUNDING * ours.abs().max().clamp_min(1):
             raise UserError(f"{wrong}: open_clip gives other features with its weights; {_OWN}")

@@ -167,7 +167,7 @@ def test_half_measured_and_again(tuned: Path, tmp_path: Path) -> None:
         (tuned / "base/added_tokens.json").unlink()
         from robustvlm.models.transformers_export import rewritten
 
-        with pytest.raises(UserError, match="changed since .* was read from it"):
+        with pytest.raises(UserError, match=r"changed since .* was read from it"):
             rewritten(vlm)
     finally:
         (tuned / "base/added_tokens.json").unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from robustvlm.models.transformers_export import inner
 from robustvlm.models.transformers_files import PREFIX, split_sides
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED
-from robustvlm.report.words import ball, interval, percent, plain
+from robustvlm.report.words import ball, count_of, interval, percent, plain
 from robustvlm.runs.manifest import kind_of_run, read_manifest
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
@@ -171,7 +171,7 @@ def _certify(summary: Any) -> tuple[Iterator[Row], list[str]]:
 def _shared(summary: Any) -> Iterator[str]:
     """Yield what every run says of itself: images it could not read, and checks that fired."""
     if summary.unreadable:
-        yield f"{len(summary.unreadable):,} images could not be read and are left out."
+        yield f"{count_of(len(summary.unreadable), 'images')} could not be read and left out."
     for check in summary.checks:
         if check.level != "ok":
             yield f"Check {code(check.name)} ({text(check.level)}): {text(check.message, 600)}"
@@ -432,7 +432,7 @@ def _measured(measurements: Sequence[Measurement]) -> Iterator[str]:
             if row.rate.value is not None
         ]
         levels = sorted({f"{row.rate.confidence:.0%}" for row in one.rows})
-        yield f"Of {one.model}, on {one.images:,} images of {code(one.data)}, by"
+        yield f"Of {one.model}, on {count_of(one.images, 'images')} of {code(one.data)}, by"
         yield block(plain(one.command, 2000))
         yield "\n".join([f"| share of images | | {' '.join(levels)} interval | count |", "|---|---|---|---|", *rows])
         if one.notes:
