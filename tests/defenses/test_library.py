@@ -295,10 +295,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["tune-prompts", "timm:test_resnet/three/w.pt"], "prompts can be tuned for open_clip models"),
         (["export", "timm:test_resnet/three/w.pt", "out"], "is a classifier and no CLIP-like model"),
         (["evaluate", "timm:test_resnet/other/w.pt"], "does not know the class 'cat' and 2 more of the data"),
-        (
-            ["certify", "timm:test_resnet/other/w.pt", "--sigma", "0.1"],
-            "does not know the class 'cat' and 2 more of the data",
-        ),
+        (["certify", "timm:test_resnet/other/w.pt", "--sigma", "0.1"], "does not know the class 'cat'"),
         (["evaluate", "timm:test_resnet/three/w.pt#ema"], "no weights named 'ema': all its tensors stand at the top"),
     ],
 )
