@@ -18,7 +18,7 @@ from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_f
 from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
 from robustvlm.attacks.threat import ThreatModel, parse_eps, parse_norm
 from robustvlm.core.batches import SteadySizes, smallest
-from robustvlm.errors import UserError, arguments_named, nearest
+from robustvlm.errors import UserError, arguments_named, nearest, setting
 from robustvlm.stats import Rate, rate
 
 CLEAN = "clean"
@@ -119,7 +119,7 @@ def perturb(
     """
     _whole(steps=steps, restarts=restarts, lanes=lanes, eot=eot, draws=draws)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+        raise UserError(f"{setting('seed')} must be a whole number from 0 to 2^63 - 1, got {seed!r}")
     attacks = parse_attacks(attack, steps=steps, restarts=restarts)
     threat = ThreatModel(parse_norm(norm), _radius(eps))
     for item in attacks:
@@ -382,12 +382,12 @@ def _radius(eps: float | str) -> float:
     if isinstance(eps, str):
         pairs = parse_eps(eps)
         if len(pairs) > 1:
-            raise UserError(f"eps must be one radius, got {len(pairs)} in '{eps}': call once for each")
+            raise UserError(f"{setting('eps')} must be one radius, got {len(pairs)} in '{eps}': call once for each")
         return pairs[0][1]
     try:
         return float(eps)
     except (TypeError, ValueError):
-        raise UserError(f"eps must be a number or a text such as '2/255', got {eps!r}") from None
+        raise UserError(f"{setting('eps')} must be a number or a text such as '2/255', got {eps!r}") from None
 
 
 def _whole(**counts: int | None) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from robustvlm.core.seeds import row_norms
-from robustvlm.errors import BadSetting, UserError, nearest
+from robustvlm.errors import BadSetting, UserError, nearest, setting
 
 NORMS = ("Linf", "L2")
 DEFAULT_EPS = {"Linf": "2/255", "L2": "0.5"}
 """The radius in each norm where none is asked for."""
 _ALIASES = {"linf": "Linf", "inf": "Linf", "l_inf": "Linf", "l∞": "Linf", "l2": "L2", "2": "L2", "l_2": "L2"}
-_FRACTION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
+_FRACTION = re.compile(r"^\s*([+-]?\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
 
 # Half the distance between neighbouring float32 numbers just below 1: how far rounding may move a pixel.
 _HALF_ULP = 2.0**-25
@@ -65,8 +65,11 @@ def parse_norm(text: str) -> str:
     return norm
 
 
-def parse_eps(text: str) -> list[tuple[str, float]]:
+def parse_eps(text: str, name: str = "eps") -> list[tuple[str, float]]:
     """Return (text, value) pairs, ascending, for `4/255`, `0.5` or a list `1/255,2/255`; none may stand twice.
+
+    Args:
+        name: of the setting, for errors.
 
     Example:
         >>> parse_eps("2/255, 1/255")
@@ -75,11 +78,13 @@ def parse_eps(text: str) -> list[tuple[str, float]]:
     pairs: dict[float, str] = {}
     for part in text.split(","):
         if not part.strip():
-            raise UserError(f"empty value in eps '{text}': expected numbers such as 2/255 separated by commas")
-        value = _eps_value(part)
+            raise UserError(
+                f"empty value in {setting(name)} '{text}': expected numbers such as 2/255 separated by commas"
+            )
+        value = _eps_value(part, name)
         if value in pairs:
             again = f"'{pairs[value]}' again" if pairs[value] == part.strip() else f"the same as '{pairs[value]}'"
-            raise UserError(f"eps '{part.strip()}' is {again}: name each radius once")
+            raise UserError(f"{setting(name)} '{part.strip()}' is {again}: name each radius once")
         pairs[value] = part.strip()
     return [(pairs[value], value) for value in sorted(pairs)]
 
@@ -94,13 +99,13 @@ def one_radius(eps: str | float, name: str) -> tuple[str, float]:
         >>> one_radius("1/4", "eps"), one_radius(0.5, "eps")
         (('1/4', 0.25), ('0.5', 0.5))
     """
-    found = parse_eps(eps if isinstance(eps, str) else repr(float(eps)))
+    found = parse_eps(eps if isinstance(eps, str) else repr(float(eps)), name)
     if len(found) != 1:
         raise BadSetting(name, "takes one number", got=f"'{eps}'")
     return found[0]
 
 
-def _eps_value(text: str) -> float:
+def _eps_value(text: str, name: str) -> float:
     fraction = _FRACTION.match(text)
     try:
         if fraction:
@@ -108,9 +113,11 @@ def _eps_value(text: str) -> float:
         else:
             value = float(text)
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"eps '{text.strip()}' is no number: expected a value such as 2/255 or 0.5") from None
+        raise UserError(
+            f"{setting(name)} '{text.strip()}' is no number: expected a value such as 2/255 or 0.5"
+        ) from None
     if not (math.isfinite(value) and value > 0):
-        raise UserError(f"eps must be a positive number, got '{text.strip()}': pass for example 2/255")
+        raise BadSetting(name, "must be a positive number", got=f"'{text.strip()}': pass for example 2/255")
     return value
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from robustvlm.certify.means import ANYTIME_BOUNDS
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.core.framing import Framing
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 
 # The record of a certificate: what is claimed, and everything needed to judge or repeat it
 
@@ -204,7 +204,7 @@ def kind_of(claim: str) -> _Kind:
     if OWN.fullmatch(claim):
         return _Kind()
     if claim not in KINDS:
-        raise UserError(f"claim must be one of {', '.join(KINDS)}, got '{claim}'")
+        raise UserError(f"{setting('claim')} must be one of {', '.join(KINDS)}, got '{claim}'")
     return KINDS[claim]
 
 

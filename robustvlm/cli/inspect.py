@@ -318,11 +318,12 @@ class _Bar(Observer):
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or any other open_clip model's spec.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run folder, or any other spec of a model of open_clip or transformers."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")],
-    to: Annotated[
-        str, typer.Option("--to", help="Who is to read it: open_clip or transformers (CLIPModel).")
-    ] = "open_clip",
+    to: Annotated[str, typer.Option("--to", help="Who is to read it: open_clip or transformers.")] = "open_clip",
     evaluated: Annotated[
         list[str] | None,
         typer.Option("--evaluated", help="An attack or certify run of this model, for the model card; repeatable."),
@@ -332,7 +333,7 @@ def export(
     """Write a model as a folder for others: config, weights (safetensors), tokenizer, and a model card (README.md).
 
     open_clip loads it with create_model("local-dir:OUT"), and robustvlm with OUT as the model. With --to transformers,
-    CLIPModel.from_pretrained("OUT") loads it, and robustvlm with transformers:OUT.
+    from_pretrained("OUT") of its class there (CLIPModel, ...) loads it, and robustvlm with transformers:OUT.
     """
     # Loading torch and open_clip takes seconds; --help should not wait for them.
     from robustvlm.commands.export import write_export
@@ -340,7 +341,7 @@ def export(
     write_export(model, out, to=to, evaluated=evaluated or (), half=half)
     say(f"Model: {out}")
     if to == "transformers":
-        say(f"transformers: CLIPModel.from_pretrained('{out}'), CLIPProcessor.from_pretrained('{out}')")
+        say(f"transformers: from_pretrained('{out}'), as its card shows; robustvlm: transformers:{out}")
     else:
         say(f"open_clip: create_model('local-dir:{out}'), get_tokenizer('local-dir:{out}')")
     say(f"Card: {out / 'README.md'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from robustvlm.data.labels import TextLabels
 from robustvlm.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
+from robustvlm.data.splits import is_junk, split_in, split_kind
 from robustvlm.errors import MissingExtra, UserError, nearest
 from robustvlm.text import one_line
 
+_TEXT = "text"
 _OPTIONS = ("split", "config", "revision", "image", "label", "streaming")
 
 
@@ -45,9 +47,10 @@ class HubSource(DataSource):
         data = _load(name, config=config, split=split, revision=revision, streaming=streaming)
         features = dict(data.features or data._resolve_features().features)
         self._image = _column(features, image, IMAGE_COLUMNS, _is_image, "image", name)
-        texts = any(_is_text(features[key]) for key in LABEL_COLUMNS if key in features)
+        usual = _label_columns(features)
+        texts = any(_is_text(features[key]) for key in usual if key in features)
         fits = _is_label_or_text if label is not None or texts else _is_label
-        self._label = _column(features, label, LABEL_COLUMNS, fits, "label", name)
+        self._label = _column(features, label, usual, fits, "label", name)
         names = getattr(features[self._label], "names", None) or ()
         self._texts = None
         if _is_text(features[self._label]):
@@ -58,11 +61,18 @@ class HubSource(DataSource):
             values = [text for text in data.unique(self._label) if text is not None]
             self._texts = TextLabels(values, f"column '{self._label}' of {name}")
             names = self._texts.marks
+            if label is None and self._label == _TEXT and len(names) == len(data):
+                raise UserError(
+                    f"the column '{_TEXT}' of '{name}' has another text for each of its {len(data)} images: name a "
+                    f"column of classes with ?label=NAME ({', '.join(features)})"
+                )
         # Decoding is ours, so that a damaged image is a recorded fault and not the end of the run.
         self._data = data.select_columns([self._image, self._label])
         if _kind(features[self._image]) == "Image":
             self._data = self._data.cast_column(self._image, _datasets().Image(decode=False))
         super().__init__(spec or f"hf:{name}", tuple(names))
+        if label is None and self._label == _TEXT:
+            self.remarks.append(f"the texts of the column '{_TEXT}' are taken as classes: {len(names)} of them")
         own = str(getattr(data, "split", None) or self.split)
         if own != self.split:
             self.remarks.append(f"the data were saved as the split '{own}'")
@@ -138,7 +148,7 @@ def _load(name: str, *, config: str | None, split: str | None, revision: str | N
                     f"'{name}' is one saved split ({own or 'it does not say which'}): leave out ?split={split}"
                 )
             return data
-        split = split or "test"
+        asked, split = split, split or "test"
         if (path / "dataset_dict.json").is_file():
             splits = library.load_from_disk(str(path))
             if split not in splits:
@@ -148,11 +158,25 @@ def _load(name: str, *, config: str | None, split: str | None, revision: str | N
         fetch = partial(library.load_dataset, target, config, split=split, revision=revision, streaming=streaming)
         if int(library.__version__.split(".")[0]) < 4:
             fetch = partial(fetch, trust_remote_code=False)  # these versions know data sets that are programs
-        return within(download_seconds(), fetch)
+        try:
+            return within(download_seconds(), fetch)
+        except ValueError:
+            # Of a folder without splits the library makes one, called train.
+            only = _only_split(library, path, config) if asked is None and path.is_dir() else None
+            if only is None:
+                raise
+            return within(download_seconds(), partial(fetch, split=only))
     except UserError:
         raise
     except Exception as error:  # network, hub and format faults come in many types
         raise UserError(f"cannot open the data set '{name}' (split {split}): {one_line(error)}") from None
+
+
+def _only_split(library: Any, folder: Path, config: str | None) -> str | None:
+    """Return the one split of a folder; None for several, and for one that is named: it may be meant for training."""
+    found = library.get_dataset_split_names(str(folder), config)
+    told = any(split_kind(entry.stem) or split_in(entry.stem) for entry in folder.iterdir() if not is_junk(entry.name))
+    return str(found[0]) if len(found) == 1 and not told else None
 
 
 def _kind(feature: Any) -> str:
@@ -161,6 +185,13 @@ def _kind(feature: Any) -> str:
 
 def _is_image(feature: Any) -> bool:
     return _kind(feature) == "Image" or getattr(feature, "dtype", "") in {"binary", "large_binary"}
+
+
+def _label_columns(features: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names by which labels are known; where there is none of them, image folders have them as `text`."""
+    labelled = any(_is_label_or_text(features[key]) for key in LABEL_COLUMNS if key in features)
+    others = [key for key in features if _is_label(features[key])]
+    return LABEL_COLUMNS if labelled or others else (_TEXT,)
 
 
 def _is_label(feature: Any) -> bool:

@@ -17,7 +17,7 @@ from robustvlm.data.labels import label_of
 from robustvlm.data.names import read_lines
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
-from robustvlm.data.splits import chosen_split, is_junk, one_split
+from robustvlm.data.splits import chosen_split, is_junk, one_split, split_kind
 from robustvlm.errors import MissingExtra, UserError
 from robustvlm.text import HIDDEN, one_line, without_secrets
 
@@ -97,7 +97,7 @@ def _resolve(address: str, split: str | None) -> list[str]:
         found = _tars(path)
         if not found:
             path, _ = chosen_split(path, split)
-            found = _tars(path)
+            found = _tars(path) or _tars_of_only_split(path)
         else:
             found = one_split(found, split, path)
         if not found:
@@ -112,6 +112,21 @@ def _resolve(address: str, split: str | None) -> list[str]:
 
 def _tars(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.name.endswith(_SUFFIXES) and not is_junk(file.name)]
+
+
+def _tars_of_only_split(folder: Path) -> list[Path]:
+    """Return the tar files of the only subfolder that has some, as CLIP_benchmark lays out a set of test images alone.
+
+    Raises:
+        UserError: its name says that it is not meant for tests, which nobody has chosen.
+    """
+    inside = [path for path in folder.iterdir() if path.is_dir() and not is_junk(path.name) and _tars(path)]
+    if len(inside) != 1:
+        return []
+    name = inside[0].name
+    if split_kind(name) not in (None, "test"):
+        raise UserError(f"the only shards of {folder} are of the split '{name}': choose it with ?split={name}")
+    return _tars(inside[0])
 
 
 def _stem(address: str) -> str:

@@ -87,6 +87,11 @@ class Classifier(nn.Module, ABC):
         return None
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was taken for granted of the model and could not be checked, beside what its encoder says."""
+        return ()
+
+    @property
     def class_embeddings(self) -> Tensor | None:
         """Unit text embeddings of the classes [K, D], if there are any."""
         return None
@@ -245,6 +250,11 @@ class Refusing(Classifier):
     @property
     def vlm(self) -> VLM | None:
         return self.inner.vlm
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was taken for granted of the model and could not be checked, beside what its encoder says."""
+        return ()
 
     @property
     def class_embeddings(self) -> Tensor | None:

@@ -54,16 +54,26 @@ def names_library_model(spec: str) -> bool:
 class LibraryClassifier(nn.Module):
     """A classifier of a library: pixels [B, 3, S, S] in [0, 1] to logits [B, K], one column for each of `class_names`.
 
-    `identity` names what the weights and buffers do not hold; the fields of `Framing` say how images become pixels.
+    `identity` names what the weights and buffers do not hold; `remarks` what was taken for granted of it; the fields
+    of `Framing` say how images become pixels.
     """
 
     mean: Tensor
     std: Tensor
     columns: Tensor
 
-    def __init__(self, net: nn.Module, recipe: Recipe, class_names: Sequence[str], *, spec: str, name: str) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        recipe: Recipe,
+        class_names: Sequence[str],
+        *,
+        spec: str,
+        name: str,
+        remarks: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
-        self.net, self.spec, self.recipe = net, spec, recipe
+        self.net, self.spec, self.recipe, self.remarks = net, spec, recipe, remarks
         self.class_names, self.identity = tuple(class_names), name
         for option, value in recipe.framing.options().items():
             setattr(self, option, value)
@@ -99,7 +109,7 @@ class ClassifierVLM(VLM):
         names = model.class_names
         scale = math.log(_SURE / (1 - _SURE) * (len(names) - 1))
         super().__init__(spec=model.spec, logit_scale=scale, **model.recipe.framing.options())
-        self.model = model
+        self.model, self.remarks = model, model.remarks
         self.eval().requires_grad_(False)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
@@ -116,6 +126,21 @@ class ClassifierVLM(VLM):
 
     def _identity(self) -> Iterable[str]:
         return (self.model.identity,)
+
+
+def require_texts(vlm: VLM, what: str) -> None:
+    """Refuse a classifier of a library, or a model that stands on one, where texts are needed.
+
+    Args:
+        what: needs them.
+
+    Raises:
+        UserError: it is one.
+    """
+    if any(isinstance(part, ClassifierVLM) for part in vlm.modules()):
+        raise UserError(
+            f"'{vlm.spec}' is a classifier without a text encoder, which {what} needs: pass a CLIP-like model"
+        )
 
 
 def places_of(wanted: Sequence[str], known: Sequence[str], spec: str) -> list[int]:
@@ -288,12 +313,16 @@ def load_library(spec: str) -> LibraryClassifier:
             if Path(file).suffix not in SUFFIXES and not os.path.exists(file):
                 raise UserError(f"'{spec}': no file '{file}'; published weights are named '{kind}:{name}.TAG'")
             net = _from_file(library, name, Path(file), part, spec)
-            known = _classes_beside(Path(file), _outputs(net), spec)
+            known, remarks = _classes_beside(Path(file), _outputs(net), spec)
         else:
             net = _fetched(library, name, spec)
-            known = _imagenet(_outputs(net), spec, f"save its state dict as a file with {CLASSES} beside it")
+            known, remarks = (
+                _imagenet(_outputs(net), spec, f"save its state dict as a file with {CLASSES} beside it"),
+                (),
+            )
         recipe = library.recipe(net, name)
-        model = LibraryClassifier(net, recipe, known, spec=spec, name=f"{kind} {name.partition('.')[0]}")
+        identity = f"{kind} {name.partition('.')[0]}"
+        model = LibraryClassifier(net, recipe, known, spec=spec, name=identity, remarks=remarks)
     require_same_pixels(recipe.transform, recipe.framing, model.mean, model.std, spec, kind)
     if source and "." not in name and len(library.tags(name)) > 1:
         how = f"{recipe.framing.image_size} of {recipe.framing.scaled_side} pixels, {recipe.framing.interpolation}"
@@ -378,14 +407,22 @@ def _outputs(net: nn.Module) -> int:
     return last.out_features if isinstance(last, nn.Linear) else last.out_channels
 
 
-def _classes_beside(file: Path, count: int, spec: str) -> tuple[str, ...]:
-    listed = file.parent / CLASSES
+def _classes_beside(file: Path, count: int, spec: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the classes of a checkpoint, and what was taken for granted of them."""
+    listed, advice = (
+        file.parent / CLASSES,
+        f"put {CLASSES} beside '{file}', one name a line in the order of the outputs",
+    )
     if not listed.is_file():
-        return _imagenet(count, spec, f"put {CLASSES} beside '{file}', one name a line in the order of the outputs")
+        known = _imagenet(count, spec, advice)
+        taken = (
+            f"nothing says what the {count} outputs of '{spec}' mean: ImageNet-1k's classes in their usual order are"
+        )
+        return known, (f"{taken} taken; if they are others, every figure here is wrong, so {advice}",)
     names, _ = read_class_names(listed)
     if not isinstance(names, tuple) or len(names) != count:
         raise UserError(f"'{listed}' lists {len(names)} classes, and '{file}' has {count}: one line for each output")
-    return names
+    return names, ()
 
 
 def _imagenet(count: int, spec: str, advice: str) -> tuple[str, ...]:

@@ -253,6 +253,7 @@ class Operator:
     apply: Callable[[VLM, Operation], VLM]
 
 
+@torch.inference_mode(False)
 def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     """Return the model that `spec` names: any spec of `load_model`, a folder made by this program, or a classifier of
     timm or torchvision seen as an encoder, then +operators.
@@ -393,6 +394,12 @@ class OfLibrary(OwnClassifier):
     """A classifier of timm or torchvision, known by its weights and its name, wherever its file lies."""
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was taken for granted of it."""
+        found: tuple[str, ...] = self.model.remarks
+        return found
+
+    @property
     def fingerprint(self) -> str:
         framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
         return fingerprint(state_of(self.model), (self.model.identity, *framing))
@@ -443,6 +450,7 @@ def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
 # From a spec to the classifier that is attacked or evaluated: zero-shot, the user's own, perhaps with refusal
 
 
+@torch.inference_mode(False)
 def load_classifier(
     spec: str,
     class_names: Sequence[str],

@@ -97,7 +97,9 @@ def find_weights(
         places = list(dict.fromkeys(".".join(path) or "." for path, _ in _groups(content)))
         if part is None or not places:
             raise UserError(f"{what} holds no named tensors: save model.state_dict()")
-        raise UserError(f"{what} holds no weights named '{part}': it has {', '.join(places)}")
+        named = [place for place in places if place != "."]
+        has = f"it has {', '.join(named)}" if named else f"all its tensors stand at the top, so leave out #{part}"
+        raise UserError(f"{what} holds no weights named '{part}': {has}")
     # The vision tower of a whole model fits as well.
     for tower in (None, "vision", "text"):
         near = [reading for reading in readings if reading.found.tower == tower and not any(reading.faults)]

@@ -32,31 +32,32 @@ LAYOUT = (
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
-_PROBES = (
+PROBES = (
     "a photo of a border collie, 1986",
     "Zwölf Boxkämpfer  jagen VIKTOR",
     "\N{GRINNING FACE} don't!",
     "word " * 90,
 )
-_ROUNDING = 1e-4
+ROUNDING = 1e-4
 _OTHER = f"export it with {setting('to', 'open_clip')}"
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What a folder holds: its config, its weights as they are stored, and the texts of its other files."""
+    """What a folder holds: its config, its weights as they are stored, and the contents of its other files."""
 
     config: dict[str, Any]
     weights: dict[str, torch.Tensor]
-    texts: dict[str, str]
+    others: dict[str, bytes]
 
     def write(self, folder: Path) -> None:
         """Write the files, each atomically, the config last."""
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / WEIGHTS) as temporary:
             save_file(self.weights, temporary, metadata={"format": "pt"})
-        for name in LAYOUT[1:-1]:
-            write_text(folder / name, self.texts[name])
+        for name, content in self.others.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
         write_text(folder / CONFIG, _json(self.config))
 
 
@@ -76,7 +77,8 @@ def translate(vlm: ClipVLM, *, half: bool = False) -> Translation:
     state = translated(vlm.model.state_dict())
     texts = {**_tokenizer_files(vlm), "preprocessor_config.json": _json(_processor(vlm))}
     _require_same(vlm, module, config, state, texts)
-    return Translation(config, stored_weights(state, half=half), texts)
+    others = {name: texts[name].encode("utf-8") for name in LAYOUT[1:-1]}
+    return Translation(config, stored_weights(state, half=half), others)
 
 
 def why_not(vlm: ClipVLM) -> str | None:
@@ -296,7 +298,7 @@ def _require_same(
         raise UserError(f"{wrong}: '{odd[0]}' has no counterpart in CLIPModel; {_OTHER}")
     model.load_state_dict({name: value.float().cpu() for name, value in state.items()})
     ids, given = _ids(vlm, module, texts)
-    for ours, theirs, text in zip(ids, given["input_ids"], _PROBES, strict=True):
+    for ours, theirs, text in zip(ids, given["input_ids"], PROBES, strict=True):
         end = int(ours.argmax()) + 1
         if not torch.equal(ours[:end], theirs[:end].to(ours)):
             raise UserError(f"{wrong}: CLIPTokenizer reads {text[:40]!r} otherwise; {_OTHER}")
@@ -307,10 +309,10 @@ def _require_same(
     features = pooled(model.get_text_features(**given), "the text tower")
     pairs = (
         (images, vlm.embed_image(pixels.to(vlm.device))),
-        (features, vlm.embed_text(list(_PROBES))),
+        (features, vlm.embed_text(list(PROBES))),
     )
     for theirs, ours in pairs:
-        if (theirs - ours.cpu()).abs().max() > _ROUNDING * ours.abs().max().cpu().clamp_min(1):
+        if (theirs - ours.cpu()).abs().max() > ROUNDING * ours.abs().max().cpu().clamp_min(1):
             raise UserError(f"{wrong}: CLIPModel gives other features with its weights; {_OTHER}")
 
 
@@ -321,5 +323,5 @@ def _ids(vlm: ClipVLM, module: Any, texts: Mapping[str, str]) -> tuple[torch.Ten
             (Path(place) / name).write_text(text, encoding="utf-8")
         with quiet():
             tokenizer = module.CLIPTokenizer.from_pretrained(place, local_files_only=True)
-    given = tokenizer(list(_PROBES), padding="max_length", truncation=True, return_tensors="pt")
-    return vlm.tokenizer(list(_PROBES)), {name: given[name] for name in ("input_ids", "attention_mask")}
+    given = tokenizer(list(PROBES), padding="max_length", truncation=True, return_tensors="pt")
+    return vlm.tokenizer(list(PROBES)), {name: given[name] for name in ("input_ids", "attention_mask")}

@@ -123,23 +123,25 @@ class TransformersVLM(VLM):
     """A model with an image and a text tower, its tokenizer, and the preprocessing of its processor.
 
     `logit_bias` is what SigLIP adds to its logits: the same for every class, so that only statements on one pair of an
-    image and a text need it.
+    image and a text need it. `folder` is where the files are that it was read from, `config` what its config says.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: nn.Module, words: Words, how: Preprocessing, *, spec: str, config: str) -> None:
+    def __init__(
+        self, model: nn.Module, words: Words, how: Preprocessing, folder: Path, *, spec: str, config: str
+    ) -> None:
         scale: Any = model.logit_scale
         super().__init__(spec=spec, logit_scale=float(scale.detach().float().exp()), **how.framing.options())
         bias: Any = getattr(model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias.detach())
-        self.model, self.words, self._how, self._config = model, words, how, config
+        self.model, self.words, self.how, self.folder, self.config = model, words, how, folder, config
         _take_channels(self, how)
         self.eval().requires_grad_(False)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pooled(self._call("get_image_features", **_image_input(self, self._how, pixels)), "the image tower")
+        return pooled(self._call("get_image_features", **_image_input(self, self.how, pixels)), "the image tower")
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
         given = {name: tensor.to(self.device) for name, tensor in self.words(texts).items()}
@@ -154,7 +156,7 @@ class TransformersVLM(VLM):
         return method(**given)
 
     def _identity(self) -> Iterable[str]:
-        return type(self.model).__name__, self._config, *self.words.identity()
+        return type(self.model).__name__, self.config, *self.words.identity()
 
 
 def _take_channels(vlm: VLM, how: Preprocessing) -> None:
@@ -186,6 +188,7 @@ class TowerVLM(VLM):
         tower: gives image features of its inputs.
         text: the model whose texts share the space; without one, texts are refused.
         weight, bias: a linear map of image features [D_image] into the text side's space [D_text].
+        mapped: that map says itself that it leads into the space of this text side.
     """
 
     mean: torch.Tensor
@@ -197,23 +200,26 @@ class TowerVLM(VLM):
         self,
         tower: nn.Module,
         how: Preprocessing,
+        folder: Path,
         *,
         spec: str,
         config: str,
         text: VLM | None = None,
         weight: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
+        mapped: bool = False,
     ) -> None:
         super().__init__(spec=spec, logit_scale=1.0 if text is None else text.logit_scale, **how.framing.options())
         self.logit_bias = None if text is None else text.logit_bias
-        self.tower, self.text, self._how, self._config = tower, text, how, config
+        self.remarks = () if text is None or mapped else (_unchecked(spec, text.spec),)
+        self.tower, self.text, self.how, self.folder, self.config = tower, text, how, folder, config
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         _take_channels(self, how)
         self.eval().requires_grad_(False)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        features = image_features(self.tower, _image_input(self, self._how, pixels))
+        features = image_features(self.tower, _image_input(self, self.how, pixels))
         return features if self.weight is None else nn.functional.linear(features, self.weight, self.bias)
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
@@ -237,7 +243,14 @@ class TowerVLM(VLM):
         return {name: value for name, value in own.items() if not name.startswith("text.")} | theirs
 
     def _identity(self) -> Iterable[str]:
-        return type(self.tower).__name__, self._config, *(() if self.text is None else self.text.design)
+        return type(self.tower).__name__, self.config, *(() if self.text is None else self.text.design)
+
+
+def _unchecked(spec: str, text: str) -> str:
+    return (
+        f"nothing shows that the image tower of '{spec}' and the texts of '{text}' share one space, only their "
+        f"dimensions agree: if they do not, every figure here is chance; compare clean accuracy with that of '{text}'"
+    )
 
 
 def image_features(tower: nn.Module, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -284,7 +297,7 @@ def load_transformers(spec: str, load_text: LoadText) -> VLM:
     how = _preprocessing(module, folder, own)
     if family.texts:
         words = _load_words(module, folder, model, family, own)
-        vlm: VLM = TransformersVLM(model, words, how, spec=spec, config=files.config_text(config))
+        vlm: VLM = TransformersVLM(model, words, how, folder, spec=spec, config=files.config_text(config))
     else:
         side = None if text is None else load_text(text)
         vlm = _beside(model, how, side, folder, spec=spec, text=text, config=files.config_text(config))
@@ -299,9 +312,7 @@ def _load_weights(module: Any, folder: Path, config: Mapping[str, Any], family: 
     kind = getattr(module, name, None)
     if kind is None:
         raise UserError(f"'{spec}' needs {name}, which transformers {module.__version__} does not have: update it")
-    options: dict[str, Any] = {"add_pooling_layer": False} if config["model_type"] in _NO_POOLER else {}
-    options |= {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-    options |= {"dtype": torch.float32, "output_loading_info": True}
+    options = loading_options(config["model_type"])
     try:
         with files.quiet(), same_random_state():
             try:
@@ -326,6 +337,13 @@ def _load_weights(module: Any, folder: Path, config: Mapping[str, Any], family: 
             raise UserError(f"the weights of '{spec}' are broken: '{key}' holds NaN or infinite values")
     loaded: nn.Module = model
     return loaded
+
+
+def loading_options(kind: str) -> dict[str, Any]:
+    """Return how a model of a type is read by the library: safetensors from the disk alone, and no code."""
+    options: dict[str, Any] = {"add_pooling_layer": False} if kind in _NO_POOLER else {}
+    options |= {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    return options | {"dtype": torch.float32, "output_loading_info": True}
 
 
 def _preprocessing(module: Any, folder: Path, spec: str) -> Preprocessing:
@@ -411,7 +429,7 @@ def _beside(
 ) -> TowerVLM:
     """Return an image tower beside a text side, mapped into its space where the folder holds an alignment."""
     if side is None or not (folder / files.ALIGNMENT).is_file():
-        return TowerVLM(tower, how, spec=spec, config=config, text=side)
+        return TowerVLM(tower, how, folder, spec=spec, config=config, text=side)
     found, path = read_weights(folder / files.ALIGNMENT), folder / files.ALIGNMENT
     meant = _metadata(path).get("text")
     if meant is not None and meant != text:
@@ -424,7 +442,17 @@ def _beside(
         raise UserError(f"'{path}' must hold weight [D_text, D_image] and may hold bias [D_text], got {sorted(found)}")
     assert weight is not None
     offset = None if bias is None else bias.float()
-    return TowerVLM(tower, how, spec=spec, config=config, text=side, weight=weight.float(), bias=offset)
+    return TowerVLM(
+        tower,
+        how,
+        folder,
+        spec=spec,
+        config=config,
+        text=side,
+        weight=weight.float(),
+        bias=offset,
+        mapped=meant is not None,
+    )
 
 
 def _metadata(path: Path) -> Mapping[str, str]:

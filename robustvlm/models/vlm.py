@@ -38,6 +38,8 @@ class VLM(nn.Module, ABC):
 
     logit_bias: float | None = None
     """What a model that was trained on pairs (SigLIP) adds to `logit_scale` * cosine; the same for every class."""
+    remarks: tuple[str, ...] = ()
+    """What was taken for granted of the model and could not be checked: every run says it."""
     _anchor: torch.Tensor
 
     def __init__(
@@ -125,7 +127,11 @@ class VLM(nn.Module, ABC):
         """Digest of the weights and of all else that decides the features; hashed again only after a change."""
         state = self._state()
         # An in-place update (an optimiser's step) raises a tensor's version; a new tensor has a new address.
-        stamp = tuple((t.data_ptr(), t._version) for t in state.values() if isinstance(t, torch.Tensor))
+        tensors = [t for t in state.values() if isinstance(t, torch.Tensor)]
+        # Those made in inference mode count no updates.
+        if any(t.is_inference() for t in tensors):
+            return fingerprint(state, self.design)
+        stamp = tuple((t.data_ptr(), t._version) for t in tensors)
         if self._known_fingerprint is None or self._known_fingerprint[0] != stamp:
             self._known_fingerprint = (stamp, fingerprint(state, self.design))
         return self._known_fingerprint[1]

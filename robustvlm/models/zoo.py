@@ -68,6 +68,7 @@ def list_models() -> list[KnownModel]:
     return bundled + [KnownModel(f"{name}/{tag}", "open_clip") for name, tag in open_clip.list_pretrained()]
 
 
+@torch.inference_mode(False)  # what is made in that mode could never be attacked, even outside of it
 def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     """Return the model that `spec` names (see `SPEC_FORMS`): frozen, in evaluation mode, in float32, on `device`.
 

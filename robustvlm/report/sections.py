@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from robustvlm.report.words import DASH, RANGE, Bar, Finding, interval, manifest_rows, moment, percent, plain
+from robustvlm.report.words import DASH, RANGE, Bar, Finding, count_of, interval, manifest_rows, moment, percent, plain
 from robustvlm.stats import Mean, Rate
 
 _LONGEST = 4000  # characters of a text that has no bound of its own
@@ -303,7 +303,7 @@ def left_out(reasons: Sequence[tuple[str, str]], what: str) -> list[Block]:
     """Return what is said of images that were left out, with their reasons: all of them on the page, up to 1,000."""
     if not reasons:
         return []
-    count = f"{len(reasons):,} image{'s' if len(reasons) > 1 else ''} {what}"
+    count = f"{count_of(len(reasons), 'images')} {what}"
     rows = [(Code(name), plain(reason)) for name, reason in reasons[:1000]]
     first = f"{count}; the first, {plain(reasons[0][0], 60)}: {plain(reasons[0][1], 80)}"
     more = More(count, [Table([Column("Image"), Column("Reason")], rows)])

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
 from robustvlm.report.page import write_report_of
-from robustvlm.report.words import duration, finding, manifest_rows, norm_name, percent, plain, sentence
+from robustvlm.report.words import count_of, duration, finding, manifest_rows, norm_name, percent, plain, sentence
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
@@ -304,9 +304,8 @@ class _Told(TrainingObserver):
         self._observer.begin("Training", total, done)
 
     def estimated(self, estimate: Estimate) -> None:
-        self._observer.say(
-            f"{estimate.steps:,} steps to go: {estimate.passes:,} encoder passes, about {duration(estimate.seconds)}."
-        )
+        cost = f"{count_of(estimate.passes, 'encoder passes')}, about {duration(estimate.seconds)}"
+        self._observer.say(f"{count_of(estimate.steps, 'steps')} to go: {cost}.")
 
     def stepped(self, step: int, terms: Mapping[str, float]) -> None:
         shown = {name: f"{value:.3g}" for name, value in list(terms.items())[:_TERMS]}

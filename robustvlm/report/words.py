@@ -42,6 +42,16 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def count_of(number: int, things: str) -> str:
+    """Return a number with what it counts, which is given in the plural; of one, the singular.
+
+    Example:
+        >>> count_of(1, "images"), count_of(2500, "images"), count_of(1, "encoder passes"), count_of(0, "classes")
+        ('1 image', '2,500 images', '1 encoder pass', '0 classes')
+    """
+    return f"{number:,} {things if number != 1 else things.removesuffix('es' if things.endswith('sses') else 's')}"
+
+
 def percent(value: float | None) -> str:
     """Return a share in [0, 1] as a percentage with one decimal, or a dash for none.
 
@@ -147,7 +157,7 @@ def forecast(estimate: Estimate) -> str:
         return "Nothing is left to attack."
     others = f"; on top of it {', '.join(map(plain, estimate.unknown))}, of unknown cost" if estimate.unknown else ""
     return (
-        f"{estimate.images:,} image{'s' if estimate.images > 1 else ''} to attack: at most {estimate.passes_most:,} "
+        f"{count_of(estimate.images, 'images')} to attack: at most {estimate.passes_most:,} "
         f"encoder passes (about {duration(estimate.seconds_most)}), at least {estimate.passes_least:,} "
         f"({duration(estimate.seconds_least)}){others}."
     )

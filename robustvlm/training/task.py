@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.core.seeds import derive_seed, generator
-from robustvlm.errors import UserError, nearest, setting
+from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.stats import Mean, Rate
 from robustvlm.training.history import Estimate, Validation, Warned
 
@@ -217,25 +217,25 @@ class TrainingConfig:
                 "say how long to train, either in steps or in epochs: "
                 f"pass {setting('steps', 'N')} or {setting('epochs', 'N')}"
             )
-        for name, value in (("epochs", self.epochs), ("the learning rate", self.lr), ("clip", self.clip)):
+        for name, value in (("epochs", self.epochs), ("lr", self.lr), ("clip", self.clip)):
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be a positive number, got {value}")
+                raise BadSetting(name, "must be a positive number", got=value)
         for name, count in (
             ("steps", self.steps),
-            ("the batch size", self.batch_size),
+            ("batch_size", self.batch_size),
             ("accumulate", self.accumulate),
         ):
             if count is not None and count < 1:
-                raise UserError(f"{name} must be at least 1, got {count}")
+                raise BadSetting(name, "must be at least 1", got=count)
         for name, least in (("warmup", 0), ("seed", 0), ("validate_every", 0), ("checkpoint_every", 0)):
             if not least <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must not be negative, and must be finite, got {getattr(self, name)}")
+                raise BadSetting(name, "must not be negative, and must be finite", got=getattr(self, name))
         if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"the weight decay must not be negative, got {self.weight_decay}")
+            raise BadSetting("weight_decay", "must not be negative, and must be finite", got=self.weight_decay)
         if not 0 <= self.final_lr <= 1:
             raise UserError(f"final_lr is a share of the learning rate, between 0 and 1, got {self.final_lr}")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"the decay of the moving average must lie between 0 and 1, got {self.ema}: pass 0.999")
+            raise BadSetting("ema", "must lie between 0 and 1", got=f"{self.ema}: pass 0.999")
         if self.precision not in PRECISIONS:
             raise UserError(f"unknown precision '{self.precision}': {nearest(self.precision, PRECISIONS)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,3 +99,64 @@ def test_one_of_several_numbers_is_not_taken_for_the_label(tmp_path: Path, plain
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "one")
     with pytest.raises(UserError, match=r"no label column: name one with .label=NAME"):
         open_data(f"hf:{tmp_path / 'one'}")
+
+
+def described(folder: Path, plain: Callable[..., bytes], column: str, texts: list[Any], *, lines: bool = False) -> Path:
+    """Write an image folder whose labels stand in metadata.csv, or in metadata.jsonl."""
+    folder.mkdir(parents=True)
+    rows = [{"file_name": f"{i}.png", column: text} for i, text in enumerate(texts)]
+    for row in rows:
+        (folder / row["file_name"]).write_bytes(plain((int(row["file_name"][0]), 0, 0)))
+    if lines:
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        table = "".join(f"{row['file_name']},{row[column]}\n" for row in rows)
+        (folder / "metadata.csv").write_text(f"file_name,{column}\n{table}")
+    return folder
+
+
+@pytest.mark.parametrize(("column", "lines"), [("label", False), ("label", True), ("text", False), ("text", True)])
+def test_image_folders_with_labels_as_texts(
+    column: str, lines: bool, tmp_path: Path, plain: Callable[..., bytes]
+) -> None:
+    texts = ["dog", "cat", "dog", "ice cream"]
+    described(tmp_path / "f/test", plain, column, texts, lines=lines)
+    source = open_data(f"hf:{tmp_path / 'f'}")
+    assert source.class_names == ("cat", "dog", "ice cream")
+    found = {item.image.getpixel((0, 0))[0]: item.label for item in source.samples() if isinstance(item, Sample)}
+    assert {i: source.class_names[label] for i, label in found.items()} == dict(enumerate(texts))
+    assert any("the column 'text' are taken as classes" in remark for remark in source.remarks) == (column == "text")
+
+
+def test_a_folder_that_names_no_split_is_taken_as_it_is(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    flat = described(tmp_path / "flat", plain, "label", ["dog", "cat", "dog"])
+    source = open_data(f"hf:{flat}")
+    assert source.class_names == ("cat", "dog")
+    assert len(source.ids() or ()) == 3
+    assert "the data were saved as the split 'train'" in source.remarks
+    described(tmp_path / "told/train", plain, "label", ["dog", "cat", "dog"])
+    with pytest.raises(UserError, match=r"split test.*'train'"):
+        open_data(f"hf:{tmp_path / 'told'}")
+
+
+def test_captions_are_no_classes(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    folder = described(tmp_path / "f/test", plain, "text", ["a dog", "a cat", "a red bike"]).parent
+    with pytest.raises(UserError, match="another text for each of its 3 images: name a column of classes") as caught:
+        open_data(f"hf:{folder}")
+    assert "\n" not in str(caught.value)
+    assert len(open_data(f"hf:{folder}?label=text").class_names) == 3
+
+
+def test_a_single_saved_split_with_labels_as_texts(tmp_path: Path, plain: Callable[..., bytes]) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    columns = {
+        "image": [{"bytes": plain((i, 0, 0)), "path": None} for i in range(4)],
+        "label": ["dog", "cat", "dog", None],
+    }
+    data = datasets.Dataset.from_dict(columns, features=features, split="validation")
+    data.save_to_disk(str(tmp_path / "one"))
+    source = open_data(f"hf:{tmp_path / 'one'}")
+    assert [item.label for item in source.samples() if isinstance(item, Sample)] == [1, 0, 1, -1]
+    assert source.remarks == ["the data were saved as the split 'validation'"]
+    with pytest.raises(UserError, match=r"is one saved split \(validation\): leave out"):
+        open_data(f"hf:{tmp_path / 'one'}?split=test")

@@ -257,3 +257,33 @@ def test_shards_of_several_splits_are_asked_for(tmp_path: Path, plain: Plain) ->
     with pytest.raises(UserError, match="several splits"):
         open_data(f"wds:{tmp_path}")
     assert list(read(f"wds:{tmp_path}?split=val")[0]) == ["val-000/0"]
+
+
+def test_the_root_of_a_set_with_one_split_is_enough(tmp_path: Path, plain: Plain) -> None:
+    (tmp_path / "test").mkdir()
+    write_tar(tmp_path / "test/0.tar", [("0.png", plain()), ("0.cls", b"1")])
+    (tmp_path / "test/nshards.txt").write_text("1\n")
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    source = open_data(f"wds:{tmp_path}")
+    assert source.class_names == ("cat", "dog")
+    assert [item.label for item in source.samples() if isinstance(item, Sample)] == [1]
+    assert source.fingerprint() == open_data(f"wds:{tmp_path}?split=test").fingerprint()
+    (tmp_path / "test").rename(tmp_path / "train")
+    with pytest.raises(UserError, match=r"only shards of .* are of the split 'train': choose it with \?split=train"):
+        open_data(f"wds:{tmp_path}")
+
+
+def test_doubled_names_of_older_lists_are_told_apart(tmp_path: Path, plain: Plain) -> None:
+    """Older lists call both cranes "crane" and both maillots "maillot"."""
+    names, twice = list(IMAGENET_CLASSNAMES), {134: "crane", 517: "crane", 638: "maillot", 639: "maillot"}
+    for label, name in twice.items():
+        names[label] = name
+    (tmp_path / "classnames.txt").write_text("\n".join(names))
+    members = [pair for n in twice for pair in ((f"{n}.png", plain()), (f"{n}.cls", str(n).encode()))]
+    write_tar(tmp_path / "0.tar", members)
+    source = open_data(f"wds:{tmp_path}")
+    assert len(set(source.class_names)) == 1000
+    usual = imagenet_names()
+    assert all(source.class_names[label] == usual[label] for label in twice)
+    assert sorted(item.label for item in source.samples() if isinstance(item, Sample)) == sorted(twice)
+    assert any("134 'crane' -> " in remark for remark in source.remarks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import robustvlm as rv
 from robustvlm.certify import resize_norm, source_norm
+from robustvlm.cli.main import main
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.data.classes import imagenet_names, wordnet_names
 from robustvlm.defenses.library import _LIBRARIES, _outputs, places_of
@@ -262,3 +265,76 @@ def test_votes_are_certified_by_the_command(tmp_path: Path, monkeypatch: pytest.
     votes = model(clean + 0.01 * torch.randn(64, *clean.shape)).argmax(1).bincount(minlength=3)
     assert row["prediction"] == votes.argmax().item()
     assert row["radius"] > 0
+
+
+# Commands that need more than a classifier has, and what is taken for granted of it
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photographs of three classes and classifiers: `three`, `other` of other classes, `im` of 1000."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    for name, classes, listed in (("three", 3, NAMES), ("other", 101, tuple(map(str, range(101)))), ("im", 1000, None)):
+        (folder / name).mkdir()
+        saved(folder / name, timm_net(classes), classes=listed)
+    for label in ("tench", "goldfish"):
+        (folder / "fish" / label).mkdir(parents=True)
+        picture(20, 20).save(folder / "fish" / label / f"{label}.png")
+    for label in NAMES:
+        (folder / "photos" / label).mkdir(parents=True)
+        picture(20, 20).save(folder / "photos" / label / "a.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["finetune", "timm:test_resnet/three/w.pt", "--method", "tecoa", "--steps", "1"], "fine-tuning needs"),
+        (["finetune", "timm:test_resnet/three/w.pt", "--method", "fare", "--steps", "1"], "fine-tuning needs"),
+        (["immunize", "timm:test_resnet/three/w.pt"], "immunising needs"),
+        (["tune-prompts", "timm:test_resnet/three/w.pt"], "prompts can be tuned for open_clip models"),
+        (["export", "timm:test_resnet/three/w.pt", "out"], "is a classifier and no CLIP-like model"),
+        (["evaluate", "timm:test_resnet/other/w.pt"], "does not know the class 'cat' and 2 more of the data"),
+        (["certify", "timm:test_resnet/other/w.pt", "--sigma", "0.1"], "does not know the class 'cat'"),
+        (["evaluate", "timm:test_resnet/three/w.pt#ema"], "no weights named 'ema': all its tensors stand at the top"),
+    ],
+)
+def test_what_a_classifier_cannot_be_used_for_is_one_line(
+    command: list[str], said: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    data = [] if command[0] == "export" else ["--data", "imagefolder:photos"]
+    monkeypatch.setattr(sys, "argv", ["robustvlm", *command, *data])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    heard = capsys.readouterr()
+    assert said in heard.err
+    assert "Traceback" not in heard.err
+    assert len(heard.err.strip().splitlines()) == 1
+
+
+def test_classes_that_nothing_names_are_said_in_every_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    said = "nothing says what the 1000 outputs of 'timm:test_resnet/im/w.pt' mean"
+    spec, data = "timm:test_resnet/im/w.pt", "imagefolder:fish"
+    assert [remark for remark in rv.evaluate(spec, data=data).remarks if remark.startswith(said)]
+    run = rv.attack(spec, data=data, eps="1/255", attack="pgd:steps=1", name="attacked")
+    assert [remark for remark in run.manifest["remarks"] if remark.startswith(said)]
+    assert said in html.unescape((run.folder / "report.html").read_text(encoding="utf-8"))
+    (place / "im/classes.txt").write_text("\n".join(imagenet_names()))
+    try:
+        assert not rv.evaluate(spec, data=data).remarks
+    finally:
+        (place / "im/classes.txt").unlink()
+
+
+def test_models_made_in_inference_mode_can_be_attacked_outside(place: Path) -> None:
+    for spec in ("tiny", f"timm:test_resnet/{place / 'three/w.pt'}"):
+        with torch.inference_mode():
+            model = rv.load_classifier(spec, NAMES, device="cpu")
+            assert model.predict(torch.rand(1, 3, 64, 64)).names
+        assert model.fingerprint == rv.load_classifier(spec, NAMES, device="cpu").fingerprint
+        pixels = torch.rand(1, 3, 64, 64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(model(pixels).sum(), pixels)
+        assert gradient.abs().max() > 0

@@ -141,6 +141,7 @@ def test_several_sets_of_weights_are_told_and_named() -> None:
     found = find_weights(MODEL, content, what="x", part="model_ema")
     assert torch.equal(found.weights["visual.proj"], STATE["visual.proj"] + 1)
     assert "no weights named 'ema': it has model, model_ema" in refused(content, part="ema")
+    assert "no weights named 'ema': all its tensors stand at the top, so leave out #ema" in refused(STATE, part="ema")
     # The same weights twice are no choice.
     assert same(find_weights(MODEL, {"model": STATE, "state_dict": dict(STATE)}, what="x").weights, STATE)
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from robustvlm.commands.attack.summary import GroupSummary, Summary
 from robustvlm.commands.attack.verdicts import Rows, columns
 from robustvlm.report.charts import BAD, DASHES, GOOD, INK, SERIES, STYLE, as_svg, chart, legend, new_figure
-from robustvlm.report.words import Bar, bar, bounds, percent, plain
+from robustvlm.report.words import Bar, bar, bounds, count_of, percent, plain
 from robustvlm.stats import Rate
 
 # The per-image numbers behind the histograms, taken from the result rows
@@ -185,7 +185,7 @@ def margin_histogram(margins: Margins, *, key: str) -> Markup:
         legend(figure)
         below = int((attacked < 0).sum())
         alt = (
-            f"Margins of {len(clean)} images: median {np.median(clean):.2f} unperturbed,"
+            f"Margins of {count_of(len(clean), 'images')}: median {np.median(clean):.2f} unperturbed,"
             f" {np.median(attacked):.2f} under attack, {below} below zero."
         )
         return as_svg(figure, key=key, alt=alt)

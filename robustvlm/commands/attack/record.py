@@ -13,7 +13,7 @@ from robustvlm.commands.attack.store import SCHEMA
 from robustvlm.commands.attack.summary import EpsSummary, Summary
 from robustvlm.commands.attack.verdicts import Verdicts, verdicts
 from robustvlm.errors import UserError
-from robustvlm.report.words import RANGE, ball, bounds, interval, number, percent, plain
+from robustvlm.report.words import RANGE, ball, bounds, count_of, interval, number, percent, plain
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.records import read_rows, required
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
@@ -177,7 +177,7 @@ def cosines(at: EpsSummary, goal: str, *, unfinished: bool = False) -> str:
     return (
         f"{'So far, mean' if unfinished else 'Mean'} cosine {what}: {number(at.cosine.clean)} unperturbed,"
         f" {number(at.cosine.attacked)} under attack at"
-        f" {plain(at.eps_text, 20)} (95% intervals by Student's t over {at.cosine.attacked.total:,} images)."
+        f" {plain(at.eps_text, 20)} (95% intervals by Student's t over {count_of(at.cosine.attacked.total, 'images')})."
     )
 
 
@@ -188,7 +188,7 @@ def acceptances(at: EpsSummary, *, unfinished: bool = False) -> str:
     found = at.acceptance
     return (
         f"{'So far accepted' if unfinished else 'Accepted'} and rejected: {found.clean_accepted:,} and"
-        f" {found.clean_rejected:,} images unperturbed,"
+        f" {count_of(found.clean_rejected, 'images')} unperturbed,"
         f" {found.accepted:,} and {found.rejected:,} under attack at {plain(at.eps_text, 20)}."
     )
 

@@ -12,7 +12,7 @@ from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import Example, load_gallery, write_report_of
-from robustvlm.report.words import DASH, bounds, cost_rows, findings, norm_name, plain, sentence
+from robustvlm.report.words import DASH, bounds, cost_rows, count_of, findings, norm_name, plain, sentence
 from robustvlm.stats import Rate
 
 # Rows of the terminal's tables of classes and superclasses; the page has them all.
@@ -34,7 +34,9 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
     """Return what is said of a run; without what is `drawn`, which only a page has and which takes its time."""
     summary, at, words = run.summary, record.headline(run.summary), record.words_of(run.summary)
     config = run.manifest["config"]
-    about: list[doc.Inline] = [f", {summary.clean_accuracy.total:,} images, {plain(', '.join(config['attack']))}"]
+    about: list[doc.Inline] = [
+        f", {count_of(summary.clean_accuracy.total, 'images')}, {plain(', '.join(config['attack']))}"
+    ]
     early = bool(summary.unfinished)
     lines = [record.verdict(summary), record.smaller_eps(summary)]
     if at is not None:
@@ -124,7 +126,7 @@ def _by_eps(summary: Summary, words: record.GoalWords) -> doc.Table:
     return doc.Table(
         [*map(doc.Column, titles), *(doc.numbers("Undecided") if undecided else [])],
         rows,
-        title=f"Worst case over the attacks ({norm}, {summary.clean_accuracy.total:,} images){about}",
+        title=f"Worst case over the attacks ({norm}, {count_of(summary.clean_accuracy.total, 'images')}){about}",
         caption=words.caption,
     )
 

@@ -183,7 +183,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)
     aim = make_aim(settings.goal, source=source, classifier=classifier, resolution=size, min_cos=settings.min_cos)
-    remarks = remarks_of(source, classifier.vlm)
+    remarks = remarks_of(source, classifier)
     aim = dataclasses.replace(aim, notes=(*_notes(opened, classifier), *_data_notes(remarks)))
     _require_ball(norm, radii, size)
     _require_fit(planned, aim, attacks.ThreatModel(norm, radii[0][1]), n_classes=len(source.class_names))

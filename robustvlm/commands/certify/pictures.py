@@ -20,7 +20,7 @@ from robustvlm.core.seeds import generator
 from robustvlm.data.source import DataSource, Sample
 from robustvlm.report.charts import DASHES, INK, SERIES, STYLE, Line, as_svg, chart, legend, new_figure
 from robustvlm.report.page import data_uri
-from robustvlm.report.words import plain
+from robustvlm.report.words import count_of, plain
 from robustvlm.text import format_down
 
 # Cosine and share of images that are certified at a distance, and what that took
@@ -90,7 +90,9 @@ def samples_histogram(samples: Sequence[int], *, key: str, fixed: int) -> Markup
         axes.set_xlabel("noisy copies used for an image")
         axes.set_ylabel("images")
         legend(figure, columns=1)
-        alt = f"Samples of {len(values)} images: median {np.median(values):,.0f}, largest {values.max():,}."
+        alt = (
+            f"Samples of {count_of(len(values), 'images')}: median {np.median(values):,.0f}, largest {values.max():,}."
+        )
         return as_svg(figure, key=key, alt=alt)
 
 

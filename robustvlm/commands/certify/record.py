@@ -15,7 +15,7 @@ from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
 from robustvlm.report.charts import Line
-from robustvlm.report.words import percent, plain
+from robustvlm.report.words import count_of, percent, plain
 from robustvlm.runs.manifest import kind_of_run
 from robustvlm.runs.records import read_rows
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
@@ -149,8 +149,8 @@ def verdict(summary: CertifySummary, *, resolution: int | None = None) -> str:
     cosine = "" if summary.min_cos is None else format_exact(summary.min_cos)
     kept = plain(summary.facts.kept, 300).replace("{min_cos}", cosine or "the one asked for")
     if not found.successes:
-        return f"For none of the {found.total:,} images {kept} at any distance."
-    who = f"For {found.successes:,} of {found.total:,} images ({percent(found.value)}) {kept}"
+        return f"For none of the {count_of(found.total, 'images')} {kept} at any distance."
+    who = f"For {found.successes:,} of {count_of(found.total, 'images')} ({percent(found.value)}) {kept}"
     if summary.asked_radius is not None:
         return f"{who}, within the distance asked for, {format_exact(summary.asked_radius)} (L₂)."
     average, at = summary.average_certified_radius, standing(summary)
@@ -204,8 +204,8 @@ def confidence(summary: CertifySummary) -> str:
     risk = summary.risk
     return (
         f"Each image's certificate is wrong with probability at most {format_exact(risk.alpha)}; over the"
-        f" {summary.images:,} images of this run at most {format_up(risk.expected_false)} false certificates are to be"
-        " expected."
+        f" {count_of(summary.images, 'images')} of this run at most {format_up(risk.expected_false)} false certificates"
+        " are to be expected."
     )
 
 
@@ -222,7 +222,7 @@ def source(summary: CertifySummary) -> str:
     resized = summary.resized or (norms is not None and norms != (1.0, 1.0))
     if not resized:
         return "Images were not resized: the radii hold for the pixels of the (decoded, 8-bit) source images as well."
-    some = f"{summary.resized:,} of {summary.images:,} images were" if summary.resized else "Images were"
+    some = f"{summary.resized:,} of {count_of(summary.images, 'images')} were" if summary.resized else "Images were"
     return (
         f"{some} resized first and rounded to 8 bits, which is not linear: of changes made to the image before that,"
         " nothing is certified."

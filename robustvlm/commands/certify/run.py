@@ -29,7 +29,7 @@ from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable, select
 from robustvlm.errors import UserError
-from robustvlm.report.words import duration
+from robustvlm.report.words import count_of, duration
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.records import write_rows
 from robustvlm.runs.run import Facts, Session
@@ -132,13 +132,13 @@ def forecast_line(
         >>> forecast_line(10, 1000, 10_000, 42.0, 0.5)
         '10 images, at most 1,000 samples each: up to 10,000 encoder passes, about 42.0 s; radius at best 0.5'
     """
-    some = "images" if images is None else f"{images:,} images"
+    some = "images" if images is None else count_of(images, "images")
     cost = ""
     if passes is not None and seconds is not None:
-        cost = f": up to {passes:,} encoder passes, about {duration(seconds)}"
+        cost = f": up to {count_of(passes, 'encoder passes')}, about {duration(seconds)}"
     kept = f"; kept features take {cache_bytes / 1e6:,.1f} MB" if cache_bytes else ""
     best = format_up(best_radius, 3)
-    return f"{some}, at most {samples:,} samples each{cost}; radius at best {best}{kept}"
+    return f"{some}, at most {count_of(samples, 'samples')} each{cost}; radius at best {best}{kept}"
 
 
 class Told:

@@ -21,7 +21,7 @@ from robustvlm.errors import UserError
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import write_report_of
-from robustvlm.report.words import DASH, LEVELS, Finding, cost_rows, findings, plain
+from robustvlm.report.words import DASH, LEVELS, Finding, cost_rows, count_of, findings, plain
 from robustvlm.runs.manifest import Manifest, run_identity
 from robustvlm.text import floor_to, format_down, format_exact
 
@@ -53,7 +53,9 @@ def certify_report(run: CertifyRecord) -> doc.Report:
         kind="certificate report",
         name=run.name,
         kicker="Certificate report",
-        facts=doc.facts_line(run.manifest, f", {summary.images:,} images, noise {format_exact(run.config.sigma)}"),
+        facts=doc.facts_line(
+            run.manifest, f", {count_of(summary.images, 'images')}, noise {format_exact(run.config.sigma)}"
+        ),
         verdicts=[doc.Verdict(_verdict(run), "" if state == "none" else state)],
         cards=_cards(run),
         sections=[
@@ -199,7 +201,7 @@ def _by_radius(run: CertifyRecord) -> list[doc.Table]:
         )
         for point in summary.at
     ]
-    title = f"At given radii ({summary.images:,} images, noise {format_exact(summary.sigma)})"
+    title = f"At given radii ({count_of(summary.images, 'images')}, noise {format_exact(summary.sigma)})"
     return [doc.Table([doc.Column(name) for name in columns], rows, title=title)]
 
 
@@ -366,8 +368,9 @@ def _sentence(images: int, broken: Sequence[dict[str, Any]]) -> str:
         return "No image has a certificate, so there was nothing to attack."
     if broken:
         names = len({f["image_id"] for f in broken})
-        return f"Attacks broke the certified bound of {names:,} of {images:,} images: these certificates are false."
-    return f"No attack got below a certified bound on any of {images:,} images."
+        some = f"{names:,} of {count_of(images, 'images')}"
+        return f"Attacks broke the certified bound of {some}: these certificates are false."
+    return f"No attack got below a certified bound on any of {count_of(images, 'images')}."
 
 
 def _search(findings: Sequence[dict[str, Any]]) -> str:

@@ -180,18 +180,32 @@ def _parts(thing: object) -> Iterator[object]:
                 yield [f"{kind.__qualname__}.{name}", value]
 
 
-def remarks_of(source: DataSource, vlm: VLM | None = None) -> list[str]:
-    """Return what was left aside or understood in some way in the data; which prompts `vlm` does not read whole, and
-    what its logits leave out.
+def remarks_of(source: DataSource, model: VLM | Classifier) -> list[str]:
+    """Return what was left aside or understood in some way in the data; what was taken for granted of the model, which
+    prompts it does not read whole, and what its logits leave out.
 
     They are said on the terminal and in the manifest, and are no part of what defines a run.
 
     Example:
         >>> from robustvlm.data import open_data
-        >>> remarks_of(open_data("emoji"))
+        >>> from robustvlm.models import load_model
+        >>> remarks_of(open_data("emoji"), load_model("tiny"))
         []
     """
+    vlm = model.vlm if isinstance(model, Classifier) else model
     cut = None if vlm is None else cut_prompts(vlm, source.class_names, source.templates)
     bias = getattr(vlm, "logit_bias", None)
     left_out = [] if bias is None else [f"a bias of {bias:.4g}, the same for every class, is left out of the logits"]
-    return [*source.remarks, *([cut] if cut else []), *left_out]
+    return [*taken_for_granted(model), *source.remarks, *([cut] if cut else []), *left_out]
+
+
+def taken_for_granted(model: VLM | Classifier) -> list[str]:
+    """Return what could not be checked of a model, or of any that it stands on.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> taken_for_granted(load_model("tiny"))
+        []
+    """
+    parts = [part for part in model.modules() if isinstance(part, VLM | Classifier)]
+    return list(dict.fromkeys(remark for part in parts for remark in part.remarks))

@@ -21,7 +21,7 @@ from robustvlm.detect import BASELINES
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import data_uri, write_report_of
-from robustvlm.report.words import RANGE, duration, findings, moment, norm_name, percent, plain
+from robustvlm.report.words import RANGE, count_of, duration, findings, moment, norm_name, percent, plain
 from robustvlm.runs.records import read_rows
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 
@@ -193,7 +193,7 @@ def _scores(run: DetectRecord) -> doc.Section:
                 doc.Column("µs", number=True),
             ],
             rows,
-            title=f"Known ({summary.known.images:,} images) against unknown ({sets})",
+            title=f"Known ({count_of(summary.known.images, 'images')}) against unknown ({sets})",
             caption=f"µs an image: of the score alone; the encoder takes {summary.encode_ms:.2f} ms an image.",
             strong=frozenset({best}),
         ),

@@ -355,7 +355,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
             "fit": None if fit is None else fit.fingerprint(),
         },
         probe=probe_of(classifier, known.class_names, known.templates),
-        remarks=list(dict.fromkeys([*remarks_of(known, classifier.vlm), *others])),
+        remarks=list(dict.fromkeys([*remarks_of(known, classifier), *others])),
     )
     return DetectWork(facts, settings, scores, classifier, known, unknown, fit, words, naming, under_attack, attacks)
 

@@ -22,7 +22,7 @@ from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.models.zero_shot import ZeroShotClassifier
 from robustvlm.report import screen
 from robustvlm.report.sections import Column, Measure, Row, Table, Text
-from robustvlm.report.words import percent
+from robustvlm.report.words import count_of, percent
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Rate, rate
 
@@ -274,7 +274,7 @@ class _Tally:
             unknown=self.unknown,
             unreadable=self.unreadable,
             unreadable_reasons=self.reasons,
-            remarks=[*remarks_of(source, classifier.vlm), *self.without_images(whole=limit is None)],
+            remarks=[*remarks_of(source, classifier), *self.without_images(whole=limit is None)],
             accuracy=rate(self.right, self.images),
             calibration_error=calibration_error(bins),
             mean_confidence=math.fsum(confidences.tolist()) / self.images,
@@ -367,10 +367,10 @@ def show(result: CleanResult, console: Console) -> None:
 
 def _notes(result: CleanResult) -> Iterator[str]:
     speed = f"{result.images_per_second:,.0f} images/s"
-    yield f"{result.images:,} images in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
+    yield f"{count_of(result.images, 'images')} in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
     if result.unknown and result.unknown_rejected is None:
-        yield f"{result.unknown:,} images of unknown classes are left out"
+        yield f"{count_of(result.unknown, 'images')} of unknown classes left out"
     yield from (f"Note: {remark}" for remark in result.remarks)
     if result.unreadable:
         name, reason = result.unreadable_reasons[0]
-        yield f"{result.unreadable:,} images could not be read; the first, {name}: {reason}"
+        yield f"{count_of(result.unreadable, 'images')} could not be read; the first, {name}: {reason}"

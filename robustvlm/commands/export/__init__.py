@@ -10,15 +10,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from robustvlm.commands.export.card import CARD, measured, model_card
-from robustvlm.core.files import is_temporary, named_disk_errors, read_json, read_text, write_text
-from robustvlm.defenses import load_pipeline
+from robustvlm.core.files import is_temporary, named_disk_errors, read_bytes, read_json, write_text
+from robustvlm.defenses.library import CLASSES, names_library_model
+from robustvlm.defenses.pipeline import load_pipeline, split_spec
 from robustvlm.errors import UserError, arguments_named, nearest, setting
 from robustvlm.models.clip import MERGES, ClipVLM
 from robustvlm.models.clip_folder import clip_config, stored_weights, write_clip_folder
 from robustvlm.models.clip_to_transformers import LAYOUT, translate
+from robustvlm.models.transformers_export import COPIED, as_clip, rewritten
 from robustvlm.models.transformers_files import CONFIG, WEIGHTS
-from robustvlm.models.transformers_vlm import TransformersVLM
+from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES
+
+Exported = ClipVLM | TransformersVLM | TowerVLM
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Layout:
 
     files: tuple[str, ...]
     config: str
-    prepare: Callable[[ClipVLM, bool], tuple[Callable[[Path], None], Callable[[Path], bool]]]
+    prepare: Callable[[Exported, bool], tuple[Callable[[Path], None], Callable[[Path], bool]]]
 
 
 @arguments_named()
@@ -50,15 +54,15 @@ def export(
     are given.
 
     Args:
-        model: a run folder, or any other open_clip model's spec.
+        model: a run folder, or any other spec of a model of open_clip or transformers.
         out: the folder to write, new or empty.
         to: "open_clip" or "transformers".
         evaluated: folders or names of attack and certify runs of this model, whose figures the card shows.
         half: store weights with 16 bits.
 
     Raises:
-        UserError: the model is not a plain open_clip model, or one that transformers cannot express; `out` holds
-            anything else; a run is not of this model.
+        UserError: the model is neither of open_clip nor of transformers, or one that the other cannot express; `out`
+            holds anything else; a run is not of this model.
 
     Example:
         >>> import tempfile
@@ -78,13 +82,13 @@ def write_export(spec: str, out: Path, *, to: str, evaluated: Sequence[str | Pat
     taken = UserError(f"'{out}' is there already and not an empty folder: choose another one to export to")
     if out.exists() and (not out.is_dir() or not _ours(out, layout)):
         raise taken
+    if names_library_model(split_spec(spec)[0]):
+        raise UserError(f"'{spec}' is a classifier and no CLIP-like model: hand on its own file, with its {CLASSES}")
     vlm = load_pipeline(spec)
-    if isinstance(vlm, TransformersVLM):
-        raise UserError(f"'{spec}' stands on a model of transformers, and only open_clip models are exported so far")
-    if not isinstance(vlm, ClipVLM):
+    if not isinstance(vlm, ClipVLM | TransformersVLM | TowerVLM):
         raise UserError(
-            f"'{spec}' is more than an open_clip model (a {type(vlm).__name__}), which {to} cannot hold: "
-            "export the fine-tuned encoder that it stands on"
+            f"'{spec}' is more than a model of open_clip or transformers (a {type(vlm).__name__}), which {to} cannot "
+            "hold: export the fine-tuned encoder that it stands on"
         )
     write, holds = layout.prepare(vlm, half)
     card = model_card(vlm, to=to, half=half, measurements=measured(vlm, evaluated, half=half))
@@ -108,7 +112,14 @@ def _ours(folder: Path, layout: Layout) -> bool:
     return all(name in (*layout.files, CARD) or is_temporary(name) for name in names)
 
 
-def _as_open_clip(vlm: ClipVLM, half: bool) -> tuple[Callable[[Path], None], Callable[[Path], bool]]:
+def _as_open_clip(given: Exported, half: bool) -> tuple[Callable[[Path], None], Callable[[Path], bool]]:
+    if isinstance(given, TowerVLM):
+        raise UserError(
+            f"'{given.spec}' is an image tower of transformers, and open_clip has no place for one alone: export it "
+            f"with {setting('to', 'transformers')}"
+        )
+    vlm = as_clip(given) if isinstance(given, TransformersVLM) else given
+
     def write(folder: Path) -> None:
         write_clip_folder(vlm, folder, half=half)
 
@@ -121,12 +132,12 @@ def _as_open_clip(vlm: ClipVLM, half: bool) -> tuple[Callable[[Path], None], Cal
     return write, holds
 
 
-def _for_transformers(vlm: ClipVLM, half: bool) -> tuple[Callable[[Path], None], Callable[[Path], bool]]:
-    found = translate(vlm, half=half)
+def _for_transformers(vlm: Exported, half: bool) -> tuple[Callable[[Path], None], Callable[[Path], bool]]:
+    found = translate(vlm, half=half) if isinstance(vlm, ClipVLM) else rewritten(vlm, half=half)
 
     def holds(folder: Path) -> bool:
         try:
-            same = all(read_text(folder / name) == text for name, text in found.texts.items())
+            same = all(read_bytes(folder / name) == content for name, content in found.others.items())
         except (OSError, UserError):
             return False
         return same and _is_json(folder / CONFIG, found.config) and _same_weights(folder / WEIGHTS, found.weights)
@@ -153,5 +164,5 @@ def _same_weights(path: Path, wanted: dict[str, torch.Tensor]) -> bool:
 
 LAYOUTS = {
     "open_clip": Layout((MERGES, WEIGHT_NAMES[0], CONFIG_NAME), CONFIG_NAME, _as_open_clip),
-    "transformers": Layout(LAYOUT, CONFIG, _for_transformers),
+    "transformers": Layout((*LAYOUT, *COPIED), CONFIG, _for_transformers),
 }

@@ -17,12 +17,14 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.pipeline import split_spec
 from robustvlm.errors import UserError
-from robustvlm.models.clip import ClipVLM
+from robustvlm.models import VLM
 from robustvlm.models.clip_folder import stored_weights
 from robustvlm.models.saved import read_card
-from robustvlm.models.transformers_files import PREFIX
+from robustvlm.models.transformers_export import inner
+from robustvlm.models.transformers_files import PREFIX, split_sides
+from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED
-from robustvlm.report.words import ball, interval, percent, plain
+from robustvlm.report.words import ball, count_of, interval, percent, plain
 from robustvlm.runs.manifest import kind_of_run, read_manifest
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
@@ -60,7 +62,7 @@ class Measurement:
     notes: tuple[str, ...] = field(default=())
 
 
-def measured(vlm: ClipVLM, runs: Sequence[str | Path], *, half: bool) -> list[Measurement]:
+def measured(vlm: VLM, runs: Sequence[str | Path], *, half: bool) -> list[Measurement]:
     """Return what attack and certify runs of a model say of it.
 
     Args:
@@ -88,7 +90,7 @@ def _images(run: FinishedRun[Any]) -> int:
     return int(run.summary.images.evaluated if run.kind == "attack" else run.summary.images)
 
 
-def _whose(vlm: ClipVLM, run: FinishedRun[Any], *, half: bool) -> str:
+def _whose(vlm: VLM, run: FinishedRun[Any], *, half: bool) -> str:
     """Say in words what a run measured; refuse one that measured another model."""
     model = run.manifest["model"]
     wanted, spec = model["fingerprint"], str(model["spec"])
@@ -112,12 +114,20 @@ def _whose(vlm: ClipVLM, run: FinishedRun[Any], *, half: bool) -> str:
     )
 
 
-def _halved(vlm: ClipVLM) -> str:
+def _halved(vlm: VLM) -> str:
     """Return the fingerprint that a model has after its weights were stored with 16 bits."""
-    rounded = {name: tensor.float() for name, tensor in stored_weights(vlm.model.state_dict(), half=True).items()}
+    place = "tower" if isinstance(vlm, TowerVLM) else "model"
+    state = stored_weights(_module(vlm).state_dict(), half=True)
+    rounded = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     read = copy.copy(vlm)
-    read.logit_scale = float(rounded["logit_scale"].exp())
-    return fingerprint(dict(vlm._state()) | {f"model.{name}": value for name, value in rounded.items()}, read.design)
+    if "logit_scale" in rounded:
+        read.logit_scale = float(rounded["logit_scale"].exp())
+    return fingerprint(dict(vlm._state()) | {f"{place}.{name}": value for name, value in rounded.items()}, read.design)
+
+
+def _module(vlm: VLM) -> Any:
+    """Return the library's own module, open_clip's or transformers'."""
+    return inner(vlm) if isinstance(vlm, TransformersVLM | TowerVLM) else vlm.model
 
 
 def _attack(summary: Any) -> tuple[Iterator[Row], list[str]]:
@@ -161,7 +171,7 @@ def _certify(summary: Any) -> tuple[Iterator[Row], list[str]]:
 def _shared(summary: Any) -> Iterator[str]:
     """Yield what every run says of itself: images it could not read, and checks that fired."""
     if summary.unreadable:
-        yield f"{len(summary.unreadable):,} images could not be read and are left out."
+        yield f"{count_of(len(summary.unreadable), 'images')} could not be read and left out."
     for check in summary.checks:
         if check.level != "ok":
             yield f"Check {code(check.name)} ({text(check.level)}): {text(check.message, 600)}"
@@ -179,7 +189,7 @@ class Origin:
     manifest: Mapping[str, Any] | None = None
 
 
-def origins(vlm: ClipVLM) -> list[Origin]:
+def origins(vlm: VLM) -> list[Origin]:
     """Return a model and what it was made from, step by step, as far as their folders are there."""
     found, spec, mark = [], vlm.spec, vlm.fingerprint
     for _ in range(_MOST_STEPS):  # a folder that stands on itself
@@ -217,7 +227,7 @@ def licence_of(root: str) -> tuple[str | None, str]:
             f"The base, robustvlm's bundled `{root}`, is under Apache-2.0; the drawings that it was trained on keep "
             "the licences that robustvlm's NOTICE lists."
         )
-    place = Path(os.path.expanduser(root.removeprefix(PREFIX)))
+    place = Path(os.path.expanduser(_place(root)))
     said = _said_licence(place / CARD) if os.path.isdir(place) else None
     if said:
         return said, f"The card of the base, {code(root)}, names the licence {code(said)}; look there for its terms."
@@ -225,6 +235,11 @@ def licence_of(root: str) -> tuple[str | None, str]:
         f"The licence of the base, {code(root)}, is unknown to robustvlm: ask whoever published it before you hand "
         "this on."
     )
+
+
+def _place(root: str) -> str:
+    """Return the folder or repository that a spec of transformers names, without the text side of another model."""
+    return split_sides(root.removeprefix(PREFIX))[0] if root.startswith(PREFIX) else root
 
 
 def _said_licence(path: Path) -> str | None:
@@ -292,16 +307,16 @@ _SETTINGS = {
 }
 
 
-def model_card(vlm: ClipVLM, *, to: str, half: bool, measurements: Sequence[Measurement]) -> str:
+def model_card(vlm: VLM, *, to: str, half: bool, measurements: Sequence[Measurement]) -> str:
     """Return the README.md of an exported model, with the front matter that the Hugging Face hub reads."""
     chain = origins(vlm)
     licence, sentence = licence_of(chain[-1].spec)
     parts = [
-        _front_matter(chain, to, licence),
+        _front_matter(chain, to, licence, tower=isinstance(vlm, TowerVLM)),
         f"# {text(_title(vlm.spec))}",
         _what_it_is(vlm, to, half),
         "## Use",
-        _use(to),
+        _use(vlm, to),
         "## How it was made",
         *_how(chain),
         "## Measured robustness",
@@ -318,31 +333,45 @@ def _title(spec: str) -> str:
     return Path(spec).name if os.path.isdir(os.path.expanduser(spec)) else spec
 
 
-def _front_matter(chain: Sequence[Origin], to: str, licence: str | None) -> str:
-    lines = [f"library_name: {to}", "pipeline_tag: zero-shot-image-classification"]
+def _front_matter(chain: Sequence[Origin], to: str, licence: str | None, *, tower: bool) -> str:
+    task = "image-feature-extraction" if tower else "zero-shot-image-classification"
+    lines = [f"library_name: {to}", f"pipeline_tag: {task}"]
     lines += [f"license: {licence}"] if licence else ["license: other", "license_name: unknown"]
     root = chain[-1].spec
-    place = root.removeprefix(_HUB).removeprefix(PREFIX)
+    place = _place(root.removeprefix(_HUB))
     if place != root and re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not os.path.isdir(place):
         lines.append(f"base_model: {json.dumps(place)}")
-    tags = ["clip", "zero-shot-image-classification", "robustvlm"]
+    tags = ["robustvlm"] if tower else ["clip", "zero-shot-image-classification", "robustvlm"]
     trained = any(one.manifest and one.manifest.get("kind") == "finetune" for one in chain)
     tags += ["adversarial-robustness"] if trained or root in ADVERSARIALLY_TRAINED else []
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
-def _what_it_is(vlm: ClipVLM, to: str, half: bool) -> str:
-    weights = sum(value.numel() for value in vlm.model.parameters())
+def _what_it_is(vlm: VLM, to: str, half: bool) -> str:
+    model = _module(vlm)
+    weights = sum(value.numel() for value in model.parameters())
     bits = "16 bits" if half else "32 bits"
+    # Of transformers the name of the whole is known to readers, of open_clip that of the tower.
+    name = text(type(getattr(model, "visual", model)).__name__)
+    size = f"{vlm.image_size} by {vlm.image_size} pixels"
+    if isinstance(vlm, TowerVLM):
+        what = f"An image tower ({name}, {size}) without a text side"
+    else:
+        what = f"A CLIP model: an image tower ({name}, {size}) and a text tower with one space of features"
     return (
-        f"A CLIP model: an image tower ({text(type(vlm.model.visual).__name__)}, {vlm.image_size} by {vlm.image_size} "
-        f"pixels) and a text tower with one space of features, {weights:,} weights of {bits}, written for {text(to)} "
-        f"by robustvlm {__version__}. The fingerprint of the model that was exported is `{vlm.fingerprint}`."
+        f"{what}, {weights:,} weights of {bits}, written for {text(to)} by robustvlm {__version__}. The fingerprint of "
+        f"the model that was exported is `{vlm.fingerprint}`."
     )
 
 
-def _use(to: str) -> str:
-    if to == "transformers":
+def _use(vlm: VLM, to: str) -> str:
+    if isinstance(vlm, TransformersVLM | TowerVLM) and to == "transformers":
+        name = type(_module(vlm)).__name__
+        readers = ["AutoImageProcessor", *(["AutoTokenizer"] if isinstance(vlm, TransformersVLM) else [])]
+        lines = f"from transformers import {', '.join([*readers, name])}\n\n"
+        lines += f'model = {name}.from_pretrained("FOLDER")\nprocessor = AutoImageProcessor.from_pretrained("FOLDER")'
+        lines += '\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")' if len(readers) > 1 else ""
+    elif to == "transformers":
         lines = (
             "from transformers import CLIPModel, CLIPProcessor\n\n"
             'model = CLIPModel.from_pretrained("FOLDER")\nprocessor = CLIPProcessor.from_pretrained("FOLDER")'
@@ -354,7 +383,9 @@ def _use(to: str) -> str:
             'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")'
         )
     spec = f"{PREFIX}FOLDER" if to == "transformers" else "FOLDER"
-    return f"{block(lines, 'python')}\n\nMeasure it on your own data: `robustvlm attack {spec} --data ...`."
+    if isinstance(vlm, TowerVLM):
+        spec += f"@{vlm.text.spec}" if vlm.text is not None else "@MODEL"
+    return f"{block(lines, 'python')}\n\nMeasure it on your own data: {code(f'robustvlm attack {spec} --data ...')}."
 
 
 def _how(chain: Sequence[Origin]) -> Iterator[str]:
@@ -401,7 +432,7 @@ def _measured(measurements: Sequence[Measurement]) -> Iterator[str]:
             if row.rate.value is not None
         ]
         levels = sorted({f"{row.rate.confidence:.0%}" for row in one.rows})
-        yield f"Of {one.model}, on {one.images:,} images of {code(one.data)}, by"
+        yield f"Of {one.model}, on {count_of(one.images, 'images')} of {code(one.data)}, by"
         yield block(plain(one.command, 2000))
         yield "\n".join([f"| share of images | | {' '.join(levels)} interval | count |", "|---|---|---|---|", *rows])
         if one.notes:

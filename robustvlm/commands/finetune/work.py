@@ -27,6 +27,7 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import FinetuneSettings as Tuning
 from robustvlm.defenses.finetune.saved import save_finetuned
 from robustvlm.defenses.finetune.trainable import require_trainable
+from robustvlm.defenses.library import require_texts
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.llm import Endpoint, LlmClient
 from robustvlm.models import VLM
@@ -185,6 +186,7 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
             f"{setting('method', 'tecoa')}"
         )
     vlm = load_pipeline(settings.model, device=device)
+    require_texts(vlm, "fine-tuning")
     require_trainable(vlm, settings.trainable)
     model, data = facts_of(vlm), describe_data(source)
     if val is not None:

@@ -27,6 +27,7 @@ from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, open_source
 from robustvlm.defenses.immunity.recipe import KAPPAS, thresholds_of
 from robustvlm.defenses.immunity.vaccine import automatic_margin
+from robustvlm.defenses.library import require_texts
 from robustvlm.defenses.prompts import Features
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError, nearest, setting
@@ -280,6 +281,7 @@ def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
     unknown = [open_unlabelled(spec, source.class_names) for spec in settings.ood]
     vlm = load_pipeline(settings.model, device=device)
     require_bare(vlm, settings.model)
+    require_texts(vlm, "immunising")
     data = describe_data(source)
     if isinstance(held, DataSource):
         data |= {"held out": held.fingerprint()}

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from robustvlm.core.files import replacing
 from robustvlm.report.sections import Code, Column, Inline, Line, Name, Row, Small, Table, Verdict, numbers
-from robustvlm.report.words import plain
+from robustvlm.report.words import count_of, plain
 from robustvlm.text import visible, visible_json
 
 ANSWERED, REJECTED, ABSTAINED = "answered", "rejected", "abstained"
@@ -141,7 +141,7 @@ def verdict_of(counts: Counts, about: About) -> Verdict:
     said = [f"{counts.status[ANSWERED]:,} answered"]
     said += [f"{counts.status[what]:,} {what}" for what in (REJECTED, ABSTAINED, UNREADABLE, FAILED)]
     ended = ", ".join(text for number, text in enumerate(said) if number == 0 or not text.startswith("0 "))
-    lines: list[Line] = [f"{counts.images:,} image{'s' * (counts.images != 1)}: {ended}."]
+    lines: list[Line] = [f"{count_of(counts.images, 'images')}: {ended}."]
     if counts.classes:
         most = counts.classes.most_common(6)
         words: list[Inline] = ["Classes: "]

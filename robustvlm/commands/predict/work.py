@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustvlm.attacks.oracle import Oracle, row_changes
 from robustvlm.attacks.tensors import image_ids
+from robustvlm.commands.common.inputs import taken_for_granted
 from robustvlm.commands.predict import PredictSettings
 from robustvlm.commands.predict.rows import (
     ABSTAINED,
@@ -211,7 +212,7 @@ class Work:
         """What a reader has to know of images and classes; complete once all images are read."""
         aside = getattr(self.source, "aside", 0)
         said = [f"left aside in folders: {aside:,} files that are no images"] if aside else []
-        return [*self.notes, *self.source.remarks, *said]
+        return [*taken_for_granted(self.classifier), *self.notes, *self.source.remarks, *said]
 
     def _given(self) -> list[str]:
         shown = [f"'{path}'" for path in self.settings.images[:3]]

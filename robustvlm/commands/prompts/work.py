@@ -200,7 +200,7 @@ def open_work(settings: PromptSettings) -> PromptWork:
         {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale},
         data,
         probe=probe_of(vlm, source.class_names, source.templates),
-        remarks=remarks_of(source),
+        remarks=remarks_of(source, vlm),
     )
     return PromptWork(facts, settings, tuning, vlm, source, learner)
 

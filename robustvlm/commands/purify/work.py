@@ -1,5 +1,6 @@
 """The work of `robustvlm purify`: train both parts, write them as a model, and show what became of the score."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from robustvlm import training
-from robustvlm.commands.common.inputs import facts_of, probe_of
+from robustvlm.commands.common.inputs import facts_of, probe_of, taken_for_granted
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
@@ -132,7 +133,7 @@ def open_work(settings: PurifySettings) -> PurifyWork:
         model,
         data,
         probe=probe_of(encoder),
-        remarks=source.remarks,
+        remarks=[*taken_for_granted(encoder), *source.remarks],
     )
     return PurifyWork(facts, stages, encoder, images, held)
 
@@ -148,6 +149,9 @@ def stages_of(settings: PurifySettings) -> Stages:
     only = settings.only
     if only is not None and only not in train.STAGES:
         raise BadSetting("only", "takes purifier or mapper", got=f"'{only}': {nearest(only, train.STAGES)}")
+    for name in ("mapper_steps", "mapper_lr"):  # the engine knows them by the names of the purifier's
+        if not 0 < getattr(settings, name) < math.inf:
+            raise BadSetting(name, "must be a positive number", got=getattr(settings, name))
     same = ("batch_size", "ema", "precision", "accumulate", "seed", "validate_every", "checkpoint_every")
     engine = {"final_lr": 0.01, "weight_decay": 0.01, **{name: getattr(settings, name) for name in same}}
     return Stages(

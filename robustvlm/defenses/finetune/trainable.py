@@ -281,7 +281,7 @@ def parse_trainable(text: str) -> tuple[str, int]:
     """
     found = _FORM.fullmatch(text.strip())
     if found is None:
-        raise UserError(f"trainable must be all, lora, lora:RANK, ssf or last:N, got '{text}'")
+        raise UserError(f"{setting('trainable')} must be all, lora, lora:RANK, ssf or last:N, got '{text}'")
     whole, lora, rank, last, blocks = found.groups()
     kind, number = whole or lora or last, int(rank or blocks or (DEFAULT_RANK if lora else 0))
     if kind in ("lora", "last") and number < 1:
