@@ -87,8 +87,8 @@ def class_embeddings(
 ) -> torch.Tensor:
     """Return unit embeddings [K, D], encoding a bounded number of prompts at a time.
 
-    They are computed in the precision of the weights, whatever a run's own precision is: bfloat16 would move an
-    embedding by 1e-3, which the temperature makes a tenth of a logit in every margin.
+    They are computed in the precision of the weights, whatever a run's own precision is: bfloat16 moves an embedding
+    by up to 2e-3, and CLIP's temperature of 100 makes of that nearly a tenth of a logit in every margin.
 
     Args:
         distinct: two names with one embedding are a UserError (`require_distinct`).
