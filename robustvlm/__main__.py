@@ -8,7 +8,10 @@ def run() -> None:
     """Run the program; stopped while it is still loading, it ends as it does later."""
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        from robustvlm.cli.main import main
+        from robustvlm.core.loading import quick_imports
+
+        with quick_imports():
+            from robustvlm.cli.main import main
 
         main()
     except KeyboardInterrupt:

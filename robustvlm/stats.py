@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
-from scipy.special import stdtrit
 
-# statsmodels is imported where it is used: with pandas and scipy.stats behind it, it costs a start two seconds.
+# scipy and statsmodels are imported where they are used: with pandas and scipy.stats behind it, statsmodels costs a
+# start two seconds.
 
 CLOPPER_PEARSON = "Clopper-Pearson"
 
@@ -94,6 +94,8 @@ def mean(values: Sequence[float], confidence: float = 0.95) -> Mean:
     centre = math.fsum(values) / n
     if n == 1:
         return Mean(total=1, value=centre, low=None, high=None, confidence=confidence)
+    from scipy.special import stdtrit
+
     spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
     reach = float(stdtrit(n - 1, 0.5 + confidence / 2)) * spread
     return Mean(total=n, value=centre, low=centre - reach, high=centre + reach, confidence=confidence)

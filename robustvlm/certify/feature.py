@@ -7,7 +7,6 @@ from importlib.resources import as_file, files
 import numpy as np
 from numpy.typing import ArrayLike
 from safetensors.numpy import load_file
-from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
 
 from robustvlm.certify.certifier import as_scores, unit_rows, unit_vector
@@ -225,6 +224,8 @@ def required_norm(cos0: float, a: float, *, eta: float = 0.0) -> float:
         >>> [round(required_norm(0.5, a), 3) for a in (0.1, 0.5, 1.0, 2.0)]
         [0.092, 0.437, 0.749, 0.972]
     """
+    from scipy.optimize import minimize
+
     check_cos0(cos0)
     a = check_shift(a)
     if a > A_MAX:

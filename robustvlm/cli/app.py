@@ -14,7 +14,8 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.models import ArgumentInfo
 
-from robustvlm.cli.terminal import say, say_json
+from robustvlm.cli.terminal import Prompts, say, say_json
+from robustvlm.core.loading import telling
 from robustvlm.core.ranks import current_ranks
 from robustvlm.runs.run import Command, FinishedRun, Run
 from robustvlm.runs.settings import Option, Settings, flags_of, repeatable
@@ -206,9 +207,9 @@ def _forecast(run: Run, console: Console, *, as_json: bool) -> None:
 
 def opened(command: Command, settings: Settings, console: Console) -> Run:
     """Check the settings and load what they name, with a word of it on a terminal."""
-    from contextlib import nullcontext
-
-    with console.status(command.loading) if console.is_terminal else nullcontext():
+    if not console.is_terminal:
+        return Run(command, settings, given=given_command())
+    with console.status(command.loading) as status, telling(Prompts(status.update)):
         return Run(command, settings, given=given_command())
 
 

@@ -29,6 +29,7 @@ from robustvlm.commands.predict import PREDICT
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
 from robustvlm.commands.soup import SOUP
+from robustvlm.core.loading import telling
 from robustvlm.core.user_code import NO_CODE, code_policy
 
 _NoCode = Annotated[
@@ -59,7 +60,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             if sys.argv[1:2] == [command.__name__.replace("_", "-")]:
                 check_given(sys.argv[2:], signature.parameters)
-            with code_policy(refused=no_code, given=sys.argv[1:]):
+            with code_policy(refused=no_code, given=sys.argv[1:]), telling(terminal.Prompts()):
                 command(*arguments, **options)
         except BaseException as error:
             raise terminal.Ended(error) from error

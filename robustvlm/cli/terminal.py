@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import sysconfig
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from types import TracebackType
 from robustvlm.core.ranks import current_ranks
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.text import ascii_json, secrets_cut, visible, visible_json, without_secrets
+
+_PROMPTS_EVERY = 10.0  # seconds between two lines about them
 
 # What leaves the program: every line printed, with control characters of others as escapes and without secrets
 
@@ -72,6 +75,36 @@ def notes_shown() -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.propagate = before
+
+
+class Prompts:
+    """Says how far the encoding of class prompts is: a line on standard error, the first after ten seconds of it.
+
+    Args:
+        show: is handed every line in place of that, as soon as there is something to say.
+    """
+
+    def __init__(self, show: Callable[[str], None] | None = None) -> None:
+        self._show = show
+        self._said: float | None = None
+
+    def __call__(self, done: int, total: int, left: float | None) -> None:
+        """Take in how many prompts are encoded, of how many, and the seconds left; 0 of 0 is another's work."""
+        line = f"{done:,} of {total:,} class prompts encoded"
+        if left is not None:
+            line += f", about {left:.0f} s left" if left < 120 else f", about {left / 60:.0f} min left"
+        if not total:
+            line = "another process encodes these class prompts: waiting for it"
+        if self._show is not None:
+            self._show(line)
+            return
+        now = time.monotonic()
+        if self._said is None:
+            self._said = now
+        if now - self._said >= _PROMPTS_EVERY:
+            self._said = now
+            if current_ranks().leader:
+                say(line, err=True)
 
 
 MISTAKE = 2

@@ -304,10 +304,13 @@ class EmojiSource(DataSource):
     def _read(self) -> Iterator[Sprite]:
         """Read the compressed sprites of the split: at most a few megabytes, decoded one at a time when streamed."""
         wanted = self.split if self.split in ("near", "far") else "id"
-        columns = ["image", "name", "style", "hexcode"]
-        table = pq.read_table(SPRITES, columns=columns, filters=[("split", "=", wanted), ("style", "in", self.styles)])
+        # `read_table` and computing with tables would load pandas.
+        with pq.ParquetFile(SPRITES) as file:
+            rows = file.read(["image", "name", "style", "hexcode", "split"]).to_pylist()
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        for row in table.to_pylist():
+        for row in rows:
+            if row["split"] != wanted or row["style"] not in self.styles:
+                continue
             label = label_of.get(row["name"], UNKNOWN)
             if (label == UNKNOWN) == (wanted != "id"):
                 self._shown.setdefault(row["name"])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch import Tensor
 
@@ -199,6 +198,8 @@ def fit_probe(
     x = features.detach().cpu().double().numpy()
     wanted = np.eye(n_classes)[labels.cpu().numpy()]
     dim, count = x.shape[1], len(x)
+
+    from scipy.optimize import minimize
 
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         theta = flat.reshape(n_classes, dim + 1)

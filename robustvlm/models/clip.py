@@ -17,6 +17,7 @@ from PIL import Image
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, require_regular
 from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
+from robustvlm.core.loading import quick_imports
 from robustvlm.errors import MissingExtra, UserError, nearest
 from robustvlm.models.checkpoints import find_weights, fit_weights
 from robustvlm.models.vlm import VLM
@@ -294,7 +295,8 @@ def build_clip(
     broken or unknown in a part, when the weights or the tokenizer do not fit, or when open_clip would bring images to
     the model in another way than this program does.
     """
-    import open_clip
+    with quick_imports():
+        import open_clip
 
     try:
         if source.startswith(_FOLDER):

@@ -1,100 +1,19 @@
 """A classifier from class names alone: each class is the mean of its prompts' embeddings, which are kept."""
 
-import contextlib
-import hashlib
-import os
-import tempfile
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import time
+from collections import Counter
+from collections.abc import Sequence
 
-import platformdirs
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from robustvlm.core.boundary import borrowed
+from robustvlm.core.loading import tell
 from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.errors import UserError
+from robustvlm.models.class_cache import Parts, cache_key, embeddings_of
 from robustvlm.models.vlm import VLM
-
-# Class embeddings kept between calls (in memory) and between runs (in the user's cache folder)
-
-_KEPT_IN_MEMORY = 16
-_memory: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-
-def cache_key(parts: Iterable[str]) -> str:
-    """Return a hex digest of `parts`, each told apart from its neighbours.
-
-    Example:
-        >>> cache_key(["ab", "c"]) == cache_key(["a", "bc"])
-        False
-    """
-    digest = hashlib.blake2b(digest_size=20)
-    for part in parts:
-        text = part.encode("utf-8", "surrogateescape")
-        digest.update(len(text).to_bytes(8, "big") + text)
-    return digest.hexdigest()
-
-
-def cache_file(key: str) -> Path:
-    """Return where the embeddings of `key` are kept on disk."""
-    return Path(platformdirs.user_cache_dir("robustvlm")) / "class-embeddings" / f"{key}.safetensors"
-
-
-def load_embeddings(key: str, rows: int) -> torch.Tensor | None:
-    """Return the unit embeddings [rows, D] kept under `key`, or None when there are none or the file is damaged."""
-    if key in _memory:
-        _memory.move_to_end(key)
-        return _memory[key]
-    try:
-        found = load_file(cache_file(key))["class_embeddings"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    if found.dtype != torch.float32 or found.ndim != 2 or len(found) != rows:
-        return None
-    # Not a guard against NaN alone: flipped bits in a file that still parses are caught as well, as a rule.
-    if not torch.allclose(found.norm(dim=-1), torch.ones(rows), atol=1e-4):
-        return None
-    _remember(key, found)
-    return found
-
-
-def save_embeddings(key: str, embeddings: torch.Tensor) -> None:
-    """Keep `embeddings` [K, D] under `key`; a folder that cannot be written to costs only the time saved."""
-    embeddings = embeddings.detach().cpu().contiguous()
-    _remember(key, embeddings)
-    file = cache_file(key)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, save({"class_embeddings": embeddings}))
-
-
-def forget_embeddings() -> None:
-    """Empty the memory, not the disk."""
-    _memory.clear()
-
-
-def _remember(key: str, embeddings: torch.Tensor) -> None:
-    _memory[key] = embeddings
-    while len(_memory) > _KEPT_IN_MEMORY:
-        _memory.popitem(last=False)
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    # Another process sees the old file or the new one, never half of it.
-    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
 
 # A classifier from class names alone: each class is the mean of its prompts' embeddings
 
@@ -159,11 +78,21 @@ def zero_shot(
 
 
 def class_embeddings(
-    vlm: VLM, class_names: Sequence[str], templates: Sequence[str], *, distinct: bool = False
+    vlm: VLM,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    distinct: bool = False,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
     """Return unit embeddings [K, D], encoding a bounded number of prompts at a time.
 
-    With `distinct`, two names with one embedding are a UserError (`require_distinct`).
+    They are computed in the precision of the weights, whatever a run's own precision is: bfloat16 moves an embedding
+    by up to 2e-3, and CLIP's temperature of 100 makes of that nearly a tenth of a logit in every margin.
+
+    Args:
+        distinct: two names with one embedding are a UserError (`require_distinct`).
+        parts: what an earlier process has computed before it was stopped; what is new is added.
 
     Example:
         >>> from robustvlm.models import load_model
@@ -173,17 +102,26 @@ def class_embeddings(
     own = vlm.class_vectors(class_names)
     if own is not None:
         return own
+    # How the prompts are batched may decide the last bits of their embeddings: parts are whole batches.
     per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
-    rows = []
+    groups = [class_names[start : start + per_batch] for start in range(0, len(class_names), per_batch)]
+    rows = [row.to(vlm.device) for row in parts.read([len(names) for names in groups])] if parts else []
+    done = known = sum(map(len, rows))
+    began = time.monotonic()
     with torch.no_grad(), full_precision_kernels():
-        for start in range(0, len(class_names), per_batch):
-            names = class_names[start : start + per_batch]
+        for names in groups[len(rows) :]:
             prompts = [template.replace("{}", name) for name in names for template in templates]
             # One class may have more templates than a batch holds.
             features = torch.cat(
                 [vlm.encode_text(prompts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(prompts), _TEXTS_PER_BATCH)]
             )
             rows.append(F.normalize(features.view(len(names), len(templates), -1).mean(dim=1), dim=-1))
+            if parts:
+                parts.add(rows[-1], first=done)
+            done += len(names)
+            if len(groups) > 1:
+                left = (time.monotonic() - began) / (done - known) * (len(class_names) - done)
+                tell(done * len(templates), len(class_names) * len(templates), left)
     found = torch.cat(rows)
     if distinct:
         require_distinct(vlm, class_names, templates, found)
@@ -271,12 +209,12 @@ def _embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[str], 
     first = class_embeddings(vlm, class_names[:1], templates)
     probe = first.cpu().numpy().tobytes().hex()
     key = cache_key([vlm.fingerprint, probe, str(len(class_names)), *class_names, *templates])
-    known = load_embeddings(key, len(class_names))
-    if known is None:
-        known = class_embeddings(vlm, class_names, templates)
-        if torch.isfinite(known).all():
-            save_embeddings(key, known)
-    return known
+    return embeddings_of(
+        key,
+        len(class_names),
+        lambda parts: class_embeddings(vlm, class_names, templates, parts=parts),
+        in_parts=len(class_names) * len(templates) > _TEXTS_PER_BATCH,
+    )
 
 
 def _check_names(class_names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from robustvlm.core.files import read_json
+from robustvlm.core.loading import quick_imports
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import LIBRARIES, names_a_callable
 from robustvlm.errors import UserError, nearest
@@ -217,7 +218,8 @@ def _from_hub(repo: str, spec: str) -> ClipVLM:
 
 
 def _from_name(spec: str) -> ClipVLM:
-    import open_clip
+    with quick_imports():
+        import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
     name, rest = _split(spec, open_clip.list_models())

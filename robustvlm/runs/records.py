@@ -23,7 +23,7 @@ Level = Literal["ok", "note", "warning", "fault"]
 class Record(BaseModel):
     """What a file of a run holds: fixed once made, and nothing in it that this version does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class Passes(Record):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from robustvlm.core.files import read_json
+from robustvlm.core.loading import quick_imports
 from robustvlm.core.ranks import Ranks, current_ranks
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.runs import manifest as made
@@ -178,7 +179,8 @@ class Command:
 
     def load(self) -> Home:
         """Return the module of the command's work."""
-        return cast(Home, import_module(self.home))
+        with quick_imports():
+            return cast(Home, import_module(self.home))
 
     def start(self, *, observer: Observer | None = None, **options: Any) -> FinishedRun[Any]:
         """Make a run, or go on with it, and return it; a finished one is read. For users of the library.

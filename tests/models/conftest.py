@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from robustvlm.models.zero_shot import forget_embeddings
+from robustvlm.models.class_cache import forget_embeddings
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

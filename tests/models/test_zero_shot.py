@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robustvlm.core.loading import telling
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier, load_model, zero_shot
-from robustvlm.models.zero_shot import cache_file, cut_prompts, forget_embeddings
+from robustvlm.models.class_cache import cache_file, forget_embeddings
+from robustvlm.models.zero_shot import cut_prompts
 
 NAMES = ["apple", "border collie", "truck {}", "Émile's café"]
 TEMPLATES = ["a photo of a {}.", "{}", "the {} and the {}"]
@@ -147,6 +152,96 @@ class TestCache:
     def test_without_cache_nothing_is_written(self, tmp_path: Path) -> None:
         zero_shot(Counting(), NAMES, TEMPLATES, cache=False)
         assert not (tmp_path / "cache").exists()
+
+
+class Watched(Counting):
+    """Writes down how many texts it encodes, for other processes; may die, or take its time."""
+
+    def __init__(self, log: Path, *, last: int = 10**6, pause: float = 0.0) -> None:
+        super().__init__()
+        self.log, self.last, self.pause = log, last, pause
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        if len(self.encoded) == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.pause)
+        with self.log.open("a") as file:
+            file.write(f"{len(texts)}\n")
+        return super()._text_features(texts)
+
+
+def apart(work: Callable[[], object]) -> int:
+    """Start some work in a process of its own and return its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes by fork")
+class TestParts:
+    MANY = tuple(f"thing number {i}" for i in range(30))
+    BATCHES = 15
+    """With two classes of three prompts in a batch."""
+
+    @pytest.fixture(autouse=True)
+    def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys.modules[zero_shot.__module__], "_TEXTS_PER_BATCH", 6)
+
+    def test_what_a_killed_process_computed_is_not_computed_again(self, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        expected = zero_shot(Watched(log), self.MANY, TEMPLATES, cache=False).class_embeddings
+        log.unlink()
+        # Its first batch is the class that tells encoders apart; it dies in its tenth.
+        child = apart(lambda: zero_shot(Watched(log, last=9), self.MANY, TEMPLATES))
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        vlm = Watched(log)
+        told: list[tuple[float | None, ...]] = []
+        with telling(lambda *words: told.append(words)):
+            found = zero_shot(vlm, self.MANY, TEMPLATES).class_embeddings
+        assert torch.equal(found, expected)
+        assert vlm.encoded == [3, *[6] * (self.BATCHES - 8)]
+        assert told[0][:2] == (9 * 6, 90)
+        assert told[-1] == (90, 90, 0.0)
+        assert sorted(file.suffix for file in cache_file("x").parent.iterdir()) == [".safetensors"]
+
+    @pytest.mark.parametrize("damage", ["flipped", "cut", "noise"])
+    def test_what_follows_a_damaged_part_is_computed_again(self, tmp_path: Path, damage: str) -> None:
+        expected = zero_shot(Counting(), self.MANY, TEMPLATES, cache=False).class_embeddings
+        os.waitpid(apart(lambda: zero_shot(Watched(tmp_path / "log", last=9), self.MANY, TEMPLATES)), 0)
+        (file,) = cache_file("x").parent.glob("*.part")
+        content = bytearray(file.read_bytes())
+        record = len(content) // 8
+        if damage == "flipped":
+            content[3 * record + record // 2] ^= 1
+        file.write_bytes({"flipped": content, "cut": content[: 4 * record - 1], "noise": b"\x7f" * 999}[damage])
+        vlm = Counting()
+        assert torch.equal(zero_shot(vlm, self.MANY, TEMPLATES).class_embeddings, expected)
+        assert len(vlm.encoded) - 1 == self.BATCHES - (0 if damage == "noise" else 3)
+
+    def test_two_processes_at_once_share_one_computation(self, tmp_path: Path) -> None:
+        def work() -> None:
+            found = zero_shot(Watched(tmp_path / "log", pause=0.01), self.MANY, TEMPLATES).class_embeddings
+            (tmp_path / f"found-{os.getpid()}").write_bytes(found.numpy().tobytes())
+
+        children = [apart(work), apart(work)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        expected = zero_shot(Counting(), self.MANY, TEMPLATES, cache=False).class_embeddings.numpy().tobytes()
+        assert [(tmp_path / f"found-{child}").read_bytes() for child in children] == [expected, expected]
+        # All prompts once, and of each process those of the class that tells encoders apart.
+        assert sum(map(int, (tmp_path / "log").read_text().split())) == 90 + 2 * 3
+
+    def test_a_text_tower_that_breaks_leaves_nothing(self) -> None:
+        vlm = Counting()
+        vlm.weight.fill_(float("nan"))
+        with pytest.raises(UserError, match="NaN or infinite"):
+            zero_shot(vlm, self.MANY, TEMPLATES)
+        assert list(cache_file("x").parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(

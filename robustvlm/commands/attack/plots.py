@@ -5,15 +5,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 
 from robustvlm.commands.attack.summary import GroupSummary, Summary
 from robustvlm.commands.attack.verdicts import Rows, columns
-from robustvlm.report.charts import BAD, DASHES, GOOD, INK, SERIES, STYLE, as_svg, chart, legend, new_figure
+from robustvlm.report.charts import BAD, DASHES, GOOD, INK, SERIES, as_svg, chart, legend, new_figure, whole_numbers
 from robustvlm.report.words import Bar, bar, bounds, count_of, percent, plain
 from robustvlm.stats import Rate
 
@@ -130,65 +128,63 @@ def uncrowded(ticks: Mapping[float, str]) -> list[str]:
 @chart
 def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
     """Draw robust accuracy over eps with its 95 % band, one line per run."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        for i, curve in enumerate(curves):
-            colour = SERIES[i % len(SERIES)]
-            most = curve.most or curve.rates
-            points = [(e, r, m) for e, r, m in zip(curve.eps, curve.rates, most, strict=True) if r.value is not None]
-            x = [e for e, _, _ in points]
-            low, high = [100 * r.low for _, r, _ in points], [100 * m.high for _, _, m in points]
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
-            axes.plot(
-                x,
-                [100 * (r.value or 0) for _, r, _ in points],
-                color=colour,
-                marker="o",
-                ms=4.5,
-                lw=1.8,
-                ls=DASHES[i % len(DASHES)],
-                label=curve.name,
-            )
-        ticks = dict(sorted((e, t) for curve in curves for e, t in zip(curve.eps, curve.ticks, strict=True)))
-        labels = uncrowded(ticks)
-        axes.set_xticks(list(ticks), labels, rotation=35 if sum(map(bool, labels)) > 6 else 0)
-        axes.set_ylim(0, 102)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(f"perturbation size ε ({norm})")
-        axes.set_ylabel("still right, % of images")
-        if len(curves) > 1:
-            legend(figure)
-        alt = "; ".join(
-            f"{curve.name}: "
-            + ", ".join(
-                f"{t}: {percent(r.value) if m.value == r.value else bounds(r, m)}"
-                for t, r, m in zip(curve.ticks, curve.rates, curve.most or curve.rates, strict=True)
-            )
-            for curve in curves
+    figure, axes = new_figure()
+    for i, curve in enumerate(curves):
+        colour = SERIES[i % len(SERIES)]
+        most = curve.most or curve.rates
+        points = [(e, r, m) for e, r, m in zip(curve.eps, curve.rates, most, strict=True) if r.value is not None]
+        x = [e for e, _, _ in points]
+        low, high = [100 * r.low for _, r, _ in points], [100 * m.high for _, _, m in points]
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+        axes.plot(
+            x,
+            [100 * (r.value or 0) for _, r, _ in points],
+            color=colour,
+            marker="o",
+            ms=4.5,
+            lw=1.8,
+            ls=DASHES[i % len(DASHES)],
+            label=curve.name,
         )
-        return as_svg(figure, key=key, alt=f"Accuracy against perturbation size. {alt}.")
+    ticks = dict(sorted((e, t) for curve in curves for e, t in zip(curve.eps, curve.ticks, strict=True)))
+    labels = uncrowded(ticks)
+    axes.set_xticks(list(ticks), labels, rotation=35 if sum(map(bool, labels)) > 6 else 0)
+    axes.set_ylim(0, 102)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"perturbation size ε ({norm})")
+    axes.set_ylabel("still right, % of images")
+    if len(curves) > 1:
+        legend(figure)
+    alt = "; ".join(
+        f"{curve.name}: "
+        + ", ".join(
+            f"{t}: {percent(r.value) if m.value == r.value else bounds(r, m)}"
+            for t, r, m in zip(curve.ticks, curve.rates, curve.most or curve.rates, strict=True)
+        )
+        for curve in curves
+    )
+    return as_svg(figure, key=key, alt=f"Accuracy against perturbation size. {alt}.")
 
 
 @chart
 def margin_histogram(margins: Margins, *, key: str) -> Markup:
     """Draw the margins before and under attack over common bins; left of zero the model is wrong."""
     clean, attacked = np.asarray(margins.clean), np.asarray(margins.attacked)
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        bins = _bins_with_zero(np.concatenate([clean, attacked]))
-        axes.hist(clean, bins, color=GOOD, alpha=0.55, label="unperturbed")
-        axes.hist(attacked, bins, color=BAD, alpha=0.55, label="under attack")
-        axes.axvline(0, color=INK, lw=1, ls="--")
-        axes.set_xlabel("margin of the true class (logits); below 0: wrong")
-        axes.set_ylabel("images")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        legend(figure)
-        below = int((attacked < 0).sum())
-        alt = (
-            f"Margins of {count_of(len(clean), 'images')}: median {np.median(clean):.2f} unperturbed,"
-            f" {np.median(attacked):.2f} under attack, {below} below zero."
-        )
-        return as_svg(figure, key=key, alt=alt)
+    figure, axes = new_figure()
+    bins = _bins_with_zero(np.concatenate([clean, attacked]))
+    axes.hist(clean, bins, color=GOOD, alpha=0.55, label="unperturbed")
+    axes.hist(attacked, bins, color=BAD, alpha=0.55, label="under attack")
+    axes.axvline(0, color=INK, lw=1, ls="--")
+    axes.set_xlabel("margin of the true class (logits); below 0: wrong")
+    axes.set_ylabel("images")
+    whole_numbers(axes.yaxis)
+    legend(figure)
+    below = int((attacked < 0).sum())
+    alt = (
+        f"Margins of {count_of(len(clean), 'images')}: median {np.median(clean):.2f} unperturbed,"
+        f" {np.median(attacked):.2f} under attack, {below} below zero."
+    )
+    return as_svg(figure, key=key, alt=alt)
 
 
 def _bins_with_zero(values: npt.NDArray[np.float64]) -> list[float]:
@@ -204,29 +200,28 @@ def _bins_with_zero(values: npt.NDArray[np.float64]) -> list[float]:
 def steps_histogram(steps: Mapping[float, Sequence[int]], names: Mapping[float, str], *, key: str) -> Markup:
     """Draw how many gradient steps the successful attacks needed, stacked by eps."""
     every = [s for values in steps.values() for s in values]
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure()
-        top = max(every)
-        width = max(1, -(-(top + 1) // 30))
-        bins = np.arange(-0.5, top + width + 0.5, width).tolist()
-        bottom = np.zeros(len(bins) - 1)
-        for i, (eps, values) in enumerate(steps.items()):
-            counts = np.histogram(values, bins)[0]
-            # One hue, stronger for larger eps: the order of the parts is then visible without a legend.
-            axes.bar(
-                np.asarray(bins[:-1]) + width / 2, counts, 0.9 * width, bottom,
-                color=SERIES[0], alpha=(i + 1) / len(steps), label=names[eps], lw=0,
-            )  # fmt: skip
-            bottom += counts
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(visible=False, axis="x")
-        axes.set_xlabel("gradient steps until the answer changed")
-        axes.set_ylabel("images")
-        if len(steps) > 1:
-            legend(figure, title="ε =")
-        alt = f"Steps to success of {len(every)} attacks: median {np.median(every):g}, largest {top}."
-        return as_svg(figure, key=key, alt=alt)
+    figure, axes = new_figure()
+    top = max(every)
+    width = max(1, -(-(top + 1) // 30))
+    bins = np.arange(-0.5, top + width + 0.5, width).tolist()
+    bottom = np.zeros(len(bins) - 1)
+    for i, (eps, values) in enumerate(steps.items()):
+        counts = np.histogram(values, bins)[0]
+        # One hue, stronger for larger eps: the order of the parts is then visible without a legend.
+        axes.bar(
+            np.asarray(bins[:-1]) + width / 2, counts, 0.9 * width, bottom,
+            color=SERIES[0], alpha=(i + 1) / len(steps), label=names[eps], lw=0,
+        )  # fmt: skip
+        bottom += counts
+    whole_numbers(axes.xaxis)
+    whole_numbers(axes.yaxis)
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("gradient steps until the answer changed")
+    axes.set_ylabel("images")
+    if len(steps) > 1:
+        legend(figure, title="ε =")
+    alt = f"Steps to success of {len(every)} attacks: median {np.median(every):g}, largest {top}."
+    return as_svg(figure, key=key, alt=alt)
 
 
 def ranked(groups: Sequence[GroupSummary]) -> list[GroupSummary]:

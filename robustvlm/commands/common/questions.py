@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from scipy.special import bdtrc
 from torch import Tensor
 
 from robustvlm.attacks import LaneAttack, Oracle, Probe
@@ -223,4 +222,6 @@ def sign_test(wins: int, losses: int) -> float:
         >>> sign_test(3, 0)
         0.125
     """
+    from scipy.special import bdtrc
+
     return float(bdtrc(wins - 1, wins + losses, 0.5))
