@@ -41,8 +41,8 @@ CODE, TEXT, DESCRIPTION, OWN = "code", "text", "description", "own"
 it is a method of common use that has no one release."""
 
 IDENTITY, THROUGH, SMOOTH, GATE_ON, GATE_OFF = "identity", "through", "smooth", "gate:on", "gate:off"
-"""Gradient modes: the defence as the identity (BPDA), its exact gradient, signs and rounding made smooth, its gate taken to be open
-or closed."""
+"""Gradient modes: the defence as the identity (BPDA), its exact gradient, signs and rounding made smooth, its gate
+taken to be open or closed."""
 
 MODES = {
     THROUGH: "the gradient of the whole defence, inner steps included",

@@ -87,7 +87,8 @@ def compressed(pixels: Tensor, quality: int, *, smooth: bool = False) -> Tensor:
     luma = _coded(colour[:, 0], _table(_LUMINANCE, quality), smooth=smooth)[:, None]
     chroma = F.avg_pool2d(colour[:, 1:], 2)
     planes = [_coded(chroma[:, place], _table(_CHROMINANCE, quality), smooth=smooth) for place in range(2)]
-    back = torch.stack(planes, dim=1).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    # The triangle filter, with which libjpeg brings chroma back to full size.
+    back = F.interpolate(torch.stack(planes, dim=1), scale_factor=2, mode="bilinear", align_corners=False)
     whole = torch.cat([luma, back], dim=1) - shift
     levels = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(matrix), whole).clamp(0, 255)
     return (_rounded(levels, smooth=smooth) / 255)[..., :height, :width].to(pixels.dtype)
