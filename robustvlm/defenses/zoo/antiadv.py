@@ -7,13 +7,27 @@ Alfarra, Pérez, Thabet, Bibi, Torr and Ghanem, *Combating Adversaries with Anti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.defenses.zoo.inner import recomputed, score_gradient, smooth_sign, straight
+from robustvlm.defenses.zoo.base import (
+    CODE,
+    DEFENCES,
+    IDENTITY,
+    SMOOTH,
+    About,
+    AnswerDefence,
+    Below,
+    Passes,
+    Strength,
+)  # fmt: skip
+from robustvlm.defenses.zoo.gradients import exactly
+from robustvlm.defenses.zoo.inner import recomputed, score_gradient, smooth_sign
 
 
 def surer_step(
@@ -46,4 +60,38 @@ def strengthened(
     y = x if smooth else x.detach()
     for _ in range(steps):
         y = recomputed(move, partial(move, smooth=True), y, answer) if smooth else move(y, answer)
-    return y if smooth else straight(x, y)
+    return y if smooth else exactly(y, x)
+
+
+@DEFENCES.named("antiadv")
+@dataclass(frozen=True)
+class AntiAdversary(AnswerDefence):
+    """The classifier's answer to the image after sign steps towards the classifier's first answer.
+
+    Example:
+        >>> from robustvlm.defenses import load_classifier
+        >>> load_classifier("tiny+antiadv:1:0.1", ["apple", "dog"], ["{}"], cache=False)(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 2])
+    """
+
+    about = About(
+        title="anti-adversary layer",
+        reference="Alfarra, Pérez, Thabet, Bibi, Torr, Ghanem, AAAI 2022, arXiv 2103.14347",
+        summary="K sign steps of A towards the model's own answer, before it is asked again (0: off)",
+        fidelity=CODE,
+        differs=("Steps are in pixels of [0, 1]; the release takes them in normalised pixels where it normalises.",),
+        licence_note="MIT",
+    )
+    off = {"size": 0.0}
+    modes = (IDENTITY, SMOOTH)
+
+    steps: Annotated[int, Strength("steps", 0, 100, origin="C")] = 2
+    size: Annotated[float, Strength("size of a step, in pixels of [0, 1]; 0 is off", 0, 1, origin="C")] = 0.15
+
+    def cost(self, *, gate_open: bool = True) -> Passes:
+        del gate_open
+        return Passes(2 + self.steps, self.steps) if self.steps and self.size else Passes(1)
+
+    def answer(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+        smooth = mode == SMOOTH
+        return below.logits(strengthened(below.logits, pixels, steps=self.steps, size=self.size, smooth=smooth))

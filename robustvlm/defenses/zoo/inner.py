@@ -4,7 +4,7 @@ A defence that optimises its input moves an image x along gradients of a score o
 a step returns is computed here without a graph, whatever mode an attack is in, so that every mode attacks the very
 same function; a mode only says what the step's derivative is taken to be:
 
-* `straight`: that of the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420);
+* `exactly` (of `gradients`): that of the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420);
 * `recomputed`: that of the step itself, or of a smooth stand-in for it, which is computed again on the way back, one
   step at a time: memory does not grow with the number of steps.
 """
@@ -21,12 +21,17 @@ from torch import Tensor
 from robustvlm.attacks.threat import per_image
 from robustvlm.core.boundary import unscaled_gradients
 from robustvlm.core.seeds import row_sums
+from robustvlm.defenses.zoo.base import GATE_OFF, GATE_ON
+from robustvlm.defenses.zoo.gradients import plain_attention
 
 _TINY = 1e-12
 """Below this length a gradient has no direction, and a step along it goes nowhere."""
 
 SHARPNESS = 0.5
 """Width of the smooth sign, as a share of the root mean square of what it is taken of."""
+
+MARGIN = 0.02
+"""How far beyond a gate's threshold an attack is led that is to hold it on one side."""
 
 
 def score_gradient(score: Callable[[Tensor], Tensor], at: Tensor, *, graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -57,29 +62,8 @@ def twice_differentiable() -> Iterator[None]:
     The fused kernels of torch have none, and factors that a user's encoder has its gradients scaled by are constants
     for the first derivative only.
     """
-    cuda = torch.backends.cuda
-    before = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
-    try:
-        cuda.enable_flash_sdp(False)
-        cuda.enable_mem_efficient_sdp(False)
-        with unscaled_gradients():
-            yield
-    finally:
-        cuda.enable_flash_sdp(before[0])
-        cuda.enable_mem_efficient_sdp(before[1])
-
-
-def straight(x: Tensor, value: Tensor) -> Tensor:
-    """Return `value` with the gradient of `x`, both [B, ...]: to the bit, which x + (value - x) is not.
-
-    Example:
-        >>> x = torch.tensor([0.3], requires_grad=True)
-        >>> straight(x, torch.tensor([0.7])).backward()
-        >>> x.grad
-        tensor([1.])
-    """
-    found: Tensor = _Straight.apply(x, value)
-    return found
+    with plain_attention(), unscaled_gradients():
+        yield
 
 
 def recomputed(exact: Callable[..., Tensor], smooth: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -99,18 +83,6 @@ def recomputed(exact: Callable[..., Tensor], smooth: Callable[..., Tensor], *inp
     """
     found: Tensor = _Recomputed.apply(exact, smooth, *inputs)
     return found
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        del ctx, x
-        return value.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        del ctx
-        return grads[0], None
 
 
 class _Recomputed(torch.autograd.Function):
@@ -151,6 +123,23 @@ def _redrawing(device: torch.device, states: tuple[Tensor, Tensor | None]) -> It
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], device)
         yield
+
+
+# Gates: which side an attack's mode wants, and how far it is from there
+
+
+def gate_hinge(score: Tensor, threshold: float, mode: str) -> Tensor | None:
+    """Return how far scores [B] are from the side that `mode` wants, positive until they are there; None in others.
+
+    The gate is open, and the defence acts, where a score is below the threshold.
+
+    Example:
+        >>> gate_hinge(torch.tensor([0.3, 0.9]), 0.5, "gate:off")
+        tensor([ 0.2200, -0.3800])
+    """
+    if mode not in (GATE_ON, GATE_OFF):
+        return None
+    return (threshold - score if mode == GATE_OFF else score - threshold) + MARGIN
 
 
 # Steps along a gradient
