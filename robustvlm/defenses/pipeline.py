@@ -26,6 +26,9 @@ from robustvlm.core.user_code import named_by
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
 from robustvlm.defenses.library import ClassifierVLM, LibraryClassifier, load_library, names_library_model
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
+from robustvlm.defenses.zoo import base as zoo
+from robustvlm.defenses.zoo.base import DEFENCES
+from robustvlm.defenses.zoo.wrap import DefendedClassifier, DefendedVLM
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, load_model, resize, zero_shot
 from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of, wrap_encoder
@@ -40,7 +43,9 @@ if TYPE_CHECKING:
 # The operators of a spec: `MODEL+operator:arguments` taken apart
 
 # A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are.
-_OPERATION = re.compile(r"[A-Za-z][A-Za-z_-]*(:[^/+]*)?")
+_OPERATION = re.compile(r"([A-Za-z][A-Za-z_-]*)(:[^/+]*)?")
+# The same with digits in its name, which must be one that is known.
+_NUMBERED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(:[^/+]*)?")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     base = spec
     while "+" in base and not _is_path(base):
         rest, _, last = base.rpartition("+")
-        if not _OPERATION.fullmatch(last):
+        numbered = _NUMBERED.fullmatch(last)
+        if not _OPERATION.fullmatch(last) and (numbered is None or numbered[1] not in DEFENCES):
             break
         name, *arguments = last.split(":")
         operations.insert(0, Operation(name, tuple(arguments)))
@@ -286,8 +292,26 @@ def apply_operations(vlm: VLM, operations: Sequence[Operation]) -> VLM:
         'tiny+smooth:0.25:8'
     """
     for operation in operations:
-        vlm = OPERATORS[operation.name].apply(vlm, operation)
+        vlm = operator(operation.name).apply(vlm, operation)
     return vlm
+
+
+def operators() -> dict[str, Operator]:
+    """Return every operator by name, the published test-time defences included.
+
+    Example:
+        >>> sorted(operators())[:2], operators()["smooth"].form
+        (['bits', 'blur'], 'smooth:SIGMA[:N0]')
+    """
+    return OPERATORS | {name: operator(name) for name in DEFENCES}
+
+
+def operator(name: str) -> Operator:
+    """Return the operator of a known name."""
+    if name in OPERATORS:
+        return OPERATORS[name]
+    about = DEFENCES[name].about
+    return Operator(zoo.form_of(name), about.summary, _defend)
 
 
 def check_operations(spec: str, operations: Sequence[Operation]) -> None:
@@ -297,9 +321,9 @@ def check_operations(spec: str, operations: Sequence[Operation]) -> None:
         >>> check_operations("tiny+smooth:0.25", [Operation("smooth", ("0.25",))])
     """
     for operation in operations:
-        if operation.name not in OPERATORS:
+        if operation.name not in OPERATORS and operation.name not in DEFENCES:
             forms = "".join(f"; MODEL+{known.form} is {known.meaning}" for known in OPERATORS.values())
-            hint = nearest(operation.name, OPERATORS)
+            hint = nearest(operation.name, [*OPERATORS, *DEFENCES])
             raise UserError(f"unknown operator '+{operation.name}' in '{spec}': {hint}{forms}")
     apply_operations(_Unloaded(), operations)
 
@@ -331,6 +355,25 @@ def _smooth(vlm: VLM, operation: Operation) -> VLM:
     return smooth(vlm, sigma, int(n0_text))
 
 
+def _defend(vlm: VLM, operation: Operation) -> VLM:
+    defence = zoo.read_defence(operation.name, operation.arguments)
+    if isinstance(defence, zoo.AnswerDefence):
+        raise UserError(
+            f"'+{defence}' needs classes and gives logits, and here '{vlm.spec}' is used as an encoder: it is for "
+            "attack, evaluate, predict and judge, as the last operator but for +reject (goals about classes only)"
+        )
+    before = _feature_defence(vlm)
+    if isinstance(defence, zoo.FeatureDefence) and before is not None:
+        raise UserError(f"'{vlm.spec}+{defence}': +{before} works on features already, and only one defence may")
+    assert isinstance(defence, zoo.PixelDefence | zoo.FeatureDefence)
+    return DefendedVLM(vlm, defence)
+
+
+def _feature_defence(vlm: VLM) -> zoo.Defence | None:
+    found = (part.defence for part in vlm.modules() if isinstance(part, DefendedVLM))
+    return next((defence for defence in found if isinstance(defence, zoo.FeatureDefence)), None)
+
+
 OPERATORS = {
     "smooth": Operator(
         form="smooth:SIGMA[:N0]",
@@ -339,7 +382,7 @@ OPERATORS = {
         apply=_smooth,
     )
 }
-"""Every operator by name."""
+"""Every operator by name but the published defences, which stand in a table of their own (`operators` has all)."""
 
 
 # The user's own classifier, named `module:callable`: anything from pixels to logits
@@ -476,6 +519,34 @@ def load_classifier(
 
 
 def _load(
+    spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
+) -> Classifier:
+    base, operations = split_spec(spec)
+    if not operations:
+        return _load_undefended(spec, class_names, templates, place, cache)
+    *before, last = operations
+    check_operations(spec, [operation for operation in operations if not _answers(operation)])
+    early = next((operation for operation in before if _answers(operation)), None)
+    if early is not None:
+        raise UserError(f"'{spec}': +{early} gives logits, so that only +reject:T may follow it: leave out one of them")
+    if _answers(last):
+        defence = zoo.read_defence(last.name, last.arguments)
+        inner = _load("+".join([base, *map(str, before)]), class_names, templates, place, cache)
+        return DefendedClassifier(inner, defence)
+    if names_a_callable(base) and all(operation.name in DEFENCES for operation in operations):
+        inner = _load_undefended(base, class_names, templates, place, cache)
+        if isinstance(inner, OwnClassifier):  # an encoder of the user's is defended as any other
+            for operation in operations:
+                inner = DefendedClassifier(inner, zoo.read_defence(operation.name, operation.arguments))
+            return inner
+    return _load_undefended(spec, class_names, templates, place, cache)
+
+
+def _answers(operation: Operation) -> bool:
+    return operation.name in DEFENCES and issubclass(DEFENCES[operation.name], zoo.AnswerDefence)
+
+
+def _load_undefended(
     spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
 ) -> Classifier:
     if names_library_model(spec) and not split_spec(spec)[1]:
