@@ -96,7 +96,7 @@ class GeodesicCorrection(FeatureDefence):
         licence_note="MIT, by its README",
         commit="02bcf94",
     )
-    off = {"views": 0}
+    off = "0"
     modes = (THROUGH,)
     random = True
     eot = 4

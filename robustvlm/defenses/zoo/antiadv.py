@@ -82,7 +82,7 @@ class AntiAdversary(AnswerDefence):
         differs=("Steps are in pixels of [0, 1]; the release takes them in normalised pixels where it normalises.",),
         licence_note="MIT",
     )
-    off = {"size": 0.0}
+    off = "size=0"
     modes = (IDENTITY, SMOOTH)
 
     steps: Annotated[int, Strength("steps", 0, 100, origin="C")] = 2

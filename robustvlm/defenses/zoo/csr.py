@@ -152,7 +152,7 @@ class SpectralRectification(PixelDefence):
         licence_note="MIT, by its README",
         commit="a5009cc",
     )
-    off = {"eps": 0.0}
+    off = "eps=0"
     modes = (IDENTITY, SMOOTH, GATE_ON, GATE_OFF)
     gates = ("cosine of the image's feature with its blurred copy's, against the threshold",)
     needs_encoder = True

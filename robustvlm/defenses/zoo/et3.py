@@ -32,8 +32,9 @@ def energy(logits: Tensor) -> Tensor:
     """Return -log sum exp of logits [B, K] -> [B].
 
     Example:
-        >>> energy(torch.zeros(1, 1)).item()
-        -0.0
+        >>> import torch
+        >>> energy(torch.zeros(1, 4)).exp()
+        tensor([0.2500])
     """
     return -logits.logsumexp(1)
 
@@ -60,6 +61,7 @@ def descended(
         through: gradients pass the steps themselves; otherwise each is a constant (BPDA).
 
     Example:
+        >>> import torch
         >>> x, flat = torch.full((1, 3, 1, 1), 0.5), lambda v: v.flatten(1)[:, :2]
         >>> (descended(flat, x, steps=1, step=0.1, reach=1.0) - x).flatten().round(decimals=4)
         tensor([0.0707, 0.0707, 0.0000])
@@ -79,6 +81,7 @@ class EnergyDescent(AnswerDefence):
     """The classifier's answer to the image moved down its own energy.
 
     Example:
+        >>> import torch
         >>> from robustvlm.defenses import load_classifier
         >>> load_classifier("tiny+et3", ["apple", "dog"], ["{}"], cache=False)(torch.rand(1, 3, 64, 64)).shape
         torch.Size([1, 2])
@@ -101,7 +104,7 @@ class EnergyDescent(AnswerDefence):
         licence_note="no licence of its own",
         commit="010cfd2",
     )
-    off = {"step": 0.0}
+    off = "step=0"
     modes = (IDENTITY, THROUGH)
 
     steps: Annotated[int, Strength("steps down the energy", 0, 100, origin="C")] = 2

@@ -81,7 +81,7 @@ class ReliableViews(AnswerDefence):
         licence_note="no licence file",
         commit="e085f13",
     )
-    off = {"views": 1}
+    off = "views=1"
     modes = (IDENTITY, THROUGH)
     random = True
     eot = 4

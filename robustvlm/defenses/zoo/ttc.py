@@ -142,7 +142,7 @@ class Counterattack(PixelDefence):
         licence_note="no licence file",
         commit="793fbff",
     )
-    off = {"eps": 0.0}
+    off = "eps=0"
     modes = (IDENTITY, SMOOTH, GATE_ON, GATE_OFF)
     random = True
     eot = 20

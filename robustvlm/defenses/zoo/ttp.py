@@ -126,7 +126,7 @@ class TunedPadding(AnswerDefence):
         ),
         licence_note="its code could not be had",
     )
-    off = {"border": 0.0}
+    off = "border=0"
     modes = (IDENTITY, THROUGH, GATE_ON, GATE_OFF)
     random = True
     eot = 4
@@ -135,9 +135,7 @@ class TunedPadding(AnswerDefence):
 
     border: Annotated[float, Strength("width of the frame at 224 pixels; 0 is off", 0, 224, origin="T")] = 32.0
     tau: Annotated[float, Strength("cosine above which the plain answer stands", -1.1, 1.1, origin="T")] = 0.8
-    views: Annotated[
-        int, Strength("views, the image among them; the surest are used", 1, 4096, origin="T")
-    ] = 64
+    views: Annotated[int, Strength("views, the image among them; the surest are used", 1, 4096, origin="T")] = 64
     kept: Annotated[int, Strength("views that are used", 1, 4096, origin="A")] = 6
     rate: Annotated[float, Strength("of the step on the frame", 0, 1e6, origin="T")] = 5.0
 
