@@ -27,7 +27,7 @@ from robustvlm.defenses.zoo.base import (
     Strength,
 )  # fmt: skip
 from robustvlm.defenses.zoo.gradients import exactly
-from robustvlm.defenses.zoo.inner import recomputed, score_gradient, smooth_sign
+from robustvlm.defenses.zoo.inner import in_full, recomputed, score_gradient, smooth_sign
 
 
 def surer_step(
@@ -38,6 +38,7 @@ def surer_step(
     return y - size * (smooth_sign(grad) if smooth else grad.sign())
 
 
+@in_full
 def strengthened(
     logits: Callable[[Tensor], Tensor], x: Tensor, *, steps: int, size: float, smooth: bool = False
 ) -> Tensor:

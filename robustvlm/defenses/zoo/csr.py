@@ -29,7 +29,7 @@ from robustvlm.defenses.zoo.base import (
     Strength,
 )  # fmt: skip
 from robustvlm.defenses.zoo.gradients import exactly, leaning
-from robustvlm.defenses.zoo.inner import gate_hinge, recomputed, score_gradient, smooth_sign, within
+from robustvlm.defenses.zoo.inner import gate_hinge, in_full, recomputed, score_gradient, smooth_sign, within
 
 
 def low_pass(pixels: Tensor, radius: float) -> Tensor:
@@ -60,6 +60,7 @@ class Rectified:
     similarity: Tensor
 
 
+@in_full
 def rectified(
     feature: Callable[[Tensor], Tensor],
     x: Tensor,

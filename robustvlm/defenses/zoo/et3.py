@@ -25,7 +25,7 @@ from robustvlm.defenses.zoo.base import (
     Strength,
 )  # fmt: skip
 from robustvlm.defenses.zoo.gradients import exactly
-from robustvlm.defenses.zoo.inner import recomputed, score_gradient, unit_rows, within
+from robustvlm.defenses.zoo.inner import in_full, recomputed, score_gradient, unit_rows, within
 
 
 def energy(logits: Tensor) -> Tensor:
@@ -52,6 +52,7 @@ def energy_step(
     return within(y - step * unit_rows(grad), x, reach)
 
 
+@in_full
 def descended(
     logits: Callable[[Tensor], Tensor], x: Tensor, *, steps: int, step: float, reach: float, through: bool = False
 ) -> Tensor:

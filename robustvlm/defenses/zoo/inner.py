@@ -12,8 +12,9 @@ same function; a mode only says what the step's derivative is taken to be:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,37 @@ MARGIN = 0.02
 """How far beyond a gate's threshold an attack is led that is to hold it on one side."""
 
 
+Rest = ParamSpec("Rest")
+Found = TypeVar("Found")
+Asked = Callable[[Tensor], Tensor]
+
+
+def in_full(
+    work: Callable[Concatenate[Asked, Tensor, Rest], Found],
+) -> Callable[Concatenate[Asked, Tensor, Rest], Found]:
+    """Return a function of a model and images that leaves autocast.
+
+    The sign of a gradient in half precision is noise, and so is a small distance of two features; an attack whose
+    gradients are in half precision has to look through the very steps that the defence takes.
+
+    Example:
+        >>> @in_full
+        ... def product(ask, x):
+        ...     return x @ x
+        >>> with torch.autocast("cpu"):
+        ...     product(abs, torch.eye(2)).dtype
+        torch.float32
+    """
+
+    @functools.wraps(work)
+    def full(ask: Asked, x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Found:
+        with torch.autocast(x.device.type, enabled=False):
+            return work(ask, x, *args, **kwargs)
+
+    return full
+
+
+@in_full
 def score_gradient(score: Callable[[Tensor], Tensor], at: Tensor, *, graph: bool = False) -> tuple[Tensor, Tensor]:
     """Return scores [B] at images [B, 3, H, W], and each one's gradient with regard to its image.
 
@@ -72,7 +104,7 @@ def recomputed(exact: Callable[..., Tensor], smooth: Callable[..., Tensor], *inp
     Args:
         exact: what the value is; run without a graph, so it has to enable gradients itself where it needs them.
         smooth: what takes its place in the backward pass; the same function where that has a derivative. It finds the
-            random state, and autocast off, as `exact` did.
+            random state that `exact` found.
         inputs: tensors, of which those that require a gradient get one; whatever else the functions use is a constant.
 
     Example:
@@ -90,25 +122,18 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, exact: Callable[..., Tensor], smooth: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ctx.smooth, ctx.states = smooth, _random_states(inputs[0].device)
         ctx.save_for_backward(*inputs)
-        with _in_full(inputs[0].device):
-            return exact(*inputs).detach()
+        return exact(*inputs).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
-        device = ctx.saved_tensors[0].device
-        with torch.enable_grad(), _redrawing(device, ctx.states), _in_full(device):
+        with torch.enable_grad(), _redrawing(ctx.saved_tensors[0].device, ctx.states):
             inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
             value = ctx.smooth(*inputs)
             at = [given for given, need in zip(inputs, wanted, strict=True) if need]
             found = iter(torch.autograd.grad(value, at, grads[0], allow_unused=True))
         return (None, None, *(next(found) if need else None for need in wanted))
-
-
-def _in_full(device: torch.device) -> torch.autocast:
-    """Leave autocast: the sign of a gradient in half precision is noise, and the way back is not under it either."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,7 @@ from robustvlm.defenses.zoo.base import (
     generators,
 )  # fmt: skip
 from robustvlm.defenses.zoo.gradients import exactly, leaning
-from robustvlm.defenses.zoo.inner import gate_hinge, lengths, recomputed, score_gradient, smooth_sign, within
+from robustvlm.defenses.zoo.inner import gate_hinge, in_full, lengths, recomputed, score_gradient, smooth_sign, within
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def step_weights(steps: int, beta: float) -> list[float]:
     return found
 
 
+@in_full
 def countered(
     feature: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -154,6 +155,23 @@ def test_a_users_encoder_gives_the_same_second_derivative() -> None:
     torch.testing.assert_close(found, wanted)
     grads = [torch.autograd.grad((v * x.detach()).sum(), x)[0] for v in (found, wanted)]
     torch.testing.assert_close(*grads)
+
+
+def test_steps_are_in_full_precision_whatever_the_attack_runs_in(net: nn.Module) -> None:
+    single, x = copy.deepcopy(net).float(), _images(dtype=torch.float32)
+    noise = torch.ones_like(x)
+    counter = {"eps": 0.03, "size": 0.01, "steps": 2, "beta": 2.0}
+    ways = (
+        lambda: et3.descended(single, x, steps=2, step=0.1, reach=0.05),
+        lambda: antiadv.strengthened(single, x, steps=2, size=0.01),
+        lambda: ttc.countered(single, x, noise, **counter).ratio,
+        lambda: csr.rectified(single, x, radius=1, threshold=1e9, steps=2, size=0.01, eps=0.02).image,
+    )
+    for way in ways:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert single(x).dtype == torch.bfloat16
+            half = way()
+        assert torch.equal(half, way())
 
 
 def test_attention_kernels_are_as_they_were() -> None:
