@@ -88,6 +88,18 @@ def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     return base, tuple(operations)
 
 
+def undefended(spec: str) -> str:
+    """Return a spec without its test-time defences and what follows them; one that has none as it is.
+
+    Example:
+        >>> undefended("tiny+smooth:0.1:8+bits:3+vote:4"), undefended("tiny+smooth:0.1")
+        ('tiny+smooth:0.1:8', 'tiny+smooth:0.1')
+    """
+    base, operations = split_spec(spec)
+    first = next((place for place, operation in enumerate(operations) if operation.name in DEFENCES), None)
+    return spec if first is None else "+".join([base, *map(str, operations[:first])])
+
+
 def split_rejection(spec: str) -> tuple[str, float | None]:
     """Split `MODEL+reject:T` into the model and the threshold, None where nothing is rejected."""
     base, operations = split_spec(spec)

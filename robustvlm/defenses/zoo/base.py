@@ -41,13 +41,13 @@ CODE, TEXT, DESCRIPTION, OWN = "code", "text", "description", "own"
 it is a method of common use that has no one release."""
 
 IDENTITY, THROUGH, SMOOTH, GATE_ON, GATE_OFF = "identity", "through", "smooth", "gate:on", "gate:off"
-"""Gradient modes: the defence as the identity (BPDA), its exact gradient, signs made smooth, its gate taken to be open
+"""Gradient modes: the defence as the identity (BPDA), its exact gradient, signs and rounding made smooth, its gate taken to be open
 or closed."""
 
 MODES = {
     THROUGH: "the gradient of the whole defence, inner steps included",
     IDENTITY: "what the defence adds taken as a constant (BPDA)",
-    SMOOTH: "as through, with a smooth stand-in for every sign",
+    SMOOTH: "as through, with smooth stand-ins for signs and rounding",
     GATE_ON: "the detector taken to fire, and pushed to",
     GATE_OFF: "the detector taken to stay silent, and pushed to",
 }

@@ -17,7 +17,7 @@ def exactly(value: Tensor, stand_in: Tensor) -> Tensor:
         >>> y.tolist(), bool((torch.autograd.grad(y.sum(), x)[0] == x.cos()).all())
         ([0.0, 1.0], True)
     """
-    return _Exactly.apply(stand_in.to(value.dtype), value.detach())  # type: ignore[no-any-return]
+    return _Exactly.apply(stand_in.to(value.dtype), value.detach())
 
 
 class _Exactly(torch.autograd.Function):
@@ -58,7 +58,7 @@ def leaning(output: Tensor, hinge: Tensor, weight: float = 1.0) -> Tensor:
         >>> torch.autograd.grad(y[:, 0].sum(), x)[0].tolist()
         [[0.0, -1.0]]
     """
-    return _Leaning.apply(output, hinge.clamp_min(0), weight)  # type: ignore[no-any-return]
+    return _Leaning.apply(output, hinge.clamp_min(0), weight)
 
 
 class _Leaning(torch.autograd.Function):

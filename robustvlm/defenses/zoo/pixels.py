@@ -23,7 +23,6 @@ from robustvlm.defenses.zoo.base import (
 from robustvlm.defenses.zoo.gradients import exactly
 
 _SQUEEZING = "Xu, Evans, Qi, NDSS 2018, arXiv 1704.01155"
-_GUO = "Guo, Rana, Cisse, van der Maaten, ICLR 2018, arXiv 1711.00117"
 
 
 @DEFENCES.named("bits")
