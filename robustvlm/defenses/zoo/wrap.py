@@ -116,7 +116,7 @@ class DefendedVLM(VLM, _Mode):
         return self.defence.feature(pixels, below, self.mode)
 
     def _text_features(self, texts: list[str]) -> Tensor:
-        return self.base.encode_text(texts)
+        return self.base.embed_text(texts)  # scaled to unit length by the caller: twice is not the same bits
 
     def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
         return self.base.class_vectors(class_names)
