@@ -55,7 +55,7 @@ def smaller():
 '''
 # Levels by which the right channel is brighter: an attack of 4 levels closes a gap below 8, and no other.
 GAPS = (4, 6, 12, 20)
-OPTIONS: dict[str, Any] = {"eps": "4/255", "steps": 6, "queries": 20, "lanes": 4, "device": "cpu", "draws": 5}
+OPTIONS: dict[str, Any] = {"eps": "4/255", "steps": 4, "queries": 8, "lanes": 4, "device": "cpu", "draws": 5}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def judge(place: Path, model: str, name: str, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Any:
-    return judge(place, "planted:plain+bits:8,planted:plain+vote:3,planted:plain+bits:5", "whole")
+    return judge(place, "planted:plain+bits:8,planted:plain+vote:3", "whole")
 
 
 def names(found: ModelJudgement) -> set[str]:
@@ -132,7 +132,7 @@ def test_masked_gradients_are_seen_through_and_said(place: Path) -> None:
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same(place: Path, run: Any) -> None:
     class Stop(Observer):
-        left = 9
+        left = 12
 
         def advance(self, count: int = 1, **shown: str) -> None:
             del count, shown
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same(place: Path, run: Any) -> 
             if not self.left:
                 raise KeyboardInterrupt
 
-    model = "planted:plain+bits:8,planted:plain+vote:3,planted:plain+bits:5"
+    model = "planted:plain+bits:8,planted:plain+vote:3"
     with pytest.raises(KeyboardInterrupt):
         judge(place, model, "stopped", observer=Stop())
     journal = (place / "runs" / "stopped" / "journal.jsonl").read_text().splitlines()
@@ -157,7 +157,7 @@ def test_a_finished_run_is_read_and_told(place: Path, run: Any) -> None:
     again = rv.open_run(place / "runs" / "whole")
     assert again.summary == run.summary
     page, marked = run.report.read_text(), (run.folder / "report.md").read_text()
-    assert page.count('<svg class="chart"') == 4
+    assert page.count('<svg class="chart"') == 3
     for text in (page, marked):
         assert "our re-implementation" in text
         assert "Under attacks made on the undefended model, as in the papers" in text
