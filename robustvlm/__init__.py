@@ -30,6 +30,7 @@ _HOME = {
     "export": "robustvlm.commands.export",
     "finetune": "robustvlm.commands.finetune",
     "immunize": "robustvlm.commands.immunize",
+    "judge": "robustvlm.commands.judge",
     "load_classifier": "robustvlm.defenses.load",
     "load_model": "robustvlm.defenses.load",
     "open_data": "robustvlm.data.specs",

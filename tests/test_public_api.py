@@ -88,7 +88,7 @@ def test_a_smoothed_encoder_withholds_what_its_draws_do_not_decide() -> None:
         ("tinny", ["a", "b"], "did you mean 'tiny'"),
         ("tiny", None, "knows no classes of its own: pass classes="),
         ("tiny", ["apple"], "at least 2 classes"),
-        ("tiny+blur:3", ["a", "b"], "unknown operator"),
+        ("tiny+blurr:3", ["a", "b"], "unknown operator"),
         (3, ["a", "b"], "spec must be a text"),
         ("tiny", ["apple", "Apple "], "with classes"),
     ],

@@ -68,7 +68,7 @@ def perturb(
     labels: Tensor | Sequence[int] | None = None,
     *,
     eps: float | str,
-    attack: str = "apgd-ce,apgd-t",
+    attack: str | Sequence[LaneAttack] = "apgd-ce,apgd-t",
     norm: str = "Linf",
     goal: str | Goal = "misclassify",
     steps: int | None = None,
@@ -94,7 +94,8 @@ def perturb(
         images: floats [N, C, H, W] in [0, 1]; another precision than the model's is converted first.
         labels: true classes [N]; not needed for goals that do not ask for them.
         eps: radius in pixel units, a number or a text such as "2/255".
-        attack: attacks or plans by name, as `apgd-ce,apgd-t`, `standard`, `pgd:steps=40`, `torchattacks:PGD`.
+        attack: attacks or plans by name, as `apgd-ce,apgd-t`, `standard`, `pgd:steps=40`, `torchattacks:PGD`; or
+            attacks themselves.
         norm: "Linf" or "L2".
         goal: "misclassify", "targeted:CLASS" (name or number), "deny", "intrude", "feature", or a `Goal`.
         steps, restarts: for every attack that does not state its own.
@@ -120,7 +121,9 @@ def perturb(
     _whole(steps=steps, restarts=restarts, lanes=lanes, eot=eot, draws=draws)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UserError(f"{setting('seed')} must be a whole number from 0 to 2^63 - 1, got {seed!r}")
-    attacks = parse_attacks(attack, steps=steps, restarts=restarts)
+    attacks: list[Attack] = (
+        parse_attacks(attack, steps=steps, restarts=restarts) if isinstance(attack, str) else list(attack)
+    )
     threat = ThreatModel(parse_norm(norm), _radius(eps))
     for item in attacks:
         if isinstance(item, ExternalAttack):
@@ -148,7 +151,8 @@ def perturb(
                 "the model's output for one image depends on the other images of the batch: pass lanes=1, or take out "
                 "what works across the batch, such as batch statistics"
             )
-        settle_draws(oracle, found, eot=eot, draws=draws, eot_if_random=max(EOT_IF_RANDOM, recommended_eot(attack)))
+        planned = recommended_eot(attack) if isinstance(attack, str) else 1
+        settle_draws(oracle, found, eot=eot, draws=draws, eot_if_random=max(EOT_IF_RANDOM, planned))
         search = _Search(oracle, wanted, threat, found, pixels.cpu().to(oracle.dtype), label, names, seed)
         search.remark(*stand_ins, *_remarks(asked, oracle, found, lanes), *_fallbacks(attacks, classes))
         search.look_at_clean(max(getattr(item, "n_targets", None) or 1 for item in attacks))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Annotated
 
@@ -57,8 +59,7 @@ class PGD(LaneAttack):
         return replace(self, random_start=True, image_first=False)
 
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
-        from_image = not self.random_start or (self.image_first and run == 0)
-        x = x0.clone() if from_image else random_start(x0, threat, generator)
+        x = self.start(x0, threat, generator, run)
         if threat.norm == "L2":
             return {"x0": x0, "x": x}
         quantum = self._quantum(threat)
@@ -75,6 +76,11 @@ class PGD(LaneAttack):
             visited[:, 0] = _hash(state["k"])
             state |= {"visited": visited, DONE: torch.zeros(1, dtype=torch.bool, device=x0.device)}
         return state
+
+    def start(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> Tensor:
+        """Return the point in the ball [1, C, H, W] at which sub-run `run` begins."""
+        from_image = not self.random_start or (self.image_first and run == 0)
+        return x0.clone() if from_image else random_start(x0, threat, generator)
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         del loss
@@ -105,6 +111,25 @@ class PGD(LaneAttack):
         return float(self._step(threat) / 2 ** max(0, min(_FINEST_BITS, bits)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PGDFrom(PGD):
+    """PGD whose first sub-run begins at a point that is known, such as one found on another model.
+
+    Args:
+        points: for the digest of each clean image (`image_ids` of it) a point [C, H, W] in its ball; further sub-runs,
+            and images that are not among them, begin as usual.
+    """
+
+    name: str = "pgd-from"
+    points: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def start(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> Tensor:
+        known = self.points.get(_digest(x0)) if run == 0 else None
+        if known is None:
+            return super().start(x0, threat, generator, run)
+        return project(known[None].to(x0), x0, threat)
+
+
 ATTACKS["pgd"] = PGD
 ATTACKS["fgsm"] = lambda: PGD(name="fgsm", n_iter=1, random_start=False)
 
@@ -113,6 +138,10 @@ def _place(state: State, quantum: float) -> Tensor:
     """Return the images at the lattice points, inside the box to the bit."""
     x = state["x0"] + state["k"] * quantum
     return torch.minimum(torch.maximum(x, state["low"]), state["high"])
+
+
+def _digest(x0: Tensor) -> str:
+    return hashlib.blake2b(x0.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _hash(k: Tensor) -> Tensor:

@@ -245,13 +245,12 @@ def models(
 ) -> None:
     """List the forms a model spec can take, and every model that has a name."""
     # open_clip takes seconds to load; --help and other commands should not wait for it.
-    from robustvlm.defenses import OPERATORS
+    from robustvlm.defenses.pipeline import operators
     from robustvlm.errors import UserError, nearest
     from robustvlm.models import list_models
     from robustvlm.models.zoo import SPEC_FORMS
 
-    operators = [(f"MODEL+{operator.form}", operator.meaning) for operator in OPERATORS.values()]
-    all_forms = [*SPEC_FORMS, *operators]
+    all_forms = [*SPEC_FORMS, *((f"MODEL+{known.form}", known.meaning) for known in operators().values())]
     known = list_models()
     found = [model for model in known if text.lower() in model.spec.lower()]
     if not found:

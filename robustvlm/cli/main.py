@@ -25,6 +25,7 @@ from robustvlm.commands.detect import DETECT
 from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.commands.finetune import FINETUNE
 from robustvlm.commands.immunize import IMMUNIZE
+from robustvlm.commands.judge import JUDGE
 from robustvlm.commands.predict import PREDICT
 from robustvlm.commands.prompts import TUNE_PROMPTS
 from robustvlm.commands.purify import PURIFY
@@ -84,6 +85,7 @@ for command in (
     typer_command(EVALUATE, evaluate),
     typer_command(PREDICT, predict_and_show),
     typer_command(DETECT),
+    typer_command(JUDGE),
     typer_command(FINETUNE),
     typer_command(SOUP),
     typer_command(IMMUNIZE),

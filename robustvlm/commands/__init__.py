@@ -16,6 +16,7 @@ COMMANDS = {
     "detect": "robustvlm.commands.detect:DETECT",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
     "immunize": "robustvlm.commands.immunize:IMMUNIZE",
+    "judge": "robustvlm.commands.judge:JUDGE",
     "purify": "robustvlm.commands.purify:PURIFY",
     "soup": "robustvlm.commands.soup:SOUP",
     "build": "robustvlm.commands.assemble:BUILD",

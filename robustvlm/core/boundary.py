@@ -4,6 +4,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ class Boundary:
     * Gradients pass it scaled, row by row, to a size that half precision can hold, and are scaled back behind it. All
       factors are powers of two and rows do not interact, so that in float32 not a bit changes; in float16 what would
       have been rounded to zero is not (loss scaling, Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). Where
-      weights are being trained, nothing is scaled.
+      weights are being trained, or gradients differentiated (`unscaled_gradients`), nothing is scaled.
     * Settings of the process that the function changes are put back (`same_process`).
 
     Args:
@@ -82,7 +83,8 @@ class Boundary:
         if torch.compiler.is_compiling():  # which sees through neither of the functions below
             return self._checked(self.call(pixels.clone()), len(pixels), wants_gradient).to(pixels.dtype, copy=True)
         # Weights that are being trained would meet the factors, which only pixels are freed of.
-        scales = wants_gradient and not any(parameter.requires_grad for parameter in self._parts.parameters())
+        scales = wants_gradient and not _unscaled.get()
+        scales = scales and not any(parameter.requires_grad for parameter in self._parts.parameters())
         scale = _Scale()
         given = _Behind.apply(pixels, scale) if scales else pixels.clone()
         if self._dtype is not None:
@@ -110,6 +112,22 @@ class Boundary:
                 "and numpy in it, or set differentiable = False on it (docs/attacks.md, parts without gradient)"
             )
         return output
+
+
+_unscaled: ContextVar[bool] = ContextVar("unscaled", default=False)
+
+
+@contextlib.contextmanager
+def unscaled_gradients() -> Iterator[None]:
+    """Let gradients pass every boundary as they are, for passes whose gradient is to be differentiated again.
+
+    The factor of the second way back would be taken out of what the first way back left inside, which never got it.
+    """
+    token = _unscaled.set(True)
+    try:
+        yield
+    finally:
+        _unscaled.reset(token)
 
 
 class _Scale:

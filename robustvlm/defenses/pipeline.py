@@ -12,27 +12,27 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
-from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import NOT_CODE, create, names_a_callable
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
-from robustvlm.defenses.library import ClassifierVLM, LibraryClassifier, load_library, names_library_model
+from robustvlm.defenses.library import ClassifierVLM, load_library, names_library_model
+from robustvlm.defenses.own import OwnClassifier, load_own
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
+from robustvlm.defenses.zoo import base as zoo
+from robustvlm.defenses.zoo.base import DEFENCES
+from robustvlm.defenses.zoo.wrap import DefendedClassifier, DefendedVLM
 from robustvlm.errors import UserError, nearest
-from robustvlm.models import VLM, load_model, resize, zero_shot
-from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of, wrap_encoder
+from robustvlm.models import VLM, load_model, zero_shot
+from robustvlm.models.custom import wrap_encoder
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card, require_ground
-from robustvlm.models.vlm import INTERPOLATIONS
-from robustvlm.models.weights import brief
 
 if TYPE_CHECKING:
     from robustvlm.certify import OpensetRule
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 # The operators of a spec: `MODEL+operator:arguments` taken apart
 
 # A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are.
-_OPERATION = re.compile(r"[A-Za-z][A-Za-z_-]*(:[^/+]*)?")
+_OPERATION = re.compile(r"([A-Za-z][A-Za-z_-]*)(:[^/+]*)?")
+# The same with digits in its name, which must be one that is known.
+_NUMBERED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(:[^/+]*)?")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     base = spec
     while "+" in base and not _is_path(base):
         rest, _, last = base.rpartition("+")
-        if not _OPERATION.fullmatch(last):
+        numbered = _NUMBERED.fullmatch(last)
+        if not _OPERATION.fullmatch(last) and (numbered is None or numbered[1] not in DEFENCES):
             break
         name, *arguments = last.split(":")
         operations.insert(0, Operation(name, tuple(arguments)))
@@ -80,6 +83,18 @@ def split_spec(spec: str) -> tuple[str, tuple[Operation, ...]]:
     if operations and not base:
         raise UserError(f"'{spec}' names no model: write MODEL+{operations[0]}, as tiny+{operations[0]}")
     return base, tuple(operations)
+
+
+def undefended(spec: str) -> str:
+    """Return a spec without its test-time defences and what follows them; one that has none as it is.
+
+    Example:
+        >>> undefended("tiny+smooth:0.1:8+bits:3+vote:4"), undefended("tiny+smooth:0.1")
+        ('tiny+smooth:0.1:8', 'tiny+smooth:0.1')
+    """
+    base, operations = split_spec(spec)
+    first = next((place for place, operation in enumerate(operations) if operation.name in DEFENCES), None)
+    return spec if first is None else "+".join([base, *map(str, operations[:first])])
 
 
 def split_rejection(spec: str) -> tuple[str, float | None]:
@@ -287,8 +302,26 @@ def apply_operations(vlm: VLM, operations: Sequence[Operation]) -> VLM:
         'tiny+smooth:0.25:8'
     """
     for operation in operations:
-        vlm = OPERATORS[operation.name].apply(vlm, operation)
+        vlm = operator(operation.name).apply(vlm, operation)
     return vlm
+
+
+def operators() -> dict[str, Operator]:
+    """Return every operator by name, the published test-time defences included.
+
+    Example:
+        >>> sorted(operators())[:2], operators()["smooth"].form
+        (['bits', 'blur'], 'smooth:SIGMA[:N0]')
+    """
+    return OPERATORS | {name: operator(name) for name in DEFENCES}
+
+
+def operator(name: str) -> Operator:
+    """Return the operator of a known name."""
+    if name in OPERATORS:
+        return OPERATORS[name]
+    about = DEFENCES[name].about
+    return Operator(zoo.form_of(name), about.summary, _defend)
 
 
 def check_operations(spec: str, operations: Sequence[Operation]) -> None:
@@ -298,9 +331,9 @@ def check_operations(spec: str, operations: Sequence[Operation]) -> None:
         >>> check_operations("tiny+smooth:0.25", [Operation("smooth", ("0.25",))])
     """
     for operation in operations:
-        if operation.name not in OPERATORS:
+        if operation.name not in OPERATORS and operation.name not in DEFENCES:
             forms = "".join(f"; MODEL+{known.form} is {known.meaning}" for known in OPERATORS.values())
-            hint = nearest(operation.name, OPERATORS)
+            hint = nearest(operation.name, [*OPERATORS, *DEFENCES])
             raise UserError(f"unknown operator '+{operation.name}' in '{spec}': {hint}{forms}")
     apply_operations(_Unloaded(), operations)
 
@@ -332,6 +365,25 @@ def _smooth(vlm: VLM, operation: Operation) -> VLM:
     return smooth(vlm, sigma, int(n0_text))
 
 
+def _defend(vlm: VLM, operation: Operation) -> VLM:
+    defence = zoo.read_defence(operation.name, operation.arguments)
+    if isinstance(defence, zoo.AnswerDefence):
+        raise UserError(
+            f"'+{defence}' needs classes and gives logits, and here '{vlm.spec}' is used as an encoder: it is for "
+            "attack, evaluate, predict and judge, as the last operator but for +reject (goals about classes only)"
+        )
+    before = _feature_defence(vlm)
+    if isinstance(defence, zoo.FeatureDefence) and before is not None:
+        raise UserError(f"'{vlm.spec}+{defence}': +{before} works on features already, and only one defence may")
+    assert isinstance(defence, zoo.PixelDefence | zoo.FeatureDefence)
+    return DefendedVLM(vlm, defence)
+
+
+def _feature_defence(vlm: VLM) -> zoo.Defence | None:
+    found = (part.defence for part in vlm.modules() if isinstance(part, DefendedVLM))
+    return next((defence for defence in found if isinstance(defence, zoo.FeatureDefence)), None)
+
+
 OPERATORS = {
     "smooth": Operator(
         form="smooth:SIGMA[:N0]",
@@ -340,111 +392,7 @@ OPERATORS = {
         apply=_smooth,
     )
 }
-"""Every operator by name."""
-
-
-# The user's own classifier, named `module:callable`: anything from pixels to logits
-
-
-class OwnClassifier(Classifier):
-    """A user's own classifier; see `load_classifier` for what it has to have."""
-
-    def __init__(self, model: Any, *, spec: str, class_names: Sequence[str]) -> None:
-        super().__init__(
-            spec=spec,
-            class_names=class_names,
-            image_size=model.image_size,
-            can_reject=bool(getattr(model, "can_reject", False)),
-            **framing_declared(model),
-        )
-        self.model = model
-        self._hidden = Hidden(model)
-        call = model if callable(model) else model.forward
-        self._ask = Boundary(call, what=f"'{spec}'", parts=model)
-        # A plain object is no part that `modules()` visits, so its declaration is repeated here.
-        self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
-        self.surrogate = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
-        self.eval().requires_grad_(False)
-
-    @property
-    def in_half(self) -> bool:
-        """Whether logits are computed in half precision."""
-        return self._ask.in_half
-
-    def settle(self, pixels: Tensor) -> Tensor:
-        """Try the classifier out on pixels of its size, and learn how it has to be asked."""
-        return self._ask.settle(pixels)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits [B, K], or [B, K + 1] with the acceptance score last; in float32 at least."""
-        return self._ask(resize(pixels, self.image_size, self.interpolation))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OwnClassifier:
-        # The precision of a user's weights is part of what is evaluated.
-        return super()._apply(in_own_precision(fn), recurse)
-
-    @property
-    def fingerprint(self) -> str:
-        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
-        extra = (self.spec, *source_of(self.model), *framing)
-        return fingerprint(state_of(self.model) | self._hidden.state(), extra)
-
-
-class OfLibrary(OwnClassifier):
-    """A classifier of timm or torchvision, known by its weights and its name, wherever its file lies."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What was taken for granted of it."""
-        found: tuple[str, ...] = self.model.remarks
-        return found
-
-    @property
-    def fingerprint(self) -> str:
-        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
-        return fingerprint(state_of(self.model), (self.model.identity, *framing))
-
-
-def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.device) -> OwnClassifier:
-    """Return a user's object as a classifier, after a trial on two images; a UserError says what is wrong with it."""
-    if not callable(model) and not callable(getattr(model, "forward", None)):
-        raise UserError(
-            f"'{spec}' must return an encoder (encode_image, encode_text, image_size, logit_scale) or a classifier "
-            f"(callable, image_size): {type(model).__name__} has no encode_image and cannot be called"
-        )
-    size, how = getattr(model, "image_size", None), getattr(model, "interpolation", "bicubic")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"'{spec}': image_size must be a positive whole number (images are square), got {size!r}")
-    if how not in INTERPOLATIONS:
-        raise UserError(f"'{spec}' asks for the unknown interpolation '{how}'; {nearest(str(how), INTERPOLATIONS)}")
-    if not isinstance(model, nn.Module) and callable(getattr(model, "to", None)):
-        model = model.to(place) or model
-    # A caller may go on using what the callable returned.
-    kind = OfLibrary if isinstance(model, LibraryClassifier) else OwnClassifier
-    classifier = kind(own_copy(model), spec=spec, class_names=class_names)
-    classifier.to(place)
-    _try_out(classifier, place)
-    return classifier
-
-
-def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
-    """Classify two images, and see whether the output fits the classes."""
-    size, wanted = classifier.image_size, len(classifier.class_names) + classifier.can_reject
-    pixels = torch.linspace(0, 1, 2 * 3 * size**2, device=place).view(2, 3, size, size)
-    must = f"'{classifier.spec}' must return finite logits [2, {wanted}] for 2 images and {len(classifier.class_names)}"
-    must += " classes and one acceptance score" if classifier.can_reject else " classes"
-    try:
-        with torch.no_grad():
-            output = classifier.settle(pixels)
-    except UserError:
-        raise
-    except Exception as error:  # the user's classifier may fail in any way
-        raise UserError(f"{must}, it raised {type(error).__name__}: {brief(error)}") from error
-    if output.shape != (2, wanted) or not output.is_floating_point():
-        advice = "" if output.ndim != 2 else ": pass data with the classes that it was made for"
-        raise UserError(f"{must}, got {output.dtype} {list(output.shape)}{advice}")
-    if not output.isfinite().all():
-        raise UserError(f"{must}, got NaN or infinite values")
+"""Every operator by name but the published defences, which stand in a table of their own (`operators` has all)."""
 
 
 # From a spec to the classifier that is attacked or evaluated: zero-shot, the user's own, perhaps with refusal
@@ -484,6 +432,34 @@ def load_classifier(
 
 
 def _load(
+    spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
+) -> Classifier:
+    base, operations = split_spec(spec)
+    if not operations:
+        return _load_undefended(spec, class_names, templates, place, cache)
+    *before, last = operations
+    check_operations(spec, [operation for operation in operations if not _answers(operation)])
+    early = next((operation for operation in before if _answers(operation)), None)
+    if early is not None:
+        raise UserError(f"'{spec}': +{early} gives logits, so that only +reject:T may follow it: leave out one of them")
+    if _answers(last):
+        defence = zoo.read_defence(last.name, last.arguments)
+        inner = _load("+".join([base, *map(str, before)]), class_names, templates, place, cache)
+        return DefendedClassifier(inner, defence)
+    if names_a_callable(base) and all(operation.name in DEFENCES for operation in operations):
+        inner = _load_undefended(base, class_names, templates, place, cache)
+        if isinstance(inner, OwnClassifier):  # an encoder of the user's is defended as any other
+            for operation in operations:
+                inner = DefendedClassifier(inner, zoo.read_defence(operation.name, operation.arguments))
+            return inner
+    return _load_undefended(spec, class_names, templates, place, cache)
+
+
+def _answers(operation: Operation) -> bool:
+    return operation.name in DEFENCES and issubclass(DEFENCES[operation.name], zoo.AnswerDefence)
+
+
+def _load_undefended(
     spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
 ) -> Classifier:
     if names_library_model(spec) and not split_spec(spec)[1]:

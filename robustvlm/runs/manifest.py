@@ -335,6 +335,7 @@ FILES: dict[str, RunFile] = {
     "certificates.jsonl": _RESULT,
     "attacked.parquet": _RESULT,
     "report.html": _ASIDE,
+    "report.md": _ASIDE,
     "gallery": _RESULT,
     "adversarial": _ASIDE,
     "features": _ASIDE,

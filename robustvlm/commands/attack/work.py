@@ -34,7 +34,7 @@ from robustvlm.core.files import write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
-from robustvlm.defenses.pipeline import load_own
+from robustvlm.defenses.own import load_own
 from robustvlm.errors import BadSetting, UserError, nearest
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.records import Check, Estimate, write_rows

@@ -1,0 +1,300 @@
+"""What a judgement holds: the facts in its journal, and the summary that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from robustvlm.commands.common.store import JournalLedger
+from robustvlm.commands.judge.attacks import CLEAN, FEATURE, MODE, SQUARE, START, UNAWARE, Fate
+from robustvlm.runs.folder import RunFolder
+from robustvlm.runs.records import Check, Record
+from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
+
+_SAME = 1e-4
+"""Logits that differ by less are called the same."""
+
+
+class ModelFacts(Record):
+    """What a model is found to be before it is attacked.
+
+    Attributes:
+        defences: its operators, as written; base: the spec of the undefended model, None for one.
+        modes: gradient modes that were tried. random, eot, draws: whether it draws, and how many draws are averaged
+            in a gradient and judge a point.
+        forward, backward: passes of a clean answer, counted at the encoder; equivalents: a backward one counts two.
+        change: the largest difference of a logit to the undefended model's, on clean and on attacked images; None for
+            random models.
+    """
+
+    spec: str
+    base: str | None
+    defences: list[str]
+    modes: list[str]
+    random: bool
+    eot: int
+    draws: int
+    forward: float
+    backward: float
+    equivalents: float
+    change: float | None = None
+    checks: list[Check]
+
+
+class Act(Record):
+    """One attack on one model: how many images it was made on, and on how many the answer stayed right.
+
+    Attributes:
+        left_only: it was made on images that the attacks before it had left. alone: images that it alone fooled.
+    """
+
+    name: str
+    tried: int
+    right: int
+    alone: int
+    left_only: bool
+    passes: int
+
+
+class ImageFate(Record):
+    """One image under one model: in which acts the answer stayed right, of those that were made on it."""
+
+    id: str
+    label: int
+    right: dict[str, bool]
+
+    @property
+    def held(self) -> bool:
+        """Whether it stayed right throughout."""
+        return all(self.right.values())
+
+    def held_in(self, acts: Iterable[str]) -> bool:
+        """Whether it is right when clean and in all of these acts that were made on it."""
+        return self.right[CLEAN] and all(self.right.get(act, True) for act in acts)
+
+
+class ModelJudgement(Record):
+    """What a model is worth under attack.
+
+    Attributes:
+        clean: accuracy without an attack.
+        unaware: by attack, accuracy at points made on the undefended model (for that one: under the attack itself).
+        adaptive: right when clean, and under every attack through the defence and on features.
+        worst: right throughout, transferred points and search without gradients included: the robust accuracy.
+        gain: worst against the undefended model's worst on the same images; gain_p: its p-value, Holm over the run.
+        protocol: unaware PGD against worst.
+    """
+
+    spec: str
+    facts: ModelFacts
+    clean: Rate
+    unaware: dict[str, Rate]
+    adaptive: Rate
+    worst: Rate
+    acts: list[Act]
+    images: list[ImageFate]
+    checks: list[Check]
+    gain: PairedTest | None = None
+    gain_p: float | None = None
+    protocol: PairedTest | None = None
+
+
+class Judgement(Record):
+    """The summary of a run: every model, undefended ones before what stands on them."""
+
+    norm: str
+    eps: float
+    eps_text: str
+    steps: int
+    queries: int
+    images: int
+    unreadable: int
+    unknown: int
+    seconds: float
+    models: list[ModelJudgement]
+
+    def of(self, spec: str) -> ModelJudgement:
+        """Return what was found of a model."""
+        return next(found for found in self.models if found.spec == spec)
+
+
+# The facts as they come
+
+
+@dataclass
+class _Part:
+    fates: list[Fate]
+    seconds: float
+
+
+class JudgeLedger(JournalLedger):
+    """Facts of a judgement: what models are, and the fates of images by model, act and part of the images."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.models: dict[str, ModelFacts] = {}
+        self.parts: dict[tuple[str, str, int], _Part] = {}
+        super().__init__(folder)
+
+    def add_model(self, facts: ModelFacts) -> None:
+        """Record what a model is."""
+        self._add({"kind": "model", **facts.model_dump()})
+
+    def add_part(self, model: str, act: str, part: int, fates: Sequence[Fate], seconds: float) -> None:
+        """Record what came of the images of a part; all in one line, so that a killed session leaves all or none."""
+        rows = [fate.model_dump() for fate in fates]
+        self._add({"kind": "part", "model": model, "act": act, "part": part, "rows": rows, "seconds": seconds})
+
+    def fates(self, model: str, act: str) -> dict[int, Fate]:
+        """Return the fates of images in one act by their index."""
+        parts = (part.fates for (spec, name, _), part in self.parts.items() if (spec, name) == (model, act))
+        return {fate.index: fate for fates in parts for fate in fates}
+
+    @property
+    def seconds(self) -> float:
+        """Time of all acts over all sessions."""
+        return sum(part.seconds for part in self.parts.values())
+
+    def _take_own(self, kind: str, fact: dict[str, object]) -> None:
+        if kind == "model":
+            facts = ModelFacts.model_validate(fact)
+            self.models[facts.spec] = facts
+        elif kind == "part":
+            rows = [Fate.model_validate(row) for row in fact["rows"]]  # type: ignore[attr-defined]
+            self.parts[str(fact["model"]), str(fact["act"]), int(fact["part"])] = _Part(rows, float(fact["seconds"]))  # type: ignore[call-overload, arg-type]
+        else:
+            raise ValueError(kind)
+
+
+# From facts to figures
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the summary says of the images: ids and labels of those judged on, and how many were left aside."""
+
+    ids: Sequence[str]
+    labels: Sequence[int]
+    unreadable: int = 0
+    unknown: int = 0
+    acts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def judged(ledger: JudgeLedger, images: Images) -> list[ModelJudgement]:
+    """Return what the journal says of every model, with paired tests against what each stands on."""
+    found = [_of_model(ledger, facts, images, images.acts[spec]) for spec, facts in ledger.models.items()]
+    by_spec = {one.spec: one for one in found}
+    compared = []
+    for one in found:
+        base = None if one.facts.base is None else by_spec[one.facts.base]
+        held = [image.held for image in one.images]
+        unaware = [image.right[next(iter(UNAWARE))] for image in one.images]
+        update: dict[str, object] = {"protocol": mcnemar_exact(unaware, held)}
+        if base is not None:
+            update["gain"] = mcnemar_exact(held, [image.held for image in base.images])
+            update["checks"] = [*one.checks, *compared_checks(one)]
+        compared.append(one.model_copy(update=update))
+    tested = [one for one in compared if one.gain is not None]
+    adjusted = dict(
+        zip(
+            (one.spec for one in tested),
+            holm([one.gain.p_value for one in tested if one.gain is not None]),
+            strict=True,
+        )
+    )
+    return [one.model_copy(update={"gain_p": adjusted.get(one.spec)}) for one in compared]
+
+
+def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequence[str]) -> ModelJudgement:
+    fates = {act: ledger.fates(facts.spec, act) for act in acts}
+    rows = [
+        ImageFate(id=name, label=label, right={act: fates[act][i].right for act in acts if i in fates[act]})
+        for i, (name, label) in enumerate(zip(images.ids, images.labels, strict=True))
+    ]
+    through = [act for act in acts if act.startswith(MODE) or act == FEATURE]
+    total = len(rows)
+    return ModelJudgement(
+        spec=facts.spec,
+        facts=facts,
+        clean=rate(sum(row.right[CLEAN] for row in rows), total),
+        unaware={act: rate(sum(row.right[act] for row in rows), total) for act in UNAWARE},
+        adaptive=rate(sum(row.held_in(through) for row in rows), total),
+        worst=rate(sum(row.held for row in rows), total),
+        acts=[_of_act(act, rows, fates[act].values()) for act in acts if act != CLEAN],
+        images=rows,
+        checks=facts.checks,
+    )
+
+
+def _of_act(act: str, rows: Sequence[ImageFate], fates: Iterable[Fate]) -> Act:
+    made = [row for row in rows if act in row.right]
+    alone = [row for row in made if not row.right[act] and sum(not right for right in row.right.values()) == 1]
+    return Act(
+        name=act,
+        tried=len(made),
+        right=sum(row.right[act] for row in made),
+        alone=len(alone),
+        left_only=act in (FEATURE, SQUARE) or act.startswith(START),
+        passes=sum(fate.passes for fate in fates),
+    )
+
+
+# Signs that gradients were masked, from the figures alone
+
+
+def compared_checks(found: ModelJudgement) -> list[Check]:
+    """Return what the attacks on a defended model say of each other.
+
+    Raises nothing; a check that finds nothing is not there.
+    """
+    return [check for check in (_transfer(found), _blind(found), _label(found), _nothing(found)) if check is not None]
+
+
+def _transfer(found: ModelJudgement) -> Check | None:
+    through = [act.name for act in found.acts if act.name.startswith(MODE) or act.name == FEATURE]
+    missed = [row for row in found.images if row.held_in(through) and not row.held_in(UNAWARE)]
+    if not missed:
+        return None
+    least = min(one.successes for one in found.unaware.values())
+    beaten = found.adaptive.successes > least
+    message = (
+        f"On {len(missed)} of {len(found.images)} images the points made on the undefended model fool this one where "
+        "gradients through the defence do not; robust accuracy counts them as fooled."
+    )
+    return Check(name="transfer against gradients", level="warning" if beaten else "note", message=message)
+
+
+def _blind(found: ModelJudgement) -> Check | None:
+    square = next((act for act in found.acts if act.name == SQUARE), None)
+    if square is None or square.right == square.tried:
+        return None
+    fooled = square.tried - square.right
+    return Check(
+        name="black box against white box",
+        level="warning",
+        message=f"Square, which sees no gradient, fools {fooled} of the {square.tried} images that gradients left: "
+        "the gradients through the defence hide something.",
+    )
+
+
+def _label(found: ModelJudgement) -> Check | None:
+    most = max(found.unaware.values(), key=lambda one: one.successes)
+    if most.successes <= found.clean.successes:
+        return None
+    return Check(
+        name="robust above clean",
+        level="warning",
+        message=f"Under attacks unaware of the defence {most.successes} images are right, and {found.clean.successes} "
+        "without any attack: the attacked images carry the label.",
+    )
+
+
+def _nothing(found: ModelJudgement) -> Check | None:
+    change = found.facts.change
+    if change is None or change >= _SAME:
+        return None
+    return Check(
+        name="does nothing here",
+        level="warning",
+        message=f"No logit differs from the undefended model's by more than {change:.1g}, on clean or attacked images: "
+        "here the defence is the undefended model, and whatever an attack finds harder is the gradient.",
+    )

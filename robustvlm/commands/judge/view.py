@@ -1,0 +1,369 @@
+"""A finished judgement read back, and all that is said of it: in the terminal, on the page, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from rich.console import Console
+
+from robustvlm.commands.judge.attacks import FEATURE, MODE, OWN, SQUARE, UNAWARE
+from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement
+from robustvlm.core.files import write_text
+from robustvlm.defenses.pipeline import split_spec
+from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, read_defence
+from robustvlm.report import screen
+from robustvlm.report import sections as doc
+from robustvlm.report.charts import BAD, GRID, INK, MUTED, SERIES, as_svg, chart, new_figure
+from robustvlm.report.page import write_report_of
+from robustvlm.report.words import DASH, ball, duration, findings, interval, percent, plain
+from robustvlm.runs.run import FinishedRun, read_finished
+from robustvlm.stats import Rate
+
+_BUNDLED = ("tiny", "tiny-robust")
+_INTERVALS = (
+    "Intervals are 95%, Clopper-Pearson. p: exact McNemar test of robust accuracy against the undefended model on the "
+    "same images, Holm over the defences of the run."
+)
+_COLUMNS = ("clean", "unaware: PGD", "unaware: APGD", "adaptive", "worst = robust")
+_CLEARLY = 0.05
+
+
+def read_run(folder: Path) -> FinishedRun[Judgement]:
+    """Read a finished judgement back; UserError when it has not ended, is of another kind, or a file is damaged."""
+    return read_finished(folder, "summary.json", Judgement, kind="judge")
+
+
+def show(run: FinishedRun[Judgement], console: Console) -> None:
+    """Print the table of a judgement, what was noticed of each defence, and where the report is."""
+    closing = doc.Closing({"Report": run.report, "Markdown": run.folder / "report.md"})
+    screen.show(console, judge_report(run), closing)
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a finished judgement, by default to `report.html` in its folder, and return its path."""
+    return write_report_of(folder, out, lambda run: judge_report(read_run(run)))
+
+
+def judge_report(run: FinishedRun[Judgement]) -> doc.Report:
+    """Return all that is said of a judgement."""
+    summary = run.summary
+    return doc.Report(
+        kind="judgement of defences",
+        name=run.name,
+        kicker="Judgement of test-time defences",
+        facts=doc.facts_line(run.manifest, f", {summary.images:,} images"),
+        verdicts=[doc.Verdict([sentence_of(found, summary)], tone="neutral") for found in _defended(summary)],
+        sections=[
+            doc.Section("The table", list(_table(summary)), key="table", short="Table"),
+            *(_section(found) for found in summary.models),
+            doc.cost_section([("Images", f"{summary.images:,}"), ("Time", duration(summary.seconds))]),
+            doc.manifest_section(run.manifest),
+        ],
+        footer=_INTERVALS,
+    )
+
+
+# The words of a judgement
+
+
+def sentence_of(found: ModelJudgement, summary: Judgement) -> str:
+    """Say what was measured of a defence, in a sentence that any author may sign.
+
+    It describes figures, not intentions.
+    """
+    n, pgd, worst = summary.images, found.unaware[next(iter(UNAWARE))], found.worst
+    said = (
+        f"{_named(found)}: under attacks that differentiate through the defence, and every other one tried, "
+        f"{worst.successes} of {n} images remain right ({interval(worst)}). Under attacks made on the undefended "
+        f"model, as in the papers' protocol, {pgd.successes} of {n}."
+    )
+    return said + _against_none(found)
+
+
+def _against_none(found: ModelJudgement) -> str:
+    test, p = found.gain, found.gain_p
+    if test is None or p is None:
+        return ""
+    base = test.both + test.only_second
+    clear = p < _CLEARLY
+    if test.only_first == test.only_second == 0:
+        how = f"the same {base} images as without it"
+    elif not clear:
+        how = f"no clear difference to the {base} without it (p = {p:.2g})"
+    else:
+        more = "more" if test.only_first > test.only_second else "fewer"
+        how = f"{more} than the {base} without it (p = {p:.2g})"
+    return f" That is {how}."
+
+
+def _named(found: ModelJudgement) -> str:
+    known = [about.title for _, about in _abouts(found)]
+    return f"{found.spec} ({', '.join(known)}; our re-implementation)" if known else found.spec
+
+
+def _abouts(found: ModelJudgement) -> list[tuple[str, About]]:
+    """Return what is known of a model's defences, with the name of each."""
+    names = [written.partition(":")[0] for written in found.facts.defences]
+    return [(name, DEFENCES[name].about) for name in names if name in DEFENCES]
+
+
+def claim_words(claim: Claim) -> str:
+    """Return a published figure with its setting.
+
+    Example:
+        >>> claim_words(Claim("ViT-L/14", "ImageNet", "PGD-100", 4, 40.0, clean=60.0))
+        '40 % (clean 60 %): ViT-L/14, ImageNet, PGD-100, Linf 4/255, unaware of the defence'
+    """
+    clean = "" if claim.clean is None else f" (clean {claim.clean:g} %)"
+    radius = "radius not read" if claim.eps is None else f"{claim.norm} {claim.eps:g}/255"
+    how = "through the defence" if claim.adaptive else "unaware of the defence"
+    return f"{claim.robust:g} %{clean}: {claim.model}, {claim.data}, {claim.attack}, {radius}, {how}"
+
+
+def act_words(name: str) -> str:
+    """Return what an act of a judgement is.
+
+    Example:
+        >>> act_words("mode:identity")
+        'PGD and APGD, what the defence adds taken as a constant (BPDA)'
+    """
+    if name in UNAWARE:
+        return f"points of {UNAWARE[name]} on the undefended model"
+    if name == FEATURE:
+        return "PGD that drives the feature away from the clean one"
+    if name == SQUARE:
+        return "Square, which sees no gradient"
+    kind, _, mode = name.partition(":")
+    words = "the model's own gradient" if mode == OWN else MODES.get(mode, mode)
+    return f"PGD and APGD, {words}" if f"{kind}:" == MODE else f"PGD from the transferred points, {words}"
+
+
+# Blocks
+
+
+def _defended(summary: Judgement) -> list[ModelJudgement]:
+    return [found for found in summary.models if found.facts.base is not None]
+
+
+def _figures(found: ModelJudgement) -> list[Rate]:
+    return [found.clean, *found.unaware.values(), found.adaptive, found.worst]
+
+
+def _ordered(summary: Judgement) -> list[ModelJudgement]:
+    """Return the undefended models, each before what stands on it, those by robust accuracy."""
+    bases = [found for found in summary.models if found.facts.base is None]
+    return [
+        one
+        for base in bases
+        for one in (
+            base,
+            *sorted(
+                (found for found in _defended(summary) if found.facts.base == base.spec),
+                key=lambda found: -found.worst.successes,
+            ),
+        )
+    ]
+
+
+def _table(summary: Judgement) -> Iterator[doc.Block]:
+    rows: list[doc.Row] = []
+    strong = set()
+    for found in _ordered(summary):
+        if found.facts.base is None:
+            strong.add(len(rows))
+        rows.append(
+            (
+                doc.Code(found.spec),
+                *(doc.Measure.of(figure) for figure in _figures(found)),
+                "" if found.gain_p is None else f"{found.gain_p:.2g}",
+                f"{found.facts.forward:g} / {found.facts.backward:g}",
+                str(sum(check.level in ("warning", "fault") for check in found.checks) or ""),
+            )
+        )
+    columns = [doc.Column("Model"), *doc.numbers(*_COLUMNS, "p", "passes F / B", "warnings")]
+    about = ball(summary.norm, summary.eps_text)
+    title = f"{about}; {summary.images:,} images, {summary.steps} steps"
+    yield doc.Table(columns, rows, title=title, strong=frozenset(strong))
+    yield doc.Text(
+        "Unaware: points made on the undefended model, as most papers attack. Adaptive: right when clean and under "
+        "every gradient mode and the attack on features. Worst: right under everything, transferred points and Square "
+        "included; only this is robust accuracy.",
+        kind="small",
+    )
+    claims = [
+        (found.spec, claim) for found in _defended(summary) for _, about in _abouts(found) for claim in about.claims
+    ]
+    if claims:
+        listed: list[doc.Row] = [(doc.Code(spec), claim_words(claim)) for spec, claim in claims]
+        columns = [doc.Column("Defence"), doc.Column("Claimed by its authors, on another model and other images")]
+        yield doc.Table(columns, listed)
+
+
+def _section(found: ModelJudgement) -> doc.Section:
+    blocks: list[doc.Block] = [doc.Facts(list(_facts(found)), kind="sentences")]
+    blocks.append(doc.Chart(partial(three_bars, found), caption=_caption(found)))
+    acts: list[doc.Row] = [_act_row(act) for act in found.acts]
+    columns = [doc.Column("Attack"), *doc.numbers("images", "right", "fooled by it alone")]
+    blocks.append(doc.Table(columns, acts, title=f"{found.spec}: attacks", only="page"))
+    seen = [check for check in found.checks if check.level != "ok"]
+    if seen:
+        blocks.append(doc.Text([doc.Code(found.spec)], only="terminal"))
+    blocks.append(doc.Checks(findings(seen), none="Nothing that would make these figures doubtful was found."))
+    short = found.spec if found.facts.base is None else "+".join(found.facts.defences) or found.spec
+    key = "model-" + "".join(c if c.isalnum() else "-" for c in found.spec)
+    return doc.Section(plain(found.spec), blocks, key=key, short=plain(short, 24))
+
+
+def _facts(found: ModelJudgement) -> Iterator[tuple[str, doc.Line]]:
+    facts = found.facts
+    for name, about in _abouts(found):
+        yield about.title, f"{about.reference}; {about.summary}"
+        yield "Fidelity", fidelity_words(about)
+        for claim in about.claims:
+            yield "Claimed", claim_words(claim)
+        for said in about.differs:
+            yield f"Differs ({name})", said
+    if facts.base is not None:
+        yield "Gradient modes tried", "; ".join(f"{mode} ({MODES.get(mode, 'its own')})" for mode in facts.modes)
+    passes = f"{facts.forward:g} forward and {facts.backward:g} backward passes, counted at the encoder"
+    yield "Cost of a clean answer", passes
+    if facts.random:
+        yield "Random", f"gradients averaged over {facts.eot} draws, {facts.draws} fresh draws judge by majority"
+
+
+def fidelity_words(about: About) -> str:
+    """Return how near a version is to the published one."""
+    words = {
+        "code": "our re-implementation; the authors' code was read",
+        "text": "our re-implementation from the text",
+        DESCRIPTION: "our re-implementation after a description by others",
+    }
+    read = f" ({about.commit})" if about.commit else ""
+    return words.get(about.fidelity, "a common method, our implementation") + read
+
+
+def _act_row(act: Act) -> doc.Row:
+    where = " (on what was left)" if act.left_only else ""
+    return (f"{act_words(act.name)}{where}", f"{act.tried:,}", f"{act.right:,}", f"{act.alone:,}")
+
+
+def _caption(found: ModelJudgement) -> str:
+    if found.facts.base is None:
+        return "The undefended model: its own gradients, and the worst case over all attacks."
+    if _is_bundled(found):
+        return "The bundled model's figures say nothing about CLIP, so that no claimed figure stands beside them."
+    return "A claimed figure is of another model and other images; its setting stands above."
+
+
+def _is_bundled(found: ModelJudgement) -> bool:
+    return split_spec(found.spec)[0] in _BUNDLED
+
+
+def bars_of(found: ModelJudgement) -> list[tuple[str, float, float, float]]:
+    """Return the bars of a model's picture: name, per cent, and both ends of the interval (none for a claim).
+
+    Three: claimed (where there is a claim and the model is not a bundled one, else adaptive), unaware, worst.
+    """
+
+    def of(name: str, figure: Rate) -> tuple[str, float, float, float]:
+        return name, 100 * (figure.value or 0.0), 100 * figure.low, 100 * figure.high
+
+    unaware, worst = of("unaware", found.unaware[next(iter(UNAWARE))]), of("worst", found.worst)
+    claims = [claim for _, about in _abouts(found) for claim in about.claims]
+    if claims and not _is_bundled(found):
+        claim = claims[0]
+        return [(f"claimed ({claim.model}, {claim.data})", claim.robust, claim.robust, claim.robust), unaware, worst]
+    return [unaware, of("adaptive", found.adaptive), worst]
+
+
+@chart
+def three_bars(found: ModelJudgement) -> Markup:
+    """Return the picture of a model: three bars with their intervals, and the accuracy without an attack as a line."""
+    bars = bars_of(found)
+    figure, axes = new_figure((4.8, 1.7))
+    colours = {"unaware": SERIES[0], "adaptive": SERIES[1], "worst": BAD}
+    for place, (name, value, low, high) in enumerate(bars):
+        claimed = name not in colours
+        axes.barh(
+            -place,
+            value,
+            height=0.62,
+            color="none" if claimed else colours[name],
+            edgecolor=MUTED if claimed else "none",
+            hatch="///" if claimed else None,
+        )
+        axes.plot([low, high], [-place, -place], color=INK, linewidth=1.2)
+        axes.text(min(value, 96) + 1.5, -place + 0.16, f"{value:.1f} %", va="bottom", color=INK, fontsize=9)
+    axes.axvline(100 * (found.clean.value or 0.0), color=MUTED, linewidth=1, linestyle="--")
+    axes.set_yticks([-place for place in range(len(bars))], [name for name, *_ in bars])
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("right, per cent (dashed: without an attack)")
+    axes.grid(axis="y", color=GRID, linewidth=0)
+    said = ", ".join(f"{name} {value:.1f} per cent" for name, value, *_ in bars)
+    key = "bars-" + "".join(c if c.isalnum() else "-" for c in found.spec)
+    return as_svg(figure, key=key, alt=f"{found.spec}: {said}")
+
+
+# The same as Markdown, for a README or an issue
+
+
+def write_markdown(path: Path, summary: Judgement, manifest: Mapping[str, Any]) -> None:
+    """Write the table, a sentence for each defence and what was noticed as Markdown."""
+    write_text(path, "\n".join(_markdown(summary, manifest)) + "\n")
+
+
+def _markdown(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]:
+    data = plain((manifest.get("data") or {}).get("spec") or "")
+    yield "# Test-time defences, judged"
+    yield ""
+    yield f"{ball(summary.norm, summary.eps_text)}. {summary.images:,} images of `{data}`,"
+    yield f"{summary.steps} gradient steps and {summary.queries} queries of Square. {_INTERVALS}"
+    yield ""
+    heads = ["model", "claimed", *_COLUMNS, "p", "passes F / B", "fidelity"]
+    yield _line(heads)
+    yield _line(["---"] * len(heads))
+    for found in _ordered(summary):
+        abouts = _abouts(found)
+        claims = "; ".join(claim_words(claim) for _, about in abouts for claim in about.claims) or DASH
+        figures = [f"{percent(figure.value)} ({interval(figure)})" for figure in _figures(found)]
+        p = DASH if found.gain_p is None else f"{found.gain_p:.2g}"
+        passes = f"{found.facts.forward:g} / {found.facts.backward:g}"
+        fidelity = "; ".join(dict.fromkeys(about.fidelity for _, about in abouts)) or DASH
+        yield _line([f"`{found.spec}`", claims, *figures, p, passes, fidelity])
+    for found in _defended(summary):
+        yield ""
+        yield sentence_of(found, summary)
+        for check in found.checks:
+            if check.level in ("warning", "fault"):
+                yield f"* {check.name}: {check.message}"
+    yield ""
+    yield "Claimed figures are those of the papers, on other models and images, and answer their own question."
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(plain(cell, 600).replace("|", "\\|") for cell in cells) + " |"
+
+
+def table_of_defences() -> str:
+    """Return the table of the docs: every defence, how it is written, where it is from, and how near it is.
+
+    Example:
+        >>> "| `+bits" in table_of_defences()
+        True
+    """
+    from robustvlm.defenses.zoo.base import form_of
+
+    rows = [_line(["operator", "method", "reference", "fidelity", "passes F / B", "random", "gradient modes"])]
+    rows.append(_line(["---"] * 7))
+    for name, kind in DEFENCES.items():
+        about, cost = kind.about, read_defence(name, ()).cost()
+        passes = f"{cost.forward:g} / {cost.backward:g}"
+        drawn = "yes" if kind.random else "no"
+        modes = ", ".join(kind.modes)
+        cells = [f"`+{form_of(name)}`", about.title, about.reference, about.fidelity, passes, drawn, modes]
+        rows.append(_line(cells))
+    return "\n".join(rows)

@@ -1,0 +1,271 @@
+"""The work of `robustvlm judge`: models and images opened, every act made on every model, figures written."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from robustvlm.attacks import ThreatModel, parse_norm
+from robustvlm.attacks.honesty import open_gradients
+from robustvlm.attacks.threat import one_radius
+from robustvlm.commands.common.inputs import Images as Stream
+from robustvlm.commands.common.inputs import describe_data, remarks_of
+from robustvlm.commands.judge import JudgeSettings, record
+from robustvlm.commands.judge.attacks import CLEAN, FEATURE, MODE, START, UNAWARE, Attacked, Images
+from robustvlm.commands.judge.view import read_run as read_run
+from robustvlm.commands.judge.view import show as show
+from robustvlm.commands.judge.view import write_markdown
+from robustvlm.commands.judge.view import write_report as write_report
+from robustvlm.core.files import replacing, write_text
+from robustvlm.core.ranks import resolve_device
+from robustvlm.data import DataSource, open_data
+from robustvlm.data.source import Unreadable
+from robustvlm.defenses import Classifier, load_classifier
+from robustvlm.defenses.pipeline import undefended
+from robustvlm.defenses.zoo.wrap import defended
+from robustvlm.errors import UserError, setting
+from robustvlm.runs.run import Facts, Session
+
+RESULTS = ("summary.json",)
+
+
+@dataclass(frozen=True, eq=False)
+class JudgeWork:
+    """The models of a run with what each stands on, and its images.
+
+    Args:
+        bases: by defended spec, the spec of the undefended model. models: all classifiers by spec, undefended first.
+    """
+
+    facts: Facts
+    settings: JudgeSettings
+    threat: ThreatModel
+    eps_text: str
+    source: DataSource
+    bases: dict[str, str]
+    models: dict[str, Classifier]
+
+    def run(self, session: Session) -> None:
+        """Make every act that is not in the journal yet, and write the figures."""
+        ledger = record.JudgeLedger(session.folder)
+        try:
+            images, aside = self._images(ledger)
+            trial = _Trial(self, ledger, session, images)
+            acts = {spec: trial.judge(spec) for spec in self.models}
+            aside = replace(aside, acts=acts)
+            first = next(iter(images.values()))
+            summary = record.Judgement(
+                norm=self.threat.norm,
+                eps=self.threat.eps,
+                eps_text=self.eps_text,
+                steps=self.settings.steps,
+                queries=self.settings.queries,
+                images=len(first.ids),
+                unreadable=aside.unreadable,
+                unknown=aside.unknown,
+                seconds=ledger.seconds,
+                models=record.judged(ledger, aside),
+            )
+        finally:
+            ledger.close()
+        with session.results() as folder:
+            write_markdown(folder / "report.md", summary, session.manifest)
+            write_text(folder / "summary.json", summary.model_dump_json(indent=2) + "\n")
+
+    def _images(self, ledger: record.JudgeLedger) -> tuple[dict[str, Images], record.Images]:
+        """Return the images as every undefended model takes them, by its spec, and what was left aside."""
+        found: dict[str, Images] = {}
+        aside = record.Images((), ())
+        for spec in dict.fromkeys(self.bases.values()):
+            ids, labels, pixels, unknown = [], [], [], 0
+            stream = Stream(self.source, limit=self.settings.limit, resolution=self.models[spec].framing)
+            for item in stream.stream():
+                if isinstance(item, Unreadable):
+                    ledger.add_unreadable(stream.index(item.id), item)
+                elif item.label < 0:
+                    unknown += 1
+                else:
+                    ids.append(item.id)
+                    labels.append(item.label)
+                    pixels.append(item.pixels)
+            if not ids:
+                raise UserError(f"'{self.source.spec}' holds no readable image of a known class to judge on")
+            found[spec] = Images(ids, torch.stack(pixels), torch.tensor(labels))
+            aside = record.Images(ids, labels, len(ledger.unreadable), unknown)
+        return found, aside
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """All acts on all models, part by part of the images."""
+
+    work: JudgeWork
+    ledger: record.JudgeLedger
+    session: Session
+    images: dict[str, Images]
+
+    def judge(self, spec: str) -> tuple[str, ...]:
+        """Make the acts on a model that are not made yet; return all."""
+        base = self.work.bases.get(spec)
+        images, attacked = self.images[base or spec], self._attacked(spec)
+        self._look_at(spec, attacked, images)
+        for act in attacked.acts:
+            self.session.observer.begin(f"{spec}: {act}", len(images.ids))
+            for part, places in enumerate(self._parts(images)):
+                if (spec, act, part) not in self.ledger.parts:
+                    self._make(spec, act, part, attacked, images, places)
+                self.session.observer.advance(len(places))
+        return attacked.acts
+
+    def _make(self, spec: str, act: str, part: int, attacked: Attacked, images: Images, places: Sequence[int]) -> None:
+        began = time.monotonic()
+        fallen = self._fallen(spec, act, attacked)
+        wanted = [place for place in places if place not in fallen]
+        chosen, purpose = images.rows(wanted), f"{act} {part}"
+        if not wanted:
+            fates = []
+        elif act == CLEAN:
+            fates = attacked.look(chosen.pixels, chosen.labels, purpose)
+        elif act in UNAWARE:
+            fates = attacked.look(self._points(self.work.bases.get(spec, spec), act, part), chosen.labels, purpose)
+        elif act.startswith(START):
+            base = self.work.bases.get(spec, spec)
+            every = self._points(base, next(iter(UNAWARE)), part)
+            fates = attacked.act(act, chosen, every[[places.index(place) for place in wanted]])
+        else:
+            fates = attacked.act(act, chosen)
+        numbered = [fate.model_copy(update={"index": wanted[fate.index]}) for fate in fates]
+        self.ledger.add_part(spec, act, part, numbered, time.monotonic() - began)
+        self.session.observer.passed(len(wanted), sum(fate.passes for fate in fates))
+
+    def _fallen(self, spec: str, act: str, attacked: Attacked) -> set[int]:
+        """Return the images that an act is not made on, by what came of them in the acts before."""
+        if act == CLEAN or act in UNAWARE:
+            return set()
+        before = attacked.acts[: attacked.acts.index(act)]
+        if act.startswith(MODE):
+            before = (CLEAN,)  # every mode is measured by itself
+        elif act == FEATURE:
+            before = tuple(one for one in before if one not in UNAWARE)
+        fates = (fate for one in before for fate in self.ledger.fates(spec, one).values())
+        return {fate.index for fate in fates if not fate.right}
+
+    def _look_at(self, spec: str, attacked: Attacked, images: Images) -> None:
+        """Note what a model is, once."""
+        if spec in self.ledger.models:
+            return
+        self.session.observer.begin(f"{spec}: questions")
+        base = self.work.bases.get(spec)
+        cost, change = attacked.cost(images), None
+        if base is not None and not attacked.random:
+            plain = self._attacked(base)
+            if not plain.random:
+                points = [images.rows(self._parts(images)[0]).pixels, self._points(base, next(iter(UNAWARE)), 0)]
+                change = max(float((attacked.outputs(x) - plain.outputs(x)).abs().max()) for x in points)
+        self.ledger.add_model(
+            record.ModelFacts(
+                spec=spec,
+                base=base,
+                defences=[str(part.defence) for part in reversed(defended(attacked.model))],
+                modes=list(attacked.modes),
+                random=attacked.random,
+                eot=attacked.gradient_draws,
+                draws=attacked.judging_draws,
+                forward=cost.forward,
+                backward=cost.backward,
+                equivalents=cost.equivalents,
+                change=change,
+                checks=attacked.checks(images),
+            )
+        )
+
+    def _points(self, base: str, act: str, part: int) -> Tensor:
+        """Return the points of an attack on an undefended model for a part of its images, made once and kept."""
+        digest = hashlib.blake2b(f"{base} {act}".encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+        path = self.session.folder.adversarial_path / f"{digest}-{part:05d}.safetensors"
+        images = self.images[base]
+        chosen = images.rows(self._parts(images)[part])
+        if path.exists():
+            return load(path.read_bytes())["points"]
+        points = self._attacked(base).unaware_points(chosen, act).contiguous()
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save({"points": points}, metadata={"model": base, "act": act}))
+        return points
+
+    def _attacked(self, spec: str) -> Attacked:
+        settings, models, base = self.work.settings, self.work.models, self.work.bases.get(spec)
+        images = self.images[base or spec]
+        lanes = min(settings.lanes, len(images.ids))
+        model = models[spec]
+        return Attacked(
+            model=model,
+            features=model if model.vlm is not None or base is None else models[base],
+            first=images.rows(range(lanes)),
+            threat=self.work.threat,
+            steps=settings.steps,
+            queries=settings.queries,
+            lanes=lanes,
+            seed=settings.seed,
+            eot=settings.eot,
+            draws=settings.draws,
+        )
+
+    def _parts(self, images: Images) -> list[list[int]]:
+        size, count = self.work.settings.lanes, len(images.ids)
+        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def open_work(settings: JudgeSettings) -> JudgeWork:
+    """Check all settings, open the data and load every model and what it stands on."""
+    (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
+    device = str(resolve_device(settings.device))
+    bases = dict(_bases(settings))
+    source = open_data(settings.data, classes=settings.classes, templates=settings.templates)
+    models: dict[str, Classifier] = {}
+    remarks = []
+    for spec in (*dict.fromkeys(bases.values()), *bases):
+        found = load_classifier(spec, source.class_names, source.templates, device=device)
+        if found.can_reject:
+            raise UserError(
+                f"'{spec}' may refuse an image, and judge compares models that always answer: leave out +reject, or "
+                "attack it with `robustvlm attack`"
+            )
+        remarks += open_gradients(found)
+        models[spec] = found
+    for spec, base in bases.items():
+        if models[spec].framing != models[base].framing:
+            raise UserError(
+                f"'{spec}' takes images in another way than '{base}' ({models[spec].image_size} and "
+                f"{models[base].image_size} pixels): both must see the same ones"
+            )
+    prints = {spec: model.fingerprint for spec, model in models.items()}
+    facts = Facts(
+        (settings.model, settings.data),
+        settings.stored(norm=norm, eps=radius, eps_text=text, device=device),
+        {"spec": settings.model, "fingerprint": prints[next(iter(bases))], "models": prints},
+        describe_data(source),
+        remarks=[*remarks_of(source, models[next(iter(bases.values()))].vlm), *dict.fromkeys(remarks)],
+    )
+    return JudgeWork(facts, settings, ThreatModel(norm, radius), text, source, bases, models)
+
+
+def _bases(settings: JudgeSettings) -> Iterator[tuple[str, str]]:
+    """Yield every defended spec with that of the undefended model."""
+    specs = [spec.strip() for spec in settings.model.split(",")]
+    for spec in specs:
+        if not spec or specs.count(spec) > 1:
+            raise UserError(f"'{settings.model}' names " + (f"'{spec}' twice" if spec else "an empty model"))
+        base = settings.base or undefended(spec)
+        if base == spec:
+            raise UserError(
+                f"'{spec}' has no defence to judge: write MODEL+DEFENCE, as {spec}+bits:3 (`robustvlm models` lists "
+                f"them), or say with {setting('base', 'MODEL')} which model is the undefended one"
+            )
+        yield spec, base

@@ -1,0 +1,120 @@
+"""The user's own classifier, named `module:callable`: anything from pixels to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
+from robustvlm.core.object_graph import fingerprint
+from robustvlm.defenses.classifier import Classifier
+from robustvlm.defenses.library import LibraryClassifier
+from robustvlm.errors import UserError, nearest
+from robustvlm.models import resize
+from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of
+from robustvlm.models.vlm import INTERPOLATIONS
+from robustvlm.models.weights import brief
+
+
+class OwnClassifier(Classifier):
+    """A user's own classifier; see `load_classifier` for what it has to have."""
+
+    def __init__(self, model: Any, *, spec: str, class_names: Sequence[str]) -> None:
+        super().__init__(
+            spec=spec,
+            class_names=class_names,
+            image_size=model.image_size,
+            can_reject=bool(getattr(model, "can_reject", False)),
+            **framing_declared(model),
+        )
+        self.model = model
+        self._hidden = Hidden(model)
+        call = model if callable(model) else model.forward
+        self._ask = Boundary(call, what=f"'{spec}'", parts=model)
+        # A plain object is no part that `modules()` visits, so its declaration is repeated here.
+        self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
+        self.surrogate = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
+        self.eval().requires_grad_(False)
+
+    @property
+    def in_half(self) -> bool:
+        """Whether logits are computed in half precision."""
+        return self._ask.in_half
+
+    def settle(self, pixels: Tensor) -> Tensor:
+        """Try the classifier out on pixels of its size, and learn how it has to be asked."""
+        return self._ask.settle(pixels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [B, K], or [B, K + 1] with the acceptance score last; in float32 at least."""
+        return self._ask(resize(pixels, self.image_size, self.interpolation))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OwnClassifier:
+        # The precision of a user's weights is part of what is evaluated.
+        return super()._apply(in_own_precision(fn), recurse)
+
+    @property
+    def fingerprint(self) -> str:
+        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
+        extra = (self.spec, *source_of(self.model), *framing)
+        return fingerprint(state_of(self.model) | self._hidden.state(), extra)
+
+
+class OfLibrary(OwnClassifier):
+    """A classifier of timm or torchvision, known by its weights and its name, wherever its file lies."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was taken for granted of it."""
+        found: tuple[str, ...] = self.model.remarks
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
+        return fingerprint(state_of(self.model), (self.model.identity, *framing))
+
+
+def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.device) -> OwnClassifier:
+    """Return a user's object as a classifier, after a trial on two images; a UserError says what is wrong with it."""
+    if not callable(model) and not callable(getattr(model, "forward", None)):
+        raise UserError(
+            f"'{spec}' must return an encoder (encode_image, encode_text, image_size, logit_scale) or a classifier "
+            f"(callable, image_size): {type(model).__name__} has no encode_image and cannot be called"
+        )
+    size, how = getattr(model, "image_size", None), getattr(model, "interpolation", "bicubic")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"'{spec}': image_size must be a positive whole number (images are square), got {size!r}")
+    if how not in INTERPOLATIONS:
+        raise UserError(f"'{spec}' asks for the unknown interpolation '{how}'; {nearest(str(how), INTERPOLATIONS)}")
+    if not isinstance(model, nn.Module) and callable(getattr(model, "to", None)):
+        model = model.to(place) or model
+    # A caller may go on using what the callable returned.
+    kind = OfLibrary if isinstance(model, LibraryClassifier) else OwnClassifier
+    classifier = kind(own_copy(model), spec=spec, class_names=class_names)
+    classifier.to(place)
+    _try_out(classifier, place)
+    return classifier
+
+
+def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
+    """Classify two images, and see whether the output fits the classes."""
+    size, wanted = classifier.image_size, len(classifier.class_names) + classifier.can_reject
+    pixels = torch.linspace(0, 1, 2 * 3 * size**2, device=place).view(2, 3, size, size)
+    must = f"'{classifier.spec}' must return finite logits [2, {wanted}] for 2 images and {len(classifier.class_names)}"
+    must += " classes and one acceptance score" if classifier.can_reject else " classes"
+    try:
+        with torch.no_grad():
+            output = classifier.settle(pixels)
+    except UserError:
+        raise
+    except Exception as error:  # the user's classifier may fail in any way
+        raise UserError(f"{must}, it raised {type(error).__name__}: {brief(error)}") from error
+    if output.shape != (2, wanted) or not output.is_floating_point():
+        advice = "" if output.ndim != 2 else ": pass data with the classes that it was made for"
+        raise UserError(f"{must}, got {output.dtype} {list(output.shape)}{advice}")
+    if not output.isfinite().all():
+        raise UserError(f"{must}, got NaN or infinite values")

@@ -1,0 +1,104 @@
+"""Parts of gradient modes: exact values with another function's gradient, smooth signs, gates that are leant on."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def exactly(value: Tensor, stand_in: Tensor) -> Tensor:
+    """Return `value` to the bit, with the gradient of `stand_in` of the same shape (also through a second backward).
+
+    Example:
+        >>> x = torch.tensor([0.2, 0.7], requires_grad=True)
+        >>> y = exactly(x.round(), x.sin())
+        >>> y.tolist(), bool((torch.autograd.grad(y.sum(), x)[0] == x.cos()).all())
+        ([0.0, 1.0], True)
+    """
+    return _Exactly.apply(stand_in.to(value.dtype), value.detach())
+
+
+class _Exactly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, value: Tensor) -> Tensor:
+        del ctx, stand_in
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        del ctx
+        return grads[0], None
+
+
+def sign(values: Tensor, *, smooth: bool) -> Tensor:
+    """Return the sign of values [B, ...]; with `smooth` its gradient is that of tanh(v / (.5 rms v)), rms per image.
+
+    Example:
+        >>> v = torch.tensor([[1.0, -2.0]], requires_grad=True)
+        >>> sign(v, smooth=True).tolist(), bool((torch.autograd.grad(sign(v, smooth=True).sum(), v)[0] != 0).all())
+        ([[1.0, -1.0]], True)
+    """
+    if not smooth:
+        return values.detach().sign()
+    size = values.flatten(1).square().mean(1).sqrt().clamp_min(1e-30).view(-1, *[1] * (values.ndim - 1))
+    return exactly(values.sign(), (values / (0.5 * size)).tanh())
+
+
+def leaning(output: Tensor, hinge: Tensor, weight: float = 1.0) -> Tensor:
+    """Return `output` [B, K] to the bit, with a gradient that also lowers `hinge` [B] while it is positive.
+
+    For gates: an attack that raises a loss of the output is led to the side of the gate where the hinge is zero. The
+    pull is `weight` times the size of the loss's own gradient with respect to the row's output.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> y = leaning(x, x.sum(1))
+        >>> torch.autograd.grad(y[:, 0].sum(), x)[0].tolist()
+        [[0.0, -1.0]]
+    """
+    return _Leaning.apply(output, hinge.clamp_min(0), weight)
+
+
+class _Leaning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, hinge: Tensor, weight: float) -> Tensor:
+        del hinge
+        ctx.weight = weight
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad = grads[0]
+        return grad, -ctx.weight * grad.flatten(1).norm(dim=1), None
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Run attention in its plain form, which has a second derivative; fused kernels have none. Settings are restored.
+
+    A defence whose inner steps take gradients uses it for them in every mode, so that all modes compute the same bits.
+    """
+    backends = torch.backends.cuda  # whose switches hold for the CPU's kernels as well
+    before = (backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled())
+    try:
+        backends.enable_flash_sdp(False)
+        backends.enable_mem_efficient_sdp(False)
+        backends.enable_math_sdp(True)
+        yield
+    finally:
+        backends.enable_flash_sdp(before[0])
+        backends.enable_mem_efficient_sdp(before[1])
+        backends.enable_math_sdp(before[2])
+
+
+def inner_point(pixels: Tensor, mode_is_through: bool) -> Tensor:
+    """Return pixels as the start of an inner optimisation: a leaf of its own, or part of the caller's graph.
+
+    Use inside `torch.enable_grad()`: the caller may be under `no_grad`. Under `through` the caller's graph goes on
+    through the inner steps if it has one; else the inner steps have a graph of their own, thrown away behind them.
+    """
+    if mode_is_through and pixels.requires_grad:
+        return pixels
+    return pixels.detach().requires_grad_(True)

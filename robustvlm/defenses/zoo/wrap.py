@@ -1,0 +1,275 @@
+"""A defence put in front of a model, an encoder or classifier like any other; gradient modes; passes counted."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustvlm.core.object_graph import fingerprint
+from robustvlm.defenses.classifier import Classifier
+from robustvlm.defenses.zoo.base import AnswerDefence, Defence, FeatureDefence, Passes, PixelDefence
+from robustvlm.errors import UserError
+from robustvlm.models import VLM, resize
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+@dataclass(frozen=True)
+class _BelowModel:
+    """A model as a defence asks it: an encoder, or a classifier of known classes with or without one."""
+
+    model: VLM | Classifier
+
+    @property
+    def _vlm(self) -> VLM:
+        found = self.model if isinstance(self.model, VLM) else self.model.vlm
+        if found is None:
+            raise UserError(f"'{self.model.spec}' is a classifier without an encoder")
+        return found
+
+    @property
+    def _classifier(self) -> Classifier:
+        if isinstance(self.model, VLM):
+            raise UserError(f"'{self.model.spec}' is an encoder, which knows no classes")
+        return self.model
+
+    @property
+    def size(self) -> int:
+        return self.model.image_size
+
+    @property
+    def logit_scale(self) -> float:
+        return 1.0 if self.model.logit_scale is None else self.model.logit_scale
+
+    @property
+    def classes(self) -> Tensor:
+        found = self._classifier.class_embeddings
+        if found is None:
+            raise UserError(f"'{self.model.spec}' is a classifier without class embeddings")
+        return _wide(found)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return _wide(self._vlm.embed_image(pixels))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return _wide(self._vlm.encode_image(pixels))
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        return _wide(self._vlm.encode_text(texts))
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        return _wide(self._classifier(pixels))
+
+    def scores(self, features: Tensor) -> Tensor:
+        # Under autocast the last product would lose the margins attacks turn on.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.logit_scale * F.normalize(_wide(features), dim=-1) @ self.classes.T
+
+
+class _Mode:
+    """What the two kinds of defended models share: the defence and the gradient mode it is in."""
+
+    defence: Defence
+    mode: str
+
+
+class DefendedVLM(VLM, _Mode):
+    """An encoder behind a pixel or feature defence.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> from robustvlm.defenses.zoo.base import read_defence
+        >>> DefendedVLM(load_model("tiny"), read_defence("bits", ("3",))).encode_image(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 192])
+    """
+
+    def __init__(self, base: VLM, defence: PixelDefence | FeatureDefence) -> None:
+        super().__init__(
+            spec=f"{base.spec}+{defence}",
+            logit_scale=base.logit_scale,
+            **base.framing.options(),
+        )
+        self.base, self.defence, self.mode = base, defence, defence.modes[0]
+        self.logit_bias = base.logit_bias
+        self._anchor = self._anchor.to(base.device)
+        self.training = False
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.defence, FeatureDefence):
+            return self.embed_image(pixels)  # of unit length already, and scaled again it would not be the same bits
+        return super().encode_image(pixels)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        below, pixels = _BelowModel(self.base), _wide(pixels)
+        if isinstance(self.defence, PixelDefence):
+            return self.base.embed_image(self.defence.move(pixels, below, self.mode))
+        assert isinstance(self.defence, FeatureDefence)
+        return self.defence.feature(pixels, below, self.mode)
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        return self.base.embed_text(texts)  # scaled to unit length by the caller: twice is not the same bits
+
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        return self.base.class_vectors(class_names)
+
+    def cut_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self.base.cut_tokens(texts)
+
+    def at_noise(self, sigma: float) -> VLM:
+        below = self.base.at_noise(sigma)
+        if below is self.base:
+            return self
+        made = copy.copy(self)
+        made._modules = {**self._modules, "base": below}
+        made._known_fingerprint = None
+        return made
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the base model and the defence."""
+        return fingerprint({}, (self.base.fingerprint, self.defence.identity))
+
+
+class DefendedClassifier(Classifier, _Mode):
+    """A classifier behind a defence; it has no features of its own, so that commands about features refuse it.
+
+    Example:
+        >>> from robustvlm.defenses import load_classifier
+        >>> load_classifier("tiny+vote:4", ["apple", "dog"], ["{}"], cache=False)(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(self, inner: Classifier, defence: Defence) -> None:
+        if inner.can_reject:
+            raise UserError(f"'{inner.spec}' refuses images itself, and +{defence} stands in front of logits only")
+        if defence.needs_encoder and inner.vlm is None:
+            raise UserError(f"+{defence} needs an encoder, and '{inner.spec}' is a classifier without one")
+        super().__init__(
+            spec=f"{inner.spec}+{defence}",
+            class_names=inner.class_names,
+            **inner.framing.options(),
+        )
+        self.inner, self.defence, self.mode = inner, defence, defence.modes[0]
+        self.eval()
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({}, (self.inner.fingerprint, self.defence.identity))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [B, K]."""
+        below = _BelowModel(self.inner)
+        pixels = resize(_wide(pixels), self.image_size, self.interpolation)
+        # The encoder's own precision is its own business, the defence's arithmetic is float32.
+        if isinstance(self.defence, PixelDefence):
+            return below.logits(self.defence.move(pixels, below, self.mode))
+        if isinstance(self.defence, FeatureDefence):
+            return below.scores(self.defence.feature(pixels, below, self.mode))
+        assert isinstance(self.defence, AnswerDefence)
+        return self.defence.answer(pixels, below, self.mode)
+
+
+# Gradient modes of a model, whichever defences it has
+
+
+def defended(model: nn.Module) -> list[Any]:
+    """Return the parts of a model that are defences in front of something, the outermost first.
+
+    Example:
+        >>> from robustvlm.defenses import load_pipeline
+        >>> [str(part.defence) for part in defended(load_pipeline("tiny+bits:3+blur:3:1"))]
+        ['blur:3:1', 'bits:3']
+    """
+    return [part for part in model.modules() if isinstance(part, _Mode)]
+
+
+def modes_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the gradient modes that the defences of a model offer, each once."""
+    return tuple(dict.fromkeys(mode for part in defended(model) for mode in part.defence.modes))
+
+
+@contextlib.contextmanager
+def gradient_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Let the defences of a model that offer a gradient mode be in it; the others stay in theirs. All are put back.
+
+    What the model returns is the same to the bit in every mode.
+
+    Raises:
+        UserError: no defence of the model offers it.
+    """
+    if mode not in modes_of(model):
+        offered = ", ".join(modes_of(model)) or "none"
+        raise UserError(f"the model has no gradient mode '{mode}': it offers {offered}")
+    parts = [(part, part.mode) for part in defended(model) if mode in part.defence.modes]
+    try:
+        for part, _ in parts:
+            part.mode = mode
+        yield
+    finally:
+        for part, before in parts:
+            part.mode = before
+
+
+# Passes, counted
+
+
+@dataclass
+class Counted:
+    """Passes of the innermost model, per image summed over the images."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def per_image(self, images: int) -> Passes:
+        """Return the passes of one image of so many."""
+        return Passes(self.forward / images, self.backward / images)
+
+
+@contextlib.contextmanager
+def counted_passes(model: nn.Module) -> Iterator[Counted]:
+    """Count the passes through the encoder, or the classifier, that all defences of a model stand on.
+
+    Example:
+        >>> from robustvlm.defenses import load_classifier
+        >>> model = load_classifier("tiny+vote:4", ["apple", "dog"], ["{}"], cache=False)
+        >>> with torch.no_grad(), counted_passes(model) as seen:
+        ...     _ = model(torch.rand(2, 3, 64, 64))
+        >>> seen.per_image(2).forward
+        4.0
+    """
+    found, seen = _innermost(model), Counted()
+    name = "_image_features" if isinstance(found, VLM) else "forward"
+    before = getattr(found, name)
+
+    def asked(pixels: Tensor) -> Tensor:
+        output: Tensor = before(pixels)
+        seen.forward += len(pixels)
+        if output.requires_grad:
+            output.register_hook(_noted)
+        return output
+
+    def _noted(grad: Tensor) -> None:
+        seen.backward += len(grad)
+
+    vars(found)[name] = asked
+    try:
+        yield seen
+    finally:
+        del vars(found)[name]
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    parts: Iterable[nn.Module] = model.modules()
+    encoders = [part for part in parts if isinstance(part, VLM)]
+    if encoders:
+        return encoders[-1]
+    return [part for part in model.modules() if isinstance(part, Classifier)][-1]

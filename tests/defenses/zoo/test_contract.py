@@ -1,0 +1,153 @@
+"""What every test-time defence keeps, whichever it is: all of this runs over the one table of defences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from defended_small import classifier, images
+from torch import Tensor
+
+from robustvlm.defenses import load_classifier, load_pipeline
+from robustvlm.defenses.pipeline import operators, undefended
+from robustvlm.defenses.zoo.base import DEFENCES, MODES, AnswerDefence, form_of, generators, read_defence, strengths
+from robustvlm.defenses.zoo.wrap import counted_passes, gradient_mode, modes_of
+from robustvlm.errors import UserError
+
+ALL = list(DEFENCES)
+
+
+def asked(name: str, x: Tensor, seed: int = 0) -> Tensor:
+    model = classifier(name)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_strength_zero_is_the_undefended_model_to_the_bit(name: str) -> None:
+    off = classifier(f"{name}:{DEFENCES[name].off}")
+    x = images()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(off(x), classifier()(x))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_is_answered_alone_as_in_any_batch_and_order(name: str) -> None:
+    x = images(5)
+    whole = asked(name, x)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    assert torch.allclose(asked(name, x[order]), whole[order], atol=2e-4)
+    for row in range(5):
+        assert torch.allclose(asked(name, x[row : row + 1]), whole[row : row + 1], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_draws_follow_from_the_seed_and_are_declared(name: str) -> None:
+    x = images()
+    first = asked(name, x)
+    assert torch.equal(asked(name, x), first)
+    others = [asked(name, x, seed) for seed in (1, 2, 3, 4)]
+    assert all(torch.equal(other, first) for other in others) != DEFENCES[name].random
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_modes_change_gradients_and_never_an_answer(name: str) -> None:
+    model, x = classifier(name), images()
+    assert modes_of(model) == DEFENCES[name].modes
+    assert set(modes_of(model)) <= set(MODES)
+    found = asked(name, x)
+    for mode in modes_of(model):
+        given = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        with gradient_mode(model, mode):
+            output = model(given)
+        assert torch.equal(output.detach(), found), mode
+        output.logsumexp(1).sum().backward()
+        assert given.grad is not None
+        assert given.grad.isfinite().all()
+        assert given.grad.abs().amax() > 0, mode
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_passes_are_those_declared(name: str) -> None:
+    model, x = classifier(name), images(4)
+    with counted_passes(model) as seen, torch.no_grad():
+        for row in range(4):
+            before = (seen.forward, seen.backward)
+            model(x[row : row + 1])
+            found = (seen.forward - before[0], seen.backward - before[1])
+            declared = [read_defence(name, ()).cost(gate_open=gate) for gate in (True, False)]
+            assert found in [(cost.forward, cost.backward) for cost in declared]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pixels_given_are_not_changed_and_features_stay_of_unit_length(name: str) -> None:
+    model, x = classifier(name), images()
+    kept = x.clone()
+    with torch.no_grad():
+        model(x)
+        if model.vlm is not None:
+            assert torch.allclose(model.vlm.encode_image(x).norm(dim=1), torch.ones(len(x)), atol=1e-5)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_written_is_read_back(name: str) -> None:
+    defence = read_defence(name, ())
+    again = str(defence).split(":")
+    assert read_defence(again[0], tuple(again[1:])) == defence
+    by_name = tuple(f"{known.name}={getattr(defence, known.name)}" for known in strengths(type(defence)))
+    assert read_defence(name, by_name) == defence
+    assert operators()[name].form == form_of(name)
+    about = type(defence).about
+    assert about.title
+    assert about.reference
+    assert about.summary
+
+
+def test_an_answer_is_the_last_word_and_there_is_one() -> None:
+    answers = [name for name in ALL if issubclass(DEFENCES[name], AnswerDefence)]
+    for spec in (f"tiny+{answers[0]}+{answers[-1]}", f"tiny+{answers[0]}+bits:3", f"tiny+{answers[0]}+smooth:0.1"):
+        with pytest.raises(UserError, match="gives logits, so that only"):
+            load_classifier(spec, ["a", "b"], ["{}"])
+    for name in answers:
+        with pytest.raises(UserError, match="needs classes and gives logits"):
+            load_pipeline(f"tiny+{name}")
+    with pytest.raises(UserError, match="works on features already"):
+        load_pipeline("tiny+clipure+clipure")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("bits:x", "levels must be a whole number, got 'x'"),
+        ("bits:9", "levels must be 0 to 8, got 9"),
+        ("bits:1:2", "must be written"),
+        ("median:4", "kernel must be odd, got 4"),
+        ("blur:kernel=3:kernel=5", "must be written"),
+        ("blur:3:nan", "sigma must be 0.001 to 100, got nan"),
+    ],
+)
+def test_wrong_words_end_in_one_line(written: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_pipeline(f"tiny+{written}")
+
+
+def test_a_spec_without_its_defences() -> None:
+    assert undefended("tiny") == "tiny"
+    assert undefended("tiny+smooth:0.1:4+jpeg:75+smooth:0.2") == "tiny+smooth:0.1:4"
+
+
+def test_draws_of_one_image_are_its_own() -> None:
+    x = images(4)
+
+    def first(given: Tensor) -> list[float]:
+        torch.manual_seed(3)
+        return [torch.rand((), generator=draws).item() for draws in generators(given)]
+
+    whole = first(x)
+    assert len(set(whole)) == 4
+    assert first(x.flip(0)) == whole[::-1]
+    assert first(x[2:3]) == whole[2:3]
