@@ -16,6 +16,7 @@ from robustvlm.commands.detect.view import DetectRecord
 from robustvlm.commands.evaluate.work import CleanResult
 from robustvlm.commands.export import export as export
 from robustvlm.commands.immunize.record import ImmunizeSummary
+from robustvlm.commands.judge.record import Judgement
 from robustvlm.commands.predict import predict as predict
 from robustvlm.commands.prompts.work import PromptRecord
 from robustvlm.commands.soup.work import Soup
@@ -555,6 +556,66 @@ def immunize(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         fresh: Delete an earlier run of this name first.
+        observer: told of the progress.
+    """
+
+def judge(
+    model: str = "tiny+clipure,tiny+bits:3",
+    *,
+    base: str | None = None,
+    data: str = "emoji",
+    classes: Path | str | None = None,
+    templates: Path | str | None = None,
+    norm: str = "Linf",
+    eps: str | float = "4/255",
+    steps: int = 100,
+    queries: int = 300,
+    limit: int = 100,
+    seed: int = 0,
+    lanes: int = 32,
+    eot: int | None = None,
+    draws: int = 21,
+    device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    resume: bool | None = None,
+    observer: Observer | None = None,
+) -> FinishedRun[Judgement]:
+    """Judge test-time defences, as `robustvlm judge` does; options by their names.
+
+    Returns:
+        The run: its `summary` has an entry for each defended model and for what it stands on, with every image's
+            fate.
+
+    Raises:
+        UserError: whatever is wrong with the options, the data or the models.
+
+    Example:
+        >>> import tempfile
+        >>> run = judge("tiny+bits:3", limit=2, steps=1, queries=0, out=tempfile.mkdtemp())
+        >>> [found.spec for found in run.summary.models]
+        ['tiny', 'tiny+bits:3']
+
+    Args:
+        model: Defended models, with commas between them: MODEL+DEFENCE[,MODEL+DEFENCE...]; `robustvlm models` lists
+            the defences.
+        base: The undefended model, where it cannot be told from the name, as of module:callable.
+        data: The images; `robustvlm data` lists the forms.
+        classes: File of class names, one per line or a JSON list.
+        templates: File of prompt templates, one per line with {}.
+        norm: Linf or L2, in pixels scaled to [0, 1].
+        eps: The radius.
+        steps: Gradient steps of every attack.
+        queries: Queries of Square on what is left; 0 to leave it out.
+        limit: Judge on this many images, chosen by a hash of their ids.
+        seed: Seed of every random draw.
+        lanes: Images attacked side by side in one batch.
+        eot: Draws averaged in a gradient [default: what the defence declares; 1 if not random].
+        draws: Fresh draws of a random model that judge a success by majority.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings, so that they find it again].
+        resume: Insist on an earlier run, or delete it. Default: continue if there is one.
         observer: told of the progress.
     """
 

@@ -115,9 +115,14 @@ class Attacked:
         return ask_first(self._plain(), images.pixels, images.labels, model=f"model '{self.model.spec}'")
 
     @property
+    def random(self) -> bool:
+        """Whether the model draws: as it was seen to, or as its defences say, which a plain image may not show."""
+        return self.probe.random or any(part.defence.random for part in defended(self.model))
+
+    @property
     def gradient_draws(self) -> int:
         """Draws that a gradient is averaged over."""
-        if not self.probe.random:
+        if not self.random:
             return 1
         declared = [part.defence.eot for part in defended(self.model) if part.defence.random]
         return self.eot or max(declared, default=EOT_IF_RANDOM)
@@ -125,7 +130,7 @@ class Attacked:
     @property
     def judging_draws(self) -> int:
         """Draws that judge a point."""
-        return self.draws if self.probe.random else 1
+        return self.draws if self.random else 1
 
     def look(self, points: Tensor, labels: Tensor, purpose: str) -> list[Fate]:
         """Return whether the model is right at points; of a random model, in most of its draws."""

@@ -163,9 +163,9 @@ class _Trial:
         self.session.observer.begin(f"{spec}: questions")
         base = self.work.bases.get(spec)
         cost, change = attacked.cost(images), None
-        if base is not None and not attacked.probe.random:
+        if base is not None and not attacked.random:
             plain = self._attacked(base)
-            if not plain.probe.random:
+            if not plain.random:
                 points = [images.rows(self._parts(images)[0]).pixels, self._points(base, next(iter(UNAWARE)), 0)]
                 change = max(float((attacked.outputs(x) - plain.outputs(x)).abs().max()) for x in points)
         self.ledger.add_model(
@@ -174,7 +174,7 @@ class _Trial:
                 base=base,
                 defences=[str(part.defence) for part in reversed(defended(attacked.model))],
                 modes=list(attacked.modes),
-                random=attacked.probe.random,
+                random=attacked.random,
                 eot=attacked.gradient_draws,
                 draws=attacked.judging_draws,
                 forward=cost.forward,

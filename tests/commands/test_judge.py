@@ -1,0 +1,210 @@
+"""`robustvlm judge` on a linear classifier whose robust images are known by hand, with defences planted around it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import robustvlm as rv
+from robustvlm.commands.judge.attacks import UNAWARE
+from robustvlm.commands.judge.record import Judgement, ModelJudgement
+from robustvlm.commands.judge.view import bars_of, claim_words, sentence_of, table_of_defences
+from robustvlm.core.files import read_json
+from robustvlm.defenses.zoo.base import DEFENCES, Claim
+from robustvlm.runs.settings import Observer
+
+MODULE = '''
+import torch
+from torch import nn
+
+
+class Channels(nn.Module):
+    """Three classes, the brightest channel of the image; the gradient may be turned round."""
+
+    image_size = 16
+    class_names = ("a red", "b green", "c blue")
+
+    def __init__(self, honest=True):
+        super().__init__()
+        self.honest = honest
+
+    def forward(self, pixels):
+        logits = 30 * pixels.mean((2, 3))
+        return logits if self.honest else 2 * logits.detach() - logits
+
+
+def plain():
+    return Channels()
+
+
+def masked():
+    return Channels(honest=False)
+
+
+def smaller():
+    model = Channels()
+    model.image_size = 8
+    return model
+'''
+# Levels by which the right channel is brighter: an attack of 4 levels closes a gap below 8, and no other.
+GAPS = (4, 6, 12, 20)
+OPTIONS: dict[str, Any] = {"eps": "4/255", "steps": 6, "queries": 20, "lanes": 4, "device": "cpu", "draws": 5}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with images and models, and the process in it."""
+    folder = tmp_path_factory.mktemp("judge")
+    for place, name in enumerate(("a red", "b green", "c blue")):
+        (folder / "images" / name).mkdir(parents=True)
+        for gap in GAPS:
+            colour = [120, 120, 120]
+            colour[place] += gap
+            Image.new("RGB", (16, 16), tuple(colour)).save(folder / "images" / name / f"{gap}.png")
+    (folder / "planted.py").write_text(MODULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        yield folder
+    sys.modules.pop("planted", None)
+
+
+def judge(place: Path, model: str, name: str, **options: Any) -> Any:
+    return rv.judge(model, data=f"imagefolder:{place / 'images'}", out=place / "runs", name=name, **OPTIONS, **options)
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Any:
+    return judge(place, "planted:plain+bits:8,planted:plain+vote:3,planted:plain+bits:5", "whole")
+
+
+def names(found: ModelJudgement) -> set[str]:
+    return {check.name for check in found.checks if check.level in ("warning", "fault")}
+
+
+def test_the_undefended_model_is_what_it_is_by_hand(run: Any) -> None:
+    base = run.summary.of("planted:plain")
+    assert base.clean.successes == base.clean.total == 12
+    assert base.worst.successes == base.adaptive.successes == 6
+    assert {rate.successes for rate in base.unaware.values()} == {6}
+    assert base.facts.base is None
+    assert base.gain is None
+    held = {image.id for image in base.images if image.held}
+    assert held == {image.id for image in base.images if int(Path(image.id).stem) > 8}
+
+
+def test_a_sound_defence_is_not_slandered_and_a_harmless_one_gains_nothing(run: Any) -> None:
+    base, harmless = run.summary.of("planted:plain"), run.summary.of("planted:plain+bits:8")
+    assert [image.held for image in harmless.images] == [image.held for image in base.images]
+    assert harmless.gain.only_first == harmless.gain.only_second == 0
+    assert harmless.gain_p == 1
+    assert harmless.facts.forward == 1
+    assert harmless.facts.modes == ["identity"]
+    assert not {"transfer against gradients", "black box against white box", "robust above clean"} & names(harmless)
+
+
+def test_nothing_is_credited_with_more_than_any_attack_leaves(run: Any) -> None:
+    for found in run.summary.models:
+        least = min(found.clean.successes, found.adaptive.successes, *(r.successes for r in found.unaware.values()))
+        assert found.worst.successes <= least
+        for image in found.images:
+            assert image.held == all(image.right.values())
+    vote = run.summary.of("planted:plain+vote:3")
+    assert vote.facts.random
+    assert (vote.facts.eot, vote.facts.draws, vote.facts.forward) == (4, 5, 3)
+    assert vote.worst.successes == 6, "crops of a plain image are the image"
+
+
+def test_masked_gradients_are_seen_through_and_said(place: Path) -> None:
+    found = judge(place, "planted:masked", "masked", base="planted:plain").summary.of("planted:masked")
+    assert found.adaptive.successes == 12, "the gradient leads the wrong way"
+    assert found.worst.successes == 6, "the transferred points do not ask it"
+    assert {"transfer against gradients", "does nothing here"} <= names(found)
+    assert found.protocol.only_first == 0
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same(place: Path, run: Any) -> None:
+    class Stop(Observer):
+        left = 9
+
+        def advance(self, count: int = 1, **shown: str) -> None:
+            del count, shown
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    model = "planted:plain+bits:8,planted:plain+vote:3,planted:plain+bits:5"
+    with pytest.raises(KeyboardInterrupt):
+        judge(place, model, "stopped", observer=Stop())
+    journal = (place / "runs" / "stopped" / "journal.jsonl").read_text().splitlines()
+    again = judge(place, model, "stopped")
+    assert (place / "runs" / "stopped" / "journal.jsonl").read_text().splitlines()[: len(journal)] == journal
+    assert without_time(again.summary) == without_time(run.summary)
+
+
+def without_time(summary: Judgement) -> dict[str, Any]:
+    return summary.model_copy(update={"seconds": 0.0}).model_dump()
+
+
+def test_a_finished_run_is_read_and_told(place: Path, run: Any) -> None:
+    again = rv.open_run(place / "runs" / "whole")
+    assert again.summary == run.summary
+    page, marked = run.report.read_text(), (run.folder / "report.md").read_text()
+    assert page.count('<svg class="chart"') == 4
+    for text in (page, marked):
+        assert "our re-implementation" in text
+        assert "Under attacks made on the undefended model, as in the papers" in text
+        assert not re.search(r"\b(broken|fake|fails|useless|wrongly)\b", text, re.IGNORECASE)
+    assert read_json(run.folder / "summary.json", advice="")["models"][0]["spec"] == "planted:plain"
+    for found in run.summary.models:
+        assert [name for name, *_ in bars_of(found)] == ["unaware", "adaptive", "worst"]
+        if found.facts.base is not None:
+            assert f"{found.worst.successes} of 12" in sentence_of(found, run.summary)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("planted:plain", {}, "has no defence to judge"),
+        ("planted:plain+bits:3,planted:plain+bits:3", {}, "twice"),
+        ("planted:plain+bits:3,", {}, "an empty model"),
+        ("planted:plain+bits:3+reject:0.5", {}, "judge compares models that always answer"),
+        ("planted:smaller", {"base": "planted:plain"}, "takes images in another way"),
+    ],
+)
+def test_mistakes_end_in_one_line(place: Path, model: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(rv.UserError, match=said):
+        judge(place, model, "wrong", **options)
+    assert not (place / "runs" / "wrong").exists()
+
+
+def test_words_and_tables() -> None:
+    assert claim_words(Claim("B/32", "ten sets", "PGD-100", None, 91.3)).endswith(
+        "radius not read, unaware of the defence"
+    )
+    table = table_of_defences()
+    assert all(f"| `+{name}" in table for name in DEFENCES)
+    assert list(UNAWARE) == ["unaware:pgd", "unaware:apgd"]
+    assert json.loads(json.dumps([cell for cell in table.splitlines()[0].split("|") if cell.strip()]))
+
+
+def test_the_table_of_the_docs_is_the_present_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
+    assert f"\n{table_of_defences()}\n" in page, "python tools/defence_table.py writes it"
+
+
+@pytest.mark.slow
+def test_a_robust_encoder_behind_a_harmless_transform_keeps_what_it_is_worth(tmp_path: Path) -> None:
+    found = rv.judge("tiny-robust+bits:8", limit=24, eps="1/255", steps=20, queries=0, device="cpu", out=tmp_path)
+    base, defended = found.summary.models
+    differing = defended.gain.only_first + defended.gain.only_second
+    assert base.worst.successes > 0
+    assert differing <= 1
+    assert defended.gain_p == 1
