@@ -82,7 +82,7 @@ def _stop_at_first_pass(words: list[str]) -> None:
 
                 register_module_forward_pre_hook(_end_if_image)
 
-    sys.meta_path.insert(0, Watch())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Watch())
     sys.argv = ["robustvlm", *words]
     from robustvlm.__main__ import run
 

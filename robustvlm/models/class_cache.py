@@ -14,7 +14,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import platformdirs
@@ -212,7 +211,7 @@ def _locked(path: Path) -> io.FileIO:
 
     while True:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-        file = cast(io.FileIO, os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0))
+        file = os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0)
         try:
             while True:
                 try:

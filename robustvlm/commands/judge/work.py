@@ -251,7 +251,7 @@ def open_work(settings: JudgeSettings) -> JudgeWork:
         settings.stored(norm=norm, eps=radius, eps_text=text, device=device),
         {"spec": settings.model, "fingerprint": prints[next(iter(bases))], "models": prints},
         describe_data(source),
-        remarks=[*remarks_of(source, models[next(iter(bases.values()))].vlm), *dict.fromkeys(remarks)],
+        remarks=[*remarks_of(source, models[next(iter(bases.values()))]), *dict.fromkeys(remarks)],
     )
     return JudgeWork(facts, settings, ThreatModel(norm, radius), text, source, bases, models)
 
