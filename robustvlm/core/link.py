@@ -13,6 +13,7 @@ import hmac
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -137,6 +138,14 @@ class Watch:
         self._spoken = True
         if self._deadline is not None:
             self._deadline = time.monotonic() + self._grace
+
+    def end_if_troubled(self) -> None:
+        """End this process at once, with nothing more to say, where another is lost."""
+        if self.trouble is not None and not self.failed_in_words:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            self._leave(None)
 
     def wait_for(self, condition: Callable[[], bool], *, seconds: float) -> bool:
         """Wait until `condition` holds, for so many seconds at most; return whether it does."""
@@ -335,7 +344,7 @@ class Link:
         self._closing = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="robustvlm-link", daemon=True)
         self._heart.start()
-        atexit.register(self.close)
+        atexit.register(self._at_exit)
 
     def barrier(self) -> None:
         """Wait until every process has called this as often as this one.
@@ -436,13 +445,23 @@ class Link:
 
     def close(self) -> None:
         """Stop the signs of life; the keeper of the store waits for the others to be through with it."""
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         if self._closing.is_set():
             return
         self._closing.set()
         self._heart.join(timeout=self._farewell())  # a store out of reach answers never
         if self._watch is not None:
             self._watch.close()
+
+    def _at_exit(self) -> None:
+        """Close; where another process is lost, end at once: all is said, and whoever waits for this one should not."""
+        ended = self._first_to_fail is not None
+        if ended:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun hurries its processes; nothing is to be undone
+        self.close()
+        if ended and self._watch is not None:
+            self._watch.end_if_troubled()
 
     def _part(self) -> None:
         """Say good-bye; the keeper of the store waits until all have."""

@@ -96,6 +96,28 @@ def test_one_that_is_ending_by_itself_gets_time_and_is_not_spoken_for(wires: Exi
     assert watches[0].wait_for(lambda: ends == [None], seconds=SECONDS)
 
 
+def test_a_process_that_has_said_why_ends_at_once_where_another_is_lost(
+    wires: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Winding up a program takes a busy machine seconds; torchrun's SIGTERM meanwhile must not raise."""
+    kept = signal.getsignal(signal.SIGTERM)
+    for lost, ended in ((True, [None]), (False, [])):
+        ends: list[str | None] = []
+        watches = joined(wires, 2, leave=ends.append)
+        link = Link(HashStore(), rank=0, size=2, watch=watches[0])
+        monkeypatch.setattr(link, "_farewell", lambda: 0.1)
+        if lost:
+            die(watches[1])
+            assert watches[0].wait_for(lambda w=watches[0]: w.trouble is not None, seconds=SECONDS)
+        assert link.fail("the reason")
+        try:
+            link._at_exit()
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        finally:
+            signal.signal(signal.SIGTERM, kept)
+        assert ends == ended
+
+
 def test_a_closed_port_between_machines_is_named() -> None:
     store = HashStore()
     with socket.socket() as taken:
