@@ -310,8 +310,8 @@ def operators() -> dict[str, Operator]:
     """Return every operator by name, the published test-time defences included.
 
     Example:
-        >>> sorted(operators())[:2], operators()["smooth"].form
-        (['bits', 'blur'], 'smooth:SIGMA[:N0]')
+        >>> {"smooth", "bits", "ttc"} <= set(operators()), operators()["smooth"].form
+        (True, 'smooth:SIGMA[:N0]')
     """
     return OPERATORS | {name: operator(name) for name in DEFENCES}
 

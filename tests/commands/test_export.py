@@ -173,7 +173,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         export("tiny", tmp_path / "out", to="transformers")
     with pytest.raises(UserError, match="to is one of open_clip, transformers, got 'onnx'"):
         export("tiny", tmp_path / "out", to="onnx")
-    with pytest.raises(UserError, match=r"more than an open_clip model \(a Smoothed"):
+    with pytest.raises(UserError, match=r"more than a model of open_clip or transformers \(a Smoothed"):
         export("tiny+smooth:0.1", tmp_path / "out")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
-from shapes import lines_of
+from shapes import ADDED, lines_of
 
 _BESIDE = re.compile(r".*seconds.*|cost|encode_ms|fingerprint|looks|bpe_path|peak_memory|probe")
 """Keys of what it took, what else was looked at in the same place, and digests of what may differ in the last bits."""
@@ -46,7 +46,7 @@ def _content(path: Path) -> Any:
 
 def _apart(one: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
-        kept = [{key for key in each if not _BESIDE.fullmatch(key)} for each in (one, other)]
+        kept = [{key for key in each if not _BESIDE.fullmatch(key) and key not in ADDED} for each in (one, other)]
         lost = [f"{where} has {key} in one alone" for key in sorted(kept[0] ^ kept[1])]
         return lost + [
             said for key in sorted(kept[0] & kept[1]) for said in _apart(one[key], other[key], f"{where}.{key}")

@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 LEFT_OUT = ("report.html", "training")
 """What `make_before.py` left out."""
+ADDED = {"spread", "apart"}
+"""Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}
 """Keys whose own keys are names, not words of the format."""
 
@@ -53,7 +55,7 @@ def _keys(value: Any, *, depth: int) -> Any:
         return inside[:1]
     if not isinstance(value, dict) or not depth:
         return None
-    return {key: _keys(item, depth=0 if key in _OPEN else depth - 1) for key, item in value.items()}
+    return {key: _keys(item, depth=0 if key in _OPEN else depth - 1) for key, item in value.items() if key not in ADDED}
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:

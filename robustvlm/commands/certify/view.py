@@ -288,7 +288,7 @@ def show_audit(content: dict[str, Any], console: Console, *closing: doc.Closing)
         >>> console = Console(width=110)
         >>> with console.capture() as shown:
         ...     show_audit({"quantity": "cosine", "findings": [finding]}, console)
-        >>> "No attack got below a certified bound on any of 1 images." in shown.get()
+        >>> "No attack got below a certified bound on the one image." in shown.get()
         True
     """
     view = audit_view(content)
@@ -370,7 +370,8 @@ def _sentence(images: int, broken: Sequence[dict[str, Any]]) -> str:
         names = len({f["image_id"] for f in broken})
         some = f"{names:,} of {count_of(images, 'images')}"
         return f"Attacks broke the certified bound of {some}: these certificates are false."
-    return f"No attack got below a certified bound on any of {count_of(images, 'images')}."
+    where = "the one image" if images == 1 else f"any of {images:,} images"
+    return f"No attack got below a certified bound on {where}."
 
 
 def _search(findings: Sequence[dict[str, Any]]) -> str:

@@ -60,7 +60,9 @@ class Median(PixelDefence):
     """Each value the median of the K x K values around it, the border reflected.
 
     Example:
-        >>> Median(3).move(torch.eye(3).expand(1, 3, 3, 3), None, "through").max()
+        >>> dot = torch.zeros(1, 3, 5, 5)
+        >>> dot[..., 2, 2] = 1
+        >>> Median(3).move(dot, None, "through").max()
         tensor(0.)
     """
 
