@@ -23,6 +23,7 @@ Level = Literal["ok", "note", "warning", "fault"]
 class Record(BaseModel):
     """What a file of a run holds: fixed once made, and nothing in it that this version does not know."""
 
+    # Releases of pydantic before 2.10 warn of names that begin with "model_".
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
@@ -51,7 +52,7 @@ class Passes(Record):
         return self.images + self.spare + self.clean + self.questions + self.checks + self.untold
 
 
-class Cost(Record, protected_namespaces=()):  # pydantic before 2.10 warns of names that begin with "model_"
+class Cost(Record):
     """Encoder passes (one image through the encoder once) and wall time; `model_seconds` is the part inside it.
 
     `passes` says what forward and backward passes were made for, and sums to both together.

@@ -121,7 +121,7 @@ class CleanResult(BaseModel):
     it rejects, `unknown_rejected` that of the unknown ones. Both are None for other models.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str
     model_fingerprint: str
