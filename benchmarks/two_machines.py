@@ -303,7 +303,7 @@ def _under_way(folder: Path, started: dict[str, subprocess.Popen[bytes]], comman
     until = time.monotonic() + _START_SECONDS
     while time.monotonic() < until and all(process.poll() is None for process in started.values()):
         if command == "finetune":
-            if any((folder / "checkpoints").glob("*")):
+            if (folder / "last.safetensors").exists():
                 return True
         elif all(_lines(folder / name) >= _BEGUN for name in ("journal.jsonl", "journal-1.jsonl")):
             return True
