@@ -294,6 +294,19 @@ def open_gradients(model: nn.Module) -> list[str]:
     return said
 
 
+def attack_remarks(model: nn.Module) -> list[str]:
+    """Return what parts of `model` have to say to whoever attacks it (their attribute `attack_remark`), each once.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> layer.attack_remark = "gradients tell little of it"
+        >>> attack_remarks(nn.Sequential(layer, nn.ReLU()))
+        ['gradients tell little of it']
+    """
+    said = (getattr(part, "attack_remark", None) for part in model.modules())
+    return list(dict.fromkeys(remark for remark in said if remark))
+
+
 @contextlib.contextmanager
 def opened_gradients(model: nn.Module) -> Iterator[list[str]]:
     """Open the gradients of a caller's module as `open_gradients` does, and leave all of its parts as they were.

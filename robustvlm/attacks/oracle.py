@@ -303,6 +303,8 @@ class Probe:
         rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
             halves of the full one where no two answers are the same, the full one alone where they are not finite.
         rows: images of the full batch, for which memory sufficed.
+        declared: draws that a gradient should be averaged over, by the word of a part of the model that draws at
+            random (its attribute `random_draws`); 0 where none says so. The first images need not show it.
     """
 
     finite: bool
@@ -311,6 +313,7 @@ class Probe:
     zero_gradients: float
     rungs: tuple[int, ...]
     rows: int = 0
+    declared: int = 0
 
     def fewer_than(self, lanes: int) -> str | None:
         """Say why batches have fewer rows than `lanes`; None where they do not."""
@@ -322,13 +325,18 @@ class Probe:
 
     @property
     def random(self) -> bool:
-        """Whether two identical queries differ by more than rounding."""
+        """Whether two identical queries differ by more than rounding, or a part says that they may."""
+        return self.shown_random or self.declared > 0
+
+    @property
+    def shown_random(self) -> bool:
+        """Whether two identical queries did differ by more than rounding."""
         return self.repeat_change > _COUPLED
 
     @property
     def coupled(self) -> bool:
         """Whether an image's logits depend on the other images of its batch (a random model cannot be told)."""
-        return not self.random and self.batch_change > _COUPLED
+        return not self.shown_random and self.batch_change > _COUPLED
 
 
 def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
@@ -361,7 +369,14 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
         zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
         rungs=rungs,
         rows=len(images),
+        declared=_declared_draws(oracle.model),
     )
+
+
+def _declared_draws(model: object) -> int:
+    """Return the most draws that a part of a model asks gradients to be averaged over; 0 where no part says so."""
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return max((int(getattr(part, "random_draws", 0)) for part in parts), default=0)
 
 
 def ask_first(oracle: Oracle, images: Tensor, label: Tensor, *, model: str) -> Probe:
@@ -395,6 +410,7 @@ def settle_draws(
     eot_if_random: int = EOT_IF_RANDOM,
 ) -> None:
     """Let the oracle average over the draws of a random model and judge it by fresh ones, as told or as is usual."""
+    eot_if_random = max(eot_if_random, found.declared)
     oracle.eot = eot if eot is not None else eot_if_random if found.random else 1
     oracle.draws = draws if draws is not None else DRAWS_IF_RANDOM if found.random else 1
 

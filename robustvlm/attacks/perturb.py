@@ -13,7 +13,7 @@ from robustvlm.attacks.engine import LaneEngine
 from robustvlm.attacks.external import ExternalAttack, require_fit, require_norm
 from robustvlm.attacks.external_engine import ExternalEngine
 from robustvlm.attacks.goals import Case, Goal, Known, Targeted, read_goals
-from robustvlm.attacks.honesty import opened_gradients
+from robustvlm.attacks.honesty import attack_remarks, opened_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
 from robustvlm.attacks.threat import ThreatModel, parse_eps, parse_norm
@@ -154,7 +154,8 @@ def perturb(
         planned = recommended_eot(attack) if isinstance(attack, str) else 1
         settle_draws(oracle, found, eot=eot, draws=draws, eot_if_random=max(EOT_IF_RANDOM, planned))
         search = _Search(oracle, wanted, threat, found, pixels.cpu().to(oracle.dtype), label, names, seed)
-        search.remark(*stand_ins, *_remarks(asked, oracle, found, lanes), *_fallbacks(attacks, classes))
+        search.remark(*stand_ins, *attack_remarks(asked), *_remarks(asked, oracle, found, lanes))
+        search.remark(*_fallbacks(attacks, classes))
         search.look_at_clean(max(getattr(item, "n_targets", None) or 1 for item in attacks))
         for item in attacks:
             search.run(item, stop_at_success=stop_at_success)

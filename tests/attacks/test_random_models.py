@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import CHANNELS, SIDE, Linear
+from toy import CHANNELS, SIDE, Curved, Linear
 
 from robustvlm.attacks import (
     FOOLED,
@@ -19,7 +19,8 @@ from robustvlm.attacks import (
     objective,
     parse_attacks,
 )
-from robustvlm.attacks.oracle import Tally
+from robustvlm.attacks.oracle import Tally, probe, settle_draws
+from robustvlm.attacks.perturb import perturb
 
 
 class Noisy(torch.nn.Module):
@@ -163,3 +164,38 @@ def test_targeted_attacks_come_to_their_end_under_a_second_look(name: str) -> No
     )
     jobs = [Job(f"image-{i}", i, x, order[0], tuple(order[1:])) for i in range(3)]
     assert [result.outcome for result in engine.run(jobs)] == [ROBUST] * 3
+
+
+class Gated(torch.nn.Module):
+    """Says that it draws, and does so only on images that are darker than the first ones."""
+
+    random_draws = 16
+    attack_remark = "it draws behind a gate"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Curved()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = 0.3 * torch.randn_like(x) * (x.flatten(1).mean(1) < 0.2).float()[:, None, None, None]
+        return self.inner(x + noise)
+
+
+def bright(count: int) -> torch.Tensor:
+    return torch.rand(count, CHANNELS, SIDE, SIDE) * 0.2 + 0.6
+
+
+def test_a_part_that_says_it_draws_is_believed_where_the_first_images_do_not_show_it() -> None:
+    oracle = Oracle(torch.nn.Sequential(Gated()))
+    found = probe(oracle, bright(8), torch.zeros(8, dtype=torch.int64))
+    assert (found.repeat_change, found.random, found.shown_random, found.coupled) == (0, True, False, False)
+    settle_draws(oracle, found)
+    assert (oracle.eot, oracle.draws) == (16, 21)
+    assert not probe(Oracle(Curved()), bright(8), torch.zeros(8, dtype=torch.int64)).random
+
+
+def test_what_a_part_has_to_say_is_said() -> None:
+    x = bright(2)
+    found = perturb(Gated(), x, Curved()(x).argmax(1), eps=0.01, attack="pgd:steps=2", eot=1, draws=1)
+    assert "It draws behind a gate." in found.remarks
+    assert any("random" in remark for remark in found.remarks)

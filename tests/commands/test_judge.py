@@ -173,6 +173,7 @@ def test_a_finished_run_is_read_and_told(place: Path, run: Any) -> None:
     ("model", "options", "said"),
     [
         ("planted:plain", {}, "has no defence to judge"),
+        ("planted:plain+nope", {}, "unknown operator"),
         ("planted:plain+bits:3,planted:plain+bits:3", {}, "twice"),
         ("planted:plain+bits:3,", {}, "an empty model"),
         ("planted:plain+bits:3+reject:0.5", {}, "judge compares models that always answer"),

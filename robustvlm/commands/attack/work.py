@@ -15,7 +15,7 @@ from robustvlm import attacks
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.goals import GOALS
 from robustvlm.attacks.goals.classes import levels_of
-from robustvlm.attacks.honesty import open_gradients
+from robustvlm.attacks.honesty import attack_remarks, open_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM
 from robustvlm.commands.attack import AttackPlan, AttackSettings
 from robustvlm.commands.attack.checks import STAND_INS, of_results, of_second_opinion, published
@@ -307,6 +307,7 @@ def _notes(opened: list[str], classifier: Classifier) -> tuple[Check, ...]:
             "through it, image by image, so that small ones are not rounded to zero; they keep its rounding."
         )
         found.append(Check(name="half precision", level="note", message=message))
+    found += [Check(name="test-time defence", level="warning", message=said) for said in attack_remarks(classifier)]
     return tuple(found)
 
 

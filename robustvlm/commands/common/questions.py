@@ -101,6 +101,8 @@ def _repeatable(found: Probe, eot: int, draws: int) -> Check:
     moved = (
         f"The model is random: asked twice, its logits moved by {found.repeat_change:.2g} standard deviations of the "
         "logits."
+        if found.shown_random
+        else "The model is random by the word of one of its parts, though the first images do not show it."
     )
     if eot > 1 and draws > 1:
         message = (
@@ -118,9 +120,9 @@ def _repeatable(found: Probe, eot: int, draws: int) -> Check:
 def _independent(found: Probe) -> Check:
     return Check(
         name="independent images",
-        level="ok" if not found.random else "note",
+        level="ok" if not found.shown_random else "note",
         message="The logits of an image do not depend on the other images in its batch."
-        if not found.random
+        if not found.shown_random
         else "Whether images of one batch influence each other cannot be told for a random model.",
     )
 

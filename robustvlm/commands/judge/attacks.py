@@ -117,15 +117,14 @@ class Attacked:
     @property
     def random(self) -> bool:
         """Whether the model draws: as it was seen to, or as its defences say, which a plain image may not show."""
-        return self.probe.random or any(part.defence.random for part in defended(self.model))
+        return self.probe.random
 
     @property
     def gradient_draws(self) -> int:
         """Draws that a gradient is averaged over."""
         if not self.random:
             return 1
-        declared = [part.defence.eot for part in defended(self.model) if part.defence.random]
-        return self.eot or max(declared, default=EOT_IF_RANDOM)
+        return self.eot or self.probe.declared or EOT_IF_RANDOM
 
     @property
     def judging_draws(self) -> int:

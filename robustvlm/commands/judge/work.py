@@ -27,7 +27,7 @@ from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.source import Unreadable
 from robustvlm.defenses import Classifier, load_classifier
-from robustvlm.defenses.pipeline import undefended
+from robustvlm.defenses.pipeline import check_operations, split_spec, undefended
 from robustvlm.defenses.zoo.wrap import defended
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.run import Facts, Session
@@ -264,6 +264,7 @@ def _bases(settings: JudgeSettings) -> Iterator[tuple[str, str]]:
             raise UserError(f"'{settings.model}' names " + (f"'{spec}' twice" if spec else "an empty model"))
         base = settings.base or undefended(spec)
         if base == spec:
+            check_operations(spec, split_spec(spec)[1])
             raise UserError(
                 f"'{spec}' has no defence to judge: write MODEL+DEFENCE, as {spec}+bits:3 (`robustvlm models` lists "
                 f"them), or say with {setting('base', 'MODEL')} which model is the undefended one"

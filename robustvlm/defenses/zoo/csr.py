@@ -29,7 +29,7 @@ from robustvlm.defenses.zoo.base import (
     Strength,
 )  # fmt: skip
 from robustvlm.defenses.zoo.gradients import exactly, leaning
-from robustvlm.defenses.zoo.inner import gate_hinge, in_full, recomputed, score_gradient, smooth_sign, within
+from robustvlm.defenses.zoo.inner import gate_hinge, in_full, recomputed, sign_step
 
 
 def low_pass(pixels: Tensor, radius: float) -> Tensor:
@@ -115,9 +115,9 @@ def best_of_way(
     scores: list[Tensor] = []
 
     def step(y: Tensor, x: Tensor, along: Tensor, *, smooth: bool = False) -> Tensor:
-        score, grad = score_gradient(lambda v: (feature(v) * along).sum(1), y, graph=smooth)
-        scores.append(score.detach())
-        return within(y + size * (smooth_sign(grad) if smooth else grad.sign()), x, eps)
+        score, moved = sign_step(lambda v: (feature(v) * along).sum(1), y, x, size=size, reach=eps, smooth=smooth)
+        scores.append(score)
+        return moved
 
     way = [base]
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Parts of gradient modes: exact values with another function's gradient, smooth signs, gates that are leant on."""
+"""Parts of gradient modes: exact values with another function's gradient, gates that are leant on, attention."""
 
 import contextlib
 from collections.abc import Iterator
@@ -30,20 +30,6 @@ class _Exactly(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         del ctx
         return grads[0], None
-
-
-def sign(values: Tensor, *, smooth: bool) -> Tensor:
-    """Return the sign of values [B, ...]; with `smooth` its gradient is that of tanh(v / (.5 rms v)), rms per image.
-
-    Example:
-        >>> v = torch.tensor([[1.0, -2.0]], requires_grad=True)
-        >>> sign(v, smooth=True).tolist(), bool((torch.autograd.grad(sign(v, smooth=True).sum(), v)[0] != 0).all())
-        ([[1.0, -1.0]], True)
-    """
-    if not smooth:
-        return values.detach().sign()
-    size = values.flatten(1).square().mean(1).sqrt().clamp_min(1e-30).view(-1, *[1] * (values.ndim - 1))
-    return exactly(values.sign(), (values / (0.5 * size)).tanh())
 
 
 def leaning(output: Tensor, hinge: Tensor, weight: float = 1.0) -> Tensor:
@@ -91,14 +77,3 @@ def plain_attention() -> Iterator[None]:
         backends.enable_flash_sdp(before[0])
         backends.enable_mem_efficient_sdp(before[1])
         backends.enable_math_sdp(before[2])
-
-
-def inner_point(pixels: Tensor, mode_is_through: bool) -> Tensor:
-    """Return pixels as the start of an inner optimisation: a leaf of its own, or part of the caller's graph.
-
-    Use inside `torch.enable_grad()`: the caller may be under `no_grad`. Under `through` the caller's graph goes on
-    through the inner steps if it has one; else the inner steps have a graph of their own, thrown away behind them.
-    """
-    if mode_is_through and pixels.requires_grad:
-        return pixels
-    return pixels.detach().requires_grad_(True)

@@ -186,6 +186,23 @@ def smooth_sign(values: Tensor) -> Tensor:
     return torch.tanh(values / per_image(SHARPNESS * rms, values))
 
 
+def sign_step(
+    score: Callable[[Tensor], Tensor], y: Tensor, x: Tensor, *, size: float, reach: float, smooth: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the scores [B] at `y`, and `y` a sign step up its score, within x +- `reach` and [0, 1].
+
+    Args:
+        smooth: leave the step differentiable, with a smooth sign in place of the sign.
+
+    Example:
+        >>> x = torch.full((1, 1, 1, 2), 0.5)
+        >>> sign_step(lambda v: v.sum((1, 2, 3)), x, x, size=0.25, reach=1.0, smooth=False)[1].flatten()
+        tensor([0.7500, 0.7500])
+    """
+    value, grad = score_gradient(score, y, graph=smooth)
+    return value.detach(), within(y + size * (smooth_sign(grad) if smooth else grad.sign()), x, reach)
+
+
 def unit_rows(values: Tensor) -> Tensor:
     """Return rows [B, ...] at Euclidean length 1; a row of zeros stays one.
 

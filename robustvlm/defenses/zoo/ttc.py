@@ -30,7 +30,7 @@ from robustvlm.defenses.zoo.base import (
     generators,
 )  # fmt: skip
 from robustvlm.defenses.zoo.gradients import exactly, leaning
-from robustvlm.defenses.zoo.inner import gate_hinge, in_full, lengths, recomputed, score_gradient, smooth_sign, within
+from robustvlm.defenses.zoo.inner import gate_hinge, in_full, lengths, recomputed, sign_step
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,11 @@ def countered(
     squares: list[Tensor] = []
 
     def step(y: Tensor, x: Tensor, anchor: Tensor, *, smooth: bool = False) -> Tensor:
-        square, grad = score_gradient(lambda v: (feature(v) - anchor).square().sum(1), y, graph=smooth)
-        squares.append(square.detach())
-        return within(y + size * (smooth_sign(grad) if smooth else grad.sign()), x, eps)
+        square, moved = sign_step(
+            lambda v: (feature(v) - anchor).square().sum(1), y, x, size=size, reach=eps, smooth=smooth
+        )
+        squares.append(square)
+        return moved
 
     y = noisy if smooth else noisy.detach()
     weights = step_weights(steps, beta)

@@ -81,6 +81,20 @@ class _Mode:
     defence: Defence
     mode: str
 
+    @property
+    def random_draws(self) -> int:
+        """How many draws a gradient is to be averaged over; 0 for a defence that does not draw."""
+        return self.defence.eot if self.defence.random else 0
+
+    @property
+    def attack_remark(self) -> str:
+        """What a single attack cannot say of a test-time defence."""
+        return (
+            f"+{self.defence} is a test-time defence, and gradients look through it in its mode '{self.mode}' alone. "
+            "Points found in another mode, or on the undefended model, may fool it all the same: `robustvlm judge` "
+            "tries them all and counts the worst."
+        )
+
 
 class DefendedVLM(VLM, _Mode):
     """An encoder behind a pixel or feature defence.
