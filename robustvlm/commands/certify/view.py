@@ -123,7 +123,10 @@ _ANCHORS = (
 def _radii(run: CertifyRecord) -> doc.Section:
     several = len(run.summary.methods) > 1
     lead = doc.Text(f"{_LEAD}{_ANCHORS if several else ''}.", kind="lead")
-    blocks: list[doc.Block] = [lead, doc.Pair([*_charts(run), _by_method(run)]), *_by_radius(run), *_curve(run)]
+    charts, table = _charts(run), _by_method(run)
+    # Beside a chart there is no room for the column that says what the other methods are about.
+    beside: list[doc.Block] = [doc.Pair(charts), table] if several else [doc.Pair([*charts, table])]
+    blocks: list[doc.Block] = [lead, *beside, *_by_radius(run), *_curve(run)]
     return doc.Section("How far the certificates reach", blocks, "radii", "Radii")
 
 
@@ -136,6 +139,8 @@ def _charts(run: CertifyRecord) -> list[doc.Chart]:
             "Mean over all images of the cosine that is certified at each distance; an image without a certificate "
             "counts as \N{MINUS SIGN}1."
         )
+        if summary.spread is not None:
+            caption += " The margin is by how much it exceeds the largest cosine to the nearest other image."
         if config.min_cos is not None:
             caption += f" Dotted: the cosine asked for, {format_exact(config.min_cos)}."
         draw = partial(cosine_curve, lines, key="cosine", cos0=config.min_cos)
