@@ -47,7 +47,7 @@ def main() -> None:
         for repeat in range(options.repeats):
             bare.append(float(_run(["-c", _BARE])))
             for name in names:
-                place = [] if name == "evaluate" else ["--out", f"{folder}/{repeat}"]
+                place = [] if name in ("evaluate", "predict") else ["--out", f"{folder}/{repeat}"]
                 command = ["-m", "benchmarks.start", "--until-first-pass", *COMMANDS[name], *place]
                 seconds, _, modules = _run(command).strip().splitlines()[-1].partition(" ")
                 spent[name].append(float(seconds))
