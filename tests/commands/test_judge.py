@@ -15,7 +15,14 @@ from PIL import Image
 import robustvlm as rv
 from robustvlm.commands.judge.attacks import UNAWARE
 from robustvlm.commands.judge.record import Judgement, ModelJudgement
-from robustvlm.commands.judge.view import bars_of, claim_words, sentence_of, table_of_defences
+from robustvlm.commands.judge.view import (
+    bars_of,
+    claim_words,
+    left_aside,
+    sentence_of,
+    table_of_defences,
+    write_markdown,
+)
 from robustvlm.core.files import read_json
 from robustvlm.defenses.zoo.base import DEFENCES, Claim
 from robustvlm.runs.settings import Observer
@@ -184,6 +191,15 @@ def test_mistakes_end_in_one_line(place: Path, model: str, options: dict[str, An
     with pytest.raises(rv.UserError, match=said):
         judge(place, model, "wrong", **options)
     assert not (place / "runs" / "wrong").exists()
+
+
+def test_images_that_are_in_no_figure_are_told(run: Any) -> None:
+    assert left_aside(run.summary) == ""
+    some = run.summary.model_copy(update={"unreadable": 1, "unknown": 2})
+    assert left_aside(some) == "Left out of every figure: 1 image unreadable, 2 images of no known class."
+    write_markdown(run.folder / "other.md", some, {})
+    assert "1 image unreadable" in (run.folder / "other.md").read_text(encoding="utf-8")
+    (run.folder / "other.md").unlink()
 
 
 def test_words_and_tables() -> None:

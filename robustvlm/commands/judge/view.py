@@ -19,7 +19,7 @@ from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import BAD, GRID, INK, MUTED, SERIES, as_svg, chart, new_figure
 from robustvlm.report.page import write_report_of
-from robustvlm.report.words import DASH, ball, duration, findings, interval, percent, plain
+from robustvlm.report.words import DASH, ball, count_of, duration, findings, interval, percent, plain
 from robustvlm.runs.run import FinishedRun, read_finished
 from robustvlm.stats import Rate
 
@@ -169,6 +169,16 @@ def _ordered(summary: Judgement) -> list[ModelJudgement]:
     ]
 
 
+def left_aside(summary: Judgement) -> str:
+    """Say how many images are in no figure, and why; "" for none."""
+    parts = [
+        f"{count_of(number, 'images')} {why}"
+        for number, why in ((summary.unreadable, "unreadable"), (summary.unknown, "of no known class"))
+        if number
+    ]
+    return f"Left out of every figure: {', '.join(parts)}." if parts else ""
+
+
 def _table(summary: Judgement) -> Iterator[doc.Block]:
     rows: list[doc.Row] = []
     strong = set()
@@ -188,6 +198,8 @@ def _table(summary: Judgement) -> Iterator[doc.Block]:
     about = ball(summary.norm, summary.eps_text)
     title = f"{about}; {summary.images:,} images, {summary.steps} steps"
     yield doc.Table(columns, rows, title=title, strong=frozenset(strong))
+    if aside := left_aside(summary):
+        yield doc.Text(aside)
     yield doc.Text(
         "Unaware: points made on the undefended model, as most papers attack. Adaptive: right when clean and under "
         "every gradient mode and the attack on features. Worst: right under everything, transferred points and Square "
@@ -322,6 +334,8 @@ def _markdown(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{ball(summary.norm, summary.eps_text)}. {summary.images:,} images of `{data}`,"
     yield f"{summary.steps} gradient steps and {summary.queries} queries of Square. {_INTERVALS}"
+    if aside := left_aside(summary):
+        yield aside
     yield ""
     heads = ["model", "claimed", *_COLUMNS, "p", "passes F / B", "fidelity"]
     yield _line(heads)
