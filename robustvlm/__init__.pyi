@@ -638,7 +638,11 @@ def purify(
     feature_weight: float = 2.0,
     pixel_weight: float = 1.0,
     diffusion_weight: float = 1.0,
+    text_weight: float = 0.0,
     statistics_weight: float = 1.0,
+    eps: str | None = None,
+    norm: str | None = None,
+    inner_steps: int | None = None,
     augment: str = "crop",
     ema: float = 0.99,
     precision: str = "fp32",
@@ -683,7 +687,11 @@ def purify(
         feature_weight: Of 1 - cos to the clean feature (purifier).
         pixel_weight: Of the squared error of the pixels (purifier).
         diffusion_weight: Of the denoising loss (purifier).
+        text_weight: Of KL(classes of the clean image || of the purified one), by the data's names (purifier).
         statistics_weight: Of the match of mean and spread (mapper).
+        eps: Train the purifier against attacks of this radius [default: noise alone].
+        norm: Linf or L2, of that attack [default: Linf].
+        inner_steps: Gradient steps of that attack [default: 3].
         augment: none, flip, crop (and flip) or strong (colours too).
         ema: Decay of the moving average of the weights, which is kept.
         precision: fp32, or bf16 (weights and noise stay fp32).

@@ -49,6 +49,14 @@ def test_a_recipe_that_cannot_be_made_leaves_no_folder(tmp_path: Path, options: 
         rv.build(**options, smooth="0.25", out=tmp_path, device="cpu")
     with pytest.raises(rv.UserError, match="unknown purifier size"):
         rv.purify("tiny", size="x", out=tmp_path, device="cpu", limit=40, val_limit=4)
+    for wrong, said in (
+        ({"inner_steps": 2}, "inner_steps has no effect without eps"),
+        ({"eps": "1/255", "inner_steps": 0}, "at least 1 step"),
+        ({"eps": "1/255", "only": "mapper"}, "for training a purifier, and none is trained"),
+        ({"text_weight": 1.0, "only": "mapper"}, "for training a purifier, and none is trained"),
+    ):
+        with pytest.raises(rv.UserError, match=said):
+            rv.purify("tiny", out=tmp_path, device="cpu", limit=40, val_limit=4, **wrong)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,7 +44,13 @@ class PurifySettings(Settings):
     feature_weight: float = option(2.0, "Of 1 - cos to the clean feature (purifier).", at_least=0)
     pixel_weight: float = option(1.0, "Of the squared error of the pixels (purifier).", at_least=0)
     diffusion_weight: float = option(1.0, "Of the denoising loss (purifier).", at_least=0)
+    text_weight: float = option(
+        0.0, "Of KL(classes of the clean image || of the purified one), by the data's names (purifier).", at_least=0
+    )
     statistics_weight: float = option(1.0, "Of the match of mean and spread (mapper).", at_least=0)
+    eps: str | None = option(None, "Train the purifier against attacks of this radius [default: noise alone].")
+    norm: str | None = option(None, "Linf or L2, of that attack [default: Linf].")
+    inner_steps: int | None = option(None, "Gradient steps of that attack [default: 3].")
     augment: str = option("crop", "none, flip, crop (and flip) or strong (colours too).")
     ema: float = option(0.99, "Decay of the moving average of the weights, which is kept.")
     precision: str = option("fp32", "fp32, or bf16 (weights and noise stay fp32).")
@@ -57,6 +63,11 @@ class PurifySettings(Settings):
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
     as_json: bool = Shared.RECORD_AS_JSON
+
+    def stored(self, **resolved: Any) -> dict[str, Any]:
+        """Return what defines the run; options that came later are left out where they change nothing."""
+        later = ("text_weight", "eps", "norm", "inner_steps")
+        return {name: value for name, value in super().stored(**resolved).items() if value or name not in later}
 
 
 PURIFY = Command(

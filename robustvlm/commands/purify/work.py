@@ -10,6 +10,8 @@ from rich.console import Console
 from torch import Tensor
 
 from robustvlm import training
+from robustvlm.attacks import ThreatModel, parse_norm
+from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import facts_of, probe_of, taken_for_granted
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.core.files import write_text
@@ -19,6 +21,7 @@ from robustvlm.data import DataSource, open_data
 from robustvlm.data.source import Sample, select
 from robustvlm.data.splits import require_unseen_validation
 from robustvlm.defenses import load_pipeline
+from robustvlm.defenses.finetune import InnerAttack
 from robustvlm.defenses.purify import NoiseLevels, Parts, load_denoiser, train
 from robustvlm.defenses.purify.parts import write_parts
 from robustvlm.defenses.purify.train import PurifySettings as Stages
@@ -27,6 +30,7 @@ from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
+from robustvlm.models.zero_shot import zero_shot
 from robustvlm.report import screen
 from robustvlm.report import training as report
 from robustvlm.report.training import told
@@ -47,6 +51,7 @@ class PurifyWork:
 
     Args:
         images: to train on; held: pixels [N, 3, S, S] on which the score is watched.
+        texts: unit embeddings [K, D] of the classes, where the purifier's loss looks at them.
     """
 
     facts: Facts
@@ -54,6 +59,7 @@ class PurifyWork:
     encoder: VLM
     images: training.TrainingData
     held: Tensor
+    texts: Tensor | None
 
     def run(self, session: Session) -> None:
         """Train, or go on training, and write the model and its record."""
@@ -74,6 +80,7 @@ class PurifyWork:
             ranks=session.ranks,
             observe=observe,
             run=run_identity(session.manifest),
+            texts=self.texts,
         )
         if not session.ranks.leader:
             return
@@ -122,6 +129,10 @@ def open_work(settings: PurifySettings) -> PurifyWork:
     train.check_encoder(encoder, stages)
     images, held = _images(settings, source, val, encoder)
     model, data = facts_of(encoder, "interpolation"), _describe(source)
+    texts = None
+    if settings.text_weight:
+        texts = zero_shot(encoder, source.class_names, source.templates).class_embeddings
+        data |= {"classes": list(source.class_names), "templates": list(source.templates)}
     if settings.denoiser is not None:
         # Another denoiser of the same name makes another run, or the finished one would be handed back.
         model["denoiser"] = load_denoiser(settings.denoiser, encoder.image_size, device).fingerprint
@@ -135,7 +146,7 @@ def open_work(settings: PurifySettings) -> PurifyWork:
         probe=probe_of(encoder),
         remarks=[*taken_for_granted(encoder), *source.remarks],
     )
-    return PurifyWork(facts, stages, encoder, images, held)
+    return PurifyWork(facts, stages, encoder, images, held, texts)
 
 
 def stages_of(settings: PurifySettings) -> Stages:
@@ -153,6 +164,12 @@ def stages_of(settings: PurifySettings) -> Stages:
         if not 0 < getattr(settings, name) < math.inf:
             raise BadSetting(name, "must be a positive number", got=getattr(settings, name))
     same = ("batch_size", "ema", "precision", "accumulate", "seed", "validate_every", "checkpoint_every")
+    attack = None
+    if settings.eps is not None:
+        threat = ThreatModel(parse_norm(settings.norm or "Linf"), one_radius(settings.eps, "eps")[1])
+        attack = InnerAttack(threat=threat, steps=3 if settings.inner_steps is None else settings.inner_steps)
+    else:
+        settings.require_none(("norm", "inner_steps"), f"has no effect without {setting('eps')}")
     engine = {"final_lr": 0.01, "weight_decay": 0.01, **{name: getattr(settings, name) for name in same}}
     return Stages(
         levels=NoiseLevels.of(settings.sigma),
@@ -162,9 +179,13 @@ def stages_of(settings: PurifySettings) -> Stages:
         purifier=training.TrainingConfig(steps=settings.steps, lr=settings.lr, **engine),
         mapper=training.TrainingConfig(steps=settings.mapper_steps, lr=settings.mapper_lr, **engine),
         purifier_weights=train.PurifierWeights(
-            diffusion=settings.diffusion_weight, feature=settings.feature_weight, pixel=settings.pixel_weight
+            diffusion=settings.diffusion_weight,
+            feature=settings.feature_weight,
+            pixel=settings.pixel_weight,
+            text=settings.text_weight,
         ),
         mapper_weights=train.MapperWeights(statistics=settings.statistics_weight),
+        attack=attack,
     )
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.seeds import derive_seed, generator
+from robustvlm.defenses.finetune.methods import InnerAttack, frozen
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
 from robustvlm.defenses.purify.parts import Mapper, MapperShape, Parts, PurifiedVLM
 from robustvlm.defenses.purify.unet import NoiseLevels, Purifier, coefficients, purifier_shape
 from robustvlm.defenses.smoothing import SmoothedVLM
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.stats import mean
 from robustvlm.training import Draws, Measure, Task, Trainer, TrainingConfig, TrainingData, TrainingObserver, gathered
@@ -33,11 +34,13 @@ class PurifierWeights:
         diffusion: of the denoising loss at unit weight for every noise level.
         feature: lambda_1, of 1 - cos to the clean feature.
         pixel: lambda_2, of the squared error of the pixels.
+        text: of the divergence of the classes that are read off the purified image; 0 asks for no texts.
     """
 
     diffusion: float = 1.0
     feature: float = 1.0
     pixel: float = 1.0
+    text: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,27 +132,62 @@ class PurifierTask(Task):
         purifier: what is trained. encoder: frozen; gradients pass through it to the purifier only.
         levels: noise to train for. weights: of the terms of the loss.
         held_out: images [N, 3, S, S] on which the Gaussian robustness score is watched.
+        texts: unit embeddings [K, D] of class names, for the term `text`.
+        attack: raises what the encoder and the texts make of the purified image, before every step; None: noise alone.
     """
 
     labelled = False
 
     def __init__(
-        self, purifier: Purifier, encoder: VLM, levels: NoiseLevels, weights: PurifierWeights, held_out: Tensor
+        self,
+        purifier: Purifier,
+        encoder: VLM,
+        levels: NoiseLevels,
+        weights: PurifierWeights,
+        held_out: Tensor,
+        *,
+        texts: Tensor | None = None,
+        attack: InnerAttack | None = None,
     ) -> None:
         super().__init__(purifier)
         self.purifier, self.encoder, self.levels = purifier, encoder.requires_grad_(False), levels
-        self.weights, self.held_out = asdict(weights), held_out
+        self.weights, self.held_out, self.attack = asdict(weights), held_out, attack
+        self.texts = texts if weights.text else None
+        if self.texts is None:
+            del self.weights["text"]
 
     def losses(self, pixels: Tensor, labels: Tensor, step: int, draws: Draws) -> dict[str, Tensor]:
-        """Return the weighted sum and the terms of stage one."""
+        """Return the weighted sum and the terms of stage one, at attacked images where there is an attack."""
         del labels, step
         with torch.no_grad():
             clean = self.encoder.encode_image(pixels)
         sigma = self.levels.at(draws.uniform(pixels.new_empty(len(pixels), 2), "sigma"))
-        noisy = pixels + sigma.view(-1, 1, 1, 1) * draws.normal(pixels, "noise")
-        estimate = self.purifier(noisy, sigma)
+        noise = sigma.view(-1, 1, 1, 1) * draws.normal(pixels, "noise")
+        seen = pixels
+        if self.attack is not None:
+            with frozen(self.purifier):
+                seen, _ = self.attack(
+                    lambda x, _: self._gap(x + noise, sigma, clean).sum(), pixels, draws, name="attack"
+                )
+        estimate = self.purifier(seen + noise, sigma)
         features = self.encoder.encode_image(estimate.to(pixels.dtype))
-        return weighted(purifier_terms(estimate, pixels, sigma, features, clean), self.weights)
+        terms = purifier_terms(estimate, pixels, sigma, features, clean)
+        if self.texts is not None:
+            terms["text"] = self._texts_apart(features, clean).mean()
+        return weighted(terms, self.weights)
+
+    def _gap(self, noisy: Tensor, sigma: Tensor, clean: Tensor) -> Tensor:
+        """Return what the attack raises, for every image: the terms of the loss that are not about pixels."""
+        features = self.encoder.encode_image(self.purifier(noisy, sigma).to(noisy.dtype))
+        gap = self.weights["feature"] * (1 - F.cosine_similarity(features.float(), clean.float(), dim=1))
+        return gap if self.texts is None else gap + self.weights["text"] * self._texts_apart(features, clean)
+
+    def _texts_apart(self, features: Tensor, clean: Tensor) -> Tensor:
+        """Return KL(classes of the clean image || classes of the purified one), for every image."""
+        assert self.texts is not None
+        texts = self.encoder.logit_scale * self.texts.float().T
+        goal, found = ((z.float() @ texts).log_softmax(dim=1) for z in (clean, features))
+        return F.kl_div(found, goal, reduction="none", log_target=True).sum(dim=1)
 
     def validate(self) -> Mapping[str, Measure]:
         """Return the score at every level given, behind the purifier."""
@@ -240,9 +278,10 @@ class PurifySettings:
         size: preset of the purifier.
         purifier, mapper: settings of the engine for the stages.
         purifier_weights, mapper_weights: of the terms of the losses.
+        attack: what the purifier is trained against beside noise.
 
     Raises:
-        UserError: nothing would be trained or used.
+        UserError: nothing would be trained or used; an attack or texts without a purifier to train.
     """
 
     levels: NoiseLevels
@@ -253,8 +292,13 @@ class PurifySettings:
     mapper: TrainingConfig
     purifier_weights: PurifierWeights = field(default_factory=PurifierWeights)
     mapper_weights: MapperWeights = field(default_factory=MapperWeights)
+    attack: InnerAttack | None = None
 
     def __post_init__(self) -> None:
+        if "purifier" not in self.trained and (self.attack is not None or self.purifier_weights.text):
+            raise UserError(
+                f"{setting('eps')} and {setting('text_weight')} are for training a purifier, and none is trained here"
+            )
         if self.denoiser is not None and "purifier" in self.stages and len(self.stages) == 1:
             raise UserError("a denoiser of your own needs no training: leave out --only purifier to train its mapper")
 
@@ -281,6 +325,7 @@ def train_parts(
     ranks: Ranks | None = None,
     observe: Observe | None = None,
     run: str | None = None,
+    texts: Tensor | None = None,
 ) -> tuple[Parts, Mapping[Stage, History]]:
     """Train purifier and mapper around a frozen encoder; killed at any moment, the same call goes on.
 
@@ -290,6 +335,7 @@ def train_parts(
         held_out: images [N, 3, S, S] on which the Gaussian robustness score is watched.
         folder: for checkpoints, in a folder for each stage.
         ranks: of a distributed job; observe: who watches a stage; run: identity of the run that the checkpoints are of.
+        texts: unit embeddings [K, D] of class names, for the weight `text`.
 
     Returns:
         The parts, and the record of each stage that was trained.
@@ -315,7 +361,8 @@ def train_parts(
         with seeded(settings.purifier.seed, "purifier"):
             purifier = Purifier(purifier_shape(settings.size, encoder.image_size)).to(device)
         purifier = purifier.to(memory_format=torch.channels_last)
-        fit("purifier", PurifierTask(purifier, encoder, levels, settings.purifier_weights, held_out))
+        weights, attack = settings.purifier_weights, settings.attack
+        fit("purifier", PurifierTask(purifier, encoder, levels, weights, held_out, texts=texts, attack=attack))
     mapper: Mapper | None = None
     if "mapper" in settings.stages:
         with torch.no_grad():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustvlm.attacks import ThreatModel
+from robustvlm.defenses.finetune import InnerAttack
 from robustvlm.defenses.purify import NoiseLevels
 from robustvlm.defenses.purify.parts import Mapper, MapperShape
 from robustvlm.defenses.purify.train import (
@@ -96,9 +98,48 @@ def test_gradients_reach_the_purifier_and_nothing_else() -> None:
     )
 
 
-def test_stage_one_does_not_depend_on_how_the_batch_is_cut() -> None:
+def _attacked(steps: int, eps: float = 0.1, text: float = 2.0) -> PurifierTask:
+    torch.manual_seed(0)
     encoder, purifier = Linear(), Purifier(PurifierShape(widths=(8,), embedding=8))
-    task = PurifierTask(purifier, encoder, NoiseLevels((0.1, 0.5)), PurifierWeights(), torch.rand(2, 3, 4, 4))
+    attack = InnerAttack(threat=ThreatModel("Linf", eps), steps=steps) if steps else None
+    weights, held_out = PurifierWeights(text=text), torch.rand(2, 3, 4, 4)
+    return PurifierTask(
+        purifier, encoder, NoiseLevels((0.1,)), weights, held_out, texts=torch.eye(6)[:3], attack=attack
+    )
+
+
+def _terms(task: PurifierTask) -> dict[str, float]:
+    pixels = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    terms = task.losses(pixels, torch.full((6,), -1), 0, Draws(0, 0, [str(i) for i in range(6)]))
+    return {name: term.item() for name, term in terms.items()}
+
+
+def test_the_term_of_the_texts_agrees_with_a_second_implementation() -> None:
+    task = _attacked(steps=0)
+    features, clean = (unit(torch.randn(5, 6, generator=torch.Generator().manual_seed(i))) for i in (0, 1))
+    logits = [10 * z.double().numpy()[:, :3] for z in (clean, features)]
+    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in logits)
+    expected = (p * np.log(p / q)).sum(1)
+    assert task._texts_apart(features, clean).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert "text" not in _terms(_attacked(steps=0, text=0.0))
+    found = _terms(task)
+    assert found["loss"] == pytest.approx(
+        sum(found[k] for k in ("diffusion", "feature", "pixel")) + 2 * found["text"], rel=1e-5
+    )
+
+
+def test_the_attack_raises_what_the_purifier_is_to_keep_down() -> None:
+    without, one, more = (_terms(_attacked(steps)) for steps in (0, 1, 5))
+    gaps = [found["feature"] + 2 * found["text"] for found in (without, one, more)]
+    assert gaps[0] < gaps[1] < gaps[2]
+    nearly = _terms(_attacked(steps=5, eps=1e-7))
+    assert nearly == pytest.approx(without, rel=1e-3), "an attack without room changes nothing"
+
+
+@pytest.mark.parametrize("task", [_attacked(steps=2), None])
+def test_stage_one_does_not_depend_on_how_the_batch_is_cut(task: PurifierTask | None) -> None:
+    encoder, purifier = Linear(), Purifier(PurifierShape(widths=(8,), embedding=8))
+    task = task or PurifierTask(purifier, encoder, NoiseLevels((0.1, 0.5)), PurifierWeights(), torch.rand(2, 3, 4, 4))
     pixels, ids = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)), list("abcd")
     labels = torch.zeros(4, dtype=torch.int64)
     whole = task.losses(pixels, labels, 3, Draws(0, 3, ids))["loss"]
