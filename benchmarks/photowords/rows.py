@@ -35,7 +35,7 @@ class Sizes:
     samples: int = 1000
     smoothed: int = 50
     copies: int = 16
-    tune_steps: int = 400
+    tune_steps: int = 700
     tune_batch: int = 16
     purify_steps: int = 60
     mapper_steps: int = 40
@@ -60,7 +60,7 @@ class Setting:
     superclasses: int
     sigma: float = 0.1
     tune_eps: str = "1/255"
-    tune_lr: float = 2e-5
+    tune_lr: float = 1e-4
 
     def part(self, name: str) -> str:
         """Return the data spec of a part."""
@@ -111,8 +111,9 @@ def rows(s: Setting) -> Iterator[Row]:
     yield _told_apart(s, "immune-all", plain, s.run("immunity"), "", scores="own,mcm,max-logit")
     yield _row(
         s, "finetune", "fine-tuned", "finetune", s.model, "tune", readings.trained,
-        method="fare", eps=s.tune_eps, inner_steps=1, lr=s.tune_lr, steps=s.sizes.tune_steps,
-        batch_size=s.sizes.tune_batch, warmup=0.1, val_limit=s.sizes.validated, val_steps=5, validate_every=0.0,
+        method="benchmarks.photowords.method:ByWords", eps=s.tune_eps, inner_steps=1, lr=s.tune_lr,
+        steps=s.sizes.tune_steps, batch_size=s.sizes.tune_batch, warmup=0.1,
+        val_limit=s.sizes.validated, val_steps=5, validate_every=0.0,
     )  # fmt: skip
     yield from _measured(s, s.run("finetune"), "fine-tuned", "tuned-")
 
