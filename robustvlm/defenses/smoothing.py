@@ -127,6 +127,10 @@ class SmoothedVLM(VLM):
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.encode_text(texts)
 
+    @property
+    def text_fingerprint(self) -> str:
+        return f"{self.base.text_fingerprint} scaled to unit norm twice"
+
     def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
         return self.base.class_vectors(class_names)
 

@@ -232,6 +232,9 @@ def _rows(model: Any, text: dict[str, Any]) -> int:
 _PROBES = ["a photo of a border collie, 1986", "Zwölf Boxkämpfer jagen Viktor", "\N{GRINNING FACE} don't!"]
 
 
+_NOT_OF_TEXTS = ("visual.", "logit_scale", "logit_bias")
+
+
 class ClipVLM(VLM):
     """An open_clip model with its tokenizer and the preprocessing it was trained with.
 
@@ -273,6 +276,16 @@ class ClipVLM(VLM):
         # Of other tokenizers we know only whether another word would still be read.
         read, longer = self.tokenizer([text, f"{text} {text[-1:]}x"])
         return int(torch.equal(read, longer))
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Digest of the text tower and the tokenizer: models whose image tower alone was trained share it."""
+        texts = {name: value for name, value in self.model.state_dict().items() if not name.startswith(_NOT_OF_TEXTS)}
+        config, quick_gelu = json.loads(self.architecture or "[{}, false]")
+        config.pop("vision_cfg", None)
+        quick_gelu = bool(config.pop("quick_gelu", False)) or quick_gelu  # where a saved folder says it
+        design = json.dumps([config, quick_gelu], sort_keys=True)
+        return self._digest("text", texts, ("text", design, str(self.tokenizer(_PROBES).tolist())))
 
     def _identity(self) -> Iterable[str]:
         return self.architecture, str(self.tokenizer(_PROBES).tolist())

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from robustvlm.core.files import replacing, write_text
 from robustvlm.errors import UserError
 from robustvlm.models.clip import MERGES, ClipVLM, settings_of
-from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES
+from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, stored_weights
 
 
 def write_clip_folder(
@@ -46,14 +46,6 @@ def write_clip_folder(
     with replacing(folder / WEIGHT_NAMES[0]) as temporary:
         save_file(values, temporary, metadata={"format": "pt"})
     write_text(folder / CONFIG_NAME, json.dumps(clip_config(vlm, merges), indent=2) + "\n")
-
-
-def stored_weights(state: Mapping[str, torch.Tensor], *, half: bool = False) -> dict[str, torch.Tensor]:
-    """Return weights as they are written: on the CPU, each with memory of its own, with 16 bits if `half`."""
-    return {
-        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
-        for name, tensor in state.items()
-    }
 
 
 def clip_config(vlm: ClipVLM, merges: Path | None = None) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import replacing, write_text
 from robustvlm.errors import UserError, setting
 from robustvlm.models.clip import ClipVLM
-from robustvlm.models.clip_folder import stored_weights
 from robustvlm.models.transformers_files import CONFIG, WEIGHTS, library, quiet
 from robustvlm.models.transformers_vlm import pooled
+from robustvlm.models.weights import stored_weights
 
 LAYOUT = (
     WEIGHTS,

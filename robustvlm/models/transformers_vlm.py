@@ -119,6 +119,9 @@ class Words:
         return ids
 
 
+_NOT_OF_TEXTS = ("vision_model.", "visual_projection.", "logit_scale", "logit_bias")
+
+
 class TransformersVLM(VLM):
     """A model with an image and a text tower, its tokenizer, and the preprocessing of its processor.
 
@@ -146,6 +149,12 @@ class TransformersVLM(VLM):
     def _text_features(self, texts: list[str]) -> torch.Tensor:
         given = {name: tensor.to(self.device) for name, tensor in self.words(texts).items()}
         return pooled(self._call("get_text_features", **given), "the text tower")
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Digest of the text tower and the tokenizer: models whose image tower alone was trained share it."""
+        texts = {name: value for name, value in self.model.state_dict().items() if not name.startswith(_NOT_OF_TEXTS)}
+        return self._digest("text", texts, ("text", *self._identity()))
 
     def cut_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens of each text are cut off at the context length."""
@@ -229,6 +238,10 @@ class TowerVLM(VLM):
                 f"{self.spec}@MODEL, or ask for features alone (from Python: perturb with goal='feature')"
             )
         return self.text.embed_text(texts)
+
+    @property
+    def text_fingerprint(self) -> str:
+        return self.fingerprint if self.text is None else self.text.text_fingerprint
 
     def cut_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens of each text are cut off at the context length."""

@@ -59,7 +59,7 @@ class VLM(nn.Module, ABC):
         self.logit_scale = logit_scale
         # Follows .to(device) even where a model has no tensor of its own.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
-        self._known_fingerprint: tuple[object, str] | None = None
+        self._known_digests: dict[str, tuple[object, str]] = {}
 
     @property
     def image_size(self) -> int:
@@ -125,16 +125,27 @@ class VLM(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """Digest of the weights and of all else that decides the features; hashed again only after a change."""
-        state = self._state()
+        return self._digest("all", self._state(), self.design)
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Digest of what decides the text features: models that share it give every text the same bits.
+
+        It is that of the whole model where nothing is known of its parts.
+        """
+        return self.fingerprint
+
+    def _digest(self, of: str, state: Mapping[str, object], texts: Iterable[str]) -> str:
         # An in-place update (an optimiser's step) raises a tensor's version; a new tensor has a new address.
         tensors = [t for t in state.values() if isinstance(t, torch.Tensor)]
         # Those made in inference mode count no updates.
         if any(t.is_inference() for t in tensors):
-            return fingerprint(state, self.design)
+            return fingerprint(state, texts)
         stamp = tuple((t.data_ptr(), t._version) for t in tensors)
-        if self._known_fingerprint is None or self._known_fingerprint[0] != stamp:
-            self._known_fingerprint = (stamp, fingerprint(state, self.design))
-        return self._known_fingerprint[1]
+        known = self._known_digests.get(of)
+        if known is None or known[0] != stamp:
+            known = self._known_digests[of] = (stamp, fingerprint(state, texts))
+        return known[1]
 
     @abstractmethod
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,29 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def stored_weights(state: Mapping[str, torch.Tensor], *, half: bool = False) -> dict[str, torch.Tensor]:
+    """Return weights as they are written: on the CPU, each with memory of its own, with 16 bits if `half`.
+
+    Those that need no change are not copied: a large model would be in memory twice.
+
+    Example:
+        >>> whole = torch.zeros(4)
+        >>> found = stored_weights({"a": whole, "b": whole[:2]})
+        >>> found["a"].data_ptr() == whole.data_ptr(), found["b"].data_ptr() == whole.data_ptr()
+        (True, False)
+    """
+    found: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, given in state.items():
+        tensor = (given.half() if half and given.is_floating_point() else given).detach().cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found
+
+
 def require_finite(weights: Mapping[str, torch.Tensor], what: str) -> None:
     """Refuse weights of which one is no number.
 

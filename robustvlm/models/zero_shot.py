@@ -1,18 +1,17 @@
 """A classifier from class names alone: each class is the mean of its prompts' embeddings, which are kept."""
 
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from robustvlm.core.boundary import borrowed
-from robustvlm.core.loading import tell
 from robustvlm.core.seeds import full_precision_kernels
 from robustvlm.errors import UserError
-from robustvlm.models.class_cache import Parts, cache_key, embeddings_of
+from robustvlm.models.class_cache import Parts, cache_key, embeddings_of, in_batches
 from robustvlm.models.vlm import VLM
 
 # A classifier from class names alone: each class is the mean of its prompts' embeddings
@@ -67,8 +66,7 @@ def zero_shot(
     """
     _check_names(class_names)
     _check_templates(templates)
-    with borrowed(vlm):
-        embeddings = _embeddings(vlm, class_names, templates, cache=cache)
+    embeddings = class_embeddings(vlm, class_names, templates, cache=cache)
     if not torch.isfinite(embeddings).all():
         raise UserError(f"the text encoder of '{vlm.spec}' gives NaN or infinite values for these classes")
     require_distinct(vlm, class_names, templates, embeddings)
@@ -83,16 +81,17 @@ def class_embeddings(
     templates: Sequence[str],
     *,
     distinct: bool = False,
-    parts: Parts | None = None,
+    cache: bool = True,
 ) -> torch.Tensor:
-    """Return unit embeddings [K, D], encoding a bounded number of prompts at a time.
+    """Return unit embeddings [K, D] of names, encoding a bounded number of prompts at a time.
 
     They are computed in the precision of the weights, whatever a run's own precision is: bfloat16 moves an embedding
     by up to 2e-3, and CLIP's temperature of 100 makes of that nearly a tenth of a logit in every margin.
 
     Args:
         distinct: two names with one embedding are a UserError (`require_distinct`).
-        parts: what an earlier process has computed before it was stopped; what is new is added.
+        cache: keep them, and take what is kept, bit for bit the same (`kept_embeddings`). Not for a text tower in
+            training, whose weights are others each time.
 
     Example:
         >>> from robustvlm.models import load_model
@@ -102,30 +101,65 @@ def class_embeddings(
     own = vlm.class_vectors(class_names)
     if own is not None:
         return own
-    # How the prompts are batched may decide the last bits of their embeddings: parts are whole batches.
-    per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
-    groups = [class_names[start : start + per_batch] for start in range(0, len(class_names), per_batch)]
-    rows = [row.to(vlm.device) for row in parts.read([len(names) for names in groups])] if parts else []
-    done = known = sum(map(len, rows))
-    began = time.monotonic()
-    with torch.no_grad(), full_precision_kernels():
-        for names in groups[len(rows) :]:
-            prompts = [template.replace("{}", name) for name in names for template in templates]
-            # One class may have more templates than a batch holds.
-            features = torch.cat(
-                [vlm.encode_text(prompts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(prompts), _TEXTS_PER_BATCH)]
-            )
-            rows.append(F.normalize(features.view(len(names), len(templates), -1).mean(dim=1), dim=-1))
-            if parts:
-                parts.add(rows[-1], first=done)
-            done += len(names)
-            if len(groups) > 1:
-                left = (time.monotonic() - began) / (done - known) * (len(class_names) - done)
-                tell(done * len(templates), len(class_names) * len(templates), left)
-    found = torch.cat(rows)
+
+    def of(names: Sequence[str]) -> torch.Tensor:
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        # One class may have more templates than a batch holds.
+        features = torch.cat(
+            [vlm.encode_text(prompts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(prompts), _TEXTS_PER_BATCH)]
+        )
+        return F.normalize(features.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+
+    def all_of(parts: Parts | None = None) -> torch.Tensor:
+        per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
+        return in_batches(class_names, per_batch, of, parts=parts, texts_each=len(templates))
+
+    with computing(vlm):
+        found = kept_embeddings(vlm, class_names, templates, of, all_of) if cache else all_of()
     if distinct:
         require_distinct(vlm, class_names, templates, found)
     return found
+
+
+def kept_embeddings(
+    vlm: VLM,
+    names: Sequence[str],
+    templates: Sequence[str],
+    of: Callable[[Sequence[str]], torch.Tensor],
+    all_of: Callable[[Parts | None], torch.Tensor],
+    *,
+    kind: str = "",
+) -> torch.Tensor:
+    """Return the rows [K, D] of fixed texts under a frozen text tower: those kept, else computed once and kept.
+
+    Args:
+        of: computes the rows of a few names; all_of: those of all, from the parts that an earlier process has left.
+        kind: tells rows apart that are made in another way of the same texts.
+    """
+    # The first name is always computed: should anything but the weights have changed what the text tower does
+    # (a library, the device, the encoder's own files), its bits differ, and so does the key.
+    first = of(names[:1])
+    if len(names) == 1:
+        return first
+    probe = first.cpu().numpy().tobytes().hex()
+    key = cache_key([kind, vlm.text_fingerprint, _machine(first.device), probe, str(len(names)), *names, *templates])
+    found = embeddings_of(key, len(names), all_of, in_parts=len(names) * len(templates) > _TEXTS_PER_BATCH)
+    return found.to(first.device, copy=True)  # a caller may write into it
+
+
+def _machine(device: torch.device) -> str:
+    """Return what decides the last bits of large batches, where those of one class may be the same."""
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} {torch.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return f"{device.type} {name} {torch.__version__}"
+
+
+@contextmanager
+def computing(vlm: VLM) -> Iterator[None]:
+    """Compute embeddings that may be kept and trained against, in the precision of the weights."""
+    with torch.inference_mode(False), torch.no_grad(), borrowed(vlm), full_precision_kernels():
+        yield
 
 
 def require_distinct(vlm: VLM, class_names: Sequence[str], templates: Sequence[str], embeddings: torch.Tensor) -> None:
@@ -199,22 +233,6 @@ def _short(name: str) -> str:
     """Return a name in quotes; of a long one the beginning and the end, where names of one pattern differ."""
     text = " ".join(name.split())
     return f"'{text}'" if len(text) <= 60 else f"'{text[:30].rstrip()} ... {text[-20:].lstrip()}'"
-
-
-def _embeddings(vlm: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool) -> torch.Tensor:
-    if not cache or vlm.class_vectors(class_names[:1]) is not None:
-        return class_embeddings(vlm, class_names, templates)
-    # The first class is always computed: should anything but the weights have changed what the text tower does
-    # (a library, the device, the encoder's own files), its bits differ, and so does the key.
-    first = class_embeddings(vlm, class_names[:1], templates)
-    probe = first.cpu().numpy().tobytes().hex()
-    key = cache_key([vlm.fingerprint, probe, str(len(class_names)), *class_names, *templates])
-    return embeddings_of(
-        key,
-        len(class_names),
-        lambda parts: class_embeddings(vlm, class_names, templates, parts=parts),
-        in_parts=len(class_names) * len(templates) > _TEXTS_PER_BATCH,
-    )
 
 
 def _check_names(class_names: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from robustvlm.core.files import parse_json, replacing, require_regular
 from robustvlm.errors import UserError, setting
+from robustvlm.models.weights import stored_weights
 from robustvlm.training.history import History
 from robustvlm.training.task import TrainingConfig
 
@@ -35,9 +36,7 @@ def write_checkpoint(path: Path, parts: Mapping[str, Mapping[str, Tensor]], fact
         >>> read_checkpoint(file)
         ({'weights': {'w': tensor([1., 1.])}}, {'step': 3})
     """
-    flat = {
-        f"{part}/{name}": t.detach().cpu().contiguous() for part, group in parts.items() for name, t in group.items()
-    }
+    flat = stored_weights({f"{part}/{name}": t for part, group in parts.items() for name, t in group.items()})
     if not path.parent.is_dir():
         raise UserError(f"the run's folder was deleted or moved while it was at work: '{path.parent}' is gone")
     with replacing(path) as temporary:
@@ -79,10 +78,14 @@ class Weights:
         stored = module.state_dict(keep_vars=True).keys()
         self.buffers = {name: b for name, b in module.named_buffers() if name in stored and b.numel()}
 
+    def values(self) -> dict[str, Tensor]:
+        """Return all values by name, as they stand."""
+        both: dict[str, Tensor] = {**self.parameters, **self.buffers}
+        return {name: value.detach() for name, value in both.items()}
+
     def state(self) -> dict[str, Tensor]:
         """Return copies of all values, by name."""
-        both: dict[str, Tensor] = {**self.parameters, **self.buffers}
-        return {name: value.detach().clone() for name, value in both.items()}
+        return {name: value.clone() for name, value in self.values().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -193,7 +196,7 @@ class TrainingState:
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint that training goes on from."""
-        parts = {"weights": self.weights.state(), "optimizer": moments(self.weights, self.optimizer)}
+        parts = {"weights": self.weights.values(), "optimizer": moments(self.weights, self.optimizer)}
         if self.average is not None:
             parts["average"] = self.average.values
         if self.pending.sums:
@@ -240,7 +243,7 @@ class TrainingState:
         """Write the values to keep as the best so far."""
         best = self.history.best()
         facts = {"step": self.step, "validation": best.model_dump(mode="json") if best else None, "run": self.run}
-        write_checkpoint(folder / BEST, {"weights": self.kept or self.weights.state()}, facts)
+        write_checkpoint(folder / BEST, {"weights": self.kept or self.weights.values()}, facts)
 
     def load_kept(self, folder: Path) -> None:
         """Put the values of the best validation into the module; without one, those of the last step.

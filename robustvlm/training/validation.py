@@ -174,6 +174,7 @@ class ZeroShotValidation:
         class_names, templates: of the validation images.
         robust: images and attack.
         texts_change: whether texts have to be embedded anew every time.
+        in_training: whether the text tower is what is trained, so that none of its embeddings is worth keeping.
     """
 
     vlm: VLM
@@ -181,12 +182,13 @@ class ZeroShotValidation:
     templates: tuple[str, ...]
     robust: RobustValidation
     texts_change: bool = False
+    in_training: bool = False
     _embeddings: Tensor | None = None
 
     def __call__(self) -> Mapping[str, Measure]:
         """Return clean, noise, FGSM and robust accuracy, and the feature spread, of the present weights."""
         if self._embeddings is None or self.texts_change:
-            self._embeddings = class_embeddings(self.vlm, self.class_names, self.templates)
+            self._embeddings = class_embeddings(self.vlm, self.class_names, self.templates, cache=not self.in_training)
         measures = self.robust.measure(self._logits, device=self.vlm.device)
         return {**measures, "feature spread": self._spread()}
 

@@ -147,7 +147,7 @@ def test_prompts_and_clean_images_are_embedded_as_exactly_as_attacked_ones() -> 
     vlm = _Told()
     try:
         torch.set_float32_matmul_precision("high")
-        class_embeddings(vlm, ["a", "bb"], ["{}"])
+        class_embeddings(vlm, ["a", "bb"], ["{}"], cache=False)
         evaluate_clean(
             ZeroShotClassifier(vlm, source.class_names, torch.eye(len(source.class_names), 3)), source, limit=1
         )

@@ -261,8 +261,7 @@ def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: 
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}) == wanted:
                 return file.get_tensor("words")
-    with torch.inference_mode():
-        made = class_embeddings(vlm, words, templates).float().cpu().clone()
+    made = class_embeddings(vlm, words, templates).float().cpu()
     with replacing(path) as temporary:
         temporary.write_bytes(save({"words": made}, metadata=wanted))
     return made

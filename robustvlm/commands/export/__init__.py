@@ -15,12 +15,12 @@ from robustvlm.defenses.library import CLASSES, names_library_model
 from robustvlm.defenses.pipeline import load_pipeline, split_spec
 from robustvlm.errors import UserError, arguments_named, nearest, setting
 from robustvlm.models.clip import MERGES, ClipVLM
-from robustvlm.models.clip_folder import clip_config, stored_weights, write_clip_folder
+from robustvlm.models.clip_folder import clip_config, write_clip_folder
 from robustvlm.models.clip_to_transformers import LAYOUT, translate
 from robustvlm.models.transformers_export import COPIED, as_clip, rewritten
 from robustvlm.models.transformers_files import CONFIG, WEIGHTS
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
-from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES
+from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, stored_weights
 
 Exported = ClipVLM | TransformersVLM | TowerVLM
 

@@ -18,11 +18,11 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.pipeline import split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.models.clip_folder import stored_weights
 from robustvlm.models.saved import read_card
 from robustvlm.models.transformers_export import inner
 from robustvlm.models.transformers_files import PREFIX, split_sides
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
+from robustvlm.models.weights import stored_weights
 from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED
 from robustvlm.report.words import ball, count_of, interval, percent, plain
 from robustvlm.runs.manifest import kind_of_run, read_manifest

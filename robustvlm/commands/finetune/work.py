@@ -151,8 +151,9 @@ class FinetuneWork:
         robust = RobustValidation(
             held, self.tuning.attack.threat, n_iter=self.settings.val_steps, seed=self.settings.seed
         )
+        trained = bool(task.method.also_trained())
         return ZeroShotValidation(
-            self.vlm, source.class_names, source.templates, robust, texts_change=bool(task.method.also_trained())
+            self.vlm, source.class_names, source.templates, robust, texts_change=trained, in_training=trained
         )
 
 

@@ -1,8 +1,9 @@
 """`hierarchical`: hyperbolic alignment at every level of class trees, with its embedding and its trained texts."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -16,6 +17,8 @@ from robustvlm.defenses.finetune.hyperbolic import distances, exp0
 from robustvlm.defenses.finetune.methods import Materials, Method, frozen
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
+from robustvlm.models.class_cache import Parts, in_batches
+from robustvlm.models.zero_shot import computing, kept_embeddings
 from robustvlm.training import Draws, gathered
 
 # From CLIP's features to points of the ball, with constants fitted to the model before training
@@ -89,6 +92,7 @@ def _gap(logits: Tensor) -> float:
 # Text embeddings that are trained through the text projection alone: the text tower runs once, before training
 
 _TEXTS_PER_PASS = 256
+_TRIED = 8
 _TOLERANCE = 1e-4
 
 
@@ -96,7 +100,7 @@ class ProjectedTexts(nn.Module):
     """Embeddings [N, D] of named things as a function of the text projection: the mean of their prompts' features.
 
     What comes out of the text tower is kept; a call costs one matrix product. Works for text towers that end in a
-    linear map called `text_projection`, or `proj` for those of transformers, which is checked on the texts themselves;
+    linear map called `text_projection`, or `proj` for those of transformers, which is checked on a few of the texts;
     for others (`trainable` is False) the embeddings are constants.
 
     Our reading: the mean is taken before texts are scaled to unit norm, which differs from the usual zero-shot
@@ -117,17 +121,11 @@ class ProjectedTexts(nn.Module):
 
     def __init__(self, vlm: VLM, names: Sequence[str], templates: Sequence[str]) -> None:
         super().__init__()
-        embedded = _mean_prompts(vlm, names, templates)
         # A list keeps the model out of this module's own parameters: they belong to the model.
         self._found = _projections(vlm)
-        features = None
-        if len(self._found) == 1:
-            with _without(*self._found[0]):
-                features = _mean_prompts(vlm, names, templates)
-            if not _reproduces(self._found[0], features, embedded):
-                features = None
-        self.trainable = features is not None
-        self.register_buffer("features", embedded if features is None else features, persistent=False)
+        self.trainable = len(self._found) == 1 and _is_linear(self._found[0], vlm, names[:_TRIED], templates[:1])
+        below = self._found[0] if self.trainable else None
+        self.register_buffer("features", _kept_means(vlm, names, templates, below=below), persistent=False)
 
     def forward(self) -> Tensor:
         """Return the embeddings [N, D] under the present projection, differentiable in it."""
@@ -142,16 +140,27 @@ class ProjectedTexts(nn.Module):
         return [found] if isinstance(found, nn.Parameter) else list(found.parameters())
 
 
-def _mean_prompts(vlm: VLM, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+_Place: TypeAlias = tuple[nn.Module, str]
+
+
+def _kept_means(vlm: VLM, names: Sequence[str], templates: Sequence[str], *, below: _Place | None) -> Tensor:
+    """Return mean features [N, D] of each name's prompts, those below a projection if one is given; they are kept."""
+    of = partial(_mean_prompts, vlm, templates=templates, below=below)
+    kind = "means of prompts" if below is None else "means of prompts below the projection"
+    with computing(vlm):
+        return kept_embeddings(vlm, names, templates, of, partial(of, names), kind=kind)
+
+
+def _mean_prompts(
+    vlm: VLM, names: Sequence[str], parts: Parts | None = None, *, templates: Sequence[str], below: _Place | None
+) -> Tensor:
     prompts = [fill(template, name) for name in names for template in templates]
-    with torch.no_grad():
-        rows = [
-            vlm.embed_text(prompts[i : i + _TEXTS_PER_PASS]).float() for i in range(0, len(prompts), _TEXTS_PER_PASS)
-        ]
-    return torch.cat(rows).view(len(names), len(templates), -1).mean(dim=1)
+    with nullcontext() if below is None else _without(*below):
+        rows = in_batches(prompts, _TEXTS_PER_PASS, lambda texts: vlm.embed_text(texts).float(), parts=parts)
+    return rows.view(len(names), len(templates), -1).mean(dim=1)
 
 
-def _projections(vlm: VLM) -> list[tuple[nn.Module, str]]:
+def _projections(vlm: VLM) -> list[_Place]:
     """Return where text projections stand: (module, attribute)."""
     found = []
     for path, module in vlm.named_modules():
@@ -174,19 +183,20 @@ def _without(owner: nn.Module, name: str) -> Iterator[None]:
         setattr(owner, name, part)
 
 
-def _apply(place: tuple[nn.Module, str], features: Tensor) -> Tensor:
+def _apply(place: _Place, features: Tensor) -> Tensor:
     part = getattr(*place)
     projected: Tensor = features @ part if isinstance(part, nn.Parameter) else part(features)
     return projected
 
 
-def _reproduces(place: tuple[nn.Module, str], features: Tensor, embedded: Tensor) -> bool:
-    """Tell whether the linear map is all that stands between the features and the embeddings."""
+def _is_linear(place: _Place, vlm: VLM, names: Sequence[str], templates: Sequence[str]) -> bool:
+    """Tell whether the linear map is all that stands between what is below it and the embeddings."""
     part = getattr(*place)
     width = part.shape[0] if isinstance(part, nn.Parameter) else part.in_features
-    if features.shape[1] != width:
-        return False
-    with torch.no_grad():
+    with computing(vlm):
+        features, embedded = (_mean_prompts(vlm, names, templates=templates, below=at) for at in (place, None))
+        if features.shape[1] != width:
+            return False
         error = (_apply(place, features) - embedded).norm() / embedded.norm()
     return bool(error < _TOLERANCE)
 

@@ -16,7 +16,7 @@ from robustvlm.models import VLM, load_model
 from robustvlm.models.clip import ClipVLM
 from robustvlm.models.clip_folder import write_clip_folder
 from robustvlm.models.saved import Card, write_card
-from robustvlm.models.weights import CONFIG_NAME, read_weights
+from robustvlm.models.weights import CONFIG_NAME, read_weights, stored_weights
 
 # A fine-tuned model on disk: an open_clip folder of its own, or new weights for the encoder that it stands on
 
@@ -45,9 +45,8 @@ def save_finetuned(folder: Path, vlm: VLM, card: Card) -> None:
         inner = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         write_clip_folder(vlm, folder, state=inner)
     else:
-        values = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
         with replacing(folder / OVERLAY) as temporary:
-            save_file(values, temporary, metadata={"format": "pt"})
+            save_file(stored_weights(state), temporary, metadata={"format": "pt"})
     write_card(folder, card)
 
 

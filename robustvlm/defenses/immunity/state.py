@@ -80,6 +80,10 @@ class AdaptedVLM(VLM):
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.embed_text(texts)  # scaled to unit length once, by this model
 
+    @property
+    def text_fingerprint(self) -> str:
+        return self.base.text_fingerprint
+
     def cut_tokens(self, texts: Sequence[str]) -> list[int]:
         return self.base.cut_tokens(texts)
 

@@ -144,6 +144,10 @@ class PurifiedVLM(VLM):
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.encode_text(texts)
 
+    @property
+    def text_fingerprint(self) -> str:
+        return f"{self.base.text_fingerprint} scaled to unit norm twice"
+
     def cut_tokens(self, texts: Sequence[str]) -> list[int]:
         return self.base.cut_tokens(texts)
 

@@ -132,6 +132,10 @@ class DefendedVLM(VLM, _Mode):
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.embed_text(texts)  # scaled to unit length by the caller: twice is not the same bits
 
+    @property
+    def text_fingerprint(self) -> str:
+        return self.base.text_fingerprint
+
     def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
         return self.base.class_vectors(class_names)
 
@@ -144,7 +148,7 @@ class DefendedVLM(VLM, _Mode):
             return self
         made = copy.copy(self)
         made._modules = {**self._modules, "base": below}
-        made._known_fingerprint = None
+        made._known_digests = {}
         return made
 
     @property
