@@ -60,6 +60,7 @@ class Strength:
 
     Attributes:
         meaning: a few words. least, most: bounds, both allowed. odd: only odd numbers.
+        words: all that may be written, for a text.
         origin: of the default: "C" read in the authors' code, "T" in the text, "K" from memory, "A" assumed here.
     """
 
@@ -68,11 +69,13 @@ class Strength:
     most: float | None = None
     odd: bool = False
     origin: str = "A"
+    words: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
         """Say what is wrong with a value; None if nothing is."""
         if isinstance(value, str):
-            return None
+            known = not self.words or value in self.words
+            return None if known else f"must be {' or '.join(self.words)}, got '{value}'"
         if self.odd and value % 2 == 0:
             return f"must be odd, got {value}"
         low, high = self.least, self.most
