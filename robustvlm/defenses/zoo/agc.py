@@ -90,13 +90,16 @@ class GeodesicCorrection(zoo.FeatureDefence):
     off = "0"
     modes = (zoo.THROUGH,)
     random = True
-    eot = 4
 
     views: Annotated[int, zoo.Strength("perspectives; 0 is off", 0, 4096, origin="C")] = 32
     least: Annotated[float, zoo.Strength("least correction, in angles to the mean", 0, 100, origin="C")] = 0.45
     gain: Annotated[float, zoo.Strength("most that is added to it", 0, 100, origin="C")] = 1.8
     power: Annotated[float, zoo.Strength("of the mean distance of the views", 1e-3, 100, origin="C")] = 0.9
     distortion: Annotated[float, zoo.Strength("of the perspectives", 0, 0.99, origin="C")] = 0.5
+
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(self.views)
 
     def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open

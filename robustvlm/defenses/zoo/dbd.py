@@ -132,7 +132,6 @@ class DirectionalBias(zoo.AnswerDefence):
     off = "kept=0"
     modes = (zoo.SMOOTH, zoo.IDENTITY, zoo.GATE_ON, zoo.GATE_OFF)
     random = True
-    eot = 4
     gates = ("mean cosine of the views' directions with their mean, against the threshold",)
     needs_encoder = True
 
@@ -151,6 +150,10 @@ class DirectionalBias(zoo.AnswerDefence):
     def views(self) -> int:
         """How many views there are, the image not among them."""
         return self.crops + self.noises + len(ROUNDINGS) + len(QUALITIES) + 3
+
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(self.views)
 
     def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open  # it decides after all passes

@@ -72,13 +72,16 @@ class ReliableViews(zoo.AnswerDefence):
     off = "views=1"
     modes = (zoo.IDENTITY, zoo.THROUGH)
     random = True
-    eot = 4
     needs_encoder = True
 
     lr: Annotated[float, zoo.Strength("rate of the prompt's step; the prompt is not tuned here yet: 0", 0, 0)] = 0.0
     views: Annotated[int, zoo.Strength("views, the image among them; 1 is off", 1, 4096, origin="C")] = 64
     neighbours: Annotated[int, zoo.Strength("views that a view is compared with", 1, 4096, origin="C")] = 20
     temperature: Annotated[float, zoo.Strength("of the weights", 1e-6, 1e6, origin="C")] = 0.01
+
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(self.views)
 
     def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open

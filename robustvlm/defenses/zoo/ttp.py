@@ -104,7 +104,6 @@ class TunedPadding(zoo.AnswerDefence):
     off = "border=0"
     modes = (zoo.IDENTITY, zoo.THROUGH, zoo.GATE_ON, zoo.GATE_OFF)
     random = True
-    eot = 4
     gates = ("cosine of the image's feature with that of the image in a black frame, against tau",)
     needs_encoder = True
 
@@ -113,6 +112,10 @@ class TunedPadding(zoo.AnswerDefence):
     views: Annotated[int, zoo.Strength("views, the image among them; the surest are used", 1, 4096, origin="T")] = 64
     kept: Annotated[int, zoo.Strength("views that are used", 1, 4096, origin="A")] = 6
     rate: Annotated[float, zoo.Strength("of the step on the frame", 0, 1e6, origin="T")] = 5.0
+
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(min(self.kept, self.views))
 
     def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         if not self.border:

@@ -38,10 +38,13 @@ class Vote(zoo.AnswerDefence):
     )
     off = "0"
     random = True
-    eot = 4
 
     views: Annotated[int, zoo.Strength("random crops; 0 leaves the answer alone", 0, 1024)] = 32
     area: Annotated[float, zoo.Strength("least share of the image's area in a crop", 0.05, 1.0)] = 0.5
+
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(self.views)
 
     def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open
