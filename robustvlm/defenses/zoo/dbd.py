@@ -41,7 +41,7 @@ def drift(own: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> score, direction = drift(torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]))
-        >>> score.item(), direction.tolist()
+        >>> round(score.item(), 3), direction.tolist()
         (1.0, [[-1.0, 1.0]])
     """
     apart = views - own[:, None]
