@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustvlm.commands.judge.view import table_of_defences
+from robustvlm.commands.judge.paper import table_of_defences
 
 PAGE = Path(__file__).parents[1] / "docs" / "judge.md"
 MARK = "<!-- the table is written by `python tools/defence_table.py` -->\n"

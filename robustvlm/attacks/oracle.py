@@ -59,6 +59,8 @@ class Answer:
 class Tally:
     """Sums up outputs [B, O] draw by draw; memory does not grow with the number of draws but by a class each.
 
+    Rows may be left out of a draw, once their majority is decided; each row is then summed up over its own draws.
+
     Example:
         >>> from robustvlm.attacks.goals import Misclassify
         >>> tally = Tally(Misclassify(), Case(torch.tensor([0])), 1, torch.device("cpu"))
@@ -69,17 +71,27 @@ class Tally:
     """
 
     def __init__(self, goal: Goal, case: Case, rows: int, device: torch.device) -> None:
-        self.goal, self.case = goal, case
+        self.goal, self.case, self._rows = goal, case, rows
         self.votes = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)
         self.margin = torch.full((rows,), float("-inf"), device=device)
         self.confidence = torch.zeros(rows, dtype=torch.float64, device=device)
         self.cosine = torch.zeros(rows, dtype=torch.float64, device=device)
         self.finite = torch.ones(rows, dtype=torch.bool, device=device)
         self.reached: list[Tensor] = []
         self.predictions: list[Tensor] = []
+        self.taken: list[Tensor] = []
 
-    def add(self, output: Tensor) -> None:
-        """Take in the output of one draw."""
+    def undecided(self, draws: int) -> Tensor:
+        """Return the rows whose majority of so many draws may still be either."""
+        most = torch.maximum(self.votes, self.drawn - self.votes)
+        return (2 * most <= draws).nonzero().flatten()
+
+    def add(self, output: Tensor, rows: Tensor | None = None) -> None:
+        """Take in the output of one draw, of all rows or of some [R]."""
+        if rows is not None:
+            self._add_some(output, rows)
+            return
         reached, margin = self.goal.reached(output, self.case), self.goal.margin(output, self.case)
         cosine = self.goal.cosine(output, self.case)
         self.votes = self.votes + reached
@@ -87,17 +99,31 @@ class Tally:
         self.confidence = self.confidence + self.goal.confidence(output)
         self.cosine = self.cosine + (float("nan") if cosine is None else cosine.double())
         self.finite = self.finite & output.isfinite().all(1)
+        self.drawn = self.drawn + 1
         self.reached.append(reached)
         self.predictions.append(self.goal.prediction(output))
+        self.taken.append(torch.ones_like(reached))
+
+    def _add_some(self, output: Tensor, rows: Tensor) -> None:
+        part = Tally(self.goal, self.case.rows(rows), len(rows), output.device)
+        part.add(output)
+        self.votes, self.drawn = self.votes.index_add(0, rows, part.votes), self.drawn.index_add(0, rows, part.drawn)
+        self.margin = self.margin.index_copy(0, rows, torch.maximum(self.margin[rows], part.margin))
+        self.confidence = self.confidence.index_add(0, rows, part.confidence)
+        self.cosine = self.cosine.index_add(0, rows, part.cosine)
+        self.finite = self.finite.index_copy(0, rows, self.finite[rows] & part.finite)
+        for name in ("reached", "predictions", "taken"):
+            [found] = getattr(part, name)
+            getattr(self, name).append(found.new_zeros(self._rows).index_copy(0, rows, found))
 
     def answer(self) -> Answer:
         """Return the answers over all draws so far."""
-        n = len(self.predictions)
+        n, once = self.drawn, len(self.predictions) == 1
         reached = 2 * self.votes > n
         return Answer(
             reached=reached,
             margin=self.margin,
-            prediction=self.predictions[0] if n == 1 else self._leading(reached),
+            prediction=self.predictions[0] if once else self._leading(reached),
             confidence=self.confidence / n,
             finite=self.finite,
             cosine=self.cosine / n,
@@ -106,7 +132,7 @@ class Tally:
     def _leading(self, reached: Tensor) -> Tensor:
         """Return each row's most frequent prediction among the draws on the winning side, the lowest where some tie."""
         predictions, sides = torch.stack(self.predictions), torch.stack(self.reached)
-        won = sides == reached
+        won = (sides == reached) & torch.stack(self.taken)
         # One draw at a time over all rows: nothing depends on a size that a GPU would have to be asked for.
         counts = torch.stack([((predictions == drawn) & won).sum(0) for drawn in predictions])
         counts = torch.where(won, counts, 0)
@@ -150,6 +176,7 @@ class Oracle:
             Athalye et al. 2018, arXiv 1707.07397), one after the other, so that memory does not grow with them.
         draws: fresh draws of a random model that judge a point, by majority.
         seed: of the model's own draws.
+        brisk: judge a point by no more draws than decide the majority of `draws`; margin and confidence are of those.
         compiled: take gradients from a `torch.compile`d copy; the plain model confirms.
 
     Example:
@@ -167,6 +194,7 @@ class Oracle:
         eot: int = 1,
         draws: int = 1,
         seed: int = 0,
+        brisk: bool = False,
         compiled: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
@@ -176,7 +204,7 @@ class Oracle:
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         self.model = placed(model, self.device, self.dtype)
         self.layout = _layout(model)
-        self.eot, self.draws, self.seed = eot, draws, seed
+        self.eot, self.draws, self.seed, self.brisk = eot, draws, seed, brisk
         self.passes = Passes()
         self._plain = Boundary(self.model, what="the model", parts=self.model)
         self._fast = (
@@ -218,8 +246,14 @@ class Oracle:
     def judge(self, x: Tensor, goal: Goal, case: Case) -> Answer:
         """Return the answers that decide outcomes: full precision, `draws` fresh draws of a random model."""
         tally = Tally(goal, case, len(x), self.device)
-        for _ in range(self.draws):
+        least = self.draws // 2 + 1 if self.brisk else self.draws
+        for _ in range(least):
             tally.add(self.confirm(x))
+        for _ in range(self.draws - least):
+            rows = tally.undecided(self.draws)
+            if not len(rows):
+                break
+            tally.add(self.confirm(x[rows]), rows)
         return tally.answer()
 
     def look(

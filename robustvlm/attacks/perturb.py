@@ -81,6 +81,8 @@ def perturb(
     eot: int | None = None,
     draws: int | None = None,
     ids: Sequence[str] | None = None,
+    brisk: bool = False,
+    known: Probe | None = None,
 ) -> Perturbed:
     """Attack images of any model; each goes from one attack to the next until one succeeds.
 
@@ -107,6 +109,8 @@ def perturb(
         eot, draws: for random models, draws averaged for a gradient (10), and draws that judge a point (21).
         ids: names of the images that random draws follow (default: a digest of the pixels); with the ids of a data set
             answers are those of `robustvlm attack` with the same settings.
+        brisk: a point of a random model is judged by no more draws than decide their majority; margins are of those.
+        known: what the first questions (`ask_first`) said of this very model in as many lanes, to spare them.
 
     Raises:
         UserError: an argument that does not fit, or a model that fails or whose rows depend on each other.
@@ -141,11 +145,15 @@ def perturb(
     label = _labels(labels, len(pixels), classes, wanted)
     with opened_gradients(asked) as stand_ins:
         oracle = Oracle(
-            asked, device=place, precision=precision or ("fp64" if asked.dtype == torch.float64 else "fp32"), seed=seed
+            asked,
+            device=place,
+            precision=precision or ("fp64" if asked.dtype == torch.float64 else "fp32"),
+            seed=seed,
+            brisk=brisk,
         )
         lanes = lanes or (256 if place.type == "cuda" else 64)
         rows = torch.arange(lanes) % len(pixels)
-        found = ask_first(oracle, pixels.cpu()[rows], label[rows].clamp_min(0), model="the model")
+        found = known or ask_first(oracle, pixels.cpu()[rows], label[rows].clamp_min(0), model="the model")
         if found.coupled:
             raise UserError(
                 "the model's output for one image depends on the other images of the batch: pass lanes=1, or take out "

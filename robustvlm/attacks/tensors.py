@@ -205,7 +205,8 @@ class Unperturbed:
 def ask_unperturbed(oracle: Oracle, goal: Goal, images: Tensor, label: Tensor) -> Unperturbed:
     """Return what the model says of clean images [B, 3, H, W] with labels [B].
 
-    The clean feature of a random model is the unit mean over its draws; fresh draws are then compared with it.
+    The clean feature of a random model is the unit mean over its draws; fresh draws are then compared with it. A brisk
+    oracle draws until the majority of all images is decided.
 
     Example:
         >>> from robustvlm.attacks import Misclassify
@@ -214,6 +215,8 @@ def ask_unperturbed(oracle: Oracle, goal: Goal, images: Tensor, label: Tensor) -
         torch.Size([2, 3])
     """
     label = label.to(oracle.device)
+    if oracle.brisk and not goal.refers:
+        return _ask_briskly(oracle, goal, images, label)
     outputs = [oracle.confirm(images)]
     total = outputs[0]
     keep = not goal.of_features or oracle.draws == 1
@@ -230,6 +233,20 @@ def ask_unperturbed(oracle: Oracle, goal: Goal, images: Tensor, label: Tensor) -
     for output in outputs:
         tally.add(output)
     return Unperturbed(tally.answer(), mean, case.reference)
+
+
+def _ask_briskly(oracle: Oracle, goal: Goal, images: Tensor, label: Tensor) -> Unperturbed:
+    """Ask until the majority of all images is decided."""
+    tally = Tally(goal, Case(label, label), len(images), oracle.device)
+    total: Tensor | None = None
+    for drawn in range(1, oracle.draws + 1):
+        output = oracle.confirm(images)
+        total = output if total is None else total + output
+        tally.add(output)
+        if 2 * drawn > oracle.draws and not len(tally.undecided(oracle.draws)):
+            break
+    assert total is not None
+    return Unperturbed(tally.answer(), total / drawn, None)
 
 
 def needs_briefing(goal: Goal) -> bool:

@@ -27,6 +27,7 @@ from robustvlm.defenses.own import OwnClassifier, load_own
 from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
 from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.base import DEFENCES
+from robustvlm.defenses.zoo.unpublished import UNPUBLISHED, unpublished
 from robustvlm.defenses.zoo.wrap import DefendedClassifier, DefendedVLM
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, load_model, zero_shot
@@ -93,7 +94,8 @@ def undefended(spec: str) -> str:
         ('tiny+smooth:0.1:8', 'tiny+smooth:0.1')
     """
     base, operations = split_spec(spec)
-    first = next((place for place, operation in enumerate(operations) if operation.name in DEFENCES), None)
+    known = {*DEFENCES, *UNPUBLISHED}
+    first = next((place for place, operation in enumerate(operations) if operation.name in known), None)
     return spec if first is None else "+".join([base, *map(str, operations[:first])])
 
 
@@ -331,6 +333,12 @@ def check_operations(spec: str, operations: Sequence[Operation]) -> None:
         >>> check_operations("tiny+smooth:0.25", [Operation("smooth", ("0.25",))])
     """
     for operation in operations:
+        reason = unpublished(operation.name, operation.arguments)
+        if reason is not None:
+            raise UserError(
+                f"'+{operation}' in '{spec}' ({reason.title}) cannot be run: {reason.reason}; `robustvlm judge` shows "
+                "it as not reproduced"
+            )
         if operation.name not in OPERATORS and operation.name not in DEFENCES:
             forms = "".join(f"; MODEL+{known.form} is {known.meaning}" for known in OPERATORS.values())
             hint = nearest(operation.name, [*OPERATORS, *DEFENCES])

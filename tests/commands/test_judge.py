@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +16,16 @@ from PIL import Image
 
 import robustvlm as rv
 from robustvlm.commands.judge.attacks import UNAWARE
+from robustvlm.commands.judge.paper import table_of_defences, write_markdown
 from robustvlm.commands.judge.record import Judgement, ModelJudgement
 from robustvlm.commands.judge.view import (
     bars_of,
     claim_words,
     left_aside,
     sentence_of,
-    table_of_defences,
-    write_markdown,
 )
 from robustvlm.core.files import read_json
+from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.zoo.base import DEFENCES, Claim
 from robustvlm.runs.settings import Observer
 
@@ -62,6 +64,7 @@ def smaller():
 '''
 # Levels by which the right channel is brighter: an attack of 4 levels closes a gap below 8, and no other.
 GAPS = (4, 6, 12, 20)
+MODELS = "planted:plain+bits:8,planted:plain+vote:3,planted:plain+tapt"
 OPTIONS: dict[str, Any] = {"eps": "4/255", "steps": 4, "queries": 8, "lanes": 4, "device": "cpu", "draws": 5}
 
 
@@ -84,12 +87,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def judge(place: Path, model: str, name: str, **options: Any) -> Any:
-    return rv.judge(model, data=f"imagefolder:{place / 'images'}", out=place / "runs", name=name, **OPTIONS, **options)
+    data = f"imagefolder:{place / 'images'}"
+    return rv.judge(model, data=data, out=place / "runs", name=name, **(OPTIONS | options))
 
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Any:
-    return judge(place, "planted:plain+bits:8,planted:plain+vote:3", "whole")
+    return judge(place, MODELS, "whole")
 
 
 def names(found: ModelJudgement) -> set[str]:
@@ -147,11 +151,10 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same(place: Path, run: Any) -> 
             if not self.left:
                 raise KeyboardInterrupt
 
-    model = "planted:plain+bits:8,planted:plain+vote:3"
     with pytest.raises(KeyboardInterrupt):
-        judge(place, model, "stopped", observer=Stop())
+        judge(place, MODELS, "stopped", observer=Stop())
     journal = (place / "runs" / "stopped" / "journal.jsonl").read_text().splitlines()
-    again = judge(place, model, "stopped")
+    again = judge(place, MODELS, "stopped")
     assert (place / "runs" / "stopped" / "journal.jsonl").read_text().splitlines()[: len(journal)] == journal
     assert without_time(again.summary) == without_time(run.summary)
 
@@ -169,11 +172,77 @@ def test_a_finished_run_is_read_and_told(place: Path, run: Any) -> None:
         assert "our re-implementation" in text
         assert "Under attacks made on the undefended model, as in the papers" in text
         assert not re.search(r"\b(broken|fake|fails|useless|wrongly)\b", text, re.IGNORECASE)
+    table = (run.folder / "report.tex").read_text()
+    rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 1 + 3 + 1
+    assert {line.replace(r"\&", "").count("&") for line in rows} == {9}
+    assert "planted:plain+tapt & ---" in table
+    assert r"95\%" in table
+    assert not re.search(r"(?<!\\)[#_%](?!.*booktabs)", table)
     assert read_json(run.folder / "summary.json", advice="")["models"][0]["spec"] == "planted:plain"
     for found in run.summary.models:
         assert [name for name, *_ in bars_of(found)] == ["unaware", "adaptive", "worst"]
         if found.facts.base is not None:
             assert f"{found.worst.successes} of 12" in sentence_of(found, run.summary)
+
+
+def test_what_cannot_be_run_is_a_row_with_its_reason(run: Any) -> None:
+    [row] = run.summary.not_reproduced
+    assert (row.spec, row.title.split(",")[0]) == ("planted:plain+tapt", "TAPT")
+    for name in ("report.md", "report.tex", "report.html"):
+        text = (run.folder / name).read_text()
+        assert "not reproduced" in text.lower()
+        assert "not public" in text
+    for spec in ("tiny+tapt", "tiny+aom"):
+        with pytest.raises(rv.UserError, match="cannot be run"):
+            load_pipeline(spec)
+
+
+def test_passes_are_counted_at_the_encoder(run: Any) -> None:
+    for spec, draws, views in (("planted:plain+bits:8", (1, 1), 1), ("planted:plain+vote:3", (3, 5), 3)):
+        for act in run.summary.of(spec).acts[:3]:
+            assert act.tried == 12
+            assert 12 * views * draws[0] <= act.forward <= 12 * views * draws[1]
+            assert act.backward == 0
+
+
+def test_points_with_the_models_own_word_for_a_label(run: Any) -> None:
+    """The undefended model is right on every image, so that its word is the label."""
+    for found in run.summary.models:
+        assert found.own_label == found.unaware["unaware:pgd"]
+        assert all(image.right["label:pgd"] == image.right["unaware:pgd"] for image in found.images)
+
+
+def test_images_leave_at_the_first_mode_that_fools_them_and_the_worst_case_is_the_same(place: Path) -> None:
+    model = "planted:plain+jpeg:95"
+    brief, whole = (
+        judge(place, model, f"every-{every}", every_mode=every, queries=0).summary.of(model) for every in (False, True)
+    )
+    assert [image.held for image in brief.images] == [image.held for image in whole.images]
+    assert (brief.worst, brief.adaptive) == (whole.worst, whole.adaptive)
+    second = [next(act for act in found.acts if act.name == "mode:identity") for found in (brief, whole)]
+    assert second[0].tried < second[1].tried == whole.clean.successes
+    assert second[0].alone is None
+    assert second[1].alone is not None
+    assert sum(act.forward for act in brief.acts) < sum(act.forward for act in whole.acts)
+
+
+@pytest.mark.equality
+def test_two_processes_find_what_one_does(place: Path, run: Any) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "robustvlm"]
+    command += ["judge", MODELS, f"--data=imagefolder:{place / 'images'}", f"--out={place / 'runs'}", "--name=two"]
+    command += [f"--{name}={value}" for name, value in OPTIONS.items()]
+    paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+    settings = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=900, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert without_time(rv.open_run(place / "runs" / "two").summary) == without_time(run.summary)
+    kinds = [
+        [line for line in path.read_text().splitlines() if '"kind":"part"' in line]
+        for path in sorted((place / "runs" / "two").glob("journal*.jsonl"))
+    ]
+    assert len(kinds) == 2
+    assert all(kinds)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +254,8 @@ def test_a_finished_run_is_read_and_told(place: Path, run: Any) -> None:
         ("planted:plain+bits:3,", {}, "an empty model"),
         ("planted:plain+bits:3+reject:0.5", {}, "judge compares models that always answer"),
         ("planted:smaller", {"base": "planted:plain"}, "takes images in another way"),
+        ("planted:plain+fpt,planted:plain+aom", {}, "names no defence that can be run"),
+        ("planted:plain+aom:0.1", {}, "must be written .aom:SIGMA:DRAWS:PULL"),
     ],
 )
 def test_mistakes_end_in_one_line(place: Path, model: str, options: dict[str, Any], said: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from robustvlm import training as learning
 from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
@@ -38,15 +39,6 @@ from robustvlm.report import training as report
 from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
-from robustvlm.training import (
-    LabelledImages,
-    RobustValidation,
-    Trainer,
-    TrainingConfig,
-    TrainingImages,
-    ids_of,
-    parse_augmentation,
-)
 from robustvlm.training.validation import ZeroShotValidation, held_out, validation_images
 
 # What a fine-tuning run does, in one process or in several
@@ -71,7 +63,7 @@ class FinetuneWork:
     facts: Facts
     settings: FinetuneSettings
     tuning: Tuning
-    training: TrainingConfig
+    training: learning.TrainingConfig
     source: DataSource
     val: DataSource | None
     forest: Forest | None
@@ -92,7 +84,7 @@ class FinetuneWork:
             in_place=True,
         )
         validation, ranks = self._validation(task, held), session.ranks
-        trainer = Trainer(
+        trainer = learning.Trainer(
             task, images, self.training, validation=validation, ranks=ranks, observer=told(session.observer)
         )
         history = trainer.fit(session.path, run=run_identity(session.manifest))
@@ -118,10 +110,10 @@ class FinetuneWork:
             save_finetuned(folder, self.vlm, card)
             write_text(folder / report.NAME, summary.model_dump_json(indent=2) + "\n")
 
-    def images(self) -> tuple[TrainingImages, LabelledImages]:
+    def images(self) -> tuple[learning.TrainingImages, learning.LabelledImages]:
         """Return the images to train on and those to validate on."""
         framing = self.vlm.framing
-        ids = ids_of(self.source)
+        ids = learning.ids_of(self.source)
         ids = select(ids, self.settings.limit) if self.settings.limit is not None else ids
         limit = self.settings.val_limit
         if self.val is not None:
@@ -135,20 +127,20 @@ class FinetuneWork:
                 )
             held = validation_images(self.source, size=framing, limit=limit, only=chosen)
             ids = [name for name in ids if name not in chosen]
-        images = TrainingImages(
+        images = learning.TrainingImages(
             self.source,
             size=framing,
             seed=self.settings.seed,
-            how=parse_augmentation(self.settings.augment),
+            how=learning.parse_augmentation(self.settings.augment),
             labelled=methods.find_method(self.settings.method).labelled,
             ids=ids,
             ahead=_AHEAD if self.vlm.device.type != "cpu" else 0,
         )
         return images, held
 
-    def _validation(self, task: methods.FinetuneTask, held: LabelledImages) -> ZeroShotValidation:
+    def _validation(self, task: methods.FinetuneTask, held: learning.LabelledImages) -> ZeroShotValidation:
         source = self.val or self.source
-        robust = RobustValidation(
+        robust = learning.RobustValidation(
             held, self.tuning.attack.threat, n_iter=self.settings.val_steps, seed=self.settings.seed
         )
         trained = bool(task.method.also_trained())
@@ -175,7 +167,7 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
         options={"options": methods.HierarchicalOptions(**options)} if settings.method == "hierarchical" else options,
         seed=settings.seed,
     )
-    parse_augmentation(settings.augment)
+    learning.parse_augmentation(settings.augment)
     training.part_size(ranks.size)
     device = device_of_rank(resolve_device(settings.device), ranks)
     source, val = _open(settings, settings.data), None if settings.val is None else _open(settings, settings.val)
@@ -212,11 +204,11 @@ def show(run: FinishedRun[report.TrainingSummary], console: Console) -> None:
     screen.show(console, report.training_report(run), report.training_closing(run))
 
 
-def training_of(settings: FinetuneSettings) -> TrainingConfig:
+def training_of(settings: FinetuneSettings) -> learning.TrainingConfig:
     """Return the engine's settings among those of a run; UserError where they are out of range."""
-    shared = {field.name for field in fields(TrainingConfig)} & FinetuneSettings.model_fields.keys()
+    shared = {field.name for field in fields(learning.TrainingConfig)} & FinetuneSettings.model_fields.keys()
     found = {name: getattr(settings, name) for name in shared}
-    return TrainingConfig(**(found | {"epochs": settings.passes, "lr": settings.rate}))
+    return learning.TrainingConfig(**(found | {"epochs": settings.passes, "lr": settings.rate}))
 
 
 def forest_of(source: DataSource, settings: FinetuneSettings) -> Forest | None:

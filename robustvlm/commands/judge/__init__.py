@@ -46,6 +46,9 @@ class JudgeSettings(Settings):
     draws: int = option(
         21, "Fresh draws of a random model that judge a success by majority.", at_least=1, at_most=10_000, ranged=True
     )
+    every_mode: bool = option(
+        False, "Make every gradient mode on every image; else an image that one mode fooled leaves the later ones."
+    )
     device: str = Shared.DEVICE
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
@@ -53,7 +56,9 @@ class JudgeSettings(Settings):
     as_json: bool = shown_as(False, "Print the summary as JSON on standard output.", flags=("--json",))
 
 
-JUDGE = Command("judge", JudgeSettings, "robustvlm.commands.judge.work", doing="Judging", plain="end")
+JUDGE = Command(
+    "judge", JudgeSettings, "robustvlm.commands.judge.work", doing="Judging", shares="the images", plain="end"
+)
 
 
 @mirrors(JUDGE)

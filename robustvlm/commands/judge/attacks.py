@@ -30,6 +30,9 @@ from robustvlm.runs.records import Check, Record
 CLEAN, FEATURE, SQUARE = "clean", "feature", "square"
 UNAWARE = {"unaware:pgd": "PGD", "unaware:apgd": "APGD"}
 """Attacks on the undefended model, whose points are shown to the defended one."""
+LABEL = "label:pgd"
+"""As the first of these, with what the undefended model says in the label's place: such points carry no label."""
+TRANSFER = (*UNAWARE, LABEL)
 MODE, START, OWN = "mode:", "start:", "own"
 """How acts through a gradient mode are named, and what stands for the mode of a model that has none."""
 
@@ -106,7 +109,7 @@ class Attacked:
         square = (SQUARE,) if self.queries else ()
         through = (f"{MODE}{mode}" for mode in self.modes)
         started = (f"{START}{mode}" for mode in self.modes)
-        return (CLEAN, *UNAWARE, *through, *feature, *started, *square)
+        return (CLEAN, *TRANSFER, *through, *feature, *started, *square)
 
     @cached_property
     def probe(self) -> Probe:
@@ -151,7 +154,7 @@ class Attacked:
 
     def unaware_points(self, images: Images, act: str) -> Tensor:
         """Return the points of an attack on this model, which is the undefended one, for all images."""
-        name = {"unaware:pgd": "pgd", "unaware:apgd": "apgd-ce"}[act]
+        name = {"unaware:pgd": "pgd", "unaware:apgd": "apgd-ce", LABEL: "pgd"}[act]
         return self._perturb(images, f"{name}:steps={self.steps}", goal=Lowest(), stop=False).images
 
     def act(self, name: str, images: Images, start: Tensor | None = None) -> list[Fate]:
@@ -204,6 +207,9 @@ class Attacked:
         return said + of_sanity(sanity, attacks=[], zero_gradients=found.zero_gradients, declared=made_up)
 
     def _away(self, images: Images) -> list[Fate]:
+        # The encoder under a defence that answers for itself need not draw where the defence does.
+        parts = self.features.vlm.modules() if self.features.vlm is not None else ()
+        draws = not defended(self.model) or any(getattr(part, "random_draws", 0) for part in parts)
         found = perturb(
             self.features,
             images.pixels,
@@ -215,7 +221,7 @@ class Attacked:
             stop_at_success=False,
             lanes=self.lanes,
             seed=self.seed,
-            eot=self.gradient_draws,
+            eot=self.gradient_draws if draws else 1,
             draws=1,
             ids=images.ids,
         )
@@ -242,6 +248,8 @@ class Attacked:
             eot=self.gradient_draws,
             draws=self.judging_draws,
             ids=images.ids,
+            brisk=True,
+            known=self.probe,
         )
 
     @staticmethod
@@ -259,6 +267,7 @@ class Attacked:
 
     def _oracle(self, purpose: str) -> Oracle:
         """Return the model as points are judged; its draws follow from the run's seed and the purpose alone."""
-        oracle = Oracle(self.model, device=self.model.device, seed=derive_seed(self.seed, "judge", purpose))
+        seed = derive_seed(self.seed, "judge", purpose)
+        oracle = Oracle(self.model, device=self.model.device, seed=seed, brisk=True)
         settle_draws(oracle, self.probe, eot=self.gradient_draws, draws=self.judging_draws)
         return oracle

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from robustvlm.commands.common.store import JournalLedger
-from robustvlm.commands.judge.attacks import CLEAN, FEATURE, MODE, SQUARE, START, UNAWARE, Fate
+from robustvlm.commands.judge.attacks import CLEAN, FEATURE, LABEL, MODE, SQUARE, START, TRANSFER, UNAWARE, Fate
+from robustvlm.defenses.zoo.base import Passes
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check, Record
 from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
@@ -45,15 +47,19 @@ class Act(Record):
     """One attack on one model: how many images it was made on, and on how many the answer stayed right.
 
     Attributes:
-        left_only: it was made on images that the attacks before it had left. alone: images that it alone fooled.
+        left_only: it was made on images that the attacks before it had left.
+        alone: images that it alone fooled; None where images leave at the first mode that fools them.
+        forward, backward: passes of the encoder that it took, on all images, those that judged its points among them.
     """
 
     name: str
     tried: int
     right: int
-    alone: int
+    alone: int | None
     left_only: bool
     passes: int
+    forward: int = 0
+    backward: int = 0
 
 
 class ImageFate(Record):
@@ -79,6 +85,7 @@ class ModelJudgement(Record):
     Attributes:
         clean: accuracy without an attack.
         unaware: by attack, accuracy at points made on the undefended model (for that one: under the attack itself).
+        own_label: the same with the undefended model's own prediction in the label's place, by PGD.
         adaptive: right when clean, and under every attack through the defence and on features.
         worst: right throughout, transferred points and search without gradients included: the robust accuracy.
         gain: worst against the undefended model's worst on the same images; gain_p: its p-value, Holm over the run.
@@ -89,6 +96,7 @@ class ModelJudgement(Record):
     facts: ModelFacts
     clean: Rate
     unaware: dict[str, Rate]
+    own_label: Rate
     adaptive: Rate
     worst: Rate
     acts: list[Act]
@@ -97,6 +105,16 @@ class ModelJudgement(Record):
     gain: PairedTest | None = None
     gain_p: float | None = None
     protocol: PairedTest | None = None
+
+
+class Unreproduced(Record):
+    """A defence that has no figures here: what was published, with its setting, and why it cannot be run."""
+
+    spec: str
+    title: str
+    reference: str
+    claimed: str
+    reason: str
 
 
 class Judgement(Record):
@@ -112,6 +130,7 @@ class Judgement(Record):
     unknown: int
     seconds: float
     models: list[ModelJudgement]
+    not_reproduced: tuple[Unreproduced, ...] = ()
 
     def of(self, spec: str) -> ModelJudgement:
         """Return what was found of a model."""
@@ -125,42 +144,53 @@ class Judgement(Record):
 class _Part:
     fates: list[Fate]
     seconds: float
+    spent: Passes
 
 
 class JudgeLedger(JournalLedger):
     """Facts of a judgement: what models are, and the fates of images by model, act and part of the images."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, *, rank: int = 0) -> None:
         self.models: dict[str, ModelFacts] = {}
         self.parts: dict[tuple[str, str, int], _Part] = {}
-        super().__init__(folder)
+        super().__init__(folder, rank=rank)
 
     def add_model(self, facts: ModelFacts) -> None:
         """Record what a model is."""
         self._add({"kind": "model", **facts.model_dump()})
 
-    def add_part(self, model: str, act: str, part: int, fates: Sequence[Fate], seconds: float) -> None:
+    def add_part(self, model: str, act: str, part: int, fates: Sequence[Fate], seconds: float, spent: Passes) -> None:
         """Record what came of the images of a part; all in one line, so that a killed session leaves all or none."""
-        rows = [fate.model_dump() for fate in fates]
-        self._add({"kind": "part", "model": model, "act": act, "part": part, "rows": rows, "seconds": seconds})
+        place = {"model": model, "act": act, "part": part}
+        passes = {"forward": spent.forward, "backward": spent.backward}
+        self._add(
+            {"kind": "part", **place, "rows": [fate.model_dump() for fate in fates], "seconds": seconds, **passes}
+        )
 
     def fates(self, model: str, act: str) -> dict[int, Fate]:
         """Return the fates of images in one act by their index."""
         parts = (part.fates for (spec, name, _), part in self.parts.items() if (spec, name) == (model, act))
         return {fate.index: fate for fates in parts for fate in fates}
 
+    def spent(self, model: str, act: str) -> Passes:
+        """Return the passes of the encoder in one act."""
+        parts = [part.spent for (spec, name, _), part in self.parts.items() if (spec, name) == (model, act)]
+        return Passes(sum(one.forward for one in parts), sum(one.backward for one in parts))
+
     @property
     def seconds(self) -> float:
         """Time of all acts over all sessions."""
         return sum(part.seconds for part in self.parts.values())
 
-    def _take_own(self, kind: str, fact: dict[str, object]) -> None:
+    def _take_own(self, kind: str, fact: dict[str, Any]) -> None:
         if kind == "model":
             facts = ModelFacts.model_validate(fact)
             self.models[facts.spec] = facts
         elif kind == "part":
-            rows = [Fate.model_validate(row) for row in fact["rows"]]  # type: ignore[attr-defined]
-            self.parts[str(fact["model"]), str(fact["act"]), int(fact["part"])] = _Part(rows, float(fact["seconds"]))  # type: ignore[call-overload, arg-type]
+            rows = [Fate.model_validate(row) for row in fact["rows"]]
+            spent = Passes(*(int(fact[name]) for name in ("forward", "backward")))
+            part = _Part(rows, float(fact["seconds"]), spent)
+            self.parts[str(fact["model"]), str(fact["act"]), int(fact["part"])] = part
         else:
             raise ValueError(kind)
 
@@ -177,6 +207,7 @@ class Images:
     unreadable: int = 0
     unknown: int = 0
     acts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    every_mode: bool = False
 
 
 def judged(ledger: JudgeLedger, images: Images) -> list[ModelJudgement]:
@@ -217,24 +248,31 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
         facts=facts,
         clean=rate(sum(row.right[CLEAN] for row in rows), total),
         unaware={act: rate(sum(row.right[act] for row in rows), total) for act in UNAWARE},
+        own_label=rate(sum(row.right[LABEL] for row in rows), total),
         adaptive=rate(sum(row.held_in(through) for row in rows), total),
         worst=rate(sum(row.held for row in rows), total),
-        acts=[_of_act(act, rows, fates[act].values()) for act in acts if act != CLEAN],
+        acts=[
+            _of_act(act, rows, fates[act].values(), ledger.spent(facts.spec, act), every_mode=images.every_mode)
+            for act in acts
+            if act != CLEAN
+        ],
         images=rows,
         checks=facts.checks,
     )
 
 
-def _of_act(act: str, rows: Sequence[ImageFate], fates: Iterable[Fate]) -> Act:
+def _of_act(act: str, rows: Sequence[ImageFate], fates: Iterable[Fate], spent: Passes, *, every_mode: bool) -> Act:
     made = [row for row in rows if act in row.right]
     alone = [row for row in made if not row.right[act] and sum(not right for right in row.right.values()) == 1]
     return Act(
         name=act,
         tried=len(made),
         right=sum(row.right[act] for row in made),
-        alone=len(alone),
-        left_only=act in (FEATURE, SQUARE) or act.startswith(START),
+        alone=len(alone) if every_mode else None,
+        left_only=act in (FEATURE, SQUARE) or act.startswith(START) or (act.startswith(MODE) and not every_mode),
         passes=sum(fate.passes for fate in fates),
+        forward=int(spent.forward),
+        backward=int(spent.backward),
     )
 
 
@@ -251,10 +289,10 @@ def compared_checks(found: ModelJudgement) -> list[Check]:
 
 def _transfer(found: ModelJudgement) -> Check | None:
     through = [act.name for act in found.acts if act.name.startswith(MODE) or act.name == FEATURE]
-    missed = [row for row in found.images if row.held_in(through) and not row.held_in(UNAWARE)]
+    missed = [row for row in found.images if row.held_in(through) and not row.held_in(TRANSFER)]
     if not missed:
         return None
-    least = min(one.successes for one in found.unaware.values())
+    least = min(one.successes for one in (*found.unaware.values(), found.own_label))
     beaten = found.adaptive.successes > least
     message = (
         f"On {len(missed)} of {len(found.images)} images the points made on the undefended model fool this one where "

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 from rich.console import Console
 
-from robustvlm.commands.judge.attacks import FEATURE, MODE, OWN, SQUARE, UNAWARE
+from robustvlm.commands.judge.attacks import FEATURE, LABEL, MODE, OWN, SQUARE, UNAWARE
 from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement
-from robustvlm.core.files import write_text
 from robustvlm.defenses.pipeline import split_spec
-from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, read_defence
+from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, strengths
+from robustvlm.defenses.zoo.base import OWN as OWN_WAY
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import BAD, GRID, INK, MUTED, SERIES, as_svg, chart, new_figure
 from robustvlm.report.page import write_report_of
-from robustvlm.report.words import DASH, ball, count_of, duration, findings, interval, percent, plain
+from robustvlm.report.words import DASH, ball, count_of, duration, findings, interval, plain
 from robustvlm.runs.run import FinishedRun, read_finished
 from robustvlm.stats import Rate
 
 _BUNDLED = ("tiny", "tiny-robust")
-_INTERVALS = (
+INTERVALS = (
     "Intervals are 95%, Clopper-Pearson. p: exact McNemar test of robust accuracy against the undefended model on the "
     "same images, Holm over the defences of the run."
 )
-_COLUMNS = ("clean", "unaware: PGD", "unaware: APGD", "adaptive", "worst = robust")
+COLUMNS = ("clean", "unaware: PGD", "unaware: APGD", "own label", "adaptive", "worst = robust")
 _CLEARLY = 0.05
+_NEAR = 5
+"""Points within which an unaware figure is said to be the claimed one."""
 
 
 def read_run(folder: Path) -> FinishedRun[Judgement]:
@@ -39,7 +41,8 @@ def read_run(folder: Path) -> FinishedRun[Judgement]:
 
 def show(run: FinishedRun[Judgement], console: Console) -> None:
     """Print the table of a judgement, what was noticed of each defence, and where the report is."""
-    closing = doc.Closing({"Report": run.report, "Markdown": run.folder / "report.md"})
+    files = {"Report": run.report, "Markdown": run.folder / "report.md", "LaTeX": run.folder / "report.tex"}
+    closing = doc.Closing(files)
     screen.show(console, judge_report(run), closing)
 
 
@@ -56,14 +59,14 @@ def judge_report(run: FinishedRun[Judgement]) -> doc.Report:
         name=run.name,
         kicker="Judgement of test-time defences",
         facts=doc.facts_line(run.manifest, f", {summary.images:,} images"),
-        verdicts=[doc.Verdict([sentence_of(found, summary)], tone="neutral") for found in _defended(summary)],
+        verdicts=[doc.Verdict([sentence_of(found, summary)], tone="neutral") for found in defended_models(summary)],
         sections=[
             doc.Section("The table", list(_table(summary)), key="table", short="Table"),
-            *(_section(found) for found in summary.models),
+            *(_section(found, summary) for found in summary.models),
             doc.cost_section([("Images", f"{summary.images:,}"), ("Time", duration(summary.seconds))]),
             doc.manifest_section(run.manifest),
         ],
-        footer=_INTERVALS,
+        footer=INTERVALS,
     )
 
 
@@ -81,7 +84,50 @@ def sentence_of(found: ModelJudgement, summary: Judgement) -> str:
         f"{worst.successes} of {n} images remain right ({interval(worst)}). Under attacks made on the undefended "
         f"model, as in the papers' protocol, {pgd.successes} of {n}."
     )
-    return said + _against_none(found)
+    gate = reproduction(found, summary)
+    return said + _against_none(found) + (f" {gate}" if gate else "")
+
+
+def reproduction(found: ModelJudgement, summary: Judgement) -> str:
+    """Say whether the unaware figure comes near what was claimed for this model and radius; "" without such a claim.
+
+    The claim is of other images as a rule, so that five points say no more than whether to compare at all.
+    """
+    claims = [claim for _, about in abouts_of(found) for claim in about.claims]
+    same = [claim for claim in claims if _is_of(claim, found.spec, summary)]
+    if not same or _is_bundled(found):
+        return ""
+    claim, figure = same[0], found.unaware[next(iter(UNAWARE))]
+    value = 100 * (figure.value or 0.0)
+    stands = f"{claim.robust:g} % claimed for {claim.data}, here {value:.1f} % ({interval(figure)})"
+    if abs(value - claim.robust) > _NEAR:
+        return (
+            f"Our version does not reproduce the claimed unaware figure ({stands}), so that its figures under adaptive "
+            "attacks are not to be compared with the paper's."
+        )
+    return f"Our version comes within {_NEAR} points of the claimed unaware figure ({stands})."
+
+
+def _is_of(claim: Claim, spec: str, summary: Judgement) -> bool:
+    if claim.adaptive or claim.norm != summary.norm or claim.eps is None:
+        return False
+    model = re.search(r"(?:ViT|RN)-?[\w/]+", claim.model)
+    wanted, given = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (model[0] if model else "?", spec))
+    return abs(claim.eps / 255 - summary.eps) < 1e-9 and bool(wanted) and wanted in given
+
+
+def cost_of(found: ModelJudgement, summary: Judgement) -> str:
+    """Return what an answer costs, in answers of the undefended model; a backward pass counts two forward ones."""
+    base = summary.of(found.facts.base).facts.equivalents if found.facts.base else found.facts.equivalents
+    return f"{found.facts.equivalents / base:.3g}" if base else DASH
+
+
+def _assumed(found: ModelJudgement) -> Iterator[tuple[str, str]]:
+    """Yield the constants that no source gives, by defence."""
+    for name, about in abouts_of(found):
+        chosen = [item for item in strengths(DEFENCES[name]) if item.strength.origin == "A"]
+        if chosen and about.fidelity != OWN_WAY:
+            yield name, "; ".join(f"{item.name} ({item.strength.meaning})" for item in chosen)
 
 
 def _against_none(found: ModelJudgement) -> str:
@@ -101,11 +147,11 @@ def _against_none(found: ModelJudgement) -> str:
 
 
 def _named(found: ModelJudgement) -> str:
-    known = [about.title for _, about in _abouts(found)]
+    known = [about.title for _, about in abouts_of(found)]
     return f"{found.spec} ({', '.join(known)}; our re-implementation)" if known else found.spec
 
 
-def _abouts(found: ModelJudgement) -> list[tuple[str, About]]:
+def abouts_of(found: ModelJudgement) -> list[tuple[str, About]]:
     """Return what is known of a model's defences, with the name of each."""
     names = [written.partition(":")[0] for written in found.facts.defences]
     return [(name, DEFENCES[name].about) for name in names if name in DEFENCES]
@@ -133,6 +179,8 @@ def act_words(name: str) -> str:
     """
     if name in UNAWARE:
         return f"points of {UNAWARE[name]} on the undefended model"
+    if name == LABEL:
+        return "points of PGD on the undefended model, its own prediction in the label's place"
     if name == FEATURE:
         return "PGD that drives the feature away from the clean one"
     if name == SQUARE:
@@ -145,15 +193,17 @@ def act_words(name: str) -> str:
 # Blocks
 
 
-def _defended(summary: Judgement) -> list[ModelJudgement]:
+def defended_models(summary: Judgement) -> list[ModelJudgement]:
+    """Return what was judged, without what it stands on."""
     return [found for found in summary.models if found.facts.base is not None]
 
 
-def _figures(found: ModelJudgement) -> list[Rate]:
-    return [found.clean, *found.unaware.values(), found.adaptive, found.worst]
+def figures_of(found: ModelJudgement) -> list[Rate]:
+    """Return the figures of `COLUMNS`."""
+    return [found.clean, *found.unaware.values(), found.own_label, found.adaptive, found.worst]
 
 
-def _ordered(summary: Judgement) -> list[ModelJudgement]:
+def ordered_models(summary: Judgement) -> list[ModelJudgement]:
     """Return the undefended models, each before what stands on it, those by robust accuracy."""
     bases = [found for found in summary.models if found.facts.base is None]
     return [
@@ -162,7 +212,7 @@ def _ordered(summary: Judgement) -> list[ModelJudgement]:
         for one in (
             base,
             *sorted(
-                (found for found in _defended(summary) if found.facts.base == base.spec),
+                (found for found in defended_models(summary) if found.facts.base == base.spec),
                 key=lambda found: -found.worst.successes,
             ),
         )
@@ -182,44 +232,53 @@ def left_aside(summary: Judgement) -> str:
 def _table(summary: Judgement) -> Iterator[doc.Block]:
     rows: list[doc.Row] = []
     strong = set()
-    for found in _ordered(summary):
+    for found in ordered_models(summary):
         if found.facts.base is None:
             strong.add(len(rows))
         rows.append(
             (
                 doc.Code(found.spec),
-                *(doc.Measure.of(figure) for figure in _figures(found)),
+                *(doc.Measure.of(figure) for figure in figures_of(found)),
                 "" if found.gain_p is None else f"{found.gain_p:.2g}",
                 f"{found.facts.forward:g} / {found.facts.backward:g}",
+                cost_of(found, summary),
                 str(sum(check.level in ("warning", "fault") for check in found.checks) or ""),
             )
         )
-    columns = [doc.Column("Model"), *doc.numbers(*_COLUMNS, "p", "passes F / B", "warnings")]
+    columns = [doc.Column("Model"), *doc.numbers(*COLUMNS, "p", "passes F / B", "cost x", "warnings")]
     about = ball(summary.norm, summary.eps_text)
     title = f"{about}; {summary.images:,} images, {summary.steps} steps"
     yield doc.Table(columns, rows, title=title, strong=frozenset(strong))
     if aside := left_aside(summary):
         yield doc.Text(aside)
     yield doc.Text(
-        "Unaware: points made on the undefended model, as most papers attack. Adaptive: right when clean and under "
+        "Unaware: points made on the undefended model, as most papers attack. Own label: the same, with that model's "
+        "own prediction in the label's place, so that they carry no label. Adaptive: right when clean and under "
         "every gradient mode and the attack on features. Worst: right under everything, transferred points and Square "
         "included; only this is robust accuracy.",
         kind="small",
     )
-    claims = [
-        (found.spec, claim) for found in _defended(summary) for _, about in _abouts(found) for claim in about.claims
-    ]
+    if summary.not_reproduced:
+        rows = [
+            (doc.Code(row.spec), row.title, row.reference, row.claimed, row.reason) for row in summary.not_reproduced
+        ]
+        heads = ("Not reproduced", "Method", "Reference", "Claimed", "Why")
+        yield doc.Table([doc.Column(head) for head in heads], rows)
+    every = [(found.spec, about) for found in defended_models(summary) for _, about in abouts_of(found)]
+    claims = [(spec, claim) for spec, about in every for claim in about.claims]
     if claims:
         listed: list[doc.Row] = [(doc.Code(spec), claim_words(claim)) for spec, claim in claims]
         columns = [doc.Column("Defence"), doc.Column("Claimed by its authors, on another model and other images")]
         yield doc.Table(columns, listed)
 
 
-def _section(found: ModelJudgement) -> doc.Section:
-    blocks: list[doc.Block] = [doc.Facts(list(_facts(found)), kind="sentences")]
+def _section(found: ModelJudgement, summary: Judgement) -> doc.Section:
+    blocks: list[doc.Block] = [doc.Facts(list(_facts(found, summary)), kind="sentences")]
     blocks.append(doc.Chart(partial(three_bars, found), caption=_caption(found)))
-    acts: list[doc.Row] = [_act_row(act) for act in found.acts]
-    columns = [doc.Column("Attack"), *doc.numbers("images", "right", "fooled by it alone")]
+    every = all(act.alone is not None for act in found.acts)
+    acts: list[doc.Row] = [_act_row(act, every=every) for act in found.acts]
+    alone = ("fooled by it alone",) if every else ()
+    columns = [doc.Column("Attack"), *doc.numbers("images", "right", *alone, "passes F", "passes B")]
     blocks.append(doc.Table(columns, acts, title=f"{found.spec}: attacks", only="page"))
     seen = [check for check in found.checks if check.level != "ok"]
     if seen:
@@ -230,9 +289,9 @@ def _section(found: ModelJudgement) -> doc.Section:
     return doc.Section(plain(found.spec), blocks, key=key, short=plain(short, 24))
 
 
-def _facts(found: ModelJudgement) -> Iterator[tuple[str, doc.Line]]:
+def _facts(found: ModelJudgement, summary: Judgement) -> Iterator[tuple[str, doc.Line]]:
     facts = found.facts
-    for name, about in _abouts(found):
+    for name, about in abouts_of(found):
         yield about.title, f"{about.reference}; {about.summary}"
         yield "Fidelity", fidelity_words(about)
         for claim in about.claims:
@@ -241,6 +300,10 @@ def _facts(found: ModelJudgement) -> Iterator[tuple[str, doc.Line]]:
             yield f"Differs ({name})", said
     if facts.base is not None:
         yield "Gradient modes tried", "; ".join(f"{mode} ({MODES.get(mode, 'its own')})" for mode in facts.modes)
+    for name, said in _assumed(found):
+        yield f"Assumed here ({name})", said
+    if gate := reproduction(found, summary):
+        yield "Reproduction", gate
     passes = f"{facts.forward:g} forward and {facts.backward:g} backward passes, counted at the encoder"
     yield "Cost of a clean answer", passes
     if facts.random:
@@ -258,9 +321,11 @@ def fidelity_words(about: About) -> str:
     return words.get(about.fidelity, "a common method, our implementation") + read
 
 
-def _act_row(act: Act) -> doc.Row:
+def _act_row(act: Act, *, every: bool) -> doc.Row:
     where = " (on what was left)" if act.left_only else ""
-    return (f"{act_words(act.name)}{where}", f"{act.tried:,}", f"{act.right:,}", f"{act.alone:,}")
+    alone = (f"{act.alone:,}",) if every else ()
+    passes = f"{act.forward:,}", f"{act.backward:,}"
+    return (f"{act_words(act.name)}{where}", f"{act.tried:,}", f"{act.right:,}", *alone, *passes)
 
 
 def _caption(found: ModelJudgement) -> str:
@@ -285,7 +350,7 @@ def bars_of(found: ModelJudgement) -> list[tuple[str, float, float, float]]:
         return name, 100 * (figure.value or 0.0), 100 * figure.low, 100 * figure.high
 
     unaware, worst = of("unaware", found.unaware[next(iter(UNAWARE))]), of("worst", found.worst)
-    claims = [claim for _, about in _abouts(found) for claim in about.claims]
+    claims = [claim for _, about in abouts_of(found) for claim in about.claims]
     if claims and not _is_bundled(found):
         claim = claims[0]
         return [(f"claimed ({claim.model}, {claim.data})", claim.robust, claim.robust, claim.robust), unaware, worst]
@@ -318,66 +383,3 @@ def three_bars(found: ModelJudgement) -> Markup:
     said = ", ".join(f"{name} {value:.1f} per cent" for name, value, *_ in bars)
     key = "bars-" + "".join(c if c.isalnum() else "-" for c in found.spec)
     return as_svg(figure, key=key, alt=f"{found.spec}: {said}")
-
-
-# The same as Markdown, for a README or an issue
-
-
-def write_markdown(path: Path, summary: Judgement, manifest: Mapping[str, Any]) -> None:
-    """Write the table, a sentence for each defence and what was noticed as Markdown."""
-    write_text(path, "\n".join(_markdown(summary, manifest)) + "\n")
-
-
-def _markdown(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]:
-    data = plain((manifest.get("data") or {}).get("spec") or "")
-    yield "# Test-time defences, judged"
-    yield ""
-    yield f"{ball(summary.norm, summary.eps_text)}. {summary.images:,} images of `{data}`,"
-    yield f"{summary.steps} gradient steps and {summary.queries} queries of Square. {_INTERVALS}"
-    if aside := left_aside(summary):
-        yield aside
-    yield ""
-    heads = ["model", "claimed", *_COLUMNS, "p", "passes F / B", "fidelity"]
-    yield _line(heads)
-    yield _line(["---"] * len(heads))
-    for found in _ordered(summary):
-        abouts = _abouts(found)
-        claims = "; ".join(claim_words(claim) for _, about in abouts for claim in about.claims) or DASH
-        figures = [f"{percent(figure.value)} ({interval(figure)})" for figure in _figures(found)]
-        p = DASH if found.gain_p is None else f"{found.gain_p:.2g}"
-        passes = f"{found.facts.forward:g} / {found.facts.backward:g}"
-        fidelity = "; ".join(dict.fromkeys(about.fidelity for _, about in abouts)) or DASH
-        yield _line([f"`{found.spec}`", claims, *figures, p, passes, fidelity])
-    for found in _defended(summary):
-        yield ""
-        yield sentence_of(found, summary)
-        for check in found.checks:
-            if check.level in ("warning", "fault"):
-                yield f"* {check.name}: {check.message}"
-    yield ""
-    yield "Claimed figures are those of the papers, on other models and images, and answer their own question."
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(plain(cell, 600).replace("|", "\\|") for cell in cells) + " |"
-
-
-def table_of_defences() -> str:
-    """Return the table of the docs: every defence, how it is written, where it is from, and how near it is.
-
-    Example:
-        >>> "| `+bits" in table_of_defences()
-        True
-    """
-    from robustvlm.defenses.zoo.base import form_of
-
-    rows = [_line(["operator", "method", "reference", "fidelity", "passes F / B", "random", "gradient modes"])]
-    rows.append(_line(["---"] * 7))
-    for name, kind in DEFENCES.items():
-        about, cost = kind.about, read_defence(name, ()).cost()
-        passes = f"{cost.forward:g} / {cost.backward:g}"
-        drawn = "yes" if kind.random else "no"
-        modes = ", ".join(kind.modes)
-        cells = [f"`+{form_of(name)}`", about.title, about.reference, about.fidelity, passes, drawn, modes]
-        rows.append(_line(cells))
-    return "\n".join(rows)

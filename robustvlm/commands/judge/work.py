@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors.torch import load, save
@@ -17,22 +17,29 @@ from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import Images as Stream
 from robustvlm.commands.common.inputs import describe_data, remarks_of
 from robustvlm.commands.judge import JudgeSettings, record
-from robustvlm.commands.judge.attacks import CLEAN, FEATURE, MODE, START, UNAWARE, Attacked, Images
-from robustvlm.commands.judge.view import read_run as read_run
-from robustvlm.commands.judge.view import show as show
-from robustvlm.commands.judge.view import write_markdown
-from robustvlm.commands.judge.view import write_report as write_report
+from robustvlm.commands.judge.attacks import CLEAN, FEATURE, LABEL, MODE, START, TRANSFER, UNAWARE, Attacked, Images
+from robustvlm.commands.judge.paper import write_markdown, write_tex
+from robustvlm.commands.judge.view import read_run, show, write_report
 from robustvlm.core.files import replacing, write_text
-from robustvlm.core.ranks import resolve_device
+from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.source import Unreadable
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import check_operations, split_spec, undefended
-from robustvlm.defenses.zoo.wrap import defended
+from robustvlm.defenses.zoo.base import Passes
+from robustvlm.defenses.zoo.unpublished import unpublished
+from robustvlm.defenses.zoo.wrap import counted_passes, defended
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.run import Facts, Session
 
+__all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "show", "write_report"]
+
+__all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "show", "write_report"]
+
 RESULTS = ("summary.json",)
+
+FIRST = next(iter(UNAWARE))
+"""The transferred points that attacks begin at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +57,22 @@ class JudgeWork:
     source: DataSource
     bases: dict[str, str]
     models: dict[str, Classifier]
+    unpublished: tuple[record.Unreproduced, ...]
 
     def run(self, session: Session) -> None:
         """Make every act that is not in the journal yet, and write the figures."""
-        ledger = record.JudgeLedger(session.folder)
+        ranks = session.ranks
+        ledger = record.JudgeLedger(session.folder, rank=ranks.rank)
         try:
-            images, aside = self._images(ledger)
+            images, aside = self._images(ledger, session)
             trial = _Trial(self, ledger, session, images)
             acts = {spec: trial.judge(spec) for spec in self.models}
-            aside = replace(aside, acts=acts)
+            ledger.meet(ranks)
+            ledger.sync()
+            ranks.barrier()
+            if not ranks.leader:
+                return
+            aside = replace(aside, acts=acts, every_mode=self.settings.every_mode)
             first = next(iter(images.values()))
             summary = record.Judgement(
                 norm=self.threat.norm,
@@ -71,14 +85,16 @@ class JudgeWork:
                 unknown=aside.unknown,
                 seconds=ledger.seconds,
                 models=record.judged(ledger, aside),
+                not_reproduced=self.unpublished,
             )
         finally:
             ledger.close()
         with session.results() as folder:
             write_markdown(folder / "report.md", summary, session.manifest)
+            write_tex(folder / "report.tex", summary, session.manifest)
             write_text(folder / "summary.json", summary.model_dump_json(indent=2) + "\n")
 
-    def _images(self, ledger: record.JudgeLedger) -> tuple[dict[str, Images], record.Images]:
+    def _images(self, ledger: record.JudgeLedger, session: Session) -> tuple[dict[str, Images], record.Images]:
         """Return the images as every undefended model takes them, by its spec, and what was left aside."""
         found: dict[str, Images] = {}
         aside = record.Images((), ())
@@ -87,7 +103,8 @@ class JudgeWork:
             stream = Stream(self.source, limit=self.settings.limit, resolution=self.models[spec].framing)
             for item in stream.stream():
                 if isinstance(item, Unreadable):
-                    ledger.add_unreadable(stream.index(item.id), item)
+                    if session.ranks.leader:
+                        ledger.add_unreadable(stream.index(item.id), item)
                 elif item.label < 0:
                     unknown += 1
                 else:
@@ -103,21 +120,27 @@ class JudgeWork:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """All acts on all models, part by part of the images."""
+    """All acts on all models, part by part of the images; each part is one process's throughout."""
 
     work: JudgeWork
     ledger: record.JudgeLedger
     session: Session
     images: dict[str, Images]
+    known: dict[str, Attacked] = field(default_factory=dict)
 
     def judge(self, spec: str) -> tuple[str, ...]:
         """Make the acts on a model that are not made yet; return all."""
         base = self.work.bases.get(spec)
         images, attacked = self.images[base or spec], self._attacked(spec)
-        self._look_at(spec, attacked, images)
+        assert attacked.probe.rows  # asked before what follows is counted
+        ranks, parts = self.session.ranks, list(enumerate(self._parts(images)))
+        if ranks.leader:
+            self._look_at(spec, attacked, images)
+        own = [(part, places) for part, places in parts if ranks.mine(part)]
         for act in attacked.acts:
-            self.session.observer.begin(f"{spec}: {act}", len(images.ids))
-            for part, places in enumerate(self._parts(images)):
+            self.session.observer.begin(f"{spec}: {act}", sum(len(places) for _, places in own))
+            for part, places in own:
+                ranks.check()
                 if (spec, act, part) not in self.ledger.parts:
                     self._make(spec, act, part, attacked, images, places)
                 self.session.observer.advance(len(places))
@@ -127,32 +150,34 @@ class _Trial:
         began = time.monotonic()
         fallen = self._fallen(spec, act, attacked)
         wanted = [place for place in places if place not in fallen]
-        chosen, purpose = images.rows(wanted), f"{act} {part}"
-        if not wanted:
-            fates = []
-        elif act == CLEAN:
-            fates = attacked.look(chosen.pixels, chosen.labels, purpose)
-        elif act in UNAWARE:
-            fates = attacked.look(self._points(self.work.bases.get(spec, spec), act, part), chosen.labels, purpose)
-        elif act.startswith(START):
-            base = self.work.bases.get(spec, spec)
-            every = self._points(base, next(iter(UNAWARE)), part)
-            fates = attacked.act(act, chosen, every[[places.index(place) for place in wanted]])
-        else:
-            fates = attacked.act(act, chosen)
+        base, chosen, purpose = self.work.bases.get(spec, spec), images.rows(wanted), f"{act} {part}"
+        points = (
+            self._points(base, act if act in TRANSFER else FIRST, part)
+            if act in TRANSFER or act.startswith(START)
+            else None
+        )
+        with counted_passes(attacked.model) as seen:
+            if not wanted:
+                fates = []
+            elif act == CLEAN or act in TRANSFER:
+                fates = attacked.look(chosen.pixels if points is None else points, chosen.labels, purpose)
+            else:
+                start = None if points is None else points[[places.index(place) for place in wanted]]
+                fates = attacked.act(act, chosen, start)
         numbered = [fate.model_copy(update={"index": wanted[fate.index]}) for fate in fates]
-        self.ledger.add_part(spec, act, part, numbered, time.monotonic() - began)
-        self.session.observer.passed(len(wanted), sum(fate.passes for fate in fates))
+        spent = Passes(seen.forward, seen.backward)
+        self.ledger.add_part(spec, act, part, numbered, time.monotonic() - began, spent)
+        self.session.observer.passed(len(wanted), seen.forward + seen.backward)
 
     def _fallen(self, spec: str, act: str, attacked: Attacked) -> set[int]:
         """Return the images that an act is not made on, by what came of them in the acts before."""
-        if act == CLEAN or act in UNAWARE:
+        if act == CLEAN or act in TRANSFER:
             return set()
         before = attacked.acts[: attacked.acts.index(act)]
-        if act.startswith(MODE):
-            before = (CLEAN,)  # every mode is measured by itself
-        elif act == FEATURE:
-            before = tuple(one for one in before if one not in UNAWARE)
+        if act.startswith(MODE) and self.work.settings.every_mode:
+            before = (CLEAN,)
+        elif act.startswith(MODE) or act == FEATURE:  # these alone decide what is adaptive
+            before = tuple(one for one in before if one not in TRANSFER)
         fates = (fate for one in before for fate in self.ledger.fates(spec, one).values())
         return {fate.index for fate in fates if not fate.right}
 
@@ -166,7 +191,7 @@ class _Trial:
         if base is not None and not attacked.random:
             plain = self._attacked(base)
             if not plain.random:
-                points = [images.rows(self._parts(images)[0]).pixels, self._points(base, next(iter(UNAWARE)), 0)]
+                points = [images.rows(self._parts(images)[0]).pixels, self._points(base, FIRST, 0)]
                 change = max(float((attacked.outputs(x) - plain.outputs(x)).abs().max()) for x in points)
         self.ledger.add_model(
             record.ModelFacts(
@@ -193,13 +218,32 @@ class _Trial:
         chosen = images.rows(self._parts(images)[part])
         if path.exists():
             return load(path.read_bytes())["points"]
-        points = self._attacked(base).unaware_points(chosen, act).contiguous()
+        points = self._made(base, act, part, chosen).contiguous()
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(save({"points": points}, metadata={"model": base, "act": act}))
         return points
 
+    def _made(self, base: str, act: str, part: int, chosen: Images) -> Tensor:
+        if act != LABEL:
+            return self._attacked(base).unaware_points(chosen, act)
+        # Where the undefended model is right, its word is the label, and the points are there already.
+        points = self._points(base, FIRST, part).clone()
+        clean, places = self.ledger.fates(base, CLEAN), self._parts(self.images[base])[part]
+        said = torch.tensor([clean[place].prediction for place in places])
+        other = (said != chosen.labels).nonzero().flatten().tolist()
+        if other:
+            asked = replace(chosen.rows(other), labels=said[other])
+            points[other] = self._attacked(base).unaware_points(asked, act)
+        return points
+
     def _attacked(self, spec: str) -> Attacked:
+        """Return a model as it is attacked, which is asked the first questions once."""
+        if spec not in self.known:
+            self.known[spec] = self._new(spec)
+        return self.known[spec]
+
+    def _new(self, spec: str) -> Attacked:
         settings, models, base = self.work.settings, self.work.models, self.work.bases.get(spec)
         images = self.images[base or spec]
         lanes = min(settings.lanes, len(images.ids))
@@ -225,8 +269,10 @@ class _Trial:
 def open_work(settings: JudgeSettings) -> JudgeWork:
     """Check all settings, open the data and load every model and what it stands on."""
     (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
-    device = str(resolve_device(settings.device))
-    bases = dict(_bases(settings))
+    place = resolve_device(settings.device)
+    device = str(device_of_rank(place, current_ranks()))
+    absent = tuple(_unpublished(settings))
+    bases = dict(_bases(settings, {row.spec for row in absent}))
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates)
     models: dict[str, Classifier] = {}
     remarks = []
@@ -253,13 +299,30 @@ def open_work(settings: JudgeSettings) -> JudgeWork:
         describe_data(source),
         remarks=[*remarks_of(source, models[next(iter(bases.values()))]), *dict.fromkeys(remarks)],
     )
-    return JudgeWork(facts, settings, ThreatModel(norm, radius), text, source, bases, models)
+    return JudgeWork(facts, settings, ThreatModel(norm, radius), text, source, bases, models, absent)
 
 
-def _bases(settings: JudgeSettings) -> Iterator[tuple[str, str]]:
-    """Yield every defended spec with that of the undefended model."""
+def _unpublished(settings: JudgeSettings) -> Iterator[record.Unreproduced]:
+    """Yield a row for every spec with a defence that cannot be run from what its authors give."""
+    for spec in (text.strip() for text in settings.model.split(",")):
+        found = [(one, known) for one in split_spec(spec)[1] if (known := unpublished(one.name, one.arguments))]
+        for _, known in found[:1]:
+            yield record.Unreproduced(
+                spec=spec, title=known.title, reference=known.reference, claimed=known.claimed, reason=known.reason
+            )
+
+
+def _bases(settings: JudgeSettings, aside: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield every defended spec with that of the undefended model, but for those left aside."""
     specs = [spec.strip() for spec in settings.model.split(",")]
+    if set(specs) <= aside:
+        raise UserError(
+            f"'{settings.model}' names no defence that can be run, only such as are shown as not reproduced: add one, "
+            f"as {undefended(specs[0])}+bits:3"
+        )
     for spec in specs:
+        if spec in aside:
+            continue
         if not spec or specs.count(spec) > 1:
             raise UserError(f"'{settings.model}' names " + (f"'{spec}' twice" if spec else "an empty model"))
         base = settings.base or undefended(spec)

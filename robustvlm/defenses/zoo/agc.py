@@ -6,24 +6,15 @@ Li, Xue, Wang et al., *Adaptive Geometric Correction*, 2026 (arXiv 2605.15584).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.defenses.zoo.base import (
-    CODE,
-    DEFENCES,
-    THROUGH,
-    About,
-    Below,
-    FeatureDefence,
-    Passes,
-    Strength,
-    generators,
-)  # fmt: skip
-from robustvlm.defenses.zoo.views import CORNER_DRAWS, perspectives, view_features
+from robustvlm.defenses.zoo import base as zoo
+from robustvlm.defenses.zoo.views import CORNER_DRAWS, drawn, features_of, perspectives
 
 _SAME = 1e-6
 """Below this angle to the mean there is no way to go."""
@@ -72,9 +63,9 @@ def along_circle(own: Tensor, mean: Tensor, beta: Tensor) -> Tensor:
     return torch.where(apart, angle.cos() * own + angle.sin() * safe / sine, own)
 
 
-@DEFENCES.named("agc")
+@zoo.DEFENCES.named("agc")
 @dataclass(frozen=True)
-class GeodesicCorrection(FeatureDefence):
+class GeodesicCorrection(zoo.FeatureDefence):
     """The image's feature, moved towards the mean of its perspectives' and beyond, the further the more they differ.
 
     Example:
@@ -83,11 +74,11 @@ class GeodesicCorrection(FeatureDefence):
         torch.Size([1, 192])
     """
 
-    about = About(
+    about = zoo.About(
         title="AGC, adaptive geodesic correction",
         reference="Li, Xue, Wang et al., 2026, arXiv 2605.15584",
         summary="the feature moved towards the mean of random perspectives and beyond (0 views: off)",
-        fidelity=CODE,
+        fidelity=zoo.CODE,
         differs=(
             "Perspectives are of the image at the model's size; the release takes them at full size and then crops.",
             "The release lets no gradient through the size of the correction, which is fixed in its attack's files.",
@@ -97,29 +88,29 @@ class GeodesicCorrection(FeatureDefence):
         commit="02bcf94",
     )
     off = "0"
-    modes = (THROUGH,)
+    modes = (zoo.THROUGH,)
     random = True
-    eot = 4
 
-    views: Annotated[int, Strength("perspectives; 0 is off", 0, 4096, origin="C")] = 32
-    least: Annotated[float, Strength("least correction, in angles to the mean", 0, 100, origin="C")] = 0.45
-    gain: Annotated[float, Strength("most that is added to it", 0, 100, origin="C")] = 1.8
-    power: Annotated[float, Strength("of the mean distance of the views", 1e-3, 100, origin="C")] = 0.9
-    distortion: Annotated[float, Strength("of the perspectives", 0, 0.99, origin="C")] = 0.5
+    views: Annotated[int, zoo.Strength("perspectives; 0 is off", 0, 4096, origin="C")] = 32
+    least: Annotated[float, zoo.Strength("least correction, in angles to the mean", 0, 100, origin="C")] = 0.45
+    gain: Annotated[float, zoo.Strength("most that is added to it", 0, 100, origin="C")] = 1.8
+    power: Annotated[float, zoo.Strength("of the mean distance of the views", 1e-3, 100, origin="C")] = 0.9
+    distortion: Annotated[float, zoo.Strength("of the perspectives", 0, 0.99, origin="C")] = 0.5
 
-    def cost(self, *, gate_open: bool = True) -> Passes:
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(self.views)
+
+    def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open
-        return Passes(1 + self.views)
+        return zoo.Passes(1 + self.views)
 
-    def feature(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def feature(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del mode
         own = below.encode(pixels)
         if not self.views:
             return own
-        draws = torch.stack([torch.rand(self.views, CORNER_DRAWS, generator=one) for one in generators(pixels)])
-        features = view_features(below.encode, self._view, pixels, draws)
+        draws = torch.stack([torch.rand(self.views, CORNER_DRAWS, generator=one) for one in zoo.generators(pixels)])
+        features = features_of(below.encode, drawn(partial(perspectives, distortion=self.distortion), draws), pixels)
         beta, mean = correction(own, features, least=self.least, gain=self.gain, power=self.power)
         return along_circle(own, mean, beta)
-
-    def _view(self, pixels: Tensor, draws: Tensor) -> Tensor:
-        return perspectives(pixels, draws, distortion=self.distortion)

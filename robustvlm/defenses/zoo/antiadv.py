@@ -15,17 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.defenses.zoo.base import (
-    CODE,
-    DEFENCES,
-    IDENTITY,
-    SMOOTH,
-    About,
-    AnswerDefence,
-    Below,
-    Passes,
-    Strength,
-)  # fmt: skip
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly
 from robustvlm.defenses.zoo.inner import in_full, recomputed, score_gradient, smooth_sign
 
@@ -64,9 +54,9 @@ def strengthened(
     return y if smooth else exactly(y, x)
 
 
-@DEFENCES.named("antiadv")
+@zoo.DEFENCES.named("antiadv")
 @dataclass(frozen=True)
-class AntiAdversary(AnswerDefence):
+class AntiAdversary(zoo.AnswerDefence):
     """The classifier's answer to the image after sign steps towards the classifier's first answer.
 
     Example:
@@ -75,24 +65,24 @@ class AntiAdversary(AnswerDefence):
         torch.Size([1, 2])
     """
 
-    about = About(
+    about = zoo.About(
         title="anti-adversary layer",
         reference="Alfarra, Pérez, Thabet, Bibi, Torr, Ghanem, AAAI 2022, arXiv 2103.14347",
         summary="K sign steps of A towards the model's own answer, before it is asked again (0: off)",
-        fidelity=CODE,
+        fidelity=zoo.CODE,
         differs=("Steps are in pixels of [0, 1]; the release takes them in normalised pixels where it normalises.",),
         licence_note="MIT",
     )
     off = "size=0"
-    modes = (IDENTITY, SMOOTH)
+    modes = (zoo.IDENTITY, zoo.SMOOTH)
 
-    steps: Annotated[int, Strength("steps", 0, 100, origin="C")] = 2
-    size: Annotated[float, Strength("size of a step, in pixels of [0, 1]; 0 is off", 0, 1, origin="C")] = 0.15
+    steps: Annotated[int, zoo.Strength("steps", 0, 100, origin="C")] = 2
+    size: Annotated[float, zoo.Strength("size of a step, in pixels of [0, 1]; 0 is off", 0, 1, origin="C")] = 0.15
 
-    def cost(self, *, gate_open: bool = True) -> Passes:
+    def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open
-        return Passes(2 + self.steps, self.steps) if self.steps and self.size else Passes(1)
+        return zoo.Passes(2 + self.steps, self.steps) if self.steps and self.size else zoo.Passes(1)
 
-    def answer(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
-        smooth = mode == SMOOTH
+    def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
+        smooth = mode == zoo.SMOOTH
         return below.logits(strengthened(below.logits, pixels, steps=self.steps, size=self.size, smooth=smooth))

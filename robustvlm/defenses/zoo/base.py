@@ -60,6 +60,7 @@ class Strength:
 
     Attributes:
         meaning: a few words. least, most: bounds, both allowed. odd: only odd numbers.
+        words: all that may be written, for a text.
         origin: of the default: "C" read in the authors' code, "T" in the text, "K" from memory, "A" assumed here.
     """
 
@@ -68,11 +69,13 @@ class Strength:
     most: float | None = None
     odd: bool = False
     origin: str = "A"
+    words: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
         """Say what is wrong with a value; None if nothing is."""
         if isinstance(value, str):
-            return None
+            known = not self.words or value in self.words
+            return None if known else f"must be {' or '.join(self.words)}, got '{value}'"
         if self.odd and value % 2 == 0:
             return f"must be odd, got {value}"
         low, high = self.least, self.most
@@ -191,6 +194,8 @@ class Defence(ABC):
     """Draws that a gradient is to be averaged over."""
     gates: ClassVar[tuple[str, ...]] = ()
     """What its decisions are about, in words; empty where it decides nothing."""
+    explicit: ClassVar[str] = ""
+    """Why all of its strengths must be written; empty where they have defaults."""
     needs_encoder: ClassVar[bool] = False
     """Whether it asks for features, so that a classifier without an encoder cannot have it."""
 
@@ -201,6 +206,11 @@ class Defence(ABC):
         """
         del gate_open
         return Passes(1)
+
+    @property
+    def gradient_draws(self) -> int:
+        """Draws that a gradient is averaged over; fewer where one call averages over views already."""
+        return self.eot
 
     @property
     def name(self) -> str:
@@ -260,6 +270,20 @@ DEFENCES: Table[type[Defence]] = Table(__package__ or "")
 """Every defence by name: each adds itself in its own file."""
 
 
+VIEWS_PER_GRADIENT, MOST_CALLS = 16, 4
+"""Views that a gradient is averaged over, in how many calls at most."""
+
+
+def draws_of_views(views: int) -> int:
+    """Return how many calls, each of so many views, a gradient is averaged over.
+
+    Example:
+        >>> [draws_of_views(views) for views in (1, 8, 31)]
+        [4, 2, 1]
+    """
+    return min(MOST_CALLS, -(-VIEWS_PER_GRADIENT // max(1, views)))
+
+
 # Strengths from the words of a spec
 
 
@@ -298,6 +322,8 @@ def strengths(kind: type[Defence]) -> list[Known]:
 def form_of(name: str) -> str:
     """Return how the operator of that name is written, as `blur:KERNEL:SIGMA`."""
     known = strengths(DEFENCES[name])
+    if DEFENCES[name].explicit:
+        return ":".join([name, *(item.name.upper() for item in known)])
     shown = "".join(f"[:{item.name.upper()}" for item in known) + "]" * len(known)
     return f"{name}{shown}" if len(known) <= 3 else f"{name}[:STRENGTH=VALUE...]"
 
@@ -332,6 +358,8 @@ def read_defence(name: str, arguments: tuple[str, ...]) -> Defence:
         if problem is not None:
             raise UserError(f"'+{written}': {item.name} {problem} ({item.strength.meaning})")
         chosen[item.name] = value
+    if kind.explicit and len(chosen) < len(known):
+        raise UserError(f"'+{written}' must be written +{form_of(name)}: {kind.explicit}")
     return kind(**chosen)
 
 

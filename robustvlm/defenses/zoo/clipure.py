@@ -10,17 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.data.classes import DEFAULT
-from robustvlm.defenses.zoo.base import (
-    CODE,
-    DEFENCES,
-    IDENTITY,
-    THROUGH,
-    About,
-    Below,
-    Claim,
-    FeatureDefence,
-    Strength,
-)
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly
 
 
@@ -68,9 +58,9 @@ def turned_at_once(features: Tensor, text: Tensor, steps: int, size: float) -> T
     return final.cos() * text + final.sin() * across / sine.clamp_min(1e-20)
 
 
-@DEFENCES.named("clipure")
+@zoo.DEFENCES.named("clipure")
 @dataclass(frozen=True)
-class CLIPure(FeatureDefence):
+class CLIPure(zoo.FeatureDefence):
     """CLIPure-Cos, each image by itself.
 
     Example:
@@ -78,15 +68,15 @@ class CLIPure(FeatureDefence):
         'clipure:10:30'
     """
 
-    about = About(
+    about = zoo.About(
         title="CLIPure-Cos",
         reference="Zhang, Bi, Chen, Guo, Cheng, ICLR 2025, arXiv 2502.18176",
         summary="the feature turned towards that of a text without a class, K steps of a size (0: off)",
-        fidelity=CODE,
+        fidelity=zoo.CODE,
         commit="b4cc6d1",
         licence_note="research and evaluation only",
         claims=(
-            Claim(
+            zoo.Claim(
                 model="ViT-L/14",
                 data="ImageNet, 1000 images",
                 attack="apgd-ce, apgd-t",
@@ -94,7 +84,7 @@ class CLIPure(FeatureDefence):
                 robust=72.6,
                 adaptive=True,
             ),
-            Claim(model="ViT-L/14", data="CIFAR-10", attack="AutoAttack", eps=None, robust=91.1, adaptive=True),
+            zoo.Claim(model="ViT-L/14", data="CIFAR-10", attack="AutoAttack", eps=None, robust=91.1, adaptive=True),
         ),
         differs=(
             "The step's length is each image's own; the release divides by a norm over the batch.",
@@ -105,12 +95,12 @@ class CLIPure(FeatureDefence):
         image_local_as_released=False,
     )
     off = "0"
-    modes = (THROUGH, IDENTITY)
+    modes = (zoo.THROUGH, zoo.IDENTITY)
 
-    steps: Annotated[int, Strength("steps; 0 leaves the feature alone", 0, 1000, origin="C")] = 10
-    size: Annotated[float, Strength("size of a step along the unit tangent", 0.0, 1e6, origin="C")] = 30.0
+    steps: Annotated[int, zoo.Strength("steps; 0 leaves the feature alone", 0, 1000, origin="C")] = 10
+    size: Annotated[float, zoo.Strength("size of a step along the unit tangent", 0.0, 1e6, origin="C")] = 30.0
 
-    def feature(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def feature(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         features = below.encode(pixels)
         if self.steps == 0:
             return features
@@ -118,6 +108,6 @@ class CLIPure(FeatureDefence):
             empty = below.encode_text([template.replace("{}", "") for template in DEFAULT])
             text = F.normalize(empty.mean(0), dim=0)
             value = turned(features.detach(), text, self.steps, self.size)
-        if mode == IDENTITY:
+        if mode == zoo.IDENTITY:
             return exactly(value, features)
         return exactly(value, turned_at_once(features, text, self.steps, self.size))

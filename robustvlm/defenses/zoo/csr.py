@@ -14,20 +14,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.threat import per_image
-from robustvlm.defenses.zoo.base import (
-    CODE,
-    DEFENCES,
-    GATE_OFF,
-    GATE_ON,
-    IDENTITY,
-    SMOOTH,
-    About,
-    Below,
-    Claim,
-    Passes,
-    PixelDefence,
-    Strength,
-)  # fmt: skip
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly, leaning
 from robustvlm.defenses.zoo.inner import gate_hinge, in_full, recomputed, sign_step
 
@@ -132,9 +119,9 @@ def best_of_way(
     return found if smooth else exactly(found, x)
 
 
-@DEFENCES.named("csr")
+@zoo.DEFENCES.named("csr")
 @dataclass(frozen=True)
-class SpectralRectification(PixelDefence):
+class SpectralRectification(zoo.PixelDefence):
     """The image, moved towards the feature of its blurred copy where that differs from its own.
 
     Example:
@@ -143,33 +130,33 @@ class SpectralRectification(PixelDefence):
         torch.Size([1, 192])
     """
 
-    about = About(
+    about = zoo.About(
         title="CSR, contrastive spectral rectification",
         reference="Nie, Zhang, Wang, Shan, Chen, ICML 2026, arXiv 2601.19210",
         summary="steps towards the feature of a blurred copy, where that differs (eps 0: off)",
-        fidelity=CODE,
-        claims=(Claim("CLIP", "ImageNet", "PGD-10 on the undefended model", 1, 58.9, clean=62.5),),
+        fidelity=zoo.CODE,
+        claims=(zoo.Claim("CLIP", "ImageNet", "PGD-10 on the undefended model", 1, 58.9, clean=62.5),),
         differs=("The blur's radius is scaled with the image's side: 40 is for 224 pixels.",),
         licence_note="MIT, by its README",
         commit="a5009cc",
     )
     off = "eps=0"
-    modes = (IDENTITY, SMOOTH, GATE_ON, GATE_OFF)
+    modes = (zoo.IDENTITY, zoo.SMOOTH, zoo.GATE_ON, zoo.GATE_OFF)
     gates = ("cosine of the image's feature with its blurred copy's, against the threshold",)
     needs_encoder = True
 
-    radius: Annotated[float, Strength("of the blur, in waves per 224 pixels", 1e-3, 1e9, origin="C")] = 40.0
-    threshold: Annotated[float, Strength("cosine below which the image moves", -1.1, 1.1, origin="C")] = 0.85
-    steps: Annotated[int, Strength("steps", 0, 100, origin="C")] = 3
-    size: Annotated[float, Strength("size of a step, in 255ths", 0, 255, origin="C")] = 2.0
-    eps: Annotated[float, Strength("most change of a value, in 255ths; 0 is off", 0, 255, origin="C")] = 4.0
+    radius: Annotated[float, zoo.Strength("of the blur, in waves per 224 pixels", 1e-3, 1e9, origin="C")] = 40.0
+    threshold: Annotated[float, zoo.Strength("cosine below which the image moves", -1.1, 1.1, origin="C")] = 0.85
+    steps: Annotated[int, zoo.Strength("steps", 0, 100, origin="C")] = 3
+    size: Annotated[float, zoo.Strength("size of a step, in 255ths", 0, 255, origin="C")] = 2.0
+    eps: Annotated[float, zoo.Strength("most change of a value, in 255ths; 0 is off", 0, 255, origin="C")] = 4.0
 
-    def cost(self, *, gate_open: bool = True) -> Passes:
+    def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         if not self.eps or not self.steps:
-            return Passes(1)
-        return Passes(4 + self.steps, self.steps) if gate_open else Passes(3)
+            return zoo.Passes(1)
+        return zoo.Passes(4 + self.steps, self.steps) if gate_open else zoo.Passes(3)
 
-    def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         if not self.eps or not self.steps:
             return pixels
         found = rectified(
@@ -180,8 +167,8 @@ class SpectralRectification(PixelDefence):
             steps=self.steps,
             size=self.size / 255,
             eps=self.eps / 255,
-            smooth=mode == SMOOTH,
-            lean=mode in (GATE_ON, GATE_OFF),
+            smooth=mode == zoo.SMOOTH,
+            lean=mode in (zoo.GATE_ON, zoo.GATE_OFF),
         )
         hinge = gate_hinge(found.similarity, self.threshold, mode)
         return found.image if hinge is None else leaning(found.image, hinge)

@@ -12,18 +12,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from robustvlm.defenses.zoo.base import (
-    CODE,
-    DEFENCES,
-    IDENTITY,
-    THROUGH,
-    About,
-    AnswerDefence,
-    Below,
-    Claim,
-    Passes,
-    Strength,
-)  # fmt: skip
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly
 from robustvlm.defenses.zoo.inner import in_full, recomputed, score_gradient, unit_rows, within
 
@@ -76,9 +65,9 @@ def descended(
     return y if through else exactly(y, x)
 
 
-@DEFENCES.named("et3")
+@zoo.DEFENCES.named("et3")
 @dataclass(frozen=True)
-class EnergyDescent(AnswerDefence):
+class EnergyDescent(zoo.AnswerDefence):
     """The classifier's answer to the image moved down its own energy.
 
     Example:
@@ -88,14 +77,14 @@ class EnergyDescent(AnswerDefence):
         torch.Size([1, 2])
     """
 
-    about = About(
+    about = zoo.About(
         title="ET3",
         reference="Mirza, D'Orazio, Melamed, Masi, CVPR 2026, arXiv 2603.26984",
         summary="the image moved to lower energy, -logsumexp of the logits, before it is answered (step 0: off)",
-        fidelity=CODE,
+        fidelity=zoo.CODE,
         claims=(
-            Claim("TeCoA-4 ViT-L/14", "14 sets, mean", "AutoAttack on the undefended model", 4, 40.93),
-            Claim("FARE-4 ViT-L/14", "14 sets, mean", "AutoAttack on the undefended model", 4, 40.60),
+            zoo.Claim("TeCoA-4 ViT-L/14", "14 sets, mean", "AutoAttack on the undefended model", 4, 40.93),
+            zoo.Claim("FARE-4 ViT-L/14", "14 sets, mean", "AutoAttack on the undefended model", 4, 40.60),
         ),
         differs=(
             "The energy is that of the run's own classes; the paper's default is a list of 21,000 names.",
@@ -106,20 +95,20 @@ class EnergyDescent(AnswerDefence):
         commit="010cfd2",
     )
     off = "step=0"
-    modes = (IDENTITY, THROUGH)
+    modes = (zoo.IDENTITY, zoo.THROUGH)
 
-    steps: Annotated[int, Strength("steps down the energy", 0, 100, origin="C")] = 2
-    step: Annotated[float, Strength("L2 length of a step at 224 pixels; 0 is off", 0, 1000, origin="C")] = 2.5
-    reach: Annotated[float, Strength("most change of a value, in 255ths", 0, 255, origin="C")] = 5.0
+    steps: Annotated[int, zoo.Strength("steps down the energy", 0, 100, origin="C")] = 2
+    step: Annotated[float, zoo.Strength("L2 length of a step at 224 pixels; 0 is off", 0, 1000, origin="C")] = 2.5
+    reach: Annotated[float, zoo.Strength("most change of a value, in 255ths", 0, 255, origin="C")] = 5.0
 
-    def cost(self, *, gate_open: bool = True) -> Passes:
+    def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open
         steps = self.steps if self.step and self.reach else 0
-        return Passes(1 + steps, steps)
+        return zoo.Passes(1 + steps, steps)
 
-    def answer(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         step = self.step * pixels.shape[-1] / 224
-        through = mode == THROUGH
+        through = mode == zoo.THROUGH
         return below.logits(
             descended(below.logits, pixels, steps=self.steps, step=step, reach=self.reach / 255, through=through)
         )

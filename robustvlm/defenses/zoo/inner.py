@@ -22,7 +22,7 @@ from torch import Tensor
 from robustvlm.attacks.threat import per_image
 from robustvlm.core.boundary import unscaled_gradients
 from robustvlm.core.seeds import row_sums
-from robustvlm.defenses.zoo.base import GATE_OFF, GATE_ON
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import plain_attention
 
 _TINY = 1e-12
@@ -162,9 +162,9 @@ def gate_hinge(score: Tensor, threshold: float, mode: str) -> Tensor | None:
         >>> gate_hinge(torch.tensor([0.3, 0.9]), 0.5, "gate:off")
         tensor([ 0.2200, -0.3800])
     """
-    if mode not in (GATE_ON, GATE_OFF):
+    if mode not in (zoo.GATE_ON, zoo.GATE_OFF):
         return None
-    return (threshold - score if mode == GATE_OFF else score - threshold) + MARGIN
+    return (threshold - score if mode == zoo.GATE_OFF else score - threshold) + MARGIN
 
 
 # Steps along a gradient

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.defenses.zoo.base import DEFENCES, IDENTITY, OWN, SMOOTH, About, Below, PixelDefence, Strength
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly
 
 # Quantisation tables of luminance and chrominance: ITU-T T.81 (1992), tables K.1 and K.2.
@@ -94,9 +94,9 @@ def compressed(pixels: Tensor, quality: int, *, smooth: bool = False) -> Tensor:
     return (_rounded(levels, smooth=smooth) / 255)[..., :height, :width].to(pixels.dtype)
 
 
-@DEFENCES.named("jpeg")
+@zoo.DEFENCES.named("jpeg")
 @dataclass(frozen=True)
-class Jpeg(PixelDefence):
+class Jpeg(zoo.PixelDefence):
     """JPEG compression of the image.
 
     Example:
@@ -105,19 +105,19 @@ class Jpeg(PixelDefence):
         True
     """
 
-    about = About(
+    about = zoo.About(
         title="JPEG compression",
         reference="Guo, Rana, Cisse, van der Maaten, ICLR 2018, arXiv 1711.00117",
         summary="JPEG at a quality from 1 to 100 (0: off)",
-        fidelity=OWN,
+        fidelity=zoo.OWN,
         differs=("The codec's arithmetic is computed in floats; files of libjpeg differ by a few levels.",),
     )
     off = "0"
-    modes = (SMOOTH, IDENTITY)
+    modes = (zoo.SMOOTH, zoo.IDENTITY)
 
-    quality: Annotated[int, Strength("quality; 0 leaves the image alone", 0, 100, origin="K")] = 75
+    quality: Annotated[int, zoo.Strength("quality; 0 leaves the image alone", 0, 100, origin="K")] = 75
 
-    def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del below
         if self.quality == 0:
             return pixels
@@ -125,4 +125,4 @@ class Jpeg(PixelDefence):
             value = compressed(pixels.detach(), self.quality)
         if not (torch.is_grad_enabled() and pixels.requires_grad):
             return value
-        return exactly(value, pixels if mode == IDENTITY else compressed(pixels, self.quality, smooth=True))
+        return exactly(value, pixels if mode == zoo.IDENTITY else compressed(pixels, self.quality, smooth=True))

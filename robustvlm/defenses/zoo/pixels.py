@@ -10,24 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.defenses.zoo.base import (
-    DEFENCES,
-    IDENTITY,
-    OWN,
-    About,
-    Below,
-    PixelDefence,
-    Strength,
-    generators,
-)
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly
 
 _SQUEEZING = "Xu, Evans, Qi, NDSS 2018, arXiv 1704.01155"
 
 
-@DEFENCES.named("bits")
+@zoo.DEFENCES.named("bits")
 @dataclass(frozen=True)
-class Bits(PixelDefence):
+class Bits(zoo.PixelDefence):
     """Pixels rounded to `levels` bits: round(x (2^B - 1)) / (2^B - 1).
 
     Example:
@@ -35,18 +26,18 @@ class Bits(PixelDefence):
         [[[[0.0, 1.0]]]]
     """
 
-    about = About(
+    about = zoo.About(
         title="bit-depth reduction",
         reference=_SQUEEZING,
         summary="pixels rounded to so many bits (0: off)",
-        fidelity=OWN,
+        fidelity=zoo.OWN,
     )
     off = "0"
-    modes = (IDENTITY,)
+    modes = (zoo.IDENTITY,)
 
-    levels: Annotated[int, Strength("bits of a colour value; 0 leaves the image alone", 0, 8, origin="K")] = 3
+    levels: Annotated[int, zoo.Strength("bits of a colour value; 0 leaves the image alone", 0, 8, origin="K")] = 3
 
-    def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del below, mode
         if self.levels == 0:
             return pixels
@@ -54,9 +45,9 @@ class Bits(PixelDefence):
         return exactly((pixels.detach() * steps).round() / steps, pixels)
 
 
-@DEFENCES.named("median")
+@zoo.DEFENCES.named("median")
 @dataclass(frozen=True)
-class Median(PixelDefence):
+class Median(zoo.PixelDefence):
     """Each value the median of the K x K values around it, the border reflected.
 
     Example:
@@ -66,28 +57,30 @@ class Median(PixelDefence):
         tensor(0.)
     """
 
-    about = About(
+    about = zoo.About(
         title="median filter",
         reference=_SQUEEZING,
         summary="median of K x K pixels (1: off)",
-        fidelity=OWN,
+        fidelity=zoo.OWN,
     )
     off = "1"
 
-    kernel: Annotated[int, Strength("side of the window; 1 leaves the image alone", 1, 31, odd=True, origin="K")] = 3
+    kernel: Annotated[
+        int, zoo.Strength("side of the window; 1 leaves the image alone", 1, 31, odd=True, origin="K")
+    ] = 3
 
-    def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del below, mode
         if self.kernel == 1:
             return pixels
-        framed = _reflected(pixels, self.kernel // 2)
+        framed = reflected(pixels, self.kernel // 2)
         windows = framed.unfold(2, self.kernel, 1).unfold(3, self.kernel, 1)
         return windows.flatten(4).median(dim=4).values
 
 
-@DEFENCES.named("blur")
+@zoo.DEFENCES.named("blur")
 @dataclass(frozen=True)
-class Blur(PixelDefence):
+class Blur(zoo.PixelDefence):
     """A Gaussian filter of K x K pixels, the border reflected.
 
     Example:
@@ -96,38 +89,38 @@ class Blur(PixelDefence):
         True
     """
 
-    about = About(
+    about = zoo.About(
         title="Gaussian filter",
         reference=_SQUEEZING,
         summary="Gaussian filter of K x K pixels and width S (kernel 1: off)",
-        fidelity=OWN,
+        fidelity=zoo.OWN,
     )
     off = "1"
 
-    kernel: Annotated[int, Strength("side of the filter; 1 leaves the image alone", 1, 63, odd=True)] = 5
-    sigma: Annotated[float, Strength("its standard deviation in pixels", 1e-3, 100)] = 1.1
+    kernel: Annotated[int, zoo.Strength("side of the filter; 1 leaves the image alone", 1, 63, odd=True)] = 5
+    sigma: Annotated[float, zoo.Strength("its standard deviation in pixels", 1e-3, 100)] = 1.1
 
-    def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del below, mode
         if self.kernel == 1:
             return pixels
         place = torch.arange(self.kernel, device=pixels.device, dtype=pixels.dtype) - self.kernel // 2
         weight = (-0.5 * (place / self.sigma).square()).exp()
         weight = (weight / weight.sum()).expand(pixels.shape[1], 1, 1, -1)
-        framed = _reflected(pixels, self.kernel // 2)
+        framed = reflected(pixels, self.kernel // 2)
         rows = F.conv2d(framed, weight, groups=pixels.shape[1])
         return F.conv2d(rows, weight.transpose(2, 3), groups=pixels.shape[1])
 
 
-def _reflected(pixels: Tensor, border: int) -> Tensor:
+def reflected(pixels: Tensor, border: int) -> Tensor:
     """Return pixels with a reflected border; a border wider than the image is repeated at its edge."""
     mode = "reflect" if border < min(pixels.shape[-2:]) else "replicate"
     return F.pad(pixels, (border,) * 4, mode=mode)
 
 
-@DEFENCES.named("randpad")
+@zoo.DEFENCES.named("randpad")
 @dataclass(frozen=True)
-class RandomPadding(PixelDefence):
+class RandomPadding(zoo.PixelDefence):
     """The image resized to r ~ U{S .. grow S}, put at a random place of a black square of side grow S, resized to S.
 
     Example:
@@ -135,11 +128,11 @@ class RandomPadding(PixelDefence):
         torch.Size([2, 3, 16, 16])
     """
 
-    about = About(
+    about = zoo.About(
         title="random resizing and padding",
         reference="Xie, Wang, Zhang, Ren, Yuille, ICLR 2018, arXiv 1711.01991",
         summary="resized at random, placed at random on black, resized back (grow 1: off)",
-        fidelity=OWN,
+        fidelity=zoo.OWN,
         differs=("The square is resized back to the model's size, which an encoder of one size needs.",),
     )
     off = "1"
@@ -148,16 +141,20 @@ class RandomPadding(PixelDefence):
 
     grow: Annotated[
         float,
-        Strength("side of the padded square over the image's (331/299 as published); 1 is off", 1.0, 4.0, origin="K"),
+        zoo.Strength(
+            "side of the padded square over the image's (331/299 as published); 1 is off", 1.0, 4.0, origin="K"
+        ),
     ] = 1.107
 
-    def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del below, mode
         size = pixels.shape[-1]
         most = math.floor(self.grow * size + 1e-9)
         if most == size:
             return pixels
-        return torch.cat([self._one(x[None], most, draws) for x, draws in zip(pixels, generators(pixels), strict=True)])
+        return torch.cat(
+            [self._one(x[None], most, draws) for x, draws in zip(pixels, zoo.generators(pixels), strict=True)]
+        )
 
     @staticmethod
     def _one(x: Tensor, most: int, draws: torch.Generator) -> Tensor:

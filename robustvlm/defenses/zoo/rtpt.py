@@ -11,20 +11,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustvlm.defenses.zoo.base import (
-    CODE,
-    DEFENCES,
-    IDENTITY,
-    THROUGH,
-    About,
-    AnswerDefence,
-    Below,
-    Claim,
-    Passes,
-    Strength,
-    generators,
-)  # fmt: skip
-from robustvlm.defenses.zoo.views import CROP_DRAWS, crops, view_features
+from robustvlm.defenses.zoo import base as zoo
+from robustvlm.defenses.zoo.views import CROP_DRAWS, crops, drawn, features_of
 
 
 def reliability(features: Tensor, neighbours: int) -> Tensor:
@@ -52,9 +40,9 @@ def weighted(logits: Tensor, reliable: Tensor, temperature: float) -> Tensor:
     return torch.einsum("bv,bvk->bk", (reliable / temperature).softmax(1), logits)
 
 
-@DEFENCES.named("rtpt")
+@zoo.DEFENCES.named("rtpt")
 @dataclass(frozen=True)
-class ReliableViews(AnswerDefence):
+class ReliableViews(zoo.AnswerDefence):
     """Logits of the image and random crops of it, weighted by how many of the others each agrees with.
 
     Example:
@@ -64,13 +52,13 @@ class ReliableViews(AnswerDefence):
         torch.Size([1, 2])
     """
 
-    about = About(
+    about = zoo.About(
         title="R-TPT, without the prompt's step",
         reference="Sheng, Liang, Wang, He, CVPR 2025, arXiv 2504.11195",
         summary="logits of random crops, weighted by how many others each agrees with (1 view: off)",
-        fidelity=CODE,
+        fidelity=zoo.CODE,
         claims=tuple(
-            Claim(f"CLIP ViT-{size}", "eight sets, by TTP's authors", "PGD-100 on the undefended model", 4, robust)
+            zoo.Claim(f"CLIP ViT-{size}", "eight sets, by TTP's authors", "PGD-100 on the undefended model", 4, robust)
             for size, robust in (("B/32", 35.3), ("B/16", 39.9), ("L/14", 49.6))
         ),
         differs=(
@@ -82,26 +70,30 @@ class ReliableViews(AnswerDefence):
         commit="e085f13",
     )
     off = "views=1"
-    modes = (IDENTITY, THROUGH)
+    modes = (zoo.IDENTITY, zoo.THROUGH)
     random = True
-    eot = 4
     needs_encoder = True
 
-    lr: Annotated[float, Strength("rate of the prompt's step; the prompt is not tuned here yet: 0", 0, 0)] = 0.0
-    views: Annotated[int, Strength("views, the image among them; 1 is off", 1, 4096, origin="C")] = 64
-    neighbours: Annotated[int, Strength("views that a view is compared with", 1, 4096, origin="C")] = 20
-    temperature: Annotated[float, Strength("of the weights", 1e-6, 1e6, origin="C")] = 0.01
+    lr: Annotated[float, zoo.Strength("rate of the prompt's step; the prompt is not tuned here yet: 0", 0, 0)] = 0.0
+    views: Annotated[int, zoo.Strength("views, the image among them; 1 is off", 1, 4096, origin="C")] = 64
+    neighbours: Annotated[int, zoo.Strength("views that a view is compared with", 1, 4096, origin="C")] = 20
+    temperature: Annotated[float, zoo.Strength("of the weights", 1e-6, 1e6, origin="C")] = 0.01
 
-    def cost(self, *, gate_open: bool = True) -> Passes:
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(self.views)
+
+    def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open
-        return Passes(self.views)
+        return zoo.Passes(self.views)
 
-    def answer(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         if self.views == 1:
             return below.logits(pixels)
-        draws = torch.stack([torch.rand(self.views - 1, CROP_DRAWS, generator=one) for one in generators(pixels)])
-        features = torch.cat([below.encode(pixels)[:, None], view_features(below.encode, crops, pixels, draws)], dim=1)
+        draws = torch.stack([torch.rand(self.views - 1, CROP_DRAWS, generator=one) for one in zoo.generators(pixels)])
+        others = features_of(below.encode, drawn(crops, draws), pixels)
+        features = torch.cat([below.encode(pixels)[:, None], others], dim=1)
         logits = below.scores(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         reliable = reliability(features, self.neighbours)
         # The temperature is so low that the weights' slope drowns the logits': a constant in the default mode.
-        return weighted(logits, reliable if mode == THROUGH else reliable.detach(), self.temperature)
+        return weighted(logits, reliable if mode == zoo.THROUGH else reliable.detach(), self.temperature)

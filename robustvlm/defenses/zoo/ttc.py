@@ -14,21 +14,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.threat import per_image
-from robustvlm.defenses.zoo.base import (
-    CODE,
-    DEFENCES,
-    GATE_OFF,
-    GATE_ON,
-    IDENTITY,
-    SMOOTH,
-    About,
-    Below,
-    Claim,
-    Passes,
-    PixelDefence,
-    Strength,
-    generators,
-)  # fmt: skip
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly, leaning
 from robustvlm.defenses.zoo.inner import gate_hinge, in_full, lengths, recomputed, sign_step
 
@@ -118,9 +104,9 @@ def countered(
     return Countered(exactly(noisy, x), exactly(mixed, x), ratio if lean else ratio.detach())
 
 
-@DEFENCES.named("ttc")
+@zoo.DEFENCES.named("ttc")
 @dataclass(frozen=True)
-class Counterattack(PixelDefence):
+class Counterattack(zoo.PixelDefence):
     """The image with noise on it, and with the counterattack where noise moves its feature less than tau.
 
     Example:
@@ -129,14 +115,14 @@ class Counterattack(PixelDefence):
         torch.Size([1, 192])
     """
 
-    about = About(
+    about = zoo.About(
         title="TTC, test-time counterattack",
         reference="Xing, Zhao, Sebe, CVPR 2025, arXiv 2503.03613",
         summary="noise, and steps that drive the feature away where noise hardly does (eps 0: off)",
-        fidelity=CODE,
+        fidelity=zoo.CODE,
         claims=(
-            Claim("CLIP ViT-B/32", "eight sets, by TTP's authors", "PGD-100 on the undefended model", 4, 6.8),
-            Claim("CLIP ViT-B/32", "ten sets, by DBD's authors", "PGD-100 on the undefended model", 4, 27.2),
+            zoo.Claim("CLIP ViT-B/32", "eight sets, by TTP's authors", "PGD-100 on the undefended model", 4, 6.8),
+            zoo.Claim("CLIP ViT-B/32", "ten sets, by DBD's authors", "PGD-100 on the undefended model", 4, 27.2),
         ),
         differs=(
             "On an adversarially trained base the release asks the original CLIP for the gate; this asks the base.",
@@ -146,27 +132,27 @@ class Counterattack(PixelDefence):
         commit="793fbff",
     )
     off = "eps=0"
-    modes = (IDENTITY, SMOOTH, GATE_ON, GATE_OFF)
+    modes = (zoo.IDENTITY, zoo.SMOOTH, zoo.GATE_ON, zoo.GATE_OFF)
     random = True
     eot = 20
     gates = ("how far noise moves the feature, relative to its length, against tau",)
     needs_encoder = True
 
-    eps: Annotated[float, Strength("most change of a value, in 255ths; 0 is off", 0, 255, origin="C")] = 4.0
-    size: Annotated[float, Strength("size of a step, in 255ths", 0, 255, origin="C")] = 1.0
-    steps: Annotated[int, Strength("steps", 0, 100, origin="C")] = 2
-    tau: Annotated[float, Strength("ratio below which the steps are kept", 0, 1e6, origin="C")] = 0.2
-    beta: Annotated[float, Strength("how much more later steps count", 0, 100, origin="C")] = 2.0
+    eps: Annotated[float, zoo.Strength("most change of a value, in 255ths; 0 is off", 0, 255, origin="C")] = 4.0
+    size: Annotated[float, zoo.Strength("size of a step, in 255ths", 0, 255, origin="C")] = 1.0
+    steps: Annotated[int, zoo.Strength("steps", 0, 100, origin="C")] = 2
+    tau: Annotated[float, zoo.Strength("ratio below which the steps are kept", 0, 1e6, origin="C")] = 0.2
+    beta: Annotated[float, zoo.Strength("how much more later steps count", 0, 100, origin="C")] = 2.0
 
-    def cost(self, *, gate_open: bool = True) -> Passes:
+    def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open  # the steps are taken before it is known
-        return Passes(2 + max(self.steps, 1), self.steps) if self.eps else Passes(1)
+        return zoo.Passes(2 + max(self.steps, 1), self.steps) if self.eps else zoo.Passes(1)
 
-    def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         if self.eps == 0:
             return pixels
         shape = pixels.shape[1:]
-        noise = torch.stack([2 * torch.rand(shape, generator=draws) - 1 for draws in generators(pixels)])
+        noise = torch.stack([2 * torch.rand(shape, generator=draws) - 1 for draws in zoo.generators(pixels)])
         found = countered(
             below.embed,
             pixels,
@@ -175,8 +161,8 @@ class Counterattack(PixelDefence):
             size=self.size / 255,
             steps=self.steps,
             beta=self.beta,
-            smooth=mode == SMOOTH,
-            lean=mode in (GATE_ON, GATE_OFF),
+            smooth=mode == zoo.SMOOTH,
+            lean=mode in (zoo.GATE_ON, zoo.GATE_OFF),
         )
         hinge = gate_hinge(found.ratio, self.tau, mode)
         return found.image(self.tau) if hinge is None else leaning(found.image(self.tau), hinge)

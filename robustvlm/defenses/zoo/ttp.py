@@ -15,24 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.attacks.threat import per_image
-from robustvlm.defenses.zoo.base import (
-    DEFENCES,
-    GATE_OFF,
-    GATE_ON,
-    IDENTITY,
-    TEXT,
-    THROUGH,
-    About,
-    AnswerDefence,
-    Below,
-    Claim,
-    Passes,
-    Strength,
-    generators,
-)  # fmt: skip
+from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly, leaning
 from robustvlm.defenses.zoo.inner import gate_hinge, recomputed, score_gradient
-from robustvlm.defenses.zoo.views import CROP_DRAWS, crops, view_features
+from robustvlm.defenses.zoo.views import CROP_DRAWS, crops, drawn, entropies, features_of
 from robustvlm.models import resize
 
 WHITE = 10.0
@@ -56,17 +42,6 @@ def framed(pixels: Tensor, frame: Tensor | None, width: int) -> Tensor:
         border = F.pad(torch.zeros_like(pixels[:1, :1]), (width,) * 4, value=1.0)
         square = square + border * (frame / WHITE)
     return resize(square, pixels.shape[-1])
-
-
-def entropies(logits: Tensor) -> Tensor:
-    """Return the entropy of the softmax of logits [..., K] -> [...].
-
-    Example:
-        >>> entropies(torch.zeros(2)).item()
-        0.6931471824645996
-    """
-    logs = logits.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1)
 
 
 def tuned_frame(
@@ -99,9 +74,9 @@ def trusted(features: Tensor, own: Tensor, padded: Tensor) -> Tensor:
     return torch.einsum("bvd,bd->bv", features, padded - own).softmax(1)
 
 
-@DEFENCES.named("ttp")
+@zoo.DEFENCES.named("ttp")
 @dataclass(frozen=True)
-class TunedPadding(AnswerDefence):
+class TunedPadding(zoo.AnswerDefence):
     """The plain answer where a black frame hardly moves the feature, else that of views behind a tuned frame.
 
     Example:
@@ -110,13 +85,13 @@ class TunedPadding(AnswerDefence):
         torch.Size([1, 2])
     """
 
-    about = About(
+    about = zoo.About(
         title="TTP, test-time padding",
         reference="Li, Pang, Wang, Sun, Li, CVPR 2026, arXiv 2512.16523",
         summary="views behind a tuned frame, where a black frame moves the feature (border 0: off)",
-        fidelity=TEXT,
+        fidelity=zoo.TEXT,
         claims=tuple(
-            Claim(f"CLIP ViT-{size}", "eight sets, mean", "PGD-100 on the undefended model", 4, robust, clean=clean)
+            zoo.Claim(f"CLIP ViT-{size}", "eight sets, mean", "PGD-100 on the undefended model", 4, robust, clean=clean)
             for size, robust, clean in (("B/32", 39.7, 57.1), ("B/16", 42.9, 61.2), ("L/14", 51.6, 68.9))
         ),
         differs=(
@@ -127,30 +102,33 @@ class TunedPadding(AnswerDefence):
         licence_note="its code could not be had",
     )
     off = "border=0"
-    modes = (IDENTITY, THROUGH, GATE_ON, GATE_OFF)
+    modes = (zoo.IDENTITY, zoo.THROUGH, zoo.GATE_ON, zoo.GATE_OFF)
     random = True
-    eot = 4
     gates = ("cosine of the image's feature with that of the image in a black frame, against tau",)
     needs_encoder = True
 
-    border: Annotated[float, Strength("width of the frame at 224 pixels; 0 is off", 0, 224, origin="T")] = 32.0
-    tau: Annotated[float, Strength("cosine above which the plain answer stands", -1.1, 1.1, origin="T")] = 0.8
-    views: Annotated[int, Strength("views, the image among them; the surest are used", 1, 4096, origin="T")] = 64
-    kept: Annotated[int, Strength("views that are used", 1, 4096, origin="A")] = 6
-    rate: Annotated[float, Strength("of the step on the frame", 0, 1e6, origin="T")] = 5.0
+    border: Annotated[float, zoo.Strength("width of the frame at 224 pixels; 0 is off", 0, 224, origin="T")] = 32.0
+    tau: Annotated[float, zoo.Strength("cosine above which the plain answer stands", -1.1, 1.1, origin="T")] = 0.8
+    views: Annotated[int, zoo.Strength("views, the image among them; the surest are used", 1, 4096, origin="T")] = 64
+    kept: Annotated[int, zoo.Strength("views that are used", 1, 4096, origin="A")] = 6
+    rate: Annotated[float, zoo.Strength("of the step on the frame", 0, 1e6, origin="T")] = 5.0
 
-    def cost(self, *, gate_open: bool = True) -> Passes:
+    @property
+    def gradient_draws(self) -> int:
+        return zoo.draws_of_views(min(self.kept, self.views))
+
+    def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         if not self.border:
-            return Passes(1)
+            return zoo.Passes(1)
         kept = min(self.kept, self.views)
         tuned = kept if self.rate else 0
-        return Passes(1 + self.views + tuned + kept, tuned) if gate_open else Passes(2)
+        return zoo.Passes(1 + self.views + tuned + kept, tuned) if gate_open else zoo.Passes(2)
 
-    def answer(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
+    def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         width = round(self.border * pixels.shape[-1] / 224)
         if not width:
             return below.logits(pixels)
-        draws = generators(pixels)
+        draws = zoo.generators(pixels)
         own, padded = below.encode(pixels), below.encode(framed(pixels, None, width))
         similarity = (own * padded).sum(1)
         plain = below.scores(own)
@@ -158,9 +136,9 @@ class TunedPadding(AnswerDefence):
         found = plain
         if len(rows):
             drawn = [draws[row] for row in rows.tolist()]
-            open_ = self._open(pixels[rows], own[rows], padded[rows], below, drawn, width, mode == THROUGH)
+            open_ = self._open(pixels[rows], own[rows], padded[rows], below, drawn, width, mode == zoo.THROUGH)
             found = plain.index_copy(0, rows, open_)
-        if mode == GATE_OFF:  # the plain answer's gradient, whichever was given
+        if mode == zoo.GATE_OFF:  # the plain answer's gradient, whichever was given
             found = exactly(found, plain)
         hinge = gate_hinge(similarity, self.tau, mode)
         return found if hinge is None else leaning(found, hinge)
@@ -170,7 +148,7 @@ class TunedPadding(AnswerDefence):
         x: Tensor,
         own: Tensor,
         padded: Tensor,
-        below: Below,
+        below: zoo.Below,
         draws: list[torch.Generator],
         width: int,
         through: bool,
@@ -182,7 +160,7 @@ class TunedPadding(AnswerDefence):
         with torch.no_grad():
             features = own[:, None]
             if self.views > 1:
-                features = torch.cat([features, view_features(below.encode, crops, x, numbers)], dim=1)
+                features = torch.cat([features, features_of(below.encode, drawn(crops, numbers), x)], dim=1)
             sure = entropies(self._logits(below, features))
         kept = sure.topk(min(self.kept, self.views), dim=1, largest=False).indices
         views = torch.stack([self._view(x, numbers, place) for place in kept.unbind(1)], dim=1)
@@ -206,5 +184,5 @@ class TunedPadding(AnswerDefence):
         return torch.where(per_image(place == 0, x), x, crops(x, numbers[row, (place.cpu() - 1).clamp_min(0)]))
 
     @staticmethod
-    def _logits(below: Below, features: Tensor) -> Tensor:
+    def _logits(below: zoo.Below, features: Tensor) -> Tensor:
         return below.scores(features.flatten(0, 1)).unflatten(0, features.shape[:2])

@@ -7,7 +7,8 @@ kernel with a = -.75, where Pillow has -.5), at the side of the image given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ CORNER_DRAWS = 8
 
 ROWS_PER_PASS = 256
 """Most views that are encoded at a time."""
+
+View = Callable[[Tensor], Tensor]
+"""A view of images [B, 3, H, H], each row by itself."""
 
 
 def crops(pixels: Tensor, draws: Tensor, *, least: float = 0.08, ratio: float = 4 / 3, flip: float = 0.5) -> Tensor:
@@ -96,33 +100,51 @@ def _sampled(pixels: Tensor, grid: Tensor, outside: str) -> Tensor:
     return found.clamp(0.0, 1.0)  # bicubic overshoots
 
 
-def view_features(
-    encode: Callable[[Tensor], Tensor],
-    view: Callable[[Tensor, Tensor], Tensor],
-    pixels: Tensor,
-    draws: Tensor,
-    *,
-    rows_per_pass: int = ROWS_PER_PASS,
-) -> Tensor:
-    """Return features [B, V, D] of the views `view(pixels, draws[:, i])`, i < V, a bounded number of rows at a time.
+def features_of(encode: View, views: Sequence[View], pixels: Tensor, *, rows_per_pass: int = ROWS_PER_PASS) -> Tensor:
+    """Return what `encode` says of every view of every image, [B, V, D], a bounded number of rows at a time.
 
     With a gradient, each pass is made again on the way back, so that memory is that of one pass.
 
     Args:
-        encode: images [R, 3, H, H] to features [R, D]; draws: [B, V, k].
+        encode: images [R, 3, H, H] to features (or logits) [R, D]; views: images [B, 3, H, H] to one view of each.
 
     Example:
-        >>> x = torch.rand(2, 3, 8, 8)
-        >>> view_features(lambda v: v.mean((2, 3)), crops, x, torch.rand(2, 4, 5)).shape
-        torch.Size([2, 4, 3])
+        >>> features_of(lambda v: v.mean((2, 3)), [torch.clone, torch.neg], torch.ones(1, 3, 8, 8)).tolist()
+        [[[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]]]
     """
 
-    def passed(images: Tensor, numbers: Tensor) -> Tensor:
-        count = numbers.shape[1]
-        rows = images.repeat_interleave(count, dim=0)
-        return encode(view(rows, numbers.flatten(0, 1))).view(len(images), count, -1)
+    def passed(images: Tensor, part: Sequence[View]) -> Tensor:
+        rows = torch.stack([view(images) for view in part], dim=1)
+        return encode(rows.flatten(0, 1)).view(len(images), len(part), -1)
 
-    parts = draws.split(max(1, rows_per_pass // max(1, len(pixels))), dim=1)
+    size = max(1, rows_per_pass // max(1, len(pixels)))
+    parts = [views[start : start + size] for start in range(0, len(views), size)]
     if len(parts) > 1 and torch.is_grad_enabled() and pixels.requires_grad:
         return torch.cat([checkpoint(passed, pixels, part, use_reentrant=False) for part in parts], dim=1)
     return torch.cat([passed(pixels, part) for part in parts], dim=1)
+
+
+def drawn(view: Callable[[Tensor, Tensor], Tensor], draws: Tensor) -> list[View]:
+    """Return the views `view(pixels, draws[:, i])`, i < V, of random numbers [B, V, k].
+
+    Example:
+        >>> [one] = drawn(torch.mul, torch.full((2, 1, 1), 3.0))
+        >>> one(torch.ones(2, 1)).tolist()
+        [[3.0], [3.0]]
+    """
+    return [partial(_at, view, numbers) for numbers in draws.unbind(1)]
+
+
+def _at(view: Callable[[Tensor, Tensor], Tensor], numbers: Tensor, pixels: Tensor) -> Tensor:
+    return view(pixels, numbers)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Return the entropy of the softmax of logits [..., K] -> [...].
+
+    Example:
+        >>> entropies(torch.zeros(2)).item()
+        0.6931471824645996
+    """
+    logs = logits.log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1)

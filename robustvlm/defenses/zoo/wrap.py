@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ class _Mode:
     @property
     def random_draws(self) -> int:
         """How many draws a gradient is to be averaged over; 0 for a defence that does not draw."""
-        return self.defence.eot if self.defence.random else 0
+        return self.defence.gradient_draws if self.defence.random else 0
 
     @property
     def attack_remark(self) -> str:
@@ -247,6 +247,9 @@ class Counted:
     forward: int = 0
     backward: int = 0
 
+    def __deepcopy__(self, memo: object) -> Counted:
+        return self
+
     def per_image(self, images: int) -> Passes:
         """Return the passes of one image of so many."""
         return Passes(self.forward / images, self.backward / images)
@@ -268,21 +271,29 @@ def counted_passes(model: nn.Module) -> Iterator[Counted]:
     name = "_image_features" if isinstance(found, VLM) else "forward"
     before = getattr(found, name)
 
-    def asked(pixels: Tensor) -> Tensor:
-        output: Tensor = before(pixels)
-        seen.forward += len(pixels)
-        if output.requires_grad:
-            output.register_hook(_noted)
-        return output
-
-    def _noted(grad: Tensor) -> None:
-        seen.backward += len(grad)
-
-    vars(found)[name] = asked
+    vars(found)[name] = _Counting(before, seen)
     try:
         yield seen
     finally:
         del vars(found)[name]
+
+
+@dataclass
+class _Counting:
+    """What is asked in the place of an encoder's method; a copy of the encoder asks its own and counts with it."""
+
+    ask: Callable[[Tensor], Tensor]
+    seen: Counted
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        output = self.ask(pixels)
+        self.seen.forward += len(pixels)
+        if output.requires_grad:
+            output.register_hook(self._noted)
+        return output
+
+    def _noted(self, grad: Tensor) -> None:
+        self.seen.backward += len(grad)
 
 
 def _innermost(model: nn.Module) -> nn.Module:

@@ -14,10 +14,12 @@ from robustvlm.defenses.zoo.wrap import counted_passes, gradient_mode, modes_of
 from robustvlm.errors import UserError
 
 ALL = list(DEFENCES)
+WRITTEN = {name: str(kind()) if kind.explicit else name for name, kind in DEFENCES.items()}
+"""Each as it is written, with its constants where it asks for them."""
 
 
 def asked(name: str, x: Tensor, seed: int = 0) -> Tensor:
-    model = classifier(name)
+    model = classifier(WRITTEN[name])
     torch.manual_seed(seed)
     with torch.no_grad():
         return model(x)
@@ -53,7 +55,7 @@ def test_draws_follow_from_the_seed_and_are_declared(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_modes_change_gradients_and_never_an_answer(name: str) -> None:
-    model, x = classifier(name), images()
+    model, x = classifier(WRITTEN[name]), images()
     assert modes_of(model) == DEFENCES[name].modes
     assert set(modes_of(model)) <= set(MODES)
     found = asked(name, x)
@@ -72,19 +74,19 @@ def test_modes_change_gradients_and_never_an_answer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_passes_are_those_declared(name: str) -> None:
-    model, x = classifier(name), images(4)
+    model, x = classifier(WRITTEN[name]), images(4)
     with counted_passes(model) as seen, torch.no_grad():
         for row in range(4):
             before = (seen.forward, seen.backward)
             model(x[row : row + 1])
             found = (seen.forward - before[0], seen.backward - before[1])
-            declared = [read_defence(name, ()).cost(gate_open=gate) for gate in (True, False)]
+            declared = [DEFENCES[name]().cost(gate_open=gate) for gate in (True, False)]
             assert found in [(cost.forward, cost.backward) for cost in declared]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_pixels_given_are_not_changed_and_features_stay_of_unit_length(name: str) -> None:
-    model, x = classifier(name), images()
+    model, x = classifier(WRITTEN[name]), images()
     kept = x.clone()
     with torch.no_grad():
         model(x)
@@ -95,7 +97,7 @@ def test_pixels_given_are_not_changed_and_features_stay_of_unit_length(name: str
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_written_is_read_back(name: str) -> None:
-    defence = read_defence(name, ())
+    defence = DEFENCES[name]()
     again = str(defence).split(":")
     assert read_defence(again[0], tuple(again[1:])) == defence
     by_name = tuple(f"{known.name}={getattr(defence, known.name)}" for known in strengths(type(defence)))

@@ -68,11 +68,14 @@ def test_a_homography_brings_the_corners_where_they_should_be() -> None:
 def test_views_in_passes_are_views_at_once_with_the_same_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 8, 8, generator=generator).requires_grad_()
+    assert (
+        len({view(x).sum().item() for view in views.drawn(views.crops, torch.rand(2, 6, 5, generator=generator))}) == 6
+    )
     draws = torch.rand(2, 7, views.CROP_DRAWS, generator=generator)
     encode = lambda v: v.flatten(1).square()  # noqa: E731
     found = []
     for rows in (4, 1000):
-        features = views.view_features(encode, views.crops, x, draws, rows_per_pass=rows)
+        features = views.features_of(encode, views.drawn(views.crops, draws), x, rows_per_pass=rows)
         found.append((features, torch.autograd.grad(features.sin().sum(), x)[0]))
     torch.testing.assert_close(*found)
     torch.testing.assert_close(found[0][0][:, 3], encode(views.crops(x, draws[:, 3])))
