@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from robustvlm.report import sections as doc
-from robustvlm.report.words import RANGE, plain
+from robustvlm.report.words import DASH, RANGE, plain
 
 ROWS = 100
 """Rows of a table that can be copied: text of all rows of every format would double a big page. The rest is said."""
@@ -170,7 +170,8 @@ def comma_separated(table: doc.Table) -> str:
         cells = [part] if parted else []
         for cell, wide in zip(row, spread, strict=True):
             found = _measure(cell)
-            cells += [words_of(cell)] if found is None else [doc.straight(found.text)]
+            said = words_of(cell) if found is None else doc.straight(found.text)
+            cells.append("" if said == DASH else said)
             cells += [] if not wide else ["", ""] if found is None else _ends(found.interval)
         writer.writerow([_tame(cell) for cell in cells])
     return stream.getvalue().rstrip("\n")

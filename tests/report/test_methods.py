@@ -11,9 +11,11 @@ import pytest
 from robustvlm.attacks.base import ATTACKS
 from robustvlm.attacks.catalog import PACKAGES
 from robustvlm.certify.claims import CLAIMS
+from robustvlm.cli.acts import report
 from robustvlm.defenses.finetune import METHODS
 from robustvlm.defenses.zoo.base import DEFENCES
 from robustvlm.detect import SCORES
+from robustvlm.errors import UserError
 from robustvlm.report.methods import attack_words, methods_of
 from robustvlm.report.repeat import repeatable
 from robustvlm.report.sections import Checks, Facts, Report, Section
@@ -92,9 +94,9 @@ def test_names_from_outside_are_no_citations_and_no_commands() -> None:
 
 def test_a_report_ends_with_what_makes_the_run_again() -> None:
     checks = Checks([finding("ok", "fine", "good one"), finding("warning", "odd", "odd one"), finding("fault", "bad")])
-    report = repeatable(Report("k", "n", "k", "f", [], [Section("Checks", [checks])]), manifest("attack"))
-    assert [section.key for section in report.sections[1:]] == ["methods", "manifest"]
-    facts = next(block for block in report.sections[-1].blocks if isinstance(block, Facts))
+    made = repeatable(Report("k", "n", "k", "f", [], [Section("Checks", [checks])]), manifest("attack"))
+    assert [section.key for section in made.sections[1:]] == ["methods", "manifest"]
+    facts = next(block for block in made.sections[-1].blocks if isinstance(block, Facts))
     rows = dict(facts.rows)
     assert rows["Checks that fired"] == "warning: odd one; fault: bad"
     assert rows["Program"] == "robustvlm 0.1.0, commit 2d49fa0a6fd9"
@@ -102,6 +104,22 @@ def test_a_report_ends_with_what_makes_the_run_again() -> None:
     assert {"Libraries", "Device", "Model", "Data", "Run", "Started"} <= rows.keys()
 
 
+def test_the_command_prints_it_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    made, run = methods_of(manifest("attack")), str(BEFORE / "attack")
+    report([run], None, as_json=False, methods=True)
+    said = capsys.readouterr().out
+    assert made.text in said
+    assert made.latex in said
+    assert made.bibtex in said
+    report([run], None, as_json=True, methods=True)
+    assert json.loads(capsys.readouterr().out) == {"text": made.text, "latex": made.latex, "bibtex": made.bibtex}
+    for runs, out in (([run, run], None), ([run], Path("x.html"))):
+        with pytest.raises(UserError, match="of one run"):
+            report(runs, out, methods=True)
+    with pytest.raises(UserError, match="'soup' has no methods text"):
+        report([str(BEFORE / "soup")], None, methods=True)
+
+
 def test_a_run_of_another_version_has_a_report_all_the_same() -> None:
-    report = repeatable(Report("k", "n", "k", "f", [], []), {"kind": "attack", "config": {"seed": 1}})
-    assert [section.key for section in report.sections] == ["manifest"]
+    made = repeatable(Report("k", "n", "k", "f", [], []), {"kind": "attack", "config": {"seed": 1}})
+    assert [section.key for section in made.sections] == ["manifest"]
