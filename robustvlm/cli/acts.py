@@ -163,25 +163,45 @@ def _print(work: Work, console: Console, rows: list[Prediction]) -> None:
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names of runs under runs/.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders, names of runs under runs/, or a folder of runs.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="The HTML file to write [default: RUN/report.html, or comparison.html for several]."
+            "--out",
+            help="The HTML file to write [default: RUN/report.html, FOLDER/index.html; comparison.html for several].",
         ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the numbers as JSON, with the path of the report.")
     ] = False,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="Print a methods paragraph for a paper, with BibTeX, and write nothing.")
+    ] = False,
 ) -> None:
-    """Write the report of a run, or compare several runs on the images they share (paired tests)."""
+    """Write the report of a run, compare several runs on the images they share (paired tests), or list a folder's."""
+    if methods:
+        _print_methods(runs, out, as_json=as_json)
+        return
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
     from robustvlm.commands import open_run, write_report
     from robustvlm.commands.attack.compare import compare, write_comparison
     from robustvlm.commands.attack.record import load_run
+    from robustvlm.commands.index import entries, holds_runs, write_index
     from robustvlm.runs.records import find_run
 
     folders = [find_run(run) for run in runs]
+    content: dict[str, Any]
+    if len(folders) == 1 and holds_runs(folders[0]):
+        listed = entries(folders[0])
+        index = write_index(folders[0], out, listed)
+        content = {"report": str(index), "runs": [entry.as_dict() for entry in listed], "comparisons": []}
+        if as_json:
+            say_json(json.dumps(content, indent=2, ensure_ascii=False))
+        else:
+            say(f"Index: {index}")
+        return
     path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)
     if not as_json:
         say(f"Report: {path}")
@@ -194,6 +214,23 @@ def report(
         comparisons = [c.as_dict([r.name for r in records]) for c in compare(*records)]
     content = {"report": str(path), "runs": [_shown(run) for run in found], "comparisons": comparisons}
     say_json(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _print_methods(runs: Sequence[str], out: Path | None, *, as_json: bool) -> None:
+    from robustvlm.report.methods import methods_of
+    from robustvlm.runs.records import find_run
+    from robustvlm.runs.run import manifest_of
+
+    if len(runs) > 1 or out is not None:
+        given = "several runs" if len(runs) > 1 else "--out"
+        raise UserError(f"--methods prints the paragraph of one run, got {given}: name one run, without --out")
+    made = methods_of(manifest_of(find_run(runs[0])))
+    if as_json:
+        content = {"text": made.text, "latex": made.latex, "bibtex": made.bibtex}
+        say_json(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    for part in ("Words", made.text, "LaTeX (natbib)", made.latex, "BibTeX", made.bibtex):
+        say(part + "\n")
 
 
 def _shown(run: FinishedRun[Any]) -> dict[str, Any]:

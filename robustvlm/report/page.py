@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from robustvlm import __version__
 from robustvlm.core.files import require_regular, write_text
 from robustvlm.errors import UserError
+from robustvlm.report import copies, words
 from robustvlm.report import sections as doc
-from robustvlm.report import words
 from robustvlm.report.words import percent, plain
 from robustvlm.text import one_line
 
@@ -103,6 +103,8 @@ def _environment() -> Environment:
         line=_line,
         heads=_heads,
         on_page=_on_page,
+        copies=copies.copies,
+        too_long=copies.cut_to,
         kind=lambda block: type(block).__name__,
     )
     environment.globals.update(version=__version__, bar=words.bar)

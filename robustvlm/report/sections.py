@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from robustvlm.report.words import DASH, RANGE, Bar, Finding, count_of, interval, manifest_rows, moment, percent, plain
+from robustvlm.report.words import DASH, RANGE, Bar, Finding, count_of, interval, moment, percent, plain
 from robustvlm.stats import Mean, Rate
 
 _LONGEST = 4000  # characters of a text that has no bound of its own
@@ -139,6 +139,14 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Verbatim:
+    """Lines to be copied as they are, for the page alone."""
+
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
 class Checks:
     """What was checked and found, gravest first; `none` is said on the page where nothing was found."""
 
@@ -196,7 +204,7 @@ class Closing:
     places: Mapping[str, object]
 
 
-Block = Text | Table | Facts | Chart | Bars | Checks | Pictures | Pair | More | Closing
+Block = Text | Table | Facts | Chart | Verbatim | Bars | Checks | Pictures | Pair | More | Closing
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,11 @@ class Verdict:
 
     lines: Sequence[Line]
     tone: str = "neutral"
+
+    @property
+    def sense(self) -> tuple[str, str] | None:
+        """Sign and word of the tone, for who sees no colours; None of a neutral one."""
+        return {"held": ("✓", "Good"), "": ("✕", "Bad")}.get(self.tone)
 
 
 @dataclass(frozen=True)
@@ -288,15 +301,6 @@ def facts_line(manifest: Mapping[str, Any], *more: Inline) -> list[Inline]:
 def cost_section(rows: Sequence[tuple[str, Line]]) -> Section:
     """Return the section on what a run cost."""
     return Section("Cost", [Facts(rows)], key="cost", short="Cost")
-
-
-def manifest_section(manifest: Mapping[str, Any], *before: Block) -> Section:
-    """Return the section that says how to repeat a run; `before` comes between the command and the manifest."""
-    command = manifest.get("command")
-    blocks: list[Block] = [Text(Code(command, limit=2000), only="page")] if command else []
-    rows: Sequence[tuple[str, Line]] = manifest_rows(manifest)
-    blocks += [*before, More("Manifest: configuration, versions, model and data", [Facts(rows, kind="settings")])]
-    return Section("How to repeat this", blocks, key="manifest", short="Manifest")
 
 
 def left_out(reasons: Sequence[tuple[str, str]], what: str) -> list[Block]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
 from robustvlm.report.page import write_report_of
+from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import count_of, duration, finding, manifest_rows, norm_name, percent, plain, sentence
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.runs.settings import Observer
@@ -100,7 +101,7 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
     if summary.settings:
         rows = manifest_rows({"method": summary.settings})
         settings = [doc.More("Settings and fitted constants of the method", [doc.Facts(rows, kind="settings")])]
-    return doc.Report(
+    report = doc.Report(
         kind="training report",
         name=run.name,
         kicker=f"Training report · {plain(summary.kind, 20)}: {plain(summary.method, 40)}",
@@ -115,9 +116,9 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
             *_measures(summary),
             _warnings(history),
             doc.cost_section(cost_rows(summary)),
-            doc.manifest_section(run.manifest, *settings),
         ],
     )
+    return repeatable(report, run.manifest, *settings)
 
 
 def training_closing(run: FinishedRun[TrainingSummary]) -> doc.Closing:

@@ -12,6 +12,7 @@ from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import Example, load_gallery, write_report_of
+from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import DASH, bounds, cost_rows, count_of, findings, norm_name, plain, sentence
 from robustvlm.stats import Rate
 
@@ -50,10 +51,9 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
     parts += [
         _checks(summary),
         doc.Section("Cost", [doc.Facts(cost, only="both")], key="cost", short="Cost"),
-        doc.manifest_section(run.manifest),
     ]
     plain_goal = summary.goal == "misclassify" and not summary.can_reject
-    return doc.Report(
+    report = doc.Report(
         kind="attack report",
         name=run.name,
         kicker="Attack report" + ("" if plain_goal else f" · goal: {words.title}"),
@@ -62,6 +62,7 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
         sections=parts,
         cards=_cards(summary, at, words),
     )
+    return repeatable(report, run.manifest)
 
 
 def _tone(summary: Summary, at: EpsSummary | None) -> str:

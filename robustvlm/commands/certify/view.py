@@ -21,6 +21,7 @@ from robustvlm.errors import UserError
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import write_report_of
+from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import DASH, LEVELS, Finding, cost_rows, count_of, findings, plain
 from robustvlm.runs.manifest import Manifest, run_identity
 from robustvlm.text import floor_to, format_down, format_exact
@@ -65,11 +66,11 @@ def certify_report(run: CertifyRecord) -> doc.Report:
             *([] if audit is None else [_audit(audit)]),
             *checks,
             doc.Section("Cost", [doc.Facts([*_copies(run), *cost_rows(summary.cost)], only="both")], "cost", "Cost"),
-            doc.manifest_section(run.manifest),
         ],
     )
     # Nothing is good news beside a fault.
-    return replace(report, verdicts=[doc.Verdict(_verdict(run), "")]) if report.faults else report
+    report = replace(report, verdicts=[doc.Verdict(_verdict(run), "")]) if report.faults else report
+    return repeatable(report, run.manifest)
 
 
 def _verdict(run: CertifyRecord) -> list[doc.Line]:

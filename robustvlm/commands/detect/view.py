@@ -21,6 +21,7 @@ from robustvlm.detect import BASELINES
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import data_uri, write_report_of
+from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import RANGE, count_of, duration, findings, moment, norm_name, percent, plain
 from robustvlm.runs.records import read_rows
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
@@ -94,7 +95,7 @@ def detect_report(run: DetectRecord) -> doc.Report:
     summary = run.summary
     lines = [words.verdict(summary), words.comparison(summary), words.words_sentence(summary)]
     lines += [words.own_sentence(summary), words.attack_sentence(summary)]
-    return doc.Report(
+    report = doc.Report(
         kind="detection report",
         name=run.name,
         kicker="Detection report",
@@ -108,10 +109,10 @@ def detect_report(run: DetectRecord) -> doc.Report:
             *_mistakes(run),
             *_checks(summary),
             doc.cost_section(_cost(summary)),
-            doc.manifest_section(run.manifest),
         ],
         footer=_INTERVALS,
     )
+    return repeatable(report, run.manifest)
 
 
 def _facts(run: DetectRecord) -> list[doc.Inline]:

@@ -8,6 +8,7 @@ from robustvlm.commands.immunize.record import NAME, Added, ImmunizeSummary, Mea
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import loss_curves
+from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import interval, percent, plain
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import Rate
@@ -89,15 +90,16 @@ def immunize_report(run: FinishedRun[ImmunizeSummary]) -> doc.Report:
         verdicts = [doc.Verdict([verdict(measures)], tone=tone(measures, run.summary.notes))]
         if record["notes"]:
             verdicts.append(doc.Verdict([plain(note, 400) for note in record["notes"]]))
-        return doc.Report(
+        report = doc.Report(
             kind="immunised model",
             name=run.name,
             kicker="Immunised model",
             facts=doc.facts_line(run.manifest, ", antibodies from ", antibodies),
             verdicts=verdicts,
             cards=_cards(measures),
-            sections=[*parts, doc.manifest_section(run.manifest)],
+            sections=parts,
         )
+        return repeatable(report, run.manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{run.folder / NAME}' is no record of `robustvlm immunize` ({error})") from None
 

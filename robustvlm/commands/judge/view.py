@@ -19,6 +19,7 @@ from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import BAD, GRID, INK, MUTED, SERIES, as_svg, chart, new_figure
 from robustvlm.report.page import write_report_of
+from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import DASH, ball, count_of, duration, findings, interval, plain
 from robustvlm.runs.run import FinishedRun, read_finished
 from robustvlm.stats import Rate
@@ -54,20 +55,20 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def judge_report(run: FinishedRun[Judgement]) -> doc.Report:
     """Return all that is said of a judgement."""
     summary = run.summary
-    return doc.Report(
+    report = doc.Report(
         kind="judgement of defences",
         name=run.name,
         kicker="Judgement of test-time defences",
         facts=doc.facts_line(run.manifest, f", {summary.images:,} images"),
-        verdicts=[doc.Verdict([sentence_of(found, summary)], tone="neutral") for found in defended_models(summary)],
+        verdicts=[doc.Verdict([sentence_of(found, summary)], tone_of(found)) for found in defended_models(summary)],
         sections=[
             doc.Section("The table", list(_table(summary)), key="table", short="Table"),
             *(_section(found, summary) for found in summary.models),
             doc.cost_section([("Images", f"{summary.images:,}"), ("Time", duration(summary.seconds))]),
-            doc.manifest_section(run.manifest),
         ],
         footer=INTERVALS,
     )
+    return repeatable(report, run.manifest)
 
 
 # The words of a judgement
@@ -128,6 +129,14 @@ def _assumed(found: ModelJudgement) -> Iterator[tuple[str, str]]:
         chosen = [item for item in strengths(DEFENCES[name]) if item.strength.origin == "A"]
         if chosen and about.fidelity != OWN_WAY:
             yield name, "; ".join(f"{item.name} ({item.strength.meaning})" for item in chosen)
+
+
+def tone_of(found: ModelJudgement) -> str:
+    """Return the colour of a sentence by its meaning: good or bad only for a clear difference without doubt."""
+    test, p = found.gain, found.gain_p
+    if test is None or p is None or p >= _CLEARLY or any(check.level in ("fault", "warning") for check in found.checks):
+        return "neutral"
+    return "held" if test.only_first > test.only_second else ""
 
 
 def _against_none(found: ModelJudgement) -> str:

@@ -1,0 +1,359 @@
+"""A methods paragraph for a paper, from a run's settings alone: what was done, with the papers that it rests on.
+
+Citations stand as `[@key; @key]` in the text that is made first; `Methods` shows it for readers and as LaTeX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from robustvlm.attacks.base import ATTACKS, LaneAttack
+from robustvlm.attacks.catalog import parse_attacks
+from robustvlm.attacks.goals import goal_words
+from robustvlm.errors import UserError
+from robustvlm.report.copies import latex_words
+from robustvlm.report.sources import bibliography, cited, named_in, of, papers
+from robustvlm.report.words import count_of, norm_name, plain
+
+Manifest = Mapping[str, Any]
+
+_CITED = re.compile(r"\[@([\w-]+(?:; @[\w-]+)*)\]")
+_EXACT = "Intervals of shares are exact 95% Clopper-Pearson intervals [@clopper1934]."
+_TITLES = {
+    "pgd": "PGD",
+    "fgsm": "FGSM",
+    "apgd-ce": "APGD on cross-entropy",
+    "apgd-dlr": "APGD on the DLR loss",
+    "apgd-t": "targeted APGD",
+    "fab": "FAB",
+    "fab-t": "targeted FAB",
+    "square": "the Square Attack",
+    "fmn": "FMN",
+}
+_BOUNDS = {
+    "ell": "bands of equal local levels [@moscovich2017]",
+    "betting": "bounds by betting [@waudbysmith2024]",
+    "clopper-pearson": "exact binomial bounds [@clopper1934]",
+}
+"""Bounds of certificates in words; another is named as in the manifest."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """A paragraph with its citations.
+
+    Example:
+        >>> made = Methods("We used PGD [@madry2018] at 50%.")
+        >>> made.text, made.latex
+        ('We used PGD (Madry et al., 2018) at 50%.', 'We used PGD~\\\\citep{madry2018} at 50\\\\%.')
+    """
+
+    marked: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The papers cited, each once; what only looks like a citation, in a name from outside, is none."""
+        return tuple(dict.fromkeys(key for found in _CITED.finditer(self.marked) for key in _known(found)))
+
+    @property
+    def text(self) -> str:
+        """The paragraph for readers."""
+        return re.sub(r" ?" + _CITED.pattern, lambda found: cited(_known(found)) or found[0], self.marked)
+
+    @property
+    def latex(self) -> str:
+        """The paragraph as LaTeX, for natbib."""
+        made, end = "", 0
+        for found in _CITED.finditer(self.marked):
+            if keys := _known(found):
+                made += latex_words(self.marked[end : found.start()].rstrip()) + f"~\\citep{{{','.join(keys)}}}"
+                end = found.end()
+        return made + latex_words(self.marked[end:])
+
+    @property
+    def bibtex(self) -> str:
+        """The entries of the papers cited."""
+        return bibliography(self.keys)
+
+
+def _known(found: re.Match[str]) -> list[str]:
+    keys = found[1].split("; @")
+    return keys if all(key in papers() for key in keys) else []
+
+
+def methods_of(manifest: Manifest) -> Methods:
+    """Return the methods paragraph of a run, from its manifest.
+
+    Raises:
+        UserError: a run of this kind has none.
+
+    Example:
+        >>> config = {"model": "m", "data": "d", "attack": ["pgd:steps=3"], "norm": "Linf", "eps_text": ["2/255"]}
+        >>> text = methods_of({"kind": "attack", "config": config}).text
+        >>> "PGD (Madry et al., 2018) with 3 steps and 1 restart" in text
+        True
+    """
+    kind = str(manifest["kind"])
+    if kind not in _KINDS:
+        raise UserError(f"a run of kind '{plain(kind, 40)}' has no methods text: there is one of {', '.join(_KINDS)}")
+    found = [*_subject(kind, manifest), *_KINDS[kind](manifest), *_program(manifest)]
+    return Methods(" ".join(found))
+
+
+def has_methods(manifest: Manifest) -> bool:
+    """Whether a run's kind has a methods text."""
+    return manifest.get("kind") in _KINDS
+
+
+def _cite(keys: Iterable[str]) -> str:
+    return " [@" + "; @".join(keys) + "]" if (keys := tuple(dict.fromkeys(keys))) else ""
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+# What every kind has: model and data, program and seed
+
+
+def _subject(kind: str, manifest: Manifest) -> Iterator[str]:
+    config, model, data = manifest["config"], manifest.get("model") or {}, manifest.get("data") or {}
+    verb = {"finetune": "fine-tuned", "purify": "trained a purifier for", "immunize": "immunised"}.get(
+        kind, "evaluated"
+    )
+    size = model.get("image_size")
+    at = f" at {size} x {size} pixels" if size else ""
+    print_ = f" (fingerprint {str(model['fingerprint'])[:12]})" if model.get("fingerprint") else ""
+    spec, known = plain(config["model"], 120), plain(config.get("data") or config.get("known"), 120)
+    total, limit = data.get("images"), config.get("limit")
+    fewer = bool(total and limit and limit < total)
+    some = f"{limit:,} of the {total:,} images" if fewer else f"the {total:,} images" if total else "the images"
+    digest = f" (digest {str(data['fingerprint'])[:12]})" if data.get("fingerprint") else ""
+    chosen = ", chosen by a hash of their ids" if fewer else ""
+    where = "with" if kind == "purify" else "on"
+    yield f"We {verb} the model {spec}{print_}{at} {where} {some} of {known}{digest}{chosen}."
+    names, templates = data.get("class_names") or [], data.get("templates") or []
+    if names and templates and model.get("logit_scale") is not None:
+        prompts = f'the prompt "{plain(templates[0], 80)}"' if len(templates) == 1 else f"{len(templates)} prompts"
+        yield f"Images are classified zero-shot into {count_of(len(names), 'classes')} with {prompts} [@radford2021]."
+
+
+def _program(manifest: Manifest) -> Iterator[str]:
+    seed, versions = manifest["config"].get("seed"), manifest.get("versions") or {}
+    said = [f"{name} {plain(versions[key], 30)}" for key, name in _PACKAGES.items() if key in versions]
+    drawn = f" Random draws follow from the seed {seed}." if seed is not None else ""
+    yield f"We used {_listed(said or ['robustvlm'])} on {plain(manifest.get('device') or 'a CPU', 80)}.{drawn}"
+
+
+_PACKAGES = {"robustvlm": "robustvlm", "torch": "PyTorch", "python": "Python"}
+
+
+# Attacks
+
+
+def attack_words(name: str, *, steps: int | None = None, restarts: int | None = None) -> str:
+    """Return an attack as a methods section names it, with its strength; the user's own by its name alone.
+
+    Example:
+        >>> attack_words("apgd-t")
+        'targeted APGD [@croce2020apgd] with 100 steps and 9 targets'
+        >>> attack_words("square:queries=100"), attack_words("mine:attack")
+        ('the Square Attack [@andriushchenko2020] with 100 queries', 'mine:attack')
+    """
+    base = name.partition(":")[0]
+    said = f"{_TITLES.get(base, plain(name, 80))}{_cite(of('attack', name))}"
+    try:
+        (made,) = parse_attacks(name, steps=steps, restarts=restarts) if base in ATTACKS else (None,)
+    except UserError:  # an option that a later version dropped
+        return f"{said} ({plain(name, 80)})"
+    if not isinstance(made, LaneAttack) or base == "fgsm":
+        return said
+    targets, usual = getattr(made, "n_targets", None), ATTACKS[base]().objective
+    strength = [count_of(made.n_iter, "steps" if made.uses_gradient else "queries")]
+    strength += [count_of(targets, "targets")] if targets else []
+    strength += [count_of(made.n_restarts, "restarts")] if made.n_restarts > 1 or base == "pgd" else []
+    strength += [f"the objective {made.objective.name}"] if made.objective.name != usual.name else []
+    return f"{said} with {_listed(strength)}"
+
+
+def _ball(norm: str, radii: Iterable[str]) -> str:
+    return f"{norm_name(norm)} perturbations of at most {_listed(plain(one, 20) for one in radii)}"
+
+
+def _attack(manifest: Manifest) -> Iterator[str]:
+    config = manifest["config"]
+    goal, eot = config.get("goal") or "misclassify", config.get("eot")
+    rejects = bool((manifest.get("model") or {}).get("can_reject"))
+    cosine = config.get("min_cos") if goal.startswith("feature") else None
+    words = goal_words(plain(goal, 80), can_reject=rejects, min_cos=cosine)
+    yield (
+        f"The attacker knows the whole model, and adds {_ball(config['norm'], config['eps_text'])} to the image, "
+        f"pixels in [0, 1], to {words.effect} it."
+    )
+    strength = {"steps": config.get("steps"), "restarts": config.get("restarts")}
+    yield f"The attacks were {_listed(attack_words(name, **strength) for name in config['attack'])}."
+    left = "every attack runs on the images that those before it left standing, and " if words.leave else ""
+    yield f"The worst case counts: {left}an image is robust only if no attack reached its goal at this radius or below."
+    if config.get("second_opinion"):
+        yield f"The images left standing were attacked once more by {attack_words(config['second_opinion'])}."
+    if eot and eot > 1:
+        yield f"Gradients are averaged over {eot} draws of the random model [@athalye2018eot]."
+        if config.get("draws"):
+            yield f"A success must hold in the majority of {config['draws']} fresh draws."
+    yield _EXACT
+
+
+def _judge(manifest: Manifest) -> Iterator[str]:
+    from robustvlm.defenses.pipeline import split_spec  # catalogues that other kinds have no need to load
+    from robustvlm.defenses.zoo.base import DEFENCES
+
+    config = manifest["config"]
+    found = []
+    for spec in str(config["model"]).split(","):
+        for operation in split_spec(spec.strip())[1]:
+            if operation.name in DEFENCES:
+                about = DEFENCES[operation.name].about
+                found.append(f"{about.title}{_cite(named_in(about.reference))}")
+    if found:
+        yield f"The defences, all re-implemented, were {_listed(dict.fromkeys(found))}."
+    yield (
+        f"The attacker adds {_ball(config['norm'], [config['eps_text']])}, pixels in [0, 1]. Attacks unaware of a "
+        f"defence are PGD [@madry2018] and APGD [@croce2020apgd] on the undefended model; adaptive ones differentiate "
+        f"through the defence in every gradient mode that it declares, its identity among them (BPDA) "
+        f"[@athalye2018bpda], and also attack features; all take {config['steps']} steps."
+    )
+    if config.get("queries"):
+        yield f"What is left is attacked by the Square Attack with {config['queries']} queries [@andriushchenko2020]."
+    yield (
+        "Robust accuracy is the worst case over all of them. It is compared with that of the undefended model on the "
+        "same images by McNemar's exact test [@mcnemar1947], adjusted over the defences by Holm's method [@holm1979]."
+    )
+    yield _EXACT
+
+
+# Certificates
+
+
+def _certify(manifest: Manifest) -> Iterator[str]:
+    config = manifest["config"]
+    plan, claim = manifest.get("plan") or {}, str(config["claim"])
+    yield (
+        f"We certified by randomised smoothing{_cite(of('claim', claim))} with Gaussian noise of standard deviation "
+        f"{config['sigma']:g} in pixels on a scale from 0 to 1, added in float32 and not clipped."
+    )
+    if plan.get("statement"):
+        said = plain(plan["statement"], 400)
+        yield f"The certificate states: {said}, for every change of L₂ length below the radius."
+    named = str(plan.get("bound") or "")
+    bound = f", with {_BOUNDS.get(named, f'the bound {plain(named, 40)}')}" if named else ""
+    yield (
+        f"Every image got at most {config['samples']:,} noisy copies, {config['n_pilot']:,} of them for choices only"
+        f"{bound}; the certificate of an image is false with probability at most {config['alpha']:g}."
+    )
+    if config.get("radius") is not None:
+        yield f"It was asked for at the radius {config['radius']:g}."
+    if config.get("min_cos") is not None:
+        yield f"The cosine asked for was {config['min_cos']:g}."
+    yield "Radii are rounded down, and an abstention counts as the radius 0."
+    yield _EXACT
+
+
+# Detection
+
+
+def _detect(manifest: Manifest) -> Iterator[str]:
+    config = manifest["config"]
+    unknown = _listed(plain(one["spec"], 80) for one in config["unknown"])
+    yield f"These images are of known classes; those of {unknown} are of unknown ones."
+    yield f"The scores were {_listed(_score(name) for name in config['scores'])}; higher means more likely known."
+    if config.get("fit"):
+        yield f"Scores that learn from images were fitted to {plain(config['fit'], 80)}."
+    attacked = config.get("under_attack")
+    if attacked:
+        ball = _ball(attacked["norm"], [attacked["eps_text"]])
+        yield (
+            f"At most {attacked['limit']} images of every set were attacked with {ball} through the encoder and each "
+            f"score, by {_listed(attack_words(name) for name in attacked['attack'])}: "
+            "known images until they are refused, unknown ones until they are accepted."
+        )
+    yield (
+        "Intervals of AUROCs are DeLong's [@delong1988], of shares exact Clopper-Pearson intervals [@clopper1934], of "
+        f"other metrics from {config.get('draws', 1000):,} bootstrap draws, all at 95%. Differences to the best "
+        "baseline are tested by the paired bootstrap, adjusted by Holm's method [@holm1979]."
+    )
+
+
+def _score(name: str) -> str:
+    from robustvlm.detect import SCORES
+
+    if name not in SCORES:
+        return plain(name, 60)
+    return f"{SCORES[name].title}{_cite(named_in(SCORES[name].source))}"
+
+
+# Training
+
+
+def _finetune(manifest: Manifest) -> Iterator[str]:
+    config = manifest["config"]
+    method, part = str(config["method"]), str(config.get("trainable") or "all")
+    trained = "all weights of the vision tower" if part == "all" else f"{plain(part, 40)} of the vision tower"
+    trained += _cite(of("trainable", part))
+    yield f"The method was {plain(method, 60)}{_cite(of('method', method))}; trained were {trained}."
+    if config.get("inner_steps") and method != "clean":
+        yield (
+            f"Training images were attacked by PGD [@madry2018] with {count_of(config['inner_steps'], 'steps')} and "
+            f"{_ball(config['norm'], [config['eps_text']])}, pixels in [0, 1]."
+        )
+    yield _optimiser(config)
+    yield "The weights with the best validation were kept; what they reach there is no estimate of robustness."
+
+
+def _optimiser(config: Manifest) -> str:
+    long = f" for {config['epochs']:g} epochs" if config.get("epochs") else ""
+    long = long or (f" for {count_of(config['steps'], 'steps')}" if config.get("steps") else "")
+    decay = f", weight decay {config['weight_decay']:g}" if config.get("weight_decay") is not None else ""
+    return (
+        f"We trained{long} in batches of {config['batch_size']} images with AdamW [@loshchilov2019], learning rate "
+        f"{config['lr']:g}{decay}, in {plain(config.get('precision') or 'fp32', 20)}."
+    )
+
+
+def _purify(manifest: Manifest) -> Iterator[str]:
+    config = manifest["config"]
+    sigmas = _listed(f"{one:g}" for one in config["sigma"])
+    only = config.get("only")
+    parts = {"mapper": "the mapper of features", "purifier": "the purifier of pixels"}.get(
+        str(only), "purifier and mapper"
+    )
+    yield f"Following feature-space smoothing [@xia2026], we trained {parts} for Gaussian noise {sigmas}."
+    if only != "mapper":
+        yield f"{_optimiser(config)} Noise levels and preconditioning follow the EDM design [@karras2022]."
+    if only != "purifier":
+        yield f"The mapper was trained for {config['mapper_steps']:,} steps with learning rate {config['mapper_lr']:g}."
+
+
+def _immunize(manifest: Manifest) -> Iterator[str]:
+    config = manifest["config"]
+    yield (
+        "The method follows Immuno-VLM [@fang2026]: prototypes of classes, texts that are near but outside the classes "
+        f"(antibodies: {plain(config['antibodies'], 80)}), a vaccine of {config['steps']:,} steps with learning rate "
+        f"{config['lr']:g} and margin {config['margin']:g}, and thresholds that refuse {100 * config['miss']:g}% of "
+        f"held-out known images ({plain(config.get('held_out') or 'a part of the data', 80)})."
+    )
+    yield f"Intervals of AUROCs are DeLong's [@delong1988]. {_EXACT}"
+
+
+_KINDS: dict[str, Callable[[Manifest], Iterator[str]]] = {
+    "attack": _attack,
+    "certify": _certify,
+    "detect": _detect,
+    "judge": _judge,
+    "finetune": _finetune,
+    "purify": _purify,
+    "immunize": _immunize,
+}

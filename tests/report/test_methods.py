@@ -1,0 +1,125 @@
+"""Methods paragraphs: every built-in thing has its paper, every kind of run its text; names from outside stay words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustvlm.attacks.base import ATTACKS
+from robustvlm.attacks.catalog import PACKAGES
+from robustvlm.certify.claims import CLAIMS
+from robustvlm.cli.acts import report
+from robustvlm.defenses.finetune import METHODS
+from robustvlm.defenses.zoo.base import DEFENCES
+from robustvlm.detect import SCORES
+from robustvlm.errors import UserError
+from robustvlm.report.methods import attack_words, methods_of
+from robustvlm.report.repeat import repeatable
+from robustvlm.report.sections import Checks, Facts, Report, Section
+from robustvlm.report.sources import OF, named_in, papers
+from robustvlm.report.words import finding
+
+BEFORE = Path(__file__).parents[1] / "pins" / "before"
+KINDS = ("attack", "certify", "recertify", "detect", "finetune", "purify", "immunize")
+JUDGED = {
+    "kind": "judge",
+    "config": {"model": "tiny+clipure,tiny+bits:3", "data": "emoji", "norm": "Linf", "eps_text": "4/255", "steps": 9}
+    | {"queries": 7, "seed": 3},
+}
+
+
+def manifest(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = JUDGED if name == "judge" else json.loads((BEFORE / name / "manifest.json").read_text())
+    return found
+
+
+def test_every_built_in_thing_has_its_paper() -> None:
+    assert set(OF["attack"]) == {*ATTACKS, *PACKAGES}
+    assert set(OF["claim"]) == set(CLAIMS)
+    assert set(OF["method"]) == set(METHODS)
+    assert all(key in papers() for names in OF.values() for keys in names.values() for key in keys)
+    assert [name for name, keys in OF["attack"].items() if not keys] == []
+    assert [name for name in SCORES if not named_in(SCORES[name].source)] == []
+    # A control of the same cost as other methods is in no paper.
+    without = [name for name, kind in DEFENCES.items() if not named_in(kind.about.reference)]
+    assert all("arXiv" not in DEFENCES[name].about.reference for name in without)
+    assert len(without) <= 1
+
+
+def test_every_paper_is_whole_and_there_once() -> None:
+    text = (Path(__file__).parents[2] / "robustvlm" / "report" / "references.bib").read_text(encoding="utf-8")
+    assert text.count("@") == len(papers())
+    numbers = [paper.arxiv for paper in papers().values() if paper.arxiv]
+    assert len(numbers) == len(set(numbers))
+    for paper in papers().values():
+        assert "," in paper.author
+        assert 1900 < paper.year <= 2026
+        assert paper.title
+        assert paper.bibtex.count("{") == paper.bibtex.count("}")
+
+
+@pytest.mark.parametrize("name", [*KINDS, "judge"])
+def test_a_run_has_a_paragraph_with_the_papers_that_it_names(name: str) -> None:
+    made = methods_of(manifest(name))
+    assert "[@" not in made.text
+    assert "None" not in made.text
+    assert "  " not in made.text
+    assert made.latex.count("\\citep{") == made.marked.count("[@")
+    assert made.bibtex.count("@") == len(made.keys) > 0
+    for key in made.keys:
+        assert papers()[key].short in made.text
+    seed = manifest(name)["config"].get("seed")
+    assert f"seed {seed}." in made.text
+
+
+def test_the_strength_of_an_attack_is_that_which_ran() -> None:
+    assert attack_words("pgd:steps=12", restarts=3) == "PGD [@madry2018] with 12 steps and 3 restarts"
+    assert attack_words("pgd", steps=7) == "PGD [@madry2018] with 7 steps and 1 restart"
+    assert attack_words("square", steps=7) == "the Square Attack [@andriushchenko2020] with 5,000 queries"
+    assert attack_words("apgd-ce:objective=margin").endswith("100 steps and the objective margin")
+    assert attack_words("mine.py:attack") == "mine.py:attack"
+
+
+def test_names_from_outside_are_no_citations_and_no_commands() -> None:
+    config = JUDGED["config"] | {"model": "[@nobody] \\input{x} \x1b[2J", "data": "50%_[@a; @b]"}  # type: ignore[operator]
+    made = methods_of({"kind": "judge", "config": config})
+    assert "[@nobody] \\input{x} [2J" in made.text
+    assert "\\input" not in made.latex
+    assert "\\textbackslash{}input\\{x\\}" in made.latex
+    assert "nobody" not in made.bibtex
+
+
+def test_a_report_ends_with_what_makes_the_run_again() -> None:
+    checks = Checks([finding("ok", "fine", "good one"), finding("warning", "odd", "odd one"), finding("fault", "bad")])
+    made = repeatable(Report("k", "n", "k", "f", [], [Section("Checks", [checks])]), manifest("attack"))
+    assert [section.key for section in made.sections[1:]] == ["methods", "manifest"]
+    facts = next(block for block in made.sections[-1].blocks if isinstance(block, Facts))
+    rows = dict(facts.rows)
+    assert rows["Checks that fired"] == "warning: odd one; fault: bad"
+    assert rows["Program"] == "robustvlm 0.1.0, commit 2d49fa0a6fd9"
+    assert rows["Seed"] == "0"
+    assert {"Libraries", "Device", "Model", "Data", "Run", "Started"} <= rows.keys()
+
+
+def test_the_command_prints_it_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    made, run = methods_of(manifest("attack")), str(BEFORE / "attack")
+    report([run], None, as_json=False, methods=True)
+    said = capsys.readouterr().out
+    assert made.text in said
+    assert made.latex in said
+    assert made.bibtex in said
+    report([run], None, as_json=True, methods=True)
+    assert json.loads(capsys.readouterr().out) == {"text": made.text, "latex": made.latex, "bibtex": made.bibtex}
+    for runs, out in (([run, run], None), ([run], Path("x.html"))):
+        with pytest.raises(UserError, match="of one run"):
+            report(runs, out, methods=True)
+    with pytest.raises(UserError, match="'soup' has no methods text"):
+        report([str(BEFORE / "soup")], None, methods=True)
+
+
+def test_a_run_of_another_version_has_a_report_all_the_same() -> None:
+    made = repeatable(Report("k", "n", "k", "f", [], []), {"kind": "attack", "config": {"seed": 1}})
+    assert [section.key for section in made.sections] == ["manifest"]
