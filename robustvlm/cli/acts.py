@@ -167,11 +167,16 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="The HTML file to write [default: RUN/report.html, or comparison.html for several]."
+            "--out",
+            help="The HTML file to write [default: RUN/report.html, or comparison.html for several].",
+            rich_help_panel="Output",
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the numbers as JSON, with the path of the report.")
+        bool,
+        typer.Option(
+            "--json", help="Print the numbers as JSON, with the path of the report.", rich_help_panel="Output"
+        ),
     ] = False,
 ) -> None:
     """Write the report of a run, or compare several runs on the images they share (paired tests)."""
