@@ -80,13 +80,21 @@ class Mean(BaseModel):
     method: str = "Student's t"
 
 
-def mean(values: Sequence[float], confidence: float = 0.95) -> Mean:
+def mean(
+    values: Sequence[float], confidence: float = 0.95, *, within: tuple[float, float] = (-math.inf, math.inf)
+) -> Mean:
     """Return the mean of `values` with Student's t interval, which takes the mean's own spread to be about normal.
+
+    Args:
+        within: the least and the largest that a value can be. The interval ends there: the mean that is sought lies
+            inside, so that what is cut off costs no coverage.
 
     Example:
         >>> m = mean([0.1, 0.2, 0.3])
         >>> (round(m.value, 3), round(m.low, 3), round(m.high, 3))
         (0.2, -0.048, 0.448)
+        >>> mean([0.1, 0.2, 0.3], within=(0.0, 1.0)).low
+        0.0
     """
     n = len(values)
     if n == 0:
@@ -98,7 +106,9 @@ def mean(values: Sequence[float], confidence: float = 0.95) -> Mean:
 
     spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
     reach = float(stdtrit(n - 1, 0.5 + confidence / 2)) * spread
-    return Mean(total=n, value=centre, low=centre - reach, high=centre + reach, confidence=confidence)
+    # The mean itself may be past an end by rounding, as the cosine of a feature to itself is.
+    low, high = min(centre, max(within[0], centre - reach)), max(centre, min(within[1], centre + reach))
+    return Mean(total=n, value=centre, low=low, high=high, confidence=confidence)
 
 
 class PairedTest(BaseModel):

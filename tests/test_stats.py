@@ -128,6 +128,31 @@ def test_the_interval_of_a_mean_is_that_of_scipy(values: list[float], confidence
         assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9, abs=1e-9)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_the_interval_of_bounded_numbers_is_cut_at_the_bounds_and_nowhere_else(values: list[float]) -> None:
+    free, bounded = mean(values), mean(values, within=(0.0, 1.0))
+    assert free.low is not None
+    assert free.high is not None
+    assert bounded.value == free.value
+    assert (bounded.low, bounded.high) == (max(0.0, free.low), min(1.0, free.high))
+
+
+def test_a_mean_that_rounding_put_past_its_bound_lies_in_its_interval() -> None:
+    found = mean([1.0 + 1e-7, 1.0 + 1e-7], within=(-1.0, 1.0))
+    assert found.low == found.value == found.high == 1.0 + 1e-7
+
+
+def test_cutting_costs_no_coverage() -> None:
+    rng, cut = np.random.default_rng(0), 0
+    for sample in rng.beta(20, 1, size=(2000, 8)):
+        free, bounded = mean(sample.tolist()), mean(sample.tolist(), within=(0.0, 1.0))
+        truth = 20 / 21
+        assert (free.low <= truth <= free.high) == (bounded.low <= truth <= bounded.high)  # type: ignore[operator]
+        cut += bounded.high == 1.0
+    assert cut > 0, "no interval was cut: the comparison has shown nothing"
+
+
 def test_a_mean_needs_two_numbers_for_an_interval() -> None:
     assert (mean([]).value, mean([]).total) == (None, 0)
     assert (mean([0.4]).value, mean([0.4]).low, mean([0.4]).high) == (0.4, None, None)

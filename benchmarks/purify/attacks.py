@@ -82,7 +82,7 @@ def _attacked(options: argparse.Namespace, spec: str, norm: str, eps: str) -> li
     summary = run.summary
     table = pq.read_table(run.folder / "results.parquet").to_pylist()
     broken = rate(sum(row["cosine"] < options.min_cos for row in table), len(table))
-    cosine = mean([row["cosine"] for row in table])
+    cosine = mean([row["cosine"] for row in table], within=(-1.0, 1.0))
     right = (rate(sum(row[guess] == row["label"] for row in table), len(table)) for guess in _GUESSES)
     seconds = summary.cost.seconds / max(1, len(table)) if summary.cost is not None else 0.0
     return [

@@ -171,13 +171,22 @@ def report(
         typer.Option(
             "--out",
             help="The HTML file to write [default: RUN/report.html, FOLDER/index.html; comparison.html for several].",
+            rich_help_panel="Output",
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the numbers as JSON, with the path of the report.")
+        bool,
+        typer.Option(
+            "--json", help="Print the numbers as JSON, with the path of the report.", rich_help_panel="Output"
+        ),
     ] = False,
     methods: Annotated[
-        bool, typer.Option("--methods", help="Print a methods paragraph for a paper, with BibTeX, and write nothing.")
+        bool,
+        typer.Option(
+            "--methods",
+            help="Print a methods paragraph for a paper, with BibTeX, and write nothing.",
+            rich_help_panel="Output",
+        ),
     ] = False,
 ) -> None:
     """Write the report of a run, compare several runs on the images they share (paired tests), or list a folder's."""

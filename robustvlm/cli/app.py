@@ -143,7 +143,10 @@ def typer_command(command: Command, act: Act | None = None) -> Callable[..., Non
     """
     declared = command.settings
     hints = get_type_hints(declared)
-    parameters = [_parameter(name, field, about, hints[name]) for name, field, about in declared.options()]
+    parameters = [
+        _parameter(name, field, about, hints[name], declared.group_of(about))
+        for name, field, about in declared.options()
+    ]
 
     def run(**values: Any) -> None:
         # What was not given is None, or the default itself: the settings know their own.
@@ -157,7 +160,7 @@ def typer_command(command: Command, act: Act | None = None) -> Callable[..., Non
     return run
 
 
-def _parameter(name: str, field: FieldInfo, about: Option, kind: Any) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, about: Option, kind: Any, group: str) -> inspect.Parameter:
     kind, default = about.typed or kind, field.get_default()
     if field.is_required():
         default = inspect.Parameter.empty
@@ -170,7 +173,7 @@ def _parameter(name: str, field: FieldInfo, about: Option, kind: Any) -> inspect
         # A switch that is off by default has no opposite to type.
         bare = "bool" in str(kind) and default in (False, None)
         flags = about.flags or (flags_of(name, about) if bare else ())
-        info = typer.Option(*flags, help=field.description, metavar=about.metavar, **bounds)
+        info = typer.Option(*flags, help=field.description, metavar=about.metavar, rich_help_panel=group, **bounds)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 

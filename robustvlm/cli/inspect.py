@@ -34,18 +34,42 @@ def data(
             help="emoji, imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL, with ?option=value.",
         ),
     ] = "emoji",
-    classes: Annotated[Path | None, typer.Option("--classes", help="Class names, one a line or a JSON list.")] = None,
-    templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line.")] = None,
-    tree: Annotated[Path | None, typer.Option("--tree", help="Class tree: nested JSON or YAML, or a CSV.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Select this many images, as runs do.")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option("--classes", help="Class names, one a line or a JSON list.", rich_help_panel="Model and data"),
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option("--templates", help="Prompt templates, one a line.", rich_help_panel="Model and data")
+    ] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option("--tree", help="Class tree: nested JSON or YAML, or a CSV.", rich_help_panel="Model and data"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="Select this many images, as runs do.", rich_help_panel="Model and data"),
+    ] = None,
     make_tree: Annotated[
-        str | None, typer.Option("--make-tree", metavar="wordnet|llm", help="Make a class tree, and write it to --out.")
+        str | None,
+        typer.Option(
+            "--make-tree",
+            metavar="wordnet|llm",
+            help="Make a class tree, and write it to --out.",
+            rich_help_panel="Class tree",
+        ),
     ] = None,
     tree_by: Annotated[
         list[str] | None,
-        typer.Option("--tree-by", help="Criterion of a tree by a language model; repeat it for a forest."),
+        typer.Option(
+            "--tree-by",
+            help="Criterion of a tree by a language model; repeat it for a forest.",
+            rich_help_panel="Class tree",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File for the tree that is made, as trees.json.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File for the tree that is made, as trees.json.", rich_help_panel="Class tree"),
+    ] = None,
     llm: Annotated[
         str | None,
         typer.Option(
@@ -53,17 +77,29 @@ def data(
             metavar="URL",
             help="OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or "
             "OPENAI_API_KEY.",
+            rich_help_panel="Class tree",
         ),
     ] = None,
     llm_model: Annotated[
-        str | None, typer.Option("--llm-model", metavar="NAME", help="Model to ask at that endpoint.")
+        str | None,
+        typer.Option(
+            "--llm-model", metavar="NAME", help="Model to ask at that endpoint.", rich_help_panel="Class tree"
+        ),
     ] = None,
     llm_prices: Annotated[
         str | None,
-        typer.Option("--llm-prices", metavar="IN,OUT", help="Price of a million tokens, to show what was spent."),
+        typer.Option(
+            "--llm-prices",
+            metavar="IN,OUT",
+            help="Price of a million tokens, to show what was spent.",
+            rich_help_panel="Class tree",
+        ),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Decode every selected image and count the faults.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Decode every selected image and count the faults.", rich_help_panel="Output"),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")] = False,
 ) -> None:
     """Describe a data set: images, classes, prompts, class tree, and with --check what cannot be read."""
     from robustvlm.data import open_data
@@ -240,8 +276,11 @@ def _some(names: list[str], count: int = 6) -> str:
 
 
 def models(
-    text: Annotated[str, typer.Option("--filter", help="Only specs that contain this text (case ignored).")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    text: Annotated[
+        str,
+        typer.Option("--filter", help="Only specs that contain this text (case ignored).", rich_help_panel="Output"),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.", rich_help_panel="Output")] = False,
 ) -> None:
     """List the forms a model spec can take, and every model that has a name."""
     # open_clip takes seconds to load; --help and other commands should not wait for it.
@@ -322,12 +361,18 @@ def export(
         typer.Argument(metavar="RUN", help="A run folder, or any other spec of a model of open_clip or transformers."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")],
-    to: Annotated[str, typer.Option("--to", help="Who is to read it: open_clip or transformers.")] = "open_clip",
+    to: Annotated[
+        str, typer.Option("--to", help="Who is to read it: open_clip or transformers.", rich_help_panel="Output")
+    ] = "open_clip",
     evaluated: Annotated[
         list[str] | None,
-        typer.Option("--evaluated", help="An attack or certify run of this model, for the model card; repeatable."),
+        typer.Option(
+            "--evaluated",
+            help="An attack or certify run of this model, for the model card; repeatable.",
+            rich_help_panel="Output",
+        ),
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="Store weights with 16 bits.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Store weights with 16 bits.", rich_help_panel="Output")] = False,
 ) -> None:
     """Write a model as a folder for others: config, weights (safetensors), tokenizer, and a model card (README.md).
 

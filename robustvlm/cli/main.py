@@ -17,6 +17,7 @@ from robustvlm import __version__
 from robustvlm.cli import terminal
 from robustvlm.cli.acts import certify_or_audit, predict_and_show, report
 from robustvlm.cli.app import check_given, typer_command
+from robustvlm.cli.help import HelpfulCommand, group_of
 from robustvlm.cli.inspect import data, evaluate, export, models
 from robustvlm.commands.assemble import BUILD
 from robustvlm.commands.attack import ATTACK
@@ -36,7 +37,9 @@ from robustvlm.core.user_code import NO_CODE, code_policy
 _NoCode = Annotated[
     bool,
     typer.Option(
-        "--no-code", help=f"Refuse to import code: module:callable, given or named by a file (also {NO_CODE}=1)."
+        "--no-code",
+        help=f"Refuse to import code: module:callable, given or named by a file (also {NO_CODE}=1).",
+        rich_help_panel="Run",
     ),
 ]
 
@@ -75,7 +78,6 @@ app = typer.Typer(
     name="robustvlm",
     help="Tell whether a CLIP-like vision-language model can be trusted when somebody attacks it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -97,7 +99,8 @@ for command in (
     models,
     data,
 ):
-    app.command(command.__name__.replace("_", "-"))(_guarded(command))
+    name = command.__name__.replace("_", "-")
+    app.command(name, cls=HelpfulCommand, rich_help_panel=group_of(name))(_guarded(command))
 
 
 def _show_version(wanted: bool) -> None:
@@ -143,8 +146,10 @@ def main() -> NoReturn:
 def _run() -> int:
     try:
         code = app(standalone_mode=False)
-    except SystemExit as error:  # not from a command: the command-line library could not print the help
-        raise BrokenPipeError from error
+    except SystemExit as error:  # not from a command, but from the command-line library
+        if not error.code:  # it has completed a word for the shell, or installed the completion
+            return 0
+        raise BrokenPipeError from error  # it could not print the help
     except BaseException as error:
         return terminal.explain(error)
     if (

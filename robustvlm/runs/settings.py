@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -32,6 +32,7 @@ class Option:
         shown: whether the help shows the default; if not, the help text says what happens without the option.
         typed: the type on the command line, where it is narrower than in Python.
         given: the type in Python, where more is understood than is kept, such as "auto".
+        group: the heading that the help puts it under, where it is not the usual one (`Settings.group_of`).
     """
 
     place: Place = "config"
@@ -45,6 +46,7 @@ class Option:
     shown: bool = True
     typed: Any = None
     given: Any = None
+    group: str | None = None
 
     def check(self, name: str, value: object) -> None:
         """Raise BadSetting where a number, or one of several, lies outside the bounds or is not finite."""
@@ -95,11 +97,11 @@ def shown_as(default: Any, help: str, **facts: Any) -> Any:
 class Shared:
     """Options of several commands, each written once."""
 
-    DEVICE = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    CLASSES = option(None, "File of class names, one per line or a JSON list.")
-    TEMPLATES = option(None, "File of prompt templates, one per line with {}.")
-    TREE_FILE = option(None, "File of the class tree (JSON, YAML or CSV).")
-    SEED = option(0, "Seed of every random draw.")
+    DEVICE = option("auto", "auto, cpu, cuda, cuda:1, ...", group="Run")
+    CLASSES = option(None, "File of class names, one per line or a JSON list.", group="Model and data")
+    TEMPLATES = option(None, "File of prompt templates, one per line with {}.", group="Model and data")
+    TREE_FILE = option(None, "File of the class tree (JSON, YAML or CSV).", group="Model and data")
+    SEED = option(0, "Seed of every random draw.", group="Run")
     OUT = way(Path("runs"), "Folder that holds the runs.")
     NAME = way(None, "Name of the run [default: made from the settings, so that they find it again].")
     RESUME = way(
@@ -115,7 +117,8 @@ class Shared:
 class Settings(BaseModel):
     """All options of a command, each written once, in the order of its help.
 
-    A subclass has a field for each, made by `option`, `argument`, `way` or `shown_as`, or one of `Shared`.
+    A subclass has a field for each, made by `option`, `argument`, `way` or `shown_as`, or one of `Shared`; its `group`
+    is the help's heading of what is peculiar to the command.
     Options that do not depend on the libraries behind a run are checked as the object is made; what needs those is
     checked as the run is opened.
 
@@ -124,6 +127,8 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    group: ClassVar[str] = "Options"
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -155,6 +160,11 @@ class Settings(BaseModel):
         for name, field in cls.model_fields.items():
             extra = field.json_schema_extra
             yield name, field, extra["option"] if isinstance(extra, dict) else Option()  # type: ignore[misc]
+
+    @classmethod
+    def group_of(cls, about: Option) -> str:
+        """Return the heading that the help puts an option under: its own, or the usual one of its place."""
+        return about.group or {"config": cls.group, "run": "Run", "terminal": "Output"}[about.place]
 
     @classmethod
     def require_for_callers(cls, given: Mapping[str, Any]) -> None:

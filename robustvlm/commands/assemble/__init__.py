@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import Settings, Shared, option, way
@@ -19,13 +19,15 @@ class BuildSettings(Settings):
     that it was made for.
     """
 
+    group: ClassVar[str] = "Parts"
+
     encoder: str = option("tiny", "The encoder: any model without operators, such as the run of a fine-tuning.")
     purify: str | None = option(None, "A run of `robustvlm purify`: purifier and mapper.")
     smooth: str | None = option(None, "Noise level and samples, SIGMA[:N0], as 0.25:64.")
     immunize: str | None = option(None, "A run of `robustvlm immunize`: adapter, head and thresholds.")
     accept_misfits: bool = option(False, "Put parts together that were made for other models.")
     # No part of what a pipeline is: it is copied, and only tried out there.
-    device: str = way("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = way("auto", "auto, cpu, cuda, cuda:1, ...", group="Run")
     out: Path = Shared.OUT
     name: str | None = way(None, "Name of the pipeline [default: made from the settings].")
     fresh: bool = way(False, "Delete an earlier pipeline of that name.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
@@ -33,6 +33,8 @@ class AttackSettings(Settings):
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
 
+    group: ClassVar[str] = "Attack"
+
     model: str | object = positional(
         "tiny",
         "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, transformers:NAME, a folder, or "
@@ -43,6 +45,7 @@ class AttackSettings(Settings):
         "emoji",
         "emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL.",
         typed=str,
+        group="Model and data",
     )
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
@@ -71,11 +74,11 @@ class AttackSettings(Settings):
     )
     steps: int | None = option(None, "Gradient steps [default: pgd 20, apgd 100].")
     restarts: int | None = option(None, "Random restarts [default: 1].")
-    limit: int | None = option(None, "Attack this many images, chosen by a hash of their ids.")
+    limit: int | None = option(None, "Attack this many images, chosen by a hash of their ids.", group="Model and data")
     seed: int = Shared.SEED
-    lanes: int | None = option(None, "Images attacked side by side in one batch [default: 64; GPU: 256].")
+    lanes: int | None = option(None, "Images attacked side by side in one batch [default: 64; GPU: 256].", group="Run")
     device: str = Shared.DEVICE
-    precision: str = option("fp32", "fp32; bf16 (gradients only, successes confirmed in fp32); fp64.")
+    precision: str = option("fp32", "fp32; bf16 (gradients only, successes confirmed in fp32); fp64.", group="Run")
     eot: int | None = option(None, "Draws of a random model averaged in every gradient [default: 10; 1 if not random].")
     draws: int | None = option(
         None, "Fresh draws of a random model that judge a success by majority [default: 21; 1 if not random]."
@@ -84,6 +87,7 @@ class AttackSettings(Settings):
         False,
         "Take gradients from a torch.compile'd copy; the plain model confirms.",
         flags=("--compile",),
+        group="Run",
     )
     resolution: int | None = option(None, "Side in pixels of the image that is perturbed [default: the model's].")
     out: Path = Shared.OUT
@@ -94,8 +98,8 @@ class AttackSettings(Settings):
         "Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s, "
         "10min or 2h (of this session). Repeat the command with more, or without, to go on.",
     )
-    estimate: bool = shown_as(False, "Make the clean pass, say what the attacks will cost, and stop.")
-    save_adversarial: bool = option(False, "Keep every successful adversarial image (safetensors).")
+    estimate: bool = shown_as(False, "Make the clean pass, say what the attacks will cost, and stop.", group="Run")
+    save_adversarial: bool = option(False, "Keep every successful adversarial image (safetensors).", group="Output")
     checks: str = option(
         "full", "Checks of the evaluation itself: full (with extra attacks on 32 images), quick or none."
     )

@@ -271,7 +271,8 @@ def _cosine(recorded: Sequence[verdicts.Point]) -> Cosine | None:
     known = [point for point in recorded if point.cosine is not None and math.isfinite(point.cosine)]
     if not known:
         return None
-    return Cosine(clean=mean([point.clean_cosine for point in known]), attacked=mean([p.cosine for p in known]))
+    clean, attacked = ([p.clean_cosine for p in known], [p.cosine for p in known])
+    return Cosine(clean=mean(clean, within=(-1.0, 1.0)), attacked=mean(attacked, within=(-1.0, 1.0)))
 
 
 def _acceptance(recorded: Sequence[verdicts.Point]) -> Acceptance:

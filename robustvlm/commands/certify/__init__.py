@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
@@ -22,10 +22,12 @@ class CertifySettings(Settings):
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
 
+    group: ClassVar[str] = "Certificate"
+
     model: str = argument(
         "tiny", "Any model (`robustvlm models` lists the forms); of MODEL+smooth:SIGMA the smoothing is certified."
     )
-    data: str = option("emoji", "The images; `robustvlm data` lists the forms.")
+    data: str = option("emoji", "The images; `robustvlm data` lists the forms.", group="Model and data")
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     tree: Path | None = Shared.TREE_FILE
@@ -57,24 +59,37 @@ class CertifySettings(Settings):
         at_least=1,
         at_most=MAX_N0,
     )
-    cache: str | None = option(None, "Keep the noisy features as float16 or float32, to certify other prompts later.")
-    from_cache: str | None = way(None, "A run made with --cache: certify --classes by text passes only.")
+    cache: str | None = option(
+        None, "Keep the noisy features as float16 or float32, to certify other prompts later.", group="Kept features"
+    )
+    from_cache: str | None = way(
+        None, "A run made with --cache: certify --classes by text passes only.", group="Kept features"
+    )
     prompts: str | None = option(
         None,
         "With --from-cache: independent if the prompts were fixed without looking at what the features gave, else "
         "adaptive (the default, valid always, smaller radii).",
+        group="Kept features",
     )
-    limit: int | None = option(None, "Certify this many images, chosen by a hash of their ids.", at_least=1)
-    seed: int = option(0, "Seed of the noise.", at_least=0)
-    lanes: int | None = option(None, "Noisy images per batch [default: 128; GPU: 512].", at_least=1, at_most=N_MAX)
+    limit: int | None = option(
+        None, "Certify this many images, chosen by a hash of their ids.", at_least=1, group="Model and data"
+    )
+    seed: int = option(0, "Seed of the noise.", at_least=0, group="Run")
+    lanes: int | None = option(
+        None, "Noisy images per batch [default: 128; GPU: 512].", at_least=1, at_most=N_MAX, group="Run"
+    )
     device: str = Shared.DEVICE
-    precision: str = option("fp32", "fp32, bf16 or fp64: part of the encoder that is certified, to be deployed alike.")
+    precision: str = option(
+        "fp32", "fp32, bf16 or fp64: part of the encoder that is certified, to be deployed alike.", group="Run"
+    )
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
-    audit: str | None = shown_as(None, "Attack the certificates of this finished run; exit code 1 if one breaks.")
-    audit_starts: int | None = shown_as(None, "Descents per image and distance (audit).")
-    audit_steps: int | None = shown_as(None, "Gradient steps per descent (audit).")
+    audit: str | None = shown_as(
+        None, "Attack the certificates of this finished run; exit code 1 if one breaks.", group="Audit"
+    )
+    audit_starts: int | None = shown_as(None, "Descents per image and distance (audit).", group="Audit")
+    audit_steps: int | None = shown_as(None, "Gradient steps per descent (audit).", group="Audit")
     as_json: bool = Shared.SUMMARY_AS_JSON
     fail_if: list[str] | None = shown_as(
         None, "End with exit code 1 if this holds, e.g. 'certified@0.25<50%' or 'mean_radius<0.1'."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import model_validator
 
@@ -29,20 +29,26 @@ class DetectSettings(Settings):
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
 
+    group: ClassVar[str] = "Scores"
+
     model: str = argument(
         "tiny",
         "Any model (`robustvlm models` lists the forms); one that may refuse also shows its own acceptance score.",
     )
-    id: str | None = option(None, "Images of the known classes [default: emoji].", metavar="DATA")
+    id: str | None = option(
+        None, "Images of the known classes [default: emoji].", metavar="DATA", group="Model and data"
+    )
     ood: list[str] = option(
         [],
         "Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji].",
         metavar="DATA",
+        group="Model and data",
     )
     fit: str | None = option(
         None,
         "Images of the known classes to learn from, or none [default: none; the training styles for the bundled data].",
         metavar="DATA",
+        group="Model and data",
     )
     scores: str = option(
         "all",
@@ -62,9 +68,15 @@ class DetectSettings(Settings):
     templates: Path | None = Shared.TEMPLATES
     tree: Path | None = Shared.TREE_FILE
     limit: int | None = option(
-        None, "Score this many images of each set, chosen by a hash of their ids.", at_least=2, unit="images"
+        None,
+        "Score this many images of each set, chosen by a hash of their ids.",
+        at_least=2,
+        unit="images",
+        group="Model and data",
     )
-    fit_limit: int | None = option(None, "Learn from this many images, chosen likewise.", at_least=2, unit="images")
+    fit_limit: int | None = option(
+        None, "Learn from this many images, chosen likewise.", at_least=2, unit="images", group="Model and data"
+    )
     draws: int = option(
         1000,
         "Bootstrap samples for intervals and comparisons.",
@@ -72,22 +84,28 @@ class DetectSettings(Settings):
         at_most=100_000,
         unit="bootstrap samples",
     )
-    seed: int = option(0, "Seed of every random draw.", at_least=0)
+    seed: int = option(0, "Seed of every random draw.", at_least=0, group="Run")
     batch_size: int = way(64, "Images per encoder pass.", at_least=1, unit="images")
     device: str = Shared.DEVICE
-    under_attack: bool = option(False, "Also attack the scores: unknown images to be accepted, known ones refused.")
+    under_attack: bool = option(
+        False, "Also attack the scores: unknown images to be accepted, known ones refused.", group="Attack"
+    )
     attack_scores: str | None = option(
         None,
         "Scores to attack, and own for a model's own [default: own, mcm, energy, mahalanobis, as far as there].",
+        group="Attack",
     )
     attack: str = option(
         "pgd,apgd-ce:steps=40",
         "Attacks of --under-attack; objectives do not matter, all climb the acceptance margin.",
+        group="Attack",
     )
-    norm: str = option("Linf", "Norm of the attacks: Linf or L2, in pixels scaled to [0, 1].")
-    eps: str | float | None = option(None, "Radius of the attacks [default: 2/255; L2: 0.5].", typed=str | None)
-    attack_limit: int = option(64, "Images of each set that are attacked.", at_least=2, unit="images")
-    lanes: int = option(64, "Images attacked side by side in one batch.", at_least=1)
+    norm: str = option("Linf", "Norm of the attacks: Linf or L2, in pixels scaled to [0, 1].", group="Attack")
+    eps: str | float | None = option(
+        None, "Radius of the attacks [default: 2/255; L2: 0.5].", typed=str | None, group="Attack"
+    )
+    attack_limit: int = option(64, "Images of each set that are attacked.", at_least=2, unit="images", group="Attack")
+    lanes: int = option(64, "Images attacked side by side in one batch.", at_least=1, group="Attack")
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME

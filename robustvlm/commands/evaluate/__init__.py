@@ -17,14 +17,19 @@ class EvaluateSettings(Settings):
     """Measure clean zero-shot accuracy with its 95 % interval, calibration error, and accuracy per tree level."""
 
     model: str = argument("tiny", "The model; `robustvlm models` lists the forms.")
-    data: str = option("emoji", "The images; `robustvlm data` lists the forms.")
+    data: str = option("emoji", "The images; `robustvlm data` lists the forms.", group="Model and data")
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     tree: Path | None = Shared.TREE_FILE
     limit: int | None = option(
-        None, "Evaluate this many images, a fixed selection.", at_least=1, unit="images", ranged=True
+        None,
+        "Evaluate this many images, a fixed selection.",
+        at_least=1,
+        unit="images",
+        ranged=True,
+        group="Model and data",
     )
-    batch_size: int = option(64, "Images per pass.", at_least=1, unit="images", ranged=True)
+    batch_size: int = option(64, "Images per pass.", at_least=1, unit="images", ranged=True, group="Run")
     device: str = Shared.DEVICE
     as_json: bool = shown_as(False, "Print the numbers as JSON.", flags=("--json",))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import Settings, Shared, argument, way
@@ -20,38 +20,56 @@ class FinetuneSettings(Settings):
     torchrun several processes share every batch.
     """
 
+    group: ClassVar[str] = "Training"
+
     model: str = argument("tiny", "The model to start from; `robustvlm models` lists the forms.")
     method: str = declared(
         "hierarchical",
         "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack). fare and "
         "simclip read no labels.",
+        group="Method",
     )
-    data: str = declared("emoji?split=train", "Images to train on; `robustvlm data` lists the forms.")
-    val: str | None = declared(None, "Images to validate on [default: a tenth of the data, at most 512, held out].")
+    data: str = declared(
+        "emoji?split=train", "Images to train on; `robustvlm data` lists the forms.", group="Model and data"
+    )
+    val: str | None = declared(
+        None, "Images to validate on [default: a tenth of the data, at most 512, held out].", group="Validation"
+    )
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     tree: list[str] = declared(
         [],
         "File of a class tree (JSON, YAML or CSV), wordnet, or llm (by the language model of --llm); repeat it for a "
         "forest [default: the data's own].",
+        group="Class tree",
     )
-    tree_by: list[str] = declared([], "What --tree llm sorts by, repeatable [default: kind of thing].")
-    llm: str | None = declared(None, "OpenAI-compatible endpoint for --tree llm.")
-    llm_model: str | None = declared(None, "The language model there.")
-    norm: str = declared("Linf", "Linf or L2, of the inner attack and of validations.")
-    eps: str | float = declared("1/255", "Radius, of the inner attack and of validations.", typed=str)
+    tree_by: list[str] = declared(
+        [], "What --tree llm sorts by, repeatable [default: kind of thing].", group="Class tree"
+    )
+    llm: str | None = declared(None, "OpenAI-compatible endpoint for --tree llm.", group="Class tree")
+    llm_model: str | None = declared(None, "The language model there.", group="Class tree")
+    norm: str = declared("Linf", "Linf or L2, of the inner attack and of validations.", group="Inner attack")
+    eps: str | float = declared(
+        "1/255", "Radius, of the inner attack and of validations.", typed=str, group="Inner attack"
+    )
     alpha: str | float | None = declared(
-        None, "Step of the inner attack [default: 2.5 eps / (steps + 1)].", typed=str | None
+        None,
+        "Step of the inner attack [default: 2.5 eps / (steps + 1)].",
+        typed=str | None,
+        group="Inner attack",
     )
-    inner_steps: int = declared(3, "Gradient steps of the inner attack.")
-    curvature: float | None = declared(None, "Of the hyperbolic space (hierarchical) [default: 1].")
+    inner_steps: int = declared(3, "Gradient steps of the inner attack.", group="Inner attack")
+    curvature: float | None = declared(None, "Of the hyperbolic space (hierarchical) [default: 1].", group="Method")
     option: list[str] = declared(
         [],
         "An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives, leaf_only, "
         "per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg: general, clean, "
         "reverse.",
+        group="Method",
     )
-    trainable: str = declared("all", "all (the vision tower), lora, lora:RANK, ssf, or last:N (its last N blocks).")
+    trainable: str = declared(
+        "all", "all (the vision tower), lora, lora:RANK, ssf, or last:N (its last N blocks).", group="Method"
+    )
     augment: str = declared("crop", "none, flip, crop (and flip) or strong (colours too).")
     steps: int | None = declared(None, "Optimiser steps [default: 2 epochs].")
     epochs: float | None = declared(None, "Passes over the images, in place of steps.")
@@ -66,11 +84,17 @@ class FinetuneSettings(Settings):
     compile: bool = declared(False, "Compile the vision tower (torch.compile).")
     gradient_checkpointing: bool = declared(False, "Trade time for memory, where the tower offers it.")
     limit: int | None = declared(
-        None, "Use this many images, chosen by a hash of their ids.", at_least=1, unit="images"
+        None,
+        "Use this many images, chosen by a hash of their ids.",
+        at_least=1,
+        unit="images",
+        group="Model and data",
     )
-    val_limit: int = declared(512, "Validate on at most this many images.", at_least=1, unit="images")
-    val_steps: int = declared(10, "PGD steps of a validation.", at_least=1, unit="PGD steps")
-    validate_every: float = declared(0.1, "In steps; below 1, a share of all; 0: at the end only.")
+    val_limit: int = declared(
+        512, "Validate on at most this many images.", at_least=1, unit="images", group="Validation"
+    )
+    val_steps: int = declared(10, "PGD steps of a validation.", at_least=1, unit="PGD steps", group="Validation")
+    validate_every: float = declared(0.1, "In steps; below 1, a share of all; 0: at the end only.", group="Validation")
     checkpoint_every: int = way(0, "In steps [default: every five minutes].")
     seed: int = Shared.SEED
     device: str = Shared.DEVICE

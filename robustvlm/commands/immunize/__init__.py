@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, ValidationInfo, field_validator, model_validator
 
@@ -28,29 +28,41 @@ class ImmunizeSettings(Settings):
 
     model_config = ConfigDict(validate_default=True)
 
+    group: ClassVar[str] = "Prototypes and adapter"
+
     model: str = argument("tiny", "Any model without smoothing; with --add-class, a run.")
-    data: str = option("emoji?split=train", "Labelled images to learn from; `robustvlm data` lists the forms.")
+    data: str = option(
+        "emoji?split=train", "Labelled images to learn from; `robustvlm data` lists the forms.", group="Model and data"
+    )
     held_out: str | float = option(
         None,
         "Data, or a share of --data, that sets the thresholds [default: emoji?split=val&copies=8 for the bundled data, "
         "else 0.2].",
         typed=str | None,
         given=str | float | None,
+        group="Model and data",
     )
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
-    tree: Path | None = option(None, "Class tree: superclasses are no antibodies.")
-    no_images: bool = option(False, "From texts alone: no adapter, thresholds at 0.")
-    shots: int = option(0, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True)
-    antibodies: str = option("bank", "bank (bundled), a file, llm, wordnet, noise (baseline), none.")
+    tree: Path | None = option(None, "Class tree: superclasses are no antibodies.", group="Model and data")
+    no_images: bool = option(False, "From texts alone: no adapter, thresholds at 0.", group="Model and data")
+    shots: int = option(
+        0, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True, group="Model and data"
+    )
+    antibodies: str = option(
+        "bank", "bank (bundled), a file, llm, wordnet, noise (baseline), none.", group="Antibodies"
+    )
     llm: str | None = way(
         None,
         "OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or "
         "OPENAI_API_KEY.",
         metavar="URL",
+        group="Antibodies",
     )
-    llm_model: str | None = way(None, "Model to ask at that endpoint.", metavar="NAME")
-    llm_prices: str | None = way(None, "Price of a million tokens, to show what was spent.", metavar="IN,OUT")
+    llm_model: str | None = way(None, "Model to ask at that endpoint.", metavar="NAME", group="Antibodies")
+    llm_prices: str | None = way(
+        None, "Price of a million tokens, to show what was spent.", metavar="IN,OUT", group="Antibodies"
+    )
     xi: float | None = option(
         "auto",
         "Largest angle of a prototype to its text, degrees; auto: an eighth of the median.",
@@ -66,31 +78,43 @@ class ImmunizeSettings(Settings):
         "Cosines SAFE,RISK that antibodies lie between; either may be auto [default: auto,auto].",
         typed=str | None,
         given=str | None,
+        group="Antibodies",
     )
     margin: float | None = option(
         "0.2",
         "Cosine of image and antibody above which they are pushed apart; auto takes it from the data.",
         typed=str,
         given=str | float | None,
+        group="Antibodies",
     )
-    push_weight: float = option(1.0, "Weight of pushing from antibodies (lambda).")
-    lambda_inf: float = option(LAMBDA_INF, "Weight of antibodies in the score.", at_least=0)
+    push_weight: float = option(1.0, "Weight of pushing from antibodies (lambda).", group="Antibodies")
+    lambda_inf: float = option(LAMBDA_INF, "Weight of antibodies in the score.", at_least=0, group="Antibodies")
     kappa: str = option("model", "Concentration in training: model (its temperature) or class (vMF estimates).")
-    miss: float = option(0.05, "Share of known images that thresholds reject.")
-    min_images: int = option(30, "Held-out images, classified right, that a threshold of its own needs.", at_least=1)
-    sigma: list[float] = option([], "Also set thresholds behind noise, for certify and +smooth; repeatable.")
+    miss: float = option(0.05, "Share of known images that thresholds reject.", group="Thresholds")
+    min_images: int = option(
+        30, "Held-out images, classified right, that a threshold of its own needs.", at_least=1, group="Thresholds"
+    )
+    sigma: list[float] = option(
+        [], "Also set thresholds behind noise, for certify and +smooth; repeatable.", group="Thresholds"
+    )
     hidden: int = option(128, "Width of the adapter.")
     steps: int = option(400, "Training steps of the adapter, at most; 0 for none.", at_least=0, ranged=True)
     lr: float = option(3e-4, "Learning rate of the adapter.")
     decay: float = option(0.1, "Weight of ||theta||^2 (eta).")
-    ood: list[str] = option([], "Unknown images to measure on; may be repeated.")
+    ood: list[str] = option([], "Unknown images to measure on; may be repeated.", group="Measured on")
     oracle_words: bool = option(
         False,
         "Keep antibodies that name a class of an --ood set: figures on it are then those of an oracle, and say so.",
+        group="Measured on",
     )
-    near_names: Path | None = option(None, "File of names of near things, to measure the antibodies' coverage.")
+    near_names: Path | None = option(
+        None, "File of names of near things, to measure the antibodies' coverage.", group="Measured on"
+    )
     add_class: str | None = option(
-        None, "Add this class to the run MODEL, from its images in --data; the result is a new run.", metavar="NAME"
+        None,
+        "Add this class to the run MODEL, from its images in --data; the result is a new run.",
+        metavar="NAME",
+        group="Model and data",
     )
     seed: int = Shared.SEED
     device: str = Shared.DEVICE

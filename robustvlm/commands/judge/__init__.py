@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from robustvlm.runs.run import Command, mirrors
 from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as
@@ -19,6 +19,8 @@ class JudgeSettings(Settings):
     Stopped or killed at any moment, the same command goes on where it was and ends with the same results.
     """
 
+    group: ClassVar[str] = "Attack"
+
     model: str = argument(
         "tiny+clipure,tiny+bits:3",
         "Defended models, with commas between them: MODEL+DEFENCE[,MODEL+DEFENCE...]; `robustvlm models` lists the "
@@ -26,9 +28,11 @@ class JudgeSettings(Settings):
         metavar="MODELS",
     )
     base: str | None = option(
-        None, "The undefended model, where it cannot be told from the name, as of module:callable."
+        None,
+        "The undefended model, where it cannot be told from the name, as of module:callable.",
+        group="Model and data",
     )
-    data: str = option("emoji", "The images; `robustvlm data` lists the forms.")
+    data: str = option("emoji", "The images; `robustvlm data` lists the forms.", group="Model and data")
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     norm: str = option("Linf", "Linf or L2, in pixels scaled to [0, 1].")
@@ -37,9 +41,17 @@ class JudgeSettings(Settings):
     queries: int = option(
         300, "Queries of Square on what is left; 0 to leave it out.", at_least=0, at_most=1_000_000, ranged=True
     )
-    limit: int = option(100, "Judge on this many images, chosen by a hash of their ids.", at_least=1, unit="images")
+    limit: int = option(
+        100,
+        "Judge on this many images, chosen by a hash of their ids.",
+        at_least=1,
+        unit="images",
+        group="Model and data",
+    )
     seed: int = Shared.SEED
-    lanes: int = option(32, "Images attacked side by side in one batch.", at_least=1, at_most=4096, ranged=True)
+    lanes: int = option(
+        32, "Images attacked side by side in one batch.", at_least=1, at_most=4096, ranged=True, group="Run"
+    )
     eot: int | None = option(
         None, "Draws averaged in a gradient [default: what the defence declares; 1 if not random].", at_least=1
     )

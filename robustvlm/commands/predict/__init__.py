@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
@@ -30,25 +30,35 @@ class PredictSettings(Settings):
     Exit code 2 if no image could be read, or with --strict if one could not.
     """
 
+    group: ClassVar[str] = "Answers"
+
     model: str = argument(..., "The model; `robustvlm models` lists the forms.")
     images: list[Any] = argument(
         [], "Files, folders or patterns; - for a list of paths on standard input.", metavar="IMAGES...", typed=list[str]
     )
-    data: str | None = option(None, "The images of a data spec instead; `robustvlm data` lists the forms.")
+    data: str | None = option(
+        None, "The images of a data spec instead; `robustvlm data` lists the forms.", group="Model and data"
+    )
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     top: int = option(1, "Show this many of the likeliest classes.", at_least=1, ranged=True)
     alpha: float | None = option(
         None, "Of a smoothed model: abstain unless its draws decide the class at this probability of error."
     )
-    limit: int | None = option(None, "Only this many images.", at_least=1, ranged=True)
-    seed: int = option(0, "Seed of a random model's draws; each image has its own.", at_least=0, ranged=True)
+    limit: int | None = option(None, "Only this many images.", at_least=1, ranged=True, group="Model and data")
+    seed: int = option(
+        0, "Seed of a random model's draws; each image has its own.", at_least=0, ranged=True, group="Run"
+    )
     batch_size: int = way(64, "Images per pass; a random model is asked one by one.", at_least=1, ranged=True)
     device: str = Shared.DEVICE
     format: str | None = way(
-        None, "table, csv, json, jsonl or parquet; by default what the name of --to ends in, else table."
+        None,
+        "table, csv, json, jsonl or parquet; by default what the name of --to ends in, else table.",
+        group="Output",
     )
-    to: Path | None = way(None, "File to write, whole at the end; - is standard output, written as it comes.")
+    to: Path | None = way(
+        None, "File to write, whole at the end; - is standard output, written as it comes.", group="Output"
+    )
     strict: bool = shown_as(False, "End with exit code 2 if any image could not be read.")
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
@@ -18,12 +18,22 @@ if TYPE_CHECKING:
 class PromptSettings(Settings):
     """Learn context vectors in front of the class names from a few images a class; the run's folder is a model spec."""
 
+    group: ClassVar[str] = "Prompts"
+
     model: str = argument("tiny", "An open_clip model or a folder on one; it stays as it is.")
-    data: str = option("emoji?split=train&copies=1", "Labelled images to learn from; `robustvlm data` lists the forms.")
+    data: str = option(
+        "emoji?split=train&copies=1",
+        "Labelled images to learn from; `robustvlm data` lists the forms.",
+        group="Model and data",
+    )
     classes: Path | None = Shared.CLASSES
-    val: str | None = option(None, "Images of the same classes to measure on, another style say.")
-    ood: list[str] = option([], "Unknown images to tell from those of --val; may be repeated.")
-    shots: int = option(16, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True)
+    val: str | None = option(
+        None, "Images of the same classes to measure on, another style say.", group="Model and data"
+    )
+    ood: list[str] = option([], "Unknown images to tell from those of --val; may be repeated.", group="Model and data")
+    shots: int = option(
+        16, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True, group="Model and data"
+    )
     context: int = option(4, "Number of context vectors (M).", at_least=1)
     start: str = option("a picture of a", "Words that the context begins as.")
     epochs: int = option(10, "Passes over the features.")

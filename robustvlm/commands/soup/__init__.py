@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
@@ -22,16 +22,20 @@ MEASURES = {"robust": "robust accuracy", "clean": "clean accuracy"}
 class SoupSettings(Settings):
     """Average the weights of models that were fine-tuned from one; the run's folder is a model spec."""
 
+    group: ClassVar[str] = "Soup"
+
     models: list[str] = argument(..., "Run folders, or specs, of one architecture.", metavar="RUN...")
     method: str = option("uniform", "uniform (the mean of all), or greedy (each stays only if it does not harm).")
-    val: str | None = option(None, "Images to choose by and to measure on; greedy needs them.")
+    val: str | None = option(None, "Images to choose by and to measure on; greedy needs them.", group="Model and data")
     by: str = option("robust", "What greedy goes by: robust or clean accuracy.")
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
-    norm: str = option("Linf", "Linf or L2, of the attack that measures.")
-    eps: str | float = option("1/255", "Its radius.", typed=str)
-    val_steps: int = option(10, "Its PGD steps.", at_least=1, ranged=True)
-    limit: int = option(512, "Measure on at most this many images.", at_least=1, unit="images", ranged=True)
+    norm: str = option("Linf", "Linf or L2, of the attack that measures.", group="Attack that measures")
+    eps: str | float = option("1/255", "Its radius.", typed=str, group="Attack that measures")
+    val_steps: int = option(10, "Its PGD steps.", at_least=1, ranged=True, group="Attack that measures")
+    limit: int = option(
+        512, "Measure on at most this many images.", at_least=1, unit="images", ranged=True, group="Model and data"
+    )
     device: str = Shared.DEVICE
     out: Path = Shared.OUT
     name: str | None = way(None, "Name of the run [default: made from the settings].")

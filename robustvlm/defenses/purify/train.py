@@ -257,7 +257,7 @@ def scores(vlm: VLM, images: Tensor, levels: NoiseLevels, *, draws: int = 2, see
                     e = torch.randn(part.shape, generator=noise).to(part)
                     features = told.encode_image(part + sigma * e)
                     total[i * _ROWS : i * _ROWS + len(part)] += (features * clean[i * _ROWS :][: len(part)]).sum(dim=1)
-            found[f"score at {sigma:g}"] = mean((0.5 * (1 + total / draws)).tolist())
+            found[f"score at {sigma:g}"] = mean((0.5 * (1 + total / draws)).tolist(), within=(0.0, 1.0))
     return found
 
 
