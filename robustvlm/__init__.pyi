@@ -575,6 +575,7 @@ def judge(
     lanes: int = 32,
     eot: int | None = None,
     draws: int = 21,
+    every_mode: bool = False,
     device: str = "auto",
     out: Path | str = Path("runs"),
     name: str | None = None,
@@ -612,6 +613,8 @@ def judge(
         lanes: Images attacked side by side in one batch.
         eot: Draws averaged in a gradient [default: what the defence declares; 1 if not random].
         draws: Fresh draws of a random model that judge a success by majority.
+        every_mode: Make every gradient mode on every image; else an image that one mode fooled leaves the later
+            ones.
         device: auto, cpu, cuda, cuda:1, ...
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
