@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks import FOOLED, Job, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_attacks
+from robustvlm.attacks.pool import Pool
 from robustvlm.core.batches import SteadySizes
 
 PLAN = "apgd-ce:steps=30,apgd-t:steps=30,fab-t:steps=30,square:queries=300"
@@ -49,7 +50,7 @@ def jobs(count: int) -> list[Job]:
 @contextmanager
 def plain() -> Iterator[None]:
     """Let nothing run ahead, and use only the batch sizes that are known beforehand."""
-    with patch.object(LaneEngine, "_ahead", lambda *_: []), patch.object(SteadySizes, "worth_trying", lambda *_: None):
+    with patch.object(Pool, "_ahead", lambda *_: []), patch.object(SteadySizes, "worth_trying", lambda *_: None):
         yield
 
 

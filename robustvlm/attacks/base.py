@@ -240,6 +240,15 @@ class LaneAttack(ABC):
         """Return the attack for goals whose gradient vanishes at the image: one that never starts there."""
         return self
 
+    def foresee(self, state: State, step: Tensor, threat: ThreatModel) -> Tensor | None:
+        """Return the point after the one that follows `step` steps if no point from here on brings anything, [L, ...].
+
+        Rows that would be paid for and not used look there. A point that the attack does not come to after all is
+        forgotten, so a wrong guess changes nothing. None: most points bring something, and guesses would be in vain.
+        """
+        del state, step, threat
+        return None
+
     @abstractmethod
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
         """Return the state of one lane (leading dimension 1) at the start of sub-run `run`, with "x0" and "x".
@@ -327,6 +336,7 @@ class Result:
         seconds: the image's share of the wall time of the batches it rode in.
         adversarial: recorded point [3, H, W], the first success or the point of lowest margin.
         beyond: as in `Job`; what this attack has shown.
+        attack: name of the attack.
     """
 
     job: Job
@@ -343,3 +353,4 @@ class Result:
     seconds: float
     adversarial: Tensor = field(repr=False)
     beyond: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)
+    attack: str = ""

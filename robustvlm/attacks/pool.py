@@ -1,0 +1,310 @@
+"""What shares the batches: the lanes of one attack or of several, who is given a row next, and who leaves.
+
+Attacks that an image goes through one after the other share the rows: those left at the end of one attack ride with the
+first of the next. Rows that would be paid for and not used run ahead: they make sub-runs before their turn, which count
+only where one after the other would have come to them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks import catalog
+from robustvlm.attacks.base import FOOLED, Job, LaneAttack, Result, State
+from robustvlm.attacks.lanes import Image, Lane, bring_home
+from robustvlm.attacks.threat import ThreatModel
+from robustvlm.core.batches import batch_sizes
+from robustvlm.core.device import sent
+from robustvlm.core.seeds import generator
+from robustvlm.errors import UserError
+
+# Gives the jobs of an attack when its turn to take some comes.
+Source = Callable[[], Iterable[Job]]
+# Takes a final look at images that have come to their end; the sub-run that ended each, by the image's identity.
+Settle = Callable[[Sequence[Image], Mapping[int, Lane]], None]
+
+
+@dataclass(eq=False)
+class Course:
+    """One attack of those that share the batches, with its rows.
+
+    Args:
+        attack: the attack; place: its number among those that share.
+        source: gives its jobs; None where all of them come from the attack before.
+        dry: its source has no more of them.
+        waiting: images that wait for a row. lanes: its rows. state: what the attack remembers of them.
+    """
+
+    attack: LaneAttack
+    place: int
+    source: Source | None = None
+    dry: bool = False
+    waiting: deque[Image] = field(default_factory=deque)
+    lanes: list[Lane] = field(default_factory=list)
+    state: State = field(default_factory=dict)
+    _jobs: Iterator[Job] | None = None
+
+    def image(self, job: Job) -> Image:
+        """Return a job at its first sub-run."""
+        if self.attack.objective.targeted and not job.targets:
+            raise UserError(
+                f"image '{job.image_id}' names no class to aim at, which attack '{self.attack.name}' needs: pass "
+                "Job(..., targets=(...)), the likeliest wrong classes first, or take an attack without targets"
+            )
+        return Image(job, self.attack.n_runs(len(job.targets) + 1), place=self.place)
+
+    def next_image(self) -> Image | None:
+        """Return the next image that needs a row, None when there is none for now."""
+        if self.waiting:
+            return self.waiting.popleft()
+        if self._jobs is None:
+            self._jobs = iter(self.source() if self.source is not None else ())
+        job = None if self.dry else next(self._jobs, None)
+        self.dry = job is None
+        return None if job is None else self.image(job)
+
+    def join(self, lanes: Sequence[Lane], state: State) -> None:
+        """Take up lanes with their state at the start."""
+        self.state = concatenate([self.state, state]) if self.lanes else state
+        self.lanes += lanes
+
+    def keep(self, rows: Sequence[int], device: torch.device) -> None:
+        """Free all other rows."""
+        if len(rows) < len(self.lanes):
+            chosen = indices(rows, device)
+            self.state = {name: value[chosen] for name, value in self.state.items()}
+            self.lanes = [self.lanes[row] for row in rows]
+
+
+class Pool:
+    """The rows of the batches, shared by attacks that images go through in this order.
+
+    Args:
+        attacks: in their order; threat: the ball; seed: run seed; leave: see `LaneEngine`.
+        device, dtype: of the states.
+    """
+
+    def __init__(
+        self,
+        attacks: Sequence[LaneAttack],
+        threat: ThreatModel,
+        *,
+        seed: int,
+        leave: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.threat, self.seed, self.leave, self.device, self.dtype = threat, seed, leave, device, dtype
+        self.courses = [Course(attack, place) for place, attack in enumerate(attacks)]
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """All rows, attack by attack."""
+        return [lane for course in self.courses for lane in course.lanes]
+
+    @property
+    def active(self) -> list[Course]:
+        """The attacks that have rows."""
+        return [course for course in self.courses if course.lanes]
+
+    def open(self, sources: Sequence[Source | None]) -> None:
+        """Begin anew with these sources, one for each attack."""
+        pairs = zip(self.courses, sources, strict=True)
+        self.courses = [Course(course.attack, course.place, source) for course, source in pairs]
+
+    def start_over(self) -> None:
+        """Put the images in flight back to the waiting ones; they will have the same draws."""
+        for course in self.courses:
+            images = dict.fromkeys(lane.image for lane in course.lanes if not lane.image.early)
+            course.waiting.extendleft(course.image(image.job) for image in reversed(images))
+            course.lanes, course.state = [], {}
+
+    def fill(self, rungs: Sequence[int]) -> None:
+        """Give every free row the next image, of the earliest attack that has one; what is paid for runs ahead."""
+        started: list[Lane] = []
+        needed = sum(lane.needed for lane in self.lanes)
+        for course in self.courses:
+            while needed + len(started) < rungs[0] and (image := course.next_image()) is not None:
+                started.append(self._lane(image, image.run))
+        self._keep(self._affordable(len(started), rungs))
+        started += self._ahead(started, rungs)
+        for course in self.courses:
+            if mine := [lane for lane in started if lane.image.place == course.place]:
+                course.join(mine, self._begin(course.attack, mine))
+
+    def move_on(self, ended: Sequence[bool], settle: Settle) -> tuple[list[Result], list[Lane]]:
+        """Step the sub-runs on, end those that are through, and begin the next; return results and what counts now."""
+        lanes, over = self.lanes, list[int]()
+        for row, (lane, end) in enumerate(zip(lanes, ended, strict=True)):
+            if lane.goes_on and not end:
+                lane.step += 1
+            else:
+                over.append(row)
+        bring_home([lanes[row] for row in over])
+        counted = [lane for row in over for lane in lanes[row].image.end(lanes[row])]
+        ending = [image for image in dict.fromkeys(lane.image for lane in lanes) if image.outcome is not None]
+        results, last = list[Result](), {id(lane.image): lane for lane in counted}
+        while ending:
+            settle(ending, last)
+            results += [image.result(self.courses[image.place].attack.name) for image in ending]
+            followers = [follower for image in ending if (follower := self._hand_on(image)) is not None]
+            begun = [lane for follower in followers for lane in follower.begin()]
+            last, counted = {id(lane.image): lane for lane in begun}, counted + begun
+            ending = [follower for follower in followers if follower.outcome is not None]
+            for follower in followers:
+                if follower.outcome is None and follower.run not in follower.running:
+                    self.courses[follower.place].waiting.append(follower)
+        self._renew(set(over))
+        return results, counted
+
+    def _renew(self, through: set[int]) -> None:
+        """Free the rows of sub-runs that are through, or give them to their image's next one."""
+        first = 0
+        for course in self.courses:
+            kept, begun = list[int](), list[int]()
+            for row, lane in enumerate(course.lanes):
+                image = lane.image
+                if image.outcome is not None or image.dropped:
+                    continue
+                if first + row in through:
+                    if image.early or image.run in image.running or image.run in image.waiting:
+                        continue  # the sub-run that comes next is being made already, or is not needed by now
+                    course.lanes[row] = self._lane(image, image.run)
+                    begun.append(row)
+                kept.append(row)
+            first += len(course.lanes)
+            if begun:
+                places = indices(begun, self.device)
+                for name, value in self._begin(course.attack, [course.lanes[row] for row in begun]).items():
+                    course.state[name][places] = value
+            course.keep(kept, self.device)
+
+    def _hand_on(self, image: Image) -> Image | None:
+        """Return a finished image as it goes on to the next attack; None where it does not, or comes from its source.
+
+        As long as an attack has jobs to come, what is through with it is let go, so that no more images are held than
+        there are rows; the source of the next attack gives them again.
+        """
+        course, follower = self.courses[image.place], image.follower
+        last = image.place + 1 == len(self.courses)
+        if last or (self.leave and image.outcome == FOOLED):
+            image.drop_followers()
+            return None
+        following = self.courses[image.place + 1]
+        if following.source is not None and not course.dry:
+            return None
+        if follower is None:
+            return following.image(_told(image))
+        follower.job = _told(image)
+        return follower
+
+    def _lane(self, image: Image, run: int) -> Lane:
+        attack = self.courses[image.place].attack
+        image.running.add(run)
+        target = _target(attack, image.job, run)
+        known = attack.walks_from_image(run) and image.job.beyond.get(target, 0.0) > self.threat.eps
+        return Lane(image, run, 1 if known else attack.n_points(), target, leave=self.leave)
+
+    def _affordable(self, started: int, rungs: Sequence[int]) -> list[int]:
+        """Return the rows to keep: sub-runs ahead of their turn as long as they fit beside those that are needed."""
+        lanes = self.lanes
+        room = _spare(rungs, sum(lane.needed for lane in lanes) + started)
+        kept = []
+        for row, lane in enumerate(lanes):
+            fits = lane.needed or (lane.run < lane.image.last and room > 0)
+            room -= fits and not lane.needed
+            if fits:
+                kept.append(row)
+            else:  # if it is needed after all, it is made again in its turn, from the same draws
+                lane.image.running.discard(lane.run)
+        return kept
+
+    def _ahead(self, started: Sequence[Lane], rungs: Sequence[int]) -> list[Lane]:
+        """Return sub-runs that rows make before their turn that would be paid for and not used."""
+        if any(catalog.is_foreign(course.attack) for course in self.courses):
+            return []  # it may not keep its word that a sub-run depends on nothing before it
+        lanes = [*self.lanes, *started]
+        images, ahead = list(dict.fromkeys(lane.image for lane in lanes if not lane.image.early)), list[Lane]()
+        for _ in range(_spare(rungs, len(lanes))):
+            able = [
+                (found[0], place, found[1]) for place, image in enumerate(images) if (found := self._soonest(image))
+            ]
+            if not able:
+                break
+            _, _, image = min(able, key=lambda item: item[:2])  # the sub-run whose turn comes soonest
+            assert image.next_run is not None
+            ahead.append(self._lane(image, image.next_run))
+        return ahead
+
+    def _soonest(self, image: Image) -> tuple[int, Image] | None:
+        """Return the next sub-run of an image that nobody makes: how many come before it, and the image at its attack.
+
+        An attack may be begun before its turn unless it skips walks to classes that those before, by walks of their
+        own, may still show to be out of reach.
+        """
+        before, walks = 0, False
+        while (run := image.next_run) is None:
+            attack = self.courses[image.place].attack
+            walks |= attack.walks_from_image(0)
+            if image.last < image.runs or image.place + 1 == len(self.courses):
+                return None
+            following = self.courses[image.place + 1]
+            if walks and following.attack.walks_from_image(0):
+                return None
+            before += image.runs - image.run
+            if image.follower is None:
+                if following.attack.objective.targeted and not image.job.targets:
+                    return None  # it is refused in its turn, if that comes
+                image.follower = following.image(image.job)
+                image.follower.early = True
+            image = image.follower
+        return before + run - image.run, image
+
+    def _begin(self, attack: LaneAttack, lanes: Sequence[Lane]) -> State:
+        """Return the state of lanes at the start of their sub-runs, drawn on the CPU and sent in one piece."""
+        states = []
+        for lane in lanes:
+            job = lane.image.job
+            draws = generator(self.seed, job.image_id, attack.name, lane.run)
+            x0 = job.pixels[None].to("cpu", self.dtype)
+            states.append(catalog.begin(attack, x0, self.threat, draws, lane.run))
+        return {name: sent(value, self.device) for name, value in concatenate(states).items()}
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        first = 0
+        for course in self.courses:
+            after = first + len(course.lanes)
+            course.keep([row - first for row in rows if first <= row < after], self.device)
+            first = after
+
+
+def _told(image: Image) -> Job:
+    """Return the job of a finished image with what its attack has shown to be out of reach."""
+    job = image.job
+    return replace(job, beyond={**job.beyond, **image.beyond}) if image.beyond else job
+
+
+def _target(attack: LaneAttack, job: Job, run: int) -> int:
+    """Return the class that a sub-run aims at; the label where the objective has no target."""
+    if not attack.objective.targeted:
+        return job.label
+    return job.targets[min(attack.target_rank(run), len(job.targets) - 1)]
+
+
+def _spare(rungs: Sequence[int], rows: int) -> int:
+    return sum(batch_sizes(rungs, rows)) - rows if rows else 0
+
+
+def indices(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Return row numbers on a device, sent at once."""
+    return sent(torch.tensor(rows, dtype=torch.int64), device)
+
+
+def concatenate(states: Sequence[State]) -> State:
+    """Join lane states along the lane dimension."""
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
