@@ -220,13 +220,14 @@ class LaneAttack(ABC):
         """Return how many points a sub-run evaluates at most, its start included."""
         return self.n_iter + 1
 
-    def walks_from_image(self, run: int) -> bool:
-        """Whether a sub-run begins at the image and ends once a walk has shown its class to be out of reach.
+    def walk_points(self, run: int) -> int:
+        """Return for how many points at most a sub-run may walk, from the image, to see whether its class is in reach.
 
-        It tells so under `BEYOND`; where an attack before has shown the same, only its first point is evaluated.
+        It ends once the class is shown not to be, and tells so under `BEYOND`; where an attack before has shown the
+        same, only the first point is evaluated. 0: it makes no such walk.
         """
         del run
-        return False
+        return 0
 
     def exhaustive(self) -> LaneAttack:
         """Return the attack without early ends that are sound for the outcome but not for the worst margin met."""

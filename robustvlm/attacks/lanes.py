@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -128,10 +127,9 @@ class Image:
     follower: Image | None = None
 
     @property
-    def next_run(self) -> int | None:
-        """The first sub-run that may count and is neither made nor being made."""
-        run = next(run for run in itertools.count(self.run) if run not in self.running and run not in self.waiting)
-        return run if run < self.last else None
+    def open_runs(self) -> list[int]:
+        """The sub-runs that may count and are neither made nor being made, in their order."""
+        return [run for run in range(self.run, self.last) if run not in self.running and run not in self.waiting]
 
     @property
     def last(self) -> int:

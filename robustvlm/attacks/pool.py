@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import catalog
-from robustvlm.attacks.base import FOOLED, Job, LaneAttack, Result, State
+from robustvlm.attacks.base import FAILED, FOOLED, Job, LaneAttack, Result, State
 from robustvlm.attacks.lanes import Image, Lane, bring_home
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.core.batches import batch_sizes
@@ -27,6 +27,8 @@ from robustvlm.errors import UserError
 Source = Callable[[], Iterable[Job]]
 # Takes a final look at images that have come to their end; the sub-run that ended each, by the image's identity.
 Settle = Callable[[Sequence[Image], Mapping[int, Lane]], None]
+# The rows by their image's identity and the number of their sub-run.
+UnderWay = Mapping[tuple[int, int], Lane]
 
 
 @dataclass(eq=False)
@@ -192,22 +194,24 @@ class Pool:
         """
         course, follower = self.courses[image.place], image.follower
         last = image.place + 1 == len(self.courses)
-        if last or (self.leave and image.outcome == FOOLED):
+        following = None if last else self.courses[image.place + 1]
+        if following is None or (self.leave and image.outcome == FOOLED):
             image.drop_followers()
             return None
-        following = self.courses[image.place + 1]
         if following.source is not None and not course.dry:
             return None
-        if follower is None:
-            return following.image(_told(image))
-        follower.job = _told(image)
+        job = _told(image.job, image.beyond)
+        if follower is None or image.outcome == FAILED:  # what sub-runs found that do not count any more is forgotten
+            image.drop_followers()
+            return following.image(job)
+        follower.job = job
         return follower
 
     def _lane(self, image: Image, run: int) -> Lane:
         attack = self.courses[image.place].attack
         image.running.add(run)
         target = _target(attack, image.job, run)
-        known = attack.walks_from_image(run) and image.job.beyond.get(target, 0.0) > self.threat.eps
+        known = attack.walk_points(run) > 0 and image.job.beyond.get(target, 0.0) > self.threat.eps
         return Lane(image, run, 1 if known else attack.n_points(), target, leave=self.leave)
 
     def _affordable(self, started: int, rungs: Sequence[int]) -> list[int]:
@@ -230,40 +234,60 @@ class Pool:
             return []  # it may not keep its word that a sub-run depends on nothing before it
         lanes = [*self.lanes, *started]
         images, ahead = list(dict.fromkeys(lane.image for lane in lanes if not lane.image.early)), list[Lane]()
+        under_way = {(id(lane.image), lane.run): lane for lane in lanes}
         for _ in range(_spare(rungs, len(lanes))):
-            able = [
-                (found[0], place, found[1]) for place, image in enumerate(images) if (found := self._soonest(image))
-            ]
+            able = [(*found, place) for place, image in enumerate(images) if (found := self._soonest(image, under_way))]
             if not able:
                 break
-            _, _, image = min(able, key=lambda item: item[:2])  # the sub-run whose turn comes soonest
-            assert image.next_run is not None
-            ahead.append(self._lane(image, image.next_run))
+            _, image, run, _ = min(able, key=lambda item: (item[0], item[3]))  # the one whose turn comes soonest
+            ahead.append(self._lane(image, run))
         return ahead
 
-    def _soonest(self, image: Image) -> tuple[int, Image] | None:
-        """Return the next sub-run of an image that nobody makes: how many come before it, and the image at its attack.
-
-        An attack may be begun before its turn unless it skips walks to classes that those before, by walks of their
-        own, may still show to be out of reach.
-        """
-        before, walks = 0, False
-        while (run := image.next_run) is None:
-            attack = self.courses[image.place].attack
-            walks |= attack.walks_from_image(0)
-            if image.last < image.runs or image.place + 1 == len(self.courses):
+    def _soonest(self, image: Image, under_way: UnderWay) -> tuple[int, Image, int] | None:
+        """Return the next sub-run of an image that nobody makes yet: how many come before it, its image, its number."""
+        before, earlier = 0, list[Image]()
+        while True:
+            able = (run for run in image.open_runs if self._may_begin(image, run, earlier, under_way))
+            if (run := next(able, None)) is not None:
+                for one in earlier:
+                    image.job = _told(
+                        image.job, one.beyond, *({lane.target: lane.beyond} for lane in one.waiting.values())
+                    )
+                return before + run - image.run, image, run
+            if image.open_runs or image.last < image.runs or image.place + 1 == len(self.courses):
                 return None
-            following = self.courses[image.place + 1]
-            if walks and following.attack.walks_from_image(0):
-                return None
-            before += image.runs - image.run
             if image.follower is None:
+                following = self.courses[image.place + 1]
                 if following.attack.objective.targeted and not image.job.targets:
                     return None  # it is refused in its turn, if that comes
                 image.follower = following.image(image.job)
                 image.follower.early = True
+            before += image.runs - image.run
+            earlier.append(image)
             image = image.follower
-        return before + run - image.run, image
+
+    def _may_begin(self, image: Image, run: int, earlier: Sequence[Image], under_way: UnderWay) -> bool:
+        """Whether nothing that attacks before have still to find out decides how a sub-run goes.
+
+        A walk to a class is left out where one before has shown that class to be out of reach.
+        """
+        attack = self.courses[image.place].attack
+        if not attack.walk_points(run):
+            return True
+        target = _target(attack, image.job, run)
+        return not any(self._may_show(one, target, under_way) for one in earlier)
+
+    def _may_show(self, image: Image, target: int, under_way: UnderWay) -> bool:
+        """Whether sub-runs that an image has still to end may show that a class is out of its reach."""
+        attack = self.courses[image.place].attack
+        for run in range(image.run, image.runs):
+            walk = attack.walk_points(run)
+            if not walk or run in image.waiting or _target(attack, image.job, run) != target:
+                continue
+            lane = under_way.get((id(image), run))
+            if lane is None or lane.step < walk:
+                return True
+        return False
 
     def _begin(self, attack: LaneAttack, lanes: Sequence[Lane]) -> State:
         """Return the state of lanes at the start of their sub-runs, drawn on the CPU and sent in one piece."""
@@ -283,10 +307,12 @@ class Pool:
             first = after
 
 
-def _told(image: Image) -> Job:
-    """Return the job of a finished image with what its attack has shown to be out of reach."""
-    job = image.job
-    return replace(job, beyond={**job.beyond, **image.beyond}) if image.beyond else job
+def _told(job: Job, *shown: Mapping[int, float]) -> Job:
+    """Return a job with what attacks before have shown to be out of reach, each class with its radius."""
+    beyond = dict(job.beyond)
+    for radii in shown:
+        beyond |= {target: max(radius, beyond.get(target, 0.0)) for target, radius in radii.items() if radius}
+    return job if beyond == job.beyond else replace(job, beyond=beyond)
 
 
 def _target(attack: LaneAttack, job: Job, run: int) -> int:

@@ -63,9 +63,9 @@ def test_a_sub_run_that_decides_makes_those_after_it_idle():
     fooled = made(image, 2, [(-1, True, True)], leave=True)
     assert fooled.outcome == FOOLED
     assert image.end(fooled) == []
-    assert (image.next_run, image.last) == (1, 2)
+    assert (image.open_runs, image.last) == ([1], 2)
     image.running.add(1)
-    assert image.next_run is None
+    assert image.open_runs == []
 
 
 def test_what_is_not_finite_waits_for_its_turn_too():
