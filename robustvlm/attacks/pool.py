@@ -122,8 +122,8 @@ class Pool:
     def start_over(self) -> None:
         """Put the images in flight back to the waiting ones; they will have the same draws."""
         for course in self.courses:
-            images = dict.fromkeys(lane.image for lane in course.lanes if not lane.image.early)
-            course.waiting.extendleft(course.image(image.job) for image in reversed(images))
+            flying = [lane.image for lane in course.lanes if not lane.image.early]
+            course.waiting = deque(course.image(image.job) for image in dict.fromkeys([*flying, *course.waiting]))
             course.lanes, course.state = [], {}
 
     def fill(self, rungs: Sequence[int]) -> None:
@@ -151,6 +151,7 @@ class Pool:
         counted = [lane for row in over for lane in lanes[row].image.end(lanes[row])]
         ending = [image for image in dict.fromkeys(lane.image for lane in lanes) if image.outcome is not None]
         results, last = list[Result](), {id(lane.image): lane for lane in counted}
+        came: list[Image] = []
         while ending:
             settle(ending, last)
             results += [image.result(self.courses[image.place].attack.name) for image in ending]
@@ -158,10 +159,11 @@ class Pool:
             begun = [lane for follower in followers for lane in follower.begin()]
             last, counted = {id(lane.image): lane for lane in begun}, counted + begun
             ending = [follower for follower in followers if follower.outcome is not None]
-            for follower in followers:
-                if follower.outcome is None and follower.run not in follower.running:
-                    self.courses[follower.place].waiting.append(follower)
+            came += followers
         self._renew(set(over))
+        for image in came:
+            if image.outcome is None and image.run not in image.running:
+                self.courses[image.place].waiting.append(image)
         return results, counted
 
     def _renew(self, through: set[int]) -> None:
@@ -193,16 +195,17 @@ class Pool:
         there are rows; the source of the next attack gives them again.
         """
         course, follower = self.courses[image.place], image.follower
-        last = image.place + 1 == len(self.courses)
-        following = None if last else self.courses[image.place + 1]
-        if following is None or (self.leave and image.outcome == FOOLED):
+        following = self.courses[image.place + 1] if image.place + 1 < len(self.courses) else None
+        stays = following is None or (self.leave and image.outcome == FOOLED)
+        given_again = following is not None and following.source is not None and not course.dry
+        # After outputs that are not finite, what sub-runs ahead took for shown does not count.
+        if stays or given_again or image.outcome == FAILED:
             image.drop_followers()
-            return None
-        if following.source is not None and not course.dry:
+            follower = None
+        if following is None or stays or given_again:
             return None
         job = _told(image.job, image.beyond)
-        if follower is None or image.outcome == FAILED:  # what sub-runs found that do not count any more is forgotten
-            image.drop_followers()
+        if follower is None:
             return following.image(job)
         follower.job = job
         return follower
