@@ -1,4 +1,4 @@
-"""Rows paid for each row that counts, with and without what the engine does at the end of an attack.
+"""Rows paid for each row that counts, with and without what the engine does where few images are left in an attack.
 
 python -m benchmarks.spare_rows
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks import FOOLED, Job, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_attacks
+from robustvlm.attacks.pool import Pool
+from robustvlm.attacks.square import Square
 from robustvlm.core.batches import SteadySizes
 
 PLAN = "apgd-ce:steps=30,apgd-t:steps=30,fab-t:steps=30,square:queries=300"
@@ -48,24 +50,32 @@ def jobs(count: int) -> list[Job]:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Let nothing run ahead, and use only the batch sizes that are known beforehand."""
-    with patch.object(LaneEngine, "_ahead", lambda *_: []), patch.object(SteadySizes, "worth_trying", lambda *_: None):
+    """Let nothing run ahead or be foreseen, and use only the batch sizes that are known beforehand."""
+    with (
+        patch.object(Pool, "_ahead", lambda *_: []),
+        patch.object(Square, "foresee", lambda *_: None),
+        patch.object(SteadySizes, "worth_trying", lambda *_: None),
+    ):
         yield
 
 
-def cost(images: int, threat: ThreatModel, sizes: tuple[int, ...]) -> tuple[int, int, list[int]]:
-    """Return the rows that count, those that were paid, and how many images were left after each attack."""
+def cost(images: int, threat: ThreatModel, sizes: tuple[int, ...], *, apart: bool) -> tuple[int, int, list[int]]:
+    """Return the rows that count, those that were paid, and how many images were left after each attack.
+
+    Args:
+        apart: each attack has the batches to itself; otherwise those that take gradients share them.
+    """
     oracle, left, counted, remaining = Oracle(Smooth(), precision="fp64"), jobs(images), 0, []
-    known = {gradient: SteadySizes(sizes) for gradient in (True, False)}
-    for attack in parse_attacks(PLAN):
-        assert isinstance(attack, LaneAttack)
-        rungs = known[attack.uses_gradient]
-        results = list(LaneEngine(oracle, attack, threat, lanes=sizes[0], seed=0, rungs=rungs).run(left))
+    plan = [attack for attack in parse_attacks(PLAN) if isinstance(attack, LaneAttack)]
+    for group in [[attack] for attack in plan] if apart else [plan[:3], plan[3:]]:
+        engine = LaneEngine(oracle, group[0], threat, lanes=sizes[0], seed=0, rungs=SteadySizes(sizes), then=group[1:])
+        results = list(engine.run(left))
         counted += sum(result.passes for result in results)
-        fooled = {result.job.index for result in results if result.outcome == FOOLED}
-        shown = {result.job.index: result.beyond for result in results}
-        left = [replace(job, beyond={**job.beyond, **shown[job.index]}) for job in left if job.index not in fooled]
-        remaining.append(len(left))
+        for attack in group:
+            of = {result.job.index: result for result in results if result.attack == attack.name}
+            left = [job for job in left if of[job.index].outcome != FOOLED]
+            left = [replace(job, beyond={**job.beyond, **of[job.index].beyond}) for job in left]
+            remaining.append(len(left))
     return counted, oracle.passes.forward + oracle.passes.backward, remaining
 
 
@@ -79,9 +89,9 @@ def main() -> None:
     for threat in (ThreatModel("Linf", 0.02), ThreatModel("Linf", 0.004), ThreatModel("L2", 0.1)):
         for images in counts:
             for sizes in ((min(images, 64),), (64, 32, 16)):
-                counted, now, left = cost(images, threat, sizes)
+                counted, now, left = cost(images, threat, sizes, apart=False)
                 with plain():
-                    same, before, left_before = cost(images, threat, sizes)
+                    same, before, left_before = cost(images, threat, sizes, apart=True)
                 assert (counted, left) == (same, left_before), "answers or their counts have changed"
                 about = (
                     f"{images} | {threat.norm} {threat.eps:g} | {', '.join(map(str, sizes))} | {left[-1]} of {images}"

@@ -186,15 +186,15 @@ class TargetedAPGD(APGD):
     def n_runs(self, n_classes: int) -> int:
         return self.n_restarts * min(self.n_targets, n_classes - 1)
 
-    def walks_from_image(self, run: int) -> bool:
+    def walk_points(self, run: int) -> int:
         del run
-        return self._walks()
+        return _LONGEST_WALK + 1 if self._walks() else 0
 
     def target_rank(self, run: int) -> int:
         return run // self.n_restarts
 
     def n_points(self) -> int:
-        return super().n_points() + (_LONGEST_WALK + 1 if self._walks() else 0)
+        return super().n_points() + self.walk_points(0)
 
     def exhaustive(self) -> TargetedAPGD:
         return replace(self, futility=False)

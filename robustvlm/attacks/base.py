@@ -220,13 +220,14 @@ class LaneAttack(ABC):
         """Return how many points a sub-run evaluates at most, its start included."""
         return self.n_iter + 1
 
-    def walks_from_image(self, run: int) -> bool:
-        """Whether a sub-run begins at the image and ends once a walk has shown its class to be out of reach.
+    def walk_points(self, run: int) -> int:
+        """Return for how many points at most a sub-run may walk, from the image, to see whether its class is in reach.
 
-        It tells so under `BEYOND`; where an attack before has shown the same, only its first point is evaluated.
+        It ends once the class is shown not to be, and tells so under `BEYOND`; where an attack before has shown the
+        same, only the first point is evaluated. 0: it makes no such walk.
         """
         del run
-        return False
+        return 0
 
     def exhaustive(self) -> LaneAttack:
         """Return the attack without early ends that are sound for the outcome but not for the worst margin met."""
@@ -239,6 +240,15 @@ class LaneAttack(ABC):
     def away_from_image(self) -> LaneAttack:
         """Return the attack for goals whose gradient vanishes at the image: one that never starts there."""
         return self
+
+    def foresee(self, state: State, step: Tensor, threat: ThreatModel) -> Tensor | None:
+        """Return the point after the one that follows `step` steps if no point from here on brings anything, [L, ...].
+
+        Rows that would be paid for and not used look there. A point that the attack does not come to after all is
+        forgotten, so a wrong guess changes nothing. None: most points bring something, and guesses would be in vain.
+        """
+        del state, step, threat
+        return None
 
     @abstractmethod
     def begin(self, x0: Tensor, threat: ThreatModel, generator: torch.Generator, run: int) -> State:
@@ -327,6 +337,7 @@ class Result:
         seconds: the image's share of the wall time of the batches it rode in.
         adversarial: recorded point [3, H, W], the first success or the point of lowest margin.
         beyond: as in `Job`; what this attack has shown.
+        attack: name of the attack.
     """
 
     job: Job
@@ -343,3 +354,4 @@ class Result:
     seconds: float
     adversarial: Tensor = field(repr=False)
     beyond: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)
+    attack: str = ""

@@ -6,8 +6,7 @@ fooled, or has used up its budget, is refilled from the queue before the next pa
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +15,12 @@ from robustvlm.attacks import catalog
 from robustvlm.attacks.base import BEYOND, DONE, FAILED, FOOLED, ROBUST, Job, LaneAttack, Result, State
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.lanes import Fact, Image, Lane
+from robustvlm.attacks.objectives import Mixture
 from robustvlm.attacks.oracle import Answer, Oracle
+from robustvlm.attacks.pool import Course, Pool, Source, indices
 from robustvlm.attacks.threat import ThreatModel, lengths
 from robustvlm.core.batches import SteadySizes, batch_sizes, smallest
 from robustvlm.core.device import fetched, sent
-from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError
 
 # Lanes: full, fixed-shape batches in which every image advances on its own and leaves as soon as its answer is known
@@ -30,7 +30,7 @@ Look = tuple[Answer, Tensor, Tensor]
 
 
 class LaneEngine:
-    """Runs one attack over a stream of jobs and yields their results as they finish.
+    """Runs one attack, or several one after the other, over a stream of jobs and yields their results as they finish.
 
     Args:
         oracle: the model, with its device, precision and pass counter.
@@ -45,6 +45,8 @@ class LaneEngine:
         leave: let an image leave at its first success; otherwise it goes on to the end of its budget, and the recorded
             point is that of lowest margin.
         on_pass: called after every batched pass with the number of occupied lanes and the passes spent on them.
+        then: attacks that images go on to, one after the other, unless they have left; all share the batches, so all
+            of them take gradients, or none does. Every result names its attack and is that of the attack run by itself.
 
     Attributes:
         claimed: successes seen in passes that are not final, and looked at again.
@@ -71,30 +73,44 @@ class LaneEngine:
         leave: bool = True,
         rungs: Sequence[int] | SteadySizes = (),
         on_pass: Callable[[int, int], None] | None = None,
+        then: Sequence[LaneAttack] = (),
     ) -> None:
-        self.oracle, self.threat, self.seed = oracle, threat, seed
+        self.oracle, self.threat = oracle, threat
         self.goal, self.leave = goal or Misclassify(), leave
-        attack = attack if leave else attack.exhaustive()
-        self.attack = attack.away_from_image() if self.goal.still_at_image else attack
+        attacks = [self._fit(item) for item in (attack, *then)]
+        self.attack = attacks[0]
+        if any(item.uses_gradient != self.attack.uses_gradient for item in attacks):
+            raise UserError("attacks that share batches must all take gradients, or none of them: run the others apart")
         self.sizes = rungs if isinstance(rungs, SteadySizes) else SteadySizes(tuple(rungs) or (lanes,))
         self.claimed = self.upheld = 0
         self._on_pass = on_pass
-        self._lanes: list[Lane] = []
-        self._state: State = {}
+        self._pool = Pool(attacks, threat, seed=seed, leave=leave, device=oracle.device, dtype=oracle.dtype)
         self._claims: list[int] = []  # rows whose success got a second look in this pass
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
-        """Attack every job; results come in order of completion."""
-        source, waiting = iter(jobs), deque[Job]()
-        self._lanes, self._state = [], {}
+    def _fit(self, attack: LaneAttack) -> LaneAttack:
+        attack = attack if self.leave else attack.exhaustive()
+        return attack.away_from_image() if self.goal.still_at_image else attack
+
+    def run(self, jobs: Iterable[Job], *more: Source) -> Iterator[Result]:
+        """Attack every job; results come in order of completion.
+
+        Args:
+            more: for each attack of `then`, what gives its jobs; asked once the one before has no more of them, and
+                then to leave out the images that are not through with it: they come by themselves. Without, all do,
+                and the engine holds every image that waits.
+        """
+        pool = self._pool
+        if more and len(more) != len(pool.courses) - 1:
+            raise UserError(f"expected a source of jobs for each of {len(pool.courses) - 1} attacks, got {len(more)}")
+        pool.open([lambda: jobs, *(more or [None] * (len(pool.courses) - 1))])
         while True:
-            self._fill(waiting, source)
-            if not self._lanes:
+            pool.fill(self.rungs)
+            if not pool.active:
                 return
             try:
                 finished = self._advance()
             except (RuntimeError, MemoryError) as error:
-                self._start_over(waiting)
+                pool.start_over()
                 self.sizes.narrow(error, self.oracle.device)
                 continue
             yield from finished
@@ -104,151 +120,146 @@ class LaneEngine:
         """The batch sizes in use, descending."""
         return self.sizes.steady
 
-    def _fill(self, waiting: deque[Job], source: Iterator[Job]) -> None:
-        """Give every free lane the next job; when there is none left, rows that are paid for run ahead."""
-        started: list[Lane] = []
-        while len(self._lanes) + len(started) < self.rungs[0]:
-            job = waiting.popleft() if waiting else next(source, None)
-            if job is None:
-                break
-            if self.attack.objective.targeted and not job.targets:
-                raise UserError(
-                    f"image '{job.image_id}' names no class to aim at, which attack '{self.attack.name}' needs: pass "
-                    "Job(..., targets=(...)), the likeliest wrong classes first, or take an attack without targets"
-                )
-            started.append(self._lane(Image(job, self.attack.n_runs(len(job.targets) + 1)), 0))
-        self._keep(self._affordable(len(started)))
-        started += self._ahead(started)
-        if started:
-            begun = self._begin(started)
-            self._state = _concatenate([self._state, begun]) if self._lanes else begun
-            self._lanes += started
-
-    def _lane(self, image: Image, run: int) -> Lane:
-        image.running.add(run)
-        target = self._target(image.job, run)
-        known = self.attack.walks_from_image(run) and image.job.beyond.get(target, 0.0) > self.threat.eps
-        return Lane(image, run, 1 if known else self.attack.n_points(), target, leave=self.leave)
-
-    def _affordable(self, started: int) -> list[int]:
-        """Return the rows to keep: sub-runs ahead of their turn as long as they fit beside those that are needed."""
-        room = self._spare(sum(lane.needed for lane in self._lanes) + started)
-        kept = []
-        for row, lane in enumerate(self._lanes):
-            fits = lane.needed or (lane.run < lane.image.last and room > 0)
-            room -= fits and not lane.needed
-            if fits:
-                kept.append(row)
-            else:  # if it is needed after all, it is made again in its turn, from the same draws
-                lane.image.running.discard(lane.run)
-        return kept
-
-    def _ahead(self, started: Sequence[Lane]) -> list[Lane]:
-        """Return sub-runs that rows make before their turn that would be paid for and not used."""
-        if catalog.is_foreign(self.attack):  # it may not keep its word that a sub-run depends on nothing before it
-            return []
-        lanes = [*self._lanes, *started]
-        images, ahead = list(dict.fromkeys(lane.image for lane in lanes)), list[Lane]()
-        for _ in range(self._spare(len(lanes))):
-            able = [
-                (run - image.run, place) for place, image in enumerate(images) if (run := image.next_run) is not None
-            ]
-            if not able:
-                break
-            image = images[min(able)[1]]  # the sub-run whose turn comes soonest
-            ahead.append(self._lane(image, image.run + min(able)[0]))
-        return ahead
-
-    def _spare(self, rows: int) -> int:
-        return sum(batch_sizes(self.rungs, rows)) - rows if rows else 0
-
-    def _begin(self, lanes: Sequence[Lane]) -> State:
-        """Return the state of lanes at the start of their sub-runs, drawn on the CPU and sent in one piece."""
-        states = []
-        for lane in lanes:
-            job = lane.image.job
-            draws = generator(self.seed, job.image_id, self.attack.name, lane.run)
-            x0 = job.pixels[None].to("cpu", self.oracle.dtype)
-            states.append(catalog.begin(self.attack, x0, self.threat, draws, lane.run))
-        return {name: sent(value, self.oracle.device) for name, value in _concatenate(states).items()}
-
     def _advance(self) -> list[Result]:
         """Make one batched pass, take in what it shows, and move every lane on; return the finished jobs.
 
         The host waits for a GPU once for what the pass shows, and once more for the points of sub-runs that end. A
         success that is not final asks for one more, before its second look; attacks may ask in their own `advance`.
         """
-        began, used = time.perf_counter(), len(self._lanes)
+        began, lanes, device = time.perf_counter(), self._pool.lanes, self.oracle.device
+        used = len(lanes)
         sizes = batch_sizes(self.rungs, used)
-        rows = torch.arange(sum(sizes), device=self.oracle.device) % used  # spare rows repeat occupied lanes
-        lanes, steps = self._case(self._lanes, [lane.step for lane in self._lanes])
-        case, step = lanes.rows(rows), steps[rows]
-        state = self._state if len(rows) == used else {name: value[rows] for name, value in self._state.items()}
-        gradient = self.attack.uses_gradient
-        alone = self._look_alone(state["x"], case, gradient=gradient)
-        answer, loss, grad = look = self._look(state["x"], case, sizes, gradient=gradient)
+        places = torch.arange(sum(sizes), device=device)
+        rows = places % used  # spare rows repeat occupied lanes, at the point that is foreseen for them or the same
+        cases, steps = self._case(lanes, [lane.step for lane in lanes])
+        case, step = cases.rows(rows), steps[rows]
+        active = self._pool.active
+        states = self._states(active, rows)
+        points, ahead = self._points(active, states, rows, step + places // used - 1)
+        aims = Mixture(
+            tuple(course.attack.objective for course in self._pool.courses),
+            [lanes[row % used].image.place for row in range(len(rows))],
+        )
+        alone = self._look_alone(points, case, aims, used)
+        answer, loss, grad = look = self._look(points, case, aims, sizes)
         if alone is not None:
             self.sizes.note(len(alone[1]), agree=_alike(alone, look), numbers=_numbers(alone, used))
-        for lane in self._lanes:
-            lane.passes += self.oracle.look_passes * (2 if gradient else 1)
+        for lane in lanes:
+            lane.passes += self._passes_per_look
         # A user's attack may change its points in place.
-        x = state["x"][:used].clone() if catalog.is_foreign(self.attack) else state["x"][:used]
-        answer, inside = self._confirmed(state, answer.head(used), x)
-        state = catalog.advance(self.attack, state, loss, grad, step, self.threat)
-        self._state = {name: value[:used] for name, value in state.items()}
-        ended = self._observe(x, answer, inside)
+        x = points[:used].clone() if any(catalog.is_foreign(course.attack) for course in active) else points[:used]
+        final, inside = self._confirmed(states, answer.head(used), x)
+        first = 0
+        for course, state in zip(active, states, strict=True):
+            here = slice(first, first + len(state["x"]))
+            moved = catalog.advance(course.attack, state, loss[here], grad[here], step[here], self.threat)
+            course.state = {name: value[: len(course.lanes)] for name, value in moved.items()}
+            first += len(course.lanes)
+        ended = self._observe(list(range(used)), x, final, inside)
+        if ahead:
+            self._look_back(points, answer, loss, steps, ended)
         share = (time.perf_counter() - began) / used
-        for lane in self._lanes:
+        for lane in lanes:
             lane.seconds += share
-        told = sum(lane.untold() for lane in self._lanes if lane.needed)
-        results, counted = self._move_on(ended)
+        told = sum(lane.untold() for lane in lanes if lane.needed)
+        results, counted = self._pool.move_on(ended, self._reconsider)
         if self._on_pass is not None:
             self._on_pass(used, told + sum(lane.untold() for lane in counted))
         return results
 
-    def _look(self, x: Tensor, case: Case, sizes: Sequence[int], *, gradient: bool) -> Look:
+    @property
+    def _passes_per_look(self) -> int:
+        return self.oracle.look_passes * (2 if self.attack.uses_gradient else 1)
+
+    def _states(self, active: Sequence[Course], rows: Tensor) -> list[State]:
+        """Return what each attack knows of its rows; an attack that has the batch to itself also has the spare rows."""
+        if len(active) > 1 or len(rows) == len(active[0].lanes):
+            return [course.state for course in active]
+        return [{name: value[rows] for name, value in active[0].state.items()}]
+
+    def _points(
+        self, active: Sequence[Course], states: Sequence[State], rows: Tensor, step: Tensor
+    ) -> tuple[Tensor, bool]:
+        """Return the points to look at, and whether spare rows hold those that lanes are likely to come to next.
+
+        Args:
+            step: after how many steps the point is foreseen that a spare row may hold.
+        """
+        if len(active) > 1:
+            return torch.cat([state["x"] for state in states])[rows], False
+        attack, state, used = active[0].attack, states[0], len(active[0].lanes)
+        if len(rows) == used or not self.oracle.confirmed or catalog.is_foreign(attack):
+            return state["x"], False
+        ahead = attack.foresee({name: value[used:] for name, value in state.items()}, step[used:], self.threat)
+        return (state["x"], False) if ahead is None else (torch.cat([state["x"][:used], ahead]), True)
+
+    def _look_back(self, points: Tensor, answer: Answer, loss: Tensor, steps: Tensor, ended: list[bool]) -> None:
+        """Take in the points of spare rows that lanes have come to, as if each had been looked at in its turn."""
+        (course,) = self._pool.active
+        going, used = list(range(len(course.lanes))), len(course.lanes)
+        for turn, first in enumerate(range(used, len(points), used), start=1):
+            going = [row for row in going if course.lanes[row].goes_on and not ended[row] and first + row < len(points)]
+            if not going:
+                return
+            rows = indices(going, points.device)
+            came = (course.state["x"][rows] == points[rows + first]).flatten(1).all(1)
+            going = [row for row, met in zip(going, fetched([came])[0], strict=True) if met]
+            if not going:
+                return
+            rows = indices(going, points.device)
+            x, seen = points[rows + first], answer.rows(rows + first)
+            for row in going:
+                course.lanes[row].step += 1
+                course.lanes[row].passes += self._passes_per_look
+            state = {name: value[rows] for name, value in course.state.items()}
+            step = steps[rows] + turn
+            moved = catalog.advance(course.attack, state, loss[rows + first], loss.new_zeros(0), step, self.threat)
+            for name, value in moved.items():
+                course.state[name] = course.state[name].index_copy(0, rows, value)
+            for row, end in zip(going, self._observe(going, x, seen, torch.ones_like(seen.reached)), strict=True):
+                ended[row] = end
+
+    def _look(self, x: Tensor, case: Case, aims: Mixture, sizes: Sequence[int]) -> Look:
         """Look at points in batches of these sizes; rows do not depend on the batch that they are in."""
-        rows = torch.arange(len(x), device=x.device).split(list(sizes))
-        parts = [
-            self.oracle.look(x[part], self.goal, self.attack.objective, case.rows(part), gradient=gradient)
-            for part in rows
-        ]
+        parts, first = list[Look](), 0
+        for size in sizes:
+            rows = torch.arange(first, first + size, device=x.device)
+            aim = aims.rows(first, first + size)
+            gradient = self.attack.uses_gradient
+            parts.append(self.oracle.look(x[first : first + size], self.goal, aim, case.rows(rows), gradient=gradient))
+            first += size
         if len(parts) == 1:
             return parts[0]
         answers, losses, grads = zip(*parts, strict=True)
         return Answer.join(answers), torch.cat(losses), torch.cat(grads)
 
-    def _look_alone(self, x: Tensor, case: Case, *, gradient: bool) -> Look | None:
+    def _look_alone(self, x: Tensor, case: Case, aims: Mixture, used: int) -> Look | None:
         """Look at the first rows in a smaller batch, once spare rows have cost as much as this question."""
-        size = self.sizes.worth_trying(len(self._lanes), len(x)) if self.oracle.confirmed else None
+        size = self.sizes.worth_trying(used, len(x)) if self.oracle.confirmed else None
         if size is None:
             return None
         with self.oracle.made_for("questions"):
-            return self._look(x[:size], case.rows(torch.arange(size, device=x.device)), (size,), gradient=gradient)
+            return self._look(x[:size], case.rows(torch.arange(size, device=x.device)), aims, (size,))
 
-    def _spread(self, *values: list[int]) -> Tensor:
-        """Return rows of whole numbers on the device, sent at once."""
-        return sent(torch.tensor(values, dtype=torch.int64), self.oracle.device)
-
-    def _case(self, lanes: Sequence[Lane], steps: list[int]) -> tuple[Case, Tensor]:
+    def _case(self, lanes: Sequence[Lane], steps: Sequence[int]) -> tuple[Case, Tensor]:
         """Return what the goal has to know of lanes, and their steps."""
         jobs = [lane.image.job for lane in lanes]
         references = [job.reference for job in jobs if job.reference is not None]
-        label, target, step = self._spread([job.label for job in jobs], [lane.target for lane in lanes], steps)
+        numbers = [[job.label for job in jobs], [lane.target for lane in lanes], list(steps)]
+        label, target, step = sent(torch.tensor(numbers, dtype=torch.int64), self.oracle.device)
         reference = sent(torch.stack(references), self.oracle.device, self.oracle.dtype) if references else None
         return Case(label=label, target=target, reference=reference), step
 
-    def _target(self, job: Job, run: int) -> int:
-        """Return the class that a sub-run aims at; the label where the objective has no target."""
-        if not self.attack.objective.targeted:
-            return job.label
-        return job.targets[min(self.attack.target_rank(run), len(job.targets) - 1)]
-
-    def _confirmed(self, state: State, answer: Answer, x: Tensor) -> tuple[Answer, Tensor]:
+    def _confirmed(self, states: Sequence[State], answer: Answer, x: Tensor) -> tuple[Answer, Tensor]:
         """Return final answers at the points [L, ...] and which of them count; what is not final gets a second look."""
-        # A user's attack may say that it stays in the ball; only what lies there counts all the same.
-        measured = self.attack.leaves_ball or catalog.is_foreign(self.attack)
-        counts = _inside(x, state["x0"][: len(x)], self.threat) if measured else torch.ones_like(answer.reached)
+        counts, lanes = torch.ones_like(answer.reached), self._pool.lanes
+        first = 0
+        for course, state in zip(self._pool.active, states, strict=True):
+            after = first + len(course.lanes)
+            # A user's attack may say that it stays in the ball; only what lies there counts all the same.
+            if course.attack.leaves_ball or catalog.is_foreign(course.attack):
+                counts[first:after] = _inside(x[first:after], state["x0"][: after - first], self.threat)
+            first = after
         counts |= ~answer.finite
         if self.oracle.confirmed:
             return answer, counts
@@ -257,9 +268,9 @@ class LaneEngine:
         if not rows:
             return answer, counts
         for row in rows:
-            self._lanes[row].passes += self.oracle.draws
-        chosen = self._spread(rows)[0]
-        final = self._confirm(x[chosen], [self._lanes[row] for row in rows])
+            lanes[row].passes += self.oracle.draws
+        chosen = indices(rows, self.oracle.device)
+        final = self._confirm(x[chosen], [lanes[row] for row in rows])
         self._claims = [row for row in rows if reached[row]]
         return answer.replaced(chosen, final), counts
 
@@ -269,60 +280,39 @@ class LaneEngine:
         case, _ = self._case(lanes, [0] * len(lanes))
         return self.oracle.judge(x[spare], self.goal, case.rows(spare)).head(len(x))
 
-    def _observe(self, x: Tensor, answer: Answer, inside: Tensor) -> list[bool]:
-        """Show every lane its point and its answer; return which lanes' attack has come to an end."""
-        nothing = torch.zeros_like(inside)
-        # What a user's attack says of classes out of reach would spare other attacks their own look.
-        beyond = nothing if catalog.is_foreign(self.attack) else self._state.get(BEYOND, nothing)
-        more = [inside, self._state.get(DONE, nothing), beyond]
+    def _observe(self, rows: Sequence[int], x: Tensor, answer: Answer, inside: Tensor) -> list[bool]:
+        """Show lanes their points and what was found there; return which lanes' attack has come to an end."""
+        every = self._pool.lanes
+        lanes = [every[row] for row in rows]
+        more = [inside, *self._said(rows, torch.zeros_like(inside))]
         far = x.device.type == "cuda"
         if far:  # elsewhere points are compared one by one, and only where it matters
-            best = torch.stack([x[row] if lane.best.x is None else lane.best.x for row, lane in enumerate(self._lanes)])
+            pairs = zip(x, lanes, strict=True)
+            best = torch.stack([point if lane.best.x is None else lane.best.x for point, lane in pairs])
             more.append((x == best).flatten(1).all(1))
         facts, (counts, ended, radii, *met) = _facts(answer, more)
         self.claimed += len(self._claims)
         self.upheld += sum(facts[row].reached for row in self._claims)
         self._claims = []
-        for row, lane in enumerate(self._lanes):
+        for row, lane in enumerate(lanes):
             if counts[row]:
                 lane.observe(x[row], facts[row], bool(met[0][row]) if met else None)
             if ended[row] and radii[row] > self.threat.eps:
                 lane.beyond = radii[row]
         return [bool(end) for end in ended]
 
-    def _move_on(self, ended: Sequence[bool]) -> tuple[list[Result], list[Lane]]:
-        """Step the sub-runs on, end those that are through, and begin the next; return results and what counts now."""
-        counted: list[Lane] = []
-        over: list[int] = []
-        for row, (lane, end) in enumerate(zip(self._lanes, ended, strict=True)):
-            if lane.outcome is None and lane.step + 1 < lane.points and not end:
-                lane.step += 1
-            else:
-                over.append(row)
-        _bring_home([self._lanes[row] for row in over])
-        for row in over:
-            counted += self._lanes[row].image.end(self._lanes[row])
-        images, through = {id(lane.image): lane.image for lane in self._lanes}, set(over)
-        done = [image for image in images.values() if image.outcome is not None]
-        self._reconsider(done, {id(lane.image): lane for lane in counted})
-        kept, begun = [], []
-        for row, lane in enumerate(self._lanes):
-            if lane.image.outcome is not None:
-                continue
-            if row in through:
-                if lane.image.run in lane.image.running or lane.image.run in lane.image.waiting:
-                    continue  # the sub-run that comes next is being made already
-                self._lanes[row] = self._lane(lane.image, lane.image.run)
-                begun.append(row)
-            kept.append(row)
-        if begun:
-            places = self._spread(begun)[0]
-            for name, value in self._begin([self._lanes[row] for row in begun]).items():
-                self._state[name][places] = value
-        self._keep(kept)
-        return [image.result() for image in done], counted
+    def _said(self, rows: Sequence[int], nothing: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where attacks say that their sub-runs are over, and within which radius classes are out of reach."""
+        ends, radii = list[Tensor](), list[Tensor]()
+        for course in self._pool.active:
+            none = nothing.new_zeros(len(course.lanes))
+            ends.append(course.state.get(DONE, none))
+            # What a user's attack says of classes out of reach would spare other attacks their own look.
+            radii.append(none if catalog.is_foreign(course.attack) else course.state.get(BEYOND, none))
+        chosen = indices(rows, nothing.device)
+        return torch.cat(ends)[chosen], torch.cat(radii)[chosen]
 
-    def _reconsider(self, images: Sequence[Image], last: dict[int, Lane]) -> None:
+    def _reconsider(self, images: Sequence[Image], last: Mapping[int, Lane]) -> None:
         """Take a final look at the recorded points of images that came to their end without a confirmed success."""
         doubtful = [image for image in images if last[id(image)].outcome is None]
         if self.oracle.confirmed or not doubtful:
@@ -335,19 +325,6 @@ class LaneEngine:
             image.passes += self.oracle.draws
             image.best.fact = fact
             image.outcome = FAILED if not fact.finite else FOOLED if fact.reached else ROBUST
-
-    def _keep(self, rows: list[int]) -> None:
-        """Free all other rows."""
-        if len(rows) < len(self._lanes):
-            chosen = self._spread(rows)[0]
-            self._state = {name: value[chosen] for name, value in self._state.items()}
-            self._lanes = [self._lanes[row] for row in rows]
-
-    def _start_over(self, waiting: deque[Job]) -> None:
-        """Put the jobs in flight back to the waiting ones; they will have the same draws."""
-        jobs = {id(lane.image): lane.image.job for lane in self._lanes}
-        waiting.extendleft(reversed(jobs.values()))
-        self._lanes, self._state = [], {}
 
 
 def _alike(alone: Look, look: Look) -> bool:
@@ -379,22 +356,8 @@ def _facts(answer: Answer, more: Sequence[Tensor] = ()) -> tuple[list[Fact], lis
     return facts, columns[len(names) :]
 
 
-def _bring_home(lanes: Sequence[Lane]) -> None:
-    """Move the recorded points of sub-runs that have ended off a GPU, all in one wait."""
-    found = [lane.best for lane in lanes if lane.best.x is not None and lane.best.x.device.type == "cuda"]
-    if found:
-        points = torch.stack([best.x for best in found if best.x is not None]).cpu()
-        for best, point in zip(found, points, strict=True):
-            best.x = point
-
-
 def _inside(x: Tensor, x0: Tensor, threat: ThreatModel) -> Tensor:
     """Return which images lie in the ball around their clean image, measured in float64, and in [0, 1]."""
     norm = lengths(x.double() - x0.double(), threat.norm)
     flat = x.flatten(1)
     return (norm <= threat.eps) & (flat.amin(1) >= 0) & (flat.amax(1) <= 1)
-
-
-def _concatenate(states: Sequence[State]) -> State:
-    """Join lane states along the lane dimension."""
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}

@@ -295,8 +295,9 @@ class ExternalEngine:
         forward, backward = (after - earlier for after, earlier in zip(self._spent(), before, strict=True))
         seconds = (time.perf_counter() - began) / len(batch)
         passes, steps = _shares(forward + backward, len(batch)), _shares(backward, len(batch))
+        about: dict[str, Any] = {"seconds": seconds, "attack": self.attack.name}
         return [
-            _result(job, answer, row, points[row].cpu(), passes=passes[row], steps=steps[row], seconds=seconds)
+            _result(job, answer, row, points[row].cpu(), passes=passes[row], steps=steps[row], **about)
             for row, job in enumerate(batch)
         ]
 
@@ -361,7 +362,7 @@ def _shares(total: int, n: int) -> list[int]:
 
 
 def _result(
-    job: Job, answer: Answer, row: int, adversarial: Tensor, *, passes: int, steps: int, seconds: float
+    job: Job, answer: Answer, row: int, adversarial: Tensor, *, passes: int, steps: int, seconds: float, attack: str
 ) -> Result:
     finite = bool(answer.finite[row])
     linf, l2 = perturbation_norms(adversarial, job.pixels)
@@ -380,4 +381,5 @@ def _result(
         l2=l2,
         seconds=seconds,
         adversarial=adversarial,
+        attack=attack,
     )

@@ -192,8 +192,8 @@ class FAB(LaneAttack):
             return self.n_restarts
         return self.n_restarts * min(self.n_targets, n_classes - 1)
 
-    def walks_from_image(self, run: int) -> bool:
-        return self._gives_up() and not self._begins_away(run)
+    def walk_points(self, run: int) -> int:
+        return self.n_points() if self._gives_up() and not self._begins_away(run) else 0
 
     def target_rank(self, run: int) -> int:
         return 0 if self.n_targets is None else run // self.n_restarts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,7 +77,12 @@ class Lane:
     @property
     def needed(self) -> bool:
         """Whether it is the sub-run that its image has come to; the others run ahead of their turn."""
-        return self.run == self.image.run
+        return self.run == self.image.run and not self.image.early
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has points left to evaluate, and what it has met leaves its outcome open."""
+        return self.outcome is None and self.step + 1 < self.points
 
     def observe(self, x: Tensor, fact: Fact, met: bool | None = None) -> None:
         """Take in what the model says at a point [3, H, W]; that may decide the outcome. `met`: see `Best.take`."""
@@ -96,7 +101,13 @@ class Image:
     """The progress of one image through the sub-runs of an attack, which count in their order.
 
     A sub-run may be made before its turn, in a row that would be paid for and not used. What it finds waits until those
-    before it have ended without deciding the outcome, so that the answer is that of one sub-run after the other.
+    before it have ended without deciding the outcome, so that the answer is that of one sub-run after the other. The
+    same holds for the sub-runs of the attack that comes next: they belong to its `follower`.
+
+    Args:
+        place: number of the attack among those that share the batches.
+        early: the image is still with an attack before; nothing counts yet.
+        dropped: it never comes to this attack.
     """
 
     job: Job
@@ -110,12 +121,15 @@ class Image:
     waiting: dict[int, Lane] = field(default_factory=dict)
     beyond: dict[int, float] = field(default_factory=dict)
     outcome: str | None = None
+    place: int = 0
+    early: bool = False
+    dropped: bool = False
+    follower: Image | None = None
 
     @property
-    def next_run(self) -> int | None:
-        """The first sub-run that may count and is neither made nor being made."""
-        run = next(run for run in itertools.count(self.run) if run not in self.running and run not in self.waiting)
-        return run if run < self.last else None
+    def open_runs(self) -> list[int]:
+        """The sub-runs that may count and are neither made nor being made, in their order."""
+        return [run for run in range(self.run, self.last) if run not in self.running and run not in self.waiting]
 
     @property
     def last(self) -> int:
@@ -126,8 +140,22 @@ class Image:
         """Note the end of a sub-run; return those that count now, in their order."""
         self.running.discard(lane.run)
         self.waiting[lane.run] = lane
-        counted = []
-        while self.outcome is None and self.run in self.waiting:
+        return self._settled()
+
+    def begin(self) -> list[Lane]:
+        """Note that its attack's turn has come; return the sub-runs that count now, in their order."""
+        self.early = False
+        return self._settled()
+
+    def drop_followers(self) -> None:
+        """Note that the image does not go on to further attacks."""
+        follower = self.follower
+        while follower is not None:
+            follower.dropped, follower = True, follower.follower
+
+    def _settled(self) -> list[Lane]:
+        counted: list[Lane] = []
+        while self.outcome is None and not self.early and self.run in self.waiting:
             counted.append(self.waiting.pop(self.run))
             self._count(counted[-1])
         return counted
@@ -146,8 +174,8 @@ class Image:
             if self.run == self.runs:
                 self.outcome = FOOLED if self.best.fact is not None and self.best.fact.reached else ROBUST
 
-    def result(self) -> Result:
-        """Return the answer, measured at the recorded point."""
+    def result(self, attack: str) -> Result:
+        """Return the answer of the attack of that name, measured at the recorded point."""
         assert self.best.fact is not None
         assert self.best.x is not None
         assert self.outcome is not None
@@ -168,4 +196,14 @@ class Image:
             seconds=self.seconds,
             adversarial=adversarial,
             beyond=self.beyond,
+            attack=attack,
         )
+
+
+def bring_home(lanes: Sequence[Lane]) -> None:
+    """Move the recorded points of sub-runs that have ended off a GPU, all in one wait."""
+    found = [lane.best for lane in lanes if lane.best.x is not None and lane.best.x.device.type == "cuda"]
+    if found:
+        points = torch.stack([best.x for best in found if best.x is not None]).cpu()
+        for best, point in zip(found, points, strict=True):
+            best.x = point

@@ -14,12 +14,16 @@ z_(i) is the i-th largest logit, y the label, t the target. `dlr` and `dlr-t` ar
 stated fallback is `margin` / `margin-t` for two classes, and z_(1) - z_(3) as the spread of `dlr-t` for three.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.core.device import sent
 from robustvlm.errors import UserError, nearest
 
 # Keeps the quotient finite when the leading logits coincide; far below any spread that a model produces.
@@ -112,6 +116,34 @@ class Objective:
         if self.name == "dlr-t" and n_classes == 3:
             return "targeted DLR needs 4 classes: with 3 it is scaled by the spread of the first and third logit"
         return None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Objectives of the rows of one batch, where these belong to several attacks: `of` has the number of each row's."""
+
+    objectives: tuple[Objective, ...]
+    of: Sequence[int]
+
+    def rows(self, first: int, after: int) -> Mixture | Objective:
+        """Return what a part of the rows maximises."""
+        of = self.of[first:after]
+        return self.objectives[of[0]] if len(set(of)) == 1 else Mixture(self.objectives, of)
+
+    def loss(self, loss_of: Callable[[Objective, Tensor], Tensor]) -> Tensor:
+        """Return the loss of every row [B]; `loss_of` gives it for an objective and the rows with these numbers [B].
+
+        It is asked for all B rows each time, those of the objective over and over, so that a row's loss comes from the
+        same kernels as in a batch that is all of one objective.
+        """
+        parts, order = list[Tensor](), list[int]()
+        for number in sorted(set(self.of)):
+            mine = [row for row, of in enumerate(self.of) if of == number]
+            over_and_over = torch.tensor([mine[row % len(mine)] for row in range(len(self.of))])
+            parts.append(loss_of(self.objectives[number], over_and_over)[: len(mine)])
+            order += mine
+        place = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(parts)[sent(torch.tensor(place), parts[0].device)]
 
 
 OBJECTIVES = {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks.goals import Case, Goal
-from robustvlm.attacks.objectives import Objective, objective
+from robustvlm.attacks.objectives import Mixture, Objective, objective
 from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import Boundary, borrowed, placed
-from robustvlm.core.device import Stopwatch
+from robustvlm.core.device import Stopwatch, sent
 from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.errors import UserError, is_out_of_memory, nearest
 from robustvlm.text import one_line
@@ -49,6 +49,10 @@ class Answer:
     def head(self, rows: int) -> Answer:
         """Return the first rows."""
         return Answer(*(getattr(self, name)[:rows] for name in self.__dataclass_fields__))
+
+    def rows(self, index: Tensor) -> Answer:
+        """Return the rows with these numbers."""
+        return Answer(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def replaced(self, rows: Tensor, other: Answer) -> Answer:
         """Return these answers with those of some rows replaced."""
@@ -257,7 +261,7 @@ class Oracle:
         return tally.answer()
 
     def look(
-        self, x: Tensor, goal: Goal, objective: Objective, case: Case, *, gradient: bool = True
+        self, x: Tensor, goal: Goal, objective: Objective | Mixture, case: Case, *, gradient: bool = True
     ) -> tuple[Answer, Tensor, Tensor]:
         """Return answers, losses [B] and their gradients [B, 3, H, W] (empty without `gradient`), averaged over `eot`.
 
@@ -266,7 +270,7 @@ class Oracle:
         tally = Tally(goal, case, len(x), self.device)
         loss_sum, grad_sum = x.new_zeros(len(x), device=self.device), x.new_zeros(0, device=self.device)
         for _ in range(self.eot):
-            output, loss, grad = self._pass(x, lambda out: goal.loss(out, objective, case), gradient=gradient)
+            output, loss, grad = self._pass(x, lambda out: _loss(goal, out, objective, case), gradient=gradient)
             tally.add(output)
             loss_sum = loss_sum + loss
             grad_sum = grad if not len(grad_sum) else grad_sum + grad
@@ -303,6 +307,18 @@ class Oracle:
             self.passes.watch.stop(self.device)
         self.passes.forward += images
         self.passes.backward += images if backward else 0
+
+
+def _loss(goal: Goal, output: Tensor, objective: Objective | Mixture, case: Case) -> Tensor:
+    """Return the loss of every row, each by its own objective where the rows belong to several attacks."""
+    if not isinstance(objective, Mixture):
+        return goal.loss(output, objective, case)
+
+    def loss_of(one: Objective, rows: Tensor) -> Tensor:
+        rows = sent(rows, output.device)
+        return goal.loss(output[rows], one, case.rows(rows))
+
+    return objective.loss(loss_of)
 
 
 def _layout(model: nn.Module) -> torch.memory_format:

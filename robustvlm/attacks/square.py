@@ -294,6 +294,10 @@ class Square(LaneAttack):
             state[DONE] = square_futility.futile(state, step, self.n_iter)
         return state | {"x": self._propose(state, step, threat)}
 
+    def foresee(self, state: State, step: Tensor, threat: ThreatModel) -> Tensor:
+        # Most proposals are turned down; the next one then starts from the same best point.
+        return self._propose(state, step, threat)
+
     @property
     def _may_give_up(self) -> bool:
         return self.futility and self.objective.signed

@@ -1,8 +1,9 @@
 """Numbers in plain words, and what tables and bars show as plain values; the terminal and every report use these."""
 
 import json
+import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,7 +291,33 @@ def cost_rows(cost: Cost, estimate: Estimate | None = None) -> list[tuple[str, s
         ("Time", duration(cost.seconds) + share),
         ("Passes per second", f"{cost.passes_per_second:,.0f}"),
         *expected,
+        *_likely_rows(cost, estimate),
     ]
+
+
+def _likely_rows(cost: Cost, estimate: Estimate | None) -> list[tuple[str, str]]:
+    """Return what the run's first answers let expect beside what it became, where they said something."""
+    if estimate is None or estimate.likely_least is None or estimate.likely_most is None:
+        return []
+    became = cost.forward_passes + cost.backward_passes
+    said = f"{likely_passes(estimate.likely_least, estimate.likely_most)}, said after {estimate.likely_after:,} answers"
+    return [("Likely passes in all, no bound", f"{said}; it became {became:,}")]
+
+
+def likely_passes(least: int, most: int) -> str:
+    """Say a likely range of passes, to two figures.
+
+    Example:
+        >>> likely_passes(12_345, 23_456).replace(RANGE, "to"), likely_passes(940, 941)
+        ('12,000 to 24,000', '940')
+    """
+    low, high = _two_figures(least, math.floor), _two_figures(most, math.ceil)
+    return f"{least:,}" if least == most or most - least <= 0.02 * most else f"{low:,} {RANGE} {high:,}"
+
+
+def _two_figures(count: int, rounded: Callable[[float], int]) -> int:
+    scale = 10 ** max(len(str(count)) - 2, 0)
+    return rounded(count / scale) * scale
 
 
 def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -74,6 +74,8 @@ class Estimate(Record):
         passes_least, passes_most: encoder passes, padded rows included.
         seconds_least, seconds_most: wall time on the processes of the run, from the speed of the first passes.
         unknown: attacks of other packages, whose cost is not known and comes on top.
+        likely_least, likely_most: passes of the whole run as its first finished images let expect, no bounds;
+            likely_after: how many answers there were by then. None where the run was over before.
     """
 
     images: int
@@ -82,6 +84,9 @@ class Estimate(Record):
     seconds_least: float
     seconds_most: float
     unknown: list[str] = []
+    likely_least: int | None = None
+    likely_most: int | None = None
+    likely_after: int | None = None
 
 
 class Check(Record):

@@ -13,6 +13,7 @@ from toy import Curved, right_jobs
 from robustvlm.attacks import LaneEngine, Oracle, Result, ThreatModel, parse_attacks
 from robustvlm.attacks.base import FAILED, FOOLED, Job
 from robustvlm.attacks.lanes import Fact, Image, Lane
+from robustvlm.attacks.pool import Pool
 from robustvlm.core.batches import SteadySizes
 
 JOB = Job("a", 0, torch.zeros(3, 2, 2), 1)
@@ -62,9 +63,9 @@ def test_a_sub_run_that_decides_makes_those_after_it_idle():
     fooled = made(image, 2, [(-1, True, True)], leave=True)
     assert fooled.outcome == FOOLED
     assert image.end(fooled) == []
-    assert (image.next_run, image.last) == (1, 2)
+    assert (image.open_runs, image.last) == ([1], 2)
     image.running.add(1)
-    assert image.next_run is None
+    assert image.open_runs == []
 
 
 def test_what_is_not_finite_waits_for_its_turn_too():
@@ -170,7 +171,7 @@ def test_losses_that_agree_by_luck_do_not_make_a_size_steady():
 def test_running_ahead_is_never_dearer(count, rungs):
     ahead, paid = attacked("apgd-t:steps=4", count, rungs=rungs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LaneEngine, "_ahead", lambda *_: [])
+        patch.setattr(Pool, "_ahead", lambda *_: [])
         plain, before = attacked("apgd-t:steps=4", count, rungs=rungs)
     assert [row[:3] for row in ahead] == [row[:3] for row in plain]
     assert paid <= before + 16, "a few rows more may be spent on questions"

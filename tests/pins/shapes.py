@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 LEFT_OUT = ("report.html", "training")
 """What `make_before.py` left out."""
-ADDED = {"spread", "apart"}
+ADDED = {"spread", "apart", "likely_least", "likely_most", "likely_after"}
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}
 """Keys whose own keys are names, not words of the format."""
@@ -35,7 +35,7 @@ def _shape(path: Path) -> Any:
     if path.suffix == ".jsonl":
         kinds: dict[str, set[str]] = {}
         for line in lines_of(path):
-            kinds.setdefault(str(line.get("kind", "")), set()).update(line)
+            kinds.setdefault(str(line.get("kind", "")), set()).update(line.keys() - ADDED)
         return {kind: sorted(keys) for kind, keys in sorted(kinds.items())}
     if path.suffix == ".json":
         return _keys(json.loads(path.read_text(encoding="utf-8")), depth=2)

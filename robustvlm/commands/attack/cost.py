@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from robustvlm.attacks import Answer, Case, Goal, LaneAttack, Objective, Oracle
+from robustvlm.attacks.objectives import Mixture
 from robustvlm.attacks.oracle import Passes
 from robustvlm.core.batches import batch_sizes
 from robustvlm.core.ranks import Ranks
@@ -117,7 +118,7 @@ class MeteredOracle(Oracle):
         self.spent.update({self._purpose: -rows, "spare": rows})
 
     def look(
-        self, x: Tensor, goal: Goal, objective: Objective, case: Case, *, gradient: bool = True
+        self, x: Tensor, goal: Goal, objective: Objective | Mixture, case: Case, *, gradient: bool = True
     ) -> tuple[Answer, Tensor, Tensor]:
         """As `Oracle.look`, or raise BudgetSpent before any pass is made."""
         self.meter.require(len(x) * self.eot * (2 if gradient else 1))

@@ -2,21 +2,24 @@
 
 A stage is one attack at one eps for one goal; stages go by rising eps, then by goal, then in the order the attacks were
 named. An image leaves at its first success: it is not attacked again at this or a larger eps, since a perturbation
-inside a small ball lies inside every larger one. Goals whose figure of merit is how far an attack gets (features, the
-level matrix) let no image leave. Every finished image is a line in the run's journal before its lane is used again.
+inside a small ball lies inside every larger one. Attacks of one eps that follow each other share batches where they
+can: an image may be in the next one while others are still in this. Goals whose figure of merit is how far an attack
+gets (features, the level matrix) let no image leave. Every finished image is a line in the run's journal before its
+lane is used again.
 """
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from robustvlm import attacks
-from robustvlm.attacks.catalog import Attack
+from robustvlm.attacks.catalog import Attack, is_foreign
 from robustvlm.attacks.oracle import settle_draws
 from robustvlm.attacks.tensors import brief, needs_briefing
 from robustvlm.attacks.threat import ThreatModel
@@ -24,60 +27,17 @@ from robustvlm.commands.attack import AttackPlan
 from robustvlm.commands.attack.checks import Checks
 from robustvlm.commands.attack.cost import Budget, BudgetSpent, MeteredOracle, Speed, Work, estimate
 from robustvlm.commands.attack.goal import Aim, CleanPass
-from robustvlm.commands.attack.store import CLEAN_WRONG, CleanFact, Ledger, save_pair, save_to_gallery
+from robustvlm.commands.attack.likely import LikelyCost
+from robustvlm.commands.attack.store import CLEAN_WRONG, CleanFact, Ledger, Stage, save_pictures
 from robustvlm.commands.common import questions
 from robustvlm.commands.common.inputs import Images
 from robustvlm.core.batches import SteadySizes
 from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import DataSource, Unreadable
-from robustvlm.report.words import forecast
-from robustvlm.runs.folder import RunFolder
+from robustvlm.report.words import forecast, likely_passes
 from robustvlm.runs.records import Check, Estimate
 from robustvlm.runs.settings import Observer
-
-# The stages of an attack run, and what they leave in pictures
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One attack at one eps for one goal."""
-
-    attack: Attack
-    threat: attacks.ThreatModel
-    eps_text: str
-    goal: attacks.Goal
-
-    @property
-    def title(self) -> str:
-        about = "" if self.goal.spec == "misclassify" else f" {self.goal.spec}"
-        return f"{self.attack.name} {self.threat.norm} {self.eps_text}{about}"
-
-
-def save_pictures(folder: RunFolder, result: attacks.Result, fact: CleanFact, stage: Stage, *, every: bool) -> None:
-    """Keep a success for the gallery, and among all adversarial images if `every` one is wanted."""
-    about = picture_facts(result, fact, stage)
-    pictures = (result.job.index, result.job.pixels, result.adversarial, about)
-    save_to_gallery(folder.gallery_path, *pictures)
-    if every:
-        save_pair(folder.adversarial_path, *pictures)
-
-
-def picture_facts(result: attacks.Result, fact: CleanFact, stage: Stage) -> dict[str, str]:
-    """Return the metadata that goes with a saved pair of images."""
-    shown = {
-        "image_id": fact.image_id,
-        "index": fact.index,
-        "label": fact.label,
-        "clean_prediction": fact.prediction,
-        "prediction": result.prediction,
-        "clean_confidence": fact.confidence,
-        "confidence": result.confidence,
-        "attack": stage.attack.name,
-        "eps": stage.threat.eps,
-    }
-    return {key: str(value) for key, value in shown.items()}
-
 
 # An attack run from images to a finished folder: clean pass, attacks by stage, summary, report; resumable throughout
 
@@ -140,9 +100,13 @@ class AttackRun:
         self.checks = Checks(
             plan, self.oracle, aim, self.images, ledger, observer, attacks=attacks, n_targets=self.n_targets
         )
-        self._told: Counter[str] = Counter()
+        self._told: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._shown: Stage | None = None
+        self._next: list[Stage] = []
+        self._left = 0
         self._sizes: dict[bool, SteadySizes] = {}
-        self._began = self._noted = time.monotonic()
+        self._began = self._noted = self._said = time.monotonic()
+        self.likely = LikelyCost(self.ledger, self.oracle, self.stages, leave=aim.leave, everyone=aim.everyone)
 
     def run(self) -> None:
         """Do what is left to do, as far as the budget goes; every fact goes to the ledger as soon as it is known."""
@@ -150,11 +114,11 @@ class AttackRun:
             if found is None:
                 return
             self.observer.say(forecast(self._forecast(found)))
-            for stage in self.stages:
+            for stages in self._sharing():
                 if self.ledger.stopped:
                     return
-                with self._within_budget(f"in {stage.title}"):
-                    self._run_stage(stage, found)
+                with self._within_budget():
+                    self._run_stages(stages, found)
                 self._meet()
             if self.ranks.leader and not self.ledger.stopped:
                 with self.oracle.made_for("checks"):
@@ -172,7 +136,7 @@ class AttackRun:
         found = None
         try:
             self._meet()
-            with self._within_budget("in the clean pass"):
+            with self._within_budget():
                 self.oracle.meter.require(1)
                 with self.oracle.made_for("questions"):
                     found = self._probe()
@@ -184,11 +148,13 @@ class AttackRun:
             self._note_cost()
 
     @contextlib.contextmanager
-    def _within_budget(self, where: str) -> Iterator[None]:
+    def _within_budget(self) -> Iterator[None]:
+        """Note where the budget was spent, if it is."""
         try:
             yield
         except BudgetSpent:
-            self.ledger.add_stop(f"the budget of {self.budget.text} was spent {where}")
+            where = "the clean pass" if self._shown is None else self._shown.title
+            self.ledger.add_stop(f"the budget of {self.budget.text} was spent in {where}")
 
     def _meet(self) -> None:
         """Wait for the other processes and learn what they have found; deal out what is left of the budget."""
@@ -217,10 +183,27 @@ class AttackRun:
             second_looks=0 if oracle.confirmed else oracle.draws,
             ranks=self.ranks.size,
         )
-        expected = estimate([*work, *self.checks.extra_work(work)], speed)
+        checks = self.checks.extra_work(work)
+        expected = estimate([*work, *checks], speed)
+        self.likely.checks = estimate(checks, speed).passes_most
         if self.ranks.leader:
             self.ledger.add_estimate(expected)
         return expected
+
+    def _say_likely(self, *, every: float = 0.0) -> None:
+        """Tell what the run will likely cost, unless that was done in the last `every` seconds."""
+        now = time.monotonic()
+        if self._shown is None or now - self._said < every:
+            return
+        self._said = now
+        found = self.likely.now(self._shown)
+        if found is not None:
+            self.ledger.add_likely(*found)
+            self.observer.advance(0, likely=f"{likely_passes(*found)} passes in all")
+
+    def _passed(self, used: int, passes: int) -> None:
+        self.likely.counted += passes
+        self.observer.passed(used, passes)
 
     def _note_cost(self, *, every: float = 0.0) -> None:
         """Record the passes and time of this session so far, unless that was done in the last `every` seconds."""
@@ -249,41 +232,71 @@ class AttackRun:
         plan = self.plan
         settle_draws(self.oracle, found, eot=plan.eot, draws=plan.draws, eot_if_random=plan.eot_if_random)
 
-    def _run_stage(self, stage: Stage, found: attacks.Probe) -> None:
-        """Run one attack at one eps on every image that still withstands; every one of them gets a row."""
-        wanted = self._share(stage)
-        done = self.ledger.attacked(stage.threat.eps, stage.goal.spec, stage.attack.name)
-        self._told = Counter()
-        self.observer.begin(stage.title, len(wanted) + done, done)
-        if not wanted:
+    def _sharing(self) -> list[list[Stage]]:
+        """Return the stages in order, those together that share batches."""
+        together: list[list[Stage]] = []
+        for stage in self.stages:
+            if together and self._share_batches(together[-1][-1], stage):
+                together[-1].append(stage)
+            else:
+                together.append([stage])
+        return together
+
+    def _share_batches(self, a: Stage, b: Stage) -> bool:
+        """Whether images may go on from one stage to the next while others are still in it.
+
+        Several processes deal the images out anew between stages; the draws of a random model depend on the passes
+        before; what goals have to know of the clean images is found stage by stage.
+        """
+        if (a.threat, a.goal) != (b.threat, b.goal) or self.aim.everyone or needs_briefing(a.goal):
+            return False
+        ours = [stage.attack for stage in (a, b) if isinstance(stage.attack, attacks.LaneAttack)]
+        alike = len(ours) == 2 and ours[0].uses_gradient == ours[1].uses_gradient and not any(map(is_foreign, ours))
+        return alike and self.ranks.size == self.oracle.eot == self.oracle.draws == 1
+
+    def _run_stages(self, stages: Sequence[Stage], found: attacks.Probe) -> None:
+        """Run attacks that share batches on every image that still withstands; every one of them gets a row."""
+        first, named = stages[0], {stage.attack.name: stage for stage in stages}
+        wanted, self._next = self._share(first), list(stages[1:])
+        self._show(first, len(wanted))
+        if not (wanted or any(self._remaining(stage) for stage in stages[1:])):
             return
-        engine = self._engine(stage, found)
+        engine = self._engine(stages, found)
         reached: set[int] = set()
-        jobs = self._jobs(wanted, stage)
-        if self.aim.everyone or needs_briefing(stage.goal):
-            jobs = self._briefed(jobs, stage, found, reached)
-        for result in engine.run(jobs):
-            self._keep(replace(result, outcome=CLEAN_WRONG) if result.job.index in reached else result, stage)
-        for fact in (fact for name, fact in self._remaining(stage).items() if name in wanted):
-            self._lose(fact, stage, "it is no longer in the data")
+        jobs = self._jobs(wanted, first)
+        if self.aim.everyone or needs_briefing(first.goal):
+            jobs = self._briefed(jobs, first, found, reached)
+        later = [partial(self._jobs_after, stages[:place], stages[place]) for place in range(1, len(stages))]
+        for result in engine.run(jobs, *later):
+            kept = replace(result, outcome=CLEAN_WRONG) if result.job.index in reached else result
+            self._keep(kept, named.get(result.attack, first))
+        for stage in stages:
+            for name, fact in self._remaining(stage).items():
+                if stage is not first or name in wanted:
+                    self._lose(fact, stage, "it is no longer in the data")
+        if self.ranks.size == 1:
+            self._say_likely()
         if isinstance(engine, attacks.ExternalEngine):
             self.ledger.add_checks([Check(**asdict(finding)) for finding in engine.findings])
 
-    def _engine(self, stage: Stage, found: attacks.Probe) -> attacks.LaneEngine | attacks.ExternalEngine:
+    def _engine(self, stages: Sequence[Stage], found: attacks.Probe) -> attacks.LaneEngine | attacks.ExternalEngine:
+        first = stages[0]
         common: dict[str, Any] = {
             "lanes": found.rungs[0],
             "rungs": found.rungs,
             "seed": self.plan.seed,
-            "goal": stage.goal,
-            "on_pass": self.observer.passed,
+            "goal": first.goal,
+            "on_pass": self._passed,
         }
-        if isinstance(stage.attack, attacks.ExternalAttack):
+        if isinstance(first.attack, attacks.ExternalAttack):
             permit = self.oracle.meter.require
-            return attacks.ExternalEngine(self.oracle, stage.attack, stage.threat, permit=permit, **common)
-        attack = questions.fit_for(stage.attack, found)
+            return attacks.ExternalEngine(self.oracle, first.attack, first.threat, permit=permit, **common)
+        fit, *then = [
+            questions.fit_for(stage.attack, found) for stage in stages if isinstance(stage.attack, attacks.LaneAttack)
+        ]
         # What one attack finds out about batch sizes, the next of its kind need not ask again.
-        common["rungs"] = self._sizes.setdefault(attack.uses_gradient, SteadySizes(found.rungs))
-        return attacks.LaneEngine(self.oracle, attack, stage.threat, leave=self.aim.leave, **common)
+        common["rungs"] = self._sizes.setdefault(fit.uses_gradient, SteadySizes(found.rungs))
+        return attacks.LaneEngine(self.oracle, fit, first.threat, leave=self.aim.leave, then=then, **common)
 
     def _remaining(self, stage: Stage) -> dict[str, CleanFact]:
         return self.ledger.remaining(
@@ -310,7 +323,14 @@ class AttackRun:
                 reached.add(job.index)
             yield job
 
+    def _jobs_after(self, before: Sequence[Stage], stage: Stage) -> Iterator[attacks.Job]:
+        """Return the jobs of a stage whose images are through with those before; the others come by themselves."""
+        busy = {name for earlier in before for name in self._remaining(earlier)}
+        return self._jobs({name: fact for name, fact in self._remaining(stage).items() if name not in busy}, stage)
+
     def _jobs(self, wanted: dict[str, CleanFact], stage: Stage) -> Iterator[attacks.Job]:
+        if not wanted:
+            return
         handed_on: set[str] = set()
         for item in self.images.stream(lambda name: name in wanted):
             # Streams also name what no one asked for: damaged shards, and second images of the same name.
@@ -327,7 +347,7 @@ class AttackRun:
 
     def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
         self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)
-        self._tell(attacks.FAILED)
+        self._tell(attacks.FAILED, stage)
 
     def _keep(self, result: attacks.Result, stage: Stage) -> None:
         """Save the pictures first: a row in the journal means that they are there."""
@@ -336,9 +356,34 @@ class AttackRun:
             save_pictures(self.ledger.folder, result, fact, stage, every=self.plan.save_adversarial)
         self.ledger.add_result(result, stage.attack.name, stage.threat.eps, stage.goal.spec)
         self._note_cost(every=_COST_SECONDS)
-        self._tell(result.outcome)
+        if self.ranks.size == 1:  # each process knows its own images only
+            self._say_likely(every=_COST_SECONDS)
+        self._tell(result.outcome, stage)
 
-    def _tell(self, outcome: str) -> None:
+    def _show(self, stage: Stage, left: int) -> None:
+        """Tell the observer that a stage begins, and those after it that share its batches once nothing is left in it.
+
+        What an image has met in a stage before that is told of, as others are still in the one before it, counts then.
+        """
+        done = self.ledger.attacked(stage.threat.eps, stage.goal.spec, stage.attack.name)
+        self._shown, self._left = stage, left
+        self.observer.begin(stage.title, left + done, done)
+        if self._told[stage.title].total():
+            self.observer.advance(0, fooled=self._fooled(stage))
+        if not left and self._next:
+            following = self._next.pop(0)
+            self._show(following, len(self._remaining(following)))
+
+    def _tell(self, outcome: str, stage: Stage) -> None:
         """Tell the observer of a finished image, and how many of this session's fell in the stage."""
-        self._told[outcome] += 1
-        self.observer.advance(fooled=f"{self._told[attacks.FOOLED] / self._told.total():.0%}")
+        self._told[stage.title][outcome] += 1
+        if stage is not self._shown:
+            return
+        self._left -= 1
+        self.observer.advance(fooled=self._fooled(stage))
+        if not self._left and self._next:
+            following = self._next.pop(0)
+            self._show(following, len(self._remaining(following)))
+
+    def _fooled(self, stage: Stage) -> str:
+        return f"{self._told[stage.title][attacks.FOOLED] / self._told[stage.title].total():.0%}"

@@ -9,7 +9,8 @@ import pyarrow as pa
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.attacks import Result
+from robustvlm.attacks import Goal, Result, ThreatModel
+from robustvlm.attacks.catalog import Attack
 from robustvlm.commands.attack.cost import MeteredOracle
 from robustvlm.commands.attack.verdicts import NO_ANSWER
 from robustvlm.commands.common.store import JournalLedger, cost_of
@@ -300,7 +301,13 @@ class Ledger(JournalLedger):
     def add_estimate(self, estimate: Estimate) -> None:
         """Record what the run was expected to cost before its first stage; later estimates are of what is left."""
         if self.estimate is None:
-            self._add({"kind": "estimate", **estimate.model_dump()})
+            self._add({"kind": "estimate", **estimate.model_dump(exclude_none=True)})
+
+    def add_likely(self, least: int, most: int) -> None:
+        """Record what the run's first finished images let expect; later ones know better, and are not recorded."""
+        if self.estimate is not None and self.estimate.likely_least is None:
+            likely = {"likely_least": least, "likely_most": most, "likely_after": len(self.found)}
+            self._add({"kind": "estimate", **self.estimate.model_dump(exclude_none=True), **likely})
 
     def _take_own(self, kind: str, fact: dict[str, Any]) -> None:
         if kind == "clean":
@@ -356,3 +363,46 @@ def _numbers(folder: Path) -> list[int]:
 
 def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.safetensors"
+
+
+# The stages of an attack run, and the pictures that they leave
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack at one eps for one goal."""
+
+    attack: Attack
+    threat: ThreatModel
+    eps_text: str
+    goal: Goal
+
+    @property
+    def title(self) -> str:
+        about = "" if self.goal.spec == "misclassify" else f" {self.goal.spec}"
+        return f"{self.attack.name} {self.threat.norm} {self.eps_text}{about}"
+
+
+def save_pictures(folder: RunFolder, result: Result, fact: CleanFact, stage: Stage, *, every: bool) -> None:
+    """Keep a success for the gallery, and among all adversarial images if `every` one is wanted."""
+    about = picture_facts(result, fact, stage)
+    pictures = (result.job.index, result.job.pixels, result.adversarial, about)
+    save_to_gallery(folder.gallery_path, *pictures)
+    if every:
+        save_pair(folder.adversarial_path, *pictures)
+
+
+def picture_facts(result: Result, fact: CleanFact, stage: Stage) -> dict[str, str]:
+    """Return the metadata that goes with a saved pair of images."""
+    shown = {
+        "image_id": fact.image_id,
+        "index": fact.index,
+        "label": fact.label,
+        "clean_prediction": fact.prediction,
+        "prediction": result.prediction,
+        "clean_confidence": fact.confidence,
+        "confidence": result.confidence,
+        "attack": stage.attack.name,
+        "eps": stage.threat.eps,
+    }
+    return {key: str(value) for key, value in shown.items()}
