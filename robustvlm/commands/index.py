@@ -20,7 +20,7 @@ from robustvlm.report.sections import Measure
 from robustvlm.report.words import DASH, norm_name, plain
 from robustvlm.runs.manifest import NAME
 from robustvlm.runs.run import FinishedRun, manifest_of
-from robustvlm.stats import Rate
+from robustvlm.stats import Mean, Rate
 from robustvlm.text import one_line
 
 _CURVES = 24
@@ -155,10 +155,10 @@ def _headline(run: FinishedRun[Any]) -> Headline | None:
         return next((Headline.of("unknown rejected", one.share_rejected) for one in _unknown(summary)), None)
     history = getattr(summary, "history", None)
     kept = None if history is None else history.best()
-    rates = {} if kept is None else {name: one for name, one in kept.measures.items() if isinstance(one, Rate)}
+    rates = {} if kept is None else {n: one for n, one in kept.measures.items() if isinstance(one, Rate | Mean)}
     for name in ("robust accuracy", "clean accuracy", *rates):
         if name in rates:
-            return Headline.of(f"{plain(name, 40)}, validation", rates[name])
+            return Headline(f"{plain(name, 40)}, validation", Measure.of(rates[name]), rates[name].value)
     return None
 
 

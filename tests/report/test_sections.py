@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 from markupsafe import Markup
@@ -12,6 +13,7 @@ from pages import HOSTILE, Page
 from rich.console import Console
 
 from robustvlm.commands.assemble import work as build
+from robustvlm.commands.judge.view import tone_of
 from robustvlm.commands.prompts import work as prompts
 from robustvlm.commands.soup import work as soup
 from robustvlm.defenses.finetune.saved import Tasting
@@ -180,3 +182,30 @@ def test_a_heading_of_rows_is_not_broken_where_the_names_below_it_are_short() ->
     wide = [(f"n{i}", *("0.123  0.100" for _ in range(6))) for i in range(2)]
     columns = [Column("set"), *(Column(f"column {i}") for i in range(6))]
     assert "Mahalanobis" in shown(Table(columns, ["Mahalanobis", *wide]), width=60)
+
+
+@pytest.mark.parametrize(("tone", "word"), [("held", "Good"), ("", "Bad"), ("neutral", "")])
+def test_the_colour_of_a_verdict_is_also_a_sign_with_a_word(tone: str, word: str) -> None:
+    page = Page(page_of(Report("k", "n", "k", "f", [Verdict(["so it is"], tone)], [])))
+    assert [value for _, name, value in page.attributes if name == "aria-label"] == [
+        "Sections",
+        *([word] if word else []),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p", "level", "tone"),
+    [
+        (9, 1, 0.01, "ok", "held"),
+        (1, 9, 0.01, "ok", ""),
+        (9, 1, 0.2, "ok", "neutral"),
+        (9, 1, 0.01, "fault", "neutral"),
+    ],
+)
+def test_a_judged_defence_has_a_colour_for_a_clear_difference_only(
+    first: int, second: int, p: float, level: str, tone: str
+) -> None:
+    gain = SimpleNamespace(only_first=first, only_second=second)
+    checks = [SimpleNamespace(level=level)]
+    assert tone_of(SimpleNamespace(gain=gain, gain_p=p, checks=checks)) == tone  # type: ignore[arg-type]
+    assert tone_of(SimpleNamespace(gain=None, gain_p=None, checks=[])) == "neutral"  # type: ignore[arg-type]

@@ -256,7 +256,7 @@ def _table(summary: Judgement) -> Iterator[doc.Block]:
         )
     columns = [doc.Column("Model"), *doc.numbers(*COLUMNS, "p", "passes F / B", "cost x", "warnings")]
     about = ball(summary.norm, summary.eps_text)
-    title = f"{about}; {summary.images:,} images, {summary.steps} steps"
+    title = f"{about}; {count_of(summary.images, 'images')}, {count_of(summary.steps, 'steps')}"
     yield doc.Table(columns, rows, title=title, strong=frozenset(strong))
     if aside := left_aside(summary):
         yield doc.Text(aside)
