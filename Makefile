@@ -4,6 +4,8 @@
 # For those who change the program (each takes long):
 #   make test-slow    the heavier tests
 #   make test-matrix  the tests with the oldest and the newest releases of torch and the rest; equality tests on every CPU
+#   make packaging    build wheel and sdist, look into them, resolve all extras together, try the wheel in an environment
+#   make release      the same, and what to upload
 #   make torture      kill it, feed it nonsense, fill its disk, and count what is lost
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +17,7 @@ WORKERS ?= 2
 OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality torture format clean
+.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality packaging release torture format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -23,8 +25,8 @@ demo: $(VENV)/.installed
 	$(BIN)/robustvlm certify tiny --claim class --sigma 0.05 --samples 500 --limit 24 --name demo-certify
 
 test: $(VENV)/.installed-test
-	$(BIN)/ruff check conftest.py robustvlm tests tools benchmarks
-	$(BIN)/ruff format --check conftest.py robustvlm tests tools benchmarks
+	$(BIN)/ruff check conftest.py robustvlm tests tools benchmarks examples
+	$(BIN)/ruff format --check conftest.py robustvlm tests tools benchmarks examples
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) -q
 
@@ -46,13 +48,21 @@ test-newest: pyproject.toml
 test-equality: $(VENV)/.installed-test
 	$(BIN)/python tools/matrix/equality.py
 
+# PACKAGING='--no-install' leaves out the environment, which takes minutes and gigabytes.
+packaging: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m tools.packaging $(PACKAGING)
+
+release: packaging
+	@echo "Tag this commit, then upload what is in dist: $(BIN)/python -m twine upload dist/*"
+
 # TORTURE='--quick' for a look, or '--kills 50 --inputs 0'
 torture: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.torture $(TORTURE)
 
 format: $(VENV)/.installed-test
-	$(BIN)/ruff check --fix robustvlm tests tools benchmarks
-	$(BIN)/ruff format robustvlm tests tools benchmarks
+	$(BIN)/ruff check --fix robustvlm tests tools benchmarks examples
+	$(BIN)/ruff format robustvlm tests tools benchmarks examples
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "robustvlm needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
