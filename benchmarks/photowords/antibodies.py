@@ -102,8 +102,8 @@ def encoded(photographs: Path, cache: Path) -> Encoded:
     if photographs.is_dir():
         parquet = cache / "photographs.parquet"
         if not parquet.exists():
-            found = gathered(photographs)
-            write_parquet(parquet, found, [item.class_name for item in found])
+            pictures = gathered(photographs)
+            write_parquet(parquet, pictures, [item.class_name for item in pictures])
     source = open_data(f"parquet:{parquet}")
     if source.tree is None:
         raise UserError(f"'{parquet}' has no class tree: the photographs must be of ImageNet's classes")

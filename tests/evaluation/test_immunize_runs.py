@@ -35,6 +35,7 @@ from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, read_card
 from robustvlm.report.page import page_of
 from robustvlm.report.sections import Report
+from robustvlm.report.words import percent
 from robustvlm.runs.run import Run
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import rate
@@ -479,9 +480,9 @@ def test_the_record_says_how_many_unknown_images_are_rejected_and_known_ones_ref
     assert any("known classes were left out" in note and "cat (4)" in note for note in record["notes"])
     measures = read_run(run.folder.path).summary.measures
     said = view.verdict(measures)
-    share = f"{measured['rejected']['value']:.1%}"
+    share = percent(measured["rejected"]["value"])
     assert said.startswith(f"Of unknown images the model rejects, at its own thresholds, {share} (")
-    assert f"wrongly refuses {record['measures']['rejected']['value']:.1%} (" in said
+    assert f"wrongly refuses {percent(record['measures']['rejected']['value'])} (" in said
     page = run.folder.report_path.read_text()
     assert share in page
     assert "Unknown images rejected" in page

@@ -227,7 +227,7 @@ def score_facts(immunity: Immunity, done: Immunised | Decided | None) -> Record:
     if immunity.floor is None:
         return {"weight": immunity.weight}
     choice = None if done is None else done.choice
-    gains = {} if choice is None else {f"{weight:g}": gain for weight, gain in choice.gains.items()}
+    gains: Record = {} if choice is None else {f"{weight:g}": gain for weight, gain in choice.gains.items()}
     return {"weight": immunity.weight, "floor": immunity.floor, "gains": gains}
 
 

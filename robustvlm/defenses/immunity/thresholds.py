@@ -259,7 +259,7 @@ def _least_accepted(
         for k, scores in own.items()
         for lost, refused, cut in _hull(scores, strange[near == k])
     ]
-    budget, closed = int(miss * len(values) + 1e-9), set()
+    budget, closed = int(miss * len(values) + 1e-9), set[int]()
     for _, k, lost, cut in sorted(steps, key=lambda step: (-step[0], step[1])):
         if k in closed or lost > budget:
             closed.add(k)
