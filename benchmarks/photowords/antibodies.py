@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +68,9 @@ class Texts:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        kept = torch.load(path, weights_only=True) if path.exists() else {"texts": [], "features": torch.zeros(0, 384)}
+        kept: dict[str, Any] = {"texts": [], "features": torch.zeros(0, 384)}
+        if path.exists():
+            kept = torch.load(path, weights_only=True)
         self.place = {text: i for i, text in enumerate(kept["texts"])}
         self.features: Tensor = kept["features"]
 
