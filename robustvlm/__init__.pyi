@@ -476,6 +476,7 @@ def immunize(
     templates: Path | str | None = None,
     tree: Path | str | None = None,
     no_images: bool = False,
+    calibrate: str | None = None,
     shots: int = 0,
     antibodies: str = "bank",
     llm: str | None = None,
@@ -486,10 +487,14 @@ def immunize(
     band: str | None = None,
     margin: str | float | None = "0.2",
     push_weight: float = 1.0,
+    push_nearest: int = 10,
+    rule: str = "hinge",
     lambda_inf: float = 0.5,
     kappa: str = "model",
     miss: float = 0.05,
     min_images: int = 30,
+    thresholds: str = "equal-miss",
+    tail: str | float | None = "auto",
     sigma: list[float] | float = [],
     hidden: int = 128,
     steps: int = 400,
@@ -525,7 +530,8 @@ def immunize(
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.
         tree: Class tree: superclasses are no antibodies.
-        no_images: From texts alone: no adapter, thresholds at 0.
+        no_images: From texts alone: no adapter; thresholds at 0 without --calibrate.
+        calibrate: With --no-images: labelled images of known classes that set score and thresholds.
         shots: Images of each class to learn from; 0 for all.
         antibodies: bank (bundled), a file, llm, wordnet, noise (baseline), none.
         llm: OpenAI-compatible endpoint, as http://localhost:11434/v1; the key is read from ROBUSTVLM_LLM_KEY or
@@ -537,10 +543,16 @@ def immunize(
         band: Cosines SAFE,RISK that antibodies lie between; either may be auto [default: auto,auto].
         margin: Cosine of image and antibody above which they are pushed apart; auto takes it from the data.
         push_weight: Weight of pushing from antibodies (lambda).
-        lambda_inf: Weight of antibodies in the score.
+        push_nearest: Push an image from so many of its nearest antibodies; 0 for all.
+        rule: Score: hinge, the largest cosine less what an antibody near the image takes off, its weight chosen on
+            the held-out images; or s-dis, with --lambda-inf.
+        lambda_inf: Weight of antibodies in S_DIS (--rule s-dis).
         kappa: Concentration in training: model (its temperature) or class (vMF estimates).
         miss: Share of known images that thresholds reject.
         min_images: Held-out images, classified right, that a threshold of its own needs.
+        thresholds: equal-miss, density (classes of few images by the names around theirs), pooled (one), or least-
+            fpr.
+        tail: Share of the scores, the lowest, that thresholds are fitted to; auto: a fifth, and at least 20 images.
         sigma: Also set thresholds behind noise, for certify and +smooth; repeatable.
         hidden: Width of the adapter.
         steps: Training steps of the adapter, at most; 0 for none.

@@ -30,7 +30,7 @@ from robustvlm.defenses.immunity.antibodies import (
     noise_antibodies,
     open_source,
 )
-from robustvlm.defenses.immunity.state import open_set_score
+from robustvlm.defenses.immunity.recipe import Deciding
 from robustvlm.defenses.immunity.vaccine import automatic_margin
 from robustvlm.detect import Head, Supplies, make_scores
 
@@ -42,12 +42,15 @@ BASELINES = ("mcm", "max-logit", "energy", "delta-energy", "mahalanobis", "knn",
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings of one row; the defaults are the command's."""
+    """Settings of one row; the defaults are those of `--rule s-dis --tail 0.5 --push-nearest 0`, which the table is of.
+
+    A `weight` of None is the hinge, chosen on the held-out images, with the command's own tail and push.
+    """
 
     name: str
     antibodies: str = "bank"
     xi: float | None = None
-    weight: float = 0.5
+    weight: float | None = 0.5
     kappa: str = "model"
     push_weight: float = 1.0
     margin: float | None = 0.2
@@ -60,6 +63,7 @@ class Variant:
 
 VARIANTS = (
     Variant("immunised"),
+    Variant("- hinge, chosen", weight=None),
     Variant("- no push", push_weight=0.0),
     Variant("- no vaccine", steps=0),
     Variant("- no EVT", thresholds=False),
@@ -119,11 +123,10 @@ def scored(task: Task, variant: Variant, seed: int) -> Scored:
 
 
 def bare(immunity: Immunity, features: Tensor) -> Array:
-    """Return S_DIS without thresholds."""
+    """Return the score without thresholds."""
     with torch.no_grad():
         adapted = immunity.adapter(features)
-    found = open_set_score(adapted, immunity.prototypes, immunity.antibodies.embeddings, immunity.weight)
-    return np.asarray(found.double().numpy())
+    return np.asarray(immunity.score(adapted).double().numpy())
 
 
 def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
@@ -140,6 +143,7 @@ def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
         push_weight=variant.push_weight,
         margin=margin,
         steps=variant.steps,
+        push_nearest=10 if variant.weight is None else 0,
         seed=seed,
         **variant.extra,  # type: ignore[arg-type]
     )
@@ -151,7 +155,7 @@ def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
         task.class_names,
         logit_scale=task.vlm.logit_scale,
         kappa=variant.kappa,
-        weight=variant.weight,
+        deciding=Deciding(variant.weight, tail=None if variant.weight is None else 0.5, seed=seed),
         vaccine=vaccine,
     )
     pooled = sum(item.pooled for item in done.thresholds.classes)

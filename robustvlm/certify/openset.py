@@ -82,6 +82,10 @@ def pilot_choice(z: ArrayLike, vectors: Array) -> tuple[int, Array]:
 # then the image is rejected. Proof: as before the nearest prototype q* is in C; S(z) = S_q*(z) <= <z, q* - lam b(q*)>,
 # which by (ii) is below tau_y. []
 #
+# *With a floor* b0, antibodies count only above it: S(z) = s_y(z) - lam max(0, max_b <z, b> - b0). The minimum over
+# antibodies is then one over the affine functions <z, p> and <z, p - lam b> + lam b0, so that S_p is again a minimum of
+# finitely many; (ii) of an acceptance asks it of each of them, (ii) of a rejection of one that the pilot chooses for q.
+#
 # Both are intersections of claims that are linear in z and fixed before the estimation samples are drawn, each tested
 # at level alpha; the intersection needs no correction (T8). C makes the thresholds count that can matter: with all
 # prototypes in C, acceptance is "S_p >= max tau" and rejection "S_q < tau_q for every q".
@@ -100,6 +104,9 @@ class Claims:
 class OpensetRule:
     """Prototypes [P, D] with their classes [P], antibodies [A, D] of weight `weight`, thresholds [K].
 
+    Args:
+        floor: cosine from which antibodies count, as in `open_set_score`; None: they always do.
+
     Raises:
         UserError: parts that do not fit each other, or a negative weight.
 
@@ -114,6 +121,7 @@ class OpensetRule:
     antibodies: Array
     weight: float
     thresholds: Array
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         fits = self.prototypes.ndim == 2 and self.classes.shape == (len(self.prototypes),)
@@ -128,9 +136,12 @@ class OpensetRule:
     @property
     def reach(self) -> float:
         """The largest length of a contrast vector p - lam b."""
-        if not len(self.antibodies):
-            return float(np.linalg.norm(self.prototypes, axis=1).max())
-        return float(max(np.linalg.norm(self._contrasts(p), axis=1).max() for p in self.prototypes))
+        return float(max(np.linalg.norm(self.contrasts(p)[0], axis=1).max() for p in self.prototypes))
+
+    @property
+    def room(self) -> float:
+        """How far from 0 the bound on a contrast may lie."""
+        return float(np.abs(self.thresholds).max()) + abs(self.weight * (self.floor or 0.0))
 
     def predicted(self, z: Array) -> int:
         """Return the class of the nearest prototype to a feature [D]."""
@@ -138,8 +149,12 @@ class OpensetRule:
 
     def score(self, z: Array) -> float:
         """Return S of a feature [D]."""
-        against = float((self.antibodies @ z).max()) if len(self.antibodies) else 0.0
-        return float((self.prototypes @ z).max()) - self.weight * against
+        return float((self.prototypes @ z).max()) - self.against(z)
+
+    def against(self, z: Array) -> float:
+        """Return what the antibodies take off at a feature [D]."""
+        vector, shift = self.nearest(z)
+        return float(vector @ z) - shift
 
     def margin(self, z: Array) -> float:
         """Return S less the threshold of the predicted class: accepted are features with a margin of at least 0."""
@@ -173,23 +188,37 @@ class OpensetRule:
         del z
         within = self._within(order, size)
         apart, positive = self._apart(order, within)
-        own = self._contrasts(self.prototypes[order[0]])
+        own, shifts = self.contrasts(self.prototypes[order[0]])
         # Deployed classifiers accept strictly above the threshold.
         highest = float(np.nextafter(self.thresholds[self.classes[within]].max(), np.inf))
-        return Claims(np.concatenate([own, apart]), np.concatenate([np.full(len(own), highest), positive]), True)
+        least = np.where(shifts == 0.0, highest, np.nextafter(highest - shifts, np.inf))
+        return Claims(np.concatenate([own, apart]), np.concatenate([least, positive]), True)
 
     def _rejection(self, z: Array, order: npt.NDArray[np.int64], size: int) -> Claims:
         within = self._within(order, size)
         apart, positive = self._apart(order, within)
-        nearest = self.weight * self.antibodies[(self.antibodies @ z).argmax()] if len(self.antibodies) else 0.0
+        nearest, shift = self.nearest(z)
         below = nearest - self.prototypes[within]
-        least = np.nextafter(-self.thresholds[self.classes[within]], np.inf)  # strictly below tau
+        least = np.nextafter(shift - self.thresholds[self.classes[within]], np.inf)  # strictly below tau
         return Claims(np.concatenate([below, apart]), np.concatenate([least, positive]), False)
 
-    def _contrasts(self, prototype: Array) -> Array:
+    def nearest(self, z: Array) -> tuple[Array, float]:
+        """Return v [D] and c with <z, v> - c what the antibodies take off at a feature [D]: lam b and lam b0, or 0."""
+        cosines = self.antibodies @ z
+        if not len(cosines) or (self.floor is not None and cosines.max() <= self.floor):
+            return np.zeros(self.prototypes.shape[1]), 0.0
+        return self.weight * self.antibodies[cosines.argmax()], self.weight * (self.floor or 0.0)
+
+    def contrasts(self, prototype: Array) -> tuple[Array, Array]:
+        """Return vectors [M, D] and shifts [M] with S_p(z) = min_i <z, v_i> + c_i for a prototype p [D]."""
+        alone = prototype[None], np.zeros(1)
         if not len(self.antibodies):
-            return prototype[None]
-        return np.asarray(prototype - self.weight * self.antibodies)
+            return alone
+        vectors = np.asarray(prototype - self.weight * self.antibodies)
+        if self.floor is None:
+            return vectors, np.zeros(len(vectors))
+        shifts = np.append(np.full(len(vectors), self.weight * self.floor), 0.0)
+        return np.concatenate([vectors, alone[0]]), shifts
 
 
 def _room(claims: Claims, z: Array) -> float:

@@ -183,3 +183,23 @@ class SDIS(Detector):
     def score(self, features: Tensor) -> Tensor:
         known = (features @ self.prototypes.to(features).T).amax(dim=1)
         return known - self.weight * (features @ self.antibodies.to(features).T).amax(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Hinge(SDIS):
+    """max_k <z, mu_k> - weight max(0, max_a <z, a> - floor): the largest cosine, corrected near an antibody.
+
+    Source: our reading, from measurements in which S_DIS lost to the largest cosine (docs/immunize.md).
+
+    Example:
+        >>> import torch
+        >>> Hinge(torch.eye(3)[:2], torch.eye(3)[2:], 0.5, floor=0.6).score(torch.tensor([[0.0, 0.6, 0.8]]))
+        tensor([0.5000])
+    """
+
+    floor: float = 0.0
+
+    def score(self, features: Tensor) -> Tensor:
+        known = (features @ self.prototypes.to(features).T).amax(dim=1)
+        nearest = (features @ self.antibodies.to(features).T).amax(dim=1)
+        return known - self.weight * (nearest - self.floor).clamp_min(0.0)

@@ -18,7 +18,9 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def random_rule(rng: np.random.Generator, *, antibodies: int, per_class: int) -> OpensetRule:
+def random_rule(
+    rng: np.random.Generator, *, antibodies: int, per_class: int, floor: float | None = None
+) -> OpensetRule:
     classes = np.repeat(np.arange(4), per_class)
     return OpensetRule(
         unit(rng.normal(size=(len(classes), 5))),
@@ -26,14 +28,22 @@ def random_rule(rng: np.random.Generator, *, antibodies: int, per_class: int) ->
         unit(rng.normal(size=(antibodies, 5))),
         float(rng.uniform(0, 1)),
         rng.uniform(-0.5, 0.9, size=4),
+        floor,
     )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 3]), st.sampled_from([1, 2]))
-def test_where_the_claims_hold_the_decision_is_that_of_the_pilot(seed: int, antibodies: int, per_class: int) -> None:
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([None, -0.3, 0.1, 0.5]),
+)
+def test_where_the_claims_hold_the_decision_is_that_of_the_pilot(
+    seed: int, antibodies: int, per_class: int, floor: float | None
+) -> None:
     rng = np.random.default_rng(seed)
-    rule = random_rule(rng, antibodies=antibodies, per_class=per_class)
+    rule = random_rule(rng, antibodies=antibodies, per_class=per_class, floor=floor)
     pilot = unit(rng.normal(size=5)) * rng.uniform(0.3, 1.0)
     claims = rule.claims(pilot)
     assert claims.accepts == (rule.margin(pilot) >= 0.0)
@@ -42,6 +52,21 @@ def test_where_the_claims_hold_the_decision_is_that_of_the_pilot(seed: int, anti
     kept = [z for z in near if (claims.vectors @ z >= claims.least).all()]
     for z in kept:
         assert (rule.margin(z) > 0.0) == claims.accepts
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([None, -0.3, 0.1, 0.5]))
+def test_the_score_is_the_minimum_of_its_contrasts(seed: int, floor: float | None) -> None:
+    rng = np.random.default_rng(seed)
+    rule = random_rule(rng, antibodies=3, per_class=2, floor=floor)
+    z = unit(rng.normal(size=5)) * rng.uniform(0.3, 1.0)
+    against = (rule.antibodies @ z).max()
+    wanted = (rule.prototypes @ z).max() - rule.weight * (against if floor is None else max(0.0, against - floor))
+    each = [(vectors @ z + shifts).min() for vectors, shifts in map(rule.contrasts, rule.prototypes)]
+    assert max(each) == pytest.approx(wanted)
+    assert rule.score(z) == pytest.approx(wanted)
+    vector, shift = rule.nearest(z)
+    assert (rule.prototypes @ z).max() - vector @ z + shift == pytest.approx(wanted)
 
 
 def test_claims_use_only_the_thresholds_that_matter() -> None:

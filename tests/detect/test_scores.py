@@ -29,6 +29,7 @@ from robustvlm.detect import (
     Energy,
     FittedDetector,
     Head,
+    Hinge,
     Mahalanobis,
     MaxLogit,
     NegLabel,
@@ -125,12 +126,9 @@ def test_a_temperature_reaches_every_score_from_energies(clouds: Clouds) -> None
 def test_there_is_one_default_weight_of_antibodies() -> None:
     from robustvlm.commands.certify import CertifySettings
     from robustvlm.commands.immunize import ImmunizeSettings
-    from robustvlm.defenses.immunity import immunise
 
-    signatures = [inspect.signature(part).parameters for part in (immunise, SDIS)]
-    found = [signature.get("weight", signature.get("lambda_inf")) for signature in signatures]
-    assert [part.default for part in found if part is not None] == 2 * [LAMBDA_INF]
-    assert ImmunizeSettings().lambda_inf == CertifySettings().weight == LAMBDA_INF
+    weights = [inspect.signature(part).parameters["weight"].default for part in (SDIS, Hinge)]
+    assert [*weights, ImmunizeSettings().lambda_inf, CertifySettings().weight] == 4 * [LAMBDA_INF]
 
 
 def test_s_dis_without_a_safe_word_is_refused(clouds: Clouds) -> None:

@@ -61,6 +61,19 @@ def test_restarts_that_run_ahead_in_spare_rows_cost_less_than_said(images: int, 
     assert needed <= spent(attacks, images, rungs, Constant(right=True)) <= most
 
 
+@settings(max_examples=10, deadline=None)
+@given(images=st.integers(0, 9), rungs=st.sampled_from([(1,), (4,), (8, 4, 2)]), right=st.booleans())
+def test_attacks_that_share_batches_stay_between_the_bounds(images: int, rungs: tuple[int, ...], right: bool) -> None:
+    attacks = "pgd:steps=3:restarts=2,apgd-ce:steps=2,apgd-dlr:steps=4"
+    least, most = forecast(attacks, images, rungs)
+    oracle = MeteredOracle(Constant(right), budget=Budget(), ranks=Ranks())
+    jobs = [Job(str(i), i, torch.rand(3, 2, 2), LABEL, targets=(0, 2)) for i in range(images)]
+    first, *then = parse_attacks(attacks)
+    engine = LaneEngine(oracle, first, ThreatModel("L2", 0.1), lanes=rungs[0], seed=0, rungs=rungs, then=then)
+    assert len(list(engine.run(jobs))) == images * (3 if right else 1)
+    assert least <= oracle.spent["images"] <= most
+
+
 @settings(max_examples=15, deadline=None)
 @given(images=st.integers(1, 9), seed=st.integers(0, 99), rungs=st.sampled_from([(3,), (4, 2, 1)]))
 def test_any_model_stays_between_the_bounds(images: int, seed: int, rungs: tuple[int, ...]) -> None:

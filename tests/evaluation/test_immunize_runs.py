@@ -239,6 +239,12 @@ WRONG = [
     Case({"band": "0.9,0.1"}, "safe < risk"),
     Case({"model": f"{MODEL}+smooth:0.1:2"}, "is smoothed"),
     Case({"held_out": "emoji?split=val"}, "other classes"),
+    Case({"rule": "hing"}, "unknown rule 'hing'"),
+    Case({"thresholds": "pool"}, "unknown thresholds 'pool'"),
+    Case({"tail": 0.01}, "tail must lie between the miss"),
+    Case({"lambda_inf": 0.3}, "lambda_inf is the weight of S_DIS: pass rule=s-dis"),
+    Case({"calibrate": "emoji"}, "calibrate is for a model without images"),
+    Case({"no_images": True, "calibrate": "emoji?split=val"}, "calibrate needs the same ones"),
 ]
 
 
@@ -249,6 +255,31 @@ def test_mistakes_are_one_line_and_found_before_work_begins(make_folder: MakeFol
         made(photos, **case.changes)
     assert "\n" not in str(found.value)
     assert not (photos.parent / "runs" / "run" / CARD_NAME).exists()
+
+
+def test_images_set_score_and_thresholds_of_a_model_of_texts(make_folder: MakeFolder) -> None:
+    photos = make_folder()
+    run = made(photos, no_images=True, calibrate=f"imagefolder:{photos}")
+    record = record_of(run)
+    assert record["images"] == {"fit": 0, "held_out": 36}
+    assert record["measures"]["rejected"]["total"] == 36
+    assert record["diagnostics"]["neighbourhood"]["covered"]["total"] == 3
+    assert not any("not controlled" in note for note in record["notes"])
+    card = read_card(run.folder.path)
+    assert card is not None
+    settings = card.settings
+    made_of = load_immunity(run.folder.path, settings)
+    assert settings["hinge"] == {"weight": record["weight"], "floor": record["floor"]}
+    assert len({row["threshold"] for row in record["classes"] if row["pooled"]}) <= 1
+    assert made_of.floor == record["floor"]
+    assert "of the neighbourhood" in page_of(view.immunize_report(read_run(run.folder.path)))
+    with pytest.raises(UserError, match="images of its classes set its thresholds"):
+        made(photos, name="more", model=str(run.folder.path), add_class="owl", band=None, hidden=128, min_images=30)
+
+
+def test_s_dis_is_what_it_was(make_folder: MakeFolder) -> None:
+    record = record_of(made(make_folder(), rule="s-dis", lambda_inf=0.25))
+    assert (record["weight"], record.get("floor")) == (0.25, None)
 
 
 def test_data_that_taught_cannot_be_held_out(make_folder: MakeFolder) -> None:

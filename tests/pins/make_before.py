@@ -41,6 +41,7 @@ _FINETUNE += ["--inner-steps", "1", "--val-steps", "2", "--lr", "0.01", "--valid
 _PURIFY = ["purify", "model", *_TRAIN, "--only", "mapper", "--mapper-steps", "2", "--sigma", "0.1", *_SHORT]
 _IMMUNIZE = ["immunize", "model", *_TRAIN, "--held-out", "parquet:test.parquet", "--antibodies", "near.txt"]
 _IMMUNIZE += ["--steps", "4", "--hidden", "4", "--min-images", "2", "--ood", "parquet:far.parquet"]
+_IMMUNIZE += ["--rule", "s-dis", "--tail", "0.5", "--push-nearest", "0"]  # what there was no choice of then
 _PROMPTS = ["tune-prompts", "model", *_TRAIN, "--shots", "2", "--epochs", "2", "--val", "parquet:test.parquet"]
 _PROMPTS += ["--ood", "parquet:far.parquet"]
 

@@ -158,7 +158,8 @@ class RuleRadius(_DecisionRadius):
     def __init__(
         self, *, rule: OpensetRule, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None = None
     ) -> None:
-        settings = (rule.prototypes, rule.classes, rule.antibodies, rule.weight, rule.thresholds)
+        parts = (rule.prototypes, rule.classes, rule.antibodies, rule.weight, rule.thresholds)
+        settings: tuple[object, ...] = parts if rule.floor is None else (*parts, rule.floor)
         super().__init__(sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius, settings=settings)
         self.rule = rule
 
@@ -274,7 +275,10 @@ class RuleQuantity(Quantity):
             return torch.as_tensor(values, dtype=features.dtype, device=features.device)
 
         cosines = mean @ like(rule.prototypes).T
-        against = rule.weight * (mean @ like(rule.antibodies).T).amax(dim=1) if len(rule.antibodies) else 0.0
+        against = torch.zeros_like(cosines[:, 0])
+        if len(rule.antibodies):
+            against = (mean @ like(rule.antibodies).T).amax(dim=1)
+            against = rule.weight * (against if rule.floor is None else (against - rule.floor).clamp_min(0.0))
         each = cosines - like(rule.thresholds[rule.classes])
         # Aim 0 moves the margin of the predicted class; the others pursue that of one of the leading prototypes each.
         leading = cosines.argsort(dim=1, descending=True)
@@ -294,12 +298,12 @@ class RuleQuantity(Quantity):
         centre, rows = mean_feature(features[:half])[0], unit_rows(features[half:])
         limits = rule.thresholds[rule.classes]
         if self.accepts:
-            nearest = rule.weight * rule.antibodies[(rule.antibodies @ centre).argmax()] if len(rule.antibodies) else 0
+            nearest, shift = rule.nearest(centre)
             pairs = zip(rule.prototypes - nearest, limits, strict=True)
-            return max(_upper(rows, vector, alpha) - float(limit) for vector, limit in pairs)
-        leading = rule.prototypes[(rule.prototypes @ centre).argmax()]
-        vectors = leading - rule.weight * rule.antibodies if len(rule.antibodies) else leading[None]
-        return max(_upper(rows, -vector, alpha) for vector in vectors) + float(limits.max())
+            return max(_upper(rows, vector, alpha) + shift - float(limit) for vector, limit in pairs)
+        vectors, shifts = rule.contrasts(rule.prototypes[(rule.prototypes @ centre).argmax()])
+        pairs = zip(vectors, shifts, strict=True)
+        return max(_upper(rows, -vector, alpha) - float(shift) for vector, shift in pairs) + float(limits.max())
 
 
 def _upper(rows: Array, vector: Array, alpha: float) -> float:
@@ -350,7 +354,7 @@ class _Openset(Claim):
             asked,
             statement=statement,
             risk="claims that keep the decision, chosen by the pilot (no correction, T8)",
-            target=0.5 * (1.0 - float(np.abs(rule.thresholds).max()) / max(rule.reach, 1e-12)),
+            target=0.5 * (1.0 - rule.room / max(rule.reach, 1e-12)),
             certifier=partial(RuleRadius, rule=rule, **sampling_of(asked), radius=asked.radius),
         )
 

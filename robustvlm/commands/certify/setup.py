@@ -248,7 +248,8 @@ def describe_head(config: CertifyConfig, class_names: tuple[str, ...]) -> dict[s
     if rule is not None:
         parts = (rule.prototypes, rule.antibodies, rule.thresholds)
         tensors = {str(i): torch.from_numpy(np.ascontiguousarray(part)) for i, part in enumerate(parts)}
-        return {"head": fingerprint(tensors, (repr(rule.weight),))} | own_claim
+        score = (repr(rule.weight),) if rule.floor is None else (repr(rule.weight), repr(rule.floor))
+        return {"head": fingerprint(tensors, score)} | own_claim
     made = saved_model(split_spec(config.model)[0]) if find_claim(config.claim).head == "vectors" else None
     own = None if made is None else made.class_vectors(class_names)
     return ({} if own is None else {"head": fingerprint({"class_vectors": own}, ())}) | own_claim

@@ -24,7 +24,7 @@ from robustvlm.stats import Rate, holm, rate
 # From the scores of all images to the summary: every metric with its interval, compared in pairs
 
 Array = NDArray[np.float64]
-_OF_THE_MODEL = {record.OWN: "the model's own", record.OWN_SDIS: "S_DIS of the model"}
+_OF_THE_MODEL = {record.OWN: "the model's own", record.OWN_SDIS: "the model's own, before thresholds"}
 
 
 @dataclass(frozen=True, eq=False)

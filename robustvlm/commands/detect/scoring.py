@@ -17,7 +17,7 @@ from robustvlm.core.registry import names_own
 from robustvlm.data.specs import parse_spec
 from robustvlm.data.splits import _ROWS, copies, in_both
 from robustvlm.defenses import Classifier
-from robustvlm.detect import SCORES, SDIS, Detector, Head, Supplies, make_scores, parse_scores
+from robustvlm.detect import SCORES, SDIS, Detector, Head, Hinge, Supplies, make_scores, parse_scores
 from robustvlm.detect.base import require_temperature
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models.zero_shot import class_embeddings
@@ -240,12 +240,16 @@ def make_panel(
 
 
 def own_sdis(classifier: Classifier) -> Detector | None:
-    """Return S_DIS of an immunised model, which keeps prototypes [K, M, D] and antibodies [A, D]; None of others."""
+    """Return the score of an immunised model, before thresholds of classes come off; None of others.
+
+    It keeps prototypes [K, M, D] and antibodies [A, D] with their weight; with a floor the score is a hinge, not S_DIS.
+    """
     prototypes, antibodies = getattr(classifier, "prototypes", None), getattr(classifier, "antibodies", None)
     if not isinstance(prototypes, Tensor) or not isinstance(antibodies, Tensor) or not len(antibodies):
         return None
-    flat = prototypes.detach().float().cpu().flatten(0, -2)
-    return SDIS(flat, antibodies.detach().float().cpu(), float(getattr(classifier, "weight", LAMBDA_INF)))
+    flat, others = prototypes.detach().float().cpu().flatten(0, -2), antibodies.detach().float().cpu()
+    weight, floor = float(getattr(classifier, "weight", LAMBDA_INF)), getattr(classifier, "floor", None)
+    return SDIS(flat, others, weight) if floor is None else Hinge(flat, others, weight, floor)
 
 
 def head_and_kind(classifier: Classifier, templates: Sequence[str]) -> tuple[Head, bool]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import ConfigDict, ValidationInfo, field_validator, model_validator
 
 from robustvlm.core import LAMBDA_INF
-from robustvlm.errors import BadSetting, UserError, setting
+from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.runs.run import Command, FinishedRun, mirrors
 from robustvlm.runs.settings import Settings, Shared, argument, option, way
 
@@ -45,7 +45,15 @@ class ImmunizeSettings(Settings):
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     tree: Path | None = option(None, "Class tree: superclasses are no antibodies.", group="Model and data")
-    no_images: bool = option(False, "From texts alone: no adapter, thresholds at 0.", group="Model and data")
+    no_images: bool = option(
+        False, "From texts alone: no adapter; thresholds at 0 without --calibrate.", group="Model and data"
+    )
+    calibrate: str | None = option(
+        None,
+        "With --no-images: labelled images of known classes that set score and thresholds.",
+        metavar="DATA",
+        group="Model and data",
+    )
     shots: int = option(
         0, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True, group="Model and data"
     )
@@ -88,11 +96,34 @@ class ImmunizeSettings(Settings):
         group="Antibodies",
     )
     push_weight: float = option(1.0, "Weight of pushing from antibodies (lambda).", group="Antibodies")
-    lambda_inf: float = option(LAMBDA_INF, "Weight of antibodies in the score.", at_least=0, group="Antibodies")
+    push_nearest: int = option(
+        10, "Push an image from so many of its nearest antibodies; 0 for all.", at_least=0, group="Antibodies"
+    )
+    rule: str = option(
+        "hinge",
+        "Score: hinge, the largest cosine less what an antibody near the image takes off, its weight chosen on the "
+        "held-out images; or s-dis, with --lambda-inf.",
+        group="Antibodies",
+    )
+    lambda_inf: float = option(
+        LAMBDA_INF, "Weight of antibodies in S_DIS (--rule s-dis).", at_least=0, group="Antibodies"
+    )
     kappa: str = option("model", "Concentration in training: model (its temperature) or class (vMF estimates).")
     miss: float = option(0.05, "Share of known images that thresholds reject.", group="Thresholds")
     min_images: int = option(
         30, "Held-out images, classified right, that a threshold of its own needs.", at_least=1, group="Thresholds"
+    )
+    thresholds: str = option(
+        "equal-miss",
+        "equal-miss, density (classes of few images by the names around theirs), pooled (one), or least-fpr.",
+        group="Thresholds",
+    )
+    tail: float | None = option(
+        "auto",
+        "Share of the scores, the lowest, that thresholds are fitted to; auto: a fifth, and at least 20 images.",
+        typed=str,
+        given=str | float | None,
+        group="Thresholds",
     )
     sigma: list[float] = option(
         [], "Also set thresholds behind noise, for certify and +smooth; repeatable.", group="Thresholds"
@@ -143,7 +174,7 @@ class ImmunizeSettings(Settings):
             return text
         return f"file:{text}" if Path(text).suffix or Path(text).exists() else text
 
-    @field_validator("xi", "margin", mode="before")
+    @field_validator("xi", "margin", "tail", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any, info: ValidationInfo) -> Any:
         return _number(str(info.field_name), value)
@@ -168,6 +199,20 @@ class ImmunizeSettings(Settings):
         for sigma in self.sigma:
             if not 0.0 < sigma <= 10.0:
                 raise BadSetting("sigma", "must be above 0 and at most 10, as 0.25 is", got=f"{sigma:g}")
+        for name, known in (("rule", RULES), ("thresholds", THRESHOLDS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"unknown {setting(name)} '{getattr(self, name)}': {nearest(getattr(self, name), known)}"
+                )
+        if self.tail is not None and not self.miss < self.tail < 1.0:
+            raise BadSetting("tail", f"must lie between the miss ({self.miss:g}) and 1, as 0.2", got=f"{self.tail:g}")
+        if self.rule != "s-dis" and self.lambda_inf != LAMBDA_INF:
+            raise UserError(f"{setting('lambda_inf')} is the weight of S_DIS: pass {setting('rule', 's-dis')} with it")
+        if self.calibrate is not None and not self.no_images:
+            raise UserError(
+                f"{setting('calibrate')} is for a model without images ({setting('no_images', True)}); otherwise "
+                f"{setting('held_out')} sets score and thresholds"
+            )
         if isinstance(self.held_out, float) and not 0.0 < self.held_out < 1.0:
             raise BadSetting("held_out", "takes data or a share between 0 and 1", got=f"{self.held_out:g}")
         if not self.no_images:
@@ -190,7 +235,13 @@ class ImmunizeSettings(Settings):
         named |= {"images": not self.no_images, "shots": self.shots or None, "llm": self.llm_model}
         named |= {"safe": self.band[0], "risk": self.band[1], "noise_draws": NOISE_DRAWS}
         found = super().stored(**(named | resolved))
-        return {name: value for name, value in found.items() if name not in (*_NAMES, "no_images", "band")}
+        gone = (*_NAMES, "no_images", "band")
+        # What runs of before did without saying so is still not said: they are found again under their names.
+        return {
+            name: value
+            for name, value in found.items()
+            if name not in gone and not (name in _BEFORE and value == _BEFORE[name])
+        }
 
     @classmethod
     def of(cls, config: Mapping[str, Any], **changes: Any) -> ImmunizeSettings:
@@ -201,6 +252,7 @@ class ImmunizeSettings(Settings):
             >>> ImmunizeSettings.of(few.stored()) == few
             True
         """
+        config = _BEFORE | dict(config)
         named = {old: config[new] for old, new in _NAMES.items()}
         named |= {"no_images": not config["images"], "shots": config["shots"] or 0, "llm_model": config["llm"]}
         named |= {"band": (config["safe"], config["risk"])}
@@ -211,6 +263,12 @@ class ImmunizeSettings(Settings):
 
 _NAMES = {"prototypes_per_class": "per_class", "lambda_inf": "weight", "sigma": "sigmas"}
 """What manifests call some of the options."""
+RULES = ("hinge", "s-dis")
+THRESHOLDS = ("equal-miss", "density", "pooled", "least-fpr")
+_BEFORE: dict[str, Any] = {
+    "calibrate": None, "rule": "s-dis", "push_nearest": 0, "thresholds": "equal-miss", "tail": 0.5
+}  # fmt: skip
+"""What a manifest means that says nothing of these: there was no choice then."""
 
 
 def _number(name: str, value: Any) -> Any:

@@ -106,7 +106,7 @@ class ExtendWork:
         prototypes = immune.text_prototypes(text)
         made = self._antibodies(prototypes, session.observer)
         immunity = immune.text_only(self._names, text, made.antibodies)
-        record = self._common(immunity, prototypes, made)
+        record = self._common(immunity, prototypes, made, text)
         return immunity, record | {"measures": records.Measures(), "notes": records.notes_of(record, self.settings)}
 
     def _from_images(self, session: Session) -> tuple[immune.Immunity, records.Record]:
@@ -135,21 +135,22 @@ class ExtendWork:
             self._names,
             logit_scale=self.vlm.logit_scale,
             kappa=self.settings.kappa,
-            weight=before.weight,
-            miss=self.settings.miss,
-            min_images=self.settings.min_images,
+            deciding=replace(
+                records.deciding(self.settings, None if before.floor is None else (before.weight, before.floor)),
+                weight=before.weight,
+            ),
+            text=text,
             vaccine=replace(records.vaccine_settings(self.settings, margin), hidden=before.adapter.inner.out_features),
             start=before.adapter,
             on_step=counted(session.observer),
         )
-        record = self._common(done.immunity, prototypes, made)
+        record = self._common(done.immunity, prototypes, made, text)
         record["classes"] = records.class_rows(done.immunity, prototypes, made, done)
         record["diagnostics"]["eps_align_degrees"] = records.alignment_error(done.immunity, held)
-        pooled = done.thresholds.pooled
         record |= {
             "images": {"fit": len(fit.ids), "held_out": len(held.ids)},
             "vaccine": records.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
-            "pooled_fit": {**pooled.__dict__, "threshold": pooled.threshold(self.settings.miss)},
+            "pooled_fit": records.pooled_fit(done.thresholds),
             "measures": records.measure(done.immunity, text, self.vlm.logit_scale, held, {}),
             "added": self._added(before, done.immunity, new_held),
         }
@@ -203,7 +204,9 @@ class ExtendWork:
         filtered = filter_antibodies(both, embed, prototypes.vectors, self._names, band=band)
         return images.Made(filtered.kept, filtered.dropped, band)
 
-    def _common(self, immunity: immune.Immunity, prototypes: immune.Prototypes, made: images.Made) -> records.Record:
+    def _common(
+        self, immunity: immune.Immunity, prototypes: immune.Prototypes, made: images.Made, text: Tensor
+    ) -> records.Record:
         embed = images.embedder(self.vlm, self._templates)
         return {
             "format": 1,
@@ -211,8 +214,10 @@ class ExtendWork:
             "classes": records.class_rows(immunity, prototypes, made, None),
             "xi_degrees": math.degrees(prototypes.xi),
             "antibodies": records.antibody_facts(made, self.settings),
-            "diagnostics": images.diagnose(made, prototypes.vectors, embed, None, self.settings.seed),
-            "weight": immunity.weight,
+            "diagnostics": images.diagnose(
+                made, prototypes.vectors, text, self._names, embed, None, self.settings.seed
+            ),
+            **records.score_facts(immunity, None),
         }
 
     def _added(self, before: immune.Immunity, after: immune.Immunity, new: Features) -> records.Added:
@@ -261,6 +266,11 @@ def open_extension(given: ImmunizeSettings) -> ExtendWork:
     if given.name is not None and (given.out / given.name).resolve() == earlier.model.folder.resolve():
         raise UserError(
             f"'{given.out / given.name}' is the run that the class is added to: choose another {setting('name')}"
+        )
+    if earlier.settings.calibrate is not None:
+        raise UserError(
+            f"'{given.model}' was made from texts, and images of its classes set its thresholds: make it again, with "
+            f"the class among those of {setting('data')} and {setting('calibrate')}"
         )
     why = f"is not for {setting('add_class')}: it is that of the run {given.model}"
     given.require_only((*_ANEW, "steps", "device"), why, stands=earlier.settings)

@@ -31,6 +31,7 @@ from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.report.training import counted
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.settings import Observer
+from robustvlm.stats import rate
 from robustvlm.text import name_key
 
 # The images of an immunize run: which teach and which are held out, and their features, kept in the run's folder
@@ -51,11 +52,14 @@ def open_held_out(settings: ImmunizeSettings, source: DataSource) -> DataSource 
     """Return the held-out data, or the share of `source` to hold out; UserError for data with other classes."""
     if isinstance(settings.held_out, float):
         return settings.held_out
-    found = open_data(settings.held_out)
+    return with_same_classes(settings.held_out, source, "held_out")
+
+
+def with_same_classes(spec: str, source: DataSource, name: str) -> DataSource:
+    """Return the data of a spec, given as setting `name`; UserError for data with other classes than `source`."""
+    found = open_data(spec)
     if [name_key(name) for name in found.class_names] != [name_key(name) for name in source.class_names]:
-        raise UserError(
-            f"'{settings.held_out}' has other classes than '{source.spec}': {setting('held_out')} needs the same ones"
-        )
+        raise UserError(f"'{spec}' has other classes than '{source.spec}': {setting(name)} needs the same ones")
     return found
 
 
@@ -86,6 +90,11 @@ def encode_both(
             keep=lambda name: held_back(source.group(name), share, settings.seed),
         )  # fmt: skip
     return fit, held
+
+
+def encode_calibration(vlm: VLM, source: DataSource, folder: Path, observer: Observer, *, owner: Manifest) -> Features:
+    """Return the features of the images of `--calibrate` data, kept in `folder` of the run `owner`."""
+    return _encoded(vlm, source, folder / "held-out.safetensors", "held out", observer, owner=owner)
 
 
 def encode_unknown(
@@ -165,13 +174,19 @@ _FOLDS = 5
 class Made:
     """The antibodies of a run, those dropped with reasons, and the band (None where nothing was filtered).
 
-    `naming` are the proposed texts that name a class of an unknown set that is measured on, with its spec.
+    `naming` are the proposed texts that name a class of an unknown set that is measured on, with its spec; `proposal`
+    is what was held against the band.
     """
 
     antibodies: known.Antibodies
     dropped: tuple[known.Dropped, ...]
     band: known.Band | None
     naming: Mapping[str, str] = field(default_factory=dict)
+    proposal: known.Proposal | None = None
+
+    def returning(self, class_names: Sequence[str], text: Tensor, prototypes: Tensor) -> known.Returning:
+        """Return the antibodies that were dropped for naming a known class."""
+        return known.returning(self.proposal, class_names, text, prototypes=prototypes, band=self.band)
 
 
 def embedder(vlm: VLM, templates: Sequence[str]) -> Callable[[Sequence[str]], Tensor]:
@@ -232,7 +247,7 @@ def make_antibodies(
         proposal, embed, prototypes, source.class_names, band=band, above=superclasses(source)
     )
     gone = [known.Dropped(text, f"it names a class of the unknown set '{naming[text.text]}'") for text in told]
-    return Made(found.kept, (*found.dropped, *gone), band, naming)
+    return Made(found.kept, (*found.dropped, *gone), band, naming, proposal)
 
 
 def superclasses(source: DataSource) -> tuple[str, ...]:
@@ -246,17 +261,34 @@ def superclasses(source: DataSource) -> tuple[str, ...]:
 
 
 def diagnose(
-    made: Made, prototypes: Tensor, embed: Callable[[Sequence[str]], Tensor], near_names: Path | None, seed: int
+    made: Made,
+    prototypes: Tensor,
+    text: Tensor,
+    class_names: Sequence[str],
+    embed: Callable[[Sequence[str]], Tensor],
+    near_names: Path | None,
+    seed: int,
 ) -> dict[str, Any]:
     """Return coverage and margins of the antibodies.
 
-    Coverage: the share of texts within an angle of an antibody, where the angle is that of the upper bound of the band
-    (nearer than known classes are to each other). The texts are those of `near_names`; and always the antibodies
-    themselves, each fifth held against the other four.
+    Coverage of the neighbourhood: the share of class names, each left out in turn, that lie nearer to an antibody than
+    to another class (`neighbourhood`). Beside it the share of texts within an angle of an antibody, where the angle is
+    that of the upper bound of the band (nearer than known classes are to each other): of `near_names`, and always of
+    the antibodies themselves, each fifth held against the other four.
     """
     antibodies = made.antibodies
     nearest = known.margins(antibodies, prototypes)
     found: dict[str, Any] = {"margin_min": float(nearest.min()), "margin_median": float(nearest.median())}
+    if len(antibodies) and len(class_names) > 1:
+        around = known.neighbourhood(
+            antibodies, text, class_names, proposal=made.proposal, prototypes=prototypes, band=made.band
+        )
+        found["neighbourhood"] = {
+            "covered": rate(int(around.covered.sum()), len(class_names)).model_dump(),
+            "named": int(around.named.sum()),
+            "to_antibody": float(around.to_antibody.median()),
+            "to_class": float(around.to_class.median()),
+        }
     if made.band is None or not len(antibodies):
         return found
     angle = degrees(acos(max(-1.0, min(1.0, made.band.risk))))

@@ -21,8 +21,9 @@ from robustvlm.data.names import some_of
 from robustvlm.data.splits import copies
 from robustvlm.defenses.immunity.antibodies import margins
 from robustvlm.defenses.immunity.prototypes import Prototypes, angle
-from robustvlm.defenses.immunity.recipe import Immunised
-from robustvlm.defenses.immunity.state import Immunity, card_settings, class_scores, open_set_score, save_tensors
+from robustvlm.defenses.immunity.recipe import Decided, Deciding, Immunised
+from robustvlm.defenses.immunity.state import Immunity, card_settings, class_scores, save_tensors
+from robustvlm.defenses.immunity.thresholds import Thresholds
 from robustvlm.defenses.immunity.vaccine import VaccineSettings, pushed_share
 from robustvlm.defenses.prompts import Features
 from robustvlm.detect import auroc_interval
@@ -118,7 +119,8 @@ class ImmunizeSummary(_Part):
 
     Args:
         templates: prompts of the class texts; classes: a row for each, see `class_rows`.
-        xi_degrees: largest angle from a prototype to its text; weight: of the antibodies in the score.
+        xi_degrees: largest angle from a prototype to its text; weight: of the antibodies in the score; floor, gains: of
+            a hinge, from where they count and what each weight gained on classes left out.
         antibodies, diagnostics, vaccine, pooled_fit: see `antibody_facts`, `diagnose`, `vaccine_facts`.
         copies: held-out images that look like images that taught; unreadable: how many, by data.
         images: how many taught and were held out; noisy_thresholds: least, median and largest, by noise level.
@@ -133,6 +135,8 @@ class ImmunizeSummary(_Part):
     antibodies: dict[str, Any]
     diagnostics: dict[str, Any]
     weight: float
+    floor: float | None = None
+    gains: dict[str, tuple[float, float]] | None = None
     copies: int = 0
     unreadable: dict[str, int] | None = None
     images: dict[str, int] | None = None
@@ -168,8 +172,21 @@ def save_model(session: Session, immunity: Immunity, record: Record, base: str, 
 
 def vaccine_settings(settings: ImmunizeSettings, margin: float) -> VaccineSettings:
     """Return the settings of the vaccine; the margin is that of the settings, or taken from the data."""
-    shared = ("hidden", "steps", "lr", "push_weight", "decay", "seed")
+    shared = ("hidden", "steps", "lr", "push_weight", "push_nearest", "decay", "seed")
     return VaccineSettings(margin=margin, **{name: getattr(settings, name) for name in shared})
+
+
+def deciding(settings: ImmunizeSettings, hinge: tuple[float, float] | None = None) -> Deciding:
+    """Return how held-out images set score and thresholds; `hinge` are weight and floor that are known already."""
+    return Deciding(
+        settings.lambda_inf if settings.rule == "s-dis" else None,
+        hinge,
+        settings.miss,
+        settings.min_images,
+        settings.thresholds,
+        settings.tail,
+        settings.seed,
+    )
 
 
 # Its parts: every class, every antibody, every fit
@@ -178,7 +195,9 @@ INACTIVE = 1e-4
 """Share of pairs of image and antibody below which a margin is said to push nothing."""
 
 
-def class_rows(immunity: Immunity, prototypes: Prototypes, made: Made, done: Immunised | None) -> list[Record]:
+def class_rows(
+    immunity: Immunity, prototypes: Prototypes, made: Made, done: Immunised | Decided | None
+) -> list[Record]:
     """Return one row a class: prototype, threshold with its fit, margin to the nearest antibody."""
     nearest = margins(made.antibodies, prototypes.vectors)
     rows = []
@@ -198,8 +217,23 @@ def class_rows(immunity: Immunity, prototypes: Prototypes, made: Made, done: Imm
         if done is not None:
             own = done.thresholds.classes[k]
             row |= {"held_out_right": own.images, "pooled": own.pooled, "fit": asdict(own.fit) if own.fit else None}
+            row |= {"by_density": True} if own.by_density else {}
         rows.append(row)
     return rows
+
+
+def score_facts(immunity: Immunity, done: Immunised | Decided | None) -> Record:
+    """Return how antibodies count in the score, and of a hinge what its weight was chosen by."""
+    if immunity.floor is None:
+        return {"weight": immunity.weight}
+    choice = None if done is None else done.choice
+    gains = {} if choice is None else {f"{weight:g}": gain for weight, gain in choice.gains.items()}
+    return {"weight": immunity.weight, "floor": immunity.floor, "gains": gains}
+
+
+def pooled_fit(thresholds: Thresholds) -> Record:
+    """Return the fit of all classes together, with its threshold."""
+    return {**asdict(thresholds.pooled), "threshold": thresholds.pooled.threshold(thresholds.miss)}
 
 
 def antibody_facts(made: Made, settings: ImmunizeSettings) -> Record:
@@ -286,13 +320,18 @@ def _of_unknown(record: Record, settings: ImmunizeSettings) -> list[str]:
 def notes_of(record: Record, settings: ImmunizeSettings) -> list[str]:
     """Return what a reader has to know before trusting the model, one sentence each."""
     found = []
-    if settings.no_images:
+    if settings.no_images and settings.calibrate is None:
         found.append(
             "Made without images: the share of known images that are rejected is not controlled, features are not "
             "adapted, and an image far from all texts is rejected only if an antibody happens to be nearest."
         )
         return found
     found += _of_unknown(record, settings)
+    if record.get("gains") and record["weight"] == 0.0:
+        found.append(
+            "The antibodies count for nothing in the score, which is the nearness to the best prototype alone: on "
+            "known classes left out in turn no weight gained more than chance explains (--rule s-dis makes them count)."
+        )
     rows = record["classes"]
     pooled = sum(bool(row.get("pooled")) for row in rows)
     if pooled:
@@ -300,6 +339,8 @@ def notes_of(record: Record, settings: ImmunizeSettings) -> list[str]:
             f"{pooled} of {len(rows)} classes have fewer than {settings.min_images} held-out images that are "
             "classified right: they share one pooled threshold."
         )
+    if settings.no_images:
+        return found
     empty = sum(row["images"] == 0 for row in rows)
     if empty:
         found.append(f"{empty} of {len(rows)} classes have no images to learn from: their prototype is the text.")
@@ -327,8 +368,7 @@ def judged(immunity: Immunity, features: Tensor) -> tuple[Tensor, Tensor]:
         adapted = immunity.adapter(features)
     cosines = class_scores(adapted, immunity.prototypes)
     predicted = cosines.argmax(dim=1)
-    score = open_set_score(adapted, immunity.prototypes, immunity.antibodies.embeddings, immunity.weight)
-    return predicted, score - immunity.thresholds[predicted]
+    return predicted, immunity.score(adapted) - immunity.thresholds[predicted]
 
 
 def measure(

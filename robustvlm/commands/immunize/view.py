@@ -230,9 +230,12 @@ def _diagnostics(record: dict[str, Any]) -> list[tuple[str, str]]:
     margins = f"{found['margin_min']:.3f} at least, median {found['margin_median']:.3f}"
     rows = [
         ("Largest angle from prototype to text (xi)", f"{record['xi_degrees']:.1f}°"),
-        ("Weight of the antibodies in the score (lambda_inf)", f"{record['weight']:g}"),
+        _weight(record),
         ("Margin 1 - cos from prototypes to antibodies", margins),
     ]
+    around = found.get("neighbourhood")
+    if around is not None:
+        rows.insert(0, ("Your antibodies cover", _covered(around)))
     if band is not None:
         rows.append(("Band of antibodies (cosine to their class)", f"{band['safe']:.3f} to {band['risk']:.3f}"))
     for key, what in (("crossed", "Antibodies near the other four fifths"), ("near", "Named near things covered")):
@@ -247,3 +250,22 @@ def _diagnostics(record: dict[str, Any]) -> list[tuple[str, str]]:
             ("Vaccine: how far features are moved (median)", f"{vaccine['median_move_degrees']:.1f}°"),
         ]
     return rows
+
+
+def _weight(record: dict[str, Any]) -> tuple[str, str]:
+    if record.get("floor") is None:
+        return "Weight of the antibodies in the score (lambda_inf)", f"{record['weight']:g}"
+    return (
+        "Weight of the antibodies in the score (hinge)",
+        f"{record['weight']:g}, above a cosine of {record['floor']:.3f}",
+    )
+
+
+def _covered(around: dict[str, Any]) -> str:
+    """Say which share of the neighbourhood has an antibody, and what that is counted on."""
+    share = Rate(**around["covered"])
+    return (
+        f"{_rate(share)} of the neighbourhood: of {share.total:,} class names, each left out in turn with the "
+        f"antibodies written for it, {share.successes:,} are nearer to an antibody of the others than to any other "
+        f"class ({around['named']:,} are one of them)"
+    )

@@ -25,7 +25,7 @@ from robustvlm.data.splits import copies
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, open_source
-from robustvlm.defenses.immunity.recipe import KAPPAS, thresholds_of
+from robustvlm.defenses.immunity.recipe import KAPPAS, Decided, decided, thresholds_of
 from robustvlm.defenses.immunity.vaccine import automatic_margin
 from robustvlm.defenses.library import require_texts
 from robustvlm.defenses.prompts import Features
@@ -152,13 +152,13 @@ class ImmunizeWork:
             self.source.class_names,
             logit_scale=self.vlm.logit_scale,
             kappa=self.settings.kappa,
-            weight=self.settings.lambda_inf,
-            miss=self.settings.miss,
-            min_images=self.settings.min_images,
+            deciding=records.deciding(self.settings),
+            text=text,
+            returning=made.returning(self.source.class_names, text, prototypes.vectors),
             vaccine=records.vaccine_settings(self.settings, margin),
             on_step=counted(session.observer),
         )
-        done = replace(done, immunity=self._told_of_noise(done.immunity, session.observer))
+        done = replace(done, immunity=self._told_of_noise(done.immunity, text, session.observer))
         unknown = self._unknown(session)
         return done.immunity, self._record(done, prototypes, made, margin, text, fit, held, unknown)
 
@@ -177,10 +177,29 @@ class ImmunizeWork:
         prototypes = immune.text_prototypes(text)
         made = self._antibodies(prototypes, text, session.observer)
         immunity = immune.text_only(self.source.class_names, text, made.antibodies)
-        record = self._common(immunity, prototypes, made, None) | {"measures": records.Measures()}
-        return immunity, record | {"notes": records.notes_of(record, self.settings)}
+        if self.settings.calibrate is None:
+            record = self._common(immunity, prototypes, made, text) | {"measures": records.Measures()}
+            return immunity, record | {"notes": records.notes_of(record, self.settings)}
+        calibration = images.with_same_classes(self.settings.calibrate, self.source, "calibrate")
+        folder, owner = session.folder.features_path, session.manifest
+        held = images.encode_calibration(self.vlm, calibration, folder, session.observer, owner=owner)
+        done = decided(
+            immunity,
+            immune.Labelled(held.features, held.labels),
+            records.deciding(self.settings),
+            text=text,
+            returning=made.returning(immunity.class_names, text, prototypes.vectors),
+        )
+        record = self._common(done.immunity, prototypes, made, text, done)
+        record |= {
+            "images": {"fit": 0, "held_out": len(held.ids)},
+            "unreadable": {"the held-out data": held.unreadable} if held.unreadable else {},
+            "pooled_fit": records.pooled_fit(done.thresholds),
+            "measures": records.measure(done.immunity, text, self.vlm.logit_scale, held, {}),
+        }
+        return done.immunity, record | {"notes": records.notes_of(record, self.settings)}
 
-    def _told_of_noise(self, immunity: immune.Immunity, observer: Observer) -> immune.Immunity:
+    def _told_of_noise(self, immunity: immune.Immunity, text: Tensor, observer: Observer) -> immune.Immunity:
         """Add thresholds for each noise level that was asked for."""
         other, keep = images.open_held_out(self.settings, self.source), None
         if isinstance(other, float):
@@ -198,15 +217,7 @@ class ImmunizeWork:
                 keep=keep,
                 on_images=counted(observer),
             )
-            thresholds = thresholds_of(
-                means,
-                labels,
-                immunity.prototypes,
-                immunity.antibodies.embeddings,
-                immunity.weight,
-                miss=self.settings.miss,
-                min_images=self.settings.min_images,
-            )
+            thresholds = thresholds_of(means, labels, immunity, records.deciding(self.settings), text=text)
             found[sigma] = torch.tensor(thresholds.values, dtype=torch.float32)
         return replace(immunity, noisy=found)
 
@@ -218,19 +229,24 @@ class ImmunizeWork:
         }
 
     def _common(
-        self, immunity: immune.Immunity, prototypes: immune.Prototypes, made: images.Made, done: immune.Immunised | None
+        self,
+        immunity: immune.Immunity,
+        prototypes: immune.Prototypes,
+        made: images.Made,
+        text: Tensor,
+        done: immune.Immunised | Decided | None = None,
     ) -> records.Record:
-        embed = images.embedder(self.vlm, self.source.templates)
+        embed, settings, names = images.embedder(self.vlm, self.source.templates), self.settings, immunity.class_names
         return {
             "format": 1,
             "templates": list(self.source.templates),
             "classes": records.class_rows(immunity, prototypes, made, done),
             "xi_degrees": math.degrees(prototypes.xi),
-            "antibodies": records.antibody_facts(made, self.settings),
+            "antibodies": records.antibody_facts(made, settings),
             "diagnostics": images.diagnose(
-                made, prototypes.vectors, embed, self.settings.near_names, self.settings.seed
+                made, prototypes.vectors, text, names, embed, settings.near_names, settings.seed
             ),
-            "weight": immunity.weight,
+            **records.score_facts(immunity, done),
         }
 
     def _record(
@@ -244,16 +260,15 @@ class ImmunizeWork:
         held: Features,
         unknown: Mapping[str, Features],
     ) -> records.Record:
-        record = self._common(done.immunity, prototypes, made, done)
+        record = self._common(done.immunity, prototypes, made, text, done)
         record["diagnostics"]["eps_align_degrees"] = records.alignment_error(done.immunity, held)
-        pooled = done.thresholds.pooled
         parts = {without_secrets(self.settings.data): fit, "the held-out data": held, **unknown}
         record |= {
             "copies": copies(held.features, fit.features),
             "unreadable": {name: part.unreadable for name, part in parts.items() if part.unreadable},
             "images": {"fit": len(fit.ids), "held_out": len(held.ids)},
             "vaccine": records.vaccine_facts(done, margin, made.antibodies.embeddings, fit),
-            "pooled_fit": {**pooled.__dict__, "threshold": pooled.threshold(self.settings.miss)},
+            "pooled_fit": records.pooled_fit(done.thresholds),
             "noisy_thresholds": {
                 repr(sigma): [float(values.min()), float(values.median()), float(values.max())]
                 for sigma, values in done.immunity.noisy.items()
@@ -278,6 +293,8 @@ def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
     device = resolve_device(settings.device)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     held = None if settings.no_images else images.open_held_out(settings, source)
+    if settings.calibrate is not None:
+        held = images.with_same_classes(settings.calibrate, source, "calibrate")
     unknown = [open_unlabelled(spec, source.class_names) for spec in settings.ood]
     vlm = load_pipeline(settings.model, device=device)
     require_bare(vlm, settings.model)

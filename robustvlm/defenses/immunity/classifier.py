@@ -12,7 +12,7 @@ from torch import Tensor
 from robustvlm.certify import OpensetRule
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.defenses.immunity.state import AdaptedVLM, Immunity, antibody_score, class_scores, load_immunity
+from robustvlm.defenses.immunity.state import AdaptedVLM, Immunity, against, class_scores, load_immunity
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
@@ -32,10 +32,10 @@ class Decision:
 
 
 class ImmunisedClassifier(Classifier):
-    """Logits of the classes, and S_DIS less the threshold of the predicted class as acceptance score.
+    """Logits of the classes, and the open-set score less the threshold of the predicted class as acceptance score.
 
-    logits_k = logit_scale * max_m <z, mu_km> with z the adapted feature; accepted iff
-    max_k <z, mu_k> - lambda_inf max_a <z, a> > tau of the class with the largest logit. Differentiable down to the
+    logits_k = logit_scale * max_m <z, mu_km> with z the adapted feature; accepted iff the score of `open_set_score`,
+    S_DIS or the hinge, is above tau of the class with the largest logit. Differentiable down to the
     pixels. On a smoothed encoder z is the mean of n0 adapted features: where thresholds for its noise are kept, the
     mean as it is, which is the score that certificates are about; otherwise scaled to unit length, with the thresholds
     that were fitted without noise.
@@ -56,7 +56,7 @@ class ImmunisedClassifier(Classifier):
             logit_scale=encoder.logit_scale,
             can_reject=True,
         )
-        self.encoder, self.weight = encoder, immunity.weight
+        self.encoder, self.weight, self.floor = encoder, immunity.weight, immunity.floor
         self.antibody_texts = tuple(text.text for text in immunity.antibodies.texts)
         sigma = encoder.sigma if isinstance(encoder, SmoothedVLM) else None
         self.smoothed = encoder if isinstance(encoder, SmoothedVLM) and sigma in immunity.noisy else None
@@ -79,7 +79,8 @@ class ImmunisedClassifier(Classifier):
     @property
     def fingerprint(self) -> str:
         tensors = {"prototypes": self.prototypes, "antibodies": self.antibodies, "thresholds": self.thresholds}
-        return fingerprint(tensors, (self.encoder.fingerprint, repr(self.weight), *self.class_names))
+        rule = (repr(self.weight),) if self.floor is None else (repr(self.weight), repr(self.floor))
+        return fingerprint(tensors, (self.encoder.fingerprint, *rule, *self.class_names))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits and the acceptance score, [B, K + 1]."""
@@ -99,13 +100,13 @@ class ImmunisedClassifier(Classifier):
         z = features.to(self.prototypes.dtype)
         cosines = class_scores(z, self.prototypes)
         leading, predicted = cosines.max(dim=1)
-        score = leading - self.weight * antibody_score(z, self.antibodies)
+        score = leading - against(z, self.antibodies, self.weight, self.floor)
         acceptance = score - self.thresholds[predicted]
         assert self.logit_scale is not None
         return torch.cat([self.logit_scale * cosines, acceptance[:, None]], dim=1)
 
     def refusal(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return S_DIS of each image and the threshold of its predicted class, [N] each."""
+        """Return the score of each image and the threshold of its predicted class, [N] each."""
         thresholds = self.thresholds.to(output)[output[:, :-1].argmax(dim=1)]
         return output[:, -1] + thresholds, thresholds
 
@@ -199,6 +200,7 @@ class ImmunisedModel(SavedModel):
             found.antibodies.embeddings.double().numpy(),
             found.weight,
             thresholds,
+            found.floor,
         )
 
     def _other_rule(self, sigma: float) -> str:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.core import LAMBDA_INF
-from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
+from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText, Returning
+from robustvlm.defenses.immunity.choice import Choice, choose_hinge
 from robustvlm.defenses.immunity.prototypes import Prototypes, log_normaliser
-from robustvlm.defenses.immunity.state import Adapter, Immunity, class_scores, open_set_score
-from robustvlm.defenses.immunity.thresholds import DEFAULT_MISS, MIN_IMAGES, Thresholds, fit_thresholds
+from robustvlm.defenses.immunity.state import Adapter, Immunity, class_scores
+from robustvlm.defenses.immunity.thresholds import (
+    DEFAULT_MISS,
+    MIN_IMAGES,
+    Array,
+    Thresholds,
+    fit_thresholds,
+    name_density,
+)
 from robustvlm.defenses.immunity.vaccine import Targets, Vaccinated, VaccineSettings, vaccinate
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
@@ -35,11 +45,43 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Immunised:
-    """An immunity and how it came about: the vaccine's history and the thresholds' fits."""
+    """An immunity and how it came about: the vaccine's history, the thresholds' fits, why the hinge is as it is.
+
+    `choice` is None where the score was not to be chosen.
+    """
 
     immunity: Immunity
     vaccinated: Vaccinated
     thresholds: Thresholds
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """An immunity whose score and thresholds held-out images have set, and how."""
+
+    immunity: Immunity
+    thresholds: Thresholds
+    choice: Choice | None
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """How held-out images of known classes set score and thresholds.
+
+    Args:
+        weight: lambda_inf of S_DIS; None: the hinge, chosen on the images (`choose_hinge`).
+        hinge: weight and floor that are known already.
+        miss, min_images, rule, tail: as for `fit_thresholds`.
+    """
+
+    weight: float | None = None
+    hinge: tuple[float, float] | None = None
+    miss: float = DEFAULT_MISS
+    min_images: int = MIN_IMAGES
+    rule: str = "equal-miss"
+    tail: float | None = None
+    seed: int = 0
 
 
 def immunise(
@@ -51,9 +93,9 @@ def immunise(
     *,
     logit_scale: float,
     kappa: str = "model",
-    weight: float = LAMBDA_INF,
-    miss: float = DEFAULT_MISS,
-    min_images: int = MIN_IMAGES,
+    deciding: Deciding | None = None,
+    text: Tensor | None = None,
+    returning: Returning | None = None,
     vaccine: VaccineSettings | None = None,
     start: Adapter | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -67,7 +109,9 @@ def immunise(
             model's own temperature for all. Estimates of contrastive features lie an order of magnitude above the
             temperature that the features were trained at; the likelihoods are then certain of everything, and the
             training teaches nothing but that (our reading; docs/immunize.md has the figures).
-        weight: lambda_inf of S_DIS. start: begin the vaccination from this adapter.
+        deciding: how the held-out images set score and thresholds; by default they choose the hinge.
+        text, returning: as for `decided`.
+        start: begin the vaccination from this adapter.
 
     Raises:
         UserError: whatever the phases raise.
@@ -78,16 +122,55 @@ def immunise(
     done = vaccinate(
         fit.features, fit.labels, held_out.features, held_out.labels, targets, settings, start=start, on_step=on_step
     )
-    with torch.no_grad():
-        adapted = done.adapter(held_out.features)
-    thresholds = thresholds_of(
-        adapted, held_out.labels, prototypes.vectors, antibodies.embeddings, weight, miss=miss, min_images=min_images
-    )
-    values = torch.tensor(thresholds.values, dtype=torch.float32)
     immunity = Immunity(
-        tuple(class_names), prototypes.vectors.float().cpu(), antibodies, weight, values, done.adapter.cpu()
+        tuple(class_names),
+        prototypes.vectors.float().cpu(),
+        antibodies,
+        0.0,
+        torch.zeros(len(class_names)),
+        done.adapter.cpu(),
     )
-    return Immunised(immunity, done, thresholds)
+    found = decided(immunity, held_out, deciding or Deciding(), text=text, returning=returning)
+    return Immunised(found.immunity, done, found.thresholds, found.choice)
+
+
+def decided(
+    immunity: Immunity,
+    held_out: Labelled,
+    deciding: Deciding,
+    *,
+    text: Tensor | None = None,
+    returning: Returning | None = None,
+) -> Decided:
+    """Return the immunity with score and thresholds set by held-out images of known classes, base features.
+
+    Args:
+        text: unit embeddings [K, D] of the class names, for thresholds by density. returning: see `choose_hinge`.
+
+    Raises:
+        UserError: too few images that are classified right.
+    """
+    held_out, choice = held_out.known(), None
+    with torch.no_grad():
+        adapted = immunity.adapter(held_out.features)
+    if deciding.hinge is not None:
+        immunity = replace(immunity, weight=deciding.hinge[0], floor=deciding.hinge[1])
+    elif deciding.weight is not None:
+        immunity = replace(immunity, weight=deciding.weight, floor=None)
+    else:
+        choice = choose_hinge(
+            adapted,
+            held_out.labels,
+            immunity.prototypes,
+            immunity.antibodies,
+            immunity.class_names,
+            returning=returning,
+            seed=deciding.seed,
+        )
+        immunity = replace(immunity, weight=choice.weight, floor=choice.floor)
+    thresholds = thresholds_of(adapted, held_out.labels, immunity, deciding, text=text)
+    values = torch.tensor(thresholds.values, dtype=torch.float32)
+    return Decided(replace(immunity, thresholds=values), thresholds, choice)
 
 
 def make_targets(prototypes: Prototypes, antibodies: Tensor, *, kappa: str, logit_scale: float) -> Targets:
@@ -107,20 +190,32 @@ def make_targets(prototypes: Prototypes, antibodies: Tensor, *, kappa: str, logi
 
 
 def thresholds_of(
-    adapted: Tensor,
-    labels: Tensor,
-    prototypes: Tensor,
-    antibodies: Tensor,
-    weight: float,
-    *,
-    miss: float = DEFAULT_MISS,
-    min_images: int = MIN_IMAGES,
+    adapted: Tensor, labels: Tensor, immunity: Immunity, deciding: Deciding, *, text: Tensor | None = None
 ) -> Thresholds:
     """Return the thresholds from adapted features [N, D] of held-out images: of those that are classified right."""
-    right = class_scores(adapted, prototypes).argmax(dim=1) == labels
-    scores = open_set_score(adapted[right], prototypes, antibodies, weight)
-    of = labels[right].cpu().numpy()
-    return fit_thresholds(scores.double().cpu().numpy(), of, len(prototypes), miss=miss, min_images=min_images)
+    right = class_scores(adapted, immunity.prototypes).argmax(dim=1) == labels
+    return fit_thresholds(
+        immunity.score(adapted[right]).double().cpu().numpy(),
+        labels[right].cpu().numpy(),
+        len(immunity.class_names),
+        miss=deciding.miss,
+        min_images=deciding.min_images,
+        rule=deciding.rule,
+        tail=deciding.tail,
+        density=None if text is None else name_density(text),
+        strangers=_strangers(adapted, immunity) if deciding.rule == "least-fpr" else None,
+    )
+
+
+def _strangers(adapted: Tensor, immunity: Immunity) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Return scores and nearest classes of stand-ins for unknown images: antibodies, and images half turned to one."""
+    antibodies = immunity.antibodies.embeddings.to(adapted)
+    if not len(antibodies):
+        return np.zeros(0), np.zeros(0, dtype=np.int64)
+    mixed = F.normalize(adapted + antibodies[(adapted @ antibodies.T).argmax(dim=1)], dim=1)
+    both = torch.cat([antibodies, mixed])
+    near = class_scores(both, immunity.prototypes).argmax(dim=1)
+    return immunity.score(both).double().cpu().numpy(), near.cpu().numpy()
 
 
 def text_only(class_names: Sequence[str], text: Tensor, antibodies: Antibodies) -> Immunity:

@@ -102,7 +102,8 @@ class Immunity:
     """Prototypes [K, M, D], antibodies [A, D] with their weight, thresholds [K], and the adapter before them.
 
     Attributes:
-        weight: lambda_inf of S_DIS.
+        weight: of the antibodies in the score; floor: cosine from which they count (None: always), see
+            `open_set_score`.
         noisy: thresholds [K] of S_DIS of the mean adapted feature under Gaussian noise, by its sigma.
 
     Raises:
@@ -116,6 +117,7 @@ class Immunity:
     thresholds: Tensor
     adapter: Adapter
     noisy: Mapping[float, Tensor] = field(default_factory=dict)
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         count, dim = len(self.class_names), self.prototypes.shape[-1]
@@ -128,6 +130,12 @@ class Immunity:
             raise UserError("prototypes, antibodies and thresholds must be finite")
         if not self.weight >= 0:
             raise UserError(f"the weight of the antibodies must not be negative, got {self.weight:g}")
+        if self.floor is not None and not -1.0 <= self.floor <= 1.0:
+            raise UserError(f"the floor of the antibodies is a cosine from -1 to 1, got {self.floor:g}")
+
+    def score(self, adapted: Tensor) -> Tensor:
+        """Return the open-set score [B] of adapted features [B, D]."""
+        return open_set_score(adapted, self.prototypes, self.antibodies.embeddings, self.weight, self.floor)
 
     def ordered(self, class_names: Sequence[str], where: str) -> Immunity:
         """Return the same with classes in the order of `class_names`, which must be the same classes.
@@ -154,7 +162,7 @@ class Immunity:
         )
 
 
-# The open-set score S_DIS: nearness to the best prototype less nearness to the nearest antibody
+# The open-set score: nearness to the best prototype, less what the nearest antibody takes off
 
 
 def class_scores(features: Tensor, prototypes: Tensor) -> Tensor:
@@ -179,17 +187,38 @@ def antibody_score(features: Tensor, antibodies: Tensor) -> Tensor:
     return (features @ antibodies.T).amax(dim=1)
 
 
-def open_set_score(features: Tensor, prototypes: Tensor, antibodies: Tensor, weight: float) -> Tensor:
-    """Return S_DIS(z) = max_k <z, mu_k> - weight max_a <z, a> of features [B, D]: [B]; higher = more like a class.
-
-    Source: Immuno-VLM, arXiv 2605.30745, the inference score with lambda_inf = weight; features are those behind the
-    adapter.
+def against(features: Tensor, antibodies: Tensor, weight: float, floor: float | None = None) -> Tensor:
+    """Return what antibodies [A, D] take off the score of features [B, D]: [B]; 0 where there are none.
 
     Example:
-        >>> open_set_score(torch.tensor([[0.6, 0.8]]), torch.eye(2)[:1, None], torch.eye(2)[1:], 0.5)
-        tensor([0.2000])
+        >>> against(torch.tensor([[0.6, 0.8]]), torch.eye(2)[1:], 0.5)
+        tensor([0.4000])
+        >>> against(torch.eye(2), torch.eye(2)[:1], 1.0, floor=0.7)
+        tensor([0.3000, 0.0000])
     """
-    return class_scores(features, prototypes).amax(dim=1) - weight * antibody_score(features, antibodies)
+    nearest = antibody_score(features, antibodies)
+    if floor is None or not len(antibodies):
+        return weight * nearest
+    return weight * (nearest - floor).clamp_min(0.0)
+
+
+def open_set_score(
+    features: Tensor, prototypes: Tensor, antibodies: Tensor, weight: float, floor: float | None = None
+) -> Tensor:
+    """Return how much features [B, D] look like a class: [B], higher = more like one.
+
+    With a* = max_a <z, a>: without a floor S_DIS(z) = max_k <z, mu_k> - weight a*, the inference score of Immuno-VLM
+    (arXiv 2605.30745) with lambda_inf = weight; with a floor b the hinge max_k <z, mu_k> - weight max(0, a* - b), which
+    is the largest cosine wherever no antibody is nearer than b. Features are those behind the adapter.
+
+    Example:
+        >>> z, axes = torch.tensor([[0.6, 0.8]]), torch.eye(2)
+        >>> open_set_score(z, axes[:1, None], axes[1:], 0.5)
+        tensor([0.2000])
+        >>> open_set_score(z, axes[:1, None], axes[1:], 0.5, floor=0.7)
+        tensor([0.5500])
+    """
+    return class_scores(features, prototypes).amax(dim=1) - against(features, antibodies, weight, floor)
 
 
 # An immunity in a folder: tensors in one safetensors file, the rest in the card's settings
@@ -211,10 +240,15 @@ def save_tensors(folder: Path, immunity: Immunity) -> None:
 
 
 def card_settings(immunity: Immunity) -> dict[str, Any]:
-    """Return what the card keeps: class names, the texts of the antibodies, their weight."""
+    """Return what the card keeps: class names, the texts of the antibodies, how they count.
+
+    A weight alone is that of S_DIS; a hinge is kept under another key, so that no program that knows S_DIS alone takes
+    one for the other.
+    """
+    hinge = {"hinge": {"weight": immunity.weight, "floor": immunity.floor}}
     return {
         "class_names": list(immunity.class_names),
-        "weight": immunity.weight,
+        **({"weight": immunity.weight} if immunity.floor is None else hinge),
         "antibodies": [[text.text, text.of_class, text.kind] for text in immunity.antibodies.texts],
     }
 
@@ -238,14 +272,16 @@ def load_immunity(folder: Path, settings: Mapping[str, Any]) -> Immunity:
             for name, tensor in tensors.items()
             if name.startswith("thresholds@")
         }
+        hinge = settings.get("hinge")
         return Immunity(
             tuple(map(str, settings["class_names"])),
             tensors["prototypes"],
             Antibodies(texts, tensors["antibodies"]),
-            float(settings["weight"]),
+            float(settings["weight"] if hinge is None else hinge["weight"]),
             tensors["thresholds"],
             adapter.eval().requires_grad_(False),
             noisy,
+            None if hinge is None else float(hinge["floor"]),
         )
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, UserError) as error:
         raise UserError(

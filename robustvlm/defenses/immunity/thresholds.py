@@ -1,21 +1,32 @@
-"""Phase 4, thresholds: a Weibull fit of each class's lowest scores says below which score a known image is unlikely."""
+"""Phase 4, thresholds: below which score a known image is unlikely, from a Weibull fit of the lowest scores.
+
+What is fitted is a class's own scores (equal miss for all classes), all scores together (one threshold), own scores and
+for classes with too few of them what the names around it say (density), or what lets in the fewest stand-ins of unknown
+images at the same total miss (least-fpr).
+"""
 
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 from numpy.typing import ArrayLike
 from scipy.stats import kstest, weibull_min
+from torch import Tensor
 
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, nearest
 
 DEFAULT_MISS = 0.05
 MIN_IMAGES = 30
 TAIL = 0.5
-"""Share of a class's scores, the lowest, that the Weibull is fitted to (our reading: the paper leaves it open)."""
+"""Largest share of the scores, the lowest, that the Weibull is fitted to (our reading: the paper leaves it open)."""
+LEAST_TAIL, TAIL_IMAGES = 0.2, 20
+RULES = ("equal-miss", "density", "pooled", "least-fpr")
+NEIGHBOURS = 10
+_LEAST_CLASSES = 8
 
 Array = npt.NDArray[np.float64]
 
@@ -55,12 +66,16 @@ class TailFit:
 
 @dataclass(frozen=True)
 class ClassThreshold:
-    """The threshold of one class, the fit behind it, and whether it is that of all classes together."""
+    """The threshold of one class, the fit behind it, and whether it is that of all classes together.
+
+    `by_density` says that it was told from the names around the class's own.
+    """
 
     value: float
     images: int
     pooled: bool
     fit: TailFit | None
+    by_density: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,19 @@ class Thresholds:
     def values(self) -> Array:
         """The thresholds, [K]."""
         return np.array([found.value for found in self.classes])
+
+
+def tail_share(images: int, miss: float) -> float:
+    """Return the share of the scores that is their tail: a fifth, of few images the 20 lowest, a half at most.
+
+    OpenMax fits the 20 most extreme; a fit of the lower half is one of the middle. A miss of more than a tenth asks for
+    twice its share, so that the threshold lies inside the tail.
+
+    Example:
+        >>> [tail_share(images, 0.05) for images in (30, 80, 1000)], tail_share(1000, 0.2)
+        ([0.5, 0.25, 0.2], 0.4)
+    """
+    return max(min(TAIL, max(LEAST_TAIL, TAIL_IMAGES / max(1, images))), min(2 * miss, 0.98))
 
 
 def fit_tail(scores: ArrayLike, *, tail: float = TAIL) -> TailFit:
@@ -113,15 +141,22 @@ def fit_thresholds(
     *,
     miss: float = DEFAULT_MISS,
     min_images: int = MIN_IMAGES,
+    rule: str = "equal-miss",
+    tail: float | None = None,
+    density: Array | None = None,
+    strangers: tuple[Array, npt.NDArray[np.int64]] | None = None,
 ) -> Thresholds:
     """Return the threshold of each of `count` classes; classes with fewer than `min_images` images get the pooled one.
 
     Args:
-        scores: S_DIS of held-out images that are classified right, [N]. classes: their class, [N].
+        scores: those of held-out images that are classified right, [N]. classes: their class, [N].
         miss: probability that a known image is rejected.
+        rule: one of `RULES`. tail: share that is fitted to; None: see `tail_share`.
+        density: for "density", how near other names are to each class's, [K] (`name_density`).
+        strangers: for "least-fpr", scores and nearest classes of stand-ins for unknown images, [M] each.
 
     Raises:
-        UserError: fewer than two scores in all, or `miss` out of range.
+        UserError: fewer than two scores in all, `miss` out of range, or an unknown rule.
 
     Example:
         >>> import numpy as np
@@ -131,19 +166,119 @@ def fit_thresholds(
         [False, True]
     """
     values, of = np.asarray(scores, dtype=np.float64), np.asarray(classes, dtype=np.int64)
+    if rule not in RULES:
+        raise UserError(f"unknown --thresholds '{rule}': {nearest(rule, RULES)}")
     if len(values) < 2:
         raise UserError(
             f"thresholds need at least 2 held-out images that are classified right, got {len(values)}: "
             "pass more with --held-out"
         )
-    pooled = fit_tail(values)
+
+    def fitted(part: Array) -> TailFit:
+        return fit_tail(part, tail=tail_share(len(part), miss) if tail is None else tail)
+
+    pooled = fitted(values)
     fallback = pooled.threshold(miss)
+    if rule == "least-fpr":
+        images = np.bincount(of, minlength=count)
+        # Classes with few images share one threshold: number `count` stands for all of them.
+        group = np.where(images >= min_images, np.arange(count), count)
+        scored, near = strangers or (np.zeros(0), np.zeros(0, dtype=np.int64))
+        lowest = _least_accepted(values, group[of], miss, scored, group[near])
+        return Thresholds(
+            tuple(
+                ClassThreshold(lowest.get(int(group[k]), fallback), int(images[k]), bool(group[k] == count), None)
+                for k in range(count)
+            ),
+            pooled,
+            miss,
+        )
     found = []
     for k in range(count):
         own = values[of == k]
-        if len(own) < min_images:
+        if len(own) < min_images or rule == "pooled":
             found.append(ClassThreshold(fallback, len(own), True, None))
         else:
-            fit = fit_tail(own)
+            fit = fitted(own)
             found.append(ClassThreshold(fit.threshold(miss), len(own), False, fit))
+    if rule == "density" and density is not None:
+        found = _told_by_density(found, density)
     return Thresholds(tuple(found), pooled, miss)
+
+
+# Thresholds of classes with few images, from the names around theirs
+
+
+def name_density(text: Tensor, neighbours: int = NEIGHBOURS) -> Array:
+    """Return the mean cosine of each unit text embedding [K, D] to its nearest others (ten of them, where there are).
+
+    Example:
+        >>> import torch
+        >>> name_density(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), 1).round(2).tolist()
+        [0.6, 0.8, 0.8]
+    """
+    cosines = (text.double() @ text.double().T).fill_diagonal_(-2.0)
+    return np.asarray(cosines.topk(max(1, min(neighbours, len(text) - 1)), dim=1).values.mean(dim=1).numpy())
+
+
+def _told_by_density(found: list[ClassThreshold], density: Array) -> list[ClassThreshold]:
+    """Fit thresholds to density by a line over the classes with a fit of their own; all stay where these are too few.
+
+    A name amid many others has images between classes, so that the scores of its class lie otherwise than those of a
+    name apart. The line is not followed beyond the thresholds that it was fitted to.
+    """
+    own = [k for k, item in enumerate(found) if item.fit is not None]
+    if len(own) < _LEAST_CLASSES or np.ptp(density[own]) < 1e-9:
+        return found
+    values = np.array([found[k].value for k in own])
+    slope, offset = np.polyfit(density[own], values, 1)
+    told = np.clip(offset + slope * density, values.min(), values.max())
+    return [
+        item if item.fit is not None else ClassThreshold(float(told[k]), item.images, False, None, True)
+        for k, item in enumerate(found)
+    ]
+
+
+# Thresholds that let in the fewest stand-ins of unknown images at a given total miss
+
+
+def _least_accepted(
+    values: Array, of: npt.NDArray[np.int64], miss: float, strange: Array, near: npt.NDArray[np.int64]
+) -> dict[int, float]:
+    """Return, by class, thresholds that accept the fewest strangers while at most a share `miss` of scores is rejected.
+
+    Each class has a staircase of known images lost for strangers refused; along the upper hulls of all staircases the
+    steepest steps are taken first, as long as the next one of its class fits what is left of the budget. That is the
+    best choice for every budget that the steps use up (Lagrange).
+    """
+    own = {int(k): np.sort(values[of == k]) for k in np.unique(of)}
+    # Below every image of a class nothing known is lost.
+    found = {k: float(np.nextafter(scores[0], -np.inf)) for k, scores in own.items()}
+    steps = [
+        (refused / lost, k, lost, cut)
+        for k, scores in own.items()
+        for lost, refused, cut in _hull(scores, strange[near == k])
+    ]
+    budget, closed = int(miss * len(values) + 1e-9), set()
+    for _, k, lost, cut in sorted(steps, key=lambda step: (-step[0], step[1])):
+        if k in closed or lost > budget:
+            closed.add(k)
+            continue
+        budget, found[k] = budget - lost, cut
+    return found
+
+
+def _hull(known: Array, strange: Array) -> list[tuple[int, int, float]]:
+    """Return the steps of the upper hull of (known images lost, strangers refused): lost, refused more, the cut."""
+    corners = [(0, int((strange < known[0]).sum()), -np.inf)]
+    for lost in range(1, len(known) + 1):
+        cut = known[lost - 1]
+        point = (lost, int((strange <= cut).sum()), float(cut))
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) <= _slope(corners[-1], point):
+            corners.pop()
+        corners.append(point)
+    return [(b[0] - a[0], b[1] - a[1], b[2]) for a, b in pairwise(corners) if b[1] > a[1]]
+
+
+def _slope(one: tuple[int, int, float], other: tuple[int, int, float]) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])

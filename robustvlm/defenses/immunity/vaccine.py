@@ -46,16 +46,24 @@ def pull(features: Tensor, labels: Tensor, prototypes: Tensor, kappa: Tensor, lo
     return F.cross_entropy(log_likelihoods(features, prototypes, kappa, log_c), labels)
 
 
-def push(features: Tensor, antibodies: Tensor, margin: float) -> Tensor:
+def push(features: Tensor, antibodies: Tensor, margin: float, nearest: int = 0) -> Tensor:
     """Return the mean over images and antibodies of max(0, <f(z), a> - m)^2, a scalar: L_push; 0 without antibodies.
 
+    Args:
+        nearest: of each image, average over so many of its nearest antibodies alone, so that the weight of the loss
+            does not depend on how many there are; 0: over all, as in the paper.
+
     Example:
-        >>> push(torch.tensor([[1.0, 0.0]]), torch.eye(2), 0.2)
-        tensor(0.3200)
+        >>> z = torch.tensor([[1.0, 0.0]])
+        >>> push(z, torch.eye(2), 0.2), push(z, torch.eye(2), 0.2, nearest=1)
+        (tensor(0.3200), tensor(0.6400))
     """
     if not len(antibodies):
         return features.new_zeros(())
-    return F.relu(features @ antibodies.T - margin).square().mean()
+    cosines = features @ antibodies.T
+    if 0 < nearest < len(antibodies):
+        cosines = cosines.topk(nearest, dim=1).values
+    return F.relu(cosines - margin).square().mean()
 
 
 def pushed_share(features: Tensor, antibodies: Tensor, margin: float) -> float:
@@ -95,7 +103,8 @@ class VaccineSettings:
 
     Args:
         hidden: width of the adapter. steps: optimiser steps at most; batch_size: images a step. lr: of AdamW.
-        push_weight: lambda. margin: m of the hinge. decay: eta of eta ||theta||^2, which holds the adapter near the
+        push_weight: lambda. margin: m of the hinge. push_nearest: over how many antibodies it is averaged for each
+            image, its nearest ones; 0 for all. decay: eta of eta ||theta||^2, which holds the adapter near the
             identity. every: steps between two looks at held-out images; patience: looks without progress before the
             end. worst_loss: largest fall of held-out accuracy that is taken for a smaller loss.
 
@@ -113,13 +122,14 @@ class VaccineSettings:
     every: int = 10
     patience: int = 10
     worst_loss: float = 0.0
+    push_nearest: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "batch_size", "every", "patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} of the vaccine must be at least 1, got {getattr(self, name)}")
-        for name in ("steps", "push_weight", "decay", "worst_loss"):
+        for name in ("steps", "push_weight", "push_nearest", "decay", "worst_loss"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"{name} of the vaccine must not be negative, got {getattr(self, name):g}")
         if not 0 < self.lr < math.inf or not -1 <= self.margin <= 1:
@@ -229,7 +239,7 @@ def _loss(adapter: Adapter, features: Tensor, labels: Tensor, targets: Targets, 
     weights = torch.stack([parameter.square().sum() for parameter in adapter.parameters()]).sum()
     return (
         pull(adapted, labels, targets.prototypes, targets.kappa, targets.log_c)
-        + settings.push_weight * push(adapted, targets.antibodies, settings.margin)
+        + settings.push_weight * push(adapted, targets.antibodies, settings.margin, settings.push_nearest)
         + settings.decay * weights
     )
 
@@ -246,7 +256,7 @@ def _look(
 ) -> Look:
     adapted = adapter(held_out)
     drawn = float(pull(adapted, labels, targets.prototypes, targets.kappa, targets.log_c))
-    pushed = float(push(adapted, targets.antibodies, settings.margin))
+    pushed = float(push(adapted, targets.antibodies, settings.margin, settings.push_nearest))
     hits = class_scores(adapted, targets.prototypes).argmax(dim=1) == labels
     return Look(step, train, drawn, pushed, drawn + settings.push_weight * pushed, float(hits.double().mean()))
 

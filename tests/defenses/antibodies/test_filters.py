@@ -23,7 +23,7 @@ from robustvlm.defenses.immunity.antibodies import (
     margins,
     noise_antibodies,
 )
-from robustvlm.defenses.immunity.antibodies.filters import nearest_angles
+from robustvlm.defenses.immunity.antibodies.coverage import nearest_angles
 from robustvlm.defenses.immunity.antibodies.texts import KnownNames
 from robustvlm.errors import UserError
 

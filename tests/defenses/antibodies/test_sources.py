@@ -12,14 +12,16 @@ from scripted import completion, serving, status
 
 from robustvlm.data.classes import CIFAR10, cifar100_names, imagenet_names
 from robustvlm.data.emoji import emoji_classes
-from robustvlm.defenses.immunity.antibodies import AntibodyText, open_source
-from robustvlm.defenses.immunity.antibodies.llm import CLASSES_PER_QUESTION, LlmSource, question
-from robustvlm.defenses.immunity.antibodies.sources import BANKS, BankSource, FileSource, load_bank
+from robustvlm.data.names import words_of
+from robustvlm.defenses.immunity.antibodies import AntibodyText, open_source, sources
+from robustvlm.defenses.immunity.antibodies.llm import CLASSES_PER_QUESTION, Entry, LlmSource, question
+from robustvlm.defenses.immunity.antibodies.sources import BANKS, BankSource, FileSource, load_bank, superclass_bank
 from robustvlm.defenses.immunity.antibodies.texts import KnownNames
 from robustvlm.errors import UserError
 from robustvlm.llm import LlmClient, LlmError
 from robustvlm.llm.transport import AnswerCache
 
+CLASSES_OF = "imagenet1k-classes"
 SETS = {
     "emoji": (tuple(item.name for item in emoji_classes()), 6),
     "cifar10": (CIFAR10, 12),
@@ -40,13 +42,57 @@ def test_banks_serve_every_class_with_enough_texts_that_name_no_class(name: str)
         assert len(contexts) >= 2
 
 
-def test_imagenet_classes_share_those_of_their_superclass() -> None:
+def test_imagenet_classes_have_texts_of_their_own_before_those_of_their_superclass() -> None:
     names = imagenet_names()
+    shared = superclass_bank()
+    assert shared["Chihuahua"] == shared["Maltese"] != shared["acorn"]
+    assert min(len(entry.look_alikes) for entry in shared.values()) >= 6
     proposal = BankSource().propose(names)
     assert {text.of_class for text in proposal.texts} == set(names)
-    of = {name: {t.text for t in proposal.texts if t.of_class == name} for name in ("Chihuahua", "Maltese", "acorn")}
-    assert of["Chihuahua"] == of["Maltese"] != of["acorn"]
-    assert min(len(entry.look_alikes) for entry in load_bank("imagenet1k").values()) >= 6
+    of = {name: {t.text for t in proposal.texts if t.of_class == name} for name in ("Chihuahua", "Maltese")}
+    assert of["Chihuahua"] != of["Maltese"]
+    assert not of["Chihuahua"] & set(shared["Chihuahua"].impossible)
+    some = names[100:110]
+    few = BankSource().propose(some)
+    assert few.texts == tuple(text for text in proposal.texts if text.of_class in some)
+
+
+def test_a_class_without_an_entry_falls_back_to_its_superclass(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sources._entries
+
+    def without(name: str) -> dict[str, Entry]:
+        return {label: entry for label, entry in whole(name).items() if name != CLASSES_OF or label != "Maltese"}
+
+    monkeypatch.setattr(sources, "_entries", without)
+    load_bank.cache_clear()
+    try:
+        bank = load_bank("imagenet1k")
+    finally:
+        load_bank.cache_clear()
+    assert bank["maltese"] == superclass_bank()["Maltese"]
+    assert bank["chihuahua"] != superclass_bank()["Chihuahua"]
+
+
+def test_every_imagenet_class_has_an_entry_that_is_whole() -> None:
+    entries = sources._entries(CLASSES_OF)
+    assert set(entries) == set(imagenet_names())
+    for name, entry in entries.items():
+        assert (len(entry.look_alikes), len(entry.contexts)) == (10, 5), name
+        assert 3 <= len(entry.same) <= 6, name
+        assert not entry.impossible
+        for texts in (entry.same, entry.look_alikes, entry.contexts):
+            assert all(text.isascii() and text == " ".join(text.split()) for text in texts), name
+            assert len(set(map(words_of, texts))) == len(texts), name
+        itself = {words_of(text) for text in (name, *entry.same)}
+        assert not itself & {words_of(text) for text in entry.look_alikes}, name
+        own = words_of(name)
+        assert not any(words_of(text)[-len(own) :] == own for text in entry.look_alikes), name
+
+
+def test_the_prompt_that_made_them_is_in_the_file() -> None:
+    path = Path(sources.__file__).parents[3] / "assets" / "antibodies" / f"{CLASSES_OF}.json"
+    prompt = json.loads(path.read_text(encoding="utf-8"))["prompt"]
+    assert {"same", "look_alikes", "contexts"} < set(prompt)
 
 
 def test_the_bank_finds_single_classes_and_says_when_it_knows_none() -> None:

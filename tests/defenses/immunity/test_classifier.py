@@ -12,11 +12,14 @@ import torch.nn.functional as F
 
 from robustvlm.certify import OpensetRule
 from robustvlm.commands.detect.encoding import Answers
+from robustvlm.commands.detect.scoring import own_sdis
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
 from robustvlm.defenses.immunity import AdaptedVLM, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
+from robustvlm.defenses.immunity.classifier import ImmunisedModel
 from robustvlm.defenses.immunity.state import Adapter, card_settings, save_tensors
 from robustvlm.defenses.pipeline import saved_model
+from robustvlm.detect import SDIS
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.saved import Card, write_card
@@ -56,14 +59,18 @@ def images(count: int = 3) -> torch.Tensor:
 
 @pytest.mark.parametrize("per_class", [1, 3])
 @pytest.mark.parametrize("antibodies", [0, 2])
-def test_output_is_the_score_less_the_threshold_of_the_predicted_class(per_class: int, antibodies: int) -> None:
-    made = immunity(per_class=per_class, antibodies=antibodies)
+@pytest.mark.parametrize("floor", [None, 0.01])
+def test_output_is_the_score_less_the_threshold_of_the_predicted_class(
+    per_class: int, antibodies: int, floor: float | None
+) -> None:
+    made = replace(immunity(per_class=per_class, antibodies=antibodies), floor=floor)
     encoder = AdaptedVLM(load_model("tiny"), made.adapter)
     classifier = ImmunisedClassifier(encoder, made)
     output = classifier(images())
     for row, z in zip(output, encoder.encode_image(images()), strict=True):
         cosines = [max(float(mu @ z) for mu in of) for of in made.prototypes]
         against = max((float(a @ z) for a in made.antibodies.embeddings), default=0.0)
+        against = against if floor is None else max(0.0, against - floor)
         k = int(np.argmax(cosines))
         assert row[:-1].tolist() == pytest.approx([encoder.logit_scale * c for c in cosines], abs=1e-4)
         assert float(row[-1]) == pytest.approx(cosines[k] - 0.5 * against - float(made.thresholds[k]), abs=1e-5)
@@ -94,8 +101,27 @@ def test_gradients_reach_the_pixels_and_agree_with_differences() -> None:
     assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-4)
 
 
-def test_folder_gives_back_the_same_bits(tmp_path: Path) -> None:
-    made = immunity()
+def test_a_hinge_is_never_taken_for_s_dis(tmp_path: Path) -> None:
+    made = replace(immunity(), floor=0.02)
+    assert "weight" not in card_settings(made)  # which is all that readers of S_DIS look for
+    assert "hinge" not in card_settings(immunity())
+    folder = saved(tmp_path / "run", made)
+    loaded = saved_model(str(folder))
+    assert isinstance(loaded, ImmunisedModel)
+    assert (loaded.immunity.weight, loaded.immunity.floor) == (0.5, 0.02)
+    rule = loaded.openset_rule(NAMES, 0.25)
+    own = own_sdis(load_classifier(str(folder), NAMES, ["{}"]))
+    assert own is not None
+    z = 0.7 * unit(20, 192, 4)
+    assert own.score(z).tolist() == pytest.approx([rule.score(row) for row in z.double().numpy()], abs=1e-6)
+    assert own.score(z).tolist() != pytest.approx(
+        SDIS(made.prototypes[:, 0], made.antibodies.embeddings).score(z).tolist()
+    )
+
+
+@pytest.mark.parametrize("floor", [None, 0.02])
+def test_folder_gives_back_the_same_bits(tmp_path: Path, floor: float | None) -> None:
+    made = replace(immunity(), floor=floor)
     folder = saved(tmp_path / "run", made)
     loaded = load_classifier(str(folder), NAMES, ["{}"])
     direct = ImmunisedClassifier(AdaptedVLM(load_model("tiny"), made.adapter), made)
@@ -172,8 +198,9 @@ def test_detect_encodes_an_image_once_unless_the_answer_is_random(
     assert sum(seen) == 2 * copies * (2 if operators else 1)
 
 
-def test_certificates_get_the_rule_that_is_deployed(tmp_path: Path) -> None:
-    made = immunity(per_class=2)
+@pytest.mark.parametrize("floor", [None, 0.02])
+def test_certificates_get_the_rule_that_is_deployed(tmp_path: Path, floor: float | None) -> None:
+    made = replace(immunity(per_class=2), floor=floor)
     model = saved_model(str(saved(tmp_path / "run", made)))
     assert model is not None
     assert model.refuses

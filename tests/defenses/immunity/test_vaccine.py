@@ -89,6 +89,11 @@ def test_push_is_the_squared_hinge() -> None:
     z, antibodies = F.normalize(torch.tensor([[3.0, 4.0]]), dim=-1), torch.eye(2)
     assert float(push(z, antibodies, 0.5)) == pytest.approx((0.1**2 + 0.3**2) / 2)
     assert float(push(z, torch.zeros(0, 2), 0.5)) == 0.0
+    assert float(push(z, antibodies, 0.5, nearest=1)) == pytest.approx(0.3**2)
+    far = torch.cat([antibodies, -torch.eye(2).repeat(50, 1)])  # antibodies that nothing is near to
+    assert float(push(z, far, 0.5, nearest=2)) == pytest.approx(float(push(z, antibodies, 0.5)))
+    assert float(push(z, far, 0.5)) < 0.05 * float(push(z, antibodies, 0.5))
+    assert torch.equal(push(z, antibodies, 0.5, nearest=10), push(z, antibodies, 0.5))
     assert pushed_share(z, antibodies, 0.7) == 0.5
     assert pushed_share(z, antibodies, 0.9) == 0.0
     assert automatic_margin(z, torch.zeros(0, 2)) == 0.2

@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.defenses.immunity.antibodies.texts import CONTEXT, HARD_NEGATIVE, AntibodySource, AntibodyText, Proposal
+from robustvlm.defenses.immunity.antibodies.texts import (
+    CONTEXT,
+    HARD_NEGATIVE,
+    SCENE,
+    AntibodySource,
+    AntibodyText,
+    Proposal,
+)
 from robustvlm.llm import LlmClient, LlmError
 from robustvlm.text import name_key
 
@@ -16,12 +23,13 @@ from robustvlm.text import name_key
 
 
 class Entry(BaseModel):
-    """Three lists of noun phrases about one class.
+    """Lists of noun phrases about one class.
 
     Attributes:
         same: other names of the class, and kinds of it: what must not become an antibody.
         look_alikes: other things that look like it (hard negatives).
         impossible: the thing where or as it cannot be (contextual anomalies).
+        contexts: scenes in which it is usually found, without it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +37,7 @@ class Entry(BaseModel):
     same: tuple[str, ...] = ()
     look_alikes: tuple[str, ...] = ()
     impossible: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
 
 
 def to_proposal(entries: Mapping[str, Entry]) -> Proposal:
@@ -42,7 +51,11 @@ def to_proposal(entries: Mapping[str, Entry]) -> Proposal:
     texts = [
         AntibodyText(text, name, kind)
         for name, entry in entries.items()
-        for kind, phrases in ((HARD_NEGATIVE, entry.look_alikes), (CONTEXT, entry.impossible))
+        for kind, phrases in (
+            (HARD_NEGATIVE, entry.look_alikes),
+            (CONTEXT, entry.impossible),
+            (SCENE, entry.contexts),
+        )
         for text in phrases
     ]
     return Proposal(tuple(texts), {name: entry.same for name, entry in entries.items() if entry.same})

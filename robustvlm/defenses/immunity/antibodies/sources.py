@@ -34,7 +34,8 @@ BANKS = ("emoji", "cifar10", "cifar100", "imagenet1k")
 class BankSource(kept.AntibodySource):
     """The bundled banks; each class is looked up by name, first in the bank that knows most of the classes.
 
-    The bank for ImageNet-1k is by superclass: its classes share those of theirs (the level that reports group by).
+    ImageNet-1k's classes have texts of their own, and so has any subset of them; a class without an entry shares those
+    of its superclass (the level that reports group by).
 
     Raises:
         UserError: none of the classes is in any bank.
@@ -68,15 +69,21 @@ def load_bank(name: str) -> Mapping[str, Entry]:
         >>> len(load_bank("cifar10")), len(load_bank("cifar10")["frog"].look_alikes) >= 12
         (10, True)
     """
-    text = (files("robustvlm") / "assets" / "antibodies" / f"{name}.json").read_text(encoding="utf-8")
-    entries = {label: Entry.model_validate(entry) for label, entry in json.loads(text)["classes"].items()}
+    entries = _entries(name)
     if name == "imagenet1k":
-        entries = entries | _by_superclass(entries)
+        entries = {**entries, **superclass_bank()} | _entries(f"{name}-classes")
     return {name_key(label): entry for label, entry in entries.items()}
 
 
-def _by_superclass(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    names = imagenet_names()
+def _entries(name: str) -> dict[str, Entry]:
+    text = (files("robustvlm") / "assets" / "antibodies" / f"{name}.json").read_text(encoding="utf-8")
+    return {label: Entry.model_validate(entry) for label, entry in json.loads(text)["classes"].items()}
+
+
+@cache
+def superclass_bank() -> Mapping[str, Entry]:
+    """Return, for ImageNet-1k's classes, what is written about their superclasses."""
+    entries, names = _entries("imagenet1k"), imagenet_names()
     tree = known_forest(next(known for known in KNOWN if known.name == "imagenet1k"), names)[0]
     above = tree.superclasses(tree.superclass_level)
     return {name: entries[group] for name, group in zip(names, above, strict=True)}

@@ -88,8 +88,10 @@ def _heads(words: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 HARD_NEGATIVE = "hard-negative"
 CONTEXT = "context"
 NOISE = "noise"
-KINDS = (HARD_NEGATIVE, CONTEXT, NOISE)
-"""A look-alike that is another thing; the thing where it cannot be; a random direction without a text."""
+SCENE = "scene"
+KINDS = (HARD_NEGATIVE, CONTEXT, NOISE, SCENE)
+"""A look-alike that is another thing; the thing where it cannot be; a random direction without a text; the place of the
+thing without it."""
 
 
 @dataclass(frozen=True)
