@@ -2,8 +2,9 @@
 
     python -m tools.packaging [--no-install]
 
-Needs `build` and `twine`. The extras are resolved together by uv, for every Python, where it is there; else by pip, which
-takes many minutes. That and the environment for the wheel need the package index, and the latter a few gigabytes. Exit code 1 at the first mistake.
+Needs `build` and `twine`. The extras are resolved together by uv, for every Python, where it is there; else by pip,
+which takes many minutes. That and the environment for the wheel need the package index, and the latter a few gigabytes.
+Exit code 1 at the first mistake.
 """
 
 from __future__ import annotations
