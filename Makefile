@@ -50,7 +50,7 @@ test-equality: $(VENV)/.installed-test
 
 # PACKAGING='--no-install' leaves out the environment, which takes minutes and gigabytes.
 packaging: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine uv
 	$(BIN)/python -m tools.packaging $(PACKAGING)
 
 release: packaging

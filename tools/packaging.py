@@ -2,8 +2,9 @@
 
     python -m tools.packaging [--no-install]
 
-Needs `build` and `twine`. The extras are resolved together by uv where it is there, else by pip; that and the
-environment for the wheel need the package index, and the latter a few gigabytes. Exit code 1 at the first mistake.
+Needs `build` and `twine`. The extras are resolved together by uv, for every Python, where it is there; else by pip,
+which takes many minutes. That and the environment for the wheel need the package index, and the latter a few gigabytes.
+Exit code 1 at the first mistake.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from email.parser import Parser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 EXTRAS = "external,hub,wds,wordnet"
 # What must be in each, and what must not: the first folder of a file, or the file itself.
 WHEEL_FOLDERS = {"robustvlm"}
@@ -94,8 +96,10 @@ def resolve(wheel: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder) / "all.in"
         asked.write_text(wanted + "\n", encoding="utf-8")
-        if uv := shutil.which("uv"):
-            run(uv, "pip", "compile", "--quiet", "--output-file", Path(folder) / "all.txt", asked)
+        if uv := shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv"):
+            for python in PYTHONS:
+                made = Path(folder) / f"all-{python}.txt"
+                run(uv, "pip", "compile", "--quiet", "--python-version", python, "--output-file", made, asked)
         else:
             run(sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "-r", asked)
     print(f"the extras {EXTRAS} resolve together", flush=True)

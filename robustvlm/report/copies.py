@@ -22,7 +22,7 @@ _LATEX = {
     "₂": "$_2$", "Δ": r"$\Delta$", "µ": r"$\mu$", "≤": r"$\le$", "≥": r"$\ge$", "±": r"$\pm$", "…": r"\dots{}",
     "\N{GREEK SMALL LETTER SIGMA}": r"$\sigma$", "\N{GREEK SMALL LETTER ALPHA}": r"$\alpha$",
     "\N{MULTIPLICATION SIGN}": r"$\times$", "\N{MINUS SIGN}": "$-$", "\N{EN DASH}": "--", "\N{EM DASH}": "---",
-    "·": r"$\cdot$", "→": r"$\to$",
+    "·": r"$\cdot$", "→": r"$\to$", "é": r"\'e",
 }  # fmt: skip
 """How LaTeX writes the characters that it takes for commands or does not know; others stand for themselves."""
 

@@ -15,7 +15,7 @@ from importlib.resources import files
 _ENTRY = re.compile(r"^@\w+\{(\w+),\n(.*?)\n\}$", re.DOTALL | re.MULTILINE)
 _FIELD = re.compile(r"^  (\w+) = \{(.*)\},?$", re.MULTILINE)
 _ARXIV = re.compile(r"(?<!\d)\d{4}\.\d{4,5}(?!\d)")
-_UNNUMBERED = {"Liu et al., CVPR 2023": "liu2023"}
+_UNNUMBERED = {"Liu et al., CVPR 2023": "liu2023", "Tong, Lai, Pan, Yin, CVPR 2025": "tong2025"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from robustvlm.commands.judge.record import Judgement, ModelJudgement
 from robustvlm.commands.judge.view import COLUMNS, INTERVALS
 from robustvlm.core.files import write_text
 from robustvlm.defenses.zoo.base import DEFENCES, form_of
+from robustvlm.report.copies import escape_latex, latex_words
 from robustvlm.report.words import DASH, ball, interval, percent, plain
 
 OWN_WORDS = "Claimed figures are those of the papers, on other models and images, and answer their own question."
@@ -88,28 +89,6 @@ def table_of_defences() -> str:
 
 # The same for a paper
 
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "∞": r"$\infty$",
-    "\N{MULTIPLICATION SIGN}": r"$\times$",
-    "≤": r"$\le$",
-    "\N{EN DASH}": "--",
-    "\N{EM DASH}": "---",
-    "é": r"\'e",
-} | {mark: f"\\{mark}" for mark in "&%$#_{}"}
-
-
-def tex(text: str) -> str:
-    """Return a text as LaTeX prints it.
-
-    Example:
-        >>> print(tex("50 % & a_b {2}"))
-        50 \\% \\& a\\_b \\{2\\}
-    """
-    return "".join(_TEX.get(mark, mark) for mark in text)
-
 
 def write_tex(path: Path, summary: Judgement, manifest: Mapping[str, Any]) -> None:
     """Write the table as LaTeX, which takes the package booktabs."""
@@ -138,20 +117,20 @@ def _tex_lines(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]
         f"Our re-implementations. {ball(summary.norm, summary.eps_text)}; {summary.images:,} images of {data}, "
         f"{summary.steps} gradient steps. Only the worst case is robust accuracy. {INTERVALS}"
     )
-    yield r"\caption{" + tex(caption) + "}"
+    yield r"\caption{" + latex_words(caption) + "}"
     for found in said.defended_models(summary):
         yield ""
-        yield r"\par\smallskip " + tex(said.sentence_of(found, summary))
+        yield r"\par\smallskip " + latex_words(said.sentence_of(found, summary))
         if (claims := claims_of(found)) != DASH:
-            yield tex(f"Claimed: {claims}.")
+            yield latex_words(f"Claimed: {claims}.")
     for row in summary.not_reproduced:
         yield ""
         sentence = f"{row.spec} ({row.title}, {row.reference}): not reproduced, {row.reason}. Claimed: {row.claimed}."
-        yield r"\par\smallskip " + tex(sentence)
+        yield r"\par\smallskip " + latex_words(sentence)
     yield ""
-    yield r"\par\smallskip " + tex(OWN_WORDS)
+    yield r"\par\smallskip " + latex_words(OWN_WORDS)
     yield r"\end{table}"
 
 
 def _tex_row(cells: Sequence[str]) -> str:
-    return " & ".join(tex(plain(cell, 600)) for cell in cells) + r" \\"
+    return " & ".join(escape_latex(cell) for cell in cells) + r" \\"
