@@ -124,7 +124,8 @@ class LaneEngine:
         """Make one batched pass, take in what it shows, and move every lane on; return the finished jobs.
 
         The host waits for a GPU once for what the pass shows, and once more for the points of sub-runs that end. A
-        success that is not final asks for one more, before its second look; attacks may ask in their own `advance`.
+        success that is not final asks for one more, before its second look; attacks may ask in their own `advance`, and
+        where points were foreseen, it is asked twice for each turn of them that lanes have come to.
         """
         began, lanes, device = time.perf_counter(), self._pool.lanes, self.oracle.device
         used = len(lanes)

@@ -88,7 +88,7 @@ def methods_of(manifest: Manifest) -> Methods:
     """Return the methods paragraph of a run, from its manifest.
 
     Raises:
-        UserError: a run of this kind has none.
+        UserError: a run of this kind has none, or its settings are those of another version.
 
     Example:
         >>> config = {"model": "m", "data": "d", "attack": ["pgd:steps=3"], "norm": "Linf", "eps_text": ["2/255"]}
@@ -99,8 +99,10 @@ def methods_of(manifest: Manifest) -> Methods:
     kind = str(manifest["kind"])
     if kind not in _KINDS:
         raise UserError(f"a run of kind '{plain(kind, 40)}' has no methods text: there is one of {', '.join(_KINDS)}")
-    found = [*_subject(kind, manifest), *_KINDS[kind](manifest), *_program(manifest)]
-    return Methods(" ".join(found))
+    try:
+        return Methods(" ".join([*_subject(kind, manifest), *_KINDS[kind](manifest), *_program(manifest)]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"this run's manifest is another version's ({error!r}): make the run again") from None
 
 
 def has_methods(manifest: Manifest) -> bool:
@@ -339,11 +341,15 @@ def _purify(manifest: Manifest) -> Iterator[str]:
 
 def _immunize(manifest: Manifest) -> Iterator[str]:
     config = manifest["config"]
+    texts = f"texts that are near but outside the classes (antibodies: {plain(config['antibodies'], 80)})"
+    if not config.get("images", True):
+        yield f"The method follows Immuno-VLM [@fang2026], from texts alone: {texts}, no adapter, thresholds at 0."
+        return
+    learnt = f"an adapter trained for {count_of(config['steps'], 'steps')}, " if config.get("steps") else ""
+    held = plain(config.get("held_out") or "a part of the data", 80)
     yield (
-        "The method follows Immuno-VLM [@fang2026]: prototypes of classes, texts that are near but outside the classes "
-        f"(antibodies: {plain(config['antibodies'], 80)}), a vaccine of {config['steps']:,} steps with learning rate "
-        f"{config['lr']:g} and margin {config['margin']:g}, and thresholds that refuse {100 * config['miss']:g}% of "
-        f"held-out known images ({plain(config.get('held_out') or 'a part of the data', 80)})."
+        f"The method follows Immuno-VLM [@fang2026]: prototypes of classes, {texts}, {learnt}and thresholds that "
+        f"refuse {100 * config['miss']:g}% of held-out known images ({held})."
     )
     yield f"Intervals of AUROCs are DeLong's [@delong1988]. {_EXACT}"
 

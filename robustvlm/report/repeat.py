@@ -25,7 +25,7 @@ def _methods(manifest: Mapping[str, Any]) -> Iterator[doc.Section]:
         return
     try:
         made = methods_of(manifest)
-    except (UserError, KeyError, TypeError, ValueError):  # another version's settings: no reason to have no report
+    except UserError:  # another version's settings: no reason to have no report
         return
     lead = "Written from the settings: say in it what your paper calls the model and the data, and check it."
     texts = [doc.Verbatim(made.text, "Words"), doc.Verbatim(made.latex, "LaTeX (natbib)")]
