@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.defenses.finetune.methods import Materials, Method, frozen
-from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.training import Draws
 
@@ -40,22 +39,20 @@ class ByWords(Method):
     def terms(self, pixels: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
         del labels
         with torch.no_grad():
-            words = _words(self.teacher, pixels)
+            words = self._words(self.teacher, pixels)
         with frozen(self.student):
-            attacked, _ = self.attack(lambda x, _: _apart(_words(self.student, x), words).sum(), pixels, draws)
-        robust = _apart(_words(self.student, attacked), words).mean()
+            attacked, _ = self.attack(lambda x, _: _apart(self._words(self.student, x), words).sum(), pixels, draws)
+        robust = _apart(self._words(self.student, attacked), words).mean()
         if not self.clean:
             return {"loss": robust}
-        clean = _apart(_words(self.student, pixels), words).mean()
+        clean = _apart(self._words(self.student, pixels), words).mean()
         return {"loss": robust + self.clean * clean, "robust": robust.detach(), "clean": clean.detach()}
 
-
-def _words(vlm: VLM, pixels: Tensor) -> Tensor:
-    """Return log-probabilities [B, 1000]."""
-    encoder: Any = getattr(vlm, "encoder", None)
-    if not hasattr(encoder, "photographs"):
-        raise UserError("this method is for benchmarks.photowords.model:load, another model was given")
-    return F.log_softmax(encoder.photographs(pixels).float(), dim=-1)
+    def _words(self, vlm: VLM, pixels: Tensor) -> Tensor:
+        """Return log-probabilities [B, 1000]; of another encoder, those of the training classes [B, K]."""
+        encoder: Any = getattr(vlm, "encoder", None)
+        logits = encoder.photographs(pixels) if hasattr(encoder, "photographs") else self.logits(vlm, pixels)
+        return F.log_softmax(logits.float(), dim=-1)
 
 
 def _apart(words: Tensor, goal: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ class LaneEngine:
         success that is not final asks for one more, before its second look; attacks may ask in their own `advance`, and
         where points were foreseen, it is asked twice for each turn of them that lanes have come to.
         """
+        self._claims = []  # those of a pass that memory ran out in are of other rows
         began, lanes, device = time.perf_counter(), self._pool.lanes, self.oracle.device
         used = len(lanes)
         sizes = batch_sizes(self.rungs, used)

@@ -121,9 +121,13 @@ class Pool:
 
     def start_over(self) -> None:
         """Put the images in flight back to the waiting ones; they will have the same draws."""
+        back: set[int] = set()
         for course in self.courses:
             flying = [lane.image for lane in course.lanes if not lane.image.early]
-            course.waiting = deque(course.image(image.job) for image in dict.fromkeys([*flying, *course.waiting]))
+            # Where memory ran out as an image was handed on, it is still with the attack before.
+            images = [one for one in dict.fromkeys([*flying, *course.waiting]) if one.job.index not in back]
+            back.update(image.job.index for image in images)
+            course.waiting = deque(course.image(image.job) for image in images)
             course.lanes, course.state = [], {}
 
     def fill(self, rungs: Sequence[int]) -> None:

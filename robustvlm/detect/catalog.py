@@ -144,7 +144,7 @@ SCORES: Table[Score] = Table(
             Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),
             Score("knn", "kNN", "2204.06507", ("encoder", "images"), lambda s: KNN(k=_neighbours(s))),
             Score("gda", "GDA", "2402.04087", ("encoder", "images"), lambda s: GDA(s.head)),
-            Score("mixtures", "Class mixtures", "2308.15580", ("encoder", "images"), lambda _: ClassMixtures()),
+            Score("mixtures", "Class mixtures", "2408.15580", ("encoder", "images"), lambda _: ClassMixtures()),
             Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.tempered)),
             Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
             Score(

@@ -46,7 +46,7 @@ class ClassMixtures(FittedDetector):
         covariance: estimator of the covariance; n_iter: steps of expectation maximisation.
         seed: of the first means, which are spread by k-means++.
 
-    Source: Li et al. 2023, arXiv 2308.15580.
+    Source: Li et al. 2023, arXiv 2408.15580.
 
     Example:
         >>> features = torch.tensor([[1.0, 0.0], [1.2, 0.0], [0.0, 1.0], [0.0, 1.2]])

@@ -135,7 +135,8 @@ def escape_latex(text: str) -> str:
         50\\% of my\\_model, L$\\infty$
     """
     escaped = latex_words(plain(text, 600))
-    return f"{{}}{escaped}" if escaped.startswith("[") else escaped  # behind \\ a bracket would be its argument
+    # Behind \\ a bracket would be its argument, and a star its other form.
+    return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped
 
 
 def latex_words(text: str) -> str:

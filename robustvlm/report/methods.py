@@ -137,6 +137,8 @@ def _subject(kind: str, manifest: Manifest) -> Iterator[str]:
     digest = f" (digest {str(data['fingerprint'])[:12]})" if data.get("fingerprint") else ""
     chosen = ", chosen by a hash of their ids" if fewer else ""
     where = "with" if kind == "purify" else "on"
+    if kind == "immunize" and not config.get("images", True):
+        where, some, chosen = "for", "the classes", ""
     yield f"We {verb} the model {spec}{print_}{at} {where} {some} of {known}{digest}{chosen}."
     names, templates = data.get("class_names") or [], data.get("templates") or []
     if names and templates and model.get("logit_scale") is not None:
@@ -211,22 +213,26 @@ def _attack(manifest: Manifest) -> Iterator[str]:
 
 def _judge(manifest: Manifest) -> Iterator[str]:
     from robustvlm.defenses.pipeline import split_spec  # catalogues that other kinds have no need to load
-    from robustvlm.defenses.zoo.base import DEFENCES
+    from robustvlm.defenses.zoo.base import DEFENCES, IDENTITY
+    from robustvlm.defenses.zoo.unpublished import unpublished
 
     config = manifest["config"]
-    found = []
+    found, constant = [], ""
     for spec in str(config["model"]).split(","):
         for operation in split_spec(spec.strip())[1]:
-            if operation.name in DEFENCES:
+            if operation.name in DEFENCES and unpublished(operation.name, operation.arguments) is None:
                 about = DEFENCES[operation.name].about
                 found.append(f"{about.title}{_cite(named_in(about.reference))}")
+                if IDENTITY in DEFENCES[operation.name].modes:
+                    constant = ", where there is one with what the defence adds taken for a constant (BPDA)"
+                    constant += " [@athalye2018bpda]"
     if found:
         yield f"The defences, all re-implemented, were {_listed(dict.fromkeys(found))}."
     yield (
         f"The attacker adds {_ball(config['norm'], [config['eps_text']])}, pixels in [0, 1]. Attacks unaware of a "
         f"defence are PGD [@madry2018] and APGD [@croce2020apgd] on the undefended model; adaptive ones differentiate "
-        f"through the defence in every gradient mode that it declares, its identity among them (BPDA) "
-        f"[@athalye2018bpda], and also attack features; all take {config['steps']} steps."
+        f"through the defence in every gradient mode that it declares{constant}, and also attack features; all take "
+        f"{config['steps']} steps."
     )
     if config.get("queries"):
         yield f"What is left is attacked by the Square Attack with {config['queries']} queries [@andriushchenko2020]."
@@ -334,6 +340,13 @@ def _purify(manifest: Manifest) -> Iterator[str]:
     )
     yield f"Following feature-space smoothing [@xia2026], we trained {parts} for Gaussian noise {sigmas}."
     if only != "mapper":
+        if config.get("eps"):
+            steps = count_of(config.get("inner_steps") or 3, "steps")
+            ball = _ball(str(config.get("norm") or "Linf"), [config["eps"]])
+            yield f"Training images were attacked under the noise by PGD [@madry2018] with {steps} and {ball}."
+        if config.get("text_weight"):
+            weight = f"{config['text_weight']:g}"
+            yield f"The loss holds the divergence of the classes read off clean and purified images, weight {weight}."
         yield f"{_optimiser(config)} Noise levels and preconditioning follow the EDM design [@karras2022]."
     if only != "purifier":
         yield f"The mapper was trained for {config['mapper_steps']:,} steps with learning rate {config['mapper_lr']:g}."
@@ -341,9 +354,14 @@ def _purify(manifest: Manifest) -> Iterator[str]:
 
 def _immunize(manifest: Manifest) -> Iterator[str]:
     config = manifest["config"]
-    texts = f"texts that are near but outside the classes (antibodies: {plain(config['antibodies'], 80)})"
+    source = plain(config["antibodies"], 80)
+    texts = {"none": "no antibodies", "noise": "random directions for antibodies (a baseline)"}.get(
+        source, f"texts that are near but outside the classes (antibodies: {source})"
+    )
     if not config.get("images", True):
-        yield f"The method follows Immuno-VLM [@fang2026], from texts alone: {texts}, no adapter, thresholds at 0."
+        images = config.get("calibrate")
+        sets = f"score and thresholds set on images of {plain(images, 80)}" if images else "thresholds at 0"
+        yield f"The method follows Immuno-VLM [@fang2026], with classes from texts alone: {texts}, no adapter, {sets}."
         return
     learnt = f"an adapter trained for {count_of(config['steps'], 'steps')}, " if config.get("steps") else ""
     held = plain(config.get("held_out") or "a part of the data", 80)

@@ -301,7 +301,7 @@ def _likely_rows(cost: Cost, estimate: Estimate | None) -> list[tuple[str, str]]
         return []
     became = cost.forward_passes + cost.backward_passes
     said = f"{likely_passes(estimate.likely_least, estimate.likely_most)}, said after {estimate.likely_after:,} answers"
-    return [("Likely passes in all, no bound", f"{said}; it became {became:,}")]
+    return [("Likely passes in all, no bound", f"{said}; {became:,} were spent")]
 
 
 def likely_passes(least: int, most: int) -> str:

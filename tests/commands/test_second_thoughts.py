@@ -52,6 +52,7 @@ def test_a_recipe_that_cannot_be_made_leaves_no_folder(tmp_path: Path, options: 
     for wrong, said in (
         ({"inner_steps": 2}, "inner_steps has no effect without eps"),
         ({"eps": "1/255", "inner_steps": 0}, "at least 1 step"),
+        ({"eps": "1/255", "feature_weight": 0.0}, "nothing to raise"),
         ({"eps": "1/255", "only": "mapper"}, "for training a purifier, and none is trained"),
         ({"text_weight": 1.0, "only": "mapper"}, "for training a purifier, and none is trained"),
     ):

@@ -106,7 +106,7 @@ def test_a_run_says_it_once_enough_images_are_finished_and_what_it_became(
     assert estimate.likely_after is not None
     assert estimate.likely_after >= FEWEST
     rows = dict(cost_rows(cost, estimate))
-    assert rows["Likely passes in all, no bound"].endswith(f"it became {became:,}")
+    assert rows["Likely passes in all, no bound"].endswith(f"{became:,} were spent")
 
 
 def test_a_run_that_has_said_nothing_likely_has_no_row_of_it():

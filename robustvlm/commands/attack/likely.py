@@ -8,19 +8,20 @@ images finish, the passes that each took and the share that withstood tell more:
 * The mean of the images still to come lies within two standard errors of theirs, the share that goes on to the next
   attack in its 95% interval; both never leave what is possible at all.
 * A stage that has not shown so many images counts with the least and the most that an image can cost, for as many
-  images as are likely to reach it.
+  images as are likely to reach it; nothing is said while one is to come whose most is not known.
 
 Images are taken for alike whatever their place in the data: where these are sorted by class, the range may be too
-narrow. Checks at the end count with nothing at least; what attacks of other packages cost is not known before.
+narrow. Checks at the end count with nothing at least; what attacks of other packages and second looks cost is not known
+before.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from robustvlm.attacks import FOOLED, LaneAttack
 from robustvlm.commands.attack.cost import MeteredOracle, looks_per_image
-from robustvlm.commands.attack.store import CleanFact, Ledger, Stage
+from robustvlm.commands.attack.store import AttackFact, CleanFact, Ledger, Stage
 from robustvlm.stats import rate
 
 # So many images of a stage must be finished before anything is said; then twice as many, and so on.
@@ -35,13 +36,13 @@ class Outlook:
 
     Args:
         ready: images that have come to this stage and are not finished in it; others may follow from the one before.
-        least, most: passes that one image can cost.
+        least, most: passes that one image can cost; `most` is infinite where nothing bounds it.
         passes: of its first finished images, see `first_finished`; withstood: how many of those go on.
     """
 
     ready: int
     least: int
-    most: int
+    most: float
     passes: Sequence[int] = ()
     withstood: int = 0
 
@@ -85,7 +86,9 @@ def passes_left(stages: Sequence[Outlook]) -> tuple[float, float]:
 def _mean(stage: Outlook, images: float, side: int) -> float:
     """Return an end of the range in which the mean passes of so many further images lie."""
     count = len(stage.passes)
-    if not count or not images:
+    if not images:
+        return 0.0
+    if not count:
         return stage.least if side < 0 else stage.most
     mean = sum(stage.passes) / count
     variance = sum((passes - mean) ** 2 for passes in stage.passes) / max(count - 1, 1)
@@ -108,6 +111,10 @@ def in_all(left: tuple[float, float], *, paid: int, under_way: int, dearer: floa
     """
     low, high = (paid + max(0, math.ceil(dearer * (passes - under_way))) for passes in left)
     return low, high + checks
+
+
+def _key(stage: Stage) -> tuple[object, ...]:
+    return stage.threat.eps, stage.goal.spec, stage.attack.name
 
 
 class LikelyCost:
@@ -137,8 +144,16 @@ class LikelyCost:
 
     def now(self, at: Stage) -> tuple[int, int] | None:
         """Return the likely passes of the whole run; None as long as the stage it is at has not shown enough."""
-        outlooks = {stage.title: self._outlook(place) for place, stage in enumerate(self.stages)}
-        if not outlooks[at.title].passes:
+        remaining = [self._remaining(stage) for stage in self.stages]
+        found: dict[tuple[object, ...], dict[int, AttackFact]] = {}
+        for (*of, index), fact in self.ledger.found.items():
+            found.setdefault(tuple(of), {})[index] = fact
+        outlooks = {
+            stage.title: self._outlook(place, remaining, found.get(_key(stage), {}))
+            for place, stage in enumerate(self.stages)
+        }
+        unknown = any(item.most == math.inf and not item.passes for item in outlooks.values())
+        if unknown or not outlooks[at.title].passes:
             return None
         goals = dict.fromkeys(stage.goal.spec for stage in self.stages)
         left = [
@@ -153,22 +168,23 @@ class LikelyCost:
             checks=self.checks,
         )
 
-    def _outlook(self, place: int) -> Outlook:
-        """Return what a stage has shown by now, and what is left of it."""
+    def _outlook(
+        self, place: int, remaining: Sequence[dict[str, CleanFact]], done: Mapping[int, AttackFact]
+    ) -> Outlook:
+        """Return what a stage has shown by now, `done` by image, and what is left of it."""
         stage = self.stages[place]
-        before = [earlier for earlier in self.stages[:place] if earlier.goal.spec == stage.goal.spec]
-        busy = {name for earlier in before for name in self._remaining(earlier)}
-        ready = {fact.index for name, fact in self._remaining(stage).items() if name not in busy}
-        key = (stage.threat.eps, stage.goal.spec, stage.attack.name)
-        done = {index: fact for (*at, index), fact in self.ledger.found.items() if tuple(at) == key}
+        before = [at for at in range(place) if self.stages[at].goal.spec == stage.goal.spec]
+        busy = {name for at in before for name in remaining[at]}
+        ready = {fact.index for name, fact in remaining[place].items() if name not in busy}
         images = sorted(ready | done.keys())
         first = images[: first_finished([index in done for index in images])]
         withstood = [index for index in first if not (self.leave and done[index].outcome == FOOLED)]
-        least = most = 0
+        least, most = 0, math.inf
         if isinstance(stage.attack, LaneAttack):
-            targets = max((len(fact.targets) for fact in self.ledger.clean.values()), default=1)
             least = self.oracle.eot * (2 if stage.attack.uses_gradient else 1)
-            most = least * looks_per_image(stage.attack, targets)
+            if self.oracle.confirmed:  # else second looks come on top, as many as there are claims
+                targets = max((len(fact.targets) for fact in self.ledger.clean.values()), default=1)
+                most = least * looks_per_image(stage.attack, targets)
         return Outlook(len(ready), least, most, [done[index].passes for index in first], len(withstood))
 
     def _remaining(self, stage: Stage) -> dict[str, CleanFact]:

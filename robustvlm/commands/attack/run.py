@@ -43,6 +43,8 @@ from robustvlm.runs.settings import Observer
 
 # A killed session loses its count of passes since the last note of it.
 _COST_SECONDS = 5.0
+# So many times as long as it took to find out what a run will likely cost, that is not asked again.
+_PAUSE = 50
 
 
 class AttackRun:
@@ -114,7 +116,7 @@ class AttackRun:
             if found is None:
                 return
             self.observer.say(forecast(self._forecast(found)))
-            for stages in self._sharing():
+            for stages in self._sharing(found):
                 if self.ledger.stopped:
                     return
                 with self._within_budget():
@@ -193,10 +195,11 @@ class AttackRun:
     def _say_likely(self, *, every: float = 0.0) -> None:
         """Tell what the run will likely cost, unless that was done in the last `every` seconds."""
         now = time.monotonic()
-        if self._shown is None or now - self._said < every:
+        if self._shown is None or (every and now - self._said < every):
             return
-        self._said = now
         found = self.likely.now(self._shown)
+        done = time.monotonic()
+        self._said = done + _PAUSE * (done - now)  # of a large run's time no more than this share is spent on it
         if found is not None:
             self.ledger.add_likely(*found)
             self.observer.advance(0, likely=f"{likely_passes(*found)} passes in all")
@@ -232,17 +235,17 @@ class AttackRun:
         plan = self.plan
         settle_draws(self.oracle, found, eot=plan.eot, draws=plan.draws, eot_if_random=plan.eot_if_random)
 
-    def _sharing(self) -> list[list[Stage]]:
+    def _sharing(self, found: attacks.Probe) -> list[list[Stage]]:
         """Return the stages in order, those together that share batches."""
         together: list[list[Stage]] = []
         for stage in self.stages:
-            if together and self._share_batches(together[-1][-1], stage):
+            if together and self._share_batches(together[-1][-1], stage, found):
                 together[-1].append(stage)
             else:
                 together.append([stage])
         return together
 
-    def _share_batches(self, a: Stage, b: Stage) -> bool:
+    def _share_batches(self, a: Stage, b: Stage, found: attacks.Probe) -> bool:
         """Whether images may go on from one stage to the next while others are still in it.
 
         Several processes deal the images out anew between stages; the draws of a random model depend on the passes
@@ -252,7 +255,7 @@ class AttackRun:
             return False
         ours = [stage.attack for stage in (a, b) if isinstance(stage.attack, attacks.LaneAttack)]
         alike = len(ours) == 2 and ours[0].uses_gradient == ours[1].uses_gradient and not any(map(is_foreign, ours))
-        return alike and self.ranks.size == self.oracle.eot == self.oracle.draws == 1
+        return alike and not found.random and self.ranks.size == self.oracle.eot == self.oracle.draws == 1
 
     def _run_stages(self, stages: Sequence[Stage], found: attacks.Probe) -> None:
         """Run attacks that share batches on every image that still withstands; every one of them gets a row."""

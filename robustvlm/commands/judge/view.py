@@ -96,10 +96,11 @@ def reproduction(found: ModelJudgement, summary: Judgement) -> str:
     """
     claims = [claim for _, about in abouts_of(found) for claim in about.claims]
     same = [claim for claim in claims if _is_of(claim, found.spec, summary)]
-    if not same or _is_bundled(found):
+    if not same or _is_bundled(found) or not _as_released(found.spec):
         return ""
-    claim, figure = same[0], found.unaware[next(iter(UNAWARE))]
+    figure = found.unaware[next(iter(UNAWARE))]
     value = 100 * (figure.value or 0.0)
+    claim = min(same, key=lambda one: abs(value - one.robust))  # others published figures of the same setting, too
     stands = f"{claim.robust:g} % claimed for {claim.data}, here {value:.1f} % ({interval(figure)})"
     if abs(value - claim.robust) > _NEAR:
         return (
@@ -109,12 +110,23 @@ def reproduction(found: ModelJudgement, summary: Judgement) -> str:
     return f"Our version comes within {_NEAR} points of the claimed unaware figure ({stands})."
 
 
+_CLIP = re.compile(r"(?:CLIP )?(?P<name>(?:ViT-)?[BL]/\d+|RN\d+)")
+
+
 def _is_of(claim: Claim, spec: str, summary: Judgement) -> bool:
-    if claim.adaptive or claim.norm != summary.norm or claim.eps is None:
+    """Whether a claim is of OpenAI's CLIP that stands in the spec, at this radius, and not of a tuned base."""
+    named = _CLIP.fullmatch(claim.model)
+    if claim.adaptive or claim.norm != summary.norm or claim.eps is None or named is None:
         return False
-    model = re.search(r"(?:ViT|RN)-?[\w/]+", claim.model)
-    wanted, given = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (model[0] if model else "?", spec))
-    return abs(claim.eps / 255 - summary.eps) < 1e-9 and bool(wanted) and wanted in given
+    name = named["name"].replace("/", "-")
+    given = f"{name if name.startswith(('ViT', 'RN')) else f'ViT-{name}'}/openai"
+    return abs(claim.eps / 255 - summary.eps) < 1e-9 and spec.partition("+")[0].lower() == given.lower()
+
+
+def _as_released(spec: str) -> bool:
+    """Whether one defence alone stands behind a model, with its own constants."""
+    operations = spec.split("+")[1:]
+    return len(operations) == 1 and ":" not in operations[0]
 
 
 def cost_of(found: ModelJudgement, summary: Judgement) -> str:
@@ -277,7 +289,8 @@ def _table(summary: Judgement) -> Iterator[doc.Block]:
     claims = [(spec, claim) for spec, about in every for claim in about.claims]
     if claims:
         listed: list[doc.Row] = [(doc.Code(spec), claim_words(claim)) for spec, claim in claims]
-        columns = [doc.Column("Defence"), doc.Column("Claimed by its authors, on another model and other images")]
+        head = "Published by its authors, or by those named, as a rule on other models and images"
+        columns = [doc.Column("Defence"), doc.Column(head)]
         yield doc.Table(columns, listed)
 
 
@@ -342,7 +355,7 @@ def _caption(found: ModelJudgement) -> str:
         return "The undefended model: its own gradients, and the worst case over all attacks."
     if _is_bundled(found):
         return "The bundled model's figures say nothing about CLIP, so that no claimed figure stands beside them."
-    return "A claimed figure is of another model and other images; its setting stands above."
+    return "A claimed figure is of other images, and as a rule of another model; its setting stands above."
 
 
 def _is_bundled(found: ModelJudgement) -> bool:

@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -247,38 +246,38 @@ def _least_accepted(
 ) -> dict[int, float]:
     """Return, by class, thresholds that accept the fewest strangers while at most a share `miss` of scores is rejected.
 
-    Each class has a staircase of known images lost for strangers refused; along the upper hulls of all staircases the
-    steepest steps are taken first, as long as the next one of its class fits what is left of the budget. That is the
-    best choice for every budget that the steps use up (Lagrange).
+    Each class has a staircase of known images lost for strangers refused. The best choice of one stair in every class
+    within the budget of lost images is found exactly, class by class (a knapsack).
     """
-    own = {int(k): np.sort(values[of == k]) for k in np.unique(of)}
-    # Below every image of a class nothing known is lost.
-    found = {k: float(np.nextafter(scores[0], -np.inf)) for k, scores in own.items()}
-    steps = [
-        (refused / lost, k, lost, cut)
-        for k, scores in own.items()
-        for lost, refused, cut in _hull(scores, strange[near == k])
-    ]
-    budget, closed = int(miss * len(values) + 1e-9), set[int]()
-    for _, k, lost, cut in sorted(steps, key=lambda step: (-step[0], step[1])):
-        if k in closed or lost > budget:
-            closed.add(k)
-            continue
-        budget, found[k] = budget - lost, cut
-    return found
+    budget = int(miss * len(values) + 1e-9)
+    refused = np.zeros(budget + 1, dtype=np.int64)  # the most with at most so many images lost, over the classes so far
+    chosen: list[tuple[int, list[tuple[int, int, float]], npt.NDArray[np.int64]]] = []
+    for k in map(int, np.unique(of)):
+        stairs = [stair for stair in _staircase(values[of == k], strange[near == k]) if stair[0] <= budget]
+        most, which = np.full(budget + 1, -1), np.zeros(budget + 1, dtype=np.int64)
+        for number, (lost, more, _) in enumerate(stairs):
+            found = refused[: budget + 1 - lost] + more
+            better = found > most[lost:]
+            most[lost:][better], which[lost:][better] = found[better], number
+        refused = most
+        chosen.append((k, stairs, which))
+    left, cuts = int(refused.argmax()), {}
+    for k, stairs, which in reversed(chosen):
+        lost, _, cuts[k] = stairs[which[left]]
+        left -= lost
+    return cuts
 
 
-def _hull(known: Array, strange: Array) -> list[tuple[int, int, float]]:
-    """Return the steps of the upper hull of (known images lost, strangers refused): lost, refused more, the cut."""
-    corners = [(0, int((strange < known[0]).sum()), -np.inf)]
-    for lost in range(1, len(known) + 1):
-        cut = known[lost - 1]
-        point = (lost, int((strange <= cut).sum()), float(cut))
-        while len(corners) > 1 and _slope(corners[-2], corners[-1]) <= _slope(corners[-1], point):
-            corners.pop()
-        corners.append(point)
-    return [(b[0] - a[0], b[1] - a[1], b[2]) for a, b in pairwise(corners) if b[1] > a[1]]
+def _staircase(known: Array, strange: Array) -> list[tuple[int, int, float]]:
+    """Return the cuts that are worth their loss: known images lost, strangers refused, threshold.
 
-
-def _slope(one: tuple[int, int, float], other: tuple[int, int, float]) -> float:
-    return (other[1] - one[1]) / (other[0] - one[0])
+    The first, below every known image, loses none: scores are compared with thresholds in float32.
+    """
+    scores = np.unique(known)  # equal scores are lost together
+    below = float(np.nextafter(np.float32(scores[0]), np.float32(-np.inf)))
+    stairs = [(0, int((strange <= below).sum()), below)]
+    for cut in scores:
+        refused = int((strange <= cut).sum())
+        if refused > stairs[-1][1]:
+            stairs.append((int((known <= cut).sum()), refused, float(cut)))
+    return stairs

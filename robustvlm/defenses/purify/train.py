@@ -299,6 +299,11 @@ class PurifySettings:
             raise UserError(
                 f"{setting('eps')} and {setting('text_weight')} are for training a purifier, and none is trained here"
             )
+        if self.attack is not None and not (self.purifier_weights.feature or self.purifier_weights.text):
+            raise UserError(
+                f"an attack has nothing to raise: {setting('eps')} wants {setting('feature_weight')} or "
+                f"{setting('text_weight')} above 0"
+            )
         if self.denoiser is not None and "purifier" in self.stages and len(self.stages) == 1:
             raise UserError("a denoiser of your own needs no training: leave out --only purifier to train its mapper")
 

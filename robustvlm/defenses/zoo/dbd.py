@@ -153,7 +153,7 @@ class DirectionalBias(zoo.AnswerDefence):
 
     @property
     def gradient_draws(self) -> int:
-        return zoo.draws_of_views(self.views)
+        return zoo.draws_of_views(min(self.kept, self.views) or self.views)
 
     def cost(self, *, gate_open: bool = True) -> zoo.Passes:
         del gate_open  # it decides after all passes
