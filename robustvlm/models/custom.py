@@ -77,6 +77,8 @@ class CustomVLM(VLM):
             **framing_declared(encoder),
         )
         self.encoder = encoder
+        # A model on disk that stands on this one is called by its folder, which may be written in more ways than one.
+        self._made_by = spec
         self._hidden = Hidden(encoder)
         self.images = _ImageSide(encoder, spec)
         self.eval().requires_grad_(False)
@@ -107,7 +109,7 @@ class CustomVLM(VLM):
         return own | self._hidden.state()
 
     def _identity(self) -> Iterable[str]:
-        return self.spec, *source_of(self.encoder)
+        return self._made_by, *source_of(self.encoder)
 
 
 def state_of(thing: object) -> dict[str, object]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from small import OWN, clip_folder, pictures, prepared
 from torch import Tensor
 
+import robustvlm as rv
 from robustvlm.commands.export import export
 from robustvlm.commands.finetune.work import parse_options
 from robustvlm.data import open_data
@@ -92,6 +93,21 @@ def test_an_encoder_of_one_s_own_gets_new_weights_laid_over_it(tmp_path: Path) -
     assert_same(found, run.work.vlm)
     with pytest.raises(UserError, match=r"more than a model of open_clip or transformers \(a CustomVLM\)"):
         export(str(run.folder.path), tmp_path / "out")
+
+
+def test_a_tuned_model_is_the_same_by_whatever_path_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, model in (("own", OWN), ("clip", str(clip_folder(tmp_path / "base")))):
+        folder = prepared(tmp_path, model=model, name=name, steps=1).start().folder
+        monkeypatch.chdir(tmp_path)
+        found = [load_pipeline(str(path)) for path in (folder, Path(name), tmp_path / "base" / ".." / name)]
+        assert len({vlm.fingerprint for vlm in found}) == 1
+        assert len({vlm.text_fingerprint for vlm in found}) == 1
+        built = rv.build(name, smooth="0.25:4", out="built", name=name, device="cpu").folder.resolve()
+        monkeypatch.chdir(tmp_path.parent)
+        assert load_pipeline(str(built)).image_size == found[0].image_size, "it knows its base from anywhere"
+
 
 
 class Interrupted(Observer):
