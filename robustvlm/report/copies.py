@@ -91,10 +91,14 @@ def _word(part: doc.Inline) -> str:
 
 def markdown(table: doc.Table) -> str:
     """Return a table as GitHub's Markdown has it; titles of groups of columns stand before the columns' own."""
-    heads = [_marked(title) for title in _titles(table.columns)]
+    heads = [escape_markdown(title) for title in _titles(table.columns)]
     lines = [_row(heads), _row(["---:" if column.number else "---" for column in table.columns])]
     for row in table.rows:
-        cells = [f"**{_marked(row)}**"] if isinstance(row, str) else [_marked(words_of(cell)) for cell in row]
+        cells = (
+            [f"**{escape_markdown(row)}**"]
+            if isinstance(row, str)
+            else [escape_markdown(words_of(cell)) for cell in row]
+        )
         lines.append(_row([*cells, *[""] * (len(heads) - len(cells))]))
     return "\n".join(lines)
 
@@ -103,8 +107,14 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _marked(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", plain(text, 600))
+def escape_markdown(text: str, limit: int = 600) -> str:
+    """Return words as GitHub's Markdown shows them.
+
+    Example:
+        >>> print(escape_markdown("a*b <img>"))
+        a\\*b \\<img\\>
+    """
+    return _MARKDOWN.sub(r"\\\1", plain(text, limit))
 
 
 def latex(table: doc.Table) -> str:

@@ -320,7 +320,7 @@ def manifest_of(folder: Path) -> made.Manifest:
     try:
         return made.read_manifest(folder / "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it") from None
+        raise UserError(f"'{folder}' is no run folder: expected a manifest.json in it, or in folders in it") from None
 
 
 def not_ended(folder: Path, kind: str) -> str:

@@ -27,6 +27,7 @@ from robustvlm.commands.judge.view import (
 from robustvlm.core.files import read_json
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.zoo.base import DEFENCES, Claim
+from robustvlm.runs.records import Check
 from robustvlm.runs.settings import Observer
 
 MODULE = '''
@@ -271,6 +272,17 @@ def test_images_that_are_in_no_figure_are_told(run: Any) -> None:
     write_markdown(run.folder / "other.md", some, {})
     assert "1 image unreadable" in (run.folder / "other.md").read_text(encoding="utf-8")
     (run.folder / "other.md").unlink()
+
+
+def test_names_from_outside_are_no_markdown(run: Any, tmp_path: Path) -> None:
+    *first, last = run.summary.models
+    odd = last.model_copy(update={"checks": [Check(name="<img src=x>", level="warning", message="a*b* `c`")]})
+    write_markdown(
+        tmp_path / "odd.md", run.summary.model_copy(update={"models": [*first, odd]}), {"data": {"spec": "a`<b>`"}}
+    )
+    told = (tmp_path / "odd.md").read_text(encoding="utf-8")
+    assert "images of `a'<b>'`" in told
+    assert "* \\<img src=x\\>: a\\*b\\* \\`c\\`" in told
 
 
 def test_words_and_tables() -> None:

@@ -109,7 +109,6 @@ def test_a_tuned_model_is_the_same_by_whatever_path_it_is_opened(
         assert load_pipeline(str(built)).image_size == found[0].image_size, "it knows its base from anywhere"
 
 
-
 class Interrupted(Observer):
     """Presses Ctrl-C when a step is reached."""
 

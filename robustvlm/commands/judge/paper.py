@@ -11,7 +11,7 @@ from robustvlm.commands.judge.record import Judgement, ModelJudgement
 from robustvlm.commands.judge.view import COLUMNS, INTERVALS
 from robustvlm.core.files import write_text
 from robustvlm.defenses.zoo.base import DEFENCES, form_of
-from robustvlm.report.copies import escape_latex, latex_words
+from robustvlm.report.copies import escape_latex, escape_markdown, latex_words
 from robustvlm.report.words import DASH, ball, interval, percent, plain
 
 OWN_WORDS = "Claimed figures are those of the papers, on other models and images, and answer their own question."
@@ -20,6 +20,9 @@ OWN_WORDS = "Claimed figures are those of the papers, on other models and images
 def claims_of(found: ModelJudgement) -> str:
     """Return what was published of a model's defences, with its setting; a dash for nothing."""
     return "; ".join(said.claim_words(claim) for _, about in said.abouts_of(found) for claim in about.claims) or DASH
+
+
+_LONG = 4000
 
 
 def fidelity_of(found: ModelJudgement) -> str:
@@ -36,10 +39,10 @@ def _markdown(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]:
     data = plain((manifest.get("data") or {}).get("spec") or "")
     yield "# Test-time defences, judged"
     yield ""
-    yield f"{ball(summary.norm, summary.eps_text)}. {summary.images:,} images of `{data}`,"
+    yield f"{ball(summary.norm, summary.eps_text)}. {summary.images:,} images of {_code(data)},"
     yield f"{summary.steps} gradient steps and {summary.queries} queries of Square. {INTERVALS}"
     if aside := said.left_aside(summary):
-        yield aside
+        yield escape_markdown(aside, _LONG)
     yield ""
     heads = ["model", "claimed", *COLUMNS, "p", "passes F / B", "cost x", "fidelity"]
     yield _line(heads)
@@ -50,18 +53,23 @@ def _markdown(summary: Judgement, manifest: Mapping[str, Any]) -> Iterator[str]:
         p = DASH if found.gain_p is None else f"{found.gain_p:.2g}"
         passes = f"{found.facts.forward:g} / {found.facts.backward:g}"
         cost, fidelity = said.cost_of(found, summary), fidelity_of(found)
-        yield _line([f"`{found.spec}`", claims, *figures, p, passes, cost, fidelity])
+        yield _line([_code(found.spec), claims, *figures, p, passes, cost, fidelity])
     for row in summary.not_reproduced:
         empty = [DASH] * (len(COLUMNS) + 3)
-        yield _line([f"`{row.spec}`", row.claimed, *empty, f"not reproduced: {row.reason}"])
+        yield _line([_code(row.spec), row.claimed, *empty, f"not reproduced: {row.reason}"])
     for found in said.defended_models(summary):
         yield ""
-        yield said.sentence_of(found, summary)
+        yield escape_markdown(said.sentence_of(found, summary), _LONG)
         for check in found.checks:
             if check.level in ("warning", "fault"):
-                yield f"* {check.name}: {check.message}"
+                yield f"* {escape_markdown(f'{check.name}: {check.message}', _LONG)}"
     yield ""
     yield OWN_WORDS
+
+
+def _code(text: str) -> str:
+    """Return a name from outside as code; a backtick in it would end that."""
+    return f"`{plain(text, 300).replace('`', chr(39))}`"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ class InnerAttack:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"the inner attack needs at least 1 step, got {self.steps}: use the method 'clean'")
+            raise UserError(f"the inner attack needs at least 1 step, got {self.steps}")
         if self.step_size is not None and not self.step_size > 0:
             raise UserError(f"the step of the inner attack must be positive, got {self.step_size:g}")
 
