@@ -135,6 +135,6 @@ class Bars(RunObserver):
         self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
         if self._plain == "end" and not self._console.is_terminal and self._done:
             seconds = time.monotonic() - self._began
-            line = f"{self._title}: {self._done} images, {self._passes:,} passes, {seconds:.0f} s"
+            line = f"{self._title}: {self._done} images, {self._passes:,} passes meanwhile, {seconds:.0f} s"
             self._console.print(line, markup=False)
         self._task = None

@@ -370,9 +370,10 @@ class AttackRun:
         """
         done = self.ledger.attacked(stage.threat.eps, stage.goal.spec, stage.attack.name)
         self._shown, self._left = stage, left
-        self.observer.begin(stage.title, left + done, done)
-        if self._told[stage.title].total():
-            self.observer.advance(0, fooled=self._fooled(stage))
+        told = self._told[stage.title].total()
+        self.observer.begin(stage.title, left + done, done - told)
+        if told:
+            self.observer.advance(told, fooled=self._fooled(stage))
         if not left and self._next:
             following = self._next.pop(0)
             self._show(following, len(self._remaining(following)))
