@@ -16,7 +16,6 @@ from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
 from robustvlm.report.charts import Line
 from robustvlm.report.words import count_of, percent, plain
-from robustvlm.runs.manifest import kind_of_run
 from robustvlm.runs.records import read_rows
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 from robustvlm.stats import Rate, rate
@@ -60,11 +59,6 @@ class CertifyRecord(FinishedRun[CertifySummary]):
         """Noisy copies used, per image."""
         used = self.rows.column("n").to_numpy() + self.rows.column("n_pilot").to_numpy()
         return np.asarray(used, dtype=np.int64)
-
-
-def is_certify_run(folder: Path) -> bool:
-    """Whether the folder's manifest says that it is a certify run; False where none can be read."""
-    return kind_of_run(folder) == "certify"
 
 
 def load_certify_run(folder: Path) -> CertifyRecord:
