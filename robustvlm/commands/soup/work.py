@@ -160,7 +160,7 @@ def _require_one_function(specs: Sequence[str], models: Sequence[VLM]) -> None:
     for spec, vlm, root in zip(specs, models, roots, strict=True):
         own = dict(vlm.named_buffers(recurse=False))
         same = own.keys() == fixed.keys() and all(torch.equal(own[name], value) for name, value in fixed.items())
-        if not same or type(vlm) is not type(first) or _design(vlm) != _design(first):
+        if not same or type(vlm) is not type(first) or vlm.design != first.design:
             raise UserError(
                 f"'{specs[0]}' and '{spec}' are not one function of their weights (preprocessing, activation, "
                 "tokenizer or temperature differ): a soup needs models tuned from one"
@@ -168,11 +168,6 @@ def _require_one_function(specs: Sequence[str], models: Sequence[VLM]) -> None:
         known = {one for one in (roots[0], root) if one is not None}
         if len(known) > 1:
             raise UserError(f"'{specs[0]}' and '{spec}' were tuned from different models: a soup needs one")
-
-
-def _design(vlm: VLM) -> list[str]:
-    """Return what decides the features beside weights; an own encoder counts its spec among that."""
-    return [text for text in vlm.design if text != vlm.spec]
 
 
 def root_of(spec: str) -> str | None:
