@@ -1,0 +1,145 @@
+"""Every test-time defence on a base model, judged at several radii, and one table of all that was judged.
+
+    python -m benchmarks.zoo --base tiny --out runs/zoo
+    python -m benchmarks.zoo --base benchmarks.cifar10.model:load --data parquet:test.parquet --label cifar10
+    python -m benchmarks.zoo
+
+Without a base it prints the tables of what is there. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import robustvlm as rv
+from benchmarks.common import markdown
+from robustvlm.commands.judge.record import Judgement, ModelJudgement
+from robustvlm.core.files import read_text, write_text
+from robustvlm.errors import UserError, nearest
+from robustvlm.report.words import interval, percent
+from robustvlm.stats import holm
+
+
+@dataclass(frozen=True)
+class Group:
+    """Defences that are judged in one run, with as much effort as their cost allows.
+
+    Attributes:
+        steps: of every gradient attack; queries: of Square. defences: as written behind a model; those of many views
+            draw fewer than their papers, as every view is a pass of every step.
+    """
+
+    steps: int
+    queries: int
+    defences: tuple[str, ...]
+
+
+GROUPS = {
+    "filters": Group(100, 300, ("jpeg:75", "bits:3", "median:3", "blur:3", "clipure", "bits:3+jpeg:75")),
+    "loops": Group(40, 200, ("antiadv", "et3", "ttc", "csr", "tte:5")),
+    "views": Group(20, 40, ("randpad", "vote:8", "agc:8", "rtpt:views=8", "dbd", "ttp:views=8")),
+}
+
+
+def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limit: int, out: Path) -> None:
+    """Judge the defences of a group on a base; figures go to `LABEL-EPS-GROUP.json` in the folder."""
+    name, chosen = f"{label}-{eps.replace('/', 'of')}-{group}", GROUPS[group]
+    if (out / f"{name}.json").exists():
+        return
+    given = {} if data is None else {"data": data}
+    found = rv.judge(
+        ",".join(f"{base}+{defence}" for defence in chosen.defences),
+        limit=limit,
+        eps=eps,
+        steps=chosen.steps,
+        queries=chosen.queries,
+        out=out / "runs",
+        name=name,
+        **given,
+    )
+    write_text(out / f"{name}.json", found.summary.model_dump_json(indent=1) + "\n")
+
+
+def tables(out: Path) -> Iterator[str]:
+    """Yield a table for every base and radius of which figures are there; p-values are by Holm over each table."""
+    found: dict[tuple[str, str], list[Judgement]] = {}
+    for path in sorted(out.glob("*.json")):
+        label, eps, _ = path.stem.rsplit("-", 2)
+        found.setdefault((label, eps.replace("of", "/")), []).append(Judgement.model_validate_json(read_text(path)))
+    for (label, eps), judgements in found.items():
+        yield f"### {label}, L∞ {eps}, {judgements[0].images} images\n\n{table(judgements)}"
+
+
+def table(judgements: Sequence[Judgement]) -> str:
+    """Return one Markdown table: the undefended model once for each effort, then every defence."""
+    defended = {one.spec: (one, judged) for judged in judgements for one in judged.models if one.facts.base is not None}
+    values = [one.gain.p_value for one, _ in defended.values() if one.gain is not None]
+    adjusted = dict(zip(defended, holm(values), strict=True))
+    bases = {judged.steps: (one, judged) for judged in judgements for one in judged.models if one.facts.base is None}
+    rows = [_row(f"none ({steps} steps)", one, judged, {}) for steps, (one, judged) in sorted(bases.items())]
+    rows += [
+        _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`", one, judged, adjusted)
+        for spec, (one, judged) in sorted(defended.items(), key=lambda item: -item[1][0].worst.successes)
+    ]
+    heads = [
+        "defence",
+        "steps",
+        "clean",
+        "unaware: PGD",
+        "unaware: APGD",
+        "own label",
+        "adaptive",
+        "worst",
+        "p",
+        "F / B",
+    ]
+    return markdown(heads, rows)
+
+
+def _row(name: str, one: ModelJudgement, judged: Judgement, adjusted: Mapping[str, float]) -> list[str]:
+    facts, p = one.facts, adjusted.get(one.spec)
+    seen = [one.clean, *one.unaware.values(), one.own_label, one.adaptive]
+    return [
+        name,
+        str(judged.steps),
+        *(percent(figure.value) for figure in seen),
+        f"{percent(one.worst.value)} ({interval(one.worst)})",
+        "" if p is None else f"{p:.2g}",
+        f"{facts.forward:g} / {facts.backward:g}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; user errors end in one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--base", help="the undefended model; without it, only the tables are printed")
+    parser.add_argument("--data", help="its images; default: the bundled ones")
+    parser.add_argument("--label", help="what the tables call it; default: its spec")
+    parser.add_argument("--eps", default="1/255,4/255", help="radii, L-infinity")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="of defences, with commas between")
+    parser.add_argument("--limit", type=int, default=100, help="images")
+    parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
+    given = parser.parse_args(argv)
+    try:
+        for group in given.groups.split(","):
+            if group not in GROUPS:
+                raise UserError(f"there is no group '{group}': {nearest(group, list(GROUPS))}")
+            for eps in given.eps.split(",") if given.base else ():
+                label = given.label or given.base
+                if not re.fullmatch(r"[\w.]+(-[\w.]+)*", label):
+                    raise UserError(f"'{label}' is no name for a file: pass --label, as --label photowords")
+                judge(given.base, given.data, label, group, eps, limit=given.limit, out=given.out)
+        print("\n\n".join(tables(given.out)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
