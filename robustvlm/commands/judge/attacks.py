@@ -33,8 +33,10 @@ UNAWARE = {"unaware:pgd": "PGD", "unaware:apgd": "APGD"}
 LABEL = "label:pgd"
 """As the first of these, with what the undefended model says in the label's place: such points carry no label."""
 TRANSFER = (*UNAWARE, LABEL)
-MODE, START, OWN = "mode:", "start:", "own"
+MODE, SHORT, START, OWN = "mode:", "short:", "start:", "own"
 """How acts through a gradient mode are named, and what stands for the mode of a model that has none."""
+_SHORTER = 4
+"""A short attack makes one step where a full one makes so many."""
 
 
 class Fate(Record):
@@ -108,8 +110,10 @@ class Attacked:
         feature = (FEATURE,) if self.features.vlm is not None else ()
         square = (SQUARE,) if self.queries else ()
         through = (f"{MODE}{mode}" for mode in self.modes)
+        # Longer steps in less number may find what a long attack does not, and more effort must never help a defence.
+        short = (f"{SHORT}{mode}" for mode in self.modes if self.steps >= _SHORTER)
         started = (f"{START}{mode}" for mode in self.modes)
-        return (CLEAN, *TRANSFER, *through, *feature, *started, *square)
+        return (CLEAN, *TRANSFER, *through, *feature, *short, *started, *square)
 
     @cached_property
     def probe(self) -> Probe:
@@ -174,6 +178,8 @@ class Attacked:
                 points = dict(zip(image_ids(images.pixels), start, strict=True))
                 attacks = [PGDFrom(n_iter=self.steps, points=points)]
                 return self._fates(self._perturb(images, attacks))
+            if f"{kind}:" == SHORT:
+                return self._fates(self._perturb(images, f"pgd:steps={self.steps // _SHORTER}"))
             margin = f"apgd-ce:steps={self.steps}:objective=margin"
             return self._fates(self._perturb(images, f"pgd:steps={self.steps},{margin}"))
 

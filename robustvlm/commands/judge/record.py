@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustvlm.commands.common.store import JournalLedger
-from robustvlm.commands.judge.attacks import CLEAN, FEATURE, LABEL, MODE, SQUARE, START, TRANSFER, UNAWARE, Fate
+from robustvlm.commands.judge.attacks import CLEAN, FEATURE, LABEL, MODE, SHORT, SQUARE, START, TRANSFER, UNAWARE, Fate
 from robustvlm.defenses.zoo.base import Passes
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check, Record
@@ -241,7 +241,7 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
         ImageFate(id=name, label=label, right={act: fates[act][i].right for act in acts if i in fates[act]})
         for i, (name, label) in enumerate(zip(images.ids, images.labels, strict=True))
     ]
-    through = [act for act in acts if act.startswith(MODE) or act == FEATURE]
+    through = [act for act in acts if act.startswith((MODE, SHORT)) or act == FEATURE]
     total = len(rows)
     return ModelJudgement(
         spec=facts.spec,
@@ -269,7 +269,9 @@ def _of_act(act: str, rows: Sequence[ImageFate], fates: Iterable[Fate], spent: P
         tried=len(made),
         right=sum(row.right[act] for row in made),
         alone=len(alone) if every_mode else None,
-        left_only=act in (FEATURE, SQUARE) or act.startswith(START) or (act.startswith(MODE) and not every_mode),
+        left_only=act in (FEATURE, SQUARE)
+        or act.startswith((SHORT, START))
+        or (act.startswith(MODE) and not every_mode),
         passes=sum(fate.passes for fate in fates),
         forward=int(spent.forward),
         backward=int(spent.backward),
@@ -284,11 +286,12 @@ def compared_checks(found: ModelJudgement) -> list[Check]:
 
     Raises nothing; a check that finds nothing is not there.
     """
-    return [check for check in (_transfer(found), _blind(found), _label(found), _nothing(found)) if check is not None]
+    found_of = (_transfer, _budget, _blind, _label, _nothing)
+    return [check for check in (one(found) for one in found_of) if check is not None]
 
 
 def _transfer(found: ModelJudgement) -> Check | None:
-    through = [act.name for act in found.acts if act.name.startswith(MODE) or act.name == FEATURE]
+    through = [act.name for act in found.acts if act.name.startswith((MODE, SHORT)) or act.name == FEATURE]
     missed = [row for row in found.images if row.held_in(through) and not row.held_in(TRANSFER)]
     if not missed:
         return None
@@ -299,6 +302,19 @@ def _transfer(found: ModelJudgement) -> Check | None:
         "gradients through the defence do not; robust accuracy counts them as fooled."
     )
     return Check(name="transfer against gradients", level="warning" if beaten else "note", message=message)
+
+
+def _budget(found: ModelJudgement) -> Check | None:
+    acts = [act for act in found.acts if act.name.startswith(SHORT)]
+    fooled = sum(act.tried - act.right for act in acts)
+    if not fooled:
+        return None
+    return Check(
+        name="more steps",
+        level="warning",
+        message=f"A quarter of the steps fools {fooled} of the {acts[0].tried} images that all steps left: more effort "
+        "would have helped the defence. They count as fooled; other steps and draws may find more.",
+    )
 
 
 def _blind(found: ModelJudgement) -> Check | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from markupsafe import Markup
 from rich.console import Console
 
-from robustvlm.commands.judge.attacks import FEATURE, LABEL, MODE, OWN, SQUARE, UNAWARE
+from robustvlm.commands.judge.attacks import FEATURE, LABEL, MODE, OWN, SHORT, SQUARE, START, UNAWARE
 from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement
 from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, strengths
@@ -208,7 +208,8 @@ def act_words(name: str) -> str:
         return "Square, which sees no gradient"
     kind, _, mode = name.partition(":")
     words = "the model's own gradient" if mode == OWN else MODES.get(mode, mode)
-    return f"PGD and APGD, {words}" if f"{kind}:" == MODE else f"PGD from the transferred points, {words}"
+    attack = {MODE: "PGD and APGD", SHORT: "PGD of a quarter of the steps", START: "PGD from the transferred points"}
+    return f"{attack[f'{kind}:']}, {words}"
 
 
 # Blocks

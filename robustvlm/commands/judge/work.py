@@ -17,7 +17,18 @@ from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import Images as Stream
 from robustvlm.commands.common.inputs import describe_data, remarks_of
 from robustvlm.commands.judge import JudgeSettings, record
-from robustvlm.commands.judge.attacks import CLEAN, FEATURE, LABEL, MODE, START, TRANSFER, UNAWARE, Attacked, Images
+from robustvlm.commands.judge.attacks import (
+    CLEAN,
+    FEATURE,
+    LABEL,
+    MODE,
+    SHORT,
+    START,
+    TRANSFER,
+    UNAWARE,
+    Attacked,
+    Images,
+)
 from robustvlm.commands.judge.paper import write_markdown, write_tex
 from robustvlm.commands.judge.view import read_run, show, write_report
 from robustvlm.core.files import replacing, write_text
@@ -176,7 +187,7 @@ class _Trial:
         before = attacked.acts[: attacked.acts.index(act)]
         if act.startswith(MODE) and self.work.settings.every_mode:
             before = (CLEAN,)
-        elif act.startswith(MODE) or act == FEATURE:  # these alone decide what is adaptive
+        elif act.startswith((MODE, SHORT)) or act == FEATURE:  # these alone decide what is adaptive
             before = tuple(one for one in before if one not in TRANSFER)
         fates = (fate for one in before for fate in self.ledger.fates(spec, one).values())
         return {fate.index for fate in fates if not fate.right}
