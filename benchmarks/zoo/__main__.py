@@ -40,9 +40,9 @@ class Group:
 
 
 GROUPS = {
-    "filters": Group(100, 300, ("jpeg:75", "bits:3", "median:3", "blur:3", "clipure", "bits:3+jpeg:75")),
-    "loops": Group(40, 200, ("antiadv", "et3", "ttc", "csr", "tte:5")),
-    "views": Group(20, 40, ("randpad", "vote:8", "agc:8", "rtpt:views=8", "dbd", "ttp:views=8")),
+    "filters": Group(20, 100, ("jpeg:75", "bits:3", "median:3", "blur:3", "clipure", "bits:3+jpeg:75")),
+    "loops": Group(20, 100, ("antiadv", "et3", "ttc", "csr", "tte:5")),
+    "views": Group(20, 20, ("randpad", "vote:8", "agc:8", "rtpt:views=8", "dbd", "ttp:views=8")),
 }
 
 
