@@ -59,7 +59,7 @@ def test_the_margin_is_that_of_the_worst_point_of_the_ball() -> None:
     assert torch.allclose(found.margins, worst, atol=1e-4)
 
 
-@pytest.mark.parametrize("eps", [0.03, 0.06])
+@pytest.mark.parametrize("eps", [pytest.param(0.03, marks=pytest.mark.slow), 0.06])
 def test_no_more_accuracy_is_left_than_by_the_packages(eps: float) -> None:
     import pyautoattack
     import torchattacks
