@@ -301,6 +301,15 @@ def test_fewer_and_longer_steps_are_tried_on_what_is_left_and_tell_on_a_defence_
     assert act_words("short:identity").startswith("PGD of a quarter of the steps, what the defence adds")
 
 
+def test_passes_of_the_attack_on_features_are_counted_where_a_defence_answers_for_itself(tmp_path: Path) -> None:
+    found = rv.judge("tiny+tte:2", limit=2, eps="0.01/255", steps=2, queries=0, device="cpu", out=tmp_path)
+    base, defended = found.summary.models
+    acts = [{act.name: act for act in one.acts}["feature"] for one in (base, defended)]
+    assert [act.tried for act in acts] == [2, 2]
+    assert acts[0].backward == acts[1].backward >= 2 * 2, "the same attack, on the same encoder"
+    assert acts[1].forward - acts[0].forward == 2, "its points are shown to two views instead of one"
+
+
 def test_words_and_tables() -> None:
     assert claim_words(Claim("B/32", "ten sets", "PGD-100", None, 91.3)).endswith(
         "radius not read, unaware of the defence"

@@ -6,7 +6,7 @@ All attacks are those of the library (`perturb`); here is only which of them are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from robustvlm.commands.common.questions import of_probe, of_sanity
 from robustvlm.core.seeds import derive_seed
 from robustvlm.defenses import Classifier
 from robustvlm.defenses.zoo.base import IDENTITY, Passes
-from robustvlm.defenses.zoo.wrap import counted_passes, defended, gradient_mode, modes_of
+from robustvlm.defenses.zoo.wrap import Counted, counted_passes, defended, gradient_mode, modes_of
 from robustvlm.runs.records import Check, Record
 
 CLEAN, FEATURE, SQUARE = "clean", "feature", "square"
@@ -182,6 +182,13 @@ class Attacked:
                 return self._fates(self._perturb(images, f"pgd:steps={self.steps // _SHORTER}"))
             margin = f"apgd-ce:steps={self.steps}:objective=margin"
             return self._fates(self._perturb(images, f"pgd:steps={self.steps},{margin}"))
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[list[Counted]]:
+        """Count the passes through the model's encoder, and through that which the attack on features looks at."""
+        with contextlib.ExitStack() as stack:
+            models = [self.model] if self.features is self.model else [self.model, self.features]
+            yield [stack.enter_context(counted_passes(model)) for model in models]
 
     def cost(self, images: Images) -> Passes:
         """Return the passes that a clean answer takes, counted at the encoder."""

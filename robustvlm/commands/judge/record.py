@@ -49,6 +49,7 @@ class Act(Record):
     Attributes:
         left_only: it was made on images that the attacks before it had left.
         alone: images that it alone fooled; None where images leave at the first mode that fools them.
+        passes: the same as they are allotted to images, a judged point with every draw that it may take.
         forward, backward: passes of the encoder that it took, on all images, those that judged its points among them.
     """
 

@@ -39,7 +39,7 @@ from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import check_operations, split_spec, undefended
 from robustvlm.defenses.zoo.base import Passes
 from robustvlm.defenses.zoo.unpublished import unpublished
-from robustvlm.defenses.zoo.wrap import counted_passes, defended
+from robustvlm.defenses.zoo.wrap import defended
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.run import Facts, Session
 
@@ -167,7 +167,7 @@ class _Trial:
             if act in TRANSFER or act.startswith(START)
             else None
         )
-        with counted_passes(attacked.model) as seen:
+        with attacked.counted() as seen:
             if not wanted:
                 fates = []
             elif act == CLEAN or act in TRANSFER:
@@ -176,9 +176,9 @@ class _Trial:
                 start = None if points is None else points[[places.index(place) for place in wanted]]
                 fates = attacked.act(act, chosen, start)
         numbered = [fate.model_copy(update={"index": wanted[fate.index]}) for fate in fates]
-        spent = Passes(seen.forward, seen.backward)
+        spent = Passes(sum(one.forward for one in seen), sum(one.backward for one in seen))
         self.ledger.add_part(spec, act, part, numbered, time.monotonic() - began, spent)
-        self.session.observer.passed(len(wanted), seen.forward + seen.backward)
+        self.session.observer.passed(len(wanted), int(spent.forward + spent.backward))
 
     def _fallen(self, spec: str, act: str, attacked: Attacked) -> set[int]:
         """Return the images that an act is not made on, by what came of them in the acts before."""
