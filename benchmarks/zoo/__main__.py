@@ -18,6 +18,7 @@ from pathlib import Path
 
 import robustvlm as rv
 from benchmarks.common import markdown
+from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT
 from robustvlm.commands.judge.record import Judgement, ModelJudgement
 from robustvlm.core.files import read_text, write_text
 from robustvlm.errors import UserError, nearest
@@ -77,37 +78,27 @@ def tables(out: Path) -> Iterator[str]:
 
 def table(judgements: Sequence[Judgement]) -> str:
     """Return one Markdown table: the undefended model once for each effort, then every defence."""
-    defended = {one.spec: (one, judged) for judged in judgements for one in judged.models if one.facts.base is not None}
-    values = [one.gain.p_value for one, _ in defended.values() if one.gain is not None]
+    defended = {one.spec: one for judged in judgements for one in judged.models if one.facts.base is not None}
+    values = [one.gain.p_value for one in defended.values() if one.gain is not None]
     adjusted = dict(zip(defended, holm(values), strict=True))
-    bases = {judged.steps: (one, judged) for judged in judgements for one in judged.models if one.facts.base is None}
-    rows = [_row(f"none ({steps} steps)", one, judged, {}) for steps, (one, judged) in sorted(bases.items())]
+    bases = {judged.steps: one for judged in judgements for one in judged.models if one.facts.base is None}
+    rows = [_row(f"none ({steps} steps)", one, {}) for steps, one in sorted(bases.items())]
     rows += [
-        _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`", one, judged, adjusted)
-        for spec, (one, judged) in sorted(defended.items(), key=lambda item: -item[1][0].worst.successes)
+        _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`", one, adjusted)
+        for spec, one in sorted(defended.items(), key=lambda item: -item[1].worst.successes)
     ]
-    heads = [
-        "defence",
-        "steps",
-        "clean",
-        "unaware: PGD",
-        "unaware: APGD",
-        "own label",
-        "adaptive",
-        "worst",
-        "p",
-        "F / B",
-    ]
+    heads = ["defence", "clean", "unaware: PGD", "APGD", "own label", "gradients alone", "worst", "p", "F / B"]
     return markdown(heads, rows)
 
 
-def _row(name: str, one: ModelJudgement, judged: Judgement, adjusted: Mapping[str, float]) -> list[str]:
+def _row(name: str, one: ModelJudgement, adjusted: Mapping[str, float]) -> list[str]:
     facts, p = one.facts, adjusted.get(one.spec)
-    seen = [one.clean, *one.unaware.values(), one.own_label, one.adaptive]
+    through = [act.name for act in one.acts if act.name.startswith((MODE, SHORT)) or act.name == FEATURE]
+    alone = sum(image.held_in(through) for image in one.images) / len(one.images)
     return [
         name,
-        str(judged.steps),
-        *(percent(figure.value) for figure in seen),
+        *(percent(figure.value) for figure in (one.clean, *one.unaware.values(), one.own_label)),
+        percent(alone),
         f"{percent(one.worst.value)} ({interval(one.worst)})",
         "" if p is None else f"{p:.2g}",
         f"{facts.forward:g} / {facts.backward:g}",

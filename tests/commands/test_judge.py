@@ -126,8 +126,8 @@ def test_a_sound_defence_is_not_slandered_and_a_harmless_one_gains_nothing(run: 
 
 def test_nothing_is_credited_with_more_than_any_attack_leaves(run: Any) -> None:
     for found in run.summary.models:
-        least = min(found.clean.successes, found.adaptive.successes, *(r.successes for r in found.unaware.values()))
-        assert found.worst.successes <= least
+        unaware = min(found.clean.successes, *(rate.successes for rate in (*found.unaware.values(), found.own_label)))
+        assert found.worst.successes <= found.adaptive.successes <= unaware
         for image in found.images:
             assert image.held == all(image.right.values())
     vote = run.summary.of("planted:plain+vote:3")
@@ -138,8 +138,9 @@ def test_nothing_is_credited_with_more_than_any_attack_leaves(run: Any) -> None:
 
 def test_masked_gradients_are_seen_through_and_said(place: Path) -> None:
     found = judge(place, "planted:masked", "masked", base="planted:plain").summary.of("planted:masked")
-    assert found.adaptive.successes == 12, "the gradient leads the wrong way"
-    assert found.worst.successes == 6, "the transferred points do not ask it"
+    through = [act.name for act in found.acts if act.name.startswith((MODE, SHORT))]
+    assert all(image.held_in(through) for image in found.images), "the gradient leads the wrong way"
+    assert found.adaptive.successes == found.worst.successes == 6, "the transferred points do not ask it"
     assert {"transfer against gradients", "does nothing here"} <= names(found)
     assert found.protocol.only_first == 0
 

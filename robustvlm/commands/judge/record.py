@@ -87,8 +87,9 @@ class ModelJudgement(Record):
         clean: accuracy without an attack.
         unaware: by attack, accuracy at points made on the undefended model (for that one: under the attack itself).
         own_label: the same with the undefended model's own prediction in the label's place, by PGD.
-        adaptive: right when clean, and under every attack through the defence and on features.
-        worst: right throughout, transferred points and search without gradients included: the robust accuracy.
+        adaptive: right when clean, under every attack through the defence and on features, and at the points made on
+            the undefended model, which such attacks begin at: who knows the defence knows what stands behind it.
+        worst: right throughout, search without gradients included: the robust accuracy.
         gain: worst against the undefended model's worst on the same images; gain_p: its p-value, Holm over the run.
         protocol: unaware PGD against worst.
     """
@@ -242,7 +243,6 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
         ImageFate(id=name, label=label, right={act: fates[act][i].right for act in acts if i in fates[act]})
         for i, (name, label) in enumerate(zip(images.ids, images.labels, strict=True))
     ]
-    through = [act for act in acts if act.startswith((MODE, SHORT)) or act == FEATURE]
     total = len(rows)
     return ModelJudgement(
         spec=facts.spec,
@@ -250,7 +250,7 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
         clean=rate(sum(row.right[CLEAN] for row in rows), total),
         unaware={act: rate(sum(row.right[act] for row in rows), total) for act in UNAWARE},
         own_label=rate(sum(row.right[LABEL] for row in rows), total),
-        adaptive=rate(sum(row.held_in(through) for row in rows), total),
+        adaptive=rate(sum(row.held_in(act for act in acts if act != SQUARE) for row in rows), total),
         worst=rate(sum(row.held for row in rows), total),
         acts=[
             _of_act(act, rows, fates[act].values(), ledger.spent(facts.spec, act), every_mode=images.every_mode)
@@ -297,7 +297,7 @@ def _transfer(found: ModelJudgement) -> Check | None:
     if not missed:
         return None
     least = min(one.successes for one in (*found.unaware.values(), found.own_label))
-    beaten = found.adaptive.successes > least
+    beaten = sum(row.held_in(through) for row in found.images) > least
     message = (
         f"On {len(missed)} of {len(found.images)} images the points made on the undefended model fool this one where "
         "gradients through the defence do not; robust accuracy counts them as fooled."

@@ -187,7 +187,7 @@ class _Trial:
         before = attacked.acts[: attacked.acts.index(act)]
         if act.startswith(MODE) and self.work.settings.every_mode:
             before = (CLEAN,)
-        elif act.startswith((MODE, SHORT)) or act == FEATURE:  # these alone decide what is adaptive
+        elif act.startswith((MODE, SHORT)) or act == FEATURE:  # to count what gradients alone find
             before = tuple(one for one in before if one not in TRANSFER)
         fates = (fate for one in before for fate in self.ledger.fates(spec, one).values())
         return {fate.index for fate in fates if not fate.right}
