@@ -106,10 +106,10 @@ def test_towers_give_the_features_of_the_library_and_refuse_texts(kind: str, tmp
     spec = f"transformers:{tmp_path / kind}"
     vlm = load_model(spec)
     assert isinstance(vlm, TowerVLM)
-    pixels = torch.stack([to_pixels(image, vlm.framing) for image in pictures(side=vlm.framing.scaled_side)])
+    pixels = torch.stack([to_pixels(image, vlm.framing) for image in pictures(side=vlm.framing.scaled)])
     processor = transformers.AutoImageProcessor.from_pretrained(str(tmp_path / kind))
     with torch.no_grad():
-        output = model(**processor(images=pictures(side=vlm.framing.scaled_side), return_tensors="pt"))
+        output = model(**processor(images=pictures(side=vlm.framing.scaled), return_tensors="pt"))
     wanted = output.image_embeds if "image_embeds" in output else output.pooler_output
     if kind == "vit":
         wanted = output.last_hidden_state[:, 0]
@@ -233,7 +233,7 @@ def test_the_processor_s_settings_become_pixels(settings: dict[str, Any], framin
     vlm = load_model(f"transformers:{tmp_path / 'm'}")
     assert vlm.framing == framing
     processor = transformers.AutoImageProcessor.from_pretrained(str(tmp_path / "m"))
-    (image,) = pictures(1, framing.scaled_side)
+    (image,) = pictures(1, framing.scaled)
     wanted = processor(images=image, return_tensors="pt")["pixel_values"]
     pixels = to_pixels(image, vlm.framing)[None]
     assert isinstance(vlm, TowerVLM)
