@@ -31,6 +31,7 @@ from robustvlm.attacks.objectives import objective
 from robustvlm.certify.noise import CHUNK, noise_chunk
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.seeds import full_precision_kernels
+from robustvlm.core.size import sides
 from robustvlm.models import load_model
 
 PATHS = ("fp32", "bf16", "compile")
@@ -143,7 +144,7 @@ def classifier(name: str) -> Classifier:
     torch.manual_seed(0)
     if name == "tiny":
         vlm = load_model("tiny")
-        encoder, size = vlm, vlm.image_size
+        encoder, size = vlm, sides(vlm.image_size)[0]
     else:
         import open_clip
 

@@ -36,6 +36,7 @@ import robustvlm.commands.finetune.work  # all that is imported here is no part 
 from benchmarks.common import markdown
 from robustvlm.core import object_graph
 from robustvlm.core.framing import to_pixels
+from robustvlm.core.size import sides
 from robustvlm.models.clip import ClipVLM
 
 TEMPLATES = ("a photo of a {}.",)
@@ -250,8 +251,8 @@ def write_images(folder: Path, names: list[str]) -> None:
         (folder / "images" / name).mkdir(parents=True)
     for number in range(3 * IMAGES):
         small = draws.integers(0, 256, (7, 7, 3), dtype=np.uint8)
-        side = classifier.image_size
-        image = Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+        height, width = sides(classifier.image_size)
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
         with torch.no_grad():
             label = int(classifier(to_pixels(image, classifier.framing)[None]).argmax())
         image.save(folder / "images" / names[label] / f"{number}.png")

@@ -13,7 +13,8 @@ import numpy as np
 
 from robustvlm.certify.means import ANYTIME_BOUNDS
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
-from robustvlm.core.framing import Framing
+from robustvlm.core.framing import Framing, covering, fitting
+from robustvlm.core.size import Size, sides
 from robustvlm.errors import UserError, setting
 
 # The record of a certificate: what is claimed, and everything needed to judge or repeat it
@@ -274,7 +275,7 @@ def expected_false(certificates: Sequence[Certificate]) -> float:
 #
 # A resize in floating point is linear. One of 8-bit images is not: rounding makes two results differ by up to one grey
 # level in every pixel, wherever the sources differ at all, so that a source change of length e may reach the model as
-# `norm * e + sqrt(3 S S) / 255` and more (Pillow rounds between its two passes too). At 64 pixels that term is 0.43, at
+# `norm * e + sqrt(3 H W) / 255` and more (Pillow rounds between its two passes too). At 64 pixels that term is 0.43, at
 # 224 it is 1.52: more than most certified radii. So where an image of 8 bits was resized, no radius at the source is
 # stated.
 
@@ -318,8 +319,8 @@ def _line_norm(source: int, target: int, interpolation: str) -> float:
     return float(np.linalg.norm(resize_matrix(source, target, interpolation), 2))
 
 
-def resize_norm(width: int, height: int, size: int | Framing) -> float:
-    """Return a bound of the 2-norm of bringing an image to the square that a model sees, in its framing.
+def resize_norm(width: int, height: int, size: Size | Framing) -> float:
+    """Return a bound of the 2-norm of bringing an image to the size that a model sees, in its framing.
 
     Of a resize in floating point, without rounding to 8 bits: a perturbation of l2 norm e at the source then reaches
     the model with at most e times this, so that a radius R at the model's resolution is R / norm at the source. The
@@ -330,24 +331,23 @@ def resize_norm(width: int, height: int, size: int | Framing) -> float:
         [7.013, 1.0, 0.452]
     """
     framing = Framing.of(size)
-    target, filter_ = framing.image_size, framing.interpolation
     if framing.resize_mode == "squash":
-        return _line_norm(width, target, filter_) * _line_norm(height, target, filter_)
-    short, long = min(width, height), max(width, height)
-    if framing.resize_mode == "longest":
-        return _line_norm(short, max(1, round(short * target / long)), filter_) * _line_norm(long, target, filter_)
-    target = framing.scaled_side
-    if short == target:
-        return 1.0
-    return _line_norm(short, target, filter_) * _line_norm(long, max(target, int(target * long / short)), filter_)
+        to = sides(framing.image_size)
+    elif framing.resize_mode == "longest":
+        to = fitting(height, width, framing.image_size)
+    else:
+        to = covering(height, width, framing.scaled)
+    return _line_norm(height, to[0], framing.interpolation) * _line_norm(width, to[1], framing.interpolation)
 
 
-def source_norm(width: int, height: int, target: int | Framing) -> float | None:
+def source_norm(width: int, height: int, target: Size | Framing) -> float | None:
     """Return the factor from a change of an 8-bit image to that of the model's pixels: 1 if these are the same or None.
 
     Example:
         >>> source_norm(224, 224, 224), source_norm(256, 256, 224), source_norm(224, 224, Framing(224, short_side=256))
         (1.0, None, None)
+        >>> source_norm(320, 224, (224, 320)), source_norm(224, 320, (224, 320))
+        (1.0, None)
     """
     framing = Framing.of(target)
-    return 1.0 if width == height == framing.image_size == framing.scaled_side else None
+    return 1.0 if (height, width) == sides(framing.image_size) and framing.scaled == framing.image_size else None

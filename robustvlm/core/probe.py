@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustvlm.core.size import Size, sides
 from robustvlm.errors import UserError
 
 FORMAT = 1
@@ -25,8 +26,8 @@ _SPREADS = 8.0
 Array = NDArray[np.float64]
 
 
-def probe_pixels(size: int) -> NDArray[np.float32]:
-    """Return `IMAGES` images [N, 3, S, S] with values k/255, the same on every machine: made of integers alone.
+def probe_pixels(size: Size) -> NDArray[np.float32]:
+    """Return `IMAGES` images [N, 3, H, W] with values k/255, the same on every machine: made of integers alone.
 
     Two of them vary over the whole image (ramps that fold back, and coarse squares), two over a few pixels (stripes and
     noise), each through the whole range of values. On the 8-bit grid a model that rounds its input decides nothing.
@@ -36,14 +37,15 @@ def probe_pixels(size: int) -> NDArray[np.float32]:
         >>> pixels.shape, float(pixels.min()), float(pixels.max())
         ((4, 3, 16, 16), 0.0, 1.0)
     """
-    y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+    height, width = sides(size)
+    y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     channel = np.arange(3)[:, None, None]
-    cell = max(1, size // 8)
-    ramps = _folded((x * (3 + channel) + y * (2 + 2 * channel)) * 510 // max(1, 2 * size) + 85 * channel)
+    cell = max(1, min(height, width) // 8)
+    ramps = _folded((x * (3 + channel) + y * (2 + 2 * channel)) * 510 // max(1, height + width) + 85 * channel)
     squares = _mixed(x // cell, y // cell, channel + 11) % 256
     stripes = _folded((x * (1 + channel) + 2 * y) * 37 + 40 * channel)
     noise = _mixed(x, y, channel + 29) % 256
-    grey = np.stack([np.broadcast_to(image, (3, size, size)) for image in (ramps, squares, stripes, noise)])
+    grey = np.stack([np.broadcast_to(image, (3, height, width)) for image in (ramps, squares, stripes, noise)])
     grey = grey.copy()
     grey[:, :, 0, 0], grey[:, :, -1, -1] = 0, 255
     return (grey / 255.0).astype(np.float32)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustvlm.core.framing import Framing, to_pixels
+from robustvlm.core.size import Size
 from robustvlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,11 +126,12 @@ class DataSource(ABC):
         for item in items:
             yield self._settled(item) if isinstance(item, Sample) else item
 
-    def tensors(self, size: int | Framing, *, limit: int | None = None) -> Tensors:
+    def tensors(self, size: Size | Framing, *, limit: int | None = None) -> Tensors:
         """Return images as tensors in [0, 1] with labels and ids, held in memory; the `limit` that a run would take.
 
         Args:
-            size: side in pixels, or the `framing` of a model, which also says how images are brought to it.
+            size: side in pixels or (height, width), or the `framing` of a model, which also says how images are
+                brought to it.
 
         Raises:
             UserError: an image cannot be read, or there is none.

@@ -11,6 +11,7 @@ import torch
 
 from robustvlm.certify import OpensetRule
 from robustvlm.core.files import replacing
+from robustvlm.core.framing import trial_pixels
 from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.pipeline import Operation, split_spec
@@ -325,8 +326,7 @@ def _on(card: Card, spec: str, vlm: VLM) -> Card:
 
 def _try_out(vlm: VLM, recipe: Recipe) -> None:
     """Encode one image with parts that may have been made for another model."""
-    size = vlm.image_size
-    pixels = torch.linspace(0, 1, 3 * size * size, device=vlm.device).view(1, 3, size, size)
+    pixels = trial_pixels(1, vlm.image_size, device=vlm.device)
     try:
         with torch.no_grad():
             widths = vlm.encode_image(pixels).shape[1], vlm.encode_text(["a photo"]).shape[1]

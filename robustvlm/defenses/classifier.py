@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from robustvlm.attacks.tensors import as_images
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.seeds import full_precision_kernels
+from robustvlm.core.size import Size
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, ZeroShotClassifier
@@ -45,10 +46,10 @@ class Answers:
 
 
 class Classifier(nn.Module, ABC):
-    """A model of known classes: pixels [B, 3, H, H] in [0, 1] to logits [B, K].
+    """A model of known classes: pixels [B, 3, H, H] in [0, 1] to logits [B, K]; [B, 3, H, W] where it is not square.
 
     With `can_reject` there is one column more, the acceptance score: an image is accepted exactly when it is positive.
-    `framing` says how an image of any shape becomes such a square.
+    `framing` says how an image of any shape is brought there.
     `vlm` and `class_embeddings` are there for classifiers on top of an encoder, None otherwise; `logit_scale` is the
     factor on cosine similarities, None where the logits are none.
     """
@@ -58,11 +59,11 @@ class Classifier(nn.Module, ABC):
         *,
         spec: str,
         class_names: Sequence[str],
-        image_size: int,
+        image_size: Size,
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
         fill_color: int = 0,
-        short_side: int = 0,
+        short_side: Size = 0,
         logit_scale: float | None = None,
         can_reject: bool = False,
     ) -> None:
@@ -72,8 +73,8 @@ class Classifier(nn.Module, ABC):
         self.logit_scale, self.can_reject = logit_scale, can_reject
 
     @property
-    def image_size(self) -> int:
-        """Side of the square that the model sees."""
+    def image_size(self) -> Size:
+        """Side of the square that the model sees, or (height, width)."""
         return self.framing.image_size
 
     @property
@@ -126,7 +127,7 @@ class Classifier(nn.Module, ABC):
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, alpha: float | None = None, lanes: int = 64) -> Answers:
-        """Return what the model says of images [N, 3, H, H] in [0, 1]: class, rejected or abstained, with the score.
+        """Return what the model says of images [N, 3, H, W] in [0, 1]: class, rejected or abstained, with the score.
 
         Args:
             alpha: for a smoothed encoder without refusal: withhold the answer unless its draws decide it at this level

@@ -24,6 +24,7 @@ from robustvlm.core.boundary import same_process, same_random_state
 from robustvlm.core.framing import Framing
 from robustvlm.core.network import download_seconds, within
 from robustvlm.core.registry import LIBRARIES
+from robustvlm.core.size import as_size, size_text
 from robustvlm.data.classes import imagenet_names, read_class_names, wordnet_names
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM
@@ -235,19 +236,18 @@ class _Timm(_Library):
         from timm.data import create_transform, resolve_model_data_config
 
         config = resolve_model_data_config(net)
-        channels, *sides = config["input_size"]
+        channels, *kept = config["input_size"]
         share, mode = float(config["crop_pct"]), config["crop_mode"]
-        if channels != 3 or sides[0] != sides[1] or (mode != "center" and share != 1.0):
+        if channels != 3 or (mode != "center" and share != 1.0):
             raise UserError(
-                f"'timm:{name}' takes images of {channels}x{sides[0]}x{sides[1]}, crop '{mode}' of {share:g}: only "
-                "square RGB images are supported, whole or cropped at the centre"
+                f"'timm:{name}' takes images of {channels}x{kept[0]}x{kept[1]}, crop '{mode}' of {share:g}: only RGB "
+                "images are supported, whole or cropped at the centre"
             )
         modes = {"center": "shortest", "squash": "squash"}
         if mode not in modes:
             raise UserError(f"'timm:{name}' frames images by '{mode}': only {' and '.join(modes)} are supported")
-        side = int(sides[0])
-        scaled = math.floor(side / share)
-        framing = Framing(side, config["interpolation"], modes[mode], short_side=0 if scaled == side else scaled)
+        size, scaled = as_size(kept), as_size([math.floor(side / share) for side in kept])
+        framing = Framing(size, config["interpolation"], modes[mode], short_side=0 if scaled == size else scaled)
         transform = create_transform(**config, is_training=False)
         return Recipe(framing, tuple(config["mean"]), tuple(config["std"]), transform)
 
@@ -325,12 +325,13 @@ def load_library(spec: str) -> LibraryClassifier:
         model = LibraryClassifier(net, recipe, known, spec=spec, name=identity, remarks=remarks)
     require_same_pixels(recipe.transform, recipe.framing, model.mean, model.std, spec, kind)
     if source and "." not in name and len(library.tags(name)) > 1:
-        how = f"{recipe.framing.image_size} of {recipe.framing.scaled_side} pixels, {recipe.framing.interpolation}"
+        framing = recipe.framing
+        sizes = f"{size_text(framing.image_size)} of {size_text(framing.scaled)} pixels"
         _log.warning(
             "the file of '%s' does not say how images were brought to it: they are as to the library's default weights "
             "(%s); '%s:%s.TAG/FILE' takes those of other weights",
             spec,
-            how,
+            f"{sizes}, {framing.interpolation}",
             kind,
             name,
         )

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.core.boundary import Boundary, in_own_precision, own_copy
+from robustvlm.core.framing import trial_pixels
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.core.size import size_text
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.library import LibraryClassifier
 from robustvlm.errors import UserError, nearest
-from robustvlm.models import resize
-from robustvlm.models.custom import Hidden, framing_declared, source_of, state_of
-from robustvlm.models.vlm import INTERPOLATIONS
+from robustvlm.models.custom import Hidden, framing_declared, size_declared, source_of, state_of
+from robustvlm.models.vlm import INTERPOLATIONS, fitted
 from robustvlm.models.weights import brief
 
 
@@ -26,7 +27,7 @@ class OwnClassifier(Classifier):
         super().__init__(
             spec=spec,
             class_names=class_names,
-            image_size=model.image_size,
+            image_size=size_declared(model, spec),
             can_reject=bool(getattr(model, "can_reject", False)),
             **framing_declared(model),
         )
@@ -50,7 +51,7 @@ class OwnClassifier(Classifier):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [B, K], or [B, K + 1] with the acceptance score last; in float32 at least."""
-        return self._ask(resize(pixels, self.image_size, self.interpolation))
+        return self._ask(fitted(pixels, self.image_size, self.interpolation))
 
     def _apply(self, fn: Any, recurse: bool = True) -> OwnClassifier:
         # The precision of a user's weights is part of what is evaluated.
@@ -58,7 +59,7 @@ class OwnClassifier(Classifier):
 
     @property
     def fingerprint(self) -> str:
-        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
+        framing = (size_text(self.image_size), self.interpolation, *self.framing.unusual())
         extra = (self.spec, *source_of(self.model), *framing)
         return fingerprint(state_of(self.model) | self._hidden.state(), extra)
 
@@ -74,7 +75,7 @@ class OfLibrary(OwnClassifier):
 
     @property
     def fingerprint(self) -> str:
-        framing = (str(self.image_size), self.interpolation, *self.framing.unusual())
+        framing = (size_text(self.image_size), self.interpolation, *self.framing.unusual())
         return fingerprint(state_of(self.model), (self.model.identity, *framing))
 
 
@@ -85,9 +86,8 @@ def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.dev
             f"'{spec}' must return an encoder (encode_image, encode_text, image_size, logit_scale) or a classifier "
             f"(callable, image_size): {type(model).__name__} has no encode_image and cannot be called"
         )
-    size, how = getattr(model, "image_size", None), getattr(model, "interpolation", "bicubic")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"'{spec}': image_size must be a positive whole number (images are square), got {size!r}")
+    size_declared(model, spec)
+    how = getattr(model, "interpolation", "bicubic")
     if how not in INTERPOLATIONS:
         raise UserError(f"'{spec}' asks for the unknown interpolation '{how}'; {nearest(str(how), INTERPOLATIONS)}")
     if not isinstance(model, nn.Module) and callable(getattr(model, "to", None)):
@@ -103,7 +103,7 @@ def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.dev
 def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
     """Classify two images, and see whether the output fits the classes."""
     size, wanted = classifier.image_size, len(classifier.class_names) + classifier.can_reject
-    pixels = torch.linspace(0, 1, 2 * 3 * size**2, device=place).view(2, 3, size, size)
+    pixels = trial_pixels(2, size, device=place)
     must = f"'{classifier.spec}' must return finite logits [2, {wanted}] for 2 images and {len(classifier.class_names)}"
     must += " classes and one acceptance score" if classifier.can_reject else " classes"
     try:

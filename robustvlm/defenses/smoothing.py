@@ -15,7 +15,8 @@ from robustvlm.core import MAX_N0, MAX_SIGMA
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError
-from robustvlm.models import VLM, ZeroShotClassifier, resize
+from robustvlm.models import VLM, ZeroShotClassifier
+from robustvlm.models.vlm import fitted
 from robustvlm.text import format_exact
 
 DEFAULT_N0 = 64
@@ -89,7 +90,7 @@ class SmoothedVLM(VLM):
     def noisy_features(self, pixels: Tensor, n: int) -> Tensor:
         """Return features [B, n, D] of `n` noisy copies of each image [B, 3, H, H], fresh noise, no gradient."""
         with torch.no_grad():
-            clean = resize(pixels, self.image_size, self.interpolation)
+            clean = fitted(pixels, self.image_size, self.interpolation)
             draws = [self._features(clean, count) for count in self._counts(len(clean), n)]
         return torch.cat(draws, dim=1)
 
@@ -98,7 +99,7 @@ class SmoothedVLM(VLM):
 
         An unbiased estimate of m(x).
         """
-        clean = resize(pixels, self.image_size, self.interpolation)
+        clean = fitted(pixels, self.image_size, self.interpolation)
         if self._still:
             return self.encode_noisy(clean)
         counts = self._counts(len(clean), n)

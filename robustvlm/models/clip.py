@@ -18,6 +18,7 @@ from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, require_regular
 from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
 from robustvlm.core.loading import quick_imports
+from robustvlm.core.size import Size, as_size, size_text
 from robustvlm.errors import MissingExtra, UserError, nearest
 from robustvlm.models.checkpoints import find_weights, fit_weights
 from robustvlm.models.vlm import VLM
@@ -65,7 +66,7 @@ def preprocessing_of(config: Mapping[str, Any], spec: str) -> tuple[Framing, tup
     """Return how images are framed, and the mean and standard deviation of the channels.
 
     Raises:
-        UserError: a value that open_clip does not know, or an image size that is not square.
+        UserError: a value that open_clip does not know, or an image size that is none.
 
     Example:
         >>> config = {"size": 32, "mean": 0.5, "std": [0.5], "interpolation": "random", "resize_mode": "squash"}
@@ -82,7 +83,10 @@ def preprocessing_of(config: Mapping[str, Any], spec: str) -> tuple[Framing, tup
         hint = nearest(str(mode), RESIZE_MODES)
         raise UserError(f"preprocess_cfg of model '{spec}' has the unknown resize_mode '{mode}': {hint}")
     # open_clip evaluates with bicubic where the training config says "random".
-    framing = Framing(_square(config["size"], spec), _FILTERS[interpolation], mode, config.get("fill_color") or 0)
+    size, filter_ = _size(config["size"], spec), _FILTERS[interpolation]
+    if mode == "shortest" and not isinstance(size, int):
+        filter_ = "bicubic"  # so does open_clip where the sides differ, whatever the config says
+    framing = Framing(size, filter_, mode, config.get("fill_color") or 0)
     mean = _channels(config.get("mean"), OPENAI_DATASET_MEAN, "mean", spec)
     return framing, mean, _channels(config.get("std"), OPENAI_DATASET_STD, "std", spec)
 
@@ -112,7 +116,8 @@ def require_same_pixels(
         if wanted.shape != got.shape or (wanted - got).abs().max() > _ROUNDING * wanted.abs().max().clamp_min(1):
             raise UserError(
                 f"the preprocessing of model '{spec}' ({framing.resize_mode}, {framing.interpolation}, "
-                f"{framing.image_size} pixels) gives other pixels than this release of {whose} does: use another one"
+                f"{size_text(framing.image_size)} pixels) gives other pixels than this release of {whose} does: use "
+                "another one"
             )
 
 
@@ -132,11 +137,9 @@ def _channels(value: Any, default: tuple[float, ...], name: str, spec: str) -> t
     return tuple(float(v) for v in values) * (3 // len(values))
 
 
-def _square(size: Any, spec: str) -> int:
-    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(set(sides)) != 1:
-        raise UserError(f"model '{spec}' takes images of {'x'.join(map(str, sides))}; only square inputs are supported")
-    return int(sides[0])
+def _size(size: Any, spec: str) -> Size:
+    one = size[0] if isinstance(size, (tuple, list)) and len(size) == 1 else size
+    return as_size(one, f"model '{spec}': size of preprocess_cfg")
 
 
 # The tokenizer of an open_clip model: its own merges file where it has one, and whether it fits the text tower

@@ -13,6 +13,8 @@ from torch import nn
 
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import replacing, write_text
+from robustvlm.core.framing import trial_pixels
+from robustvlm.core.size import size_text
 from robustvlm.errors import UserError, setting
 from robustvlm.models.clip import ClipVLM
 from robustvlm.models.transformers_files import CONFIG, WEIGHTS, library, quiet
@@ -100,6 +102,8 @@ def why_not(vlm: ClipVLM) -> str | None:
         return "its text tower pools, looks ahead or projects otherwise than CLIP's"
     if type(vlm.tokenizer) is not open_clip.SimpleTokenizer:
         return f"its tokenizer is a {type(vlm.tokenizer).__name__}, not CLIP's byte-pair encoding"
+    if not isinstance(vlm.image_size, int):
+        return f"it takes images of {size_text(vlm.image_size)} pixels, and CLIPVisionModel knows squares only"
     if vlm.framing.resize_mode == "longest":
         return "it pads images to a square, which CLIPImageProcessor does not"
     for name, tower in (("image", visual.transformer), ("text", model.transformer)):
@@ -232,7 +236,7 @@ def _processor(vlm: ClipVLM) -> dict[str, Any]:
     framing = vlm.framing
     side = {"height": framing.image_size, "width": framing.image_size}
     cut = framing.resize_mode == "shortest"
-    resized = {"shortest_edge": framing.scaled_side} if cut else side
+    resized = {"shortest_edge": framing.scaled} if cut else side
     return {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "CLIPProcessor",
@@ -302,8 +306,7 @@ def _require_same(
         end = int(ours.argmax()) + 1
         if not torch.equal(ours[:end], theirs[:end].to(ours)):
             raise UserError(f"{wrong}: CLIPTokenizer reads {text[:40]!r} otherwise; {_OTHER}")
-    side = vlm.image_size
-    pixels = torch.linspace(0, 1, 2 * 3 * side * side).view(2, 3, side, side)
+    pixels = trial_pixels(2, vlm.image_size)
     values = (pixels - vlm.mean.cpu()) / vlm.std.cpu()
     images = pooled(model.get_image_features(pixel_values=values), "the image tower")
     features = pooled(model.get_text_features(**given), "the text tower")

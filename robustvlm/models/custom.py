@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from robustvlm.core.boundary import Boundary, in_own_precision, own_copy, same_process
+from robustvlm.core.framing import trial_pixels
 from robustvlm.core.object_graph import Reached
 from robustvlm.core.registry import create
+from robustvlm.core.size import Size, as_size
 from robustvlm.core.user_code import no_exit
 from robustvlm.errors import UserError
 from robustvlm.models.vlm import VLM
@@ -30,11 +32,11 @@ class Encoder(Protocol):
     "longest"), `fill_color` (0) and `short_side` say how images are brought to `image_size`; see `Framing`.
     """
 
-    image_size: int
+    image_size: Size
     logit_scale: float
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return features [B, D] of pixels [B, 3, image_size, image_size] in [0, 1]; differentiable."""
+        """Return features [B, D] of pixels [B, 3, H, W] of `image_size`, in [0, 1]; differentiable."""
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """Return features [N, D] of N texts."""
@@ -44,6 +46,11 @@ def framing_declared(thing: object) -> dict[str, Any]:
     """Return what a user's object says of how images are brought to its size, under the names that models take."""
     found = {name: getattr(thing, name, None) for name in ("interpolation", "resize_mode", "fill_color", "short_side")}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def size_declared(thing: object, spec: str) -> Size:
+    """Return the image size of a user's object, a whole number or (height, width), or say what is wrong with it."""
+    return as_size(getattr(thing, "image_size", None), f"'{spec}': image_size")
 
 
 _MEMBERS = ("encode_image", "encode_text", "image_size", "logit_scale")
@@ -72,7 +79,7 @@ class CustomVLM(VLM):
     def __init__(self, encoder: Any, *, spec: str) -> None:
         super().__init__(
             spec=spec,
-            image_size=encoder.image_size,
+            image_size=size_declared(encoder, spec),
             logit_scale=float(encoder.logit_scale),
             **framing_declared(encoder),
         )
@@ -194,9 +201,8 @@ def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
     if missing:
         has = f"{type(encoder).__name__} has no {' and no '.join(missing)}"
         raise UserError(f"'{spec}' must return an object with {', '.join(_MEMBERS)}: {has}")
-    size, scale = encoder.image_size, encoder.logit_scale
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"'{spec}': image_size must be a positive whole number (images are square), got {size!r}")
+    size_declared(encoder, spec)
+    scale = encoder.logit_scale
     if not isinstance(scale, (int, float, torch.Tensor)) or not 0 < float(scale) < math.inf:
         raise UserError(f"'{spec}': logit_scale must be a positive number (100 for most CLIPs), got {scale!r}")
     if not isinstance(encoder, nn.Module) and callable(getattr(encoder, "to", None)):
@@ -208,7 +214,7 @@ def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
 
 
 def _try_out(vlm: CustomVLM) -> None:
-    pixels = torch.linspace(0, 1, 2 * 3 * vlm.image_size**2, device=vlm.device).view(2, 3, vlm.image_size, -1)
+    pixels = trial_pixels(2, vlm.image_size, device=vlm.device)
     texts = ["a photo of a cat", "a photo of a dog"]
     with torch.no_grad():
         widths = [

@@ -13,6 +13,7 @@ from robustvlm.core import probe as known
 from robustvlm.core.boundary import borrowed, same_random_state
 from robustvlm.core.probe import Array
 from robustvlm.core.seeds import full_precision_kernels
+from robustvlm.core.size import Size
 from robustvlm.models.vlm import VLM
 
 TOLERANCE = 1e-4
@@ -33,7 +34,7 @@ Answer = Callable[[Tensor], Tensor]
 def probe_model(
     model: VLM | nn.Module,
     *,
-    image_size: int,
+    image_size: Size,
     device: torch.device,
     texts: Sequence[str] = (),
     class_vectors: Tensor | None = None,

@@ -14,6 +14,8 @@ from torch import nn
 
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import read_bytes, read_json
+from robustvlm.core.framing import trial_pixels
+from robustvlm.core.size import size_text
 from robustvlm.errors import UserError, setting
 from robustvlm.models import transformers_files as files
 from robustvlm.models.clip import MERGES, ClipVLM, build_clip
@@ -113,13 +115,13 @@ def as_clip(vlm: TransformersVLM) -> ClipVLM:
             clip = build_clip(f"local-dir:{place}", place / WEIGHT_NAMES[0], spec=vlm.spec)
         except UserError as error:
             raise UserError(f"{wrong}: {str(error).replace(f'{place}/', '')}; {_OWN}") from error
-    texts, side = list(PROBES), vlm.image_size
+    texts = list(PROBES)
     ids, theirs = vlm.words(texts)["input_ids"], clip.tokenizer(texts)
     for text, row, other in zip(texts, ids, theirs, strict=True):
         end = int(other.argmax()) + 1
         if not torch.equal(row[:end].to(other), other[:end]):
             raise UserError(f"{wrong}: open_clip's tokenizer reads {text[:40]!r} otherwise; {_OWN}")
-    pixels = torch.linspace(0, 1, 2 * 3 * side * side, device=vlm.device).view(2, 3, side, side)
+    pixels = trial_pixels(2, vlm.image_size, device=vlm.device)
     pairs = [
         (vlm.embed_image(pixels).cpu(), clip.embed_image(pixels.cpu())),
         (vlm.embed_text(texts).cpu(), clip.embed_text(texts)),
@@ -135,8 +137,9 @@ def _why_not(vlm: TransformersVLM) -> str | None:
     model: Any = vlm.model
     if type(model).__name__ != "CLIPModel":
         return f"it is a {type(model).__name__}, and only a CLIPModel has a counterpart there"
-    if vlm.framing.scaled_side != vlm.image_size:
-        return f"images are scaled to {vlm.framing.scaled_side} pixels and cropped to {vlm.image_size}"
+    if vlm.framing.scaled != vlm.image_size:
+        scaled, kept = size_text(vlm.framing.scaled), size_text(vlm.image_size)
+        return f"images are scaled to {scaled} pixels and cropped to {kept}"
     acts = {model.config.vision_config.hidden_act, model.config.text_config.hidden_act}
     if acts not in ({"gelu"}, {"quick_gelu"}):
         return f"its activation is {' and '.join(sorted(acts))}, expected gelu or quick_gelu in both towers"

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from robustvlm.core.framing import Framing, to_pixels
+from robustvlm.core.size import Size, as_size, sides, size_text
 from robustvlm.errors import UserError
 from robustvlm.models.weights import brief
 
@@ -22,10 +23,10 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model takes images: the square, the values that its channels are shifted and scaled by, and patches.
+    """How a model takes images: the size, the values that its channels are shifted and scaled by, and patches.
 
     Args:
-        framing: how an image of any shape becomes the square.
+        framing: how an image of any shape is brought to the size.
         mean, std: of pixels in [0, 1].
         patch: side of a patch where the model takes rows of flat patches (SigLIP 2 NaFlex), else 0.
     """
@@ -40,7 +41,7 @@ def preprocessing_of(processor: Any, spec: str) -> Preprocessing:
     """Return what an image processor of transformers does, for images of any shape.
 
     Raises:
-        UserError: it does what this program cannot say in pixels: other filters, padding, no square.
+        UserError: it does what this program cannot say in pixels: other filters, padding, no fixed size.
     """
     mean, std = _normalisation(processor, spec)
     resample = processor.resample
@@ -67,18 +68,22 @@ def _framing(processor: Any, interpolation: str, spec: str) -> Framing:
         crop = _sides(processor.crop_size)
     short = size.get("shortest_edge")
     if short is not None and crop is None:
-        raise UserError(f"the processor of '{spec}' resizes and does not crop: expected do_center_crop, for squares")
-    scaled = short if short is not None else _square(size, "size", spec)
-    side = scaled if crop is None else _square(crop, "crop_size", spec)
-    if side > scaled:
-        raise UserError(f"the processor of '{spec}' crops {side} pixels out of {scaled}: expected at most as many")
+        raise UserError(f"the processor of '{spec}' resizes and does not crop: expected do_center_crop")
+    scaled = short if short is not None else _size(size, "size", spec)
+    kept = scaled if crop is None else _size(crop, "crop_size", spec)
+    if any(one > other for one, other in zip(sides(kept), sides(scaled), strict=True)):
+        raise UserError(
+            f"the processor of '{spec}' crops {size_text(kept)} pixels out of {size_text(scaled)}: expected at most as "
+            "many"
+        )
     if short is None:
-        if side != scaled:
+        if kept != scaled:
             raise UserError(
-                f"the processor of '{spec}' squashes images to {scaled} pixels and crops {side} of them: not known here"
+                f"the processor of '{spec}' squashes images to {size_text(scaled)} pixels and crops {size_text(kept)} "
+                "of them: not known here"
             )
-        return Framing(side, interpolation, "squash")
-    return Framing(side, interpolation, short_side=scaled if scaled != side else 0)
+        return Framing(kept, interpolation, "squash")
+    return Framing(kept, interpolation, short_side=scaled if scaled != kept else 0)
 
 
 def _sides(size: Any) -> dict[str, int]:
@@ -89,11 +94,10 @@ def _sides(size: Any) -> dict[str, int]:
 _KEYS = ("height", "width", "shortest_edge", "longest_edge")
 
 
-def _square(size: Mapping[str, int], name: str, spec: str) -> int:
-    height, width = size.get("height"), size.get("width")
-    if height is None or height != width or len(size) != 2:
-        raise UserError(f"the processor of '{spec}' has {name} {dict(size)}: only square images are supported")
-    return height
+def _size(size: Mapping[str, int], name: str, spec: str) -> Size:
+    if size.keys() != {"height", "width"}:
+        raise UserError(f"the processor of '{spec}' has {name} {dict(size)}: expected height and width")
+    return as_size((size["height"], size["width"]), f"{name} of the processor of '{spec}'")
 
 
 def _normalisation(processor: Any, spec: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -125,7 +129,7 @@ def patches(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def require_equal(found: Preprocessing, processor: Any, spec: str) -> None:
-    """Refuse a model whose own processor gives other values than ours, on a square, a wide and a tall image.
+    """Refuse a model whose own processor gives other values than ours, on an image of its size, a wide and a tall one.
 
     At the model's own size nothing is resized and the values have to agree to rounding; elsewhere as two
     implementations of one filter do.
@@ -133,10 +137,11 @@ def require_equal(found: Preprocessing, processor: Any, spec: str) -> None:
     Raises:
         UserError: they differ, or the processor fails.
     """
-    side = found.framing.image_size
-    exact = found.framing.at(side) == Framing(side, found.framing.interpolation, found.framing.resize_mode)
-    sizes = [(side, side)] if found.patch else [(side, side), (2 * side, side + side // 3), (side, side + side // 2)]
-    for width, height in sizes:
+    size = found.framing.image_size
+    exact = found.framing == Framing(size, found.framing.interpolation, found.framing.resize_mode)
+    high, wide = sides(size)
+    others = [(high + high // 3, 2 * wide), (high + high // 2, wide)]
+    for height, width in [(high, wide), *([] if found.patch else others)]:
         image = _test_image(width, height)
         try:
             theirs = processor(images=image, return_tensors="pt")["pixel_values"].float()
@@ -149,7 +154,7 @@ def require_equal(found: Preprocessing, processor: Any, spec: str) -> None:
             theirs = theirs[:, : ours.shape[1]]
             std = std.view(1, 1, -1).repeat(1, 1, found.patch**2)
         same = ours.shape == theirs.shape
-        if same and exact and width == height == side:
+        if same and exact and (height, width) == (high, wide):
             same = bool((ours - theirs).abs().max() <= _ROUNDING * ours.abs().max().clamp_min(1))
         elif same:
             levels = (ours - theirs).abs() * std * 255
@@ -157,7 +162,8 @@ def require_equal(found: Preprocessing, processor: Any, spec: str) -> None:
         if not same:
             raise UserError(
                 f"the processor of '{spec}' ({type(processor).__name__}) gives other pixels than its settings say "
-                f"({found.framing.resize_mode}, {found.framing.interpolation}, {side} pixels): use another model"
+                f"({found.framing.resize_mode}, {found.framing.interpolation}, {size_text(size)} pixels): use another "
+                "model"
             )
 
 

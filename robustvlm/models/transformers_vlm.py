@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from robustvlm.core.boundary import same_random_state
+from robustvlm.core.framing import trial_pixels
+from robustvlm.core.size import sides
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
 from robustvlm.models.transformers_pixels import Preprocessing, patches, preprocessing_of, require_equal
@@ -178,12 +180,12 @@ def _image_input(vlm: Any, how: Preprocessing, pixels: torch.Tensor) -> dict[str
     values = (pixels - vlm.mean) / vlm.std
     if not how.patch:
         return {"pixel_values": values}
-    side = how.framing.image_size // how.patch
+    grid = [side // how.patch for side in sides(how.framing.image_size)]
     rows = patches(values, how.patch)
     return {
         "pixel_values": rows,
         "pixel_attention_mask": torch.ones(rows.shape[:2], dtype=torch.int32, device=rows.device),
-        "spatial_shapes": torch.tensor([[side, side]], device=rows.device).expand(len(rows), 2),
+        "spatial_shapes": torch.tensor([grid], device=rows.device).expand(len(rows), 2),
     }
 
 
@@ -478,8 +480,7 @@ def _metadata(path: Path) -> Mapping[str, str]:
 @torch.no_grad()
 def _try_out(vlm: TransformersVLM | TowerVLM | VLM) -> None:
     """Encode two images and two texts; refuse what is not finite, does not tell them apart, or is of two spaces."""
-    side = vlm.image_size
-    pixels = torch.linspace(0, 1, 2 * 3 * side * side).view(2, 3, side, side)
+    pixels = trial_pixels(2, vlm.image_size)
     images = _rows(vlm, "an image", lambda: vlm.embed_image(pixels))
     if isinstance(vlm, TowerVLM) and vlm.text is None:
         return

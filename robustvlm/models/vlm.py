@@ -11,6 +11,7 @@ from torch import nn
 
 from robustvlm.core.framing import Framing
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.core.size import Size, sides, size_text
 from robustvlm.errors import UserError, nearest
 
 # The one interface to every vision-language model: pixels in [0, 1] or texts in, unit features out
@@ -21,11 +22,11 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 class VLM(nn.Module, ABC):
     """An image and a text encoder with one feature space; resizing and normalisation are inside.
 
-    A subclass implements `_image_features` (pixels [B, 3, S, S] in [0, 1], S = `image_size`) and `_text_features`;
-    both may return features of any length, which are scaled to unit norm here. `logit_scale` is the factor on cosine
-    similarities (the inverse of the softmax temperature). `interpolation`, `resize_mode`, `fill_color` and
-    `short_side` say how an image of any shape becomes such a square (see `Framing`); they are handed to whoever reads
-    the images.
+    A subclass implements `_image_features` (pixels [B, 3, S, S] in [0, 1], S = `image_size`, or [B, 3, H, W] where that
+    is (H, W)) and `_text_features`; both may return features of any length, which are scaled to unit norm here.
+    `logit_scale` is the factor on cosine similarities (the inverse of the softmax temperature). `interpolation`,
+    `resize_mode`, `fill_color` and `short_side` say how an image of any shape is brought to that size (see `Framing`);
+    they are handed to whoever reads the images.
 
     Example:
         >>> class Mean(VLM):
@@ -46,12 +47,12 @@ class VLM(nn.Module, ABC):
         self,
         *,
         spec: str,
-        image_size: int,
+        image_size: Size,
         logit_scale: float,
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
         fill_color: int = 0,
-        short_side: int = 0,
+        short_side: Size = 0,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -62,8 +63,8 @@ class VLM(nn.Module, ABC):
         self._known_digests: dict[str, tuple[object, str]] = {}
 
     @property
-    def image_size(self) -> int:
-        """Side of the square that the encoder sees."""
+    def image_size(self) -> Size:
+        """Side of the square that the encoder sees, or (height, width)."""
         return self.framing.image_size
 
     @property
@@ -79,7 +80,8 @@ class VLM(nn.Module, ABC):
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return unit features [B, D] of square `pixels` [B, 3, H, H] in [0, 1]; differentiable in `pixels`.
 
-        Raises UserError on any other shape or on integers.
+        A model that is not square takes [B, 3, H, W] of its own size only. Raises UserError on any other shape or on
+        integers.
         """
         return _unit(self.embed_image(pixels))
 
@@ -89,7 +91,7 @@ class VLM(nn.Module, ABC):
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features [B, D] as the model gives them, of any length; otherwise as `encode_image`."""
-        _check_pixels(pixels)
+        _check_pixels(pixels, self.image_size)
         return self._image_features(resize(pixels, self.image_size, self.interpolation))
 
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -120,7 +122,7 @@ class VLM(nn.Module, ABC):
     def design(self) -> tuple[str, ...]:
         """Texts naming all that decides the features beside weights and buffers: sizes, architecture, tokenizer."""
         scale = repr(self.logit_scale)
-        return str(self.image_size), self.interpolation, *self.framing.unusual(), scale, *self._identity()
+        return size_text(self.image_size), self.interpolation, *self.framing.unusual(), scale, *self._identity()
 
     @property
     def fingerprint(self) -> str:
@@ -165,7 +167,7 @@ class VLM(nn.Module, ABC):
 
 
 def framing_of_model(
-    spec: str, image_size: int, interpolation: str, resize_mode: str, fill_color: int, short_side: int = 0
+    spec: str, image_size: Size, interpolation: str, resize_mode: str, fill_color: int, short_side: Size = 0
 ) -> Framing:
     """Return how a model takes images, or raise a UserError that names the model."""
     if interpolation not in INTERPOLATIONS:
@@ -183,8 +185,8 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(wide, dim=-1)
 
 
-def resize(pixels: torch.Tensor, size: int, interpolation: str = "bicubic") -> torch.Tensor:
-    """Return `pixels` [B, 3, H, H] in [0, 1] at `size`, antialiased as Pillow does; differentiable.
+def resize(pixels: torch.Tensor, size: Size, interpolation: str = "bicubic") -> torch.Tensor:
+    """Return `pixels` [B, 3, H, W] in [0, 1] at `size`, antialiased as Pillow does; differentiable.
 
     Bicubic overshoot is clamped to [0, 1], where an 8-bit image would be clipped too.
 
@@ -192,17 +194,38 @@ def resize(pixels: torch.Tensor, size: int, interpolation: str = "bicubic") -> t
         >>> resize(torch.ones(1, 3, 32, 32), 8).shape
         torch.Size([1, 3, 8, 8])
     """
-    if pixels.shape[-1] == size:
+    wanted = sides(size)
+    if pixels.shape[-2:] == wanted:
         return pixels
-    scaled = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True, align_corners=False)
+    scaled = F.interpolate(pixels, wanted, mode=interpolation, antialias=True, align_corners=False)
     return scaled.clamp(0.0, 1.0)
 
 
-def _check_pixels(pixels: torch.Tensor) -> None:
+def fitted(pixels: torch.Tensor, size: Size, interpolation: str = "bicubic") -> torch.Tensor:
+    """Return `pixels` [B, 3, H, W] at the size of a model, which is `resize` where that is a square.
+
+    Raises:
+        UserError: the size is no square and the pixels have another one: to stretch them is not what the model's own
+            preprocessing does.
+    """
+    _check_shape(tuple(pixels.shape), size)
+    return resize(pixels, size, interpolation)
+
+
+def _check_shape(shape: tuple[int, ...], size: Size) -> None:
+    if not isinstance(size, int) and shape[-2:] != size:
+        raise UserError(
+            f"images must have {size_text(size)} pixels (height x width), the model's own size, got "
+            f"{'x'.join(map(str, shape[-2:]))}: robustvlm.data.to_pixels brings them there by the model's `framing`"
+        )
+
+
+def _check_pixels(pixels: torch.Tensor, size: Size) -> None:
     shape = tuple(pixels.shape)
     if pixels.ndim != 4 or shape[1] != 3:
         raise UserError(f"pixels must have the shape [batch, 3, height, width], got {list(shape)}")
-    if shape[2] != shape[3]:
+    _check_shape(shape, size)
+    if isinstance(size, int) and shape[2] != shape[3]:
         raise UserError(f"images must be square, got {shape[2]}x{shape[3]}: crop them (robustvlm.data.to_pixels does)")
     if not pixels.is_floating_point():
         raise UserError(f"pixels must be floats in [0, 1], got {pixels.dtype}: divide 8-bit images by 255")

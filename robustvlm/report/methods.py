@@ -128,7 +128,7 @@ def _subject(kind: str, manifest: Manifest) -> Iterator[str]:
         kind, "evaluated"
     )
     size = model.get("image_size")
-    at = f" at {size} x {size} pixels" if size else ""
+    at = " at {} x {} pixels".format(*(size if isinstance(size, list) else (size, size))) if size else ""
     print_ = f" (fingerprint {str(model['fingerprint'])[:12]})" if model.get("fingerprint") else ""
     spec, known = plain(config["model"], 120), plain(config.get("data") or config.get("known"), 120)
     total, limit = data.get("images"), config.get("limit")

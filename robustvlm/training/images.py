@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.seeds import generator
+from robustvlm.core.size import Size, area
 from robustvlm.data.decode import prefetch
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.errors import UserError, nearest
@@ -19,7 +20,7 @@ from robustvlm.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Batch:
-    """Augmented images: pixels [B, 3, S, S] in [0, 1] on the CPU, labels int64 [B], and the id of each."""
+    """Augmented images: pixels [B, 3, H, W] in [0, 1] on the CPU, labels int64 [B], and the id of each."""
 
     pixels: Tensor
     labels: Tensor
@@ -71,7 +72,7 @@ class Augmentation:
     """What is changed at random in a training image.
 
     Args:
-        crop: smallest side of the square that is cut out, as a share of the image; 1: none.
+        crop: smallest side of what is cut out, as a share of the image's; 1: none.
         flip: mirror half of the images.
         colour: largest change of brightness, contrast and saturation, as a share; 0: none.
     """
@@ -103,7 +104,7 @@ def parse_augmentation(name: str) -> Augmentation:
 
 
 def augment(pixels: Tensor, keys: Sequence[tuple[int | str, ...]], how: Augmentation) -> Tensor:
-    """Return changed images [B, 3, S, S] in [0, 1]; the draws of image i come from the stream that `keys[i]` names.
+    """Return changed images [B, 3, H, W] in [0, 1]; the draws of image i come from the stream that `keys[i]` names.
 
     Cutting out samples bilinearly; the picture is never enlarged beyond its border.
 
@@ -125,7 +126,7 @@ def augment(pixels: Tensor, keys: Sequence[tuple[int | str, ...]], how: Augmenta
 
 
 def _cropped(pixels: Tensor, draws: Tensor, least: float) -> Tensor:
-    """Cut out squares whose area is uniform between least² and 1, anywhere, and bring them to full size."""
+    """Cut out parts of the image's shape, their area uniform between least² and 1, and bring them to full size."""
     side = (least**2 + (1 - least**2) * draws[:, 0]).sqrt()
     offset = (2 * draws[:, 1:] - 1) * (1 - side)[:, None]
     theta = torch.zeros(len(pixels), 2, 3)
@@ -159,7 +160,8 @@ class TrainingImages(TrainingData):
     used, the next in the order of the epoch stands in for it.
 
     Args:
-        source: the images; size: side in pixels, or a model's framing, which also says how it is brought about.
+        source: the images; size: side in pixels or (height, width), or a model's framing, which also says how it is
+            brought about.
         seed: of order and augmentation; how: what is augmented.
         labelled: leave out images of unknown classes.
         ids: the images to use, None for all; limit: use so many of them, chosen by a hash of their ids.
@@ -180,7 +182,7 @@ class TrainingImages(TrainingData):
         self,
         source: DataSource,
         *,
-        size: int | Framing,
+        size: Size | Framing,
         seed: int,
         how: Augmentation = AUGMENTATIONS["crop"],
         labelled: bool = True,
@@ -190,13 +192,12 @@ class TrainingImages(TrainingData):
         ahead: int = 0,
     ) -> None:
         self.source, self.framing = source, Framing.of(size)
-        side = self.framing.image_size
         self.seed, self.how, self.labelled, self.ahead = seed, how, labelled, ahead
         found = list(ids) if ids is not None else ids_of(source)
         self.ids = select(found, limit) if limit is not None else found
         if not self.ids:
             raise UserError(f"'{source.spec}' holds no images to train on")
-        self._room = max(1, cache_bytes // (3 * side * side))
+        self._room = max(1, cache_bytes // (3 * area(self.framing.image_size)))
         self._pictures: dict[str, tuple[Tensor, int]] = {}
         self._skipped: dict[str, str] = {}
         self._orders: dict[int, list[int]] = {}

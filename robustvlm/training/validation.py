@@ -12,6 +12,7 @@ from torch import Tensor
 from robustvlm.attacks import ThreatModel, project
 from robustvlm.attacks.threat import l2_norms, per_image
 from robustvlm.core.framing import Framing, to_pixels
+from robustvlm.core.size import Size
 from robustvlm.data import DataSource
 from robustvlm.data.source import UNKNOWN, Sample, select
 from robustvlm.errors import UserError, setting
@@ -39,7 +40,7 @@ class LabelledImages:
         cls,
         source: DataSource,
         *,
-        size: int | Framing,
+        size: Size | Framing,
         limit: int | None = None,
         keep: Callable[[str], bool] | None = None,
     ) -> LabelledImages:
@@ -206,7 +207,7 @@ class ZeroShotValidation:
 
 
 def validation_images(
-    source: DataSource, *, size: int | Framing, limit: int, only: Collection[str] | None = None
+    source: DataSource, *, size: Size | Framing, limit: int, only: Collection[str] | None = None
 ) -> LabelledImages:
     """Return up to `limit` images of known classes, of those named by `only` if it is given."""
     if only is None:

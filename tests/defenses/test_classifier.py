@@ -162,7 +162,7 @@ FAULTS = {
     "NotFinite": "got NaN or infinite values",
     "Broken": "it raised ValueError: no such layer",
     "Texts": "got a list",
-    "NoSize": "image_size must be a positive whole number .* got None",
+    "NoSize": "image_size must be a whole number of pixels, .* got None",
     "OddSize": "got 8.5",
     "OddInterpolation": "did you mean 'bicubic'",
     "Nothing": "Nothing has no encode_image and cannot be called",

@@ -80,7 +80,7 @@ def test_the_tag_of_a_name_says_how_images_are_brought(tmp_path: Path, caplog: p
     assert {tag.partition("_")[0] for tag in _LIBRARIES["timm"].tags("resnet18")} >= {"a1", "tv"}
     recipe = _LIBRARIES["torchvision"].recipe
     net = torch.nn.Identity()
-    sides = {tag: recipe(net, f"resnet50.{tag}").framing.scaled_side for tag in ("IMAGENET1K_V1", "IMAGENET1K_V2")}
+    sides = {tag: recipe(net, f"resnet50.{tag}").framing.scaled for tag in ("IMAGENET1K_V1", "IMAGENET1K_V2")}
     assert sides == {"IMAGENET1K_V1": 256, "IMAGENET1K_V2": 232}
     file = saved(tmp_path, torchvision.models.mnasnet0_5(num_classes=3))
     with caplog.at_level(logging.WARNING, "robustvlm"):

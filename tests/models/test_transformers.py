@@ -29,7 +29,7 @@ from robustvlm.models.transformers_files import read_config, split_sides
 from robustvlm.models.transformers_pixels import patches
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM, pooled
 
-from .transformers_folders import PAIRS, SIDE, TOWERS, clip_processor, make, write_processor
+from .transformers_folders import PAIRS, SIDE, TOWERS, VISION, clip_processor, make, write_processor
 
 # Before 5.1 the text side of ChineseCLIP has a defect of its own.
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -106,10 +106,10 @@ def test_towers_give_the_features_of_the_library_and_refuse_texts(kind: str, tmp
     spec = f"transformers:{tmp_path / kind}"
     vlm = load_model(spec)
     assert isinstance(vlm, TowerVLM)
-    pixels = torch.stack([to_pixels(image, vlm.framing) for image in pictures(side=vlm.framing.scaled_side)])
+    pixels = torch.stack([to_pixels(image, vlm.framing) for image in pictures(side=vlm.framing.scaled)])
     processor = transformers.AutoImageProcessor.from_pretrained(str(tmp_path / kind))
     with torch.no_grad():
-        output = model(**processor(images=pictures(side=vlm.framing.scaled_side), return_tensors="pt"))
+        output = model(**processor(images=pictures(side=vlm.framing.scaled), return_tensors="pt"))
     wanted = output.image_embeds if "image_embeds" in output else output.pooler_output
     if kind == "vit":
         wanted = output.last_hidden_state[:, 0]
@@ -233,11 +233,32 @@ def test_the_processor_s_settings_become_pixels(settings: dict[str, Any], framin
     vlm = load_model(f"transformers:{tmp_path / 'm'}")
     assert vlm.framing == framing
     processor = transformers.AutoImageProcessor.from_pretrained(str(tmp_path / "m"))
-    (image,) = pictures(1, framing.scaled_side)
+    (image,) = pictures(1, framing.scaled)
     wanted = processor(images=image, return_tensors="pt")["pixel_values"]
     pixels = to_pixels(image, vlm.framing)[None]
     assert isinstance(vlm, TowerVLM)
     torch.testing.assert_close((pixels - vlm.mean) / vlm.std, wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_a_tower_takes_height_and_width(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.ViTModel(transformers.ViTConfig(**VISION | {"image_size": [16, 24]}))
+    model.save_pretrained(str(tmp_path))
+    own = {"image_mean": [0.5, 0.4, 0.6], "image_std": [0.5, 0.4, 0.3], "size": {"height": 16, "width": 24}}
+    write_processor(tmp_path, "ViTImageProcessor", resample=3, **own)
+    vlm = load_model(f"transformers:{tmp_path}")
+    assert vlm.framing == Framing((16, 24), resize_mode="squash")
+    processor = transformers.AutoImageProcessor.from_pretrained(str(tmp_path))
+    image = pictures(1, 16)[0].resize((24, 16))
+    wanted = processor(images=image, return_tensors="pt")["pixel_values"]
+    assert isinstance(vlm, TowerVLM)
+    pixels = to_pixels(image, vlm.framing)[None]
+    torch.testing.assert_close((pixels - vlm.mean) / vlm.std, wanted, atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        output = model.eval()(pixel_values=wanted)
+    found = vlm.embed_image(pixels)
+    assert any(torch.allclose(found, one, atol=1e-4) for one in (output.pooler_output, output.last_hidden_state[:, 0]))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +269,9 @@ def test_the_processor_s_settings_become_pixels(settings: dict[str, Any], framin
         ({"size": {"shortest_edge": 12}}, "crops 16 pixels out of 12"),
         ({"size": {"height": 20, "width": 20}}, "squashes images to 20 pixels and crops 16 of them"),
         ({"do_center_crop": False}, "resizes and does not crop"),
-        ({"size": {"height": 16, "width": 20}, "do_center_crop": False}, "only square images are supported"),
+        ({"size": {"height": 16, "width": 20}, "do_center_crop": False}, "an image"),
+        ({"crop_size": {"height": 16, "width": 20}}, "crops 16x20 pixels out of 16"),
+        ({"size": {"longest_edge": 16}, "do_center_crop": False}, "expected height and width"),
         ({"image_std": [0.1, 0.0, 0.1]}, "needs 3 numbers as image_mean and image_std"),
         ({"image_mean": [0.1, 0.2]}, "needs 3 numbers as image_mean and image_std"),
     ],

@@ -82,15 +82,6 @@ class TestFolder:
         said = refused(str(folder))
         assert "cannot be built from its config" in said or "open_clip_config.json' (Expecting" in said
 
-    def test_non_square_models_are_unsupported(self, save_clip: Callable[..., Path]) -> None:
-        from_config = {
-            "embed_dim": 24,
-            "vision_cfg": {"image_size": [16, 32], "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-        }
-        folder = save_clip(model_cfg=from_config)
-        assert "takes images of 16x32; only square inputs are supported" in refused(str(folder))
-
     def test_a_tokenizer_too_large_for_the_vocabulary(self, save_clip: Callable[..., Path]) -> None:
         folder = save_clip(
             model_cfg={

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
+from robustvlm.core.size import Size, sides
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.runs.run import Command, mirrors
 from robustvlm.runs.settings import Settings, Shared, option, shown_as, way
@@ -124,7 +125,7 @@ class AttackSettings(Settings):
             raise BadSetting("seed", "must not be negative", got=self.seed)
         if self.seed > _LARGEST:
             raise BadSetting("seed", "must be less than 2^63", got=self.seed)
-        if self.resolution is not None and not 8 <= self.resolution <= 4096:
+        if self.resolution is not None and not all(8 <= side <= 4096 for side in sides(self.resolution)):
             raise BadSetting("resolution", "must be between 8 and 4096 pixels", got=self.resolution)
         if self.checks not in MODES:
             raise UserError(f"unknown {setting('checks')} '{self.checks}': {nearest(self.checks, MODES)}")
@@ -141,7 +142,7 @@ class AttackPlan(AttackSettings):
     model: str
     data: str
     lanes: int
-    resolution: int
+    resolution: Size  # type: ignore[assignment]  # which is asked for as the side of a square alone
     radii: list[tuple[str, float]]
     eot_if_random: int
 

@@ -15,6 +15,7 @@ from robustvlm.commands.attack.verdicts import NO_ANSWER
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.ranks import Ranks
+from robustvlm.core.size import Size
 from robustvlm.data import DataSource
 from robustvlm.data.decode import decode, image_suffixes
 from robustvlm.data.source import UNKNOWN, Unreadable
@@ -95,7 +96,7 @@ def check_goal(text: str, min_cos: float = 0.5) -> None:
         raise BadSetting("min_cos", "must lie between -1 and 1", got=f"{min_cos:g}: pass for example 0.5")
 
 
-def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolution: int, min_cos: float = 0.5) -> Aim:
+def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolution: Size, min_cos: float = 0.5) -> Aim:
     """Return what a goal's text stands for with this model and data.
 
     Raises:
@@ -132,7 +133,7 @@ def _encoder(classifier: Classifier) -> VLM:
     return classifier.vlm
 
 
-def _feature_of(target: str, vlm: VLM, resolution: int) -> tuple[Tensor, bool]:
+def _feature_of(target: str, vlm: VLM, resolution: Size) -> tuple[Tensor, bool]:
     """Return the unit feature [D] of a picture's file or else of a text, and whether it was a picture."""
     with torch.no_grad():
         if Path(target).suffix.lower() not in image_suffixes():

@@ -32,6 +32,7 @@ from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of
 from robustvlm.commands.common.store import new_session
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
+from robustvlm.core.size import Size, area, sides, size_text
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.own import load_own
@@ -108,7 +109,7 @@ class AttackWork:
             attacks=self.attacks,
             n_classes=len(self.source.class_names),
             undefended=plan.model if published(plan.model) else None,
-            pixels=3 * plan.resolution**2,
+            pixels=3 * area(plan.resolution),
         )
         if plan.second_opinion is not None:
             judged += of_second_opinion(clean, found, attack=self.attacks[-1].name)
@@ -177,7 +178,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
     check_goal(settings.goal, settings.min_cos)
     source = _source(settings)
     classifier = _classifier(settings.model, source, device)
-    size = settings.resolution or classifier.image_size
+    size = _resolution(settings.resolution, classifier)
     model = facts_of(classifier, "can_reject") | code_facts(_own(settings.goal, planned))
     data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
@@ -276,14 +277,27 @@ def _require_fit(chosen: list[attacks.Attack], aim: Aim, threat: attacks.ThreatM
             )
 
 
-def _require_ball(norm: str, radii: list[tuple[str, float]], size: int) -> None:
+def _resolution(asked: int | None, classifier: Classifier) -> Size:
+    """Return the size of the images that are perturbed, which a model that is not square leaves no choice of."""
+    own = classifier.image_size
+    if asked is not None and not isinstance(own, int):
+        raise BadSetting(
+            "resolution",
+            f"is the side of a square, and '{classifier.spec}' takes images of {size_text(own)} pixels (height x "
+            "width), which are perturbed at that size: leave it out",
+            got=asked,
+        )
+    return asked or own
+
+
+def _require_ball(norm: str, radii: list[tuple[str, float]], size: Size) -> None:
     """Refuse L2 balls that hold every image there is: the number was meant for another scale of pixels."""
     text, largest = radii[-1]
-    whole = math.sqrt(3 * size * size)
+    (height, width), whole = sides(size), math.sqrt(3 * area(size))
     if norm == "L2" and largest > whole:
         raise UserError(
-            f"eps {text} is larger than the distance of any two images of {size} x {size} pixels in [0, 1], which is "
-            f"{whole:.4g}: for grey levels pass {text}/255"
+            f"eps {text} is larger than the distance of any two images of {height} x {width} pixels in [0, 1], which "
+            f"is {whole:.4g}: for grey levels pass {text}/255"
         )
 
 

@@ -27,6 +27,7 @@ from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.probe import change_of
 from robustvlm.core.seeds import full_precision_kernels
+from robustvlm.core.size import Size
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.source import DataSource, Sample, select
@@ -126,7 +127,7 @@ class AuditResult(BaseModel):
 class _Deployed(SmoothedVLM):
     """The smoothed encoder of a run: noise at the run's resolution, passes in its precision, counted."""
 
-    def __init__(self, encoder: NoisyEncoder, *, sigma: float, resolution: int, rows_per_pass: int) -> None:
+    def __init__(self, encoder: NoisyEncoder, *, sigma: float, resolution: Size, rows_per_pass: int) -> None:
         super().__init__(encoder.vlm, sigma, rows_per_pass=rows_per_pass)
         self.framing = self.framing.at(
             resolution

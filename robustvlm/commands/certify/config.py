@@ -12,6 +12,7 @@ from robustvlm.certify import settings_digest
 from robustvlm.certify.claims import require_known
 from robustvlm.core.files import first_line, parse_json, read_bytes
 from robustvlm.core.probe import change_of
+from robustvlm.core.size import Size
 from robustvlm.errors import UserError
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.manifest import Manifest
@@ -67,7 +68,7 @@ class CertifyConfig(BaseModel):
     lanes: int
     device: str
     precision: str
-    resolution: int
+    resolution: Size
     noise: str | None = None
 
     @field_validator("claim")

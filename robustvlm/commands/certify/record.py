@@ -14,6 +14,7 @@ from robustvlm.certify.claims import RADII
 from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
+from robustvlm.core.size import Size, area, sides
 from robustvlm.report.charts import Line
 from robustvlm.report.words import count_of, percent, plain
 from robustvlm.runs.records import read_rows
@@ -133,11 +134,11 @@ def state(summary: CertifySummary) -> Standing:
     return "held" if asked and 2 * found[1].successes >= found[1].total else "neutral"
 
 
-def verdict(summary: CertifySummary, *, resolution: int | None = None) -> str:
+def verdict(summary: CertifySummary, *, resolution: Size | None = None) -> str:
     """Return the outcome in a sentence or two: how many images, how far, and what such a distance means.
 
     Args:
-        resolution: side of the images in pixels, for the comparison with one grey level.
+        resolution: size of the images, for the comparison with one grey level.
     """
     found = certified(summary)
     cosine = "" if summary.min_cos is None else format_exact(summary.min_cos)
@@ -155,7 +156,7 @@ def verdict(summary: CertifySummary, *, resolution: int | None = None) -> str:
     if at is not None:
         parts.append(f"At the distance {format_exact(at[0])} it holds for {at[1].successes:,} of {at[1].total:,}.")
     if resolution:
-        grey = math.sqrt(3 * resolution * resolution) / 255
+        grey = math.sqrt(3 * area(resolution)) / 255
         parts.append(f"One grey level in every pixel is a distance of {format_up(grey)}.")
     return " ".join(parts)
 
@@ -235,13 +236,14 @@ def trail(run: CertifyRecord) -> str:
 def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
     """Return the threat model and the conditions of the certificates, as label and text."""
     config, summary = run.config, run.summary
+    height, width = sides(config.resolution)
     rows = [
         ("Statement", plain(summary.statement, 600)),
         ("Rule", plain(rule(summary), 800)),
         (
             "Attacker",
             "Adds to the image any vector of Euclidean length (L₂) below the radius, where the noise is added: at"
-            f" {config.resolution} by {config.resolution} pixels on a scale from 0 to 1. {source(summary)}",
+            f" {height} by {width} pixels on a scale from 0 to 1. {source(summary)}",
         ),
         (
             "Noise",

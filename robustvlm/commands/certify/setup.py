@@ -17,6 +17,7 @@ from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig, noise_settings
 from robustvlm.core import MAX_SIGMA
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.defenses.pipeline import saved_model, split_spec
@@ -257,7 +258,7 @@ def describe_head(config: CertifyConfig, class_names: tuple[str, ...]) -> dict[s
 
 def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, Any]:
     """Return what a reader of the run has to know of its claim: statement, bounds and threat model."""
-    size, claim = config.resolution, find_claim(config.claim)
+    (height, width), claim = sides(config.resolution), find_claim(config.claim)
     own = is_own(config.claim)
     return {
         "statement": plan.statement,
@@ -270,8 +271,8 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
         "best_radius": best,
         "notes": [OWN_CLAIM.format(spec=config.claim)] if own else [],
         "threat": [
-            f"every image whose l2 distance is below the radius, pixels in [0, 1], measured at {size} x {size} where "
-            "the noise is added; of changes made before an image was resized nothing is stated",
+            f"every image whose l2 distance is below the radius, pixels in [0, 1], measured at {height} x {width} "
+            "where the noise is added; of changes made before an image was resized nothing is stated",
             "up to floating point: noise and sum in float32, the encoder in the precision stated; the noise is not "
             "clipped, and what the encoder does after it (clamping, rounding) is part of the encoder",
         ],

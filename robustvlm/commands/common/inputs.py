@@ -10,6 +10,7 @@ from torch import Tensor
 from robustvlm.core import registry
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.object_graph import Reached, fingerprint
+from robustvlm.core.size import Size
 from robustvlm.core.user_code import file_digest
 from robustvlm.data import DataSource
 from robustvlm.data.decode import prefetch
@@ -40,7 +41,7 @@ class Images:
 
     Args:
         source: the images; limit: how many of them, chosen by a hash of their ids.
-        resolution: side in pixels, or a model's framing, which also says how it is brought about.
+        resolution: side in pixels or (height, width), or a model's framing, which also says how it is brought about.
         ahead: how many images are made ready in the background; they are held in memory. 0 for a model on the CPU,
             which leaves no core idle.
 
@@ -56,7 +57,7 @@ class Images:
         source: DataSource,
         *,
         limit: int | None = None,
-        resolution: int | Framing,
+        resolution: Size | Framing,
         ahead: int = 0,
     ) -> None:
         self.source, self.limit = source, limit
@@ -101,7 +102,7 @@ def probe_of(
     class_names: Sequence[str] = (),
     templates: Sequence[str] = (),
     *,
-    resolution: int | None = None,
+    resolution: Size | None = None,
 ) -> dict[str, Any]:
     """Return the model's answers to fixed inputs, for the manifest: what it is known by besides its digest.
 

@@ -14,6 +14,7 @@ from robustvlm.commands import open_run
 from robustvlm.commands.certify import record as certify_words
 from robustvlm.core.files import read_text
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.core.size import sides
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.pipeline import split_spec
 from robustvlm.errors import UserError
@@ -353,7 +354,7 @@ def _what_it_is(vlm: VLM, to: str, half: bool) -> str:
     bits = "16 bits" if half else "32 bits"
     # Of transformers the name of the whole is known to readers, of open_clip that of the tower.
     name = text(type(getattr(model, "visual", model)).__name__)
-    size = f"{vlm.image_size} by {vlm.image_size} pixels"
+    size = "{} by {} pixels".format(*sides(vlm.image_size))
     if isinstance(vlm, TowerVLM):
         what = f"An image tower ({name}, {size}) without a text side"
     else:

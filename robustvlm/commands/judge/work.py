@@ -33,6 +33,7 @@ from robustvlm.commands.judge.paper import write_markdown, write_tex
 from robustvlm.commands.judge.view import read_run, show, write_report
 from robustvlm.core.files import replacing, write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
+from robustvlm.core.size import size_text
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.source import Unreadable
 from robustvlm.defenses import Classifier, load_classifier
@@ -299,8 +300,8 @@ def open_work(settings: JudgeSettings) -> JudgeWork:
     for spec, base in bases.items():
         if models[spec].framing != models[base].framing:
             raise UserError(
-                f"'{spec}' takes images in another way than '{base}' ({models[spec].image_size} and "
-                f"{models[base].image_size} pixels): both must see the same ones"
+                f"'{spec}' takes images in another way than '{base}' ({size_text(models[spec].image_size)} and "
+                f"{size_text(models[base].image_size)} pixels): both must see the same ones"
             )
     prints = {spec: model.fingerprint for spec, model in models.items()}
     facts = Facts(

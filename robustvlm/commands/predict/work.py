@@ -30,6 +30,7 @@ from robustvlm.commands.predict.rows import (
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.ranks import current_ranks, resolve_device
 from robustvlm.core.seeds import derive_seed
+from robustvlm.core.size import sides
 from robustvlm.data import open_data
 from robustvlm.data.classes import DEFAULT, read_class_names, read_templates, recognise
 from robustvlm.data.decode import prefetch
@@ -161,8 +162,8 @@ class Work:
     def _require_independent_draws(self) -> None:
         """Refuse to abstain at an error probability where the noisy copies of an image change each other in a batch."""
         assert self._smoothed is not None
-        size = self._smoothed.image_size
-        rows = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.classifier.device)
+        size = sides(self._smoothed.image_size)
+        rows = torch.rand(8, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.classifier.device)
         with torch.no_grad():
             together = self._smoothed.encode_noisy(rows)
             alone = torch.cat([self._smoothed.encode_noisy(row[None]) for row in rows])
@@ -264,8 +265,8 @@ class Work:
 
     def _noticed(self) -> tuple[bool, bool]:
         """Ask about two fixed images, and tell whether the answers are a matter of chance, or of other images."""
-        side, draws = self.classifier.image_size, torch.Generator().manual_seed(0)
-        images = torch.rand(2, 3, side, side, generator=draws).to(self.classifier.device)
+        size, draws = sides(self.classifier.image_size), torch.Generator().manual_seed(0)
+        images = torch.rand(2, 3, *size, generator=draws).to(self.classifier.device)
         again, among = row_changes(Oracle(self.classifier, device=self.classifier.device), images)
         if again <= _NOTICED < among:
             self.notes.append("the model's answer depends on the other images of a batch: it is asked one by one")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from robustvlm.core.framing import trial_pixels
 from robustvlm.core.seeds import generator
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
@@ -243,7 +244,7 @@ def _cut(
 def _reached(vlm: VLM) -> list[str]:
     """Return the names of the parameters that have a gradient in the features of one image."""
     parameters = {name: p for name, p in vlm.named_parameters() if p.is_floating_point()}
-    pixels = torch.linspace(0, 1, 3 * vlm.image_size**2, device=vlm.device).view(1, 3, vlm.image_size, -1)
+    pixels = trial_pixels(1, vlm.image_size, device=vlm.device)
     with _differentiable(list(parameters.values())), torch.enable_grad():
         features = vlm.embed_image(pixels)
         if not parameters or not features.requires_grad:

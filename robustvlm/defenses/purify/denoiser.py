@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.core.boundary import own_copy, same_process
+from robustvlm.core.framing import trial_pixels
 from robustvlm.core.object_graph import Reached, fingerprint
 from robustvlm.core.registry import create, names_a_callable
+from robustvlm.core.size import Size
 from robustvlm.core.user_code import file_digest
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.weights import brief
@@ -79,7 +81,7 @@ class OwnDenoiser(nn.Module):
         return fingerprint(self.state, self._facts)
 
 
-def load_denoiser(spec: str, image_size: int, device: torch.device) -> OwnDenoiser:
+def load_denoiser(spec: str, image_size: Size, device: torch.device) -> OwnDenoiser:
     """Return the denoiser that `module:callable` makes, after a trial on two images of the encoder's size.
 
     Raises:
@@ -93,7 +95,7 @@ def load_denoiser(spec: str, image_size: int, device: torch.device) -> OwnDenois
     if not isinstance(thing, nn.Module) and callable(getattr(thing, "to", None)):
         thing = thing.to(device) or thing
     denoiser = OwnDenoiser(own_copy(thing), spec=spec).to(device)
-    pixels = torch.linspace(0, 1, 2 * 3 * image_size**2, device=device).view(2, 3, image_size, image_size)
+    pixels = trial_pixels(2, image_size, device=device)
     wanted = f"the denoiser '{spec}' of pixels {list(pixels.shape)} and sigma {_TRIAL_SIGMA} must return finite pixels"
     try:
         with torch.no_grad():

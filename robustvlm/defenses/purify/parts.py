@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustvlm.core.files import replacing
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.core.size import Size
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
@@ -219,7 +220,7 @@ def write_parts(folder: Path, parts: Parts) -> None:
                 save_file(weights, temporary, metadata={"format": "pt"})
 
 
-def read_parts(folder: Path, card: Card, image_size: int, device: torch.device) -> Parts:
+def read_parts(folder: Path, card: Card, image_size: Size, device: torch.device) -> Parts:
     """Return the parts that a card describes, frozen, on `device`.
 
     Args:
@@ -300,7 +301,7 @@ def _read(folder: Path, name: str, make: Callable[[], Part]) -> Part:
     return part
 
 
-def _denoiser(folder: Path, facts: Mapping[str, Any], image_size: int, device: torch.device) -> OwnDenoiser:
+def _denoiser(folder: Path, facts: Mapping[str, Any], image_size: Size, device: torch.device) -> OwnDenoiser:
     with named_by(f"the card of '{folder}'"):
         denoiser = load_denoiser(str(facts.get("spec")), image_size, device)
     if facts.get("fingerprint") not in (None, denoiser.fingerprint):
@@ -321,6 +322,6 @@ class PurifiedModel(SavedModel):
         base = self.base(device)
         return self.parts(base.image_size, device).around(base)
 
-    def parts(self, image_size: int, device: torch.device) -> Parts:
+    def parts(self, image_size: Size, device: torch.device) -> Parts:
         """Return purifier and mapper, to be put around another encoder."""
         return read_parts(self.folder, self.card, image_size, device)

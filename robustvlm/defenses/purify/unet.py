@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.core import MAX_SIGMA
+from robustvlm.core.size import Size, sides
 from robustvlm.errors import BadSetting, UserError, nearest
 
 CENTRE, SPREAD = 0.5, 0.25
@@ -49,8 +50,10 @@ SIZES = {
 """Presets: tiny for 32 to 64 pixels on a CPU, small and base for 224 pixels and more."""
 
 
-def purifier_shape(size: str, image_size: int) -> PurifierShape:
+def purifier_shape(size: str, image_size: Size) -> PurifierShape:
     """Return the preset `size` with the stride that keeps its finest level at 32 to 63 pixels a side (84 for 336).
+
+    Where the sides differ the shorter one counts.
 
     Raises UserError for an unknown preset.
 
@@ -61,7 +64,7 @@ def purifier_shape(size: str, image_size: int) -> PurifierShape:
     if size not in SIZES:
         raise UserError(f"unknown purifier size '{size}': {nearest(size, SIZES)}")
     # The largest power of two up to 4 that leaves 32 pixels or more.
-    stride = 2 ** min(2, max(0, (image_size // 32).bit_length() - 1))
+    stride = 2 ** min(2, max(0, (min(sides(image_size)) // 32).bit_length() - 1))
     return replace(SIZES[size], stride=stride)
 
 

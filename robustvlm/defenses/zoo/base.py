@@ -11,7 +11,7 @@ package:
    is, which constants have which origin. `off` names the strengths at which it is the undefended model to the bit.
 3. Put `@DEFENCES.named("name")` on it. The grammar, `robustvlm judge`, the tables of the docs and the shared tests
    (`tests/defenses/zoo`) read that one table.
-4. Write `move`, `feature` or `answer`. It is given pixels [B, 3, S, S] in float32 at the model's own size and `below`,
+4. Write `move`, `feature` or `answer`. It is given pixels [B, 3, H, W] in float32 at the model's own size and `below`,
    the model it stands on (`Below`), and must treat every image as if it were alone: sums and norms per image, nothing
    kept between calls, draws from `generators(pixels)` only. Say in `cost` how many passes a clean answer takes.
 5. Where the plain gradient is none or tells little, list gradient modes in `modes`, the default first, and read `mode`:
@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from robustvlm.core.registry import Table
 from robustvlm.core.seeds import generator
+from robustvlm.core.size import Size
 from robustvlm.errors import UserError
 from robustvlm.text import format_exact
 
@@ -151,8 +153,8 @@ class Below(Protocol):
     """
 
     @property
-    def size(self) -> int:
-        """Side of the square that the model sees."""
+    def size(self) -> Size:
+        """Side of the square that the model sees, or (height, width)."""
 
     @property
     def logit_scale(self) -> float:
@@ -272,6 +274,18 @@ DEFENCES: Table[type[Defence]] = Table(__package__ or "")
 
 VIEWS_PER_GRADIENT, MOST_CALLS = 16, 4
 """Views that a gradient is averaged over, in how many calls at most."""
+
+
+def side_of(pixels: Tensor) -> float:
+    """Return the side of images [B, 3, H, W]; where they are not square, that of a square with as many pixels.
+
+    Strengths that are published for 224 pixels are scaled by it.
+
+    Example:
+        >>> side_of(torch.zeros(1, 3, 224, 224)), side_of(torch.zeros(1, 3, 4, 9))
+        (224.0, 6.0)
+    """
+    return math.sqrt(pixels.shape[-2] * pixels.shape[-1])
 
 
 def draws_of_views(views: int) -> int:

@@ -20,18 +20,20 @@ from robustvlm.defenses.zoo.inner import gate_hinge, in_full, recomputed, sign_s
 
 
 def low_pass(pixels: Tensor, radius: float) -> Tensor:
-    """Return images [B, 3, H, H] with frequency k (in waves per side) damped by exp(-|k|^2 / 2 radius^2), in [0, 1].
+    """Return images [B, 3, H, W] with frequency k (in waves per side) damped by exp(-|k|^2 / 2 radius^2), in [0, 1].
+
+    Where the sides differ, a frequency is counted in waves per side of a square of as many pixels.
 
     Example:
         >>> x = torch.rand(1, 3, 8, 8)
         >>> torch.allclose(low_pass(x, 1e6), x, atol=1e-6), low_pass(x, 1e-3).flatten(2).std(2).amax().item() < 1e-6
         (True, True)
     """
-    side = pixels.shape[-1]
-    down = torch.fft.fftfreq(side, 1 / side, device=pixels.device, dtype=pixels.dtype)
-    across = torch.fft.rfftfreq(side, 1 / side, device=pixels.device, dtype=pixels.dtype)
+    (height, width), side = pixels.shape[-2:], zoo.side_of(pixels)
+    down = torch.fft.fftfreq(height, 1 / side, device=pixels.device, dtype=pixels.dtype)
+    across = torch.fft.rfftfreq(width, 1 / side, device=pixels.device, dtype=pixels.dtype)
     damped = torch.exp(-(down[:, None].square() + across.square()) / (2 * radius**2))
-    return torch.fft.irfft2(torch.fft.rfft2(pixels) * damped, s=(side, side)).clamp(0.0, 1.0)
+    return torch.fft.irfft2(torch.fft.rfft2(pixels) * damped, s=(height, width)).clamp(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class SpectralRectification(zoo.PixelDefence):
         found = rectified(
             below.encode,
             pixels,
-            radius=self.radius * pixels.shape[-1] / 224,
+            radius=self.radius * zoo.side_of(pixels) / 224,
             threshold=self.threshold,
             steps=self.steps,
             size=self.size / 255,

@@ -107,7 +107,7 @@ class EnergyDescent(zoo.AnswerDefence):
         return zoo.Passes(1 + steps, steps)
 
     def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
-        step = self.step * pixels.shape[-1] / 224
+        step = self.step * zoo.side_of(pixels) / 224
         through = mode == zoo.THROUGH
         return below.logits(
             descended(below.logits, pixels, steps=self.steps, step=step, reach=self.reach / 255, through=through)

@@ -123,6 +123,8 @@ def reflected(pixels: Tensor, border: int) -> Tensor:
 class RandomPadding(zoo.PixelDefence):
     """The image resized to r ~ U{S .. grow S}, put at a random place of a black square of side grow S, resized to S.
 
+    Where the sides differ, the longer one is drawn and the ratio kept; the black image is grow times as high and wide.
+
     Example:
         >>> RandomPadding().move(torch.rand(2, 3, 16, 16), None, "through").shape
         torch.Size([2, 3, 16, 16])
@@ -148,19 +150,25 @@ class RandomPadding(zoo.PixelDefence):
 
     def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del below, mode
-        size = pixels.shape[-1]
-        most = math.floor(self.grow * size + 1e-9)
-        if most == size:
+        high, wide = (math.floor(self.grow * side + 1e-9) for side in pixels.shape[-2:])
+        if (high, wide) == pixels.shape[-2:]:
             return pixels
         return torch.cat(
-            [self._one(x[None], most, draws) for x, draws in zip(pixels, zoo.generators(pixels), strict=True)]
+            [self._one(x[None], high, wide, draws) for x, draws in zip(pixels, zoo.generators(pixels), strict=True)]
         )
 
     @staticmethod
-    def _one(x: Tensor, most: int, draws: torch.Generator) -> Tensor:
-        size = x.shape[-1]
-        side = size + int(torch.randint(most - size + 1, (), generator=draws))
-        left, top = (int(place) for place in torch.randint(most - side + 1, (2,), generator=draws))
-        grown = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
-        square = F.pad(grown, (left, most - side - left, top, most - side - top))
-        return F.interpolate(square, (size, size), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+    def _one(x: Tensor, high: int, wide: int, draws: torch.Generator) -> Tensor:
+        def drawn(most: int) -> int:
+            return int(torch.randint(most + 1, (), generator=draws))
+
+        own = list(x.shape[-2:])
+        longest = max(own)
+        side = longest + drawn(max(high, wide) - longest)
+        # Rounded to the nearest, in whole numbers.
+        height, width = ((2 * side * one + longest) // (2 * longest) for one in own)
+        height, width = min(height, high), min(width, wide)
+        left, top = drawn(wide - width), drawn(high - height)
+        grown = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+        placed = F.pad(grown, (left, wide - width - left, top, high - height - top))
+        return F.interpolate(placed, own, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)

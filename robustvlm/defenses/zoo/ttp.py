@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.attacks.threat import per_image
+from robustvlm.core.size import Size, sides
 from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import exactly, leaning
 from robustvlm.defenses.zoo.inner import gate_hinge, recomputed, score_gradient
@@ -25,35 +26,37 @@ WHITE = 10.0
 """The frame's value, in its own units, that is a pixel of 1."""
 
 
-def framed(pixels: Tensor, frame: Tensor | None, width: int) -> Tensor:
-    """Return images within a frame `width` pixels wide, brought back to their size: [B, 3, S, S].
+def framed(pixels: Tensor, frame: Tensor | None, width: Size) -> Tensor:
+    """Return images [B, 3, H, W] within a frame, brought back to their size.
 
     Args:
-        frame: [B, 3, S + 2 width, S + 2 width], of which the border is taken, white at `WHITE`; None: black.
+        frame: [B, 3, H + 2 width, W + 2 width], of which the border is taken, white at `WHITE`; None: black.
+        width: of the frame in pixels, or (above and below, left and right).
 
     Example:
         >>> framed(torch.ones(1, 3, 8, 8), None, 2).mean().item() < 0.5
         True
     """
-    if width == 0:
+    down, across = sides(width)
+    if down == across == 0:
         return pixels
-    square = F.pad(pixels, (width,) * 4)
+    border = (across, across, down, down)
+    inside = F.pad(pixels, border)
     if frame is not None:
-        border = F.pad(torch.zeros_like(pixels[:1, :1]), (width,) * 4, value=1.0)
-        square = square + border * (frame / WHITE)
-    return resize(square, pixels.shape[-1])
+        inside = inside + F.pad(torch.zeros_like(pixels[:1, :1]), border, value=1.0) * (frame / WHITE)
+    return resize(inside, (pixels.shape[-2], pixels.shape[-1]))
 
 
 def tuned_frame(
-    logits: Callable[[Tensor], Tensor], views: Tensor, frame: Tensor, *, width: int, rate: float, graph: bool = False
+    logits: Callable[[Tensor], Tensor], views: Tensor, frame: Tensor, *, width: Size, rate: float, graph: bool = False
 ) -> Tensor:
-    """Return frames [B, 3, S', S'] after one gradient step of `rate` down the mean entropy of the framed views.
+    """Return frames [B, 3, H', W'] after one gradient step of `rate` down the mean entropy of the framed views.
 
     Args:
-        logits: images [R, 3, S, S] to [R, K]; views: [B, V, 3, S, S].
+        logits: images [R, 3, H, W] to [R, K]; views: [B, V, 3, H, W].
         graph: leave the result differentiable in views and frame.
     """
-    if rate == 0 or width == 0:
+    if rate == 0 or not any(sides(width)):
         return frame
     count = views.shape[1]
 
@@ -125,8 +128,9 @@ class TunedPadding(zoo.AnswerDefence):
         return zoo.Passes(1 + self.views + tuned + kept, tuned) if gate_open else zoo.Passes(2)
 
     def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
-        width = round(self.border * pixels.shape[-1] / 224)
-        if not width:
+        # In proportion to each side, so that a picture that is not square keeps its ratio.
+        width = (round(self.border * pixels.shape[-2] / 224), round(self.border * pixels.shape[-1] / 224))
+        if not any(width):
             return below.logits(pixels)
         draws = zoo.generators(pixels)
         own, padded = below.encode(pixels), below.encode(framed(pixels, None, width))
@@ -150,13 +154,13 @@ class TunedPadding(zoo.AnswerDefence):
         padded: Tensor,
         below: zoo.Below,
         draws: list[torch.Generator],
-        width: int,
+        width: tuple[int, int],
         through: bool,
     ) -> Tensor:
         """Return logits [B, K] of images behind their tuned frames: logarithms of the weighted mean probability."""
         numbers = torch.stack([torch.rand(self.views - 1, CROP_DRAWS, generator=one) for one in draws])
-        side = x.shape[-1] + 2 * width
-        frame = torch.stack([WHITE * torch.rand(3, side, side, generator=one) for one in draws]).to(x)
+        shape = (3, *(side + 2 * border for side, border in zip(x.shape[-2:], width, strict=True)))
+        frame = torch.stack([WHITE * torch.rand(shape, generator=one) for one in draws]).to(x)
         with torch.no_grad():
             features = own[:, None]
             if self.views > 1:

@@ -25,17 +25,18 @@ ROWS_PER_PASS = 256
 """Most views that are encoded at a time."""
 
 View = Callable[[Tensor], Tensor]
-"""A view of images [B, 3, H, H], each row by itself."""
+"""A view of images [B, 3, H, W], each row by itself."""
 
 
 def crops(pixels: Tensor, draws: Tensor, *, least: float = 0.08, ratio: float = 4 / 3, flip: float = 0.5) -> Tensor:
     """Return a random resized crop of every image at its own size, mirrored or not.
 
-    The area is uniform between `least` and 1 of the image's, the logarithm of width to height between those of 1/ratio
-    and ratio; a side that would exceed the image is cut down to it. Where the crop lies is uniform.
+    The area is uniform between `least` and 1 of the image's, the logarithm of width to height, both as shares of the
+    image's own, between those of 1/ratio and ratio; a side that would exceed the image is cut down to it. Where the
+    crop lies is uniform.
 
     Args:
-        pixels: [B, 3, H, H] in [0, 1]; draws: uniform in [0, 1), [B, 5], see `CROP_DRAWS`.
+        pixels: [B, 3, H, W] in [0, 1]; draws: uniform in [0, 1), [B, 5], see `CROP_DRAWS`.
         flip: probability of a mirror image.
 
     Example:
@@ -59,7 +60,7 @@ def perspectives(pixels: Tensor, draws: Tensor, *, distortion: float = 0.5) -> T
     """Return a random perspective of every image: its corners move inwards, what is left empty is black.
 
     Args:
-        pixels: [B, 3, H, H] in [0, 1]; draws: uniform in [0, 1), [B, 8], see `CORNER_DRAWS`.
+        pixels: [B, 3, H, W] in [0, 1]; draws: uniform in [0, 1), [B, 8], see `CORNER_DRAWS`.
         distortion: most that a corner moves in each direction, as a share of half the side.
 
     Example:
@@ -70,10 +71,15 @@ def perspectives(pixels: Tensor, draws: Tensor, *, distortion: float = 0.5) -> T
     corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
     moved = corners * (1 - distortion * draws.double().cpu().view(-1, 4, 2))
     back = homography(moved, corners.expand_as(moved)).to(pixels)
-    axis = (2 * torch.arange(pixels.shape[-1], device=pixels.device, dtype=pixels.dtype) + 1) / pixels.shape[-1] - 1
-    places = torch.stack([*torch.meshgrid(axis, axis, indexing="xy"), torch.ones_like(axis).expand(len(axis), -1)], -1)
+    down, across = (_centres(side, pixels) for side in pixels.shape[-2:])
+    places = torch.stack([*torch.meshgrid(across, down, indexing="xy"), pixels.new_ones(len(down), len(across))], -1)
     found = torch.einsum("bij,hwj->bhwi", back, places)
     return _sampled(pixels, found[..., :2] / found[..., 2:], "zeros")
+
+
+def _centres(side: int, pixels: Tensor) -> Tensor:
+    """Return the places of the pixels of a line, from -1 to 1 between its ends."""
+    return (2 * torch.arange(side, device=pixels.device, dtype=pixels.dtype) + 1) / side - 1
 
 
 def homography(source: Tensor, target: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ def features_of(encode: View, views: Sequence[View], pixels: Tensor, *, rows_per
     With a gradient, each pass is made again on the way back, so that memory is that of one pass.
 
     Args:
-        encode: images [R, 3, H, H] to features (or logits) [R, D]; views: images [B, 3, H, H] to one view of each.
+        encode: images [R, 3, H, W] to features (or logits) [R, D]; views: images [B, 3, H, W] to one view of each.
 
     Example:
         >>> features_of(lambda v: v.mean((2, 3)), [torch.clone, torch.neg], torch.ones(1, 3, 8, 8)).tolist()

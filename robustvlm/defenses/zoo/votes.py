@@ -90,25 +90,25 @@ class TestTimeEnsemble(zoo.AnswerDefence):
         del gate_open
         return zoo.Passes(self.views)
 
-    def _ways(self, size: int) -> list[View]:
+    def _ways(self, pixels: Tensor) -> list[View]:
         """Return the views: the image, its mirror, then each crop mirrored, then as it is."""
-        side = max(1, round(self.crop * size))
-        far, mid = size - side, (size - side) // 2
-        places = [(mid, mid), (0, 0), (0, far), (far, 0), (far, far)]
-        parts: list[View] = [partial(_corner, top=top, left=left, side=side) for top, left in places]
+        height, width = (max(1, round(self.crop * side)) for side in pixels.shape[-2:])
+        low, far = pixels.shape[-2] - height, pixels.shape[-1] - width
+        places = [(low // 2, far // 2), (0, 0), (0, far), (low, 0), (low, far)]
+        parts: list[View] = [partial(_corner, top=top, left=left, size=(height, width)) for top, left in places]
         turned = [partial(_mirrored, part) for part in parts]
         views: list[View] = [_itself, partial(_mirrored, _itself), *turned, *parts]
         return views[: self.views]
 
     def views_of(self, pixels: Tensor) -> Tensor:
-        """Return the views [B, N, 3, S, S] of images."""
-        return torch.stack([view(pixels) for view in self._ways(pixels.shape[-1])], dim=1)
+        """Return the views [B, N, 3, H, W] of images."""
+        return torch.stack([view(pixels) for view in self._ways(pixels)], dim=1)
 
     def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         del mode
         if self.views == 1:
             return below.logits(pixels)
-        return features_of(below.logits, self._ways(pixels.shape[-1]), pixels).mean(1)
+        return features_of(below.logits, self._ways(pixels), pixels).mean(1)
 
 
 def _itself(pixels: Tensor) -> Tensor:
@@ -119,6 +119,6 @@ def _mirrored(view: View, pixels: Tensor) -> Tensor:
     return view(pixels).flip(-1)
 
 
-def _corner(pixels: Tensor, *, top: int, left: int, side: int) -> Tensor:
-    crop, size = pixels[..., top : top + side, left : left + side], pixels.shape[-1]
-    return F.interpolate(crop, (size, size), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+def _corner(pixels: Tensor, *, top: int, left: int, size: tuple[int, int]) -> Tensor:
+    crop, whole = pixels[..., top : top + size[0], left : left + size[1]], list(pixels.shape[-2:])
+    return F.interpolate(crop, whole, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.core.size import Size
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.zoo.base import AnswerDefence, Defence, FeatureDefence, Passes, PixelDefence
 from robustvlm.errors import UserError
-from robustvlm.models import VLM, resize
+from robustvlm.models import VLM
+from robustvlm.models.vlm import fitted
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class _BelowModel:
         return self.model
 
     @property
-    def size(self) -> int:
+    def size(self) -> Size:
         return self.model.image_size
 
     @property
@@ -186,7 +188,7 @@ class DefendedClassifier(Classifier, _Mode):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [B, K]."""
         below = _BelowModel(self.inner)
-        pixels = resize(_wide(pixels), self.image_size, self.interpolation)
+        pixels = fitted(_wide(pixels), self.image_size, self.interpolation)
         # The encoder's own precision is its own business, the defence's arithmetic is float32.
         if isinstance(self.defence, PixelDefence):
             return below.logits(self.defence.move(pixels, below, self.mode))
