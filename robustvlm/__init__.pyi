@@ -13,7 +13,7 @@ from robustvlm.commands.attack.compare import compare as compare
 from robustvlm.commands.attack.record import AttackedRun
 from robustvlm.commands.certify.record import CertifyRecord
 from robustvlm.commands.detect.view import DetectRecord
-from robustvlm.commands.evaluate.work import CleanResult
+from robustvlm.commands.evaluate.view import Evaluation
 from robustvlm.commands.export import export as export
 from robustvlm.commands.immunize.record import ImmunizeSummary
 from robustvlm.commands.judge.record import Judgement
@@ -339,16 +339,23 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    out: Path | str = Path("runs"),
+    name: str | None = None,
+    resume: bool | None = None,
     observer: Observer | None = None,
-) -> CleanResult:
-    """Evaluate a model without an attack, as `robustvlm evaluate` does; options by their names. It makes no run.
+) -> Evaluation:
+    """Evaluate a model without an attack, as `robustvlm evaluate` does; options by their names.
+
+    The run that is returned has the numbers of its summary as attributes too, as `run.accuracy`.
 
     Raises:
         UserError: whatever is wrong with the options, the data or the model.
 
     Example:
-        >>> evaluate("tiny", limit=8).images
-        8
+        >>> import tempfile
+        >>> run = evaluate("tiny", limit=8, out=tempfile.mkdtemp())
+        >>> run.images, run.rows.num_rows
+        (8, 8)
 
     Args:
         model: The model; `robustvlm models` lists the forms.
@@ -359,6 +366,9 @@ def evaluate(
         limit: Evaluate this many images, a fixed selection.
         batch_size: Images per pass.
         device: auto, cpu, cuda, cuda:1, ...
+        out: Folder that holds the runs.
+        name: Name of the run [default: made from the settings, so that they find it again].
+        resume: Insist on an earlier run, or delete it. Default: continue if there is one.
         observer: told of the progress.
     """
 

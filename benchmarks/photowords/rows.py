@@ -168,7 +168,7 @@ def _row(
         given["data"] = s.part(data)
     if verb != "purify":  # which reads no classes
         given["templates"] = s.data / "templates.txt"
-    where = {} if verb == "evaluate" else _where(s, key)
+    where = _where(s, key)
     return Row(key, of, verb, given | options | where, read)
 
 

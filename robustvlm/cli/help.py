@@ -28,6 +28,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "evaluate": (
         ("Clean accuracy of the bundled model", "robustvlm evaluate"),
         ("Of an open_clip model on your images", "robustvlm evaluate ViT-B-32/openai --data imagefolder:photos"),
+        (
+            "Image-text retrieval",
+            "robustvlm evaluate ViT-B-32/openai --data 'parquet:flickr.parquet?captions=caption'",
+        ),
     ),
     "predict": (
         ("A table of a few drawings", "robustvlm predict tiny --data 'emoji?split=near' --limit 5 --top 3"),
@@ -91,7 +95,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 PAGES = {
     "attack": "attacks.md",
     "certify": "certify.md",
-    "evaluate": "models.md",
+    "evaluate": "evaluate.md",
     "predict": "predict.md",
     "detect": "detect.md",
     "judge": "judge.md",

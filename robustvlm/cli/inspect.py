@@ -1,4 +1,4 @@
-"""`robustvlm data`, `models`, `evaluate` and `export`: what there is, how a model does unattacked, handing it on."""
+"""`robustvlm data`, `models` and `export`: what there is, and handing a model on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustvlm.cli.terminal import say, say_json
-from robustvlm.runs.run import Command
-from robustvlm.runs.settings import Observer, Settings
 
 if TYPE_CHECKING:
     from robustvlm.data import DataSource
@@ -304,52 +302,6 @@ def models(
         say("MODEL is one of\n" + "\n".join(lines) + "\n")
     for model in found:
         say(f"{model.spec}  ({model.source})" if model.source == "bundled" else model.spec)
-
-
-# `robustvlm evaluate`: no run, so that it has its own way from settings to what is printed
-
-
-def evaluate(command: Command, settings: Settings) -> None:
-    """Measure what the settings name and print it."""
-    from robustvlm.cli.console import Console
-    from robustvlm.commands.evaluate import EvaluateSettings
-    from robustvlm.commands.evaluate.work import measure, show
-
-    assert isinstance(settings, EvaluateSettings)
-    del command
-    with _Bar(quiet=settings.as_json) as bar:
-        result = measure(settings, bar)
-    if settings.as_json:
-        say_json(result.model_dump_json(indent=2))
-    else:
-        show(result, Console())
-
-
-class _Bar(Observer):
-    """A bar on a terminal that goes away at the end."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from robustvlm.cli.console import Console
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-
-    def __enter__(self) -> _Bar:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._bars.stop()
-
-    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
-        self._task = self._bars.add_task(title, total=total, completed=done)
-
-    def advance(self, count: int = 1, **shown: str) -> None:
-        del shown
-        self._bars.advance(self._task, count)
 
 
 # `robustvlm export`: a model as a folder that open_clip or transformers reads

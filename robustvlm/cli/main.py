@@ -18,7 +18,7 @@ from robustvlm.cli import terminal
 from robustvlm.cli.acts import certify_or_audit, predict_and_show, report
 from robustvlm.cli.app import check_given, typer_command
 from robustvlm.cli.help import HelpfulCommand, group_of
-from robustvlm.cli.inspect import data, evaluate, export, models
+from robustvlm.cli.inspect import data, export, models
 from robustvlm.commands.assemble import BUILD
 from robustvlm.commands.attack import ATTACK
 from robustvlm.commands.certify import CERTIFY
@@ -84,7 +84,7 @@ app = typer.Typer(
 for command in (
     typer_command(ATTACK),
     typer_command(CERTIFY, act=certify_or_audit),
-    typer_command(EVALUATE, evaluate),
+    typer_command(EVALUATE),
     typer_command(PREDICT, predict_and_show),
     typer_command(DETECT),
     typer_command(JUDGE),

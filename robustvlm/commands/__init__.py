@@ -14,6 +14,7 @@ COMMANDS = {
     "attack": "robustvlm.commands.attack:ATTACK",
     "certify": "robustvlm.commands.certify:CERTIFY",
     "detect": "robustvlm.commands.detect:DETECT",
+    "evaluate": "robustvlm.commands.evaluate:EVALUATE",
     "finetune": "robustvlm.commands.finetune:FINETUNE",
     "immunize": "robustvlm.commands.immunize:IMMUNIZE",
     "judge": "robustvlm.commands.judge:JUDGE",

@@ -142,6 +142,10 @@ def _headline(run: FinishedRun[Any]) -> Headline | None:
         unsure = summary.unfinished and at.undecided
         found = at.robust_accuracy
         return Headline(what, Measure(robust_bounds(at)), found.value) if unsure else Headline.of(what, found)
+    if run.kind == "evaluate":
+        if summary.images:
+            return Headline.of("accuracy", summary.accuracy)
+        return Headline.of("caption of an image, R@1", summary.retrieval.text[1])
     if run.kind == "certify":
         from robustvlm.commands.certify.record import certified
 

@@ -49,7 +49,14 @@ class DecodeError(Exception):
     """Why an image cannot be used, in words fit for a report."""
 
 
-def decode(name: str, data: bytes | bytearray | memoryview | Path, label: int) -> Sample | Unreadable:
+def decode(
+    name: str,
+    data: bytes | bytearray | memoryview | Path,
+    label: int,
+    *,
+    captions: tuple[str, ...] = (),
+    subgroup: str = "",
+) -> Sample | Unreadable:
     """Return the sample in `data` (encoded bytes or a file), or why it cannot be decoded; never raises for bad data.
 
     Example:
@@ -57,7 +64,8 @@ def decode(name: str, data: bytes | bytearray | memoryview | Path, label: int) -
         Unreadable(id='a', reason='empty file')
     """
     try:
-        return Sample(name, _open_file(data) if isinstance(data, Path) else _open_bytes(data), label)
+        image = _open_file(data) if isinstance(data, Path) else _open_bytes(data)
+        return Sample(name, image, label, captions, subgroup)
     except DecodeError as error:
         return Unreadable(name, str(error))
 

@@ -299,7 +299,8 @@ class EmojiSource(DataSource):
             for sprite in self._sprites:
                 image_id = f"{sprite.id}/{copy}"
                 if keep(image_id):
-                    yield Sample(image_id, draw_sprite(sprite.data, image_id), sprite.label)
+                    style = sprite.id.split("/")[1]
+                    yield Sample(image_id, draw_sprite(sprite.data, image_id), sprite.label, subgroup=style)
 
     def _read(self) -> Iterator[Sprite]:
         """Read the compressed sprites of the split: at most a few megabytes, decoded one at a time when streamed."""

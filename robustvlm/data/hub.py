@@ -9,7 +9,7 @@ from typing import Any
 
 from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import decode
-from robustvlm.data.labels import TextLabels
+from robustvlm.data.labels import TextLabels, captions_of
 from robustvlm.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
@@ -18,7 +18,7 @@ from robustvlm.errors import MissingExtra, UserError, nearest
 from robustvlm.text import one_line
 
 _TEXT = "text"
-_OPTIONS = ("split", "config", "revision", "image", "label", "streaming")
+_OPTIONS = ("split", "config", "revision", "image", "label", "captions", "subgroup", "streaming")
 
 
 class HubSource(DataSource):
@@ -40,6 +40,8 @@ class HubSource(DataSource):
         revision: str | None = None,
         image: str | None = None,
         label: str | None = None,
+        captions: str | None = None,
+        subgroup: str | None = None,
         streaming: bool = False,
         spec: str | None = None,
     ) -> None:
@@ -50,10 +52,16 @@ class HubSource(DataSource):
         usual = _label_columns(features)
         texts = any(_is_text(features[key]) for key in usual if key in features)
         fits = _is_label_or_text if label is not None or texts else _is_label
-        self._label = _column(features, label, usual, fits, "label", name)
-        names = getattr(features[self._label], "names", None) or ()
+        self._captions, self._subgroup = captions, subgroup
+        for column in (captions, subgroup):
+            if column is not None and column not in features:
+                raise UserError(f"'{name}' has no column '{column}': {nearest(column, features)}")
+        self._label: str | None = None
+        if captions is None or label is not None or any(key in features for key in LABEL_COLUMNS):
+            self._label = _column(features, label, usual, fits, "label", name)
+        names = getattr(features.get(self._label), "names", None) or ()
         self._texts = None
-        if _is_text(features[self._label]):
+        if self._label is not None and _is_text(features[self._label]):
             if streaming:
                 raise UserError(
                     f"the labels of '{name}' are texts, which cannot be numbered while streaming: leave it out"
@@ -67,10 +75,12 @@ class HubSource(DataSource):
                     f"column of classes with ?label=NAME ({', '.join(features)})"
                 )
         # Decoding is ours, so that a damaged image is a recorded fault and not the end of the run.
-        self._data = data.select_columns([self._image, self._label])
+        read = (self._image, self._label, captions, subgroup)
+        self._data = data.select_columns(list(dict.fromkeys(column for column in read if column is not None)))
         if _kind(features[self._image]) == "Image":
             self._data = self._data.cast_column(self._image, _datasets().Image(decode=False))
         super().__init__(spec or f"hf:{name}", tuple(names))
+        self.captioned = captions is not None
         if label is None and self._label == _TEXT:
             self.remarks.append(f"the texts of the column '{_TEXT}' are taken as classes: {len(names)} of them")
         own = str(getattr(data, "split", None) or self.split)
@@ -79,7 +89,7 @@ class HubSource(DataSource):
 
     @classmethod
     def from_spec(cls, spec: Spec) -> HubSource:
-        """Open `hf:NAME[?split=&config=&revision=&image=&label=&streaming=1]`."""
+        """Open `hf:NAME[?split=&config=&revision=&image=&label=&captions=&subgroup=&streaming=1]`."""
         spec.check_options(*_OPTIONS)
         if not spec.rest:
             raise UserError("'hf' names no data set: write hf:NAME, for example hf:uoft-cs/cifar10")
@@ -92,7 +102,7 @@ class HubSource(DataSource):
 
     def check(self) -> None:
         """Refuse labels that have no class name; say where numbers may begin at 1 instead of 0."""
-        if self._texts is None and not self.streaming:
+        if self._texts is None and self._label is not None and not self.streaming:
             labels = {label for label in self._data.unique(self._label) if label is not None}
             self.check_numbers(labels, f"column '{self._label}'")
 
@@ -107,25 +117,28 @@ class HubSource(DataSource):
                 yield self._sample(f"{self.split}/{i}", self._data[i])
 
     def _sample(self, image_id: str, row: dict[str, Any]) -> Sample | Unreadable:
-        value, label = row[self._image], row[self._label]
+        value, label = row[self._image], None if self._label is None else row[self._label]
         data = value
         if isinstance(value, dict):
             # Local image folders hold paths; data from the hub holds the bytes.
             data = value["bytes"] if value.get("bytes") is not None else value.get("path") and Path(value["path"])
         if not data:
             return Unreadable(image_id, "no image bytes in this row")
-        if self._texts is not None:
-            return decode(image_id, data, self._texts[label])
-        return decode(image_id, data, UNKNOWN if label is None else int(label))
+        meant = self._texts[label] if self._texts is not None else UNKNOWN if label is None else int(label)
+        captions = () if self._captions is None else captions_of(row[self._captions])
+        part = None if self._subgroup is None else row[self._subgroup]
+        return decode(image_id, data, meant, captions=captions, subgroup="" if part is None else str(part))
 
     def _identity(self) -> Iterable[str]:
-        yield f"{self.split} {self._image} {self._label}"
+        asked = [name for name in (self._captions, self._subgroup) if name is not None]
+        yield " ".join([self.split, self._image, str(self._label), *asked])
         if self.streaming:
             yield self.name
             return
         yield str(len(self._data))
-        for batch in self._data.select_columns([self._label]).iter(batch_size=4096):
-            yield repr(batch[self._label])
+        for column in [name for name in (self._label, *asked) if name is not None]:
+            for batch in self._data.select_columns([column]).iter(batch_size=4096):
+                yield repr(batch[column])
 
 
 def _datasets() -> Any:

@@ -130,6 +130,17 @@ def settle_names(own: Own, given: Sequence[str] | Mapping[str, str] | None, wher
     return _from_list(own, tuple(given), where)
 
 
+def captions_of(value: object) -> tuple[str, ...]:
+    """Return the captions in a cell: one text, several, or the lines of one; empty ones are none.
+
+    Example:
+        >>> captions_of("a dog"), captions_of(["a dog", " ", "a cat"]), captions_of(None)
+        (('a dog',), ('a dog', 'a cat'), ())
+    """
+    texts = value if isinstance(value, list | tuple) else [] if value is None else str(value).splitlines()
+    return tuple(text for text in (str(one).strip() for one in texts if one is not None) if text)
+
+
 def number_of(text: str) -> int | None:
     """Return the whole number that a label's text is, or None; of absurd length it is none.
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from robustvlm.data.decode import decode
-from robustvlm.data.labels import TextLabels
+from robustvlm.data.labels import TextLabels, captions_of
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import chosen_split, one_split
@@ -30,33 +30,58 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 
 @dataclass(frozen=True)
 class Columns:
-    """The image and label columns, whether labels are text, and the class names the schema knows."""
+    """The columns that are read, whether labels are text, and the class names the schema knows.
+
+    `label` is None for captions without classes; `captions` and `subgroup` are columns that were asked for.
+    """
 
     image: str
-    label: str
+    label: str | None
     text_labels: bool
     class_names: tuple[str, ...]
+    captions: str | None = None
+    subgroup: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All columns that are read, each once."""
+        every = (self.image, self.label, self.captions, self.subgroup)
+        return list(dict.fromkeys(name for name in every if name is not None))
 
 
-def find_columns(schema: pa.Schema, image: str | None, label: str | None, where: str) -> Columns:
-    """Return the columns to read: those named, else the usual ones.
+def find_columns(
+    schema: pa.Schema,
+    image: str | None,
+    label: str | None,
+    where: str,
+    *,
+    captions: str | None = None,
+    subgroup: str | None = None,
+) -> Columns:
+    """Return the columns to read: those named, else the usual ones; with captions there may be no label.
 
     Raises:
-        UserError: a column that is missing or of another type than images or labels have.
+        UserError: a column that is missing or of another type than images, labels or texts have.
     """
     image = image or _usual(schema, IMAGE_COLUMNS, "image", where)
-    label = label or _usual(schema, LABEL_COLUMNS, "label", where)
-    for name in (image, label):
-        if name not in schema.names:
+    if label is None and (captions is None or any(name in schema.names for name in LABEL_COLUMNS)):
+        label = _usual(schema, LABEL_COLUMNS, "label", where)
+    for name in (image, label, captions, subgroup):
+        if name is not None and name not in schema.names:
             raise UserError(f"{where} has no column '{name}': {nearest(name, schema.names)}")
     kind = schema.field(image).type
     if not _is_image(kind):
         raise UserError(f"{where}: column '{image}' is {kind}; images are bytes or a struct with a field 'bytes'")
+    if captions is not None and not _is_captions(schema.field(captions).type):
+        kind = schema.field(captions).type
+        raise UserError(f"{where}: column '{captions}' is {kind}; captions are texts or lists of texts")
+    if label is None:
+        return Columns(image, None, False, (), captions, subgroup)
     kind = _plain(schema.field(label).type)
     if not (pa.types.is_integer(kind) or _is_text(kind)):
         raise UserError(f"{where}: column '{label}' is {kind}; labels are integers or text")
     names = () if _is_text(kind) else _class_names(schema.metadata or {}, label)
-    return Columns(image, label, _is_text(kind), names)
+    return Columns(image, label, _is_text(kind), names, captions, subgroup)
 
 
 def _usual(schema: pa.Schema, names: Sequence[str], what: str, where: str) -> str:
@@ -80,6 +105,11 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_captions(kind: pa.DataType) -> bool:
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return _is_text(_plain(kind.value_type if listed else kind))
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -130,13 +160,16 @@ class ParquetSource(DataSource):
         *,
         image: str | None = None,
         label: str | None = None,
+        captions: str | None = None,
+        subgroup: str | None = None,
         split: str | None = None,
         spec: str | None = None,
     ) -> None:
         self._paths = _paths(path, split)
         opened = [_open(file) for file in self._paths]
         found = [
-            find_columns(file.schema_arrow, image, label, str(at)) for file, at in zip(opened, self._paths, strict=True)
+            find_columns(file.schema_arrow, image, label, str(at), captions=captions, subgroup=subgroup)
+            for file, at in zip(opened, self._paths, strict=True)
         ]
         self._columns: Columns = found[0]
         for other, at in zip(found, self._paths, strict=True):
@@ -157,11 +190,12 @@ class ParquetSource(DataSource):
         self._labels = [] if self._texts else sorted(found_labels)
         names = self._columns.class_names or (self._texts.marks if self._texts else ())
         super().__init__(spec or f"parquet:{path}", names)
+        self.captioned = captions is not None
 
     @classmethod
     def from_spec(cls, spec: Spec) -> ParquetSource:
-        """Open `parquet:FILE[?image=COLUMN&label=COLUMN&split=NAME]`."""
-        spec.check_options("image", "label", "split")
+        """Open `parquet:FILE[?image=COLUMN&label=COLUMN&captions=COLUMN&subgroup=COLUMN&split=NAME]`."""
+        spec.check_options("image", "label", "captions", "subgroup", "split")
         return cls(spec.path("file"), spec=spec.text, **spec.options)
 
     def ids(self) -> list[str]:
@@ -188,9 +222,7 @@ class ParquetSource(DataSource):
         """Yield the kept rows of a row group, batch by batch; a damaged group leaves a reason for each other row."""
         done = 0
         try:
-            for batch in file.iter_batches(
-                _BATCH, row_groups=[group], columns=[self._columns.image, self._columns.label], use_threads=False
-            ):
+            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=self._columns.names, use_threads=False):
                 for row in range(batch.num_rows):
                     if kept[done]:
                         yield self._sample(ids[done], batch, row)
@@ -206,7 +238,18 @@ class ParquetSource(DataSource):
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             return Unreadable(image_id, "no image bytes in this row")
-        return decode(image_id, data, self._label(batch.column(self._columns.label)[row].as_py()))
+        columns = self._columns
+        label, captions, subgroup = (
+            None if name is None else batch.column(name)[row].as_py()
+            for name in (columns.label, columns.captions, columns.subgroup)
+        )
+        return decode(
+            image_id,
+            data,
+            self._label(label),
+            captions=captions_of(captions),
+            subgroup="" if subgroup is None else str(subgroup),
+        )
 
     def _label(self, value: Any) -> int:
         if self._texts is not None:
@@ -215,6 +258,8 @@ class ParquetSource(DataSource):
 
     def _distinct_labels(self) -> set[Any]:
         found: set[Any] = set()
+        if self._columns.label is None:
+            return found
         for path in self._paths:
             try:
                 for batch in _open(path).iter_batches(65536, columns=[self._columns.label]):
@@ -228,14 +273,15 @@ class ParquetSource(DataSource):
 
     def _identity(self) -> Iterable[str]:
         for path, rows in zip(self._paths, self._rows, strict=True):
-            yield f"{path.stem} {rows} {self._columns.image} {self._columns.label}"
+            yield " ".join([path.stem, str(rows), *self._columns.names])
             meta = _open(path).metadata
             for group in range(meta.num_row_groups):
                 yield f"{meta.row_group(group).num_rows} {meta.row_group(group).total_byte_size}"
-            digest = hashlib.blake2b(digest_size=16)
-            for batch in _open(path).iter_batches(65536, columns=[self._columns.label]):
-                digest.update(repr(batch.column(0).to_pylist()).encode())
-            yield digest.hexdigest()
+            for name in self._columns.names[1:]:  # images are known by the sizes of their groups
+                digest = hashlib.blake2b(digest_size=16)
+                for batch in _open(path).iter_batches(65536, columns=[name]):
+                    digest.update(repr(batch.column(0).to_pylist()).encode())
+                yield digest.hexdigest()
 
 
 def _paths(path: Path, split: str | None) -> list[Path]:

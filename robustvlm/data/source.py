@@ -29,11 +29,16 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded image (RGB, 8 bit); `label` indexes the source's class names, -1 is an unknown class."""
+    """One decoded image (RGB, 8 bit); `label` indexes the source's class names, -1 is an unknown class.
+
+    `captions` are texts about this image alone; `subgroup` says which part of its class it is of, such as a style.
+    """
 
     id: str
     image: Image.Image
     label: int
+    captions: tuple[str, ...] = ()
+    subgroup: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class DataSource(ABC):
         """What the source itself calls its classes (folder names, text labels), where that differs from the names."""
         self.remarks: list[str] = []
         """What a reader of any result has to know of the data: what was left aside, how names were understood."""
+        self.captioned = False
+        """Whether samples have captions; such data may do without classes."""
         self.code = ""
         """Digest of the file that a user's own source stands in: part of what the data is known by."""
         self._label_of: tuple[int, ...] | None = None

@@ -134,6 +134,8 @@ def _own(spec: Spec) -> DataSource:
 def _settle(source: DataSource, classes: Path | None, where: str) -> None:
     """Bring together what the source calls its classes and what the user gave, and write down what was changed."""
     found = tuple(clean_name(name, where) for name in source.class_names)
+    if source.captioned and not found and classes is None:
+        return  # texts of their own are all there is to compare with
     names = words.usual_names(found)
     if names != found:
         source.remarks.append(f"ImageNet's usual class names are taken for: {words.what_changed(found, names)}")

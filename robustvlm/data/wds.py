@@ -13,9 +13,9 @@ from typing import IO, Any
 from robustvlm.core.network import Deadline, SteadyStream, open_url
 from robustvlm.data.classes import DEFAULT, check_templates, read_class_names
 from robustvlm.data.decode import decode
-from robustvlm.data.labels import label_of
+from robustvlm.data.labels import captions_of, label_of
 from robustvlm.data.names import read_lines
-from robustvlm.data.source import DataSource, Sample, Unreadable
+from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import chosen_split, is_junk, one_split, split_kind
 from robustvlm.errors import MissingExtra, UserError
@@ -171,23 +171,34 @@ class WebDatasetSource(DataSource):
     """
 
     def __init__(
-        self, shards: list[Shard], *, image: str | None = None, label: str | None = None, spec: str = "wds"
+        self,
+        shards: list[Shard],
+        *,
+        image: str | None = None,
+        label: str | None = None,
+        captions: str | None = None,
+        spec: str = "wds",
     ) -> None:
         self._shards = shards
         self._images = (image,) if image else _IMAGES
-        self._label_names = (label,) if label else _LABELS
+        self._label_names = (label,) if label else tuple(kind for kind in _LABELS if kind != captions)
+        self._captions = captions
         names, about_names = _names_beside(shards)
         templates, about_templates = _templates_beside(shards)
         super().__init__(spec, names, templates=templates)
+        self.captioned = captions is not None
         self.remarks += [*about_names, *about_templates]
 
     @classmethod
     def from_spec(cls, spec: Spec) -> WebDatasetSource:
-        """Open `wds:PATH_OR_URL[?image=EXTENSION&label=EXTENSION&split=NAME]`; `{000..007}` and folders give shards."""
-        spec.check_options("image", "label", "split")
+        """Open `wds:PATH_OR_URL[?image=EXTENSION&label=EXTENSION&captions=EXTENSION&split=NAME]`.
+
+        `{000..007}` and folders give shards.
+        """
+        spec.check_options("image", "label", "captions", "split")
         _library()
-        options = spec.options
-        return cls(find_shards(spec), image=options.get("image"), label=options.get("label"), spec=spec.text)
+        given = {name: spec.options.get(name) for name in ("image", "label", "captions")}
+        return cls(find_shards(spec), spec=spec.text, **given)
 
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         any_sample, first_fault = False, ""
@@ -220,9 +231,13 @@ class WebDatasetSource(DataSource):
         if image is None:
             return Unreadable(name, f"no image among its members ({_members(row)})")
         label = next(((key, row[key]) for key in self._label_names if key in row), None)
-        if label is None:
+        if label is None and self._captions is None:
             return Unreadable(name, f"no label among its members ({_members(row)})")
-        return decode(name, image, self._meant(*label, f"'{name}'"))
+        # A number that says which image it is, as captioned sets have them, means no class where there are none.
+        bare = label is None or (self._captions is not None and not self.class_names)
+        meant = UNKNOWN if bare or label is None else self._meant(*label, f"'{name}'")
+        captions = captions_of(_captions(row[self._captions])) if self._captions in row else ()
+        return decode(name, image, meant, captions=captions)
 
     def _meant(self, kind: str, data: bytes, where: str) -> int:
         """Return the label as the source itself counts: by the names beside the shards, as long as there are any."""
@@ -234,7 +249,9 @@ class WebDatasetSource(DataSource):
             return _label(kind, data, self.class_names, where)  # of the same order
 
     def _identity(self) -> Iterable[str]:
-        return (f"{shard.name} {shard.size}" for shard in self._shards)
+        yield from (f"{shard.name} {shard.size}" for shard in self._shards)
+        if self._captions is not None:
+            yield f"captions {self._captions}"
 
 
 def _library() -> Any:
@@ -273,6 +290,18 @@ def _label(kind: str, data: bytes, class_names: Sequence[str], where: str) -> in
         if isinstance(value, dict):
             value = next((value[key] for key in _JSON_KEYS if key in value), None)
     return label_of(value if isinstance(value, str) else json.dumps(value), class_names, where)
+
+
+def _captions(data: bytes) -> object:
+    """Return the texts in a member: a JSON list (or one under "captions" or "caption"), else a text of lines."""
+    text = data.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(value, dict):
+        value = value.get("captions", value.get("caption"))
+    return value if isinstance(value, list | str) else text if not isinstance(value, dict) else None
 
 
 def _members(row: dict[str, Any]) -> str:

@@ -270,6 +270,26 @@ def _certify(manifest: Manifest) -> Iterator[str]:
     yield _EXACT
 
 
+# Evaluation
+
+
+def _evaluate(manifest: Manifest) -> Iterator[str]:
+    names = (manifest.get("data") or {}).get("class_names") or []
+    if names:
+        yield (
+            "We report top-1 and top-5 accuracy, the mean over classes of their recall, the expected calibration error "
+            "with 15 bins of equal width [@guo2017], and how evenly accuracy is spread over the parts of a class "
+            "(MacroStd) [@chiu2023], with 95% intervals from bootstrap draws over images."
+        )
+        yield _EXACT
+        return
+    yield (
+        "Images and captions are compared by the cosine of their features [@radford2021]; recall at k counts an image "
+        "if one of its captions is among the k most similar ones, and a caption if its image is. A tie counts against."
+    )
+    yield _EXACT
+
+
 # Detection
 
 
@@ -376,6 +396,7 @@ _KINDS: dict[str, Callable[[Manifest], Iterator[str]]] = {
     "attack": _attack,
     "certify": _certify,
     "detect": _detect,
+    "evaluate": _evaluate,
     "judge": _judge,
     "finetune": _finetune,
     "purify": _purify,

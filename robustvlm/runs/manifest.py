@@ -333,6 +333,7 @@ FILES: dict[str, RunFile] = {
     "soup.json": _MODEL,
     "results.parquet": _RESULT,
     "certificates.jsonl": _RESULT,
+    "captions.parquet": _RESULT,
     "attacked.parquet": _RESULT,
     "report.html": _ASIDE,
     "report.md": _ASIDE,

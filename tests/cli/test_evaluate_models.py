@@ -11,18 +11,19 @@ from typer.testing import CliRunner
 
 import robustvlm as rv
 from robustvlm.cli.app import typer_command
-from robustvlm.cli.inspect import evaluate, models
+from robustvlm.cli.inspect import models
 from robustvlm.commands.evaluate import EVALUATE
 from robustvlm.errors import UserError
 
 app = typer.Typer()
-app.command("evaluate")(typer_command(EVALUATE, evaluate))
+app.command("evaluate")(typer_command(EVALUATE))
 app.command()(models)
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
 
 
 def run(*arguments: str) -> str:
@@ -47,8 +48,11 @@ def test_evaluate_json_holds_rates_that_agree_with_each_other() -> None:
 
 def test_from_python_it_gives_the_same_numbers() -> None:
     typed = json.loads(run("evaluate", "--limit", "9", "--device", "cpu", "--json"))
-    found = json.loads(rv.evaluate("tiny", limit=9, device="cpu").model_dump_json())
-    assert typed | {"seconds": 0} == found | {"seconds": 0}
+    found = rv.evaluate("tiny", limit=9, device="cpu", out="others")
+    assert typed | {"seconds": 0} == json.loads(found.model_dump_json()) | {"seconds": 0}
+    assert (found.images, found.accuracy, found.images_per_second > 0) == (9, found.summary.accuracy, True)
+    with pytest.raises(AttributeError, match="no attribute 'acuracy'"):
+        _ = found.acuracy
     with pytest.raises(UserError, match=r"^limit must be at least 1 image, got 0"):
         rv.evaluate("tiny", limit=0)
 

@@ -202,5 +202,5 @@ def test_a_tower_whose_space_nothing_vouches_for_is_said_in_every_run(tuned: Pat
     manifest = json.loads((found.folder / "manifest.json").read_text())
     assert [remark for remark in manifest["remarks"] if remark.startswith(said)]
     assert said in (found.folder / "report.html").read_text()
-    assert any(remark.startswith(said) for remark in rv.evaluate(spec, data=data, limit=2).remarks)
+    assert any(remark.startswith(said) for remark in rv.evaluate(spec, data=data, limit=2, out=tmp_path).remarks)
     assert not load_model(f"transformers:{tuned / 'base'}").remarks

@@ -61,11 +61,12 @@ def test_a_recipe_that_cannot_be_made_leaves_no_folder(tmp_path: Path, options: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_smoothed_model_is_evaluated_alike_twice() -> None:
-    first, again = (rv.evaluate("tiny+smooth:0.1:2", limit=24, device="cpu") for _ in range(2))
+def test_a_smoothed_model_is_evaluated_alike_twice(tmp_path: Path) -> None:
+    asked = {"limit": 24, "device": "cpu", "out": tmp_path}
+    first, again = (rv.evaluate("tiny+smooth:0.1:2", name=name, **asked).summary for name in ("first", "again"))
     assert first.model_copy(update={"seconds": 0.0}) == again.model_copy(update={"seconds": 0.0})
     state = torch.get_rng_state()
-    rv.evaluate("tiny+smooth:0.1:2", limit=2, device="cpu")
+    rv.evaluate("tiny+smooth:0.1:2", **(asked | {"limit": 2}))
     assert torch.equal(torch.get_rng_state(), state), "the caller's own draws go on as they would"
 
 

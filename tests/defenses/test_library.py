@@ -318,13 +318,13 @@ def test_classes_that_nothing_names_are_said_in_every_run(place: Path, monkeypat
     monkeypatch.chdir(place)
     said = "nothing says what the 1000 outputs of 'timm:test_resnet/im/w.pt' mean"
     spec, data = "timm:test_resnet/im/w.pt", "imagefolder:fish"
-    assert [remark for remark in rv.evaluate(spec, data=data).remarks if remark.startswith(said)]
+    assert [remark for remark in rv.evaluate(spec, data=data, name="unsure").remarks if remark.startswith(said)]
     run = rv.attack(spec, data=data, eps="1/255", attack="pgd:steps=1", name="attacked")
     assert [remark for remark in run.manifest["remarks"] if remark.startswith(said)]
     assert said in html.unescape((run.folder / "report.html").read_text(encoding="utf-8"))
     (place / "im/classes.txt").write_text("\n".join(imagenet_names()))
     try:
-        assert not rv.evaluate(spec, data=data).remarks
+        assert not rv.evaluate(spec, data=data, name="sure").remarks
     finally:
         (place / "im/classes.txt").unlink()
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from robustvlm.commands.evaluate.work import evaluate_clean, expected_calibration_error
+from robustvlm.commands.evaluate.measures import expected_calibration_error
+from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.source import DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_accuracy
 
-from robustvlm.commands.evaluate.work import (
+from robustvlm.commands.evaluate.measures import (
     calibration_bins,
     calibration_error,
     correct,

@@ -1,0 +1,379 @@
+"""What an evaluation has found: a row for each image, kept as they come, and the numbers made of all rows."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from robustvlm.commands.common.store import JournalLedger, cost_of
+from robustvlm.commands.evaluate.measures import (
+    TOP,
+    calibration_bins,
+    calibration_error,
+    macro_std,
+    macro_std_draws,
+    mean_per_class_recall,
+    superclass_correct,
+)
+from robustvlm.data.source import UNKNOWN
+from robustvlm.data.trees import Forest, Tree
+from robustvlm.runs.folder import RunFolder
+from robustvlm.stats import CLOPPER_PEARSON, Rate, rate
+
+# The summary
+
+ENDS = (1, 5, 10)
+"""The k of recall at k."""
+
+
+class LevelAccuracy(BaseModel):
+    """How often the prediction falls into the label's superclass, at one level of one class tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tree: str
+    level: int
+    superclasses: int
+    accuracy: Rate
+
+
+class Subgroup(BaseModel):
+    """Accuracy on the images of one subgroup, of all classes together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    accuracy: Rate
+
+
+class Unevenness(BaseModel):
+    """MacroStd: how far accuracy differs between the parts of a class, as a mean over classes of two parts or more.
+
+    Args:
+        by: the parts, "subgroups" of a class or "classes" of a superclass; tree, level: of the superclasses.
+        divided: how many of them have two parts or more. value: MacroStd, in [0, 0.5]; low, high: its 95% interval,
+            from bootstrap draws over images.
+        by_chance: what chance alone gives, where all parts of a class are alike: its mean over draws.
+        p_value: of the hypothesis that they are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: Literal["subgroups", "classes"]
+    tree: str | None = None
+    level: int | None = None
+    divided: int
+    value: float
+    low: float
+    high: float
+    by_chance: float
+    p_value: float
+    parts: list[Subgroup] = []
+
+
+class Retrieval(BaseModel):
+    """Recall at k of image-text retrieval: `text` of the captions of an image, `image` of the image of a caption.
+
+    Intervals of `image` count every image once, however many captions it has: captions of one image are no
+    independent evidence.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    captions: int
+    without: int = 0
+    text: dict[int, Rate]
+    image: dict[int, Rate]
+
+
+class CleanResult(BaseModel):
+    """What a clean evaluation found; images `unreadable` or of an `unknown` class are not among `images` and rates.
+
+    Of a model that may refuse, a right answer is one that it accepts; `rejected` is the share of the known images that
+    it rejects, `unknown_rejected` that of the unknown ones. Both are None for other models. `top5` is None for fewer
+    than 5 classes, and what needs classes, captions or subgroups is None without them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    model_fingerprint: str
+    data: str
+    classes: int
+    images: int
+    unknown: int
+    unreadable: int
+    unreadable_reasons: list[tuple[str, str]]
+    remarks: list[str] = []
+    accuracy: Rate
+    top5: Rate | None = None
+    mean_per_class_recall: float | None = None
+    calibration_error: float | None = None
+    mean_confidence: float | None = None
+    superclass_accuracy: list[LevelAccuracy]
+    unevenness: list[Unevenness] = []
+    retrieval: Retrieval | None = None
+    rejected: Rate | None = None
+    unknown_rejected: Rate | None = None
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput, reading and decoding included."""
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
+
+# Rows
+
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("image_id", pa.string()),
+        ("label", pa.int32()),
+        ("subgroup", pa.string()),
+        ("prediction", pa.int32()),
+        ("correct", pa.bool_()),
+        ("place", pa.int32()),
+        ("confidence", pa.float64()),
+        ("accepted", pa.bool_()),
+        ("caption_place", pa.int64()),
+    ]
+)
+CAPTIONS = pa.schema(
+    [("index", pa.int64()), ("image_id", pa.string()), ("caption", pa.string()), ("image_place", pa.int64())]
+)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """What was found for one image, in source order.
+
+    Args:
+        label: -1 for an unknown class; prediction: the class with the largest logit, -1 where the model was not asked.
+        correct: right, and accepted; None for an unknown class. place: of the label among the logits, from 1.
+        confidence: the largest softmax probability. accepted: of a model that may refuse.
+    """
+
+    index: int
+    image_id: str
+    label: int
+    subgroup: str = ""
+    prediction: int = UNKNOWN
+    correct: bool | None = None
+    place: int | None = None
+    confidence: float | None = None
+    accepted: bool | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it counts for accuracy."""
+        return self.correct is not None
+
+
+def table_of(rows: Sequence[ImageRow], caption_places: dict[int, int] | None = None) -> pa.Table:
+    """Return the rows as a table in source order.
+
+    Example:
+        >>> table_of([ImageRow(0, "a", 2, prediction=2, correct=True, place=1)]).column("correct").to_pylist()
+        [True]
+    """
+    found = caption_places or {}
+    names = [field.name for field in fields(ImageRow)]
+    ordered = sorted(rows, key=lambda row: row.index)
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in ordered] for name in names}
+    columns["caption_place"] = [found.get(row.index) for row in ordered]
+    return pa.table(columns, schema=SCHEMA)
+
+
+class EvaluateLedger(JournalLedger):
+    """The rows of an evaluation, a batch a line: a session that was killed goes on behind the last whole batch."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.rows: list[ImageRow] = []
+        self.batches = 0
+        super().__init__(folder)
+
+    @property
+    def seen(self) -> set[str]:
+        """Ids of the images that are done or cannot be read."""
+        return {row.image_id for row in self.rows} | {image.id for image in self.unreadable}
+
+    def add_batch(self, rows: Sequence[ImageRow]) -> None:
+        """Record a batch."""
+        self._add(
+            {"kind": "batch"} | {field.name: [getattr(row, field.name) for row in rows] for field in fields(ImageRow)}
+        )
+
+    def add_cost(self, *, forward: int, seconds: float, model_seconds: float) -> None:
+        """Record what this session has cost so far."""
+        self._add_cost(cost_of(forward=forward, seconds=seconds, model_seconds=model_seconds))
+
+    def _take_own(self, kind: str, fact: dict[str, Any]) -> None:
+        if kind != "batch":
+            raise ValueError(f"unknown kind of fact '{kind}'")
+        columns = [fact[field.name] for field in fields(ImageRow)]
+        self.rows += [ImageRow(*values) for values in zip(*columns, strict=True)]
+        self.batches += 1
+
+
+# From rows to numbers
+
+
+def measured(rows: Iterable[ImageRow], forest: Forest | None, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a `CleanResult` that follow from the rows."""
+    every = list(rows)
+    known = [row for row in every if row.known]
+    refusing = [row for row in every if row.accepted is not None]
+    found: dict[str, Any] = {
+        "images": len(known),
+        "unknown": sum(row.label == UNKNOWN for row in every),
+        "accuracy": rate(sum(bool(row.correct) for row in known), len(known)),
+        "superclass_accuracy": [],
+    }
+    if refusing:
+        unknown = [row for row in refusing if not row.known]
+        found["rejected"] = _rejected([row for row in refusing if row.known])
+        found["unknown_rejected"] = _rejected(unknown) if unknown else None
+    if not known:
+        return found
+    if len(class_names) >= TOP:
+        near = sum((row.place or 0) <= TOP and row.accepted is not False for row in known)
+        found["top5"] = rate(near, len(known))
+    labels = [row.label for row in known]
+    # Summed once over all images: sums of batches would depend on the batch size in their last digits.
+    confidences = [row.confidence or 0.0 for row in known]
+    hits = torch.tensor([row.prediction == row.label for row in known])
+    found["mean_per_class_recall"] = mean_per_class_recall(labels, [bool(row.correct) for row in known])
+    found["calibration_error"] = calibration_error(calibration_bins(torch.tensor(confidences).double(), hits))
+    found["mean_confidence"] = math.fsum(confidences) / len(known)
+    levels = list(_levels(forest, class_names))
+    found["superclass_accuracy"] = [_level(known, *level) for level in levels]
+    found["unevenness"] = [*_by_subgroup(known), *(one for level in levels for one in _by_class(known, *level))]
+    return found
+
+
+def _rejected(rows: Sequence[ImageRow]) -> Rate:
+    return rate(sum(not row.accepted for row in rows), len(rows))
+
+
+def _levels(forest: Forest | None, class_names: Sequence[str]) -> Iterable[tuple[str, int, torch.Tensor]]:
+    for tree in forest or ():
+        for level in range(1, tree.levels):
+            # At the root every prediction is right, and where no classes are joined it is plain accuracy.
+            if 1 < len(tree.level_names(level)) < len(class_names):
+                yield tree.root, level, superclasses_of(tree, level, class_names)
+
+
+def superclasses_of(tree: Tree, level: int, class_names: Sequence[str]) -> torch.Tensor:
+    """Return the number of each class's superclass at a level: int64 [K]."""
+    index = {name: i for i, name in enumerate(tree.level_names(level))}
+    return torch.tensor([index[tree.ancestor(name, level)] for name in class_names])
+
+
+def _level(known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor) -> LevelAccuracy:
+    labels, predictions = (torch.tensor([getattr(row, name) for row in known]) for name in ("label", "prediction"))
+    accepted = torch.tensor([row.accepted is not False for row in known])
+    right = superclass_correct(predictions, labels, superclass_of) & accepted
+    return LevelAccuracy(
+        tree=root,
+        level=level,
+        superclasses=int(superclass_of.max()) + 1,
+        accuracy=rate(int(right.sum()), len(known)),
+    )
+
+
+_PARTS = 100  # subgroups that are listed
+
+
+def _by_subgroup(known: Sequence[ImageRow]) -> Iterable[Unevenness]:
+    """Yield how unevenly classes are recognised over the subgroups of the data, where it tells any."""
+    names = {row.subgroup for row in known} - {""}
+    found = _uneven([(row.label, row.subgroup, bool(row.correct)) for row in known if row.subgroup])
+    if len(names) < 2 or found is None:
+        return
+    counted: dict[str, list[bool]] = defaultdict(list)
+    for row in known:
+        if row.subgroup:
+            counted[row.subgroup].append(bool(row.correct))
+    parts = [Subgroup(name=name, accuracy=rate(sum(hits), len(hits))) for name, hits in sorted(counted.items())]
+    parts.sort(key=lambda part: part.accuracy.value or 0.0)
+    yield Unevenness(by="subgroups", parts=parts[:_PARTS], **found)
+
+
+def _by_class(known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor) -> Iterable[Unevenness]:
+    """Yield how unevenly the classes of a superclass are recognised."""
+    place = superclass_of.tolist()
+    found = _uneven([(place[row.label], row.label, bool(row.correct)) for row in known])
+    if found is not None:
+        yield Unevenness(by="classes", tree=root, level=level, **found)
+
+
+def _uneven(facts: Sequence[tuple[int, Any, bool]]) -> dict[str, Any] | None:
+    """Return MacroStd with its interval of (class, part, right); None where no class has two parts."""
+    cells: dict[int, dict[Any, list[int]]] = defaultdict(dict)
+    for label, part, right in facts:
+        cell = cells[label].setdefault(part, [0, 0])
+        cell[0] += 1
+        cell[1] += right
+    counts: dict[int, NDArray[np.int64]] = {
+        label: np.array([parts[name] for name in sorted(parts)])
+        for label, parts in sorted(cells.items())
+        if len(parts) > 1
+    }
+    if not counts:
+        return None
+    value = macro_std(counts)
+    again, chance = macro_std_draws(counts)
+    least, most = np.quantile(again, [0.025, 0.975])
+    return {
+        "divided": len(counts),
+        "value": value,
+        # Few images a part make spread out of nothing, in the draws once more than in the data: what the draws lie
+        # above the value is taken off below it (the basic bootstrap), and the value itself stays inside.
+        "low": float(max(0.0, min(value, 2 * value - most))),
+        "high": float(min(0.5, max(value, 2 * value - least))),
+        "by_chance": float(chance.mean()),
+        "p_value": float((1 + (chance >= value - 1e-12).sum()) / (1 + len(chance))),
+    }
+
+
+def recalls(of_images: torch.Tensor, of_texts: torch.Tensor, *, without: int = 0) -> Retrieval:
+    """Return recall at 1, 5 and 10 of places as `retrieval_places` gives them; a k above the number there is left out.
+
+    Example:
+        >>> found = recalls(torch.tensor([1, 2, 4]), torch.tensor([1, 1, 1, 3]))
+        >>> found.text[1].successes, found.image[1].successes, list(found.text)
+        (1, 3, [1])
+    """
+    images, texts = len(of_images), len(of_texts)
+    return Retrieval(
+        images=images,
+        captions=texts,
+        without=without,
+        text={k: rate(int((of_images <= k).sum()), images) for k in ENDS if k <= texts},
+        image={k: _each_once(int((of_texts <= k).sum()), texts, images) for k in ENDS if k <= images},
+    )
+
+
+def _each_once(successes: int, captions: int, images: int) -> Rate:
+    """Return the share of captions with the exact interval that as many independent captions as images would have."""
+    if captions == images:
+        return rate(successes, captions)
+    from scipy.special import betaincinv
+
+    share = successes / captions
+    hits = share * images
+    low = float(betaincinv(hits, images - hits + 1, 0.025)) if hits else 0.0
+    high = float(betaincinv(hits + 1, images - hits, 0.975)) if hits < images else 1.0
+    method = f"{CLOPPER_PEARSON}, each image once"
+    return Rate(successes=successes, total=captions, value=share, low=low, high=high, method=method)
