@@ -159,7 +159,9 @@ def loss_of(model: Any, tokens: Tensor, packed: Any) -> Tensor:
 @torch.no_grad()
 def say(model: Any, tokenizer: Any, tokens: Tensor, questions: list[str]) -> list[str]:
     """Return greedy answers to one question on each picture."""
-    rows = [[BOS, *[IMAGE] * TOKENS, *tokenizer(f"<q> {q} <a>", add_special_tokens=False)["input_ids"]] for q in questions]
+    rows = [
+        [BOS, *[IMAGE] * TOKENS, *tokenizer(f"<q> {q} <a>", add_special_tokens=False)["input_ids"]] for q in questions
+    ]
     longest = max(map(len, rows))
     ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
     embeds = model.get_input_embeddings()(ids)
@@ -203,7 +205,9 @@ def optimizer_of(model: Any, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
 
 
-def train(model: Any, tokenizer: Any, taxonomy: Taxonomy, seen: Seen, watched: Seen, options: argparse.Namespace) -> int:
+def train(
+    model: Any, tokenizer: Any, taxonomy: Taxonomy, seen: Seen, watched: Seen, options: argparse.Namespace
+) -> int:
     """Train for the minutes asked for, the learning rate falling to nothing; return the steps made."""
     tower, encoded, rng = model.model.vision_tower, Encoded(tokenizer), random.Random(options.seed)
     optimizer, step, began, running = optimizer_of(model, options.lr), 0, time.monotonic(), 0.0

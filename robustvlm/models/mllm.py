@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from robustvlm.errors import UserError
 from robustvlm.models.mllm_options import Options
 from robustvlm.models.transformers_pixels import Preprocessing
-from robustvlm.models.vlm import VLM
+from robustvlm.models.vlm import VLM, check_pixels, resize
 
 PREFIX = "mllm:"
 QUESTION = "What is it?"
@@ -125,10 +126,11 @@ class MllmVLM(VLM):
         self.prompt = tongue.prompt(question)
         self.register_buffer("mean", torch.tensor(how.mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(how.std, dtype=torch.float32).view(1, -1, 1, 1))
+        self._in: dict[torch.dtype, MllmVLM] = {}
         self.eval().requires_grad_(False)
         with torch.no_grad():
             self.register_buffer("lengths", self.tokens(_pictures(self.image_size)).norm(dim=-1).mean(0))
-        self.feature_dim = int(self.tokens(_pictures(self.image_size)[:1]).shape[-1])
+        self.width = int(self.tokens(_pictures(self.image_size)[:1]).shape[-1])
 
     # The encoder
 
@@ -140,6 +142,11 @@ class MllmVLM(VLM):
             raise UserError(f"the image tower of '{self.spec}' does not give its hidden states under this transformers")
         kept = torch.cat([states[layer] for layer in self.layers], dim=-1)
         return kept[:, 1:] if self.drop_first else kept
+
+    def raw_tokens(self, pixels: Tensor) -> Tensor:
+        """Return image tokens [B, T, D] of square pixels [B, 3, H, H] of any size."""
+        check_pixels(pixels)
+        return self.tokens(resize(pixels, self.image_size, self.interpolation))
 
     def tokens_of(self, features: Tensor) -> Tensor:
         """Return tokens [B, T, D] of features [B, T * D], each at the length of its place."""
@@ -190,7 +197,7 @@ class MllmVLM(VLM):
         return hidden[:, -(1 + further) :]
 
     def next_logits(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """Return logits [B, L, V] of each token of answers `ids` [B, L], given the image, the question and those before.
+        """Return logits [B, L, V] of each token of answers `ids` [B, L], given the image and what stands before.
 
         Filling (-1) at the end of an answer is no token; what stands in its rows means nothing.
         """
@@ -202,7 +209,8 @@ class MllmVLM(VLM):
         """Return log probabilities [B, K] that an answer begins with each option; see `Options`."""
         ids = options.ids.to(tokens.device).expand(len(tokens), -1)
         hidden = self.hidden(tokens, ids, seen=options.seen.to(ids.device), depth=options.depth.to(ids.device))
-        return options.gather(self.model.lm_head(hidden).float() if hidden.dtype != torch.float64 else self.model.lm_head(hidden))
+        logits: Tensor = self.model.lm_head(hidden)
+        return options.gather(logits if logits.dtype == torch.float64 else logits.float())
 
     @torch.no_grad()
     def greedy(self, tokens: Tensor) -> Tensor:
@@ -222,7 +230,28 @@ class MllmVLM(VLM):
 
     def say(self, tokens: Tensor) -> list[str]:
         """Return greedy answers to the question."""
-        return [self.tongue.text(row) for row in self.greedy(tokens).tolist()]
+        return [self.text_of(row) for row in self.greedy(tokens).tolist()]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number and length of the tokens of an image."""
+        return len(self.lengths), self.width
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return an answer's token ids, up to the end, as a text in one line."""
+        return self.tongue.text(ids)
+
+    def ids_of(self, answer: str) -> list[int]:
+        """Return the token ids of an answer to the question, with the end."""
+        return [*self.tongue.answer_ids(self.question, answer), self.tongue.ends[0]]
+
+    def in_type(self, dtype: torch.dtype) -> MllmVLM:
+        """Return the same model in a number type; one in another is copied once."""
+        if next(self.model.parameters()).dtype == dtype:
+            return self
+        if dtype not in self._in:
+            self._in[dtype] = copy.deepcopy(self).to(dtype)
+        return self._in[dtype]
 
     def options(self, answers: Sequence[str]) -> Options:
         """Return a list of answers, to be scored all at once."""
@@ -244,7 +273,9 @@ class MllmVLM(VLM):
         ).to(self.device)
 
     def _embedded(self, ids: Sequence[int], rows: int) -> Tensor:
-        found: Tensor = self.model.model.get_input_embeddings()(torch.tensor([list(ids)], device=self.device, dtype=torch.long))
+        found: Tensor = self.model.model.get_input_embeddings()(
+            torch.tensor([list(ids)], device=self.device, dtype=torch.long)
+        )
         return found.expand(rows, -1, -1)
 
     def _identity(self) -> Iterable[str]:

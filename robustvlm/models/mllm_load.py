@@ -1,4 +1,4 @@
-"""From `mllm:FOLDER_OR_NAME` to a model: read by transformers without code, whole, and with the prompt it was tuned on."""
+"""From `mllm:FOLDER_OR_NAME` to a model: read without code, whole, with the prompt it was tuned on."""
 
 from __future__ import annotations
 

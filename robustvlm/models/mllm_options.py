@@ -75,7 +75,7 @@ class Options:
         )
 
     def gather(self, logits: Tensor) -> Tensor:
-        """Return log probabilities [B, K] of the answers from logits [B, 1 + N, V] of the prompt's end and the nodes."""
+        """Return log probabilities [B, K] of the answers from logits [B, 1 + N, V]: prompt's end, nodes."""
         known = logits.log_softmax(dim=-1)
         factors = known[:, self.places.to(known.device), self.tokens.to(known.device)]
         scores = known.new_zeros(len(known), self.count)

@@ -89,7 +89,7 @@ class VLM(nn.Module, ABC):
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features [B, D] as the model gives them, of any length; otherwise as `encode_image`."""
-        _check_pixels(pixels)
+        check_pixels(pixels)
         return self._image_features(resize(pixels, self.image_size, self.interpolation))
 
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -198,7 +198,8 @@ def resize(pixels: torch.Tensor, size: int, interpolation: str = "bicubic") -> t
     return scaled.clamp(0.0, 1.0)
 
 
-def _check_pixels(pixels: torch.Tensor) -> None:
+def check_pixels(pixels: torch.Tensor) -> None:
+    """Refuse what is no batch of square images [B, 3, H, H] of floats."""
     shape = tuple(pixels.shape)
     if pixels.ndim != 4 or shape[1] != 3:
         raise UserError(f"pixels must have the shape [batch, 3, height, width], got {list(shape)}")

@@ -64,9 +64,7 @@ def with_article(word: str) -> str:
 
 def yes_no(facts: Facts, taxonomy: Taxonomy, rng: random.Random) -> tuple[str, str]:
     """Return a question for a name, kind or domain with its answer, yes and no equally often."""
-    level, words = rng.choice(
-        [("name", taxonomy.names), ("kind", taxonomy.superclasses), ("domain", taxonomy.domains)]
-    )
+    level, words = rng.choice([("name", taxonomy.names), ("kind", taxonomy.superclasses), ("domain", taxonomy.domains)])
     truth = getattr(facts, level)
     word = truth if rng.random() < 0.5 else rng.choice([other for other in words if other != truth])
     return f"is it {with_article(word)}?", "yes" if word == truth else "no"
@@ -77,9 +75,7 @@ def make_tokenizer(taxonomy: Taxonomy) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    cut = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[.,?!]"), "isolated")]
-    )
+    cut = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[.,?!]"), "isolated")])
     texts = [*taxonomy.names, *taxonomy.superclasses, *taxonomy.domains, *COLOURS, *QUESTIONS.values()]
     texts.append("is it a an thing? yes no on a background.")
     words = sorted({word for text in texts for word, _ in cut.pre_tokenize_str(text.lower())})
@@ -117,7 +113,7 @@ class Packed:
     """Questions on one picture side by side: each sees the picture and itself, as if it stood alone.
 
     Args:
-        ids, labels, positions, turns: [B, S]; labels are -100 but for the answers; turn 0 is the picture, -1 is filling.
+        ids, labels, positions, turns: [B, S]; labels are -100 but for answers; turn 0 is the picture, -1 filling.
     """
 
     ids: Tensor
@@ -157,8 +153,5 @@ def pack(
     filling = (PAD, -100, 0, -1)
     longest = max(len(row[0]) for row in rows)
     return Packed(
-        *(
-            torch.tensor([row[part] + [filling[part]] * (longest - len(row[part])) for row in rows])
-            for part in range(4)
-        )
+        *(torch.tensor([row[part] + [filling[part]] * (longest - len(row[part])) for row in rows]) for part in range(4))
     )
