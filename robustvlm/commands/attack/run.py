@@ -358,7 +358,7 @@ class AttackRun:
         if result.outcome == attacks.FOOLED:
             fact = self.ledger.clean[result.job.index]
             folder, every = self.ledger.folder, self.plan.save_adversarial
-            say = None if self.aim.say is None else partial(self._said, fact.index)
+            say = None if self.aim.say is None else partial(self._in_words, fact.index)
             save_pictures(folder, result, fact, stage, every=every, say=say)
         self.ledger.add_result(result, stage.attack.name, stage.threat.eps, stage.goal.spec)
         self._note_cost(every=_COST_SECONDS)
@@ -366,7 +366,7 @@ class AttackRun:
             self._say_likely(every=_COST_SECONDS)
         self._tell(result.outcome, stage)
 
-    def _said(self, index: int, images: torch.Tensor) -> list[str]:
+    def _in_words(self, index: int, images: torch.Tensor) -> list[str]:
         """Return what the model says of two images in words, under draws that follow from the image."""
         assert self.aim.say is not None
         with own_draws(self.oracle.device, derive_seed(self.plan.seed, "words", index)), full_precision_kernels():

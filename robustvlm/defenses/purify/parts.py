@@ -37,12 +37,15 @@ class MapperShape:
         hidden: width of the hidden layers, as a multiple of D.
         blocks: residual blocks.
         embedding: length of the noise embedding.
+        tokens: features are so many unit tokens of length D side by side, over the root of their number, and each is
+            corrected by itself.
     """
 
     dim: int
     hidden: float = 2.0
     blocks: int = 2
     embedding: int = 64
+    tokens: int = 1
 
 
 class Mapper(nn.Module):
@@ -67,13 +70,15 @@ class Mapper(nn.Module):
 
     def forward(self, features: Tensor, sigma: Tensor | float) -> Tensor:
         """Return features for noise levels [B], or one for all; not normalised."""
-        levels = as_levels(sigma, features)
-        embedding = self.embed(levels)
-        z = features
+        levels, count = as_levels(sigma, features), self.shape.tokens
+        embedding = self.embed(levels).repeat_interleave(count, dim=0)
+        scale = math.sqrt(count)
+        rows = scale * features.reshape(-1, self.shape.dim)
+        z = rows
         for block in self.blocks:
             z = z + block(z, embedding).to(z.dtype)
         gate = levels / (levels**2 + 1 / 16).sqrt()
-        return features + gate[:, None].to(z.dtype) * (z - features)
+        return features + gate[:, None].to(z.dtype) * ((z - rows) / scale).view_as(features)
 
 
 class _Block(nn.Module):
@@ -263,7 +268,7 @@ def _purifier_shape(fields: Mapping[str, Any]) -> PurifierShape:
 
 
 def _mapper_shape(fields: Mapping[str, Any]) -> MapperShape:
-    _require_counts(fields, ("dim", "blocks", "embedding"))
+    _require_counts(fields, ("dim", "blocks", "embedding", "tokens"))
     if not _is_number(fields.get("hidden", 1.0)):
         raise ValueError(f"hidden must be a positive number, got {fields['hidden']!r}")
     return MapperShape(**fields)
