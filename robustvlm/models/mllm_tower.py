@@ -17,7 +17,7 @@ TOKENS = 1 + GRID * GRID
 """The pooled feature, and a grid of 4 x 4 places."""
 
 
-class TinyTowerConfig(PretrainedConfig):  # type: ignore[misc]
+class TinyTowerConfig(PretrainedConfig):
     """Sizes of the tower; `base` names the bundled model whose weights it takes where a folder leaves them out."""
 
     model_type = MODEL_TYPE
@@ -41,7 +41,7 @@ class TinyTowerConfig(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
 
 
-class TinyTower(PreTrainedModel):  # type: ignore[misc]
+class TinyTower(PreTrainedModel):
     """open_clip's ModifiedResNet as a LLaVA tower: pixels [B, 3, 64, 64] in [0, 1] to tokens [B, 17, 1152].
 
     Token 0 is the pooled CLIP feature, filled up with zeros; tokens 1 to 16 are the places of a 4 x 4 grid, the third

@@ -183,6 +183,8 @@ def test_goals_of_words_and_features_run_on_a_smoothed_model(
     rest = ("--checks", "none", "--eot", "1", "--draws", "3", "--eps", "16/255", "--limit", "3")
     found = command("attack", spec, "--goal", goal, "--attack", attack, *rest)
     assert found["images"]["evaluated"] == 3
+    if goal in ("unsay", "say:a cat"):
+        assert found["clean_accuracy"]["successes"] == found["images"]["exposed"]
 
 
 @pytest.mark.parametrize("claim", ["vote", "class", "feature"])

@@ -150,6 +150,7 @@ class GoalWords:
         nothing: what to say when the goal was reached on every image before any attack.
         clean: name of the share of images that were right before any attack.
         leave: images leave at the first success, so that later attacks see only those left standing.
+        by_goal: `clean` counts the images on which the goal is not reached, as no prediction says whether it is right.
     """
 
     title: str
@@ -160,6 +161,7 @@ class GoalWords:
     nothing: str
     clean: str = "clean accuracy"
     leave: bool = True
+    by_goal: bool = False
 
     @property
     def accuracy(self) -> bool:
