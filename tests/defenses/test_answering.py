@@ -193,3 +193,27 @@ def test_certified_by_the_command(claim: str, folder: Path, command: Callable[..
         "certify", f"mllm:{folder}", "--claim", claim, "--sigma", "0.05", "--samples", "400", "--limit", "2"
     )
     assert found["images"] == 2
+
+
+def test_a_mapper_over_tokens_is_trained_kept_and_answered_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _images(tmp_path / "photos", folder)
+    (tmp_path / "held" / "cat").mkdir(parents=True)
+    for number, image in enumerate(pictures(4)):
+        image.rotate(90).save(tmp_path / "held" / "cat" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    words = ["purify", f"mllm:{folder}", "--sigma", "0.05", "--only", "mapper", "--mapper-steps", "2", "--name", "p"]
+    words += ["--data", "imagefolder:photos", "--val", "imagefolder:held", "--batch-size", "4"]
+    monkeypatch.setattr(sys, "argv", ["robustvlm", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    card = json.loads((tmp_path / "runs/p/model.json").read_text())
+    assert card["settings"]["mapper"]["tokens"] == 4
+    assert card["settings"]["mapper"]["dim"] == 24
+    model = load_classifier("runs/p+smooth:0.05:2", NAMES, ["{}"])
+    assert isinstance(model, Answering)
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, SIDE, SIDE)).isfinite().all()
+        assert len(model.say(torch.rand(2, 3, SIDE, SIDE))) == 2

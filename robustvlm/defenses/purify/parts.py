@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +45,11 @@ class MapperShape:
     hidden: float = 2.0
     blocks: int = 2
     embedding: int = 64
-    tokens: int = 1
+    tokens: int = field(default=1, repr=False)
+
+    def described(self) -> dict[str, Any]:
+        """Return the sizes for a card; a mapper of whole features is described as before there were others."""
+        return {name: value for name, value in asdict(self).items() if name != "tokens" or value > 1}
 
 
 class Mapper(nn.Module):
@@ -175,7 +179,9 @@ class PurifiedVLM(VLM):
 def _structure(part: nn.Module | None) -> str:
     if isinstance(part, OwnDenoiser):
         return f"denoiser {part.fingerprint}"
-    return "none" if part is None else f"{type(part).__name__} {getattr(part, 'shape', '')!r}"
+    tokens = part.shape.tokens if isinstance(part, Mapper) else 1
+    over = f" over {tokens} tokens" if tokens > 1 else ""
+    return "none" if part is None else f"{type(part).__name__} {getattr(part, 'shape', '')!r}{over}"
 
 
 # Purifier and mapper on disk: their sizes in the card, their weights as safetensors beside it
@@ -211,7 +217,7 @@ class Parts:
         elif self.purifier is not None:
             described["purifier"] = asdict(self.purifier.shape)
         if self.mapper is not None:
-            described["mapper"] = asdict(self.mapper.shape)
+            described["mapper"] = self.mapper.shape.described()
         return described
 
 
