@@ -86,14 +86,16 @@ def attack(
         (4, 4)
 
     Args:
-        model: tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, transformers:NAME, a
-            folder, or module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.
+        model: tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, transformers:NAME,
+            mllm:NAME, a folder, or module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or
+            +reject:0.5.
         data: emoji (bundled), imagefolder:DIR, parquet:FILE, torchvision:NAME:ROOT, hf:NAME or wds:URL.
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.
         tree: File of the class tree (JSON, YAML or CSV).
         goal: misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS;
-            deny, intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT.
+            deny, intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT; unsay, unsay:features
+            or say:TEXT (models that answer in words).
         min_cos: --goal feature is reached below this cosine to the clean feature.
         attack: Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or
             pgd:steps=40:objective=dlr; the plans standard, plus, rand and fare; torchattacks:NAME and

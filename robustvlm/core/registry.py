@@ -83,8 +83,8 @@ class Table(MutableMapping[str, T], Generic[T]):
 LIBRARIES = ("timm", "torchvision")
 """Whose classifiers are named `LIBRARY:NAME`, which is no `module:callable`."""
 
-NOT_CODE = (*LIBRARIES, "transformers")
-"""Libraries whose models are named `LIBRARY:NAME`, though that looks like `module:callable`."""
+NOT_CODE = (*LIBRARIES, "transformers", "mllm")
+"""Libraries and kinds whose models are named `LIBRARY:NAME`, though that looks like `module:callable`."""
 
 
 def names_a_callable(spec: str) -> bool:

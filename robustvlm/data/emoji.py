@@ -193,6 +193,11 @@ def compose(sprites: Tensor, generator: torch.Generator) -> Tensor:
         >>> tuple(compose(sprite, torch.Generator().manual_seed(0)).shape)
         (1, 3, 16, 16)
     """
+    return compose_on(sprites, generator)[0]
+
+
+def compose_on(sprites: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return what `compose` does, and the place of each background's main colour in `BACKGROUNDS`: int64 [N]."""
     n, _, _, size = sprites.shape
     scale = uniform(n, 0.75, 1.0, generator)
     angle = uniform(n, -10, 10, generator) * (math.pi / 180)
@@ -200,8 +205,8 @@ def compose(sprites: Tensor, generator: torch.Generator) -> Tensor:
     one = torch.ones(n)
     grid = placement_grid(n, size, scale=scale, angle=angle, shift=shift, shear=torch.zeros(n), aspect=one, flip=one)
     colour, alpha = draw(sprites, grid)
-    backdrop, _ = background(n, size, generator)
-    return (colour + backdrop * (1 - alpha)).clamp(0, 1)
+    backdrop, index = background(n, size, generator)
+    return (colour + backdrop * (1 - alpha)).clamp(0, 1), index
 
 
 # EmojiStyles, the bundled benchmark: emoji drawn in eight styles, composed on seeded backgrounds at run time

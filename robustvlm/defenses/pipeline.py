@@ -21,6 +21,7 @@ from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import NOT_CODE, create, names_a_callable
 from robustvlm.core.user_code import named_by
+from robustvlm.defenses.answering import Answering, speaker_of
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
 from robustvlm.defenses.library import ClassifierVLM, load_library, names_library_model
 from robustvlm.defenses.own import OwnClassifier, load_own
@@ -475,6 +476,8 @@ def _load_undefended(
     if not names_a_callable(spec) or os.path.isdir(spec):
         vlm = load_pipeline(spec, device=place)
         made = saved_model(split_spec(spec)[0])
+        if speaker_of(vlm) is not None:
+            return Answering(vlm, class_names).to(place)
         if made is not None:
             return made.classifier(vlm, class_names, templates, cache=cache)
     else:

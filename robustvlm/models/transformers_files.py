@@ -44,7 +44,10 @@ _VOCABULARIES = (
 )
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 ALIGNMENT = "align.safetensors"
-_FETCHED = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", ALIGNMENT, *TOKENIZER_FILES, *IMAGE_FILES)
+CHAT_FILES = ("chat_template.jinja", "chat_template.json")
+"""How a question is written for a language model."""
+_WORDS = (*TOKENIZER_FILES, *CHAT_FILES, "generation_config.json")
+_FETCHED = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", ALIGNMENT, *_WORDS, *IMAGE_FILES)
 # A merges file of a million tokens takes 30 MB as JSON.
 _MOST = 2**28
 

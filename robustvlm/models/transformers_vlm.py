@@ -309,7 +309,7 @@ def load_transformers(spec: str, load_text: LoadText) -> VLM:
     if family.texts and text is not None:
         raise UserError(f"'{own}' has a text tower of its own: leave out '@{text}'")
     model = _load_weights(module, folder, config, family, own)
-    how = _preprocessing(module, folder, own)
+    how = read_preprocessing(module, folder, own)
     if family.texts:
         words = _load_words(module, folder, model, family, own)
         vlm: VLM = TransformersVLM(model, words, how, folder, spec=spec, config=files.config_text(config))
@@ -338,7 +338,21 @@ def _load_weights(module: Any, folder: Path, config: Mapping[str, Any], family: 
                 model, found = kind.from_pretrained(str(folder), attn_implementation="eager", **options)
     except Exception as error:  # a wrong config or checkpoint fails in any way inside transformers
         raise UserError(f"'{spec}' cannot be loaded as {name}: {brief(error)}") from error
-    lost = sorted(found.get("missing_keys") or ()) or sorted(map(str, found.get("mismatched_keys") or ()))
+    require_whole(model, found, spec, name)
+    loaded: nn.Module = model
+    return loaded
+
+
+def require_whole(
+    model: nn.Module, found: Mapping[str, Any], spec: str, name: str, *, made: Callable[[str], bool] | None = None
+) -> None:
+    """Refuse a model of which the library's report `found` says that weights are missing, or that has broken ones.
+
+    Args:
+        name: its class. made: which missing weights are put in by somebody else.
+    """
+    missing = [key for key in found.get("missing_keys") or () if made is None or not made(str(key))]
+    lost = sorted(map(str, missing)) or sorted(map(str, found.get("mismatched_keys") or ()))
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UserError(f"the weights of '{spec}' are no whole {name}: '{lost[0]}'{more} would be random; refused")
@@ -350,8 +364,6 @@ def _load_weights(module: Any, folder: Path, config: Mapping[str, Any], family: 
     for key, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"the weights of '{spec}' are broken: '{key}' holds NaN or infinite values")
-    loaded: nn.Module = model
-    return loaded
 
 
 def loading_options(kind: str) -> dict[str, Any]:
@@ -361,7 +373,8 @@ def loading_options(kind: str) -> dict[str, Any]:
     return options | {"dtype": torch.float32, "output_loading_info": True}
 
 
-def _preprocessing(module: Any, folder: Path, spec: str) -> Preprocessing:
+def read_preprocessing(module: Any, folder: Path, spec: str) -> Preprocessing:
+    """Return what the processor of a folder does to images, compared with what it says; a UserError if it has none."""
     try:
         with files.quiet():
             processor = module.AutoImageProcessor.from_pretrained(

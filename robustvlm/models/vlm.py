@@ -91,7 +91,7 @@ class VLM(nn.Module, ABC):
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features [B, D] as the model gives them, of any length; otherwise as `encode_image`."""
-        _check_pixels(pixels, self.image_size)
+        check_pixels(pixels, self.image_size)
         return self._image_features(resize(pixels, self.image_size, self.interpolation))
 
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -220,7 +220,8 @@ def _check_shape(shape: tuple[int, ...], size: Size) -> None:
         )
 
 
-def _check_pixels(pixels: torch.Tensor, size: Size) -> None:
+def check_pixels(pixels: torch.Tensor, size: Size) -> None:
+    """Refuse what is no batch of images [B, 3, H, W] of floats, square ones or of the model's own size."""
     shape = tuple(pixels.shape)
     if pixels.ndim != 4 or shape[1] != 3:
         raise UserError(f"pixels must have the shape [batch, 3, height, width], got {list(shape)}")

@@ -18,6 +18,8 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.models.checkpoints import TowerAlone
 from robustvlm.models.clip import ClipVLM, build_clip, put_tower
 from robustvlm.models.custom import load_custom
+from robustvlm.models.mllm import PREFIX as _MLLM
+from robustvlm.models.mllm_load import load_mllm
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.transformers_files import PREFIX as _TRANSFORMERS
 from robustvlm.models.transformers_vlm import load_transformers
@@ -39,6 +41,7 @@ SPEC_FORMS = (
     ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
     ("transformers:FOLDER_OR_REPO", "a CLIP, SigLIP or image tower of the transformers library (needs [hub])"),
     ("transformers:TOWER@MODEL", "an image tower of it, with the text side of MODEL"),
+    ("mllm:NAME[#QUESTION]", "a LLaVA: mllm:tiny (bundled), a folder or hub repository (needs [hub]; docs/mllm.md)"),
     ("FOLDER", f"a model made by this program, or a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
     ("timm:NAME", "a classifier of timm, also NAME.TAG, and NAME/FILE for a local checkpoint (see docs/models.md)"),
     ("torchvision:NAME", "the same of torchvision, as torchvision:resnet50.IMAGENET1K_V1"),
@@ -89,6 +92,8 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         return _from_hub(spec.removeprefix(_HUB), spec).to(place)
     if spec.startswith(_TRANSFORMERS):
         return load_transformers(spec, load_model).to(place)
+    if spec.startswith(_MLLM):
+        return load_mllm(spec, load_model).to(place)
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
         if (Path(folder) / CARD_NAME).is_file() and not (Path(folder) / CONFIG_NAME).is_file():

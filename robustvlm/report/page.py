@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -174,6 +174,8 @@ class Example:
     confidence: str
     attack: str
     eps: str
+    clean_words: str | None = None
+    words: str | None = None
 
 
 def load_gallery(folder: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -> list[Example]:
@@ -208,7 +210,13 @@ def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -
         confidence=percent(float(about["confidence"])),
         attack=plain(about["attack"]),
         eps=eps_texts.get(float(about["eps"]), about["eps"]),
+        clean_words=_said(about, "clean_words"),
+        words=_said(about, "words"),
     )
+
+
+def _said(about: Mapping[str, str], name: str) -> str | None:
+    return plain(about[name], 200) if name in about else None
 
 
 def _name(class_names: Sequence[str], index: str, none: str) -> str:

@@ -264,9 +264,62 @@ TOWERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+# A LLaVA: an image tower, a projector and a language model
+
+LLAVA_WORDS = ("what", "is", "it", "describe", "picture", "animal", "hot", *WORDS)
+
+
+def word_tokenizer(folder: Path, template: str | None) -> dict[str, int]:
+    """Write a tokenizer of whole words, with the chat template given."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    specials = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "USER", "ASSISTANT"]
+    vocab = {word: number for number, word in enumerate([*specials, ":", "?", ".", *LLAVA_WORDS])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "USER", "ASSISTANT"],
+    )
+    made.chat_template = template
+    made.save_pretrained(str(folder))
+    return {"vocab_size": len(vocab), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def llava(folder: Path, *, siglip: bool = False, template: str | None = None, **over: Any) -> Any:
+    """Write a LLaVA-1.5 in small: CLIP's tower without its first token, or SigLIP's with all of them."""
+    tokens = word_tokenizer(folder, template)
+    if siglip:
+        square_processor(folder, "SiglipImageProcessor")
+        vision: Any = transformers.SiglipVisionConfig(**VISION)
+    else:
+        clip_processor(folder)
+        vision = transformers.CLIPVisionConfig(**VISION)
+    text = transformers.LlamaConfig(
+        **_TEXT, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, **tokens
+    )
+    told = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": 3,
+        "image_seq_length": (SIDE // PATCH) ** 2,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "full" if siglip else "default",
+    }
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**told | over))
+
+
+MULTIMODAL: dict[str, Callable[..., Any]] = {"llava": llava}
+
+
 def make(folder: Path, kind: str, *, seed: int = 0, **over: Any) -> Any:
     """Write a folder with a model of a kind, and return the model."""
     folder.mkdir(parents=True)
-    model = lively((PAIRS | TOWERS)[kind](folder, **over), seed)
+    model = lively((PAIRS | TOWERS | MULTIMODAL)[kind](folder, **over), seed)
     model.save_pretrained(str(folder))
     return model

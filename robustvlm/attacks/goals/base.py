@@ -10,6 +10,8 @@
 | `intrude`          | logits and acceptance | the model accepts the image                                           |
 | `feature`          | unit features         | the cosine to the clean feature is below a threshold                  |
 | `feature:TARGET`   | unit features         | the feature is nearer to the target's than to its rival's             |
+| `say:TEXT`         | image tokens          | the greedy answer of the language model is TEXT                       |
+| `unsay`            | image tokens          | the greedy answer does not name the class any more                    |
 
 A model that may refuse returns one column more than there are classes: the acceptance score, positive when the image
 is accepted. Every goal is a margin that is positive until the goal is reached, so attacks, best iterates and verdicts
@@ -82,6 +84,7 @@ class Goal(ABC):
         labelled: it has to know the true class of an image.
         unknown: it is about images of unknown classes, instead of those of known ones.
         of_features: the output is unit features, not logits.
+        of_tokens: they are image tokens [B, T * D] for a language model, as it reads them.
         refers: it has to know more of a clean image than its label and target (see `reference`).
     """
 
@@ -91,6 +94,7 @@ class Goal(ABC):
     labelled: bool = True
     unknown: bool = False
     of_features: bool = False
+    of_tokens: bool = False
     refers: bool = False
 
     @abstractmethod
@@ -146,6 +150,7 @@ class GoalWords:
         nothing: what to say when the goal was reached on every image before any attack.
         clean: name of the share of images that were right before any attack.
         leave: images leave at the first success, so that later attacks see only those left standing.
+        by_goal: `clean` counts the images on which the goal is not reached, as no prediction says whether it is right.
     """
 
     title: str
@@ -156,6 +161,7 @@ class GoalWords:
     nothing: str
     clean: str = "clean accuracy"
     leave: bool = True
+    by_goal: bool = False
 
     @property
     def accuracy(self) -> bool:
@@ -182,6 +188,7 @@ class Known:
         can_reject: the model may refuse.
         embeddings, head: unit features [K, D] of the classes' texts, and weights [K, D] that turn features into logits.
         feature_of: from a text, or the path of a picture, to its unit feature [D] and whether it was a picture.
+        speech: a language model that answers about the images (`goals.words.Speech`), None where there is none.
         trees: class trees (`robustvlm.data.trees.Forest`), None where there are none; data: where they would stand.
         min_cos: the threshold of the goal `feature`.
     """
@@ -192,6 +199,7 @@ class Known:
     embeddings: Tensor | None = field(default=None, repr=False)
     head: Tensor | None = field(default=None, repr=False)
     feature_of: Callable[[str], tuple[Tensor, bool]] | None = None
+    speech: Any = None
     trees: Any = None
     data: str | None = None
     min_cos: float = 0.5

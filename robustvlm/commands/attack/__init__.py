@@ -38,8 +38,8 @@ class AttackSettings(Settings):
 
     model: str | object = positional(
         "tiny",
-        "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, transformers:NAME, a folder, or "
-        "module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.",
+        "tiny (bundled), NAME/PRETRAINED or NAME/FILE (open_clip), hf-hub:ORG/NAME, transformers:NAME, mllm:NAME, a "
+        "folder, or module:callable (an encoder or a classifier); defences follow as +smooth:0.25 or +reject:0.5.",
         typed=str,
     )
     data: str | object = option(
@@ -54,7 +54,8 @@ class AttackSettings(Settings):
     goal: str = option(
         "misclassify",
         "misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS; deny, "
-        "intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT.",
+        "intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT; unsay, "
+        "unsay:features or say:TEXT (models that answer in words).",
     )
     min_cos: float = option(0.5, "--goal feature is reached below this cosine to the clean feature.")
     attack: str = option(

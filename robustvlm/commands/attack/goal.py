@@ -1,6 +1,6 @@
 """What a run is to reach, and where its images stand before any attack: the goals, and the clean pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from robustvlm.core.size import Size
 from robustvlm.data import DataSource
 from robustvlm.data.decode import decode, image_suffixes
 from robustvlm.data.source import UNKNOWN, Unreadable
+from robustvlm.defenses.answering import image_tokens, speaker_of
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import BadSetting, UserError
 from robustvlm.models import VLM
@@ -37,12 +38,14 @@ class Aim:
         goals: the goals, each attacked in turn; one, but for `superclass:matrix`.
         model: what is attacked: pixels to the goals' outputs.
         notes: what the reader of the results has to know of the model.
+        say: from images to what the model says of them in words, of one that does.
     """
 
     spec: str
     goals: tuple[Goal, ...]
     model: nn.Module
     notes: tuple[Check, ...] = ()
+    say: Callable[[Tensor], list[str]] | None = None
 
     @property
     def leave(self) -> bool:
@@ -89,6 +92,18 @@ class Features(nn.Module):
         return self.vlm.encode_image(pixels)
 
 
+class Tokens(nn.Module):
+    """What the language model of a classifier reads: pixels [B, 3, H, H] to image tokens [B, T * D]."""
+
+    def __init__(self, vlm: VLM) -> None:
+        super().__init__()
+        self.vlm = vlm
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return image tokens side by side [B, T * D]."""
+        return image_tokens(self.vlm, pixels).flatten(1)
+
+
 def check_goal(text: str, min_cos: float = 0.5) -> None:
     """Refuse a goal that no model or data could make right."""
     split_goal(text)
@@ -119,16 +134,23 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
         embeddings=None if embeddings is None else embeddings.detach(),
         head=None if vlm is None or embeddings is None else (vlm.logit_scale * embeddings).detach(),
         feature_of=lambda target: _feature_of(target, _encoder(classifier), resolution),
+        speech=speaker_of(vlm),
         trees=source.tree,
         data=source.spec,
         min_cos=min_cos,
     )
     goals = read_goals(text, known)
-    return Aim(text.strip(), goals, Features(_encoder(classifier)) if goals[0].of_features else classifier)
+    return Aim(text.strip(), goals, _attacked(goals[0], classifier), say=getattr(classifier, "say", None))
+
+
+def _attacked(goal: Goal, classifier: Classifier) -> nn.Module:
+    if goal.of_tokens:
+        return Tokens(_encoder(classifier))
+    return Features(_encoder(classifier)) if goal.of_features else classifier
 
 
 def _encoder(classifier: Classifier) -> VLM:
-    if classifier.vlm is None or classifier.class_embeddings is None:
+    if classifier.vlm is None:
         raise UserError(f"feature goals need an image encoder, and '{classifier.spec}' has none: pass a VLM")
     return classifier.vlm
 

@@ -328,19 +328,19 @@ def _gallery(examples: Sequence[Example]) -> list[doc.Section]:
 
 
 def _picture(x: Example) -> doc.Picture:
-    before, after = plain(x.clean_prediction, 60), plain(x.prediction, 60)
+    if x.clean_words is not None and x.words is not None:  # a model that answers in words
+        before, after, said = x.clean_words, x.words, "of which the model says:"
+        below = (f"clean: {before}", f"adversarial: {after}")
+        told = ("", "")
+    else:
+        before, after, said = x.clean_prediction, x.prediction, "classified"
+        below = (f"clean {x.clean_confidence}", f"adversarial {x.confidence}")
+        told = (f" with confidence {x.clean_confidence}", f" with confidence {x.confidence}")
+    before, after = plain(before, 60), plain(after, 60)
     return doc.Picture(
         [
-            (
-                x.clean,
-                f"Clean image, classified {before} with confidence {x.clean_confidence}",
-                f"clean {x.clean_confidence}",
-            ),
-            (
-                x.adversarial,
-                f"Adversarial image, classified {after} with confidence {x.confidence}",
-                f"adversarial {x.confidence}",
-            ),
+            (x.clean, f"Clean image, {said} {before}{told[0]}", below[0]),
+            (x.adversarial, f"Adversarial image, {said} {after}{told[1]}", below[1]),
             (
                 x.difference,
                 f"Their difference, amplified {x.gain} times",

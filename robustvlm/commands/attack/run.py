@@ -34,6 +34,7 @@ from robustvlm.commands.common.inputs import Images
 from robustvlm.core.batches import SteadySizes
 from robustvlm.core.framing import Framing
 from robustvlm.core.ranks import Ranks
+from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.report.words import forecast, likely_passes
 from robustvlm.runs.records import Check, Estimate
@@ -356,12 +357,20 @@ class AttackRun:
         """Save the pictures first: a row in the journal means that they are there."""
         if result.outcome == attacks.FOOLED:
             fact = self.ledger.clean[result.job.index]
-            save_pictures(self.ledger.folder, result, fact, stage, every=self.plan.save_adversarial)
+            folder, every = self.ledger.folder, self.plan.save_adversarial
+            say = None if self.aim.say is None else partial(self._in_words, fact.index)
+            save_pictures(folder, result, fact, stage, every=every, say=say)
         self.ledger.add_result(result, stage.attack.name, stage.threat.eps, stage.goal.spec)
         self._note_cost(every=_COST_SECONDS)
         if self.ranks.size == 1:  # each process knows its own images only
             self._say_likely(every=_COST_SECONDS)
         self._tell(result.outcome, stage)
+
+    def _in_words(self, index: int, images: torch.Tensor) -> list[str]:
+        """Return what the model says of two images in words, under draws that follow from the image."""
+        assert self.aim.say is not None
+        with own_draws(self.oracle.device, derive_seed(self.plan.seed, "words", index)), full_precision_kernels():
+            return self.aim.say(images.to(self.oracle.device))
 
     def _show(self, stage: Stage, left: int) -> None:
         """Tell the observer that a stage begins, and those after it that share its batches once nothing is left in it.

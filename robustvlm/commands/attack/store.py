@@ -1,11 +1,12 @@
 """All facts of an attack run: in memory, in the journal, as result rows, and as pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -383,9 +384,24 @@ class Stage:
         return f"{self.attack.name} {self.threat.norm} {self.eps_text}{about}"
 
 
-def save_pictures(folder: RunFolder, result: Result, fact: CleanFact, stage: Stage, *, every: bool) -> None:
-    """Keep a success for the gallery, and among all adversarial images if `every` one is wanted."""
+def save_pictures(
+    folder: RunFolder,
+    result: Result,
+    fact: CleanFact,
+    stage: Stage,
+    *,
+    every: bool,
+    say: Callable[[Tensor], list[str]] | None = None,
+) -> None:
+    """Keep a success for the gallery, and among all adversarial images if `every` one is wanted.
+
+    Args:
+        say: what the model says of images in words, to be kept with them.
+    """
     about = picture_facts(result, fact, stage)
+    if say is not None:
+        before, after = say(torch.stack([result.job.pixels, result.adversarial]))
+        about |= {"clean_words": before, "words": after}
     pictures = (result.job.index, result.job.pixels, result.adversarial, about)
     save_to_gallery(folder.gallery_path, *pictures)
     if every:

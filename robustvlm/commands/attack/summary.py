@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from robustvlm.attacks.goals import goal_words
 from robustvlm.commands.attack import verdicts
 from robustvlm.errors import UserError, nearest
 from robustvlm.runs.records import Check, Comparison, Cost, Estimate, Record, UnreadableImage, parse_comparison
@@ -179,7 +180,8 @@ def summarise(
     table = verdicts.verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0])
     texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
     work = _work(rows, goals[0])
-    correct = sum(image.clean_correct for image in table.images)
+    by_goal = goal_words(config.get("goal") or "misclassify").by_goal
+    correct = sum(image.exposed if by_goal else image.clean_correct for image in table.images)
     return Summary(
         norm=config["norm"],
         goal=config.get("goal") or "misclassify",

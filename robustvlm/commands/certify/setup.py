@@ -20,6 +20,7 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
+from robustvlm.defenses.answering import AnswerVLM, speaker_of
 from robustvlm.defenses.pipeline import saved_model, split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
@@ -229,8 +230,9 @@ def list_of_names(path: Path) -> tuple[str, ...]:
 def embed_classes(
     vlm: VLM, class_names: tuple[str, ...], templates: tuple[str, ...], *, needed: bool = True
 ) -> Array | None:
-    """Return the unit class embeddings [K, D]; None for fewer than two classes where they are only for information."""
-    if len(class_names) < 2 and not needed:
+    """Return the unit class embeddings [K, D]; where they are only for information, None for fewer than two classes
+    or a model that answers in words."""
+    if not needed and (len(class_names) < 2 or (speaker_of(vlm) is not None and not isinstance(vlm, AnswerVLM))):
         return None
     return _array(zero_shot(vlm, class_names, templates).class_embeddings)
 

@@ -24,6 +24,7 @@ from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import SmoothedVLM, load_pipeline
+from robustvlm.defenses.answering import answers_of
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
@@ -279,6 +280,8 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         require_possible(make_plan(config.claim, config, Materials(text=np.eye(2))), config)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
+    if find_claim(config.claim).needs_classes:
+        vlm = answers_of(vlm, source.class_names)
     if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
     config = config.model_copy(update={"resolution": vlm.image_size, "deployed": setup.settle_deployed(settings, vlm)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +38,19 @@ class MapperShape:
         hidden: width of the hidden layers, as a multiple of D.
         blocks: residual blocks.
         embedding: length of the noise embedding.
+        tokens: features are so many unit tokens of length D side by side, over the root of their number, and each is
+            corrected by itself.
     """
 
     dim: int
     hidden: float = 2.0
     blocks: int = 2
     embedding: int = 64
+    tokens: int = field(default=1, repr=False)
+
+    def described(self) -> dict[str, Any]:
+        """Return the sizes for a card; a mapper of whole features is described as before there were others."""
+        return {name: value for name, value in asdict(self).items() if name != "tokens" or value > 1}
 
 
 class Mapper(nn.Module):
@@ -68,13 +75,15 @@ class Mapper(nn.Module):
 
     def forward(self, features: Tensor, sigma: Tensor | float) -> Tensor:
         """Return features for noise levels [B], or one for all; not normalised."""
-        levels = as_levels(sigma, features)
-        embedding = self.embed(levels)
-        z = features
+        levels, count = as_levels(sigma, features), self.shape.tokens
+        embedding = self.embed(levels).repeat_interleave(count, dim=0)
+        scale = math.sqrt(count)
+        rows = scale * features.reshape(-1, self.shape.dim)
+        z = rows
         for block in self.blocks:
             z = z + block(z, embedding).to(z.dtype)
         gate = levels / (levels**2 + 1 / 16).sqrt()
-        return features + gate[:, None].to(z.dtype) * (z - features)
+        return features + gate[:, None].to(z.dtype) * ((z - rows) / scale).view_as(features)
 
 
 class _Block(nn.Module):
@@ -171,7 +180,9 @@ class PurifiedVLM(VLM):
 def _structure(part: nn.Module | None) -> str:
     if isinstance(part, OwnDenoiser):
         return f"denoiser {part.fingerprint}"
-    return "none" if part is None else f"{type(part).__name__} {getattr(part, 'shape', '')!r}"
+    tokens = part.shape.tokens if isinstance(part, Mapper) else 1
+    over = f" over {tokens} tokens" if tokens > 1 else ""
+    return "none" if part is None else f"{type(part).__name__} {getattr(part, 'shape', '')!r}{over}"
 
 
 # Purifier and mapper on disk: their sizes in the card, their weights as safetensors beside it
@@ -207,7 +218,7 @@ class Parts:
         elif self.purifier is not None:
             described["purifier"] = asdict(self.purifier.shape)
         if self.mapper is not None:
-            described["mapper"] = asdict(self.mapper.shape)
+            described["mapper"] = self.mapper.shape.described()
         return described
 
 
@@ -264,7 +275,7 @@ def _purifier_shape(fields: Mapping[str, Any]) -> PurifierShape:
 
 
 def _mapper_shape(fields: Mapping[str, Any]) -> MapperShape:
-    _require_counts(fields, ("dim", "blocks", "embedding"))
+    _require_counts(fields, ("dim", "blocks", "embedding", "tokens"))
     if not _is_number(fields.get("hidden", 1.0)):
         raise ValueError(f"hidden must be a positive number, got {fields['hidden']!r}")
     return MapperShape(**fields)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.seeds import derive_seed, generator
+from robustvlm.defenses.answering import speaker_of
 from robustvlm.defenses.finetune.methods import InnerAttack, frozen
 from robustvlm.defenses.purify.denoiser import OwnDenoiser, load_denoiser
 from robustvlm.defenses.purify.parts import Mapper, MapperShape, Parts, PurifiedVLM
@@ -370,13 +371,21 @@ def train_parts(
         fit("purifier", PurifierTask(purifier, encoder, levels, weights, held_out, texts=texts, attack=attack))
     mapper: Mapper | None = None
     if "mapper" in settings.stages:
-        with torch.no_grad():
-            dim = encoder.encode_image(held_out[:1]).shape[1]
         with seeded(settings.mapper.seed, "mapper"):
-            mapper = Mapper(MapperShape(dim)).to(device)
+            mapper = Mapper(mapper_shape(encoder, held_out[:1])).to(device)
         before = PurifiedVLM(encoder, purifier, None)
         fit("mapper", MapperTask(mapper, before, encoder, levels, settings.mapper_weights, held_out))
     return Parts(purifier, mapper, levels.given), records
+
+
+@torch.no_grad()
+def mapper_shape(encoder: VLM, pixels: Tensor) -> MapperShape:
+    """Return the sizes of a mapper: over the features of an encoder, or over each image token for a language model."""
+    dim, speaker = encoder.encode_image(pixels).shape[1], speaker_of(encoder)
+    if speaker is None or speaker.pooled:
+        return MapperShape(dim)
+    count, width = speaker.shape
+    return MapperShape(width, hidden=0.5, tokens=count)
 
 
 def check_encoder(encoder: VLM, settings: PurifySettings) -> None:

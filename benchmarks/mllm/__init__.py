@@ -1,0 +1,1 @@
+"""What attacks do to the words of the bundled multimodal model, plain and smoothed."""

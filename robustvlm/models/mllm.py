@@ -1,0 +1,297 @@
+"""An image encoder inside a language model (LLaVA): pixels to tokens, and what the language model says of tokens."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustvlm.core.size import Size, sides
+from robustvlm.errors import UserError
+from robustvlm.models.mllm_options import Options
+from robustvlm.models.transformers_pixels import Preprocessing
+from robustvlm.models.vlm import VLM, check_pixels, resize
+
+PREFIX = "mllm:"
+QUESTION = "What is it?"
+MOST_WORDS = 24
+"""Tokens of an answer; what would come behind them is left out."""
+_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as the language model reads it: token ids before the image and behind it, and as a text."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Tongue:
+    """A tokenizer with the way in which questions are asked.
+
+    Args:
+        tokenizer: of transformers. write: from a question to the text with one image token.
+        image: id of that token. ends: ids that end an answer. digest: of all that decides ids and prompts.
+    """
+
+    tokenizer: Any
+    write: Callable[[str], str]
+    image: int
+    ends: tuple[int, ...]
+    digest: str
+
+    def prompt(self, question: str) -> Prompt:
+        """Return a question as token ids around the place of the image, as the library's own processor gives them."""
+        text = self.write(question)
+        ids = list(self.tokenizer(text)["input_ids"])
+        if ids.count(self.image) != 1:
+            raise UserError(f"the prompt '{text}' has {ids.count(self.image)} image tokens, expected one")
+        place = ids.index(self.image)
+        return Prompt(tuple(ids[:place]), tuple(ids[place + 1 :]), text)
+
+    def answer_ids(self, question: str, answer: str) -> list[int]:
+        """Return the ids of an answer, read together with the question before it, without the end."""
+        text = self.write(question)
+        between = "" if text[-1:].isspace() else " "
+        asked, told = (list(self.tokenizer(part)["input_ids"]) for part in (text, f"{text}{between}{answer}"))
+        while told and told[-1] in self.ends:  # of tokenizers that end every text
+            told.pop()
+        while asked and asked[-1] in self.ends:
+            asked.pop()
+        found = told[len(asked) :] if told[: len(asked)] == asked else self._apart(answer)
+        if not found:
+            raise UserError(f"'{answer}' is no answer: it has no token")
+        return found
+
+    def _apart(self, answer: str) -> list[int]:
+        return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return token ids up to the end as a text in one line."""
+        kept: list[int] = []
+        for token in ids:
+            if token in self.ends or token < 0:
+                break
+            kept.append(token)
+        return " ".join(str(self.tokenizer.decode(kept, skip_special_tokens=True)).split())
+
+
+class MllmVLM(VLM):
+    """A LLaVA: image tower, projector and language model, with one question put to every image.
+
+    As an encoder its feature is that of all image tokens at once: unit tokens [T, D], as the projector receives them,
+    side by side and over sqrt(T), so that a cosine of features is the mean cosine of tokens, and the token of largest
+    norm weighs as much as the others. With `pooled` it is the mean of the unit tokens.
+
+    What averages or changes features hands back `tokens_of` them: each token at unit norm times a length that is fixed
+    for its place, so that no image chooses the lengths. `lengths` [T] are means over a few fixed pictures.
+
+    Args:
+        model: `LlavaForConditionalGeneration`. how: preprocessing. tongue: tokenizer and prompts.
+        layers, drop_first: the tower's hidden states that are used, and whether their first token is left out.
+        question: asked of every image.
+    """
+
+    mean: Tensor
+    std: Tensor
+    lengths: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        how: Preprocessing,
+        tongue: Tongue,
+        folder: Path,
+        *,
+        spec: str,
+        config: str,
+        layers: tuple[int, ...],
+        drop_first: bool,
+        question: str = QUESTION,
+        pooled: bool = False,
+    ) -> None:
+        super().__init__(spec=spec, logit_scale=1.0, **how.framing.options())
+        self.model: Any = model
+        self.how, self.tongue, self.folder, self.config = how, tongue, folder, config
+        self.layers, self.drop_first, self.question, self.pooled = layers, drop_first, question, pooled
+        self.prompt = tongue.prompt(question)
+        self.register_buffer("mean", torch.tensor(how.mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(how.std, dtype=torch.float32).view(1, -1, 1, 1))
+        self._in: dict[torch.dtype, MllmVLM] = {}
+        self.eval().requires_grad_(False)
+        with torch.no_grad():
+            self.register_buffer("lengths", self.tokens(_pictures(self.image_size)).norm(dim=-1).mean(0))
+        self.width = int(self.tokens(_pictures(self.image_size)[:1]).shape[-1])
+
+    # The encoder
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """Return image tokens [B, T, D] of pixels [B, 3, S, S], as the projector receives them."""
+        found = self.model.model.vision_tower((pixels - self.mean) / self.std, output_hidden_states=True)
+        states = found.hidden_states
+        if states is None or any(states[layer] is None for layer in self.layers):
+            raise UserError(f"the image tower of '{self.spec}' does not give its hidden states under this transformers")
+        kept = torch.cat([states[layer] for layer in self.layers], dim=-1)
+        return kept[:, 1:] if self.drop_first else kept
+
+    def raw_tokens(self, pixels: Tensor) -> Tensor:
+        """Return image tokens [B, T, D] of square pixels [B, 3, H, H] of any size."""
+        check_pixels(pixels, self.image_size)
+        return self.tokens(resize(pixels, self.image_size, self.interpolation))
+
+    def tokens_of(self, features: Tensor) -> Tensor:
+        """Return tokens [B, T, D] of features [B, T * D], each at the length of its place."""
+        if self.pooled:
+            raise UserError(f"'{self.spec}' gives pooled features, which no answer follows from: leave out @pooled")
+        unit = F.normalize(features.view(len(features), len(self.lengths), -1), dim=-1)
+        return unit * self.lengths[:, None].to(unit)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        unit = F.normalize(self.tokens(pixels), dim=-1)
+        return unit.mean(dim=1) if self.pooled else unit.flatten(1) / math.sqrt(unit.shape[1])
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        del texts
+        raise UserError(
+            f"'{self.spec}' answers in words and has no text encoder: ask it a question ({PREFIX}NAME#QUESTION), "
+            "or pass a CLIP-like model"
+        )
+
+    # The language model
+
+    def hidden(self, tokens: Tensor, ids: Tensor, *, seen: Tensor | None = None, depth: Tensor | None = None) -> Tensor:
+        """Return hidden states [B, 1 + L, H]: of the prompt's last token, and of further tokens `ids` [B, L].
+
+        Args:
+            tokens: image tokens [B, T, D], as `tokens` and `tokens_of` give them.
+            seen: bool [L, L], where a further token sees another; default: all before it. All see the prompt.
+            depth: place [L] of each behind the prompt, from 0; default: in their order.
+        """
+        net = self.model.model
+        embed = net.get_input_embeddings()
+        image = net.multi_modal_projector(tokens)
+        before, after = (self._embedded(part, len(image)) for part in (self.prompt.before, self.prompt.after))
+        embeds = torch.cat([before.to(image), image, after.to(image), embed(ids).to(image)], dim=1)
+        prompt, further = embeds.shape[1] - ids.shape[1], ids.shape[1]
+        mask = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=ids.device).tril()
+        if seen is not None:
+            mask[prompt:, prompt:] = seen
+        places = torch.arange(embeds.shape[1], device=ids.device)
+        if depth is not None:
+            places[prompt:] = prompt + depth
+        hidden: Tensor = net.language_model(
+            inputs_embeds=embeds,
+            attention_mask=_additive(mask, embeds).expand(len(embeds), 1, -1, -1),
+            position_ids=places[None].expand(len(embeds), -1),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[:, -(1 + further) :]
+
+    def next_logits(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """Return logits [B, L, V] of each token of answers `ids` [B, L], given the image and what stands before.
+
+        Filling (-1) at the end of an answer is no token; what stands in its rows means nothing.
+        """
+        known = ids.clamp_min(0)[:, :-1]
+        logits: Tensor = self.model.lm_head(self.hidden(tokens, known))
+        return logits
+
+    def option_scores(self, tokens: Tensor, options: Options) -> Tensor:
+        """Return log probabilities [B, K] that an answer begins with each option; see `Options`."""
+        ids = options.ids.to(tokens.device).expand(len(tokens), -1)
+        hidden = self.hidden(tokens, ids, seen=options.seen.to(ids.device), depth=options.depth.to(ids.device))
+        logits: Tensor = self.model.lm_head(hidden)
+        return options.gather(logits if logits.dtype == torch.float64 else logits.float())
+
+    @torch.no_grad()
+    def greedy(self, tokens: Tensor) -> Tensor:
+        """Return the ids [B, MOST_WORDS] of greedy answers, filled up with -1 behind the end."""
+        net = self.model.model
+        image = net.multi_modal_projector(tokens)
+        before, after = (self._embedded(part, len(image)) for part in (self.prompt.before, self.prompt.after))
+        embeds = torch.cat([before.to(image), image, after.to(image)], dim=1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        with torch.autocast(embeds.device.type, enabled=False):
+            made: Tensor = self.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MOST_WORDS)
+        ends = torch.tensor(self.tongue.ends, device=made.device)
+        ended = torch.isin(made, ends).int().cumsum(1)
+        # The end itself is kept: it is a token of the answer.
+        made = made.masked_fill(ended - torch.isin(made, ends).int() > 0, -1)
+        return F.pad(made, (0, MOST_WORDS - made.shape[1]), value=-1)
+
+    def say(self, tokens: Tensor) -> list[str]:
+        """Return greedy answers to the question."""
+        return [self.text_of(row) for row in self.greedy(tokens).tolist()]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number and length of the tokens of an image."""
+        return len(self.lengths), self.width
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return an answer's token ids, up to the end, as a text in one line."""
+        return self.tongue.text(ids)
+
+    def ids_of(self, answer: str) -> list[int]:
+        """Return the token ids of an answer to the question, with the end."""
+        return [*self.tongue.answer_ids(self.question, answer), self.tongue.ends[0]]
+
+    def in_type(self, dtype: torch.dtype) -> MllmVLM:
+        """Return the same model in a number type; one in another is copied once."""
+        if next(self.model.parameters()).dtype == dtype:
+            return self
+        if dtype not in self._in:
+            self._in[dtype] = copy.deepcopy(self).to(dtype)
+        return self._in[dtype]
+
+    def options(self, answers: Sequence[str]) -> Options:
+        """Return a list of answers, to be scored all at once."""
+        return Options.of([self.tongue.answer_ids(self.question, answer) for answer in answers], self.tongue.ends[0])
+
+    def asking(self, question: str) -> MllmVLM:
+        """Return the same model with another question; the weights are shared."""
+        return MllmVLM(
+            self.model,
+            self.how,
+            self.tongue,
+            self.folder,
+            spec=self.spec.partition("#")[0] + f"#{question}",
+            config=self.config,
+            layers=self.layers,
+            drop_first=self.drop_first,
+            question=question,
+            pooled=self.pooled,
+        ).to(self.device)
+
+    def _embedded(self, ids: Sequence[int], rows: int) -> Tensor:
+        found: Tensor = self.model.model.get_input_embeddings()(
+            torch.tensor([list(ids)], device=self.device, dtype=torch.long)
+        )
+        return found.expand(rows, -1, -1)
+
+    def _identity(self) -> Iterable[str]:
+        words = (self.tongue.digest, self.prompt.text, str(self.pooled))
+        return type(self.model).__name__, self.config, *words, repr(self.layers), str(self.drop_first)
+
+
+def _additive(seen: Tensor, like: Tensor) -> Tensor:
+    """Return what is added to attention scores [1, 1, S, S]: 0 where a token is seen, the lowest number elsewhere."""
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, lowest)[None, None]
+
+
+def _pictures(size: Size) -> Tensor:
+    """Return a few smooth pictures [N, 3, H, W], the same every time."""
+    draws = torch.Generator().manual_seed(0)
+    coarse = torch.rand(_PICTURES, 3, 5, 5, generator=draws)
+    return F.interpolate(coarse, sides(size), mode="bicubic", align_corners=False).clamp(0, 1)
