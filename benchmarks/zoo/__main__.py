@@ -52,7 +52,6 @@ def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limi
     name, chosen = f"{label}-{eps.replace('/', 'of')}-{group}", GROUPS[group]
     if (out / f"{name}.json").exists():
         return
-    given = {} if data is None else {"data": data}
     found = rv.judge(
         ",".join(f"{base}+{defence}" for defence in chosen.defences),
         limit=limit,
@@ -61,7 +60,7 @@ def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limi
         queries=chosen.queries,
         out=out / "runs",
         name=name,
-        **given,
+        data=data or "emoji",
     )
     write_text(out / f"{name}.json", found.summary.model_dump_json(indent=1) + "\n")
 
