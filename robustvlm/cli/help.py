@@ -28,10 +28,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "evaluate": (
         ("Clean accuracy of the bundled model", "robustvlm evaluate"),
         ("Of an open_clip model on your images", "robustvlm evaluate ViT-B-32/openai --data imagefolder:photos"),
-        (
-            "Image-text retrieval",
-            "robustvlm evaluate ViT-B-32/openai --data 'parquet:flickr.parquet?captions=caption'",
-        ),
+        ("Image-text retrieval", "robustvlm evaluate ViT-B-32/openai --data 'parquet:f.parquet?captions=text'"),
     ),
     "predict": (
         ("A table of a few drawings", "robustvlm predict tiny --data 'emoji?split=near' --limit 5 --top 3"),
