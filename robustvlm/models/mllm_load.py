@@ -17,8 +17,8 @@ from robustvlm.core.size import sides
 from robustvlm.errors import UserError
 from robustvlm.models import transformers_files as files
 from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM, Tongue
+from robustvlm.models.transformers_load import loading_options, read_preprocessing, read_tokenizer, require_whole
 from robustvlm.models.transformers_pixels import Preprocessing
-from robustvlm.models.transformers_vlm import loading_options, read_preprocessing, require_whole
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import brief
 
@@ -62,7 +62,6 @@ def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
     folder = BUNDLED[place] if place in BUNDLED else files.model_folder(place)
     config = files.read_config(folder, own)
     _require_family(config, own)
-    files.require_tokenizer(folder, own)
     model = _load_weights(module, folder, config, own, load_base)
     how = read_preprocessing(module, folder, own)
     tongue = _tongue(module, folder, config, own)
@@ -122,13 +121,7 @@ def _load_weights(
 
 
 def _tongue(module: Any, folder: Path, config: Mapping[str, Any], spec: str) -> Tongue:
-    try:
-        with files.quiet():
-            tokenizer = module.AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
-    except Exception as error:
-        raise UserError(f"the tokenizer of '{spec}' cannot be read: {brief(error)}") from error
+    tokenizer = read_tokenizer(module, folder, spec)
     image = config.get("image_token_index", config.get("image_token_id"))
     if image is None:
         raise UserError(f"the config of '{spec}' names no image token: expected image_token_index")

@@ -20,7 +20,8 @@ from robustvlm.errors import UserError, setting
 from robustvlm.models import transformers_files as files
 from robustvlm.models.clip import MERGES, ClipVLM, build_clip
 from robustvlm.models.clip_to_transformers import PROBES, ROUNDING, Translation
-from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM, loading_options
+from robustvlm.models.transformers_load import loading_options
+from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, stored_weights
 
 COPIED = (*files.TOKENIZER_FILES, *files.IMAGE_FILES, files.ALIGNMENT)

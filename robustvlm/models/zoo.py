@@ -22,7 +22,7 @@ from robustvlm.models.mllm import PREFIX as _MLLM
 from robustvlm.models.mllm_load import load_mllm
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.transformers_files import PREFIX as _TRANSFORMERS
-from robustvlm.models.transformers_vlm import load_transformers
+from robustvlm.models.transformers_load import load_transformers
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import CONFIG_NAME, SUFFIXES, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.runs.manifest import kind_of_run
