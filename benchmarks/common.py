@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +15,18 @@ from robustvlm.attacks import Job, Misclassify, Oracle
 from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
 from robustvlm.data.source import Sample
+from robustvlm.errors import UserError
 from robustvlm.models import load_model, zero_shot
+
+
+def exit_code_of(run: Callable[[], None]) -> int:
+    """Run the work of a benchmark's command line and return its exit code; a user error ends in one line."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks.common import exit_code_of
 from robustvlm.data import open_data
-from robustvlm.errors import UserError
 
 from .data import read_images
 from .model import CifarCLIP, load, save
@@ -35,12 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
-    try:
-        save(named(load(options.start), options), options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: save(named(load(options.start), options), options.out))
 
 
 def named(model: CifarCLIP, options: argparse.Namespace) -> CifarCLIP:

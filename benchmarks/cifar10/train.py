@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import exit_code_of
 from robustvlm.errors import UserError
 
 from .data import read_images
@@ -71,12 +72,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; user errors end in one line and exit code 2."""
-    try:
-        run(_arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(_arguments(argv)))
 
 
 if __name__ == "__main__":

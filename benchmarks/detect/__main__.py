@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import exit_code_of
 from benchmarks.detect.sources import Kept
 from benchmarks.detect.tables import Found, judge, judge_all, subset, table
 from robustvlm.commands.detect.encoding import Encoded
@@ -130,19 +131,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fit-limit", type=int, default=5000, help="training images to learn from (cifar10)")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark-detect"), help="folder of kept features")
     options = parser.parse_args(argv)
-    try:
-        if options.benchmark == "cifar10":
-            if options.train is None or options.test is None:
-                raise UserError("the CIFAR-10 benchmark needs its files: pass --train and --test")
-            options.model = options.model or "benchmarks.cifar10.model:load"
-            cifar10(options)
-        else:
-            options.model = options.model or "tiny"
-            emoji(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the benchmark that is named, on its model."""
+    if options.benchmark == "cifar10":
+        if options.train is None or options.test is None:
+            raise UserError("the CIFAR-10 benchmark needs its files: pass --train and --test")
+        options.model = options.model or "benchmarks.cifar10.model:load"
+        cifar10(options)
+    else:
+        options.model = options.model or "tiny"
+        emoji(options)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import exit_code_of
 from robustvlm.core.files import write_text
-from robustvlm.errors import UserError
 
 from .cost import costs
 from .options import arguments, open_set, plan_of, variants_of
@@ -50,12 +50,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; user errors end in one line and exit code 2."""
-    try:
-        run(arguments(__doc__ or "").parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(arguments(__doc__ or "").parse_args(argv)))
 
 
 if __name__ == "__main__":

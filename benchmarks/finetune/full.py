@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from robustvlm.attacks import Goal, Misclassify, Superclass, ThreatModel
 from robustvlm.core.files import write_text
 from robustvlm.defenses.classifier import ZeroShot
@@ -37,16 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--images", type=int, default=40, help="images under AutoAttack")
     options = parser.parse_args(argv)
+    return exit_code_of(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing of a set's variants and print both tables."""
     torch.set_num_threads(1)
     folder: Path = options.out / options.set
-    try:
-        plan, benchmark = plan_of(options), open_set(options)
-        found = [_kept(folder, key, benchmark, plan, options) for key in variants_of(options)]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    plan, benchmark = plan_of(options), open_set(options)
+    found = [_kept(folder, key, benchmark, plan, options) for key in variants_of(options)]
     print(_autoattack(found) + "\n\n" + _matrices(found))
-    return 0
 
 
 def _kept(folder: Path, key: str, benchmark: BenchmarkSet, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import robustvlm as rv
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from robustvlm.core.files import write_text
 from robustvlm.data import open_data
 from robustvlm.data.trees import Forest, save_forest
@@ -105,12 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=MODEL, help="another model for the same table")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(argv)
-    try:
-        run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(given))
 
 
 def run(given: argparse.Namespace) -> None:

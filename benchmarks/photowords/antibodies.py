@@ -38,7 +38,7 @@ from robustvlm.errors import UserError
 from robustvlm.stats import mean
 from robustvlm.text import name_key
 
-from ..common import markdown
+from ..common import exit_code_of, markdown
 from .model import TEMPLATE
 from .parts import Parts, divided
 
@@ -280,17 +280,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("runs/photowords/features"), help="folder of the features")
     parser.add_argument("--splits", type=int, default=5)
     given = parser.parse_args(argv)
-    try:
-        if given.splits < 2:
-            raise UserError(f"intervals need at least 2 splits, got {given.splits}: pass --splits 5")
-        data = encoded(given.photographs, given.cache)
-        embed = Texts(given.cache / "texts.pt")
-        found = [split_rows(data, divided(data.tree, seed), embed, seed) for seed in range(given.splits)]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: run(given))
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure every split and print both tables."""
+    if given.splits < 2:
+        raise UserError(f"intervals need at least 2 splits, got {given.splits}: pass --splits 5")
+    data = encoded(given.photographs, given.cache)
+    embed = Texts(given.cache / "texts.pt")
+    found = [split_rows(data, divided(data.tree, seed), embed, seed) for seed in range(given.splits)]
     print(table([rows for rows, _ in found]), coverage_table([foretold for _, foretold in found]), sep="\n\n")
-    return 0
 
 
 if __name__ == "__main__":

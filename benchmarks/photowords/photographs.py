@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.common import exit_code_of
 from robustvlm.core.files import replacing
 from robustvlm.data.classes import wordnet_names
 from robustvlm.errors import UserError
@@ -130,14 +131,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("repository", type=Path, help=f"a copy of {REPOSITORY}")
     parser.add_argument("out", type=Path, help="the Parquet file to write")
     given = parser.parse_args(argv)
-    try:
-        found = gathered(given.repository)
-        write_parquet(given.out, found, list(wordnet_names().values()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: run(given))
+
+
+def run(given: argparse.Namespace) -> None:
+    """Gather the photographs into one file."""
+    found = gathered(given.repository)
+    write_parquet(given.out, found, list(wordnet_names().values()))
     print(f"{len(found)} photographs, {given.out.stat().st_size / 1e6:.1f} MB: {given.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import robustvlm as rv
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT
 from robustvlm.commands.judge.record import Judgement, ModelJudgement
 from robustvlm.core.files import read_text, write_text
@@ -115,20 +115,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=100, help="images")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
     given = parser.parse_args(argv)
-    try:
-        for group in given.groups.split(","):
-            if group not in GROUPS:
-                raise UserError(f"there is no group '{group}': {nearest(group, list(GROUPS))}")
-            for eps in given.eps.split(",") if given.base else ():
-                label = given.label or given.base
-                if not re.fullmatch(r"[\w.]+(-[\w.]+)*", label):
-                    raise UserError(f"'{label}' is no name for a file: pass --label, as --label photowords")
-                judge(given.base, given.data, label, group, eps, limit=given.limit, out=given.out)
-        print("\n\n".join(tables(given.out)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: run(given))
+
+
+def run(given: argparse.Namespace) -> None:
+    """Judge what is missing on the base, if one is named, and print the tables."""
+    label, groups = given.label or given.base or "", given.groups.split(",")
+    for group in groups:
+        if group not in GROUPS:
+            raise UserError(f"there is no group '{group}': {nearest(group, list(GROUPS))}")
+    if given.base and not re.fullmatch(r"[\w.]+(-[\w.]+)*", label):
+        raise UserError(f"'{label}' is no name for a file: pass --label, as --label photowords")
+    for group in groups if given.base else ():
+        for eps in given.eps.split(","):
+            judge(given.base, given.data, label, group, eps, limit=given.limit, out=given.out)
+    print("\n\n".join(tables(given.out)))
 
 
 if __name__ == "__main__":
