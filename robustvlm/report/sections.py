@@ -156,12 +156,13 @@ class Checks:
 
 @dataclass(frozen=True)
 class Bars:
-    """Rates as bars with their intervals, for the page alone; `half` for one of two columns."""
+    """Rates as bars with their intervals, for the page alone; `half` for one of two columns, `good`: more is better."""
 
     bars: Sequence[Bar]
     caption: str
     title: str = ""
     half: bool = False
+    good: bool = False
 
 
 @dataclass(frozen=True)

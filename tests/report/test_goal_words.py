@@ -26,8 +26,8 @@ GOALS = ["misclassify", "superclass:1", "superclass:all", "superclass:matrix", "
          "feature", "feature:a <b>dog</b>"]  # fmt: skip
 
 
-def with_goal(folder: Path, goal: str, *, can_reject: bool = False) -> Path:
-    """Turn a run folder into one for a goal, as the program would write it."""
+def with_goal(folder: Path, goal: str, *, can_reject: bool = False, classless: bool = False) -> Path:
+    """Turn a run folder into one for a goal, as the program would write it; `classless`: nothing names a class."""
     manifest = json.loads((folder / "manifest.json").read_text())
     goals = ["superclass:0", "superclass:1", "superclass:all"] if goal == "superclass:matrix" else [goal]
     manifest["config"] |= {"goal": goal, "goals": goals, "min_cos": 0.5}
@@ -37,7 +37,8 @@ def with_goal(folder: Path, goal: str, *, can_reject: bool = False) -> Path:
     for row in pq.read_table(folder / "results.parquet").to_pylist():
         for number, name in enumerate(goals):
             cosine = 0.3 + 0.1 * number if goal.startswith("feature") else None
-            found.append(row | {"goal": name, "cosine": cosine, "clean_cosine": cosine and 1.0})
+            said = {"clean_prediction": -1, "adversarial_prediction": -1} if classless else {}
+            found.append(row | said | {"goal": name, "cosine": cosine, "clean_cosine": cosine and 1.0})
     pq.write_table(pa.Table.from_pylist(found), folder / "results.parquet")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "summary.json").write_text(summarise(found, manifest).model_dump_json())
@@ -68,6 +69,21 @@ def test_terminal_and_report_speak_of_the_goal(goal: str, write_run: WriteRun, t
         assert (part in said) == shown, part
     assert ("Attacked</th>" in page) == (goal == "superclass:matrix")
     assert len(record.rows) == 40 * 3 * 2, "of several goals, the rows of the first"
+
+
+@pytest.mark.parametrize("goal", ["feature", "unsay", "say:a cat"])
+def test_no_accuracy_is_told_where_nothing_names_a_class(goal: str, write_run: WriteRun, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", images=40, n_classes=6, n_superclasses=3)
+    record = load_run(with_goal(folder, goal, classless=True))
+    exposed = record.summary.images.exposed
+    assert not record.summary.says_classes
+    assert record.summary.clean_accuracy.successes == exposed > 0, "and not 0 for predictions that are none"
+    said = terminal(record, 200)
+    page = write_report(folder).read_text(encoding="utf-8")
+    for text in (said, page):
+        assert "level of the class tree" not in text
+        assert "clean accuracy" not in text.lower()
+        assert "rejected before any attack" not in text
 
 
 def test_words_of_goals_differ() -> None:

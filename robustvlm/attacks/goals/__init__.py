@@ -1,6 +1,7 @@
 """Goals: what the attacker wants, one kind a file: its class, how it is written, and what it is called."""
 
 from robustvlm.attacks.goals.base import (
+    CLEAN,
     GOALS,
     REJECTED,
     Case,
@@ -26,7 +27,7 @@ from robustvlm.attacks.goals.feature import FeatureAway, FeatureGoal, FeatureTo
 from robustvlm.attacks.goals.words import Say, Unsay, WordsGoal
 
 __all__ = [
-    "GOALS", "REJECTED", "AcceptedMistake", "Case", "Deny", "FeatureAway", "FeatureGoal", "FeatureTo", "Goal",
+    "CLEAN", "GOALS", "REJECTED", "AcceptedMistake", "Case", "Deny", "FeatureAway", "FeatureGoal", "FeatureTo", "Goal",
     "GoalKind", "GoalWords", "Intrude", "Known", "Misclassify", "Refusable", "Say", "Superclass", "SuperclassAll",
     "Targeted", "Unsay", "WordsGoal", "goal_words", "read_goals", "split_goal",
 ]  # fmt: skip

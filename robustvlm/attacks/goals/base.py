@@ -137,6 +137,9 @@ class Goal(ABC):
 # What a kind of goal is called in plain words
 
 
+CLEAN = "clean accuracy"
+
+
 @dataclass(frozen=True)
 class GoalWords:
     """The words of one goal.
@@ -150,7 +153,6 @@ class GoalWords:
         nothing: what to say when the goal was reached on every image before any attack.
         clean: name of the share of images that were right before any attack.
         leave: images leave at the first success, so that later attacks see only those left standing.
-        by_goal: `clean` counts the images on which the goal is not reached, as no prediction says whether it is right.
     """
 
     title: str
@@ -159,9 +161,8 @@ class GoalWords:
     before: str
     held: str
     nothing: str
-    clean: str = "clean accuracy"
+    clean: str = CLEAN
     leave: bool = True
-    by_goal: bool = False
 
     @property
     def accuracy(self) -> bool:

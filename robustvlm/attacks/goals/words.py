@@ -266,7 +266,6 @@ def _say_words(text: str, can_reject: bool, min_cos: float | None) -> GoalWords:
         held="says something else",
         nothing=f"The model says “{text}” of every image before any attack, so there was nothing to attack.",
         clean="says something else when clean",
-        by_goal=True,
     )
 
 
@@ -281,7 +280,6 @@ def _unsay_words(text: str, can_reject: bool, min_cos: float | None) -> GoalWord
         held="answer names the class",
         nothing="The answer named the class of no image before any attack, so there was nothing to attack.",
         clean="names the class when clean",
-        by_goal=True,
     )
 
 

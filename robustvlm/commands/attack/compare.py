@@ -113,9 +113,9 @@ def _answers(run: AttackedRun) -> dict[Condition, Answers]:
     """
     table, early = run.verdicts(), bool(run.summary.unfinished)
     names = dict(enumerate(run.class_names)) | {-1: "an unknown class"}
-    result: dict[Condition, Answers] = {
-        None: {(image.image_id, names[image.label]): image.clean_correct for image in table.images}
-    }
+    result: dict[Condition, Answers] = {}
+    if run.summary.says_classes:
+        result[None] = {(image.image_id, names[image.label]): image.clean_correct for image in table.images}
     for i, eps in enumerate(table.eps):
         outcomes = [(image, table.after(image, i)) for image in table.images]
         if early and (run.summary.images.waiting or any(outcome == "undecided" for _, outcome in outcomes)):

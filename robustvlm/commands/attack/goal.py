@@ -150,7 +150,8 @@ def _attacked(goal: Goal, classifier: Classifier) -> nn.Module:
 
 
 def _encoder(classifier: Classifier) -> VLM:
-    if classifier.vlm is None:
+    # A defence that answers for itself is more than its encoder, whose features say nothing of it.
+    if classifier.vlm is None or (classifier.class_embeddings is None and speaker_of(classifier.vlm) is None):
         raise UserError(f"feature goals need an image encoder, and '{classifier.spec}' has none: pass a VLM")
     return classifier.vlm
 

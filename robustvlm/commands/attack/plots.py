@@ -167,15 +167,20 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
 
 
 @chart
-def margin_histogram(margins: Margins, *, key: str) -> Markup:
-    """Draw the margins before and under attack over common bins; left of zero the model is wrong."""
+def margin_histogram(margins: Margins, *, key: str, accuracy: bool = True) -> Markup:
+    """Draw the margins before and under attack over common bins; left of zero the goal is reached.
+
+    Args:
+        accuracy: the goal is any wrong class, so that its margin is that of the true one.
+    """
     clean, attacked = np.asarray(margins.clean), np.asarray(margins.attacked)
     figure, axes = new_figure()
     bins = _bins_with_zero(np.concatenate([clean, attacked]))
     axes.hist(clean, bins, color=GOOD, alpha=0.55, label="unperturbed")
     axes.hist(attacked, bins, color=BAD, alpha=0.55, label="under attack")
     axes.axvline(0, color=INK, lw=1, ls="--")
-    axes.set_xlabel("margin of the true class (logits); below 0: wrong")
+    of_class, of_goal = "margin of the true class (logits); below 0: wrong", "distance from the goal; below 0: reached"
+    axes.set_xlabel(of_class if accuracy else of_goal)
     axes.set_ylabel("images")
     whole_numbers(axes.yaxis)
     legend(figure)

@@ -1,14 +1,14 @@
 """A finished attack run read back from its folder, and its findings in plain words."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.attacks.goals import GoalWords, goal_words
+from robustvlm.attacks.goals import CLEAN, GoalWords, goal_words
 from robustvlm.commands.attack.store import SCHEMA
 from robustvlm.commands.attack.summary import EpsSummary, Summary
 from robustvlm.commands.attack.verdicts import Verdicts, verdicts
@@ -136,8 +136,11 @@ def headline(summary: Summary) -> EpsSummary | None:
 
 
 def words_of(summary: Summary) -> GoalWords:
-    """Return the words of the run's goal."""
-    return goal_words(plain(summary.goal, 80), can_reject=summary.can_reject, min_cos=summary.min_cos)
+    """Return the words of the run's goal; where nothing names a class, no accuracy is spoken of."""
+    words = goal_words(plain(summary.goal, 80), can_reject=summary.can_reject, min_cos=summary.min_cos)
+    return (
+        words if summary.says_classes or words.clean != CLEAN else replace(words, clean="goal not reached when clean")
+    )
 
 
 def verdict(summary: Summary) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from robustvlm.attacks.goals import CLEAN
 from robustvlm.commands.attack import plots, record
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
@@ -78,10 +79,11 @@ def _tone(summary: Summary, at: EpsSummary | None) -> str:
 def _cards(summary: Summary, at: EpsSummary | None, words: record.GoalWords) -> list[doc.Card]:
     cards = []
     if not record.open_ended(summary, summary.clean_accuracy, summary.clean_accuracy_at_most):
-        right = "right" if words.clean == "clean accuracy" else "rejected"
-        cards.append(
-            doc.Card(sentence(words.clean), summary.clean_accuracy, f"images {right} before any attack", good=True)
-        )
+        if words.clean == CLEAN:
+            whole = "images right before any attack"
+        else:
+            whole = "images rejected before any attack" if summary.says_classes else "images, before any attack"
+        cards.append(doc.Card(sentence(words.clean), summary.clean_accuracy, whole, good=True))
     if at is not None and not summary.unfinished:
         eps = plain(at.eps_text, 20)
         whole = "images right after every attack" if words.accuracy else "images, before and after every attack"
@@ -192,7 +194,7 @@ def _histograms(run: AttackedRun, at: EpsSummary, words: record.GoalWords) -> li
         early = " An attack stops as soon as it succeeds, so margins pile up just below zero." if words.leave else ""
         charts.append(
             doc.Chart(
-                partial(plots.margin_histogram, margins, key="margins"),
+                partial(plots.margin_histogram, margins, accuracy=words.accuracy, key="margins"),
                 title="How close to the boundary",
                 caption=f"Over the {words.whom}{decided}, at ε = {plain(at.eps_text, 20)}.{early}",
             )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustvlm.attacks.goals import goal_words
 from robustvlm.commands.attack import verdicts
 from robustvlm.errors import UserError, nearest
 from robustvlm.runs.records import Check, Comparison, Cost, Estimate, Record, UnreadableImage, parse_comparison
@@ -115,6 +114,8 @@ class Summary(Record):
     """Everything that tables, reports and exit codes are made of.
 
     Args:
+        says_classes: the goal looks at something that names classes; where none is named, `clean_accuracy` counts the
+            images on which the goal is not reached, and nothing is said of levels.
         clean_accuracy: over the images classified and, as wrong ones, those that still wait to be.
         clean_accuracy_at_most: the same if all that wait were right; None when none waits.
         unfinished: why the run stopped before every image was decided; None when all are.
@@ -125,6 +126,7 @@ class Summary(Record):
     goal: str = "misclassify"
     min_cos: float | None = None
     can_reject: bool = False
+    says_classes: bool = True
     images: Images
     clean_accuracy: Rate
     clean_accuracy_at_most: Rate | None = None
@@ -180,13 +182,15 @@ def summarise(
     table = verdicts.verdicts(rows, eps=config["eps"], attacks=config["attack"], goal=goals[0])
     texts = dict(zip(map(float, config["eps"]), config["eps_text"], strict=True))
     work = _work(rows, goals[0])
-    by_goal = goal_words(config.get("goal") or "misclassify").by_goal
-    correct = sum(image.exposed if by_goal else image.clean_correct for image in table.images)
+    can_reject = bool((manifest.get("model") or {}).get("can_reject"))
+    says_classes = can_reject or not table.classless
+    correct = sum(image.clean_correct if says_classes else image.exposed for image in table.images)
     return Summary(
         norm=config["norm"],
         goal=config.get("goal") or "misclassify",
         min_cos=config.get("min_cos") if goals[0] == "feature" else None,
-        can_reject=bool((manifest.get("model") or {}).get("can_reject")),
+        can_reject=can_reject,
+        says_classes=says_classes,
         images=Images(
             evaluated=len(table.images),
             unreadable=len(unreadable),
@@ -231,7 +235,8 @@ def _at_eps(
 ) -> EpsSummary:
     data, config = manifest["data"], manifest["config"]
     goals = config.get("goals") or ["misclassify"]
-    levels = verdicts.tree_levels(data) if any(image.label >= 0 for image in table.images) else []
+    named = not table.classless and any(image.label >= 0 for image in table.images)
+    levels = verdicts.tree_levels(data) if named else []
     outcomes = [(image, table.after(image, index)) for image in table.images]
     count = Counter(outcome for _, outcome in outcomes)
     count["undecided"] += waiting

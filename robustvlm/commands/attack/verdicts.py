@@ -50,6 +50,11 @@ class Verdicts:
     attacks: tuple[str, ...]
     images: tuple[ImageVerdict, ...]
 
+    @property
+    def classless(self) -> bool:
+        """Whether no class is named for any image, as by goals about features or words where nothing names one."""
+        return bool(self.images) and all(image.clean_prediction == REJECTED for image in self.images)
+
     def after(self, image: ImageVerdict, eps_index: int, attack_index: int | None = None) -> Outcome:
         """Return the verdict at `eps[eps_index]` after the attacks up to `attack_index` (None: after all of them).
 

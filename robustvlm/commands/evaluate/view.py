@@ -258,7 +258,7 @@ def _subgroups(result: CleanResult) -> Iterator[doc.Section]:
     for one in result.unevenness:
         if one.parts:
             bars = [bar(part.name, part.accuracy) for part in one.parts]
-            blocks.append(doc.Bars(bars, "Accuracy per subgroup", title="Subgroups"))
+            blocks.append(doc.Bars(bars, "Accuracy per subgroup", title="Subgroups", good=True))
     yield doc.Section("How evenly", blocks, key="evenness", short="Evenness")
 
 
@@ -277,7 +277,7 @@ def _classes(run: Evaluation) -> Iterator[doc.Section]:
         for (label, said), count in pairs.most_common(_CONFUSED)
     ]
     columns = [doc.Column("Class"), doc.Column("Taken for"), *doc.numbers("Images")]
-    blocks: list[doc.Block] = [doc.Bars(bars, f"Recall per class, {more}", title="Classes")]
+    blocks: list[doc.Block] = [doc.Bars(bars, f"Recall per class, {more}", title="Classes", good=True)]
     if rows:
         blocks.append(doc.Table(columns, rows, title="Most often confused", only="page"))
     yield doc.Section("Classes", blocks, key="classes", short="Classes")
