@@ -48,10 +48,12 @@ GROUPS = {
 
 
 def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limit: int, out: Path) -> None:
-    """Judge the defences of a group on a base; figures go to `LABEL-EPS-GROUP.json` in the folder."""
+    """Judge the defences of a group on a base, unless it is done; figures go to `LABEL-EPS-GROUP.json`.
+
+    Raises:
+        UserError: a run of other images or another model has that name.
+    """
     name, chosen = f"{label}-{eps.replace('/', 'of')}-{group}", GROUPS[group]
-    if (out / f"{name}.json").exists():
-        return
     found = rv.judge(
         ",".join(f"{base}+{defence}" for defence in chosen.defences),
         limit=limit,
@@ -72,6 +74,8 @@ def tables(out: Path) -> Iterator[str]:
         label, eps, _ = path.stem.rsplit("-", 2)
         found.setdefault((label, eps.replace("of", "/")), []).append(Judgement.model_validate_json(read_text(path)))
     for (label, eps), judgements in found.items():
+        if len({judged.images for judged in judgements}) > 1:
+            raise UserError(f"the groups of '{label}' at {eps} are of different numbers of images: judge them anew")
         yield f"### {label}, L∞ {eps}, {judgements[0].images} images\n\n{table(judgements)}"
 
 
@@ -80,8 +84,12 @@ def table(judgements: Sequence[Judgement]) -> str:
     defended = {one.spec: one for judged in judgements for one in judged.models if one.facts.base is not None}
     values = [one.gain.p_value for one in defended.values() if one.gain is not None]
     adjusted = dict(zip(defended, holm(values), strict=True))
-    bases = {judged.steps: one for judged in judgements for one in judged.models if one.facts.base is None}
-    rows = [_row(f"none ({steps} steps)", one, {}) for steps, one in sorted(bases.items())]
+    bases = {
+        (-judged.queries, judged.steps): one for judged in judgements for one in judged.models if one.facts.base is None
+    }
+    rows = [
+        _row(f"none ({steps} steps, {-queries} queries)", one, {}) for (queries, steps), one in sorted(bases.items())
+    ]
     rows += [
         _row(f"`+{spec.removeprefix(f'{one.facts.base}+')}`", one, adjusted)
         for spec, one in sorted(defended.items(), key=lambda item: -item[1].worst.successes)

@@ -87,12 +87,13 @@ class Framing:
         Raises:
             UserError: one of the two is no square: nothing says what the same framing would be there.
         """
-        if as_size(size) == self.image_size:
+        size = as_size(size)
+        if size == self.image_size:
             return self
         if not (isinstance(size, int) and isinstance(self.image_size, int) and isinstance(self.short_side, int)):
             raise UserError(
                 f"only a square can be taken at another size, and only as a square: the model's images have "
-                f"{size_text(self.image_size)} pixels (height x width), got {size_text(as_size(size))}"
+                f"{size_text(self.image_size)} pixels (height x width), got {size_text(size)}"
             )
         return replace(self, image_size=size, short_side=round(self.short_side * size / self.image_size))
 

@@ -22,10 +22,12 @@ def as_size(value: Any, what: str = "the image size") -> Size:
         (64, 64, (48, 64))
     """
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    whole = all(hasattr(side, "__index__") and not isinstance(side, bool) for side in pair)
-    if len(pair) != 2 or not whole:
-        raise UserError(f"{what} must be a whole number of pixels, or (height, width), got {value!r}")
-    height, width = map(operator.index, pair)
+    try:
+        if any(isinstance(side, bool) for side in pair):
+            raise TypeError("a bool is no number of pixels")
+        height, width = map(operator.index, pair)
+    except (TypeError, ValueError):
+        raise UserError(f"{what} must be a whole number of pixels, or (height, width), got {value!r}") from None
     if min(height, width) < 1:
         raise UserError(f"{what} must be at least 1 pixel, got {height if height == width else (height, width)}")
     return height if height == width else (height, width)

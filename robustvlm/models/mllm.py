@@ -102,6 +102,7 @@ class MllmVLM(VLM):
         question: asked of every image.
     """
 
+    counted_at = "tokens"
     mean: Tensor
     std: Tensor
     lengths: Tensor

@@ -13,7 +13,7 @@ import torch
 
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import read_bytes, read_json
-from robustvlm.core.size import sides
+from robustvlm.core.framing import trial_pixels
 from robustvlm.errors import UserError
 from robustvlm.models import transformers_files as files
 from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM, Tongue
@@ -172,8 +172,7 @@ def _template(folder: Path) -> str | None:
 @torch.no_grad()
 def _try_out(vlm: MllmVLM, how: Preprocessing, spec: str) -> None:
     """Refuse a model that gives tokens or logits that are not finite, or that answers without looking at the image."""
-    height, width = sides(how.framing.image_size)
-    pixels = torch.linspace(0, 1, 2 * 3 * height * width).view(2, 3, height, width)
+    pixels = trial_pixels(2, how.framing.image_size)
     try:
         tokens = vlm.tokens(pixels)
         logits = vlm.next_logits(tokens, torch.zeros(2, 1, dtype=torch.long))

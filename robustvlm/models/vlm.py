@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ class VLM(nn.Module, ABC):
     """What a model that was trained on pairs (SigLIP) adds to `logit_scale` * cosine; the same for every class."""
     remarks: tuple[str, ...] = ()
     """What was taken for granted of the model and could not be checked: every run says it."""
+    counted_at: ClassVar[str] = "_image_features"
+    """The method that every image passes once, whichever of the model's answers is asked for."""
     _anchor: torch.Tensor
 
     def __init__(
@@ -202,11 +205,10 @@ def resize(pixels: torch.Tensor, size: Size, interpolation: str = "bicubic") -> 
 
 
 def fitted(pixels: torch.Tensor, size: Size, interpolation: str = "bicubic") -> torch.Tensor:
-    """Return `pixels` [B, 3, H, W] at the size of a model, which is `resize` where that is a square.
+    """Return `pixels` [B, 3, H, W] at the size of a model, which is `resize` of square images for a square one.
 
     Raises:
-        UserError: the size is no square and the pixels have another one: to stretch them is not what the model's own
-            preprocessing does.
+        UserError: the pixels would be stretched, which is not what the model's own preprocessing does.
     """
     _check_shape(tuple(pixels.shape), size)
     return resize(pixels, size, interpolation)
@@ -218,6 +220,10 @@ def _check_shape(shape: tuple[int, ...], size: Size) -> None:
             f"images must have {size_text(size)} pixels (height x width), the model's own size, got "
             f"{'x'.join(map(str, shape[-2:]))}: robustvlm.data.to_pixels brings them there by the model's `framing`"
         )
+    if isinstance(size, int) and shape[-2] != shape[-1]:
+        raise UserError(
+            f"images must be square, got {shape[-2]}x{shape[-1]}: crop them (robustvlm.data.to_pixels does)"
+        )
 
 
 def check_pixels(pixels: torch.Tensor, size: Size) -> None:
@@ -226,7 +232,5 @@ def check_pixels(pixels: torch.Tensor, size: Size) -> None:
     if pixels.ndim != 4 or shape[1] != 3:
         raise UserError(f"pixels must have the shape [batch, 3, height, width], got {list(shape)}")
     _check_shape(shape, size)
-    if isinstance(size, int) and shape[2] != shape[3]:
-        raise UserError(f"images must be square, got {shape[2]}x{shape[3]}: crop them (robustvlm.data.to_pixels does)")
     if not pixels.is_floating_point():
         raise UserError(f"pixels must be floats in [0, 1], got {pixels.dtype}: divide 8-bit images by 255")

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import robustvlm as rv
 from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, UNAWARE
 from robustvlm.commands.judge.paper import table_of_defences, write_markdown
-from robustvlm.commands.judge.record import Judgement, ModelJudgement, compared_checks
+from robustvlm.commands.judge.record import Judgement, ModelJudgement, as_read, compared_checks
 from robustvlm.commands.judge.view import (
     act_words,
     bars_of,
@@ -28,6 +29,8 @@ from robustvlm.commands.judge.view import (
 from robustvlm.core.files import read_json
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.zoo.base import DEFENCES, Claim
+from robustvlm.defenses.zoo.wrap import counted_passes
+from robustvlm.models import VLM
 from robustvlm.runs.records import Check
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import mcnemar_exact
@@ -309,6 +312,50 @@ def test_passes_of_the_attack_on_features_are_counted_where_a_defence_answers_fo
     assert [act.tried for act in acts] == [2, 2]
     assert acts[0].backward == acts[1].backward >= 2 * 2, "the same attack, on the same encoder"
     assert acts[1].forward - acts[0].forward == 2, "its points are shown to two views instead of one"
+
+
+def test_an_encoder_that_several_models_share_is_counted_once() -> None:
+    encoder, defended = load_pipeline("tiny"), load_pipeline("tiny+bits:3")
+    pixels = torch.rand(2, 3, 64, 64)
+    with torch.no_grad(), counted_passes(encoder, encoder) as outer, counted_passes(encoder) as inner:
+        encoder.encode_image(pixels)
+    assert (outer.forward, inner.forward) == (2, 2)
+    assert "_image_features" not in vars(encoder), "all is as it was"
+    with torch.no_grad(), counted_passes(encoder, defended) as seen:
+        encoder.encode_image(pixels)
+        defended.encode_image(pixels)
+    assert seen.forward == 4
+
+
+class _TwoSides(VLM):
+    """An image side with the texts of another model, which stands behind it among its modules."""
+
+    def __init__(self, text: VLM) -> None:
+        super().__init__(spec="two", image_size=64, logit_scale=1.0)
+        self.text = text
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean((2, 3))
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        return self.text.embed_text(texts)
+
+
+def test_passes_are_those_of_the_image_side() -> None:
+    model = _TwoSides(load_pipeline("tiny"))
+    with torch.no_grad(), counted_passes(model) as seen:
+        model.encode_image(torch.rand(3, 3, 64, 64))
+    assert seen.forward == 3
+
+
+def test_a_summary_of_the_version_before_is_read_by_the_present_rules(run: Any) -> None:
+    found = run.summary.of("planted:plain+bits:8")
+    acts = [act for act in found.acts if not act.name.startswith(SHORT)]
+    old = found.model_copy(update={"acts": acts, "adaptive": found.clean})
+    models = [one if one.spec != old.spec else old for one in run.summary.models]
+    again = as_read(run.summary.model_copy(update={"models": models})).of(old.spec)
+    assert again.adaptive == found.adaptive != found.clean
+    assert "a fresh run may find more" in {check.name: check.message for check in again.checks}["more steps"]
 
 
 def test_words_and_tables() -> None:

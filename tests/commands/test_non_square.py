@@ -332,3 +332,17 @@ def test_a_model_that_transformers_cannot_be_is_refused(place: Path) -> None:
 def test_tensors_of_a_source_have_the_size(place: Path) -> None:
     images, _, _ = open_data(options(place)["data"]).tensors((HEIGHT, WIDTH), limit=2)
     assert images.shape == (2, 3, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("spec", ["tiny+vote:2", "tiny+tte:2", "tiny+smooth:0.1:2", "tiny"])
+def test_a_square_model_stretches_no_image_whatever_stands_around_it(spec: str) -> None:
+    model = load_classifier(spec, ["apple", "dog"], ["{}"], cache=False)
+    with pytest.raises(UserError, match="images must be square, got 48x64"):
+        model(torch.rand(1, 3, 48, 64))
+
+
+def test_a_size_that_is_no_whole_number_is_one_line() -> None:
+    for wrong in (torch.tensor(64.0), torch.tensor([16, 24]), np.array([64, 64]), True, (1, 2, 3), 2.5):
+        with pytest.raises(UserError, match="must be a whole number of pixels"):
+            as_size(wrong)
+    assert Framing(64).at((32, 32)) == Framing(32)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ All attacks are those of the library (`perturb`); here is only which of them are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,7 +35,7 @@ LABEL = "label:pgd"
 TRANSFER = (*UNAWARE, LABEL)
 MODE, SHORT, START, OWN = "mode:", "short:", "start:", "own"
 """How acts through a gradient mode are named, and what stands for the mode of a model that has none."""
-_SHORTER = 4
+SHORTER = 4
 """A short attack makes one step where a full one makes so many."""
 
 
@@ -111,7 +111,7 @@ class Attacked:
         square = (SQUARE,) if self.queries else ()
         through = (f"{MODE}{mode}" for mode in self.modes)
         # Longer steps in less number may find what a long attack does not, and more effort must never help a defence.
-        short = (f"{SHORT}{mode}" for mode in self.modes if self.steps >= _SHORTER)
+        short = (f"{SHORT}{mode}" for mode in self.modes if self.steps >= SHORTER)
         started = (f"{START}{mode}" for mode in self.modes)
         return (CLEAN, *TRANSFER, *through, *feature, *short, *started, *square)
 
@@ -179,16 +179,13 @@ class Attacked:
                 attacks = [PGDFrom(n_iter=self.steps, points=points)]
                 return self._fates(self._perturb(images, attacks))
             if f"{kind}:" == SHORT:
-                return self._fates(self._perturb(images, f"pgd:steps={self.steps // _SHORTER}"))
+                return self._fates(self._perturb(images, f"pgd:steps={self.steps // SHORTER}"))
             margin = f"apgd-ce:steps={self.steps}:objective=margin"
             return self._fates(self._perturb(images, f"pgd:steps={self.steps},{margin}"))
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[list[Counted]]:
+    def counted(self) -> contextlib.AbstractContextManager[Counted]:
         """Count the passes through the model's encoder, and through that which the attack on features looks at."""
-        with contextlib.ExitStack() as stack:
-            models = [self.model] if self.features is self.model else [self.model, self.features]
-            yield [stack.enter_context(counted_passes(model)) for model in models]
+        return counted_passes(self.model, self.features)
 
     def cost(self, images: Images) -> Passes:
         """Return the passes that a clean answer takes, counted at the encoder."""

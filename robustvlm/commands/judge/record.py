@@ -7,7 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustvlm.commands.common.store import JournalLedger
-from robustvlm.commands.judge.attacks import CLEAN, FEATURE, LABEL, MODE, SHORT, SQUARE, START, TRANSFER, UNAWARE, Fate
+from robustvlm.commands.judge.attacks import (
+    CLEAN,
+    FEATURE,
+    LABEL,
+    MODE,
+    SHORT,
+    SHORTER,
+    SQUARE,
+    START,
+    TRANSFER,
+    UNAWARE,
+    Fate,
+)
 from robustvlm.defenses.zoo.base import Passes
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check, Record
@@ -87,8 +99,8 @@ class ModelJudgement(Record):
         clean: accuracy without an attack.
         unaware: by attack, accuracy at points made on the undefended model (for that one: under the attack itself).
         own_label: the same with the undefended model's own prediction in the label's place, by PGD.
-        adaptive: right when clean, under every attack through the defence and on features, and at the points made on
-            the undefended model, which such attacks begin at: who knows the defence knows what stands behind it.
+        adaptive: right under everything but Square: when clean, under every attack through the defence and on
+            features, and at the points made on the undefended model: who knows the defence knows what stands behind it.
         worst: right throughout, search without gradients included: the robust accuracy.
         gain: worst against the undefended model's worst on the same images; gain_p: its p-value, Holm over the run.
         protocol: unaware PGD against worst.
@@ -250,7 +262,7 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
         clean=rate(sum(row.right[CLEAN] for row in rows), total),
         unaware={act: rate(sum(row.right[act] for row in rows), total) for act in UNAWARE},
         own_label=rate(sum(row.right[LABEL] for row in rows), total),
-        adaptive=rate(sum(row.held_in(act for act in acts if act != SQUARE) for row in rows), total),
+        adaptive=_adaptive(rows),
         worst=rate(sum(row.held for row in rows), total),
         acts=[
             _of_act(act, rows, fates[act].values(), ledger.spent(facts.spec, act), every_mode=images.every_mode)
@@ -260,6 +272,25 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
         images=rows,
         checks=facts.checks,
     )
+
+
+def _adaptive(rows: Sequence[ImageFate]) -> Rate:
+    return rate(sum(row.held_in(act for act in row.right if act != SQUARE) for row in rows), len(rows))
+
+
+def as_read(summary: Judgement) -> Judgement:
+    """Return a summary that an earlier version may have written, its figures by the present rules.
+
+    There, what was right at the transferred points did not count for the adaptive figure, and there were no short
+    attacks, which it is told to lack.
+    """
+    models = []
+    for found in summary.models:
+        lacks = summary.steps >= SHORTER and not any(act.name.startswith(SHORT) for act in found.acts)
+        said = "Of a version before, which did not try a quarter of the steps: a fresh run may find more."
+        checks = [*found.checks, *([Check(name="more steps", level="note", message=said)] if lacks else [])]
+        models.append(found.model_copy(update={"adaptive": _adaptive(found.images), "checks": checks}))
+    return summary.model_copy(update={"models": models})
 
 
 def _of_act(act: str, rows: Sequence[ImageFate], fates: Iterable[Fate], spent: Passes, *, every_mode: bool) -> Act:
@@ -310,11 +341,12 @@ def _budget(found: ModelJudgement) -> Check | None:
     fooled = sum(act.tried - act.right for act in acts)
     if not fooled:
         return None
+    chance = " (or its draws, which are others each time)" if found.facts.random else ""
     return Check(
         name="more steps",
-        level="warning",
-        message=f"A quarter of the steps fools {fooled} of the {acts[0].tried} images that all steps left: more effort "
-        "would have helped the defence. They count as fooled; other steps and draws may find more.",
+        level="note" if found.facts.random else "warning",
+        message=f"A quarter of the steps{chance} fools {fooled} of the {acts[0].tried} images that all steps left: "
+        "more effort would have helped the defence. They count as fooled; other steps may find more.",
     )
 
 

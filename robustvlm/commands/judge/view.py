@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from markupsafe import Markup
 from rich.console import Console
 
 from robustvlm.commands.judge.attacks import FEATURE, LABEL, MODE, OWN, SHORT, SQUARE, START, UNAWARE
-from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement
+from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement, as_read
 from robustvlm.defenses.pipeline import split_spec
 from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, strengths
 from robustvlm.defenses.zoo.base import OWN as OWN_WAY
@@ -37,7 +38,8 @@ _NEAR = 5
 
 def read_run(folder: Path) -> FinishedRun[Judgement]:
     """Read a finished judgement back; UserError when it has not ended, is of another kind, or a file is damaged."""
-    return read_finished(folder, "summary.json", Judgement, kind="judge")
+    run = read_finished(folder, "summary.json", Judgement, kind="judge")
+    return replace(run, summary=as_read(run.summary))
 
 
 def show(run: FinishedRun[Judgement], console: Console) -> None:
@@ -275,9 +277,9 @@ def _table(summary: Judgement) -> Iterator[doc.Block]:
         yield doc.Text(aside)
     yield doc.Text(
         "Unaware: points made on the undefended model, as most papers attack. Own label: the same, with that model's "
-        "own prediction in the label's place, so that they carry no label. Adaptive: right when clean and under "
-        "every gradient mode and the attack on features. Worst: right under everything, transferred points and Square "
-        "included; only this is robust accuracy.",
+        "own prediction in the label's place, so that they carry no label. Adaptive: right when clean, at those "
+        "points, under every gradient mode and under the attack on features. Worst: under Square too; only this is "
+        "robust accuracy.",
         kind="small",
     )
     if summary.not_reproduced:

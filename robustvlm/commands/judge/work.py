@@ -46,8 +46,6 @@ from robustvlm.runs.run import Facts, Session
 
 __all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "show", "write_report"]
 
-__all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "show", "write_report"]
-
 RESULTS = ("summary.json",)
 
 FIRST = next(iter(UNAWARE))
@@ -177,9 +175,9 @@ class _Trial:
                 start = None if points is None else points[[places.index(place) for place in wanted]]
                 fates = attacked.act(act, chosen, start)
         numbered = [fate.model_copy(update={"index": wanted[fate.index]}) for fate in fates]
-        spent = Passes(sum(one.forward for one in seen), sum(one.backward for one in seen))
+        spent = Passes(seen.forward, seen.backward)
         self.ledger.add_part(spec, act, part, numbered, time.monotonic() - began, spent)
-        self.session.observer.passed(len(wanted), int(spent.forward + spent.backward))
+        self.session.observer.passed(len(wanted), seen.forward + seen.backward)
 
     def _fallen(self, spec: str, act: str, attacked: Attacked) -> set[int]:
         """Return the images that an act is not made on, by what came of them in the acts before."""

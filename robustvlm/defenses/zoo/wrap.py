@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,26 +258,38 @@ class Counted:
 
 
 @contextlib.contextmanager
-def counted_passes(model: nn.Module) -> Iterator[Counted]:
+def counted_passes(*models: nn.Module) -> Iterator[Counted]:
     """Count the passes through the encoder, or the classifier, that all defences of a model stand on.
+
+    Args:
+        models: whose encoders are counted together, one that several share once.
 
     Example:
         >>> from robustvlm.defenses import load_classifier
         >>> model = load_classifier("tiny+vote:4", ["apple", "dog"], ["{}"], cache=False)
-        >>> with torch.no_grad(), counted_passes(model) as seen:
+        >>> with torch.no_grad(), counted_passes(model, model) as seen:
         ...     _ = model(torch.rand(2, 3, 64, 64))
         >>> seen.per_image(2).forward
         4.0
     """
-    found, seen = _innermost(model), Counted()
-    name = "_image_features" if isinstance(found, VLM) else "forward"
-    before = getattr(found, name)
-
-    vars(found)[name] = _Counting(before, seen)
-    try:
+    seen = Counted()
+    with contextlib.ExitStack() as stack:
+        for found in {id(one): one for one in map(_innermost, models)}.values():
+            stack.enter_context(_watched(found, seen))
         yield seen
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, seen: Counted) -> Iterator[None]:
+    name = model.counted_at if isinstance(model, VLM) else "forward"
+    own = vars(model).get(name)  # somebody else may be counting, too
+    vars(model)[name] = _Counting(getattr(model, name), seen)
+    try:
+        yield
     finally:
-        del vars(found)[name]
+        vars(model).pop(name)
+        if own is not None:
+            vars(model)[name] = own
 
 
 @dataclass
@@ -299,8 +311,10 @@ class _Counting:
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    parts: Iterable[nn.Module] = model.modules()
-    encoders = [part for part in parts if isinstance(part, VLM)]
-    if encoders:
-        return encoders[-1]
-    return [part for part in model.modules() if isinstance(part, Classifier)][-1]
+    """Return what an image reaches last: what stands around an encoder names it `base`; texts may have their own."""
+    found = next((part for part in model.modules() if isinstance(part, VLM)), None)
+    if found is None:
+        return [part for part in model.modules() if isinstance(part, Classifier)][-1]
+    while isinstance(base := getattr(found, "base", None), VLM):
+        found = base
+    return found
