@@ -1,4 +1,4 @@
-"""Train the bundled multimodal model: python -m tools.train_tiny_mllm (about 15 minutes on one core; --help).
+"""Train the bundled multimodal model: python -m tools.train_tiny_mllm (about 25 minutes on one core; --help).
 
 A LLaVA: the bundled CLIP's image tower, frozen; a projector; a Llama of three layers. The tower's tokens are computed
 once, a part of them behind pixel noise, so that the language model also reads what smoothing gives it. The validation
@@ -11,6 +11,8 @@ import argparse
 import json
 import math
 import random
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,8 +290,7 @@ def main() -> None:
     print(f"{len(seen.facts)} pictures in {time.monotonic() - began:.0f} s, {len(tokenizer)} words", flush=True)
     steps = train(model, tokenizer, taxonomy, seen, held[VALIDATION_STYLE], options)
     told: dict[str, Any] = {
-        "command": f"python -m tools.train_tiny_mllm --minutes {options.minutes:g} --copies {options.copies} "
-        f"--noise {options.noise:g} --base {options.base} --seed {options.seed} --test",
+        "command": f"python -m tools.train_tiny_mllm {shlex.join(sys.argv[1:])}".strip(),
         "steps": steps,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "threads": options.threads,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from robustvlm.data.names import check_names, clean_name, words_of
 from robustvlm.errors import UserError, nearest
-from robustvlm.text import name_key
+from robustvlm.text import name_key, one_line
 
 _DIGITS = re.compile(r"([0-9]+)")
 _LEADING_CODE = re.compile(r"^(n\d{8}|\d+)[\s._-]+(?=\D)")
@@ -133,12 +133,19 @@ def settle_names(own: Own, given: Sequence[str] | Mapping[str, str] | None, wher
 def captions_of(value: object) -> tuple[str, ...]:
     """Return the captions in a cell: one text, several, or the lines of one; empty ones are none.
 
+    Raises:
+        UserError: what stands there is no text.
+
     Example:
         >>> captions_of("a dog"), captions_of(["a dog", " ", "a cat"]), captions_of(None)
         (('a dog',), ('a dog', 'a cat'), ())
     """
-    texts = value if isinstance(value, list | tuple) else [] if value is None else str(value).splitlines()
-    return tuple(text for text in (str(one).strip() for one in texts if one is not None) if text)
+    texts = value if isinstance(value, list | tuple) else [value]
+    kept = [one for one in texts if isinstance(one, str)]
+    if wrong := [one for one in texts if one is not None and not isinstance(one, str)]:
+        raise UserError(f"a caption must be a text or a list of texts, got {one_line(repr(wrong[0]), limit=60)}")
+    lines = kept if isinstance(value, list | tuple) else [line for one in kept for line in one.splitlines()]
+    return tuple(text for text in (line.strip() for line in lines) if text)
 
 
 def number_of(text: str) -> int | None:

@@ -300,8 +300,8 @@ def _captions(data: bytes) -> object:
     except (ValueError, RecursionError):
         return text
     if isinstance(value, dict):
-        value = value.get("captions", value.get("caption"))
-    return value if isinstance(value, list | str) else text if not isinstance(value, dict) else None
+        return value.get("captions", value.get("caption"))
+    return value if isinstance(value, list | str) else text  # a text that happens to be JSON, as "5"
 
 
 def _members(row: dict[str, Any]) -> str:

@@ -56,6 +56,7 @@ class Tongue:
         ids = list(self.tokenizer(text)["input_ids"])
         if ids.count(self.image) != 1:
             raise UserError(f"the prompt '{text}' has {ids.count(self.image)} image tokens, expected one")
+        self._require_words("question", question, ids, (self.tokenizer.unk_token_id,))
         place = ids.index(self.image)
         return Prompt(tuple(ids[:place]), tuple(ids[place + 1 :]), text)
 
@@ -71,7 +72,17 @@ class Tongue:
         found = told[len(asked) :] if told[: len(asked)] == asked else self._apart(answer)
         if not found:
             raise UserError(f"'{answer}' is no answer: it has no token")
+        self._require_words("answer", answer, found, self.tokenizer.all_special_ids)
         return found
+
+    def _require_words(self, what: str, text: str, ids: Sequence[int], unfit: Sequence[int | None]) -> None:
+        """Refuse a text of which the model reads a part as an unknown or special token: another text than is meant."""
+        wrong = set(ids) & {token for token in unfit if token is not None}
+        if not wrong:
+            return
+        words = [word for word in text.split() if wrong & set(self._apart(word))] or [text]
+        listed = ", ".join(f"'{word}'" for word in words[:5])
+        raise UserError(f"the {what} '{text}' has words that the language model does not know: {listed}")
 
     def _apart(self, answer: str) -> list[int]:
         return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
@@ -126,13 +137,16 @@ class MllmVLM(VLM):
         self.how, self.tongue, self.folder, self.config = how, tongue, folder, config
         self.layers, self.drop_first, self.question, self.pooled = layers, drop_first, question, pooled
         self.prompt = tongue.prompt(question)
-        self.register_buffer("mean", torch.tensor(how.mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(how.std, dtype=torch.float32).view(1, -1, 1, 1))
-        self._in: dict[torch.dtype, MllmVLM] = {}
+        place = next(model.parameters()).device
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(how, name), dtype=torch.float32, device=place)
+            self.register_buffer(name, value.view(1, -1, 1, 1))
+        self._in: dict[torch.dtype, tuple[list[Any], MllmVLM]] = {}
         self.eval().requires_grad_(False)
         with torch.no_grad():
-            self.register_buffer("lengths", self.tokens(_pictures(self.image_size)).norm(dim=-1).mean(0))
-        self.width = int(self.tokens(_pictures(self.image_size)[:1]).shape[-1])
+            tokens = self.tokens(_pictures(self.image_size).to(place))
+            self.register_buffer("lengths", tokens.norm(dim=-1).mean(0))
+        self.width = int(tokens.shape[-1])
 
     # The encoder
 
@@ -164,8 +178,8 @@ class MllmVLM(VLM):
     def _text_features(self, texts: list[str]) -> Tensor:
         del texts
         raise UserError(
-            f"'{self.spec}' answers in words and has no text encoder: ask it a question ({PREFIX}NAME#QUESTION), "
-            "or pass a CLIP-like model"
+            f"'{self.spec}' answers in words and has no text encoder, so that texts and captions cannot be compared "
+            "with its images: leave these out, or pass a CLIP-like model"
         )
 
     # The language model
@@ -251,13 +265,26 @@ class MllmVLM(VLM):
         """Return the same model in a number type; one in another is copied once."""
         if next(self.model.parameters()).dtype == dtype:
             return self
-        if dtype not in self._in:
-            self._in[dtype] = copy.deepcopy(self).to(dtype)
-        return self._in[dtype]
+        # Weights that were changed in place, replaced or moved are others.
+        state = [(value.data_ptr(), value._version, value.device) for value in self.state_dict(keep_vars=True).values()]
+        known = self._in.pop(dtype, None)
+        if known is None or known[0] != state:
+            known = state, copy.deepcopy(self).to(dtype)
+        self._in[dtype] = known
+        return known[1]
 
     def options(self, answers: Sequence[str]) -> Options:
-        """Return a list of answers, to be scored all at once."""
-        return Options.of([self.tongue.answer_ids(self.question, answer) for answer in answers], self.tongue.ends[0])
+        """Return a list of answers, to be scored all at once.
+
+        Raises:
+            UserError: an answer has words that are not known, or two are the same tokens.
+        """
+        ids = [self.tongue.answer_ids(self.question, answer) for answer in answers]
+        for place, one in enumerate(ids):
+            if (first := ids.index(one)) < place:
+                both = f"'{answers[first]}' and '{answers[place]}'"
+                raise UserError(f"{both} are the same tokens to the language model: leave out one of them")
+        return Options.of(ids, self.tongue.ends[0])
 
     def asking(self, question: str) -> MllmVLM:
         """Return the same model with another question; the weights are shared."""

@@ -14,7 +14,7 @@ import torch
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import read_bytes, read_json
 from robustvlm.core.framing import trial_pixels
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
 from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM, Tongue
 from robustvlm.models.transformers_load import loading_options, read_preprocessing, read_tokenizer, require_whole
@@ -59,6 +59,10 @@ def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
     place, question, pooled = split_question(spec)
     own = PREFIX + place
     module = files.library()
+    if place not in BUNDLED and "/" not in place and not os.path.isdir(os.path.expanduser(place)):
+        raise UserError(
+            f"no folder at '{place}', and no bundled {PREFIX} model of that name: {nearest(place, BUNDLED)}"
+        )
     folder = BUNDLED[place] if place in BUNDLED else files.model_folder(place)
     config = files.read_config(folder, own)
     _require_family(config, own)

@@ -240,7 +240,8 @@ def _check_names(class_names: Sequence[str]) -> None:
         raise UserError(f"class names must be a list, got the one text '{class_names}'")
     if len(class_names) < 2:
         shown = "".join(f": '{name}'" for name in class_names)
-        raise UserError(f"a classifier needs at least 2 classes, got {len(class_names)}{shown}")
+        none = "" if class_names else ": the data name none, so pass them, or a column of labels"
+        raise UserError(f"a classifier needs at least 2 classes, got {len(class_names)}{shown}{none}")
     counts = Counter(" ".join(name.split()) for name in class_names)
     if "" in counts:
         raise UserError(f"class {[name.strip() for name in class_names].index('')} has an empty name")

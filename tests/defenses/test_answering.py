@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from robustvlm.__main__ import run as main
+from robustvlm.commands.certify.audit import Effort, audit_folder
 from robustvlm.core.framing import to_pixels
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline
 from robustvlm.defenses.answering import Answering, AnswerVLM, answers_of, image_tokens
@@ -187,12 +188,64 @@ def test_goals_of_words_and_features_run_on_a_smoothed_model(
         assert found["clean_accuracy"]["successes"] == found["images"]["exposed"]
 
 
-@pytest.mark.parametrize("claim", ["vote", "class", "feature"])
+@pytest.mark.parametrize("claim", ["vote", "feature"])
 def test_certified_by_the_command(claim: str, folder: Path, command: Callable[..., Any]) -> None:
     found = command(
         "certify", f"mllm:{folder}", "--claim", claim, "--sigma", "0.05", "--samples", "400", "--limit", "2"
     )
     assert found["images"] == 2
+    if claim == "vote":
+        audited = audit_folder(Path("runs/r"), effort=Effort(), limit=1)
+        assert audited.findings, "the model that was certified is the one that is audited"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--claim", "class"], "answers in words: pass --claim vote"),
+        (["--claim", "openset", "--tau", "0.5"], "answers in words: pass --claim vote"),
+        (["--claim", "vote", "--cache", "float32"], "cannot be kept for other prompts: leave out --cache"),
+    ],
+)
+def test_what_no_deployed_model_says_is_not_certified(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["certify", "mllm:tiny+smooth:0.1:4", "--limit", "2", "--samples", "200", *options, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["robustvlm", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_words_are_kept_in_any_precision(folder: Path, command: Callable[..., Any]) -> None:
+    rest = ("--eps", "32/255", "--attack", "pgd:steps=8", "--checks", "none", "--precision", "fp64")
+    assert command("attack", f"mllm:{folder}", *rest)["per_eps"][0]["fooled"] > 0
+
+
+def test_words_that_are_not_known_are_refused() -> None:
+    known = ["owl", "dog"]
+    for wrong, said in (
+        (["owl", "xyzzy"], "'xyzzy' has words that the language model does not know"),
+        (["owl", "dog", "owl"], "'owl' and 'owl' are the same tokens"),
+        (["owl", "<image>"], "does not know: '<image>'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_classifier("mllm:tiny", wrong, ["{}"])
+    with pytest.raises(UserError, match=r"question 'wo ist der hund\?' has words"):
+        load_classifier("mllm:tiny#wo ist der hund?", known, ["{}"])
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        load_model("mllm:tinny")
+
+
+def test_a_copy_in_another_precision_follows_the_weights(folder: Path) -> None:
+    model = load_model(f"mllm:{folder}")
+    assert isinstance(model, MllmVLM)
+    first = model.in_type(torch.float64)
+    assert model.in_type(torch.float64) is first
+    with torch.no_grad():
+        model.model.lm_head.weight.zero_()
+    assert not model.in_type(torch.float64).model.lm_head.weight.any()
 
 
 def test_a_mapper_over_tokens_is_trained_kept_and_answered_from(

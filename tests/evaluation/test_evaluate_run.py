@@ -18,6 +18,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 import robustvlm as rv
 from robustvlm.commands.evaluate import looks
+from robustvlm.commands.evaluate.looks import Looker
 from robustvlm.commands.evaluate.measures import (
     macro_std,
     macro_std_draws,
@@ -27,7 +28,9 @@ from robustvlm.commands.evaluate.measures import (
 )
 from robustvlm.commands.evaluate.record import ImageRow, measured, recalls
 from robustvlm.core.framing import to_pixels
+from robustvlm.data.labels import captions_of
 from robustvlm.errors import UserError
+from robustvlm.models import VLM
 from robustvlm.stats import rate
 
 CPU = {"device": "cpu"}
@@ -236,6 +239,45 @@ def test_captions_alone_are_enough(captioned: Path, tmp_path: Path) -> None:
     assert "R@10" in run.report.read_text(encoding="utf-8")
     with pytest.raises(UserError, match=r"at least 2 classes"):
         rv.attack("tiny", data=asked["data"], limit=2, out=tmp_path)
+
+
+class _Blind(VLM):
+    """An encoder whose texts are not numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(spec="blind", image_size=8, logit_scale=1.0)
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean((2, 3))
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        return torch.full((len(texts), 3), float("nan"))
+
+
+def test_texts_that_are_no_numbers_are_found_by_no_image(captioned: Path) -> None:
+    source = rv.open_data(f"parquet:{captioned}?captions=captions")
+    with pytest.raises(UserError, match=r"features with NaN or infinite values for 'an? .*emoji"):
+        list(Looker(_Blind(), source, 4, 4).looks())
+    nan = torch.full((2, 3), float("nan"))
+    of_images, of_texts = retrieval_places(torch.eye(3)[:2], nan, torch.tensor([0, 1]))
+    assert of_images.min() > 1
+    assert of_texts.min() > 1
+
+
+def test_long_captions_are_told_of(captioned: Path, tmp_path: Path) -> None:
+    table = pq.read_table(captioned).to_pydict()
+    table["captions"][0] = ["word " * 100]
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table(table), path)
+    run = rv.evaluate("tiny", data=f"parquet:{path}?captions=captions", out=tmp_path, **CPU)
+    assert run.retrieval.cut == 1
+    assert "1 caption cut at what the text tower reads" in run.report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("value", [5, [{"raw": "a dog"}], [["a dog"]], {"caption": "a dog"}])
+def test_a_caption_is_a_text(value: object) -> None:
+    with pytest.raises(UserError, match="a caption must be a text or a list of texts, got"):
+        captions_of(value)
 
 
 def test_captions_and_classes_together(captioned: Path, tmp_path: Path) -> None:

@@ -59,13 +59,17 @@ def plain_words(text: str) -> str:
 
 
 def names(answer: str, word: str) -> bool:
-    """Whether an answer has a word, or words in this order.
+    """Whether an answer has a word, or words in this order; a plural in s or words written as one count as well.
 
     Example:
         >>> names("It is an egg.", "egg"), names("An eggplant", "egg")
         (True, False)
+        >>> names("Two owls", "owl"), names("a hotdog", "hot dog")
+        (True, True)
     """
-    return plain_words(word) in plain_words(answer)
+    said, wanted = plain_words(answer), plain_words(word).strip()
+    forms = [form + ending for form in (wanted, wanted.replace(" ", "")) for ending in ("", "s", "es")]
+    return any(f" {form} " in said for form in forms)
 
 
 class WordsGoal(Goal):

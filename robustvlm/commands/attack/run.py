@@ -370,7 +370,7 @@ class AttackRun:
         """Return what the model says of two images in words, under draws that follow from the image."""
         assert self.aim.say is not None
         with own_draws(self.oracle.device, derive_seed(self.plan.seed, "words", index)), full_precision_kernels():
-            return self.aim.say(images.to(self.oracle.device))
+            return self.aim.say(images.to(self.oracle.device, torch.float32))  # the model's own, whatever the oracle's
 
     def _show(self, stage: Stage, left: int) -> None:
         """Tell the observer that a stage begins, and those after it that share its batches once nothing is left in it.

@@ -20,7 +20,14 @@ from robustvlm.certify.normal import Array
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.record import CertifyRecord, load_certify_run
-from robustvlm.commands.certify.setup import describe_head, materials_of, prompts_of, rule_of, vectors_of_classes
+from robustvlm.commands.certify.setup import (
+    certified_model,
+    describe_head,
+    materials_of,
+    prompts_of,
+    rule_of,
+    vectors_of_classes,
+)
 from robustvlm.commands.common.inputs import probe_of
 from robustvlm.commands.common.store import Journal, read_journal
 from robustvlm.core.files import write_text
@@ -174,7 +181,7 @@ def audit_folder(
     )  # fmt: skip
     with named_by(f"the manifest of '{folder}'"):
         vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
-        claim = find_claim(run.config.claim)
+        vlm, claim = certified_model(vlm, run.config, source.class_names), find_claim(run.config.claim)
     if not claim.quantity:
         raise UserError(f"certificates of the claim '{run.config.claim}' cannot be audited: it names no quantity")
     _require_same_model(run, vlm, source)

@@ -1,6 +1,7 @@
 """From options to a claim that is ready to be decided: settings checked and settled, classes and rule at hand."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
-from robustvlm.defenses.answering import AnswerVLM, speaker_of
+from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of
 from robustvlm.defenses.pipeline import saved_model, split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
@@ -225,6 +226,32 @@ def list_of_names(path: Path) -> tuple[str, ...]:
     if not isinstance(names, tuple):
         raise UserError(f"'{path}' maps labels to names: expected a list, one name a line")
     return names
+
+
+def certified_model(vlm: VLM, config: CertifyConfig, class_names: Sequence[str]) -> VLM:
+    """Return the encoder whose answers behind the noise a claim is about, of a model as it is loaded.
+
+    That is the model itself; of one that answers in words, for claims about classes, its answers: the noise then stands
+    before all of it, and what is counted are the answers to noisy copies.
+
+    Raises:
+        UserError: another claim about classes than that on counted answers: nothing deploys the mean of their
+            probabilities, and there are no texts of classes to compare a mean feature with.
+    """
+    claim = find_claim(config.claim)
+    if speaker_of(vlm) is None or not claim.needs_classes:
+        return vlm
+    if claim.name != "vote":
+        raise UserError(
+            f"'{config.model}' answers in words: pass {setting('claim', 'vote')} (the answer to most noisy copies), or "
+            f"{setting('claim', 'feature')} (its image tokens); '{config.claim}' is about texts of classes"
+        )
+    if config.cache is not None:
+        raise UserError(
+            f"the answers of '{config.model}' cannot be kept for other prompts: leave out {setting('cache')}, which "
+            f"is for features ({setting('claim', 'feature')})"
+        )
+    return answers_of(vlm, class_names)
 
 
 def embed_classes(

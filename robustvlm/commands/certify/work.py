@@ -18,13 +18,14 @@ from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.certify.summary import parse_certify_condition
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.core.framing import trial_pixels
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
 from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import SmoothedVLM, load_pipeline
-from robustvlm.defenses.answering import answers_of
+from robustvlm.defenses.answering import AnswerVLM
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
@@ -118,12 +119,13 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
             "deployed": setup.settle_deployed(settings, vlm),
         }
     )
+    setup.certified_model(vlm, config, names)  # which refuses what nothing kept can show
     rule = setup.rule_of(config, names)
     if settings.classes is None and settings.templates is None:
         text = setup.vectors_of_classes(config, vlm, names, templates)
     else:
         text = setup.embed_classes(vlm, names, templates, needed=claim.needs_classes)
-    dim = vlm.encode_text(["a"]).shape[1]
+    dim = NoisyEncoder(vlm, precision=config.precision)(trial_pixels(1, vlm.image_size, device=vlm.device)).shape[1]
     rounding = rounding_error(source.config.cache, dim)
     with named_by(f"the manifest of '{source.folder.path}'"):
         clean_kept = find_claim(source.config.claim).needs_clean
@@ -267,6 +269,18 @@ def open_work(settings: CertifySettings) -> CertifyWork:
     return open_sampling(settings)
 
 
+def _whole(vlm: VLM) -> list[str]:
+    """Say what is certified of a model that answers in words, which is another one than averages image tokens."""
+    inner = vlm.base if isinstance(vlm, SmoothedVLM) else vlm
+    if not isinstance(inner, AnswerVLM):
+        return []
+    return [
+        "The noise stands before the whole model, which answers each noisy copy; the certified answer is the most "
+        "frequent one, and not what MODEL+smooth says, which averages image tokens and answers once. From Python: "
+        "rv.Smoothed(rv.load_classifier(MODEL), sigma)."
+    ]
+
+
 def open_sampling(settings: CertifySettings) -> CertifyWork:
     """Check all settings, open the data and load the model.
 
@@ -280,8 +294,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         require_possible(make_plan(config.claim, config, Materials(text=np.eye(2))), config)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
-    if find_claim(config.claim).needs_classes:
-        vlm = answers_of(vlm, source.class_names)
+    vlm = setup.certified_model(vlm, config, source.class_names)
     if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
     config = config.model_copy(update={"resolution": vlm.image_size, "deployed": setup.settle_deployed(settings, vlm)})
@@ -311,7 +324,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
 
     remarks = remarks_of(source, vlm)
     described = setup.describe_plan(plan, config, best)
-    described["notes"] += remarks
+    described["notes"] += [*remarks, *_whole(vlm)]
 
     def more(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
         return {"plan": described, "trail": describe_trail(folder, manifest)}

@@ -17,6 +17,7 @@ from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.models import VLM
+from robustvlm.text import one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,8 @@ class Looker:
         pixels = torch.stack([to_pixels(sample.image, self.model.framing) for sample in asked])
         # A random model draws the same noise in every evaluation with this batch size, or its rates would never repeat.
         draws = own_draws(self.model.device, derive_seed("evaluate", number))
-        with draws, borrowed(self.model), torch.inference_mode(), full_precision_kernels():
+        # Not inference mode: defences that optimise their input need gradients of their own.
+        with draws, borrowed(self.model), torch.no_grad(), full_precision_kernels():
             if self.classifier is None:
                 look.rows += [ImageRow(order[one.id], one.id, one.label, one.subgroup) for one in asked]
             else:
@@ -141,6 +143,11 @@ class Looker:
         parts = [encoder.encode_text(texts[at : at + self.batch_size]) for at in range(0, len(texts), self.batch_size)]
         features = torch.cat(parts)
         _check_finite(images, [asked[place] for place in have], encoder.spec, what="features")
+        if not bool(features.isfinite().all()):
+            bad = texts[int((~features.isfinite().all(dim=1)).nonzero()[0])]
+            raise UserError(
+                f"model '{encoder.spec}' gave features with NaN or infinite values for '{one_line(bad, limit=80)}'"
+            )
         return Pairs([order[asked[place].id] for place in have], images.cpu(), texts, features.float().cpu(), owner)
 
 

@@ -198,11 +198,11 @@ def retrieval_places(images: Tensor, texts: Tensor, image_of: Tensor) -> tuple[T
     for start in range(0, len(texts), _ROWS):
         scores, owner = texts[start : start + _ROWS] @ images.T, image_of[start : start + _ROWS]
         own = scores.gather(1, owner[:, None])
-        of_texts.append((scores >= own).sum(dim=1))  # its own image among them
+        of_texts.append((~(scores < own)).sum(dim=1))  # its own image among them, and what cannot be compared
     of_images = []
     for start in range(0, len(images), _ROWS):
         scores = images[start : start + _ROWS] @ texts.T
         mine = image_of[None, :] == torch.arange(start, start + len(scores))[:, None]
         best = scores.masked_fill(~mine, -torch.inf).amax(dim=1, keepdim=True)
-        of_images.append(((scores >= best) & ~mine).sum(dim=1) + 1)
+        of_images.append((~(scores < best) & ~mine).sum(dim=1) + 1)
     return torch.cat(of_images), torch.cat(of_texts)

@@ -83,6 +83,8 @@ class Unevenness(BaseModel):
 class Retrieval(BaseModel):
     """Recall at k of image-text retrieval: `text` of the captions of an image, `image` of the image of a caption.
 
+    `cut` captions are longer than what the text tower reads: they count by their beginning.
+
     Intervals of `image` count every image once, however many captions it has: captions of one image are no
     independent evidence.
     """
@@ -92,6 +94,7 @@ class Retrieval(BaseModel):
     images: int
     captions: int
     without: int = 0
+    cut: int = 0
     text: dict[int, Rate]
     image: dict[int, Rate]
 

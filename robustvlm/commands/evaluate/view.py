@@ -110,11 +110,13 @@ def verdict(result: CleanResult) -> doc.Verdict:
             f"{count_of(result.images, 'images')} of {count_of(result.classes, 'classes')}."
         )
     if result.calibration_error is not None and result.mean_confidence is not None and result.rejected is None:
-        gap = result.mean_confidence - (result.accuracy.value or 0.0)
-        sure = "too sure of itself" if gap > 0.02 else "not sure enough of itself" if gap < -0.02 else "about as sure"
-        than = " as it is right" if abs(gap) <= 0.02 else ""
+        sure = result.mean_confidence
+        over, under = sure > result.accuracy.high, sure < result.accuracy.low
+        judged = "too sure of itself" if over else "not sure enough of itself" if under else ""
+        whose = f"It is {judged}: its" if judged else "Its"
+        beside = "" if judged else ", within the interval of its accuracy"
         lines.append(
-            f"It is {sure}{than}: its mean confidence is {percent(result.mean_confidence)}, and the calibration error "
+            f"{whose} mean confidence is {percent(sure)}{beside}, and the calibration error "
             f"{percent(result.calibration_error)}."
         )
     if result.retrieval is not None:
@@ -191,6 +193,10 @@ def _retrieval(result: CleanResult) -> Iterator[doc.Block]:
     caption = f"{size}. A tie with another counts against. Intervals on the right count each image once."
     if found.without:
         caption += f" {count_of(found.without, 'images')} without a caption left out."
+    if found.cut:
+        caption += (
+            f" {count_of(found.cut, 'captions')} cut at what the text tower reads, and compared by the beginning."
+        )
     yield doc.Table(columns, rows, title="Image-text retrieval", caption=caption, strong=frozenset({0}))
 
 

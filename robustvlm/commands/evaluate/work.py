@@ -98,6 +98,9 @@ class EvaluateWork:
         if self.looker.encoder is not None:
             session.observer.begin("Comparing images and captions")
             retrieval, places, captions = _retrieved(session.path, ledger, session.manifest)
+        if retrieval is not None and captions is not None and self.looker.encoder is not None:
+            lost = self.looker.encoder.cut_tokens(captions.column("caption").to_pylist())
+            retrieval = retrieval.model_copy(update={"cut": sum(tokens > 0 for tokens in lost)})
         summary = result_of(
             self.looker.model,
             source,
