@@ -7,6 +7,7 @@ noise comes from (seed, image, settings, stage, row number), so that an image's 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from robustvlm.certify.certifier import Certifier, Finding, Stage
 from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk
 from robustvlm.core.batches import narrower_after
 from robustvlm.core.device import Arriving, sent
+from robustvlm.core.seeds import derive_seed, own_draws
 
 # An image in work: its samples on their way, and its finding once they are complete
 
@@ -158,6 +160,8 @@ class SamplingEngine:
         on_pass: called after every pass with its rows and how many of them were needed or may be.
         settings: digest of all that decides the claims of this run, the encoder included; other settings draw other
             noise (see `robustvlm.certify.noise`). Default: that of each certifier, which does not know the encoder.
+        random: the encoder draws at random by itself: each pass gets draws of its own that follow from its rows, so
+            that a run made again gives the same bits, and the caller's random state is left alone.
 
     The noise level is the certifier's own.
 
@@ -182,8 +186,9 @@ class SamplingEngine:
         keep: Keep | None = None,
         on_pass: Callable[[int, int], None] | None = None,
         settings: str | None = None,
+        random: bool = False,
     ) -> None:
-        self.encode, self.seed, self.settings = encode, seed, settings
+        self.encode, self.seed, self.settings, self.random = encode, seed, settings, random
         self.device = torch.device(device)
         self.rungs = tuple(rungs) or (lanes,)
         self.passes = 0
@@ -261,13 +266,20 @@ class SamplingEngine:
         size = self._rung(rows)
         if size > rows:
             parts.append(parts[0][:1].expand(size - rows, -1, -1, -1))
-        with torch.no_grad():
+        with torch.no_grad(), self._draws(pieces):
             features = self.encode(torch.cat(parts))
         self.passes += size
         if self._on_pass is not None:
             self._on_pass(size, rows)
         # On its way at once: behind the next pass, it would arrive when that one has ended.
         return Arriving(features[:rows].detach().float())
+
+    def _draws(self, pieces: list[Piece]) -> contextlib.AbstractContextManager[None]:
+        """Let a random encoder draw from a seed of this pass alone: draws that passes share would not be independent."""
+        if not self.random:
+            return contextlib.nullcontext()
+        rows = (f"{piece.lane.address}:{piece.stage}:{piece.start}:{piece.rows}" for piece in pieces)
+        return own_draws(self.device, derive_seed(self.seed, "draws of the encoder", *rows))
 
     def _noisy(self, piece: Piece) -> Tensor:
         """Return the image plus fresh noise for every row, in float32 and not clipped; the clean stage has no noise."""

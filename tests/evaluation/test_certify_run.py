@@ -191,6 +191,19 @@ def test_a_random_encoder_is_certified_with_a_warning(make_folder: MakeFolder) -
     assert [check.name for check in summary.checks] == ["random encoder"]
 
 
+def test_a_random_encoder_s_certificates_are_the_same_when_made_again(make_folder: MakeFolder) -> None:
+    photos, made = make_folder(3), []
+    for name in ("first", "second"):
+        torch.manual_seed(len(made))  # what else drew before does not matter
+        run = prepared(photos, "Random", claim="feature", name=name)
+        state = torch.get_rng_state()
+        run.summary()
+        assert torch.equal(torch.get_rng_state(), state)
+        made.append([(row["r"], row["radius"]) for row in rows(run)])
+    assert made[0] == made[1]
+    assert len({r for r, _ in made[0]}) == 3
+
+
 def test_memory_for_few_rows_is_used_and_noted(make_folder: MakeFolder) -> None:
     photos = make_folder(2)
     summary = prepared(photos, "SmallMemory").summary()

@@ -47,6 +47,10 @@ _ROUNDS = 3
 # Three groupings, two sides each, every one a permutation test at 0.001 (exact: independent rows may be relabelled at
 # will), and an encoder is refused only if three rounds of fresh calls all find something: (6 * 0.001)^3 < 3e-7.
 
+_APART = 1e-6
+"""Rows differ by noise of this size, which no feature shows: what seeds its draws by an image's pixels would draw the
+same for rows that are the same to the bit, and noisy copies of an image never are."""
+
 _ROUNDING = 1e-3
 """Distances of features below this are rounding that differs by place or batch, and no randomness."""
 
@@ -89,7 +93,11 @@ def find_dependence(encode: Encode, noisy: Tensor) -> str | None:
 
 
 def _ask(encode: Encode, noisy: Tensor) -> Answers:
-    count = min(ROWS, len(noisy))
+    count, apart = min(ROWS, len(noisy)), torch.Generator().manual_seed(0)
+
+    def asked(rows: Tensor) -> Tensor:
+        return encode(rows + _APART * torch.randn(rows.shape, generator=apart, dtype=rows.dtype).to(rows.device))
+
     same = noisy[:1].expand(count, -1, -1, -1).contiguous()
     mixed = same.clone()
     # Of half the contrast, and dark beside a bright image or bright beside a dark one: the others differ in mean and
@@ -97,8 +105,8 @@ def _ask(encode: Encode, noisy: Tensor) -> Answers:
     away = -0.5 if float(noisy[0].mean()) > 0.5 else 1.0
     mixed[1::2] = 0.5 * noisy.flip(0)[: count // 2] + away
     return Answers(
-        torch.stack([encode(same) for _ in range(CALLS)]),
-        torch.stack([encode(mixed)[::2] for _ in range(CALLS)]),
+        torch.stack([asked(same) for _ in range(CALLS)]),
+        torch.stack([asked(mixed)[::2] for _ in range(CALLS)]),
     )
 
 
@@ -214,12 +222,14 @@ class Probed:
         rungs: batch sizes, descending, in all of which and at every place an image gets the same bits (`steady_sizes`);
             the full one alone for an encoder that is random.
         dim: length of a feature. rate: noisy images per second. checks: findings about it.
+        random: it draws at random by itself.
     """
 
     rungs: tuple[int, ...]
     dim: int
     rate: float
     checks: tuple[Check, ...]
+    random: bool = False
 
 
 def probe_encoder(encoder: NoisyEncoder, images: Tensor, sigma: float, lanes: int, *, model: str) -> Probed:
@@ -260,7 +270,7 @@ def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, mod
     found = list(checks)
     if _change(again, first) > _COUPLED:
         found.append(_random(encoder, noisy, model=model))
-        return Probed((len(noisy),), first.shape[1], rate, tuple(found))
+        return Probed((len(noisy),), first.shape[1], rate, tuple(found), random=True)
     if len(noisy) > 1 and _change(encoder(_among_others(noisy))[-1:], first[:1]) > _COUPLED:
         raise UserError(
             f"model '{model}' treats an image differently depending on the others in its batch (batch normalisation in "

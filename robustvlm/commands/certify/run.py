@@ -215,6 +215,7 @@ class SamplingRun:
                 rungs=probed.rungs,
                 keep=None if writer is None else writer.add,
                 on_pass=self._passed,
+                random=probed.random,
             )
             for sampled in engine.run(self._jobs(), lambda _: self.recorder.plan.certifier()):
                 if writer is not None:  # a row in the journal means that the features are there

@@ -16,6 +16,7 @@ from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.defenses.purify.denoiser import OwnDenoiser
 from robustvlm.defenses.purify.parts import Mapper, MapperShape
 from robustvlm.defenses.purify.unet import Purifier, PurifierShape
+from robustvlm.defenses.zoo.base import PixelDefence, read_defence
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 
@@ -103,6 +104,18 @@ def test_a_mapper_that_looks_at_other_images_is_refused() -> None:
 
 def test_a_purifier_with_randomness_of_its_own_is_named() -> None:
     assert probe(composed(fresh)) == ["random encoder"]
+
+
+def test_a_purifier_that_seeds_its_draws_by_the_pixels_is_no_shared_draw() -> None:
+    """As test-time defences do, so that an image's draws depend on no neighbour: noisy copies are never alike."""
+    padding = read_defence("randpad", ())
+    assert isinstance(padding, PixelDefence)
+
+    def padded(noisy: Tensor, _: float) -> Tensor:
+        return padding.move(noisy, None, "through")  # type: ignore[arg-type]
+
+    torch.manual_seed(0)
+    assert probe(composed(padded), lanes=16) == ["random encoder"]
 
 
 def shared(noisy: Tensor, _: float) -> Tensor:
