@@ -275,7 +275,7 @@ class SamplingEngine:
         return Arriving(features[:rows].detach().float())
 
     def _draws(self, pieces: list[Piece]) -> contextlib.AbstractContextManager[None]:
-        """Let a random encoder draw from a seed of this pass alone: draws that passes share would not be independent."""
+        """Let a random encoder draw from a seed of this pass: draws that passes share would not be independent."""
         if not self.random:
             return contextlib.nullcontext()
         rows = (f"{piece.lane.address}:{piece.stage}:{piece.start}:{piece.rows}" for piece in pieces)

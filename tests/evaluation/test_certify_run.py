@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from certifying import Certifying, Interrupt, prepared, rows
 
 from robustvlm.certify import Certificate
