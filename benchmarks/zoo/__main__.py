@@ -33,16 +33,19 @@ class Group:
     Attributes:
         steps: of every gradient attack; queries: of Square. defences: as written behind a model; those of many views
             draw fewer than their papers, as every view is a pass of every step.
+        eot: draws that a gradient averages over; None for what a defence declares.
     """
 
     steps: int
     queries: int
     defences: tuple[str, ...]
+    eot: int | None = None
 
 
 GROUPS = {
     "filters": Group(20, 100, ("jpeg:75", "bits:3", "median:3", "blur:3", "clipure", "bits:3+jpeg:75")),
-    "loops": Group(20, 100, ("antiadv", "et3", "ttc", "csr", "tte:5")),
+    "loops": Group(20, 100, ("antiadv", "antiadv:2:0.004", "et3", "csr", "tte:5")),
+    "counters": Group(20, 100, ("ttc",), eot=4),
     "views": Group(20, 20, ("randpad", "vote:8", "agc:8", "rtpt:views=8", "dbd", "ttp:views=8")),
 }
 
@@ -60,6 +63,7 @@ def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limi
         eps=eps,
         steps=chosen.steps,
         queries=chosen.queries,
+        eot=chosen.eot,
         out=out / "runs",
         name=name,
         data=data or "emoji",
