@@ -33,19 +33,20 @@ class Group:
     Attributes:
         steps: of every gradient attack; queries: of Square. defences: as written behind a model; those of many views
             draw fewer than their papers, as every view is a pass of every step.
-        eot: draws that a gradient averages over; None for what a defence declares.
+        eot: draws that a gradient averages over; None for what a defence declares. draws: that judge a point, by majority.
     """
 
     steps: int
     queries: int
     defences: tuple[str, ...]
     eot: int | None = None
+    draws: int = 21
 
 
 GROUPS = {
     "filters": Group(20, 100, ("jpeg:75", "bits:3", "median:3", "blur:3", "clipure", "bits:3+jpeg:75")),
     "loops": Group(20, 100, ("antiadv", "antiadv:2:0.004", "et3", "csr", "tte:5")),
-    "counters": Group(20, 100, ("ttc",), eot=4),
+    "counters": Group(20, 100, ("ttc",), eot=4, draws=5),
     "views": Group(20, 20, ("randpad", "vote:8", "agc:8", "rtpt:views=8", "dbd", "ttp:views=8")),
 }
 
@@ -64,6 +65,7 @@ def judge(base: str, data: str | None, label: str, group: str, eps: str, *, limi
         steps=chosen.steps,
         queries=chosen.queries,
         eot=chosen.eot,
+        draws=chosen.draws,
         out=out / "runs",
         name=name,
         data=data or "emoji",
