@@ -33,7 +33,7 @@ class Group:
     Attributes:
         steps: of every gradient attack; queries: of Square. defences: as written behind a model; those of many views
             draw fewer than their papers, as every view is a pass of every step.
-        eot: draws that a gradient averages over; None for what a defence declares. draws: that judge a point, by majority.
+        eot: draws that a gradient averages over; None for what a defence declares. draws: that judge a point.
     """
 
     steps: int
