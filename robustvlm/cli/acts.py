@@ -14,9 +14,10 @@ import typer
 
 from robustvlm.cli.app import start_and_show
 from robustvlm.cli.terminal import say, say_json
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, nearest
 from robustvlm.runs.run import Command
 from robustvlm.runs.settings import Settings
+from robustvlm.text import visible, visible_json, without_secrets
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from robustvlm.commands.predict import PredictSettings
     from robustvlm.commands.predict.rows import Prediction
     from robustvlm.commands.predict.work import Work
+    from robustvlm.report.document import Batch
     from robustvlm.runs.run import FinishedRun
 
 # `robustvlm certify --audit RUN`: attacks on the certificates of a finished run
@@ -159,7 +161,17 @@ def _print(work: Work, console: Console, rows: list[Prediction]) -> None:
     show(console, [table_of(rows, work.about)])
 
 
-# `robustvlm report`: one run as HTML, or several side by side
+# `robustvlm report`: one run as HTML, or several side by side; and the same for machines
+
+_FORMS = ("html", "json", "md", "tex", "csv", "junit", "sarif")
+
+
+def _show_schema(wanted: bool) -> None:
+    if wanted:
+        from robustvlm.report.document import SCHEMA
+
+        say_json(SCHEMA.read_text(encoding="utf-8").rstrip("\n"))
+        raise typer.Exit
 
 
 def report(
@@ -170,7 +182,25 @@ def report(
         Path | None,
         typer.Option(
             "--out",
-            help="The HTML file to write [default: RUN/report.html, FOLDER/index.html; comparison.html for several].",
+            help="The file to write [default: RUN/report.html, FOLDER/index.html; comparison.html for several; other "
+            "formats go to standard output].",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="|".join(_FORMS),
+            help="html is the page; the others are the same report for machines (docs/runs.md).",
+            rich_help_panel="Output",
+        ),
+    ] = "html",
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-if",
+            help="End with exit code 1 if this holds of a run, e.g. 'robust_accuracy.low<30%'; a test case in junit.",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -188,11 +218,73 @@ def report(
             rich_help_panel="Output",
         ),
     ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema",
+            callback=_show_schema,
+            is_eager=True,
+            help="Print the JSON schema of --format json.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
 ) -> None:
     """Write the report of a run, compare several runs on the images they share (paired tests), or list a folder's."""
+    del schema
+    if form not in _FORMS:
+        raise UserError(f"unknown --format '{form}': {nearest(form, _FORMS)}")
+    if as_json and form != "html":
+        raise UserError(f"--json and --format {form} contradict each other: --format json has the numbers too")
     if methods:
+        if form != "html" or fail_if:
+            raise UserError("--methods prints its own words: leave out --format and --fail-if")
         _print_methods(runs, out, as_json=as_json)
-        return
+    elif form != "html":
+        _write_as(form, runs, out, fail_if or [])
+    else:
+        _write_pages(runs, out, as_json=as_json)
+        if fail_if:
+            _end_if_shut(_batch(runs, fail_if))
+
+
+def _batch(runs: Sequence[str], fail_if: Sequence[str]) -> Batch:
+    from robustvlm.commands.index import batch_of
+    from robustvlm.runs.records import find_run
+
+    return batch_of([find_run(run) for run in runs], fail_if)
+
+
+def _write_as(form: str, runs: Sequence[str], out: Path | None, fail_if: Sequence[str]) -> None:
+    """Print runs for machines, or write them to a file; the same text in both."""
+    from robustvlm.core.files import named_disk_errors, write_text
+    from robustvlm.report.formats import written
+
+    batch = _batch(runs, fail_if)
+    text = written(batch, form)
+    if out is not None:
+        cut = visible_json if form in ("json", "sarif") else visible
+        with named_disk_errors(out.parent):
+            write_text(out, cut(without_secrets(text)) + "\n")
+        say(f"Report: {out}")
+    elif form in ("json", "sarif"):
+        say_json(text)
+    else:
+        say(text)
+    _end_if_shut(batch)
+
+
+def _end_if_shut(batch: Batch) -> None:
+    """End with exit code 1 where a condition holds; one that could not be put to a run counts as one that does."""
+    asked = any(told.gates for told in batch.runs)
+    failed = [f"{gate.text} ({told.run.name})" for told in batch.runs for gate in told.gates if gate.holds]
+    failed += [f"{one.folder} cannot be read ({one.reason})" for one in batch.left_out if one.fault and asked]
+    if failed:
+        say(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> None:
+    """Write the page of one run, of several side by side, or of a folder of them."""
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
     from robustvlm.commands import open_run, write_report
     from robustvlm.commands.attack.compare import compare, write_comparison

@@ -3,12 +3,17 @@
 Here: which command a run on disk is of, and how it is read back; nothing is imported before it is needed.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from robustvlm.errors import UserError, nearest
 from robustvlm.runs.run import Command, FinishedRun, manifest_of
+
+if TYPE_CHECKING:
+    from robustvlm.report.sections import Report
 
 COMMANDS = {
     "attack": "robustvlm.commands.attack:ATTACK",
@@ -51,6 +56,13 @@ def open_run(folder: str | Path) -> FinishedRun[Any]:
 
     path = find_run(folder)
     return command_of(str(manifest_of(path)["kind"])).load().read_run(path)
+
+
+def report_of(run: FinishedRun[Any]) -> Report | None:
+    """Return all that is said of a run, as terminal and page read it; None of a kind that has no report."""
+    made = getattr(command_of(run.kind).load(), "report_of", None)
+    found: Report | None = None if made is None else made(run)
+    return found
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:

@@ -1,4 +1,7 @@
-"""A page over a folder of runs: a row a run with its headline figure, security curves, and what could not be read."""
+"""Several runs at once: a page over a folder of them, and what other formats than a page tell of all of them.
+
+The page has a row a run with its headline figure, security curves, and what could not be read.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from urllib.parse import quote_from_bytes
 
 from markupsafe import Markup
 
-from robustvlm.commands import open_run
+from robustvlm.commands import command_of, open_run, report_of
 from robustvlm.errors import UserError
+from robustvlm.report.document import Batch, Gate, LeftOut, Told
 from robustvlm.report.page import drawing, page, write_page
-from robustvlm.report.sections import Measure
+from robustvlm.report.sections import Measure, Report
 from robustvlm.report.words import DASH, norm_name, plain
 from robustvlm.runs.manifest import NAME
 from robustvlm.runs.run import FinishedRun, manifest_of
@@ -201,3 +205,68 @@ def write_index(folder: Path, out: Path | None = None, found: Sequence[Entry] | 
         )
     write_page(path, text)
     return path
+
+
+def batch_of(folders: Sequence[Path], conditions: Sequence[str] = ()) -> Batch:
+    """Return what is said of runs, each given by its folder or in a folder of runs, with a comparison of attack runs.
+
+    Runs in a folder that cannot be read are left out with the reason; one that is named itself is an error.
+
+    Args:
+        conditions: as --fail-if has them, each put to the runs of the commands that know it.
+
+    Raises:
+        UserError: a run cannot be read or has no report, or a condition is one of no run.
+    """
+    named: list[FinishedRun[Any]] = []
+    left_out: list[LeftOut] = []
+    for folder in folders:
+        if not holds_runs(folder):
+            named.append(open_run(folder))
+            continue
+        for path in _runs(folder):
+            try:
+                named.append(open_run(path))
+            except UserError as error:
+                left_out.append(LeftOut(path, one_line(error, limit=300)))
+    told: list[Told] = []
+    gates = _gates(named, conditions)
+    for run in named:
+        with drawing(run.folder):
+            report = report_of(run)
+        if report is not None:
+            told.append(Told(run, report, gates[run.folder]))
+        elif run.folder in folders:
+            raise UserError(f"cannot report on '{run.folder}': a run of kind {run.kind!r} has no report")
+        else:
+            left_out.append(LeftOut(run.folder, f"a run of kind {run.kind!r} has no report", fault=False))
+    return Batch(told, _comparison(folders, named), left_out)
+
+
+def _comparison(folders: Sequence[Path], named: Sequence[FinishedRun[Any]]) -> Report | None:
+    """Return the comparison of several attack runs that were named one by one."""
+    if len(named) < 2 or len(folders) != len(named) or any(run.kind != "attack" for run in named):
+        return None
+    from robustvlm.commands.attack.compare import compare, comparison_report
+
+    runs: Sequence[Any] = named
+    return comparison_report(runs, compare(*runs))
+
+
+def _gates(runs: Sequence[FinishedRun[Any]], conditions: Sequence[str]) -> dict[Path, list[Gate]]:
+    """Return the conditions by the folder of the run that they are put to; a gate that watches no run is a mistake."""
+    found: dict[Path, list[Gate]] = {run.folder: [] for run in runs}
+    for text in conditions:
+        known, refused = False, UserError(f"'{text}' was put to no run: none here has conditions")
+        for run in runs:
+            parse = getattr(command_of(run.kind).load(), "parse_condition", None)
+            try:
+                condition = None if parse is None else parse(text)
+            except UserError as error:
+                condition, refused = None, error
+            if condition is not None:
+                found[run.folder].append(Gate(text, condition.holds(run.summary)))
+                known = True
+        if not known:
+            raise refused
+    return found

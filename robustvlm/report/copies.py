@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from robustvlm.report import sections as doc
-from robustvlm.report.words import DASH, RANGE, plain
+from robustvlm.report.words import DASH, RANGE, Bar, plain
 
 ROWS = 100
 """Rows of a table that can be copied: text of all rows of every format would double a big page. The rest is said."""
@@ -36,8 +36,13 @@ def table_of(block: doc.Table | doc.Bars | doc.Facts) -> doc.Table:
         return block
     if isinstance(block, doc.Facts):
         return doc.Table([doc.Column("Name"), doc.Column("Value")], block.rows, title=block.title)
-    rows = [(doc.Name(bar.name), doc.Measure(bar.text, bar.interval), bar.count) for bar in block.bars]
+    rows = [(doc.Name(bar.name), _of_bar(bar), bar.count) for bar in block.bars]
     return doc.Table([doc.Column("Name"), *doc.numbers("Rate", "Count")], rows, title=block.title or block.caption)
+
+
+def _of_bar(bar: Bar) -> doc.Measure:
+    shares = (None, None, None) if bar.text == DASH else (bar.value / 100, bar.low / 100, bar.high / 100)
+    return doc.Measure(bar.text, bar.interval, *shares)
 
 
 def cut_to(block: doc.Table | doc.Bars | doc.Facts) -> int:
@@ -71,14 +76,14 @@ def copies(block: doc.Table | doc.Bars | doc.Facts) -> list[tuple[str, str]]:
     return [("Markdown", markdown(table)), ("LaTeX", latex(table)), ("CSV", comma_separated(table))]
 
 
-def words_of(line: doc.Line) -> str:
+def words_of(line: doc.Line, limit: int = 600) -> str:
     """Return a line of text as plain words, an interval in brackets behind its number.
 
     Example:
         >>> words_of(["a ", doc.Code("b"), " ", doc.Measure("1", "0 to 2")])
         'a b 1 (0 to 2)'
     """
-    return plain("".join(_word(part) for part in doc.parts_of(line)), 600)
+    return plain("".join(_word(part) for part in doc.parts_of(line)), limit)
 
 
 def _word(part: doc.Inline) -> str:
@@ -91,7 +96,7 @@ def _word(part: doc.Inline) -> str:
 
 def markdown(table: doc.Table) -> str:
     """Return a table as GitHub's Markdown has it; titles of groups of columns stand before the columns' own."""
-    heads = [escape_markdown(title) for title in _titles(table.columns)]
+    heads = [escape_markdown(title) for title in titles_of(table)]
     lines = [_row(heads), _row(["---:" if column.number else "---" for column in table.columns])]
     for row in table.rows:
         cells = (
@@ -169,11 +174,11 @@ def comma_separated(table: doc.Table) -> str:
     rows = [row for row in table.rows if not isinstance(row, str)]
     spread = [any(_measure(row[i]) is not None for row in rows) for i in range(len(table.columns))]
     heads = ["Part"] if parted else []
-    for title, wide in zip(_titles(table.columns), spread, strict=True):
+    for title, wide in zip(titles_of(table), spread, strict=True):
         heads += [title, *([f"{title}, 95% interval: {end}" for end in ("low", "high")] if wide else [])]
     stream, part = io.StringIO(), ""
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([_tame(head) for head in heads])
+    writer.writerow([tame(head) for head in heads])
     for row in table.rows:
         if isinstance(row, str):
             part = plain(row, 600)
@@ -184,7 +189,7 @@ def comma_separated(table: doc.Table) -> str:
             said = words_of(cell) if found is None else doc.straight(found.text)
             cells.append("" if said == DASH else said)
             cells += [] if not wide else ["", ""] if found is None else _ends(found.interval)
-        writer.writerow([_tame(cell) for cell in cells])
+        writer.writerow([tame(cell) for cell in cells])
     return stream.getvalue().rstrip("\n")
 
 
@@ -200,12 +205,12 @@ def _ends(interval: str) -> list[str]:
     return [low + "%" * (high.endswith("%") and not low.endswith("%")), high]
 
 
-def _tame(cell: str) -> str:
+def tame(cell: str) -> str:
+    """Return a field of CSV that no spreadsheet takes for a formula."""
     return f"'{cell}" if len(cell) > 1 and cell[0] in "=+-@" and not _NUMBER.fullmatch(cell) else cell
 
 
-def _titles(columns: Sequence[doc.Column]) -> list[str]:
+def titles_of(table: doc.Table) -> list[str]:
     """Return the columns' titles in one line, those of groups before them."""
-    titles = [words_of(column.title) for column in columns]
-    groups = [plain(column.group, 200) for column in columns]
-    return [f"{group}: {title}" if group else title for group, title in zip(groups, titles, strict=True)]
+    names = [(plain(column.group), words_of(column.title)) for column in table.columns]
+    return [f"{group}: {title}" if group else title for group, title in names]

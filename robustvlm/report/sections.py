@@ -7,7 +7,7 @@ A command describes its run once, as a Report made of Sections of blocks. `repor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from markupsafe import Markup
@@ -44,7 +44,7 @@ class Small:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measured number in words, and its 95% interval if it has one.
+    """A measured number in words, and its 95% interval if it has one; both once more as numbers, for programs.
 
     Example:
         >>> from robustvlm.stats import rate
@@ -56,24 +56,30 @@ class Measure:
 
     text: str
     interval: str = ""
+    value: float | None = field(default=None, compare=False)
+    low: float | None = field(default=None, compare=False)
+    high: float | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, found: Rate | Mean | float | None) -> Measure:
         """Return a rate as a percentage and any other number with its digits, each with the interval it carries."""
         if isinstance(found, Rate):
-            return cls(percent(found.value), interval(found) if found.total else "")
+            if not found.total:
+                return cls(percent(found.value))
+            return cls(percent(found.value), interval(found), found.value, found.low, found.high)
         if isinstance(found, Mean):
             if found.value is None:
                 return cls(DASH)
             if found.low is None or found.high is None:
-                return cls(f"{found.value:.4g}")
-            return cls(f"{found.value:.4g}", f"{found.low:.4g}{RANGE}{found.high:.4g}")
-        return cls(DASH if found is None else f"{found:.4g}")
+                return cls(f"{found.value:.4g}", value=found.value)
+            reach = f"{found.low:.4g}{RANGE}{found.high:.4g}"
+            return cls(f"{found.value:.4g}", reach, found.value, found.low, found.high)
+        return cls(DASH if found is None else f"{found:.4g}", value=found)
 
     @classmethod
     def between(cls, value: float, low: float, high: float, digits: int = 3) -> Measure:
         """Return a metric in [0, 1], such as an AUROC, with its interval."""
-        return cls(f"{value:.{digits}f}", f"{low:.{digits}f}{RANGE}{high:.{digits}f}")
+        return cls(f"{value:.{digits}f}", f"{low:.{digits}f}{RANGE}{high:.{digits}f}", value, low, high)
 
 
 Inline = str | Code | Name | Small | Measure

@@ -149,7 +149,8 @@ class Home(Protocol):
     def show(self, run: FinishedRun[Any], console: Console, /) -> None:
         """Print what came of it."""
 
-    # And, where the kind has a report:  def write_report(folder: Path, out: Path | None = None) -> Path
+    # And, where the kind has a report:  def report_of(run: FinishedRun) -> Report  # robustvlm.report.sections
+    #                                    def write_report(folder: Path, out: Path | None = None) -> Path
     # And, for --fail-if:                def parse_condition(text: str) -> Condition
 
 

@@ -16,6 +16,7 @@ from robustvlm.commands.certify.record import load_certify_run
 from robustvlm.commands.certify.run import CertifyWork, ReplayRun, SamplingRun
 from robustvlm.commands.certify.store import CertifyLedger, Recorder
 from robustvlm.commands.certify.summary import parse_certify_condition
+from robustvlm.commands.certify.view import certify_report as report_of
 from robustvlm.commands.certify.view import show, write_certify_report
 from robustvlm.commands.common.inputs import Images, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.core.framing import trial_pixels
@@ -252,7 +253,7 @@ def _check(settings: CertifySettings, source: Source) -> None:
 RESULTS = ("summary.json", "results.parquet")
 
 read_run, write_report, parse_condition = load_certify_run, write_certify_report, parse_certify_condition
-__all__ = ["RESULTS", "open_work", "parse_condition", "read_run", "show", "write_report"]
+__all__ = ["RESULTS", "open_work", "parse_condition", "read_run", "report_of", "show", "write_report"]
 
 
 def open_work(settings: CertifySettings) -> CertifyWork:

@@ -20,6 +20,7 @@ from robustvlm.commands.detect.measures import Scored, save_mistakes
 from robustvlm.commands.detect.remarks import of_antibodies, of_constant_scores, of_unknown_sets, of_words, remarks
 from robustvlm.commands.detect.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
 from robustvlm.commands.detect.summary import parse_condition
+from robustvlm.commands.detect.view import detect_report as report_of
 from robustvlm.commands.detect.view import read_run, show, write_report
 from robustvlm.core.files import write_text
 from robustvlm.core.object_graph import fingerprint
@@ -35,7 +36,7 @@ from robustvlm.runs.records import Check, write_rows
 from robustvlm.runs.run import Facts, Session
 from robustvlm.stats import rate
 
-__all__ = ["RESULTS", "open_work", "parse_condition", "read_run", "show", "write_report"]
+__all__ = ["RESULTS", "open_work", "parse_condition", "read_run", "report_of", "show", "write_report"]
 
 RESULTS = ("summary.json", "results.parquet")
 

@@ -29,6 +29,7 @@ from robustvlm.commands.evaluate.record import (
     recalls,
     table_of,
 )
+from robustvlm.commands.evaluate.view import evaluate_report as report_of
 from robustvlm.commands.evaluate.view import read_run, show, write_report
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular, write_text
 from robustvlm.core.ranks import resolve_device
@@ -44,7 +45,7 @@ from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.records import write_rows
 from robustvlm.runs.run import Facts, Session
 
-__all__ = ["RESULTS", "evaluate_clean", "open_work", "read_run", "show", "write_report"]
+__all__ = ["RESULTS", "evaluate_clean", "open_work", "read_run", "report_of", "show", "write_report"]
 
 RESULTS = ("summary.json", "results.parquet")
 _REASONS_KEPT = 100

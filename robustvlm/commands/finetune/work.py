@@ -48,7 +48,7 @@ RESULTS = (report.NAME,)
 _CALIBRATION = 64
 _AHEAD = 4
 
-read_run, write_report = report.load_training_run, report.write_training_report
+read_run, report_of, write_report = report.load_training_run, report.training_report, report.write_training_report
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _limit(source: DataSource, keep: Callable[[str], bool] | None) -> int | None
 # A run of immunisation: encode once, make prototypes and antibodies, vaccinate, set thresholds, measure, save
 
 RESULTS = (records.NAME, CARD_NAME)
-read_run = records.read_run
+read_run, report_of = records.read_run, immunize_report
 
 
 @dataclass(frozen=True)

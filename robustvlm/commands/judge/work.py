@@ -30,6 +30,7 @@ from robustvlm.commands.judge.attacks import (
     Images,
 )
 from robustvlm.commands.judge.paper import write_markdown, write_tex
+from robustvlm.commands.judge.view import judge_report as report_of
 from robustvlm.commands.judge.view import read_run, show, write_report
 from robustvlm.core.files import replacing, write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
@@ -44,7 +45,7 @@ from robustvlm.defenses.zoo.wrap import defended
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.run import Facts, Session
 
-__all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "show", "write_report"]
+__all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "report_of", "show", "write_report"]
 
 RESULTS = ("summary.json",)
 

@@ -42,7 +42,7 @@ from robustvlm.training.validation import held_out
 RESULTS = (report.NAME,)
 _AHEAD = 4
 
-read_run, write_report = report.load_training_run, report.write_training_report
+read_run, report_of, write_report = report.load_training_run, report.training_report, report.write_training_report
 
 
 @dataclass(frozen=True)
