@@ -227,7 +227,8 @@ def worked(run: Run, console: Console, act: Callable[..., Any] | None = None) ->
     say_remarks(console, run.manifest)
     if run.ranks.size > 1:
         console.print(f"{run.ranks.size} processes share {command.shares}.")
-    with interruptible(f"{command.kept} in '{run.folder.path}'"), Bars(console, plain=command.plain) as progress:
+    bars = Bars(console, plain=command.plain, doing=command.doing)
+    with interruptible(f"{command.kept} in '{run.folder.path}'"), bars as progress:
         return (act or run.start)(progress)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
 
@@ -58,18 +60,35 @@ def _fit(text: str) -> str:
 
 
 Plain = Literal["", "begin", "end"]
+EVERY = 30.0
+"""Seconds between two lines at most, where there is no terminal to draw bars on."""
 
 
 class Bars(RunObserver):
     """One bar a stage: pieces done, words of the run, encoder passes per second, time left; and its lines of text.
 
+    Without a terminal there are no bars. A line says instead how far the stage is, every 30 seconds, whatever the run
+    is busy with: whoever reads a log can tell slow from stuck.
+
     Args:
-        console: to draw on; without a terminal there are no bars.
-        plain: whether a line for each stage stands in their place: when it begins, or when it ends with its cost.
+        console: to draw on.
+        plain: whether each stage has a line as well: when it begins, or when it ends with its cost.
+        doing: what is done before a stage begins, or without any.
+        every, clock: seconds between two lines, by this clock.
     """
 
-    def __init__(self, console: Console, *, plain: Plain = "") -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        plain: Plain = "",
+        doing: str = "",
+        every: float = EVERY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console, self._plain = console, plain
+        self._every, self._clock, self._ended = every, clock, threading.Event()
+        self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
         self._bars = progress.Progress(
             progress.TextColumn("{task.description:<22}", markup=False),
             progress.BarColumn(bar_width=24),
@@ -83,18 +102,46 @@ class Bars(RunObserver):
             disable=not console.is_terminal,
         )
         self._task: progress.TaskID | None = None
-        self._title = ""
+        self._title, self._before = doing or "Working", 0
+        self._total: int | None = None
+        self._told = clock()
         self._reset()
 
     def __enter__(self) -> Bars:
         self._bars.start()
+        if not self._console.is_terminal and not self._console.quiet:
+            self._teller.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        if self._teller.is_alive():
+            self._teller.join()
         self._close()
         self._bars.stop()
+
+    def _tell(self) -> None:
+        # A batch, a download or a check may take minutes and report nothing: the clock alone decides.
+        with suppress(OSError, ValueError):  # whoever read the lines went away, which the run itself will notice
+            while not self._ended.wait(max(0.0, self._told + self._every - self._clock())):
+                self.tick()
+
+    def tick(self) -> None:
+        """Say how far the stage is, if nothing has been said of it for long enough."""
+        if self._clock() - self._told >= self._every:
+            self._told = self._clock()
+            self._console.print(self.line(), markup=False, highlight=False, soft_wrap=True)
+
+    def line(self) -> str:
+        """Return what is done, of how much, and how long the rest will take, on one line."""
+        spent, done, total, now = self._clock() - self._began, self._before + self._done, self._total, self._done
+        if total is None:
+            count = f"{done:,} done, " if done else ""
+            return f"{self._title}: {count}{_span(spent)} so far"
+        left = f"about {_span(max(0, total - done) * spent / now)} left" if now else "time left not known yet"
+        return f"{self._title}: {done:,} of {total:,}, {left}"
 
     def say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -105,7 +152,7 @@ class Bars(RunObserver):
     def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
         self._close()
         self._reset()
-        self._title = title
+        self._title, self._total, self._before = title, total, done
         if self._plain == "begin" and not self._console.is_terminal:
             self._console.print(title, markup=False)
         self._task = self._bars.add_task(title, total=total, completed=done, words="", speed="")
@@ -121,11 +168,11 @@ class Bars(RunObserver):
         del used
         self._passes += passes
         if self._task is not None:
-            speed = self._passes / max(time.monotonic() - self._began, 1e-9)
+            speed = self._passes / max(self._clock() - self._began, 1e-9)
             self._bars.update(self._task, speed=f"{speed:,.0f} passes/s")
 
     def _reset(self) -> None:
-        self._began, self._passes, self._done = time.monotonic(), 0, 0
+        self._began, self._passes, self._done = self._clock(), 0, 0
         self._shown: dict[str, str] = {}
 
     def _close(self) -> None:
@@ -134,7 +181,11 @@ class Bars(RunObserver):
             return
         self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
         if self._plain == "end" and not self._console.is_terminal and self._done:
-            seconds = time.monotonic() - self._began
+            seconds = self._clock() - self._began
             line = f"{self._title}: {self._done} images, {self._passes:,} passes meanwhile, {seconds:.0f} s"
             self._console.print(line, markup=False)
         self._task = None
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,7 +113,7 @@ def data(
         _make_tree(source, make_tree, tree_by, out, open_client(llm, llm_model, llm_prices), llm_prices)
     facts = describe(source, limit)
     if check:
-        facts["check"] = examine(source, limit, progress=not as_json)
+        facts["check"] = examine(source, limit, progress=True)
     if as_json:
         say_json(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -184,21 +185,24 @@ def describe(source: DataSource, limit: int | None = None) -> dict[str, Any]:
 
 def examine(source: DataSource, limit: int | None = None, *, progress: bool = False) -> dict[str, Any]:
     """Decode the selected images and return how many can be read, of which sizes and classes, and every fault."""
-    from rich.progress import track
-
-    from robustvlm.cli.console import Console
+    from robustvlm.cli.console import Bars, Console
     from robustvlm.data import Unreadable
+    from robustvlm.runs.settings import Observer
 
     faults: list[dict[str, str]] = []
     labels: Counter[int] = Counter()
     widths: list[int] = []
-    items = source.samples(limit=limit)
-    for item in track(items, "Decoding", console=Console(stderr=True), transient=True) if progress else items:
-        if isinstance(item, Unreadable):
-            faults.append({"id": item.id, "reason": item.reason})
-        else:
-            labels[item.label] += 1
-            widths = [min([*widths[:1], *item.image.size]), max([*widths[1:], *item.image.size])]
+    ids = source.ids()
+    total = None if ids is None else len(ids) if limit is None else min(limit, len(ids))
+    with Bars(Console(stderr=True)) if progress else nullcontext(Observer()) as told:
+        told.begin("Decoding", total)
+        for item in source.samples(limit=limit):
+            if isinstance(item, Unreadable):
+                faults.append({"id": item.id, "reason": item.reason})
+            else:
+                labels[item.label] += 1
+                widths = [min([*widths[:1], *item.image.size]), max([*widths[1:], *item.image.size])]
+            told.advance()
     return {
         "readable": sum(labels.values()),
         "unreadable": len(faults),

@@ -1,0 +1,98 @@
+"""Without a terminal: a line at least every 30 seconds, whatever a command is busy with; by a clock of the test's own."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+
+from robustvlm.cli.console import EVERY, Bars, Console
+from robustvlm.cli.inspect import examine
+from robustvlm.data import open_data
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def told(**given: object) -> tuple[Bars, Clock, io.StringIO]:
+    clock, stream = Clock(), io.StringIO()
+    console = Console(width=40)
+    console.file = stream
+    return Bars(console, clock=clock, **given), clock, stream  # type: ignore[arg-type]
+
+
+def test_a_line_says_what_is_done_of_how_much_and_what_is_left() -> None:
+    bars, clock, stream = told()
+    bars.begin("pgd at 2/255", 1500, 500)
+    clock.now += 29
+    bars.advance(10)
+    bars.tick()
+    assert stream.getvalue() == ""
+    clock.now += 1
+    bars.tick()
+    bars.tick()
+    assert stream.getvalue() == "pgd at 2/255: 510 of 1,500, about 50 min left\n"  # 10 in 30 s, 990 to go
+    clock.now += 30
+    bars.advance(980)
+    bars.tick()
+    assert stream.getvalue().splitlines()[1:] == ["pgd at 2/255: 1,490 of 1,500, about 1 s left"]
+
+
+def test_nothing_done_yet_and_no_total_are_said() -> None:
+    bars, clock, stream = told(doing="Purifying")
+    clock.now += EVERY
+    bars.tick()
+    bars.begin("Encoding [noise]", 5)
+    clock.now += EVERY
+    bars.tick()
+    bars.begin("Words")
+    bars.advance(7)
+    clock.now += 200
+    bars.tick()
+    assert stream.getvalue().splitlines() == [
+        "Purifying: 30 s so far",
+        "Encoding [noise]: 0 of 5, time left not known yet",
+        "Words: 7 done, 3 min so far",
+    ]
+
+
+def test_lines_come_while_the_run_itself_reports_nothing() -> None:
+    stream = io.StringIO()
+    console = Console()
+    console.file = stream
+    with Bars(console, every=0.02) as bars:
+        bars.begin("Slow", 2)
+        until = time.monotonic() + 20
+        while stream.getvalue().count("\n") < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert stream.getvalue().startswith("Slow: 0 of 2, time left not known yet\nSlow: 0 of 2")
+    before = stream.getvalue()
+    time.sleep(0.06)
+    assert stream.getvalue() == before
+
+
+def test_a_quiet_console_and_a_terminal_have_no_lines() -> None:
+    for settings in ({"quiet": True}, {}):
+        stream = io.StringIO()
+        console = Console(**settings)  # type: ignore[arg-type]
+        console.file = stream
+        console._force_terminal = not settings
+        with Bars(console, every=0.0) as bars:
+            bars.begin("Slow", 2)
+            time.sleep(0.03)
+        assert "time left not known" not in stream.getvalue()
+
+
+def test_looking_at_data_counts_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int | None] | int] = []
+    monkeypatch.setattr(Bars, "begin", lambda self, title, total=None, done=0: seen.append((title, total)))
+    monkeypatch.setattr(Bars, "advance", lambda self, count=1, **shown: seen.append(count))
+    assert examine(open_data("emoji"), 3, progress=True)["readable"] == 3
+    assert seen == [("Decoding", 3), 1, 1, 1]
