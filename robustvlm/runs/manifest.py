@@ -27,6 +27,8 @@ _PACKAGES = ("robustvlm", "torch", "torchvision", "open_clip_torch", "numpy", "s
 Manifest = dict[str, Any]
 
 NAME = "manifest.json"
+TRACKED = "tensorboard"
+"""The folder that --track tensorboard writes, in the run's own."""
 _DEFINING = ("format", "kind", "id", "created", "config", "model", "data", "probe")
 """What makes a run this run and no other."""
 
@@ -337,6 +339,7 @@ FILES: dict[str, RunFile] = {
     "attacked.parquet": _RESULT,
     "report.html": _ASIDE,
     "report.md": _ASIDE,
+    TRACKED: _ASIDE,
     "gallery": _RESULT,
     "adversarial": _ASIDE,
     "features": _ASIDE,

@@ -247,6 +247,9 @@ class Run:
             raise UserError(f"`robustvlm {command.name}` works in one process: start it without torchrun")
         if name is not None:
             RunFolder(out, name)
+        self._track: str | None = getattr(settings, "track", None)
+        if self._track is not None:
+            _tracking().require(self._track)
         self.home = command.load()
         self.work = self.home.open_work(settings)
         facts = self.work.facts
@@ -286,6 +289,10 @@ class Run:
             # A crash may have left the last file unwritten.
             if write is not None and session.ranks.leader and (worked or not self.folder.report_path.exists()):
                 write(self.folder.path)
+        if self._track is not None and self.ranks.leader:
+            report_of = getattr(self.home, "report_of", None)
+            where = _tracking().track(found, None if report_of is None else report_of(found), self._track)
+            (observer or Observer()).say(f"Logged to {where}")
         return found
 
     def estimate(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> Any:
@@ -314,6 +321,11 @@ class Run:
         except BaseException as error:
             ranks.fail(str(error) or "interrupted")
             raise
+
+
+def _tracking() -> Any:
+    """Return what logs finished runs: found by name, since what is told of a run is not known here."""
+    return import_module("robustvlm.report.tracking")
 
 
 def manifest_of(folder: Path) -> made.Manifest:

@@ -110,6 +110,12 @@ class Shared:
         flags=("--resume/--fresh",),
     )
     FRESH = way(False, "Delete an earlier run of this name first.")
+    TRACK = way(
+        None,
+        "Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.",
+        metavar="tensorboard|mlflow|wandb",
+        group="Output",
+    )
     SUMMARY_AS_JSON = shown_as(False, "Print the summary as JSON on standard output.", flags=("--json",))
     RECORD_AS_JSON = shown_as(False, "Print the record as JSON on standard output.", flags=("--json",))
 

@@ -34,7 +34,7 @@ from robustvlm.stats import Mean, rate
 
 BEFORE = Path(__file__).parents[1] / "pins" / "before"
 KINDS = ("attack", "certify", "detect", "finetune", "immunize")
-ODD = ["\ufffe\uffff", "{0} {{1}}", "[a](1)", "]]>", "=1+1", "```", "\ud800", "é\N{EN DASH}"]
+ODD = ["\ufffe\uffff", "{0} {{1}}", "[a](1)", "]]>", "=1+1", "```", "\udc80", "é\N{EN DASH}"]
 NAN, INF = float("nan"), float("inf")
 
 

@@ -95,6 +95,7 @@ class AttackSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
+    track: str | None = Shared.TRACK
     budget: str | None = way(
         None,
         "Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s, "

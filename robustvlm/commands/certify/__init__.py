@@ -85,6 +85,7 @@ class CertifySettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
+    track: str | None = Shared.TRACK
     audit: str | None = shown_as(
         None, "Attack the certificates of this finished run; exit code 1 if one breaks.", group="Audit"
     )
@@ -101,7 +102,7 @@ class CertifySettings(Settings):
         if self.audit is None:
             self.require_none(("audit_starts", "audit_steps"), f"is for {setting('audit', 'RUN')}")
             return self
-        others = ("fail_if", "from_cache", "prompts", "name")
+        others = ("fail_if", "from_cache", "prompts", "name", "track")
         why = f"is not for {setting('audit')}: what is audited stands in the run"
         self.require_none(others, why)
         self.require_only(("limit", "seed", "device"), why)

@@ -109,6 +109,7 @@ class DetectSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
+    track: str | None = Shared.TRACK
     as_json: bool = Shared.SUMMARY_AS_JSON
     fail_if: list[str] = shown_as(
         [],

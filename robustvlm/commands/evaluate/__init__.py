@@ -36,6 +36,7 @@ class EvaluateSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
+    track: str | None = Shared.TRACK
     as_json: bool = Shared.SUMMARY_AS_JSON
 
 

@@ -101,6 +101,7 @@ class FinetuneSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
+    track: str | None = Shared.TRACK
     as_json: bool = Shared.RECORD_AS_JSON
 
     @property

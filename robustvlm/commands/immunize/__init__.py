@@ -152,6 +152,7 @@ class ImmunizeSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     fresh: bool = Shared.FRESH
+    track: str | None = Shared.TRACK
     as_json: bool = Shared.RECORD_AS_JSON
 
     @field_validator("held_out", mode="before")

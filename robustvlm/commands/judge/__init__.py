@@ -65,6 +65,7 @@ class JudgeSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
+    track: str | None = Shared.TRACK
     as_json: bool = shown_as(False, "Print the summary as JSON on standard output.", flags=("--json",))
 
 

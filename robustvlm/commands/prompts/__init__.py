@@ -47,6 +47,7 @@ class PromptSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     fresh: bool = Shared.FRESH
+    track: str | None = Shared.TRACK
     as_json: bool = Shared.RECORD_AS_JSON
 
     @property

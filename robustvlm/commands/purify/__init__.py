@@ -92,6 +92,7 @@ class PurifySettings(Settings):
     out: Path = Shared.OUT
     name: str | None = Shared.NAME
     resume: bool | None = Shared.RESUME
+    track: str | None = Shared.TRACK
     as_json: bool = Shared.RECORD_AS_JSON
 
     def stored(self, **resolved: Any) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class SoupSettings(Settings):
     out: Path = Shared.OUT
     name: str | None = way(None, "Name of the run [default: made from the settings].")
     fresh: bool = way(False, "Delete an earlier run of this name.")
+    track: str | None = Shared.TRACK
     as_json: bool = shown_as(False, "Print the result as JSON.", flags=("--json",))
 
     @model_validator(mode="after")
