@@ -62,6 +62,7 @@ def attack(
     out: Path | str = Path("runs"),
     name: str | None = None,
     resume: bool | None = None,
+    track: str | None = None,
     budget: str | None = None,
     save_adversarial: bool = False,
     checks: str = "full",
@@ -118,6 +119,7 @@ def attack(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         budget: Stop when it is spent, with bounds on what is not decided: 20000passes (over all sessions), 90s,
             10min or 2h (of this session). Repeat the command with more, or without, to go on.
         save_adversarial: Keep every successful adversarial image (safetensors).
@@ -194,6 +196,7 @@ class _Certify(CallableModule[CertifyRecord]):
         out: Path | str = Path("runs"),
         name: str | None = None,
         resume: bool | None = None,
+        track: str | None = None,
         observer: Observer | None = None,
     ) -> CertifyRecord:
         """Certify a smoothed model, as `robustvlm certify` does; options by their names. Also `robustvlm.certify(...)`.
@@ -243,6 +246,7 @@ class _Certify(CallableModule[CertifyRecord]):
             out: Folder that holds the runs.
             name: Name of the run [default: made from the settings, so that they find it again].
             resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+            track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
             observer: told of the progress.
         """
 
@@ -279,6 +283,7 @@ class _Detect(CallableModule[DetectRecord]):
         out: Path | str = Path("runs"),
         name: str | None = None,
         resume: bool | None = None,
+        track: str | None = None,
         observer: Observer | None = None,
     ) -> DetectRecord:
         """Score known and unknown images, clean and under attack, as `robustvlm detect` does; options by their names.
@@ -326,6 +331,7 @@ class _Detect(CallableModule[DetectRecord]):
             out: Folder that holds the runs.
             name: Name of the run [default: made from the settings, so that they find it again].
             resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+            track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
             observer: told of the progress.
         """
 
@@ -344,6 +350,7 @@ def evaluate(
     out: Path | str = Path("runs"),
     name: str | None = None,
     resume: bool | None = None,
+    track: str | None = None,
     observer: Observer | None = None,
 ) -> Evaluation:
     """Evaluate a model without an attack, as `robustvlm evaluate` does; options by their names.
@@ -371,6 +378,7 @@ def evaluate(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         observer: told of the progress.
     """
 
@@ -416,6 +424,7 @@ def finetune(
     out: Path | str = Path("runs"),
     name: str | None = None,
     resume: bool | None = None,
+    track: str | None = None,
     observer: Observer | None = None,
 ) -> FinishedRun[TrainingSummary]:
     """Fine-tune a model against attacks, as `robustvlm finetune` does; options by their names.
@@ -476,6 +485,7 @@ def finetune(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         observer: told of the progress.
     """
 
@@ -521,6 +531,7 @@ def immunize(
     out: Path | str = Path("runs"),
     name: str | None = None,
     fresh: bool = False,
+    track: str | None = None,
     observer: Observer | None = None,
 ) -> FinishedRun[ImmunizeSummary]:
     """Immunise a model, as `robustvlm immunize` does; options by their names. The run's folder is a model spec.
@@ -580,6 +591,7 @@ def immunize(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         fresh: Delete an earlier run of this name first.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         observer: told of the progress.
     """
 
@@ -604,6 +616,7 @@ def judge(
     out: Path | str = Path("runs"),
     name: str | None = None,
     resume: bool | None = None,
+    track: str | None = None,
     observer: Observer | None = None,
 ) -> FinishedRun[Judgement]:
     """Judge test-time defences, as `robustvlm judge` does; options by their names.
@@ -643,6 +656,7 @@ def judge(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         observer: told of the progress.
     """
 
@@ -681,6 +695,7 @@ def purify(
     out: Path | str = Path("runs"),
     name: str | None = None,
     resume: bool | None = None,
+    track: str | None = None,
     observer: Observer | None = None,
 ) -> FinishedRun[TrainingSummary]:
     """Train a purifier and a mapper around a frozen encoder, as `robustvlm purify` does; options by their names.
@@ -730,6 +745,7 @@ def purify(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         resume: Insist on an earlier run, or delete it. Default: continue if there is one.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         observer: told of the progress.
     """
 
@@ -749,6 +765,7 @@ def soup(
     out: Path | str = Path("runs"),
     name: str | None = None,
     fresh: bool = False,
+    track: str | None = None,
     observer: Observer | None = None,
 ) -> FinishedRun[Soup]:
     """Average the weights of models, as `robustvlm soup` does; options by their names. The run's folder is a model.
@@ -776,6 +793,7 @@ def soup(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings].
         fresh: Delete an earlier run of this name.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         observer: told of the progress.
     """
 
@@ -800,6 +818,7 @@ def tune_prompts(
     out: Path | str = Path("runs"),
     name: str | None = None,
     fresh: bool = False,
+    track: str | None = None,
     observer: Observer | None = None,
 ) -> FinishedRun[PromptRecord]:
     """Learn prompts for a model, as `robustvlm tune-prompts` does; options by their names. The folder is a model
@@ -834,5 +853,6 @@ def tune_prompts(
         out: Folder that holds the runs.
         name: Name of the run [default: made from the settings, so that they find it again].
         fresh: Delete an earlier run of this name first.
+        track: Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.
         observer: told of the progress.
     """

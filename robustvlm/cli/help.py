@@ -77,6 +77,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "report": (
         ("The page of one run", "robustvlm report runs/robust"),
         ("Two runs side by side", "robustvlm report runs/before runs/after --out both.html"),
+        ("What was checked, as test cases for CI", "robustvlm report runs/gate --format junit --out gate.xml"),
     ),
     "models": (
         ("All forms and names", "robustvlm models"),

@@ -55,9 +55,7 @@ def _suite(told: Told) -> tuple[dict[str, int], list[str]]:
     return _suite_of(told.run.name, cases, properties, timestamp=created[1] if created else None)
 
 
-def _suite_of(
-    name: str, cases: list[str], properties: list[str], **more: object
-) -> tuple[dict[str, int], list[str]]:
+def _suite_of(name: str, cases: list[str], properties: list[str], **more: object) -> tuple[dict[str, int], list[str]]:
     counts = _counted(cases)
     inside = ["<properties>", *properties, "</properties>"] if properties else []
     return counts, [f"<testsuite{_attributes(name=name, **counts, **more)}>", *inside, *cases, "</testsuite>"]

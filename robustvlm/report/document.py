@@ -329,9 +329,7 @@ def _told(report: doc.Report) -> ReportTold:
         title=f"{plain(report.kicker, 200)}: {plain(report.name, 200)}",
         about=words_of(report.facts, _LONG),
         verdicts=[
-            Sentences(
-                tone=tones.get(verdict.tone, "neutral"), lines=[words_of(line, _LONG) for line in verdict.lines]
-            )
+            Sentences(tone=tones.get(verdict.tone, "neutral"), lines=[words_of(line, _LONG) for line in verdict.lines])
             for verdict in report.verdicts
         ],
         figures=[

@@ -132,7 +132,8 @@ def curves_of(summary: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """Return the curves of a summary: whatever stands in it as a history, by what changes along it.
 
     Example:
-        >>> curves_of({"history": {"steps": [{"step": 5, "terms": {"loss": 2.0}}, {"step": 9, "terms": {"loss": 1.0}}]}})
+        >>> steps = [{"step": 5, "terms": {"loss": 2.0}}, {"step": 9, "terms": {"loss": 1.0}}]
+        >>> curves_of({"history": {"steps": steps}})
         {'training/loss': [(5, 2.0), (9, 1.0)]}
     """
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -275,7 +276,7 @@ def _to_wandb(run: Logged) -> str:
             made.log(values, step=step)
         made.summary.update(dict(run.numbers) | {"outcome": run.text})
         made.log({f"tables/{title}": wandb.Table(*_grid(table)) for title, table in run.tables.items()})
-        address, folder = made.url, Path(made.dir).parent
+        address, folder = None if made.offline else made.url, Path(made.dir).parent
     finally:
         made.finish()
     return address or f"{folder}: wandb sync '{folder}'"

@@ -45,8 +45,12 @@ def batch() -> Batch:
 
 def hostile(text: str) -> Batch:
     """Return a run with `text` in every place, and numbers that JSON has no words for."""
-    measures = [doc.Measure.of(found) for found in (NAN, INF, None, rate(1, 3), Mean(total=2, value=NAN, low=NAN, high=None))]
-    table = doc.Table([doc.Column(text, group=text), *doc.numbers(text)], [text, *((doc.Name(text), m) for m in measures)])
+    measures = [
+        doc.Measure.of(found) for found in (NAN, INF, None, rate(1, 3), Mean(total=2, value=NAN, low=NAN, high=None))
+    ]
+    table = doc.Table(
+        [doc.Column(text, group=text), *doc.numbers(text)], [text, *((doc.Name(text), m) for m in measures)]
+    )
     checks = doc.Checks([finding(level, text, text) for level in ("fault", "warning", "note", "ok")])
     more = doc.More(text, [doc.Verbatim(text, text), doc.Facts([(text, text)], title=text)])
     blocks: list[doc.Block] = [doc.Text(text), table, checks, more, doc.Closing({text: text})]
@@ -227,9 +231,7 @@ def test_attack_runs_named_one_by_one_are_compared() -> None:
     assert written(twice, "md").startswith("# Comparison of 2 attack runs")
 
 
-def test_the_command_prints_writes_and_gates(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_writes_and_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(BEFORE / "attack")
     report_command([run], form="json")
     printed = capsys.readouterr().out

@@ -69,7 +69,14 @@ def test_curves_are_the_history_and_numbers_the_summary(run: FinishedRun[Any], t
 
 
 def test_many_numbers_are_cut_from_the_inside_and_none_takes_another_s_place() -> None:
-    many = {"deep": {"er": {str(n): n for n in range(900)}}, "a": 1, "a/b": 2, "a?b": 3, "odd": float("nan"), "on": True}
+    many = {
+        "deep": {"er": {str(n): n for n in range(900)}},
+        "a": 1,
+        "a/b": 2,
+        "a?b": 3,
+        "odd": float("nan"),
+        "on": True,
+    }
     found = tracking.numbers_of(many)
     assert len(found) == 500
     assert [found[name] for name in ("a", "a_b", "a_b 2")] == [1, 2, 3]
@@ -83,10 +90,12 @@ def test_tensorboard_gets_all_of_it(
     scalars: list[tuple[str, float, int]] = []
     texts: dict[str, str] = {}
     writer = SimpleNamespace(
-        add_scalar=lambda *found: scalars.append(found), add_text=texts.__setitem__, close=lambda: texts.update(closed="")
+        add_scalar=lambda *found: scalars.append(found),
+        add_text=texts.__setitem__,
+        close=lambda: texts.update(closed=""),
     )
     fake("tensorboard")
-    fake("torch.utils.tensorboard", SummaryWriter=lambda folder: writer)
+    fake("torch.utils.tensorboard", SummaryWriter=lambda _: writer)
     track(FinishedRun(tmp_path, run.manifest, run.summary), report_of(run), "tensorboard")
     wanted = [(name, value, step) for name, points in told.curves.items() for step, value in points]
     assert sorted(scalars) == sorted(wanted + [(f"summary/{name}", value, 0) for name, value in told.numbers.items()])
@@ -105,14 +114,17 @@ def test_mlflow_gets_all_of_it_once(told: Logged, run: FinishedRun[Any], fake: C
             assert name == "robustvlm"
 
         def create_experiment(self, name: str) -> str:
+            assert name == "robustvlm"
             return "7"
 
         def search_runs(self, experiments: list[str], wanted: str, max_results: int) -> list[Any]:
             assert experiments == ["7"]
             assert told.ident in wanted
-            return runs
+            return runs[:max_results]
 
         def create_run(self, experiment: str, run_name: str, tags: dict[str, str]) -> Any:
+            assert (experiment, run_name) == ("7", told.name)
+            assert told.ident in tags.values()
             runs.append(SimpleNamespace(info=SimpleNamespace(run_id=f"run {len(runs)}")))
             return runs[-1]
 
@@ -124,6 +136,7 @@ def test_mlflow_gets_all_of_it_once(told: Logged, run: FinishedRun[Any], fake: C
             given.update(params)
 
         def log_text(self, ident: str, text: str, place: str) -> None:
+            assert ident == "run 0"
             texts[place] = text
 
         def set_terminated(self, ident: str) -> None:
@@ -146,12 +159,14 @@ def test_mlflow_gets_all_of_it_once(told: Logged, run: FinishedRun[Any], fake: C
     assert len(runs) == 1
 
 
-def test_wandb_gets_all_of_it_and_gathers_nothing(told: Logged, run: FinishedRun[Any], fake: Callable[..., None]) -> None:
+def test_wandb_gets_all_of_it_and_gathers_nothing(
+    told: Logged, run: FinishedRun[Any], fake: Callable[..., None]
+) -> None:
     rows: list[tuple[dict[str, Any], int | None]] = []
     kept: dict[str, Any] = {}
     ended: list[bool] = []
     made = SimpleNamespace(
-        log=lambda values, step=None: rows.append((values, step)), summary=kept, url=None, dir="w/r/files",
+        log=lambda values, step=None: rows.append((values, step)), summary=kept, offline=True, dir="w/r/files",
         finish=lambda: ended.append(True),
     )  # fmt: skip
     settings: dict[str, Any] = {}
@@ -189,13 +204,13 @@ def test_what_is_missing_or_fails_is_one_line(
 ) -> None:
     with pytest.raises(UserError, match=r"unknown --track 'tensorbord': did you mean 'tensorboard'\?"):
         require("tensorbord")
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"needs the package mlflow-skinny: pip install 'robustvlm\[mlflow\]'"):
         rv.evaluate("tiny", limit=4, track="mlflow", out=tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
 
-    def offline(**given: object) -> None:
+    def offline(**_: object) -> None:
         raise OSError(f"cannot reach https://me:{SECRET}@host")
 
     fake("wandb", Settings=dict, init=offline)
@@ -214,7 +229,7 @@ def test_every_command_that_makes_runs_tracks_them_and_is_named_alike_with_and_w
 
 def test_a_run_is_logged_when_it_ends_and_when_it_is_asked_for_again(tmp_path: Path, fake: Callable[..., None]) -> None:
     times: list[str] = []
-    writer = SimpleNamespace(add_scalar=lambda *found: None, add_text=lambda *found: None, close=lambda: None)
+    writer = SimpleNamespace(add_scalar=lambda *_: None, add_text=lambda *_: None, close=lambda: None)
     fake("tensorboard")
     fake("torch.utils.tensorboard", SummaryWriter=lambda folder: times.append(folder) or writer)
     first = rv.evaluate("tiny", limit=4, track="tensorboard", out=tmp_path)
@@ -268,6 +283,7 @@ def test_wandb_keeps_it_offline(
     monkeypatch.setattr(sys, "argv", ["robustvlm", "attack", f"--data=https://me:{SECRET}@host/a.tar"])
     where = track(run, report_of(run), "wandb")
     assert "wandb sync" in where
+    sys.modules["wandb"].teardown()  # what is still to be written is written
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     for name in [*told.curves, *told.numbers]:
         assert name.encode() in kept, name

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 GOOD = [
     "robustvlm/__init__.pyi",
     "robustvlm/py.typed",
+    "robustvlm/report/report.schema.json",
     "robustvlm-1.data/data/share/doc/robustvlm/attacks.md",
     "robustvlm-1.dist-info/licenses/LICENSE",
 ]

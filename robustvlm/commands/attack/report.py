@@ -23,13 +23,18 @@ _WORST = {"class": 5, "superclass": 12}
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished attack run, by default to `report.html` in its folder, and return its path."""
-    return write_report_of(folder, out, lambda run: attack_report(load_run(run)))
+    return write_report_of(folder, out, lambda run: report_of(load_run(run)))
 
 
 def show(run: AttackedRun, console: Console) -> None:
     """Print what came of a run, and where its report and its rows are."""
     places = {"Report": run.report, "Results": run.folder / "results.parquet"}
     screen.show(console, attack_report(run, drawn=False), doc.Closing(places))
+
+
+def report_of(run: AttackedRun) -> doc.Report:
+    """Return all that is said of a run, drawn parts included."""
+    return attack_report(run)
 
 
 def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:

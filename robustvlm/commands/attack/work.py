@@ -22,7 +22,7 @@ from robustvlm.commands.attack.checks import STAND_INS, of_results, of_second_op
 from robustvlm.commands.attack.cost import Budget, parse_budget
 from robustvlm.commands.attack.goal import Aim, check_goal, make_aim
 from robustvlm.commands.attack.record import load_run
-from robustvlm.commands.attack.report import attack_report as report_of
+from robustvlm.commands.attack.report import report_of as report_of
 from robustvlm.commands.attack.report import show as show
 from robustvlm.commands.attack.report import write_report as write_report
 from robustvlm.commands.attack.run import AttackRun

@@ -175,7 +175,14 @@ def _unevenness(result: CleanResult) -> Iterator[doc.Block]:
         where = f"{plain(one.tree, 40)}, level {one.level}" if several else f"level {one.level}"
         of = "subgroups of a class" if one.by == "subgroups" else f"classes of a superclass, {where}"
         reach = interval(rate(0, 1).model_copy(update={"low": one.low, "high": one.high}))
-        rows.append((of, doc.Measure(percent(one.value), reach, one.value, one.low, one.high), percent(one.by_chance), f"{one.p_value:.2g}"))
+        rows.append(
+            (
+                of,
+                doc.Measure(percent(one.value), reach, one.value, one.low, one.high),
+                percent(one.by_chance),
+                f"{one.p_value:.2g}",
+            )
+        )
     columns = [doc.Column("Accuracy over the"), *doc.numbers("MacroStd", "By chance", "p")]
     yield doc.Table(columns, rows, title="How evenly")
 
