@@ -113,12 +113,14 @@ def test_the_model_of_timm_runs_from_a_file(place: Path, capsys: pytest.CaptureF
 
 def test_the_gate_is_a_workflow_that_compares_the_lower_end() -> None:
     job = yaml.safe_load((EXAMPLES / "ci-gate.yml").read_text(encoding="utf-8"))["jobs"]["gate"]
-    steps = [step["run"] for step in job["steps"] if "run" in step]
-    (command,) = (shlex.split(step) for step in steps if step.startswith("robustvlm"))
-    given = PROGRAM.commands["attack"].make_context("attack", command[2:]).params
-    assert given["fail_if"] == ["robust_accuracy.low<40%"]
+    lines = [line for step in job["steps"] for line in step.get("run", "").splitlines()]
+    commands = [shlex.split(line.partition(" >> ")[0]) for line in lines if line.startswith("robustvlm")]
+    given, *reports = (PROGRAM.commands[words[1]].make_context(words[1], words[2:]).params for words in commands)
+    assert given["fail_if"] == ["robust_accuracy.low<40%"] == reports[-1]["fail_if"]
+    assert [told["runs"] for told in reports] == [[given["name"]]] * 2
+    assert [told["form"] for told in reports] == ["md", "junit"]
     uploads = next(step["with"]["path"] for step in job["steps"] if "upload" in step.get("uses", ""))
-    assert uploads == f"runs/{given['name']}"
+    assert uploads.split() == [f"runs/{given['name']}", str(reports[-1]["out"])]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -108,7 +108,7 @@ def predict_and_show(command: Command, settings: Settings) -> None:
     if asked.written_as == "parquet" and asked.to_stdout and sys.stdout.isatty():
         raise UserError("parquet is no text for a terminal: pass --to FILE, or another --format")
     console = Console(stderr=asked.to_stdout)
-    with console.status(command.loading) if console.is_terminal else nullcontext():
+    with console.status(command.loading) if console.is_terminal else Bars(console, doing=command.loading):
         work = Work(asked)
     with Bars(console) as progress, _written(work, console) as write:
         progress.begin(command.doing, work.total)
@@ -191,8 +191,7 @@ def report(
         str,
         typer.Option(
             "--format",
-            metavar="|".join(_FORMS),
-            help="html is the page; the others are the same report for machines (docs/runs.md).",
+            help="html is the page; json, md, tex, csv, junit and sarif are the same report for machines and CI.",
             rich_help_panel="Output",
         ),
     ] = "html",
@@ -335,5 +334,6 @@ def _print_methods(runs: Sequence[str], out: Path | None, *, as_json: bool) -> N
 
 
 def _shown(run: FinishedRun[Any]) -> dict[str, Any]:
-    summary = run.summary if isinstance(run.summary, dict) else run.summary.model_dump(mode="json")
-    return {"name": run.name, "folder": str(run.folder), "summary": summary}
+    from robustvlm.report.document import summary_of
+
+    return {"name": run.name, "folder": str(run.folder), "summary": summary_of(run)}

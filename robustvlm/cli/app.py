@@ -211,7 +211,10 @@ def _forecast(run: Run, console: Console, *, as_json: bool) -> None:
 def opened(command: Command, settings: Settings, console: Console) -> Run:
     """Check the settings and load what they name, with a word of it on a terminal."""
     if not console.is_terminal:
-        return Run(command, settings, given=given_command())
+        from robustvlm.cli.console import Bars
+
+        with Bars(console, doing=command.loading):
+            return Run(command, settings, given=given_command())
     with console.status(command.loading) as status, telling(Prompts(status.update)):
         return Run(command, settings, given=given_command())
 

@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from robustvlm import __version__
 from robustvlm.report.copies import words_of
-from robustvlm.report.document import Batch, Told, findings_of, rule_of
+from robustvlm.report.document import Batch, Told, findings_of, rule_of, specs_of
 from robustvlm.report.words import Finding, plain
 from robustvlm.runs.manifest import NAME
 
@@ -38,7 +38,8 @@ def as_junit(batch: Batch) -> str:
 
 def _suite(told: Told) -> tuple[dict[str, int], list[str]]:
     manifest = told.run.manifest
-    config = manifest.get("config") or {}
+    seed = (manifest.get("config") or {}).get("seed")
+    model, data = specs_of(told.run)
     verdict = " ".join(words_of(line, _LONG) for verdict in told.report.verdicts for line in verdict.lines)
     group = f"robustvlm.{told.run.kind}"
     cases = [_case(group, "run", said=verdict)]
@@ -47,7 +48,7 @@ def _suite(told: Told) -> tuple[dict[str, int], list[str]]:
         _case(group, f"condition {gate.text}", failed=f"the condition holds: {gate.text}" if gate.holds else "")
         for gate in told.gates
     ]
-    named = {name: config.get(name) for name in ("model", "data", "seed")} | {"folder": told.run.folder}
+    named = {"model": model, "data": data, "seed": seed, "folder": told.run.folder}
     properties = [
         f"<property{_attributes(name=name, value=value)}/>" for name, value in named.items() if value is not None
     ]
@@ -146,7 +147,7 @@ def _log(told: Told) -> dict[str, Any]:
                 "level": _LEVELS.get(level, "error"),
                 "message": _message(message),
                 "locations": [_location(told.run.folder)],
-                "partialFingerprints": {"robustvlmCheck/v1": _fingerprint(ident, message, level, manifest)},
+                "partialFingerprints": {"robustvlmCheck/v1": _fingerprint(ident, message, level, told)},
             }
         )
     return {
@@ -194,10 +195,9 @@ def _location(folder: Path) -> dict[str, Any]:
     return {"physicalLocation": {"artifactLocation": {"uri": f"file://{address}" if path.is_absolute() else address}}}
 
 
-def _fingerprint(ident: str, message: str, level: str, manifest: Mapping[str, Any]) -> str:
+def _fingerprint(ident: str, message: str, level: str, told: Told) -> str:
     """Return what is the same for the same check of the same model and data, whatever the numbers in its message."""
-    config = manifest.get("config") or {}
-    what = [ident, message if level == _CONDITION else "", str(config.get("model")), str(config.get("data"))]
+    what = [ident, message if level == _CONDITION else "", *map(str, specs_of(told.run))]
     return hashlib.blake2b(json.dumps(what).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

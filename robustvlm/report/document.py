@@ -302,8 +302,8 @@ def rule_of(finding: Finding) -> str:
 
 
 def _run(told: Told) -> RunTold:
-    manifest, config = told.run.manifest, told.run.manifest.get("config") or {}
-    ident, created, model, data = manifest.get("id"), manifest.get("created"), config.get("model"), config.get("data")
+    ident, created = told.run.manifest.get("id"), told.run.manifest.get("created")
+    model, data = specs_of(told.run)
     return RunTold(
         name=plain(told.run.name, _LONG),
         folder=plain(told.run.folder, _LONG),
@@ -317,6 +317,13 @@ def _run(told: Told) -> RunTold:
         conditions=[Condition(text=gate.text, holds=gate.holds) for gate in told.gates],
         summary=summary_of(told.run),
     )
+
+
+def specs_of(run: FinishedRun[Any]) -> tuple[str | None, str | None]:
+    """Return what model and what data a run is of, as they were given."""
+    config = run.manifest.get("config") or {}
+    found = [(run.manifest.get(what) or {}).get("spec") or config.get(what) for what in ("model", "data")]
+    return _text(found[0]), _text(found[1])
 
 
 def _text(value: object) -> str | None:

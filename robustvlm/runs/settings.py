@@ -113,7 +113,6 @@ class Shared:
     TRACK = way(
         None,
         "Log the finished run's numbers, curves and tables too: tensorboard, mlflow or wandb.",
-        metavar="tensorboard|mlflow|wandb",
         group="Output",
     )
     SUMMARY_AS_JSON = shown_as(False, "Print the summary as JSON on standard output.", flags=("--json",))
