@@ -2,7 +2,7 @@
 
     python -m tools.packaging [--no-install]
 
-Needs `build` and `twine`. Extras are resolved together by uv, for every Python, where it is there; else by pip,
+Needs `build` and `twine`. The extras are resolved together by uv, for every Python, where it is there; else by pip,
 which takes many minutes. That and the environment for the wheel need the package index, and the latter a few gigabytes.
 Exit code 1 at the first mistake.
 """
@@ -23,8 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 EXTRAS = "external,hub,wds,wordnet,tensorboard,mlflow,wandb"
-APART = ("external", "mlflow")
-"""Two extras that no environment holds together: torchattacks pins a requests that the client of MLflow refuses."""
 # What must be in each, and what must not: the first folder of a file, or the file itself.
 WHEEL_FOLDERS = {"robustvlm"}
 WHEEL_HAS = ("robustvlm/__init__.pyi", "robustvlm/py.typed", "robustvlm/report/report.schema.json")
@@ -94,28 +92,18 @@ def metadata_faults(text: str) -> list[str]:
 
 
 def resolve(wheel: Path) -> None:
-    """Let a resolver find releases of everything that extras need together; nothing is installed."""
-    for extras in together():
-        with tempfile.TemporaryDirectory() as folder:
-            asked = Path(folder) / "all.in"
-            asked.write_text(f"robustvlm[{extras}] @ {wheel.as_uri()}\n", encoding="utf-8")
-            if uv := shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv"):
-                for python in PYTHONS:
-                    made = Path(folder) / f"all-{python}.txt"
-                    run(uv, "pip", "compile", "--quiet", "--python-version", python, "--output-file", made, asked)
-            else:
-                run(sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "-r", asked)
-        print(f"the extras {extras} resolve together", flush=True)
-
-
-def together() -> list[str]:
-    """Return the largest sets of extras that one environment can hold, as they are written in brackets.
-
-    Example:
-        >>> together()
-        ['hub,wds,wordnet,tensorboard,mlflow,wandb', 'external,hub,wds,wordnet,tensorboard,wandb']
-    """
-    return [",".join(extra for extra in EXTRAS.split(",") if extra != left) for left in APART]
+    """Let a resolver find releases of everything that all extras need together; nothing is installed."""
+    wanted = f"robustvlm[{EXTRAS}] @ {wheel.as_uri()}"
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "all.in"
+        asked.write_text(wanted + "\n", encoding="utf-8")
+        if uv := shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv"):
+            for python in PYTHONS:
+                made = Path(folder) / f"all-{python}.txt"
+                run(uv, "pip", "compile", "--quiet", "--python-version", python, "--output-file", made, asked)
+        else:
+            run(sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "-r", asked)
+    print(f"the extras {EXTRAS} resolve together", flush=True)
 
 
 def try_out(wheel: Path) -> None:

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class Logged:
 
 
 def require(name: str) -> None:
-    """Refuse a tracker that is not known, or whose package is missing, before any work is done.
+    """Refuse a tracker that is not known, or whose package is missing or broken, before any work is done.
 
     Raises:
         UserError: naming the package and how it is installed.
@@ -65,8 +64,12 @@ def require(name: str) -> None:
     if name not in TRACKERS:
         raise UserError(f"unknown --track '{name}': {nearest(name, TRACKERS)}")
     module, package, _ = TRACKERS[name]
-    if find_spec(module) is None:
-        raise UserError(f"--track {name} needs the package {package}: pip install 'robustvlm[{name}]'")
+    try:
+        import_module(module)
+    except ImportError as error:
+        if error.name in (None, module):
+            raise UserError(f"--track {name} needs the package {package}: pip install 'robustvlm[{name}]'") from None
+        raise UserError(f"the package {package} cannot be used for --track {name}: {one_line(error)}") from error
 
 
 def track(run: FinishedRun[Any], report: doc.Report | None, name: str) -> str:

@@ -23,6 +23,7 @@ import pytest
 from pages import HOSTILE
 
 from robustvlm.cli.acts import report as report_command
+from robustvlm.commands import COMMANDS, command_of
 from robustvlm.commands.index import batch_of
 from robustvlm.errors import UserError
 from robustvlm.report import document as made
@@ -33,7 +34,7 @@ from robustvlm.report.words import finding, plain
 from robustvlm.stats import Mean, rate
 
 BEFORE = Path(__file__).parents[1] / "pins" / "before"
-KINDS = ("attack", "certify", "detect", "finetune", "immunize")
+KINDS = ("attack", "certify", "detect", "finetune", "immunize", "purify")
 ODD = ["\ufffe\uffff", "{0} {{1}}", "[a](1)", "]]>", "=1+1", "```", "\udc80", "é\N{EN DASH}"]
 NAN, INF = float("nan"), float("inf")
 
@@ -223,6 +224,12 @@ def test_folders_of_runs_tell_what_they_leave_out(tmp_path: Path) -> None:
         batch_of([tmp_path / "soup"], ["asr>0.5"])
     with pytest.raises(UserError, match="unknown rate 'acc'"):
         batch_of([tmp_path], ["acc>0.5"])
+
+
+def test_every_kind_with_a_page_has_the_other_formats_too() -> None:
+    for kind in COMMANDS:
+        home = command_of(kind).load()
+        assert hasattr(home, "report_of") == hasattr(home, "write_report"), kind
 
 
 def test_attack_runs_named_one_by_one_are_compared() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import robustvlm as rv
 from robustvlm.commands import COMMANDS, command_of, open_run, report_of
+from robustvlm.commands.index import batch_of
 from robustvlm.errors import UserError
 from robustvlm.report import tracking
 from robustvlm.report.copies import markdown
@@ -204,11 +205,15 @@ def test_what_is_missing_or_fails_is_one_line(
 ) -> None:
     with pytest.raises(UserError, match=r"unknown --track 'tensorbord': did you mean 'tensorboard'\?"):
         require("tensorbord")
-    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match=r"needs the package mlflow-skinny: pip install 'robustvlm\[mlflow\]'"):
         rv.evaluate("tiny", limit=4, track="mlflow", out=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wandb.py").write_text("import of_another_age")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match="wandb cannot be used for --track wandb: No module named 'of_another_age'"):
+        require("wandb")
 
     def offline(**_: object) -> None:
         raise OSError(f"cannot reach https://me:{SECRET}@host")
@@ -235,6 +240,7 @@ def test_a_run_is_logged_when_it_ends_and_when_it_is_asked_for_again(tmp_path: P
     first = rv.evaluate("tiny", limit=4, track="tensorboard", out=tmp_path)
     again = rv.evaluate("tiny", limit=4, track="tensorboard", out=tmp_path)
     assert times == [str(first.folder / "tensorboard")] * 2
+    assert [told.run.summary.images for told in batch_of([first.folder]).runs] == [4]
     assert first.folder == again.folder == rv.evaluate("tiny", limit=4, out=tmp_path).folder
 
 
