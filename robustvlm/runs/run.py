@@ -290,9 +290,10 @@ class Run:
             if write is not None and session.ranks.leader and (worked or not self.folder.report_path.exists()):
                 write(self.folder.path)
         if self._track is not None and self.ranks.leader:
-            report_of = getattr(self.home, "report_of", None)
+            told, report_of = observer or Observer(), getattr(self.home, "report_of", None)
+            told.begin(f"Logging to {self._track}")
             where = _tracking().track(found, None if report_of is None else report_of(found), self._track)
-            (observer or Observer()).say(f"Logged to {where}")
+            told.say(f"Logged to {where}")
         return found
 
     def estimate(self, observer: Observer | None = None, *, fresh: bool = False, resume: bool = False) -> Any:
