@@ -67,8 +67,9 @@ def test_lines_come_while_the_run_itself_reports_nothing() -> None:
     stream = io.StringIO()
     console = Console()
     console.file = stream
-    with Bars(console, every=0.02) as bars:
-        bars.begin("Slow", 2)
+    bars = Bars(console, every=0.02)
+    bars.begin("Slow", 2)
+    with bars:
         until = time.monotonic() + 20
         while stream.getvalue().count("\n") < 2 and time.monotonic() < until:
             time.sleep(0.01)
