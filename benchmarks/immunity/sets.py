@@ -18,6 +18,7 @@ from robustvlm.models import VLM
 
 STYLE = {"val": "streamline-emojis", "test": "twemoji"}
 CIFAR_MODEL = "benchmarks.cifar10.model:load"
+EMOJI_SPLITS = 5
 CIFAR_SPLITS = 5
 CIFAR_KNOWN = 6
 FIT_IMAGES = 12_000
@@ -82,6 +83,42 @@ def emoji_task(folder: Path, judged: str) -> Task:
     left_out = tuple(name for name in every.class_names if name not in number)
     known = rows(all_of_style, labels >= 0, labels)
     return Task("emoji", vlm, source, source.class_names, fit, held_out, known, unknown, left_out + near_names())
+
+
+def emoji_splits(folder: Path) -> Iterator[Task]:
+    """Yield five tasks on the bundled data: a fifth of all 173 classes is left out in turn, all else as in `emoji_task`.
+
+    `left out` are the Twemoji images of that fifth: siblings of the known classes, whose words the model has read. `near`
+    and `far` are the same images for every task.
+    """
+    vlm = load_pipeline("tiny")
+    source = open_data("emoji?split=train&copies=4&labels=all")
+    fit = encoded(vlm, source, folder, "emoji-train-all")
+    held_out = encoded(vlm, open_data("emoji?split=val&copies=8&labels=all"), folder, "emoji-val-all")
+    judged = encoded(vlm, open_data("emoji?split=test&copies=4&labels=all"), folder, "emoji-test-all")
+    strange = {
+        split: encoded(vlm, open_data(f"emoji?split={split}&styles={STYLE['test']}&copies=4"), folder, f"emoji-{split}-test")
+        for split in ("near", "far")
+    }
+    names = source.class_names
+    fold = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % EMOJI_SPLITS
+    for number in range(EMOJI_SPLITS):
+        kept = (fold != number).nonzero().flatten().tolist()
+        place = torch.full((len(names),), -1)
+        place[kept] = torch.arange(len(kept))
+        left_out = tuple(name for k, name in enumerate(names) if k not in set(kept))
+        learnt, thresholds, known = (place[part.labels] for part in (fit, held_out, judged))
+        yield Task(
+            f"emoji/{number}",
+            vlm,
+            source,
+            tuple(names[k] for k in kept),
+            rows(fit, learnt >= 0, learnt),
+            rows(held_out, thresholds >= 0, thresholds),
+            rows(judged, known >= 0, known),
+            {"left out": rows(judged, known < 0, known), **strange},
+            left_out + near_names(),
+        )
 
 
 def near_names() -> tuple[str, ...]:

@@ -25,10 +25,12 @@ from robustvlm.defenses.immunity import (
 from robustvlm.defenses.immunity.antibodies import (
     Antibodies,
     AntibodyText,
+    Returning,
     automatic_band,
     filter_antibodies,
     noise_antibodies,
     open_source,
+    returning,
 )
 from robustvlm.defenses.immunity.recipe import Deciding
 from robustvlm.defenses.immunity.vaccine import automatic_margin
@@ -57,6 +59,7 @@ class Variant:
     steps: int = 400
     per_class: int = 1
     thresholds: bool = True
+    rule: str = "equal-miss"
     images: bool = True
     extra: dict[str, float] = field(default_factory=dict)
 
@@ -79,6 +82,19 @@ VARIANTS = (
     Variant("zero-shot, no images", images=False),
 )
 
+OF_SPLITS = (
+    Variant("default: hinge, bank", weight=None),
+    Variant("- antibodies that name no unknown thing", antibodies="unnamed", weight=None),
+    Variant("- antibodies: the unknown things' own names (upper bound)", antibodies="named", weight=None),
+    Variant("- noise antibodies", antibodies="noise", weight=None),
+    Variant("- no antibodies", antibodies="none", weight=None),
+    Variant("- no vaccine", steps=0, weight=None),
+    Variant("- thresholds least-fpr", rule="least-fpr", weight=None),
+    Variant("- S_DIS at .5, as it was the default"),
+)
+"""Rows of the table over five splits: the default of `immunize`, and what differs from it."""
+MISS = 0.05
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
@@ -100,10 +116,15 @@ def baselines(task: Task) -> dict[str, Scored]:
     supplies = Supplies(head, True, fit.features, fit.labels, words if len(words) else None)
     made, _ = make_scores(BASELINES, supplies)
     right = ((task.known.features @ text.T).argmax(dim=1) == task.known.labels).double().numpy()
+    held = task.held_out.features[(task.held_out.features @ text.T).argmax(dim=1) == task.held_out.labels]
     found = {}
     for name, detector in made.items():
         score = {key: detector.score(part.features).double().numpy() for key, part in task.unknown.items()}
-        found[name] = Scored(detector.score(task.known.features).double().numpy(), score, right, {})
+        known = detector.score(task.known.features).double().numpy()
+        # One threshold of the held-out images that are classified right, at the miss that `immunize` asks for.
+        threshold = float(np.quantile(detector.score(held).double().numpy(), MISS))
+        accepted = {key: float((values > threshold).mean()) for key, values in (score | {"known": known}).items()}
+        found[name] = Scored(known, score, right, accepted)
     return found
 
 
@@ -155,11 +176,23 @@ def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
         task.class_names,
         logit_scale=task.vlm.logit_scale,
         kappa=variant.kappa,
-        deciding=Deciding(variant.weight, tail=None if variant.weight is None else 0.5, seed=seed),
+        deciding=Deciding(
+            variant.weight, rule=variant.rule, tail=None if variant.weight is None else 0.5, seed=seed
+        ),
+        returning=returning_of(task, variant, prototypes.vectors, text),
         vaccine=vaccine,
     )
     pooled = sum(item.pooled for item in done.thresholds.classes)
-    return done.immunity, f"{len(antibodies)} antibodies, step {done.vaccinated.chosen}, {pooled} pooled"
+    weight = f"weight {done.immunity.weight:g}"
+    return done.immunity, f"{len(antibodies)} antibodies, {weight}, step {done.vaccinated.chosen}, {pooled} pooled"
+
+
+def returning_of(task: Task, variant: Variant, prototypes: Tensor, text: Tensor) -> Returning | None:
+    """Return the texts of the bank that were dropped for naming a known class, as the choice of the hinge takes them."""
+    if variant.weight is not None or variant.antibodies not in ("bank", "unnamed"):
+        return None
+    proposal = open_source("bank").propose(task.class_names)
+    return returning(proposal, task.class_names, text, prototypes=prototypes, band=automatic_band(prototypes, text))
 
 
 def possible(task: Task, variant: Variant) -> bool:

@@ -31,6 +31,12 @@ class EvaluateSettings(Settings):
         ranged=True,
         group="Model and data",
     )
+    corrupt: str | None = option(
+        None,
+        "Also under common corruptions: all, or NAME[:SEVERITY] with commas between, as fog:3,snow; severities 1 to 5.",
+        metavar="KINDS",
+        group="Corruptions",
+    )
     batch_size: int = option(64, "Images per pass.", at_least=1, unit="images", ranged=True, group="Run")
     device: str = Shared.DEVICE
     out: Path = Shared.OUT
@@ -38,6 +44,11 @@ class EvaluateSettings(Settings):
     resume: bool | None = Shared.RESUME
     track: str | None = Shared.TRACK
     as_json: bool = Shared.SUMMARY_AS_JSON
+
+    def stored(self, **resolved: Any) -> dict[str, Any]:
+        """Return what defines the run; without corruptions it is the run that it was before there were any."""
+        found = super().stored(**resolved)
+        return {name: value for name, value in found.items() if name != "corrupt" or value is not None}
 
 
 EVALUATE = Command(

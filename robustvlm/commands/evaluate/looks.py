@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from robustvlm.commands.evaluate.corrupted import Answer, Answers
 from robustvlm.commands.evaluate.measures import correct, places
 from robustvlm.commands.evaluate.record import ImageRow
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
+from robustvlm.data.corruptions import Corruption, corrupted
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import UserError, is_out_of_memory
@@ -44,6 +46,7 @@ class Look:
     rows: list[ImageRow] = field(default_factory=list)
     unreadable: list[tuple[int, Unreadable]] = field(default_factory=list)
     pairs: Pairs | None = None
+    corrupted: Answers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ class Looker:
     Args:
         model: a classifier of the source's classes, or an encoder for captions alone.
         source: the images; limit: how many of them; batch_size: images a pass.
+        corruptions: under which the classifier sees its labelled images again.
     """
 
     model: Classifier | VLM
     source: DataSource
     limit: int | None = None
     batch_size: int = 64
+    corruptions: tuple[Corruption, ...] = ()
 
     @property
     def classifier(self) -> Classifier | None:
@@ -131,7 +136,24 @@ class Looker:
                 look.rows += _rows(output, asked, order, refuses=self.classifier.can_reject)
             if self.encoder is not None:
                 look.pairs = self._pairs(self.encoder, pixels, asked, order)
+        look.corrupted = self._corrupted(number, pixels, asked, order)
         return look
+
+    def _corrupted(self, number: int, pixels: Tensor, asked: list[Sample], order: dict[str, int]) -> Answers:
+        """Return what the classifier says of the labelled images of a batch under every corruption."""
+        have = [place for place, sample in enumerate(asked) if sample.label != UNKNOWN]
+        if not have or self.classifier is None:
+            return {}
+        labelled, model, found = [asked[place] for place in have], self.classifier, Answers()
+        for one in self.corruptions:
+            changed = corrupted(pixels[have], [sample.id for sample in labelled], one)
+            draws = own_draws(model.device, derive_seed("evaluate", number, one.text))
+            with draws, borrowed(model), torch.no_grad(), full_precision_kernels():
+                output = _halving(model, changed.to(model.device)).cpu()
+            _check_finite(output, labelled, model.spec)
+            rows = _rows(output, labelled, order, refuses=model.can_reject)
+            found[one.text] = {row.index: Answer(row.prediction, row.confidence or 0.0, row.accepted) for row in rows}
+        return found
 
     def _pairs(self, encoder: VLM, pixels: Tensor, asked: list[Sample], order: dict[str, int]) -> Pairs | None:
         have = [place for place, sample in enumerate(asked) if sample.captions]

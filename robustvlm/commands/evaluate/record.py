@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.commands.common.store import JournalLedger, cost_of
+from robustvlm.commands.evaluate.corrupted import Answers, Corruptions, as_fact, from_fact
 from robustvlm.commands.evaluate.measures import (
     TOP,
     calibration_bins,
@@ -126,6 +127,7 @@ class CleanResult(BaseModel):
     superclass_accuracy: list[LevelAccuracy]
     unevenness: list[Unevenness] = []
     retrieval: Retrieval | None = None
+    corruptions: Corruptions | None = None
     rejected: Rate | None = None
     unknown_rejected: Rate | None = None
     seconds: float
@@ -203,6 +205,7 @@ class EvaluateLedger(JournalLedger):
 
     def __init__(self, folder: RunFolder) -> None:
         self.rows: list[ImageRow] = []
+        self.corrupted: Answers = {}
         self.batches = 0
         super().__init__(folder)
 
@@ -217,11 +220,19 @@ class EvaluateLedger(JournalLedger):
             {"kind": "batch"} | {field.name: [getattr(row, field.name) for row in rows] for field in fields(ImageRow)}
         )
 
+    def add_corrupted(self, answers: Answers) -> None:
+        """Record a batch's answers on corrupted images; before its rows, so that a batch with rows has them."""
+        self._add(as_fact(answers))
+
     def add_cost(self, *, forward: int, seconds: float, model_seconds: float) -> None:
         """Record what this session has cost so far."""
         self._add_cost(cost_of(forward=forward, seconds=seconds, model_seconds=model_seconds))
 
     def _take_own(self, kind: str, fact: dict[str, Any]) -> None:
+        if kind == "corrupted":
+            for text, answers in from_fact(fact).items():
+                self.corrupted.setdefault(text, {}).update(answers)
+            return
         if kind != "batch":
             raise ValueError(f"unknown kind of fact '{kind}'")
         columns = [fact[field.name] for field in fields(ImageRow)]

@@ -14,6 +14,7 @@ import torch
 from markupsafe import Markup
 from rich.console import Console
 
+from robustvlm.commands.evaluate import corrupted
 from robustvlm.commands.evaluate.measures import N_BINS, TOP, calibration_bins
 from robustvlm.commands.evaluate.record import SCHEMA, CleanResult
 from robustvlm.report import screen
@@ -89,6 +90,7 @@ def evaluate_report(run: Evaluation) -> doc.Report:
         cards=list(_cards(result)),
         sections=[
             doc.Section("Measures", [*_measures(result), *_retrieval(result)], key="measures", short="Measures"),
+            *_corruptions(result),
             *_calibration(run),
             *_subgroups(result),
             *_classes(run),
@@ -119,6 +121,8 @@ def verdict(result: CleanResult) -> doc.Verdict:
             f"{whose} mean confidence is {percent(sure)}{beside}, and the calibration error "
             f"{percent(result.calibration_error)}."
         )
+    if result.corruptions is not None:
+        lines.append(corrupted.sentence(result.corruptions, result.accuracy))
     if result.retrieval is not None:
         found = result.retrieval
         first = [percent(one[1].value) for one in (found.text, found.image)]
@@ -132,6 +136,9 @@ def verdict(result: CleanResult) -> doc.Verdict:
 def _cards(result: CleanResult) -> Iterator[doc.Card]:
     if result.images:
         yield doc.Card("Accuracy", result.accuracy, "of the labelled images", good=True)
+    if result.corruptions is not None:
+        over = corrupted.as_rate(result.corruptions.accuracy)
+        yield doc.Card("Under corruptions", over, "mean corruption accuracy", good=True)
     if result.top5 is not None:
         yield doc.Card("Top-5 accuracy", result.top5, "of the labelled images", good=True)
     if result.retrieval is not None:
@@ -140,7 +147,8 @@ def _cards(result: CleanResult) -> Iterator[doc.Card]:
 
 
 def _tables(result: CleanResult) -> list[doc.Block]:
-    return [*_measures(result), *_unevenness(result), *_retrieval(result)]
+    corruptions = corrupted.blocks(result.corruptions, result.accuracy, result.rejected)
+    return [*_measures(result), *corruptions, *_unevenness(result), *_retrieval(result)]
 
 
 def _measures(result: CleanResult) -> Iterator[doc.Block]:
@@ -225,6 +233,19 @@ def _left_out(result: CleanResult) -> Iterator[doc.Section]:
         blocks.append(doc.Text(f"{count_of(result.unknown, 'images')} of unknown classes left out."))
     if blocks:
         yield doc.Section("What to know of the data", blocks, key="data", short="Data")
+
+
+def _corruptions(result: CleanResult) -> Iterator[doc.Section]:
+    if result.corruptions is None:
+        return
+    lead = (
+        "The fifteen kinds of ImageNet-C, made of the images as the model sees them; the ice of frost is drawn, so that "
+        "figures are not those of ImageNet-C's files."
+    )
+    blocks = corrupted.blocks(result.corruptions, result.accuracy, result.rejected)
+    yield doc.Section(
+        "Common corruptions", [doc.Text(lead, kind="lead"), *blocks], key="corruptions", short="Corruptions"
+    )
 
 
 def _calibration(run: Evaluation) -> Iterator[doc.Section]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from robustvlm.commands.common.inputs import describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.evaluate import EvaluateSettings
+from robustvlm.commands.evaluate import EvaluateSettings, corrupted
 from robustvlm.commands.evaluate.looks import Looker, Pairs
 from robustvlm.commands.evaluate.measures import retrieval_places
 from robustvlm.commands.evaluate.record import (
@@ -33,7 +33,9 @@ from robustvlm.commands.evaluate.view import evaluate_report as report_of
 from robustvlm.commands.evaluate.view import read_run, show, write_report
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular, write_text
 from robustvlm.core.ranks import resolve_device
+from robustvlm.core.size import sides
 from robustvlm.data import open_data
+from robustvlm.data.corruptions import Corruption, parse_corruptions, table_side
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.classifier import Classifier, ZeroShot
@@ -82,9 +84,11 @@ class EvaluateWork:
                 _save(session.path, look.number, look.pairs, session.manifest)
             for index, item in look.unreadable:
                 ledger.add_unreadable(index, item)
+            if look.corrupted:
+                ledger.add_corrupted(look.corrupted)
             if look.rows:
                 ledger.add_batch(look.rows)
-            asked += sum(row.confidence is not None for row in look.rows)
+            asked += sum(row.confidence is not None for row in look.rows) + sum(map(len, look.corrupted.values()))
             session.observer.advance(len(look.rows) + len(look.unreadable))
             if time.monotonic() - noted > _NOTED:
                 noted = time.monotonic()
@@ -111,8 +115,14 @@ class EvaluateWork:
             whole=self.settings.limit is None,
             retrieval=retrieval,
         )
+        known = sorted((row for row in ledger.rows if row.known), key=lambda row: row.index)
+        if self.looker.corruptions:
+            found = corrupted.measured(known, ledger.corrupted, table_side(min(sides(self.looker.model.image_size))))
+            summary = summary.model_copy(update={"corruptions": found})
         with session.results() as folder:
             write_rows(session.folder.results_path, table_of(ledger.rows, places))
+            if summary.corruptions is not None:
+                write_rows(folder / "corrupted.parquet", corrupted.table_of(known, ledger.corrupted))
             if captions is not None:
                 write_rows(folder / "captions.parquet", captions)
             session.folder.report_path.unlink(missing_ok=True)
@@ -121,7 +131,10 @@ class EvaluateWork:
 
 def open_work(settings: EvaluateSettings) -> EvaluateWork:
     """Check all settings, open the data and load the model."""
+    corruptions = () if settings.corrupt is None else parse_corruptions(settings.corrupt)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
+    if corruptions and not source.class_names:
+        raise UserError(f"{setting('corrupt')} asks for classes, which '{settings.data}' has none of: leave it out")
     device = resolve_device(settings.device)
     model: Classifier | VLM
     if source.class_names:
@@ -138,13 +151,18 @@ def open_work(settings: EvaluateSettings) -> EvaluateWork:
         require_texts(vlm, "image-text retrieval")
     facts = Facts(
         (settings.model, settings.data),
-        settings.stored(device=str(device)),
+        settings.stored(device=str(device)) | _named(corruptions),
         facts_of(model, *more),
         describe_data(source),
         probe=probe_of(model, source.class_names, source.templates if source.class_names else ()),
         remarks=remarks_of(source, model),
     )
-    return EvaluateWork(facts, settings, Looker(model, source, settings.limit, settings.batch_size))
+    return EvaluateWork(facts, settings, Looker(model, source, settings.limit, settings.batch_size, corruptions))
+
+
+def _named(corruptions: Sequence[Corruption]) -> dict[str, str]:
+    """Return the corruptions as the manifest has them: in one order, however they were written."""
+    return {"corrupt": ",".join(one.text for one in corruptions)} if corruptions else {}
 
 
 def evaluate_clean(
