@@ -77,7 +77,9 @@ def table(found: Sequence[Row]) -> str:
             else:
                 cells.append(_over_tasks(own, key, "auroc"))
         cells += [
-            f"{np.mean([item['sets'][key]['fpr95'] for item in own]):.3f}" if tasks == 1 else _over_tasks(own, key, "fpr95")
+            f"{np.mean([item['sets'][key]['fpr95'] for item in own]):.3f}"
+            if tasks == 1
+            else _over_tasks(own, key, "fpr95")
             for key in keys
         ]
         cells.append(f"{np.mean([item['accuracy'] for item in own]):.3f}")
@@ -99,7 +101,7 @@ def _by_task(own: Sequence[Row], key: str, what: str) -> dict[str, float]:
 
 
 def paired(found: Sequence[Row], name: str, others: Sequence[str]) -> str:
-    """Return a Markdown table of what one score has more than others, paired over the tasks, with Student's interval."""
+    """Return a Markdown table of what one score has more than others, paired over tasks, with Student's interval."""
     keys = list(dict.fromkeys(key for item in found for key in item["sets"]))
     columns = [(what, key) for what in ("auroc", "fpr95", "accepted") for key in keys]
     titles = {"auroc": "AUROC", "fpr95": "FPR95", "accepted": "accepted"}

@@ -86,20 +86,20 @@ def emoji_task(folder: Path, judged: str) -> Task:
 
 
 def emoji_splits(folder: Path) -> Iterator[Task]:
-    """Yield five tasks on the bundled data: a fifth of all 173 classes is left out in turn, all else as in `emoji_task`.
+    """Yield five tasks on the bundled data: a fifth of all 173 classes is left out in turn.
 
-    `left out` are the Twemoji images of that fifth: siblings of the known classes, whose words the model has read. `near`
-    and `far` are the same images for every task.
+    `left out` are the Twemoji images of that fifth: siblings of the known classes, whose words the model has read.
+    `near` and `far` are the same images for every task.
     """
     vlm = load_pipeline("tiny")
     source = open_data("emoji?split=train&copies=4&labels=all")
     fit = encoded(vlm, source, folder, "emoji-train-all")
     held_out = encoded(vlm, open_data("emoji?split=val&copies=8&labels=all"), folder, "emoji-val-all")
     judged = encoded(vlm, open_data("emoji?split=test&copies=4&labels=all"), folder, "emoji-test-all")
-    strange = {
-        split: encoded(vlm, open_data(f"emoji?split={split}&styles={STYLE['test']}&copies=4"), folder, f"emoji-{split}-test")
-        for split in ("near", "far")
-    }
+    strange = {}
+    for split in ("near", "far"):
+        other = open_data(f"emoji?split={split}&styles={STYLE['test']}&copies=4")
+        strange[split] = encoded(vlm, other, folder, f"emoji-{split}-test")
     names = source.class_names
     fold = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % EMOJI_SPLITS
     for number in range(EMOJI_SPLITS):

@@ -176,9 +176,7 @@ def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
         task.class_names,
         logit_scale=task.vlm.logit_scale,
         kappa=variant.kappa,
-        deciding=Deciding(
-            variant.weight, rule=variant.rule, tail=None if variant.weight is None else 0.5, seed=seed
-        ),
+        deciding=Deciding(variant.weight, rule=variant.rule, tail=None if variant.weight is None else 0.5, seed=seed),
         returning=returning_of(task, variant, prototypes.vectors, text),
         vaccine=vaccine,
     )
@@ -188,7 +186,7 @@ def made(task: Task, variant: Variant, seed: int) -> tuple[Immunity, str]:
 
 
 def returning_of(task: Task, variant: Variant, prototypes: Tensor, text: Tensor) -> Returning | None:
-    """Return the texts of the bank that were dropped for naming a known class, as the choice of the hinge takes them."""
+    """Return the texts of the bank that were dropped for naming a known class, which the hinge is chosen with."""
     if variant.weight is not None or variant.antibodies not in ("bank", "unnamed"):
         return None
     proposal = open_source("bank").propose(task.class_names)

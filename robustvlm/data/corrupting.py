@@ -7,6 +7,8 @@ program: the ice of `frost` is drawn here, where ImageNet-C lays photographs of 
 are a sum of octaves where it has the diamond-square algorithm.
 """
 
+# ruff: noqa: ARG001 - all kinds are called alike, and not each needs the unit or draws
+
 from __future__ import annotations
 
 import io
@@ -74,7 +76,9 @@ def glass_blur(image: Array, level: Level, unit: float, random: Draws) -> Array:
         steps = random.integers(-reach, reach, size=(len(rows), len(columns), 2))
         jumps = (steps[..., 0] * width + steps[..., 1]).tolist()
         for row, line in zip(rows, jumps, strict=True):
-            for here, jump in zip(range(row * width + columns.start, row * width + columns.stop, -1), line, strict=True):
+            for here, jump in zip(
+                range(row * width + columns.start, row * width + columns.stop, -1), line, strict=True
+            ):
                 there = here + jump
                 place[here], place[there] = place[there], place[here]
     return _gaussian(blurred.reshape(-1, 3)[place].reshape(image.shape), level[0] * unit)
@@ -219,7 +223,7 @@ def _resized(field: Array, height: int, width: int) -> Array:
 
 
 def _drawn_out(image: Array, radius: float, sigma: float, degrees: float) -> Array:
-    """Return the mean of an image [H, W, C] and its copies along a half line, with weights exp(-d²/2σ²) to 2 radius."""
+    """Return the mean of an image [H, W, C] and its copies along a half line, by a Gaussian to twice the radius."""
     count = 2 * max(1, round(radius)) + 1
     weights = np.exp(-(np.arange(count) ** 2) / (2 * max(sigma, 1e-3) ** 2))
     weights /= weights.sum()

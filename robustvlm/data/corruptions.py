@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,12 +95,35 @@ def parse_corruptions(text: str) -> tuple[Corruption, ...]:
         name = word.strip().lower().replace("_", "-").replace(" ", "-")
         if name != "all" and name not in NAMES:
             hint = nearest(name, ("all", *NAMES))
-            raise BadSetting("corrupt", f"must be all or kinds of corruption, as fog:3,snow; got '{part.strip()}': {hint}")
+            raise BadSetting(
+                "corrupt", f"must be all or kinds of corruption, as fog:3,snow; got '{part.strip()}': {hint}"
+            )
         if colon and number.strip() not in map(str, SEVERITIES):
             raise BadSetting("corrupt", f"takes a severity from 1 to 5 behind the colon, as {name}:3", got=f"'{part}'")
         levels = (int(number),) if colon else SEVERITIES
         wanted |= {(one, level) for one in (NAMES if name == "all" else (name,)) for level in levels}
     return tuple(Corruption(name, level) for name in NAMES for level in SEVERITIES if (name, level) in wanted)
+
+
+def weights_of(corruptions: Sequence[Corruption]) -> list[float]:
+    """Return the weight of each in a mean over severities first and kinds then: every kind counts alike.
+
+    Example:
+        >>> weights_of(parse_corruptions("fog:1,fog:2,snow:3"))
+        [0.5, 0.25, 0.25]
+    """
+    counts = Counter(one.name for one in corruptions)
+    return [1 / len(counts) / counts[one.name] for one in corruptions]
+
+
+def written(corruptions: Sequence[Corruption]) -> str:
+    """Return corruptions as a manifest has them: in one order, however they were asked for.
+
+    Example:
+        >>> written(parse_corruptions("snow:2,fog:1,gaussian_noise:5"))
+        'gaussian-noise:5,snow:2,fog:1'
+    """
+    return ",".join(one.text for one in corruptions)
 
 
 def corrupted(pixels: Tensor, ids: Sequence[str], corruption: Corruption) -> Tensor:

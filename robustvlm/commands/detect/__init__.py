@@ -77,6 +77,12 @@ class DetectSettings(Settings):
     fit_limit: int | None = option(
         None, "Learn from this many images, chosen likewise.", at_least=2, unit="images", group="Model and data"
     )
+    corrupt: str | None = option(
+        None,
+        "Also score the known images under common corruptions: all, or NAME[:SEVERITY] with commas between.",
+        metavar="KINDS",
+        group="Corruptions",
+    )
     draws: int = option(
         1000,
         "Bootstrap samples for intervals and comparisons.",
@@ -149,6 +155,8 @@ class DetectSettings(Settings):
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run; sets, scores, words and attacks are resolved by the libraries that know them."""
         found = {name: value for name, value in super().stored().items() if name not in _NOT_AS_GIVEN}
+        if found["corrupt"] is None:
+            del found["corrupt"]  # the run that it was before there were corruptions
         return found | {"known": self.known, "fit": self.learnt_from} | resolved
 
 

@@ -19,6 +19,7 @@ from robustvlm.core.files import first_line, parse_json, replacing, require_regu
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
+from robustvlm.data.corruptions import Corruption
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError, setting
@@ -185,8 +186,12 @@ class Encoder:
     def __init__(self, answers: Answers, folder: Path, *, owner: Manifest, seed: int, observer: Observer) -> None:
         self.answers, self.folder, self.owner, self.seed, self.observer = answers, folder, owner, seed, observer
 
-    def encode(self, source: DataSource, name: str, *, limit: int | None, title: str) -> Encoded:
+    def encode(
+        self, source: DataSource, name: str, *, limit: int | None, title: str, corruption: Corruption | None = None
+    ) -> Encoded:
         """Return what the model says of the images of a source, of which `limit` are chosen by a hash of their ids.
+
+        Under a corruption, if one is given.
 
         Raises UserError when no image can be read, or the model's output is not finite.
         """
@@ -195,7 +200,7 @@ class Encoder:
         ids = source.ids()
         total = limit if ids is None else len(select(ids, limit))
         self.observer.begin(title, total, len(known))
-        for part in self._fresh(source, known, limit):
+        for part in self._fresh(source, known, limit, corruption):
             _write(self.folder / f"{name}-{len(chunks):05d}.safetensors", part, self.owner)
             chunks.append(part)
         if not any(chunk.ids for chunk in chunks):
@@ -205,7 +210,9 @@ class Encoder:
     def _files(self, name: str) -> list[Path]:
         return sorted(self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
 
-    def _fresh(self, source: DataSource, known: set[str], limit: int | None) -> Iterator[Encoded]:
+    def _fresh(
+        self, source: DataSource, known: set[str], limit: int | None, corruption: Corruption | None
+    ) -> Iterator[Encoded]:
         """Yield chunks of the images that no kept file holds."""
         batch: list[tuple[Sample, Tensor]] = []
         done: list[Encoded] = []
@@ -219,7 +226,8 @@ class Encoder:
                 unreadable.append(UnreadableImage(id=item.id, reason=item.reason))
                 self.observer.advance(1)
                 continue
-            batch.append((item, to_pixels(item.image, self.answers.classifier.framing)))
+            pixels = to_pixels(item.image, self.answers.classifier.framing)
+            batch.append((item, pixels if corruption is None else corruption(pixels, item.id)))
             if len(batch) >= self.answers.batch(batch[0][1].shape):
                 done.append(self._ask(batch))
                 batch = []

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from robustvlm.detect.metrics import METRICS
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.records import Check, Comparison, Record, UnreadableImage, parse_comparison
-from robustvlm.stats import Rate
+from robustvlm.stats import Mean, Rate
 
 # What is read of the settings in the manifest
 
@@ -201,6 +201,41 @@ class Adversarial(Record):
     auroc: dict[str, Measured]
 
 
+class RefusedUnder(Record):
+    """The known images under one corruption: the share classified right, and refused, by score."""
+
+    name: str
+    severity: int
+    right: Rate
+    refused: dict[str, Rate]
+
+
+class CorruptedScore(Record):
+    """How many of the known images a score refuses, at the threshold of 95% of the clean ones (a model's own: its own).
+
+    Args:
+        clean: without corruption. refused: over all corruptions, every kind alike; its interval is over images.
+        of_right, of_wrong: of those that are still classified right, and of the others; None where there are none.
+    """
+
+    name: str
+    title: str
+    clean: Rate
+    refused: Mean
+    of_right: float | None
+    of_wrong: float | None
+
+
+class CorruptedKnown(Record):
+    """Known images under common corruptions; severities are those defined for images of `side` pixels."""
+
+    side: int
+    images: int
+    right: Mean
+    scores: list[CorruptedScore]
+    found: list[RefusedUnder]
+
+
 class DetectSummary(Record):
     """Everything that tables, reports and exit codes are made of.
 
@@ -228,6 +263,7 @@ class DetectSummary(Record):
     words: WordsSummary | None = None
     attacked: list[AttackedScore] = Field(default_factory=list)
     adversarial: Adversarial | None = None
+    corrupted: CorruptedKnown | None = None
     eps_text: str | None = None
     norm: str | None = None
     seconds: float

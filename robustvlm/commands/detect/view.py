@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
+from robustvlm.commands.detect import corrupted, words
 from robustvlm.commands.detect import summary as record
-from robustvlm.commands.detect import words
 from robustvlm.commands.detect.words import Curve, auroc_chart, histogram, roc_chart
 from robustvlm.core.files import require_regular
 from robustvlm.detect import BASELINES
@@ -95,6 +95,7 @@ def detect_report(run: DetectRecord) -> doc.Report:
     summary = run.summary
     lines = [words.verdict(summary), words.comparison(summary), words.words_sentence(summary)]
     lines += [words.own_sentence(summary), words.attack_sentence(summary)]
+    lines.append(corrupted.sentence(summary, run.shown.name))
     report = doc.Report(
         kind="detection report",
         name=run.name,
@@ -106,6 +107,7 @@ def detect_report(run: DetectRecord) -> doc.Report:
             _scores(run),
             doc.Section("Curves", [doc.Pair(_curves(run))], key="curves", short="Curves"),
             *_under_attack(run),
+            *corrupted.section(summary, run.shown.name),
             *_mistakes(run),
             *_checks(summary),
             doc.cost_section(_cost(summary)),

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.detect import DetectSettings, measures, scoring
+from robustvlm.commands.detect import DetectSettings, corrupted, measures, scoring
 from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
 from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
@@ -25,7 +25,9 @@ from robustvlm.commands.detect.view import read_run, show, write_report
 from robustvlm.core.files import write_text
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.ranks import resolve_device
+from robustvlm.core.size import sides
 from robustvlm.data import DataSource, open_data
+from robustvlm.data.corruptions import Corruption, parse_corruptions, table_side, written
 from robustvlm.data.names import same_things, some_of
 from robustvlm.data.source import select
 from robustvlm.data.specs import Unlabelled, open_unlabelled
@@ -79,12 +81,20 @@ class DetectWork:
     naming: dict[str, str]
     under_attack: record.UnderAttack | None
     attacks: list[LaneAttack]
+    corruptions: tuple[Corruption, ...] = ()
 
     def run(self, session: Session) -> None:
         """Do what is left to do, and write results, summary and pictures; the report is made from these."""
         began = time.monotonic()
         answers = Answers(self.classifier, batch_size=self._batch_size())
-        found = self._encode(answers, session)
+        encoder = Encoder(
+            answers,
+            session.folder.features_path,
+            owner=session.manifest,
+            seed=self.settings.seed,
+            observer=session.observer,
+        )
+        found = self._encode(encoder)
         panel = make_panel(
             self.classifier,
             self.known.templates,
@@ -95,6 +105,7 @@ class DetectWork:
         )
         sets = measures.usable([self._scored(name, source, found, panel) for name, source in self._sources()], panel)
         thresholds = measures.thresholds_of(sets[0])
+        under = self._under_corruptions(encoder, panel, sets[0])
         attacked, adversarial, checks = self._attacked(panel, answers, sets, thresholds, found, session)
         summary = self._summary(panel, sets, found, thresholds, checks=[*self._remarks(sets, found, panel), *checks])
         shown = record.OWN if panel.may_refuse else summary.best
@@ -105,11 +116,17 @@ class DetectWork:
             thresholds[shown],
             framing=self.classifier.framing,
         )
+        if under:
+            side = table_side(min(sides(self.classifier.image_size)))
+            found_under = corrupted.summarise(sets[0], under, thresholds, side)
+            summary = summary.model_copy(update={"corrupted": found_under})
         summary = summary.model_copy(
             update={"attacked": attacked, "adversarial": adversarial, "seconds": time.monotonic() - began}
         )
-        with session.results():
+        with session.results() as folder:
             write_rows(session.folder.results_path, measures.rows_of(sets))
+            if under:
+                write_rows(folder / "corrupted.parquet", measures.rows_of(list(under.values())))
             session.folder.report_path.unlink(missing_ok=True)
             write_text(session.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
 
@@ -124,15 +141,8 @@ class DetectWork:
         counts = [limit if ids is None else len(select(ids, limit)) for ids, limit in listed]
         return min(self.settings.batch_size, max(self.settings.batch_size if n is None else n for n in counts))
 
-    def _encode(self, answers: Answers, session: Session) -> Sets:
+    def _encode(self, encoder: Encoder) -> Sets:
         """Encode every set, those of unknown images and those to learn from without the images that are not."""
-        encoder = Encoder(
-            answers,
-            session.folder.features_path,
-            owner=session.manifest,
-            seed=self.settings.seed,
-            observer=session.observer,
-        )
         encoded: dict[str, Encoded] = {}
         known_after_all: dict[str, dict[str, int]] = {}
         for number, (name, source) in enumerate(self._sources()):
@@ -144,6 +154,17 @@ class DetectWork:
         if not encoded[record.KNOWN].ids:
             raise UserError(f"no image of '{self.known.spec}' has one of its known classes: nothing can be judged")
         return Sets(encoded, self._encode_fit(encoder, encoded[record.KNOWN]), left_out, known_after_all)
+
+    def _under_corruptions(self, encoder: Encoder, panel: Panel, known: Scored) -> dict[Corruption, Scored]:
+        """Return the known images under every corruption, scored as those without are."""
+        under = {}
+        for one in self.corruptions:
+            file, title = f"corrupted-{one.name}-{one.severity}", f"Encoding {record.KNOWN}, {one.text}"
+            made = encoder.encode(self.known, file, limit=self.settings.limit, title=title, corruption=one)
+            found, _ = of_known_classes(made)
+            scored = self._scored_of(one.text, self.known, found, panel, labels=found.labels.tolist())
+            under[one] = replace(scored, scores={name: scored.scores[name] for name in known.scores})
+        return under
 
     def _encode_fit(self, encoder: Encoder, known: Encoded) -> Encoded | None:
         if self.fit is None:
@@ -191,11 +212,15 @@ class DetectWork:
 
     def _scored(self, name: str, source: DataSource, sets: Sets, panel: Panel) -> Scored:
         found = sets.encoded[name]
+        labels = found.labels.tolist() if name == record.KNOWN else [-1] * len(found.ids)
+        return self._scored_of(name, source, found, panel, labels=labels)
+
+    def _scored_of(self, name: str, source: DataSource, found: Encoded, panel: Panel, *, labels: list[int]) -> Scored:
         return Scored(
             name,
             found.ids,
             [source.group(sample_id) for sample_id in found.ids],
-            found.labels.tolist() if name == record.KNOWN else [-1] * len(found.ids),
+            labels,
             panel.predictions(found).tolist(),
             measures.as_arrays(panel.scores(found)),
         )
@@ -315,6 +340,7 @@ class DetectWork:
 def open_work(settings: DetectSettings) -> DetectWork:
     """Check all settings, open the data and load the model."""
     scoring.check(settings)
+    corruptions = () if settings.corrupt is None else parse_corruptions(settings.corrupt)
     device = str(resolve_device(settings.device))
     known = open_data(settings.known, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     named = scoring.unknown_sets(settings)
@@ -340,6 +366,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
         words=fingerprint({}, words),
         device=device,
         under_attack=None if under_attack is None else under_attack.model_dump(),
+        **({"corrupt": written(corruptions)} if corruptions else {}),
     )
     for text in settings.fail_if:
         parse_condition(text).require(record.DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
@@ -358,7 +385,9 @@ def open_work(settings: DetectSettings) -> DetectWork:
         probe=probe_of(classifier, known.class_names, known.templates),
         remarks=list(dict.fromkeys([*remarks_of(known, classifier), *others])),
     )
-    return DetectWork(facts, settings, scores, classifier, known, unknown, fit, words, naming, under_attack, attacks)
+    return DetectWork(
+        facts, settings, scores, classifier, known, unknown, fit, words, naming, under_attack, attacks, corruptions
+    )
 
 
 def _open_fit(settings: DetectSettings, spec: str, known: DataSource) -> DataSource:

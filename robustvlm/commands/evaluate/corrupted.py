@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from robustvlm.data.corruptions import NAMES, SEVERITIES, parse_corruptions
+from robustvlm.data.corruptions import NAMES, SEVERITIES, Corruption, parse_corruptions, weights_of
 from robustvlm.report import sections as doc
 from robustvlm.report.words import DASH, interval, percent
 from robustvlm.stats import Mean, Rate, mean, rate
@@ -136,29 +137,24 @@ def measured(known: Sequence[ImageRow], answers: Answers, side: int) -> Corrupti
     columns = list(_columns(known, answers))
     if not columns or not known:
         return None
-    kinds = [[column for column in columns if column.name == name] for name in NAMES]
-    kinds = [kind for kind in kinds if kind]
-    weight = {id(column): 1 / len(kind) / len(kinds) for kind in kinds for column in kind}
-    right, gone = [0.0] * len(known), [0.0] * len(known)
-    refuses = False
-    found = []
-    for column in columns:
-        hits = [answer.right(row.label) for row, answer in zip(known, column.answers, strict=True)]
-        refused = [answer.accepted is False for answer in column.answers]
-        refusing = any(answer.accepted is not None for answer in column.answers)
-        refuses = refuses or refusing
-        right = [sum_ + weight[id(column)] * hit for sum_, hit in zip(right, hits, strict=True)]
-        gone = [sum_ + weight[id(column)] * lost for sum_, lost in zip(gone, refused, strict=True)]
-        rejected = rate(sum(refused), len(refused)) if refusing else None
-        found.append(
-            Corrupted(
-                name=column.name, severity=column.severity, accuracy=rate(sum(hits), len(hits)), rejected=rejected
-            )
+    weights = np.array(weights_of([Corruption(column.name, column.severity) for column in columns]))
+    hits = np.array([[answer.right(row.label) for row, answer in zip(known, column.answers, strict=True)]
+                     for column in columns])  # fmt: skip
+    refused = np.array([[answer.accepted is False for answer in column.answers] for column in columns])
+    refuses = columns[0].answers[0].accepted is not None
+    found = [
+        Corrupted(
+            name=column.name,
+            severity=column.severity,
+            accuracy=rate(int(hits[row].sum()), len(known)),
+            rejected=rate(int(refused[row].sum()), len(known)) if refuses else None,
         )
+        for row, column in enumerate(columns)
+    ]
     return Corruptions(
         side=side,
-        accuracy=mean(right, within=(0.0, 1.0)),
-        rejected=mean(gone, within=(0.0, 1.0)) if refuses else None,
+        accuracy=mean((weights @ hits).tolist(), within=(0.0, 1.0)),
+        rejected=mean((weights @ refused).tolist(), within=(0.0, 1.0)) if refuses else None,
         found=found,
     )
 
@@ -207,7 +203,7 @@ def blocks(found: Corruptions | None, clean: Rate, refused: Rate | None) -> Iter
     """Yield the tables: kinds by severities, of right answers and, of a model that may refuse, of refusals."""
     if found is None:
         return
-    of = f"Severities are those defined for images of {found.side} pixels. Single figures have intervals in summary.json."
+    of = f"Severities are those of images of {found.side} pixels. Intervals of single figures are in summary.json."
     accuracy = {(one.name, one.severity): one.accuracy for one in found.found}
     yield _table("Right under common corruptions", accuracy, clean, found.accuracy, of)
     if refused is not None and found.rejected is not None:

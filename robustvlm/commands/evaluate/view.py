@@ -239,8 +239,8 @@ def _corruptions(result: CleanResult) -> Iterator[doc.Section]:
     if result.corruptions is None:
         return
     lead = (
-        "The fifteen kinds of ImageNet-C, made of the images as the model sees them; the ice of frost is drawn, so that "
-        "figures are not those of ImageNet-C's files."
+        "The fifteen kinds of ImageNet-C, made of the images as the model sees them. Frost's ice is drawn, so that "
+        "figures are not those on ImageNet-C's own files."
     )
     blocks = corrupted.blocks(result.corruptions, result.accuracy, result.rejected)
     yield doc.Section(

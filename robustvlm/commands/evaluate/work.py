@@ -35,7 +35,7 @@ from robustvlm.core.files import first_line, parse_json, replacing, require_regu
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.size import sides
 from robustvlm.data import open_data
-from robustvlm.data.corruptions import Corruption, parse_corruptions, table_side
+from robustvlm.data.corruptions import parse_corruptions, table_side, written
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.classifier import Classifier, ZeroShot
@@ -151,18 +151,13 @@ def open_work(settings: EvaluateSettings) -> EvaluateWork:
         require_texts(vlm, "image-text retrieval")
     facts = Facts(
         (settings.model, settings.data),
-        settings.stored(device=str(device)) | _named(corruptions),
+        settings.stored(device=str(device)) | ({"corrupt": written(corruptions)} if corruptions else {}),
         facts_of(model, *more),
         describe_data(source),
         probe=probe_of(model, source.class_names, source.templates if source.class_names else ()),
         remarks=remarks_of(source, model),
     )
     return EvaluateWork(facts, settings, Looker(model, source, settings.limit, settings.batch_size, corruptions))
-
-
-def _named(corruptions: Sequence[Corruption]) -> dict[str, str]:
-    """Return the corruptions as the manifest has them: in one order, however they were written."""
-    return {"corrupt": ",".join(one.text for one in corruptions)} if corruptions else {}
 
 
 def evaluate_clean(

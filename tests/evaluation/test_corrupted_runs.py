@@ -1,0 +1,137 @@
+"""Corrupted images in runs of `evaluate` and `detect`: rows, numbers made of them anew, resumption, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from detecting import DetectRun, Interrupt, lasting
+
+import robustvlm as rv
+from robustvlm.commands.detect.view import read_run, write_report
+from robustvlm.commands.evaluate import looks
+from robustvlm.core.framing import to_pixels
+from robustvlm.data.corruptions import parse_corruptions, weights_of
+from robustvlm.defenses import load_classifier
+from robustvlm.errors import UserError
+
+CPU = {"device": "cpu"}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_evaluation_asks_about_every_corrupted_image(tmp_path: Path) -> None:
+    asked = {"data": "emoji?copies=1", "limit": 20, "batch_size": 8, "out": tmp_path} | CPU
+    run = rv.evaluate("tiny+reject:0.6", corrupt="contrast:2,contrast:4,fog:3", **asked)
+    plain = rv.evaluate("tiny+reject:0.6", **asked)
+    found, rows = run.corruptions, pq.read_table(run.folder / "corrupted.parquet").to_pylist()
+    assert run.summary.model_copy(update={"corruptions": None, "seconds": 0}) == plain.summary.model_copy(
+        update={"seconds": 0}
+    )
+    assert run.rows.equals(plain.rows)
+    assert run.name != plain.name
+    assert "corrupt" not in plain.manifest["config"]
+    # By hand, in one piece.
+    source = rv.open_data("emoji?copies=1")
+    classifier = load_classifier("tiny+reject:0.6", source.class_names, source.templates, device="cpu")
+    samples = list(source.samples(limit=20))
+    pixels = [to_pixels(one.image, classifier.framing) for one in samples]  # type: ignore[union-attr]
+    labels = torch.tensor([one.label for one in samples])  # type: ignore[union-attr]
+    corruptions = parse_corruptions("contrast:2,contrast:4,fog:3")
+    right, refused = [], []
+    for one, at in zip(corruptions, found.found, strict=True):
+        changed = torch.stack([one(image, sample.id) for image, sample in zip(pixels, samples, strict=True)])
+        with torch.no_grad():
+            output = classifier(changed)
+        accepted = output[:, -1] > 0
+        right.append((output[:, :-1].argmax(1) == labels) & accepted)
+        refused.append(~accepted)
+        mine = [row for row in rows if (row["corruption"], row["severity"]) == (one.name, one.severity)]
+        assert {row["image_id"]: row["correct"] for row in mine} == dict(
+            zip([sample.id for sample in samples], right[-1].tolist(), strict=True)
+        )
+        assert (at.name, at.severity, at.accuracy.successes) == (one.name, one.severity, int(right[-1].sum()))
+        assert at.rejected is not None
+        assert at.rejected.successes == int(refused[-1].sum())
+    weights = torch.tensor(weights_of(corruptions))
+    for value, table in ((found.accuracy, right), (found.rejected, refused)):
+        assert value.value == pytest.approx(float((weights @ torch.stack(table).float()).mean()), abs=1e-6)
+        assert 0 <= value.low <= value.value <= value.high <= 1
+    page = run.report.read_text(encoding="utf-8")
+    assert "Right under common corruptions" in page
+    assert "Refused under common corruptions" in page
+
+
+def test_a_killed_evaluation_ends_as_a_straight_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"data": "emoji?copies=1", "limit": 20, "batch_size": 8, "corrupt": "snow:2,fog", "out": tmp_path} | CPU
+    monkeypatch.setattr("robustvlm.commands.evaluate.work.write_report", lambda folder: folder)
+    straight = rv.evaluate("tiny+smooth:0.1:2", name="straight", **asked)
+    before, killed = looks.Looker._corrupted, []
+
+    def once(self: looks.Looker, number: int, *rest: object) -> object:
+        if number == 1 and not killed:
+            killed.append(number)
+            raise Killed
+        return before(self, number, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(looks.Looker, "_corrupted", once)
+    with pytest.raises(Killed):
+        rv.evaluate("tiny+smooth:0.1:2", name="killed", **asked)
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "killed" / "journal.jsonl").read_text().splitlines()]
+    assert kinds.count("corrupted") == kinds.count("batch") == 1
+    # The corrupted answers of a batch whose rows are lost are made again, and count once.
+    with (tmp_path / "killed" / "journal.jsonl").open("a", encoding="utf-8") as journal:
+        lines = (tmp_path / "straight" / "journal.jsonl").read_text().splitlines()
+        journal.write([line for line in lines if '"corrupted"' in line][1] + "\n")
+    again = rv.evaluate("tiny+smooth:0.1:2", name="killed", **asked)
+    assert again.summary.model_copy(update={"seconds": 0}) == straight.summary.model_copy(update={"seconds": 0})
+    tables = [pq.read_table(run.folder / "corrupted.parquet") for run in (again, straight)]
+    assert tables[0].equals(tables[1])
+    assert len(tables[0]) == 6 * 20
+
+
+def test_corruptions_are_checked_before_any_work(tmp_path: Path) -> None:
+    for start in (rv.evaluate, rv.detect):
+        with pytest.raises(UserError, match="did you mean 'fog'"):
+            start("tiny", corrupt="fogs", out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_detect_says_whose_corrupted_images_are_refused(detect_run: DetectRun) -> None:
+    options = {"scores": "energy,mahalanobis", "corrupt": "impulse_noise:5,contrast"}
+    run = detect_run(**options)
+    record = run.start()
+    found, plain = record.summary.corrupted, detect_run(name="plain", scores="energy,mahalanobis").start()
+    assert plain.summary.corrupted is None
+    assert record.summary.scores[0].on == plain.summary.scores[0].on
+    assert found.images == 18
+    rows = pq.read_table(run.folder.path / "corrupted.parquet").to_pylist()
+    assert [row["set"] for row in rows[::18]] == ["impulse-noise:5", *(f"contrast:{level}" for level in range(1, 6))]
+    weights = np.repeat(weights_of(parse_corruptions("impulse-noise:5,contrast")), 18)
+    right = np.array([row["label"] == row["prediction"] for row in rows])
+    for score in found.scores:
+        threshold = next(one.threshold for one in record.summary.scores if one.name == score.name)
+        refused = np.array([row[score.name] <= threshold for row in rows])
+        assert score.clean.value <= 0.06
+        assert score.refused.value == pytest.approx((weights * refused).sum() / 18)
+        for share, chosen in ((score.of_right, right), (score.of_wrong, ~right)):
+            expected = (weights * (refused & chosen)).sum() / (weights * chosen).sum() if chosen.any() else None
+            assert share == (None if expected is None else pytest.approx(expected))
+    page = write_report(run.folder.path).read_text(encoding="utf-8")
+    assert "Corrupted known images, refused" in page
+    assert read_run(run.folder.path).summary == record.summary
+
+
+def test_detect_goes_on_under_corruptions(detect_run: DetectRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustvlm.commands.detect.encoding.CHUNK", 4)
+    options = {"scores": "energy", "fit": None, "corrupt": "snow:1,fog:2"}
+    straight = detect_run(name="straight", batch_size=4, **options).start().summary
+    with pytest.raises(KeyboardInterrupt):
+        detect_run(batch_size=4, **options).start(Interrupt(18 + 10 + 9 + 25))
+    assert lasting(detect_run(batch_size=4, **options).start().summary) == lasting(straight)
