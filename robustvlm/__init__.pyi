@@ -269,6 +269,7 @@ class _Detect(CallableModule[DetectRecord]):
         tree: Path | str | None = None,
         limit: int | None = None,
         fit_limit: int | None = None,
+        corrupt: str | None = None,
         draws: int = 1000,
         seed: int = 0,
         batch_size: int = 64,
@@ -316,6 +317,7 @@ class _Detect(CallableModule[DetectRecord]):
             tree: File of the class tree (JSON, YAML or CSV).
             limit: Score this many images of each set, chosen by a hash of their ids.
             fit_limit: Learn from this many images, chosen likewise.
+            corrupt: Also score the known images under common corruptions: all, or NAME[:SEVERITY] with commas between.
             draws: Bootstrap samples for intervals and comparisons.
             seed: Seed of every random draw.
             batch_size: Images per encoder pass.
@@ -345,6 +347,7 @@ def evaluate(
     templates: Path | str | None = None,
     tree: Path | str | None = None,
     limit: int | None = None,
+    corrupt: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
     out: Path | str = Path("runs"),
@@ -373,6 +376,8 @@ def evaluate(
         templates: File of prompt templates, one per line with {}.
         tree: File of the class tree (JSON, YAML or CSV).
         limit: Evaluate this many images, a fixed selection.
+        corrupt: Also under common corruptions: all, or NAME[:SEVERITY] with commas between, as fog:3,snow;
+            severities 1 to 5.
         batch_size: Images per pass.
         device: auto, cpu, cuda, cuda:1, ...
         out: Folder that holds the runs.

@@ -228,7 +228,10 @@ def report(
         ),
     ] = False,
 ) -> None:
-    """Write the report of a run, compare several runs on the images they share (paired tests), or list a folder's."""
+    """Write the report of a run, compare several runs on the images they share (paired tests), or list a folder's.
+
+    An evaluation named first has the attack runs of its model beside it: clean, under corruptions, under attack.
+    """
     del schema
     if form not in _FORMS:
         raise UserError(f"unknown --format '{form}': {nearest(form, _FORMS)}")
@@ -288,8 +291,10 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
     from robustvlm.commands import open_run, write_report
     from robustvlm.commands.attack.compare import compare, write_comparison
     from robustvlm.commands.attack.record import load_run
+    from robustvlm.commands.evaluate.beside import write_beside
     from robustvlm.commands.index import entries, holds_runs, write_index
     from robustvlm.runs.records import find_run
+    from robustvlm.runs.run import manifest_of
 
     folders = [find_run(run) for run in runs]
     content: dict[str, Any]
@@ -302,13 +307,17 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
         else:
             say(f"Index: {index}")
         return
-    path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)
+    evaluated = len(folders) > 1 and manifest_of(folders[0])["kind"] == "evaluate"
+    if evaluated:
+        path = write_beside(folders, out)
+    else:
+        path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)
     if not as_json:
         say(f"Report: {path}")
         return
-    found: Sequence[FinishedRun[Any]] = [open_run(folders[0])]
+    found: Sequence[FinishedRun[Any]] = [open_run(folder) for folder in folders[: len(folders) if evaluated else 1]]
     comparisons = []
-    if len(folders) > 1:
+    if len(folders) > 1 and not evaluated:
         records = [load_run(folder) for folder in folders]
         found = records
         comparisons = [c.as_dict([r.name for r in records]) for c in compare(*records)]

@@ -28,6 +28,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "evaluate": (
         ("Clean accuracy of the bundled model", "robustvlm evaluate"),
         ("Of an open_clip model on your images", "robustvlm evaluate ViT-B-32/openai --data imagefolder:photos"),
+        ("Under all common corruptions at severity 3", "robustvlm evaluate tiny --corrupt all:3 --limit 200"),
         ("Image-text retrieval", "robustvlm evaluate ViT-B-32/openai --data 'parquet:f.parquet?captions=text'"),
     ),
     "predict": (

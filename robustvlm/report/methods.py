@@ -281,6 +281,7 @@ def _evaluate(manifest: Manifest) -> Iterator[str]:
             "with 15 bins of equal width [@guo2017], and how evenly accuracy is spread over the parts of a class "
             "(MacroStd) [@chiu2023], with 95% intervals from bootstrap draws over images."
         )
+        yield from _corruptions(manifest)
         yield _EXACT
         return
     yield (
@@ -288,6 +289,21 @@ def _evaluate(manifest: Manifest) -> Iterator[str]:
         "if one of its captions is among the k most similar ones, and a caption if its image is. A tie counts against."
     )
     yield _EXACT
+
+
+def _corruptions(manifest: Manifest) -> Iterator[str]:
+    text = manifest["config"].get("corrupt")
+    if not text:
+        return
+    kinds = {one.partition(":")[0] for one in str(text).split(",")}
+    severities = sorted({one.partition(":")[2] for one in str(text).split(",")})
+    what = "the 15 common corruptions" if len(kinds) == 15 else f"common corruptions ({plain(str(text), 200)})"
+    at = f" at severity {severities[0]}" if len(severities) == 1 else " at severities 1 to 5" * (len(severities) == 5)
+    yield (
+        f"Images were also shown under {what} of [@hendrycks2019]{at}, made of them as the model sees them, with the "
+        "authors' constants for the nearest image size; the ice of frost is drawn. Means are over severities, then over "
+        "kinds."
+    )
 
 
 # Detection
@@ -300,6 +316,7 @@ def _detect(manifest: Manifest) -> Iterator[str]:
     yield f"The scores were {_listed(_score(name) for name in config['scores'])}; higher means more likely known."
     if config.get("fit"):
         yield f"Scores that learn from images were fitted to {plain(config['fit'], 80)}."
+    yield from _corruptions(manifest)
     attacked = config.get("under_attack")
     if attacked:
         ball = _ball(attacked["norm"], [attacked["eps_text"]])

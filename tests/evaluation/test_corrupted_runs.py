@@ -14,10 +14,12 @@ from detecting import DetectRun, Interrupt, lasting
 import robustvlm as rv
 from robustvlm.commands.detect.view import read_run, write_report
 from robustvlm.commands.evaluate import looks
+from robustvlm.commands.evaluate.beside import table, write_beside
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.corruptions import parse_corruptions, weights_of
 from robustvlm.defenses import load_classifier
 from robustvlm.errors import UserError
+from robustvlm.report.words import percent
 
 CPU = {"device": "cpu"}
 
@@ -60,8 +62,8 @@ def test_an_evaluation_asks_about_every_corrupted_image(tmp_path: Path) -> None:
         assert at.rejected is not None
         assert at.rejected.successes == int(refused[-1].sum())
     weights = torch.tensor(weights_of(corruptions))
-    for value, table in ((found.accuracy, right), (found.rejected, refused)):
-        assert value.value == pytest.approx(float((weights @ torch.stack(table).float()).mean()), abs=1e-6)
+    for value, each in ((found.accuracy, right), (found.rejected, refused)):
+        assert value.value == pytest.approx(float((weights @ torch.stack(each).float()).mean()), abs=1e-6)
         assert 0 <= value.low <= value.value <= value.high <= 1
     page = run.report.read_text(encoding="utf-8")
     assert "Right under common corruptions" in page
@@ -135,3 +137,26 @@ def test_detect_goes_on_under_corruptions(detect_run: DetectRun, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         detect_run(batch_size=4, **options).start(Interrupt(18 + 10 + 9 + 25))
     assert lasting(detect_run(batch_size=4, **options).start().summary) == lasting(straight)
+
+
+def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"data": "emoji?copies=1", "limit": 8, "out": tmp_path} | CPU
+    for kind in ("evaluate", "attack"):
+        monkeypatch.setattr(f"robustvlm.commands.{kind}.work.write_report", lambda folder: folder)
+    run = rv.evaluate("tiny", corrupt="contrast:5", **few)
+    attack = rv.attack("tiny", attack="pgd:steps=2", eps="1/255,2/255", checks="none", **few)
+    page = write_beside([run.folder, attack.folder], tmp_path / "all.html").read_text(encoding="utf-8")
+    rows = [
+        (line[0] if isinstance(line, tuple) else line, *rest)
+        for line, *rest in table(run, [rv.open_run(attack.folder)]).rows  # type: ignore[list-item]
+    ]
+    assert [row[-1] for row in rows] == ["8"] * 4
+    found = [row[1].text for row in rows]  # type: ignore[union-attr]
+    rates = [run.accuracy, run.corruptions.found[0].accuracy, *(at.robust_accuracy for at in attack.summary.per_eps)]
+    assert found == [percent(rate.value) for rate in rates]
+    assert "attacked, L∞ 2/255" in page
+    other = rv.evaluate("tiny-robust", **few)
+    with pytest.raises(UserError, match="attacked another model than"):
+        write_beside([other.folder, attack.folder])
+    with pytest.raises(UserError, match=r"evaluate.*attack"):
+        write_beside([run.folder, other.folder])

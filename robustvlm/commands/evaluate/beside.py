@@ -1,0 +1,71 @@
+"""An evaluation and attacks on the same model in one report: accuracy without change, under chance, under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from robustvlm.commands.attack.record import AttackedRun, load_run, robust_bounds
+from robustvlm.commands.evaluate.corrupted import as_rate
+from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run
+from robustvlm.errors import UserError
+from robustvlm.report import sections as doc
+from robustvlm.report.page import drawing, page_of, write_page
+from robustvlm.report.words import norm_name, plain
+
+
+def write_beside(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of an evaluation with attack runs beside it, by default to `comparison.html` beside the first.
+
+    Args:
+        folders: the evaluation, then one attack run or more.
+
+    Raises:
+        UserError: a run has not ended, is of another kind, or of another model; or the page cannot be written.
+    """
+    run, attacked = read_run(folders[0]), [load_run(folder) for folder in folders[1:]]
+    for other in attacked:
+        _require_same_model(run, other)
+    path = out or run.folder.resolve().parent / "comparison.html"
+    report = evaluate_report(run)
+    beside = doc.Section("Clean, corrupted, attacked", [table(run, attacked)], key="beside", short="All")
+    with drawing(run.folder):
+        text = page_of(replace(report, sections=[beside, *report.sections]))
+    write_page(path, text)
+    return path
+
+
+def _require_same_model(run: Evaluation, other: AttackedRun) -> None:
+    mine, theirs = ((one.manifest.get("model") or {}).get("fingerprint") for one in (run, other))
+    if mine != theirs:
+        raise UserError(f"'{other.name}' attacked another model than '{run.name}' evaluated: name runs of one model")
+    if run.class_names != list(other.class_names):
+        raise UserError(f"'{other.name}' has other classes than '{run.name}': name runs on the same classes")
+
+
+def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
+    """Return a row for the images as they are, one for all corruptions, and one for each radius of each attack run."""
+    result = run.summary
+    rows: list[doc.Row] = [("as they are", doc.Measure.of(result.accuracy), f"{result.images:,}")]
+    if result.corruptions is not None:
+        over = doc.Measure.of(as_rate(result.corruptions.accuracy))
+        rows.append(("common corruptions, mean", over, f"{result.images:,}"))
+    rows += [row for other in attacked for row in _attacked(other)]
+    columns = [doc.Column("Images"), *doc.numbers("Right", "Number")]
+    data = {str((one.manifest.get("data") or {}).get("fingerprint")) for one in (run, *attacked)}
+    caption = "Attacks look for the worst change within a radius; corruptions are drawn without regard to the model."
+    if len(data) > 1:
+        caption += " The runs saw different images."
+    return doc.Table(columns, rows, caption=caption, strong=frozenset({0}))
+
+
+def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:
+    for at in other.summary.per_eps:
+        goal = "" if other.summary.goal == "misclassify" else f", {plain(other.goal, 60)}"
+        what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{goal}"
+        unsure = other.summary.unfinished and at.undecided
+        shown = doc.Measure(robust_bounds(at)) if unsure else doc.Measure.of(at.robust_accuracy)
+        number = f"{at.robust_accuracy.total:,}"
+        yield ([what, " ", doc.Small(plain(other.name, 60))], shown, number)
