@@ -301,7 +301,7 @@ def _corruptions(manifest: Manifest) -> Iterator[str]:
     at = f" at severity {severities[0]}" if len(severities) == 1 else " at severities 1 to 5" * (len(severities) == 5)
     yield (
         f"Images were also shown under {what} of [@hendrycks2019]{at}, made of them as the model sees them, with the "
-        "authors' constants for the nearest image size; the ice of frost is drawn. Means are over severities, then over "
+        "authors' constants for the nearest image size; frost's ice is drawn. Means are over severities, then over "
         "kinds."
     )
 
