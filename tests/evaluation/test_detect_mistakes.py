@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from detecting import DetectRun
 from PIL import Image
 
 from robustvlm.commands.detect import DetectSettings
+from robustvlm.commands.detect.measures import Scored, summarise_scores, thresholds_of
+from robustvlm.commands.detect.remarks import of_familiar_strangers
 from robustvlm.commands.detect.scoring import unknown_sets
 from robustvlm.errors import UserError
 
@@ -107,3 +111,26 @@ def test_a_model_that_gives_nan_is_named(
     monkeypatch.syspath_prepend(str(detect_images))
     with pytest.raises(UserError, match=r"NaN or infinite values, first for the image 'cat/00\.png'"):
         detect_run("gives_nan:Net", scores="msp").start()
+
+
+def scored(name: str, draws: np.random.Generator, logits: float, neighbours: float, count: int = 80) -> Scored:
+    """Images whose logits and nearest neighbours lie so far from those of known images."""
+    scores = {"energy": draws.normal(logits, 1, count), "knn": draws.normal(neighbours, 1, count)}
+    ids = [f"{name}/{number}" for number in range(count)]
+    return Scored(name, ids, ids, [-1] * count, [0] * count, scores)
+
+
+def test_familiar_strangers_are_named_where_neighbours_know_better() -> None:
+    draws = np.random.default_rng(4)
+    sets = [scored("known", draws, 0, 0), scored("seen", draws, -0.2, -2), scored("new", draws, -2, -2)]
+    thresholds = thresholds_of(sets[0])
+    found = summarise_scores(sets[0], sets[1:], thresholds=thresholds, microseconds={}, draws=300, seed=0)
+    warned = list(of_familiar_strangers(found, sets, thresholds))
+    assert [check.name for check in warned] == ["familiar strangers in seen"]
+    only = np.mean((sets[1].scores["energy"] > thresholds["energy"]) & (sets[1].scores["knn"] <= thresholds["knn"]))
+    assert f"Energy, which accepts {only:.0%} of the set" in warned[0].message
+    # Nothing where they know as much or less, and nothing without them.
+    turned = [replace(part, scores={"energy": part.scores["knn"], "knn": part.scores["energy"]}) for part in sets]
+    found = summarise_scores(turned[0], turned[1:], thresholds=thresholds, microseconds={}, draws=300, seed=0)
+    assert not list(of_familiar_strangers(found, turned, thresholds))
+    assert not list(of_familiar_strangers([one for one in found if one.name != "knn"], turned, thresholds))

@@ -8,7 +8,7 @@ import numpy as np
 from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.commands.detect.measures import Scored, title_of
 from robustvlm.commands.detect.scoring import Panel, copies_of
-from robustvlm.commands.detect.summary import KNOWN
+from robustvlm.commands.detect.summary import KNOWN, ScoreSummary
 from robustvlm.data.names import readings, same_things, some_of
 from robustvlm.data.specs import Unlabelled
 from robustvlm.defenses import Classifier
@@ -84,6 +84,33 @@ def of_constant_scores(sets: Sequence[Scored]) -> Iterator[Check]:
             level="warning",
             message=f"The same for every image, so that they tell nothing: {', '.join(map(title_of, flat))}.",
         )
+
+
+_BEYOND_CHANCE = 0.05
+
+
+def of_familiar_strangers(
+    scores: Sequence[ScoreSummary], sets: Sequence[Scored], thresholds: Mapping[str, float]
+) -> Iterator[Check]:
+    """Yield unknown sets that nearest neighbours tell from known images better than any score of the logits does.
+
+    Things that the pre-training has seen look known to a head of class texts, however little they resemble the images
+    of the classes; features of such images lie where those images do not (PT-OOD, arXiv 2310.00847). Beyond chance by
+    the paired bootstrap, adjusted for all scores.
+    """
+    near = next((score for score in scores if score.name == "knn"), None)
+    for place, part in enumerate(sets[1:]):
+        found = None if near is None else near.on[place].versus
+        if found is None or found.low <= 0 or found.p_holm >= _BEYOND_CHANCE:
+            continue
+        logits = part.scores[found.baseline] > thresholds[found.baseline]
+        only = float((logits & ~(part.scores["knn"] > thresholds["knn"])).mean())
+        message = (
+            f"On '{part.name}' nearest neighbours tell unknown images better than any score of the logits (AUROC "
+            f"+{found.difference:.3f} to {title_of(found.baseline)}, which accepts {only:.0%} of the set that they "
+            "refuse): the head takes for known what the encoder has seen elsewhere. Do not rely on logits alone there."
+        )
+        yield Check(name=f"familiar strangers in {part.name}", level="warning", message=message)
 
 
 def remarks(encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel) -> Iterator[Check]:

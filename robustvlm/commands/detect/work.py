@@ -17,7 +17,14 @@ from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
 from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
 from robustvlm.commands.detect.measures import Scored, save_mistakes
-from robustvlm.commands.detect.remarks import of_antibodies, of_constant_scores, of_unknown_sets, of_words, remarks
+from robustvlm.commands.detect.remarks import (
+    of_antibodies,
+    of_constant_scores,
+    of_familiar_strangers,
+    of_unknown_sets,
+    of_words,
+    remarks,
+)
 from robustvlm.commands.detect.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
 from robustvlm.commands.detect.summary import parse_condition
 from robustvlm.commands.detect.view import detect_report as report_of
@@ -108,6 +115,8 @@ class DetectWork:
         under = self._under_corruptions(encoder, panel, sets[0])
         attacked, adversarial, checks = self._attacked(panel, answers, sets, thresholds, found, session)
         summary = self._summary(panel, sets, found, thresholds, checks=[*self._remarks(sets, found, panel), *checks])
+        familiar = of_familiar_strangers(summary.scores, sets, thresholds)
+        summary = summary.model_copy(update={"checks": [*summary.checks, *familiar]})
         shown = record.OWN if panel.may_refuse else summary.best
         save_mistakes(
             session.folder.gallery_path,
