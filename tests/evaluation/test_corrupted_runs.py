@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from detecting import DetectRun, Interrupt, lasting
 import robustvlm as rv
 from robustvlm.commands.detect.view import read_run, write_report
 from robustvlm.commands.evaluate import looks
-from robustvlm.commands.evaluate.beside import table, write_beside
+from robustvlm.commands.evaluate.beside import evenness, table, write_beside
+from robustvlm.commands.evaluate.measures import macro_std
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.corruptions import parse_corruptions, weights_of
 from robustvlm.defenses import load_classifier
@@ -140,7 +142,7 @@ def test_detect_goes_on_under_corruptions(detect_run: DetectRun, monkeypatch: py
 
 
 def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"data": "emoji?copies=1", "limit": 8, "out": tmp_path} | CPU
+    few = {"data": "emoji?split=train&copies=1", "limit": 40, "out": tmp_path} | CPU
     for kind in ("evaluate", "attack"):
         monkeypatch.setattr(f"robustvlm.commands.{kind}.work.write_report", lambda folder: folder)
     run = rv.evaluate("tiny", corrupt="contrast:5", **few)
@@ -150,11 +152,23 @@ def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkey
         (line[0] if isinstance(line, tuple) else line, *rest)
         for line, *rest in table(run, [rv.open_run(attack.folder)]).rows  # type: ignore[list-item]
     ]
-    assert [row[-1] for row in rows] == ["8"] * 4
+    assert [row[-1] for row in rows] == ["40"] * 4
     found = [row[1].text for row in rows]  # type: ignore[union-attr]
     rates = [run.accuracy, run.corruptions.found[0].accuracy, *(at.robust_accuracy for at in attack.summary.per_eps)]
     assert found == [percent(rate.value) for rate in rates]
     assert "attacked, L∞ 2/255" in page
+    spread, verdicts = next(evenness(run, [rv.open_run(attack.folder)])), attack.verdicts()  # type: ignore[list-item]
+    assert [row[-1] for row in spread.rows] == ["40"] * 3
+    robust = {image.image_id: verdicts.after(image, 1) == "robust" for image in verdicts.images}
+    cells: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for row in run.rows.to_pylist():
+        cells[row["label"]][row["subgroup"]].append(robust[row["image_id"]])
+    counts = {
+        label: np.array([[len(hits), sum(hits)] for hits in parts.values()])
+        for label, parts in cells.items()
+        if len(parts) > 1
+    }
+    assert spread.rows[2][1].text == percent(macro_std(counts))  # type: ignore[union-attr]
     other = rv.evaluate("tiny-robust", **few)
     with pytest.raises(UserError, match="attacked another model than"):
         write_beside([other.folder, attack.folder])

@@ -9,11 +9,12 @@ from typing import Any
 
 from robustvlm.commands.attack.record import AttackedRun, load_run, robust_bounds
 from robustvlm.commands.evaluate.corrupted import as_rate
+from robustvlm.commands.evaluate.record import uneven
 from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.words import norm_name, plain
+from robustvlm.report.words import norm_name, percent, plain
 
 
 def write_beside(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -30,7 +31,8 @@ def write_beside(folders: Sequence[Path], out: Path | None = None) -> Path:
         _require_same_model(run, other)
     path = out or run.folder.resolve().parent / "comparison.html"
     report = evaluate_report(run)
-    beside = doc.Section("Clean, corrupted, attacked", [table(run, attacked)], key="beside", short="All")
+    blocks: list[doc.Block] = [table(run, attacked), *evenness(run, attacked)]
+    beside = doc.Section("Clean, corrupted, attacked", blocks, key="beside", short="All")
     with drawing(run.folder):
         text = page_of(replace(report, sections=[beside, *report.sections]))
     write_page(path, text)
@@ -59,6 +61,43 @@ def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
     if len(data) > 1:
         caption += " The runs saw different images."
     return doc.Table(columns, rows, caption=caption, strong=frozenset({0}))
+
+
+def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.Table]:
+    """Yield how unevenly the subgroups of a class are right, clean and under attack, on the images of both runs.
+
+    MacroStd of Chiu et al. 2023 (arXiv 2212.08649) of clean and of robust accuracy; nothing without subgroups.
+    """
+    wanted = ("image_id", "label", "subgroup", "correct")
+    rows = [row for row in run.rows.select(wanted).to_pylist() if row["correct"] is not None and row["subgroup"]]
+    if len({row["subgroup"] for row in rows}) < 2:
+        return
+    found: list[doc.Row] = []
+    for other in attacked:
+        verdicts = other.verdicts()
+        seen = {image.image_id: image for image in verdicts.images}
+        shared = [(row["label"], row["subgroup"], row["correct"], seen[row["image_id"]])
+                  for row in rows if row["image_id"] in seen]  # fmt: skip
+        clean = [(label, part, bool(right)) for label, part, right, _ in shared]
+        found += _spread_of(f"as they are, images of {plain(other.name, 60)}", clean)
+        for place, at in enumerate(other.summary.per_eps):
+            outcomes = [(label, part, verdicts.after(image, place)) for label, part, _, image in shared]
+            robust = [(label, part, said == "robust") for label, part, said in outcomes if said != "undecided"]
+            found += _spread_of(f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}", robust)
+    if found:
+        columns = [doc.Column("Images"), *doc.numbers("MacroStd", "By chance", "p", "Number")]
+        caption = (
+            "Spread of right answers over the subgroups of a class, as a mean over classes; \u201cby chance\u201d is "
+            "what would be seen if they were alike."
+        )
+        yield doc.Table(columns, found, title="How evenly over subgroups", caption=caption)
+
+
+def _spread_of(title: str, facts: Sequence[tuple[int, str, bool]]) -> Iterator[tuple[Any, ...]]:
+    one = uneven(facts)
+    if one is not None:
+        shown = doc.Measure(percent(one["value"]), f"{percent(one['low'])} to {percent(one['high'])}")
+        yield (title, shown, percent(one["by_chance"]), f"{one['p_value']:.2g}", f"{len(facts):,}")
 
 
 def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:

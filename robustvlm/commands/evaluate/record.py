@@ -312,7 +312,7 @@ _PARTS = 100  # subgroups that are listed
 def _by_subgroup(known: Sequence[ImageRow]) -> Iterable[Unevenness]:
     """Yield how unevenly classes are recognised over the subgroups of the data, where it tells any."""
     names = {row.subgroup for row in known} - {""}
-    found = _uneven([(row.label, row.subgroup, bool(row.correct)) for row in known if row.subgroup])
+    found = uneven([(row.label, row.subgroup, bool(row.correct)) for row in known if row.subgroup])
     if len(names) < 2 or found is None:
         return
     counted: dict[str, list[bool]] = defaultdict(list)
@@ -327,13 +327,13 @@ def _by_subgroup(known: Sequence[ImageRow]) -> Iterable[Unevenness]:
 def _by_class(known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor) -> Iterable[Unevenness]:
     """Yield how unevenly the classes of a superclass are recognised."""
     place = superclass_of.tolist()
-    found = _uneven([(place[row.label], row.label, bool(row.correct)) for row in known])
+    found = uneven([(place[row.label], row.label, bool(row.correct)) for row in known])
     if found is not None:
         yield Unevenness(by="classes", tree=root, level=level, **found)
 
 
-def _uneven(facts: Sequence[tuple[int, Any, bool]]) -> dict[str, Any] | None:
-    """Return MacroStd with its interval of (class, part, right); None where no class has two parts."""
+def uneven(facts: Sequence[tuple[int, Any, bool]]) -> dict[str, Any] | None:
+    """Return MacroStd with its interval, of (class, part, right); None where no class has two parts."""
     cells: dict[int, dict[Any, list[int]]] = defaultdict(dict)
     for label, part, right in facts:
         cell = cells[label].setdefault(part, [0, 0])
