@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,16 @@ from robustvlm.report import sections as doc
 from robustvlm.report.words import DASH, interval, percent
 from robustvlm.stats import Mean, Rate, mean, rate
 
-if TYPE_CHECKING:
-    from robustvlm.commands.evaluate.record import ImageRow
+
+class Labelled(Protocol):
+    """An image of a known class: its place in source order, its id and its label."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def image_id(self) -> str: ...
+    @property
+    def label(self) -> int: ...
 
 
 class Answer(NamedTuple):
@@ -118,13 +126,13 @@ class _Column:
     answers: list[Answer]
 
 
-def _columns(rows: Sequence[ImageRow], answers: Answers) -> Iterator[_Column]:
+def _columns(rows: Sequence[Labelled], answers: Answers) -> Iterator[_Column]:
     order = parse_corruptions(",".join(answers)) if answers else ()
     for one in order:
         yield _Column(one.name, one.severity, [answers[one.text][row.index] for row in rows])
 
 
-def measured(known: Sequence[ImageRow], answers: Answers, side: int) -> Corruptions | None:
+def measured(known: Sequence[Labelled], answers: Answers, side: int) -> Corruptions | None:
     """Return the numbers of the labelled images' answers; None where nothing was corrupted.
 
     Example:
@@ -159,7 +167,7 @@ def measured(known: Sequence[ImageRow], answers: Answers, side: int) -> Corrupti
     )
 
 
-def table_of(known: Sequence[ImageRow], answers: Answers) -> pa.Table:
+def table_of(known: Sequence[Labelled], answers: Answers) -> pa.Table:
     """Return a row for each labelled image and corruption."""
     rows = [
         {
