@@ -56,7 +56,8 @@ def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
         rows.append(("common corruptions, mean", over, f"{result.images:,}"))
     rows += [row for other in attacked for row in _attacked(other)]
     columns = [doc.Column("Images"), *doc.numbers("Right", "Number")]
-    data = {str((one.manifest.get("data") or {}).get("fingerprint")) for one in (run, *attacked)}
+    manifests = [run.manifest, *(other.manifest for other in attacked)]
+    data = {str((one.get("data") or {}).get("fingerprint")) for one in manifests}
     caption = "Attacks look for the worst change within a radius; corruptions are drawn without regard to the model."
     if len(data) > 1:
         caption += " The runs saw different images."
