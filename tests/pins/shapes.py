@@ -12,7 +12,17 @@ from safetensors import safe_open
 
 LEFT_OUT = ("report.html", "training")
 """What `make_before.py` left out."""
-ADDED = {"says_classes", "spread", "apart", "likely_least", "likely_most", "likely_after", "neighbourhood"}
+ADDED = {
+    "says_classes",
+    "spread",
+    "apart",
+    "likely_least",
+    "likely_most",
+    "likely_after",
+    "neighbourhood",
+    "corrupted",
+    "corruptions",
+}
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}
 """Keys whose own keys are names, not words of the format."""
