@@ -155,7 +155,8 @@ def build(
     Args:
         encoder: The encoder: any model without operators, such as the run of a fine-tuning.
         purify: A run of `robustvlm purify`: purifier and mapper.
-        smooth: Noise level and samples, SIGMA[:N0], as 0.25:64.
+        smooth: Noise level, samples, and the alpha at which the model abstains, SIGMA[:N0[:ALPHA[:vote]]], as
+            0.25:64:0.001.
         immunize: A run of `robustvlm immunize`: adapter, head and thresholds.
         accept_misfits: Put parts together that were made for other models.
         device: auto, cpu, cuda, cuda:1, ...
@@ -184,6 +185,7 @@ class _Certify(CallableModule[CertifyRecord]):
         tau: float | None = None,
         antibodies: Path | str | None = None,
         weight: float = 0.5,
+        top: int = 5,
         deployed: int | None = None,
         cache: str | None = None,
         from_cache: str | None = None,
@@ -221,8 +223,9 @@ class _Certify(CallableModule[CertifyRecord]):
             templates: File of prompt templates, one per line with {}.
             tree: File of the class tree (JSON, YAML or CSV).
             claim: feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another
-                rule), openset (accepted or rejected), or module:callable of your own [default: feature; with --from-
-                cache: class].
+                rule), topk (among the classes with most votes), recall (among the texts nearest to the mean feature),
+                openset (accepted or rejected), or module:callable of your own [default: what a model that abstains
+                answers by, else feature; with --from-cache: class].
             sigma: Noise level in pixels scaled to [0, 1] [default: 0.25].
             samples: Noisy copies per image, at most.
             alpha: Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of
@@ -233,6 +236,7 @@ class _Certify(CallableModule[CertifyRecord]):
             tau: Threshold of the score, from other images (openset); in place of the model's own.
             antibodies: File of names to score against (openset).
             weight: Weight of the antibodies (openset).
+            top: How many classes or texts it may be among (topk, recall).
             deployed: Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].
             cache: Keep the noisy features as float16 or float32, to certify other prompts later.
             from_cache: A run made with --cache: certify --classes by text passes only.

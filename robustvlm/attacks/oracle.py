@@ -408,7 +408,8 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     finite = bool(logits.isfinite().all())
     repeat = _relative_change(again, logits)
     rungs: tuple[int, ...] = (len(images),)
-    if finite and repeat:
+    declared = _declared_draws(oracle.model)
+    if finite and (repeat or declared):
         rungs = tuple(len(images) >> k for k in range(len(images).bit_length()))
     elif finite:
         rungs = _rungs(oracle, images, label, (logits, grad, confirmed))
@@ -419,7 +420,7 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
         zero_gradients=(grad.flatten(1).abs().amax(1) == 0).double().mean().item(),
         rungs=rungs,
         rows=len(images),
-        declared=_declared_draws(oracle.model),
+        declared=declared,
     )
 
 

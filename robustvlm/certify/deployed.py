@@ -1,18 +1,38 @@
 """From the ideal smoothed feature to the deployed mean of n0 fresh samples: features, classes, refusals (T10)."""
 
-from math import expm1, log, sqrt
+from bisect import bisect_left
+from functools import cache
+from math import exp, expm1, log, sqrt
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from robustvlm.certify.certifier import as_scores, mean_feature, unit_rows
-from robustvlm.certify.classes import rival_normals
+from robustvlm.certify.classes import rival_normals, vote_p_value
 from robustvlm.certify.feature import VACUOUS, fcsb_inner, norm_lower, vector_table
-from robustvlm.certify.means import divergence, kl_lower, log_gains, mix
+from robustvlm.certify.means import FRACTIONS, divergence, kl_lower, log_gains, mix
 from robustvlm.certify.normal import Array, beta_quantile, check_alpha, check_cos0, check_sigma, largest_true
 from robustvlm.certify.openset import pilot_choice
 from robustvlm.errors import UserError
+
+# The rule with abstention that a model may be deployed with: by the mean feature (`predict`) or by vote
+
+
+def least_copies(alpha: float, *, votes: bool = False) -> int:
+    """Return the fewest copies with which the rule can decide anything at alpha.
+
+    Example:
+        >>> least_copies(0.001), least_copies(0.001, votes=True)
+        (27, 11)
+    """
+    check_alpha(alpha)
+    if votes:
+        return next(n for n in range(1, 10_000) if vote_p_value(n, n) <= alpha)
+    wealth = (mix(log_gains(np.ones(n), 0.5)) for n in range(1, 10_000))
+    half = next(n for n, gained in enumerate(wealth, start=1) if gained > log(1.0 / alpha))
+    return max(2, 2 * half - 1)  # the larger half tests
+
 
 # From the ideal smoothed feature to the mean of n0 fresh samples that is deployed (T10)
 
@@ -79,6 +99,63 @@ def vote_share_needed(n0: int, alpha0: float) -> float:
     half = n0 // 2
     found = 1.0 - float(beta_quantile(check_alpha(alpha0), float(n0 - half), float(half + 1)))
     return max(0.5, found)  # no deployed vote keeps more than the ideal one, in the last digit either
+
+
+@cache
+def answered_margin_needed(rivals: int, n0: int, alpha: float, alpha0: float) -> float:
+    """Return the margin `<m(x'), v>` to every rival at which the mean rule answers the label, w.p. 1 - alpha0.
+
+    Of the rule with abstention at `alpha` (`predict`): its first half has to name the label, its second half to beat
+    every rival. Let every margin score have an expectation of at least q. The first half fails for one rival with
+    probability at most `exp(-h KL(1/2 || q))` (Chernoff). The second half surely succeeds once one bet's log wealth
+    `sum_i log(1 + 2 F (g_i - 1/2))` is ln(8 / alpha); `c -> (1 + 2 F (g - 1/2))^-c` is convex and falls in g, so
+    Chernoff's bound of its lower tail is largest for scores of 0 and 1 of mean q, where the wealth counts successes:
+    `exp(-n KL(z || q))` with z the share of successes that is needed. Both halves, all rivals: a union.
+
+    Example:
+        >>> [round(answered_margin_needed(9, n0, 0.001, 0.001), 3) for n0 in (64, 256, 1000)]
+        [0.988, 0.679, 0.37]
+    """
+    if rivals < 1 or n0 < 2:
+        raise UserError(f"the rule needs at least two copies and one rival class, got n0 = {n0} and {rivals}")
+    first, second = n0 // 2, n0 - n0 // 2
+    bets = np.asarray(FRACTIONS)
+    level = log(len(bets) / alpha) / second
+    needed = (level - np.log1p(-bets)) / (np.log1p(bets) - np.log1p(-bets))
+    needed = needed[needed < 1.0]
+    if not len(needed):
+        return 1.0
+
+    def fails(q: float) -> bool:
+        if q <= float(needed.min()):
+            return True
+        usable = needed[needed < q]
+        undecided = float(np.exp(-second * divergence(usable, q)).min())
+        return rivals * (exp(-first * float(divergence(0.5, q))) + undecided) > check_alpha(alpha0)
+
+    low, high = 0.5, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if fails(middle) else (low, middle)
+    return min(1.0, 2.0 * high - 1.0 + 1e-12)
+
+
+@cache
+def answered_share_needed(n0: int, alpha: float, alpha0: float) -> float:
+    """Return the share of votes at x' from which on the vote rule at `alpha` answers the label, w.p. 1 - alpha0 (T10).
+
+    With c of n0 votes the label's test is significant whichever way the others vote: fewer in the second place only
+    make it more so. So the exact binomial tail of fewer than the least such c has to stay within alpha0. A share of 1
+    stands for rules that never answer.
+
+    Example:
+        >>> [round(answered_share_needed(n0, 0.001, 0.001), 3) for n0 in (16, 64, 1000)]
+        [0.997, 0.859, 0.601]
+    """
+    least = n0 // 2 + 1 + bisect_left(range(n0 // 2 + 1, n0 + 1), True, key=lambda c: vote_p_value(c, n0) <= alpha)
+    if least > n0:
+        return 1.0
+    return max(0.5, 1.0 - float(beta_quantile(check_alpha(alpha0), float(n0 - least + 1), float(least))))
 
 
 def predict(features: ArrayLike, text: ArrayLike, alpha0: float) -> int | None:

@@ -15,6 +15,7 @@ from robustvlm.core.framing import trial_pixels
 from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.pipeline import Operation, split_spec
+from robustvlm.defenses.smoothing import Rule, read_rule
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
@@ -35,7 +36,7 @@ class Recipe:
     Args:
         encoder: spec of the encoder, plain or robust, without operators.
         purify: folder of a purify run: purifier and mapper.
-        smooth: noise and samples as `SIGMA[:N0]`.
+        smooth: noise, samples and how the model answers, as `SIGMA[:N0[:ALPHA[:vote]]]`.
         immunize: folder of an immunize run: adapter, prototypes, antibodies and thresholds.
 
     Raises:
@@ -353,7 +354,7 @@ class BuiltModel(pipeline.SavedModel):
         said = self.card.settings.get("smooth")
         wrong = f"the card of '{self.folder}' names no smoothing SIGMA[:N0]"
         if not isinstance(said, str | None):
-            raise UserError(f'{wrong}, as the text "0.25:64", but {said!r}: build it again')
+            raise UserError(f'{wrong}, as the text "0.25:64" or "0.25:64:0.001", but {said!r}: build it again')
         operations = smoothing_of(said)
         try:
             pipeline.check_operations(str(self.folder), operations)
@@ -364,6 +365,10 @@ class BuiltModel(pipeline.SavedModel):
     @property
     def sigma(self) -> float | None:
         return float(self.smoothing[0].arguments[0]) if self.smoothing else None
+
+    @property
+    def rule(self) -> Rule | None:
+        return read_rule(str(self.smoothing[0])) if self.smoothing else None
 
     def encoder(self, device: torch.device) -> VLM:
         smoothing = self.smoothing  # a damaged card should not wait for a large model

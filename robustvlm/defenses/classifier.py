@@ -49,6 +49,7 @@ class Classifier(nn.Module, ABC):
     """A model of known classes: pixels [B, 3, H, H] in [0, 1] to logits [B, K]; [B, 3, H, W] where it is not square.
 
     With `can_reject` there is one column more, the acceptance score: an image is accepted exactly when it is positive.
+    Where it `abstains` too, what is not accepted is no refusal of the image: its copies do not decide the class.
     `framing` says how an image of any shape is brought there.
     `vlm` and `class_embeddings` are there for classifiers on top of an encoder, None otherwise; `logit_scale` is the
     factor on cosine similarities, None where the logits are none.
@@ -71,6 +72,8 @@ class Classifier(nn.Module, ABC):
         self.spec, self.class_names = spec, tuple(class_names)
         self.framing = framing_of_model(spec, image_size, interpolation, resize_mode, fill_color, short_side)
         self.logit_scale, self.can_reject = logit_scale, can_reject
+
+    abstains: bool = False
 
     @property
     def image_size(self) -> Size:
@@ -145,8 +148,11 @@ class Classifier(nn.Module, ABC):
         pixels = as_images(images).to(self.device, torch.float32)
         smoothed, text = self.vlm, self.class_embeddings
         if alpha is not None and (self.can_reject or not isinstance(smoothed, SmoothedVLM) or text is None):
+            own = f"'{self.spec}' abstains at an alpha of its own: leave out alpha"
             raise UserError(
-                f"'{self.spec}' does not abstain: leave out alpha, or pass a smoothed encoder without refusal, as "
+                own
+                if self.abstains
+                else f"'{self.spec}' does not abstain: leave out alpha, or pass a smoothed encoder without refusal, as "
                 "load_classifier('tiny+smooth:0.25', ...)"
             )
         if alpha is not None:
@@ -167,8 +173,9 @@ class Classifier(nn.Module, ABC):
         logits = output[:, :-1] if self.can_reject else output
         classes = logits.argmax(1)
         # Not "<= 0": a score that is no number accepts nothing.
-        rejected = ~(output[:, -1] > 0) if self.can_reject else torch.zeros(len(output), dtype=torch.bool)
-        abstained = torch.zeros_like(rejected)
+        refused = ~(output[:, -1] > 0) if self.can_reject else torch.zeros(len(output), dtype=torch.bool)
+        nothing = torch.zeros_like(refused)
+        rejected, abstained = (nothing, refused) if self.abstains else (refused, nothing)
         if alpha is not None:
             abstained = torch.tensor([label is None for label in decided])
             classes = torch.tensor([0 if label is None else label for label in decided])

@@ -13,6 +13,7 @@ from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.library import load_library, names_library_model
 from robustvlm.defenses.pipeline import load_pipeline, saved_model, split_rejection, split_spec
+from robustvlm.defenses.smoothing import Rule, read_rule
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM
 
@@ -86,6 +87,21 @@ def own_classes(spec: str) -> Sequence[str] | None:
         found: Sequence[str] | None = getattr(create(base), "class_names", None)
         return found
     return None if made is None else made.class_names
+
+
+def declared_rule(spec: str) -> Rule | None:
+    """Return how a smoothed model answers, by its spec or its folder's card; None: as usual. Nothing is loaded.
+
+    Example:
+        >>> declared_rule("tiny+smooth:0.25:64:0.001:vote"), declared_rule("tiny+smooth:0.25:64") is None
+        (Rule(alpha=0.001, votes=True), True)
+    """
+    base, operations = split_spec(spec)
+    smoothing = [operation for operation in operations if operation.name == "smooth"]
+    if smoothing:
+        return read_rule(str(smoothing[0]))
+    made = saved_model(base)
+    return None if made is None else made.rule
 
 
 def _text(spec: str) -> str:

@@ -21,11 +21,12 @@ from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import NOT_CODE, create, names_a_callable
 from robustvlm.core.user_code import named_by
+from robustvlm.defenses.abstaining import Abstaining
 from robustvlm.defenses.answering import Answering, speaker_of
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
 from robustvlm.defenses.library import ClassifierVLM, load_library, names_library_model
 from robustvlm.defenses.own import OwnClassifier, load_own
-from robustvlm.defenses.smoothing import DEFAULT_N0, smooth
+from robustvlm.defenses.smoothing import DEFAULT_N0, FORM, Rule, SmoothedVLM, rule_of, smoothed_as
 from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.base import DEFENCES
 from robustvlm.defenses.zoo.unpublished import UNPUBLISHED, unpublished
@@ -196,6 +197,11 @@ class SavedModel(ABC):
         """Noise level of a smoothing that is part of the model, None without one."""
         return None
 
+    @property
+    def rule(self) -> Rule | None:
+        """How it answers from the copies of a smoothing that is part of it; None: it always answers."""
+        return None
+
     def base(self, device: torch.device) -> VLM:
         """Return the model that this one stands on.
 
@@ -314,7 +320,7 @@ def operators() -> dict[str, Operator]:
 
     Example:
         >>> {"smooth", "bits", "ttc"} <= set(operators()), operators()["smooth"].form
-        (True, 'smooth:SIGMA[:N0]')
+        (True, 'smooth:SIGMA[:N0[:ALPHA[:vote]]]')
     """
     return OPERATORS | {name: operator(name) for name in DEFENCES}
 
@@ -360,26 +366,17 @@ class _Unloaded(VLM):
         raise NotImplementedError("a stand-in encodes nothing")
 
 
-def _smooth(vlm: VLM, operation: Operation) -> VLM:
-    form = OPERATORS["smooth"].form
-    if not 1 <= len(operation.arguments) <= 2:
-        raise UserError(f"'+{operation}' must be written +{form}, as +smooth:0.25 or +smooth:0.25:{DEFAULT_N0}")
-    sigma_text, n0_text = (*operation.arguments, str(DEFAULT_N0))[:2]
-    try:
-        sigma = float(sigma_text)
-    except ValueError:
-        raise UserError(f"'+{operation}': sigma must be a number, got '{sigma_text}': as +smooth:0.25") from None
-    if not re.fullmatch(r"\d{1,9}", n0_text):
-        raise UserError(f"'+{operation}': the number of samples must be a whole number, got '{n0_text}'")
-    return smooth(vlm, sigma, int(n0_text))
-
-
 def _defend(vlm: VLM, operation: Operation) -> VLM:
     defence = zoo.read_defence(operation.name, operation.arguments)
     if isinstance(defence, zoo.AnswerDefence):
         raise UserError(
             f"'+{defence}' needs classes and gives logits, and here '{vlm.spec}' is used as an encoder: it is for "
             "attack, evaluate, predict and judge, as the last operator but for +reject (goals about classes only)"
+        )
+    if rule_of(vlm) is not None:
+        raise UserError(
+            f"'{vlm.spec}' answers from its copies, and '+{defence}' behind it would answer otherwise: smooth the "
+            f"defended model, as MODEL+{defence}+smooth:SIGMA:N0:ALPHA, or leave out ALPHA"
         )
     before = _feature_defence(vlm)
     if isinstance(defence, zoo.FeatureDefence) and before is not None:
@@ -395,10 +392,11 @@ def _feature_defence(vlm: VLM) -> zoo.Defence | None:
 
 OPERATORS = {
     "smooth": Operator(
-        form="smooth:SIGMA[:N0]",
+        form=FORM,
         meaning=f"the model averaged over N0 noisy copies of the image (default {DEFAULT_N0}), noise of SIGMA in [0, 1]"
-        " pixels",
-        apply=_smooth,
+        " pixels; with ALPHA, as 0.001, it answers only where the copies, their mean or with :vote their vote, decide "
+        "the class at that probability of error",
+        apply=lambda vlm, operation: smoothed_as(vlm, str(operation)),
     )
 }
 """Every operator by name but the published defences, which stand in a table of their own (`operators` has all)."""
@@ -469,6 +467,20 @@ def _answers(operation: Operation) -> bool:
 
 
 def _load_undefended(
+    spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
+) -> Classifier:
+    found = _load_always_answering(spec, class_names, templates, place, cache)
+    if rule_of(found.vlm) is None:
+        return found
+    if not isinstance(found, ZeroShot) or not isinstance(found.vlm, SmoothedVLM):
+        raise UserError(
+            f"'{spec}' cannot abstain: the rule of +smooth:SIGMA:N0:ALPHA is for classes told apart by their texts or "
+            "vectors, right behind the smoothing; leave out ALPHA"
+        )
+    return Abstaining(found).eval()
+
+
+def _load_always_answering(
     spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
 ) -> Classifier:
     if names_library_model(spec) and not split_spec(spec)[1]:

@@ -4,7 +4,10 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from robustvlm.core import MAX_N0, MAX_SIGMA
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.object_graph import fingerprint
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, ZeroShotClassifier
 from robustvlm.models.vlm import fitted
 from robustvlm.text import format_exact
@@ -23,6 +26,56 @@ DEFAULT_N0 = 64
 ROWS_PER_PASS = 128
 
 Hook = Callable[[Tensor], Tensor]
+
+
+MAX_RULE_ALPHA = 0.5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a smoothed classifier answers from its n0 copies, and when it gives no answer: part of the model (T10).
+
+    By the mean feature, the first half of the copies names the class and the second half has to beat every rival
+    (`robustvlm.certify.predict`); by votes, the leading class has to beat the second in a two-sided exact binomial test
+    (`robustvlm.certify.vote_predict`).
+
+    Args:
+        alpha: at an image where the ideal model's class is certified, another class is answered with at most this
+            probability over the copies.
+        votes: the copies vote, instead of being averaged.
+
+    Raises:
+        UserError: alpha is no error probability.
+
+    Example:
+        >>> Rule(0.001).words(64), Rule(0.001).least_copies
+        ('the class that the mean of 64 noisy copies decides at alpha 0.001, else no answer', 27)
+    """
+
+    alpha: float
+    votes: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha <= MAX_RULE_ALPHA:
+            raise UserError(
+                f"a model abstains at an error probability above 0 and at most {MAX_RULE_ALPHA:g}, got {self.alpha:g}: "
+                "pass 0.001"
+            )
+
+    def __str__(self) -> str:
+        return f"{format_exact(self.alpha)}{':vote' * self.votes}"
+
+    @cached_property
+    def least_copies(self) -> int:
+        """The fewest copies that can decide anything."""
+        from robustvlm.certify.deployed import least_copies  # certificates' mathematics, which attacks do without
+
+        return least_copies(self.alpha, votes=self.votes)
+
+    def words(self, n0: int) -> str:
+        """Say how a model with `n0` copies answers."""
+        how = f"the vote of {n0:,} noisy copies" if self.votes else f"the mean of {n0:,} noisy copies"
+        return f"the class that {how} decides at alpha {self.alpha:g}, else no answer"
 
 
 class SmoothedVLM(VLM):
@@ -38,6 +91,8 @@ class SmoothedVLM(VLM):
         n0: draws per image.
         purifier: from noisy pixels [R, 3, S, S] to pixels of that shape, row by row.
         mapper: from unit features [R, D] to features [R, D], row by row.
+        rule: how a classifier on it answers from the draws, and when it does not; None: the class of their mean,
+            significant or not. Features are the mean whatever the rule.
         rows_per_pass: noisy images per encoder pass (at least one draw of every image of the batch). With gradients,
             passes are recomputed in the backward pass, noise included, so that memory does not grow with `n0`.
 
@@ -53,6 +108,7 @@ class SmoothedVLM(VLM):
         *,
         purifier: Hook | None = None,
         mapper: Hook | None = None,
+        rule: Rule | None = None,
         rows_per_pass: int = ROWS_PER_PASS,
     ) -> None:
         if not isinstance(base, VLM):
@@ -69,12 +125,20 @@ class SmoothedVLM(VLM):
             raise UserError(
                 f"'{base.spec}' is smoothed already, so +smooth:{sigma:g} is one too many: smooth the model below"
             )
+        if rule is not None and n0 < rule.least_copies:
+            raise UserError(
+                f"{n0} copies never decide a class at alpha {rule.alpha:g}, and this model would never answer: pass "
+                f"{rule.least_copies} or more, as +smooth:{format_exact(sigma)}:{max(DEFAULT_N0, rule.least_copies)}:"
+                f"{rule}"
+            )
+        answers = "" if rule is None else f":{rule}"
         super().__init__(
-            spec=f"{base.spec}+smooth:{format_exact(sigma)}:{n0}",
+            spec=f"{base.spec}+smooth:{format_exact(sigma)}:{n0}{answers}",
             logit_scale=base.logit_scale,
             **base.framing.options(),
         )
         self.base, self.sigma, self.n0, self.rows_per_pass = base.at_noise(sigma), float(sigma), n0, rows_per_pass
+        self.rule = rule
         self.purifier, self.mapper = _beside(base, purifier), _beside(base, mapper)
         self._anchor = self._anchor.to(base.device)
         self.training = False
@@ -90,8 +154,21 @@ class SmoothedVLM(VLM):
     def noisy_features(self, pixels: Tensor, n: int) -> Tensor:
         """Return features [B, n, D] of `n` noisy copies of each image [B, 3, H, H], fresh noise, no gradient."""
         with torch.no_grad():
-            clean = fitted(pixels, self.image_size, self.interpolation)
-            draws = [self._features(clean, count) for count in self._counts(len(clean), n)]
+            return self.drawn(pixels, n)
+
+    def drawn(self, pixels: Tensor, n: int) -> Tensor:
+        """Return features [B, n, D] of `n` noisy copies of each image [B, 3, H, H], fresh noise, differentiable."""
+        clean = fitted(pixels, self.image_size, self.interpolation)
+        if self._still:
+            return self.encode_noisy(clean)[:, None].expand(-1, n, -1)
+        counts = self._counts(len(clean), n)
+        again = len(counts) > 1 and torch.is_grad_enabled() and clean.requires_grad
+        draws = [
+            checkpoint(self._features, clean, count, use_reentrant=False, preserve_rng_state=True)
+            if again
+            else self._features(clean, count)
+            for count in counts
+        ]
         return torch.cat(draws, dim=1)
 
     def mean_feature(self, pixels: Tensor, n: int) -> Tensor:
@@ -155,9 +232,10 @@ class SmoothedVLM(VLM):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the base model, the noise and the hooks."""
+        """Digest of the base model, the noise, the hooks and the rule."""
         hooks = [f"{name}: {_identity(hook)}" for name, hook in (("purifier", self.purifier), ("mapper", self.mapper))]
-        return fingerprint({}, (self.base.fingerprint, "smooth", repr(self.sigma), str(self.n0), *hooks))
+        rule = () if self.rule is None else (f"rule: {self.rule!r}",)  # models from before there were rules keep theirs
+        return fingerprint({}, (self.base.fingerprint, "smooth", repr(self.sigma), str(self.n0), *hooks, *rule))
 
 
 def _beside(base: VLM, hook: Hook | None) -> Hook | None:
@@ -168,7 +246,13 @@ def _beside(base: VLM, hook: Hook | None) -> Hook | None:
 
 
 def smooth(
-    vlm: VLM, sigma: float, n0: int = DEFAULT_N0, *, purifier: Hook | None = None, mapper: Hook | None = None
+    vlm: VLM,
+    sigma: float,
+    n0: int = DEFAULT_N0,
+    *,
+    purifier: Hook | None = None,
+    mapper: Hook | None = None,
+    rule: Rule | None = None,
 ) -> SmoothedVLM:
     """Return `vlm` smoothed with noise of `sigma` and `n0` draws per call; see `SmoothedVLM`.
 
@@ -177,7 +261,69 @@ def smooth(
         >>> smooth(load_model("tiny"), 0.25).spec
         'tiny+smooth:0.25:64'
     """
-    return SmoothedVLM(vlm, sigma, n0, purifier=purifier, mapper=mapper)
+    return SmoothedVLM(vlm, sigma, n0, purifier=purifier, mapper=mapper, rule=rule)
+
+
+# The operator of a spec: `smooth:SIGMA[:N0[:ALPHA[:vote]]]`
+
+FORM = "smooth:SIGMA[:N0[:ALPHA[:vote]]]"
+ANSWERS = ("mean", "vote")
+"""How the copies of a model that abstains give their answer."""
+
+
+def smoothed_as(vlm: VLM, written: str) -> SmoothedVLM:
+    """Return `vlm` smoothed as an operator says that is written like `FORM`.
+
+    Raises:
+        UserError: it is written otherwise, or a number is out of range.
+
+    Example:
+        >>> from robustvlm.models import load_model
+        >>> smoothed_as(load_model("tiny"), "smooth:0.25:64:0.001").rule
+        Rule(alpha=0.001, votes=False)
+    """
+    arguments = written.split(":")[1:]
+    if not 1 <= len(arguments) <= 4:
+        raise UserError(
+            f"'+{written}' must be written +{FORM}, as +smooth:0.25, +smooth:0.25:{DEFAULT_N0} or "
+            f"+smooth:0.25:{DEFAULT_N0}:0.001"
+        )
+    sigma_text, n0_text = (*arguments, str(DEFAULT_N0))[:2]
+    try:
+        sigma = float(sigma_text)
+    except ValueError:
+        raise UserError(f"'+{written}': sigma must be a number, got '{sigma_text}': as +smooth:0.25") from None
+    if not re.fullmatch(r"\d{1,9}", n0_text):
+        raise UserError(f"'+{written}': the number of samples must be a whole number, got '{n0_text}'")
+    return smooth(vlm, sigma, int(n0_text), rule=read_rule(written))
+
+
+def read_rule(written: str) -> Rule | None:
+    """Return how the model of an operator answers, from what follows its number of samples; None where nothing does.
+
+    Example:
+        >>> read_rule("smooth:0.25:64:0.001:vote"), read_rule("smooth:0.25:64")
+        (Rule(alpha=0.001, votes=True), None)
+    """
+    arguments = written.split(":")[3:5]
+    if not arguments:
+        return None
+    alpha_text, how = (*arguments, "mean")[:2]
+    if how not in ANSWERS:
+        raise UserError(f"'+{written}': copies answer by {' or '.join(ANSWERS)}: {nearest(how, ANSWERS)}")
+    try:
+        alpha = float(alpha_text)
+    except ValueError:
+        raise UserError(
+            f"'+{written}': alpha, at which the model abstains, must be a number, got '{alpha_text}': as 0.001"
+        ) from None
+    return Rule(alpha, votes=how == "vote")
+
+
+def rule_of(vlm: VLM | None) -> Rule | None:
+    """Return the rule by which a smoothed encoder, or one within, has classes answered; None: as usual."""
+    parts = () if vlm is None else vlm.modules()
+    return next((part.rule for part in parts if isinstance(part, SmoothedVLM) and part.rule is not None), None)
 
 
 def _identity(hook: Hook | None) -> str:

@@ -193,7 +193,8 @@ def _attack(manifest: Manifest) -> Iterator[str]:
     goal, eot = config.get("goal") or "misclassify", config.get("eot")
     rejects = bool((manifest.get("model") or {}).get("can_reject"))
     cosine = config.get("min_cos") if goal.startswith("feature") else None
-    words = goal_words(plain(goal, 80), can_reject=rejects, min_cos=cosine)
+    abstains = bool((manifest.get("model") or {}).get("abstains"))
+    words = goal_words(plain(goal, 80), can_reject=rejects, min_cos=cosine, abstains=abstains)
     yield (
         f"The attacker knows the whole model, and adds {_ball(config['norm'], config['eps_text'])} to the image, "
         f"pixels in [0, 1], to {words.effect} it."

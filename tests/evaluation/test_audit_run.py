@@ -63,9 +63,10 @@ def stretch(folder: Path, factor: float) -> None:
     write_checksums(folder, json.loads((folder / "manifest.json").read_text()))  # as a faulty run would have done
 
 
-@pytest.mark.parametrize("claim", ["feature", "class", "vote", "openset"])
+@pytest.mark.parametrize("claim", ["feature", "class", "vote", "openset", "topk", "recall"])
 def test_true_certificates_stand_and_stretched_ones_fall(pictures: Path, claim: str) -> None:
-    folder = finished(pictures, claim, **({"tau": 0.6} if claim == "openset" else {}))
+    own: dict[str, dict[str, Any]] = {"openset": {"tau": 0.6}, "topk": {"top": 1}, "recall": {"top": 1}}
+    folder = finished(pictures, claim, **own.get(claim, {}))
     result = audit_folder(folder, QUICK)
     assert len(result.findings) == 2 * result.certified == 4
     assert not result.broken

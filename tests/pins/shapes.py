@@ -22,6 +22,10 @@ ADDED = {
     "neighbourhood",
     "corrupted",
     "corruptions",
+    "abstains",
+    "abstained",
+    "unknown_abstained",
+    "rule",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

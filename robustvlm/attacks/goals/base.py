@@ -226,12 +226,14 @@ class GoalKind:
         read: from what follows the kind, and what is known, to the goals: mostly one.
         words: from what follows the kind, whether the model may refuse, and the threshold of cosines, to the words.
         refuses: True: for models that may refuse; False: for those that never do; None: for both.
+        abstaining: the words where what such a model does is no refusal: its copies do not decide the class.
     """
 
     forms: tuple[str, ...]
     read: Callable[[str, Known], tuple[Goal, ...]]
     words: Callable[[str, bool, float | None], GoalWords]
     refuses: bool | None = None
+    abstaining: GoalWords | None = None
 
 
 GOALS: Table[GoalKind] = Table(__package__)
@@ -295,14 +297,22 @@ def read_goals(text: str, known: Known) -> tuple[Goal, ...]:
     return found.read(rest, known)
 
 
-def goal_words(text: str, *, can_reject: bool = False, min_cos: float | None = None) -> GoalWords:
+def goal_words(
+    text: str, *, can_reject: bool = False, min_cos: float | None = None, abstains: bool = False
+) -> GoalWords:
     """Return the words of a goal as written on the command line, also of one that is not there any more.
+
+    Args:
+        can_reject: the model may refuse; abstains: and does so where its copies do not decide.
 
     Example:
         >>> goal_words("deny", can_reject=True).effect
         'make the model reject'
     """
     kind, _, rest = text.partition(":")
+    withheld = GOALS[kind].abstaining if kind in GOALS and abstains else None
+    if withheld is not None:
+        return withheld
     return GOALS[kind].words(rest, can_reject, min_cos) if kind in GOALS else _own_words(text)
 
 

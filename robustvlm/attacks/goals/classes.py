@@ -225,10 +225,41 @@ def _intrude_words(*_: object) -> GoalWords:
     )
 
 
-GOALS["misclassify"] = GoalKind(("misclassify",), _misclassify, lambda _, can_reject, __: misclassify_words(can_reject))
+_WRONG_ANSWER = GoalWords(
+    title="wrong answers",
+    effect="make the model answer a wrong class on",
+    whom="images on which it otherwise answers no wrong class",
+    before="no wrong answer when clean",
+    held="right or no answer",
+    nothing="The model answered a wrong class on every image before any attack: there was nothing to attack.",
+)
+_NO_ANSWER = GoalWords(
+    title="answers withheld",
+    effect="make the model give no answer to",
+    whom="known images it otherwise answers",
+    before="answered when clean",
+    held="answered throughout",
+    nothing="The model gave no answer to any known image before any attack, so there was nothing to attack.",
+)
+_ANY_ANSWER = GoalWords(
+    title="unknown images answered",
+    effect="make the model answer a class on",
+    whom="images of unknown classes it otherwise does not answer",
+    before="no answer when clean",
+    held="no answer throughout",
+    nothing="The model answered every unknown image before any attack, so there was nothing to attack.",
+    clean="no answer when clean",
+)
+
+GOALS["misclassify"] = GoalKind(
+    ("misclassify",),
+    _misclassify,
+    lambda _, can_reject, __: misclassify_words(can_reject),
+    abstaining=_WRONG_ANSWER,
+)
 GOALS["targeted"] = GoalKind(("targeted:CLASS",), _targeted, _targeted_words, refuses=False)
-GOALS["deny"] = GoalKind(("deny",), lambda *_: (Deny(),), _deny_words, refuses=True)
-GOALS["intrude"] = GoalKind(("intrude",), lambda *_: (Intrude(),), _intrude_words, refuses=True)
+GOALS["deny"] = GoalKind(("deny",), lambda *_: (Deny(),), _deny_words, refuses=True, abstaining=_NO_ANSWER)
+GOALS["intrude"] = GoalKind(("intrude",), lambda *_: (Intrude(),), _intrude_words, refuses=True, abstaining=_ANY_ANSWER)
 
 
 class Superclass(Goal):

@@ -5,7 +5,7 @@ what an audit attacks. `CLAIMS` has the built-in ones; docs/certify.md adds one 
 
 Example:
     >>> sorted(CLAIMS)
-    ['class', 'feature', 'openset', 'vote']
+    ['class', 'feature', 'openset', 'recall', 'topk', 'vote']
     >>> find_claim("vote").columns
     ('radius', 'deployed_radius')
 """
@@ -31,6 +31,8 @@ from robustvlm.certify.claims.base import (
 from robustvlm.certify.claims.class_ import CLASS
 from robustvlm.certify.claims.feature import FEATURE
 from robustvlm.certify.claims.openset import OPENSET
+from robustvlm.certify.claims.recall import RECALL
+from robustvlm.certify.claims.topk import TOPK
 from robustvlm.certify.claims.vote import VOTE
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.record import OWN
@@ -38,7 +40,7 @@ from robustvlm.core import registry
 from robustvlm.core.user_code import code_is_refused
 from robustvlm.errors import UserError, nearest
 
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (FEATURE, CLASS, VOTE, OPENSET)}
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (FEATURE, CLASS, VOTE, OPENSET, TOPK, RECALL)}
 """The built-in claims by name."""
 
 DEFAULT, DEFAULT_KEPT = FEATURE.name, CLASS.name

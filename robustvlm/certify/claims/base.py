@@ -121,6 +121,10 @@ class Asked(Protocol):
     @property
     def deployed(self) -> int | None: ...
     @property
+    def abstains_at(self) -> float | None: ...
+    @property
+    def top(self) -> int | None: ...
+    @property
     def prompts(self) -> str | None: ...
 
 
@@ -178,7 +182,8 @@ class Plan:
         statement: what a certificate says, in words. rule: whose answer that is, in words.
         theorem, bound, stop_rule, alpha_split, label_source, direction_source: as in the record of a certificate.
         best: radius that so many samples per image give at best.
-        certifier: makes the certifier of one image.
+        certifier: makes the certifier of one image. by_label: makes it for an image of this class, of claims that are
+            about the image's own class; the label is known before any noise is drawn.
     """
 
     statement: str
@@ -189,8 +194,13 @@ class Plan:
     alpha_split: dict[str, float]
     best: Callable[[int], float]
     certifier: Callable[[], Certifier]
+    by_label: Callable[[int], Certifier] | None = None
     label_source: Source = "none"
     direction_source: Source = "none"
+
+    def certifier_of(self, label: int) -> Certifier:
+        """Return the certifier of an image of this class, -1 where it has none of the list."""
+        return self.certifier() if self.by_label is None else self.by_label(label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +246,7 @@ class Claim(ClaimFacts, ABC):
         rule: the deployed rule that it is about, in words: an ideal one, of which finitely many copies keep less (T10).
         deployed: what the column `deployed_radius` says of so many copies (`{n0:,}`); "": it has no such column.
         deployed_at_radius: that column is there too where only one radius is asked about.
-        options: settings that are its own, of "min_cos", "tau", "antibodies" and "weight".
+        options: settings that are its own, of "min_cos", "tau", "antibodies", "weight" and "top".
         head: what it takes of a model with a head of its own: its class vectors or its open-set rule.
         known_best: the settings alone say the best radius, before a model is loaded.
         tests_radius: it can also decide one radius with as few samples as that takes (`--radius`).
@@ -326,6 +336,8 @@ class Claim(ClaimFacts, ABC):
         """Say what the deployed columns state, of how many copies, or why there are none; "" if none are asked for."""
         if asked.deployed is None:
             return ""
+        if asked.abstains_at is not None:
+            return self._abstaining_rule(asked, asked.deployed, asked.abstains_at)
         n0 = f"{asked.deployed:,}"
         early = asked.radius is not None and not self.deployed_at_radius
         if not self.deployed or asked.prompts == "adaptive" or early:
@@ -338,6 +350,20 @@ class Claim(ClaimFacts, ABC):
         return (
             f"within the radius in the column deployed_radius, {what} with probability 1 - {format_exact(asked.alpha)} "
             "over their noise, at any image chosen without knowing it; 0: nothing is certified of it"
+        )
+
+    def _abstaining_rule(self, asked: Asked, n0: int, alpha0: float) -> str:
+        """Say what a certificate means for a model that answers only where its copies decide the class (T10)."""
+        never = (
+            f"within the radius, at any image chosen without knowing its noise, the model as it is deployed ({n0:,} "
+            f"copies, no answer where they do not decide at alpha {format_exact(alpha0)}) answers another class than "
+            f"the certified one with probability at most {format_exact(alpha0)} over its copies"
+        )
+        if asked.prompts == "adaptive" or asked.radius is not None:
+            return never
+        return (
+            f"{never}; within the radius in the column deployed_radius it does answer, and that class, with "
+            f"probability 1 - {format_exact(asked.alpha)} over them"
         )
 
     def rest(self, asked: Asked, n: int) -> int:
@@ -361,6 +387,21 @@ class Claim(ClaimFacts, ABC):
 def sampling_of(asked: Asked) -> dict[str, Any]:
     """Return what every certifier with a pilot is told of the noise and its size."""
     return {"sigma": asked.sigma, "alpha": asked.alpha, "n": asked.samples, "n_pilot": asked.n_pilot}
+
+
+def require_rank(k: int | None, entries: int) -> int:
+    """Return how many of the entries an entry shall stay among; refuse a number that says nothing.
+
+    Raises:
+        UserError: it is not below the number of entries, or not positive.
+    """
+    if k is None or not 1 <= k < entries:
+        usual = max(1, min(5, entries - 1))
+        raise UserError(
+            f"to stay among the first {k} of {entries} says nothing: pass {setting('top', usual)}, or another number "
+            f"from 1 to {entries - 1}"
+        )
+    return k
 
 
 def pilot_size(samples: int, *, early: bool) -> int:

@@ -16,7 +16,12 @@ from robustvlm.certify import classes
 from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, mean_feature, unit_rows
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of, upper_mean
-from robustvlm.certify.deployed import class_margin_needed, vote_share_needed
+from robustvlm.certify.deployed import (
+    answered_margin_needed,
+    answered_share_needed,
+    class_margin_needed,
+    vote_share_needed,
+)
 from robustvlm.certify.limits import best_class_radius
 from robustvlm.certify.means import Decision, SequentialTest
 from robustvlm.certify.normal import Array, check_radius
@@ -26,11 +31,19 @@ from robustvlm.errors import UserError
 # Certifiers for classes: the class of the mean feature (P1-CDF, T8), any prompts (T2, T7), and the hard vote
 
 
-class _Labelled(Certifier):
+class Labelled(Certifier):
     """Chooses the label in the pilot; the estimation samples have no say in it."""
 
     def __init__(
-        self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, radius: float | None = None
+        self,
+        *,
+        text: ArrayLike,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        radius: float | None = None,
+        settings: tuple[object, ...] = (),
     ) -> None:
         self.text = np.asarray(text, dtype=np.float64)
         self.radius = None if radius is None else check_radius(radius)
@@ -39,7 +52,7 @@ class _Labelled(Certifier):
             ("estimation", n - n_pilot),
             sigma=sigma,
             alpha=alpha,
-            settings=(self.text, self.radius),
+            settings=(self.text, self.radius, *settings),
             looks=() if radius is None else ("estimation",),
         )
         if n_pilot < 1:
@@ -74,11 +87,12 @@ class _Labelled(Certifier):
         )
 
 
-class ClassRadius(_Labelled):
+class ClassRadius(Labelled):
     """The largest radius at which the mean feature keeps the pilot's class, from a fixed number of samples (P1-CDF).
 
     Columns: `mean_radius`, the same claim from the mean margins alone (betting), at its own alpha; `deployed_radius`,
-    where the mean of `deployed` fresh samples keeps the class with probability 1 - alpha over these (same event).
+    where the mean of `deployed` fresh samples keeps the class with probability 1 - alpha over these (same event); of a
+    model that abstains at `abstains_at`, where it answers with that class.
 
     Args:
         text: [K, D] class embeddings, fixed before the noise was drawn or without looking at what it gave.
@@ -103,9 +117,11 @@ class ClassRadius(_Labelled):
         n_pilot: int,
         rounding: float = 0.0,
         deployed: int | None = None,
+        abstains_at: float | None = None,
         baselines: bool = True,
     ) -> None:
         super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
+        self.abstains_at = abstains_at
         self.rounding, self.deployed, self._baselines = check_rounding(rounding), deployed, baselines
 
     def finding(self) -> Finding:
@@ -120,13 +136,19 @@ class ClassRadius(_Labelled):
 
         columns: dict[str, float] = {}
         if self.deployed is not None:
-            columns["deployed_radius"] = radius(class_margin_needed(len(self.text) - 1, self.deployed, self.alpha))
+            columns["deployed_radius"] = radius(self._margin_needed(self.deployed))
         if self._baselines and not self.rounding:
             columns["mean_radius"] = classes.mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
         return self._found(radius(0.0), columns)
 
+    def _margin_needed(self, n0: int) -> float:
+        rivals = len(self.text) - 1
+        if self.abstains_at is None:
+            return class_margin_needed(rivals, n0, self.alpha)
+        return answered_margin_needed(rivals, n0, self.abstains_at, self.alpha)
 
-class VocabularyRadius(_Labelled):
+
+class VocabularyRadius(Labelled):
     """The radius at which the mean feature keeps its class, for prompts chosen at any time (T2, T7).
 
     The claim holds at once for every prompt set, chosen before or after the samples were seen: one ball around the mean
@@ -159,7 +181,7 @@ class VocabularyRadius(_Labelled):
         return self._found(radius, {"ball": ball, "variance": variance})
 
 
-class ClassAtRadius(_Labelled):
+class ClassAtRadius(Labelled):
     """Does the mean feature keep the pilot's class within this radius? Samples until yes, hopeless, or n (T6, T8).
 
     Example:
@@ -195,11 +217,12 @@ class ClassAtRadius(_Labelled):
         return self._found(self._at if decision == "certified" else 0.0, {}, _stop(decision))
 
 
-class VoteRadius(_Labelled):
+class VoteRadius(Labelled):
     """The radius of the hard vote, another deployed rule than the mean feature's class (Cohen et al. 2019).
 
     Columns: `votes`, the share of estimation votes for the label; `deployed_radius`, where most of `deployed` fresh
-    votes are for the label with probability 1 - alpha over these (same event).
+    votes are for the label with probability 1 - alpha over these (same event); of a model that abstains at
+    `abstains_at`, where it answers with that class.
 
     Example:
         >>> certifier = VoteRadius(text=[[1.0, 0.0], [0.0, 1.0]], sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
@@ -210,10 +233,18 @@ class VoteRadius(_Labelled):
     """
 
     def __init__(
-        self, *, text: ArrayLike, sigma: float, alpha: float, n: int, n_pilot: int, deployed: int | None = None
+        self,
+        *,
+        text: ArrayLike,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        deployed: int | None = None,
+        abstains_at: float | None = None,
     ) -> None:
         super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
-        self.deployed = deployed
+        self.deployed, self.abstains_at = deployed, abstains_at
 
     def _choose(self, pilot: Array) -> int:
         return vote_winner(pilot, self.text)
@@ -223,12 +254,17 @@ class VoteRadius(_Labelled):
         successes = int(votes_for(rows, self.text, self.label).sum())
         columns = {"votes": successes / len(rows)}
         if self.deployed is not None:
-            share = vote_share_needed(self.deployed, self.alpha)
+            share = self._share_needed(self.deployed)
             columns["deployed_radius"] = classes.vote_radius(successes, len(rows), self.sigma, self.alpha, share=share)
         return self._found(classes.vote_radius(successes, len(rows), self.sigma, self.alpha), columns)
 
+    def _share_needed(self, n0: int) -> float:
+        if self.abstains_at is None:
+            return vote_share_needed(n0, self.alpha)
+        return answered_share_needed(n0, self.abstains_at, self.alpha)
 
-class VoteAtRadius(_Labelled):
+
+class VoteAtRadius(Labelled):
     """Does the hard vote keep its class within this radius? Samples until yes, hopeless, or n (T0; betting on votes).
 
     Example:
@@ -357,7 +393,13 @@ class _Class(Claim):
         if early:
             certifier = partial(ClassAtRadius, **common, radius=asked.radius or 0.0)
         else:
-            certifier = partial(ClassRadius, **common, rounding=materials.rounding, deployed=asked.deployed)
+            certifier = partial(
+                ClassRadius,
+                **common,
+                rounding=materials.rounding,
+                deployed=asked.deployed,
+                abstains_at=asked.abstains_at,
+            )
         tool = "anytime test" if early else "ELL band"
         return Plan(
             statement=_STATEMENT,

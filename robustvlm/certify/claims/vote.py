@@ -65,7 +65,7 @@ class _Vote(Claim):
         if early:
             certifier = partial(VoteAtRadius, **common, radius=asked.radius or 0.0)
         else:
-            certifier = partial(VoteRadius, **common, deployed=asked.deployed)
+            certifier = partial(VoteRadius, **common, deployed=asked.deployed, abstains_at=asked.abstains_at)
         best = best_vote_test_radius if early else best_vote_radius
         return Plan(
             statement="the class that most noisy copies are put into stays the same (hard vote)",

@@ -23,7 +23,10 @@ class BuildSettings(Settings):
 
     encoder: str = option("tiny", "The encoder: any model without operators, such as the run of a fine-tuning.")
     purify: str | None = option(None, "A run of `robustvlm purify`: purifier and mapper.")
-    smooth: str | None = option(None, "Noise level and samples, SIGMA[:N0], as 0.25:64.")
+    smooth: str | None = option(
+        None,
+        "Noise level, samples, and the alpha at which the model abstains, SIGMA[:N0[:ALPHA[:vote]]], as 0.25:64:0.001.",
+    )
     immunize: str | None = option(None, "A run of `robustvlm immunize`: adapter, head and thresholds.")
     accept_misfits: bool = option(False, "Put parts together that were made for other models.")
     # No part of what a pipeline is: it is copied, and only tried out there.

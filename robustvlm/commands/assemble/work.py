@@ -18,6 +18,7 @@ from robustvlm.core.ranks import resolve_device
 from robustvlm.defenses.assemble import PARTS, Recipe, build_pipeline, read_parts_of
 from robustvlm.defenses.pipeline import load_pipeline
 from robustvlm.defenses.purify import PurifiedVLM
+from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.models import VLM
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.report import screen
@@ -32,7 +33,10 @@ RESULTS = ()
 
 
 class Pipeline(BaseModel):
-    """What `summary.json` holds: parts in the order in which an image passes them, the whole, and what does not fit."""
+    """What `summary.json` holds: parts in the order in which an image passes them, the whole, and what does not fit.
+
+    `rule` says how a smoothed pipeline answers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +44,7 @@ class Pipeline(BaseModel):
     parts: list[str]
     model: dict[str, Any]
     misfits: list[str] = []
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class BuildWork:
                 parts=_stages(self.recipe, vlm),
                 model=facts_of(vlm, "interpolation"),
                 misfits=[str(wrong) for wrong in misfits],
+                rule=_rule(vlm),
             )
             write_text(folder / NAME, record.model_dump_json(indent=2) + "\n")
 
@@ -118,6 +124,15 @@ def _stages(recipe: Recipe, vlm: VLM) -> list[str]:
     return [f"{what} {where}" for what, where in named if where is not None]
 
 
+def _rule(vlm: VLM) -> str | None:
+    """Say how a smoothed pipeline tells classes, None for one that is not smoothed."""
+    if not isinstance(vlm, SmoothedVLM):
+        return None
+    if vlm.rule is not None:
+        return vlm.rule.words(vlm.n0)
+    return f"the class of the mean of {vlm.n0:,} noisy copies, significant or not"
+
+
 def read_run(folder: Path) -> FinishedRun[Pipeline]:
     """Read a pipeline's record back."""
     return read_finished(folder, NAME, Pipeline, kind="build")
@@ -131,4 +146,5 @@ def show(run: FinishedRun[Pipeline], console: Console) -> None:
 def blocks(pipeline: Pipeline) -> list[Block]:
     """Return what is said of a pipeline: what does not fit in it, and its parts in order."""
     misfits = Checks([finding("warning", wrong) for wrong in pipeline.misfits])
-    return [misfits, Text(["Parts: ", Code(" > ".join(pipeline.parts), 1000)])]
+    said = [] if pipeline.rule is None else [Text(f"Answers with {pipeline.rule}.")]
+    return [misfits, Text(["Parts: ", Code(" > ".join(pipeline.parts), 1000)]), *said]

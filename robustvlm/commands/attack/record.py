@@ -137,7 +137,9 @@ def headline(summary: Summary) -> EpsSummary | None:
 
 def words_of(summary: Summary) -> GoalWords:
     """Return the words of the run's goal; where nothing names a class, no accuracy is spoken of."""
-    words = goal_words(plain(summary.goal, 80), can_reject=summary.can_reject, min_cos=summary.min_cos)
+    words = goal_words(
+        plain(summary.goal, 80), can_reject=summary.can_reject, min_cos=summary.min_cos, abstains=summary.abstains
+    )
     return (
         words if summary.says_classes or words.clean != CLEAN else replace(words, clean="goal not reached when clean")
     )
@@ -184,13 +186,17 @@ def cosines(at: EpsSummary, goal: str, *, unfinished: bool = False) -> str:
     )
 
 
-def acceptances(at: EpsSummary, *, unfinished: bool = False) -> str:
-    """Say how many images a model that may refuse accepted and rejected, before and under attack; "" for others."""
+def acceptances(at: EpsSummary, *, unfinished: bool = False, abstains: bool = False) -> str:
+    """Say how many images a model that may refuse accepted and rejected, before and under attack; "" for others.
+
+    Of one that abstains, how many it answered, and how many it gave no answer to.
+    """
     if at.acceptance is None:
         return ""
     found = at.acceptance
+    taken, other = ("answered", "without an answer") if abstains else ("accepted", "rejected")
     return (
-        f"{'So far accepted' if unfinished else 'Accepted'} and rejected: {found.clean_accepted:,} and"
+        f"{f'So far {taken}' if unfinished else taken.capitalize()} and {other}: {found.clean_accepted:,} and"
         f" {count_of(found.clean_rejected, 'images')} unperturbed,"
         f" {found.accepted:,} and {found.rejected:,} under attack at {plain(at.eps_text, 20)}."
     )

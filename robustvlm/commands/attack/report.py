@@ -47,7 +47,8 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
     early = bool(summary.unfinished)
     lines = [record.verdict(summary), record.smaller_eps(summary)]
     if at is not None:
-        lines += [record.cosines(at, summary.goal, unfinished=early), record.acceptances(at, unfinished=early)]
+        lines.append(record.cosines(at, summary.goal, unfinished=early))
+        lines.append(record.acceptances(at, unfinished=early, abstains=summary.abstains))
     parts = [_strength(run, at, words, drawn=drawn)]
     if at is not None:
         parts += [*_levels(summary, at), *_classes(summary, at, words)]
@@ -87,7 +88,8 @@ def _cards(summary: Summary, at: EpsSummary | None, words: record.GoalWords) -> 
         if words.clean == CLEAN:
             whole = "images right before any attack"
         else:
-            whole = "images rejected before any attack" if summary.says_classes else "images, before any attack"
+            refused = "images without an answer" if summary.abstains else "images rejected"
+            whole = f"{refused} before any attack" if summary.says_classes else "images, before any attack"
         cards.append(doc.Card(sentence(words.clean), summary.clean_accuracy, whole, good=True))
     if at is not None and not summary.unfinished:
         eps = plain(at.eps_text, 20)

@@ -114,6 +114,7 @@ class Summary(Record):
     """Everything that tables, reports and exit codes are made of.
 
     Args:
+        can_reject: the model may refuse; abstains: and its refusals are answers withheld, as copies do not decide.
         says_classes: the goal looks at something that names classes; where none is named, `clean_accuracy` counts the
             images on which the goal is not reached, and nothing is said of levels.
         clean_accuracy: over the images classified and, as wrong ones, those that still wait to be.
@@ -126,6 +127,7 @@ class Summary(Record):
     goal: str = "misclassify"
     min_cos: float | None = None
     can_reject: bool = False
+    abstains: bool = False
     says_classes: bool = True
     images: Images
     clean_accuracy: Rate
@@ -190,6 +192,7 @@ def summarise(
         goal=config.get("goal") or "misclassify",
         min_cos=config.get("min_cos") if goals[0] == "feature" else None,
         can_reject=can_reject,
+        abstains=bool((manifest.get("model") or {}).get("abstains")),
         says_classes=says_classes,
         images=Images(
             evaluated=len(table.images),

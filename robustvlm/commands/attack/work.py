@@ -180,7 +180,8 @@ def open_work(settings: AttackSettings) -> AttackWork:
     source = _source(settings)
     classifier = _classifier(settings.model, source, device)
     size = _resolution(settings.resolution, classifier)
-    model = facts_of(classifier, "can_reject") | code_facts(_own(settings.goal, planned))
+    model = facts_of(classifier, "can_reject") | ({"abstains": True} if classifier.abstains else {})
+    model |= code_facts(_own(settings.goal, planned))
     data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)

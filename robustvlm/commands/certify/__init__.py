@@ -34,7 +34,9 @@ class CertifySettings(Settings):
     claim: str | None = option(
         None,
         "feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another rule), "
-        "openset (accepted or rejected), or module:callable of your own [default: feature; with --from-cache: class].",
+        "topk (among the classes with most votes), recall (among the texts nearest to the mean feature), openset "
+        "(accepted or rejected), or module:callable of your own [default: what a model that abstains answers by, else "
+        "feature; with --from-cache: class].",
     )
     sigma: float | None = option(None, "Noise level in pixels scaled to [0, 1] [default: 0.25].")
     samples: int = option(10_000, "Noisy copies per image, at most.", at_least=2, at_most=N_MAX)
@@ -53,6 +55,7 @@ class CertifySettings(Settings):
     )
     antibodies: Path | None = option(None, "File of names to score against (openset).")
     weight: float = option(LAMBDA_INF, "Weight of the antibodies (openset).")
+    top: int = option(5, "How many classes or texts it may be among (topk, recall).", at_least=1)
     deployed: int | None = option(
         None,
         "Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].",

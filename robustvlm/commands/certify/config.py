@@ -19,6 +19,7 @@ from robustvlm.runs.manifest import Manifest
 
 # What defines a certify run: the settings that decide its certificates
 
+_LATER = ("abstains_at", "top")
 CacheType = Literal["float16", "float32"]
 Prompts = Literal["independent", "adaptive"]
 
@@ -34,6 +35,8 @@ class CertifyConfig(BaseModel):
         tau, antibodies, weight: threshold, file of antibody texts and their weight, for open-set claims.
         deployed: samples of the deployed smoother whose bound is shown beside the ideal one; those of MODEL+smooth if
             that is what is certified.
+        abstains_at: alpha at which that model abstains; None: it always answers, or is not smoothed.
+        top: how many classes or texts a claim lets the certified one be among.
         noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
             from before it was, whose noise followed from seed and image alone.
         cache: number type in which noisy features are kept.
@@ -60,6 +63,8 @@ class CertifyConfig(BaseModel):
     antibodies: str | None = None
     weight: float = 0.0
     deployed: int | None = None
+    abstains_at: float | None = None
+    top: int | None = None
     cache: CacheType | None = None
     source: str | None = None
     prompts: Prompts | None = None
@@ -70,6 +75,10 @@ class CertifyConfig(BaseModel):
     precision: str
     resolution: Size
     noise: str | None = None
+
+    def stored(self) -> dict[str, Any]:
+        """Return the settings for the manifest; without those that came later and are not used."""
+        return self.model_dump(exclude={name for name in _LATER if getattr(self, name) is None})
 
     @field_validator("claim")
     @classmethod
@@ -92,8 +101,8 @@ LEDGER = "certify-looks.jsonl"
 # What of a configuration decides no certificate, or is part of the digest by content instead of by path. Whatever is
 # added to the configuration later counts unless it is named here.
 _BESIDE = {
-    "data", "classes", "templates", "tree", "antibodies", "at", "deployed", "cache", "limit", "seed", "lanes", "device",
-    "source", "prompts", "noise",
+    "data", "classes", "templates", "tree", "antibodies", "at", "deployed", "abstains_at", "cache", "limit", "seed",
+    "lanes", "device", "source", "prompts", "noise",
 }  # fmt: skip
 _NAMED = 20
 
@@ -104,7 +113,7 @@ def noise_settings(config: CertifyConfig, model: Mapping[str, Any], texts: Mappi
     Args:
         model: its facts; fingerprint and head are what count. texts: class names, templates, antibodies.
     """
-    own = config.model_dump(exclude=_BESIDE)
+    own = {name: value for name, value in config.stored().items() if name not in _BESIDE}
     parts = {
         "model": [model.get("fingerprint"), model.get("head")],
         **{name: list(some) for name, some in texts.items()},

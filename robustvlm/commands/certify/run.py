@@ -217,7 +217,7 @@ class SamplingRun:
                 on_pass=self._passed,
                 random=probed.random,
             )
-            for sampled in engine.run(self._jobs(), lambda _: self.recorder.plan.certifier()):
+            for sampled in engine.run(self._jobs(), lambda job: self.recorder.plan.certifier_of(job.label)):
                 if writer is not None:  # a row in the journal means that the features are there
                     writer.write(sampled.job)
                 fact = self.recorder.fact(sampled, resize_norm=self._norms.pop(sampled.job.index))
@@ -342,7 +342,7 @@ class ReplayRun:
     def _judged(self, row: Mapping[str, Any]) -> Sampled:
         began = time.perf_counter()
         kept = read_features(self.features, row["index"], row["image_id"], self.source)
-        certifier = self.recorder.plan.certifier()
+        certifier = self.recorder.plan.certifier_of(self.labels[row["index"]])
         used = dict.fromkeys(kept.stages, 0)
         while (wanted := certifier.request()) is not None:
             start = used.get(wanted.stage, 0)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from robustvlm.attacks import PRECISIONS
 from robustvlm.certify import OpensetRule, settings_digest
-from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT, Materials, Plan, find_claim, is_own, own_digest
+from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT, Claim, Materials, Plan, find_claim, is_own, own_digest
+from robustvlm.certify.claims.class_ import CLASS
+from robustvlm.certify.claims.vote import VOTE
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig, noise_settings
@@ -22,6 +24,7 @@ from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of
+from robustvlm.defenses.load import declared_rule
 from robustvlm.defenses.pipeline import saved_model, split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
@@ -44,6 +47,9 @@ def claim_of(settings: CertifySettings) -> str:
     """Return the name of the claim that the settings mean."""
     if settings.claim is not None:
         return settings.claim
+    rule = declared_rule(settings.model)
+    if rule is not None:  # what is deployed is what is certified
+        return VOTE.name if rule.votes else CLASS.name
     return DEFAULT if settings.from_cache is None else DEFAULT_KEPT
 
 
@@ -64,12 +70,25 @@ def check(settings: CertifySettings) -> None:
     _positive("radius", settings.radius)
     if settings.precision not in PRECISIONS:
         raise UserError(f"unknown precision '{settings.precision}': {nearest(settings.precision, PRECISIONS)}")
+    _require_own_rule(claim, settings)
     claim.check(settings, refuses=made is not None and made.refuses)
     if settings.cache not in (None, "float16", "float32"):
         raise BadSetting("cache", "keeps float16 or float32", got=f"'{settings.cache}'")
     if settings.cache is not None and settings.radius is not None:
         raise UserError(
             f"{setting('cache')} keeps a number of samples that was fixed beforehand: leave out {setting('radius')}"
+        )
+
+
+def _require_own_rule(claim: Claim, settings: CertifySettings) -> None:
+    """Refuse to certify a class by another rule than the one by which the model answers."""
+    rule = declared_rule(settings.model)
+    theirs = None if rule is None else VOTE if rule.votes else CLASS
+    if theirs is not None and claim in (CLASS, VOTE) and claim is not theirs:
+        how = "vote" if theirs is VOTE else "mean"
+        raise UserError(
+            f"'{settings.model}' answers by the {how} of its copies, and the claim '{claim.name}' is about another "
+            f"rule: leave out {setting('claim')}, or pass {setting('claim', theirs.name)}"
         )
 
 
@@ -103,6 +122,7 @@ def make_config(settings: CertifySettings, *, sigma: float, device: str) -> Cert
         min_cos=settings.min_cos if "min_cos" in claim.options else None,
         at=counted_at(settings, sigma),
         weight=settings.weight if "weight" in claim.options else 0.0,
+        top=settings.top if "top" in claim.options else None,
         prompts=None,
         lanes=settings.lanes or (512 if device.startswith("cuda") else 128),
         device=device,
@@ -128,7 +148,9 @@ def settle_sigma(settings: CertifySettings) -> float:
         try:
             within = float(smoothing[0].arguments[0])
         except (IndexError, ValueError):
-            raise UserError(f"'+{smoothing[0]}' must be written +smooth:SIGMA[:N0], as +smooth:0.25") from None
+            raise UserError(
+                f"'+{smoothing[0]}' must be written +smooth:SIGMA[:N0[:ALPHA[:vote]]], as +smooth:0.25"
+            ) from None
     if settings.sigma is not None and settings.sigma != within:
         raise UserError(
             f"'{settings.model}' is smoothed with noise of {format_exact(within)}, and {setting('sigma')} says "
@@ -151,6 +173,12 @@ def settle_deployed(settings: CertifySettings, vlm: VLM) -> int | None:
             f"{settings.deployed:,}: leave it out, or write the number into the model, as +smooth:0.25:1000"
         )
     return vlm.n0
+
+
+def settle_abstention(config: CertifyConfig, vlm: VLM) -> float | None:
+    """Return the alpha at which the deployed model withholds its class, where the claim is about that class."""
+    rule = vlm.rule if isinstance(vlm, SmoothedVLM) else None
+    return rule.alpha if rule is not None and find_claim(config.claim) in (CLASS, VOTE) else None
 
 
 def noise_of(

@@ -120,6 +120,7 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
             "deployed": setup.settle_deployed(settings, vlm),
         }
     )
+    config = config.model_copy(update={"abstains_at": setup.settle_abstention(config, vlm)})
     setup.certified_model(vlm, config, names)  # which refuses what nothing kept can show
     rule = setup.rule_of(config, names)
     if settings.classes is None and settings.templates is None:
@@ -160,7 +161,7 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
 
     facts = Facts(
         (settings.model, "kept"),
-        config.model_dump(),
+        config.stored(),
         model_facts,
         {**data, "class_names": list(names), "templates": list(templates)},
         probe=probe,
@@ -298,7 +299,8 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     vlm = setup.certified_model(vlm, config, source.class_names)
     if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
-    config = config.model_copy(update={"resolution": vlm.image_size, "deployed": setup.settle_deployed(settings, vlm)})
+    settled = {"deployed": setup.settle_deployed(settings, vlm), "abstains_at": setup.settle_abstention(config, vlm)}
+    config = config.model_copy(update={"resolution": vlm.image_size, **settled})
     rule = setup.rule_of(config, source.class_names)
     text = setup.vectors_of_classes(config, vlm, source.class_names, source.templates)
     plan = make_plan(config.claim, config, setup.materials_of(config, vlm, text, source.templates, rule=rule))
@@ -332,7 +334,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
 
     facts = Facts(
         (settings.model, settings.data),
-        config.model_dump(),
+        config.stored(),
         model_facts,
         describe_data(source),
         probe=probe,

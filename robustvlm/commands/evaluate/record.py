@@ -104,7 +104,8 @@ class CleanResult(BaseModel):
     """What a clean evaluation found; images `unreadable` or of an `unknown` class are not among `images` and rates.
 
     Of a model that may refuse, a right answer is one that it accepts; `rejected` is the share of the known images that
-    it rejects, `unknown_rejected` that of the unknown ones. Both are None for other models. `top5` is None for fewer
+    it rejects, `unknown_rejected` that of the unknown ones. Both are None for other models. A model that abstains gives
+    no answer to a share `abstained` of the known and `unknown_abstained` of the unknown ones. `top5` is None for fewer
     than 5 classes, and what needs classes, captions or subgroups is None without them.
     """
 
@@ -130,6 +131,8 @@ class CleanResult(BaseModel):
     corruptions: Corruptions | None = None
     rejected: Rate | None = None
     unknown_rejected: Rate | None = None
+    abstained: Rate | None = None
+    unknown_abstained: Rate | None = None
     seconds: float
 
     @property
@@ -166,7 +169,7 @@ class ImageRow:
     Args:
         label: -1 for an unknown class; prediction: the class with the largest logit, -1 where the model was not asked.
         correct: right, and accepted; None for an unknown class. place: of the label among the logits, from 1.
-        confidence: the largest softmax probability. accepted: of a model that may refuse.
+        confidence: the largest softmax probability. accepted: of a model that may refuse or abstain.
     """
 
     index: int
@@ -243,8 +246,11 @@ class EvaluateLedger(JournalLedger):
 # From rows to numbers
 
 
-def measured(rows: Iterable[ImageRow], forest: Forest | None, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a `CleanResult` that follow from the rows."""
+def measured(
+    rows: Iterable[ImageRow], forest: Forest | None, class_names: Sequence[str], *, abstains: bool = False
+) -> dict[str, Any]:
+    """Return the fields of a `CleanResult` that follow from the rows; what is not accepted of a model that `abstains`
+    has no answer, instead of being rejected."""
     every = list(rows)
     known = [row for row in every if row.known]
     refusing = [row for row in every if row.accepted is not None]
@@ -256,8 +262,9 @@ def measured(rows: Iterable[ImageRow], forest: Forest | None, class_names: Seque
     }
     if refusing:
         unknown = [row for row in refusing if not row.known]
-        found["rejected"] = _rejected([row for row in refusing if row.known])
-        found["unknown_rejected"] = _rejected(unknown) if unknown else None
+        what = "abstained" if abstains else "rejected"
+        found[what] = _rejected([row for row in refusing if row.known])
+        found[f"unknown_{what}"] = _rejected(unknown) if unknown else None
     if not known:
         return found
     if len(class_names) >= TOP:

@@ -107,11 +107,14 @@ def verdict(result: CleanResult) -> doc.Verdict:
     lines: list[doc.Line] = []
     if result.images:
         right = "right and accepted" if result.rejected is not None else "right"
+        withheld = result.abstained
         lines.append(
             f"The model is {right} on {percent(result.accuracy.value)} ({interval(result.accuracy)}) of "
             f"{count_of(result.images, 'images')} of {count_of(result.classes, 'classes')}."
+            + ("" if withheld is None else f" It gives no answer to {percent(withheld.value)} ({interval(withheld)}).")
         )
-    if result.calibration_error is not None and result.mean_confidence is not None and result.rejected is None:
+    refuses = result.rejected is not None or result.abstained is not None
+    if result.calibration_error is not None and result.mean_confidence is not None and not refuses:
         sure = result.mean_confidence
         over, under = sure > result.accuracy.high, sure < result.accuracy.low
         judged = "too sure of itself" if over else "not sure enough of itself" if under else ""
@@ -164,9 +167,11 @@ def _measures(result: CleanResult) -> Iterator[doc.Block]:
         where = f"{plain(at.tree, 40)}, level {at.level}" if several else f"level {at.level}"
         label = f"superclass accuracy, {where} ({at.superclasses:,} groups)"
         rows.append((label, doc.Measure.of(at.accuracy)))
-    for what, found in (("known", result.rejected), ("unknown", result.unknown_rejected)):
+    refused = (("rejected", "known", result.rejected), ("rejected", "unknown", result.unknown_rejected))
+    withheld = (("no answer", "known", result.abstained), ("no answer", "unknown", result.unknown_abstained))
+    for end, what, found in (*refused, *withheld):
         if found is not None:
-            rows.append((f"rejected, images of {what} classes", doc.Measure.of(found)))
+            rows.append((f"{end}, images of {what} classes", doc.Measure.of(found)))
     if result.mean_confidence is not None and result.calibration_error is not None:
         rows.append(("mean confidence", percent(result.mean_confidence)))
         rows.append((f"calibration error ({N_BINS} bins)", percent(result.calibration_error)))
@@ -219,17 +224,21 @@ def _notes(result: CleanResult) -> Iterator[str]:
     seen = result.images or (result.retrieval.images if result.retrieval else 0)
     speed = f"{seen / result.seconds if result.seconds else 0.0:,.0f} images/s"
     yield f"{count_of(seen, 'images')} in {result.seconds:.1f} s ({speed}); {result.accuracy.method} intervals"
-    if result.unknown and result.unknown_rejected is None and result.images:
+    if result.unknown and not _judged_unknown(result) and result.images:
         yield f"{count_of(result.unknown, 'images')} of unknown classes left out"
     if result.unreadable:
         name, reason = result.unreadable_reasons[0]
         yield f"{count_of(result.unreadable, 'images')} could not be read; the first, {plain(name)}: {plain(reason)}"
 
 
+def _judged_unknown(result: CleanResult) -> bool:
+    return result.unknown_rejected is not None or result.unknown_abstained is not None
+
+
 def _left_out(result: CleanResult) -> Iterator[doc.Section]:
     blocks = doc.left_out(result.unreadable_reasons, "could not be read")
     blocks += [doc.Text(f"Note: {plain(remark, 400)}") for remark in result.remarks]
-    if result.unknown and result.unknown_rejected is None and result.images:
+    if result.unknown and not _judged_unknown(result) and result.images:
         blocks.append(doc.Text(f"{count_of(result.unknown, 'images')} of unknown classes left out."))
     if blocks:
         yield doc.Section("What to know of the data", blocks, key="data", short="Data")

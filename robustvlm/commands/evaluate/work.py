@@ -229,7 +229,7 @@ def result_of(
         remarks=[*remarks_of(source, model), *_empty_classes(source, ordered, whole=whole)],
         retrieval=retrieval,
         seconds=seconds,
-        **measured(ordered, source.tree, source.class_names),
+        **measured(ordered, source.tree, source.class_names, abstains=getattr(model, "abstains", False)),
     )
 
 

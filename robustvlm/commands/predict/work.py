@@ -37,6 +37,7 @@ from robustvlm.data.decode import prefetch
 from robustvlm.data.files import FileImages
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.data.specs import open_unlabelled
+from robustvlm.defenses.abstaining import Abstaining
 from robustvlm.defenses.classifier import Answers, Classifier
 from robustvlm.defenses.load import own_classes
 from robustvlm.defenses.pipeline import load_classifier
@@ -156,7 +157,7 @@ class Work:
         # A model on the CPU leaves no core idle to read ahead.
         self.ahead = 0 if self.classifier.device.type == "cpu" else 2 * settings.batch_size
         self._random, self._coupled = (True, False) if self._smoothed is not None else self._noticed()
-        if settings.alpha is not None:
+        if settings.alpha is not None or self.classifier.abstains:
             self._require_independent_draws()
 
     def _require_independent_draws(self) -> None:
@@ -169,8 +170,8 @@ class Work:
             alone = torch.cat([self._smoothed.encode_noisy(row[None]) for row in rows])
         if (together - alone).abs().max() > _NOTICED:
             raise UserError(
-                f"{setting('alpha')} needs independent draws, and what the encoder says of one image depends on the "
-                "others of its batch: take out what works across the batch, such as batch statistics"
+                "to abstain at an alpha needs independent draws, and what the encoder says of one image "
+                "depends on the others of its batch: take out what works across the batch, such as batch statistics"
             )
 
     @cached_property
@@ -256,6 +257,11 @@ class Work:
 
     def _require_abstaining(self) -> None:
         model = self.classifier
+        if self.settings.alpha is not None and model.abstains:
+            raise UserError(
+                f"'{model.spec}' abstains at an alpha of its own: leave out {setting('alpha')}, or pass the model with "
+                "another, as +smooth:SIGMA:N0:ALPHA"
+            )
         abstains = isinstance(model.vlm, SmoothedVLM) and model.class_embeddings is not None and not model.can_reject
         if self.settings.alpha is not None and not abstains:
             raise UserError(
@@ -276,6 +282,8 @@ class Work:
         model, smoothed, alpha = self.classifier, self._smoothed, self.settings.alpha
         copies = "" if smoothed is None else f"{smoothed.n0:,} noisy copies (sigma {smoothed.sigma:g})"
         rule = "the class with the largest logit"
+        if isinstance(model, Abstaining):
+            return model.says
         if alpha is not None:
             rule = f"the class that {copies} decide at alpha {alpha:g}, else abstain"
         elif smoothed is not None:

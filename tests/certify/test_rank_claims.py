@@ -1,0 +1,151 @@
+"""Claims that a class or a text stays among the first k: against encoders whose true radius is known."""
+
+import numpy as np
+import pytest
+from scipy.stats import binom, norm
+
+from robustvlm.certify.claims import CLAIMS, Materials
+from robustvlm.certify.claims.recall import RecallQuantity, RecallRadius
+from robustvlm.certify.claims.topk import TopQuantity, TopVotes, rank_shift
+from robustvlm.certify.classes import CountedVotes
+from robustvlm.errors import UserError
+
+ALPHA = 0.05
+
+
+def fed(certifier, pilot, estimation):
+    certifier.take(pilot)
+    certifier.take(estimation)
+    return certifier.finding()
+
+
+@pytest.mark.parametrize(("k", "rivals", "share", "against"), [(1, 1, 0.5, 0.3), (2, 2, 0.4, 0.5), (3, 6, 0.25, 0.6)])
+def test_a_class_leaves_the_first_k_no_sooner_than_certified(k, rivals, share, against):
+    """The worst encoder: the class on one side of the shift, its first k rivals finely mixed on the other; 10,000 runs.
+
+    With more rivals than k, all as strong, which of them count is seen in the estimation votes alone.
+    """
+    rng, runs, n, pilot = np.random.default_rng(k), 10_000, 120, 40
+    shares = np.array([share, *([against / rivals] * rivals), 1.0 - share - against])
+    text = np.eye(len(shares))
+    first = against * k / rivals
+    truth = rank_shift(share, first, k)  # k rivals together reach k times the class's share
+    assert k * norm.cdf(norm.ppf(share) - truth) == pytest.approx(norm.cdf(norm.ppf(first) + truth), abs=1e-6)
+    false = 0
+    counts = rng.multinomial(n, shares, size=runs)
+    pilots = rng.multinomial(pilot, shares, size=runs)
+    largest = 0.0
+    for seen, before in zip(counts, pilots, strict=True):
+        certifier = TopVotes(text=text, k=k, own=0, sigma=1.0, alpha=ALPHA, n=n + pilot, n_pilot=pilot)
+        found = fed(certifier, np.repeat(text, before, axis=0), np.repeat(text, seen, axis=0))
+        if found.prediction == 0:
+            false += found.radius > truth
+            largest = max(largest, found.radius)
+    assert binom.sf(false - 1, runs, ALPHA) > 1e-3
+    assert largest > 0.5 * truth
+
+
+def test_rivals_that_are_chosen_by_the_pilot_add_radius_beyond_the_sum_of_all():
+    """One strong rival and many weak ones: the second place is safe although the first is far away."""
+    text, votes = np.eye(6), np.array([300, 560, 40, 40, 30, 30])
+    certifier = TopVotes(text=text, k=2, own=0, sigma=1.0, alpha=0.001, n=1100, n_pilot=100)
+    found = fed(certifier, np.repeat(text, votes // 10, axis=0), np.repeat(text, votes, axis=0))
+    assert certifier.parts == 1
+    assert found.radius > rank_shift(0.3, 0.6, 2)
+
+
+def test_one_class_of_two_is_the_two_sided_bound_of_cohen():
+    assert rank_shift(0.9, 0.05, 1) == pytest.approx(0.5 * (norm.ppf(0.9) - norm.ppf(0.05)), abs=1e-6)
+    certifier = TopVotes(text=np.eye(3), k=1, sigma=0.5, alpha=0.001, n=1100, n_pilot=100)
+    rows = np.eye(3)[[0] * 9 + [1]]
+    found = fed(certifier, np.tile(rows, (10, 1)), np.tile(rows, (100, 1)))
+    plain = CountedVotes(classes=3, sigma=0.5, alpha=0.0005, n=1000, n_pilot=100)
+    plain.take(np.tile(rows.argmax(1)[:, None], (10, 1)))
+    plain.take(np.tile(rows.argmax(1)[:, None], (100, 1)))
+    assert found.radius == pytest.approx(plain.finding().radius, abs=0.01)
+
+
+def test_failed_copies_count_for_the_rivals():
+    text = np.eye(3)
+    rows, lost = np.tile(text[[0, 0, 0, 1]], (50, 1)), np.full((20, 3), np.nan)
+
+    def radius(estimation):
+        certifier = TopVotes(text=text, k=1, sigma=1.0, alpha=0.01, n=20 + len(estimation), n_pilot=20)
+        return fed(certifier, rows[:20], estimation).radius
+
+    assert radius(np.concatenate([rows, lost])) == radius(np.concatenate([rows, np.tile(text[1], (20, 1))]))
+
+
+@pytest.mark.parametrize("distance", [0.2, 0.8, 1.5])
+def test_an_entry_leaves_the_k_nearest_no_sooner_than_certified(distance):
+    """A step between the entry's own vector and the middle of k rivals: their margins fall below zero together."""
+    rng, runs, n, pilot = np.random.default_rng(5), 20_000, 80, 20
+    text = np.eye(5)
+    near, far = text[:1], (text[1:2] + text[2:3]) / np.sqrt(2.0)
+    truth = distance - norm.ppf(np.sqrt(0.5) / (1.0 + np.sqrt(0.5)))
+    radius = []
+    for count in range(n + 1):
+        certifier = RecallRadius(text=text, k=2, own=0, sigma=1.0, alpha=ALPHA, n=n + pilot, n_pilot=pilot)
+        rows = np.concatenate([np.repeat(near, count, axis=0), np.repeat(far, n - count, axis=0)])
+        radius.append(fed(certifier, np.repeat(near, pilot, axis=0), rows).radius)
+    drawn = np.array(radius)[rng.binomial(n, norm.cdf(distance), runs)]
+    assert binom.sf((drawn > truth).sum() - 1, runs, ALPHA) > 1e-3
+    assert drawn.max() > 0.7 * truth
+
+
+def test_a_gallery_of_equals_is_certified_no_oftener_than_alpha():
+    """Every entry is as near as every other: no rank is safe, whichever the pilot picks."""
+    rng, runs, n, pilot = np.random.default_rng(6), 1500, 60, 20
+    text, certified = np.eye(8), 0
+    for _ in range(runs):
+        certifier = RecallRadius(text=text, k=3, sigma=1.0, alpha=0.2, n=n + pilot, n_pilot=pilot)
+        rows = text[rng.integers(8, size=n + pilot)]
+        certified += fed(certifier, rows[:pilot], rows[pilot:]).radius > 0
+    assert binom.sf(certified - 1, runs, 0.2) > 1e-3
+
+
+def test_more_places_never_cost_radius_and_fewer_copies_do():
+    rng = np.random.default_rng(7)
+    text = rng.normal(size=(9, 12))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    rows = text[0] + 0.4 * rng.normal(size=(700, 12))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def radii(k):
+        certifier = RecallRadius(text=text, k=k, own=0, sigma=0.25, alpha=0.001, n=700, n_pilot=200, deployed=500)
+        found = fed(certifier, rows[:200], rows[200:])
+        return found.radius, found.columns["deployed_radius"]
+
+    found = [radii(k) for k in (1, 2, 4, 8)]
+    assert found == sorted(found)
+    assert all(deployed <= ideal for ideal, deployed in found)
+
+
+@pytest.mark.parametrize("rows", [0.0, 0.3])
+def test_an_audit_calls_a_true_rank_broken_no_oftener_than_alpha(rows):
+    """The k-th rival is exactly level with the label (a value of 0); further rivals behind make the choice noisy."""
+    rng, runs, n = np.random.default_rng(8), 400, 60
+    text = np.eye(5)
+    shares = np.array([0.3, 0.3 + rows / 3, 0.3 - rows / 3, 0.06, 0.04]) if rows else np.full(5, 0.2)
+    value = shares[0] - np.sort(shares[1:])[-2]
+    assert value >= 0
+    top = TopQuantity(text=text, label=0, k=2, radius=1.0, logit_scale=1.0)
+    near = RecallQuantity(text=text, label=0, k=2, radius=1.0)
+    broken = np.zeros(2)
+    for _ in range(runs):
+        features = text[rng.choice(5, size=n, p=shares)]
+        broken += [top.upper(features, 0.1) < 0, near.upper(features, 0.1) < 0]
+    assert (binom.sf(broken - 1, runs, 0.1) > 1e-3).all()
+    lost = text[np.repeat([1, 2, 3], 400)]
+    assert top.upper(lost[np.random.default_rng(9).permutation(1200)], 0.001) < 0
+
+
+def test_ranks_that_say_nothing_are_refused():
+    with pytest.raises(UserError, match=r"among the first 3 of 3 says nothing.*--top 2|top=2"):
+        TopVotes(text=np.eye(3), k=3, sigma=1.0, alpha=0.05, n=20, n_pilot=5)
+    with pytest.raises(UserError, match="says nothing"):
+        CLAIMS["recall"].plan(_Asked(), Materials(text=np.eye(4)))
+
+
+class _Asked:
+    top, sigma, samples, n_pilot, alpha, radius, deployed = 4, 0.25, 400, 40, 0.001, None, None
