@@ -16,6 +16,7 @@ from robustvlm.core.seeds import row_sums
 
 _LAST_ALPHA = 0.01  # share of the first step that the last one has
 _LAST_GAMMA = 1e-3  # share by which a ball still changes at the end
+_PAST = 1e-4  # share by which a ball grows at least while nothing is found
 _TINY = 1e-12
 
 
@@ -78,7 +79,8 @@ class FMN(LaneAttack):
         success = loss > 0
         shortest = torch.where(success, torch.minimum(state["shortest"], length), state["shortest"])
         dual = row_sums(grad.abs()) if threat.norm == "Linf" else l2_norms(grad)
-        boundary = length - loss / dual.clamp_min(_TINY)
+        # Rounding can leave a point on the boundary itself, on the wrong side, where the estimate is no step any more.
+        boundary = torch.maximum(length - loss / dual.clamp_min(_TINY), length * (1 + _PAST))
         smaller = torch.minimum(state["radius"] * (1 - gamma), shortest)
         larger = torch.where(shortest.isfinite(), state["radius"] * (1 + gamma), boundary)
         radius = torch.where(success, smaller, larger)
