@@ -23,6 +23,12 @@ def speaker_of(vlm: VLM | None) -> MllmVLM | None:
     return next((part for part in vlm.modules() if isinstance(part, MllmVLM)), None)
 
 
+def token_count(vlm: VLM | None) -> int:
+    """Return how many image tokens an encoder's features hold side by side; 1 for any other feature."""
+    speaker = None if isinstance(vlm, AnswerVLM) else speaker_of(vlm)
+    return 1 if speaker is None or speaker.pooled else speaker.shape[0]
+
+
 def asking(vlm: VLM, question: str) -> VLM:
     """Return a model with another question put to every image, whatever stands around its language model.
 

@@ -23,7 +23,7 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
-from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of
+from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of, token_count
 from robustvlm.defenses.load import declared_rule
 from robustvlm.defenses.pipeline import saved_model, split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
@@ -219,6 +219,7 @@ def materials_of(
         rounding=rounding,
         baselines=baselines,
         logit_scale=vlm.logit_scale,
+        tokens=token_count(vlm),
     )
 
 
