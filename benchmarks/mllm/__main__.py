@@ -16,7 +16,7 @@ from typing import Any
 import robustvlm
 
 TASKS = {"naming": "", "captions": "#describe the picture."}
-CLAIMS = ("vote", "feature")
+CLAIMS = ("vote", "feature", "tokens")
 DEFENCES = ("plain", "smoothed", "purified")
 GOALS = {"through the language model": "unsay", "on the tokens": "unsay:features"}
 

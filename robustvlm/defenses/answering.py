@@ -23,10 +23,10 @@ def speaker_of(vlm: VLM | None) -> MllmVLM | None:
     return next((part for part in vlm.modules() if isinstance(part, MllmVLM)), None)
 
 
-def token_count(vlm: VLM | None) -> int:
-    """Return how many image tokens an encoder's features hold side by side; 1 for any other feature."""
+def token_shape(vlm: VLM | None) -> tuple[int, int]:
+    """Return number and length of the image tokens that an encoder's features hold side by side; (1, 0) without."""
     speaker = None if isinstance(vlm, AnswerVLM) else speaker_of(vlm)
-    return 1 if speaker is None or speaker.pooled else speaker.shape[0]
+    return (1, 0) if speaker is None or speaker.pooled else speaker.shape
 
 
 def asking(vlm: VLM, question: str) -> VLM:

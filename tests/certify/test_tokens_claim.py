@@ -91,6 +91,22 @@ def test_it_is_the_feature_claim_of_the_worst_token(spread: list[float]) -> None
     assert (found.parts < np.exp(-0.5 * np.square(spread))).all()
 
 
+def test_features_too_large_to_be_kept_give_the_same_certificate() -> None:
+    rows = turned(np.random.default_rng(7), 600, [0.5])[:, 0]
+    found = []
+    for baselines in (True, False):
+        certifier = FeatureRadius(cos0=0.5, sigma=0.25, alpha=0.01, n=600, n_pilot=100, baselines=baselines)
+        done = 0
+        while (wanted := certifier.request()) is not None:
+            certifier.take(rows[:1] if wanted.stage == "clean" else rows[done : done + wanted.sure])
+            done += 0 if wanted.stage == "clean" else wanted.sure
+        found.append(certifier.finding())
+        assert bool(certifier._rows) == baselines, "nothing is kept without them"
+    assert (found[0].r, found[0].radius) == (found[1].r, found[1].radius)
+    assert found[0].columns
+    assert not found[1].columns
+
+
 def feed(certifier: TokensRadius | TokensTest | FeatureRadius | FeatureTest, rows: Array) -> None:
     done = 0
     while (wanted := certifier.request()) is not None:

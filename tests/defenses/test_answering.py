@@ -147,6 +147,7 @@ def _images(place: Path, folder: Path) -> None:
 def command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     _images(tmp_path / "photos", folder)
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    pictures(1)[0].rotate(180).save(tmp_path / "aim.png")
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str, data: bool = True) -> Any:
@@ -176,7 +177,7 @@ def test_attacked_through_the_language_model_with_words_in_the_report(
     assert "of which the model says" in page
 
 
-@pytest.mark.parametrize("goal", ["unsay", "unsay:features", "say:a cat", "feature"])
+@pytest.mark.parametrize("goal", ["unsay", "unsay:prototypes", "say:a cat", "match:foa:aim.png", "feature"])
 def test_goals_of_words_and_features_run_on_a_smoothed_model(
     goal: str, folder: Path, command: Callable[..., Any]
 ) -> None:

@@ -158,6 +158,7 @@ class Materials:
         baselines: whether the columns of other bounds are wanted that need the clean feature.
         logit_scale: the model's factor on cosines.
         tokens: features are so many unit tokens side by side, over the root of their number.
+        width: numbers of such a feature; 0 for any other.
     """
 
     text: Array | None = None
@@ -167,6 +168,7 @@ class Materials:
     baselines: bool = True
     logit_scale: float = 1.0
     tokens: int = 1
+    width: int = 0
 
     @property
     def classes(self) -> Array:

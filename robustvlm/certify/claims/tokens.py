@@ -37,6 +37,7 @@ from robustvlm.text import format_exact
 _FUTILITY = 0.01
 _SHARPNESS = 20.0
 _OFF = 1e-2
+_AT_ONCE = 2**21  # numbers whose tokens are scored at once, so that few copies of large features are held
 
 
 def unit_tokens(features: ArrayLike, tokens: int) -> Array:
@@ -123,10 +124,13 @@ class _Tokens(Certifier):
 
     def _absorb(self, stage: Stage, rows: Array) -> None:
         del stage
-        units = unit_tokens(rows, self.tokens)
-        if self._directions is None:
-            self._directions = TokenDirections(*units.shape[1:])
-        self._scores.append(self._directions.scores(units))
+        found = []
+        for some in np.array_split(rows, max(1, rows.size // _AT_ONCE)):
+            units = unit_tokens(some, self.tokens)
+            if self._directions is None:
+                self._directions = TokenDirections(*units.shape[1:])
+            found.append(self._directions.scores(units))
+        self._scores.append(np.concatenate(found))
         self._look(self._scores[-1])
 
     def _look(self, scores: Array) -> None:
