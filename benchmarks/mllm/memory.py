@@ -23,13 +23,23 @@ from PIL import Image
 SIDE, PATCH, TOKENS = 336, 14, 576
 NAMES = ("cat", "dog")
 WORDS = ("<pad>", "<s>", "</s>", "<image>", "<unk>", ":", "?", "user", "assistant", "what", "is", "it", "a", *NAMES)
-ROOM, TIMES = 2.5, {"load": 2.2, "attack": 2.2, "certify": 2.2, "purify": 2.2}
-"""GB beside the weights (libraries, activations of a batch, 32 noisy copies), and the weights this many times."""
-SHORT = ("--data", "imagefolder:photos", "--classes", "names.txt", "--seed", "0")
+TIMES, ROOM = 2.0, 1.5
+"""A command may take the weights this many times, and GB for libraries, activations of a batch and 32 noisy copies."""
 ACTS = {
     "attack": ("--goal", "say:a cat", "--attack", "pgd:steps=2", "--limit", "1", "--lanes", "1", "--checks", "none"),
     "certify": ("--claim", "tokens", "--sigma", "0.02", "--samples", "96", "--limit", "1", "--lanes", "4"),
-    "purify": ("--sigma", "0.02", "--steps", "2", "--mapper-steps", "2", "--batch-size", "2", "--val-limit", "2"),
+    "purify": (
+        "--sigma",
+        "0.02",
+        "--steps",
+        "2",
+        "--mapper-steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--val",
+        "imagefolder:held",
+    ),
 }
 
 
@@ -94,11 +104,11 @@ def make_model(folder: Path, layers: int) -> int:
 def make_pictures(folder: Path) -> None:
     """Write a few pictures of noise of the model's size, in a folder for each class."""
     draws = np.random.default_rng(0)
-    for name in NAMES:
-        (folder / "photos" / name).mkdir(parents=True)
-        for number in range(3):
+    for place in [folder / kind / name for kind in ("photos", "held") for name in NAMES]:
+        place.mkdir(parents=True)
+        for number in range(2):
             noise = draws.integers(0, 256, (21, 21, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((SIDE, SIDE)).save(folder / "photos" / name / f"{number}.png")
+            Image.fromarray(noise).resize((SIDE, SIDE)).save(place / f"{number}.png")
     (folder / "names.txt").write_text("\n".join(NAMES) + "\n")
 
 
@@ -159,18 +169,15 @@ def main() -> None:
         load = ["-c", "import robustvlm.models as m; print(m.load_model('mllm:model').shape)"]
         runs: dict[str, list[str]] = {"load": load}
         for act in options.only:
-            runs[act] = ["-m", "robustvlm", act, "mllm:model", *ACTS[act], *_data(act)]
+            classes = () if act == "purify" else ("--classes", "names.txt")
+            runs[act] = ["-m", "robustvlm", act, "mllm:model", *ACTS[act], "--data", "imagefolder:photos", *classes]
         for act, words in runs.items():
             peak, seconds = measured(words, place)
-            bound = TIMES[act] * weights + ROOM
+            bound = TIMES * weights + ROOM
             print(f"| {act} | {peak:.2f} GB | {bound:.2f} GB | {seconds:.0f} s |", flush=True)
             above += [act] if peak > bound else []
     if above:
         raise SystemExit(f"above the bound: {', '.join(above)}")
-
-
-def _data(act: str) -> tuple[str, ...]:
-    return ("--data", "imagefolder:photos", "--limit", "6") if act == "purify" else SHORT
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class _Tokens(Certifier):
     def _absorb(self, stage: Stage, rows: Array) -> None:
         del stage
         found = []
-        for some in np.array_split(rows, max(1, rows.size // _AT_ONCE)):
+        for some in np.array_split(rows, min(len(rows), 1 + rows.size // _AT_ONCE)):
             units = unit_tokens(some, self.tokens)
             if self._directions is None:
                 self._directions = TokenDirections(*units.shape[1:])
@@ -175,8 +175,8 @@ class TokensRadius(_Tokens):
 class TokensTest(_Tokens):
     """Does every token keep its cosine within this radius? Samples until yes, hopeless, or n (T4, T8; Ville).
 
-    Certified once every token's wealth has at some look reached 1 / alpha. (A token that falls short truly does so
-    with probability alpha at most, so for all of them together nothing is to be corrected.)
+    Certified once every token's wealth has at some look reached 1 / alpha. Where one token's true norm is too small, its
+    wealth gets there with probability alpha at most, so that nothing is to be corrected for the others.
 
     Example:
         >>> certifier = TokensTest(tokens=2, radius=0.125, cos0=0.5, sigma=0.25, alpha=0.001, n=10_000, n_pilot=0)
