@@ -175,8 +175,8 @@ class TokensRadius(_Tokens):
 class TokensTest(_Tokens):
     """Does every token keep its cosine within this radius? Samples until yes, hopeless, or n (T4, T8; Ville).
 
-    Certified once every token's wealth has at some look reached 1 / alpha. Where one token's true norm is too small, its
-    wealth gets there with probability alpha at most, so that nothing is to be corrected for the others.
+    Certified once every token's wealth has at some look reached 1 / alpha. Where one token's true norm is too small,
+    its wealth gets there with probability alpha at most, so that nothing is to be corrected for the others.
 
     Example:
         >>> certifier = TokensTest(tokens=2, radius=0.125, cos0=0.5, sigma=0.25, alpha=0.001, n=10_000, n_pilot=0)
