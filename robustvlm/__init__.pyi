@@ -95,8 +95,9 @@ def attack(
         templates: File of prompt templates, one per line with {}.
         tree: File of the class tree (JSON, YAML or CSV).
         goal: misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS;
-            deny, intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT; unsay, unsay:features
-            or say:TEXT (models that answer in words).
+            deny, intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT; unsay,
+            unsay:features, say:TEXT, match:FILE.png or reword (models that answer in words; docs/mllm.md has their
+            ways).
         min_cos: --goal feature is reached below this cosine to the clean feature.
         attack: Attacks in order, each optionally with its own settings, e.g. apgd-ce,apgd-t or
             pgd:steps=40:objective=dlr; the plans standard, plus, rand and fare; torchattacks:NAME and
@@ -222,10 +223,10 @@ class _Certify(CallableModule[CertifyRecord]):
             classes: File of class names, one per line or a JSON list.
             templates: File of prompt templates, one per line with {}.
             tree: File of the class tree (JSON, YAML or CSV).
-            claim: feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another
-                rule), topk (among the classes with most votes), recall (among the texts nearest to the mean feature),
-                openset (accepted or rejected), or module:callable of your own [default: what a model that abstains
-                answers by, else feature; with --from-cache: class].
+            claim: feature (cosine to the smoothed clean feature), tokens (of each image token of a multimodal model),
+                class (of the mean feature), vote (hard vote, another rule), topk (among the classes with most votes),
+                recall (among the texts nearest to the mean feature), openset (accepted or rejected), or module:callable
+                of your own [default: what a model that abstains answers by, else feature; with --from-cache: class].
             sigma: Noise level in pixels scaled to [0, 1] [default: 0.25].
             samples: Noisy copies per image, at most.
             alpha: Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of

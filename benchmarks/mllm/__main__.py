@@ -1,8 +1,8 @@
 """Attack the answers of a multimodal model: python -m benchmarks.mllm (--help for the options).
 
 Two tasks, naming and captioning; attacks through the language model and on the tower's tokens, each judged by the
-greedy answer; the model by itself and smoothed, where attacks look through the smoothing (fresh draws in every step).
-Runs that are there already are not made again.
+greedy answer; the model by itself, smoothed, and smoothed with a purifier before the tower and a mapper of its tokens.
+Attacks look through all of it (fresh draws in every step). Runs that are there already are not made again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import robustvlm
 
 TASKS = {"naming": "", "captions": "#describe the picture."}
+CLAIMS = ("vote", "feature", "tokens")
+DEFENCES = ("plain", "smoothed", "purified")
 GOALS = {"through the language model": "unsay", "on the tokens": "unsay:features"}
 
 
@@ -24,6 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mllm:tiny")
     parser.add_argument("--smooth", default="0.06:4", help="noise level and draws of the smoothed model")
+    parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES), help="rows to make")
+    parser.add_argument("--purify-steps", type=int, default=400, help="of the purifier, and of the mapper")
     parser.add_argument("--eps", default="2/255")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=int, default=100)
@@ -36,10 +40,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def attacked(options: argparse.Namespace, task: str, defence: str, goal: str) -> dict[str, Any]:
     """Return the figures of one run."""
-    smoothed = f"+smooth:{options.smooth}" if defence == "smoothed" else ""
+    smoothed = "" if defence == "plain" else f"+smooth:{options.smooth}"
+    model = purified(options) if defence == "purified" else options.model
     # The question stands last in a spec, so that of a smoothed model the operator follows it.
     run = robustvlm.attack(
-        f"{options.model}{TASKS[task]}{smoothed}",
+        f"{model}{TASKS[task]}{smoothed}",
         goal=GOALS[goal],
         attack=f"pgd:steps={options.steps}",
         eps=options.eps,
@@ -59,6 +64,15 @@ def attacked(options: argparse.Namespace, task: str, defence: str, goal: str) ->
         "asr": rate.model_dump(),
         "images": run.summary.images.evaluated,
     }
+
+
+def purified(options: argparse.Namespace) -> Path:
+    """Return the model between a purifier and a mapper for the noise of the smoothing, trained where it is not yet."""
+    sigma, steps = float(options.smooth.partition(":")[0]), options.purify_steps
+    run = robustvlm.purify(
+        options.model, sigma=[sigma], steps=steps, mapper_steps=steps, batch_size=32, out=options.out, name="purified"
+    )
+    return Path(run.folder)
 
 
 def certified(options: argparse.Namespace, claim: str) -> dict[str, Any]:
@@ -81,14 +95,14 @@ def main() -> None:
         (options.out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
         print(json.dumps(rows[-1])[:300], flush=True)
 
-    first, second = GOALS
-    for defence, goal in (("plain", first), ("plain", second), ("smoothed", first), ("smoothed", second)):
-        for task in TASKS:
-            began = time.monotonic()
-            keep(attacked(options, task, defence, goal), began)
-        for claim in ("vote", "feature") if options.votes and (defence, goal) == ("smoothed", first) else ():
-            began = time.monotonic()
-            keep(certified(options, claim), began)
+    for defence in options.defences:
+        for goal in GOALS:
+            for task in TASKS:
+                began = time.monotonic()
+                keep(attacked(options, task, defence, goal), began)
+    for claim in CLAIMS if options.votes else ():
+        began = time.monotonic()
+        keep(certified(options, claim), began)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Texts:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         new = list(dict.fromkeys(text for text in texts if text not in self.place))
         if new:
-            from .words import SentenceEncoder
+            from robustvlm.models.sentences import SentenceEncoder
 
             with torch.no_grad():
                 found = SentenceEncoder().eval()([TEMPLATE.format(text) for text in new])

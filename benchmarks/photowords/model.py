@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.data.classes import wordnet_names
+from robustvlm.models.sentences import SentenceEncoder
 
 from .pixels import SIDE, Photographs
-from .words import SentenceEncoder
 
 TEMPLATE = "a photo of a {}."
 

@@ -45,6 +45,7 @@ class Finding:
         mean: mean feature [D] of all samples, for information; certificates do not rest on it.
         columns: radii and bounds of other claims and methods from the same samples, by column name.
         claim: claim of the record, where it depends on the samples ("openset-accept").
+        parts: lower confidence bounds [T], all valid at once at the claim's alpha, of what it states of parts (tokens).
     """
 
     radius: float
@@ -57,6 +58,7 @@ class Finding:
     mean: Array | None = None
     columns: dict[str, float] = field(default_factory=dict)
     claim: str | None = None
+    parts: Array | None = None
 
 
 class Certifier(ABC):

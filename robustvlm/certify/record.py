@@ -187,6 +187,7 @@ class _Kind:
 _OPENSET = _Kind(named=lambda c: c.thresholds and c.classes)
 KINDS: dict[str, _Kind] = {
     "feature": _Kind(),
+    "tokens": _Kind(),
     "direction": _Kind(named=lambda c: c.provenance.direction),
     "class": _Kind(labelled=True, named=lambda c: c.classes),
     "vote": _Kind(labelled=True, named=lambda c: c.classes),

@@ -23,6 +23,29 @@ def speaker_of(vlm: VLM | None) -> MllmVLM | None:
     return next((part for part in vlm.modules() if isinstance(part, MllmVLM)), None)
 
 
+def token_shape(vlm: VLM | None) -> tuple[int, int]:
+    """Return number and length of the image tokens that an encoder's features hold side by side; (1, 0) without."""
+    speaker = None if isinstance(vlm, AnswerVLM) else speaker_of(vlm)
+    return (1, 0) if speaker is None or speaker.pooled else speaker.shape
+
+
+def asking(vlm: VLM, question: str) -> VLM:
+    """Return a model with another question put to every image, whatever stands around its language model.
+
+    Raises:
+        UserError: there is no language model, or it does not know the words.
+    """
+    speaker = speaker_of(vlm)
+    if speaker is None:
+        raise UserError(f"'{vlm.spec}' answers no questions: leave out '#{question}'")
+    asked = speaker.asking(question)
+    for part in list(vlm.modules()):
+        for name, child in part.named_children():
+            if child is speaker:
+                setattr(part, name, asked)
+    return asked if vlm is speaker else vlm
+
+
 def image_tokens(vlm: VLM, pixels: Tensor) -> Tensor:
     """Return image tokens [B, T, D] of pixels [B, 3, H, H] for the language model.
 

@@ -22,7 +22,7 @@ from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import NOT_CODE, create, names_a_callable
 from robustvlm.core.user_code import named_by
 from robustvlm.defenses.abstaining import Abstaining
-from robustvlm.defenses.answering import Answering, speaker_of
+from robustvlm.defenses.answering import Answering, asking, speaker_of
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
 from robustvlm.defenses.library import ClassifierVLM, load_library, names_library_model
 from robustvlm.defenses.own import OwnClassifier, load_own
@@ -145,10 +145,12 @@ class SavedModel(ABC):
     Attributes:
         folder: where its files are.
         card: what it says of itself.
+        question: put to every image in place of the base model's own ("FOLDER#QUESTION"); "": the base model's.
     """
 
     folder: Path
     card: Card
+    question: str = ""
 
     @abstractmethod
     def encoder(self, device: torch.device) -> VLM:
@@ -240,7 +242,7 @@ def saved_model(spec: str) -> SavedModel | None:
 
     Raises UserError for a kind that this version does not know.
     """
-    place = os.path.expanduser(spec)
+    place, question = _split_question(spec)
     card = read_card(Path(place)) if os.path.isdir(place) else None
     if card is None:
         return None
@@ -249,7 +251,18 @@ def saved_model(spec: str) -> SavedModel | None:
         raise UserError(f"'{spec}' is a model of the unknown kind '{card.kind}'; {nearest(card.kind, KINDS)}")
     module, _, name = KINDS[card.kind].partition(":")
     loader: type[SavedModel] = getattr(import_module(module), name)
-    return loader(Path(place), card)
+    return loader(Path(place), card, question)
+
+
+def _split_question(spec: str) -> tuple[str, str]:
+    """Split `FOLDER[#QUESTION]` into the folder and the question; a folder whose name has a # stays whole."""
+    whole = os.path.expanduser(spec)
+    place, _, question = whole.partition("#")
+    if os.path.isdir(whole) or not os.path.isdir(place):
+        return whole, ""
+    if not question.strip():
+        raise UserError(f"'{spec}' asks nothing: write FOLDER#QUESTION, or leave out the #")
+    return place, question.strip()
 
 
 @contextmanager
@@ -299,6 +312,7 @@ def load_pipeline(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         vlm = load_model(base, device=device)
     else:
         vlm = made.encoder(resolve_device(device))
+        vlm = asking(vlm, made.question) if made.question else vlm
         vlm.spec = base
     return apply_operations(vlm, operations)
 

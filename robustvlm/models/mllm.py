@@ -273,6 +273,11 @@ class MllmVLM(VLM):
         self._in[dtype] = known
         return known[1]
 
+    @torch.no_grad()
+    def anchors(self) -> Tensor:
+        """Return the image tokens [K, T, D] of a few fixed pictures that show nothing."""
+        return self.tokens(_pictures(self.image_size).to(self.mean))
+
     def options(self, answers: Sequence[str]) -> Options:
         """Return a list of answers, to be scored all at once.
 

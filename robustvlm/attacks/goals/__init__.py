@@ -24,10 +24,12 @@ from robustvlm.attacks.goals.classes import (
     Targeted,
 )
 from robustvlm.attacks.goals.feature import FeatureAway, FeatureGoal, FeatureTo
+from robustvlm.attacks.goals.meaning import Reword
+from robustvlm.attacks.goals.picture import Match
 from robustvlm.attacks.goals.words import Say, Unsay, WordsGoal
 
 __all__ = [
     "CLEAN", "GOALS", "REJECTED", "AcceptedMistake", "Case", "Deny", "FeatureAway", "FeatureGoal", "FeatureTo", "Goal",
-    "GoalKind", "GoalWords", "Intrude", "Known", "Misclassify", "Refusable", "Say", "Superclass", "SuperclassAll",
-    "Targeted", "Unsay", "WordsGoal", "goal_words", "read_goals", "split_goal",
+    "GoalKind", "GoalWords", "Intrude", "Known", "Match", "Misclassify", "Refusable", "Reword", "Say", "Superclass",
+    "SuperclassAll", "Targeted", "Unsay", "WordsGoal", "goal_words", "read_goals", "split_goal",
 ]  # fmt: skip

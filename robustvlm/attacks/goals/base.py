@@ -12,6 +12,8 @@
 | `feature:TARGET`   | unit features         | the feature is nearer to the target's than to its rival's             |
 | `say:TEXT`         | image tokens          | the greedy answer of the language model is TEXT                       |
 | `unsay`            | image tokens          | the greedy answer does not name the class any more                    |
+| `match:FILE.png`   | image tokens          | the greedy answer is what the model says of that picture              |
+| `reword`           | image tokens          | the greedy answer means something else than the clean one             |
 
 A model that may refuse returns one column more than there are classes: the acceptance score, positive when the image
 is accepted. Every goal is a margin that is positive until the goal is reached, so attacks, best iterates and verdicts
@@ -85,6 +87,7 @@ class Goal(ABC):
         unknown: it is about images of unknown classes, instead of those of known ones.
         of_features: the output is unit features, not logits.
         of_tokens: they are image tokens [B, T * D] for a language model, as it reads them.
+        cropped: behind them stand those of a crop of the image (`goals.matching.crop`), [B, 2 * T * D].
         refers: it has to know more of a clean image than its label and target (see `reference`).
     """
 
@@ -95,6 +98,7 @@ class Goal(ABC):
     unknown: bool = False
     of_features: bool = False
     of_tokens: bool = False
+    cropped: bool = False
     refers: bool = False
 
     @abstractmethod
@@ -190,6 +194,8 @@ class Known:
         embeddings, head: unit features [K, D] of the classes' texts, and weights [K, D] that turn features into logits.
         feature_of: from a text, or the path of a picture, to its unit feature [D] and whether it was a picture.
         speech: a language model that answers about the images (`goals.words.Speech`), None where there is none.
+        tokens_of: from the path of a picture to the image tokens [T * D] that it reads.
+        sentences: loads an encoder of sentences, from N texts to unit vectors [N, E].
         trees: class trees (`robustvlm.data.trees.Forest`), None where there are none; data: where they would stand.
         min_cos: the threshold of the goal `feature`.
     """
@@ -201,6 +207,8 @@ class Known:
     head: Tensor | None = field(default=None, repr=False)
     feature_of: Callable[[str], tuple[Tensor, bool]] | None = None
     speech: Any = None
+    tokens_of: Callable[[str], Tensor] | None = None
+    sentences: Callable[[], Callable[[Sequence[str]], Tensor]] | None = None
     trees: Any = None
     data: str | None = None
     min_cos: float = 0.5

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.attacks.goals.base import GOALS, REJECTED, Case, Goal, GoalKind, GoalWords, Known
+from robustvlm.attacks.goals.matching import anchored, pooled_cosine, token_cosine
 from robustvlm.attacks.objectives import Objective
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, nearest
 
 _LEAST = 1e-4
 """Distance given to an answer of which logits say the one and the words made of them the other."""
@@ -40,6 +40,10 @@ class Speech(Protocol):
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Return an answer's ids as a text."""
+        ...
+
+    def anchors(self) -> Tensor:
+        """Return the image tokens [K, T, D] of a few pictures that no image is."""
         ...
 
     def ids_of(self, answer: str) -> list[int]:
@@ -109,14 +113,14 @@ class Say(WordsGoal):
     """The greedy answer is a text, to the token.
 
     Args:
-        text: the answer aimed at.
+        text: the answer aimed at. ids: its tokens, where they are known.
     """
 
     labelled = False
 
-    def __init__(self, speech: Speech, text: str) -> None:
+    def __init__(self, speech: Speech, text: str, *, ids: Tensor | None = None) -> None:
         super().__init__(speech)
-        self.spec, self.ids = f"say:{text}", torch.tensor(speech.ids_of(text))
+        self.spec, self.ids = f"say:{text}", torch.tensor(speech.ids_of(text)) if ids is None else ids
 
     def margin(self, output: Tensor, case: Case) -> Tensor:
         del case
@@ -134,19 +138,20 @@ class Say(WordsGoal):
 class Unsay(WordsGoal):
     """The greedy answer no longer has the name of the image's class, which the clean answer has.
 
-    Attacks raise the loss of the name's tokens in the clean answer; with `by_features` they lower the mean cosine of
-    the image tokens to the clean ones, whatever is asked, and the words are but the judge.
+    Attacks raise the loss of the name's tokens in the clean answer; with a `way` they move the image tokens away from
+    the clean ones (`goals.matching`), whatever is asked, and the words are but the judge.
 
     Args:
-        class_names: by label. by_features: what attacks follow.
+        class_names: by label. way: "tokens", "pooled" or "prototypes"; "": through the language model.
     """
 
     refers = True
 
-    def __init__(self, speech: Speech, class_names: Sequence[str], *, by_features: bool = False) -> None:
+    def __init__(self, speech: Speech, class_names: Sequence[str], *, way: str = "") -> None:
         super().__init__(speech)
-        self.class_names, self.by_features = tuple(class_names), by_features
-        self.spec, self.still_at_image = ("unsay:features", True) if by_features else ("unsay", False)
+        self.class_names, self.way = tuple(class_names), way
+        self.spec, self.still_at_image = ("unsay", False) if not way else (f"unsay:{_SPELT.get(way, way)}", True)
+        self.anchors = speech.anchors() if way == "prototypes" else torch.zeros(0)
         self._placed: dict[tuple[int, ...], list[int]] = {}
         # What was found of one output lately; the tensors are kept so that no other takes their place in memory.
         self._last: tuple[object, ...] = ()
@@ -157,7 +162,7 @@ class Unsay(WordsGoal):
         del label
         speech, tokens = self._tokens(output)
         ids = speech.greedy(tokens).to(output)
-        return torch.cat([ids, output], 1) if self.by_features else ids
+        return torch.cat([ids, output], 1) if self.way else ids
 
     def margin(self, output: Tensor, case: Case) -> Tensor:
         key = self._key(output, case)
@@ -187,7 +192,9 @@ class Unsay(WordsGoal):
         return torch.where(lost, lead.clamp_max(-_LEAST), lead.clamp_min(_LEAST))
 
     def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
-        if self.by_features:
+        if self.way == "prototypes":
+            return anchored(*self._both(output, case), self.anchors.to(output))
+        if self.way:
             return -self._nearness(output, case)
         ids = self._answer(output, case)
         leads, surprise = self._read(output, ids)
@@ -198,12 +205,16 @@ class Unsay(WordsGoal):
         return -leads.masked_fill(~named, float("inf")).amin(1).nan_to_num(posinf=0.0)
 
     def cosine(self, output: Tensor, case: Case) -> Tensor | None:
-        return self._nearness(output, case) if self.by_features else None
+        return self._nearness(output, case) if self.way else None
 
     def _nearness(self, output: Tensor, case: Case) -> Tensor:
-        """Return the mean cosine [B] of the image tokens to the clean ones."""
+        """Return the cosine [B] of the image tokens to the clean ones: of each, or of the mean token."""
+        return (pooled_cosine if self.way == "pooled" else token_cosine)(*self._both(output, case))
+
+    def _both(self, output: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+        """Return image tokens [B, T, D] and the clean ones."""
         clean = self._reference(case)[:, -output.shape[1] :].view(len(output), *self.speech.shape)
-        return F.cosine_similarity(output.view_as(clean), clean, dim=2).mean(1)
+        return output.view_as(clean), clean
 
     def _key(self, output: Tensor, case: Case) -> tuple[object, ...]:
         return output.data_ptr(), output._version, output.shape, self._reference(case).data_ptr()
@@ -214,7 +225,7 @@ class Unsay(WordsGoal):
 
     def _answer(self, output: Tensor, case: Case) -> Tensor:
         reference = self._reference(case)
-        ids = reference[:, : -output.shape[1]] if self.by_features else reference
+        ids = reference[:, : -output.shape[1]] if self.way else reference
         longest = max(1, int((ids >= 0).sum(1).amax()))
         return ids[:, :longest].long()
 
@@ -241,8 +252,12 @@ class Unsay(WordsGoal):
 
 # How these are written, and what they are called
 
+AWAY = {"features": "tokens", "pooled": "pooled", "prototypes": "prototypes"}
+"""Ways away from the clean tokens by what they are called in a goal."""
+_SPELT = {way: name for name, way in AWAY.items()}
 
-def _speech(known: Known, form: str) -> Speech:
+
+def speech_of(known: Known, form: str) -> Speech:
     if known.speech is None:
         raise UserError(
             f"the goal {form} needs a model that answers in words, as mllm:tiny, and '{known.model}' is none"
@@ -251,13 +266,14 @@ def _speech(known: Known, form: str) -> Speech:
 
 
 def _read_say(text: str, known: Known) -> tuple[Goal, ...]:
-    return (Say(_speech(known, "say"), text),)
+    return (Say(speech_of(known, "say"), text),)
 
 
 def _read_unsay(text: str, known: Known) -> tuple[Goal, ...]:
-    if text not in ("", "features"):
-        raise UserError(f"unknown goal 'unsay:{text}': pass unsay or unsay:features")
-    return (Unsay(_speech(known, "unsay"), known.class_names, by_features=text == "features"),)
+    if text and text not in AWAY:
+        forms = ["unsay", *(f"unsay:{way}" for way in AWAY)]
+        raise UserError(f"unknown goal 'unsay:{text}': {nearest(f'unsay:{text}', forms)}")
+    return (Unsay(speech_of(known, "unsay"), known.class_names, way=AWAY.get(text, "")),)
 
 
 def _say_words(text: str, can_reject: bool, min_cos: float | None) -> GoalWords:
@@ -275,7 +291,7 @@ def _say_words(text: str, can_reject: bool, min_cos: float | None) -> GoalWords:
 
 def _unsay_words(text: str, can_reject: bool, min_cos: float | None) -> GoalWords:
     del can_reject, min_cos
-    how = ", by moving its tokens" if text == "features" else ""
+    how = f", by moving its tokens{'' if text == 'features' else f' ({text})'}" if text else ""
     return GoalWords(
         title=f"answers that no longer name the class{how}",
         effect="make the answer lose the class's name on",
@@ -288,4 +304,4 @@ def _unsay_words(text: str, can_reject: bool, min_cos: float | None) -> GoalWord
 
 
 GOALS["say"] = GoalKind(("say:TEXT",), _read_say, _say_words, refuses=False)
-GOALS["unsay"] = GoalKind(("unsay", "unsay:features"), _read_unsay, _unsay_words, refuses=False)
+GOALS["unsay"] = GoalKind(("unsay", *(f"unsay:{way}" for way in AWAY)), _read_unsay, _unsay_words, refuses=False)

@@ -157,6 +157,8 @@ class Materials:
         rounding: bound of the rounding of kept features, in l2.
         baselines: whether the columns of other bounds are wanted that need the clean feature.
         logit_scale: the model's factor on cosines.
+        tokens: features are so many unit tokens side by side, over the root of their number.
+        width: numbers of such a feature; 0 for any other.
     """
 
     text: Array | None = None
@@ -165,6 +167,8 @@ class Materials:
     rounding: float = 0.0
     baselines: bool = True
     logit_scale: float = 1.0
+    tokens: int = 1
+    width: int = 0
 
     @property
     def classes(self) -> Array:

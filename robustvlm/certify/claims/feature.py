@@ -25,6 +25,9 @@ from robustvlm.text import format_exact
 # estimation samples both count. From the same samples, each a claim of its own at its own alpha: the published bound
 # (anchor f(x)), and cosines to the pilot's direction by mean, distribution, and both ways (F2, F3).
 
+_MOST_KEPT = 2**28
+"""Numbers of an image's features that are kept for the baselines (2 GiB); of more, only the claim itself is made."""
+
 BASELINES = ("paper_radius", "fcsb_radius", "cone_radius", "cdf_radius", "direction_radius")
 """Columns of other claims and methods; none may be combined with the main claim by taking the larger one."""
 
@@ -43,7 +46,7 @@ class FeatureRadius(Certifier):
     Args:
         cos0: cosine to certify. sigma: noise level. alpha: error probability.
         n: all samples, n_pilot of them for the pilot's direction.
-        baselines: fill the columns.
+        baselines: fill the columns, for which all samples are kept.
 
     Example:
         >>> certifier = FeatureRadius(cos0=0.5, sigma=0.25, alpha=0.01, n=400, n_pilot=100)
@@ -65,19 +68,28 @@ class FeatureRadius(Certifier):
             sigma=sigma,
             alpha=alpha,
             settings=(self.cos0,),
+            looks=() if baselines else ("pilot", "estimation"),
         )
         self._baselines = baselines
         self._rows: dict[Stage, Array] = {}
+        self._direction: feature.PredictableDirection | None = None
+        self._scores: list[Array] = [np.zeros(0)]
 
     def _absorb(self, stage: Stage, rows: Array) -> None:
-        self._rows[stage] = rows
+        if self._baselines:  # which need all samples at once; scores alone are small
+            self._rows[stage] = rows
+        if stage == "clean":
+            return
+        if self._direction is None:
+            self._direction = feature.PredictableDirection(rows.shape[1])
+        self._scores.append(self._direction.scores(rows))
 
     def finding(self) -> Finding:
-        pilot, estimation = self._rows.get("pilot"), self._rows["estimation"]
-        samples = estimation if pilot is None else np.concatenate([pilot, estimation])
-        r = _norm_lower(feature.PredictableDirection(samples.shape[1]).scores(samples), self.alpha)
+        r = _norm_lower(np.concatenate(self._scores), self.alpha)
         columns: dict[str, float] = {}
         if self._baselines:
+            pilot, estimation = self._rows.get("pilot"), self._rows["estimation"]
+            samples = estimation if pilot is None else np.concatenate([pilot, estimation])
             columns = self._anchored(samples) | self._directed(pilot, estimation)
             columns["cone_radius"] = float(feature.cone_radius(r, self.cos0, self.sigma))
         return Finding(
@@ -246,9 +258,10 @@ class _Feature(Claim):
         assert asked.min_cos is not None
         cos0, alpha, sigma = asked.min_cos, asked.alpha, asked.sigma
         common: dict[str, Any] = {"cos0": cos0, "sigma": sigma, "alpha": alpha, "n": asked.samples}
+        baselines = materials.baselines and asked.samples * materials.width <= _MOST_KEPT
         certifier: Callable[[], Certifier]
         if asked.radius is None:
-            certifier = partial(FeatureRadius, **common, n_pilot=asked.n_pilot, baselines=materials.baselines)
+            certifier = partial(FeatureRadius, **common, n_pilot=asked.n_pilot, baselines=baselines)
         else:
             certifier = partial(FeatureTest, **common, radius=asked.radius)
         return Plan(

@@ -54,8 +54,8 @@ class AttackSettings(Settings):
     goal: str = option(
         "misclassify",
         "misclassify; superclass:LEVEL, :all (one perturbation for all levels) or :matrix; targeted:CLASS; deny, "
-        "intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT; unsay, "
-        "unsay:features or say:TEXT (models that answer in words).",
+        "intrude (models that may refuse); feature, feature:FILE.png or feature:TEXT; unsay, unsay:features, say:TEXT, "
+        "match:FILE.png or reword (models that answer in words; docs/mllm.md has their ways).",
     )
     min_cos: float = option(0.5, "--goal feature is reached below this cosine to the clean feature.")
     attack: str = option(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm.attacks.goals import Goal, Known, Targeted, read_goals, split_goal
+from robustvlm.attacks.goals.matching import crop
 from robustvlm.attacks.tensors import Unperturbed, ask_unperturbed
 from robustvlm.commands.attack.cost import MeteredOracle
 from robustvlm.commands.attack.store import CleanFact, Ledger
@@ -23,6 +24,7 @@ from robustvlm.defenses.answering import image_tokens, speaker_of
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import BadSetting, UserError
 from robustvlm.models import VLM
+from robustvlm.models.sentences import sentence_encoder
 from robustvlm.runs.records import Check
 from robustvlm.runs.settings import Observer
 
@@ -93,15 +95,20 @@ class Features(nn.Module):
 
 
 class Tokens(nn.Module):
-    """What the language model of a classifier reads: pixels [B, 3, H, H] to image tokens [B, T * D]."""
+    """What the language model of a classifier reads: pixels [B, 3, H, H] to image tokens [B, T * D].
 
-    def __init__(self, vlm: VLM) -> None:
+    Args:
+        cropped: behind them come those of a crop of each image, [B, 2 * T * D]: a second pass.
+    """
+
+    def __init__(self, vlm: VLM, *, cropped: bool = False) -> None:
         super().__init__()
-        self.vlm = vlm
+        self.vlm, self.cropped = vlm, cropped
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return image tokens side by side [B, T * D]."""
-        return image_tokens(self.vlm, pixels).flatten(1)
+        views = (pixels, crop(pixels)) if self.cropped else (pixels,)
+        return torch.cat([image_tokens(self.vlm, view).flatten(1) for view in views], dim=1)
 
 
 def check_goal(text: str, min_cos: float = 0.5) -> None:
@@ -135,6 +142,8 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
         head=None if vlm is None or embeddings is None else (vlm.logit_scale * embeddings).detach(),
         feature_of=lambda target: _feature_of(target, _encoder(classifier), resolution),
         speech=speaker_of(vlm),
+        tokens_of=lambda target: _tokens_of(target, _encoder(classifier), resolution),
+        sentences=sentence_encoder,
         trees=source.tree,
         data=source.spec,
         min_cos=min_cos,
@@ -145,7 +154,7 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
 
 def _attacked(goal: Goal, classifier: Classifier) -> nn.Module:
     if goal.of_tokens:
-        return Tokens(_encoder(classifier))
+        return Tokens(_encoder(classifier), cropped=goal.cropped)
     return Features(_encoder(classifier)) if goal.of_features else classifier
 
 
@@ -163,6 +172,13 @@ def _feature_of(target: str, vlm: VLM, resolution: Size) -> tuple[Tensor, bool]:
             return vlm.encode_text([target])[0], False
         pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
         return vlm.encode_image(pixels[None])[0], True
+
+
+@torch.no_grad()
+def _tokens_of(target: str, vlm: VLM, resolution: Size) -> Tensor:
+    """Return the image tokens [T * D] of a picture's file, as the language model reads them."""
+    pixels = _picture(target, vlm.framing.at(resolution)).to(vlm.device)
+    return image_tokens(vlm, pixels[None]).flatten()
 
 
 def _picture(path: str, framing: Framing) -> Tensor:

@@ -33,10 +33,10 @@ class CertifySettings(Settings):
     tree: Path | None = Shared.TREE_FILE
     claim: str | None = option(
         None,
-        "feature (cosine to the smoothed clean feature), class (of the mean feature), vote (hard vote, another rule), "
-        "topk (among the classes with most votes), recall (among the texts nearest to the mean feature), openset "
-        "(accepted or rejected), or module:callable of your own [default: what a model that abstains answers by, else "
-        "feature; with --from-cache: class].",
+        "feature (cosine to the smoothed clean feature), tokens (of each image token of a multimodal model), class (of "
+        "the mean feature), vote (hard vote, another rule), topk (among the classes with most votes), recall (among "
+        "the texts nearest to the mean feature), openset (accepted or rejected), or module:callable of your own "
+        "[default: what a model that abstains answers by, else feature; with --from-cache: class].",
     )
     sigma: float | None = option(None, "Noise level in pixels scaled to [0, 1] [default: 0.25].")
     samples: int = option(10_000, "Noisy copies per image, at most.", at_least=2, at_most=N_MAX)

@@ -39,6 +39,7 @@ from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.source import DataSource, Sample, select
 from robustvlm.defenses import SmoothedVLM, load_pipeline
+from robustvlm.defenses.answering import token_shape
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.runs.manifest import run_identity
@@ -259,7 +260,7 @@ def _quantity(
 
 def _materials(run: CertifyRecord, vlm: VLM, source: DataSource, claim: Claim) -> Materials:
     if not claim.needs_classes:
-        return Materials()
+        return Materials(tokens=token_shape(vlm)[0])
     rule = rule_of(run.config, source.class_names)
     text = None if rule else vectors_of_classes(run.config, vlm, source.class_names, source.templates)
     return materials_of(run.config, vlm, text, source.templates, rule=rule)

@@ -179,8 +179,11 @@ def spread(summary: CertifySummary) -> str:
     found = summary.spread
     if found is None:
         return ""
+    alike, told = "features of different images", "the feature"
+    if summary.tokens is not None:
+        alike, told = "tokens in which two images differ most", "such a token"
     words = (
-        f"Under the same noise the smoothed features of different images have a mean cosine of {found.between:.3f}, and"
+        f"Under the same noise the smoothed {alike} have a mean cosine of {found.between:.3f}, and"
         f" of {found.nearest:.3f} to the nearest other of the {found.images:,} (measured)"
     )
     at = standing(summary)
@@ -189,7 +192,7 @@ def spread(summary: CertifySummary) -> str:
         return f"{words}; certified cosines below that do not tell images apart."
     share = f"{point.apart.successes:,} of {point.apart.total:,} ({percent(point.apart.value)})"
     return (
-        f"{words}: at the distance {format_exact(point.radius)} the feature is certified to stay nearer to its own"
+        f"{words}: at the distance {format_exact(point.radius)} {told} is certified to stay nearer to its own"
         f" image than to any other for {share}."
     )
 

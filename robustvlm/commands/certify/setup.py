@@ -23,7 +23,7 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
-from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of
+from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of, token_shape
 from robustvlm.defenses.load import declared_rule
 from robustvlm.defenses.pipeline import saved_model, split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
@@ -211,7 +211,7 @@ def materials_of(
     baselines: bool = True,
 ) -> Materials:
     """Return what a run's claim is about: a model's classes, the antibodies that were given, its open-set rule."""
-    given = rule is None and config.antibodies is not None
+    given, (tokens, length) = rule is None and config.antibodies is not None, token_shape(vlm)
     return Materials(
         text=text,
         against=_array(class_embeddings(vlm, _antibodies(config), templates)) if given else None,
@@ -219,6 +219,8 @@ def materials_of(
         rounding=rounding,
         baselines=baselines,
         logit_scale=vlm.logit_scale,
+        tokens=tokens,
+        width=tokens * length,
     )
 
 

@@ -7,6 +7,7 @@ another. So each certified cosine is held against that of the nearest other imag
 import base64
 import binascii
 from collections.abc import Mapping
+from functools import reduce
 
 import numpy as np
 
@@ -19,6 +20,9 @@ _ROWS = 1024  # compared at once
 class Spread(Record):
     """Cosines between the smoothed features of different images, measured and not certified.
 
+    Of features that are several tokens side by side, where each is certified, the cosine of two images is that of the
+    token in which they differ most: a token of the attacked image that stays with its own tells the images apart.
+
     Args:
         images: compared with each other.
         between: mean cosine over all pairs.
@@ -30,8 +34,10 @@ class Spread(Record):
     nearest: float
 
 
-def direction(mean: Array, copies: int) -> str:
+def direction(mean: Array, copies: int, parts: int = 1) -> str:
     """Return a mean feature [D] of so many noisy copies as text, scaled by the length of the ideal smoothed feature.
+
+    Of `parts` unit tokens side by side, over the root of their number, each is scaled by its own length.
 
     The square of the mean's own length is too large by (1 - |m|^2) / copies, that of products of two images is not. So
     scaled, the products of two images do not fall short of their ideal features' cosine by the noise in the means. The
@@ -43,10 +49,11 @@ def direction(mean: Array, copies: int) -> str:
         >>> vectors_of({0: direction(np.array([0.6, 0.8]), 100)})[0].round(2)
         array([0.6, 0.8])
     """
-    square = float(mean @ mean)
-    ideal = (copies * square - 1) / (copies - 1) if copies > 1 else square
-    length = np.sqrt(max(ideal, 0.0)) or np.inf  # no direction is left of what is all noise
-    return base64.b64encode((mean / length).astype("<f2").tobytes()).decode("ascii")
+    rows = np.sqrt(parts) * mean.reshape(parts, -1)
+    square = (rows * rows).sum(axis=1)
+    ideal = np.maximum((copies * square - 1) / (copies - 1) if copies > 1 else square, 0.0)
+    length = np.where(ideal > 0, np.sqrt(ideal), np.inf)  # no direction is left of what is all noise
+    return base64.b64encode((rows / length[:, None]).astype("<f2").tobytes()).decode("ascii")
 
 
 def vectors_of(texts: Mapping[int, str]) -> dict[int, Array]:
@@ -60,20 +67,25 @@ def vectors_of(texts: Mapping[int, str]) -> dict[int, Array]:
     return found
 
 
-def compare(vectors: Mapping[int, Array]) -> tuple[Spread | None, dict[int, float]]:
+def compare(vectors: Mapping[int, Array], parts: int = 1) -> tuple[Spread | None, dict[int, float]]:
     """Return how alike images are, and for each the cosine to its nearest other; None and nothing for fewer than two.
+
+    Args:
+        vectors: of each image, `parts` directions side by side.
 
     Example:
         >>> spread, nearest = compare({0: np.array([1.0, 0.0]), 1: np.array([0.6, 0.8]), 2: np.array([0.0, 1.0])})
         >>> round(spread.between, 2), [round(cosine, 2) for cosine in nearest.values()]
         (0.47, [0.6, 0.8, 0.8])
     """
-    if len(vectors) < 2 or len({len(vector) for vector in vectors.values()}) > 1:
+    lengths = {len(vector) for vector in vectors.values()}
+    if len(vectors) < 2 or len(lengths) > 1 or min(lengths) % parts:
         return None, {}
     rows = np.stack(list(vectors.values())).astype(np.float32)
+    tokens = np.split(rows, parts, axis=1)
     nearest, total = np.empty(len(rows)), 0.0
     for start in range(0, len(rows), _ROWS):
-        cosines = (rows[start : start + _ROWS] @ rows.T).clip(-1, 1)
+        cosines = reduce(np.minimum, (one[start : start + _ROWS] @ one.T for one in tokens)).clip(-1, 1)
         here = np.arange(len(cosines))
         cosines[here, start + here] = 0
         total += float(cosines.sum(dtype=np.float64))

@@ -58,6 +58,8 @@ CERTIFY_SCHEMA = pa.schema(
         ("certificate", pa.string()),
     ]
 )
+TOKENS = pa.field("token_r", pa.list_(pa.float64()))
+"""One column more of the claim about tokens: a bound for each."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class CertifyFact:
         columns: by name of `COLUMNS`.
         direction: of the smoothed feature, where cosines are certified (`spread.direction`).
         certificate: the record as JSON (`robustvlm.certify.Certificate`).
+        token_r: lower bounds of the norms of the smoothed image tokens, valid all at once (claim tokens).
     """
 
     index: int
@@ -93,10 +96,12 @@ class CertifyFact:
     certificate: str
     columns: dict[str, float] = field(default_factory=dict)
     direction: str | None = None
+    token_r: list[float] | None = None
 
     def written(self) -> dict[str, Any]:
-        """Return the fact for the journal; a direction only where there is one."""
-        return {name: value for name, value in asdict(self).items() if name != "direction" or value is not None}
+        """Return the fact for the journal; direction and tokens only where there are any."""
+        some = ("direction", TOKENS.name)
+        return {name: value for name, value in asdict(self).items() if name not in some or value is not None}
 
 
 def make_certify_rows(facts: Iterable[CertifyFact]) -> pa.Table:
@@ -107,12 +112,14 @@ def make_certify_rows(facts: Iterable[CertifyFact]) -> pa.Table:
         >>> make_certify_rows([fact]).column("abstained").to_pylist()
         [False]
     """
-    rows = [_row(fact) for fact in sorted(facts, key=lambda fact: fact.index)]
-    return pa.Table.from_pylist(rows, schema=CERTIFY_SCHEMA)
+    ordered = sorted(facts, key=lambda fact: fact.index)
+    # Tables of other claims are as they were before there were tokens.
+    schema = CERTIFY_SCHEMA.append(TOKENS) if any(fact.token_r is not None for fact in ordered) else CERTIFY_SCHEMA
+    return pa.Table.from_pylist([_row(fact, schema) for fact in ordered], schema=schema)
 
 
-def _row(fact: CertifyFact) -> dict[str, Any]:
-    row = {name: getattr(fact, name) for name in CertifyFact.__dataclass_fields__ if name in CERTIFY_SCHEMA.names}
+def _row(fact: CertifyFact, schema: pa.Schema) -> dict[str, Any]:
+    row = {name: getattr(fact, name) for name in CertifyFact.__dataclass_fields__ if name in schema.names}
     return row | {name: fact.columns.get(name) for name in COLUMNS} | {"abstained": fact.radius == 0.0}
 
 
@@ -197,12 +204,14 @@ class Recorder:
             certificate=json.dumps(self._certificate(sampled, resize_norm, columns.get("deployed_radius")).to_dict()),
             columns=columns,
             direction=self._direction(found),
+            token_r=None if found.parts is None else found.parts.tolist(),
         )
 
     def _direction(self, found: Finding) -> str | None:
         if found.mean is None or not self._claim.curve:
             return None
-        return direction(found.mean, found.n + found.n_pilot - found.failed)
+        parts = 1 if found.parts is None else len(found.parts)
+        return direction(found.mean, found.n + found.n_pilot - found.failed, parts)
 
     def _prediction(self, found: Finding) -> int:
         if found.prediction is not None:

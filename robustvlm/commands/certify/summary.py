@@ -41,6 +41,20 @@ class RadiusShare(Record):
     apart: Rate | None = None
 
 
+class TokenShare(Record):
+    """What is certified of every image token at once at one distance, each with its share of the error probability.
+
+    Args:
+        radius: the distance. worst: mean over images of the least cosine of a token (-1 where there is none). typical:
+            mean over images and tokens. kept: mean share of an image's tokens with the cosine that was asked for.
+    """
+
+    radius: float
+    worst: float
+    typical: float
+    kept: float
+
+
 class MethodSummary(Record):
     """Radii in one column: mean and median over all images (an abstention counts 0), and abstentions."""
 
@@ -104,6 +118,7 @@ class CertifySummary(Record):
         min_cos, asked_radius: cosine and radius that were asked for, where they were.
         looks: at these images in the folder of runs, this one included; None in runs from before they were counted.
         spread: how alike the images are under the noise, where cosines are certified.
+        tokens: number of image tokens; at_tokens: what is certified of each, at the radii of `at`. Only of such claims.
         own_claim: what is to be known of a claim of the user's own; left out of runs with a built-in one.
         resized: images that were resized, of whose source nothing is stated. resize_norm: smallest and largest norm, in
             runs from before that.
@@ -140,6 +155,8 @@ class CertifySummary(Record):
     checks: list[Check]
     unreadable: list[UnreadableImage]
     unfinished: str | None = None
+    tokens: int | None = None
+    at_tokens: list[TokenShare] | None = None
     own_claim: ClaimFacts | None = None
 
     @property
@@ -160,8 +177,9 @@ class CertifySummary(Record):
     @model_serializer(mode="wrap")
     def _own_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
-        if self.own_claim is None:
-            content.pop("own_claim", None)
+        for name in ("own_claim", "tokens", "at_tokens"):
+            if getattr(self, name) is None:
+                content.pop(name, None)
         return content
 
 
@@ -202,7 +220,8 @@ def summarise_certify(
     facts = own or CLAIMS[config.claim]
     radii = [row["radius"] for row in table]
     known = [row for row in table if row["correct"] is not None]
-    spread, nearest = compare(vectors_of(directions or {}))
+    tokens = len(table[0]["token_r"]) if table[0].get("token_r") is not None else None
+    spread, nearest = compare(vectors_of(directions or {}), tokens or 1)
     for row in table:
         row["nearest"] = nearest.get(row["index"])
     return CertifySummary(
@@ -236,6 +255,8 @@ def summarise_certify(
         checks=list(checks),
         unreadable=list(unreadable),
         unfinished=unfinished,
+        tokens=tokens,
+        at_tokens=None if tokens is None else [_at_tokens(table, radius, config) for radius in config.at],
         own_claim=own,
     )
 
@@ -265,6 +286,17 @@ def _at(
         correct=_certified_correct(known, radius) if known else None,
         others={name: rate(sum(_certified(row, radius, name) for row in table), len(table)) for name in there},
         apart=None if margins is None else rate(int((margins > 0).sum()), len(table)),
+    )
+
+
+def _at_tokens(table: Sequence[Mapping[str, Any]], radius: float, config: CertifyConfig) -> TokenShare:
+    bounds = np.array([row["token_r"] for row in table], dtype=np.float64)
+    cosines = vector_table().cos(bounds, radius / config.sigma)
+    return TokenShare(
+        radius=radius,
+        worst=float(cosines.min(axis=1).mean()),
+        typical=float(cosines.mean()),
+        kept=float((cosines >= (config.min_cos or 0.0)).mean()),
     )
 
 

