@@ -119,7 +119,7 @@ def votes_shift(own: int, rivals: int, n: int, t: int, alpha: float) -> float:
 
     Example:
         >>> round(votes_shift(700, 200, 1000, 1, 0.001), 3)
-        0.58
+        0.539
     """
     least, most = clopper_pearson_lower(own, n, 0.5 * alpha), clopper_pearson_upper(rivals, n, 0.5 * alpha)
     return rank_shift(float(least), float(most), t)

@@ -24,7 +24,7 @@ from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import borrowed, placed
 from robustvlm.core.device import Stopwatch
 from robustvlm.core.files import replacing, require_regular
-from robustvlm.core.seeds import full_precision_kernels, own_draws
+from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.errors import UserError, is_out_of_memory, nearest, setting
 from robustvlm.models import VLM
@@ -247,7 +247,7 @@ def probe_encoder(encoder: NoisyEncoder, images: Tensor, sigma: float, lanes: in
         rows = images[torch.arange(lanes) % len(images)].to(encoder.device)
         noisy = rows + sigma * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(encoder.device)
         try:
-            with own_draws(encoder.device, 0):  # the caller's random state is left alone
+            with own_draws(encoder.device, derive_seed("questions", model)):  # the caller's random state is left alone
                 return _questions(encoder, noisy, checks, model=model)
         except UserError:
             raise
