@@ -4,6 +4,7 @@
 # For those who change the program (each takes long):
 #   make test-slow    the heavier tests
 #   make test-matrix  the tests with the oldest and the newest releases of torch and the rest; equality tests on every CPU
+#   make docs         run the tutorials as notebooks, compare what their pages show, build the docs site into site/
 #   make packaging    build wheel and sdist, look into them, resolve all extras together, try the wheel in an environment
 #   make release      the same, and what to upload
 #   make torture      kill it, feed it nonsense, fill its disk, and count what is lost
@@ -17,7 +18,7 @@ WORKERS ?= 2
 OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality packaging release torture format clean
+.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality packaging release torture docs format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -60,6 +61,11 @@ release: packaging
 torture: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.torture $(TORTURE)
 
+# DOCS='--refresh' writes the figures of the run into the tutorials' pages.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m tools.tutorials --run $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix robustvlm tests tools benchmarks examples
 	$(BIN)/ruff format robustvlm tests tools benchmarks examples
@@ -75,5 +81,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

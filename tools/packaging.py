@@ -29,7 +29,7 @@ WHEEL_HAS = ("robustvlm/__init__.pyi", "robustvlm/py.typed", "robustvlm/report/r
 SDIST_HAS = (
     "pyproject.toml", "README.md", "LICENSE", "NOTICE", "CHANGELOG.md", "conftest.py", "Makefile",
     "robustvlm/py.typed", "tests/test_docs.py", "docs/attacks.md", "examples/README.md", "tools/packaging.py",
-    "benchmarks/README.md", "robustvlm/report/report.schema.json",
+    "benchmarks/README.md", "robustvlm/report/report.schema.json", "mkdocs.yml",
 )  # fmt: skip
 TRIED = ("--version",), ("attack", "tiny", "--limit", "2", "--attack", "fgsm", "--checks", "none")
 

@@ -100,13 +100,15 @@ def perturb(
             attacks themselves.
         norm: "Linf" or "L2".
         goal: "misclassify", "targeted:CLASS" (name or number), "deny", "intrude", "feature", or a `Goal`.
-        steps, restarts: for every attack that does not state its own.
+        steps: gradient steps of every attack that does not state its own.
+        restarts: the same of restarts.
         stop_at_success: leave an image at its first success; else every attack goes on for the lowest margin.
         lanes: images in a batch (default 64, on a GPU 256); the batch is filled up, so that answers do not depend on
             how many images there are: pass fewer for few large images.
         device: "auto" is the model's own; on another one a copy of the model is attacked.
         precision: "fp32", "bf16" for gradients under autocast, "fp64"; default: the model's own, fp32 at least.
-        eot, draws: for random models, draws averaged for a gradient (10), and draws that judge a point (21).
+        eot: draws of a random model that a gradient is averaged over (10).
+        draws: fresh draws of a random model that judge a point (21).
         ids: names of the images that random draws follow (default: a digest of the pixels); with the ids of a data set
             answers are those of `robustvlm attack` with the same settings.
         brisk: a point of a random model is judged by no more draws than decide their majority; margins are of those.
@@ -179,8 +181,12 @@ class AutoAttack:
     as `perturb(..., attack=version)`.
 
     Args:
-        eps, norm: the ball. version: "standard", "plus", or "rand" for random models.
-        seed, lanes, device: as `perturb` takes them.
+        eps: radius of the ball, a number or a text such as "2/255".
+        norm: "Linf" or "L2".
+        version: "standard", "plus", or "rand" for random models.
+        seed: seed of every draw.
+        lanes: images in a batch, as `perturb` takes it.
+        device: "auto" is the model's own.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 3))

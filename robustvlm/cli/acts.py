@@ -108,7 +108,7 @@ def predict_and_show(command: Command, settings: Settings) -> None:
     if asked.written_as == "parquet" and asked.to_stdout and sys.stdout.isatty():
         raise UserError("parquet is no text for a terminal: pass --to FILE, or another --format")
     console = Console(stderr=asked.to_stdout)
-    with console.status(command.loading) if console.is_terminal else Bars(console, doing=command.loading):
+    with console.status(command.loading) if console.live else Bars(console, doing=command.loading):
         work = Work(asked)
     with Bars(console) as progress, _written(work, console) as write:
         progress.begin(command.doing, work.total)

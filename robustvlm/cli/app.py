@@ -210,7 +210,7 @@ def _forecast(run: Run, console: Console, *, as_json: bool) -> None:
 
 def opened(command: Command, settings: Settings, console: Console) -> Run:
     """Check the settings and load what they name, with a word of it on a terminal."""
-    if not console.is_terminal:
+    if not console.live:
         from robustvlm.cli.console import Bars
 
         with Bars(console, doing=command.loading):

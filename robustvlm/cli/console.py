@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from rich import progress
 from rich.console import Console as RichConsole
@@ -32,6 +32,15 @@ class Console(RichConsole):
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, quiet=quiet, width=width, emoji=False)
+
+    @property
+    def live(self) -> bool:
+        """Whether lines can be drawn over: FORCE_COLOR, as notebooks and CI set it, makes no terminal of a file."""
+        return self.is_terminal and self.file.isatty()
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Say to the program that the reader has gone away (`| head`), which is no fault; rich would end it here."""
+        raise BrokenPipeError
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Return a string as a text; one that is no valid markup is taken as it stands."""
@@ -99,7 +108,7 @@ class Bars(RunObserver):
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.live,
         )
         self._task: progress.TaskID | None = None
         self._title, self._before = doing or "Working", 0
@@ -109,7 +118,7 @@ class Bars(RunObserver):
 
     def __enter__(self) -> Bars:
         self._bars.start()
-        if not self._console.is_terminal and not self._console.quiet:
+        if not self._console.live and not self._console.quiet:
             self._teller.start()
         return self
 
@@ -153,7 +162,7 @@ class Bars(RunObserver):
         self._close()
         self._reset()
         self._title, self._total, self._before = title, total, done
-        if self._plain == "begin" and not self._console.is_terminal:
+        if self._plain == "begin" and not self._console.live:
             self._console.print(title, markup=False)
         self._task = self._bars.add_task(title, total=total, completed=done, words="", speed="")
 
@@ -180,7 +189,7 @@ class Bars(RunObserver):
         if self._task is None:
             return
         self._bars.update(self._task, total=self._bars.tasks[self._task].completed)
-        if self._plain == "end" and not self._console.is_terminal and self._done:
+        if self._plain == "end" and not self._console.live and self._done:
             seconds = self._clock() - self._began
             line = f"{self._title}: {self._done} images, {self._passes:,} passes meanwhile, {seconds:.0f} s"
             self._console.print(line, markup=False)

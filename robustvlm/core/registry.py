@@ -149,6 +149,8 @@ def resolve(spec: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             where = "neither in this folder nor among the installed packages"
+            if module_name.endswith(".py"):
+                where = f"which is a file: write '{module_name[:-3].replace('/', '.')}:{attribute}'"
             raise UserError(f"'{spec}': no module '{error.name}', {where}") from error
         raise UserError(f"'{spec}': importing {module_name} needs '{error.name}', which is not installed") from error
     except Exception as error:  # the user's module may fail in any way
@@ -173,8 +175,15 @@ def _put_back() -> Iterator[None]:
 
 
 def create(spec: str, what: str = "the encoder") -> Any:
-    """Return what the callable of a `module:callable` spec returns, or raise a UserError that says why it cannot."""
-    return call(spec, resolve(spec), what)
+    """Return what the callable of a `module:callable` spec returns, or raise a UserError that says why it cannot.
+
+    A network that stands there ready made is what is meant, and is not called.
+    """
+    target = resolve(spec)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(target, torch.nn.Module):
+        return target
+    return call(spec, target, what)
 
 
 def call(spec: str, target: Any, what: str, *given: Any, **options: Any) -> Any:

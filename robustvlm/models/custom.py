@@ -50,7 +50,13 @@ def framing_declared(thing: object) -> dict[str, Any]:
 
 def size_declared(thing: object, spec: str) -> Size:
     """Return the image size of a user's object, a whole number or (height, width), or say what is wrong with it."""
-    return as_size(getattr(thing, "image_size", None), f"'{spec}': image_size")
+    size = getattr(thing, "image_size", None)
+    if size is None:
+        raise UserError(
+            f"'{spec}' has no image_size: set it to the side of the images that it takes in pixels, as image_size = 224"
+            " (docs/models.md)"
+        )
+    return as_size(size, f"'{spec}': image_size")
 
 
 _MEMBERS = ("encode_image", "encode_text", "image_size", "logit_scale")
@@ -200,7 +206,13 @@ def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
     missing = [name for name in _MEMBERS if not hasattr(encoder, name)]
     if missing:
         has = f"{type(encoder).__name__} has no {' and no '.join(missing)}"
-        raise UserError(f"'{spec}' must return an object with {', '.join(_MEMBERS)}: {has}")
+        hint = ""
+        if callable(encoder) and "encode_image" in missing:
+            hint = (
+                "; a classifier is taken by attack, evaluate, detect and predict, and certified from Python by "
+                "rv.certify_tensors (docs/python.md)"
+            )
+        raise UserError(f"'{spec}' must return an object with {', '.join(_MEMBERS)}: {has}{hint}")
     size_declared(encoder, spec)
     scale = encoder.logit_scale
     if not isinstance(scale, (int, float, torch.Tensor)) or not 0 < float(scale) < math.inf:

@@ -21,7 +21,7 @@ from command_line import MEAN, OWN, Call
 
 from robustvlm.cli import terminal
 from robustvlm.cli.app import option_names
-from robustvlm.cli.console import Console
+from robustvlm.cli.console import Bars, Console
 from robustvlm.cli.main import app
 from robustvlm.errors import UserError
 
@@ -265,6 +265,28 @@ def test_a_reader_that_went_away_is_no_failed_condition(call: Call) -> None:
         patch.setattr("robustvlm.cli.terminal.drop_output", lambda: None)
         ended = call("models")
     assert (ended.code, ended.err) == (141, "")
+
+
+def test_a_reader_that_goes_away_in_the_midst_of_a_table_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        Console(width=60).print("a line")
+
+
+def test_colours_that_are_forced_make_no_terminal_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in notebooks and in continuous integration
+    console = Console(width=60)
+    assert console.is_terminal
+    with Bars(console, plain="begin") as bars:
+        bars.begin("clean", total=2)
+        bars.advance(2)
+    assert capsys.readouterr().out == "clean\n"
 
 
 def test_streams_that_are_closed_or_narrow_are_made_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,19 @@ def masked():
     return Channels(honest=False)
 
 
+class Levels(nn.Module):
+    differentiable = False
+
+    def forward(self, pixels):
+        return (pixels * 31).round() / 31
+
+
+def stairs():
+    model = nn.Sequential(Levels(), Channels())
+    model.image_size, model.class_names = 16, Channels.class_names
+    return model
+
+
 def smaller():
     model = Channels()
     model.image_size = 8
@@ -146,6 +159,13 @@ def test_masked_gradients_are_seen_through_and_said(place: Path) -> None:
     assert found.adaptive.successes == found.worst.successes == 6, "the transferred points do not ask it"
     assert {"transfer against gradients", "does nothing here"} <= names(found)
     assert found.protocol.only_first == 0
+
+
+def test_a_part_of_ones_own_that_says_it_has_no_gradient_is_not_told_to_say_so(place: Path) -> None:
+    found = judge(place, "planted:stairs", "stairs", base="planted:plain").summary.of("planted:stairs")
+    (said,) = (check for check in found.checks if check.name == "gradient as stated")
+    assert said.level == "note"
+    assert "as is to be expected of a model with parts that are declared" in said.message
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same(place: Path, run: Any) -> None:

@@ -34,6 +34,8 @@ class Net(nn.Module):
         assert pixels.shape[-1] == 8
         return self.layer(pixels.mean((2, 3)))
 
+ready = Net()
+
 class Refusing(Net):
     can_reject = True
 
@@ -150,6 +152,15 @@ def test_a_classifier_of_the_user_is_resized_for_and_taken_as_it_is() -> None:
     assert torch.equal(load("own_classifiers:Plain")(pixels), pixels.mean((2, 3)))
 
 
+def test_a_network_that_stands_ready_made_in_a_module_is_taken_and_left_alone() -> None:
+    model = load("own_classifiers:ready")
+    mine = sys.modules["own_classifiers"].ready
+    pixels = torch.rand(5, 3, 8, 8)
+    assert torch.allclose(model(pixels), mine(pixels))
+    assert mine.training
+    assert all(weight.requires_grad for weight in mine.parameters())
+
+
 def test_a_classifier_of_the_user_may_refuse_by_itself() -> None:
     assert load("own_classifiers:Refusing").can_reject
     assert load("own_classifiers:Net+reject:0.5")(torch.rand(2, 3, 8, 8)).shape == (2, 4)
@@ -162,7 +173,7 @@ FAULTS = {
     "NotFinite": "got NaN or infinite values",
     "Broken": "it raised ValueError: no such layer",
     "Texts": "got a list",
-    "NoSize": "image_size must be a whole number of pixels, .* got None",
+    "NoSize": "'own_classifiers:NoSize' has no image_size: set it to the side",
     "OddSize": "got 8.5",
     "OddInterpolation": "did you mean 'bicubic'",
     "Nothing": "Nothing has no encode_image and cannot be called",

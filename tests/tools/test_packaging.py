@@ -61,10 +61,10 @@ def test_metadata_that_lack_something_or_pin_others_are_found() -> None:
     assert "pins others" in said
 
 
-def test_the_extras_are_those_of_the_project_but_for_the_tests() -> None:
+def test_the_extras_are_those_of_the_project_but_for_tests_and_docs() -> None:
     section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
     named = re.findall(r"^(\w+) = \[", section.partition("\n[project.scripts]")[0], re.M)
-    assert set(named) - {"test"} == set(EXTRAS.split(","))
+    assert set(named) - {"test", "docs"} == set(EXTRAS.split(","))
 
 
 def test_the_program_needs_nothing_but_python_to_tell_what_it_does() -> None:

@@ -160,8 +160,11 @@ def verdict(summary: Summary) -> str:
     start, worst = ball(summary.norm, at.eps_text), _worst_case(len(at.per_attack))
     if rate.successes == 0:
         whom = words.whom if words.whom != "images" else "images of this run"
+        whose = (
+            f"any of the {rate.total:,} {whom}" if rate.total > 1 else f"the only {whom.replace('images', 'image', 1)}"
+        )
         return (
-            f"No attack found {start[0].lower()}{start[1:]} to {words.effect} any of the {rate.total:,} {whom}"
+            f"No attack found {start[0].lower()}{start[1:]} to {words.effect} {whose}"
             f" ({worst}95% interval of the success rate {interval(rate)})."
         )
     return (

@@ -214,6 +214,7 @@ class Attacked:
         )
         said = of_probe(found, eot=oracle.eot, draws=oracle.draws)
         made_up = any(part.mode == IDENTITY for part in defended(self.model))
+        made_up |= any(not getattr(part, "differentiable", True) for part in self.model.modules())
         return said + of_sanity(sanity, attacks=[], zero_gradients=found.zero_gradients, declared=made_up)
 
     def _away(self, images: Images) -> list[Fate]:

@@ -213,7 +213,8 @@ class Work:
     def remarks(self) -> list[str]:
         """What a reader has to know of images and classes; complete once all images are read."""
         aside = getattr(self.source, "aside", 0)
-        said = [f"left aside in folders: {aside:,} files that are no images"] if aside else []
+        kind = "file that is no image" if aside == 1 else "files that are no images"
+        said = [f"left aside in folders: {aside:,} {kind}"] if aside else []
         return [*taken_for_granted(self.classifier), *self.notes, *self.source.remarks, *said]
 
     def _given(self) -> list[str]:
