@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 # start two seconds.
 
 CLOPPER_PEARSON = "Clopper-Pearson"
+_ROUNDING = 1e-9
 
 
 class Rate(BaseModel):
@@ -109,6 +110,28 @@ def mean(
     # The mean itself may be past an end by rounding, as the cosine of a feature to itself is.
     low, high = min(centre, max(within[0], centre - reach)), max(centre, min(within[1], centre + reach))
     return Mean(total=n, value=centre, low=low, high=high, confidence=confidence)
+
+
+def mean_share(values: Sequence[float], confidence: float = 0.95) -> Mean:
+    """Return the mean of shares in [0, 1], one a case, with its interval: Student's t, within [0, 1].
+
+    Cases that are 0 or 1 each are counted, and have the exact interval of a rate: where all are alike their spread is
+    no measure of how far the mean may be off.
+
+    Example:
+        >>> m = mean_share([1.0] * 10)
+        >>> (m.value, round(m.low, 4), m.high, m.method)
+        (1.0, 0.6915, 1.0, 'Clopper-Pearson')
+        >>> mean_share([0.5, 1.0]).method
+        "Student's t"
+    """
+    # Sums of weights miss 1 by rounding.
+    snapped = [round(value) if abs(value - round(value)) < _ROUNDING else value for value in values]
+    if not snapped or any(value not in (0, 1) for value in snapped):
+        return mean(snapped, confidence, within=(0.0, 1.0))
+    found = rate(int(sum(snapped)), len(snapped), confidence)
+    return Mean(total=found.total, value=found.value, low=found.low, high=found.high,
+                confidence=confidence, method=found.method)  # fmt: skip
 
 
 class PairedTest(BaseModel):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from robustvlm.cli.app import start_and_show
-from robustvlm.cli.terminal import say, say_json
+from robustvlm.cli.terminal import json_without_secrets, say, say_json
 from robustvlm.errors import UserError, nearest
 from robustvlm.runs.run import Command
 from robustvlm.runs.settings import Settings
@@ -264,9 +264,10 @@ def _write_as(form: str, runs: Sequence[str], out: Path | None, fail_if: Sequenc
     batch = _batch(runs, fail_if)
     text = written(batch, form)
     if out is not None:
-        cut = visible_json if form in ("json", "sarif") else visible
+        as_json = form in ("json", "sarif")
+        shown = visible_json(json_without_secrets(text)) if as_json else visible(without_secrets(text))
         with named_disk_errors(out.parent):
-            write_text(out, cut(without_secrets(text)) + "\n")
+            write_text(out, shown + "\n")
         say(f"Report: {out}")
     elif form in ("json", "sarif"):
         say_json(text)

@@ -30,10 +30,14 @@ def say(text: str, *, err: bool = False) -> None:
 
 def say_json(text: str) -> None:
     """Print JSON text on standard output: the same JSON, whatever characters are in it and the terminal can show."""
-    if "://" in text:
-        text = json.dumps(secrets_cut(json.loads(text)), indent=2, ensure_ascii=False)
+    text = json_without_secrets(text)
     unicode = str(getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
     print(visible_json(text) if unicode else ascii_json(text))
+
+
+def json_without_secrets(text: str) -> str:
+    """Return JSON text without secrets: they are looked for in its texts, not in how JSON writes them."""
+    return json.dumps(secrets_cut(json.loads(text)), indent=2, ensure_ascii=False) if "://" in text else text
 
 
 def open_streams() -> None:

@@ -244,21 +244,28 @@ def batch_of(folders: Sequence[Path], conditions: Sequence[str] = ()) -> Batch:
 
 
 def _comparison(folders: Sequence[Path], named: Sequence[FinishedRun[Any]]) -> Report | None:
-    """Return the comparison of several attack runs that were named one by one."""
-    if len(named) < 2 or len(folders) != len(named) or any(run.kind != "attack" for run in named):
+    """Return the comparison of runs named one by one: attacks, or an evaluation with attacks on its model."""
+    if len(named) < 2 or len(folders) != len(named) or any(run.kind != "attack" for run in named[1:]):
+        return None
+    runs: Sequence[Any] = named
+    if named[0].kind == "evaluate":
+        from robustvlm.commands.evaluate.beside import beside_report
+
+        return beside_report(runs[0], runs[1:])
+    if named[0].kind != "attack":
         return None
     from robustvlm.commands.attack.compare import compare, comparison_report
 
-    runs: Sequence[Any] = named
     return comparison_report(runs, compare(*runs))
 
 
 def _gates(runs: Sequence[FinishedRun[Any]], conditions: Sequence[str]) -> dict[Path, list[Gate]]:
     """Return the conditions by the folder of the run that they are put to; a gate that watches no run is a mistake."""
     found: dict[Path, list[Gate]] = {run.folder: [] for run in runs}
-    for text in conditions:
+    once = {run.folder: run for run in runs}.values()
+    for text in dict.fromkeys(conditions):
         known, refused = False, UserError(f"'{text}' was put to no run: none here has conditions")
-        for run in runs:
+        for run in once:
             parse = getattr(command_of(run.kind).load(), "parse_condition", None)
             try:
                 condition = None if parse is None else parse(text)

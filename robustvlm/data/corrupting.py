@@ -2,9 +2,10 @@
 
 Every function takes an image [H, W, 3] in [0, 1], the numbers that its severity means, the unit (how many pixels a
 length of 1 is, 1 on images of the side that severities are defined for) and a source of draws, and returns the image
-changed; values outside [0, 1] are cut off by the caller. Written from the paper's formulas. Two differ from its
-program: the ice of `frost` is drawn here, where ImageNet-C lays photographs of ice over the image, and `fog`'s clouds
-are a sum of octaves where it has the diamond-square algorithm.
+changed; values outside [0, 1] are cut off by the caller. Written from the paper's formulas. Three differ from its
+program: the ice of `frost` is drawn here, where ImageNet-C lays photographs of ice over the image, `fog`'s clouds are a
+sum of octaves where it has the diamond-square algorithm, and in `glass_blur` pixels change places, where one of the two
+was lost in it.
 """
 
 # ruff: noqa: ARG001 - all kinds are called alike, and not each needs the unit or draws
@@ -173,7 +174,10 @@ def elastic_transform(image: Array, level: Level, unit: float, random: Draws) ->
 
 
 def pixelate(image: Array, level: Level, unit: float, random: Draws) -> Array:
-    """Make the image smaller and large again, in blocks; level: the scale of the smaller one."""
+    """Make the image smaller and large again, in blocks; level: the scale of the smaller one.
+
+    With a unit above 1 blocks grow with it.
+    """
     height, width = image.shape[:2]
     scale = level[0] / max(1.0, unit)
     small = (max(1, int(width * scale)), max(1, int(height * scale)))

@@ -49,7 +49,7 @@ class Corruption:
         """Return float32 pixels [3, H, W] in [0, 1], in steps of 1/255; the draws are the image's and the kind's own.
 
         The severities of a kind draw from the same stream. Lengths grow with the shorter side, measured in the nearest
-        of `SIDES`; noise, quality and the factor of `pixelate` do not depend on it.
+        of `SIDES`, the blocks of `pixelate` above that side alone; noise and quality do not depend on it.
 
         Args:
             pixels: [3, H, W] in [0, 1], as the model will see it. image_id: what the draws are named by.

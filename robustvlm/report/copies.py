@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from robustvlm.report import sections as doc
-from robustvlm.report.words import DASH, RANGE, Bar, plain
+from robustvlm.report.words import DASH, RANGE, plain
 
 ROWS = 100
 """Rows of a table that can be copied: text of all rows of every format would double a big page. The rest is said."""
@@ -36,13 +36,8 @@ def table_of(block: doc.Table | doc.Bars | doc.Facts) -> doc.Table:
         return block
     if isinstance(block, doc.Facts):
         return doc.Table([doc.Column("Name"), doc.Column("Value")], block.rows, title=block.title)
-    rows = [(doc.Name(bar.name), _of_bar(bar), bar.count) for bar in block.bars]
+    rows = [(doc.Name(bar.name), doc.Measure(bar.text, bar.interval, *bar.shares), bar.count) for bar in block.bars]
     return doc.Table([doc.Column("Name"), *doc.numbers("Rate", "Count")], rows, title=block.title or block.caption)
-
-
-def _of_bar(bar: Bar) -> doc.Measure:
-    shares = (None, None, None) if bar.text == DASH else (bar.value / 100, bar.low / 100, bar.high / 100)
-    return doc.Measure(bar.text, bar.interval, *shares)
 
 
 def cut_to(block: doc.Table | doc.Bars | doc.Facts) -> int:

@@ -77,6 +77,13 @@ class Measure:
         return cls(DASH if found is None else f"{found:.4g}", value=found)
 
     @classmethod
+    def bare(cls, found: Rate | float | None) -> Measure:
+        """Return a share as a percentage alone; programs have its interval too."""
+        if isinstance(found, Rate):
+            return cls(percent(found.value), "", found.value, *((found.low, found.high) if found.total else ()))
+        return cls(percent(found), value=found)
+
+    @classmethod
     def between(cls, value: float, low: float, high: float, digits: int = 3) -> Measure:
         """Return a metric in [0, 1], such as an AUROC, with its interval."""
         return cls(f"{value:.{digits}f}", f"{low:.{digits}f}{RANGE}{high:.{digits}f}", value, low, high)

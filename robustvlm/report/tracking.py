@@ -182,7 +182,10 @@ def _numbers(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
         for number, item in enumerate(value):
             if isinstance(item, Mapping):
                 names = [str(item[name]) for name in _NAMES if item.get(name)]
-                yield from _numbers(item, (*place, _word(names[0] if names else number)))
+                # A kind of corruption is there once for each severity.
+                level = f":{item['severity']}" if names and "severity" in item else ""
+                rest = {key: one for key, one in item.items() if key != "severity" or not level}
+                yield from _numbers(rest, (*place, _word(names[0] + level if names else number)))
 
 
 def _word(key: object) -> str:

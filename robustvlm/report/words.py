@@ -76,6 +76,18 @@ def interval(rate: Rate) -> str:
     return f"{percent(low).removesuffix('%')}{RANGE}{percent(high)}"
 
 
+def as_rate(found: Mean) -> Rate:
+    """Return a mean in [0, 1] as a share, to be shown as shares are; without an interval it may be anything.
+
+    Example:
+        >>> interval(as_rate(Mean(total=1, value=0.5, low=None, high=None))).replace(RANGE, " to ")
+        '0 to 100%'
+    """
+    value, total = found.value or 0.0, max(found.total, 1)
+    low, high = 0.0 if found.low is None else found.low, 1.0 if found.high is None else found.high
+    return Rate(successes=round(value * total), total=total, value=value, low=low, high=high, method=found.method)
+
+
 def norm_name(norm: str) -> str:
     """Return the written form of a norm: L∞ for "Linf"."""
     return NORMS.get(norm, plain(norm))
@@ -172,7 +184,7 @@ LEVELS = {"fault": ("✕", "fault"), "warning": ("!", "warning"), "note": ("i", 
 
 @dataclass(frozen=True)
 class Bar:
-    """A rate as a bar: lengths in percent, the numbers in words."""
+    """A rate as a bar: lengths in percent, the numbers in words, and with all their digits (value, low, high)."""
 
     name: str
     value: float
@@ -181,6 +193,7 @@ class Bar:
     text: str
     interval: str
     count: str
+    shares: tuple[float | None, float | None, float | None] = (None, None, None)
 
 
 def bar(name: str, rate: Rate) -> Bar:
@@ -200,6 +213,7 @@ def bar(name: str, rate: Rate) -> Bar:
         text=percent(rate.value),
         interval=interval(rate) if rate.total else DASH,
         count=f"{rate.successes:,} of {rate.total:,}",
+        shares=(rate.value, rate.low, rate.high) if rate.total else (None, None, None),
     )
 
 

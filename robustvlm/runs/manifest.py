@@ -336,6 +336,7 @@ FILES: dict[str, RunFile] = {
     "results.parquet": _RESULT,
     "certificates.jsonl": _RESULT,
     "captions.parquet": _RESULT,
+    "corrupted.parquet": _RESULT,
     "attacked.parquet": _RESULT,
     "report.html": _ASIDE,
     "report.md": _ASIDE,

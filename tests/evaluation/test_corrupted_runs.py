@@ -16,12 +16,16 @@ import robustvlm as rv
 from robustvlm.commands.detect.view import read_run, write_report
 from robustvlm.commands.evaluate import looks
 from robustvlm.commands.evaluate.beside import evenness, table, write_beside
+from robustvlm.commands.evaluate.corrupted import Answer, blocks, measured
 from robustvlm.commands.evaluate.measures import macro_std
+from robustvlm.commands.evaluate.record import ImageRow
+from robustvlm.commands.index import batch_of
 from robustvlm.core.framing import to_pixels
 from robustvlm.data.corruptions import parse_corruptions, weights_of
 from robustvlm.defenses import load_classifier
 from robustvlm.errors import UserError
-from robustvlm.report.words import percent
+from robustvlm.report.words import DASH, RANGE, as_rate, interval, percent
+from robustvlm.stats import rate
 
 CPU = {"device": "cpu"}
 
@@ -67,8 +71,13 @@ def test_an_evaluation_asks_about_every_corrupted_image(tmp_path: Path) -> None:
     for value, each in ((found.accuracy, right), (found.rejected, refused)):
         assert value.value == pytest.approx(float((weights @ torch.stack(each).float()).mean()), abs=1e-6)
         assert 0 <= value.low <= value.value <= value.high <= 1
+    shown = next(blocks(found, run.accuracy, run.rejected)).rows
+    assert [(cell.value, cell.low) for row in shown[1:-1] for cell in row[1:-1] if cell != DASH] == [
+        (one.accuracy.value, one.accuracy.low) for one in found.found
+    ]
     page = run.report.read_text(encoding="utf-8")
     assert "Right under common corruptions" in page
+    assert "Student's t over images" in page.replace("&#39;", "'")
     assert "Refused under common corruptions" in page
 
 
@@ -98,6 +107,38 @@ def test_a_killed_evaluation_ends_as_a_straight_one(tmp_path: Path, monkeypatch:
     tables = [pq.read_table(run.folder / "corrupted.parquet") for run in (again, straight)]
     assert tables[0].equals(tables[1])
     assert len(tables[0]) == 6 * 20
+
+
+def test_without_spread_the_mean_has_the_interval_of_a_share() -> None:
+    few = [ImageRow(place, str(place), 0, correct=True) for place in range(8)]
+    all_kinds = {one.text: dict.fromkeys(range(8), Answer(0, 0.9)) for one in parse_corruptions("all")}
+    found = measured(few, all_kinds, 64)
+    assert found is not None
+    assert (found.accuracy.value, found.accuracy.low, found.accuracy.high) == (1, rate(8, 8).low, 1)
+    # One kind at one severity is a share like any other.
+    mixed = {"fog:3": {place: Answer(place % 4 // 3, 0.9) for place in range(8)}}
+    found = measured(few, mixed, 64)
+    assert found is not None
+    assert as_rate(found.accuracy) == found.found[0].accuracy == rate(6, 8)
+    # Of one image that is right under one of two nothing is known.
+    found = measured(few[:1], {"fog:3": {0: Answer(0, 0.9)}, "snow:3": {0: Answer(1, 0.9)}}, 64)
+    assert found is not None
+    assert (found.accuracy.low, found.accuracy.high) == (None, None)
+    assert interval(as_rate(found.accuracy)) == f"0{RANGE}100%"
+
+
+def test_corrupted_rows_are_sealed_and_go_with_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustvlm.commands.evaluate.work.write_report", lambda folder: folder)
+    asked = {"data": "emoji?copies=1", "limit": 2, "name": "run", "out": tmp_path} | CPU
+    rv.evaluate("tiny", corrupt="contrast:2", **asked)
+    rows = tmp_path / "run" / "corrupted.parquet"
+    whole = rows.read_bytes()
+    rows.write_bytes(b"others")
+    with pytest.raises(UserError, match=r"'corrupted\.parquet'"):
+        rv.open_run(tmp_path / "run")
+    rows.write_bytes(whole)
+    rv.evaluate("tiny", resume=False, **asked)
+    assert not rows.exists()
 
 
 def test_corruptions_are_checked_before_any_work(tmp_path: Path) -> None:
@@ -169,6 +210,17 @@ def test_clean_corrupted_and_attacked_stand_in_one_report(tmp_path: Path, monkey
         if len(parts) > 1
     }
     assert spread.rows[2][1].text == percent(macro_std(counts))  # type: ignore[union-attr]
+    told = batch_of([run.folder, attack.folder])
+    assert told.comparison is not None
+    assert "The runs saw different images" not in page
+    assert table(run, [rv.open_run(attack.folder)]) == told.comparison.sections[0].blocks[0]  # type: ignore[list-item]
+    fewer = rv.evaluate("tiny", **few | {"limit": 3})
+    assert "The runs saw different images" in str(table(fewer, [rv.open_run(attack.folder)]).caption)  # type: ignore[list-item]
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a {} thing\n", encoding="utf-8")
+    asked_otherwise = rv.evaluate("tiny", templates=templates, **few | {"limit": 3})
+    with pytest.raises(UserError, match="other prompt templates"):
+        write_beside([asked_otherwise.folder, attack.folder])
     other = rv.evaluate("tiny-robust", **few)
     with pytest.raises(UserError, match="attacked another model than"):
         write_beside([other.folder, attack.folder])

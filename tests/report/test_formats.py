@@ -28,9 +28,10 @@ from robustvlm.commands.index import batch_of
 from robustvlm.errors import UserError
 from robustvlm.report import document as made
 from robustvlm.report import sections as doc
+from robustvlm.report.copies import table_of
 from robustvlm.report.document import SCHEMA, Batch, Document, Gate, LeftOut, Told, schema
 from robustvlm.report.formats import FORMATS, written
-from robustvlm.report.words import finding, plain
+from robustvlm.report.words import bar, finding, plain
 from robustvlm.stats import Mean, rate
 
 BEFORE = Path(__file__).parents[1] / "pins" / "before"
@@ -122,6 +123,18 @@ def test_numbers_are_those_of_the_summary_with_all_their_digits(batch: Batch) ->
     found = [float(line["high"]) for line in lines if line["kind"] == "attack" and line["column"] == "Robust accuracy"]
     assert found == [at.robust_accuracy.high for at in batch.runs[0].run.summary.per_eps]
     assert {line["run"] for line in lines} == set(KINDS)
+
+
+def test_bars_have_all_digits_too() -> None:
+    bars = doc.Bars([bar("a", rate(1, 3)), bar("none", rate(0, 0))], "")
+    third, none = (made.cell_of(row[1]) for row in table_of(bars).rows)
+    assert (third.value, third.low, third.high) == (1 / 3, rate(1, 3).low, rate(1, 3).high)
+    assert (none.value, none.low, none.high) == (None, None, None)
+
+
+def test_a_condition_is_put_once_to_a_run_that_is_named_twice() -> None:
+    batch = batch_of([BEFORE / "attack", BEFORE / "attack"], ["asr>0", "asr>0"])
+    assert [len(told.gates) for told in batch.runs] == [1, 1]
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, *ODD])
@@ -258,6 +271,20 @@ def test_the_command_prints_writes_and_gates(tmp_path: Path, capsys: pytest.Capt
     ):
         with pytest.raises(UserError, match=words):
             report_command([run], **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_keeps_secrets_as_the_terminal_does(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = hostile('wds:https://me:hush"42@host/a.tar')
+    shut = Batch([Told(told.run, told.report) for told in batch.runs], batch.comparison, batch.left_out)
+    monkeypatch.setattr("robustvlm.cli.acts._batch", lambda *_: shut)
+    report_command(["a"], form=form)
+    printed = capsys.readouterr().out
+    report_command(["a"], form=form, out=tmp_path / "file")
+    kept = (tmp_path / "file").read_text(encoding="utf-8")
+    assert kept == printed
 
 
 if __name__ == "__main__":

@@ -85,6 +85,11 @@ def test_many_numbers_are_cut_from_the_inside_and_none_takes_another_s_place() -
     assert "on" not in found
 
 
+def test_severities_of_a_kind_are_told_apart() -> None:
+    found = [{"name": "fog", "severity": level, "accuracy": level / 10} for level in (3, 5)]
+    assert tracking.numbers_of({"found": found}) == {"found/fog_3/accuracy": 0.3, "found/fog_5/accuracy": 0.5}
+
+
 def test_tensorboard_gets_all_of_it(
     told: Logged, tmp_path: Path, run: FinishedRun[Any], fake: Callable[..., None]
 ) -> None:

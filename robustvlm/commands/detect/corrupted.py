@@ -12,8 +12,8 @@ from robustvlm.commands.detect.measures import Scored
 from robustvlm.commands.detect.summary import CorruptedKnown, CorruptedScore, DetectSummary, RefusedUnder
 from robustvlm.data.corruptions import NAMES, Corruption, weights_of
 from robustvlm.report import sections as doc
-from robustvlm.report.words import DASH, count_of, percent, plain
-from robustvlm.stats import Rate, mean
+from robustvlm.report.words import DASH, as_rate, count_of, percent, plain
+from robustvlm.stats import Rate, mean_share
 
 Array = NDArray[np.float64]
 
@@ -48,13 +48,13 @@ def summarise(
             name=name,
             title=measures.title_of(name),
             clean=measures.share(~(known.scores[name] > thresholds[name])),
-            refused=mean((weights @ table).tolist(), within=(0.0, 1.0)),
+            refused=mean_share((weights @ table).tolist()),
             of_right=_within(weights, table, right),
             of_wrong=_within(weights, table, ~right),
         )
         for name, table in refused.items()
     ]
-    accuracy = mean((weights @ right).tolist(), within=(0.0, 1.0))
+    accuracy = mean_share((weights @ right).tolist())
     return CorruptedKnown(side=side, images=len(known), right=accuracy, scores=scores, found=found)
 
 
@@ -98,9 +98,9 @@ def section(summary: DetectSummary, shown: str) -> Iterator[doc.Section]:
     rows: list[doc.Row] = [
         (
             one.title,
-            percent(one.clean.value),
-            doc.Measure(percent(one.refused.value), _reach(one)),
-            *(percent(share) for share in (one.of_right, one.of_wrong)),
+            doc.Measure.bare(one.clean),
+            doc.Measure.of(as_rate(one.refused)),
+            *(doc.Measure.bare(share) for share in (one.of_right, one.of_wrong)),
         )
         for one in found.scores
     ]
@@ -118,15 +118,10 @@ def section(summary: DetectSummary, shown: str) -> Iterator[doc.Section]:
     yield doc.Section("Under common corruptions", blocks, key="corruptions", short="Corruptions")
 
 
-def _reach(one: CorruptedScore) -> str:
-    ends = [percent(end) for end in (one.refused.low, one.refused.high) if end is not None]
-    return f"{ends[0].removesuffix('%')}\N{EN DASH}{ends[1]}" if len(ends) == 2 else ""
-
-
 def _each(found: Sequence[RefusedUnder], title: str, share: Callable[[RefusedUnder], Rate]) -> doc.Table:
     """Return a share under each corruption: kinds by severities."""
     severities = sorted({one.severity for one in found})
-    cells = {(one.name, one.severity): percent(share(one).value) for one in found}
+    cells = {(one.name, one.severity): doc.Measure.bare(share(one)) for one in found}
     rows: list[doc.Row] = [
         (name.replace("-", " "), *(cells.get((name, severity), DASH) for severity in severities))
         for name in NAMES

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.commands.attack.record import AttackedRun, load_run, robust_bounds
-from robustvlm.commands.evaluate.corrupted import as_rate
 from robustvlm.commands.evaluate.record import uneven
-from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run
+from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run, spread_cells
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.words import norm_name, percent, plain
+from robustvlm.report.words import as_rate, norm_name, plain
 
 
 def write_beside(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -27,16 +26,32 @@ def write_beside(folders: Sequence[Path], out: Path | None = None) -> Path:
         UserError: a run has not ended, is of another kind, or of another model; or the page cannot be written.
     """
     run, attacked = read_run(folders[0]), [load_run(folder) for folder in folders[1:]]
-    for other in attacked:
-        _require_same_model(run, other)
+    beside = beside_report(run, attacked)
     path = out or run.folder.resolve().parent / "comparison.html"
-    report = evaluate_report(run)
-    blocks: list[doc.Block] = [table(run, attacked), *evenness(run, attacked)]
-    beside = doc.Section("Clean, corrupted, attacked", blocks, key="beside", short="All")
     with drawing(run.folder):
-        text = page_of(replace(report, sections=[beside, *report.sections]))
+        report = evaluate_report(run)
+        text = page_of(replace(report, sections=[*beside.sections, *report.sections]))
     write_page(path, text)
     return path
+
+
+def beside_report(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Report:
+    """Return what is said of an evaluation and attacks on the same model together.
+
+    Raises:
+        UserError: a run is of another model, other classes or other prompt templates.
+    """
+    for other in attacked:
+        _require_same_model(run, other)
+    blocks: list[doc.Block] = [table(run, attacked), *evenness(run, attacked)]
+    return doc.Report(
+        kind="comparison",
+        name=" · ".join(plain(one.name, 60) for one in (run, *attacked)),
+        kicker="Clean, corrupted, attacked",
+        facts="",
+        verdicts=[],
+        sections=[doc.Section("Clean, corrupted, attacked", blocks, key="beside", short="All")],
+    )
 
 
 def _require_same_model(run: Evaluation, other: AttackedRun) -> None:
@@ -45,6 +60,9 @@ def _require_same_model(run: Evaluation, other: AttackedRun) -> None:
         raise UserError(f"'{other.name}' attacked another model than '{run.name}' evaluated: name runs of one model")
     if run.class_names != list(other.class_names):
         raise UserError(f"'{other.name}' has other classes than '{run.name}': name runs on the same classes")
+    mine, theirs = ((one.manifest.get("data") or {}).get("templates") for one in (run, other))
+    if mine != theirs:
+        raise UserError(f"'{other.name}' has other prompt templates than '{run.name}': name runs with the same ones")
 
 
 def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
@@ -59,7 +77,8 @@ def table(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Table:
     manifests = [run.manifest, *(other.manifest for other in attacked)]
     data = {str((one.get("data") or {}).get("fingerprint")) for one in manifests}
     caption = "Attacks look for the worst change within a radius; corruptions are drawn without regard to the model."
-    if len(data) > 1:
+    seen = {result.images, *(at.robust_accuracy.total for other in attacked for at in other.summary.per_eps)}
+    if len(data) > 1 or len(seen) > 1:
         caption += " The runs saw different images."
     return doc.Table(columns, rows, caption=caption, strong=frozenset({0}))
 
@@ -97,8 +116,11 @@ def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.T
 def _spread_of(title: str, facts: Sequence[tuple[int, str, bool]]) -> Iterator[tuple[Any, ...]]:
     one = uneven(facts)
     if one is not None:
-        shown = doc.Measure(percent(one["value"]), f"{percent(one['low'])} to {percent(one['high'])}")
-        yield (title, shown, percent(one["by_chance"]), f"{one['p_value']:.2g}", f"{len(facts):,}")
+        yield (
+            title,
+            *spread_cells(*(one[key] for key in ("value", "low", "high", "by_chance", "p_value"))),
+            f"{len(facts):,}",
+        )
 
 
 def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from robustvlm.data.corruptions import NAMES, SEVERITIES, Corruption, parse_corruptions, weights_of
 from robustvlm.report import sections as doc
-from robustvlm.report.words import DASH, interval, percent
-from robustvlm.stats import Mean, Rate, mean, rate
+from robustvlm.report.words import DASH, as_rate, interval, percent
+from robustvlm.stats import Mean, Rate, mean_share, rate
 
 
 class Labelled(Protocol):
@@ -60,7 +60,8 @@ class Corruptions(BaseModel):
     Args:
         side: severities are those defined for images of this side.
         accuracy: mean corruption accuracy: over the severities of a kind, then over the kinds. Its interval is
-            Student's over images, each with its own mean. rejected: likewise, of a model that may refuse.
+            Student's over images, each with its own mean; exact where every image is right under all or under none.
+            rejected: likewise, of a model that may refuse.
         found: every kind at every severity, in the order of the kinds.
     """
 
@@ -161,8 +162,8 @@ def measured(known: Sequence[Labelled], answers: Answers, side: int) -> Corrupti
     ]
     return Corruptions(
         side=side,
-        accuracy=mean((weights @ hits).tolist(), within=(0.0, 1.0)),
-        rejected=mean((weights @ refused).tolist(), within=(0.0, 1.0)) if refuses else None,
+        accuracy=mean_share((weights @ hits).tolist()),
+        rejected=mean_share((weights @ refused).tolist()) if refuses else None,
         found=found,
     )
 
@@ -200,13 +201,6 @@ def _percent(found: Mean) -> str:
     return f"{percent(found.value)} ({interval(as_rate(found))})"
 
 
-def as_rate(found: Mean) -> Rate:
-    """Return a mean in [0, 1] as a share, to be shown as shares are."""
-    value, total = found.value or 0.0, max(found.total, 1)
-    low, high = (value if end is None else end for end in (found.low, found.high))
-    return Rate(successes=round(value * total), total=total, value=value, low=low, high=high, method=found.method)
-
-
 def blocks(found: Corruptions | None, clean: Rate, refused: Rate | None) -> Iterator[doc.Block]:
     """Yield the tables: kinds by severities, of right answers and, of a model that may refuse, of refusals."""
     if found is None:
@@ -229,8 +223,10 @@ def _table(title: str, cells: dict[tuple[str, int], Rate], clean: Rate, over: Me
         own = [cells.get((name, level)) for level in severities]
         values = [one.value for one in own if one is not None and one.value is not None]
         if values:
-            shown = [percent(one.value) if one is not None else DASH for one in own]
-            rows.append((name.replace("-", " "), *shown, *([percent(sum(values) / len(values))] if several else [])))
+            shown = [DASH if one is None else doc.Measure.bare(one) for one in own]
+            rows.append(
+                (name.replace("-", " "), *shown, *([doc.Measure.bare(sum(values) / len(values))] if several else []))
+            )
     rows.append(("mean", *[""] * (len(severities) - 1 + several), doc.Measure.of(as_rate(over))))
     heads = [doc.Column(str(level), number=True, group="severity") for level in severities]
     columns = [doc.Column("Corruption"), *heads, *([doc.Column("mean", number=True)] if several else [])]

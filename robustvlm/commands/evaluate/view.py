@@ -22,7 +22,7 @@ from robustvlm.report import sections as doc
 from robustvlm.report.charts import INK, SERIES, as_svg, chart, new_figure
 from robustvlm.report.page import write_report_of
 from robustvlm.report.repeat import repeatable
-from robustvlm.report.words import bar, count_of, duration, interval, percent, plain
+from robustvlm.report.words import as_rate, bar, count_of, duration, interval, percent, plain
 from robustvlm.runs.records import read_rows, required
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 from robustvlm.stats import rate
@@ -97,7 +97,8 @@ def evaluate_report(run: Evaluation) -> doc.Report:
             *_left_out(result),
             doc.cost_section([("Images", f"{len(run.rows):,}"), ("Time", duration(result.seconds))]),
         ],
-        footer="Intervals are 95%: exact Clopper-Pearson for shares, bootstrap over images for MacroStd.",
+        footer="Intervals are 95%: exact Clopper-Pearson for shares, bootstrap over images for MacroStd"
+        + ("." if result.corruptions is None else ", Student's t over images for means over corruptions."),
     )
     return repeatable(report, run.manifest)
 
@@ -140,7 +141,7 @@ def _cards(result: CleanResult) -> Iterator[doc.Card]:
     if result.images:
         yield doc.Card("Accuracy", result.accuracy, "of the labelled images", good=True)
     if result.corruptions is not None:
-        over = corrupted.as_rate(result.corruptions.accuracy)
+        over = as_rate(result.corruptions.accuracy)
         yield doc.Card("Under corruptions", over, "mean corruption accuracy", good=True)
     if result.top5 is not None:
         yield doc.Card("Top-5 accuracy", result.top5, "of the labelled images", good=True)
@@ -162,7 +163,7 @@ def _measures(result: CleanResult) -> Iterator[doc.Block]:
     if result.top5 is not None:
         rows.append((f"top-{TOP} accuracy", doc.Measure.of(result.top5)))
     if result.mean_per_class_recall is not None:
-        rows.append(("mean per-class recall", percent(result.mean_per_class_recall)))
+        rows.append(("mean per-class recall", doc.Measure.bare(result.mean_per_class_recall)))
     for at in result.superclass_accuracy:
         where = f"{plain(at.tree, 40)}, level {at.level}" if several else f"level {at.level}"
         label = f"superclass accuracy, {where} ({at.superclasses:,} groups)"
@@ -173,8 +174,8 @@ def _measures(result: CleanResult) -> Iterator[doc.Block]:
         if found is not None:
             rows.append((f"{end}, images of {what} classes", doc.Measure.of(found)))
     if result.mean_confidence is not None and result.calibration_error is not None:
-        rows.append(("mean confidence", percent(result.mean_confidence)))
-        rows.append((f"calibration error ({N_BINS} bins)", percent(result.calibration_error)))
+        rows.append(("mean confidence", doc.Measure.bare(result.mean_confidence)))
+        rows.append((f"calibration error ({N_BINS} bins)", doc.Measure.bare(result.calibration_error)))
     title = f"{plain(result.model, 120)} on {plain(result.data, 120)}"
     yield doc.Table(
         [doc.Column("Measure"), doc.Column("Value, 95% interval")], rows, title=title, strong=frozenset({0})
@@ -187,17 +188,15 @@ def _unevenness(result: CleanResult) -> Iterator[doc.Block]:
     for one in result.unevenness:
         where = f"{plain(one.tree, 40)}, level {one.level}" if several else f"level {one.level}"
         of = "subgroups of a class" if one.by == "subgroups" else f"classes of a superclass, {where}"
-        reach = interval(rate(0, 1).model_copy(update={"low": one.low, "high": one.high}))
-        rows.append(
-            (
-                of,
-                doc.Measure(percent(one.value), reach, one.value, one.low, one.high),
-                percent(one.by_chance),
-                f"{one.p_value:.2g}",
-            )
-        )
+        rows.append((of, *spread_cells(one.value, one.low, one.high, one.by_chance, one.p_value)))
     columns = [doc.Column("Accuracy over the"), *doc.numbers("MacroStd", "By chance", "p")]
     yield doc.Table(columns, rows, title="How evenly")
+
+
+def spread_cells(value: float, low: float, high: float, by_chance: float, p_value: float) -> tuple[doc.Line, ...]:
+    """Return MacroStd with its interval, what chance alone gives, and p, as cells of a row."""
+    reach = interval(rate(0, 1).model_copy(update={"low": low, "high": high}))
+    return (doc.Measure(percent(value), reach, value, low, high), doc.Measure.bare(by_chance), f"{p_value:.2g}")
 
 
 def _retrieval(result: CleanResult) -> Iterator[doc.Block]:
