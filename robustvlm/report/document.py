@@ -134,7 +134,7 @@ class Grid(_Part):
 
 
 class CheckFound(_Part):
-    """A check and what it found; `rule` is its name for programs, the same in every run."""
+    """A check and what it found; `rule` is its name for programs, the same in every run on sets of the same names."""
 
     level: Literal["ok", "note", "warning", "fault"]
     rule: str

@@ -150,8 +150,10 @@ def _lines(table: doc.Table) -> Iterator[tuple[object, ...]]:
             part = plain(row, 600)
             continue
         cells = [cell_of(cell) for cell in row]
-        for head, cell in list(zip(heads, cells, strict=True))[len(cells) > 1 :]:
-            plain_number = _COUNT.fullmatch(cell.text) and cell.value is None
+        for head, cell, given in list(zip(heads, cells, row, strict=True))[len(cells) > 1 :]:
+            # A class may be called "7".
+            named = any(isinstance(part, doc.Name | doc.Code) for part in doc.parts_of(given))
+            plain_number = not named and cell.value is None and _COUNT.fullmatch(cell.text)
             value = float(cell.text.replace(",", "")) if plain_number else cell.value
             numbers = ["" if number is None else f"{number!r}" for number in (value, cell.low, cell.high)]
             yield part, cells[0].text, head, "" if cell.text == DASH else cell.text, *numbers

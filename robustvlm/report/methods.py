@@ -296,10 +296,13 @@ def _corruptions(manifest: Manifest) -> Iterator[str]:
     text = manifest["config"].get("corrupt")
     if not text:
         return
-    kinds = {one.partition(":")[0] for one in str(text).split(",")}
-    severities = sorted({one.partition(":")[2] for one in str(text).split(",")})
-    what = "the 15 common corruptions" if len(kinds) == 15 else f"common corruptions ({plain(str(text), 200)})"
-    at = f" at severity {severities[0]}" if len(severities) == 1 else " at severities 1 to 5" * (len(severities) == 5)
+    asked = [one.partition(":") for one in str(text).split(",")]
+    kinds, severities = {kind for kind, _, _ in asked}, sorted({severity for _, _, severity in asked})
+    if len(kinds) == 15 and len(asked) == len(kinds) * len(severities):
+        what = "the 15 common corruptions"
+        at = f" at {'severity' if len(severities) == 1 else 'severities'} {_listed(severities)}"
+    else:
+        what, at = f"common corruptions ({plain(str(text), 2000)}: kind and severity)", ""
     yield (
         f"Images were also shown under {what} of [@hendrycks2019]{at}, made of them as the model sees them, with the "
         "authors' constants for the nearest image size; frost's ice is drawn. Means are over severities, then over "

@@ -132,6 +132,14 @@ def test_bars_have_all_digits_too() -> None:
     assert (none.value, none.low, none.high) == (None, None, None)
 
 
+def test_a_name_of_digits_is_no_number() -> None:
+    table = doc.Table([doc.Column("Class"), *doc.numbers("Taken for", "Number")], [("9", doc.Name("7"), "1,234")])
+    report = doc.Report("a", "a", "a", "a", [], [doc.Section("a", [table])])
+    told = hostile("a").runs[0]
+    lines = list(csv.DictReader(io.StringIO(written(Batch([Told(told.run, report)]), "csv"))))
+    assert [(line["text"], line["value"]) for line in lines] == [("7", ""), ("1,234", "1234.0")]
+
+
 def test_a_condition_is_put_once_to_a_run_that_is_named_twice() -> None:
     batch = batch_of([BEFORE / "attack", BEFORE / "attack"], ["asr>0", "asr>0"])
     assert [len(told.gates) for told in batch.runs] == [1, 1]

@@ -12,11 +12,12 @@ from robustvlm.attacks.base import ATTACKS
 from robustvlm.attacks.catalog import PACKAGES
 from robustvlm.certify.claims import CLAIMS
 from robustvlm.cli.acts import report
+from robustvlm.data.corruptions import parse_corruptions, written
 from robustvlm.defenses.finetune import METHODS
 from robustvlm.defenses.zoo.base import DEFENCES
 from robustvlm.detect import SCORES
 from robustvlm.errors import UserError
-from robustvlm.report.methods import attack_words, methods_of
+from robustvlm.report.methods import _corruptions, attack_words, methods_of
 from robustvlm.report.repeat import repeatable
 from robustvlm.report.sections import Checks, Facts, Report, Section
 from robustvlm.report.sources import OF, named_in, papers
@@ -123,3 +124,19 @@ def test_the_command_prints_it_for_people_and_for_programs(capsys: pytest.Captur
 def test_a_run_of_another_version_has_a_report_all_the_same() -> None:
     made = repeatable(Report("k", "n", "k", "f", [], []), {"kind": "attack", "config": {"seed": 1}})
     assert [section.key for section in made.sections] == ["manifest"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("all", "the 15 common corruptions of [@hendrycks2019] at severities 1, 2, 3, 4 and 5,"),
+        ("all:3", "the 15 common corruptions of [@hendrycks2019] at severity 3,"),
+        ("all:1,all:3", "the 15 common corruptions of [@hendrycks2019] at severities 1 and 3,"),
+        # All kinds, but not all of them at all severities.
+        ("all:3,fog", "fog:1,fog:2,fog:3,fog:4,fog:5,brightness:3,"),
+        ("fog:2,snow", "common corruptions (snow:1,snow:2,snow:3,snow:4,snow:5,fog:2: kind and severity) of"),
+    ],
+)
+def test_corruptions_are_those_that_were_asked_for(asked: str, said: str) -> None:
+    (found,) = _corruptions({"config": {"corrupt": written(parse_corruptions(asked))}})
+    assert said in found

@@ -247,7 +247,7 @@ def _corruptions(result: CleanResult) -> Iterator[doc.Section]:
     if result.corruptions is None:
         return
     lead = (
-        "The fifteen kinds of ImageNet-C, made of the images as the model sees them. Frost's ice is drawn, so that "
+        "Kinds of corruption of ImageNet-C, made of the images as the model sees them. Frost's ice is drawn, so that "
         "figures are not those on ImageNet-C's own files."
     )
     blocks = corrupted.blocks(result.corruptions, result.accuracy, result.rejected)
