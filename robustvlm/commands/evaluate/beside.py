@@ -46,7 +46,7 @@ def beside_report(run: Evaluation, attacked: Sequence[AttackedRun]) -> doc.Repor
     blocks: list[doc.Block] = [table(run, attacked), *evenness(run, attacked)]
     return doc.Report(
         kind="comparison",
-        name=" · ".join(plain(one.name, 60) for one in (run, *attacked)),
+        name=" · ".join(plain(name, 60) for name in (run.name, *(other.name for other in attacked))),
         kicker="Clean, corrupted, attacked",
         facts="",
         verdicts=[],
