@@ -258,16 +258,15 @@ def _batch(runs: Sequence[str], fail_if: Sequence[str]) -> Batch:
 
 def _write_as(form: str, runs: Sequence[str], out: Path | None, fail_if: Sequence[str]) -> None:
     """Print runs for machines, or write them to a file; the same text in both."""
-    from robustvlm.core.files import named_disk_errors, write_text
     from robustvlm.report.formats import written
+    from robustvlm.report.page import write_page
 
     batch = _batch(runs, fail_if)
     text = written(batch, form)
     if out is not None:
         as_json = form in ("json", "sarif")
         shown = visible_json(json_without_secrets(text)) if as_json else visible(without_secrets(text))
-        with named_disk_errors(out.parent):
-            write_text(out, shown + "\n")
+        write_page(out, shown + "\n")
         say(f"Report: {out}")
     elif form in ("json", "sarif"):
         say_json(text)

@@ -23,6 +23,7 @@ from robustvlm.errors import UserError
 from robustvlm.report import copies, words
 from robustvlm.report import sections as doc
 from robustvlm.report.words import percent, plain
+from robustvlm.runs.manifest import FILES, NAME
 from robustvlm.text import one_line
 
 # The page every report is: one HTML file that needs no network and no script, made of a template and values
@@ -45,8 +46,14 @@ def page_of(report: doc.Report) -> str:
     return page("report.html.j2", report=report)
 
 
+_PAGES = {"report.html", "report.md"}
+
+
 def write_page(path: Path, text: str) -> None:
-    """Write a page, whole or not at all; UserError where that cannot be done."""
+    """Write a page, whole or not at all; UserError where that cannot be done, or would be over a run's own files."""
+    own = FILES.keys() - _PAGES
+    if (path.parent / NAME).is_file() and (path.name in own or path.name.startswith("journal")):
+        raise UserError(f"'{path}' is a file of the run itself: choose another name for the report")
     try:
         write_text(path, text)
     except OSError as error:

@@ -281,6 +281,18 @@ def test_the_command_prints_writes_and_gates(tmp_path: Path, capsys: pytest.Capt
             report_command([run], **given)  # type: ignore[arg-type]
 
 
+def test_no_report_is_written_over_a_run_s_own_files(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(BEFORE / "attack", run)
+    for form in ("html", "json"):
+        for name in ("summary.json", "results.parquet", "manifest.json", "journal.jsonl"):
+            with pytest.raises(UserError, match="is a file of the run itself"):
+                report_command([str(run)], form=form, out=run / name)
+    report_command([str(run)], form="json", out=run / "report.json")
+    with pytest.raises(UserError, match=f"cannot write the report to '{tmp_path}'"):
+        report_command([str(run)], form="md", out=tmp_path)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_file_keeps_secrets_as_the_terminal_does(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
