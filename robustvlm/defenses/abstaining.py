@@ -30,7 +30,7 @@ class Abstaining(Classifier):
         UserError: the encoder has no rule.
 
     Example:
-        >>> from robustvlm.defenses.smoothing import smooth
+        >>> from robustvlm.defenses.smoothing import Rule, smooth
         >>> from robustvlm.models import load_model, zero_shot
         >>> vlm = smooth(load_model("tiny"), 0.1, 32, rule=Rule(0.01))
         >>> model = Abstaining(ZeroShot(zero_shot(vlm, ["apple", "dog"], ["{}"], cache=False)))

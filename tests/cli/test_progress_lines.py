@@ -79,9 +79,16 @@ def test_lines_come_while_the_run_itself_reports_nothing() -> None:
     assert stream.getvalue() == before
 
 
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_quiet_console_and_a_terminal_have_no_lines() -> None:
     for settings in ({"quiet": True}, {}):
-        stream = io.StringIO()
+        stream = io.StringIO() if settings else Terminal()
         console = Console(**settings)  # type: ignore[arg-type]
         console.file = stream
         console._force_terminal = not settings
