@@ -19,7 +19,10 @@ def fed(certifier, pilot, estimation):
     return certifier.finding()
 
 
-@pytest.mark.parametrize(("k", "rivals", "share", "against"), [(1, 1, 0.5, 0.3), (2, 2, 0.4, 0.5), (3, 6, 0.25, 0.6)])
+@pytest.mark.parametrize(
+    ("k", "rivals", "share", "against"),
+    [(1, 1, 0.5, 0.3), (2, 2, 0.4, 0.5), pytest.param(3, 6, 0.25, 0.6, marks=pytest.mark.slow)],
+)
 def test_a_class_leaves_the_first_k_no_sooner_than_certified(k, rivals, share, against):
     """The worst encoder: the class on one side of the shift, its first k rivals finely mixed on the other; 10,000 runs.
 
@@ -121,7 +124,7 @@ def test_more_places_never_cost_radius_and_fewer_copies_do():
     assert all(deployed <= ideal for ideal, deployed in found)
 
 
-@pytest.mark.parametrize("rows", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_an_audit_calls_a_true_rank_broken_no_oftener_than_alpha(rows):
     """The k-th rival is exactly level with the label (a value of 0); further rivals behind make the choice noisy."""
     rng, runs, n = np.random.default_rng(8), 400, 60
