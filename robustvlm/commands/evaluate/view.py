@@ -139,15 +139,15 @@ def verdict(result: CleanResult) -> doc.Verdict:
 
 def _cards(result: CleanResult) -> Iterator[doc.Card]:
     if result.images:
-        yield doc.Card("Accuracy", result.accuracy, "of the labelled images", good=True)
+        yield doc.Card("Accuracy", result.accuracy, "labelled images", good=True)
     if result.corruptions is not None:
         over = as_rate(result.corruptions.accuracy)
-        yield doc.Card("Under corruptions", over, "mean corruption accuracy", good=True)
+        yield doc.Card("Under corruptions", over, "labelled images, on average over the corruptions", good=True)
     if result.top5 is not None:
-        yield doc.Card("Top-5 accuracy", result.top5, "of the labelled images", good=True)
+        yield doc.Card("Top-5 accuracy", result.top5, "labelled images", good=True)
     if result.retrieval is not None:
-        yield doc.Card("Captions found, R@1", result.retrieval.text[1], "of the images", good=True)
-        yield doc.Card("Images found, R@1", result.retrieval.image[1], "of the captions", good=True)
+        yield doc.Card("Captions found, R@1", result.retrieval.text[1], "images", good=True)
+        yield doc.Card("Images found, R@1", result.retrieval.image[1], "captions", good=True)
 
 
 def _tables(result: CleanResult) -> list[doc.Block]:
