@@ -14,6 +14,9 @@ from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 
+_LEAST = 1e-5
+"""What the last column is at least where the model answers."""
+
 
 class Abstaining(Classifier):
     """Logits, and by how much the copies decide for the leading class: no answer unless that is above 0 (T10).
@@ -83,8 +86,10 @@ class Abstaining(Classifier):
             answer = by_vote if self.rule.votes else by_mean
             assert self.logit_scale is not None
             logits, evidence = answer(features, self.class_embeddings, self.logit_scale)
-            column = evidence - math.log(1.0 / self.rule.alpha)
-            return torch.cat([logits, column[:, None].to(logits.dtype)], dim=1)
+            column = (evidence - math.log(1.0 / self.rule.alpha)).to(logits.dtype)
+            # Evidence that is just enough answers, as in `vote_predict`, and an image is accepted above 0 only.
+            column = column + _LEAST * ((column >= 0) & (column < _LEAST))
+            return torch.cat([logits, column[:, None]], dim=1)
 
 
 def by_mean(features: Tensor, text: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:

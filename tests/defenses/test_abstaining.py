@@ -1,6 +1,7 @@
 """A smoothed model that abstains: one rule in its spec and folder, the same for every command."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import robustvlm as rv
 from robustvlm.certify import predict, vote_predict
 from robustvlm.defenses.abstaining import by_mean, by_vote
+from robustvlm.defenses.assemble import Recipe
 from robustvlm.defenses.load import declared_rule, load_classifier
 from robustvlm.errors import UserError
 
@@ -88,6 +90,24 @@ def test_a_model_abstains_by_its_spec():
     assert plain.fingerprint != model.fingerprint
     with pytest.raises(UserError, match="abstains at an alpha of its own"):
         model.predict(torch.rand(1, 3, 64, 64), alpha=0.01)
+
+
+def test_votes_that_are_just_significant_answer_as_the_rule_that_is_certified_does():
+    """Four votes of four have a p-value of exactly 1/8."""
+    model = load_classifier("tiny+smooth:0.001:4:0.125:vote", CLASSES)
+    assert vote_predict([4, 0, 0], 0.125) == 0
+    assert not model.predict(torch.full((2, 3, 64, 64), 0.5)).abstained.any()
+
+
+@pytest.mark.parametrize("spec", ["mllm:tiny+smooth:0.06:64:0.001:vote", "mllm:tiny+smooth:0.06:64:0.001"])
+def test_no_rule_is_certified_that_no_command_answers_by(spec, tmp_path):
+    with pytest.raises(UserError, match=f"'{re.escape(spec)}' cannot abstain"):
+        rv.certify(spec, limit=1, samples=60, alpha=0.05, out=tmp_path, device="cpu")
+
+
+def test_a_head_that_refuses_is_not_built_into_a_model_that_abstains():
+    with pytest.raises(UserError, match=r"refuses images by itself.*leave out ALPHA"):
+        Recipe("tiny", smooth="0.1:64:0.001", immunize="immune")
 
 
 @pytest.mark.parametrize(
