@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.stats import binom
@@ -20,6 +22,8 @@ from robustvlm.certify.means import log_gains, mix
 from robustvlm.certify.normal import Array
 from robustvlm.commands.certify.spread import compare, direction, vectors_of
 from robustvlm.commands.certify.store import CertifyFact, make_certify_rows
+from robustvlm.commands.certify.summary import TokenShare
+from robustvlm.commands.certify.view import _by_token
 from robustvlm.errors import UserError
 from tests.certify.test_coverage_norms import assert_covered
 
@@ -201,3 +205,10 @@ def test_tables_have_the_column_of_tokens_only_where_there_are_some() -> None:
     table = make_certify_rows([CertifyFact(*about, token_r=[0.5, 0.75])])
     assert table.column("token_r").to_pylist() == [[0.5, 0.75]]
     assert "token_r" not in make_certify_rows([CertifyFact(*about)]).column_names
+
+
+def test_no_share_of_tokens_is_rounded_up_to_all_of_them() -> None:
+    share = TokenShare(radius=0.1, worst=0.4996, typical=0.7, kept=0.9996)
+    summary = SimpleNamespace(tokens=24, at_tokens=[share], min_cos=0.5, risk=SimpleNamespace(alpha=0.001))
+    ((_, worst, _, kept),) = _by_token(SimpleNamespace(summary=summary))[0].rows
+    assert (worst, kept) == ("0.499", "99.9%")

@@ -9,6 +9,9 @@ import torch
 
 import robustvlm as rv
 from robustvlm.certify import predict, vote_predict
+from robustvlm.commands.evaluate.beside import _attacked
+from robustvlm.commands.evaluate.view import _corrupted as corruptions_of
+from robustvlm.commands.export.card import _attack
 from robustvlm.defenses.abstaining import by_mean, by_vote
 from robustvlm.defenses.assemble import Recipe
 from robustvlm.defenses.load import declared_rule, load_classifier
@@ -137,7 +140,9 @@ def test_a_folder_carries_the_rule_through_every_command(tmp_path):
     said = rv.predict(folder, data="emoji", limit=2, device="cpu")
     assert said.rule == made.summary.rule
     assert not any(said.rejected)
-    found = rv.evaluate(folder, limit=4, out=tmp_path, device="cpu").summary
+    found = rv.evaluate(folder, limit=4, corrupt="fog:1", out=tmp_path, device="cpu").summary
+    told = [block.title for block in corruptions_of(found)]
+    assert told == ["Right under common corruptions", "No answer under common corruptions"]
     assert found.abstained.total == 4
     assert found.rejected is None
     assert found.accuracy.successes + found.abstained.successes <= 4
@@ -163,3 +168,6 @@ def test_an_abstention_is_no_wrong_class_to_an_attack(tmp_path):
     assert taken.clean_accepted + taken.clean_rejected == 2
     assert at.fooled <= taken.accepted
     assert run.manifest["model"]["abstains"] is True
+    ((what, *_),) = _attacked(run)
+    assert "right or no answer" in str(what), "beside clean accuracy, which counts right answers alone"
+    assert [row.what for row in _attack(run.summary)[0]][-1].startswith("right or no answer after the attacks")
