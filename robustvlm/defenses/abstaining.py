@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from robustvlm.defenses.classifier import Classifier, ZeroShot
 from robustvlm.defenses.smoothing import SmoothedVLM
@@ -109,8 +110,10 @@ def by_mean(features: Tensor, text: Tensor, logit_scale: float) -> tuple[Tensor,
     first = torch.nan_to_num(features[:, :half], nan=0.0, posinf=0.0, neginf=0.0).mean(dim=1)
     logits = logit_scale * F.normalize(first, dim=-1).to(text.dtype) @ text.T
     labels = logits.argmax(dim=1)
-    # An image at a time: all at once, copies times classes of a large vocabulary fill the memory.
-    evidence = [_least_wealth(rows, text, int(label)) for rows, label in zip(features[:, half:], labels, strict=True)]
+    # An image at a time, and made again for its gradient: copies times classes of a large vocabulary fill the memory.
+    again = torch.is_grad_enabled() and features.requires_grad
+    least = partial(checkpoint, _least_wealth, use_reentrant=False) if again else _least_wealth
+    evidence = [least(rows, text, int(label)) for rows, label in zip(features[:, half:], labels, strict=True)]
     return logits, torch.stack(evidence)
 
 

@@ -68,6 +68,16 @@ def test_attacks_get_a_gradient_of_both_columns(rule):
         assert slope.abs().sum() > 0
 
 
+def test_a_gradient_does_not_hold_copies_times_classes_of_every_image():
+    rows, held = features(3, n=80).requires_grad_(True), []
+    keep = lambda kept: held.append(kept.numel()) or kept  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        _, evidence = by_mean(rows, text(count=200), 10.0)
+    assert sum(held) < 4 * 40 * 200
+    evidence.sum().backward()
+    assert rows.grad.abs().sum() > 0
+
+
 def test_two_classes_with_one_vector_are_never_told_apart():
     classes = text()
     classes[1] = classes[0]
