@@ -78,9 +78,12 @@ class Certifier(ABC):
 
     Attributes:
         key: digest of everything that decides the claim; other claims draw other noise (`robustvlm.certify.noise`).
+        of_image: what of an image decides its claim beside its pixels, such as its class; a part of the address too.
         counts: rows used so far by stage.
         failed: noisy rows so far that were not finite.
     """
+
+    of_image: tuple[object, ...] = ()
 
     def __init__(
         self,

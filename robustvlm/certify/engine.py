@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustvlm.certify.certifier import Certifier, Finding, Stage
-from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk
+from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk, settings_digest
 from robustvlm.core.batches import narrower_after
 from robustvlm.core.device import Arriving, sent
 from robustvlm.core.seeds import derive_seed, own_draws
@@ -239,7 +239,10 @@ class SamplingEngine:
             if job is None:
                 break
             own = certifier(job)
-            address = Address(self.seed, job.image_id, image_digest(job.pixels), self.settings or own.key)
+            settings = self.settings or own.key
+            if own.of_image:  # a label that is changed after a look meets other noise, as other settings do
+                settings = settings_digest(settings, *own.of_image)
+            address = Address(self.seed, job.image_id, image_digest(job.pixels), settings)
             lane = Lane(job, own, sent(job.pixels, self.device, torch.float32), address)
             self._lanes.append(lane)
             room -= _fill(lane, pieces, room, perhaps=False)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from robustvlm.defenses.classifier import Classifier, ZeroShot
 from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
+
+_LEAST = 1e-5
+"""What the last column is at least where the model answers."""
 
 
 class Abstaining(Classifier):
@@ -83,8 +87,10 @@ class Abstaining(Classifier):
             answer = by_vote if self.rule.votes else by_mean
             assert self.logit_scale is not None
             logits, evidence = answer(features, self.class_embeddings, self.logit_scale)
-            column = evidence - math.log(1.0 / self.rule.alpha)
-            return torch.cat([logits, column[:, None].to(logits.dtype)], dim=1)
+            column = (evidence - math.log(1.0 / self.rule.alpha)).to(logits.dtype)
+            # Evidence that is just enough answers, as in `vote_predict`, and an image is accepted above 0 only.
+            column = column + _LEAST * ((column >= 0) & (column < _LEAST))
+            return torch.cat([logits, column[:, None]], dim=1)
 
 
 def by_mean(features: Tensor, text: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
@@ -104,8 +110,10 @@ def by_mean(features: Tensor, text: Tensor, logit_scale: float) -> tuple[Tensor,
     first = torch.nan_to_num(features[:, :half], nan=0.0, posinf=0.0, neginf=0.0).mean(dim=1)
     logits = logit_scale * F.normalize(first, dim=-1).to(text.dtype) @ text.T
     labels = logits.argmax(dim=1)
-    # An image at a time: all at once, copies times classes of a large vocabulary fill the memory.
-    evidence = [_least_wealth(rows, text, int(label)) for rows, label in zip(features[:, half:], labels, strict=True)]
+    # An image at a time, and made again for its gradient: copies times classes of a large vocabulary fill the memory.
+    again = torch.is_grad_enabled() and features.requires_grad
+    least = partial(checkpoint, _least_wealth, use_reentrant=False) if again else _least_wealth
+    evidence = [least(rows, text, int(label)) for rows, label in zip(features[:, half:], labels, strict=True)]
     return logits, torch.stack(evidence)
 
 

@@ -60,6 +60,11 @@ class Recipe:
         pipeline.check_operations(f"--smooth {self.smooth}", self.smoothing)
         if not (self.purify or self.smooth or self.immunize):
             raise UserError("nothing to build: pass --purify RUN, --smooth SIGMA or --immunize RUN")
+        if self.immunize and self.smoothing and read_rule(str(self.smoothing[0])) is not None:
+            raise UserError(
+                f"an immunised head refuses images by itself, and '--smooth {self.smooth}' would have it abstain as "
+                "well: leave out ALPHA"
+            )
 
     @property
     def smoothing(self) -> tuple[Operation, ...]:

@@ -185,18 +185,24 @@ class Example:
     words: str | None = None
 
 
-def load_gallery(folder: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -> list[Example]:
-    """Return the examples stored in `folder` in order of file name; files that cannot be read are left out."""
+def load_gallery(
+    folder: Path, class_names: Sequence[str], eps_texts: dict[float, str], *, refused: str = "rejected"
+) -> list[Example]:
+    """Return the examples stored in `folder` in order of file name; files that cannot be read are left out.
+
+    Args:
+        refused: what stands in place of the class of an image that the model does not accept.
+    """
     examples = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            examples.append(_load(path, class_names, eps_texts))
+            examples.append(_load(path, class_names, eps_texts, refused))
         except (SafetensorError, OSError, KeyError, ValueError, IndexError):
             continue
     return examples
 
 
-def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -> Example:
+def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str], refused: str) -> Example:
     require_regular(path)
     with safe_open(path, framework="np") as file:
         clean, adversarial = file.get_tensor("clean"), file.get_tensor("adversarial")
@@ -211,8 +217,8 @@ def _load(path: Path, class_names: Sequence[str], eps_texts: dict[float, str]) -
         difference=data_uri(shown),
         gain=gain,
         label=_name(class_names, about["label"], "an unknown class"),
-        clean_prediction=_name(class_names, about["clean_prediction"], "rejected"),
-        prediction=_name(class_names, about["prediction"], "rejected"),
+        clean_prediction=_name(class_names, about["clean_prediction"], refused),
+        prediction=_name(class_names, about["prediction"], refused),
         clean_confidence=percent(float(about["clean_confidence"])),
         confidence=percent(float(about["confidence"])),
         attack=plain(about["attack"]),

@@ -1,9 +1,13 @@
 """Claims that a class or a text stays among the first k: against encoders whose true radius is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom, norm
 
+from robustvlm.certify import Job, SamplingEngine
 from robustvlm.certify.claims import CLAIMS, Materials
 from robustvlm.certify.claims.recall import RecallQuantity, RecallRadius
 from robustvlm.certify.claims.topk import TopQuantity, TopVotes, rank_shift
@@ -141,6 +145,37 @@ def test_an_audit_calls_a_true_rank_broken_no_oftener_than_alpha(rows):
     assert (binom.sf(broken - 1, runs, 0.1) > 1e-3).all()
     lost = text[np.repeat([1, 2, 3], 400)]
     assert top.upper(lost[np.random.default_rng(9).permutation(1200)], 0.001) < 0
+
+
+@pytest.mark.parametrize("kind", [TopVotes, RecallRadius])
+def test_a_label_that_is_chosen_after_a_look_meets_other_noise(kind):
+    """The pilot's label depends on the image's own class, so that the class decides the claim as settings do."""
+    seen = {0: [], 1: []}
+
+    def encode(noisy):
+        return torch.nn.functional.normalize(noisy.flatten(1)[:, :3], dim=1)
+
+    def keep(job, stage, rows):
+        assert stage in ("pilot", "estimation")
+        seen[job.label].append(rows)
+
+    def certifier(job):
+        return kind(text=np.eye(3), k=2, own=job.label, sigma=0.5, alpha=0.05, n=96, n_pilot=32)
+
+    for own in seen:
+        engine = SamplingEngine(encode, seed=0, lanes=64, settings="the run's", keep=keep)
+        list(engine.run([Job("a", 0, torch.full((3, 2, 2), 0.5), own)], certifier))
+    first, second = (np.concatenate(seen[own]) for own in (0, 1))
+    assert first.shape == second.shape
+    assert not (first == second).any()
+
+
+def test_nothing_is_promised_of_few_copies():
+    """What abstains keeps a certified class; that a class stays among k is another statement."""
+    asked = SimpleNamespace(deployed=64, abstains_at=None, radius=None, prompts=None)
+    assert CLAIMS["topk"].deployed_rule(asked).endswith("with 64 copies, this run states nothing")
+    tested = SimpleNamespace(deployed=64, abstains_at=None, radius=0.1, prompts=None)
+    assert "the abstaining prediction" in CLAIMS["class"].deployed_rule(tested)
 
 
 def test_ranks_that_say_nothing_are_refused():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.stats import binom
 
+from robustvlm.certify import deployed_feature_cos
 from robustvlm.certify.claims import TOKENS, Materials
 from robustvlm.certify.claims.feature import FeatureRadius, FeatureTest
 from robustvlm.certify.claims.tokens import (
@@ -20,6 +23,8 @@ from robustvlm.certify.means import log_gains, mix
 from robustvlm.certify.normal import Array
 from robustvlm.commands.certify.spread import compare, direction, vectors_of
 from robustvlm.commands.certify.store import CertifyFact, make_certify_rows
+from robustvlm.commands.certify.summary import TokenShare, _curve
+from robustvlm.commands.certify.view import _by_token
 from robustvlm.errors import UserError
 from tests.certify.test_coverage_norms import assert_covered
 
@@ -201,3 +206,20 @@ def test_tables_have_the_column_of_tokens_only_where_there_are_some() -> None:
     table = make_certify_rows([CertifyFact(*about, token_r=[0.5, 0.75])])
     assert table.column("token_r").to_pylist() == [[0.5, 0.75]]
     assert "token_r" not in make_certify_rows([CertifyFact(*about)]).column_names
+
+
+def test_no_share_of_tokens_is_rounded_up_to_all_of_them() -> None:
+    share = TokenShare(radius=0.1, worst=0.4996, typical=0.7, kept=0.9996)
+    summary = SimpleNamespace(tokens=24, at_tokens=[share], min_cos=0.5, risk=SimpleNamespace(alpha=0.001))
+    ((_, worst, _, kept),) = _by_token(SimpleNamespace(summary=summary))[0].rows
+    assert (worst, kept) == ("0.499", "99.9%")
+
+
+def test_the_curve_of_few_copies_is_of_all_tokens_at_once_as_the_radius_is() -> None:
+    """Any of the tokens may be the one that few copies turn away: each has its share of the error here as well."""
+    config = SimpleNamespace(sigma=0.25, alpha=0.01, deployed=256, at=[], min_cos=0.5)
+    row = {"r": 0.9, "nearest": None, "token_r": [0.9] * 64, "paper_s": None, "fcsb_s": None}
+    for point in _curve([row], config)[:4]:
+        assert point.deployed == deployed_feature_cos(0.9, point.eps / 0.25, 256, 0.01 / 64)
+    alone = _curve([{**row, "token_r": None}], config)[0].deployed
+    assert alone == deployed_feature_cos(0.9, 0.0, 256, 0.01)

@@ -1,6 +1,7 @@
 """A smoothed model that abstains: one rule in its spec and folder, the same for every command."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,11 @@ import torch
 
 import robustvlm as rv
 from robustvlm.certify import predict, vote_predict
+from robustvlm.commands.evaluate.beside import _attacked
+from robustvlm.commands.evaluate.view import _corrupted as corruptions_of
+from robustvlm.commands.export.card import _attack
 from robustvlm.defenses.abstaining import by_mean, by_vote
+from robustvlm.defenses.assemble import Recipe
 from robustvlm.defenses.load import declared_rule, load_classifier
 from robustvlm.errors import UserError
 
@@ -63,6 +68,16 @@ def test_attacks_get_a_gradient_of_both_columns(rule):
         assert slope.abs().sum() > 0
 
 
+def test_a_gradient_does_not_hold_copies_times_classes_of_every_image():
+    rows, held = features(3, n=80).requires_grad_(True), []
+    keep = lambda kept: held.append(kept.numel()) or kept  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        _, evidence = by_mean(rows, text(count=200), 10.0)
+    assert sum(held) < 4 * 40 * 200
+    evidence.sum().backward()
+    assert rows.grad.abs().sum() > 0
+
+
 def test_two_classes_with_one_vector_are_never_told_apart():
     classes = text()
     classes[1] = classes[0]
@@ -88,6 +103,24 @@ def test_a_model_abstains_by_its_spec():
     assert plain.fingerprint != model.fingerprint
     with pytest.raises(UserError, match="abstains at an alpha of its own"):
         model.predict(torch.rand(1, 3, 64, 64), alpha=0.01)
+
+
+def test_votes_that_are_just_significant_answer_as_the_rule_that_is_certified_does():
+    """Four votes of four have a p-value of exactly 1/8."""
+    model = load_classifier("tiny+smooth:0.001:4:0.125:vote", CLASSES)
+    assert vote_predict([4, 0, 0], 0.125) == 0
+    assert not model.predict(torch.full((2, 3, 64, 64), 0.5)).abstained.any()
+
+
+@pytest.mark.parametrize("spec", ["mllm:tiny+smooth:0.06:64:0.001:vote", "mllm:tiny+smooth:0.06:64:0.001"])
+def test_no_rule_is_certified_that_no_command_answers_by(spec, tmp_path):
+    with pytest.raises(UserError, match=f"'{re.escape(spec)}' cannot abstain"):
+        rv.certify(spec, limit=1, samples=60, alpha=0.05, out=tmp_path, device="cpu")
+
+
+def test_a_head_that_refuses_is_not_built_into_a_model_that_abstains():
+    with pytest.raises(UserError, match=r"refuses images by itself.*leave out ALPHA"):
+        Recipe("tiny", smooth="0.1:64:0.001", immunize="immune")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +150,9 @@ def test_a_folder_carries_the_rule_through_every_command(tmp_path):
     said = rv.predict(folder, data="emoji", limit=2, device="cpu")
     assert said.rule == made.summary.rule
     assert not any(said.rejected)
-    found = rv.evaluate(folder, limit=4, out=tmp_path, device="cpu").summary
+    found = rv.evaluate(folder, limit=4, corrupt="fog:1", out=tmp_path, device="cpu").summary
+    told = [block.title for block in corruptions_of(found)]
+    assert told == ["Right under common corruptions", "No answer under common corruptions"]
     assert found.abstained.total == 4
     assert found.rejected is None
     assert found.accuracy.successes + found.abstained.successes <= 4
@@ -143,3 +178,6 @@ def test_an_abstention_is_no_wrong_class_to_an_attack(tmp_path):
     assert taken.clean_accepted + taken.clean_rejected == 2
     assert at.fooled <= taken.accepted
     assert run.manifest["model"]["abstains"] is True
+    ((what, *_),) = _attacked(run)
+    assert "right or no answer" in str(what), "beside clean accuracy, which counts right answers alone"
+    assert [row.what for row in _attack(run.summary)[0]][-1].startswith("right or no answer after the attacks")

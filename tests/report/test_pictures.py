@@ -90,6 +90,15 @@ def test_damaged_examples_are_left_out(tmp_path: Path, change: dict[str, str], s
     assert (example.label, example.prediction, example.eps, example.confidence) == ("cat", "dog", "1/10", "60.0%")
 
 
+def test_an_image_that_is_not_accepted_has_a_name_of_its_own(tmp_path: Path) -> None:
+    image = np.zeros((3, 2, 2), dtype=np.float32)
+    about = {**ABOUT, "clean_prediction": "-1"}
+    save_file({"clean": image, "adversarial": image}, tmp_path / "0.safetensors", metadata=about)
+    for words in ({}, {"refused": "no answer"}):
+        (example,) = load_gallery(tmp_path, ["cat", "dog"], {0.1: "1/10"}, **words)
+        assert example.clean_prediction == words.get("refused", "rejected")
+
+
 def test_charts_are_deterministic_and_keyed() -> None:
     first, again = (plots.security_curve([curve()], key="a", norm="L∞") for _ in range(2))
     assert first == again

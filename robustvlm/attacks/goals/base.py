@@ -141,7 +141,7 @@ class Goal(ABC):
 # What a kind of goal is called in plain words
 
 
-CLEAN = "clean accuracy"
+CLEAN, ROBUST = "clean accuracy", "robust accuracy"
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class GoalWords:
     @property
     def accuracy(self) -> bool:
         """Whether the share of images on which the goal is not reached is an accuracy."""
-        return self.held == "robust accuracy"
+        return self.held == ROBUST
 
     @property
     def caption(self) -> str:

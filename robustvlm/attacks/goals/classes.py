@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.attacks.goals.base import GOALS, REJECTED, Case, Goal, GoalKind, GoalWords, Known
+from robustvlm.attacks.goals.base import GOALS, REJECTED, ROBUST, Case, Goal, GoalKind, GoalWords, Known
 from robustvlm.attacks.objectives import Objective, margin, objective
 from robustvlm.core.device import sent
 from robustvlm.errors import UserError, nearest, setting
@@ -166,7 +166,7 @@ def misclassify_words(can_reject: bool) -> GoalWords:
         effect="make the model wrong on",
         whom="images it otherwise gets right",
         before="right when clean",
-        held="robust accuracy",
+        held=ROBUST,
         nothing="The model was wrong on every image before any attack, so there was nothing to attack.",
     )
 

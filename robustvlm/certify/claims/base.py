@@ -345,10 +345,12 @@ class Claim(ClaimFacts, ABC):
         n0 = f"{asked.deployed:,}"
         early = asked.radius is not None and not self.deployed_at_radius
         if not self.deployed or asked.prompts == "adaptive" or early:
+            # What abstains keeps a certified class or side, and nothing else that a claim may be about.
+            keeps = bool(self.deployed) or self.head == "rule"
             return (
                 f"of the model as it is deployed, with {n0} copies, this run states nothing"
                 + (": leave out --radius" if self.deployed and asked.radius else "")
-                + "; the abstaining prediction from fresh copies keeps the certificate (docs/certify.md)"
+                + ("; the abstaining prediction from fresh copies keeps the certificate (docs/certify.md)" * keeps)
             )
         what = self.deployed.replace("{n0:,}", n0)
         return (

@@ -66,6 +66,7 @@ class RecallRadius(Labelled):
     ) -> None:
         super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, settings=("recall", k, own))
         self.k, self.own = require_rank(k, len(self.text)), own
+        self.of_image = (own,)
         if not (rounding >= 0.0 and np.isfinite(rounding)):
             raise UserError(f"the bound of the features' rounding must be a finite number >= 0, got {rounding}")
         self.rounding, self.deployed = float(rounding), deployed

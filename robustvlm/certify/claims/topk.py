@@ -86,6 +86,7 @@ class TopVotes(Labelled):
     ) -> None:
         super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, settings=("top votes", k, own))
         self.k, self.own, self.parts = require_rank(k, len(self.text)), own, 1
+        self.of_image = (own,)
         self._rivals: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._counts: npt.NDArray[np.int64] = np.zeros(len(self.text), dtype=np.int64)
 

@@ -53,7 +53,8 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
     if at is not None:
         parts += [*_levels(summary, at), *_classes(summary, at, words)]
     if drawn:
-        parts += _gallery(load_gallery(run.folder / "gallery", run.class_names, run.eps_texts))
+        refused = "no answer" if summary.abstains else "rejected"
+        parts += _gallery(load_gallery(run.folder / "gallery", run.class_names, run.eps_texts, refused=refused))
     cost: Sequence[tuple[str, doc.Line]] = cost_rows(summary.cost, summary.estimate)
     parts += [
         _checks(summary),

@@ -266,9 +266,16 @@ def certified_model(vlm: VLM, config: CertifyConfig, class_names: Sequence[str])
 
     Raises:
         UserError: another claim about classes than that on counted answers: nothing deploys the mean of their
-            probabilities, and there are no texts of classes to compare a mean feature with.
+            probabilities, and there are no texts of classes to compare a mean feature with; or a rule of abstention
+            that no command answers by.
     """
-    claim = find_claim(config.claim)
+    claim, made = find_claim(config.claim), saved_model(split_spec(config.model)[0])
+    elsewhere = speaker_of(vlm) is not None or (made is not None and made.refuses)
+    if claim.needs_classes and elsewhere and isinstance(vlm, SmoothedVLM) and vlm.rule is not None:
+        raise UserError(
+            f"'{config.model}' cannot abstain: the rule of +smooth:SIGMA:N0:ALPHA is for classes told apart by their "
+            "texts or vectors, right behind the smoothing; leave out ALPHA"
+        )
     if speaker_of(vlm) is None or not claim.needs_classes:
         return vlm
     if claim.name != "vote":

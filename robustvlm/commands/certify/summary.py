@@ -220,7 +220,7 @@ def summarise_certify(
     facts = own or CLAIMS[config.claim]
     radii = [row["radius"] for row in table]
     known = [row for row in table if row["correct"] is not None]
-    tokens = len(table[0]["token_r"]) if table[0].get("token_r") is not None else None
+    tokens = _tokens(table)
     spread, nearest = compare(vectors_of(directions or {}), tokens or 1)
     for row in table:
         row["nearest"] = nearest.get(row["index"])
@@ -289,6 +289,11 @@ def _at(
     )
 
 
+def _tokens(table: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return of how many image tokens the rows have bounds; None of claims about something else."""
+    return len(table[0]["token_r"]) if table[0].get("token_r") is not None else None
+
+
 def _at_tokens(table: Sequence[Mapping[str, Any]], radius: float, config: CertifyConfig) -> TokenShare:
     bounds = np.array([row["token_r"] for row in table], dtype=np.float64)
     cosines = vector_table().cos(bounds, radius / config.sigma)
@@ -340,16 +345,16 @@ def _curve(table: Sequence[Mapping[str, Any]], config: CertifyConfig) -> list[Co
                 cone=float(cone_cos(r, a).mean()),
                 paper=None if paper is None else float(fcsb_cos(paper, a).mean()),
                 fcsb=None if fcsb is None else float(fcsb_cos(fcsb, a).mean()),
-                deployed=None if config.deployed is None else _deployed(r, a, config),
+                deployed=None if config.deployed is None else _deployed(r, a, config, _tokens(table) or 1),
                 margin=None if margins is None else float(margins.mean()),
             )
         )
     return points
 
 
-def _deployed(r: np.ndarray, a: float, config: CertifyConfig) -> float:
+def _deployed(r: np.ndarray, a: float, config: CertifyConfig, tokens: int) -> float:
     assert config.deployed is not None
-    n0, alpha0 = config.deployed, config.alpha
+    n0, alpha0 = config.deployed, config.alpha / tokens  # any of them may be the one that few copies turn away
     return fmean(deployed_feature_cos(float(x), a, n0, alpha0) if x > 0.0 else VACUOUS for x in r)
 
 

@@ -222,7 +222,7 @@ def _by_token(run: CertifyRecord) -> list[doc.Table]:
             format_exact(point.radius),
             format_down(point.worst, 3),
             format_down(point.typical, 3),
-            f"{100 * point.kept:.0f}%",
+            f"{format_down(100 * point.kept, 1)}%",
         )
         for point in summary.at_tokens
     ]

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from robustvlm.commands.attack.record import AttackedRun, load_run, robust_bounds
+from robustvlm.attacks.goals.base import ROBUST
+from robustvlm.commands.attack.record import AttackedRun, load_run, robust_bounds, words_of
 from robustvlm.commands.evaluate.record import uneven
 from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run, spread_cells
 from robustvlm.errors import UserError
@@ -103,7 +104,8 @@ def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.T
         for place, at in enumerate(other.summary.per_eps):
             outcomes = [(label, part, verdicts.after(image, place)) for label, part, _, image in shared]
             robust = [(label, part, said == "robust") for label, part, said in outcomes if said != "undecided"]
-            found += _spread_of(f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}", robust)
+            what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{_held(other)}"
+            found += _spread_of(what, robust)
     if found:
         columns = [doc.Column("Images"), *doc.numbers("MacroStd", "By chance", "p", "Number")]
         caption = (
@@ -123,10 +125,16 @@ def _spread_of(title: str, facts: Sequence[tuple[int, str, bool]]) -> Iterator[t
         )
 
 
+def _held(other: AttackedRun) -> str:
+    """Say what an attack run counts where that is not right answers: a model that refuses may also not answer."""
+    held = words_of(other.summary).held
+    return "" if held == ROBUST else f" ({held})"
+
+
 def _attacked(other: AttackedRun) -> Iterator[tuple[Any, ...]]:
     for at in other.summary.per_eps:
         goal = "" if other.summary.goal == "misclassify" else f", {plain(other.goal, 60)}"
-        what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{goal}"
+        what = f"attacked, {norm_name(other.summary.norm)} {plain(at.eps_text, 20)}{goal}{_held(other)}"
         unsure = other.summary.unfinished and at.undecided
         shown = doc.Measure(robust_bounds(at)) if unsure else doc.Measure.of(at.robust_accuracy)
         number = f"{at.robust_accuracy.total:,}"

@@ -44,7 +44,10 @@ Answers = dict[str, dict[int, Answer]]
 
 
 class Corrupted(BaseModel):
-    """The labelled images under one corruption: the share that is right (and accepted), and that is rejected."""
+    """The labelled images under one corruption: the share that is right (and accepted), and that is rejected.
+
+    Of a model that abstains, what is rejected is what it gives no answer to.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -201,8 +204,10 @@ def _percent(found: Mean) -> str:
     return f"{percent(found.value)} ({interval(as_rate(found))})"
 
 
-def blocks(found: Corruptions | None, clean: Rate, refused: Rate | None) -> Iterator[doc.Block]:
-    """Yield the tables: kinds by severities, of right answers and, of a model that may refuse, of refusals."""
+def blocks(
+    found: Corruptions | None, clean: Rate, refused: Rate | None, *, what: str = "Refused"
+) -> Iterator[doc.Block]:
+    """Yield the tables: kinds by severities, of right answers and, of a model that may refuse, of refusals (`what`)."""
     if found is None:
         return
     of = f"Severities are those of images of {found.side} pixels. Intervals of single figures are in summary.json."
@@ -210,7 +215,7 @@ def blocks(found: Corruptions | None, clean: Rate, refused: Rate | None) -> Iter
     yield _table("Right under common corruptions", accuracy, clean, found.accuracy, of)
     if refused is not None and found.rejected is not None:
         rejected = {(one.name, one.severity): one.rejected for one in found.found if one.rejected is not None}
-        yield _table("Refused under common corruptions", rejected, refused, found.rejected, "Of the labelled images.")
+        yield _table(f"{what} under common corruptions", rejected, refused, found.rejected, "Of the labelled images.")
 
 
 def _table(title: str, cells: dict[tuple[str, int], Rate], clean: Rate, over: Mean, caption: str) -> doc.Table:

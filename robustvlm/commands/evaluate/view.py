@@ -151,7 +151,7 @@ def _cards(result: CleanResult) -> Iterator[doc.Card]:
 
 
 def _tables(result: CleanResult) -> list[doc.Block]:
-    corruptions = corrupted.blocks(result.corruptions, result.accuracy, result.rejected)
+    corruptions = _corrupted(result)
     return [*_measures(result), *corruptions, *_unevenness(result), *_retrieval(result)]
 
 
@@ -243,6 +243,12 @@ def _left_out(result: CleanResult) -> Iterator[doc.Section]:
         yield doc.Section("What to know of the data", blocks, key="data", short="Data")
 
 
+def _corrupted(result: CleanResult) -> Iterator[doc.Block]:
+    """Yield the tables of common corruptions; an answer withheld is told as such, and not as a refusal."""
+    refused, what = (result.rejected, "Refused") if result.abstained is None else (result.abstained, "No answer")
+    return corrupted.blocks(result.corruptions, result.accuracy, refused, what=what)
+
+
 def _corruptions(result: CleanResult) -> Iterator[doc.Section]:
     if result.corruptions is None:
         return
@@ -250,7 +256,7 @@ def _corruptions(result: CleanResult) -> Iterator[doc.Section]:
         "Kinds of corruption of ImageNet-C, made of the images as the model sees them. Frost's ice is drawn, so that "
         "figures are not those on ImageNet-C's own files."
     )
-    blocks = corrupted.blocks(result.corruptions, result.accuracy, result.rejected)
+    blocks = _corrupted(result)
     yield doc.Section(
         "Common corruptions", [doc.Text(lead, kind="lead"), *blocks], key="corruptions", short="Corruptions"
     )

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm import __version__
+from robustvlm.attacks.goals.base import ROBUST
 from robustvlm.commands import open_run
+from robustvlm.commands.attack.record import words_of
 from robustvlm.commands.certify import record as certify_words
 from robustvlm.core.files import read_text
 from robustvlm.core.object_graph import fingerprint
@@ -141,7 +143,9 @@ def _attack(summary: Any) -> tuple[Iterator[Row], list[str]]:
 
     def rows() -> Iterator[Row]:
         yield Row("right on unperturbed images", summary.clean_accuracy)
-        kept = "right after the attacks" if plainly else "goal not reached"
+        # Of a model that refuses or abstains, what is not answered is not fooled, and not right either.
+        held = words_of(summary).held
+        kept = ("right" if held == ROBUST else held) + " after the attacks" if plainly else "goal not reached"
         for one in summary.per_eps:
             yield Row(f"{kept}. {ball(summary.norm, one.eps_text)}", one.robust_accuracy)
 

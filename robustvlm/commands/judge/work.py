@@ -291,8 +291,8 @@ def open_work(settings: JudgeSettings) -> JudgeWork:
         found = load_classifier(spec, source.class_names, source.templates, device=device)
         if found.can_reject:
             raise UserError(
-                f"'{spec}' may refuse an image, and judge compares models that always answer: leave out +reject, or "
-                "attack it with `robustvlm attack`"
+                f"'{spec}' may refuse an image, and judge compares models that always answer: leave out +reject, "
+                "or ALPHA of +smooth, or attack it with `robustvlm attack`"
             )
         remarks += open_gradients(found)
         models[spec] = found
