@@ -201,6 +201,17 @@ def test_feature_attacks_reach_for_a_target(make_folder: Photos, tmp_path: Path)
         assert all((row["margin"] < 0) == (row["outcome"] == "fooled") for row in rows(run) if row["steps"])
 
 
+def test_a_run_aims_at_one_picture(make_folder: Photos, tmp_path: Path) -> None:
+    """A stopped run must not go on towards another picture of the same name, nor a finished one stand for it."""
+    aim, photos = tmp_path / "aim.png", make_folder(4)
+    Image.new("RGB", (16, 16), (250, 5, 10)).save(aim)
+    attack(photos, goal=f"feature:{aim}", name="image")
+    attack(photos, goal=f"feature:{aim}", name="image")
+    Image.new("RGB", (16, 16), (5, 250, 10)).save(aim)
+    with pytest.raises(UserError, match="picture of"):
+        attack(photos, goal=f"feature:{aim}", name="image")
+
+
 def test_known_images_are_denied(mixed: str, tmp_path: Path) -> None:
     run, summary = attack(tmp_path / "x", "Encoder+reject:0.5", data=mixed, goal="deny")
     at = summary.per_eps[0]

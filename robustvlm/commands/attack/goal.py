@@ -1,5 +1,6 @@
 """What a run is to reach, and where its images stand before any attack: the goals, and the clean pass."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,21 @@ def make_aim(text: str, *, source: DataSource, classifier: Classifier, resolutio
     )
     goals = read_goals(text, known)
     return Aim(text.strip(), goals, _attacked(goals[0], classifier), say=getattr(classifier, "say", None))
+
+
+def picture_facts(text: str) -> dict[str, str]:
+    """Return a digest of the picture's file that a goal aims at, for the manifest: another picture is another run.
+
+    Example:
+        >>> picture_facts("misclassify"), picture_facts("feature:a photo of a cat")
+        ({}, {})
+    """
+    _, rest = split_goal(text)
+    for name in (rest, rest.partition(":")[2]):
+        path = Path(name)
+        if path.suffix.lower() in image_suffixes() and path.is_file():
+            return {f"picture of {name}": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}
+    return {}
 
 
 def _attacked(goal: Goal, classifier: Classifier) -> nn.Module:

@@ -20,7 +20,7 @@ from robustvlm.attacks.oracle import EOT_IF_RANDOM
 from robustvlm.commands.attack import AttackPlan, AttackSettings
 from robustvlm.commands.attack.checks import STAND_INS, of_results, of_second_opinion, published
 from robustvlm.commands.attack.cost import Budget, parse_budget
-from robustvlm.commands.attack.goal import Aim, check_goal, make_aim
+from robustvlm.commands.attack.goal import Aim, check_goal, make_aim, picture_facts
 from robustvlm.commands.attack.record import load_run
 from robustvlm.commands.attack.report import report_of as report_of
 from robustvlm.commands.attack.report import show as show
@@ -181,7 +181,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
     classifier = _classifier(settings.model, source, device)
     size = _resolution(settings.resolution, classifier)
     model = facts_of(classifier, "can_reject") | ({"abstains": True} if classifier.abstains else {})
-    model |= code_facts(_own(settings.goal, planned))
+    model |= code_facts(_own(settings.goal, planned)) | picture_facts(settings.goal)
     data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
     opened = open_gradients(classifier)
