@@ -28,7 +28,8 @@ ROWS_PER_PASS = 128
 Hook = Callable[[Tensor], Tensor]
 
 
-MAX_RULE_ALPHA = 0.5
+RULE_ALPHAS = (1e-100, 0.5)
+"""Error probabilities at which a rule may answer: below the first, logarithms of p-values run out of digits."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Rule:
     votes: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.alpha <= MAX_RULE_ALPHA:
+        least, most = RULE_ALPHAS
+        if not least <= self.alpha <= most:
             raise UserError(
-                f"a model abstains at an error probability above 0 and at most {MAX_RULE_ALPHA:g}, got {self.alpha:g}: "
-                "pass 0.001"
+                f"a model abstains at an error probability from {least:g} to {most:g}, got {self.alpha:g}: pass 0.001"
             )
 
     def __str__(self) -> str:

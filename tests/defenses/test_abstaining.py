@@ -127,7 +127,8 @@ def test_a_head_that_refuses_is_not_built_into_a_model_that_abstains():
     ("spec", "message"),
     [
         ("tiny+smooth:0.1:16:0.001", "16 copies never decide a class at alpha 0.001.*27 or more"),
-        ("tiny+smooth:0.1:64:0.7", "above 0 and at most 0.5, got 0.7"),
+        ("tiny+smooth:0.1:64:0.7", "from 1e-100 to 0.5, got 0.7"),
+        ("tiny+smooth:0.1:4000:1e-310:vote", "from 1e-100 to 0.5, got 1e-310"),
         ("tiny+smooth:0.1:64:often", "must be a number, got 'often'"),
         ("tiny+smooth:0.1:64:0.001:votes", "did you mean 'vote'"),
         ("tiny+smooth:0.1:64:0.001:vote:1", "must be written"),
