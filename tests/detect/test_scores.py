@@ -219,8 +219,10 @@ def test_gda_chooses_the_half_that_is_right(clouds: Clouds) -> None:
 @settings(max_examples=40, deadline=None)
 def test_generalised_entropy_by_hand(values: list[float], gamma: float, temperature: float) -> None:
     powers = [math.exp(value / temperature) for value in values]
-    p = sorted((power / sum(powers) for power in powers), reverse=True)[:3]
-    expected = -sum((x * (1 - x)) ** gamma for x in p)
+    # What is left beside a sure answer is the sum of the others: 1 less its probability would have few digits.
+    leading = sorted(range(len(powers)), key=lambda i: powers[i], reverse=True)[:3]
+    total, left = sum(powers), {i: sum(powers[:i] + powers[i + 1 :]) for i in leading}
+    expected = -sum((powers[i] / total * (left[i] / total)) ** gamma for i in leading)
     logits = torch.tensor([values], dtype=torch.float64)
     found = GEN(Head.of_logits(len(values)), temperature=temperature, gamma=gamma, leading=3).score(logits)
     assert found.item() == pytest.approx(expected, rel=1e-6)
