@@ -1,4 +1,4 @@
-"""An image encoder inside a language model (LLaVA): pixels to tokens, and what the language model says of tokens."""
+"""An image encoder inside a language model: pixels to tokens, and what the language model says of tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustvlm.core.size import Size, sides
 from robustvlm.errors import UserError
+from robustvlm.models.mllm_families import Family
 from robustvlm.models.mllm_options import Options
 from robustvlm.models.transformers_pixels import Preprocessing
 from robustvlm.models.vlm import VLM, check_pixels, resize
@@ -40,11 +41,13 @@ class Tongue:
     """A tokenizer with the way in which questions are asked.
 
     Args:
-        tokenizer: of transformers. write: from a question to the text with one image token.
+        tokenizer: of transformers. chat: from a question to the text that the library's processor takes.
+        write: to that text as the processor writes it, with one image token for all.
         image: id of that token. ends: ids that end an answer. digest: of all that decides ids and prompts.
     """
 
     tokenizer: Any
+    chat: Callable[[str], str]
     write: Callable[[str], str]
     image: int
     ends: tuple[int, ...]
@@ -53,7 +56,7 @@ class Tongue:
     def prompt(self, question: str) -> Prompt:
         """Return a question as token ids around the place of the image, as the library's own processor gives them."""
         text = self.write(question)
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = self._ids(text)
         if ids.count(self.image) != 1:
             raise UserError(f"the prompt '{text}' has {ids.count(self.image)} image tokens, expected one")
         self._require_words("question", question, ids, (self.tokenizer.unk_token_id,))
@@ -64,7 +67,7 @@ class Tongue:
         """Return the ids of an answer, read together with the question before it, without the end."""
         text = self.write(question)
         between = "" if text[-1:].isspace() else " "
-        asked, told = (list(self.tokenizer(part)["input_ids"]) for part in (text, f"{text}{between}{answer}"))
+        asked, told = (self._ids(part) for part in (text, f"{text}{between}{answer}"))
         while told and told[-1] in self.ends:  # of tokenizers that end every text
             told.pop()
         while asked and asked[-1] in self.ends:
@@ -74,6 +77,13 @@ class Tongue:
             raise UserError(f"'{answer}' is no answer: it has no token")
         self._require_words("answer", answer, found, self.tokenizer.all_special_ids)
         return found
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=not self.begun(text))["input_ids"])
+
+    def begun(self, text: str) -> bool:
+        """Whether a text already has the token that the tokenizer would begin it with, as chat templates write it."""
+        return bool(self.tokenizer.bos_token) and self.tokenizer.bos_token in text
 
     def _require_words(self, what: str, text: str, ids: Sequence[int], unfit: Sequence[int | None]) -> None:
         """Refuse a text of which the model reads a part as an unknown or special token: another text than is meant."""
@@ -98,7 +108,7 @@ class Tongue:
 
 
 class MllmVLM(VLM):
-    """A LLaVA: image tower, projector and language model, with one question put to every image.
+    """A multimodal model: image tower, projector and language model, with one question put to every image.
 
     As an encoder its feature is that of all image tokens at once: unit tokens [T, D], as the projector receives them,
     side by side and over sqrt(T), so that a cosine of features is the mean cosine of tokens, and the token of largest
@@ -108,8 +118,8 @@ class MllmVLM(VLM):
     for its place, so that no image chooses the lengths. `lengths` [T] are means over a few fixed pictures.
 
     Args:
-        model: `LlavaForConditionalGeneration`. how: preprocessing. tongue: tokenizer and prompts.
-        layers, drop_first: the tower's hidden states that are used, and whether their first token is left out.
+        model: of transformers, for conditional generation. how: preprocessing. tongue: tokenizer and prompts.
+        family: how its parts are put together.
         question: asked of every image.
     """
 
@@ -127,15 +137,14 @@ class MllmVLM(VLM):
         *,
         spec: str,
         config: str,
-        layers: tuple[int, ...],
-        drop_first: bool,
+        family: Family,
         question: str = QUESTION,
         pooled: bool = False,
     ) -> None:
         super().__init__(spec=spec, logit_scale=1.0, **how.framing.options())
         self.model: Any = model
         self.how, self.tongue, self.folder, self.config = how, tongue, folder, config
-        self.layers, self.drop_first, self.question, self.pooled = layers, drop_first, question, pooled
+        self.family, self.question, self.pooled = family, question, pooled
         self.prompt = tongue.prompt(question)
         place = next(model.parameters()).device
         for name in ("mean", "std"):
@@ -152,12 +161,7 @@ class MllmVLM(VLM):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Return image tokens [B, T, D] of pixels [B, 3, S, S], as the projector receives them."""
-        found = self.model.model.vision_tower((pixels - self.mean) / self.std, output_hidden_states=True)
-        states = found.hidden_states
-        if states is None or any(states[layer] is None for layer in self.layers):
-            raise UserError(f"the image tower of '{self.spec}' does not give its hidden states under this transformers")
-        kept = torch.cat([states[layer] for layer in self.layers], dim=-1)
-        return kept[:, 1:] if self.drop_first else kept
+        return self.family.tokens(self.model.model, (pixels - self.mean) / self.std)
 
     def raw_tokens(self, pixels: Tensor) -> Tensor:
         """Return image tokens [B, T, D] of square pixels [B, 3, H, H] of any size."""
@@ -193,17 +197,17 @@ class MllmVLM(VLM):
             depth: place [L] of each behind the prompt, from 0; default: in their order.
         """
         net = self.model.model
-        embed = net.get_input_embeddings()
-        image = net.multi_modal_projector(tokens)
-        before, after = (self._embedded(part, len(image)) for part in (self.prompt.before, self.prompt.after))
-        embeds = torch.cat([before.to(image), image, after.to(image), embed(ids).to(image)], dim=1)
-        prompt, further = embeds.shape[1] - ids.shape[1], ids.shape[1]
-        mask = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=ids.device).tril()
+        asked, image = self._asked(tokens)
+        embeds = torch.cat([asked, net.get_input_embeddings()(ids).to(asked)], dim=1)
+        prompt, further = asked.shape[1], ids.shape[1]
+        self._require_window(embeds.shape[1])
+        mask = self.family.sees(len(self.prompt.before), image, len(self.prompt.after), further, ids.device)
         if seen is not None:
             mask[prompt:, prompt:] = seen
         places = torch.arange(embeds.shape[1], device=ids.device)
         if depth is not None:
             places[prompt:] = prompt + depth
+        places = places + self.family.first_place
         hidden: Tensor = net.language_model(
             inputs_embeds=embeds,
             attention_mask=_additive(mask, embeds).expand(len(embeds), 1, -1, -1),
@@ -231,18 +235,30 @@ class MllmVLM(VLM):
     @torch.no_grad()
     def greedy(self, tokens: Tensor) -> Tensor:
         """Return the ids [B, MOST_WORDS] of greedy answers, filled up with -1 behind the end."""
-        net = self.model.model
-        image = net.multi_modal_projector(tokens)
-        before, after = (self._embedded(part, len(image)) for part in (self.prompt.before, self.prompt.after))
-        embeds = torch.cat([before.to(image), image, after.to(image)], dim=1)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        with torch.autocast(embeds.device.type, enabled=False):
-            made: Tensor = self.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MOST_WORDS)
+        made = self._generated(tokens) if self.family.generates else self._read_on(tokens)
         ends = torch.tensor(self.tongue.ends, device=made.device)
         ended = torch.isin(made, ends).int().cumsum(1)
         # The end itself is kept: it is a token of the answer.
         made = made.masked_fill(ended - torch.isin(made, ends).int() > 0, -1)
         return F.pad(made, (0, MOST_WORDS - made.shape[1]), value=-1)
+
+    def _generated(self, tokens: Tensor) -> Tensor:
+        embeds, _ = self._asked(tokens)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        with torch.autocast(embeds.device.type, enabled=False):
+            made: Tensor = self.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MOST_WORDS)
+        return made
+
+    def _read_on(self, tokens: Tensor) -> Tensor:
+        """Return the ids [B, L] of greedy answers, a whole pass for each token: their masks are ours."""
+        made = torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)
+        ends = torch.tensor(self.tongue.ends, device=tokens.device)
+        for _ in range(MOST_WORDS):
+            logits = self.model.lm_head(self.hidden(tokens, made)[:, -1])
+            made = torch.cat([made, logits.argmax(-1, keepdim=True)], dim=1)
+            if torch.isin(made, ends).any(1).all():
+                break
+        return made
 
     def say(self, tokens: Tensor) -> list[str]:
         """Return greedy answers to the question."""
@@ -300,11 +316,26 @@ class MllmVLM(VLM):
             self.folder,
             spec=self.spec.partition("#")[0] + f"#{question}",
             config=self.config,
-            layers=self.layers,
-            drop_first=self.drop_first,
+            family=self.family,
             question=question,
             pooled=self.pooled,
         ).to(self.device)
+
+    def _asked(self, tokens: Tensor) -> tuple[Tensor, int]:
+        """Return the prompt with the image in it [B, S, H], and the number of places that the image takes."""
+        image = self.family.project(self.model.model, tokens)
+        before, after = (self._embedded(part, len(image)) for part in (self.prompt.before, self.prompt.after))
+        return torch.cat([before.to(image), image, after.to(image)], dim=1), image.shape[1]
+
+    def _require_window(self, tokens: int) -> None:
+        """Refuse a text longer than what some layer of the language model looks back: that mask is not made here."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        if window and tokens > window and getattr(config, "use_sliding_window", True):
+            raise UserError(
+                f"the prompt of '{self.spec}' and its answer have {tokens} tokens; layers of its language model see the "
+                f"last {window} alone: ask a shorter question"
+            )
 
     def _embedded(self, ids: Sequence[int], rows: int) -> Tensor:
         found: Tensor = self.model.model.get_input_embeddings()(
@@ -314,7 +345,7 @@ class MllmVLM(VLM):
 
     def _identity(self) -> Iterable[str]:
         words = (self.tongue.digest, self.prompt.text, str(self.pooled))
-        return type(self.model).__name__, self.config, *words, repr(self.layers), str(self.drop_first)
+        return type(self.model).__name__, self.config, *words, *self.family.identity
 
 
 def _additive(seen: Tensor, like: Tensor) -> Tensor:

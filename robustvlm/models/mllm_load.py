@@ -9,16 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import read_bytes, read_json
-from robustvlm.core.framing import trial_pixels
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
 from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM, Tongue
+from robustvlm.models.mllm_checks import require_prompt, try_out
+from robustvlm.models.mllm_families import Family, Llava, family_of
 from robustvlm.models.transformers_load import loading_options, read_preprocessing, read_tokenizer, require_whole
-from robustvlm.models.transformers_pixels import Preprocessing
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import brief
 
@@ -27,8 +25,6 @@ BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny-mllm"}
 TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit", "robustvlm_tiny_tower")
 _OWN_TOWER = "robustvlm_tiny_tower"
 _POOLED = "@pooled"
-_CLASS = "LlavaForConditionalGeneration"
-_PLAIN_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
 
 
 def split_question(spec: str) -> tuple[str, str, bool]:
@@ -65,11 +61,10 @@ def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
         )
     folder = BUNDLED[place] if place in BUNDLED else files.model_folder(place)
     config = files.read_config(folder, own)
-    _require_family(config, own)
-    model = _load_weights(module, folder, config, own, load_base)
-    how = read_preprocessing(module, folder, own)
-    tongue = _tongue(module, folder, config, own)
-    layers = config.get("vision_feature_layer", -2)
+    family = _require_family(config, own)
+    model = _load_weights(module, folder, config, family, own, load_base)
+    how = read_preprocessing(module, folder, own, family.settings)
+    tongue = _tongue(module, folder, config, family, own)
     vlm = MllmVLM(
         model,
         how,
@@ -77,29 +72,27 @@ def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
         folder,
         spec=spec,
         config=files.config_text(config),
-        layers=tuple(layers) if isinstance(layers, list) else (int(layers),),
-        drop_first=config.get("vision_feature_select_strategy", "default") == "default",
+        family=family,
         question=question or QUESTION,
         pooled=pooled,
     )
-    _try_out(vlm, how, own)
+    try_out(vlm, own)
+    if type(family) is not Llava:
+        require_prompt(module, folder, vlm, own)
     return vlm
 
 
-def _require_family(config: Mapping[str, Any], spec: str) -> None:
-    kind, tower = config["model_type"], (config.get("vision_config") or {}).get("model_type")
-    if kind != "llava":
-        raise UserError(
-            f"'{spec}' is a model of type '{kind}': {PREFIX} takes LLaVA (model_type llava) alone; write another as an "
-            "encoder or classifier of your own, module:callable (docs/models.md)"
-        )
-    if tower not in TOWERS:
+def _require_family(config: Mapping[str, Any], spec: str) -> Family:
+    family, tower = family_of(config, spec), (config.get("vision_config") or {}).get("model_type")
+    if isinstance(family, Llava) and tower not in TOWERS:
         raise UserError(f"the image tower of '{spec}' is of type '{tower}': known are {', '.join(TOWERS[:-1])}")
+    return family
 
 
 def _load_weights(
-    module: Any, folder: Path, config: Mapping[str, Any], spec: str, load_base: Callable[[str], VLM]
+    module: Any, folder: Path, config: Mapping[str, Any], family: Family, spec: str, load_base: Callable[[str], VLM]
 ) -> Any:
+    name = family.model
     bundled = config["vision_config"]["model_type"] == _OWN_TOWER
     if bundled:
         from robustvlm.models.mllm_tower import register
@@ -107,15 +100,19 @@ def _load_weights(
         register()
     try:
         with files.quiet(), same_random_state():
-            kind = getattr(module, _CLASS)
-            options = loading_options("llava")
+            kind = getattr(module, name, None)
+            if kind is None:
+                raise UserError(f"'{spec}' needs {name}, which transformers {module.__version__} lacks: update it")
+            options = loading_options(config["model_type"])
             model, found = kind.from_pretrained(str(folder), attn_implementation="sdpa", **options)
+    except UserError:
+        raise
     except Exception as error:  # a wrong config or checkpoint fails in any way inside transformers
-        raise UserError(f"'{spec}' cannot be loaded as {_CLASS}: {brief(error)}") from error
+        raise UserError(f"'{spec}' cannot be loaded as {name}: {brief(error)}") from error
     if bundled:
         base: Any = load_base(str(config["vision_config"].get("base", "tiny")))
         model.model.vision_tower.visual.load_state_dict(base.model.visual.state_dict())
-    require_whole(model, found, spec, _CLASS, made=lambda key: bundled and ".visual." in key)
+    require_whole(model, found, spec, name, made=lambda key: bundled and ".visual." in key)
     # A checkpoint's own may sample, or punish repetition: what is judged here is the greedy answer.
     told = model.generation_config
     model.generation_config = module.GenerationConfig(
@@ -124,7 +121,7 @@ def _load_weights(
     return model
 
 
-def _tongue(module: Any, folder: Path, config: Mapping[str, Any], spec: str) -> Tongue:
+def _tongue(module: Any, folder: Path, config: Mapping[str, Any], family: Family, spec: str) -> Tongue:
     tokenizer = read_tokenizer(module, folder, spec)
     image = config.get("image_token_index", config.get("image_token_id"))
     if image is None:
@@ -136,9 +133,13 @@ def _tongue(module: Any, folder: Path, config: Mapping[str, Any], spec: str) -> 
     if template := _template(folder):
         tokenizer.chat_template = template
 
-    def write(question: str) -> str:
+    def chat(question: str) -> str:
+        if not family.chats:
+            return f"{name}{question}"
         if not tokenizer.chat_template:
-            return _PLAIN_TEMPLATE.replace("<image>", str(name)).replace("{question}", question)
+            if not family.plain:
+                raise UserError(f"'{spec}' has no chat template, so that no question can be put to it")
+            return family.plain.replace("<image>", str(name)).replace("{question}", question)
         content = [{"type": "image"}, {"type": "text", "text": question}]
         try:
             return str(
@@ -149,8 +150,11 @@ def _tongue(module: Any, folder: Path, config: Mapping[str, Any], spec: str) -> 
         except Exception as error:  # templates fail in any way
             raise UserError(f"the chat template of '{spec}' fails on a question: {brief(error)}") from error
 
+    def write(question: str) -> str:
+        return family.write(tokenizer, str(name), chat(question))
+
     digest = hashlib.blake2b(f"{files.tokenizer_digest(folder)} {ends} {image}".encode(), digest_size=16).hexdigest()
-    return Tongue(tokenizer, write, int(image), ends, digest)
+    return Tongue(tokenizer, chat, write, int(image), ends, digest)
 
 
 def _ends(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
@@ -171,22 +175,3 @@ def _template(folder: Path) -> str | None:
     if old.is_file():
         return str(json.loads(read_bytes(old, most=2**20)).get("chat_template") or "") or None
     return None
-
-
-@torch.no_grad()
-def _try_out(vlm: MllmVLM, how: Preprocessing, spec: str) -> None:
-    """Refuse a model that gives tokens or logits that are not finite, or that answers without looking at the image."""
-    pixels = trial_pixels(2, how.framing.image_size)
-    try:
-        tokens = vlm.tokens(pixels)
-        logits = vlm.next_logits(tokens, torch.zeros(2, 1, dtype=torch.long))
-    except UserError:
-        raise
-    except Exception as error:  # of versions of the library with a defect, or of a config that misleads
-        raise UserError(
-            f"'{spec}' fails under transformers {files.library().__version__}: {brief(error)}; try its newest"
-        ) from error
-    if not tokens.isfinite().all() or not logits.isfinite().all():
-        raise UserError(f"'{spec}' gives tokens or logits that are not finite")
-    if torch.equal(logits[0], logits[1]):
-        raise UserError(f"'{spec}' says the same of two different images to the last bit: it does not look at them")

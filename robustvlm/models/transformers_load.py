@@ -115,12 +115,18 @@ def loading_options(kind: str) -> dict[str, Any]:
     return options | {"dtype": torch.float32, "output_loading_info": True}
 
 
-def read_preprocessing(module: Any, folder: Path, spec: str) -> Preprocessing:
-    """Return what the processor of a folder does to images, compared with what it says; a UserError if it has none."""
+def read_preprocessing(
+    module: Any, folder: Path, spec: str, settings: Mapping[str, bool] | None = None
+) -> Preprocessing:
+    """Return what the processor of a folder does to images, compared with what it says; a UserError if it has none.
+
+    Args:
+        settings: that are put in the place of the processor's own.
+    """
     try:
         with files.quiet():
             processor = module.AutoImageProcessor.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
+                str(folder), trust_remote_code=False, local_files_only=True, **(settings or {})
             )
     except Exception as error:
         raise UserError(

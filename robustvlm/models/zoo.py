@@ -41,7 +41,10 @@ SPEC_FORMS = (
     ("hf-hub:ORG/REPO", "an open_clip repository on the Hugging Face hub"),
     ("transformers:FOLDER_OR_REPO", "a CLIP, SigLIP or image tower of the transformers library (needs [hub])"),
     ("transformers:TOWER@MODEL", "an image tower of it, with the text side of MODEL"),
-    ("mllm:NAME[#QUESTION]", "a LLaVA: mllm:tiny (bundled), a folder or hub repository (needs [hub]; docs/mllm.md)"),
+    (
+        "mllm:NAME[#QUESTION]",
+        "one that answers in words: mllm:tiny, a folder or hub repository (needs [hub]; docs/mllm.md)",
+    ),
     ("FOLDER", f"a model made by this program, or a folder with {CONFIG_NAME} and {WEIGHT_NAMES[0]}"),
     ("timm:NAME", "a classifier of timm, also NAME.TAG, and NAME/FILE for a local checkpoint (see docs/models.md)"),
     ("torchvision:NAME", "the same of torchvision, as torchvision:resnet50.IMAGENET1K_V1"),
