@@ -13,9 +13,10 @@ from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import read_bytes, read_json
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
-from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM, Tongue
+from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM
 from robustvlm.models.mllm_checks import require_prompt, try_out
 from robustvlm.models.mllm_families import Family, Llava, family_of
+from robustvlm.models.mllm_tongue import Tongue
 from robustvlm.models.transformers_load import loading_options, read_preprocessing, read_tokenizer, require_whole
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import brief
