@@ -124,14 +124,12 @@ class MllmVLM(VLM):
         mask = self.family.sees(len(self.prompt.before), image, len(self.prompt.after), further, ids.device)
         if seen is not None:
             mask[prompt:, prompt:] = seen
-        places = torch.arange(embeds.shape[1], device=ids.device)
-        if depth is not None:
-            places[prompt:] = prompt + depth
-        places = places + self.family.first_place
+        behind = torch.arange(further, device=ids.device) if depth is None else depth
+        places = self.family.places(len(self.prompt.before), image, len(self.prompt.after), behind)
         hidden: Tensor = net.language_model(
             inputs_embeds=embeds,
             attention_mask=_additive(mask, embeds).expand(len(embeds), 1, -1, -1),
-            position_ids=places[None].expand(len(embeds), -1),
+            position_ids=places[..., None, :].expand(*places.shape[:-1], len(embeds), -1),
             use_cache=False,
         ).last_hidden_state
         return hidden[:, -(1 + further) :]

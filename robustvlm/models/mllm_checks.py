@@ -74,8 +74,7 @@ def _require_same(vlm: MllmVLM, pixels: torch.Tensor, found: torch.Tensor, spec:
     theirs = vlm.model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pixel_values=(pixels - vlm.mean) / vlm.std,
-        **vlm.family.told(before.shape[1], places, after.shape[1], ids.device),
+        **vlm.family.inputs((pixels - vlm.mean) / vlm.std, before.shape[1], places, after.shape[1]),
     ).logits[0, -1]
     off = float((theirs - found).abs().max() / theirs.abs().max().clamp_min(1))
     if not off <= _SAME:

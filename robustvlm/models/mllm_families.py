@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from robustvlm.errors import UserError, nearest
+from robustvlm.errors import UserError
+from robustvlm.models.transformers_load import checked_preprocessing
+from robustvlm.models.transformers_pixels import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,24 @@ class Family:
             mask[: whole - further, : whole - further] = True
         return mask
 
-    def told(self, before: int, image: int, after: int, device: torch.device) -> dict[str, Tensor]:
-        """Return what the library's own forward is told besides a prompt and an image; rows are [1, S]."""
-        if not (self.image_sees_itself or self.prompt_sees_itself):
-            return {}
-        kinds = torch.zeros(1, before + image + after, dtype=torch.long, device=device)
-        if self.image_sees_itself:
-            kinds[:, before : before + image] = 1
-        return {"token_type_ids": kinds}
+    def places(self, before: int, image: int, after: int, depth: Tensor) -> Tensor:
+        """Return the positions [S], or [3, S], of a prompt's tokens and of further ones, `depth` [L] behind it."""
+        prompt = before + image + after
+        return torch.cat([torch.arange(prompt, device=depth.device), prompt + depth]) + self.first_place
+
+    def inputs(self, images: Tensor, before: int, image: int, after: int) -> dict[str, Tensor]:
+        """Return what the library's own forward is given of a normalised image [1, 3, S, S], besides the prompt."""
+        given = {"pixel_values": images}
+        if self.image_sees_itself or self.prompt_sees_itself:
+            kinds = torch.zeros(1, before + image + after, dtype=torch.long, device=images.device)
+            if self.image_sees_itself:
+                kinds[:, before : before + image] = 1
+            given["token_type_ids"] = kinds
+        return given
+
+    def preprocessing(self, processor: Any, spec: str) -> Preprocessing:
+        """Return what the family's image processor does to images, compared with what it says."""
+        return checked_preprocessing(processor, spec)
 
     def write(self, tokenizer: Any, image: str, asked: str) -> str:
         """Return a prompt with the marks that the family's processor puts around an image.
@@ -198,47 +210,6 @@ class PaliGemma(Family):
     def write(self, tokenizer: Any, image: str, asked: str) -> str:
         """Return the image, the beginning of the text, and the question; there is no chat."""
         return f"{asked.replace(image, f'{image}{tokenizer.bos_token}', 1)}\n"
-
-
-FAMILIES: dict[str, type[Family]] = {
-    "llava": Llava,
-    "vipllava": VipLlava,
-    "internvl": InternVL,
-    "gemma3": Gemma3,
-    "paligemma": PaliGemma,
-}
-"""By `model_type`."""
-
-ELSEWHERE = {
-    "llava_next": "cuts images into tiles and a smaller copy",
-    "llava_onevision": "cuts images into tiles and a smaller copy",
-    "qwen2_vl": "takes images of any shape as patches with places of their own",
-    "qwen2_5_vl": "takes images of any shape as patches with places of their own",
-    "qwen3_vl": "feeds several layers of the language model from the image tower",
-    "idefics3": "enlarges images before it reduces them",
-    "smolvlm": "enlarges images before it reduces them",
-    "blip-2": "reads an image through queries",
-    "instructblip": "reads an image through queries",
-    "mllama": "lets the language model look at the image in layers of its own",
-}
-"""Types that are not of this form, and in what."""
-
-
-def family_of(config: Mapping[str, Any], spec: str) -> Family:
-    """Return the family of a model by its config.
-
-    Raises:
-        UserError: one of another form; it says in what.
-    """
-    kind = str(config["model_type"])
-    if kind in FAMILIES:
-        return FAMILIES[kind].of(config)
-    why = f", which {ELSEWHERE[kind]}" if kind in ELSEWHERE else ""
-    close = "" if why else f" ({nearest(kind, FAMILIES)})"
-    raise UserError(
-        f"'{spec}' is a model of type '{kind}'{why}: mllm: takes {', '.join(FAMILIES)}{close}; write another as an "
-        "encoder or classifier of your own, module:callable (docs/models.md)"
-    )
 
 
 def _token(tokenizer: Any, name: str) -> str:

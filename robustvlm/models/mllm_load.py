@@ -15,9 +15,10 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
 from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM
 from robustvlm.models.mllm_checks import require_prompt, try_out
-from robustvlm.models.mllm_families import Family, Llava, family_of
+from robustvlm.models.mllm_families import Family, Llava
+from robustvlm.models.mllm_known import family_of
 from robustvlm.models.mllm_tongue import Tongue
-from robustvlm.models.transformers_load import loading_options, read_preprocessing, read_tokenizer, require_whole
+from robustvlm.models.transformers_load import loading_options, read_image_processor, read_tokenizer, require_whole
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import brief
 
@@ -64,7 +65,7 @@ def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
     config = files.read_config(folder, own)
     family = _require_family(config, own)
     model = _load_weights(module, folder, config, family, own, load_base)
-    how = read_preprocessing(module, folder, own, family.settings)
+    how = family.preprocessing(read_image_processor(module, folder, own, family.settings), own)
     tongue = _tongue(module, folder, config, family, own)
     vlm = MllmVLM(
         model,

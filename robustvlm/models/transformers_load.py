@@ -115,17 +115,28 @@ def loading_options(kind: str) -> dict[str, Any]:
     return options | {"dtype": torch.float32, "output_loading_info": True}
 
 
-def read_preprocessing(
-    module: Any, folder: Path, spec: str, settings: Mapping[str, bool] | None = None
-) -> Preprocessing:
-    """Return what the processor of a folder does to images, compared with what it says; a UserError if it has none.
+def read_preprocessing(module: Any, folder: Path, spec: str) -> Preprocessing:
+    """Return what the processor of a folder does to images, compared with what it says; a UserError if it has none."""
+    return checked_preprocessing(read_image_processor(module, folder, spec), spec)
+
+
+def checked_preprocessing(processor: Any, spec: str) -> Preprocessing:
+    """Return what an image processor says that it does, compared with what it does."""
+    found = preprocessing_of(processor, spec)
+    with files.quiet():
+        require_equal(found, processor, spec)
+    return found
+
+
+def read_image_processor(module: Any, folder: Path, spec: str, settings: Mapping[str, bool] | None = None) -> Any:
+    """Return the image processor of a folder; a UserError if it has none.
 
     Args:
         settings: that are put in the place of the processor's own.
     """
     try:
         with files.quiet():
-            processor = module.AutoImageProcessor.from_pretrained(
+            return module.AutoImageProcessor.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True, **(settings or {})
             )
     except Exception as error:
@@ -133,10 +144,6 @@ def read_preprocessing(
             f"'{spec}' does not say how images are prepared: expected preprocessor_config.json in '{folder}' "
             f"({brief(error)})"
         ) from error
-    found = preprocessing_of(processor, spec)
-    with files.quiet():
-        require_equal(found, processor, spec)
-    return found
 
 
 def read_tokenizer(module: Any, folder: Path, spec: str) -> Any:

@@ -43,19 +43,25 @@ def preprocessing_of(processor: Any, spec: str) -> Preprocessing:
     Raises:
         UserError: it does what this program cannot say in pixels: other filters, padding, no fixed size.
     """
-    mean, std = _normalisation(processor, spec)
+    mean, std = normalisation_of(processor, spec)
+    resample = filter_of(processor, spec)
+    most = getattr(processor, "max_num_patches", None)
+    if most:
+        patch = int(processor.patch_size)
+        # Its processor keeps an image's ratio, up to that many patches; of a square, this is what it makes.
+        return Preprocessing(Framing(patch * math.isqrt(int(most)), resample), mean, std, patch)
+    return Preprocessing(_framing(processor, resample, spec), mean, std)
+
+
+def filter_of(processor: Any, spec: str) -> str:
+    """Return the filter by which an image processor resizes."""
     resample = processor.resample
     resample = int(getattr(resample, "value", resample))
     if resample not in _FILTERS:
         raise UserError(
             f"the processor of '{spec}' resizes by filter {resample}: only bilinear (2) and bicubic (3) are known"
         )
-    most = getattr(processor, "max_num_patches", None)
-    if most:
-        patch = int(processor.patch_size)
-        # Its processor keeps an image's ratio, up to that many patches; of a square, this is what it makes.
-        return Preprocessing(Framing(patch * math.isqrt(int(most)), _FILTERS[resample]), mean, std, patch)
-    return Preprocessing(_framing(processor, _FILTERS[resample], spec), mean, std)
+    return _FILTERS[resample]
 
 
 def _framing(processor: Any, interpolation: str, spec: str) -> Framing:
@@ -63,9 +69,9 @@ def _framing(processor: Any, interpolation: str, spec: str) -> Framing:
         raise UserError(f"the processor of '{spec}' does not resize (do_resize is off): images of one size are needed")
     if getattr(processor, "do_pad", None):
         raise UserError(f"the processor of '{spec}' pads images (do_pad), which is not known here: use another model")
-    size, crop = _sides(processor.size), None
+    size, crop = sides_of(processor.size), None
     if getattr(processor, "do_center_crop", False):
-        crop = _sides(processor.crop_size)
+        crop = sides_of(processor.crop_size)
     short = size.get("shortest_edge")
     if short is not None and crop is None:
         raise UserError(f"the processor of '{spec}' resizes and does not crop: expected do_center_crop")
@@ -86,7 +92,8 @@ def _framing(processor: Any, interpolation: str, spec: str) -> Framing:
     return Framing(kept, interpolation, short_side=scaled if scaled != kept else 0)
 
 
-def _sides(size: Any) -> dict[str, int]:
+def sides_of(size: Any) -> dict[str, int]:
+    """Return what an image processor says of a size, by name, without what it leaves open."""
     found = dict(size) if isinstance(size, Mapping) else {key: getattr(size, key, None) for key in _KEYS}
     return {key: int(value) for key, value in found.items() if value is not None}
 
@@ -100,7 +107,7 @@ def _size(size: Mapping[str, int], name: str, spec: str) -> Size:
     return as_size((size["height"], size["width"]), f"{name} of the processor of '{spec}'")
 
 
-def _normalisation(processor: Any, spec: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation_of(processor: Any, spec: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of pixels in [0, 1], with whatever factor the processor scales levels by."""
     factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", True) else 1.0
     mean, std = [0.0] * _CHANNELS, [1.0] * _CHANNELS
@@ -142,7 +149,7 @@ def require_equal(found: Preprocessing, processor: Any, spec: str) -> None:
     high, wide = sides(size)
     others = [(high + high // 3, 2 * wide), (high + high // 2, wide)]
     for height, width in [(high, wide), *([] if found.patch else others)]:
-        image = _test_image(width, height)
+        image = trial_image(width, height)
         try:
             theirs = processor(images=image, return_tensors="pt")["pixel_values"].float()
         except Exception as error:  # a processor with wrong settings fails in any way
@@ -167,7 +174,7 @@ def require_equal(found: Preprocessing, processor: Any, spec: str) -> None:
             )
 
 
-def _test_image(width: int, height: int) -> Image.Image:
+def trial_image(width: int, height: int) -> Image.Image:
     """Return a smooth picture with another course in every channel and direction."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = [np.sin(5 * x + 2 * y), np.cos(3 * x - 4 * y), np.sin(6 * y) * x]

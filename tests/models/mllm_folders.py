@@ -136,9 +136,40 @@ def paligemma(folder: Path, **over: Any) -> Any:
     return transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(**told | over))
 
 
+def _qwen(folder: Path) -> dict[str, Any]:
+    names = {"image_token": "<image>", "video_token": "<video>"}
+    tokens = words(folder, names=names, mark="<s> <image> <s>")
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        kind = "image_processor_type" if name[0] == "p" else "video_processor_type"
+        settings = {kind: "Qwen2VLImageProcessor" if name[0] == "p" else "Qwen2VLVideoProcessor"}
+        settings |= {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": SIDE**2 + 20}}
+        (folder / name).write_text(json.dumps(settings))
+    text = {**_TEXT, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 2]}}
+    return {"text_config": text | tokens, "image_token_id": 3, "video_token_id": 7, "vision_start_token_id": 1}
+
+
+def qwen2_vl(folder: Path, **over: Any) -> Any:
+    told = _qwen(folder)
+    _processor(folder, "Qwen2VLProcessor")
+    vision = {"depth": 2, "embed_dim": 24, "hidden_size": 20, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(**told | {"vision_config": vision} | over)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl(folder: Path, **over: Any) -> Any:
+    told = _qwen(folder)
+    _processor(folder, "Qwen2_5_VLProcessor")
+    vision = {"depth": 3, "hidden_size": 24, "out_hidden_size": 20, "num_heads": 2, "intermediate_size": 32,
+              "patch_size": 4, "window_size": 8, "fullatt_block_indexes": [1]}  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(**told | {"vision_config": vision} | over)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
 OTHERS: dict[str, Callable[..., Any]] = {
     "vipllava": vipllava,
     "internvl": internvl,
     "gemma3": gemma3,
     "paligemma": paligemma,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
 }

@@ -154,7 +154,7 @@ def _edit(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda m: _edit(m / "config.json", model_type="qwen2_vl"), "takes llava"),
+        (lambda m: _edit(m / "config.json", model_type="qwen3_vl"), "takes llava"),
         (lambda m: _edit(m / "config.json", vision_config={"model_type": "pixtral"}), "image tower"),
         (lambda m: (m / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
         (lambda m: (m / "tokenizer.json").unlink(), "no tokenizer"),
