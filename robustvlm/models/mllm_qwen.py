@@ -43,8 +43,11 @@ class Qwen2VL(Family):
     def of(cls, config: Mapping[str, Any]) -> Family:
         """Return the sizes of patches that the config names."""
         told = config.get("vision_config") or {}
-        known = {"patch": ("patch_size", 14), "merge": ("spatial_merge_size", 2), "frames": ("temporal_patch_size", 2)}
-        return cls(**{mine: int(told.get(theirs, usual)) for mine, (theirs, usual) in known.items()})
+        patch, merge, frames = (
+            int(told.get(name, usual))
+            for name, usual in (("patch_size", 14), ("spatial_merge_size", 2), ("temporal_patch_size", 2))
+        )
+        return cls(patch=patch, merge=merge, frames=frames)
 
     def tokens(self, net: Any, images: Tensor) -> Tensor:
         """Return the merged tokens [B, T, H] in the order of rows."""
