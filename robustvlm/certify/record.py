@@ -191,6 +191,7 @@ KINDS: dict[str, _Kind] = {
     "direction": _Kind(named=lambda c: c.provenance.direction),
     "class": _Kind(labelled=True, named=lambda c: c.classes),
     "vote": _Kind(labelled=True, named=lambda c: c.classes),
+    "named": _Kind(labelled=True, named=lambda c: c.classes),
     "topk": _Kind(labelled=True, named=lambda c: c.classes),
     "recall": _Kind(labelled=True, named=lambda c: c.classes),
     "openset-accept": _OPENSET,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.attacks.goals.words import first_named
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.smoothing import SmoothedVLM
@@ -14,6 +17,9 @@ from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.mllm import MllmVLM
 from robustvlm.models.mllm_options import Options
+
+NO_CLASS = "(no class)"
+"""What an answer is that names no class."""
 
 
 def speaker_of(vlm: VLM | None) -> MllmVLM | None:
@@ -119,14 +125,17 @@ class AnswerVLM(VLM):
         base: the encoder below, as `Answering` takes it.
     """
 
+    kind: ClassVar[type[Answering]] = Answering
+
     def __init__(self, base: VLM, class_names: Sequence[str]) -> None:
         super().__init__(spec=base.spec, logit_scale=1.0, **base.framing.options())
-        self.answering = Answering(base, class_names)
+        self.answering = self.kind(base, class_names)
+        self.names = tuple(class_names)
         self._anchor = self._anchor.to(base.device)
         self.eval().requires_grad_(False)
 
     def at_noise(self, sigma: float) -> VLM:
-        return AnswerVLM(self.answering.encoder.at_noise(sigma), self.answering.class_names)
+        return type(self)(self.answering.encoder.at_noise(sigma), self.names)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return (0.5 * self.answering(pixels).log_softmax(dim=1)).exp()
@@ -143,19 +152,58 @@ class AnswerVLM(VLM):
         return ("answers", self.answering.fingerprint)
 
 
-def answers_of(vlm: VLM, class_names: Sequence[str]) -> VLM:
+class Naming(Answering):
+    """The class that a language model's free answer names first, or the last class, which is that it names none.
+
+    The question is any, as "describe the picture."; see `first_named` for what names a class. Logits are 1 for what is
+    said and 0 for the rest, without a gradient. What keeps certificates of claim `named` is a vote of it over noise:
+    `robustvlm.Smoothed(Naming(load_model("mllm:NAME#QUESTION"), class_names), sigma)`.
+    """
+
+    def __init__(self, vlm: VLM, class_names: Sequence[str]) -> None:
+        super().__init__(vlm, class_names)
+        self.class_names = (*self.class_names, NO_CLASS)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({}, (self.encoder.fingerprint, "names", *self.class_names))
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return [B, K + 1], 1 at the class that is named."""
+        names = self.class_names[:-1]
+        found = [first_named(answer, names) for answer in self.say(pixels)]
+        places = torch.tensor([len(names) if one is None else one for one in found], device=pixels.device)
+        return F.one_hot(places, len(names) + 1).to(pixels.dtype)
+
+
+class NamingVLM(AnswerVLM):
+    """The class that the free answer names as a feature, its axis; an answer that names none has an axis of its own."""
+
+    kind = Naming
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        found: Tensor = self.answering(pixels)
+        return found
+
+
+def answers_of(vlm: VLM, class_names: Sequence[str], *, in_words: bool = False) -> VLM:
     """Return the encoder to certify the class of: the answers themselves of a model that answers in words.
 
     Of a smoothed one the noise then stands before the whole model, whose answers are counted, and not before its
     image tower, whose tokens are averaged. Other encoders are returned as they are.
+
+    Args:
+        in_words: the class that the free answer names, in place of the likeliest name.
 
     Raises:
         UserError: a smoothed model with hooks of the caller's.
     """
     if speaker_of(vlm) is None or isinstance(vlm, AnswerVLM):
         return vlm
+    kind = NamingVLM if in_words else AnswerVLM
     if not isinstance(vlm, SmoothedVLM):
-        return AnswerVLM(vlm, class_names)
+        return kind(vlm, class_names)
     if vlm.purifier is not None or vlm.mapper is not None:
         raise UserError(f"'{vlm.spec}' has hooks behind its noise: answers are certified of mllm:NAME+smooth:SIGMA")
-    return SmoothedVLM(AnswerVLM(vlm.base, class_names), vlm.sigma, vlm.n0, rows_per_pass=vlm.rows_per_pass)
+    return SmoothedVLM(kind(vlm.base, class_names), vlm.sigma, vlm.n0, rows_per_pass=vlm.rows_per_pass)

@@ -71,9 +71,28 @@ def names(answer: str, word: str) -> bool:
         >>> names("Two owls", "owl"), names("a hotdog", "hot dog")
         (True, True)
     """
-    said, wanted = plain_words(answer), plain_words(word).strip()
+    return _place(plain_words(answer), word) is not None
+
+
+def first_named(answer: str, class_names: Sequence[str]) -> int | None:
+    """Return the class that an answer names first, of two at one place the longer name; None if it names none.
+
+    Example:
+        >>> first_named("A hot dog and a cat.", ["cat", "dog", "hot dog"]), first_named("An eggplant", ["egg"])
+        (2, None)
+    """
+    said = plain_words(answer)
+    found = [(place, -len(name), number) for number, name in enumerate(class_names) if (place := _place(said, name))]
+    # Every place is behind the space that plain words begin with, and so above 0.
+    return min(found)[2] if found else None
+
+
+def _place(said: str, word: str) -> int | None:
+    """Return where plain words have a word in one of its forms."""
+    wanted = plain_words(word).strip()
     forms = [form + ending for form in (wanted, wanted.replace(" ", "")) for ending in ("", "s", "es")]
-    return any(f" {form} " in said for form in forms)
+    places = [said.find(f" {form} ") + 1 for form in forms] if wanted else []
+    return min((place for place in places if place), default=None)
 
 
 class WordsGoal(Goal):

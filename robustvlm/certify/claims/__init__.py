@@ -5,7 +5,7 @@ what an audit attacks. `CLAIMS` has the built-in ones; docs/certify.md adds one 
 
 Example:
     >>> sorted(CLAIMS)
-    ['class', 'feature', 'openset', 'recall', 'tokens', 'topk', 'vote']
+    ['class', 'feature', 'named', 'openset', 'recall', 'tokens', 'topk', 'vote']
     >>> find_claim("vote").columns
     ('radius', 'deployed_radius')
 """
@@ -34,14 +34,14 @@ from robustvlm.certify.claims.openset import OPENSET
 from robustvlm.certify.claims.recall import RECALL
 from robustvlm.certify.claims.tokens import TOKENS
 from robustvlm.certify.claims.topk import TOPK
-from robustvlm.certify.claims.vote import VOTE
+from robustvlm.certify.claims.vote import NAMED, VOTE
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.record import OWN
 from robustvlm.core import registry
 from robustvlm.core.user_code import code_is_refused
 from robustvlm.errors import UserError, nearest
 
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (FEATURE, TOKENS, CLASS, VOTE, OPENSET, TOPK, RECALL)}
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (FEATURE, TOKENS, CLASS, VOTE, OPENSET, TOPK, RECALL, NAMED)}
 """The built-in claims by name."""
 
 DEFAULT, DEFAULT_KEPT = FEATURE.name, CLASS.name

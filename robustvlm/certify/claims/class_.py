@@ -309,26 +309,30 @@ def check_rounding(rounding: float) -> float:
 
 
 def votes_for(rows: Array, text: Array, label: int) -> np.ndarray:
-    """Return which features [n, D] are closest to the text of `label`; failed rows are votes for no class.
+    """Return which features [n, D] are closest to the text of `label`.
+
+    Failed rows are votes for no class, and so are those that are as close to another, as an answer that names none is.
 
     Example:
-        >>> votes_for(np.array([[1.0, 0.0], [np.nan, 0.0]]), np.eye(2), 0).tolist()
-        [True, False]
+        >>> votes_for(np.array([[1.0, 0.0], [np.nan, 0.0], [0.0, 0.0]]), np.eye(2), 0).tolist()
+        [True, False, False]
     """
     finite = np.asarray(np.isfinite(rows).all(axis=1))
-    chosen = (np.where(finite[:, None], rows, 0.0) @ text.T).argmax(axis=1)
-    return np.asarray(finite & (chosen == label))
+    near = np.where(finite[:, None], rows, 0.0) @ text.T
+    alone = (near == near.max(axis=1, keepdims=True)).sum(axis=1) == 1
+    return np.asarray(finite & alone & (near.argmax(axis=1) == label))
 
 
 def vote_winner(rows: Array, text: Array) -> int:
-    """Return the class with the most votes of features [n, D], the first of several.
+    """Return the class with the most votes of features [n, D], the first of several; -1 if there is no vote.
 
     Example:
         >>> vote_winner(np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), np.eye(2))
         1
     """
-    finite = rows[np.asarray(np.isfinite(rows).all(axis=1))]
-    return int(np.bincount((finite @ text.T).argmax(axis=1), minlength=len(text)).argmax())
+    near = rows[np.asarray(np.isfinite(rows).all(axis=1))] @ text.T
+    alone = near[(near == near.max(axis=1, keepdims=True, initial=-np.inf)).sum(axis=1) == 1]
+    return int(np.bincount(alone.argmax(axis=1), minlength=len(text)).argmax()) if len(alone) else -1
 
 
 def _stop(decision: Decision) -> Stop:

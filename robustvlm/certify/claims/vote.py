@@ -1,4 +1,4 @@
-"""The vote claim: the class that most noisy copies are put into stays (Cohen et al. 2019), another deployed rule."""
+"""The vote claims: what most noisy copies are taken for, or named as in words, stays (Cohen et al. 2019)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustvlm.certify.certifier import Certifier
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of
-from robustvlm.certify.claims.class_ import VoteAtRadius, VoteRadius
+from robustvlm.certify.claims.class_ import VoteAtRadius, VoteRadius, votes_for
 from robustvlm.certify.limits import best_vote_radius, best_vote_test_radius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array
@@ -52,12 +52,16 @@ class VoteQuantity(Quantity):
         return 1.0 - float(clopper_pearson_lower(against, len(features), alpha))
 
     def _votes(self, features: Array) -> npt.NDArray[np.bool_]:
-        said = (features @ self.text.T).argmax(axis=1) == self.label
+        said = votes_for(features, self.text, self.label)
         return said | np.isnan(features).any(axis=1)  # a failed pass must not look like a broken claim
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Vote(Claim):
+    """Args: states: the statement of its certificates."""
+
+    states: str
+
     def plan(self, asked: Asked, materials: Materials) -> Plan:
         common = {"text": materials.classes, **sampling_of(asked)}
         early = asked.radius is not None
@@ -68,7 +72,7 @@ class _Vote(Claim):
             certifier = partial(VoteRadius, **common, deployed=asked.deployed, abstains_at=asked.abstains_at)
         best = best_vote_test_radius if early else best_vote_radius
         return Plan(
-            statement="the class that most noisy copies are put into stays the same (hard vote)",
+            statement=self.states,
             rule=self.rule,
             theorem="T0",
             bound="betting" if early else "clopper-pearson",
@@ -78,6 +82,10 @@ class _Vote(Claim):
             certifier=certifier,
             label_source="pilot",
         )
+
+    def correct(self, label: int, prediction: int) -> bool | None:
+        # Where no copy is a vote for a class, -1, the vote is wrong and not unknown.
+        return prediction == label if label >= 0 else None
 
     def audited(
         self, row: Mapping[str, Any], asked: Asked, materials: Materials, *, steering: Array, evidence: Array
@@ -90,6 +98,7 @@ class _Vote(Claim):
 
 VOTE = _Vote(
     name="vote",
+    states="the class that most noisy copies are put into stays the same (hard vote)",
     kept="the class that most noisy copies get is right and certified to stay",
     about_class=True,
     columns=("radius", "deployed_radius"),
@@ -99,4 +108,18 @@ VOTE = _Vote(
     known_best=True,
     tests_radius=True,
     quantity=VoteQuantity.words,
+)
+
+NAMED = _Vote(
+    name="named",
+    states="the answers to most noisy copies go on naming this class first",
+    kept="the class that the answers to most noisy copies name is right and certified to stay named by most",
+    about_class=True,
+    columns=("radius", "deployed_radius"),
+    rule="the class that the free answers to most of infinitely many noisy copies name first, as whole words; an "
+    "answer that names none is a vote for none",
+    deployed="most of {n0:,} fresh answers name the certified class first",
+    known_best=True,
+    tests_radius=True,
+    quantity="share of noisy copies whose answer names the certified class first",
 )

@@ -14,7 +14,7 @@ from robustvlm.attacks import PRECISIONS
 from robustvlm.certify import OpensetRule, settings_digest
 from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT, Claim, Materials, Plan, find_claim, is_own, own_digest
 from robustvlm.certify.claims.class_ import CLASS
-from robustvlm.certify.claims.vote import VOTE
+from robustvlm.certify.claims.vote import NAMED, VOTE
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import CertifyConfig, noise_settings
@@ -276,11 +276,16 @@ def certified_model(vlm: VLM, config: CertifyConfig, class_names: Sequence[str])
             f"'{config.model}' cannot abstain: the rule of +smooth:SIGMA:N0:ALPHA is for classes told apart by their "
             "texts or vectors, right behind the smoothing; leave out ALPHA"
         )
+    if speaker_of(vlm) is None and claim is NAMED:
+        raise UserError(
+            f"'{config.model}' does not answer in words: the claim 'named' is about what mllm:NAME#QUESTION says"
+        )
     if speaker_of(vlm) is None or not claim.needs_classes:
         return vlm
-    if claim.name != "vote":
+    if claim not in (VOTE, NAMED):
         raise UserError(
-            f"'{config.model}' answers in words: pass {setting('claim', 'vote')} (the answer to most noisy copies), or "
+            f"'{config.model}' answers in words: pass {setting('claim', 'vote')} (the answer to most noisy copies), "
+            f"{setting('claim', 'named')} (the class that most of them name in words), or "
             f"{setting('claim', 'feature')} (its image tokens); '{config.claim}' is about texts of classes"
         )
     if config.cache is not None:
@@ -288,7 +293,7 @@ def certified_model(vlm: VLM, config: CertifyConfig, class_names: Sequence[str])
             f"the answers of '{config.model}' cannot be kept for other prompts: leave out {setting('cache')}, which "
             f"is for features ({setting('claim', 'feature')})"
         )
-    return answers_of(vlm, class_names)
+    return answers_of(vlm, class_names, in_words=claim is NAMED)
 
 
 def embed_classes(

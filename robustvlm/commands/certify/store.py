@@ -248,6 +248,7 @@ class Recorder:
             deployed_n0=self.config.deployed,
         )
         by_class = claim.about_class
+        named = found.prediction if by_class and found.prediction is not None and found.prediction >= 0 else None
         return Certificate.from_dict(
             {
                 "claim": found.claim or self.config.claim,
@@ -256,7 +257,7 @@ class Recorder:
                 "cos0": self.config.min_cos,
                 "r": found.r,
                 "label": found.prediction if by_class else None,
-                "label_name": self.class_names[found.prediction] if by_class and found.prediction is not None else None,
+                "label_name": None if named is None else self.class_names[named],
                 "rule": self.plan.rule,
                 "classes": self._classes if claim.needs_classes else None,
                 "n_classes": len(self.class_names) if claim.needs_classes else None,

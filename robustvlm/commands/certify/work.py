@@ -26,7 +26,7 @@ from robustvlm.core.user_code import named_by
 from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import SmoothedVLM, load_pipeline
-from robustvlm.defenses.answering import AnswerVLM
+from robustvlm.defenses.answering import AnswerVLM, NamingVLM
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
@@ -276,10 +276,14 @@ def _whole(vlm: VLM) -> list[str]:
     inner = vlm.base if isinstance(vlm, SmoothedVLM) else vlm
     if not isinstance(inner, AnswerVLM):
         return []
+    one, which = (
+        ("Naming(load_model(MODEL), class_names)", "class that most answers name")
+        if isinstance(inner, NamingVLM)
+        else ("rv.load_classifier(MODEL)", "most frequent answer")
+    )
     return [
-        "The noise stands before the whole model, which answers each noisy copy; the certified answer is the most "
-        "frequent one, and not what MODEL+smooth says, which averages image tokens and answers once. From Python: "
-        "rv.Smoothed(rv.load_classifier(MODEL), sigma)."
+        f"The noise stands before the whole model, which answers each noisy copy; certified is the {which}, and not "
+        f"what MODEL+smooth says, which averages image tokens and answers once. From Python: rv.Smoothed({one}, sigma)."
     ]
 
 
