@@ -13,6 +13,7 @@ from robustvlm.certify.means import Decision, betting_lower, clopper_pearson_low
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.certify.shapes import eigenvalue_upper, halfspace_shift
 from robustvlm.certify.tangent import TangentTest
+from robustvlm.certify.threats import PLAIN, find_threat
 from robustvlm.errors import UserError
 
 # Certified zero-shot class of the mean feature: `argmax_k <m(x'), t_k>` stays y (P1; T5 or T0, with T8)
@@ -250,20 +251,23 @@ def vocabulary_radius(
 # either (see `best_of`).
 
 
-def vote_radius(successes: int, n: int, sigma: float, alpha: float, *, share: float = 0.5) -> float:
+def vote_radius(
+    successes: int, n: int, sigma: float, alpha: float, *, share: float = 0.5, threat: str | None = None
+) -> float:
     """Return the radius inside which the label's vote share stays above `share`; 0 means ABSTAIN.
 
-    `sigma (Phi^-1(p) - Phi^-1(share))` with p the exact lower bound of the share at the image.
+    `sigma (Phi^-1(p) - Phi^-1(share))` with p the exact lower bound of the share at the image, for Gaussian noise.
 
     Args:
         successes: estimation votes for the label that the pilot chose; failed passes are votes for no class.
         n: all estimation passes, the failed ones included.
+        threat: what the noise is against, by name; l2 by default.
 
     Example:
         >>> round(vote_radius(9_900, 10_000, 0.25, 0.001), 4), vote_radius(50, 100, 0.25, 0.001)
         (0.5531, 0.0)
     """
-    return float(fcsb_radius(clopper_pearson_lower(successes, n, alpha), 2.0 * share - 1.0, sigma))
+    return find_threat(threat).reach(float(clopper_pearson_lower(successes, n, alpha)), share, sigma)
 
 
 def vote_predict(counts: ArrayLike, alpha: float) -> int | None:
@@ -309,6 +313,7 @@ class CountedVotes(Certifier):
     Args:
         classes: how many there are. Samples are rows [n, 1] with the number of the class; a pass that failed is NaN
             and a vote for none.
+        threat: what the noise is against, by name.
 
     Example:
         >>> certifier = CountedVotes(classes=2, sigma=0.25, alpha=0.001, n=1000, n_pilot=100)
@@ -318,11 +323,11 @@ class CountedVotes(Certifier):
         (1, 0.616)
     """
 
-    def __init__(self, *, classes: int, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
+    def __init__(self, *, classes: int, sigma: float, alpha: float, n: int, n_pilot: int, threat: str = PLAIN) -> None:
         super().__init__(("pilot", n_pilot), ("estimation", n), sigma=sigma, alpha=alpha, settings=(classes,))
         if n_pilot < 1:
             raise UserError("the class is chosen by samples of their own: pass n0 of at least 1")
-        self.classes, self.label, self.votes = classes, -1, 0
+        self.classes, self.label, self.votes, self.threat = classes, -1, 0, threat
 
     def _absorb(self, stage: Stage, rows: Array) -> None:
         chosen = rows[np.isfinite(rows[:, 0]), 0].astype(np.int64)
@@ -334,7 +339,7 @@ class CountedVotes(Certifier):
     def finding(self) -> Finding:
         n = self.counts["estimation"]
         return Finding(
-            radius=vote_radius(self.votes, n, self.sigma, self.alpha),
+            radius=vote_radius(self.votes, n, self.sigma, self.alpha, threat=self.threat),
             stop="fixed",
             n=n,
             n_pilot=self.counts["pilot"],

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from robustvlm.certify.certifier import Certifier, Finding, Stage
 from robustvlm.certify.noise import CHUNK, Address, image_digest, noise_chunk, settings_digest
+from robustvlm.certify.threats import PLAIN, find_threat
 from robustvlm.core.batches import narrower_after
 from robustvlm.core.device import Arriving, sent
 from robustvlm.core.seeds import derive_seed, own_draws
@@ -162,6 +163,7 @@ class SamplingEngine:
             noise (see `robustvlm.certify.noise`). Default: that of each certifier, which does not know the encoder.
         random: the encoder draws at random by itself: each pass gets draws of its own that follow from its rows, so
             that a run made again gives the same bits, and the caller's random state is left alone.
+        threat: name of what the noise is against (`robustvlm.certify.threats`).
 
     The noise level is the certifier's own.
 
@@ -187,8 +189,10 @@ class SamplingEngine:
         on_pass: Callable[[int, int], None] | None = None,
         settings: str | None = None,
         random: bool = False,
+        threat: str = PLAIN,
     ) -> None:
         self.encode, self.seed, self.settings, self.random = encode, seed, settings, random
+        self.threat = find_threat(threat)
         self.device = torch.device(device)
         self.rungs = tuple(rungs) or (lanes,)
         self.passes = 0
@@ -240,6 +244,9 @@ class SamplingEngine:
                 break
             own = certifier(job)
             settings = self.settings or own.key
+            self.threat.check_pixels(job.pixels)
+            if self.settings is None and self.threat.name != PLAIN:
+                settings = settings_digest(settings, self.threat.name)
             if own.of_image:  # a label that is changed after a look meets other noise, as other settings do
                 settings = settings_digest(settings, *own.of_image)
             address = Address(self.seed, job.image_id, image_digest(job.pixels), settings)
@@ -285,14 +292,15 @@ class SamplingEngine:
         return own_draws(self.device, derive_seed(self.seed, "draws of the encoder", *rows))
 
     def _noisy(self, piece: Piece) -> Tensor:
-        """Return the image plus fresh noise for every row, in float32 and not clipped; the clean stage has no noise."""
+        """Return the image under fresh noise for every row, in float32, not clipped; the clean stage has no noise."""
         pixels = piece.lane.pixels
         if piece.stage == "clean":
             return pixels.expand(piece.rows, *pixels.shape)
         stream = piece.lane.address.stream(piece.stage)
-        noise = noise_chunk(stream, piece.start // CHUNK, pixels.shape, self.device)
-        first = piece.start % CHUNK
-        return noise[first : first + piece.rows].mul_(piece.lane.certifier.sigma).add_(pixels)
+        threat, first = self.threat, piece.start % CHUNK
+        noise = noise_chunk(stream, piece.start // CHUNK, threat.draws(pixels.shape), self.device, kind=threat.kind)
+        draws = noise[first : first + piece.rows]
+        return threat.noisy(pixels.expand(piece.rows, *pixels.shape), draws, piece.lane.certifier.sigma)
 
     def _judge(self, done: _Pass) -> list[Lane]:
         """Hand the features to their certifiers; return the lanes that are decided, which leave."""

@@ -7,11 +7,11 @@ import numpy as np
 from scipy.special import ndtri
 
 from robustvlm.certify.bands import shipped_levels
-from robustvlm.certify.feature import fcsb_radius
 from robustvlm.certify.means import FRACTIONS, clopper_pearson_lower, mix
 from robustvlm.certify.normal import Array, check_alpha, check_sigma, largest_true
 from robustvlm.certify.shapes import A_MAX
 from robustvlm.certify.tangent import tangent_at
+from robustvlm.certify.threats import find_threat
 from robustvlm.core import N_MAX
 
 
@@ -45,14 +45,14 @@ def best_class_radius(n: int, alpha: float, sigma: float, *, target: float = 0.5
     return sigma * max(0.0, float(ndtri(level ** (1.0 / n)) - ndtri(target)))
 
 
-def best_vote_radius(n: int, alpha: float, sigma: float) -> float:
+def best_vote_radius(n: int, alpha: float, sigma: float, *, threat: str | None = None) -> float:
     """Return the hard-vote radius of a unanimous vote.
 
     Example:
         >>> round(best_vote_radius(9_000, 0.001, 0.25), 3)
         0.792
     """
-    return float(fcsb_radius(clopper_pearson_lower(n, n, alpha), 0.0, sigma))
+    return find_threat(threat).reach(float(clopper_pearson_lower(n, n, alpha)), 0.5, sigma)
 
 
 def samples_needed(best: Callable[[int], float], radius: float) -> int | None:
@@ -98,11 +98,11 @@ def best_tangent_radius(n: int, alpha: float, sigma: float, *, target: float = 0
     return check_sigma(sigma) * float(largest_true(certified, 0.0, A_MAX, steps=30))
 
 
-def best_vote_test_radius(n: int, alpha: float, sigma: float) -> float:
+def best_vote_test_radius(n: int, alpha: float, sigma: float, *, threat: str | None = None) -> float:
     """Return the largest radius that the betting test of a unanimous vote decides.
 
     Example:
         >>> round(best_vote_test_radius(10_000, 0.001, 0.25), 3)
         0.779
     """
-    return float(fcsb_radius(best_mean(n, alpha), 0.0, sigma))
+    return find_threat(threat).reach(best_mean(n, alpha), 0.5, sigma)

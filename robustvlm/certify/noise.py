@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustvlm.certify.threats.base import Kind
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError
 
@@ -95,8 +96,12 @@ def settings_digest(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def noise_chunk(stream: int, number: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def noise_chunk(
+    stream: int, number: int, shape: Sequence[int], device: torch.device | str = "cpu", *, kind: Kind = "normal"
+) -> Tensor:
     """Return chunk `number` of a stream of noise: N(0, I) [CHUNK, *shape] in float32, on `device`.
+
+    With the kind "bits", whole numbers of 64 bits instead, of which other noise is made (`robustvlm.certify.threats`).
 
     Always float32: half precision knows a few thousand values of a normal variable, and its law is another one. Rows
     do not depend on batches, order or process. On the CPU the chunks of a stream are disjoint pieces of one sequence of
@@ -113,8 +118,13 @@ def noise_chunk(stream: int, number: int, shape: Sequence[int], device: torch.de
     place = torch.device(device)
     if place.type == "cpu":
         draws = np.random.Generator(np.random.Philox(key=stream, counter=[0, 0, 0, number]))
+        if kind == "bits":
+            words = draws.integers(-(2**63), 2**63, (CHUNK, *shape), dtype=np.int64)
+            return torch.from_numpy(words)
         return torch.from_numpy(draws.standard_normal((CHUNK, *shape), dtype=np.float32))
     seeded = torch.Generator(place).manual_seed(derive_seed(stream, number))
+    if kind == "bits":
+        return torch.empty((CHUNK, *shape), dtype=torch.int64, device=place).random_(-(2**63), None, generator=seeded)
     return torch.randn((CHUNK, *shape), generator=seeded, device=place, dtype=torch.float32)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from robustvlm.certify.means import ANYTIME_BOUNDS
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
+from robustvlm.certify.threats import PLAIN, find_threat
 from robustvlm.core.framing import Framing, covering, fitting
 from robustvlm.core.size import Size, sides
 from robustvlm.errors import UserError, setting
@@ -96,13 +97,13 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """A certified statement about every x' closer than `radius` to x in the l2 norm; radius 0 is ABSTAIN.
+    """A certified statement about every x' that a threat allows within `radius` of x; radius 0 is ABSTAIN.
 
     Attributes:
         claim: what kind of statement, a name of `KINDS` or `module:callable`; certificates of different claims are
             about different deployed rules.
         theorem: which theorem gave the radius (T1 .. T8).
-        radius: in pixel units of the tensor that receives the noise.
+        radius: of the tensor that receives the noise, in the unit of the threat.
         cos0: certified cosine, for feature and direction claims.
         r: lower confidence bound the radius rests on (norm, score or share), if there is one.
         label: certified class index, for class and vote claims; label_name: its name.
@@ -112,6 +113,7 @@ class Certificate:
         image_id, image: the image's name, and the digest of its pixels as they receive the noise.
         deployed_radius: radius within which the mean (or the vote) of `provenance.deployed_n0` fresh copies keeps the
             claim with probability 1 - alpha over them; None where nothing is stated of it.
+        threat: what x' may be, a name of `robustvlm.certify.threats.THREATS`; l2 by default.
 
     Raises:
         UserError: the radius is negative or not finite, the cosine is negative, or the deployed radius is the larger.
@@ -140,9 +142,11 @@ class Certificate:
     image_id: str = ""
     image: str = ""
     deployed_radius: float | None = None
+    threat: str = PLAIN
 
     def __post_init__(self) -> None:
         kind = kind_of(self.claim)
+        find_threat(self.threat)
         if self.deployed_radius is not None and not 0.0 <= self.deployed_radius <= self.radius:
             raise UserError(
                 f"finitely many copies keep at most the radius {self.radius}, got a deployed {self.deployed_radius}"
@@ -223,6 +227,7 @@ _STATEMENT: dict[str, Callable[[Certificate], object]] = {
     "prompts": lambda c: c.prompts,
     "thresholds": lambda c: None if c.thresholds is None else tuple(sorted(c.thresholds.items())),
     "direction": lambda c: c.provenance.direction,
+    "threat": lambda c: c.threat,
     "sigma": lambda c: c.provenance.sigma,
     "encoder": lambda c: (c.provenance.encoder, c.provenance.dtype),
 }

@@ -206,4 +206,10 @@ def answers_of(vlm: VLM, class_names: Sequence[str], *, in_words: bool = False) 
         return kind(vlm, class_names)
     if vlm.purifier is not None or vlm.mapper is not None:
         raise UserError(f"'{vlm.spec}' has hooks behind its noise: answers are certified of mllm:NAME+smooth:SIGMA")
-    return SmoothedVLM(kind(vlm.base, class_names), vlm.sigma, vlm.n0, rows_per_pass=vlm.rows_per_pass)
+    return SmoothedVLM(
+        kind(vlm.base, class_names),
+        vlm.sigma,
+        vlm.n0,
+        rows_per_pass=vlm.rows_per_pass,
+        threat=vlm.noise.threat.name,
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from robustvlm.certify import OpensetRule
+from robustvlm.certify.threats import Noise, read_noise
 from robustvlm.core.files import replacing
 from robustvlm.core.framing import trial_pixels
 from robustvlm.defenses import pipeline
@@ -36,7 +37,7 @@ class Recipe:
     Args:
         encoder: spec of the encoder, plain or robust, without operators.
         purify: folder of a purify run: purifier and mapper.
-        smooth: noise, samples and how the model answers, as `SIGMA[:N0[:ALPHA[:vote]]]`.
+        smooth: noise, samples and how the model answers, as `[THREAT=]SIGMA[:N0[:ALPHA[:vote]]]`.
         immunize: folder of an immunize run: adapter, prototypes, antibodies and thresholds.
 
     Raises:
@@ -73,8 +74,14 @@ class Recipe:
 
     @property
     def sigma(self) -> float | None:
-        """Noise level of the smoothing, None without one."""
-        return float(self.smoothing[0].arguments[0]) if self.smoothing else None
+        """Noise level of a smoothing against changes of pixels, for which parts may be made; None without one."""
+        noise = self.noise
+        return noise.sigma if noise is not None and noise.threat.of_pixels else None
+
+    @property
+    def noise(self) -> Noise | None:
+        """The noise of the smoothing, None without one."""
+        return read_noise(self.smoothing[0].arguments[0]) if self.smoothing else None
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
@@ -368,8 +375,8 @@ class BuiltModel(pipeline.SavedModel):
         return operations
 
     @property
-    def sigma(self) -> float | None:
-        return float(self.smoothing[0].arguments[0]) if self.smoothing else None
+    def noise(self) -> Noise | None:
+        return read_noise(self.smoothing[0].arguments[0]) if self.smoothing else None
 
     @property
     def rule(self) -> Rule | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from robustvlm.certify.threats import Noise
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import NOT_CODE, create, names_a_callable
@@ -195,8 +196,8 @@ class SavedModel(ABC):
         return ()
 
     @property
-    def sigma(self) -> float | None:
-        """Noise level of a smoothing that is part of the model, None without one."""
+    def noise(self) -> Noise | None:
+        """The noise of a smoothing that is part of the model, None without one."""
         return None
 
     @property
@@ -334,7 +335,7 @@ def operators() -> dict[str, Operator]:
 
     Example:
         >>> {"smooth", "bits", "ttc"} <= set(operators()), operators()["smooth"].form
-        (True, 'smooth:SIGMA[:N0[:ALPHA[:vote]]]')
+        (True, 'smooth:[THREAT=]SIGMA[:N0[:ALPHA[:vote]]]')
     """
     return OPERATORS | {name: operator(name) for name in DEFENCES}
 
@@ -408,8 +409,8 @@ OPERATORS = {
     "smooth": Operator(
         form=FORM,
         meaning=f"the model averaged over N0 noisy copies of the image (default {DEFAULT_N0}), noise of SIGMA in [0, 1]"
-        " pixels; with ALPHA, as 0.001, it answers only where the copies, their mean or with :vote their vote, decide "
-        "the class at that probability of error",
+        " pixels, or of a THREAT as brightness=0.2 (`certify --threat` names them); with ALPHA, as 0.001, it answers "
+        "only where the copies, their mean or with :vote their vote, decide the class at that probability of error",
         apply=lambda vlm, operation: smoothed_as(vlm, str(operation)),
     )
 }

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustvlm.core import MAX_N0, MAX_SIGMA
+from robustvlm.certify.threats import PLAIN, Noise, find_threat, read_noise
+from robustvlm.core import MAX_N0
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError, nearest
@@ -83,13 +84,15 @@ class SmoothedVLM(VLM):
     """The smoothed encoder `m(x) = E f(x + noise)`, estimated anew on every call from `n0` draws.
 
     `f` is purifier, encoder, unit norm, mapper, unit norm: all of it inside the expectation, so that certificates need
-    no property of the hooks. Noise is N(0, sigma^2 I) in float32 from torch's global generator, in the [0, 1] pixels of
-    the model's own resolution (after the resize, before its normalisation), and is not clipped.
+    no property of the hooks. Noise comes from torch's global generator and is not clipped; that against l2 is
+    N(0, sigma^2 I) in float32, in the [0, 1] pixels of the model's own resolution (after the resize, before its
+    normalisation), and other threats have theirs (`robustvlm.certify.threats`).
 
     Args:
         base: the model to smooth; it encodes texts unchanged.
-        sigma: noise level in [0, 1] pixels.
+        sigma: noise level, in [0, 1] pixels or the unit of the threat.
         n0: draws per image.
+        threat: what the noise is against, by name.
         purifier: from noisy pixels [R, 3, S, S] to pixels of that shape, row by row.
         mapper: from unit features [R, D] to features [R, D], row by row.
         rule: how a classifier on it answers from the draws, and when it does not; None: the class of their mean,
@@ -98,7 +101,7 @@ class SmoothedVLM(VLM):
             passes are recomputed in the backward pass, noise included, so that memory does not grow with `n0`.
 
     Raises:
-        UserError: sigma or n0 is out of range, or the model is smoothed already.
+        UserError: sigma or n0 is out of range, no such threat, or the model is smoothed already.
     """
 
     def __init__(
@@ -111,34 +114,34 @@ class SmoothedVLM(VLM):
         mapper: Hook | None = None,
         rule: Rule | None = None,
         rows_per_pass: int = ROWS_PER_PASS,
+        threat: str = PLAIN,
     ) -> None:
         if not isinstance(base, VLM):
             raise UserError(
                 f"only an encoder can be smoothed, by its mean feature, and a {type(base).__name__} is none: give it "
                 "encode_image, encode_text, image_size and logit_scale, and load it as module:callable (docs/models.md)"
             )
-        if not 0.0 < sigma <= MAX_SIGMA:
-            pixels = " (pixels are in [0, 1], so 0.25 is strong noise)" if sigma > MAX_SIGMA else ""
-            raise UserError(f"sigma must be above 0 and at most {MAX_SIGMA:g}, got {sigma:g}{pixels}: pass 0.25")
+        noise = Noise(find_threat(threat), float(sigma))
         if not 1 <= n0 <= MAX_N0:
             raise UserError(f"the smoothed model needs between 1 and {MAX_N0:,} samples, got {n0}: pass {DEFAULT_N0}")
         if any(isinstance(part, SmoothedVLM) for part in base.modules()):
             raise UserError(
-                f"'{base.spec}' is smoothed already, so +smooth:{sigma:g} is one too many: smooth the model below"
+                f"'{base.spec}' is smoothed already, so +smooth:{noise} is one too many: smooth the model below"
             )
         if rule is not None and n0 < rule.least_copies:
             raise UserError(
                 f"{n0} copies never decide a class at alpha {rule.alpha:g}, and this model would never answer: pass "
-                f"{rule.least_copies} or more, as +smooth:{format_exact(sigma)}:{max(DEFAULT_N0, rule.least_copies)}:"
+                f"{rule.least_copies} or more, as +smooth:{noise}:{max(DEFAULT_N0, rule.least_copies)}:"
                 f"{rule}"
             )
         answers = "" if rule is None else f":{rule}"
         super().__init__(
-            spec=f"{base.spec}+smooth:{format_exact(sigma)}:{n0}{answers}",
+            spec=f"{base.spec}+smooth:{noise}:{n0}{answers}",
             logit_scale=base.logit_scale,
             **base.framing.options(),
         )
-        self.base, self.sigma, self.n0, self.rows_per_pass = base.at_noise(sigma), float(sigma), n0, rows_per_pass
+        self.base = base.at_noise(sigma) if noise.threat.of_pixels else base
+        self.noise, self.sigma, self.n0, self.rows_per_pass = noise, noise.sigma, n0, rows_per_pass
         self.rule = rule
         self.purifier, self.mapper = _beside(base, purifier), _beside(base, mapper)
         self._anchor = self._anchor.to(base.device)
@@ -227,16 +230,15 @@ class SmoothedVLM(VLM):
     def _features(self, clean: Tensor, count: int) -> Tensor:
         # float32 at least: in half precision noise has a few thousand values, and its law is no longer normal.
         wide = clean if clean.dtype == torch.float64 else clean.float()
-        rows = wide.repeat_interleave(count, dim=0)
-        noisy = rows + self.sigma * torch.randn_like(rows)
-        return self.encode_noisy(noisy).view(len(clean), count, -1)
+        return self.encode_noisy(self.noise.fresh(wide.repeat_interleave(count, dim=0))).view(len(clean), count, -1)
 
     @property
     def fingerprint(self) -> str:
         """Digest of the base model, the noise, the hooks and the rule."""
         hooks = [f"{name}: {_identity(hook)}" for name, hook in (("purifier", self.purifier), ("mapper", self.mapper))]
         rule = () if self.rule is None else (f"rule: {self.rule!r}",)  # models from before there were rules keep theirs
-        return fingerprint({}, (self.base.fingerprint, "smooth", repr(self.sigma), str(self.n0), *hooks, *rule))
+        level = repr(self.sigma) if self.noise.threat.name == PLAIN else str(self.noise)
+        return fingerprint({}, (self.base.fingerprint, "smooth", level, str(self.n0), *hooks, *rule))
 
 
 def _beside(base: VLM, hook: Hook | None) -> Hook | None:
@@ -254,6 +256,7 @@ def smooth(
     purifier: Hook | None = None,
     mapper: Hook | None = None,
     rule: Rule | None = None,
+    threat: str = PLAIN,
 ) -> SmoothedVLM:
     """Return `vlm` smoothed with noise of `sigma` and `n0` draws per call; see `SmoothedVLM`.
 
@@ -261,13 +264,15 @@ def smooth(
         >>> from robustvlm.models import load_model
         >>> smooth(load_model("tiny"), 0.25).spec
         'tiny+smooth:0.25:64'
+        >>> smooth(load_model("tiny"), 0.2, threat="brightness").spec
+        'tiny+smooth:brightness=0.2:64'
     """
-    return SmoothedVLM(vlm, sigma, n0, purifier=purifier, mapper=mapper, rule=rule)
+    return SmoothedVLM(vlm, sigma, n0, purifier=purifier, mapper=mapper, rule=rule, threat=threat)
 
 
-# The operator of a spec: `smooth:SIGMA[:N0[:ALPHA[:vote]]]`
+# The operator of a spec: `smooth:[THREAT=]SIGMA[:N0[:ALPHA[:vote]]]`
 
-FORM = "smooth:SIGMA[:N0[:ALPHA[:vote]]]"
+FORM = "smooth:[THREAT=]SIGMA[:N0[:ALPHA[:vote]]]"
 ANSWERS = ("mean", "vote")
 """How the copies of a model that abstains give their answer."""
 
@@ -289,14 +294,14 @@ def smoothed_as(vlm: VLM, written: str) -> SmoothedVLM:
             f"'+{written}' must be written +{FORM}, as +smooth:0.25, +smooth:0.25:{DEFAULT_N0} or "
             f"+smooth:0.25:{DEFAULT_N0}:0.001"
         )
-    sigma_text, n0_text = (*arguments, str(DEFAULT_N0))[:2]
+    noise_text, n0_text = (*arguments, str(DEFAULT_N0))[:2]
     try:
-        sigma = float(sigma_text)
-    except ValueError:
-        raise UserError(f"'+{written}': sigma must be a number, got '{sigma_text}': as +smooth:0.25") from None
+        noise = read_noise(noise_text)
+    except UserError as error:
+        raise UserError(f"'+{written}': {error}") from None
     if not re.fullmatch(r"\d{1,9}", n0_text):
         raise UserError(f"'+{written}': the number of samples must be a whole number, got '{n0_text}'")
-    return smooth(vlm, sigma, int(n0_text), rule=read_rule(written))
+    return smooth(vlm, noise.sigma, int(n0_text), rule=read_rule(written), threat=noise.threat.name)
 
 
 def read_rule(written: str) -> Rule | None:

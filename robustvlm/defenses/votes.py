@@ -19,7 +19,8 @@ from robustvlm.certify.classes import CountedVotes, vote_predict
 from robustvlm.certify.engine import Job, SamplingEngine
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.normal import check_alpha
-from robustvlm.core import MAX_N0, MAX_SIGMA
+from robustvlm.certify.threats import PLAIN, Noise, find_threat
+from robustvlm.core import MAX_N0
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.classes import DEFAULT
 from robustvlm.data.source import DataSource
@@ -42,10 +43,12 @@ class CertifiedVotes:
 
     Attributes:
         classes: the certified class, ABSTAIN (-1) where nothing is certified; int64 [N].
-        radius: L2 radius in the pixels of the images given, within which the smoothed classifier keeps that class, 0
-            for ABSTAIN; float64 [N]. Each holds with probability at least 1 - alpha over the noise that was drawn.
+        radius: within which the smoothed classifier keeps that class, 0 for ABSTAIN; float64 [N]. An L2 distance in the
+            pixels of the images given, or in the unit of the threat. Each holds with probability at least 1 - alpha
+            over the noise that was drawn.
         votes: share of the estimation votes for the class that the selection chose; float64 [N].
         sigma, n, n0, alpha: noise level, estimation and selection draws, error probability of each image.
+        threat: what the noise is against, by name.
     """
 
     classes: Tensor
@@ -55,25 +58,29 @@ class CertifiedVotes:
     n: int
     n0: int
     alpha: float
+    threat: str = PLAIN
 
 
 class Smoothed(nn.Module):
-    """A classifier smoothed by Gaussian noise: most votes of noisy copies win.
+    """A classifier smoothed by noise: most votes of noisy copies win.
 
-    Noise N(0, sigma^2 I) is added to the images as they are given, before whatever resizing the model does, and is not
-    clipped. As a module it returns log vote shares [B, K] of `n` fresh copies, (votes + 1) / (n + K), with the gradient
-    of the log mean softmax probability (Salman et al. 2019, arXiv 1906.04584), so that it can be attacked by `perturb`.
+    Noise is added to the images as they are given, before whatever resizing the model does, and is not clipped:
+    N(0, sigma^2 I), or that of another threat (`robustvlm.certify.threats`). As a module it returns log vote shares
+    [B, K] of `n` fresh copies, (votes + 1) / (n + K), with the gradient of the log mean softmax probability (Salman et
+    al. 2019, arXiv 1906.04584), so that it can be attacked by `perturb`.
 
     Args:
         model: any module or function from pixels to logits, a classifier, or an encoder with `classes`. It is used in
             evaluation mode and left as it was. It must not draw at random itself nor refuse.
-        sigma: noise level in [0, 1] pixels.
+        sigma: noise level in [0, 1] pixels, or in the unit of the threat.
         n: noisy copies of a prediction.
         classes: class names, or data that has them (`open_data`), for an encoder; templates: its prompts.
         lanes: noisy images in a batch.
+        threat: what the noise is against: "l2", "8bit" (images of whole numbers / 255), "l1", "brightness", ...
 
     Raises:
-        UserError: sigma or n is out of range, the model refuses or is smoothed already, an encoder has no classes.
+        UserError: sigma or n is out of range, there is no such threat, the model refuses or is smoothed already, an
+            encoder has no classes.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -94,12 +101,10 @@ class Smoothed(nn.Module):
         classes: Sequence[str] | DataSource | None = None,
         templates: Sequence[str] | None = None,
         lanes: int = ROWS_PER_PASS,
+        threat: str = PLAIN,
     ) -> None:
         super().__init__()
-        if not 0.0 < sigma <= MAX_SIGMA:
-            raise UserError(
-                f"sigma must be above 0 and at most {MAX_SIGMA:g} in [0, 1] pixels, got {sigma:g}: pass 0.25"
-            )
+        noise = Noise(find_threat(threat), float(sigma))
         _count("n", n, MAX_N0)
         _count("lanes", lanes, 65_536)
         if isinstance(model, nn.Module) and any(isinstance(m, SmoothedVLM | Smoothed) for m in model.modules()):
@@ -112,7 +117,7 @@ class Smoothed(nn.Module):
         if isinstance(model, VLM):
             model = _with_classes(model, classes, templates)
         self.asked = AskedModel(model)
-        self.sigma, self.n, self.lanes = float(sigma), n, lanes
+        self.noise, self.sigma, self.n, self.lanes = noise, noise.sigma, n, lanes
         self._classes: int | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -176,17 +181,25 @@ class Smoothed(nn.Module):
         _count("n0", n0, 10_000_000)
         pixels = as_images(images)
         oracle = self._oracle(pixels)
-        classes = self._classes or 0
+        classes, threat = self._classes or 0, self.noise.threat
+        # Where the law of the noise is known up to rounding, that is paid for (`Threat.off_law`).
+        spent = alpha - (n0 + n) * threat.off_law(pixels[0].numel(), self.sigma)
+        if not spent > 0.5 * alpha:
+            raise UserError(f"the noise is exact to {alpha - spent:.1e} over so many copies, too much for this alpha")
 
         def certifier(_: Job | None = None) -> CountedVotes:
-            return CountedVotes(classes=classes, sigma=self.sigma, alpha=alpha, n=n, n_pilot=n0)
+            return CountedVotes(
+                classes=classes, sigma=self.sigma, alpha=spent, n=n, n_pilot=n0, threat=self.noise.threat.name
+            )
 
+        named = () if threat.name == PLAIN else (threat.name,)
         engine = SamplingEngine(
             lambda noisy: self._vote(oracle, noisy)[:, None].to(noisy.device),
             seed=seed,
             lanes=self.lanes,
             device=oracle.device,
-            settings=settings_digest(_digest(self.asked.model), certifier().key),
+            settings=settings_digest(_digest(self.asked.model), certifier().key, *named),
+            threat=threat.name,
         )
         jobs = [Job(name, i, pixels[i]) for i, name in enumerate(image_ids(pixels))]
         found = {sampled.job.index: sampled.finding for sampled in engine.run(jobs, certifier)}
@@ -199,6 +212,7 @@ class Smoothed(nn.Module):
             n,
             n0,
             float(alpha),
+            threat.name,
         )
 
     def _oracle(self, pixels: Tensor) -> Oracle:
@@ -216,8 +230,8 @@ class Smoothed(nn.Module):
         oracle = self._asking(pixels)
         rows = pixels[torch.arange(self.lanes) % len(pixels)].to(oracle.device, oracle.dtype)
         draws = torch.Generator().manual_seed(0)
-        noise = torch.randn(rows.shape, generator=draws).to(rows)
-        repeat, batch = row_changes(oracle, rows + self.sigma * noise)
+        noisy = self.noise.fresh(rows.cpu(), draws).to(rows)
+        repeat, batch = row_changes(oracle, noisy)
         if repeat > _COUPLED:
             raise UserError(
                 "the model gives other logits for the same image when it is asked again: votes must follow from the "
@@ -238,8 +252,7 @@ class Smoothed(nn.Module):
     def _noisy(self, pixels: Tensor, count: int) -> Tensor:
         """Return `count` noisy copies of each image [B * count, C, H, W], in float32 at least."""
         wide = pixels if pixels.dtype == torch.float64 else pixels.float()
-        rows = wide.repeat_interleave(count, dim=0)
-        return rows + self.sigma * torch.randn_like(rows)
+        return self.noise.fresh(wide.repeat_interleave(count, dim=0))
 
     def _counts(self, images: int) -> list[int]:
         width = max(1, self.lanes // max(1, images))
@@ -249,7 +262,7 @@ class Smoothed(nn.Module):
 def certify_tensors(
     model: Smoothed, images: Tensor, n: int = 10_000, alpha: float = 0.001, *, n0: int = 100, seed: int = 0
 ) -> CertifiedVotes:
-    """Certify images [N, C, H, W]: the smoothed model's class, and the L2 radius within which no attack changes it.
+    """Certify images [N, C, H, W]: the smoothed model's class, and the radius within which no attack changes it.
 
     Cohen's CERTIFY: `n0` draws choose the class, `n` independent ones bound its share from below (Clopper and Pearson,
     at level `alpha`), and the radius is sigma times the normal quantile of that bound. Noise follows from `seed`, the

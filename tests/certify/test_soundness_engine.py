@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from robustvlm.certify import ClassRadius, FeatureRadius, Finding, Job, SamplingEngine, VoteRadius
 from robustvlm.certify.means import betting_lower
 from robustvlm.certify.noise import stream_seed
+from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
@@ -225,9 +226,9 @@ def test_dropout_is_off_and_batch_statistics_are_refused() -> None:
     encoder = NoisyEncoder(Plain(batch=False))
     x = torch.rand(6, 3, 4, 4)
     assert torch.equal(encoder(x), encoder(x))
-    assert probe_encoder(encoder, x, 0.25, 8, model="plain").dim == 5
+    assert probe_encoder(encoder, x, read_noise("0.25"), 8, model="plain").dim == 5
     with pytest.raises(UserError, match="depending on the others in its batch"):
-        probe_encoder(NoisyEncoder(Plain(batch=True)), x, 0.25, 8, model="plain")
+        probe_encoder(NoisyEncoder(Plain(batch=True)), x, read_noise("0.25"), 8, model="plain")
 
 
 @pytest.mark.parametrize("claim", ["vote", "class", "feature"])

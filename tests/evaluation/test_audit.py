@@ -18,6 +18,7 @@ from robustvlm.certify.claims.feature import FeatureQuantity
 from robustvlm.certify.claims.vote import VoteQuantity
 from robustvlm.certify.feature import vector_radius
 from robustvlm.certify.normal import Array
+from robustvlm.commands.certify.audit_balls import into_ball, lengths
 from robustvlm.commands.certify.audit_search import (
     Effort,
     Finding,
@@ -25,8 +26,6 @@ from robustvlm.commands.certify.audit_search import (
     audit_image,
     descend,
     gradient,
-    into_ball,
-    lengths,
     starts,
 )
 from robustvlm.defenses import SmoothedVLM, smooth

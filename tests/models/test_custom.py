@@ -15,6 +15,7 @@ from robustvlm.attacks import Oracle
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.oracle import probe
+from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
@@ -222,7 +223,9 @@ def test_an_encoder_that_normalises_in_place_is_one_that_does_not(kinds: Callabl
     assert torch.equal(pixels, before)
     assert torch.equal(_gradient(first), _gradient(second))
     assert not probe(first, pixels, torch.zeros(4, dtype=torch.int64)).random
-    assert probe_encoder(NoisyEncoder(first.model), pixels, 0.1, 4, model="own").checks == ()  # and not "random"
+    assert (
+        probe_encoder(NoisyEncoder(first.model), pixels, read_noise("0.1"), 4, model="own").checks == ()
+    )  # and not "random"
 
 
 def test_an_encoder_without_a_gradient_says_so_or_brings_another(kinds: Callable[[str], Oracle]) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numpy.typing import ArrayLike
-from scipy.special import ndtr
 from torch import Tensor
 
 from robustvlm.certify import classes
@@ -26,6 +25,7 @@ from robustvlm.certify.limits import best_class_radius
 from robustvlm.certify.means import Decision, SequentialTest
 from robustvlm.certify.normal import Array, check_radius
 from robustvlm.certify.shapes import halfspace_shift
+from robustvlm.certify.threats import find_threat
 from robustvlm.errors import UserError
 
 # Certifiers for classes: the class of the mean feature (P1-CDF, T8), any prompts (T2, T7), and the hard vote
@@ -242,9 +242,10 @@ class VoteRadius(Labelled):
         n_pilot: int,
         deployed: int | None = None,
         abstains_at: float | None = None,
+        threat: str | None = None,
     ) -> None:
         super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
-        self.deployed, self.abstains_at = deployed, abstains_at
+        self.deployed, self.abstains_at, self.threat = deployed, abstains_at, threat
 
     def _choose(self, pilot: Array) -> int:
         return vote_winner(pilot, self.text)
@@ -255,8 +256,11 @@ class VoteRadius(Labelled):
         columns = {"votes": successes / len(rows)}
         if self.deployed is not None:
             share = self._share_needed(self.deployed)
-            columns["deployed_radius"] = classes.vote_radius(successes, len(rows), self.sigma, self.alpha, share=share)
-        return self._found(classes.vote_radius(successes, len(rows), self.sigma, self.alpha), columns)
+            columns["deployed_radius"] = self._radius(successes, len(rows), share)
+        return self._found(self._radius(successes, len(rows), 0.5), columns)
+
+    def _radius(self, successes: int, n: int, share: float) -> float:
+        return classes.vote_radius(successes, n, self.sigma, self.alpha, share=share, threat=self.threat)
 
     def _share_needed(self, n0: int) -> float:
         if self.abstains_at is None:
@@ -276,9 +280,19 @@ class VoteAtRadius(Labelled):
         0.1
     """
 
-    def __init__(self, *, text: ArrayLike, radius: float, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
+    def __init__(
+        self,
+        *,
+        text: ArrayLike,
+        radius: float,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        threat: str | None = None,
+    ) -> None:
         super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
-        self._test = SequentialTest(float(ndtr(self._at / self.sigma)), alpha=alpha)
+        self._test = SequentialTest(find_threat(threat).needed(0.5, self._at, self.sigma), alpha=alpha)
         self._won = 0
 
     def _choose(self, pilot: Array) -> int:

@@ -16,6 +16,7 @@ from robustvlm.certify.claims.class_ import VoteAtRadius, VoteRadius, votes_for
 from robustvlm.certify.limits import best_vote_radius, best_vote_test_radius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array
+from robustvlm.certify.threats import find_threat
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +64,7 @@ class _Vote(Claim):
     states: str
 
     def plan(self, asked: Asked, materials: Materials) -> Plan:
-        common = {"text": materials.classes, **sampling_of(asked)}
+        common = {"text": materials.classes, "threat": asked.threat, **sampling_of(asked)}
         early = asked.radius is not None
         certifier: Callable[[], Certifier]
         if early:
@@ -74,11 +75,11 @@ class _Vote(Claim):
         return Plan(
             statement=self.states,
             rule=self.rule,
-            theorem="T0",
+            theorem="T0" if find_threat(asked.threat).gaussian else "total variation",
             bound="betting" if early else "clopper-pearson",
             stop_rule="anytime" if early else "fixed",
             alpha_split={f"share of votes ({'betting' if early else 'Clopper-Pearson'})": asked.alpha},
-            best=lambda n: best(self.rest(asked, n), asked.alpha, asked.sigma),
+            best=lambda n: best(self.rest(asked, n), asked.alpha, asked.sigma, threat=asked.threat),
             certifier=certifier,
             label_source="pilot",
         )

@@ -38,7 +38,15 @@ class CertifySettings(Settings):
         "the texts nearest to the mean feature), openset (accepted or rejected), or module:callable of your own "
         "[default: what a model that abstains answers by, else feature; with --from-cache: class].",
     )
-    sigma: float | None = option(None, "Noise level in pixels scaled to [0, 1] [default: 0.25].")
+    threat: str | None = option(
+        None,
+        "What images may do: l2 (any change of pixels), 8bit (l2 between images of whole numbers, sound in floating "
+        "point), l1, brightness, contrast, light (both), gamma, colour, translation; radii are in its unit [default: "
+        "that of MODEL+smooth:THREAT=SIGMA, else l2].",
+    )
+    sigma: float | None = option(
+        None, "Noise level, in pixels scaled to [0, 1] or the unit of the threat [default: 0.25, by threat]."
+    )
     samples: int = option(10_000, "Noisy copies per image, at most.", at_least=2, at_most=N_MAX)
     alpha: float | None = option(
         None,
@@ -47,7 +55,7 @@ class CertifySettings(Settings):
     )
     min_cos: float = option(0.5, "Cosine to certify (feature claims).")
     radius: float | None = option(
-        None, "Decide only whether this l2 radius is certified, with as few samples as that takes."
+        None, "Decide only whether this radius is certified, with as few samples as that takes."
     )
     at: str | None = option(None, "Radii to count images at, as 0.1,0.25 [default: by sigma].")
     tau: float | None = option(
@@ -125,8 +133,8 @@ CERTIFY = Command(
 def certify(model: str = "tiny", **options: Any) -> CertifyRecord:
     """Certify a smoothed model, as `robustvlm certify` does; options by their names. Also `robustvlm.certify(...)`.
 
-    Radii are l2 distances in the pixels that the noise is added to, in [0, 1]. Each image's certificate is false with
-    probability at most `alpha`.
+    Radii are l2 distances in the pixels that the noise is added to, in [0, 1], or in the unit of the `threat`. Each
+    image's certificate is false with probability at most `alpha`.
 
     Raises:
         UserError: whatever is wrong with the options, the data or the model; settings that can certify nothing.

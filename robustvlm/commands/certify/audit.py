@@ -17,10 +17,13 @@ from torch import Tensor
 from robustvlm.certify import image_digest
 from robustvlm.certify.claims import Claim, Materials, Quantity, find_claim
 from robustvlm.certify.normal import Array
+from robustvlm.certify.threats import Move, Noise
+from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
 from robustvlm.commands.certify.encoder import NoisyEncoder
 from robustvlm.commands.certify.record import CertifyRecord, load_certify_run
 from robustvlm.commands.certify.setup import (
+    behind,
     certified_model,
     describe_head,
     materials_of,
@@ -135,8 +138,8 @@ class AuditResult(BaseModel):
 class _Deployed(SmoothedVLM):
     """The smoothed encoder of a run: noise at the run's resolution, passes in its precision, counted."""
 
-    def __init__(self, encoder: NoisyEncoder, *, sigma: float, resolution: Size, rows_per_pass: int) -> None:
-        super().__init__(encoder.vlm, sigma, rows_per_pass=rows_per_pass)
+    def __init__(self, encoder: NoisyEncoder, *, noise: Noise, resolution: Size, rows_per_pass: int) -> None:
+        super().__init__(encoder.vlm, noise.sigma, rows_per_pass=rows_per_pass, threat=noise.threat.name)
         self.framing = self.framing.at(
             resolution
         )  # noise is added here; the model's own resize is part of what follows
@@ -181,14 +184,16 @@ def audit_folder(
         tree=_path(run.config.tree),
     )  # fmt: skip
     with named_by(f"the manifest of '{folder}'"):
-        vlm = load_pipeline(run.config.model, device=device).at_noise(run.config.sigma)
+        vlm = behind(load_pipeline(run.config.model, device=device), run.config.against)
         vlm, claim = certified_model(vlm, run.config, source.class_names), find_claim(run.config.claim)
     if not claim.quantity:
         raise UserError(f"certificates of the claim '{run.config.claim}' cannot be audited: it names no quantity")
     _require_same_model(run, vlm, source)
     _require_same_texts(run, source, claim)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
-    model = _Deployed(encoder, sigma=run.config.sigma, resolution=run.config.resolution, rows_per_pass=rows_per_pass)
+    noise, resolution = run.config.against, run.config.resolution
+    model = _Deployed(encoder, noise=noise, resolution=resolution, rows_per_pass=rows_per_pass)
+    attack = partial(audit_moves, threat=noise.threat) if isinstance(noise.threat, Move) else audit_image
     materials = _materials(run, vlm, source, claim)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
     wanted = {name: rows[name] for name in select(rows, limit)}
@@ -207,7 +212,7 @@ def audit_folder(
                 claim=partial(_quantity, claim, row, run, materials),
             )
             began, before = time.monotonic(), model.rows
-            found = audit_image(model, target, effort, alpha=effort.alpha / len(wanted), seed=seed)
+            found = attack(model, target, effort, alpha=effort.alpha / len(wanted), seed=seed)
             kept.add(row, found, passes=model.rows - before, seconds=time.monotonic() - began)
             told.advance()
         if len(kept.done) < len(wanted):

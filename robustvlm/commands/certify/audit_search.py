@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustvlm.certify.claims import Quantity
 from robustvlm.certify.normal import Array
+from robustvlm.commands.certify.audit_balls import Ball, ball_of, lengths, unit
 from robustvlm.core.seeds import derive_seed
 from robustvlm.defenses import SmoothedVLM
 from robustvlm.errors import UserError, is_out_of_memory
@@ -93,7 +94,7 @@ def _gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int
     x = x.detach().requires_grad_()
     noisy = x.repeat_interleave(draws, dim=0)
     if draws > 1:
-        noisy = noisy + vlm.sigma * torch.randn_like(noisy)
+        noisy = vlm.noise.fresh(noisy)
     features = vlm.encode_noisy(noisy).view(len(x), draws, -1)
     (grad,) = torch.autograd.grad(score(features, aim).sum(), x)
     return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
@@ -109,17 +110,18 @@ def descend(
     effort: Effort,
     *,
     blind: bool = False,
+    ball: Ball | None = None,
 ) -> Tensor:
-    """Return the points [R, 3, S, S] where normalised momentum descent from `clean + start` ends, inside the l2 ball.
+    """Return the points [R, 3, S, S] where normalised momentum descent from `clean + start` ends, inside the ball.
 
     Pixels are not clipped: a certificate holds on the whole ball, outside of [0, 1] too.
     """
-    delta, velocity = start, torch.zeros_like(start)
+    delta, velocity, ball = start, torch.zeros_like(start), ball or Ball()
     for step in range(effort.steps):
         grad = gradient(vlm, clean + delta, score, aim, effort.draws, blind=blind)
         velocity = (_BLIND_MOMENTUM if blind else _MOMENTUM) * velocity + unit(grad)
         size = eps * (1.0 - step / effort.steps)
-        delta = into_ball(delta - size * unit(velocity), eps)
+        delta = ball.inside(delta - size * ball.direction(velocity), eps)
     return clean + delta
 
 
@@ -177,26 +179,6 @@ def _correlate(vlm: SmoothedVLM, clean: Tensor, points: Tensor, score: Score, ai
     return total
 
 
-def unit(x: Tensor) -> Tensor:
-    """Return rows scaled to l2 norm one; rows of zeros stay zero.
-
-    Example:
-        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
-        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
-    """
-    return x / lengths(x).clamp_min(1e-30)
-
-
-def into_ball(delta: Tensor, eps: float) -> Tensor:
-    """Return perturbations scaled down to l2 norm `eps` where they are longer."""
-    return delta * (eps / lengths(delta).clamp_min(1e-30)).clamp_max(1.0)
-
-
-def lengths(x: Tensor) -> Tensor:
-    """Return the l2 norms of rows, shaped to broadcast against them."""
-    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
-
-
 def _groups(vlm: SmoothedVLM, rows: int, draws: int) -> list[slice]:
     """Split rows so that a pass has at most `rows_per_pass` noisy images, or the draws of one point."""
     size = max(1, vlm.rows_per_pass // draws)
@@ -206,7 +188,7 @@ def _groups(vlm: SmoothedVLM, rows: int, draws: int) -> list[slice]:
 # Certificates held against attacks: how low an attacked smoothed model gets, beside the bound that it must keep
 
 # Bounds hold strictly inside the radius, and up to floating point.
-_INSIDE = 1.0 - 1e-5
+INSIDE = 1.0 - 1e-5
 
 BLIND = ", without a gradient"
 """What is added to a start's kind where the encoder gave no gradient."""
@@ -263,24 +245,25 @@ def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: floa
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
         clean = target.pixels.to(vlm.device)
-        claim = target.claim(_features(vlm, clean, effort.choice), _features(vlm, clean, effort.evidence))
+        claim = target.claim(noisy_features(vlm, clean, effort.choice), noisy_features(vlm, clean, effort.evidence))
         level = getattr(claim, "sigma", None)
         if level not in (None, vlm.sigma):
             raise UserError(f"the certificate is about noise of {level}, the model's is {vlm.sigma}")
-        full = target.radius * _INSIDE
+        ball, full = ball_of(vlm.noise.threat), target.radius * INSIDE
         blind = not _sees(vlm, clean, full, claim)
         aim = torch.arange(effort.starts, device=vlm.device) // len(BLIND_STARTS if blind else STARTS)
         begin, kinds = starts(vlm, clean, full, claim.score, aim, blind=blind)
-        found = descend(vlm, clean, begin, full, claim.score, aim, effort, blind=blind)
+        begin = ball.started(begin, full)
+        found = descend(vlm, clean, begin, full, claim.score, aim, effort, blind=blind, ball=ball)
         findings = []
         for fraction in sorted(effort.fractions, reverse=True):
             eps = fraction * full
-            points = _pushed(clean, found, eps)
+            points = ball.pushed(clean, found, eps)
             if fraction < 1.0:
-                points = _refined(vlm, clean, points, eps, claim, aim, effort, blind=blind)
-            values = [claim.value(_features(vlm, point[None], effort.choice)) for point in points]
+                points = _refined(vlm, clean, points, eps, claim, aim, effort, blind=blind, ball=ball)
+            values = [claim.value(noisy_features(vlm, point[None], effort.choice)) for point in points]
             best = int(np.argmin(values))
-            evidence = _features(vlm, points[best : best + 1], effort.evidence)
+            evidence = noisy_features(vlm, points[best : best + 1], effort.evidence)
             findings.append(
                 Finding(
                     image_id=target.image_id,
@@ -313,19 +296,15 @@ def _refined(
     effort: Effort,
     *,
     blind: bool,
+    ball: Ball,
 ) -> Tensor:
     """Return points at a smaller distance: those of the full radius drawn in, as they are and after a short descent."""
     short = Effort(steps=max(1, effort.steps // 4), draws=effort.draws)
-    refined = descend(vlm, clean, drawn_in - clean, eps, claim.score, aim, short, blind=blind)
-    return torch.cat([drawn_in, _pushed(clean, refined, eps)])
+    refined = descend(vlm, clean, drawn_in - clean, eps, claim.score, aim, short, blind=blind, ball=ball)
+    return torch.cat([drawn_in, ball.pushed(clean, refined, eps)])
 
 
-def _pushed(clean: Tensor, points: Tensor, eps: float) -> Tensor:
-    """Return the points where the rays from the clean image through `points` leave the ball."""
-    return clean + into_ball(eps * unit(points - clean), eps)
-
-
-def _features(vlm: SmoothedVLM, pixels: Tensor, n: int) -> Array:
+def noisy_features(vlm: SmoothedVLM, pixels: Tensor, n: int) -> Array:
     """Return features [n, D] of one image [1, 3, S, S] under fresh noise."""
     with torch.no_grad():
         return vlm.noisy_features(pixels, n)[0].double().cpu().numpy()

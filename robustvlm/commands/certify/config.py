@@ -1,5 +1,7 @@
 """What defines a certify run: the settings that decide its certificates, and what its noise is drawn for."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from robustvlm.certify import settings_digest
 from robustvlm.certify.claims import require_known
+from robustvlm.certify.threats import Noise, find_threat
 from robustvlm.core.files import first_line, parse_json, read_bytes
 from robustvlm.core.probe import change_of
 from robustvlm.core.size import Size
@@ -19,7 +22,9 @@ from robustvlm.runs.manifest import Manifest
 
 # What defines a certify run: the settings that decide its certificates
 
-_LATER = ("abstains_at", "top")
+_LATER = ("abstains_at", "top", "threat")
+ASIDE = 1e-3
+"""Share of alpha that is set aside where the law of the noise is known up to rounding (`Threat.off_law`)."""
 CacheType = Literal["float16", "float32"]
 Prompts = Literal["independent", "adaptive"]
 
@@ -36,6 +41,7 @@ class CertifyConfig(BaseModel):
         deployed: samples of the deployed smoother whose bound is shown beside the ideal one; those of MODEL+smooth if
             that is what is certified.
         abstains_at: alpha at which that model abstains; None: it always answers, or is not smoothed.
+        threat: what the noise is against, a name of `robustvlm.certify.threats.THREATS`; None: l2.
         top: how many classes or texts a claim lets the certified one be among.
         noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
             from before it was, whose noise followed from seed and image alone.
@@ -65,6 +71,7 @@ class CertifyConfig(BaseModel):
     deployed: int | None = None
     abstains_at: float | None = None
     top: int | None = None
+    threat: str | None = None
     cache: CacheType | None = None
     source: str | None = None
     prompts: Prompts | None = None
@@ -75,6 +82,17 @@ class CertifyConfig(BaseModel):
     precision: str
     resolution: Size
     noise: str | None = None
+
+    @property
+    def against(self) -> Noise:
+        """The noise, and what it is against."""
+        return Noise(find_threat(self.threat), self.sigma)
+
+    @property
+    def bounding(self) -> CertifyConfig:
+        """The settings that bounds are made under: less alpha, where some is set aside for the law of the noise."""
+        aside = self.against.threat.off_law(1, self.sigma) > 0.0
+        return self.model_copy(update={"alpha": self.alpha * (1.0 - ASIDE)}) if aside else self
 
     def stored(self) -> dict[str, Any]:
         """Return the settings for the manifest; without those that came later and are not used."""

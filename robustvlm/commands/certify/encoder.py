@@ -19,6 +19,7 @@ from torch import Tensor
 from robustvlm.attacks.oracle import PRECISIONS
 from robustvlm.certify import Job
 from robustvlm.certify.certifier import Stage
+from robustvlm.certify.threats import Noise
 from robustvlm.commands.certify.config import CacheType
 from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import borrowed, placed
@@ -232,7 +233,7 @@ class Probed:
     random: bool = False
 
 
-def probe_encoder(encoder: NoisyEncoder, images: Tensor, sigma: float, lanes: int, *, model: str) -> Probed:
+def probe_encoder(encoder: NoisyEncoder, images: Tensor, noise: Noise, lanes: int, *, model: str) -> Probed:
     """Ask an encoder about a full batch of noisy images, its repetition and the same rows among others.
 
     Args:
@@ -244,8 +245,8 @@ def probe_encoder(encoder: NoisyEncoder, images: Tensor, sigma: float, lanes: in
     """
     checks: list[Check] = []
     while True:
-        rows = images[torch.arange(lanes) % len(images)].to(encoder.device)
-        noisy = rows + sigma * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(encoder.device)
+        seeded = torch.Generator().manual_seed(0)
+        noisy = noise.fresh(images[torch.arange(lanes) % len(images)].cpu(), seeded).to(encoder.device)
         try:
             with own_draws(encoder.device, derive_seed("questions", model)):  # the caller's random state is left alone
                 return _questions(encoder, noisy, checks, model=model)
@@ -281,6 +282,15 @@ def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, mod
         return Probed((len(noisy),), first.shape[1], rate, tuple(found))
     sizes = steady_sizes(lambda rows: [encoder(noisy[rows.to(noisy.device)])], len(noisy), [first])
     return Probed(sizes, first.shape[1], rate, tuple(found))
+
+
+def same_bits(encoder: NoisyEncoder, noisy: Tensor) -> bool:
+    """Whether an encoder gives images [R, 3, S, S] the same bits again, at other places and beside other images."""
+    first = encoder(noisy)
+    others = torch.cat([noisy[1:], noisy[:1]])
+    darker = torch.cat([noisy[:1], 0.5 * noisy[1:]])
+    same = torch.equal(encoder(others).roll(1, dims=0), first) and torch.equal(encoder(darker)[:1], first[:1])
+    return same and torch.equal(encoder(noisy), first)
 
 
 def _random(encoder: NoisyEncoder, noisy: Tensor, *, model: str) -> Check:

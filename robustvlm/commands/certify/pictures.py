@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat
 from robustvlm.commands.certify.record import CertifyRecord
 from robustvlm.core.files import replacing, require_regular
 from robustvlm.core.framing import Framing, to_pixels
@@ -21,13 +21,19 @@ from robustvlm.report.page import data_uri
 from robustvlm.report.words import count_of, plain
 from robustvlm.text import format_down
 
+L2 = find_threat(PLAIN)
+
 # Cosine and share of images that are certified at a distance, and what that took
 
-_AXIS = "distance ε from the image (L₂, pixels in [0, 1])"
+
+def _axis(threat: Threat) -> str:
+    """Return what a distance is called under a chart."""
+    unit = "L₂, pixels in [0, 1]" if threat.name == PLAIN else threat.unit.partition(":")[0]
+    return f"distance ε from the image ({unit})"
 
 
 @chart
-def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None) -> Markup:
+def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None, threat: Threat = L2) -> Markup:
     """Draw mean certified cosines over distance; an image without a certificate counts as -1, all that is sure then."""
     figure, axes = new_figure()
     for i, line in enumerate(lines):
@@ -36,14 +42,14 @@ def cosine_curve(lines: Sequence[Line], *, key: str, cos0: float | None) -> Mark
         axes.axhline(cos0, color=INK, lw=0.8, ls=":")
     axes.set_ylim(-1.03, 1.03)
     axes.set_xlim(left=0)
-    axes.set_xlabel(_AXIS)
+    axes.set_xlabel(_axis(threat))
     axes.set_ylabel("mean certified cosine")
     legend(figure, columns=_columns(lines))
     return as_svg(figure, key=key, alt="Mean certified cosine against distance. " + _alt(lines))
 
 
 @chart
-def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
+def share_curve(lines: Sequence[Line], *, key: str, what: str, threat: Threat = L2) -> Markup:
     """Draw the share of images certified at a distance, the first two lines with 95 % bands; `what` names the share."""
     figure, axes = new_figure()
     for i, line in enumerate(lines):
@@ -61,7 +67,7 @@ def share_curve(lines: Sequence[Line], *, key: str, what: str) -> Markup:
         )
     axes.set_ylim(0, 102)
     axes.set_xlim(left=0)
-    axes.set_xlabel(_AXIS)
+    axes.set_xlabel(_axis(threat))
     axes.set_ylabel(what)
     legend(figure, columns=_columns(lines))
     return as_svg(figure, key=key, alt=f"{what} against distance. " + _alt(lines))
@@ -121,7 +127,7 @@ def save_extremes(
     source: DataSource,
     *,
     framing: Framing,
-    sigma: float,
+    noise: Noise,
     seed: int,
 ) -> None:
     """Write the `ENDS` images with the smallest and the largest radii to `folder`, clean and under their noise.
@@ -132,7 +138,7 @@ def save_extremes(
         folder: made if need be; a file per image, named by its number.
         rows: of the results: index, image_id, label, prediction, radius, n.
         framing: how the run brought images to the resolution where the noise is added.
-        sigma, seed: noise level and run seed; the noise shown is drawn from a stream of its own.
+        noise, seed: noise and seed of the run; the noise shown is drawn from a stream of its own.
     """
     order = sorted(rows, key=lambda row: (row["radius"], -row["n"], row["index"]))
     chosen = {row["image_id"]: row for row in (order if len(order) <= 2 * ENDS else order[:ENDS] + order[-ENDS:])}
@@ -144,9 +150,9 @@ def save_extremes(
         if row is None or not isinstance(item, Sample):
             continue
         clean = to_pixels(item.image, framing)
-        noise = torch.randn(clean.shape, generator=generator(seed, item.id, "noise that is shown"))
+        noisy = noise.fresh(clean[None], generator(seed, item.id, "noise that is shown"))[0]
         facts = {key: str(row.get(key)) for key in ("image_id", "index", "label", "prediction", "radius", "n")}
-        content = save({"clean": clean.contiguous(), "noisy": (clean + sigma * noise).contiguous()}, metadata=facts)
+        content = save({"clean": clean.contiguous(), "noisy": noisy.contiguous()}, metadata=facts)
         with replacing(folder / f"{int(row['index']):06d}.safetensors") as temporary:
             temporary.write_bytes(content)
         if not chosen:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from robustvlm.certify.claims import RADII
+from robustvlm.certify.threats import PLAIN
 from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
@@ -146,16 +147,17 @@ def verdict(summary: CertifySummary, *, resolution: Size | None = None) -> str:
     if not found.successes:
         return f"For none of the {count_of(found.total, 'images')} {kept} at any distance."
     who = f"For {found.successes:,} of {count_of(found.total, 'images')} ({percent(found.value)}) {kept}"
+    short = summary.against.short
     if summary.asked_radius is not None:
-        return f"{who}, within the distance asked for, {format_exact(summary.asked_radius)} (L₂)."
+        return f"{who}, within the distance asked for, {format_exact(summary.asked_radius)} ({short})."
     average, at = summary.average_certified_radius, standing(summary)
     by_class = summary.facts.about_class and average is not None
     mean = format_down(average if by_class and average is not None else summary.mean_radius, 4)
     zero = "a wrong class or an abstention counts as 0" if by_class else "an abstention counts as 0"
-    parts = [f"{who} within a distance that is {mean} (L₂) on average ({zero})."]
+    parts = [f"{who} within a distance that is {mean} ({short}) on average ({zero})."]
     if at is not None:
         parts.append(f"At the distance {format_exact(at[0])} it holds for {at[1].successes:,} of {at[1].total:,}.")
-    if resolution:
+    if resolution and summary.against.of_pixels:
         grey = math.sqrt(3 * area(resolution)) / 255
         parts.append(f"One grey level in every pixel is a distance of {format_up(grey)}.")
     return " ".join(parts)
@@ -236,6 +238,22 @@ def trail(run: CertifyRecord) -> str:
         return ""
 
 
+_EXACT = (
+    "Images and noise are whole numbers whose sum is exact, and what the encoder computes from it is a function of it, "
+    "provided that it gives one image the same bits wherever in a batch it stands (the run has looked); "
+)
+
+
+def _attacker(summary: CertifySummary, height: int, width: int) -> str:
+    """Say what an attacker may do."""
+    where = f"at {height} by {width} pixels on a scale from 0 to 1"
+    if summary.against.name == PLAIN:
+        added = "Adds to the image any vector of Euclidean length (L₂) below the radius"
+        return f"{added}, where the noise is added: {where}."
+    given = f"Gives any image in place of the certified one that {summary.against.allows}"
+    return f"{given}; where the noise is added, {where}."
+
+
 def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
     """Return the threat model and the conditions of the certificates, as label and text."""
     config, summary = run.config, run.summary
@@ -243,22 +261,18 @@ def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
     rows = [
         ("Statement", plain(summary.statement, 600)),
         ("Rule", plain(rule(summary), 800)),
-        (
-            "Attacker",
-            "Adds to the image any vector of Euclidean length (L₂) below the radius, where the noise is added: at"
-            f" {height} by {width} pixels on a scale from 0 to 1. {source(summary)}",
-        ),
+        ("Attacker", f"{_attacker(summary, height, width)} {source(summary)}"),
         (
             "Noise",
-            f"Gaussian with standard deviation {format_exact(config.sigma)} in the same pixels, added in float32 after"
-            " the resize and before the model's own normalisation, not clipped. Whoever deploys the model must draw"
-            " fresh noise and use the same weights, resize and precision.",
+            f"{summary.against.law.format(sigma=format_exact(config.sigma))}. Whoever deploys the model must draw fresh"
+            " noise and use the same weights, resize and precision.",
         ),
         ("Error probability", confidence(summary)),
         (
             "Rounding",
-            "Radii are rounded down. They hold up to floating point: the arithmetic of the encoder"
-            f" ({plain(config.precision, 20)}) is taken as it is.",
+            "Radii are rounded down. "
+            + (_EXACT if summary.against.exact else "They hold up to floating point: ")
+            + f"the arithmetic of the encoder ({plain(config.precision, 20)}) is taken as it is.",
         ),
     ]
     if len(summary.risk.split) > 1:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from robustvlm.certify import Certificate, Job, Sampled, SamplingEngine, source_norm
+from robustvlm.certify.threats import Noise
 from robustvlm.commands.certify.config import CertifyConfig, record_look
 from robustvlm.commands.certify.encoder import (
     FeatureWriter,
@@ -20,6 +21,7 @@ from robustvlm.commands.certify.encoder import (
     probe_encoder,
     read_features,
     require_room,
+    same_bits,
 )
 from robustvlm.commands.certify.store import CertifyFact, CertifyLedger, Recorder, make_certify_rows
 from robustvlm.commands.certify.summary import summarise_certify
@@ -31,7 +33,7 @@ from robustvlm.data.source import Unreadable, select
 from robustvlm.errors import UserError
 from robustvlm.report.words import count_of, duration
 from robustvlm.runs.manifest import Manifest
-from robustvlm.runs.records import write_rows
+from robustvlm.runs.records import Check, write_rows
 from robustvlm.runs.run import Facts, Session
 from robustvlm.runs.settings import Observer
 from robustvlm.text import format_up
@@ -158,6 +160,11 @@ class Told:
         self._observer.advance(certified=f"{self._certified / self._images:.0%},", samples_saved=f"{saved:.0%}")
 
 
+_MOVING = (
+    "The encoder does not give an image the same bits wherever in a batch it stands. Noise and sum are exact, but the "
+    "certificate is about an encoder that is one function of its input; what differs by place is not covered."
+)
+
 # The share of a process: images sampled, or samples judged that were kept
 
 # A killed session loses its count of passes since the last note of it.
@@ -216,6 +223,7 @@ class SamplingRun:
                 keep=None if writer is None else writer.add,
                 on_pass=self._passed,
                 random=probed.random,
+                threat=self.config.against.threat.name,
             )
             for sampled in engine.run(self._jobs(), lambda job: self.recorder.plan.certifier_of(job.label)):
                 if writer is not None:  # a row in the journal means that the features are there
@@ -245,9 +253,20 @@ class SamplingRun:
             why = f"none of its {len(reasons)} images can be read (the first, {reasons[0]})" if reasons else "none"
             raise UserError(f"no image to certify in '{self.images.source.spec}': {why}")
         pixels = torch.stack([picture.pixels for picture in first])
-        probed = probe_encoder(self.encoder, pixels, self.config.sigma, self.config.lanes, model=self.config.model)
-        self.ledger.add_checks(list(probed.checks))
+        noise, lanes = self.config.against, self.config.lanes
+        probed = probe_encoder(self.encoder, pixels, noise, lanes, model=self.config.model)
+        self.ledger.add_checks([*probed.checks, *self._exactness(pixels, noise, probed.rungs[0])])
         return probed
+
+    def _exactness(self, pixels: torch.Tensor, noise: Noise, lanes: int) -> list[Check]:
+        """Say where a certificate that is free of rounding meets an encoder whose answers move with the batch."""
+        if not noise.threat.exact:
+            return []
+        rows = pixels[torch.arange(lanes) % len(pixels)].cpu()
+        noisy = noise.fresh(rows, torch.Generator().manual_seed(0)).to(self.encoder.device)
+        if same_bits(self.encoder, noisy):
+            return []
+        return [Check(name="rounding", level="warning", message=_MOVING)]
 
     def _announce(self, probed: Probed) -> None:
         ids, done = self.images.source.ids(), len(self.ledger.seen)

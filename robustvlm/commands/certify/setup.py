@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ from torch import Tensor
 
 from robustvlm.attacks import PRECISIONS
 from robustvlm.certify import OpensetRule, settings_digest
-from robustvlm.certify.claims import DEFAULT, DEFAULT_KEPT, Claim, Materials, Plan, find_claim, is_own, own_digest
+from robustvlm.certify.claims import (
+    DEFAULT,
+    DEFAULT_KEPT,
+    Claim,
+    Materials,
+    Plan,
+    find_claim,
+    is_own,
+    make_plan,
+    own_digest,
+)
 from robustvlm.certify.claims.class_ import CLASS
 from robustvlm.certify.claims.vote import NAMED, VOTE
-from robustvlm.certify.normal import Array, check_alpha, check_sigma
+from robustvlm.certify.normal import Array, check_alpha
+from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
 from robustvlm.commands.certify import CertifySettings
-from robustvlm.commands.certify.config import CertifyConfig, noise_settings
-from robustvlm.core import MAX_SIGMA
+from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
@@ -26,12 +36,12 @@ from robustvlm.defenses import SmoothedVLM
 from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of, token_shape
 from robustvlm.defenses.load import declared_rule
 from robustvlm.defenses.pipeline import saved_model, split_spec
+from robustvlm.defenses.smoothing import FORM
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.text import format_exact
 
-DEFAULT_SIGMA = 0.25
 DEFAULT_ALPHA, MAX_ALPHA = 0.001, 0.5
 _AT_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
 
@@ -64,9 +74,16 @@ def check(settings: CertifySettings) -> None:
         raise BadSetting(
             "alpha", f"is an error probability, at most {MAX_ALPHA:g}", got=f"{settings.alpha}: pass 0.001"
         )
-    if settings.sigma is not None and check_sigma(settings.sigma) > MAX_SIGMA:
-        strong = "(pixels are in [0, 1], so 0.25 is strong noise)"
-        raise BadSetting("sigma", f"is at most {MAX_SIGMA:g}", got=f"{settings.sigma:g} {strong}")
+    threat = settle_noise(settings).threat
+    if not threat.gaussian and claim is not VOTE:
+        raise UserError(
+            f"the threat '{threat.name}' is certified by shares of votes alone: pass {setting('claim', VOTE.name)}"
+        )
+    if made is not None and made.refuses and claim.head == "rule" and not threat.of_pixels:
+        raise UserError(
+            f"'{settings.model}' has no thresholds for the noise against {threat.name}: pass {setting('tau')} and the "
+            f"encoder below, or {setting('claim', VOTE.name)}"
+        )
     _positive("radius", settings.radius)
     if settings.precision not in PRECISIONS:
         raise UserError(f"unknown precision '{settings.precision}': {nearest(settings.precision, PRECISIONS)}")
@@ -111,16 +128,17 @@ def _positive(name: str, value: float | None) -> None:
         raise BadSetting(name, "must be a positive number", got=value)
 
 
-def make_config(settings: CertifySettings, *, sigma: float, device: str) -> CertifyConfig:
+def make_config(settings: CertifySettings, *, noise: Noise, device: str) -> CertifyConfig:
     """Return the configuration of a run that samples; its resolution is the model's and not settled yet."""
     claim = find_claim(claim_of(settings))
     stored = settings.stored(
         claim=claim_of(settings),
-        sigma=sigma,
+        sigma=noise.sigma,
+        threat=None if noise.threat.name == PLAIN else noise.threat.name,
         n_pilot=claim.pilot(settings.samples, early=settings.radius is not None),
         alpha=DEFAULT_ALPHA if settings.alpha is None else settings.alpha,
         min_cos=settings.min_cos if "min_cos" in claim.options else None,
-        at=counted_at(settings, sigma),
+        at=counted_at(settings, noise.sigma),
         weight=settings.weight if "weight" in claim.options else 0.0,
         top=settings.top if "top" in claim.options else None,
         prompts=None,
@@ -134,28 +152,57 @@ def make_config(settings: CertifySettings, *, sigma: float, device: str) -> Cert
 # What settings and model settle together
 
 
-def settle_sigma(settings: CertifySettings) -> float:
-    """Return the noise level: that of a model that is smoothed already, or the one given; both must agree."""
+def behind(vlm: VLM, noise: Noise) -> VLM:
+    """Return the model to use behind this noise: parts that ask for the level of pixel noise are told it."""
+    return vlm.at_noise(noise.sigma) if noise.threat.of_pixels else vlm
+
+
+def plan_of(config: CertifyConfig, materials: Materials) -> Plan:
+    """Return the plan of a run's claim; a part of alpha pays for the noise, where its law is known up to rounding.
+
+    Samples whose laws are off by d each (total variation) are off by n d together, so that a bound fails with
+    probability at most its alpha plus n d.
+
+    Raises:
+        UserError: what was set aside does not pay for so many copies.
+    """
+    bounds = config.bounding
+    plan = make_plan(config.claim, bounds, materials)
+    if bounds is config:
+        return plan
+    height, width = sides(config.resolution)
+    off, aside = config.against.threat.off_law(3 * height * width, config.sigma), config.alpha * ASIDE
+    if max(config.samples, config.deployed or 0) * off > aside:
+        raise UserError(
+            f"the law of the noise is exact to {off:.1e} a copy, which is too much for so many copies at so small an "
+            f"alpha: pass {setting('samples')} of at most {int(aside / off):,}, or a larger {setting('alpha')}"
+        )
+    return replace(plan, alpha_split=plan.alpha_split | {"law of the noise (total variation)": aside})
+
+
+def settle_noise(settings: CertifySettings) -> Noise:
+    """Return the noise: that of a model that is smoothed already, or the one given; both must agree."""
     base, operations = split_spec(settings.model)
     smoothing = [part for part in operations if part.name == "smooth"]
     made = saved_model(base)
-    within = None if made is None else made.sigma
+    within = None if made is None else made.noise
     if len(smoothing) + (within is not None) > 1:
         raise UserError(f"'{settings.model}' is smoothed twice: certify one +smooth at a time")
     if not smoothing and within is None:
-        return DEFAULT_SIGMA if settings.sigma is None else settings.sigma
+        threat = find_threat(settings.threat)
+        return Noise(threat, threat.usual if settings.sigma is None else settings.sigma)
     if within is None:
-        try:
-            within = float(smoothing[0].arguments[0])
-        except (IndexError, ValueError):
+        if not smoothing[0].arguments:
+            raise UserError(f"'+{smoothing[0]}' must be written +{FORM}, as +smooth:0.25")
+        within = read_noise(smoothing[0].arguments[0])
+    for name, mine in (("threat", within.threat.name), ("sigma", within.sigma)):
+        given = getattr(settings, name)
+        if given is not None and given != mine:
+            said = given if isinstance(given, str) else format_exact(given)
             raise UserError(
-                f"'+{smoothing[0]}' must be written +smooth:SIGMA[:N0[:ALPHA[:vote]]], as +smooth:0.25"
-            ) from None
-    if settings.sigma is not None and settings.sigma != within:
-        raise UserError(
-            f"'{settings.model}' is smoothed with noise of {format_exact(within)}, and {setting('sigma')} says "
-            f"{format_exact(settings.sigma)}: leave out {setting('sigma')}"
-        )
+                f"'{settings.model}' is smoothed with noise of {within}, and {setting(name)} says {said}: leave out "
+                f"{setting(name)}"
+            )
     return within
 
 
@@ -327,6 +374,14 @@ def describe_head(config: CertifyConfig, class_names: tuple[str, ...]) -> dict[s
     return ({} if own is None else {"head": fingerprint({"class_vectors": own}, ())}) | own_claim
 
 
+_FLOATING = "up to floating point: noise and sum in float32"
+
+
+def _allowed(threat: Threat) -> str:
+    plain = "whose l2 distance is below the radius, pixels in [0, 1]"
+    return plain if threat.name == PLAIN else f"that {threat.allows}"
+
+
 def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, Any]:
     """Return what a reader of the run has to know of its claim: statement, bounds and threat model."""
     (height, width), claim = sides(config.resolution), find_claim(config.claim)
@@ -342,9 +397,10 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
         "best_radius": best,
         "notes": [OWN_CLAIM.format(spec=config.claim)] if own else [],
         "threat": [
-            f"every image whose l2 distance is below the radius, pixels in [0, 1], measured at {height} x {width} "
-            "where the noise is added; of changes made before an image was resized nothing is stated",
-            "up to floating point: noise and sum in float32, the encoder in the precision stated; the noise is not "
-            "clipped, and what the encoder does after it (clamping, rounding) is part of the encoder",
+            f"every image {_allowed(config.against.threat)}, measured at {height} x {width} where the noise is added; "
+            "of changes made before an image was resized nothing is stated",
+            ("whole numbers, summed exactly" if config.against.threat.exact else _FLOATING)
+            + ", the encoder in the precision stated; the noise is not clipped, and what the encoder does after it "
+            "(clamping, rounding) is part of the encoder",
         ],
     } | ({"claim": asdict(claim.facts)} if own else {})

@@ -184,7 +184,7 @@ class Recorder:
         """Return the row of an image."""
         job, found = sampled.job, sampled.finding
         prediction = self._prediction(found)
-        columns = found.columns | self._claim.deployed_columns(found, self.config, sigma=sampled.sigma)
+        columns = found.columns | self._claim.deployed_columns(found, self.config.bounding, sigma=sampled.sigma)
         return CertifyFact(
             index=job.index,
             image_id=job.image_id,
@@ -266,6 +266,7 @@ class Recorder:
                 "image_id": image_id,
                 "image": sampled.image,
                 "deployed_radius": deployed,
+                "threat": self.config.against.threat.name,
                 "provenance": how.__dict__,
             }
         )

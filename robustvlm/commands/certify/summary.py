@@ -14,6 +14,7 @@ from pydantic import SerializerFunctionWrapHandler, TypeAdapter, model_serialize
 
 from robustvlm.certify import VACUOUS, cone_cos, deployed_feature_cos, fcsb_cos, vector_table
 from robustvlm.certify.claims import CLAIMS, ClaimFacts, require_known
+from robustvlm.certify.threats import Threat, find_threat
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.spread import Spread, compare, margin, vectors_of
 from robustvlm.errors import UserError, nearest, setting
@@ -120,6 +121,7 @@ class CertifySummary(Record):
         spread: how alike the images are under the noise, where cosines are certified.
         tokens: number of image tokens; at_tokens: what is certified of each, at the radii of `at`. Only of such claims.
         own_claim: what is to be known of a claim of the user's own; left out of runs with a built-in one.
+        threat: what the radii are about; left out of runs about l2.
         resized: images that were resized, of whose source nothing is stated. resize_norm: smallest and largest norm, in
             runs from before that.
     """
@@ -158,6 +160,12 @@ class CertifySummary(Record):
     tokens: int | None = None
     at_tokens: list[TokenShare] | None = None
     own_claim: ClaimFacts | None = None
+    threat: str | None = None
+
+    @property
+    def against(self) -> Threat:
+        """What the radii are about."""
+        return find_threat(self.threat)
 
     @property
     def facts(self) -> ClaimFacts:
@@ -177,7 +185,7 @@ class CertifySummary(Record):
     @model_serializer(mode="wrap")
     def _own_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
-        for name in ("own_claim", "tokens", "at_tokens"):
+        for name in ("own_claim", "tokens", "at_tokens", "threat"):
             if getattr(self, name) is None:
                 content.pop(name, None)
         return content
@@ -258,6 +266,7 @@ def summarise_certify(
         tokens=tokens,
         at_tokens=None if tokens is None else [_at_tokens(table, radius, config) for radius in config.at],
         own_claim=own,
+        threat=config.threat,
     )
 
 
@@ -354,7 +363,7 @@ def _curve(table: Sequence[Mapping[str, Any]], config: CertifyConfig) -> list[Co
 
 def _deployed(r: np.ndarray, a: float, config: CertifyConfig, tokens: int) -> float:
     assert config.deployed is not None
-    n0, alpha0 = config.deployed, config.alpha / tokens  # any of them may be the one that few copies turn away
+    n0, alpha0 = config.deployed, config.bounding.alpha / tokens  # any of them may be the one that few copies turn away
     return fmean(deployed_feature_cos(float(x), a, n0, alpha0) if x > 0.0 else VACUOUS for x in r)
 
 

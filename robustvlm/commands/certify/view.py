@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from robustvlm.certify.claims import RADII
+from robustvlm.certify.threats import PLAIN
 from robustvlm.commands.certify import record as words
 from robustvlm.commands.certify.audit_search import BLIND
 from robustvlm.commands.certify.pictures import Extreme, cosine_curve, load_extremes, samples_histogram, share_curve
@@ -54,9 +55,7 @@ def certify_report(run: CertifyRecord) -> doc.Report:
         kind="certificate report",
         name=run.name,
         kicker="Certificate report",
-        facts=doc.facts_line(
-            run.manifest, f", {count_of(summary.images, 'images')}, noise {format_exact(run.config.sigma)}"
-        ),
+        facts=doc.facts_line(run.manifest, f", {count_of(summary.images, 'images')}, noise {run.config.against}"),
         verdicts=[doc.Verdict(_verdict(run), "" if state == "none" else state)],
         cards=_cards(run),
         sections=[
@@ -111,10 +110,8 @@ def _cards(run: CertifyRecord) -> list[doc.Card]:
     ]
 
 
-_LEAD = (
-    "Distances are Euclidean, over all pixels of the image the noise is added to, on a scale from 0 to 1. Every method "
-    "is judged at the same error probability"
-)
+_DISTANCES = "Distances are Euclidean, over all pixels of the image the noise is added to, on a scale from 0 to 1."
+_JUDGED = "Every method is judged at the same error probability"
 _ANCHORS = (
     " on the same noisy copies; those that speak of another anchor (the paper's bound of the unperturbed feature, FCSB "
     "and the distribution bounds of the pilot's direction) are claims of their own"
@@ -124,7 +121,9 @@ _ANCHORS = (
 def _radii(run: CertifyRecord) -> doc.Section:
     several = len(run.summary.methods) > 1
     anchors = _ANCHORS if several and run.summary.tokens is None else ""
-    lead = doc.Text(f"{_LEAD}{anchors}.", kind="lead")
+    threat = run.summary.against
+    distances = _DISTANCES if threat.name == PLAIN else f"Distances are {threat.unit}."
+    lead = doc.Text(f"{distances} {_JUDGED}{anchors}.", kind="lead")
     charts, table = _charts(run), _by_method(run)
     # Beside a chart there is no room for the column that says what the other methods are about.
     beside: list[doc.Block] = [doc.Pair(charts), table] if several else [doc.Pair([*charts, table])]
@@ -145,14 +144,14 @@ def _charts(run: CertifyRecord) -> list[doc.Chart]:
             caption += " The margin is by how much it exceeds the largest cosine to the nearest other image."
         if config.min_cos is not None:
             caption += f" Dotted: the cosine asked for, {format_exact(config.min_cos)}."
-        draw = partial(cosine_curve, lines, key="cosine", cos0=config.min_cos)
+        draw = partial(cosine_curve, lines, key="cosine", cos0=config.min_cos, threat=summary.against)
         charts.append(doc.Chart(draw, "Certified cosine", caption))
     if config.radius is None:  # otherwise every radius is that one or none
         what = "right and certified, % of images" if about_class else "certified, % of images"
         caption = "class is right and certified at" if about_class else "certificate reaches"
         caption = f"Images whose {caption} each distance"
         caption += "; 95% bands for the first two." if several else ", with its 95% band."
-        draw = partial(share_curve, share_lines(run), key="share", what=what)
+        draw = partial(share_curve, share_lines(run), key="share", what=what, threat=summary.against)
         charts.append(doc.Chart(draw, "Certified accuracy" if about_class else "Share certified", caption))
     elif run.copies.max(initial=0) > 0:  # a largest radius takes all copies of every image
         draw = partial(samples_histogram, run.copies.tolist(), key="samples", fixed=config.samples)
@@ -208,7 +207,7 @@ def _by_radius(run: CertifyRecord) -> list[doc.Table]:
         )
         for point in summary.at
     ]
-    title = f"At given radii ({count_of(summary.images, 'images')}, noise {format_exact(summary.sigma)})"
+    title = f"At given radii ({count_of(summary.images, 'images')}, noise {run.config.against})"
     return [doc.Table([doc.Column(name) for name in columns], rows, title=title)]
 
 

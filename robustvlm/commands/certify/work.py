@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from robustvlm.certify.claims import Materials, find_claim, make_plan, require_possible
+from robustvlm.certify.claims import Materials, find_claim, require_possible
 from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
@@ -108,9 +108,9 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     names = tuple(data["class_names"]) if settings.classes is None else setup.list_of_names(settings.classes)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
     with named_by(f"the manifest of '{source.folder.path}'"):
-        vlm = load_pipeline(settings.model, device=device).at_noise(source.config.sigma)
+        vlm = setup.behind(load_pipeline(settings.model, device=device), source.config.against)
     require_same_model(source, vlm)
-    config = setup.make_config(settings, sigma=source.config.sigma, device=device).model_copy(
+    config = setup.make_config(settings, noise=source.config.against, device=device).model_copy(
         update={
             "resolution": source.config.resolution,
             "n_pilot": source.config.n_pilot,
@@ -132,7 +132,7 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     with named_by(f"the manifest of '{source.folder.path}'"):
         clean_kept = find_claim(source.config.claim).needs_clean
     materials = setup.materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
-    plan = make_plan(config.claim, config, materials)
+    plan = setup.plan_of(config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, names, templates)
     model_facts = facts_of(vlm, "interpolation") | setup.describe_head(config, names)
@@ -182,7 +182,7 @@ def with_source(settings: CertifySettings, config: dict[str, Any]) -> CertifySet
             f"{setting('alpha')}, or sample anew"
         )
     theirs = ("alpha", "model", "data", "sigma", "samples", "limit", "seed", "precision")
-    return settings.model_copy(update={name: config[name] for name in theirs})
+    return settings.model_copy(update={name: config[name] for name in theirs} | {"threat": config.get("threat")})
 
 
 def require_same_model(source: Source, vlm: VLM) -> None:
@@ -293,13 +293,13 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     Settings under which every image would have to abstain are refused, with what would do.
     """
     setup.check(settings)
-    sigma = setup.settle_sigma(settings)
+    noise = setup.settle_noise(settings)
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
-    config = setup.make_config(settings, sigma=sigma, device=device)
+    config = setup.make_config(settings, noise=noise, device=device)
     if find_claim(config.claim).known_best:
-        require_possible(make_plan(config.claim, config, Materials(text=np.eye(2))), config)
+        require_possible(setup.plan_of(config, Materials(text=np.eye(2))), config)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    vlm = load_pipeline(settings.model, device=device).at_noise(sigma)
+    vlm = setup.behind(load_pipeline(settings.model, device=device), noise)
     vlm = setup.certified_model(vlm, config, source.class_names)
     if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
@@ -307,7 +307,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     config = config.model_copy(update={"resolution": vlm.image_size, **settled})
     rule = setup.rule_of(config, source.class_names)
     text = setup.vectors_of_classes(config, vlm, source.class_names, source.templates)
-    plan = make_plan(config.claim, config, setup.materials_of(config, vlm, text, source.templates, rule=rule))
+    plan = setup.plan_of(config, setup.materials_of(config, vlm, text, source.templates, rule=rule))
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
@@ -345,5 +345,5 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         remarks=remarks,
         more=more,
     )
-    illustrate = partial(save_extremes, source=source, framing=vlm.framing, sigma=sigma, seed=config.seed)
+    illustrate = partial(save_extremes, source=source, framing=vlm.framing, noise=noise, seed=config.seed)
     return CertifyWork(facts, config, begin, illustrate)

@@ -152,9 +152,14 @@ def _attack(summary: Any) -> tuple[Iterator[Row], list[str]]:
     return rows(), [*notes, *_shared(summary)]
 
 
+def _noise(summary: Any) -> str:
+    against = "" if summary.threat is None else f" against {summary.threat}"
+    return f"{'Gaussian ' if summary.against.gaussian else ''}noise of {summary.sigma:g}{against}"
+
+
 def _certify(summary: Any) -> tuple[Iterator[Row], list[str]]:
     notes = [
-        f"Of the model smoothed by Gaussian noise of {summary.sigma:g}: {text(summary.statement)}.",
+        f"Of the model smoothed by {_noise(summary)}: {text(summary.statement)}.",
         *(text(say(summary), 600) for say in (certify_words.rule, certify_words.confidence, certify_words.source)),
     ]
     if summary.unfinished:
@@ -162,13 +167,15 @@ def _certify(summary: Any) -> tuple[Iterator[Row], list[str]]:
     if (summary.looks or 0) > 1:
         notes.append(f"These images were looked at {summary.looks} times, in runs of different settings.")
 
+    short = summary.against.short
+
     def rows() -> Iterator[Row]:
         if summary.correct is not None:
             yield Row("right when smoothed, without attack", summary.correct)
         for one in summary.at:
-            yield Row(f"certified at L₂ radius {one.radius:g}", one.certified)
+            yield Row(f"certified at {short} radius {one.radius:g}", one.certified)
             if one.correct is not None:
-                yield Row(f"certified at L₂ radius {one.radius:g} and right", one.correct)
+                yield Row(f"certified at {short} radius {one.radius:g} and right", one.correct)
 
     return rows(), [*notes, *_shared(summary)]
 

@@ -281,7 +281,7 @@ class Work:
 
     def _rule(self) -> str:
         model, smoothed, alpha = self.classifier, self._smoothed, self.settings.alpha
-        copies = "" if smoothed is None else f"{smoothed.n0:,} noisy copies (sigma {smoothed.sigma:g})"
+        copies = "" if smoothed is None else f"{smoothed.n0:,} noisy copies (sigma {smoothed.noise})"
         rule = "the class with the largest logit"
         if isinstance(model, Abstaining):
             return model.says

@@ -58,7 +58,8 @@ class ImmunisedClassifier(Classifier):
         )
         self.encoder, self.weight, self.floor = encoder, immunity.weight, immunity.floor
         self.antibody_texts = tuple(text.text for text in immunity.antibodies.texts)
-        sigma = encoder.sigma if isinstance(encoder, SmoothedVLM) else None
+        pixels = isinstance(encoder, SmoothedVLM) and encoder.noise.threat.of_pixels
+        sigma = encoder.sigma if pixels and isinstance(encoder, SmoothedVLM) else None
         self.smoothed = encoder if isinstance(encoder, SmoothedVLM) and sigma in immunity.noisy else None
         thresholds = immunity.thresholds if sigma is None else immunity.noisy.get(sigma, immunity.thresholds)
         self.register_buffer("prototypes", immunity.prototypes.detach().clone())

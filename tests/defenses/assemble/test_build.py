@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustvlm.commands.assemble import build
 from robustvlm.commands.certify import CertifySettings
-from robustvlm.commands.certify.setup import settle_sigma
+from robustvlm.commands.certify.setup import settle_noise
 from robustvlm.defenses import SmoothedVLM, load_classifier, load_pipeline, pipeline, smooth
 from robustvlm.defenses.assemble import Misfit, Recipe, build_pipeline, copy_model
 from robustvlm.defenses.immunity import immunise_without_images
@@ -323,7 +323,7 @@ def test_a_damaged_smoothing_is_explained_in_one_line(tmp_path: Path, smoothing:
     card = read_card(tmp_path / "whole")
     assert card is not None
     write_card(tmp_path / "whole", dataclasses.replace(card, settings={"smooth": smoothing}))
-    for use in (load_pipeline, lambda spec: settle_sigma(CertifySettings(model=spec))):
+    for use in (load_pipeline, lambda spec: settle_noise(CertifySettings(model=spec))):
         with pytest.raises(UserError, match="names no smoothing") as caught:
             use(str(tmp_path / "whole"))
         assert "\n" not in str(caught.value)

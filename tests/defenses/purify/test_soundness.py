@@ -10,6 +10,7 @@ from analytic_encoders import Circle, image_at
 from torch import Tensor, nn
 
 from robustvlm.certify import FeatureRadius, Job, SamplingEngine
+from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.encoder import NoisyEncoder, find_dependence, probe_encoder
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.defenses.purify import PurifiedVLM
@@ -55,7 +56,7 @@ def images(count: int = 4, side: int = 16) -> Tensor:
 
 
 def probe(vlm: VLM, lanes: int = 8) -> list[str]:
-    found = probe_encoder(NoisyEncoder(vlm.at_noise(SIGMA)), images(), SIGMA, lanes, model="composed")
+    found = probe_encoder(NoisyEncoder(vlm.at_noise(SIGMA)), images(), read_noise(str(SIGMA)), lanes, model="composed")
     return [check.name for check in found.checks]
 
 

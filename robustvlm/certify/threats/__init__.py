@@ -1,0 +1,59 @@
+"""Threats and the noise that certifies against them: `--threat NAME`, or `+smooth:NAME=SIGMA` as part of a model.
+
+Example:
+    >>> sorted(THREATS)
+    ['8bit', 'brightness', 'colour', 'contrast', 'gamma', 'l1', 'l2', 'light', 'translation']
+"""
+
+from robustvlm.certify.threats.base import Move, Noise, Threat
+from robustvlm.certify.threats.integers import Integers
+from robustvlm.certify.threats.light import Brightness, Colour, Contrast, Gamma, Light
+from robustvlm.certify.threats.pixels import L1, L2
+from robustvlm.certify.threats.translation import Translation
+from robustvlm.errors import UserError, nearest
+
+_KINDS: tuple[type[Threat], ...] = (L2, Integers, L1, Brightness, Contrast, Light, Gamma, Colour, Translation)
+THREATS: dict[str, Threat] = {kind.name: kind() for kind in _KINDS}
+"""All threats by name."""
+
+PLAIN = "l2"
+"""The threat that is meant where none is named."""
+
+
+def find_threat(name: str | None) -> Threat:
+    """Return the threat of that name; l2 where none is given.
+
+    Raises:
+        UserError: there is no such threat.
+
+    Example:
+        >>> find_threat(None).name, find_threat("gamma").unit
+        ('l2', 'gamma: natural logarithm of the exponent')
+    """
+    if name is None:
+        return THREATS[PLAIN]
+    if name not in THREATS:
+        raise UserError(f"unknown threat '{name}': {nearest(name, THREATS)}")
+    return THREATS[name]
+
+
+def read_noise(text: str) -> Noise:
+    """Return the noise that is written SIGMA (l2) or THREAT=SIGMA.
+
+    Raises:
+        UserError: there is no such threat, or sigma is no number or out of range.
+
+    Example:
+        >>> read_noise("translation=4").sigma
+        4.0
+    """
+    name, sign, level = text.rpartition("=")
+    threat = find_threat(name if sign else None)
+    try:
+        sigma = float(level)
+    except ValueError:
+        raise UserError(f"sigma must be a number, got '{level}': as 0.25, or brightness=0.2") from None
+    return Noise(threat, sigma)
+
+
+__all__ = ["PLAIN", "THREATS", "Move", "Noise", "Threat", "find_threat", "read_noise"]

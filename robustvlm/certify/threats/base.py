@@ -1,0 +1,184 @@
+"""What a threat is: what an attacker may do to an image, and the noise that certifies a radius against it.
+
+A threat moves an image along parameters, x' = move(x, theta), and the noise moves it on along random ones. If moves add
+up, move(move(x, theta), tau) = move(x, theta + tau), the noisy copies of x' are those of x with the law of the noise
+shifted by theta. For Gaussian noise the shift theorem (T0) then holds word for word with |theta| in place of the l2
+distance, and with it every bound that is built on it: radii are lengths of theta (Li et al., CCS 2021, "resolvable"
+transformations; here without any further loss, since the moves commute).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from robustvlm.certify.normal import Array, check_sigma, shift_down, shift_up
+from robustvlm.errors import UserError
+from robustvlm.text import format_exact
+
+Kind = Literal["normal", "bits"]
+"""What the noise is made of: N(0, 1) in float32, or whole numbers of 64 bits, each as likely as any other."""
+
+
+class Threat(ABC):
+    """What an attacker may do to an image, measured by one number, and the noise against it.
+
+    Attributes:
+        name: as `--threat` and `+smooth:NAME=SIGMA` take it.
+        allows: what the attacker does, as the end of "every image that ...".
+        unit: what radius and sigma are measured in; short: the same in a word.
+        law: how the noise comes about, in words; `{sigma}` stands for its level.
+        usual: noise level where none is said. most: the largest that makes sense.
+        kind: what a copy's noise is made of.
+        gaussian: T0 holds for the noise, and with it every claim; else only what `least` and `reach` say of a share.
+        of_pixels: every pixel has noise of its own, of standard deviation sigma, in [0, 1] pixels: what a purifier may
+            be told.
+        moves: how many parameters an attacker has; 0: every pixel is one.
+        exact: no rounding of noise or sum stands between certificate and machine.
+    """
+
+    name: ClassVar[str]
+    allows: ClassVar[str]
+    unit: ClassVar[str]
+    short: ClassVar[str]
+    law: ClassVar[str]
+    exact: ClassVar[bool] = False
+    usual: ClassVar[float]
+    most: ClassVar[float]
+    kind: ClassVar[Kind] = "normal"
+    gaussian: ClassVar[bool] = True
+    of_pixels: ClassVar[bool] = False
+    moves: ClassVar[int] = 0
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def draws(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of one copy's noise, for an image of shape [C, H, W]."""
+        return tuple(pixels)
+
+    @abstractmethod
+    def noisy(self, rows: Tensor, draws: Tensor, sigma: float) -> Tensor:
+        """Return noisy copies [R, C, H, W] of images [R, C, H, W], differentiable in them.
+
+        Args:
+            draws: what the noise is made of, [R, *draws(shape)], of `kind`. sigma: its standard deviation.
+        """
+
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Refuse images that the threat is not about."""
+        del pixels
+
+    def reach(self, p: float, share: float, sigma: float) -> float:
+        """Return the distance within which a share of copies that is at least `p` here stays above `share`; 0: none."""
+        from robustvlm.certify.feature import fcsb_radius
+
+        return float(fcsb_radius(p, 2.0 * share - 1.0, sigma))
+
+    def least(self, p: float, eps: float, sigma: float) -> float:
+        """Return the least that a share of `p` can become at the distance `eps`."""
+        return float(shift_down(p, eps / sigma))
+
+    def needed(self, share: float, eps: float, sigma: float) -> float:
+        """Return the share from which at most `share` can be left at the distance `eps`; 1 and more: there is none."""
+        return float(shift_up(share, eps / sigma))
+
+    def off_law(self, values: int, sigma: float) -> float:
+        """Return how far the law of one copy's noise, of so many values, may be from the stated one (total variation).
+
+        Floating-point noise is taken as it is ("up to floating point") and counts as 0.
+        """
+        del values, sigma
+        return 0.0
+
+
+class Move(Threat):
+    """A threat with few parameters: the same moves for attacker and noise, and moves add up."""
+
+    law = (
+        "The same change with parameters drawn from a Gaussian with standard deviation {sigma}, made in float32 after "
+        "the resize and before the model's own normalisation, not clipped"
+    )
+
+    @property
+    def short(self) -> str:  # type: ignore[override]
+        return self.name
+
+    def draws(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        del pixels
+        return (self.moves,)
+
+    @abstractmethod
+    def move(self, rows: Tensor, by: Tensor) -> Tensor:
+        """Return images [R, C, H, W] moved by parameters [R, moves]; moves in turn are one by the sum."""
+
+    def noisy(self, rows: Tensor, draws: Tensor, sigma: float) -> Tensor:
+        return self.move(rows, draws.to(rows.dtype) * sigma)
+
+    def inside(self, radius: float, steps: int) -> Array:
+        """Return parameters [N, moves] of length at most `radius`: what an audit tries, about `steps` of them."""
+        from robustvlm.certify.threats.places import in_ball
+
+        return in_ball(self.moves, radius, steps)
+
+
+def spread(parameters: Tensor, rows: Tensor) -> Tensor:
+    """Return one parameter of each row [R] shaped to broadcast against images [R, C, H, W]."""
+    return parameters.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The law of the noise of a smoothed model: whom it is against, and its level. The one place where it is written.
+
+    Args:
+        threat: what it certifies against. sigma: its standard deviation, in the unit of the threat.
+
+    Raises:
+        UserError: sigma is not positive, or out of range.
+
+    Example:
+        >>> from robustvlm.certify.threats import read_noise
+        >>> str(read_noise("0.25")), str(read_noise("brightness=0.2"))
+        ('0.25', 'brightness=0.2')
+        >>> read_noise("brightness=0.2").fresh(torch.zeros(1, 3, 2, 2)).unique().numel()
+        1
+    """
+
+    threat: Threat
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma <= self.threat.most:
+            most = f"at most {self.threat.most:g} ({self.threat.unit})"
+            raise UserError(f"sigma must be above 0 and {most}, got {self.sigma:g}: pass {self.threat.usual:g}")
+        check_sigma(self.sigma)
+
+    def __str__(self) -> str:
+        level = format_exact(self.sigma)
+        return level if self.threat.name == "l2" else f"{self.threat.name}={level}"
+
+    def copies(self, rows: Tensor, draws: Tensor) -> Tensor:
+        """Return noisy copies [R, C, H, W] of images, one each, from what their noise is made of."""
+        return self.threat.noisy(rows, draws, self.sigma)
+
+    def fresh(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return a noisy copy of each image [R, C, H, W], from torch's global generator or another."""
+        return self.copies(rows, fresh_draws(self.threat, rows, generator))
+
+
+def fresh_draws(threat: Threat, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return what the noise of each image [R, C, H, W] is made of."""
+    shape = (len(rows), *threat.draws(rows.shape[1:]))
+    if threat.kind == "bits":
+        return torch.empty(shape, dtype=torch.int64, device=rows.device).random_(-(2**63), None, generator=generator)
+    return torch.randn(shape, dtype=rows.dtype, device=rows.device, generator=generator)

@@ -1,0 +1,75 @@
+"""Certificates of threats with few parameters held against attacks: every move that there is, on a grid.
+
+One, two or three parameters leave nothing to descend along: moves of all directions and lengths within the radius are
+tried, the most promising again with more copies, and the worst of these is judged on noise that chose nothing.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustvlm.certify.claims import Quantity
+from robustvlm.certify.normal import Array
+from robustvlm.certify.threats import Move
+from robustvlm.commands.certify.audit_search import INSIDE, Effort, Finding, Target, noisy_features
+from robustvlm.core.seeds import derive_seed
+from robustvlm.defenses import SmoothedVLM
+
+_AGAIN = 4
+"""How many moves are looked at again, and with how many times the copies."""
+_SURER = 2
+"""How many times the evidence of a descent: what is saved in the search."""
+KIND = "grid of moves"
+
+
+def audit_moves(
+    vlm: SmoothedVLM, target: Target, effort: Effort, *, threat: Move, alpha: float, seed: int
+) -> list[Finding]:
+    """Attack one certificate at every fraction of its radius with moves of all directions and lengths within it.
+
+    Args:
+        vlm: the smoothed model with the certificate's noise. threat: what the certificate is about.
+        alpha: probability of calling a true bound broken, over the findings of this image.
+        seed: of the run; noise is fresh, from streams of its own.
+    """
+    cuda = [vlm.device] if vlm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
+        clean = target.pixels.to(vlm.device)
+        claim = target.claim(noisy_features(vlm, clean, effort.choice), noisy_features(vlm, clean, effort.evidence))
+        count = max(8, effort.starts * effort.steps // 4)
+        found = []
+        for fraction in sorted(effort.fractions):
+            eps = fraction * target.radius * INSIDE
+            moves = threat.inside(eps, count)
+            if not len(moves):  # no whole shift is so short
+                continue
+            worst = _worst(vlm, clean, moves, claim, effort, threat)
+            evidence = noisy_features(vlm, _moved(clean, worst, threat), _SURER * effort.evidence)
+            found.append(
+                Finding(
+                    image_id=target.image_id,
+                    fraction=fraction,
+                    eps=eps,
+                    bound=claim.bound(eps),
+                    lowest=claim.value(evidence),
+                    upper=claim.upper(evidence, alpha / len(effort.fractions)),
+                    start=KIND,
+                )
+            )
+    return found
+
+
+def _worst(vlm: SmoothedVLM, clean: Tensor, moves: Array, claim: Quantity, effort: Effort, threat: Move) -> Array:
+    """Return the move [P] whose copies give the lowest value, the lowest few judged again."""
+
+    def values(some: Array, copies: int) -> Array:
+        rows = (noisy_features(vlm, _moved(clean, move, threat), copies) for move in some)
+        return np.array([claim.value(features) for features in rows])
+
+    lowest = moves[np.argsort(values(moves, effort.choice), kind="stable")[:_AGAIN]]
+    return np.asarray(lowest[values(lowest, _AGAIN * effort.choice).argmin()])
+
+
+def _moved(clean: Tensor, move: Array, threat: Move) -> Tensor:
+    return threat.move(clean, torch.as_tensor(move[None], dtype=torch.float32, device=clean.device))
