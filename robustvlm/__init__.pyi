@@ -177,6 +177,7 @@ class _Certify(CallableModule[CertifyRecord]):
         templates: Path | str | None = None,
         tree: Path | str | None = None,
         claim: str | None = None,
+        threat: str | None = None,
         sigma: float | None = None,
         samples: int = 10000,
         alpha: float | None = None,
@@ -204,9 +205,8 @@ class _Certify(CallableModule[CertifyRecord]):
     ) -> CertifyRecord:
         """Certify a smoothed model, as `robustvlm certify` does; options by their names. Also `robustvlm.certify(...)`.
 
-        Radii are l2 distances in the pixels that the noise is added to, in [0, 1]. Each image's certificate is false
-            with
-        probability at most `alpha`.
+        Radii are l2 distances in the pixels that the noise is added to, in [0, 1], or in the unit of the `threat`. Each
+        image's certificate is false with probability at most `alpha`.
 
         Raises:
             UserError: whatever is wrong with the options, the data or the model; settings that can certify nothing.
@@ -227,12 +227,15 @@ class _Certify(CallableModule[CertifyRecord]):
                 class (of the mean feature), vote (hard vote, another rule), topk (among the classes with most votes),
                 recall (among the texts nearest to the mean feature), openset (accepted or rejected), or module:callable
                 of your own [default: what a model that abstains answers by, else feature; with --from-cache: class].
-            sigma: Noise level in pixels scaled to [0, 1] [default: 0.25].
+            threat: What images may do: l2 (any change of pixels), 8bit (l2 between images of whole numbers, sound in
+                floating point), l1, brightness, contrast, light (both), gamma, colour, translation; radii are in its
+                unit [default: that of MODEL+smooth:THREAT=SIGMA, else l2].
+            sigma: Noise level, in pixels scaled to [0, 1] or the unit of the threat [default: 0.25, by threat].
             samples: Noisy copies per image, at most.
             alpha: Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of
                 the run].
             min_cos: Cosine to certify (feature claims).
-            radius: Decide only whether this l2 radius is certified, with as few samples as that takes.
+            radius: Decide only whether this radius is certified, with as few samples as that takes.
             at: Radii to count images at, as 0.1,0.25 [default: by sigma].
             tau: Threshold of the score, from other images (openset); in place of the model's own.
             antibodies: File of names to score against (openset).

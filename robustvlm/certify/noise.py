@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustvlm.certify.threats.base import Kind
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError
 
 NoiseStage = Literal["pilot", "estimation", "inference"]
 STAGES: tuple[NoiseStage, ...] = ("pilot", "estimation", "inference")
+
+Kind = Literal["normal", "bits"]
+"""What noise is made of: N(0, 1) in float32, or whole numbers of 64 bits, each as likely as any other."""
 
 CHUNK = 32
 """Rows of noise that are made at once, and after which an anytime-valid test looks at its samples."""

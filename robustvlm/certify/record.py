@@ -164,8 +164,8 @@ class Certificate:
         return self.radius == 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings and dicts, ready for JSON."""
-        return asdict(self)
+        """Return plain numbers, strings and dicts, ready for JSON; the threat only where it is another one than l2."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("threat", PLAIN)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Certificate:

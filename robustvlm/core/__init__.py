@@ -7,5 +7,8 @@ the score loses known images that antibodies lie near to."""
 N_MAX = 10_000_000
 """Most noisy copies of an image that a certificate may take."""
 
+PLAIN = "l2"
+"""The threat that noise is against where none is named (`robustvlm.certify.threats`)."""
+
 MAX_SIGMA, MAX_N0 = 10.0, 1_000_000
 """Largest noise level, in [0, 1] pixels, and most copies that a smoothed model may average over."""

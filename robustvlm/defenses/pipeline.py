@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from robustvlm.certify.threats import Noise
 from robustvlm.core.probe import change_of
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import NOT_CODE, create, names_a_callable
@@ -40,6 +39,7 @@ from robustvlm.models.saved import Card, read_card, require_ground
 
 if TYPE_CHECKING:
     from robustvlm.certify import OpensetRule
+    from robustvlm.certify.threats import Noise
 
 # The operators of a spec: `MODEL+operator:arguments` taken apart
 

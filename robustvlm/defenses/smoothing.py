@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustvlm.certify.threats import PLAIN, Noise, find_threat, read_noise
-from robustvlm.core import MAX_N0
+from robustvlm.core import MAX_N0, PLAIN
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError, nearest
@@ -121,6 +120,8 @@ class SmoothedVLM(VLM):
                 f"only an encoder can be smoothed, by its mean feature, and a {type(base).__name__} is none: give it "
                 "encode_image, encode_text, image_size and logit_scale, and load it as module:callable (docs/models.md)"
             )
+        from robustvlm.certify.threats import Noise, find_threat  # certificates' mathematics, loaded where it is used
+
         noise = Noise(find_threat(threat), float(sigma))
         if not 1 <= n0 <= MAX_N0:
             raise UserError(f"the smoothed model needs between 1 and {MAX_N0:,} samples, got {n0}: pass {DEFAULT_N0}")
@@ -294,6 +295,8 @@ def smoothed_as(vlm: VLM, written: str) -> SmoothedVLM:
             f"'+{written}' must be written +{FORM}, as +smooth:0.25, +smooth:0.25:{DEFAULT_N0} or "
             f"+smooth:0.25:{DEFAULT_N0}:0.001"
         )
+    from robustvlm.certify.threats import read_noise  # as above
+
     noise_text, n0_text = (*arguments, str(DEFAULT_N0))[:2]
     try:
         noise = read_noise(noise_text)

@@ -52,7 +52,7 @@ def test_a_folder_with_a_plus_sign_is_one_name(tmp_path: Path) -> None:
     [
         ("tiny+smoth:0.25", "did you mean 'smooth'"),
         ("tiny+zzzz", "unknown operator '\\+zzzz'"),
-        ("tiny+smooth", "must be written \\+smooth:SIGMA"),
+        ("tiny+smooth", "must be written \\+smooth:\\[THREAT=\\]SIGMA"),
         ("tiny+smooth:0.25:8:9", "from 1e-100 to 0.5, got 9"),
         ("tiny+smooth:much", "sigma must be a number, got 'much'"),
         ("tiny+smooth:0", "sigma must be above 0"),

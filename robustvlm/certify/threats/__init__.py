@@ -10,14 +10,12 @@ from robustvlm.certify.threats.integers import Integers
 from robustvlm.certify.threats.light import Brightness, Colour, Contrast, Gamma, Light
 from robustvlm.certify.threats.pixels import L1, L2
 from robustvlm.certify.threats.translation import Translation
+from robustvlm.core import PLAIN
 from robustvlm.errors import UserError, nearest
 
 _KINDS: tuple[type[Threat], ...] = (L2, Integers, L1, Brightness, Contrast, Light, Gamma, Colour, Translation)
 THREATS: dict[str, Threat] = {kind.name: kind() for kind in _KINDS}
 """All threats by name."""
-
-PLAIN = "l2"
-"""The threat that is meant where none is named."""
 
 
 def find_threat(name: str | None) -> Threat:

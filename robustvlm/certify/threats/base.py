@@ -10,17 +10,15 @@ transformations; here without any further loss, since the moves commute).
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from robustvlm.certify.noise import Kind
 from robustvlm.certify.normal import Array, check_sigma, shift_down, shift_up
 from robustvlm.errors import UserError
 from robustvlm.text import format_exact
-
-Kind = Literal["normal", "bits"]
-"""What the noise is made of: N(0, 1) in float32, or whole numbers of 64 bits, each as likely as any other."""
 
 
 class Threat(ABC):

@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from robustvlm.certify.threats.base import Kind, Threat
+from robustvlm.certify.noise import Kind
+from robustvlm.certify.threats.base import Threat
 from robustvlm.errors import UserError
 
 LEVELS = 255

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from robustvlm.certify.threats.base import Kind, Threat
+from robustvlm.certify.noise import Kind
+from robustvlm.certify.threats.base import Threat
 
 
 class L2(Threat):
