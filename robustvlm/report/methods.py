@@ -13,6 +13,7 @@ from typing import Any
 from robustvlm.attacks.base import ATTACKS, LaneAttack
 from robustvlm.attacks.catalog import parse_attacks
 from robustvlm.attacks.goals import goal_words
+from robustvlm.certify.threats import PLAIN, THREATS
 from robustvlm.errors import UserError
 from robustvlm.report.copies import latex_words
 from robustvlm.report.sources import bibliography, cited, named_in, of, papers
@@ -247,16 +248,30 @@ def _judge(manifest: Manifest) -> Iterator[str]:
 # Certificates
 
 
+def _noise(config: Mapping[str, Any], name: str) -> str:
+    """Say which noise was drawn, against which threat."""
+    level = f"of standard deviation {config['sigma']:g}"
+    if name == PLAIN:
+        return f"with Gaussian noise {level} in pixels on a scale from 0 to 1, added in float32 and not clipped"
+    known = THREATS.get(name)
+    kind = "Gaussian noise" if known is not None and known.gaussian else "noise"
+    return f"against the threat {plain(name, 20)}, with {kind} {level}" + (f" ({known.unit})" if known else "")
+
+
+def _allows(name: str) -> str:
+    known = THREATS.get(name)
+    return f"the threat {plain(name, 20)} allows within the radius" if known is None else known.allows
+
+
 def _certify(manifest: Manifest) -> Iterator[str]:
     config = manifest["config"]
     plan, claim = manifest.get("plan") or {}, str(config["claim"])
-    yield (
-        f"We certified by randomised smoothing{_cite(of('claim', claim))} with Gaussian noise of standard deviation "
-        f"{config['sigma']:g} in pixels on a scale from 0 to 1, added in float32 and not clipped."
-    )
+    name = str(config.get("threat") or PLAIN)
+    yield f"We certified by randomised smoothing{_cite((*of('claim', claim), *of('threat', name)))} {_noise(config, name)}."
     if plan.get("statement"):
         said = plain(plan["statement"], 400)
-        yield f"The certificate states: {said}, for every change of L₂ length below the radius."
+        every = "every change of L₂ length below the radius" if name == PLAIN else f"every image that {_allows(name)}"
+        yield f"The certificate states: {said}, for {every}."
     named = str(plan.get("bound") or "")
     bound = f", with {_BOUNDS.get(named, f'the bound {plain(named, 40)}')}" if named else ""
     yield (

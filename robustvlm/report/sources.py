@@ -91,6 +91,12 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
         "recall": ("cohen2019", "kumar2020"),
         "openset": ("cohen2019", "kumar2020", "fang2026"),
     },
+    "threat": {
+        "l2": (),
+        "8bit": ("voracek2023",),
+        "l1": ("yang2020",),
+        **dict.fromkeys(("brightness", "contrast", "light", "gamma", "colour", "translation"), ("li2021",)),
+    },
     "method": {
         "hierarchical": ("dong2026",),
         "tecoa": ("mao2023",),
@@ -101,7 +107,7 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "trainable": {"all": (), "lora": ("hu2022",), "ssf": ("lian2022",), "last": ()},
 }
-"""What attacks, claims of certificates and methods of fine-tuning rest on, by their names."""
+"""What attacks, claims and threats of certificates and methods of fine-tuning rest on, by their names."""
 
 
 def of(kind: str, name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 *Why.* Noise in floating point is not Gaussian about x': x + noise has the low bits of both, so that an encoder can tell
 from a noisy copy which image it came from, and certificates of real noise are void against it (Voracek and Hein, ICLR
-2023). Their remedy is a grid: images and noise are multiples of one number, so that sums are exact.
+2023, who smooth quantised images soundly). On a grid there is no such gap: sums of whole numbers are exact.
 
 *Theorem.* Let x and x' be images of whole numbers, N ~ N(0, s^2 I), and h any function of images of whole numbers. As
 round(x + N) = x + round(N) for whole x, the copies x + round(N) have the law of round(x + N), and h(round(.)) is one
