@@ -267,7 +267,8 @@ def _certify(manifest: Manifest) -> Iterator[str]:
     config = manifest["config"]
     plan, claim = manifest.get("plan") or {}, str(config["claim"])
     name = str(config.get("threat") or PLAIN)
-    yield f"We certified by randomised smoothing{_cite((*of('claim', claim), *of('threat', name)))} {_noise(config, name)}."
+    behind = _cite((*of("claim", claim), *of("threat", name)))
+    yield f"We certified by randomised smoothing{behind} {_noise(config, name)}."
     if plan.get("statement"):
         said = plain(plan["statement"], 400)
         every = "every change of L₂ length below the radius" if name == PLAIN else f"every image that {_allows(name)}"
