@@ -37,7 +37,7 @@ def on_sphere(dimensions: int, count: int) -> Array:
         return np.stack([np.cos(angle), np.sin(angle)], axis=1)
     if dimensions != 3:
         raise ValueError(f"points on spheres of 2 or 3 dimensions, got {dimensions}")
-    height: Array = 1.0 - 2.0 * (np.arange(count) + 0.5) / count
-    angle = np.pi * (3.0 - math.sqrt(5.0)) * np.arange(count)
+    height = 1.0 - 2.0 * (np.arange(count) + 0.5) / count
+    turn = np.pi * (3.0 - math.sqrt(5.0)) * np.arange(count)
     ring = np.sqrt(1.0 - height * height)
-    return np.stack([ring * np.cos(angle), ring * np.sin(angle), height], axis=1)
+    return np.stack([ring * np.cos(turn), ring * np.sin(turn), height], axis=1)

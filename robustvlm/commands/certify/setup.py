@@ -75,7 +75,7 @@ def check(settings: CertifySettings) -> None:
             "alpha", f"is an error probability, at most {MAX_ALPHA:g}", got=f"{settings.alpha}: pass 0.001"
         )
     threat = settle_noise(settings).threat
-    if not threat.gaussian and claim is not VOTE:
+    if not threat.gaussian and claim not in (VOTE, NAMED):
         raise UserError(
             f"the threat '{threat.name}' is certified by shares of votes alone: pass {setting('claim', VOTE.name)}"
         )
