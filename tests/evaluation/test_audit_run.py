@@ -75,6 +75,17 @@ def test_true_certificates_stand_and_stretched_ones_fall(pictures: Path, claim: 
     assert audit_folder(folder, QUICK).broken
 
 
+def test_a_model_that_is_smoothed_by_its_name_is_audited_as_it_is(pictures: Path) -> None:
+    folder = certify(
+        "circle+smooth:0.5:8", data=f"imagefolder:{pictures}", templates=pictures.parent / "templates.txt",
+        claim="class", samples=1000, out=pictures.parent, name="named",
+    ).folder  # fmt: skip
+    assert audit_folder(folder, QUICK).findings
+    assert not audit_folder(folder, QUICK).broken
+    stretch(folder, 4.0)
+    assert audit_folder(folder, QUICK).broken
+
+
 def test_the_exit_code_and_the_report_say_what_was_found(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = finished(pictures, "feature")
     assert audited(folder) == 0

@@ -139,7 +139,8 @@ class _Deployed(SmoothedVLM):
     """The smoothed encoder of a run: noise at the run's resolution, passes in its precision, counted."""
 
     def __init__(self, encoder: NoisyEncoder, *, noise: Noise, resolution: Size, rows_per_pass: int) -> None:
-        super().__init__(encoder.vlm, noise.sigma, rows_per_pass=rows_per_pass, threat=noise.threat.name)
+        inner = encoder.vlm.base if isinstance(encoder.vlm, SmoothedVLM) else encoder.vlm
+        super().__init__(inner, noise.sigma, rows_per_pass=rows_per_pass, threat=noise.threat.name)
         self.framing = self.framing.at(
             resolution
         )  # noise is added here; the model's own resize is part of what follows
