@@ -1,7 +1,7 @@
-r"""Settings of the hierarchical method on validation data: what the defaults and the explanations rest on.
+r"""Settings of the methods on validation data: what the defaults and the explanations rest on.
 
     python -m benchmarks.finetune.trials cifar10 --train TRAIN.parquet --test TEST.parquet \
-        tecoa tree tree:depth=2 tree:negatives=False,vicinity=0
+        tecoa tree tree:depth=2 tree:negatives=False,vicinity=0 ucat:weight=10
 
 A trial is a variant of the benchmark, with changes after a colon, tuned as there. It is measured on training images of
 CIFAR-10 that are not trained on, or on the bundled set's validation style; no test image is seen. Outcomes are kept in
@@ -87,10 +87,12 @@ def _variant(trial: str) -> Variant:
     found = VARIANTS[key]
     if not changes:
         return found
-    base: HierarchicalOptions = found.options.get("options") or HierarchicalOptions()
     new: Mapping[str, Any] = {
         name: ast.literal_eval(value) for name, _, value in (item.partition("=") for item in changes.split(","))
     }
+    if found.method != "hierarchical":
+        return replace(found, title=trial, options={**found.options, **new})
+    base: HierarchicalOptions = found.options.get("options") or HierarchicalOptions()
     return replace(found, title=trial, options={"options": replace(base, **new)})
 
 

@@ -37,6 +37,8 @@ MAIN = {
     "fare": Variant("FARE", "fare"),
     "pmg": Variant("PMG-FT", "pmg"),
     "simclip": Variant("Sim-CLIP", "simclip"),
+    "agft": Variant("AGFT", "agft"),
+    "ucat": Variant("UCAT", "ucat"),
     "tree": Variant("hierarchical, 1 tree", "hierarchical"),
     "forest": Variant("hierarchical, forest", "hierarchical", forest=True),
 }

@@ -103,6 +103,8 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
         "fare": ("schlarmann2024",),
         "pmg": ("wang2024pmg",),
         "simclip": ("hossain2024",),
+        "agft": ("cui2026",),
+        "ucat": ("lu2026",),
         "clean": (),  # fine-tuning without an attack, the control
     },
     "trainable": {"all": (), "lora": ("hu2022",), "ssf": ("lian2022",), "last": ()},

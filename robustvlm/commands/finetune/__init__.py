@@ -25,8 +25,8 @@ class FinetuneSettings(Settings):
     model: str = argument("tiny", "The model to start from; `robustvlm models` lists the forms.")
     method: str = declared(
         "hierarchical",
-        "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack). fare and "
-        "simclip read no labels.",
+        "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, or clean (the control: no attack). "
+        "fare, simclip and agft read no labels.",
         group="Method",
     )
     data: str = declared(
@@ -64,7 +64,7 @@ class FinetuneSettings(Settings):
         [],
         "An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives, leaf_only, "
         "per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg: general, clean, "
-        "reverse.",
+        "reverse; agft: scale, ratio; ucat: weight, temperature.",
         group="Method",
     )
     trainable: str = declared(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from robustvlm.core import registry
 from robustvlm.core.registry import Table
 from robustvlm.data.trees import Forest
+from robustvlm.defenses.finetune.guided import AGFT, PMG, UCAT
 from robustvlm.defenses.finetune.hierarchical import Hierarchical
-from robustvlm.defenses.finetune.methods import FARE, PMG, Clean, InnerAttack, Materials, Method, SimCLIP, TeCoA
+from robustvlm.defenses.finetune.methods import FARE, Clean, InnerAttack, Materials, Method, SimCLIP, TeCoA
 from robustvlm.defenses.finetune.trainable import make_trainable, parse_trainable, vision_module
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
@@ -22,7 +23,16 @@ from robustvlm.training import Draws, Measure, Task
 
 METHODS: Table[type[Method]] = Table(
     __package__,
-    {"hierarchical": Hierarchical, "tecoa": TeCoA, "fare": FARE, "pmg": PMG, "simclip": SimCLIP, "clean": Clean},
+    {
+        "hierarchical": Hierarchical,
+        "tecoa": TeCoA,
+        "fare": FARE,
+        "pmg": PMG,
+        "simclip": SimCLIP,
+        "agft": AGFT,
+        "ucat": UCAT,
+        "clean": Clean,
+    },
 )
 """Every method, made as METHODS[name](materials, **options of its own)."""
 
@@ -56,7 +66,7 @@ class FinetuneSettings:
         trainable: `all`, `lora[:RANK]`, `ssf` or `last:N`.
         attack: the inner attack.
         options: keyword arguments of the method: `options=HierarchicalOptions(...)` for hierarchical, `general`,
-            `clean` and `reverse` for pmg.
+            `clean` and `reverse` for pmg, `scale` and `ratio` for agft, `weight` and `temperature` for ucat.
         seed: of the parameters that LoRA adds.
 
     Raises:
