@@ -14,15 +14,17 @@ from robustvlm.detect.base import Detector, FittedDetector, Head
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
 from robustvlm.detect.logits import ASH, GEN, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
+from robustvlm.detect.stream import AdaNeg
 from robustvlm.detect.words import SDIS, NegLabel, mine_negatives, safe_rows
 from robustvlm.errors import UserError, nearest
 
-Need = Literal["encoder", "images", "words"]
+Need = Literal["encoder", "images", "words", "stream"]
 
 WHY_NOT: dict[Need, str] = {
     "encoder": "the model has no image and text encoder, only logits",
     "images": "it learns from images of known classes: pass --fit DATA",
     "words": "it needs words outside the known classes: pass --words FILE",
+    "stream": "it remembers unlabelled images that came in before: pass --stream DATA",
 }
 
 
@@ -36,6 +38,7 @@ class Supplies:
         features, labels: unit features [N, D] and labels [N] of images of known classes, None if there are none.
         words: unit text embeddings [W, D] of words outside the known classes, None if there are none.
         temperature: that energies divide the logits by; 1 is the model's own.
+        stream: unit features [S, D] of unlabelled images, known and unknown, that came in before; None if none did.
     """
 
     head: Head
@@ -44,6 +47,7 @@ class Supplies:
     labels: Tensor | None = field(default=None, repr=False)
     words: Tensor | None = field(default=None, repr=False)
     temperature: float = 1.0
+    stream: Tensor | None = field(default=None, repr=False)
 
     @property
     def tempered(self) -> Head:
@@ -52,7 +56,13 @@ class Supplies:
 
     def has(self, need: Need) -> bool:
         """Whether a need can be met."""
-        return {"encoder": self.encoder, "images": self.features is not None, "words": self.words is not None}[need]
+        there = {
+            "encoder": self.encoder,
+            "images": self.features is not None,
+            "words": self.words is not None,
+            "stream": self.stream is not None,
+        }
+        return there[need]
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,14 @@ class Score:
         return detector
 
 
-def _neglabel(supplies: Supplies) -> Detector:
+def _neglabel(supplies: Supplies) -> NegLabel:
     words, classes = _words(supplies), supplies.head.class_embeddings
     return NegLabel(supplies.head, words[mine_negatives(words, classes.to(words))])
+
+
+def _adaneg(supplies: Supplies) -> Detector:
+    assert supplies.stream is not None, "asked for after the needs were checked"
+    return AdaNeg(_neglabel(supplies)).remember(supplies.stream)
 
 
 def _sdis(supplies: Supplies) -> Detector:
@@ -139,6 +154,7 @@ SCORES: Table[Score] = Table(
             ),
             Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.tempered)),
             Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
+            Score("adaneg", "AdaNeg", "2410.20149", ("encoder", "words", "stream"), _adaneg, usual=False),
             Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
             Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.tempered)),
             Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),

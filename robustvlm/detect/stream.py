@@ -1,50 +1,53 @@
-"""AdaNeg: negatives that are gathered from the images which come in, and kept still while an image is judged."""
-
-from __future__ import annotations
+"""AdaNeg: negatives gathered from the images that come in, and held still while an image is judged."""
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.detect.words import NegLabel
+from robustvlm.detect.base import Detector
+from robustvlm.detect.words import NegLabel, mean_log_odds
 from robustvlm.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class AdaNeg(NegLabel):
-    """NegLabel, and NegLabel with what a stream of images has shown in place of the texts.
+class AdaNeg(Detector):
+    """NegLabel's share among the texts, and the same among what a stream of images has shown in their place.
 
-    Every class and every negative word has a row of memory, at first its text alone. An image of the stream whose
-    NegLabel share of the known classes is above `middle + gap (1 - middle)` goes into the row of its nearest class, one
-    whose share is below `middle - gap middle` into that of its nearest word; of a full row the image leaves that the row
-    is least sure of (largest entropy). For an image to judge, each row gives a proxy: the mean of its members, weighted
-    by exp(sharpness (cosine - 1)) to that image, of unit norm. The score is the share of the known classes among the
-    proxies plus `weight` times that among the texts, as the log-odds of their mean.
+    Every class and every negative word has a row of memory, at first its text alone. An image of the stream whose share
+    of the known classes is above middle + gap (1 - middle) joins the row of its nearest class; one whose share is below
+    middle - gap middle that of its nearest word. From a full row the image goes that is least sure of it (largest
+    entropy). For an image that is judged, each row gives a proxy of unit norm: the sum of its members, each times
+    exp(sharpness (cosine - 1)) of its cosine to that image. The score is the share of the known classes among the
+    proxies plus `weight` times that among the texts, given as the log-odds of their weighted mean.
 
-    *Our reading:* the paper judges and remembers at once, so that the score of an image depends on those before it. Here
-    `remember` returns another detector, and `score` never changes one: it can be attacked and certified as any other.
-    With nothing remembered it is NegLabel's score. The stream is unlabelled, and whoever can send images can teach it.
+    *Our reading:* the paper judges and remembers in one pass, so that an image's score depends on those before it. Here
+    `remember` returns another detector and `score` changes none, so that it can be attacked like any other. The stream
+    has no labels, and whoever may send images can teach it. With nothing remembered the score is NegLabel's.
 
     Args:
-        head, negatives, n_groups: as of NegLabel.
-        length: members of a row, the text among them. middle, gap: which images are remembered, see above.
-        sharpness: beta of the weights; 0: the plain mean. weight: lambda, of the texts' share.
-        memory: unit vectors [K + M, length, D], zeros where a row has room; entropy: of each [K + M, length].
+        texts: NegLabel with the class texts and the negative words.
+        length: members of a row, the text among them. middle, gap: which images are remembered.
+        sharpness: beta; 0 makes the proxy of a row the plain mean. weight: lambda, of the share among the texts.
+        memory: unit vectors [K + M, length, D], zeros where a row has room. entropy: of each, [K + M, length].
 
-    Source: Zhang and Zhang 2024, arXiv 2410.20149 (AdaNeg), with the constants of its ImageNet runs.
+    Raises:
+        UserError: a setting out of range.
+
+    Source: Zhang and Zhang 2024, arXiv 2410.20149, with the constants of its ImageNet runs.
 
     Example:
         >>> from robustvlm.detect import Head
         >>> axes = torch.eye(4)
-        >>> empty = AdaNeg(Head(axes[:2], 5.0), axes[2:3])
-        >>> stranger = torch.tensor([[0.0, 0.0, 0.6, 0.8]])
-        >>> bool(empty.remember(stranger).score(stranger) < empty.score(stranger))
-        True
+        >>> empty = AdaNeg(NegLabel(Head(axes[:2], 5.0), axes[2:3]))
+        >>> taught = empty.remember(torch.tensor([[0.0, 0.0, 0.6, 0.8]]))
+        >>> stranger = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+        >>> taught.remembered, bool(taught.score(stranger) < empty.score(stranger))
+        (1, True)
     """
 
+    texts: NegLabel
     length: int = 10
     middle: float = 0.5
     gap: float = 0.5
@@ -54,47 +57,74 @@ class AdaNeg(NegLabel):
     entropy: Tensor | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.length < 2:
-            raise UserError(f"a row of AdaNeg's memory holds its text and an image at least: length >= 2, got {self.length}")
-        for name, low, high in (("middle", 0.0, 1.0), ("gap", 0.0, 1.0), ("sharpness", 0.0, math.inf)):
-            if not low <= getattr(self, name) <= high or getattr(self, name) == math.inf:
-                raise UserError(f"{name} of AdaNeg must be in [{low:g}, {high:g}], got {getattr(self, name):g}")
-        if not 0 < self.weight < math.inf:
-            raise UserError(f"weight of AdaNeg must be positive, got {self.weight:g}")
+            raise UserError(f"AdaNeg needs room for a text and an image in a row: length at least 2, got {self.length}")
+        for name in ("middle", "gap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} of AdaNeg must be in [0, 1], got {getattr(self, name):g}")
+        if not 0 <= self.sharpness < math.inf or not 0 < self.weight < math.inf:
+            got = f"{self.sharpness:g} and {self.weight:g}"
+            raise UserError(f"AdaNeg needs a sharpness of at least 0 and a weight above 0, got {got}")
 
     @property
     def remembered(self) -> int:
         """How many images the memory holds."""
-        return 0 if self.memory is None else int((self._members(self.memory)[:, 1:].any(dim=-1)).sum())
+        return 0 if self.memory is None else int(self.memory[:, 1:].any(dim=-1).sum())
 
     @torch.no_grad()
-    def remember(self, features: Tensor) -> AdaNeg:
-        """Return the detector after a stream of images, unit features [N, D] in the order in which they come.
+    def remember(self, features: Tensor) -> "AdaNeg":
+        """Return the detector after a stream of images: unit features [N, D], in the order in which they come.
 
         Raises:
-            UserError: features that are no finite numbers [N, D].
+            UserError: features of another shape, or that are not finite.
         """
-        texts = self._texts(features)
+        texts = self.texts.texts.to(features)
         if features.ndim != 2 or features.shape[1] != texts.shape[1] or not features.isfinite().all():
             raise UserError(f"a stream is finite features [N, {texts.shape[1]}], got {list(features.shape)}")
-        memory, entropy = self._started(texts)
-        share, known = self._ahead(features @ texts.T).mean_share(), len(self.head.class_embeddings)
-        cosines = self.head.logit_scale * features @ texts.T
-        sides = (
-            (share > self.middle + self.gap * (1 - self.middle), 0, cosines[:, :known]),
-            (share < self.middle - self.gap * self.middle, known, cosines[:, known:]),
-        )
-        for taken, first, logits in sides:
-            rows, unsure = first + logits.argmax(dim=1), torch.distributions.Categorical(logits=logits).entropy()
+        memory, entropy = self._begun(texts)
+        known, cosines = len(self.texts.head.class_embeddings), features @ texts.T
+        share = mean_log_odds(self.texts.ahead(cosines)).sigmoid()
+        for first, side, taken in (
+            (0, cosines[:, :known], share > self.middle + self.gap * (1 - self.middle)),
+            (known, cosines[:, known:], share < self.middle - self.gap * self.middle),
+        ):
+            rows, sides = first + side.argmax(dim=1), (self.texts.head.logit_scale * side).log_softmax(dim=1)
+            unsure = -(sides.exp() * sides).sum(dim=1)
             for i in taken.nonzero().flatten().tolist():
                 _keep(memory[rows[i]], entropy[rows[i]], features[i], unsure[i])
         return replace(self, memory=memory, entropy=entropy)
 
     def score(self, features: Tensor) -> Tensor:
-        texts = self._texts(features)
-        of_texts = self._ahead(features @ texts.T)
+        of_texts = self.texts.ahead(features @ self.texts.texts.to(features).T)
         if self.memory is None:
-            return of_texts.log_odds()
-        of_memory = self._ahead(self._proxies(features))
-        return of_memory.mixed(of_texts, self.weight)
+            return mean_log_odds(of_texts)
+        of_proxies = self.texts.ahead(self._cosines_to_proxies(features, self.memory.to(features)))
+        weights = torch.ones(len(of_texts), dtype=features.dtype, device=features.device)
+        return mean_log_odds(torch.cat([of_proxies, of_texts]), torch.cat([weights, self.weight * weights]))
+
+    def _cosines_to_proxies(self, features: Tensor, memory: Tensor) -> Tensor:
+        """Return cosines [N, K + M] to the proxy that each row has for each image, by the rows' Gram matrices."""
+        cosines = torch.einsum("nd,rld->nrl", features, memory)
+        # An empty place is a vector of zeros, and adds nothing to the sum whatever its weight.
+        weights = (self.sharpness * (cosines - 1)).exp()
+        gram = torch.einsum("rld,rmd->rlm", memory, memory)
+        square = torch.einsum("nrl,rlm,nrm->nr", weights, gram, weights)
+        return (weights * cosines).sum(dim=2) / square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+
+    def _begun(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return memory and entropies to write into: a copy, or rows that hold their texts alone."""
+        if self.memory is not None and self.entropy is not None:
+            return self.memory.clone().to(texts), self.entropy.clone().to(texts)
+        memory = torch.zeros(len(texts), self.length, texts.shape[1]).to(texts)
+        memory[:, 0] = texts
+        return memory, torch.full((len(texts), self.length), math.inf).to(texts)
+
+
+def _keep(row: Tensor, entropy: Tensor, image: Tensor, unsure: Tensor) -> None:
+    """Put an image into a row [length, D], in place: where there is room, or over the least sure one if that is less so.
+
+    The text, which is first, stays (our reading; the program marks it as the surest of all). Room is entropy inf.
+    """
+    least = int(entropy[1:].argmax()) + 1
+    if unsure < entropy[least]:
+        row[least], entropy[least] = image, unsure

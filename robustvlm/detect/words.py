@@ -122,12 +122,33 @@ class NegLabel(Detector):
         if not 1 <= self.n_groups <= len(self.negatives):
             raise UserError(f"{len(self.negatives)} negative words make 1 to that many groups, got {self.n_groups}")
 
+    @property
+    def texts(self) -> Tensor:
+        """Embeddings [K + M, D] of the classes, then of the negative words."""
+        return torch.cat([self.head.class_embeddings, self.negatives.to(self.head.class_embeddings)])
+
     def score(self, features: Tensor) -> Tensor:
-        known = self.head.logits(features).logsumexp(dim=1)
-        others = self.head.logit_scale * features @ self.negatives.to(features).T
-        ahead = torch.stack([known - others[:, g :: self.n_groups].logsumexp(dim=1) for g in range(self.n_groups)])
-        # Log-odds of the mean share, without leaving the logarithm: shares near 1 would round to a tie.
-        return F.logsigmoid(ahead).logsumexp(dim=0) - F.logsigmoid(-ahead).logsumexp(dim=0)
+        return mean_log_odds(self.ahead(features @ self.texts.to(features).T))
+
+    def ahead(self, cosines: Tensor) -> Tensor:
+        """Return the log-odds [groups, N] of the known classes' share in each group, from cosines [N, K + M]."""
+        known, others = (self.head.logit_scale * cosines).tensor_split([len(self.head.class_embeddings)], dim=1)
+        leading = known.logsumexp(dim=1)
+        groups = [others[:, g :: self.n_groups].logsumexp(dim=1) for g in range(self.n_groups)]
+        return torch.stack([leading - group for group in groups])
+
+
+def mean_log_odds(ahead: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the log-odds [N] of the mean of probabilities given by their log-odds [G, N], weighted by `weights` [G].
+
+    The logarithm is never left: shares near 1 would round to a tie.
+
+    Example:
+        >>> mean_log_odds(torch.tensor([[0.5], [0.75]]).logit()).sigmoid()
+        tensor([0.6250])
+    """
+    extra = torch.zeros_like(ahead[:, :1]) if weights is None else weights.to(ahead).log()[:, None]
+    return (F.logsigmoid(ahead) + extra).logsumexp(dim=0) - (F.logsigmoid(-ahead) + extra).logsumexp(dim=0)
 
 
 def mine_negatives(words: Tensor, class_embeddings: Tensor, *, share: float = 0.15, percentile: float = 95.0) -> Tensor:

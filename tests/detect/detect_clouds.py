@@ -15,7 +15,10 @@ CLASSES, DIM = 5, 16
 
 @dataclass(frozen=True)
 class Clouds:
-    """Unit features in float64: to learn from (with labels), known and unknown ones to judge, words, and the head."""
+    """Unit features in float64: to learn from (with labels), known and unknown ones to judge, words, and the head.
+
+    The stream are other images of both kinds, without labels.
+    """
 
     fit: Tensor
     labels: Tensor
@@ -23,10 +26,11 @@ class Clouds:
     unknown: Tensor
     words: Tensor
     head: Head
+    stream: Tensor
 
     @property
     def supplies(self) -> Supplies:
-        return Supplies(self.head, features=self.fit, labels=self.labels, words=self.words)
+        return Supplies(self.head, features=self.fit, labels=self.labels, words=self.words, stream=self.stream)
 
 
 def draw_clouds() -> Clouds:
@@ -46,4 +50,5 @@ def draw_clouds() -> Clouds:
         unknown=around(others, 8, 0.15),
         words=F.normalize(torch.randn(30, DIM, generator=draws, dtype=torch.float64), dim=1),
         head=Head(around(centres, 1, 0.05), 20.0),
+        stream=torch.cat([around(centres, 10, 0.15), around(others, 6, 0.15)]),
     )

@@ -313,6 +313,7 @@ def test_rotating_everything_changes_nothing(clouds: Clouds) -> None:
         features=clouds.fit @ turn,
         labels=clouds.labels,
         words=clouds.words @ turn,
+        stream=clouds.stream @ turn,
     )
     for name in (name for name in SCORES if name not in ("react", "ash")):
         before = SCORES[name].made(clouds.supplies).score(clouds.unknown)
@@ -367,6 +368,8 @@ def test_what_cannot_be_made_is_said(clouds: Clouds) -> None:
     reasons = {item.name: item.reason for item in skipped}
     assert "--fit" in reasons["knn"]
     assert "--words" in reasons["s-dis"]
+    few_words = Supplies(clouds.head, words=clouds.words)
+    assert "--stream" in make_scores(["adaneg"], few_words)[1][0].reason
     # One image: no variance, no neighbours, and still no crash.
     few = Supplies(clouds.head, features=clouds.fit[:1], labels=clouds.labels[:1])
     made, skipped = make_scores(["mahalanobis", "knn", "vim"], few)
@@ -376,7 +379,7 @@ def test_what_cannot_be_made_is_said(clouds: Clouds) -> None:
 
 def test_lists_of_scores() -> None:
     assert parse_scores("all") == tuple(name for name, score in SCORES.items() if score.usual)
-    assert parse_scores("gen, all") == tuple(SCORES)
+    assert parse_scores("gen, adaneg, all") == tuple(SCORES)
     assert parse_scores("json:loads,msp,gen") == ("msp", "gen", "json:loads")
     with pytest.raises(UserError, match="did you mean 'mahalanobis'"):
         parse_scores("msp,mahalonobis")

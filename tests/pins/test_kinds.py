@@ -21,7 +21,7 @@ from robustvlm.detect import SCORES, Head, Supplies
 def _present() -> dict[str, Any]:
     rows = torch.nn.functional.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     labels = torch.arange(48) % 3
-    supplies = Supplies(Head(rows[:3], 20.0), features=rows[3:51], labels=labels, words=rows[51:])
+    supplies = Supplies(Head(rows[:3], 20.0), features=rows[3:51], labels=labels, words=rows[51:], stream=rows[3:9])
     return {
         "models": list(KINDS),
         "attacks": sorted(ATTACKS),

@@ -50,6 +50,12 @@ class DetectSettings(Settings):
         metavar="DATA",
         group="Model and data",
     )
+    stream: str | None = option(
+        None,
+        "Unlabelled images, known and unknown, that came in before those that are judged; adaneg remembers them.",
+        metavar="DATA",
+        group="Model and data",
+    )
     scores: str = option(
         "all",
         "all, or a list such as mcm,energy,knn (docs/detect.md lists them); own shows a model's own alone.",
@@ -155,8 +161,9 @@ class DetectSettings(Settings):
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run; sets, scores, words and attacks are resolved by the libraries that know them."""
         found = {name: value for name, value in super().stored().items() if name not in _NOT_AS_GIVEN}
-        if found["corrupt"] is None:
-            del found["corrupt"]  # the run that it was before there were corruptions
+        for later in ("corrupt", "stream"):
+            if found[later] is None:
+                del found[later]  # the run that it was before there were these
         return found | {"known": self.known, "fit": self.learnt_from} | resolved
 
 

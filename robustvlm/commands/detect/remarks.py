@@ -12,6 +12,7 @@ from robustvlm.commands.detect.summary import KNOWN, ScoreSummary
 from robustvlm.data.names import readings, same_things, some_of
 from robustvlm.data.specs import Unlabelled
 from robustvlm.defenses import Classifier
+from robustvlm.detect import AdaNeg
 from robustvlm.runs.records import Check
 
 # Below this, percentile intervals of rates at the ends of the scale are known to be too short.
@@ -111,6 +112,27 @@ def of_familiar_strangers(
             "refuse): the head takes for known what the encoder has seen elsewhere. Do not rely on logits alone there."
         )
         yield Check(name=f"familiar strangers in {part.name}", level="warning", message=message)
+
+
+def of_memory(stream: Encoded | None, encoded: Mapping[str, Encoded], panel: Panel) -> Iterator[Check]:
+    """Yield how many images of the stream AdaNeg remembers, copies that it remembers, or that nothing remembers any."""
+    if stream is None:
+        return
+    detector = panel.detectors.get("adaneg")
+    if not isinstance(detector, AdaNeg):
+        message = "The images of --stream were read for nothing: no score remembers them; pass --scores all,adaneg."
+        yield Check(name="memory", level="warning", message=message)
+        return
+    count = detector.remembered
+    message = f"AdaNeg remembers {count:,} of the {len(stream.ids):,} images of the stream."
+    yield Check(name="memory", level="note" if count else "warning", message=message)
+    for name, found in encoded.items():
+        copies = copies_of(found, stream)
+        if copies:
+            message = (
+                f"{copies:,} images of the set '{name}' look to the model like some of --stream, which came in before."
+            )
+            yield Check(name=f"copies of the stream in {name}", level="warning", message=message)
 
 
 def remarks(encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel) -> Iterator[Check]:

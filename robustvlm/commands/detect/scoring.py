@@ -25,7 +25,7 @@ from robustvlm.text import without_secrets
 
 # What the options of a run name, read with the libraries that know it: scores, unknown sets and attacks
 
-_TAKEN = (KNOWN, "fit", "adversarial")
+_TAKEN = (KNOWN, "fit", "stream", "adversarial")
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]{0,39})=(.+)")
 # Attacked unless the user says which: one that everybody has, the usual CLIP score, and one of the images' cloud.
 _ATTACKED = ("mcm", "energy", "mahalanobis")
@@ -216,18 +216,20 @@ def make_panel(
     fit: Encoded | None,
     words: Tensor | None,
     *,
+    stream: Encoded | None = None,
     temperature: float = 1.0,
 ) -> Panel:
     """Return the named scores for a model, fitted to `fit`; `words` are unit text embeddings [W, D].
 
-    Energies divide the logits by `temperature`.
+    Energies divide the logits by `temperature`; scores that gather negatives have seen the `stream`.
 
     Raises UserError when none of them can be used.
     """
     head, encoder = head_and_kind(classifier, templates)
     features = None if fit is None or not encoder else fit.features
     labels = None if fit is None else fit.labels
-    supplies = Supplies(head, encoder, features, labels, words if encoder else None, temperature)
+    came = None if stream is None or not encoder else stream.features
+    supplies = Supplies(head, encoder, features, labels, words if encoder else None, temperature, came)
     detectors, skipped = make_scores(names, supplies)
     reasons = {item.name: item.reason for item in skipped}
     own = own_sdis(classifier)
@@ -271,6 +273,17 @@ def require_apart(known: Encoded, fit: Encoded | None, known_spec: str, fit_spec
             f"{len(both)} images are both in {setting('fit')} and in {setting('id')} (the first, '{both[0]}'): judge "
             "scores on images that they have not learnt from"
         )
+
+
+def require_before(stream: Encoded, spec: str, judged: Mapping[str, tuple[Encoded, str]]) -> None:
+    """Refuse a stream that holds images which are judged: it came in before them."""
+    for name, (found, other) in judged.items():
+        both = in_both(other, found.ids, spec, stream.ids)
+        if both:
+            raise UserError(
+                f"{len(both)} images of {setting('stream')} are judged in '{name}' (the first, '{both[0]}'): pass "
+                "other images, those that came in before"
+            )
 
 
 def copies_of(found: Encoded, fit: Encoded | None) -> int:

@@ -21,11 +21,19 @@ from robustvlm.commands.detect.remarks import (
     of_antibodies,
     of_constant_scores,
     of_familiar_strangers,
+    of_memory,
     of_unknown_sets,
     of_words,
     remarks,
 )
-from robustvlm.commands.detect.scoring import Panel, make_panel, mean_time, of_known_classes, require_apart
+from robustvlm.commands.detect.scoring import (
+    Panel,
+    make_panel,
+    mean_time,
+    of_known_classes,
+    require_apart,
+    require_before,
+)
 from robustvlm.commands.detect.summary import parse_condition
 from robustvlm.commands.detect.view import detect_report as report_of
 from robustvlm.commands.detect.view import read_run, show, write_report
@@ -56,12 +64,14 @@ class Sets:
 
     Args:
         encoded: the known images, and the unknown ones by the name of their set. fit: those to learn from.
+            stream: those that came in before, whatever they show.
         left_out: known images without a known class; known_after_all: images of known classes in unknown sets, by set
             and class.
     """
 
     encoded: Mapping[str, Encoded]
     fit: Encoded | None
+    stream: Encoded | None
     left_out: int
     known_after_all: Mapping[str, Mapping[str, int]]
 
@@ -73,6 +83,7 @@ class DetectWork:
     Args:
         scores: of the catalogue; under_attack: how scores are attacked, None for not at all, by `attacks`.
         known: images of known classes; unknown: sets of other images, by name; fit: images to learn from.
+        stream: images that came in before.
         words: outside the known classes.
         naming: words that name a class of an unknown set, with the set's name: left out, unless oracles are asked for.
     """
@@ -84,6 +95,7 @@ class DetectWork:
     known: DataSource
     unknown: list[tuple[str, Unlabelled]]
     fit: DataSource | None
+    stream: DataSource | None
     words: tuple[str, ...]
     naming: dict[str, str]
     under_attack: record.UnderAttack | None
@@ -108,6 +120,7 @@ class DetectWork:
             self.scores,
             found.fit,
             self._word_embeddings(session),
+            stream=found.stream,
             temperature=self.settings.temperature,
         )
         sets = measures.usable([self._scored(name, source, found, panel) for name, source in self._sources()], panel)
@@ -146,6 +159,7 @@ class DetectWork:
         """Return how many images are asked about at a time: no more than the largest set has."""
         limits = [(source, self.settings.limit) for _, source in self._sources()]
         limits += [(self.fit, self.settings.fit_limit)] if self.fit is not None else []
+        limits += [(self.stream, None)] if self.stream is not None else []
         listed = [(source.ids(), limit) for source, limit in limits]
         counts = [limit if ids is None else len(select(ids, limit)) for ids, limit in listed]
         return min(self.settings.batch_size, max(self.settings.batch_size if n is None else n for n in counts))
@@ -162,7 +176,8 @@ class DetectWork:
         encoded[record.KNOWN], left_out = of_known_classes(encoded[record.KNOWN])
         if not encoded[record.KNOWN].ids:
             raise UserError(f"no image of '{self.known.spec}' has one of its known classes: nothing can be judged")
-        return Sets(encoded, self._encode_fit(encoder, encoded[record.KNOWN]), left_out, known_after_all)
+        fit, stream = self._encode_fit(encoder, encoded[record.KNOWN]), self._encode_stream(encoder, encoded)
+        return Sets(encoded, fit, stream, left_out, known_after_all)
 
     def _under_corruptions(self, encoder: Encoder, panel: Panel, known: Scored) -> dict[Corruption, Scored]:
         """Return the known images under every corruption, scored as those without are."""
@@ -187,6 +202,16 @@ class DetectWork:
             )
         require_apart(known, fit, self.known.spec, self.fit.spec)
         return fit
+
+    def _encode_stream(self, encoder: Encoder, judged: Mapping[str, Encoded]) -> Encoded | None:
+        if self.stream is None:
+            return None
+        stream = encoder.encode(self.stream, "stream", limit=None, title="Encoding stream")
+        if not stream.ids:
+            raise UserError(f"'{self.stream.spec}' holds no image: pass others with {setting('stream')}")
+        specs = {name: source.spec for name, source in self._sources()}
+        require_before(stream, self.stream.spec, {name: (found, specs[name]) for name, found in judged.items()})
+        return stream
 
     def _without_known(self, found: Encoded, spec: str) -> tuple[Encoded, dict[str, int]]:
         """Return a set of unknown images without those of known classes, and how many of which these were."""
@@ -214,6 +239,7 @@ class DetectWork:
             yield from of_words(self.naming, oracle=self.settings.oracle_words)
         yield from of_antibodies(self.classifier, self.unknown)
         yield from remarks(found.encoded, found.fit, panel)
+        yield from of_memory(found.stream, found.encoded, panel)
         yield from of_constant_scores(sets)
 
     def _from_words(self, panel: Panel) -> bool:
@@ -355,6 +381,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
     named = scoring.unknown_sets(settings)
     unknown = [(one.name, open_unlabelled(one.spec, known.class_names)) for one in named]
     fit = None if settings.learnt_from is None else _open_fit(settings, settings.learnt_from, known)
+    stream = None if settings.stream is None else open_unlabelled(settings.stream)
     words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
     naming = {word: name for name, source in reversed(unknown) for word in same_things(words, source.things())}
     if not settings.oracle_words:
@@ -380,7 +407,9 @@ def open_work(settings: DetectSettings) -> DetectWork:
     for text in settings.fail_if:
         parse_condition(text).require(record.DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
     others = [
-        remark for source in (*(source for _, source in unknown), *([fit] if fit else [])) for remark in source.remarks
+        remark
+        for source in (*(source for _, source in unknown), *(one for one in (fit, stream) if one))
+        for remark in source.remarks
     ]
     facts = Facts(
         (settings.model, settings.known),
@@ -390,12 +419,25 @@ def open_work(settings: DetectSettings) -> DetectWork:
         | {
             "unknown": {name: source.fingerprint() for name, source in unknown},
             "fit": None if fit is None else fit.fingerprint(),
-        },
+        }
+        | ({} if stream is None else {"stream": stream.fingerprint()}),
         probe=probe_of(classifier, known.class_names, known.templates),
         remarks=list(dict.fromkeys([*remarks_of(known, classifier), *others])),
     )
     return DetectWork(
-        facts, settings, scores, classifier, known, unknown, fit, words, naming, under_attack, attacks, corruptions
+        facts,
+        settings,
+        scores,
+        classifier,
+        known,
+        unknown,
+        fit,
+        stream,
+        words,
+        naming,
+        under_attack,
+        attacks,
+        corruptions,
     )
 
 

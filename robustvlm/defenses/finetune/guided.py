@@ -69,10 +69,11 @@ class PMG(Method):
 class AGFT(Method):
     """Divergence of the worst case's class distribution from the original model's of the clean image.
 
-    L = KL(p || q) with p = softmax(scale * ratio * s * c(x)) of the frozen original and q = softmax(scale * s * c'(x')) of
-    the student, where c are cosines to the class texts and s is the model's own logit scale. No label is read. The inner
-    attack raises the same divergence. `ratio` below 1 softens what is aimed at: a robust model's cosines are smaller than
-    the original's, and `scale` lets it reach the same distribution with them (distribution consistency calibration).
+    L = KL(p || q) with p = softmax(scale * ratio * s * c(x)) of the frozen original and q = softmax(scale * s * c'(x'))
+    of the student, where c are cosines to the class texts and s is the model's own logit scale. No label is read. The
+    inner attack raises the same divergence. `ratio` below 1 softens what is aimed at: a robust model's cosines are
+    smaller than the original's, and `scale` lets it reach the same distribution with them (distribution consistency
+    calibration).
 
     The defaults are those of the authors' program for CLIP (YuboCui/AGFT, README: logit scale 180 where CLIP's own is
     100, and a ratio of 0.4). *Our reading:* both relative to the model's own scale, so that they fit other models. With
@@ -111,13 +112,13 @@ class UCAT(Method):
     """TeCoA's loss, and the divergence of Dirichlet distributions: of the worst case from the original's clean image.
 
     Cosines c to the class texts become concentrations a_k = exp((c_k + 1) / temperature); the second term is
-    KL(Dir(a of the student, x') || Dir(b of the original, x)), which sees how large the concentrations are (how sure the
-    model is) and not their proportions alone. The authors' program (VivienLu/UCAT) weighs it by 1e5 / exp(2 / 0.07).
+    KL(Dir(a of the student, x') || Dir(b of the original, x)), which sees how large the concentrations are (how sure
+    the model is) and not their proportions alone. The authors' program (VivienLu/UCAT) weighs it by 1e5 / exp(2 / 0.07).
 
     *Our reading* of the weight: for large concentrations that divergence is B KL(p_original || p_student), with B the
-    sum of b and p the concentrations' proportions, and B grows as exp(c / 0.07): the authors' constant amounts to some
-    hundreds on CLIP, whose cosines are near 0.2, and to 7,000 on the bundled model, whose are near 0.8. So `weight` is in
-    units of 1 / (mean of B over the calibration images), and means the same for every model. 0 is TeCoA.
+    sum of b and p the concentrations' proportions. B grows as exp(c / 0.07): the authors' constant amounts to some
+    hundreds on a CLIP whose cosines are near 0.2, and to 7,000 on the bundled model, whose are near 0.8. So `weight` is
+    in units of 1 / (mean of B over the calibration images), and means the same for every model. 0 is TeCoA.
     """
 
     needs_teacher = True
@@ -131,7 +132,9 @@ class UCAT(Method):
             seen = self.concentrations(self.teacher, materials.calibration.to(self.student.device))
         self.unit = float(seen.sum(-1).mean())
         if not 0 < self.unit < math.inf:
-            raise UserError(f"the concentrations of ucat cannot be computed at a temperature of {temperature:g}: raise it")
+            raise UserError(
+                f"the concentrations of ucat cannot be computed at a temperature of {temperature:g}: raise it"
+            )
 
     def settings(self) -> dict[str, object]:
         return {"weight": self.weight, "temperature": self.temperature, "mean concentration": self.unit}
