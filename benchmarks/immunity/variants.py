@@ -89,6 +89,9 @@ OF_SPLITS = (
     Variant("- noise antibodies", antibodies="noise", weight=None),
     Variant("- no antibodies", antibodies="none", weight=None),
     Variant("- no vaccine", steps=0, weight=None),
+    Variant("- MixOE, weight 1", weight=None, extra={"mix_weight": 1.0}),
+    Variant("- MixOE, weight 5", weight=None, extra={"mix_weight": 5.0}),
+    Variant("- MixOE, weight 5, noise antibodies", antibodies="noise", weight=None, extra={"mix_weight": 5.0}),
     Variant("- thresholds least-fpr", rule="least-fpr", weight=None),
     Variant("- S_DIS at .5, as it was the default"),
 )

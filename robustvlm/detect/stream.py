@@ -121,7 +121,7 @@ class AdaNeg(Detector):
 
 
 def _keep(row: Tensor, entropy: Tensor, image: Tensor, unsure: Tensor) -> None:
-    """Put an image into a row [length, D], in place: where there is room, or over the least sure one if that is less so.
+    """Put an image into a row [length, D], in place: where there is room, or over the least sure one if it is less.
 
     The text, which is first, stays (our reading; the program marks it as the surest of all). Room is entropy inf.
     """

@@ -99,6 +99,12 @@ class ImmunizeSettings(Settings):
     push_nearest: int = option(
         10, "Push an image from so many of its nearest antibodies; 0 for all.", at_least=0, group="Antibodies"
     )
+    mix_weight: float = option(
+        0.0,
+        "Weight of being unsure between images and antibodies (MixOE); 0 for none.",
+        at_least=0,
+        group="Antibodies",
+    )
     rule: str = option(
         "hinge",
         "Score: hinge, the largest cosine less what an antibody near the image takes off, its weight chosen on the "
@@ -267,7 +273,7 @@ _NAMES = {"prototypes_per_class": "per_class", "lambda_inf": "weight", "sigma": 
 RULES = ("hinge", "s-dis")
 THRESHOLDS = ("equal-miss", "density", "pooled", "least-fpr")
 _BEFORE: dict[str, Any] = {
-    "calibrate": None, "rule": "s-dis", "push_nearest": 0, "thresholds": "equal-miss", "tail": 0.5
+    "calibrate": None, "rule": "s-dis", "push_nearest": 0, "mix_weight": 0.0, "thresholds": "equal-miss", "tail": 0.5
 }  # fmt: skip
 """What a manifest means that says nothing of these: there was no choice then."""
 

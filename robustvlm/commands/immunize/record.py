@@ -172,7 +172,7 @@ def save_model(session: Session, immunity: Immunity, record: Record, base: str, 
 
 def vaccine_settings(settings: ImmunizeSettings, margin: float) -> VaccineSettings:
     """Return the settings of the vaccine; the margin is that of the settings, or taken from the data."""
-    shared = ("hidden", "steps", "lr", "push_weight", "push_nearest", "decay", "seed")
+    shared = ("hidden", "steps", "lr", "push_weight", "push_nearest", "mix_weight", "decay", "seed")
     return VaccineSettings(margin=margin, **{name: getattr(settings, name) for name in shared})
 
 

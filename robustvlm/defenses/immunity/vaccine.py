@@ -66,6 +66,48 @@ def push(features: Tensor, antibodies: Tensor, margin: float, nearest: int = 0) 
     return F.relu(cosines - margin).square().mean()
 
 
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Points between images and antibodies: unit vectors [B, D], and how much of each is the image, [B]."""
+
+    points: Tensor
+    share: Tensor
+
+
+def mix(features: Tensor, antibodies: Tensor, draws: torch.Generator) -> Mixed:
+    """Return a point between each image [B, D] and an antibody drawn for it, at a share drawn uniformly from [0, 1].
+
+    MixOE (arXiv 2106.03917) mixes pixels of images with those of outliers, at shares from Beta(1, 1); here features
+    are mixed with texts, and the mixture scaled to unit norm (our reading, for an encoder that is not trained).
+
+    Example:
+        >>> found = mix(torch.eye(2)[:1], torch.eye(2)[1:], torch.Generator().manual_seed(0))
+        >>> torch.allclose(found.points, F.normalize(torch.stack([found.share, 1 - found.share], 1)))
+        True
+    """
+    rows = torch.randint(len(antibodies), (len(features),), generator=draws)
+    share = torch.rand(len(features), generator=draws).to(features)
+    between = share[:, None] * features + (1 - share[:, None]) * antibodies[rows.to(antibodies.device)]
+    return Mixed(F.normalize(between, dim=1), share)
+
+
+def unsure(mixed: Tensor, share: Tensor, labels: Tensor, targets: "Targets") -> Tensor:
+    """Return the cross-entropy of mixed points [B, D] to their class by the image's share, else to all: L_mix.
+
+    The target of a point is share y + (1 - share) / K: the nearer to an antibody, the less sure. MixOE, arXiv
+    2106.03917, equation 2.
+
+    Example:
+        >>> axes, even = torch.eye(2)[:, None], torch.zeros(2)
+        >>> targets = Targets(axes, even + 1, even, torch.zeros(0, 2))
+        >>> unsure(torch.eye(2)[:1], torch.ones(1), torch.tensor([0]), targets)  # pull, at a share of 1
+        tensor(0.3133)
+    """
+    found = log_likelihoods(mixed, targets.prototypes, targets.kappa, targets.log_c).log_softmax(dim=1)
+    own = found.gather(1, labels[:, None]).squeeze(1)
+    return -(share * own + (1 - share) * found.mean(dim=1)).mean()
+
+
 def pushed_share(features: Tensor, antibodies: Tensor, margin: float) -> float:
     """Return the share of pairs of image and antibody that the margin pushes apart at all.
 
@@ -104,7 +146,8 @@ class VaccineSettings:
     Args:
         hidden: width of the adapter. steps: optimiser steps at most; batch_size: images a step. lr: of AdamW.
         push_weight: lambda. margin: m of the hinge. push_nearest: over how many antibodies it is averaged for each
-            image, its nearest ones; 0 for all. decay: eta of eta ||theta||^2, which holds the adapter near the
+            image, its nearest ones; 0 for all. mix_weight: beta of the loss of points between images and antibodies
+            (MixOE; 0: none). decay: eta of eta ||theta||^2, which holds the adapter near the
             identity. every: steps between two looks at held-out images; patience: looks without progress before the
             end. worst_loss: largest fall of held-out accuracy that is taken for a smaller loss.
 
@@ -123,13 +166,14 @@ class VaccineSettings:
     patience: int = 10
     worst_loss: float = 0.0
     push_nearest: int = 10
+    mix_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "batch_size", "every", "patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} of the vaccine must be at least 1, got {getattr(self, name)}")
-        for name in ("steps", "push_weight", "push_nearest", "decay", "worst_loss"):
+        for name in ("steps", "push_weight", "push_nearest", "mix_weight", "decay", "worst_loss"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"{name} of the vaccine must not be negative, got {getattr(self, name):g}")
         if not 0 < self.lr < math.inf or not -1 <= self.margin <= 1:
@@ -178,12 +222,12 @@ def vaccinate(
     start: Adapter | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Vaccinated:
-    """Return the adapter that minimises L_pull + lambda L_push + eta ||theta||^2, stopped early.
+    """Return the adapter that minimises L_pull + lambda L_push + beta L_mix + eta ||theta||^2, stopped early.
 
-    Immuno-VLM (arXiv 2605.30745), phase 3. The start (the identity, unless `start` is given) is one of the candidates:
-    of the looks whose held-out accuracy is not below the start's by more than `worst_loss`, the one with the smallest
-    held-out loss wins, so that a vaccine that does not help does not harm. The same seed gives the same adapter;
-    memory does not grow with the number of steps.
+    Immuno-VLM (arXiv 2605.30745), phase 3; L_mix is MixOE's, and off by default. The start (the identity, unless
+    `start` is given) is one of the candidates: of the looks whose held-out accuracy is not below the start's by more
+    than `worst_loss`, the one with the smallest held-out loss wins, so that a vaccine that does not help does not
+    harm. The same seed gives the same adapter; memory does not grow with the number of steps.
 
     Args:
         features, held_out: unit features [N, D] and [H, D] of labelled images; labels, held_labels: [N], [H].
@@ -212,7 +256,7 @@ def vaccinate(
     for step in range(1, settings.steps + 1):
         rows = torch.randint(len(features), (min(settings.batch_size, len(features)),), generator=draws)
         rows = rows.to(features.device)
-        loss = _loss(adapter, features[rows], labels[rows], targets, settings)
+        loss = _loss(adapter, features[rows], labels[rows], targets, settings, draws)
         if not torch.isfinite(loss):
             raise UserError(f"the loss of the vaccine is not finite after {step} steps: pass a smaller --lr")
         optimiser.zero_grad(set_to_none=True)
@@ -234,14 +278,37 @@ def vaccinate(
     return Vaccinated(adapter.eval().requires_grad_(False), tuple(history), chosen.step)
 
 
-def _loss(adapter: Adapter, features: Tensor, labels: Tensor, targets: Targets, settings: VaccineSettings) -> Tensor:
+def _loss(
+    adapter: Adapter,
+    features: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    settings: VaccineSettings,
+    draws: torch.Generator,
+) -> Tensor:
     adapted = adapter(features)
     weights = torch.stack([parameter.square().sum() for parameter in adapter.parameters()]).sum()
     return (
         pull(adapted, labels, targets.prototypes, targets.kappa, targets.log_c)
         + settings.push_weight * push(adapted, targets.antibodies, settings.margin, settings.push_nearest)
+        + settings.mix_weight * _mixing(adapter, features, labels, targets, settings, draws)
         + settings.decay * weights
     )
+
+
+def _mixing(
+    adapter: Adapter,
+    features: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    settings: VaccineSettings,
+    draws: torch.Generator,
+) -> Tensor:
+    """Return L_mix; 0, and no draw, where it has no weight or there is nothing to mix with."""
+    if not settings.mix_weight or not len(targets.antibodies):
+        return features.new_zeros(())
+    mixed = mix(features, targets.antibodies, draws)
+    return unsure(adapter(mixed.points), mixed.share, labels, targets)
 
 
 @torch.no_grad()
@@ -257,8 +324,11 @@ def _look(
     adapted = adapter(held_out)
     drawn = float(pull(adapted, labels, targets.prototypes, targets.kappa, targets.log_c))
     pushed = float(push(adapted, targets.antibodies, settings.margin, settings.push_nearest))
+    # The same draws at every look: looks are compared.
+    mixed = float(_mixing(adapter, held_out, labels, targets, settings, generator(settings.seed, "held-out mixtures")))
+    total = drawn + settings.push_weight * pushed + settings.mix_weight * mixed
     hits = class_scores(adapted, targets.prototypes).argmax(dim=1) == labels
-    return Look(step, train, drawn, pushed, drawn + settings.push_weight * pushed, float(hits.double().mean()))
+    return Look(step, train, drawn, pushed, total, float(hits.double().mean()))
 
 
 def _copy(adapter: Adapter) -> dict[str, Tensor]:

@@ -17,9 +17,11 @@ from robustvlm.defenses.immunity.vaccine import (
     VaccineSettings,
     automatic_margin,
     log_likelihoods,
+    mix,
     pull,
     push,
     pushed_share,
+    unsure,
     vaccinate,
 )
 from robustvlm.errors import UserError
@@ -97,6 +99,52 @@ def test_push_is_the_squared_hinge() -> None:
     assert pushed_share(z, antibodies, 0.7) == 0.5
     assert pushed_share(z, antibodies, 0.9) == 0.0
     assert automatic_margin(z, torch.zeros(0, 2)) == 0.2
+
+
+def test_mixtures_lie_on_the_arc_between_an_image_and_an_antibody() -> None:
+    features, antibodies = cloud(5)[0], torch.eye(12)[4:7]
+    found = mix(features, antibodies, torch.Generator().manual_seed(1))
+    assert torch.allclose(found.points.norm(dim=1), torch.ones(len(features)))
+    between = [
+        F.normalize(found.share[:, None] * features + (1 - found.share[:, None]) * one, dim=1) for one in antibodies
+    ]
+    near = torch.stack([(found.points - points).norm(dim=1) for points in between]).amin(dim=0)
+    assert float(near.max()) < 1e-5
+    assert 0.2 < float(found.share.mean()) < 0.8
+    assert float(found.share.std()) > 0.15
+
+
+def test_the_loss_of_a_mixture_is_pull_at_the_image_and_even_at_the_antibody() -> None:
+    features, labels = cloud(6)
+    targets = some_targets()
+    whole, none = torch.ones(len(features)), torch.zeros(len(features))
+    likely = log_likelihoods(features, targets.prototypes, targets.kappa, targets.log_c)
+    expected = F.cross_entropy(likely, torch.full((len(features), 4), 0.25))
+    assert torch.allclose(unsure(features, none, labels, targets), expected)
+    drawn = pull(features, labels, targets.prototypes, targets.kappa, targets.log_c)
+    assert torch.allclose(unsure(features, whole, labels, targets), drawn)
+    half = unsure(features, whole / 2, labels, targets)
+    assert torch.allclose(half, (drawn + expected) / 2)
+
+
+def test_without_weight_mixing_changes_no_digit_and_with_it_the_classes_grow_less_sure_between() -> None:
+    features, labels = cloud(2)
+    held, held_labels = cloud(3)
+    runs = {
+        weight: vaccinate(
+            features, labels, held, held_labels, some_targets(), replace(SETTINGS, push_weight=0.0, mix_weight=weight)
+        )
+        for weight in (0.0, 5.0)
+    }
+    plain = vaccinate(features, labels, held, held_labels, some_targets(), replace(SETTINGS, push_weight=0.0))
+    assert all(map(torch.equal, plain.adapter.state_dict().values(), runs[0.0].adapter.state_dict().values()))
+    assert runs[5.0].chosen > 0
+    mixed = mix(held, some_targets().antibodies, torch.Generator().manual_seed(8))
+    before, after = (
+        float(unsure(adapt(mixed.points), mixed.share, held_labels, some_targets()))
+        for adapt in (lambda rows: rows, runs[5.0].adapter)
+    )
+    assert after < before - 0.05
 
 
 def test_training_lowers_the_loss_and_pushes_from_antibodies() -> None:
