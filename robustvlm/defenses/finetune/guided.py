@@ -113,7 +113,7 @@ class UCAT(Method):
 
     Cosines c to the class texts become concentrations a_k = exp((c_k + 1) / temperature); the second term is
     KL(Dir(a of the student, x') || Dir(b of the original, x)), which sees how large the concentrations are (how sure
-    the model is) and not their proportions alone. The authors' program (VivienLu/UCAT) has the weight 1e5 / exp(2 / 0.07).
+    the model is) and not their proportions alone. Their program (VivienLu/UCAT) gives it the weight 1e5 / exp(2 / 0.07).
 
     *Our reading* of the weight: for large concentrations that divergence is B KL(p_original || p_student), with B the
     sum of b and p the concentrations' proportions. B grows as exp(c / 0.07): the authors' constant amounts to some
