@@ -3,9 +3,10 @@
 python -m benchmarks.detect.streams emoji
 python -m benchmarks.detect.streams photowords --photographs imagenet-sample-images
 
-A stream is half of the known images and half of one unknown set, mixed; a drawing (a class, of photographs) is in one
-half. Each half is judged with the other as its stream. `met as they are judged` remembers the judged images, as the
-paper does: every image counts once it has been met, so that the scores are those after the last one.
+A stream is half of the known images and half of one unknown set, mixed; each half is judged with the other as its
+stream. A drawing (a class, of photographs) is in one half; with --apart image its copies on other backgrounds may be in
+both, so that the same things come again. `met as they are judged` remembers the judged images, as the paper does; the
+scores are those after the last one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from robustvlm.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Features [N, D] of a set of images, and of each the drawing or class that it shows [N]."""
+    """Features [N, D] of a set of images, and of each the drawing, class or image that is in one half alone [N]."""
 
     features: Tensor
     shows: Sequence[str]
@@ -91,14 +92,15 @@ def emoji(options: argparse.Namespace) -> None:
     head = Head(kept.classifier.class_embeddings, kept.classifier.logit_scale)  # type: ignore[arg-type]
     specs = {name: f"emoji?split={name}&styles=twemoji" for name in ("near", "far")}
     words = kept.words(source, [open_data(spec) for spec in specs.values()])
-    unknown = {name: _group(kept, spec) for name, spec in specs.items()}
-    print(table(streams(head, words, _group(kept, "emoji"), unknown, options.seeds), list(unknown)))
+    unknown = {name: _group(kept, spec, options.apart) for name, spec in specs.items()}
+    known = _group(kept, "emoji", options.apart)
+    print(table(streams(head, words, known, unknown, options.seeds), list(unknown)))
 
 
-def _group(kept: Kept, spec: str) -> Group:
+def _group(kept: Kept, spec: str, apart: str) -> Group:
     found, source = kept.answers(spec), open_data(spec)
     assert found.features is not None
-    return Group(found.features, [source.group(name) for name in found.ids])
+    return Group(found.features, found.ids if apart == "image" else [source.group(name) for name in found.ids])
 
 
 def photowords(options: argparse.Namespace) -> None:
@@ -138,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detect.streams")
     parser.add_argument("set", choices=("emoji", "photowords"))
     parser.add_argument("--photographs", type=Path, help="a copy of the repository, or a Parquet file (photowords)")
+    parser.add_argument("--apart", choices=("drawing", "image"), default="drawing", help="what is in one half (emoji)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark-detect"), help="folder of kept features")
     options = parser.parse_args(argv)
