@@ -268,6 +268,7 @@ class _Detect(CallableModule[DetectRecord]):
         id: str | None = None,
         ood: list[str] | str = [],
         fit: str | None = None,
+        stream: str | None = None,
         scores: str = "all",
         words: Path | str | None = None,
         oracle_words: bool = False,
@@ -315,6 +316,8 @@ class _Detect(CallableModule[DetectRecord]):
             ood: Images of no known class, as DATA or NAME=DATA; once for each set [default: near and far emoji].
             fit: Images of the known classes to learn from, or none [default: none; the training styles for the bundled
                 data].
+            stream: Unlabelled images, known and unknown, that came in before those that are judged; adaneg remembers
+                them.
             scores: all, or a list such as mcm,energy,knn (docs/detect.md lists them); own shows a model's own alone.
             words: File of words outside the known classes [default: the bundled class trees].
             oracle_words: Keep words that name a class of an unknown set: scores from words are then oracles, and the
@@ -455,8 +458,8 @@ def finetune(
 
     Args:
         model: The model to start from; `robustvlm models` lists the forms.
-        method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, or clean (the control: no attack).
-            fare and simclip read no labels.
+        method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, or clean (the control: no
+            attack). fare, simclip and agft read no labels.
         data: Images to train on; `robustvlm data` lists the forms.
         val: Images to validate on [default: a tenth of the data, at most 512, held out].
         classes: File of class names, one per line or a JSON list.
@@ -473,7 +476,7 @@ def finetune(
         curvature: Of the hyperbolic space (hierarchical) [default: 1].
         option: An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives,
             leaf_only, per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg:
-            general, clean, reverse.
+            general, clean, reverse; agft: scale, ratio; ucat: weight, temperature.
         trainable: all (the vision tower), lora, lora:RANK, ssf, or last:N (its last N blocks).
         augment: none, flip, crop (and flip) or strong (colours too).
         steps: Optimiser steps [default: 2 epochs].
@@ -523,6 +526,7 @@ def immunize(
     margin: str | float | None = "0.2",
     push_weight: float = 1.0,
     push_nearest: int = 10,
+    mix_weight: float = 0.0,
     rule: str = "hinge",
     lambda_inf: float = 0.5,
     kappa: str = "model",
@@ -580,6 +584,7 @@ def immunize(
         margin: Cosine of image and antibody above which they are pushed apart; auto takes it from the data.
         push_weight: Weight of pushing from antibodies (lambda).
         push_nearest: Push an image from so many of its nearest antibodies; 0 for all.
+        mix_weight: Weight of being unsure between images and antibodies (MixOE); 0 for none.
         rule: Score: hinge, the largest cosine less what an antibody near the image takes off, its weight chosen on
             the held-out images; or s-dis, with --lambda-inf.
         lambda_inf: Weight of antibodies in S_DIS (--rule s-dis).

@@ -10,15 +10,17 @@ from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
 from robustvlm.detect.logits import ASH, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct, energy_change
 from robustvlm.detect.metrics import Bootstrap, Interval, auroc, auroc_interval, difference, threshold_at_tpr
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
+from robustvlm.detect.sdm import SDM
+from robustvlm.detect.selective import Promise, promise
 from robustvlm.detect.stream import AdaNeg
 from robustvlm.detect.words import SDIS, Hinge, NegLabel, outside, read_words, tree_words
 
 __all__ = [
-    "ASH", "BASELINES", "GDA", "KNN", "MCM", "MSP", "SCORES", "SDIS", "AdaNeg", "Bootstrap", "COOkeD", "ClassMixtures",
-    "DeltaEnergy", "Detector", "Energy", "FittedDetector", "Head", "Hinge", "ImageDetector", "Interval", "Mahalanobis",
-    "MaxLogit", "NegLabel", "ReAct", "Score", "Supplies", "ViM", "auroc", "auroc_interval", "difference",
-    "energy_change", "find_score", "head_of", "make_scores", "outside", "parse_scores", "read_words",
-    "threshold_at_tpr", "tree_words",
+    "ASH", "BASELINES", "GDA", "KNN", "MCM", "MSP", "SCORES", "SDIS", "SDM", "AdaNeg", "Bootstrap", "COOkeD",
+    "ClassMixtures", "DeltaEnergy", "Detector", "Energy", "FittedDetector", "Head", "Hinge", "ImageDetector",
+    "Interval", "Mahalanobis", "MaxLogit", "NegLabel", "Promise", "ReAct", "Score", "Supplies", "ViM", "auroc",
+    "auroc_interval", "difference", "energy_change", "find_score", "head_of", "make_scores", "outside", "parse_scores",
+    "promise", "read_words", "threshold_at_tpr", "tree_words",
 ]  # fmt: skip
 
 make_callable(__name__, "robustvlm.commands.detect:detect")  # `robustvlm detect`, from Python

@@ -14,6 +14,7 @@ from robustvlm.detect.base import Detector, FittedDetector, Head
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
 from robustvlm.detect.logits import ASH, GEN, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
+from robustvlm.detect.sdm import SDM
 from robustvlm.detect.stream import AdaNeg
 from robustvlm.detect.words import SDIS, NegLabel, mine_negatives, safe_rows
 from robustvlm.errors import UserError, nearest
@@ -163,6 +164,7 @@ SCORES: Table[Score] = Table(
             Score("mixtures", "Class mixtures", "2408.15580", ("encoder", "images"), lambda _: ClassMixtures()),
             Score("vim", "ViM", "2203.10807", ("encoder", "images"), lambda s: ViM(s.tempered)),
             Score("cooked", "COOkeD", "2507.22576", ("encoder", "images"), lambda s: COOkeD(s.head)),
+            Score("sdm", "SDM", "2509.12760", ("encoder", "images"), lambda s: SDM(s.head), usual=False),
             Score(
                 "gen", "GEN", "Liu et al., CVPR 2023", (), lambda s: GEN(s.head, temperature=s.temperature), usual=False
             ),

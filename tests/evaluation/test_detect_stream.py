@@ -50,7 +50,7 @@ def test_images_that_are_judged_are_no_stream(detect_run: DetectRun, detect_imag
         detect_run(scores="adaneg", stream=f"imagefolder:{detect_images}/near").start()
     copied = tmp_path / "copied"
     shutil.copytree(detect_images / "far", copied)
-    summary = detect_run(name="copied", scores="adaneg", stream=f"imagefolder:{copied}").start().summary
+    summary = detect_run(name="again", scores="adaneg", stream=f"imagefolder:{copied}").start().summary
     assert "images of the set 'far' look to the model like some of --stream" in messages(summary, "warning")
 
 
