@@ -102,7 +102,7 @@ class SDM(FittedDetector):
 def _share_beyond(values: Tensor, knots: Tensor, count: Tensor) -> Tensor:
     """Return how large a share of ascending knots [C] or [N, C], padded with infinity, lies beyond values [N].
 
-    Linear between 1 at 0 and 1 - i / (n + 1) at the i-th of n knots; beyond the last it falls by a factor of e with each
+    Linear between 1 at 0 and 1 - i / (n + 1) at the i-th of n knots; beyond the last it falls by the factor e with each
     further distance of that length.
     """
     rows = knots.expand(len(values), -1)
