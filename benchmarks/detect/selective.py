@@ -2,7 +2,7 @@
 
     ROBUSTVLM_CIFAR10=runs/cifar10 python -m benchmarks.detect.selective --train TRAIN.parquet --test TEST.parquet
 
-Half of the test images sets the thresholds of every score, one for each predicted class; the other half is judged. SDM
+Half of the test images sets the thresholds of every score, one for all or one for each class said; the other is judged. SDM
 and nearest neighbours learn from training images. Attacked images: PGD on the cross-entropy, and an attack that knows
 what SDM looks at, which draws the feature to known images of a wrong class; a wrong answer of either counts.
 """
@@ -73,18 +73,13 @@ def run(options: argparse.Namespace) -> None:
     clean = Seen(_encoded(vlm, few.pixels), few.labels)
     lines = []
     for name, score in scores.items():
-        found = _promise(head, score, calibration, options.level)
-        cells = _cells(head, score, found, judged, far)
-        lines.append([name, *cells, *_under(head, score, found, clean, fooled)])
-    columns = [
-        "answered",
-        "right of those",
-        "lowest class",
-        "emoji answered",
-        "clean: right / wrong",
-        "attacked: right / wrong",
-    ]
-    print(markdown([f"score, {options.level:g} promised", *columns], lines))
+        for what, classes in (("all", None), ("each class", len(source.class_names))):
+            found = _promise(head, score, calibration, judged.features, options.level, classes)
+            cells = _cells(head, score, found, judged, far)
+            lines.append([name, what, *cells, *_under(head, score, found, clean, fooled)])
+    columns = ["answered", "right of those", "lowest class", "emoji answered"]
+    columns += ["clean: right / wrong", "attacked: right / wrong"]
+    print(markdown([f"{options.level:g} promised", "of", *columns], lines))
 
 
 def _seen(kept: Kept, spec: str, limit: int | None) -> Seen:
@@ -99,11 +94,15 @@ def _attacked_ids(kept: Kept, options: argparse.Namespace) -> list[str]:
     return select(ids[1::2], options.attacked)
 
 
-def _promise(head: Head, score: Detector, calibration: Seen, level: float) -> Promise:
+def _promise(
+    head: Head, score: Detector, calibration: Seen, others: Tensor, level: float, classes: int | None
+) -> Promise:
+    """Return the promise of calibration images; the scores of other images, without labels, say where to look."""
     said = head.logits(calibration.features).argmax(1)
     values = score_all(score, calibration.features).numpy()
-    classes = len(head.class_embeddings)
-    return promise(values, said.tolist(), (said == calibration.labels).tolist(), level=level, classes=classes)
+    right = (said == calibration.labels).numpy()
+    looks = score_all(score, others).numpy(), head.logits(others).argmax(1).numpy()
+    return promise(values, said.numpy(), right, level=level, classes=classes, looks=looks)
 
 
 def _answers(head: Head, score: Detector, found: Promise, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -116,13 +115,13 @@ def _cells(head: Head, score: Detector, found: Promise, judged: Seen, far: Seen)
     answered, said = _answers(head, score, found, judged.features)
     right = said == judged.labels.numpy()
     classes = [k for k in range(len(head.class_embeddings)) if (answered & (said == k)).any()]
-    lowest = min((float(right[answered & (said == k)].mean()) for k in classes), default=float("nan"))
+    lowest = min((float(right[answered & (said == k)].mean()) for k in classes), default=0.0)
     share = rate(int(right[answered].sum()), int(answered.sum())) if answered.any() else None
     strange = _answers(head, score, found, far.features)[0]
     return [
         f"{answered.mean():.3f}, {len(classes)} classes",
         "" if share is None else f"{share.value:.3f} ({share.low:.3f} to {share.high:.3f})",
-        f"{lowest:.3f}",
+        f"{lowest:.3f}" if classes else "",
         f"{strange.mean():.3f}",
     ]
 

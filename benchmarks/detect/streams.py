@@ -63,7 +63,7 @@ def streams(head: Head, words: Tensor, known: Group, unknown: Mapping[str, Group
 
 
 def _turned(halves: tuple[Tensor, Tensor], side: int) -> tuple[Tensor, Tensor]:
-    return halves if side == 0 else halves[::-1]  # type: ignore[return-value]
+    return halves if side == 0 else halves[::-1]
 
 
 def _scores(

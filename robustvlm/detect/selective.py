@@ -12,6 +12,7 @@ import numpy.typing as npt
 from robustvlm.errors import UserError
 
 Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
 _BEGIN = (0.125, 0.25, 0.5, 1.0)
 """Share of the looks that a walk leaves out: where its first test stands."""
 
@@ -30,7 +31,7 @@ class Promise:
     confidence: float
     thresholds: tuple[float, ...]
 
-    def answered(self, scores: Sequence[float] | Array, said: Sequence[int]) -> npt.NDArray[np.bool_]:
+    def answered(self, scores: Sequence[float] | Array, said: Sequence[int] | Labels) -> npt.NDArray[np.bool_]:
         """Return which predictions [N], of classes `said` [N] at `scores` [N], are answers.
 
         Example:
@@ -43,16 +44,17 @@ class Promise:
 
 def promise(
     scores: Sequence[float] | Array,
-    said: Sequence[int],
-    right: Sequence[bool],
+    said: Sequence[int] | Labels,
+    right: Sequence[bool] | npt.NDArray[np.bool_],
     *,
     level: float,
     confidence: float = 0.95,
     classes: int | None = None,
+    looks: tuple[Sequence[float] | Array, Sequence[int] | Labels] | None = None,
 ) -> Promise:
     """Return the lowest thresholds at which the answers are right with probability `level`, as far as images show.
 
-    Every second image says at which scores to look; the others test there the hypothesis that answers from this score
+    Every second image, or those of `looks`, say at which scores to look; the others test there the hypothesis that answers from this score
     on are right less often than `level`, by an exact binomial test. Looks go from large scores to small, and the first
     test that is not rejected ends the walk (fixed-sequence testing, which costs nothing for many looks: Angelopoulos et
     al. 2021, arXiv 2110.01052; for one rule Geifman and El-Yaniv 2017, arXiv 1705.08500). Looking at the scores of the
@@ -68,6 +70,8 @@ def promise(
             predicted class; whether it is the image's.
         level, confidence: see `Promise`.
         classes: how many classes there are, for a threshold each; None: one threshold for all.
+        looks: scores and predictions of other images, whose labels nobody needs to know; then every calibration image
+            tests, and thresholds are lower.
 
     Raises:
         UserError: numbers that are no probabilities, no images, or scores that are not numbers.
@@ -84,18 +88,32 @@ def promise(
         raise UserError(f"a promise needs scores, predictions and hits of the same images, got {len(values)} scores")
     groups = [np.ones(len(values), dtype=bool)] if classes is None else [predicted == k for k in range(classes)]
     risk = (1 - confidence) / len(groups)
-    return Promise(level, confidence, tuple(_threshold(values[own], hits[own], level, risk) for own in groups))
+    found = []
+    for k, own in enumerate(groups):
+        if looks is None:
+            places, tested, truth = values[own][::2], values[own][1::2], hits[own][1::2]
+        else:
+            other = np.asarray(looks[0], dtype=np.float64)
+            places, tested, truth = (
+                other if classes is None else other[np.asarray(looks[1]) == k],
+                values[own],
+                hits[own],
+            )
+        found.append(_threshold(places, tested, truth, level, risk))
+    return Promise(level, confidence, tuple(found))
 
 
-def _threshold(values: Array, hits: npt.NDArray[np.bool_], level: float, risk: float) -> float:
-    """Return the lowest score that a walk reached, every test on its way rejected; infinity where none began."""
+def _threshold(places: Array, tested: Array, right: npt.NDArray[np.bool_], level: float, risk: float) -> float:
+    """Return the lowest score that a walk reached, every test on its way rejected; infinity where none began.
+
+    `places` and what is tested are of different images, so that the sequence of tests is fixed beforehand.
+    """
     from scipy.stats import binom
 
-    looks = np.sort(values[::2])[::-1]
-    tested, right = values[1::2], hits[1::2]
+    ranked = np.sort(places)[::-1]
     found = math.inf
-    for share in _BEGIN:
-        for threshold in np.unique(looks[math.ceil(share * len(looks)) - 1 :])[::-1]:
+    for share in _BEGIN if len(ranked) else ():
+        for threshold in np.unique(ranked[max(0, math.ceil(share * len(ranked)) - 1) :])[::-1]:
             answered = tested >= threshold
             # P(as many right or more) if answers are right with probability `level`: a worse rule shows it more rarely.
             if binom.sf(right[answered].sum() - 1, answered.sum(), level) > risk / len(_BEGIN):

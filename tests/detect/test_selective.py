@@ -110,12 +110,15 @@ def truly(threshold: float, shape: str) -> float:
     return float(rightness(grid, shape).mean())
 
 
+@pytest.mark.parametrize("looks", [False, True])
 @pytest.mark.parametrize("shape", ["rising", "in between"])
-def test_promises_are_kept_as_often_as_they_say(shape: str) -> None:
+def test_promises_are_kept_as_often_as_they_say(shape: str, looks: bool) -> None:
     """80 draws of 1,200 images at 90 %: promises are broken no more often than a 1 in 1,000 test of a tenth allows."""
     draws, broken, given = np.random.default_rng(0), 0, 0
     for _ in range(80):
-        found = promise(*drawn(draws, 1200, shape), level=0.9, confidence=0.9).thresholds[0]
+        others = drawn(draws, 200, shape)[:2] if looks else None
+        images = drawn(draws, 600 if looks else 1200, shape)
+        found = promise(*images, level=0.9, confidence=0.9, looks=others).thresholds[0]
         given += found < math.inf
         broken += found < math.inf and truly(found, shape) < 0.9
     assert given > 40
