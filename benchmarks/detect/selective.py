@@ -1,10 +1,10 @@
-"""Promised answers on CIFAR-10: how many are given at 95 % right in every class, and what attacks make of them.
+"""Promised answers on CIFAR-10: how many are given at a promised share of right ones, and what attacks make of them.
 
     ROBUSTVLM_CIFAR10=runs/cifar10 python -m benchmarks.detect.selective --train TRAIN.parquet --test TEST.parquet
 
-Half of the test images sets the thresholds of every score, one for all or one for each class said; the other is judged. SDM
-and nearest neighbours learn from training images. Attacked images: PGD on the cross-entropy, and an attack that knows
-what SDM looks at, which draws the feature to known images of a wrong class; a wrong answer of either counts.
+Half of the test images sets the thresholds of every score, one for all or one for each class said; the other half is
+judged. SDM and nearest neighbours learn from training images. Attacked images: PGD on the cross-entropy, and an attack
+that knows what SDM looks at, which draws the feature to known images of a wrong class; a wrong answer of either counts.
 """
 
 from __future__ import annotations
