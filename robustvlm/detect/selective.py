@@ -55,12 +55,12 @@ def promise(
     """Return the lowest thresholds at which the answers are right with probability `level`, as far as images show.
 
     Every second image, or those of `looks`, say at which scores to look; the others test there the hypothesis that
-    answers from this score on are right less often than `level`, by an exact binomial test. Looks go from large scores to
-    small, and the first test that is not rejected ends the walk (fixed-sequence testing, which costs nothing for many looks: Angelopoulos et
-    al. 2021, arXiv 2110.01052; for one rule Geifman and El-Yaniv 2017, arXiv 1705.08500). Looking at the scores of the
-    images that test would be no fixed sequence. Four walks begin where an eighth, a quarter, half and all of the images
-    would be answered, so that one early miss does not end all; they and the classes share 1 - confidence (Bonferroni),
-    so that all promises hold together.
+    answers from this score on are right less often than `level`, by an exact binomial test. Looks go from large scores
+    to small, and the first test that is not rejected ends the walk (fixed-sequence testing, which costs nothing for
+    many looks: Angelopoulos et al. 2021, arXiv 2110.01052; for one rule Geifman and El-Yaniv 2017, arXiv 1705.08500).
+    Looking at the scores of the images that test would be no fixed sequence. Four walks begin where an eighth, a
+    quarter, half and all of the images would be answered, so that one early miss does not end all; they and the classes
+    share 1 - confidence (Bonferroni), so that all promises hold together.
 
     The promise is for images drawn as the calibration images were, and for answers as a whole: nothing is promised of
     other images, nor under attack.

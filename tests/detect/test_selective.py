@@ -121,7 +121,7 @@ def test_promises_are_kept_as_often_as_they_say(shape: str, looks: bool) -> None
         found = promise(*images, level=0.9, confidence=0.9, looks=others).thresholds[0]
         given += found < math.inf
         broken += found < math.inf and truly(found, shape) < 0.9
-    assert given > 40
+    assert given >= 30
     assert broken <= 17  # the 0.999 quantile of 80 draws at 0.1
 
 
