@@ -116,10 +116,11 @@ class UCAT(Method):
     the model is) and not their proportions alone. Their program (VivienLu/UCAT) has 1e5 / exp(2 / 0.07) as its weight.
 
     *Our reading* of the weight: for large concentrations that divergence is B KL(p_original || p_student), with B the
-    sum of b and p the concentrations' proportions. B grows as exp(c / 0.07): the authors' constant amounts to some
-    hundreds on a CLIP whose cosines are near 0.2, and to 7,000 on the bundled model, whose are near 0.8. So `weight` is
-    in units of 1 / (mean of B over the calibration images), and means the same for every model. 0 is TeCoA; 10 was no
-    worse than it in any column on validation images of the bundled set (benchmarks/finetune).
+    sum of b and p the concentrations' proportions. B grows as exp(c / 0.07): the authors' constant amounts to some 200
+    for 200 classes at cosines near 0.2, as CLIP has, and was 7,400 for the 101 classes of the bundled model, whose
+    cosines to their own class are near 0.8. So `weight` is in units of 1 / (mean of B over the calibration images), and
+    means the same for every model. 0 is TeCoA; 10 was no worse than it in any column on validation images of the
+    bundled set (benchmarks/finetune).
     """
 
     needs_teacher = True
