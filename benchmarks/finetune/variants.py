@@ -51,5 +51,8 @@ ABLATIONS = {
     "midpoints": Variant("superclass texts from their classes", "hierarchical", _changed(name_superclasses=False)),
     "frozen-texts": Variant("texts not trained", "hierarchical", _changed(train_texts=False)),
 }
-OTHER_LOSSES = {"pmg-reverse": Variant("PMG-FT, divergences reversed", "pmg", {"reverse": True})}
+OTHER_LOSSES = {
+    "pmg-reverse": Variant("PMG-FT, divergences reversed", "pmg", {"reverse": True}),
+    "agft-authors": Variant("AGFT, the authors' constants", "agft", {"scale": 1.8, "ratio": 0.4}),
+}
 VARIANTS = {**MAIN, **ABLATIONS, **OTHER_LOSSES}
