@@ -6,7 +6,7 @@
 #   make test-matrix  the tests with the oldest and the newest releases of torch and the rest; equality tests on every CPU
 #   make docs         run the tutorials as notebooks, compare what their pages show, build the docs site into site/
 #   make packaging    build wheel and sdist, look into them, resolve all extras together, try the wheel in an environment
-#   make release      the same, and what to upload
+#   make release      the same, the wheel tried on Python 3.10 to 3.13 (those that are found), and what to upload
 #   make torture      kill it, feed it nonsense, fill its disk, and count what is lost
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,6 +54,7 @@ packaging: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine uv
 	$(BIN)/python -m tools.packaging $(PACKAGING)
 
+release: PACKAGING += --every-python
 release: packaging
 	@echo "Tag this commit, then upload what is in dist: $(BIN)/python -m twine upload dist/*"
 

@@ -1,22 +1,27 @@
 """Build the wheel and the sdist, look into both, and try the wheel as somebody would who has nothing else.
 
-    python -m tools.packaging [--no-install]
+    python -m tools.packaging                     # the wheel is tried on this Python
+    python -m tools.packaging --every-python      # on 3.10 to 3.13, those that are found; the others are named
+    python -m tools.packaging --no-install        # on none
 
-Needs `build` and `twine`. The extras are resolved together by uv, for every Python, where it is there; else by pip,
-which takes many minutes. That and the environment for the wheel need the package index, and the latter a few gigabytes.
+Needs `build` and `twine`; for `--every-python` and as a tool the wheel is installed by uv, on this Python by pip. The
+extras are resolved together by uv, for every Python, where it is there; else by pip, which takes many minutes. That and
+the environments for the wheel need the package index, and the latter minutes and six gigabytes, one after another.
 Exit code 1 at the first mistake.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from email.parser import Parser
 from pathlib import Path
 
@@ -31,13 +36,23 @@ SDIST_HAS = (
     "robustvlm/py.typed", "tests/test_docs.py", "docs/attacks.md", "examples/README.md", "tools/packaging.py",
     "benchmarks/README.md", "robustvlm/report/report.schema.json", "mkdocs.yml",
 )  # fmt: skip
-TRIED = ("--version",), ("attack", "tiny", "--limit", "2", "--attack", "fgsm", "--checks", "none")
+# What the installed program is asked to do, in an empty folder: each loads other parts of the package.
+TRIED = (
+    ("--version",),
+    ("attack", "--help"),
+    ("attack", "tiny", "--limit", "2", "--attack", "fgsm", "--checks", "none"),
+    ("certify", "tiny", "--limit", "1", "--samples", "200"),
+    ("report", "runs"),
+)
+# Tests that need little beside the package itself, run in what the sdist unpacks to.
+SDIST_TESTS = ("tests/core", "tests/pins/test_layers.py", "tests/pins/test_help.py")
 
 
 def main() -> None:
     """Do all of it, with a line for each step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-install", action="store_true", help="do not try the wheel in an environment of its own")
+    parser.add_argument("--every-python", action="store_true", help=f"try it on each of {', '.join(PYTHONS)}")
     given = parser.parse_args()
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", ROOT / "dist", ROOT)
@@ -45,27 +60,41 @@ def main() -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))).decode()
-        end_if([*wheel_faults(archive.namelist()), *metadata_faults(text)], wheel)
+        end_if([*wheel_faults(archive.namelist(), package_files()), *metadata_faults(text)], wheel)
     with tarfile.open(sdist) as packed:
-        end_if(sdist_faults(packed.getnames()), sdist)
+        end_if(sdist_faults(packed.getnames(), package_files()), sdist)
     print(f"{wheel.name} and {sdist.name} hold what they should", flush=True)
     resolve(wheel)
-    if not given.no_install:
-        try_out(wheel)
+    if given.no_install:
+        return
+    here = "{}.{}".format(*sys.version_info)
+    try_with_pip(wheel, sdist)
+    missing = [python for python in PYTHONS if python != here and not interpreter(python)]
+    for python in PYTHONS if given.every_python else ():
+        if python != here and python not in missing:
+            try_with_uv(wheel, python)
+    if given.every_python and missing:
+        print(f"not tried, as no such Python was found: {', '.join(missing)}", flush=True)
 
 
-def wheel_faults(names: Iterable[str]) -> list[str]:
-    """Return what is wrong with the names of a wheel's files.
+def package_files() -> list[str]:
+    """Return the files of the package in this tree, as paths from the root."""
+    found = (path for path in (ROOT / "robustvlm").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def wheel_faults(names: Iterable[str], package: Iterable[str]) -> list[str]:
+    """Return what is wrong with the names of a wheel's files, given those of the package.
 
     Example:
-        >>> wheel_faults([*WHEEL_HAS, "tests/test_a.py"])
+        >>> wheel_faults([*WHEEL_HAS, "tests/test_a.py"], ["robustvlm/py.typed"])
         ['it installs tests/ beside robustvlm/', 'docs/attacks.md is missing', 'the licence is missing']
     """
     names = list(names)
     tops = {name.split("/")[0] for name in names}
     strange = sorted(top for top in tops - WHEEL_FOLDERS if not top.endswith((".dist-info", ".data")))
     found = [f"it installs {top}/ beside robustvlm/" for top in strange]
-    found += [f"{name} is missing" for name in WHEEL_HAS if name not in names]
+    found += lacking({*WHEEL_HAS, *package}, names)
     if not any(name.endswith(".data/data/share/doc/robustvlm/attacks.md") for name in names):
         found.append("docs/attacks.md is missing")
     if not any(name.endswith("/LICENSE") for name in names):
@@ -73,10 +102,24 @@ def wheel_faults(names: Iterable[str]) -> list[str]:
     return found
 
 
-def sdist_faults(names: Iterable[str]) -> list[str]:
-    """Return what a sdist lacks, by the names of its files, all in one folder."""
-    inside = {name.partition("/")[2] for name in names}
-    return [f"{name} is missing" for name in SDIST_HAS if name not in inside]
+def sdist_faults(names: Iterable[str], package: Iterable[str]) -> list[str]:
+    """Return what a sdist lacks, by the names of its files, all in one folder, given those of the package."""
+    return lacking({*SDIST_HAS, *package}, (name.partition("/")[2] for name in names))
+
+
+def lacking(wanted: set[str], names: Iterable[str]) -> list[str]:
+    """Return what is missing, folder by folder where that is more than a few files.
+
+    Example:
+        >>> lacking({"a/1", "a/2", "a/3", "a/4", "b"}, ["c"])
+        ['4 files of a/ are missing', 'b is missing']
+    """
+    by_folder: dict[str, list[str]] = {}
+    for name in sorted(wanted.difference(names)):
+        by_folder.setdefault(name.rpartition("/")[0], []).append(name)
+    few = {folder: lost for folder, lost in by_folder.items() if len(lost) <= 3}
+    many = [f"{len(lost)} files of {folder}/ are missing" for folder, lost in by_folder.items() if folder not in few]
+    return many + [f"{name} is missing" for lost in few.values() for name in lost]
 
 
 def metadata_faults(text: str) -> list[str]:
@@ -106,21 +149,63 @@ def resolve(wheel: Path) -> None:
     print(f"the extras {EXTRAS} resolve together", flush=True)
 
 
-def try_out(wheel: Path) -> None:
-    """Install the wheel into an environment of its own and give it two commands in an empty folder."""
+def interpreter(python: str) -> str | None:
+    """Return the program of a Python like "3.12", from the path or from pyenv; None: there is none that runs."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    places = sorted((pyenv / "versions").glob(f"{python}.*/bin/python{python}"))
+    for program in (shutil.which(f"python{python}"), *map(str, places)):
+        # What pyenv puts on the path is there for every version, and fails for those that are not chosen.
+        if program and subprocess.run([program, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return program
+    return None
+
+
+def try_with_pip(wheel: Path, sdist: Path) -> None:
+    """Install the wheel with pip on this Python and use it; then some tests of the unpacked sdist."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "venv", Path(folder) / "venv")
         scripts = Path(folder) / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
         run(scripts / "python", "-m", "pip", "install", "--quiet", wheel)
-        (Path(folder) / "empty").mkdir()
-        for words in TRIED:
-            run(scripts / "robustvlm", *words, cwd=Path(folder) / "empty")
-    print("the wheel works in an environment of its own", flush=True)
+        use(scripts / "robustvlm", Path(folder) / "empty")
+        run(scripts / "python", "-m", "pip", "install", "--quiet", "pytest", "hypothesis")
+        with tarfile.open(sdist) as packed:
+            packed.extractall(folder)
+        unpacked = Path(folder) / sdist.name.removesuffix(".tar.gz")
+        run(scripts / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *SDIST_TESTS, cwd=unpacked)
+    told("pip", "{}.{}".format(*sys.version_info), began)
 
 
-def run(*words: str | Path, cwd: Path = ROOT) -> None:
-    """Run a program, and end with its exit code where that is not 0."""
-    done = subprocess.run([str(word) for word in words], cwd=cwd, check=False)
+def try_with_uv(wheel: Path, python: str) -> None:
+    """Install the wheel as a tool, as `uv tool install` and pipx do it, on another Python, and use it."""
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+    if uv is None:
+        sys.exit("for --every-python install uv: pip install uv")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"UV_TOOL_DIR": f"{folder}/tools", "UV_TOOL_BIN_DIR": f"{folder}/bin"}
+        run(uv, "tool", "install", "--quiet", "--python", interpreter(python) or python, wheel, more=places)
+        use(Path(folder) / "bin" / "robustvlm", Path(folder) / "empty")
+    told("uv tool install", python, began)
+
+
+def use(program: Path, empty: Path) -> None:
+    """Give the installed program its commands, in a folder that is made for it."""
+    empty.mkdir()
+    for words in TRIED:
+        run(program, *words, cwd=empty)
+
+
+def told(way: str, python: str, began: float) -> None:
+    """Say that an environment worked, and how long all of it took."""
+    print(f"the wheel works on Python {python} by {way} ({time.monotonic() - began:.0f} s)", flush=True)
+
+
+def run(*words: str | Path, cwd: Path = ROOT, more: Mapping[str, str] | None = None) -> None:
+    """Run a program, with more environment variables, and end with its exit code where that is not 0."""
+    # What lies in this checkout must not stand in for what was installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(word) for word in words], cwd=cwd, check=False, env=environment | dict(more or {}))
     if done.returncode:
         sys.exit(f"failed with exit code {done.returncode}: {' '.join(map(str, words))}")
 

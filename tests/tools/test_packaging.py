@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tools.packaging import EXTRAS, SDIST_HAS, metadata_faults, sdist_faults, wheel_faults
+from tools.packaging import (
+    EXTRAS,
+    SDIST_HAS,
+    interpreter,
+    lacking,
+    metadata_faults,
+    package_files,
+    sdist_faults,
+    wheel_faults,
+)
 
 ROOT = Path(__file__).parents[2]
 GOOD = [
@@ -32,25 +41,70 @@ PROVIDED = "".join(f"Provides-Extra: {extra}\n" for extra in EXTRAS.split(","))
 
 
 def test_a_whole_wheel_has_no_fault() -> None:
-    assert wheel_faults(GOOD) == []
+    assert wheel_faults(GOOD, GOOD[:3]) == []
 
 
 @pytest.mark.parametrize("stray", ["tests/test_a.py", "tools/__init__.py", "benchmarks/run.py"])
 def test_a_folder_beside_the_package_is_found(stray: str) -> None:
-    (said,) = wheel_faults([*GOOD, stray])
+    (said,) = wheel_faults([*GOOD, stray], [])
     assert f"{stray.split('/')[0]}/" in said
 
 
 @pytest.mark.parametrize("lost", GOOD)
 def test_what_a_wheel_lacks_is_found(lost: str) -> None:
-    assert len(wheel_faults([name for name in GOOD if name != lost])) == 1
+    assert len(wheel_faults([name for name in GOOD if name != lost], [])) == 1
 
 
 def test_what_a_sdist_lacks_is_found_and_what_is_asked_for_exists() -> None:
     whole = [f"robustvlm-1/{name}" for name in SDIST_HAS]
-    assert sdist_faults(whole) == []
-    assert sdist_faults(whole[1:]) == [f"{SDIST_HAS[0]} is missing"]
+    assert sdist_faults(whole, []) == []
+    assert sdist_faults(whole[1:], []) == [f"{SDIST_HAS[0]} is missing"]
     assert [name for name in SDIST_HAS if not (ROOT / name).is_file()] == []
+
+
+def test_a_folder_of_the_package_that_an_archive_lacks_is_found() -> None:
+    # Links in the root once kept two folders out of the sdist, and so out of the wheel that is built from it.
+    package = package_files()
+    assert {"robustvlm/attacks/apgd.py", "robustvlm/certify/certifier.py", "robustvlm/py.typed"} < set(package)
+    without = [name for name in package if not name.startswith("robustvlm/attacks/")]
+    lost = sum(name.startswith("robustvlm/attacks/") and name.count("/") == 2 for name in package)
+    assert lost > 3
+    assert f"{lost} files of robustvlm/attacks/ are missing" in wheel_faults([*without, *GOOD], package)
+    whole = [f"robustvlm-1/{name}" for name in (*without, *SDIST_HAS)]
+    assert f"{lost} files of robustvlm/attacks/ are missing" in sdist_faults(whole, package)
+
+
+def test_what_is_lacking_is_named_one_by_one_only_where_it_is_little() -> None:
+    few = {f"a/{number}" for number in range(3)}
+    assert lacking(few, []) == ["a/0 is missing", "a/1 is missing", "a/2 is missing"]
+    assert lacking({*few, "a/3"}, []) == ["4 files of a/ are missing"]
+    assert lacking(few, few) == []
+
+
+def test_the_sdist_is_not_gathered_by_a_walk_from_the_root() -> None:
+    # There `attacks` is met before robustvlm/attacks, and a folder that was met is passed over.
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[tool.hatch.build.targets.sdist]\n")[2].partition("\n[")[0]
+    named = re.findall(r'"([^"]+)"', section)
+    assert section.startswith("only-include = [")
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_only_a_python_that_runs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    program = tmp_path / "python3.99"
+    assert interpreter("3.99") is None
+    program.write_text("#!/bin/sh\nexit 127\n")
+    program.chmod(0o755)
+    assert interpreter("3.99") is None
+    program.write_text("#!/bin/sh\nexit 0\n")
+    assert interpreter("3.99") == str(program)
+    program.unlink()
+    other = tmp_path / "versions/3.99.1/bin/python3.99"
+    other.parent.mkdir(parents=True)
+    other.symlink_to("/bin/true")
+    assert interpreter("3.99") == str(other)
 
 
 def test_metadata_that_lack_something_or_pin_others_are_found() -> None:
@@ -72,3 +126,4 @@ def test_the_program_needs_nothing_but_python_to_tell_what_it_does() -> None:
         [sys.executable, "-S", "-m", "tools.packaging", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "--no-install" in done.stdout
+    assert "--every-python" in done.stdout
