@@ -599,7 +599,7 @@ def immunize(
         steps: Training steps of the adapter, at most; 0 for none.
         lr: Learning rate of the adapter.
         decay: Weight of ||theta||^2 (eta).
-        ood: Unknown images to measure on; may be repeated.
+        ood: Unknown images to measure on, DATA or NAME=DATA; may be repeated.
         oracle_words: Keep antibodies that name a class of an --ood set: figures on it are then those of an oracle,
             and say so.
         near_names: File of names of near things, to measure the antibodies' coverage.
@@ -856,7 +856,7 @@ def tune_prompts(
         data: Labelled images to learn from; `robustvlm data` lists the forms.
         classes: File of class names, one per line or a JSON list.
         val: Images of the same classes to measure on, another style say.
-        ood: Unknown images to tell from those of --val; may be repeated.
+        ood: Unknown images to tell from those of --val, as DATA or NAME=DATA; may be repeated.
         shots: Images of each class to learn from; 0 for all.
         context: Number of context vectors (M).
         start: Words that the context begins as.

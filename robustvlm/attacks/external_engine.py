@@ -257,16 +257,16 @@ class ExternalEngine:
     @property
     def findings(self) -> list[Finding]:
         """What is to be said of the package's answers so far."""
-        found = [Finding(f"{self.attack.name} says", "note", f"{text}.") for text in self._heard]
+        found = [Finding(f"words of the program, {self.attack.name}", "note", f"{text}.") for text in self._heard]
         if self._outside:
             message = (
                 f"{self._outside} points of '{self.attack.name}' lay outside the ball, by up to "
                 f"{self._farthest - 1:.2%} of eps: they were projected back and judged there."
             )
-            found.append(Finding(f"ball of {self.attack.name}", "warning", message))
+            found.append(Finding(f"ball, of {self.attack.name}", "warning", message))
         if self._broken:
             message = f"{self._broken} points of '{self.attack.name}' were not finite and count as unchanged images."
-            found.append(Finding(f"output of {self.attack.name}", "warning", message))
+            found.append(Finding(f"output, of {self.attack.name}", "warning", message))
         return found
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Result]:

@@ -64,7 +64,7 @@ def run_audit(settings: CertifySettings, default: Effort | None = None) -> int:
         default, starts=settings.audit_starts or default.starts, steps=settings.audit_steps or default.steps
     )
     folder = find_run(run, root=settings.out)
-    with Bars(Console(stderr=True, quiet=as_json), doing="Auditing") as progress:
+    with Bars(Console(stderr=True), doing="Auditing") as progress:
         try:
             result = audit_folder(
                 folder,

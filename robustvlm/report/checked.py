@@ -139,6 +139,7 @@ def _log(told: Told) -> dict[str, Any]:
     results = []
     for rule, level, name, message, meaning in fired:
         ident = f"{told.run.kind}/{rule}"
+        detail = message if level == _CONDITION else name.partition(",")[2]
         rules.setdefault(ident, _rule(ident, level, name, meaning))
         results.append(
             {
@@ -147,7 +148,7 @@ def _log(told: Told) -> dict[str, Any]:
                 "level": _LEVELS.get(level, "error"),
                 "message": _message(message),
                 "locations": [_location(told.run.folder)],
-                "partialFingerprints": {"robustvlmCheck/v1": _fingerprint(ident, message, level, told)},
+                "partialFingerprints": {"robustvlmCheck/v1": _fingerprint(ident, detail, told)},
             }
         )
     return {
@@ -163,7 +164,7 @@ def _tool(rules: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rule(ident: str, level: str, name: str, meaning: str) -> dict[str, Any]:
-    title = plain(name) or "A remark"
+    title = plain(name.partition(",")[0]) or "A remark"  # of what it was found in, the result tells
     about = meaning or _HELP[level]
     return {
         "id": ident,
@@ -195,9 +196,13 @@ def _location(folder: Path) -> dict[str, Any]:
     return {"physicalLocation": {"artifactLocation": {"uri": f"file://{address}" if path.is_absolute() else address}}}
 
 
-def _fingerprint(ident: str, message: str, level: str, told: Told) -> str:
-    """Return what is the same for the same check of the same model and data, whatever the numbers in its message."""
-    what = [ident, message if level == _CONDITION else "", *map(str, specs_of(told.run))]
+def _fingerprint(ident: str, detail: str, told: Told) -> str:
+    """Return what is the same for the same check of the same model and data, whatever the numbers in its message.
+
+    Args:
+        detail: what tells it from others of its rule in the run: the condition, or the set that it was found in.
+    """
+    what = [ident, detail, *map(str, specs_of(told.run))]
     return hashlib.blake2b(json.dumps(what).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from robustvlm.text import secrets_cut
 FORMAT = 1
 SCHEMA = Path(__file__).with_name("report.schema.json")
 _LONG = 4000
+_NUMBER = re.compile(r"(?P<digits>[+-]?(?:\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?))(?P<percent>%?)", re.ASCII)
 
 # What is put into a document: finished runs with what is said of them
 
@@ -100,7 +102,8 @@ class _Part(BaseModel):
 class Cell(_Part):
     """Words as the page shows them; for a measured number also the number with all its digits, and its 95% interval.
 
-    Shares are in [0, 1]. null: there is no such number, or it is not finite; the words say which.
+    Shares are in [0, 1]. Words that are a number and nothing else have the digits that are written. null: there is no
+    such number, or it is not finite; the words say which.
     """
 
     text: str
@@ -134,7 +137,7 @@ class Grid(_Part):
 
 
 class CheckFound(_Part):
-    """A check and what it found; `rule` is its name for programs, the same in every run on sets of the same names."""
+    """A check and what it found; `rule` is its name for programs, the same in every run and for every set."""
 
     level: Literal["ok", "note", "warning", "fault"]
     rule: str
@@ -387,14 +390,31 @@ def _grid(title: str, block: doc.Table | doc.Facts | doc.Bars) -> Grid:
 
 
 def cell_of(cell: doc.Line) -> Cell:
-    """Return a cell of a table, with its number where it is a measured one and nothing else."""
+    """Return a cell of a table, with its number where it is a number and nothing else.
+
+    Example:
+        >>> [cell_of(text).value for text in ("1,234", "12.5%", "3 of 4", "1e-05")], cell_of(doc.Name("7")).value
+        ([1234.0, 0.125, None, 1e-05], None)
+    """
     parts = doc.parts_of(cell)
     alone = parts[0] if len(parts) == 1 else None
     if not isinstance(alone, doc.Measure):
-        return Cell(text=words_of(cell, _LONG))
+        text = words_of(cell, _LONG)
+        # A class may be called "7".
+        named = any(isinstance(part, doc.Name | doc.Code) for part in parts)
+        return Cell(text=text, value=None if named else _number_in(text))
     numbers = {name: finite(getattr(alone, name)) for name in ("value", "low", "high")}
     text, reach = doc.straight(alone.text), doc.straight(alone.interval)
     return Cell(text=text, interval=reach or None, **numbers)
+
+
+def _number_in(text: str) -> float | None:
+    """Return the number that a text is, a percentage as a share; None for any other text."""
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        return None
+    value = float(found["digits"].replace(",", ""))
+    return finite(float(f"{value / 100:.12g}") if found["percent"] else value)
 
 
 def _check(finding: Finding) -> CheckFound:

@@ -16,7 +16,6 @@ from robustvlm.report.document import Batch, as_json, cell_of, leaves
 from robustvlm.report.words import DASH, Finding, plain
 
 _LONG = 4000
-_COUNT = re.compile(r"[+-]?\d{1,3}(,\d{3})+|[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 HEADS = ("run", "kind", "section", "table", "part", "row", "column", "text", "value", "low", "high")
 """Columns of the CSV: a line a cell, so that every table of every run fits below one heading."""
 
@@ -150,12 +149,8 @@ def _lines(table: doc.Table) -> Iterator[tuple[object, ...]]:
             part = plain(row, 600)
             continue
         cells = [cell_of(cell) for cell in row]
-        for head, cell, given in list(zip(heads, cells, row, strict=True))[len(cells) > 1 :]:
-            # A class may be called "7".
-            named = any(isinstance(part, doc.Name | doc.Code) for part in doc.parts_of(given))
-            plain_number = not named and cell.value is None and _COUNT.fullmatch(cell.text)
-            value = float(cell.text.replace(",", "")) if plain_number else cell.value
-            numbers = ["" if number is None else f"{number!r}" for number in (value, cell.low, cell.high)]
+        for head, cell in list(zip(heads, cells, strict=True))[len(cells) > 1 :]:
+            numbers = ["" if number is None else f"{number!r}" for number in (cell.value, cell.low, cell.high)]
             yield part, cells[0].text, head, "" if cell.text == DASH else cell.text, *numbers
 
 

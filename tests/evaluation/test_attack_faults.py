@@ -113,7 +113,7 @@ def test_an_image_lost_between_clean_pass_and_attack_is_failed_not_robust_and_no
     assert all(row["adversarial_prediction"] == -2 and row["passes"] == 0 for row in failed)
     assert summary.per_eps[0].undecided == 2
     assert summary.per_eps[0].attack_success_rate.total == summary.images.clean_correct - 2
-    level, message = check(summary, f"lost image {failed[0]['index']}")
+    level, message = check(summary, f"lost image, number {failed[0]['index']}")
     assert level == "warning"
     assert right[0] in message
     assert "empty file" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from analytic_encoders import PIXELS, SIDE, Circle
 from PIL import Image
 
 from robustvlm.cli.acts import run_audit
+from robustvlm.cli.console import Bars
 from robustvlm.commands.certify import CertifySettings, certify
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
@@ -86,14 +88,19 @@ def test_a_model_that_is_smoothed_by_its_name_is_audited_as_it_is(pictures: Path
     assert audit_folder(folder, QUICK).broken
 
 
-def test_the_exit_code_and_the_report_say_what_was_found(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_and_the_report_say_what_was_found(
+    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = finished(pictures, "feature")
     assert audited(folder) == 0
     assert "No attack got below a certified bound on any of 2 images" in capsys.readouterr().out
     assert "No attack got below a certified bound" in (folder / "report.html").read_text(encoding="utf-8")
     stretch(folder, 4.0)
+    monkeypatch.setattr("robustvlm.cli.console.Bars", partial(Bars, every=0.0))
     assert audited(folder, limit=1, as_json=True) == 1
-    shown = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    shown = json.loads(said.out)
+    assert "Attacking: 0 of 1" in said.err
     assert shown["broken"] > 0
     assert shown["certified"] == 2
     assert "these certificates are false" in (folder / "report.html").read_text(encoding="utf-8")

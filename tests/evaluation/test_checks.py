@@ -247,9 +247,9 @@ def test_answers_that_could_not_be_had_are_counted() -> None:
 
 
 def test_too_few_classes_for_a_loss_are_noted() -> None:
-    assert "objective of apgd-t" not in of_results([], attack="apgd-t", classes=4)
+    assert "objective, of apgd-t" not in of_results([], attack="apgd-t", classes=4)
     for classes in (2, 3):
-        level, message = of_results([], attack="apgd-t", classes=classes)["objective of apgd-t"]
+        level, message = of_results([], attack="apgd-t", classes=classes)["objective, of apgd-t"]
         assert level == "note"
         assert "needs 4 classes" in message
 

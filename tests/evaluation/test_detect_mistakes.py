@@ -126,7 +126,7 @@ def test_familiar_strangers_are_named_where_neighbours_know_better() -> None:
     thresholds = thresholds_of(sets[0])
     found = summarise_scores(sets[0], sets[1:], thresholds=thresholds, microseconds={}, draws=300, seed=0)
     warned = list(of_familiar_strangers(found, sets, thresholds))
-    assert [check.name for check in warned] == ["familiar strangers in seen"]
+    assert [check.name for check in warned] == ["familiar strangers, in seen"]
     only = np.mean((sets[1].scores["energy"] > thresholds["energy"]) & (sets[1].scores["knn"] <= thresholds["knn"]))
     assert f"Energy, which accepts {only:.0%} of the set" in warned[0].message
     # Nothing where they know as much or less, and nothing without them.

@@ -234,6 +234,8 @@ WRONG = [
     Case({"kappa": "own"}, "unknown kappa 'own'"),
     Case({"shots": -1}, "shots must be at least 0"),
     Case({"no_images": True, "ood": ["emoji"]}, "need images: leave out no_images=True"),
+    Case({"ood": ["emoji?split=near", "emoji?split=near"]}, "two sets of unknown images are called 'emoji"),
+    Case({"ood": ["a=emoji?split=near", "a=emoji?split=far"]}, "called 'a': name them, as ood=NAME=emoji"),
     Case({"antibodies": "bnk"}, "antibodies come from"),
     Case({"antibodies": "missing.json"}, "missing.json"),
     Case({"antibodies": "llm"}, "--llm URL"),
@@ -448,12 +450,14 @@ def test_antibodies_that_name_a_class_of_an_unknown_set_are_left_out_and_said(
     assert any(
         "1 antibodies that name classes of the unknown sets were left out (jackal)" in n for n in record["notes"]
     )
-    oracle = made(photos, name="oracle", ood=[unknown], oracle_words=True)
+    oracle = made(photos, name="oracle", ood=[f"wild={unknown}"], oracle_words=True)
     kept = record_of(oracle)
     assert "jackal" in {text for text, _, _ in kept["antibodies"]["kept"]}
     assert any(note.startswith("Oracle: 1 antibodies") for note in kept["notes"])
     summary = read_run(oracle.folder.path).summary
     assert view.tone(summary.measures, summary.notes) != "held"
+    assert list(summary.measures.unknown) == ["wild"]
+    assert "of wild" in view.verdict(summary.measures)
     # A finished run keeps its antibodies, and `detect` says what they are to the sets that it is judged on.
     options = {"id": f"imagefolder:{photos}", "ood": f"near={unknown}", "draws": 100, "scores": "own,msp"}
     summary = detect(str(oracle.folder.path), **options, device="cpu", out=tmp_path, name="judged").summary

@@ -113,12 +113,12 @@ def test_validation_and_unknown_images_are_measured(
     for name in ("dog", "fox"):
         (others / name).rename(others / f"no {name}")
     ood, cats = f"imagefolder:{others}", len(list((others / "cat").iterdir()))
-    record = prepare(val=f"imagefolder:{photos}", ood=[ood]).start().summary
+    record = prepare(val=f"imagefolder:{photos}", ood=[f"other={ood}"]).start().summary
     assert record.notes[0] == "12 images of --val taught the prompts and were left out"
-    assert f"{cats} images of '{ood}' are of known classes and were left out" in record.notes
+    assert f"{cats} images of 'other' are of known classes and were left out" in record.notes
     for found in (record.zero_shot, record.tuned):
         assert found.accuracy.total == 36 - 12
-        value, low, high = found.auroc[ood]
+        value, low, high = found.auroc["other"]
         assert 0 <= low <= value <= high <= 1
 
 

@@ -31,7 +31,7 @@ from robustvlm.report import sections as doc
 from robustvlm.report.copies import table_of
 from robustvlm.report.document import SCHEMA, Batch, Document, Gate, LeftOut, Told, schema
 from robustvlm.report.formats import FORMATS, written
-from robustvlm.report.words import bar, finding, plain
+from robustvlm.report.words import DASH, bar, finding, plain
 from robustvlm.stats import Mean, rate
 
 BEFORE = Path(__file__).parents[1] / "pins" / "before"
@@ -140,6 +140,13 @@ def test_a_name_of_digits_is_no_number() -> None:
     assert [(line["text"], line["value"]) for line in lines] == [("7", ""), ("1,234", "1234.0")]
 
 
+def test_what_is_written_as_a_number_is_one_for_programs() -> None:
+    written_as = {"12.5%": 0.125, "100%": 1.0, "0.1%": 0.001, "-3": -3.0, "1e-05": 1e-05, "1,234,567": 1234567.0}
+    assert {text: made.cell_of(text).value for text in written_as} == written_as
+    others = ("3 of 4", "1 / 0", "1,23", "5 %", "12%\u201313%", "", DASH, "nan", "inf", "1e999", "\u0663")
+    assert [text for text in others if made.cell_of(text).value is not None] == []
+
+
 def test_a_condition_is_put_once_to_a_run_that_is_named_twice() -> None:
     batch = batch_of([BEFORE / "attack", BEFORE / "attack"], ["asr>0", "asr>0"])
     assert [len(told.gates) for told in batch.runs] == [1, 1]
@@ -217,6 +224,18 @@ def test_the_same_check_of_another_run_of_the_model_is_the_same_alert() -> None:
     assert prints[0] == prints[1]
     object.__setattr__(other.runs[0].run, "manifest", {"config": {"model": "y"}})
     assert sarif(written(other, "sarif"))[0][1]["partialFingerprints"] != prints[0]
+
+
+def test_a_rule_is_the_same_for_every_set_and_the_alert_is_not() -> None:
+    told = hostile("x").runs[0]
+    found = [finding("warning", f"In {name}.", f"known images, in {name}") for name in ("near, a", "far")]
+    report = doc.Report("a", "a", "a", "a", [], [doc.Section("a", [doc.Checks(found)])])
+    text = written(Batch([Told(told.run, report)]), "sarif")
+    results, _ = sarif(text)
+    (rule,) = strict(text)["runs"][0]["tool"]["driver"]["rules"]
+    assert rule["id"].endswith("/known-images")
+    assert rule["shortDescription"]["text"] == "known images"
+    assert len({one["partialFingerprints"]["robustvlmCheck/v1"] for one in results}) == 2
 
 
 def test_every_block_that_the_page_shows_is_told(batch: Batch) -> None:

@@ -214,7 +214,7 @@ def of_results(
     for attack in attacks:
         fallback = attack.objective.fallback(n_classes) if isinstance(attack, LaneAttack) else None
         if fallback:
-            checks.append(Check(name=f"objective of {attack.name}", level="note", message=fallback + "."))
+            checks.append(Check(name=f"objective, of {attack.name}", level="note", message=fallback + "."))
     if not any(fact.exposed for fact in clean):
         message = (
             "On no image was there anything to attack: the model was wrong, or the goal was reached, without any "

@@ -252,7 +252,7 @@ class Ledger(JournalLedger):
         )
         self._add({"kind": "attack", **nothing.written()})
         message = f"image '{clean.image_id}' could not be read again for the attack: {reason}"
-        self.add_checks([Check(name=f"lost image {clean.index}", level="warning", message=message)])
+        self.add_checks([Check(name=f"lost image, number {clean.index}", level="warning", message=message)])
 
     def add_cost(self, oracle: MeteredOracle, seconds: float) -> None:
         """Record what this session has cost so far."""

@@ -208,7 +208,7 @@ class NoisyEncoder:
         """Return unit features [R, D] of noisy images [R, 3, S, S]."""
         self._watch.start(self.device)
         half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with borrowed(self.vlm), torch.inference_mode(), full_precision_kernels(), half:
+        with borrowed(self.vlm), torch.no_grad(), full_precision_kernels(), half:
             features = self._encode(noisy.double() if self.precision == "fp64" else noisy)
         self.passes += len(noisy)
         self._watch.stop(self.device)

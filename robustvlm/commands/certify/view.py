@@ -176,7 +176,7 @@ def _by_method(run: CertifyRecord) -> doc.Table:
         doc.Column("Radius"),
         *doc.numbers("Mean", "Median", "Abstained", *(["To the paper's"] if to_paper else [])),
     ]
-    caption = f"The other rows are claims of their own at {alpha} each; the largest of all is none."
+    caption = f"The other rows are claims of their own, at {alpha} each; to take the largest of all is no claim."
     return doc.Table(
         [*columns, *([doc.Column("About")] if len(found) > 1 else [])],
         rows,

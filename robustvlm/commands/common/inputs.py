@@ -1,5 +1,6 @@
 """The model and the data of a run: its images in source order, and what its manifest says of both."""
 
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,47 @@ from robustvlm.data import DataSource
 from robustvlm.data.decode import prefetch
 from robustvlm.data.source import Sample, Unreadable
 from robustvlm.defenses import Classifier
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_model
 from robustvlm.models.zero_shot import cut_prompts
+from robustvlm.text import without_secrets
+
+# Sets of unknown images, as `DATA` or `NAME=DATA`
+
+_NAMED = re.compile(r"([A-Za-z0-9][\w-]{0,39})=(.+)")
+
+
+def name_and_spec(text: str) -> tuple[str | None, str]:
+    """Return the name that a set of images was given, if it was, and its data spec.
+
+    Example:
+        >>> name_and_spec("other=imagefolder:a=b"), name_and_spec("emoji?split=near")
+        (('other', 'imagefolder:a=b'), (None, 'emoji?split=near'))
+    """
+    match = _NAMED.fullmatch(text)
+    return (match[1], match[2]) if match else (None, text)
+
+
+def unknown_specs(texts: Sequence[str]) -> dict[str, str]:
+    """Return the specs of sets of unknown images by what reports call them: their names, or else the specs.
+
+    Raises:
+        UserError: two sets would be called the same.
+
+    Example:
+        >>> unknown_specs(["other=imagefolder:pictures", "emoji?split=near"])
+        {'other': 'imagefolder:pictures', 'emoji?split=near': 'emoji?split=near'}
+    """
+    found: dict[str, str] = {}
+    for name, spec in map(name_and_spec, texts):
+        called = name or without_secrets(spec)
+        if called in found:
+            other = setting("ood", f"NAME={without_secrets(spec)}")
+            raise UserError(f"two sets of unknown images are called '{called}': name them, as {other}")
+        found[called] = spec
+    return found
+
 
 # The images of an attack run: numbered in source order, decoded and resized ahead of the model
 

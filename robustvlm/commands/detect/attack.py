@@ -211,7 +211,7 @@ class ScoreAttacks:
             if model is None:
                 why = self.panel.skipped.get(name, "it is not among the scores of this run")
                 message = f"The score '{name}' was not attacked: {why}."
-                self.ledger.add_checks([Check(name=f"attack on {name}", level="note", message=message)])
+                self.ledger.add_checks([Check(name=f"score not attacked, {name}", level="note", message=message)])
                 continue
             for target in targets:
                 self._stage(name, model, target)

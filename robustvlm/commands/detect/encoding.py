@@ -125,7 +125,7 @@ class Answers:
 
     def _ask(self, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
         classifier, moved = self.classifier, pixels.to(self.classifier.device)
-        with torch.inference_mode(), full_precision_kernels():
+        with torch.no_grad(), full_precision_kernels():
             features = None if classifier.vlm is None else classifier.vlm.encode_image(moved)
             output = None
             if features is not None and classifier.can_reject:

@@ -29,20 +29,20 @@ def of_unknown_sets(
             classes = some_of(f"{class_name} ({count:,})" for class_name, count in counts.items())
             count = sum(counts.values())
             message = f"{count:,} images of the set '{name}' are of known classes and were left out: {classes}."
-            yield Check(name=f"known classes in {name}", level="warning", message=message)
+            yield Check(name=f"known classes, in {name}", level="warning", message=message)
         copies = copies_of(encoded[name], encoded[KNOWN])
         if copies:
             message = (
                 f"{copies:,} of {len(encoded[name].ids):,} images of the set '{name}' look to the model like images "
                 "of --id: an image cannot be known and unknown, and no score can tell it from itself."
             )
-            yield Check(name=f"known images in {name}", level="warning", message=message)
+            yield Check(name=f"known images, in {name}", level="warning", message=message)
         if not any(readings(thing) for thing in source.things()):
             message = (
                 f"The set '{name}' has no names for its classes: whether known classes are among them, or words name "
                 "them, cannot be told."
             )
-            yield Check(name=f"names of {name}", level="note", message=message)
+            yield Check(name=f"classes without names, in {name}", level="note", message=message)
 
 
 def of_words(naming: Mapping[str, str], *, oracle: bool) -> Iterator[Check]:
@@ -71,7 +71,7 @@ def of_antibodies(classifier: Classifier, unknown: Sequence[tuple[str, Unlabelle
                 f"Oracle: {len(found)} antibodies of the model name classes of the unknown set '{name}' "
                 f"({some_of(found)}): its own score is told what it is tested on there."
             )
-            yield Check(name=f"antibodies that name {name}", level="warning", message=message)
+            yield Check(name=f"antibodies that name unknown classes, in {name}", level="warning", message=message)
 
 
 def of_constant_scores(sets: Sequence[Scored]) -> Iterator[Check]:
@@ -111,7 +111,7 @@ def of_familiar_strangers(
             f"+{found.difference:.3f} to {title_of(found.baseline)}, which accepts {only:.0%} of the set that they "
             "refuse): the head takes for known what the encoder has seen elsewhere. Do not rely on logits alone there."
         )
-        yield Check(name=f"familiar strangers in {part.name}", level="warning", message=message)
+        yield Check(name=f"familiar strangers, in {part.name}", level="warning", message=message)
 
 
 def of_memory(stream: Encoded | None, encoded: Mapping[str, Encoded], panel: Panel) -> Iterator[Check]:
@@ -144,10 +144,10 @@ def remarks(encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel) -
                 f"{copies:,} of {len(found.ids):,} images of the set '{name}' look to the model like images of "
                 "--fit: scores that learn from images know them by heart."
             )
-            yield Check(name=f"copies in {name}", level="warning", message=message)
+            yield Check(name=f"images learnt from, in {name}", level="warning", message=message)
         if len(found.ids) < _FEW:
             message = f"The set '{name}' has {len(found.ids)} images: bootstrap intervals are too short on so few."
-            yield Check(name=f"size of {name}", level="note", message=message)
+            yield Check(name=f"few images, in {name}", level="note", message=message)
     if fit is not None:
         seen, classes = len(fit.labels.unique()), len(panel.head.class_embeddings)
         if seen < classes:

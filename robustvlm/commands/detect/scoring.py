@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import DEFAULT_EPS, LaneAttack, ThreatModel, parse_attacks, parse_eps, parse_norm
+from robustvlm.commands.common.inputs import name_and_spec
 from robustvlm.commands.detect import DetectSettings
 from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.commands.detect.summary import KNOWN, OWN, OWN_SDIS, NamedData, UnderAttack
@@ -26,7 +27,6 @@ from robustvlm.text import without_secrets
 # What the options of a run name, read with the libraries that know it: scores, unknown sets and attacks
 
 _TAKEN = (KNOWN, "fit", "stream", "adversarial")
-_NAMED = re.compile(r"([A-Za-z0-9][\w-]{0,39})=(.+)")
 # Attacked unless the user says which: one that everybody has, the usual CLIP score, and one of the images' cloud.
 _ATTACKED = ("mcm", "energy", "mahalanobis")
 
@@ -67,8 +67,8 @@ def unknown_sets(settings: DetectSettings) -> list[NamedData]:
     """
     found: list[NamedData] = []
     for text in settings.unknown:
-        match = _NAMED.fullmatch(text)
-        name, spec = match.groups() if match else (_short_name(text), text)
+        given, spec = name_and_spec(text)
+        name = given or _short_name(spec)
         parse_spec(spec)
         if name in _TAKEN:
             other = setting("ood", f"other={spec}")

@@ -22,7 +22,7 @@ from robustvlm.report import screen
 from robustvlm.report import sections as doc
 from robustvlm.report.page import data_uri, write_report_of
 from robustvlm.report.repeat import repeatable
-from robustvlm.report.words import RANGE, count_of, duration, findings, moment, norm_name, percent, plain
+from robustvlm.report.words import RANGE, count_of, duration, findings, moment, norm_name, plain
 from robustvlm.runs.records import read_rows
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
 
@@ -323,8 +323,8 @@ def _attacked(score: record.AttackedScore) -> list[doc.Row]:
     rows: list[doc.Row] = [score.title]
     for on in score.on:
         aurocs = (on.auroc_clean, on.auroc_intrude, on.auroc_deny, on.auroc_both)
-        unknown = (percent(on.accepted_clean.value), doc.Measure.of(on.accepted_attacked))
-        known = (percent(score.accepted_clean.value), doc.Measure.of(score.accepted_attacked))
+        unknown = (doc.Measure.bare(on.accepted_clean), doc.Measure.of(on.accepted_attacked))
+        known = (doc.Measure.bare(score.accepted_clean), doc.Measure.of(score.accepted_attacked))
         rows.append((doc.Name(on.unknown, 40), *map(_of, aurocs), *unknown, *known))
     return rows
 

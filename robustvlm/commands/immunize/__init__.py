@@ -138,7 +138,9 @@ class ImmunizeSettings(Settings):
     steps: int = option(400, "Training steps of the adapter, at most; 0 for none.", at_least=0, ranged=True)
     lr: float = option(3e-4, "Learning rate of the adapter.")
     decay: float = option(0.1, "Weight of ||theta||^2 (eta).")
-    ood: list[str] = option([], "Unknown images to measure on; may be repeated.", group="Measured on")
+    ood: list[str] = option(
+        [], "Unknown images to measure on, DATA or NAME=DATA; may be repeated.", group="Measured on"
+    )
     oracle_words: bool = option(
         False,
         "Keep antibodies that name a class of an --ood set: figures on it are then those of an oracle, and say so.",

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
+from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of, unknown_specs
 from robustvlm.commands.immunize import NOISE_DRAWS, ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
 from robustvlm.commands.immunize.extend import ExtendWork, open_extension
@@ -224,8 +224,8 @@ class ImmunizeWork:
     def _unknown(self, session: Session) -> dict[str, Features]:
         folder, owner = session.folder.features_path, session.manifest
         return {
-            without_secrets(spec): images.encode_unknown(self.vlm, source, i, folder, session.observer, owner=owner)
-            for i, (spec, source) in enumerate(zip(self.settings.ood, self.unknown, strict=True))
+            name: images.encode_unknown(self.vlm, source, i, folder, session.observer, owner=owner)
+            for i, (name, source) in enumerate(zip(unknown_specs(self.settings.ood), self.unknown, strict=True))
         }
 
     def _common(
@@ -295,7 +295,7 @@ def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
     held = None if settings.no_images else images.open_held_out(settings, source)
     if settings.calibrate is not None:
         held = images.with_same_classes(settings.calibrate, source, "calibrate")
-    unknown = [open_unlabelled(spec, source.class_names) for spec in settings.ood]
+    unknown = [open_unlabelled(spec, source.class_names) for spec in unknown_specs(settings.ood).values()]
     vlm = load_pipeline(settings.model, device=device)
     require_bare(vlm, settings.model)
     require_texts(vlm, "immunising")

@@ -30,7 +30,9 @@ class PromptSettings(Settings):
     val: str | None = option(
         None, "Images of the same classes to measure on, another style say.", group="Model and data"
     )
-    ood: list[str] = option([], "Unknown images to tell from those of --val; may be repeated.", group="Model and data")
+    ood: list[str] = option(
+        [], "Unknown images to tell from those of --val, as DATA or NAME=DATA; may be repeated.", group="Model and data"
+    )
     shots: int = option(
         16, "Images of each class to learn from; 0 for all.", at_least=0, ranged=True, group="Model and data"
     )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from rich.console import Console
 from torch import Tensor
 
-from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of
+from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of, unknown_specs
 from robustvlm.commands.prompts import PromptSettings
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import resolve_device
@@ -134,9 +134,8 @@ class PromptWork:
         if twins:
             notes.append(f"{twins} images of --val look to the model like images that taught the prompts")
         unknown: dict[str, Features] = {}
-        for spec in self.settings.ood:
+        for name, spec in unknown_specs(self.settings.ood).items():
             found = prompts.encode_source(self.vlm, open_unlabelled(spec, self.source.class_names))
-            name = without_secrets(spec)
             unknown[name] = found.rows((found.labels < 0).nonzero().flatten())
             left_out = len(found.ids) - len(unknown[name].ids)
             if not unknown[name].ids:
@@ -186,7 +185,7 @@ def open_work(settings: PromptSettings) -> PromptWork:
     device = resolve_device(settings.device)
     source = open_data(settings.data, classes=settings.classes)
     val = None if settings.val is None else _matching(settings.val, source)
-    unknown = [open_unlabelled(spec, source.class_names) for spec in settings.ood]
+    unknown = [open_unlabelled(spec, source.class_names) for spec in unknown_specs(settings.ood).values()]
     vlm = load_pipeline(settings.model, device=device)
     learner = PromptLearner(vlm, source.class_names, length=settings.context, start=settings.start, seed=settings.seed)
     data = describe_data(source)

@@ -26,7 +26,6 @@ from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, read_card, require_ground
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Closing, Code, Column, Measure, Row, Table, numbers
-from robustvlm.report.words import percent
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.stats import Mean, Rate
 from robustvlm.training import RobustValidation
@@ -135,7 +134,7 @@ def blocks(soup: Soup) -> list[Block]:
     """Return what is said of a soup: what became of each ingredient, and the measures if there were images."""
     greedily = soup.method == "greedy"
     ingredients: list[Row] = [
-        (Code(step.name), "kept" if step.kept else "left out", *([percent(step.value)] if greedily else []))
+        (Code(step.name), "kept" if step.kept else "left out", *([Measure.bare(step.value)] if greedily else []))
         for step in soup.tasted
     ]
     measures: list[Row] = [(name, Measure.of(value)) for name, value in soup.measures.items()]

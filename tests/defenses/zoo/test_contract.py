@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from defended_small import classifier, images
+from defended_small import Small, classifier, images
 from torch import Tensor
 
+from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
+from robustvlm.commands.detect.encoding import Answers
 from robustvlm.defenses import load_classifier, load_pipeline
-from robustvlm.defenses.pipeline import operators, undefended
+from robustvlm.defenses.pipeline import apply_operations, operators, split_spec, undefended
 from robustvlm.defenses.zoo.base import DEFENCES, MODES, AnswerDefence, form_of, generators, read_defence, strengths
 from robustvlm.defenses.zoo.wrap import counted_passes, gradient_mode, modes_of
 from robustvlm.errors import UserError
@@ -93,6 +95,24 @@ def test_pixels_given_are_not_changed_and_features_stay_of_unit_length(name: str
         if model.vlm is not None:
             assert torch.allclose(model.vlm.encode_image(x).norm(dim=1), torch.ones(len(x)), atol=1e-5)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_detection_can_ask_about_it_and_certificates_refuse_it_or_say_that_it_draws(name: str) -> None:
+    """Both ask without gradients, which loops of a defence need inside."""
+    model, x = classifier(WRITTEN[name]), images(4)
+    features, output = Answers(model, batch_size=4)(x)
+    given = output if features is None else features
+    assert given is not None
+    assert bool(given.isfinite().all())
+    if issubclass(DEFENCES[name], AnswerDefence):
+        with pytest.raises(UserError, match="needs classes"):
+            load_pipeline(f"tiny+{WRITTEN[name]}+smooth:0.25")
+        return
+    smoothed = apply_operations(Small(), split_spec(f"tiny+{WRITTEN[name]}+smooth:0.25")[1])
+    found = probe_encoder(NoisyEncoder(smoothed), x, 0.25, 8, model=name)
+    assert found.random == DEFENCES[name].random
+    assert [check.name for check in found.checks] == ["random encoder"] * DEFENCES[name].random
 
 
 @pytest.mark.parametrize("name", ALL)
