@@ -248,7 +248,9 @@ def _clouds(height: int, width: int, decay: float, random: Draws) -> Array:
         drawn = random.uniform(-1, 1, (2**octave + 1, 2**octave + 1))
         field += weight * _resized(drawn, height, width)
         weight /= decay**2
-    return (field - field.min()) / (field.max() - field.min())
+    spread = field.max() - field.min()
+    # One pixel has no darkest and no brightest place: there it is as dense as in the middle.
+    return (field - field.min()) / spread if spread > 0 else np.full_like(field, 0.5)
 
 
 def _ice(height: int, width: int, random: Draws) -> Array:

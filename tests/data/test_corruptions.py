@@ -57,6 +57,16 @@ def test_pixels_stay_pixels_and_draws_are_the_images_own(name: str, shape: tuple
     assert torch.equal(image, before)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 300)])
+@pytest.mark.parametrize("name", NAMES)
+def test_images_of_few_pixels_have_pixels_afterwards(name: str, shape: tuple[int, int]) -> None:
+    for severity in (1, 5):
+        found = Corruption(name, severity)(torch.full((3, *shape), 0.5), "a")
+        assert found.shape == (3, *shape)
+        assert 0 <= found.min() <= found.max() <= 1, "and no NaN"
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in UNEVEN])
 @pytest.mark.parametrize("side", [32, 64])
 def test_more_severe_is_farther_from_clean(name: str, side: int) -> None:

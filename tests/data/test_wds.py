@@ -176,6 +176,22 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, shards: P
         open_data(f"wds:{shards}")
 
 
+def test_captions_are_lines_or_json_and_need_no_classes(tmp_path: Path, plain: Plain) -> None:
+    members = [
+        ("0.png", plain((1, 0, 0))), ("0.txt", b"a cat\n\na small cat\n"),
+        ("1.png", plain((2, 0, 0))), ("1.txt", b'["a fox", " "]'),
+        ("2.png", plain((3, 0, 0))), ("2.txt", b'{"captions": ["5"]}'),
+        ("3.png", plain((4, 0, 0))), ("3.txt", b"5"), ("3.cls", b"0"),
+        ("4.png", plain((5, 0, 0))),
+    ]  # fmt: skip
+    source = open_data(f"wds:{write_tar(tmp_path / 'test.tar', members)}?captions=txt")
+    items = [item for item in source.samples() if isinstance(item, Sample)]
+    assert [item.captions for item in items] == [("a cat", "a small cat"), ("a fox",), ("5",), ("5",), ()]
+    assert {item.label for item in items} == {-1}
+    assert source.captioned
+    assert source.fingerprint() != open_data(f"wds:{tmp_path / 'test.tar'}?captions=json").fingerprint()
+
+
 def test_files_of_clip_benchmark_beside_the_shards_are_used(tmp_path: Path, plain: Plain) -> None:
     for split, label in (("train", b"0"), ("test", b"744")):
         (tmp_path / split).mkdir()

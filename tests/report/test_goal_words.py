@@ -14,6 +14,7 @@ from pages import terminal
 
 from robustvlm.attacks.goals import goal_words
 from robustvlm.commands.attack.compare import compare, comparison_report
+from robustvlm.commands.attack.plots import curve_of, security_curve
 from robustvlm.commands.attack.record import load_run, verdict
 from robustvlm.commands.attack.report import write_report
 from robustvlm.commands.attack.summary import summarise
@@ -69,6 +70,28 @@ def test_terminal_and_report_speak_of_the_goal(goal: str, write_run: WriteRun, t
         assert (part in said) == shown, part
     assert ("Attacked</th>" in page) == (goal == "superclass:matrix")
     assert len(record.rows) == 40 * 3 * 2, "of several goals, the rows of the first"
+
+
+@pytest.mark.parametrize(("goal", "refuses"), [("misclassify", False), ("misclassify", True), ("deny", True)])
+def test_a_security_curve_is_of_one_share_throughout(
+    goal: str, refuses: bool, write_run: WriteRun, tmp_path: Path
+) -> None:
+    folder = with_goal(write_run(tmp_path / "run", images=40, n_classes=6, n_superclasses=3), goal, can_reject=refuses)
+    table = pq.read_table(folder / "results.parquet").to_pylist()
+    if refuses:  # some are refused without an attack, which is neither right nor what `misclassify` is after
+        found = [row | ({"clean_prediction": -1} if row["index"] % 4 == 0 else {}) for row in table]
+        summary = summarise(found, json.loads((folder / "manifest.json").read_text()))
+        assert summary.images.exposed != summary.images.clean_correct
+    else:
+        summary = load_run(folder).summary
+    curve = curve_of(summary, "a")
+    assert curve.rates[0].successes == summary.images.exposed
+    for at, rate in zip(summary.per_eps, curve.rates[1:], strict=True):
+        assert rate.successes == summary.images.exposed - at.fooled - at.undecided
+    words = goal_words(goal, can_reject=refuses)
+    assert curve.held == (words.held if refuses else "still right")
+    drawn = str(security_curve([curve], key="k", norm="L∞"))
+    assert (words.held.capitalize() if refuses else "Accuracy") + " against perturbation size" in drawn
 
 
 @pytest.mark.parametrize("goal", ["feature", "unsay", "say:a cat", "reword"])

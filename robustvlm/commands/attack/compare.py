@@ -13,7 +13,7 @@ from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
-from robustvlm.report.words import manifest_rows, norm_name, plain
+from robustvlm.report.words import manifest_rows, norm_name, plain, sentence
 from robustvlm.runs.records import find_run
 from robustvlm.stats import PairedTest, Rate, holm, mcnemar_exact, rate
 
@@ -241,8 +241,8 @@ def _about(runs: Sequence[AttackedRun], keys: Sequence[str]) -> doc.Table:
 
 def _curves(runs: Sequence[AttackedRun], keys: Sequence[str]) -> list[doc.Block]:
     lead = (
-        "Share of each run's images still right after every attack. Only the paired tests below compare like with "
-        "like: they use the images that both runs decided."
+        "Share of each run's images still right after every attack; of a model that may refuse, right or without an "
+        "answer. Only the paired tests below compare like with like: they use the images that both runs decided."
     )
     blocks: list[doc.Block] = []
     for i, norm in enumerate(dict.fromkeys(run.summary.norm for run in runs)):
@@ -250,7 +250,8 @@ def _curves(runs: Sequence[AttackedRun], keys: Sequence[str]) -> list[doc.Block]
             plots.curve_of(run.summary, key) for run, key in zip(runs, keys, strict=True) if run.summary.norm == norm
         ]
         draw = partial(plots.security_curve, curves, key=f"curve{i}", norm=norm_name(norm))
-        blocks.append(doc.Chart(draw, caption=f"Still right under attack in {norm_name(norm)}, with 95% bands."))
+        what = sentence(plain(plots.held_by(curves), 80))
+        blocks.append(doc.Chart(draw, caption=f"{what} under attack in {norm_name(norm)}, with 95% bands."))
     radii = sorted({(run.summary.norm, at.eps, at.eps_text) for run in runs for at in run.summary.per_eps})
     rows: dict[tuple[str, float], doc.Row] = {}
     for norm, eps, text in radii:

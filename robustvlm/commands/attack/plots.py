@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from robustvlm.commands.attack.record import words_of
 from robustvlm.commands.attack.summary import GroupSummary, Summary
 from robustvlm.commands.attack.verdicts import Rows, columns
 from robustvlm.report.charts import BAD, DASHES, GOOD, INK, SERIES, as_svg, chart, legend, new_figure, whole_numbers
-from robustvlm.report.words import Bar, bar, bounds, count_of, percent, plain
-from robustvlm.stats import Rate
+from robustvlm.report.words import Bar, bar, bounds, count_of, percent, plain, sentence
+from robustvlm.stats import Rate, rate
 
 # The per-image numbers behind the histograms, taken from the result rows
 
@@ -66,12 +67,14 @@ def _finite(value: float | None) -> bool:
 
 # Charts of attacks: accuracy over eps, margins before and under attack, and the steps that successes took
 
+RIGHT = "still right"
+
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy against eps of one run: the first point is the unperturbed accuracy, at eps 0.
+    """The share of images on which the goal is not reached (accuracy, mostly) over eps; at eps 0 without attack.
 
-    `most` holds what the rates are at most, of a run that stopped early; none otherwise.
+    `most` holds what the rates are at most, of a run that stopped early; none otherwise. `held` names the share.
     """
 
     name: str
@@ -79,23 +82,45 @@ class Curve:
     ticks: tuple[str, ...]
     rates: tuple[Rate, ...]
     most: tuple[Rate, ...] = ()
+    held: str = RIGHT
 
 
 def curve_of(summary: Summary, name: str) -> Curve:
-    """Return the curve of a run: its clean accuracy, and robust accuracy at every radius."""
+    """Return the curve of a run: the same share at eps 0 and at every radius.
+
+    Where a model may refuse, that is "right or no answer", of which clean accuracy is a part.
+    """
     points = summary.per_eps
+    clean, clean_most = _unperturbed(summary)
+    words = words_of(summary)
     return Curve(
         name=name,
         eps=(0.0, *(at.eps for at in points)),
         ticks=("0", *(plain(at.eps_text, 20) for at in points)),
-        rates=(summary.clean_accuracy, *(at.robust_accuracy for at in points)),
+        rates=(clean, *(at.robust_accuracy for at in points)),
         most=(
-            summary.clean_accuracy_at_most or summary.clean_accuracy,
+            clean_most,
             *(at.robust_accuracy_at_most or at.robust_accuracy for at in points),
         )
         if summary.unfinished
         else (),
+        held=RIGHT if words.accuracy else words.held,
     )
+
+
+def held_by(curves: Sequence[Curve]) -> str:
+    """Return what the curves of a chart are shares of."""
+    names = {curve.held for curve in curves}
+    return names.pop() if len(names) == 1 else "goal not reached"
+
+
+def _unperturbed(summary: Summary) -> tuple[Rate, Rate]:
+    """Return the share of images on which the goal is not reached without an attack, and what it is at most."""
+    images = summary.images
+    if images.exposed in (None, images.clean_correct):
+        return summary.clean_accuracy, summary.clean_accuracy_at_most or summary.clean_accuracy
+    total = images.evaluated + images.waiting
+    return rate(images.exposed or 0, total), rate((images.exposed or 0) + images.waiting, total)
 
 
 _CHARACTER = 0.019
@@ -152,7 +177,7 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
     axes.set_ylim(0, 102)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"perturbation size ε ({norm})")
-    axes.set_ylabel("still right, % of images")
+    axes.set_ylabel(f"{plain(held_by(curves), 40)}, % of images")
     if len(curves) > 1:
         legend(figure)
     alt = "; ".join(
@@ -163,7 +188,8 @@ def security_curve(curves: Sequence[Curve], *, key: str, norm: str) -> Markup:
         )
         for curve in curves
     )
-    return as_svg(figure, key=key, alt=f"Accuracy against perturbation size. {alt}.")
+    what = "Accuracy" if held_by(curves) == RIGHT else sentence(plain(held_by(curves), 80))
+    return as_svg(figure, key=key, alt=f"{what} against perturbation size. {alt}.")
 
 
 @chart

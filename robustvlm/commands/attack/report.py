@@ -181,7 +181,7 @@ def _by_attack(summary: Summary, words: record.GoalWords) -> doc.Table:
 def _curve(run: AttackedRun, words: record.GoalWords) -> doc.Chart:
     what = "Share of all images still classified right."
     if not words.accuracy:
-        what = f"{sentence(words.held)}: share of all images."
+        what = f"{sentence(words.held)}: share of all images, without an attack (0) as under it."
     band = "The band is the 95% interval."
     if run.summary.unfinished:
         band = (
