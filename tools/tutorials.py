@@ -36,7 +36,7 @@ OUT = ROOT / "build/notebooks"
 SKIP = "skip-execution"
 INSTALL = """\
 # On Colab or a bare machine; where robustvlm is there already, this changes nothing.
-# From a wheel that you uploaded: %pip install --quiet ./robustvlm-0.1.0-py3-none-any.whl
+# From a wheel that you uploaded: %pip install --quiet ./robustvlm-*.whl
 %pip install --quiet robustvlm"""
 
 _BLOCK = re.compile(
