@@ -172,7 +172,7 @@ def measured(subject: Subject, folder: Path, base: Path) -> list[str]:
         if subject.command:
             spent, text = timed([str(place / "bin" / subject.command), "--help"], work)
             helped = f"{len(text.splitlines())}, {spent:.1f}"
-        asked = [place / "bin/python", "-c", _API, subject.module]
+        asked = [str(place / "bin/python"), "-c", _API, subject.module]
         public, told, shown, typed = json.loads(
             subprocess.run(asked, capture_output=True, text=True, check=True, cwd=work).stdout.splitlines()[-1]
         )
@@ -197,8 +197,8 @@ def install(place: Path, *requirements: str, sees: Path | None = None) -> tuple[
     if sees is not None:
         (site(place) / "base.pth").write_text(f"{site(sees)}\n", encoding="utf-8")
     began, before = time.perf_counter(), _spent()
-    pip = [place / "bin/python", "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
-    subprocess.run([*pip, *requirements], check=True, capture_output=True, text=True)
+    pip = (str(place / "bin/python"), "-m", "pip", "--quiet", "--no-cache-dir", "--disable-pip-version-check")
+    subprocess.run([*pip, "install", *requirements], check=True, capture_output=True, text=True)
     return time.perf_counter() - began, _spent() - before
 
 
