@@ -76,7 +76,7 @@ OTHERS = (
     Subject(
         "pyautoattack", "pyautoattack", "pyautoattack",
         _ATTACKED + "from pyautoattack import AutoAttack\nattack = AutoAttack(model, norm='Linf', eps=8/255, "
-        "version='custom', attacks_to_run=['apgd-ce'], device='cpu')\nattack.run_standard_evaluation(x, y, bs=20)",
+        "version='custom', attacks=['apgd-ce'], device='cpu')\nattack.run_standard_evaluation(x, y, batch_size=20)",
         "APGD on 20 images; lines of text", torch=True,
     ),
     Subject(
