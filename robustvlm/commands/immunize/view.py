@@ -240,7 +240,7 @@ def _diagnostics(record: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Band of antibodies (cosine to their class)", f"{band['safe']:.3f} to {band['risk']:.3f}"))
     for key, what in (("crossed", "Antibodies near the other four fifths"), ("near", "Named near things covered")):
         if found.get(f"coverage_{key}") is not None:
-            rows.append((f"{what} (within {found['angle']:.0f}°)", doc.Measure.bare(found[f"coverage_{key}"])))
+            rows.append((f"{what} (within {found['angle']:.0f}°)", f"{found[f'coverage_{key}']:.1%}"))
     if found.get("eps_align_degrees") is not None:
         rows.append(("Prototypes from the held-out means of their classes", f"{found['eps_align_degrees']:.1f}°"))
     if vaccine is not None:
