@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import clock, markdown
-from robustvlm.certify import bands, certifier, classes, feature, shapes
+from robustvlm.certify import angles, bands, certifier, classes, feature, shapes
 from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.seeds import derive_seed
@@ -38,6 +38,7 @@ RADII = {
     "fcsb": "correct FCSB: T1, pilot direction, betting",
     "cone": "cone: T3, betting",
     "t4": "vector NP: T4, betting",
+    "joint": "angles and mean at one alpha: T20, T4",
     "cdf": "CDF: T5, pilot direction, ELL band",
     "f3": "CDF and covariance: T3, T5, T7",
     "class": "class margin: P1-CDF",
@@ -132,6 +133,7 @@ def columns(features: Any, anchor: Any, text: Any, sigma: float) -> dict[str, An
         "fcsb": float(feature.fcsb_radius(betting_lower(along, ALPHA), COS0, sigma)),
         "cone": float(feature.cone_radius(r, COS0, sigma)),
         "t4": float(feature.vector_table().radius(r, COS0, sigma)),
+        "joint": sigma * _joint(features),
         "cdf": shapes.cdf_radius(along, 0.5 * (1.0 + COS0), sigma, band),
         "f3": shapes.direction_radius(along, COS0, sigma, half, shapes.sideways(rest, u, ALPHA / 2)),
         "class": classes.class_margin_radius(rest, text, label, sigma, band),
@@ -140,6 +142,13 @@ def columns(features: Any, anchor: Any, text: Any, sigma: float) -> dict[str, An
         "vote_label": voted,
         "decisions": {str(t): _decide(looking_back, t) for t in TARGETS},
     }
+
+
+def _joint(features: Any) -> float:
+    """Return the shift that the joint claim certifies, its pilot among the same samples."""
+    n_pilot = max(50, len(features) // 20)
+    pilot = angles.JointPilot(features[:n_pilot], cos0=COS0, n=len(features) - n_pilot, alpha=ALPHA)
+    return angles.joint_shift(pilot, features[n_pilot:])
 
 
 def _decide(scores: Any, target: float) -> tuple[str, int]:

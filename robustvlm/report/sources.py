@@ -83,6 +83,7 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "claim": {
         "feature": ("cohen2019", "xia2026"),
+        "joint": ("cohen2019", "kumar2020", "xia2026"),
         "tokens": ("cohen2019", "xia2026"),
         "class": ("cohen2019", "kumar2020"),
         "vote": ("cohen2019",),

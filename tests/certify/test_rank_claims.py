@@ -1,5 +1,6 @@
 """Claims that a class or a text stays among the first k: against encoders whose true radius is known."""
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +10,14 @@ from scipy.stats import binom, norm
 
 from robustvlm.certify import Job, SamplingEngine
 from robustvlm.certify.claims import CLAIMS, Materials
-from robustvlm.certify.claims.recall import RecallQuantity, RecallRadius
-from robustvlm.certify.claims.topk import TopQuantity, TopVotes, rank_shift
+from robustvlm.certify.claims.recall import RecallAtRadius, RecallQuantity, RecallRadius
+from robustvlm.certify.claims.topk import TopAtRadius, TopQuantity, TopVotes, rank_shift
 from robustvlm.certify.classes import CountedVotes
+from robustvlm.certify.tangent import TangentTest
 from robustvlm.errors import UserError
 
 ALPHA = 0.05
+RUNS = [pytest.param(300, id="light"), pytest.param(10_000, id="heavy", marks=pytest.mark.slow)]
 
 
 def fed(certifier, pilot, estimation):
@@ -52,6 +55,88 @@ def test_a_class_leaves_the_first_k_no_sooner_than_certified(k, rivals, share, a
     assert largest > 0.5 * truth
 
 
+@pytest.mark.parametrize(
+    "runs", [pytest.param(300, id="light"), pytest.param(10_000, id="heavy", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("k", "rivals", "share", "against"), [(1, 1, 0.5, 0.3), (2, 2, 0.4, 0.5), (3, 6, 0.25, 0.6)])
+def test_a_radius_is_confirmed_falsely_no_oftener_than_alpha(k, rivals, share, against, runs):
+    """The worst encoder again, asked at its true radius, looked at after every chunk."""
+    rng, n, pilot, alpha = np.random.default_rng(20 + k), 160, 40, 0.2
+    shares = np.array([share, *([against / rivals] * rivals), 1.0 - share - against])
+    text, truth = np.eye(len(shares)), rank_shift(share, against * k / rivals, k)
+    false = 0
+    for _ in range(runs):
+        certifier = TopAtRadius(
+            text=text, radius=truth + 1e-9, k=k, own=0, sigma=1.0, alpha=alpha, n=n + pilot, n_pilot=pilot
+        )
+        found = fed_until(certifier, text[rng.choice(len(shares), size=n + pilot, p=shares)])
+        false += found.prediction == 0 and found.radius > 0
+    assert binom.sf(false - 1, runs, alpha) > 1e-3
+
+
+def fed_until(certifier, rows):
+    """Hand over rows as they are wanted, until the certifier wants no more."""
+    used = 0
+    while (wanted := certifier.request()) is not None:
+        certifier.take(rows[used : used + wanted.sure])
+        used += wanted.sure
+    return certifier.finding()
+
+
+@pytest.mark.parametrize("factor", [1.15, 1.3])
+def test_the_simulation_notices_a_question_at_a_smaller_radius(factor):
+    """A fault that makes radii 15 % or 30 % too large certifies what is false, almost always with enough copies."""
+    text, shares = np.eye(3), np.array([0.7, 0.2, 0.1])
+    truth, rng, false = rank_shift(0.7, 0.2, 1), np.random.default_rng(30), 0
+    for _ in range(20):
+        certifier = TopAtRadius(
+            text=text, radius=truth / factor, k=1, own=0, sigma=1.0, alpha=0.05, n=20_200, n_pilot=200
+        )
+        false += fed_until(certifier, text[rng.choice(3, size=20_200, p=shares)]).radius > 0
+    assert binom.sf(false - 1, 20, 0.05) < 1e-6
+
+
+def test_one_test_stands_for_all_sets_of_rivals():
+    """The wealth of the set with the most votes is the least of those that `TangentTest` gives every set."""
+    rng, text, k = np.random.default_rng(31), np.eye(6), 3
+    rows = text[rng.choice(6, size=264, p=[0.4, 0.2, 0.15, 0.1, 0.1, 0.05])]
+    rows[70:73] = np.nan
+    certifier = TopAtRadius(text=text, radius=0.1, k=k, own=0, sigma=1.0, alpha=1e-9, n=264, n_pilot=200)
+    certifier.take(rows[:200])
+    t, order = certifier.parts, certifier._rivals
+    certifier.take(rows[200:232])
+    certifier.take(rows[232:])
+    votes = np.where(np.isnan(rows[200:]).any(axis=1), -1, rows[200:].argmax(axis=1))
+    wealth = []
+    for part in combinations(order[k - t :], t):
+        test = TangentTest(np.array([0.5]), a=0.1, target=1.0 / (t + 1), alpha=0.01)
+        test.tangent, test._nulls = certifier._tangent, certifier._nulls[:, None]
+        scores = np.where(np.isin(votes, part) | (votes < 0), 0.0, np.where(votes == 0, 1.0, 1.0 / (t + 1)))
+        test.update(scores)
+        wealth.append(test.log_wealth.item())
+    counts = certifier._counts
+    lost = 64 - int(counts.sum())
+    least = certifier._wealth(int(counts[0]), int(certifier._share(counts, t)) + lost)
+    assert least == pytest.approx(min(wealth))
+
+
+def test_easy_questions_take_few_copies_and_hopeless_ones_are_given_up():
+    text, rng = np.eye(4), np.random.default_rng(32)
+    rows = text[rng.choice(4, size=10_000, p=[0.85, 0.05, 0.05, 0.05])]
+    for kind in (TopAtRadius, RecallAtRadius):
+
+        def ask(radius, kind=kind):
+            found = kind(text=text, radius=radius, k=2, own=0, sigma=1.0, alpha=0.001, n=10_000, n_pilot=200)
+            return fed_until(found, rows)
+
+        easy, hard = ask(0.5), ask(3.0)
+        assert (easy.radius, easy.stop) == (0.5, "certified")
+        assert easy.n <= 500
+        assert hard.radius == 0.0
+        assert hard.stop == "futile"
+        assert hard.n < 2000
+
+
 def test_rivals_that_are_chosen_by_the_pilot_add_radius_beyond_the_sum_of_all():
     """One strong rival and many weak ones: the second place is safe although the first is far away."""
     text, votes = np.eye(6), np.array([300, 560, 40, 40, 30, 30])
@@ -81,6 +166,25 @@ def test_failed_copies_count_for_the_rivals():
         return fed(certifier, rows[:20], estimation).radius
 
     assert radius(np.concatenate([rows, lost])) == radius(np.concatenate([rows, np.tile(text[1], (20, 1))]))
+
+
+@pytest.mark.parametrize(
+    "runs", [pytest.param(300, id="light"), pytest.param(10_000, id="heavy", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("distance", [0.8, 1.5])
+def test_a_rank_is_confirmed_falsely_no_oftener_than_alpha(distance, runs):
+    """The step of the next test, asked at its true radius, looked at after every chunk."""
+    rng, n, pilot, alpha = np.random.default_rng(40), 160, 40, 0.2
+    text = np.eye(5)
+    steps = np.stack([text[0], (text[1] + text[2]) / np.sqrt(2.0)])
+    truth, false = distance - norm.ppf(np.sqrt(0.5) / (1.0 + np.sqrt(0.5))), 0
+    for _ in range(runs):
+        certifier = RecallAtRadius(
+            text=text, radius=truth + 1e-9, k=2, own=0, sigma=1.0, alpha=alpha, n=n + pilot, n_pilot=pilot
+        )
+        found = fed_until(certifier, steps[(rng.random(n + pilot) > norm.cdf(distance)).astype(int)])
+        false += found.prediction == 0 and found.radius > 0
+    assert binom.sf(false - 1, runs, alpha) > 1e-3
 
 
 @pytest.mark.parametrize("distance", [0.2, 0.8, 1.5])

@@ -40,15 +40,15 @@ class Circle(Analytic):
 
 
 class HalfSpace(Analytic):
-    """O1: f = +u where z <= b, else -u, with a slope too steep to matter but not for gradients."""
+    """O1: f = +u where z <= b, else -u; its gradient is that of a slope, which may be wide."""
 
-    def __init__(self, b: float = 0.9) -> None:
+    def __init__(self, b: float = 0.9, slope: float = 50.0) -> None:
         super().__init__(f"half-space-{b}")
-        self.b = b
+        self.b, self.slope = b, slope
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         z = along(pixels)
-        soft = torch.tanh(50.0 * (self.b - z))
+        soft = torch.tanh(self.slope * (self.b - z))
         sign = torch.where(z <= self.b, 1.0, -1.0)
         cosine = soft + (sign - soft).detach()
         return torch.stack([cosine, 1e-3 * torch.ones_like(cosine)], dim=-1)

@@ -5,7 +5,7 @@ what an audit attacks. `CLAIMS` has the built-in ones; docs/certify.md adds one 
 
 Example:
     >>> sorted(CLAIMS)
-    ['class', 'feature', 'named', 'openset', 'recall', 'tokens', 'topk', 'vote']
+    ['class', 'feature', 'joint', 'named', 'openset', 'recall', 'tokens', 'topk', 'vote']
     >>> find_claim("vote").columns
     ('radius', 'deployed_radius')
 """
@@ -30,6 +30,7 @@ from robustvlm.certify.claims.base import (
 )
 from robustvlm.certify.claims.class_ import CLASS
 from robustvlm.certify.claims.feature import FEATURE
+from robustvlm.certify.claims.joint import JOINT
 from robustvlm.certify.claims.openset import OPENSET
 from robustvlm.certify.claims.recall import RECALL
 from robustvlm.certify.claims.tokens import TOKENS
@@ -41,7 +42,8 @@ from robustvlm.core import registry
 from robustvlm.core.user_code import code_is_refused
 from robustvlm.errors import UserError, nearest
 
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (FEATURE, TOKENS, CLASS, VOTE, OPENSET, TOPK, RECALL, NAMED)}
+_BUILT_IN = (FEATURE, JOINT, TOKENS, CLASS, VOTE, OPENSET, TOPK, RECALL, NAMED)
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in _BUILT_IN}
 """The built-in claims by name."""
 
 DEFAULT, DEFAULT_KEPT = FEATURE.name, CLASS.name

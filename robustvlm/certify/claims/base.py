@@ -43,6 +43,7 @@ RADII: dict[str, Column] = {
     "fcsb_radius": Column("corrected FCSB", _COLUMN_PILOT),
     "cdf_radius": Column("distribution (T5)", _COLUMN_PILOT),
     "direction_radius": Column("distribution and covariance (F3)", _COLUMN_PILOT),
+    "norm_radius": Column("mean alone (T4)", "the same claim by the bound of the claim feature"),
     "mean_radius": Column("mean margins only", "the same claim from means alone"),
 }
 """By the name of the column in `results.parquet`."""

@@ -214,7 +214,7 @@ class ClassAtRadius(Labelled):
 
     def finding(self) -> Finding:
         decision: Decision = "open" if self._test is None else self._test.decision
-        return self._found(self._at if decision == "certified" else 0.0, {}, _stop(decision))
+        return self._found(self._at if decision == "certified" else 0.0, {}, stop_of(decision))
 
 
 class VoteRadius(Labelled):
@@ -312,7 +312,7 @@ class VoteAtRadius(Labelled):
     def finding(self) -> Finding:
         decision = self._test.decision
         share = self._won / max(1, self.counts["estimation"])
-        return self._found(self._at if decision == "certified" else 0.0, {"votes": share}, _stop(decision))
+        return self._found(self._at if decision == "certified" else 0.0, {"votes": share}, stop_of(decision))
 
 
 def check_rounding(rounding: float) -> float:
@@ -349,7 +349,13 @@ def vote_winner(rows: Array, text: Array) -> int:
     return int(np.bincount(alone.argmax(axis=1), minlength=len(text)).argmax()) if len(alone) else -1
 
 
-def _stop(decision: Decision) -> Stop:
+def stop_of(decision: Decision) -> Stop:
+    """Return how sampling ended, of a test's decision.
+
+    Example:
+        >>> stop_of("open")
+        'exhausted'
+    """
     return "exhausted" if decision == "open" else decision
 
 

@@ -253,7 +253,9 @@ class FeatureQuantity(Quantity):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Feature(Claim):
+class FeatureClaim(Claim):
+    """The claim of this module, and what another way to the same statement shares with it."""
+
     def plan(self, asked: Asked, materials: Materials) -> Plan:
         assert asked.min_cos is not None
         cos0, alpha, sigma = asked.min_cos, asked.alpha, asked.sigma
@@ -302,7 +304,7 @@ class _Feature(Claim):
         )
 
 
-FEATURE = _Feature(
+FEATURE = FeatureClaim(
     name="feature",
     kept="the smoothed feature is certified to keep a cosine of at least {min_cos} to its value at the image",
     needs_classes=False,

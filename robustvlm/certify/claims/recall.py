@@ -15,7 +15,7 @@ from robustvlm.certify import classes
 from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Finding, Stage, mean_feature, unit_rows
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, require_rank, sampling_of, upper_mean
-from robustvlm.certify.claims.class_ import Labelled
+from robustvlm.certify.claims.class_ import Labelled, stop_of
 from robustvlm.certify.deployed import class_margin_needed
 from robustvlm.certify.normal import Array
 from robustvlm.certify.shapes import halfspace_shift
@@ -63,8 +63,11 @@ class RecallRadius(Labelled):
         n_pilot: int,
         rounding: float = 0.0,
         deployed: int | None = None,
+        radius: float | None = None,
     ) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, settings=("recall", k, own))
+        super().__init__(
+            text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius, settings=("recall", k, own)
+        )
         self.k, self.own = require_rank(k, len(self.text)), own
         self.of_image = (own,)
         if not (rounding >= 0.0 and np.isfinite(rounding)):
@@ -93,6 +96,41 @@ class RecallRadius(Labelled):
         if self.deployed is not None:
             columns["deployed_radius"] = radius(class_margin_needed(len(self.beaten), self.deployed, self.alpha))
         return self._found(radius(0.0), columns)
+
+
+class RecallAtRadius(RecallRadius):
+    """Does an entry stay among the k nearest within this radius? Samples until yes, hopeless, or n (T6, T8).
+
+    The tests of `ClassTest`, against the entries that have to stay behind.
+
+    Example:
+        >>> certifier = RecallAtRadius(
+        ...     text=np.eye(3), radius=0.1, k=2, own=1, sigma=0.25, alpha=0.001, n=5000, n_pilot=200
+        ... )
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.8, 0.6, 0.0], [0.6, 0.8, 0.0]] * (wanted.sure // 2))
+        >>> certifier.finding().radius, certifier.finding().n < 200
+        (0.1, True)
+    """
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        super()._absorb(stage, rows)
+        if stage == "pilot":
+            entries = self.text[[self.label, *self.beaten]]
+            self._test = classes.ClassTest(rows, entries, 0, a=self._at / self.sigma, alpha=self.alpha)
+        else:
+            self._test.update(rows)
+
+    def _goes_on(self, stage: Stage) -> bool:
+        del stage
+        return not self._decided()
+
+    def _decided(self) -> bool:
+        return self._test.decision != "open"
+
+    def finding(self) -> Finding:
+        decision = self._test.decision
+        return self._found(self._at if decision == "certified" else 0.0, {}, stop_of(decision))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,21 +174,22 @@ class RecallQuantity(Quantity):
 class _Recall(Claim):
     def plan(self, asked: Asked, materials: Materials) -> Plan:
         k = require_rank(asked.top, len(materials.classes))
-        common = {
-            "text": materials.classes, "k": k, "rounding": materials.rounding, "deployed": asked.deployed,
-            **sampling_of(asked),
-        }  # fmt: skip
+        early = asked.radius is not None
+        common = {"text": materials.classes, "k": k, **sampling_of(asked)}
+        kind: type[RecallRadius] = RecallAtRadius if early else RecallRadius
+        common |= {"radius": asked.radius} if early else {"rounding": materials.rounding, "deployed": asked.deployed}
+        tool = "anytime test" if early else "ELL band"
         return Plan(
             statement=f"an entry of the list stays among the {k} nearest to the mean feature: the one that belongs to "
             f"the image, or the nearest where the pilot does not have that among its {k}",
             rule=f"{self.rule}; k = {k}",
-            theorem="T5",
-            bound="ell",
-            stop_rule="fixed",
-            alpha_split={"margin to each entry that has to stay behind (ELL band; no correction, T8)": asked.alpha},
+            theorem="T6" if early else "T5",
+            bound="tangent" if early else "ell",
+            stop_rule="anytime" if early else "fixed",
+            alpha_split={f"margin to each entry that has to stay behind ({tool}; no correction, T8)": asked.alpha},
             best=self.linear_best(asked, 0.5),
-            certifier=partial(RecallRadius, **common),
-            by_label=lambda own: RecallRadius(own=own, **common),
+            certifier=partial(kind, **common),
+            by_label=lambda own: kind(own=own, **common),
             label_source="pilot",
         )
 
@@ -170,6 +209,7 @@ RECALL = _Recall(
     rule="the k texts that are nearest to the mean feature m over the noise, of infinitely many copies",
     deployed="the certified text is among the k nearest to the mean of {n0:,} fresh copies",
     options=("top",),
+    tests_radius=True,
     bounds_rounding=True,
     quantity=RecallQuantity.words,
 )

@@ -23,10 +23,12 @@ from robustvlm.certify.claims.base import (
     sampling_of,
     upper_mean,
 )
-from robustvlm.certify.claims.class_ import Labelled
-from robustvlm.certify.means import clopper_pearson_lower, clopper_pearson_upper
+from robustvlm.certify.claims.class_ import Labelled, stop_of
+from robustvlm.certify.limits import best_tangent_radius
+from robustvlm.certify.means import FRACTIONS, Decision, clopper_pearson_lower, clopper_pearson_upper, mix
 from robustvlm.certify.normal import Array, largest_true
 from robustvlm.certify.shapes import A_MAX
+from robustvlm.certify.tangent import tangent_at
 
 # The k classes with the most votes (the question of Jia et al., ICLR 2020, arXiv 1912.09899; the bound is another).
 #
@@ -47,6 +49,9 @@ from robustvlm.certify.shapes import A_MAX
 # Which T: order the rivals by their pilot votes, and let T(G) be the t last of G. Then T(G) never holds one of the
 # first k - t rivals, and every t of the others are T(G) of some G. The radius falls in the votes of T, so the least is
 # that of the t rivals with the most estimation votes among those behind the first k - t. The pilot also chooses t.
+
+
+_FUTILITY = 0.01  # error probability of giving up, which costs power and never soundness
 
 
 def rank_shift(least: float, rivals: float, t: int) -> float:
@@ -82,9 +87,20 @@ class TopVotes(Labelled):
     """
 
     def __init__(
-        self, *, text: ArrayLike, k: int, own: int = -1, sigma: float, alpha: float, n: int, n_pilot: int
+        self,
+        *,
+        text: ArrayLike,
+        k: int,
+        own: int = -1,
+        sigma: float,
+        alpha: float,
+        n: int,
+        n_pilot: int,
+        radius: float | None = None,
     ) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, settings=("top votes", k, own))
+        super().__init__(
+            text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius, settings=("top votes", k, own)
+        )
         self.k, self.own, self.parts = require_rank(k, len(self.text)), own, 1
         self.of_image = (own,)
         self._rivals: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -94,7 +110,7 @@ class TopVotes(Labelled):
         super()._absorb(stage, rows)
         counts = vote_counts(rows, self.text)
         if stage != "pilot":
-            self._counts = counts
+            self._counts = self._counts + counts
             return
         order = np.argsort(-counts, kind="stable")
         self.label = self.own if self.own in order[: self.k].tolist() else int(order[0])
@@ -112,6 +128,80 @@ class TopVotes(Labelled):
         lost = n - int(self._counts.sum())  # failed passes may be any rival's
         rivals = min(n, int(self._share(self._counts, self.parts)) + lost)
         return self._found(self.sigma * votes_shift(own, rivals, n, self.parts, self.alpha), {"votes": own / n})
+
+
+class TopAtRadius(TopVotes):
+    """Does a class stay among the k with the most votes within this radius? Copies until yes, hopeless, or n (T6, T8).
+
+    For a set T of t rivals the score of a copy is 1 in the class, 0 in T and 1 / (t + 1) elsewhere; (*) is a mean above
+    1 / (t + 1). One anytime-valid test for each T (that of `TangentTest`, the pilot's shares as reference) at alpha, and
+    no correction for their number. The wealth falls in the votes of T: the T with the most votes so far comes last.
+
+    Example:
+        >>> certifier = TopAtRadius(
+        ...     text=np.eye(3), radius=0.03, k=2, own=1, sigma=0.25, alpha=0.001, n=9000, n_pilot=200
+        ... )
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take(np.eye(3)[np.arange(wanted.sure) % 5 // 2])
+        >>> certifier.finding().radius, certifier.finding().stop, certifier.finding().n < 900
+        (0.03, 'certified', True)
+    """
+
+    decision: Decision = "open"
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        super()._absorb(stage, rows)
+        if stage == "pilot":
+            counts = vote_counts(rows, self.text)
+            order = self._rivals[self.k - self.parts :]
+            self._doubted = order[np.argsort(-counts[order], kind="stable")[: self.parts]]
+            own, rivals = int(counts[self.label]), int(counts[self._doubted].sum())
+            scores = np.repeat([1.0, 0.0, self._middle], [own, rivals, len(rows) - own - rivals])
+            self._tangent = tangent_at(scores, self._at / self.sigma)
+            self._nulls = np.maximum(self._tangent.null_mean(self._middle)[:, 0], 1e-6)
+            if not (self._nulls < 1.0).any():
+                self.decision = "futile"
+            return
+        n, own = self.counts["estimation"], int(self._counts[self.label])
+        lost = n - int(self._counts.sum())
+        if self._wealth(own, int(self._share(self._counts, self.parts)) + lost) >= -np.log(self.alpha):
+            self.decision = "certified"
+        elif self._doubts(own, int(self._counts[self._doubted].sum()) + lost) >= -np.log(_FUTILITY):
+            self.decision = "futile"
+
+    @property
+    def _middle(self) -> float:
+        return 1.0 / (self.parts + 1.0)
+
+    def _gains(self, own: int, rivals: int, *, against: bool) -> Array:
+        """Log wealth [C, F] of the bets on a large mean (or a small one) after so many copies in the class and in T."""
+        counts = np.array([own, rivals, self.counts["estimation"] - own - rivals])
+        values = self._tangent.transform([1.0, 0.0, self._middle])[..., 0]
+        nulls = np.where(self._nulls < 1.0 - 1e-9, self._nulls, 0.5)[:, None]
+        odds = (1.0 - values) / (1.0 - nulls) - 1.0 if against else values / nulls - 1.0
+        gains = np.log1p(odds[:, :, None] * np.array(FRACTIONS)).transpose(0, 2, 1) @ counts
+        return np.asarray(np.where((self._nulls < 1.0 - 1e-9)[:, None], gains, 0.0))
+
+    def _wealth(self, own: int, rivals: int) -> float:
+        return float(mix(self._gains(own, rivals, against=False).ravel()))
+
+    def _doubts(self, own: int, rivals: int) -> float:
+        """The least wealth of a reference against the claim, for the rivals that the pilot saw first."""
+        possible = self._nulls < 1.0 - 1e-9
+        doubts = mix(self._gains(own, rivals, against=True))
+        return float(np.where(possible, doubts, np.inf).min())
+
+    def _goes_on(self, stage: Stage) -> bool:
+        del stage
+        return not self._decided()
+
+    def _decided(self) -> bool:
+        return self.decision != "open"
+
+    def finding(self) -> Finding:
+        radius = self._at if self.decision == "certified" else 0.0
+        votes = int(self._counts[self.label]) / max(1, self.counts["estimation"])
+        return self._found(radius, {"votes": votes}, stop_of(self.decision))
 
 
 @lru_cache(maxsize=4096)
@@ -185,12 +275,21 @@ class TopQuantity(Quantity):
 class _TopVotes(Claim):
     def plan(self, asked: Asked, materials: Materials) -> Plan:
         k = require_rank(asked.top, len(materials.classes))
+        early = asked.radius is not None
         common = {"text": materials.classes, "k": k, **sampling_of(asked)}
+        kind: type[TopVotes] = TopVotes
+        if early:
+            kind, common = TopAtRadius, common | {"radius": asked.radius}
+        parts = {"share of the class": 0.5 * asked.alpha, "share of rivals (T8)": 0.5 * asked.alpha}
 
         def best(n: int) -> float:
             rest, part = self.rest(asked, n), 0.5 * asked.alpha
             if rest < 1:
                 return 0.0
+            if early:
+                return max(
+                    best_tangent_radius(rest, asked.alpha, asked.sigma, target=1.0 / (t + 1.0)) for t in range(1, k + 1)
+                )
             ours, theirs = clopper_pearson_lower(rest, rest, part), clopper_pearson_upper(0, rest, part)
             return asked.sigma * max(rank_shift(float(ours), float(theirs), t) for t in range(1, k + 1))
 
@@ -198,13 +297,13 @@ class _TopVotes(Claim):
             statement=f"the class stays among the {k} that most noisy copies are put into: the image's own class, or "
             f"the first where the pilot does not have that among its {k}",
             rule=f"{self.rule}; k = {k}",
-            theorem="T5",
-            bound="clopper-pearson",
-            stop_rule="fixed",
-            alpha_split={"share of the class": 0.5 * asked.alpha, "share of rivals (T8)": 0.5 * asked.alpha},
+            theorem="T6" if early else "T5",
+            bound="tangent" if early else "clopper-pearson",
+            stop_rule="anytime" if early else "fixed",
+            alpha_split={"shares of class and rivals (anytime test, T8)": asked.alpha} if early else parts,
             best=best,
-            certifier=partial(TopVotes, **common),
-            by_label=lambda own: TopVotes(own=own, **common),
+            certifier=partial(kind, **common),
+            by_label=lambda own: kind(own=own, **common),
             label_source="pilot",
         )
 
@@ -227,5 +326,6 @@ TOPK = _TopVotes(
     about_class=True,
     rule="the k classes that most of infinitely many noisy copies are put into",
     options=("top",),
+    tests_radius=True,
     quantity=TopQuantity.words,
 )

@@ -1,0 +1,114 @@
+"""The joint claim: the same statement as `feature`, from the distribution of angles and the mean at one alpha (T20)."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from robustvlm.certify.angles import TEST_SHARE, TURN_SHARE, JointPilot, best_joint_shift, joint_shift
+from robustvlm.certify.certifier import Certifier, Finding, Stage
+from robustvlm.certify.claims.base import Asked, Materials, Plan, sampling_of
+from robustvlm.certify.claims.feature import FEATURE, FeatureClaim, FeatureQuantity, feature_radius
+from robustvlm.certify.feature import PredictableDirection, norm_lower_bound
+from robustvlm.certify.normal import Array, check_cos0
+from robustvlm.errors import UserError
+from robustvlm.text import format_exact
+
+_PILOT = 50
+
+
+class JointRadius(Certifier):
+    """The largest radius at which `cos(m(x'), m(x)) >= cos0` is certified by angles and mean together (T20, T4).
+
+    Column: `norm_radius`, the bound of `FeatureRadius` from the estimation samples alone, at its own alpha. The
+    finding's `r` is a lower bound of ||m(x)|| at the part of alpha that is left for it: radius and r hold together.
+
+    Args:
+        cos0: cosine to certify. n: all samples, n_pilot of them for direction and bets.
+
+    Example:
+        >>> certifier = JointRadius(cos0=0.5, sigma=0.25, alpha=0.001, n=1000, n_pilot=50)
+        >>> while (wanted := certifier.request()) is not None:
+        ...     certifier.take([[0.96, 0.28], [0.96, -0.28]] * (wanted.sure // 2))
+        >>> found = certifier.finding()
+        >>> round(found.radius, 2), found.radius > found.columns["norm_radius"]
+        (0.52, True)
+    """
+
+    def __init__(self, *, cos0: float, sigma: float, alpha: float, n: int, n_pilot: int) -> None:
+        self.cos0 = check_cos0(cos0)
+        super().__init__(
+            ("pilot", n_pilot), ("estimation", n - n_pilot), sigma=sigma, alpha=alpha, settings=(self.cos0,)
+        )
+        if n_pilot < 2:
+            raise UserError("direction and bets are chosen by pilot samples: pass n_pilot of at least 2")
+        self._rows: dict[Stage, Array] = {}
+
+    def _absorb(self, stage: Stage, rows: Array) -> None:
+        self._rows[stage] = rows
+
+    def finding(self) -> Finding:
+        estimation = self._rows["estimation"]
+        pilot = JointPilot(self._rows["pilot"], cos0=self.cos0, n=len(estimation), alpha=self.alpha)
+        shift, r, plain = 0.0, 0.0, 0.0
+        if pilot.direction is not None:
+            scores = PredictableDirection(estimation.shape[1], start=pilot.direction).scores(estimation)
+            shift = joint_shift(pilot, estimation)
+            r = norm_lower_bound(scores, (1.0 - TEST_SHARE - TURN_SHARE) * self.alpha)
+            plain = norm_lower_bound(scores, self.alpha)
+        return Finding(
+            radius=self.sigma * shift,
+            stop="fixed",
+            n=self.counts["estimation"],
+            n_pilot=self.counts["pilot"],
+            failed=self.failed,
+            r=r,
+            mean=self.mean,
+            columns={"norm_radius": feature_radius(plain, self.cos0, self.sigma)},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Joint(FeatureClaim):
+    def pilot(self, samples: int, *, early: bool) -> int:
+        del early
+        return min(max(_PILOT, samples // 20), samples // 2)
+
+    def plan(self, asked: Asked, materials: Materials) -> Plan:
+        del materials
+        assert asked.min_cos is not None
+        cos0, alpha, sigma = asked.min_cos, asked.alpha, asked.sigma
+        return Plan(
+            statement="the smoothed features of image and attacked image have a cosine of at least "
+            + format_exact(cos0),
+            rule=self.rule,
+            theorem="T20",
+            bound="betting",
+            stop_rule="fixed",
+            alpha_split={
+                "angles and mean (one wealth)": _part(TEST_SHARE, alpha),
+                "angle of the pilot's direction": _part(TURN_SHARE, alpha),
+                "norm of the smoothed feature (betting)": _part(1.0 - TEST_SHARE - TURN_SHARE, alpha),
+            },
+            best=lambda n: sigma * best_joint_shift(self.rest(asked, n), alpha, cos0),
+            certifier=partial(JointRadius, cos0=cos0, **sampling_of(asked)),
+            direction_source="pilot",
+        )
+
+
+def _part(share: float, alpha: float) -> float:
+    """A part of alpha, as it is read."""
+    return float(f"{share * alpha:.10g}")
+
+
+JOINT = _Joint(
+    name="joint",
+    kept=FEATURE.kept,
+    needs_classes=False,
+    columns=("radius", "deployed_radius", "norm_radius"),
+    curve=True,
+    rule=FEATURE.rule,
+    deployed=FEATURE.deployed,
+    options=FEATURE.options,
+    head=None,
+    known_best=True,
+    quantity=FeatureQuantity.words,
+)
