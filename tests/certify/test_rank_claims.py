@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
 from robustvlm.certify import Job, SamplingEngine
 from robustvlm.certify.claims import CLAIMS, Materials
 from robustvlm.certify.claims.recall import RecallAtRadius, RecallQuantity, RecallRadius
-from robustvlm.certify.claims.topk import TopAtRadius, TopQuantity, TopVotes, rank_shift
+from robustvlm.certify.claims.topk import TopAtRadius, TopQuantity, TopVotes, rank_bets, rank_shift
 from robustvlm.certify.classes import CountedVotes
-from robustvlm.certify.tangent import TangentTest
+from robustvlm.certify.means import log_gains, mix
 from robustvlm.errors import UserError
 
 ALPHA = 0.05
@@ -97,27 +99,41 @@ def test_the_simulation_notices_a_question_at_a_smaller_radius(factor):
 
 
 def test_one_test_stands_for_all_sets_of_rivals():
-    """The wealth of the set with the most votes is the least of those that `TangentTest` gives every set."""
+    """The wealth of the set with the most votes is the least of those of every set."""
     rng, text, k = np.random.default_rng(31), np.eye(6), 3
     rows = text[rng.choice(6, size=264, p=[0.4, 0.2, 0.15, 0.1, 0.1, 0.05])]
     rows[70:73] = np.nan
     certifier = TopAtRadius(text=text, radius=0.1, k=k, own=0, sigma=1.0, alpha=1e-9, n=264, n_pilot=200)
     certifier.take(rows[:200])
-    t, order = certifier.parts, certifier._rivals
+    t, order, bets = certifier.parts, certifier._rivals, certifier.bets
     certifier.take(rows[200:232])
     certifier.take(rows[232:])
     votes = np.where(np.isnan(rows[200:]).any(axis=1), -1, rows[200:].argmax(axis=1))
     wealth = []
     for part in combinations(order[k - t :], t):
-        test = TangentTest(np.array([0.5]), a=0.1, target=1.0 / (t + 1), alpha=0.01)
-        test.tangent, test._nulls = certifier._tangent, certifier._nulls[:, None]
-        scores = np.where(np.isin(votes, part) | (votes < 0), 0.0, np.where(votes == 0, 1.0, 1.0 / (t + 1)))
-        test.update(scores)
-        wealth.append(test.log_wealth.item())
+        lost = np.isin(votes, part) | (votes < 0)
+        gains = [
+            log_gains(np.where(lost, 0.0, np.where(votes == 0, 1.0, middle)), null)
+            for middle, null in zip(bets.middle, bets.nulls, strict=True)
+        ]
+        wealth.append(float(mix(np.ravel(gains))))
     counts = certifier._counts
-    lost = 64 - int(counts.sum())
-    least = certifier._wealth(int(counts[0]), int(certifier._share(counts, t)) + lost)
-    assert least == pytest.approx(min(wealth))
+    rivals = int(certifier._share(counts, t)) + 64 - int(counts.sum())
+    assert bets.wealth(int(counts[0]), rivals, 64) == pytest.approx(min(wealth))
+
+
+@given(
+    own=st.floats(0.05, 0.95), split=st.floats(0.01, 0.99), t=st.integers(1, 4), a=st.floats(0.0, 3.0),
+    at=st.floats(0.01, 0.99), behind=st.floats(0.01, 0.99),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_the_mean_score_never_promises_more_than_the_bound(own, split, t, a, at, behind):
+    """Whatever shares the pilot saw, a mean score above its null means that t p'_y exceeds the votes of T."""
+    bets = rank_bets(own, split * (1.0 - own), t, a)
+    rivals = behind * (1.0 - at)
+    mean = at + (1.0 - at - rivals) * bets.middle
+    bound = norm.cdf(norm.ppf(1.0 - rivals) - a) + t * norm.cdf(norm.ppf(at) - a)
+    assert (bound > 1.0 - 1e-9) or (mean <= bets.nulls + 1e-9).all()
 
 
 def test_easy_questions_take_few_copies_and_hopeless_ones_are_given_up():

@@ -95,6 +95,24 @@ def upper_mean(values: Array, alpha: float) -> float:
     return 1.0 - 2.0 * float(betting_lower(scores, alpha))
 
 
+def choose_and_judge(features: Array, entries: int, alpha: float) -> tuple[Array, Array, float]:
+    """Return features that choose some of so many entries, features that bound theirs, and the level of each bound.
+
+    Features that chose nothing can bound at alpha, whichever was chosen; all features can bound each entry at alpha
+    over their number, whatever is chosen. What needs fewer features is taken: the second below 1 / alpha entries.
+
+    Example:
+        >>> [len(part) for part in choose_and_judge(np.zeros((8, 2)), 10, 0.01)[:2]]
+        [8, 8]
+        >>> [len(part) for part in choose_and_judge(np.zeros((8, 2)), 1000, 0.01)[:2]]
+        [4, 4]
+    """
+    if entries < 1.0 / alpha:
+        return features, features, alpha / entries
+    half = len(features) // 2
+    return features[:half], features[half:], alpha
+
+
 # What a claim is: the statement of a certificate, how it is bounded, and all that the rest of the program asks of it
 
 _PILOT = 200

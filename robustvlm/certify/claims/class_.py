@@ -14,7 +14,16 @@ from torch import Tensor
 from robustvlm.certify import classes
 from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, mean_feature, unit_rows
-from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of, upper_mean
+from robustvlm.certify.claims.base import (
+    Asked,
+    Claim,
+    Materials,
+    Plan,
+    Quantity,
+    choose_and_judge,
+    sampling_of,
+    upper_mean,
+)
 from robustvlm.certify.deployed import (
     answered_margin_needed,
     answered_share_needed,
@@ -400,10 +409,10 @@ class ClassQuantity(Quantity):
         return float((self.normals @ mean_feature(features)[0]).min())
 
     def upper(self, features: Array, alpha: float) -> float:
-        """Half the features choose the rival, the other half bound its margin."""
-        half = len(features) // 2
-        rival = int((self.normals @ mean_feature(features[:half])[0]).argmin())
-        return upper_mean(unit_rows(features[half:]) @ self.normals[rival], alpha)
+        """Some features choose a rival; its margin is at least the least."""
+        first, rest, level = choose_and_judge(features, len(self.normals), alpha)
+        rival = int((self.normals @ mean_feature(first)[0]).argmin())
+        return upper_mean(unit_rows(rest) @ self.normals[rival], level)
 
 
 @dataclass(frozen=True, kw_only=True)

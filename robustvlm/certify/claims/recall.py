@@ -14,7 +14,17 @@ from torch import Tensor
 from robustvlm.certify import classes
 from robustvlm.certify.bands import ell_band
 from robustvlm.certify.certifier import Finding, Stage, mean_feature, unit_rows
-from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, require_rank, sampling_of, upper_mean
+from robustvlm.certify.claims.base import (
+    Asked,
+    Claim,
+    Materials,
+    Plan,
+    Quantity,
+    choose_and_judge,
+    require_rank,
+    sampling_of,
+    upper_mean,
+)
 from robustvlm.certify.claims.class_ import Labelled, stop_of
 from robustvlm.certify.deployed import class_margin_needed
 from robustvlm.certify.normal import Array
@@ -163,11 +173,11 @@ class RecallQuantity(Quantity):
         return float(np.sort(self.normals @ mean_feature(features)[0])[self.k - 1])
 
     def upper(self, features: Array, alpha: float) -> float:
-        """Half of the features choose k entries; the largest margin over one of them is at least the value."""
-        half = len(features) // 2
-        chosen = np.argsort(self.normals @ mean_feature(features[:half])[0])[: self.k]
-        rows = unit_rows(features[half:])
-        return max(upper_mean(rows @ self.normals[entry], alpha) for entry in chosen)
+        """Of k entries that some features choose, the largest margin over one is at least the value."""
+        first, rest, level = choose_and_judge(features, len(self.normals), alpha)
+        chosen = np.argsort(self.normals @ mean_feature(first)[0])[: self.k]
+        rows = unit_rows(rest)
+        return max(upper_mean(rows @ self.normals[entry], level) for entry in chosen)
 
 
 @dataclass(frozen=True, kw_only=True)

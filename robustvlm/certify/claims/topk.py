@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import log
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from robustvlm.certify.claims.base import (
     Materials,
     Plan,
     Quantity,
+    choose_and_judge,
     require_rank,
     sampling_of,
     upper_mean,
@@ -28,7 +30,6 @@ from robustvlm.certify.limits import best_tangent_radius
 from robustvlm.certify.means import FRACTIONS, Decision, clopper_pearson_lower, clopper_pearson_upper, mix
 from robustvlm.certify.normal import Array, largest_true
 from robustvlm.certify.shapes import A_MAX
-from robustvlm.certify.tangent import tangent_at
 
 # The k classes with the most votes (the question of Jia et al., ICLR 2020, arXiv 1912.09899; the bound is another).
 #
@@ -67,6 +68,61 @@ def rank_shift(least: float, rivals: float, t: int) -> float:
         return bool(ndtr(theirs - a) + t * ndtr(ours - a) > 1.0 + 1e-12)
 
     return float(largest_true(holds, 0.0, A_MAX)) if holds(np.float64(0.0)) else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class RankBets:
+    """Bets on (*) at a shift, for one set T of t rivals: what a copy in the class, in none, and in T counts.
+
+    The left side of the bound, F = Phi(Phi^-1(1 - s) - a) + t Phi(Phi^-1(p_y) - a), is convex in (s, p_y), so it lies
+    above its tangent at any reference, which is the mean of a score of single copies (T6). Scaled to [0, 1], that score
+    is 0 in T, 1 in the class, and `middle` elsewhere; its mean above `nulls` gives F > 1. Constant bets, mixed.
+
+    Args:
+        middle, nulls: [C], by reference.
+    """
+
+    middle: Array
+    nulls: Array
+
+    def wealth(self, own: int, rivals: int, n: int) -> float:
+        """Return the log wealth of the bets on the claim after n copies, so many of them in the class and in T."""
+        return float(mix(self._gains(own, rivals, n, against=False).ravel()))
+
+    def doubt(self, own: int, rivals: int, n: int) -> float:
+        """Return that of the bets against it, the least of all references."""
+        doubts = mix(self._gains(own, rivals, n, against=True))
+        return float(np.where(self.nulls < 1.0 - 1e-9, doubts, np.inf).min())
+
+    def _gains(self, own: int, rivals: int, n: int, *, against: bool) -> Array:
+        possible = self.nulls < 1.0 - 1e-9  # elsewhere the wealth stays at one
+        nulls = np.where(possible, self.nulls, 0.5)[:, None]
+        values = np.stack([np.ones_like(self.middle), np.zeros_like(self.middle), self.middle], axis=1)
+        odds = (1.0 - values) / (1.0 - nulls) - 1.0 if against else values / nulls - 1.0
+        gains = np.log1p(np.array(FRACTIONS)[:, None] * odds[:, None, :]) @ np.array([own, rivals, n - own - rivals])
+        return np.asarray(np.where(possible[:, None], gains, 0.0))
+
+
+def rank_bets(own: float, rivals: float, t: int, a: float) -> RankBets:
+    """Return bets with references where F is one, next to the pilot's shares of the class and of T and to two others.
+
+    Example:
+        >>> rank_bets(0.9, 0.05, 1, 1.0).nulls.round(3).tolist()
+        [0.845, 0.855, 0.841]
+    """
+    shares = np.array([[1.0 - rivals * factor, own] for factor in (1.0, 0.5, min(2.0, 0.5 * (1.0 + 1.0 / rivals)))])
+    reached = np.array([_shift_of(ours, other, t) for other, ours in shares])
+    z = ndtri(shares) - (reached - a)[:, None]
+    slope = np.exp(a * z - 0.5 * a * a) * np.array([1.0, t])
+    constant = (ndtr(z - a) * np.array([1.0, t]) - slope * ndtr(z)).sum(axis=1)
+    total = slope.sum(axis=1)
+    return RankBets(slope[:, 0] / total, np.maximum((1.0 - constant) / total, 1e-6))
+
+
+def _shift_of(own: float, others: float, t: int) -> float:
+    """The shift, negative too, at which F is one for the share of the class and that of all outside of T."""
+    ours, theirs = ndtri(own), ndtri(others)
+    return float(largest_true(lambda a: ndtr(theirs - a) + t * ndtr(ours - a) > 1.0, -A_MAX, A_MAX))
 
 
 class TopVotes(Labelled):
@@ -133,9 +189,8 @@ class TopVotes(Labelled):
 class TopAtRadius(TopVotes):
     """Does a class stay among the k with the most votes within this radius? Copies until yes, hopeless, or n (T6, T8).
 
-    For a set T of t rivals the score of a copy is 1 in the class, 0 in T and 1 / (t + 1) elsewhere; (*) is a mean above
-    1 / (t + 1). One anytime-valid test for each T (that of `TangentTest`, the pilot's shares as reference) at alpha, and
-    no correction for their number. The wealth falls in the votes of T: the T with the most votes so far comes last.
+    One anytime-valid test for each set T of t rivals (`RankBets`) at alpha, and no correction for their number. The
+    wealth falls in the votes of T, so that of the T with the most votes so far is the least.
 
     Example:
         >>> certifier = TopAtRadius(
@@ -152,44 +207,23 @@ class TopAtRadius(TopVotes):
     def _absorb(self, stage: Stage, rows: Array) -> None:
         super()._absorb(stage, rows)
         if stage == "pilot":
-            counts = vote_counts(rows, self.text)
-            order = self._rivals[self.k - self.parts :]
-            self._doubted = order[np.argsort(-counts[order], kind="stable")[: self.parts]]
-            own, rivals = int(counts[self.label]), int(counts[self._doubted].sum())
-            scores = np.repeat([1.0, 0.0, self._middle], [own, rivals, len(rows) - own - rivals])
-            self._tangent = tangent_at(scores, self._at / self.sigma)
-            self._nulls = np.maximum(self._tangent.null_mean(self._middle)[:, 0], 1e-6)
-            if not (self._nulls < 1.0).any():
-                self.decision = "futile"
+            self._prepare(vote_counts(rows, self.text), len(rows))
             return
         n, own = self.counts["estimation"], int(self._counts[self.label])
         lost = n - int(self._counts.sum())
-        if self._wealth(own, int(self._share(self._counts, self.parts)) + lost) >= -np.log(self.alpha):
+        most, first = self._share(self._counts, self.parts), self._counts[self._doubted].sum()
+        if self.bets.wealth(own, int(most) + lost, n) >= -log(self.alpha):
             self.decision = "certified"
-        elif self._doubts(own, int(self._counts[self._doubted].sum()) + lost) >= -np.log(_FUTILITY):
+        elif self.bets.doubt(own, int(first) + lost, n) >= -log(_FUTILITY):
             self.decision = "futile"
 
-    @property
-    def _middle(self) -> float:
-        return 1.0 / (self.parts + 1.0)
-
-    def _gains(self, own: int, rivals: int, *, against: bool) -> Array:
-        """Log wealth [C, F] of the bets on a large mean (or a small one) after so many copies in the class and in T."""
-        counts = np.array([own, rivals, self.counts["estimation"] - own - rivals])
-        values = self._tangent.transform([1.0, 0.0, self._middle])[..., 0]
-        nulls = np.where(self._nulls < 1.0 - 1e-9, self._nulls, 0.5)[:, None]
-        odds = (1.0 - values) / (1.0 - nulls) - 1.0 if against else values / nulls - 1.0
-        gains = np.log1p(odds[:, :, None] * np.array(FRACTIONS)).transpose(0, 2, 1) @ counts
-        return np.asarray(np.where((self._nulls < 1.0 - 1e-9)[:, None], gains, 0.0))
-
-    def _wealth(self, own: int, rivals: int) -> float:
-        return float(mix(self._gains(own, rivals, against=False).ravel()))
-
-    def _doubts(self, own: int, rivals: int) -> float:
-        """The least wealth of a reference against the claim, for the rivals that the pilot saw first."""
-        possible = self._nulls < 1.0 - 1e-9
-        doubts = mix(self._gains(own, rivals, against=True))
-        return float(np.where(possible, doubts, np.inf).min())
+    def _prepare(self, counts: npt.NDArray[np.int64], n: int) -> None:
+        behind = self._rivals[self.k - self.parts :]
+        self._doubted = behind[np.argsort(-counts[behind], kind="stable")[: self.parts]]
+        own, rivals = ((float(c) + 0.5) / (n + 1.0) for c in (counts[self.label], counts[self._doubted].sum()))
+        self.bets = rank_bets(own, min(rivals, 1.0 - 1e-6), self.parts, self._at / self.sigma)
+        if not (self.bets.nulls < 1.0 - 1e-9).any():
+            self.decision = "futile"
 
     def _goes_on(self, stage: Stage) -> bool:
         del stage
@@ -256,11 +290,10 @@ class TopQuantity(Quantity):
         return float(shares[self.label] - np.sort(rivals)[-self.k])
 
     def upper(self, features: Array, alpha: float) -> float:
-        """Half of the features choose k rivals; the most that the label leads one of them by is at least the value."""
-        half = len(features) // 2
-        counts = vote_counts(features[:half], self.text)
+        """Of k rivals that some features choose, the most that the label leads one by is at least the value."""
+        first, rest, level = choose_and_judge(features, len(self.text) - 1, alpha)
+        counts = vote_counts(first, self.text)
         counts[self.label] = -1
-        rest = features[half:]
         failed = np.asarray(np.isnan(rest).any(axis=1))
         said = np.where(failed[:, None], 0.0, rest) @ self.text.T
         chosen = said.argmax(axis=1)
@@ -268,7 +301,7 @@ class TopQuantity(Quantity):
             np.where(failed, np.nan, (chosen == self.label).astype(float) - (chosen == rival))
             for rival in np.argsort(-counts, kind="stable")[: self.k]
         ]
-        return max(upper_mean(lead, alpha) for lead in leads)
+        return max(upper_mean(lead, level) for lead in leads)
 
 
 @dataclass(frozen=True, kw_only=True)
