@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="tiny")
     parser.add_argument("--data", default="emoji")
     parser.add_argument("--classes", type=Path, help="other class names, for cache")
+    parser.add_argument("--candidates", type=Path, help="names that the classes are drawn from, for cache")
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sigma", default="0.25")
@@ -145,13 +146,21 @@ def cache(options: argparse.Namespace) -> None:
     rows = []
     first = 0.0
     for name, prompts in (("first, by sampling", None), ("adaptive, from cache", "adaptive"),
+                          ("candidates, from cache", "candidates"),
                           ("independent, from cache", "independent")):  # fmt: skip
+        if prompts == "candidates" and options.candidates is None:
+            continue
         began = time.process_time()
         settings = sampled
         if prompts is not None:
             source = str(options.out / "benchmark-cache")
             settings = CertifySettings(
-                classes=options.classes, from_cache=source, prompts=prompts, name=f"benchmark-{prompts}", **common
+                classes=options.classes,
+                from_cache=source,
+                name=f"benchmark-{prompts}",
+                prompts=None if prompts == "candidates" else prompts,
+                candidates=options.candidates if prompts == "candidates" else None,
+                **common,
             )
         run = Run(CERTIFY, settings)
         loaded = time.process_time()

@@ -192,6 +192,7 @@ class _Certify(CallableModule[CertifyRecord]):
         cache: str | None = None,
         from_cache: str | None = None,
         prompts: str | None = None,
+        candidates: Path | str | None = None,
         limit: int | None = None,
         seed: int = 0,
         lanes: int | None = None,
@@ -246,6 +247,8 @@ class _Certify(CallableModule[CertifyRecord]):
             from_cache: A run made with --cache: certify --classes by text passes only.
             prompts: With --from-cache: independent if the prompts were fixed without looking at what the features gave,
                 else adaptive (the default, valid always, smaller radii).
+            candidates: With --from-cache: file of names fixed without looking, from which --classes is drawn at any
+                time (class; larger radii than adaptive).
             limit: Certify this many images, chosen by a hash of their ids.
             seed: Seed of the noise.
             lanes: Noisy images per batch [default: 128; GPU: 512].

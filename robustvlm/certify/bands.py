@@ -106,6 +106,9 @@ def calibrate(n: int, alpha: float, *, tolerance: float = 1e-5) -> float:
 COMPUTE_UP_TO = 20_000
 """Largest n whose level is computed on demand (about 6 s); larger bands use the fallback without calibration."""
 
+LEAST_LEVEL = 1e-6
+"""Least alpha that is calibrated: of a smaller one, one minus the probability of no crossing keeps too few digits."""
+
 
 def cache_file() -> Path:
     """Return where computed levels are kept.
@@ -170,7 +173,7 @@ def _remember(n: int, alpha: float, eta: float, path: Path) -> None:
 
 @lru_cache(maxsize=256)
 def local_level(n: int, alpha: float) -> float | None:
-    """Return the calibrated local level for `n` samples, or None when `n` is too large to calibrate on demand.
+    """Return the calibrated local level for `n` samples, or None when `n` is too large, or `alpha` too small.
 
     A cached value is used only if its seal and its certain limits `alpha/n <= eta <= alpha` hold; a damaged or
     foreign cache entry is computed anew.
@@ -183,7 +186,7 @@ def local_level(n: int, alpha: float) -> float | None:
     """
     alpha = check_alpha(alpha)
     eta = shipped_levels().get(_key(n, alpha))
-    if eta is not None or n > COMPUTE_UP_TO:
+    if eta is not None or n > COMPUTE_UP_TO or alpha < LEAST_LEVEL:
         return eta
     path = cache_file()
     eta = _cached(n, alpha, path)
@@ -254,7 +257,7 @@ def index_band(n: int, alpha: float, *, points: int = 128) -> Band:
 
 
 def ell_band(n: int, alpha: float) -> Band:
-    """Return the equal-local-levels (Berk-Jones) band, or `index_band` when `n` is too large to calibrate.
+    """Return the equal-local-levels (Berk-Jones) band, or `index_band` where that is not calibrated.
 
     Every order statistic gets the same local level, calibrated so that the chance of any crossing is alpha exactly
     for continuous scores and smaller otherwise. Narrow in the tails, where a Gaussian shift looks.

@@ -10,11 +10,9 @@ from robustvlm.certify.certifier import direction_scores, mean_feature
 from robustvlm.certify.classes import (
     ClassTest,
     class_margin_radius,
-    covariance_upper,
     mean_ball,
     mean_margin_radius,
     rival_normals,
-    vocabulary_radius,
 )
 from robustvlm.certify.deployed import _by_angle, class_margin_needed, deployed_inner, vote_share_needed
 from robustvlm.certify.feature import vector_radius
@@ -56,7 +54,6 @@ def test_more_rivals_never_help_and_identical_prompts_abstain() -> None:
     assert class_margin_radius(ROWS, doubled, 7, 1.0, BAND) == 0.0
     assert mean_margin_radius(ROWS, doubled, 7, 1.0, 0.001) == 0.0
     assert rival_normals(doubled, 7) is None
-    assert vocabulary_radius(TEXT[7], doubled, 7, 1.0, ball=0.0) == 0.0
     assert predict(ROWS, np.vstack([TEXT[7], TEXT[7]]), 0.001) is None
     assert ClassTest(PILOT, doubled, 7, a=0.1, alpha=0.001).decision == "futile"
 
@@ -105,31 +102,6 @@ def test_angle_route_certifies_where_the_angle_allows() -> None:
     beta = class_angle(mean / np.linalg.norm(mean), 7)
     assert 0.0 < beta < np.pi / 2
     assert vector_radius(0.8, float(np.cos(beta)), 1.0) > 0.0
-
-
-def test_open_vocabulary_ball_covers_prompts_chosen_later() -> None:
-    mean, lost = mean_feature(ROWS)
-    assert lost == 0.0
-    pilot_mean, _ = mean_feature(PILOT)
-    variance = covariance_upper(ROWS, pilot_mean, 0.0005)
-    ball = mean_ball(1000, 0.0005, r=0.0)
-    late = np.vstack([TEXT[7], -mean])
-    assert vocabulary_radius(mean, late, 0, 1.0, ball=ball, variance=variance) > 0.2
-    tight = vocabulary_radius(mean, late, 0, 1.0, ball=ball, variance=variance)
-    assert vocabulary_radius(mean, late, 0, 1.0, ball=ball + 0.1, variance=variance) < tight
-    assert vocabulary_radius(mean, late, 0, 1.0, ball=ball, variance=1.0) <= tight
-    assert vocabulary_radius(mean, late, 1, 1.0, ball=ball) == 0.0
-    assert vocabulary_radius(mean, late, 0, 1.0, ball=float("nan")) == 0.0
-
-
-def test_covariance_bound_is_above_the_truth_also_with_failures() -> None:
-    truth = np.linalg.eigvalsh(np.cov(cloud(9, 20_000, centre=3.0 * TEXT[7], spread=0.3).T))[-1]
-    clean = covariance_upper(ROWS, mean_feature(PILOT)[0], 0.001)
-    failed = ROWS.copy()
-    failed[:20] = np.nan
-    assert truth < clean < covariance_upper(failed, mean_feature(PILOT)[0], 0.001) <= 1.0
-    with pytest.raises(UserError, match="unit ball"):
-        covariance_upper(ROWS, 2 * TEXT[0], 0.001)
 
 
 def test_hard_vote_is_cohens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,53 @@ def test_half_precision_and_adaptive_prompts_cost_radius(make_folder: MakeFolder
         assert rounded["radius"] <= mine["radius"]
         assert any_prompts["radius"] < rounded["radius"] or rounded["radius"] == 0.0
     assert sum(row["radius"] for row in rows(half)) > 0.8 * sum(row["radius"] for row in rows(exact))
+
+
+def test_classes_drawn_from_candidates_cost_less_than_any_prompts(make_folder: MakeFolder, tmp_path: Path) -> None:
+    photos = make_folder(4)
+    prepared(photos, sigma=0.02, samples=1000, cache="float32").summary()
+    few, many = tmp_path / "few.txt", tmp_path / "many.txt"
+    names = ["cat", "dog", "fox"]
+    few.write_text("\n".join([*names, "wolf"]))
+    many.write_text("\n".join([*names, *(f"thing {i}" for i in range(5000))]))
+    radius = {}
+    for name, options in {
+        "fixed": {"prompts": "independent"}, "few": {"candidates": few}, "many": {"candidates": many}, "any": {},
+    }.items():  # fmt: skip
+        run = replayed(photos, name=name, **options)
+        run.summary()
+        radius[name] = [row["radius"] for row in rows(run)]
+        if "candidates" in options:
+            assert run.config.prompts == "candidates"
+            assert "every list of classes that is drawn from them" in run.manifest["plan"]["notes"][0]
+            proof = json.loads(rows(run)[0]["certificate"])["provenance"]
+            assert proof["bound"] == {"few": "ell", "many": "index"}[name]
+    for fixed, some, more in zip(radius["fixed"], radius["few"], radius["many"], strict=True):
+        assert fixed > some > more or fixed == 0.0
+    assert sum(radius["few"]) > sum(radius["any"])
+
+
+def test_candidates_that_are_none_are_refused(make_folder: MakeFolder, tmp_path: Path) -> None:
+    photos = make_folder(2)
+    prepared(photos, cache="float32").summary()
+    names = tmp_path / "names.txt"
+    for content, message in (("wolf\nfox", "is none of the 2 candidates"), ("a\na", "must differ"), ("a", ".")):
+        names.write_text(content)
+        with pytest.raises(UserError, match=message):
+            replayed(photos, candidates=names)
+    names.write_text("a\nb")
+    with pytest.raises(UserError, match="candidates is for"):
+        replayed(photos, candidates=names, prompts="independent")
+    with pytest.raises(UserError, match="candidates is for"):
+        prepared(photos, candidates=names)
+
+
+def test_how_many_copies_would_do_is_said_beforehand(make_folder: MakeFolder) -> None:
+    photos = make_folder(4)
+    prepared(photos, sigma=0.02, samples=60, cache="float32").summary()
+    watch = Watch()
+    replayed(photos, name="few").summary(watch)
+    assert any("copies an image would certify a radius for half" in line for line in watch.said)
 
 
 def test_new_classes_find_their_images_by_name(make_folder: MakeFolder, tmp_path: Path) -> None:

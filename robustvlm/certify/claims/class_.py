@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from robustvlm.certify import classes
-from robustvlm.certify.bands import ell_band
+from robustvlm.certify.bands import LEAST_LEVEL, ell_band
 from robustvlm.certify.certifier import Certifier, Finding, Stage, Stop, mean_feature, unit_rows
 from robustvlm.certify.claims.base import (
     Asked,
@@ -24,6 +24,7 @@ from robustvlm.certify.claims.base import (
     sampling_of,
     upper_mean,
 )
+from robustvlm.certify.core import best_core_shift, copies_needed, core_of
 from robustvlm.certify.deployed import (
     answered_margin_needed,
     answered_share_needed,
@@ -158,10 +159,11 @@ class ClassRadius(Labelled):
 
 
 class VocabularyRadius(Labelled):
-    """The radius at which the mean feature keeps its class, for prompts chosen at any time (T2, T7).
+    """The radius at which the mean feature keeps its class, for prompts chosen at any time (T21).
 
-    The claim holds at once for every prompt set, chosen before or after the samples were seen: one ball around the mean
-    and one bound of the covariance (alpha / 2 each) cover all directions.
+    The claim holds at once for every prompt set, chosen before or after the samples were seen: the events behind a
+    `Core` cover all directions. Columns: `ball`, `variance` and `outside` of the core; `needed`, about how many samples
+    would certify some radius for these prompts (0: no number would).
 
     Args:
         rounding: as in `ClassRadius`.
@@ -171,7 +173,7 @@ class VocabularyRadius(Labelled):
         >>> while (wanted := certifier.request()) is not None:
         ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
         >>> round(certifier.finding().radius, 2)
-        0.13
+        0.21
     """
 
     def __init__(
@@ -181,13 +183,13 @@ class VocabularyRadius(Labelled):
         self.rounding = check_rounding(rounding)
 
     def finding(self) -> Finding:
-        rows = self._rows["estimation"]
-        mean, lost = mean_feature(rows)
-        centre = mean_feature(self._rows["pilot"])[0]
-        variance = classes.covariance_upper(rows, centre, 0.5 * self.alpha)
-        ball = classes.mean_ball(len(rows), 0.5 * self.alpha) + lost + self.rounding
-        radius = classes.vocabulary_radius(mean, self.text, self.label, self.sigma, ball=ball, variance=variance)
-        return self._found(radius, {"ball": ball, "variance": variance})
+        normals, pilot = classes.rival_normals(self.text, self.label), self._rows["pilot"]
+        if normals is None or not np.isfinite(pilot).all(axis=1).any():
+            return self._found(0.0, {})
+        core = core_of(pilot, self._rows["estimation"], self.alpha)
+        needed = copies_needed(core, normals, self.alpha) or 0
+        columns = {"ball": core.ball, "variance": core.variance, "outside": core.outside, "needed": float(needed)}
+        return self._found(self.sigma * core.shift(normals, least=self.rounding), columns)
 
 
 class ClassAtRadius(Labelled):
@@ -420,6 +422,8 @@ class _Class(Claim):
     def plan(self, asked: Asked, materials: Materials) -> Plan:
         if asked.prompts == "adaptive":
             return self._any_prompts(asked, materials)
+        if asked.prompts == "candidates":
+            return self._any_candidates(asked, materials)
         common = {"text": materials.classes, **sampling_of(asked)}
         early = asked.radius is not None
         certifier: Callable[[], Certifier]
@@ -451,13 +455,35 @@ class _Class(Claim):
         return Plan(
             statement=f"{_STATEMENT}, for prompts chosen at any time",
             rule=self.rule,
-            theorem="T7",
-            bound="mcdiarmid+kl",
+            theorem="T21",
+            bound="pinelis+kl",
             stop_rule="fixed",
-            alpha_split={"ball around the mean": 0.5 * alpha, "covariance": 0.5 * alpha},
-            best=lambda n: best_class_radius(self.rest(asked, n), alpha, sigma),
+            alpha_split=dict.fromkeys(
+                ("ball around the mean", "covariance of the core", "spread of the core", "share outside"), 0.25 * alpha
+            ),
+            best=lambda n: sigma * best_core_shift(self.rest(asked, n), alpha),
             certifier=partial(
                 VocabularyRadius, text=materials.classes, **sampling_of(asked), rounding=materials.rounding
+            ),
+            label_source="pilot",
+        )
+
+    def _any_candidates(self, asked: Asked, materials: Materials) -> Plan:
+        """The bound of `ClassRadius` for all pairs of candidates at once, of which the class list has some."""
+        assert asked.n_candidates is not None
+        pairs = asked.n_candidates * (asked.n_candidates - 1)
+        level = asked.alpha / pairs
+        common = sampling_of(asked) | {"alpha": level, "text": materials.classes, "rounding": materials.rounding}
+        return Plan(
+            statement=f"{_STATEMENT}, for classes drawn at any time from {asked.n_candidates:,} candidates",
+            rule=self.rule,
+            theorem="T5",
+            bound="ell" if level >= LEAST_LEVEL else "index",
+            stop_rule="fixed",
+            alpha_split={f"margin of each of {pairs:,} pairs of candidates (union)": asked.alpha},
+            best=lambda n: best_class_radius(self.rest(asked, n), level, asked.sigma),
+            certifier=partial(
+                ClassRadius, **common, deployed=asked.deployed, abstains_at=asked.abstains_at, baselines=False
             ),
             label_source="pilot",
         )

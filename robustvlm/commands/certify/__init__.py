@@ -83,6 +83,12 @@ class CertifySettings(Settings):
         "adaptive (the default, valid always, smaller radii).",
         group="Kept features",
     )
+    candidates: Path | None = option(
+        None,
+        "With --from-cache: file of names fixed without looking, from which --classes is drawn at any time (class; "
+        "larger radii than adaptive).",
+        group="Kept features",
+    )
     limit: int | None = option(
         None, "Certify this many images, chosen by a hash of their ids.", at_least=1, group="Model and data"
     )
@@ -114,7 +120,7 @@ class CertifySettings(Settings):
         if self.audit is None:
             self.require_none(("audit_starts", "audit_steps"), f"is for {setting('audit', 'RUN')}")
             return self
-        others = ("fail_if", "from_cache", "prompts", "name", "track")
+        others = ("fail_if", "from_cache", "prompts", "candidates", "name", "track")
         why = f"is not for {setting('audit')}: what is audited stands in the run"
         self.require_none(others, why)
         self.require_only(("limit", "seed", "device"), why)

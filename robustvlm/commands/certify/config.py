@@ -22,11 +22,11 @@ from robustvlm.runs.manifest import Manifest
 
 # What defines a certify run: the settings that decide its certificates
 
-_LATER = ("abstains_at", "top", "threat")
+_LATER = ("abstains_at", "top", "threat", "candidates", "n_candidates", "candidate_list")
 ASIDE = 1e-3
 """Share of alpha that is set aside where the law of the noise is known up to rounding (`Threat.off_law`)."""
 CacheType = Literal["float16", "float32"]
-Prompts = Literal["independent", "adaptive"]
+Prompts = Literal["independent", "adaptive", "candidates"]
 
 
 class CertifyConfig(BaseModel):
@@ -48,6 +48,8 @@ class CertifyConfig(BaseModel):
         cache: number type in which noisy features are kept.
         source: fingerprint of the run whose kept features are judged instead of new ones.
         prompts: for kept features: whether the prompts were fixed without looking at what the features gave.
+        candidates, n_candidates, candidate_list: file, number and digest of the names that the classes were drawn from,
+            where only those were fixed without looking.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +77,9 @@ class CertifyConfig(BaseModel):
     cache: CacheType | None = None
     source: str | None = None
     prompts: Prompts | None = None
+    candidates: str | None = None
+    n_candidates: int | None = None
+    candidate_list: str | None = None
     limit: int | None
     seed: int
     lanes: int

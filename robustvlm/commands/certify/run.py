@@ -23,6 +23,7 @@ from robustvlm.commands.certify.encoder import (
     require_room,
     same_bits,
 )
+from robustvlm.commands.certify.prompts import copies_line
 from robustvlm.commands.certify.store import CertifyFact, CertifyLedger, Recorder, make_certify_rows
 from robustvlm.commands.certify.summary import summarise_certify
 from robustvlm.commands.common.inputs import Images, Picture
@@ -141,6 +142,9 @@ def forecast_line(
     kept = f"; kept features take {cache_bytes / 1e6:,.1f} MB" if cache_bytes else ""
     best = format_up(best_radius, 3)
     return f"{some}, at most {count_of(samples, 'samples')} each{cost}; radius at best {best}{kept}"
+
+
+_FORECAST_IMAGES = 20
 
 
 class Told:
@@ -345,6 +349,10 @@ class ReplayRun:
         left = [row for row in self.rows if row["index"] not in known]
         samples = self.recorder.config.samples
         self.observer.say(forecast_line(len(left), samples, 0, 0.0, self.best_radius))
+        if self.recorder.config.prompts == "adaptive":
+            found = [self._judged(row).finding for row in left[:_FORECAST_IMAGES]]
+            if line := copies_line([finding.columns.get("needed", 0.0) for finding in found], samples):
+                self.observer.say(line)
         self.observer.begin(_STAGE, len(self.rows), len(known))
         try:
             for row in left:

@@ -12,6 +12,7 @@ from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
 from robustvlm.commands.certify.pictures import save_extremes
+from robustvlm.commands.certify.prompts import PROMPTS, Candidates, why_valid
 from robustvlm.commands.certify.record import load_certify_run
 from robustvlm.commands.certify.run import CertifyWork, ReplayRun, SamplingRun
 from robustvlm.commands.certify.store import CertifyLedger, Recorder
@@ -37,22 +38,6 @@ from robustvlm.runs.settings import Observer
 from robustvlm.text import places_of
 
 # From the features that another run kept
-
-PROMPTS = ("adaptive", "independent")
-
-
-def _why(prompts: str) -> str:
-    """Say why prompts of this kind may be certified."""
-    if prompts == "adaptive":
-        return (
-            "The prompts may have been chosen after looking at what these features gave, so the radius comes from one "
-            "ball around the mean and one bound of the covariance, which hold for all prompts at once. If they were "
-            "fixed without looking, --prompts independent gives the larger radius of the usual certificate."
-        )
-    return (
-        "You said that the prompts were fixed without looking at what these features gave; the usual certificate "
-        "(P1-CDF) is then valid for them. Were they tuned on these results, it would not be."
-    )
 
 
 @dataclass(frozen=True)
@@ -102,10 +87,15 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     _check(settings, source)
     claim = find_claim(setup.claim_of(settings))
     chosen = (settings.prompts or "adaptive") if claim.any_prompts else None
+    candidates = None if settings.candidates is None else Candidates(setup.list_of_names(settings.candidates))
+    if candidates is not None:
+        chosen = "candidates"
     assert source.config.cache is not None
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     data = source.manifest["data"]
     names = tuple(data["class_names"]) if settings.classes is None else setup.list_of_names(settings.classes)
+    if candidates is not None:
+        candidates.require(names)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
     with named_by(f"the manifest of '{source.folder.path}'"):
         vlm = setup.behind(load_pipeline(settings.model, device=device), source.config.against)
@@ -116,6 +106,8 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
             "n_pilot": source.config.n_pilot,
             "source": source.identity,
             "prompts": chosen,
+            "n_candidates": None if candidates is None else len(candidates.names),
+            "candidate_list": None if candidates is None else candidates.digest,
             "noise": source.config.noise,
             "deployed": setup.settle_deployed(settings, vlm),
         }
@@ -140,8 +132,10 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     recorder = Recorder(config, plan, encoder, text, names, rule, setup.prompts_of(config, model_facts, templates))
     described = setup.describe_plan(plan, config, best)
     described["notes"] += _unnamed(data["class_names"], names)
-    if chosen is not None:
-        described["notes"].append(_why(chosen))
+    if candidates is not None:
+        described["notes"].append(candidates.note)
+    elif chosen is not None:
+        described["notes"].append(why_valid(chosen))
 
     def begin(ledger: CertifyLedger, observer: Observer, ranks: Ranks) -> ReplayRun:
         return ReplayRun(
@@ -233,6 +227,11 @@ def _check(settings: CertifySettings, source: Source) -> None:
         raise UserError(
             f"kept features are all there already, stopping early saves nothing: leave out {setting('radius')}"
         )
+    if settings.candidates is not None and (prompts is not None or settings.templates is not None or name != "class"):
+        raise UserError(
+            f"{setting('candidates')} is for {setting('claim', 'class')} with the templates of the run: leave out "
+            f"{setting('prompts')} and {setting('templates')}"
+        )
     if settings.cache is not None:
         raise UserError(f"the features are kept already: leave out {setting('cache')}")
     claim = find_claim(name)
@@ -263,9 +262,10 @@ def open_work(settings: CertifySettings) -> CertifyWork:
         raise UserError(f"{setting('audit')} is for the command line: from Python call audit_folder (docs/certify.md)")
     if settings.from_cache is not None:
         return open_replay(settings)
-    if settings.prompts is not None:
+    if settings.prompts is not None or settings.candidates is not None:
+        given = "prompts" if settings.prompts is not None else "candidates"
         raise UserError(
-            f"{setting('prompts')} is for {setting('from_cache')}: a run that samples draws noise of its own for its "
+            f"{setting(given)} is for {setting('from_cache')}: a run that samples draws noise of its own for its "
             "prompts, fixed before it"
         )
     return open_sampling(settings)
