@@ -13,9 +13,10 @@ from scipy.stats import binom, norm
 from robustvlm.certify import Job, SamplingEngine
 from robustvlm.certify.claims import CLAIMS, Materials
 from robustvlm.certify.claims.recall import RecallAtRadius, RecallQuantity, RecallRadius
-from robustvlm.certify.claims.topk import TopAtRadius, TopQuantity, TopVotes, rank_bets, rank_shift
+from robustvlm.certify.claims.topk import TopAtRadius, TopQuantity, TopVotes
 from robustvlm.certify.classes import CountedVotes
 from robustvlm.certify.means import log_gains, mix
+from robustvlm.certify.ranks import rank_bets, rank_shift
 from robustvlm.errors import UserError
 
 ALPHA = 0.05
