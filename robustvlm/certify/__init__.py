@@ -5,7 +5,8 @@ Every certificate is a pure function of bounds on the clean image's smoothed fea
 * `means`, `bands`: confidence bounds for means and for survival functions of [0, 1] scores;
 * `feature`: the angle between the smoothed features of clean and attacked image (T2-T4), and along a fixed direction as
   published and corrected (T1); `shapes`, `tangent`: from whole distributions, their anytime-valid form, covariances;
-* `classes`: the class of the mean feature (T8) and the hard vote; `openset`: acceptance and rejection;
+* `angles`: the cosine from the angles' distribution and the mean (T20); `core`: all directions at once (T21);
+* `classes`: the class of the mean feature (T8) and the hard vote; `ranks`: the first k; `openset`: refusals;
 * `deployed`: what n0 inference samples keep of a certificate (T10);
 * `noise`, `certifier`, `engine`: fresh noise, what a claim wants of it, and batches of many images; `claims`: the
   certifiers of each claim (fixed n, or stopping as soon as a radius is decided) and what they state;
