@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 from scipy.special import betainc
 
 from robustvlm.certify.bands import Band
-from robustvlm.certify.certifier import Certifier, Finding, Stage, as_scores, unit_rows
+from robustvlm.certify.certifier import Certifier, Finding, Stage, as_scores, direction_scores, unit_rows, unit_vector
 from robustvlm.certify.feature import fcsb_radius
 from robustvlm.certify.means import Decision, betting_lower, clopper_pearson_lower, log_gains, mix
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
@@ -89,6 +89,35 @@ def mean_margin_radius(features: ArrayLike, text: ArrayLike, label: int, sigma: 
     rows = unit_rows(features)
     scores = as_scores(0.5 * (1.0 + rows @ normals.T))
     return float(fcsb_radius(least_lower(scores, alpha), 0.0, sigma))
+
+
+def cosine_class_radius(
+    features: ArrayLike, direction: ArrayLike, text: ArrayLike, label: int, sigma: float, alpha: float
+) -> float:
+    """Return the radius from a bound of the cosine to a direction alone: what feature-cosine smoothing says of a class.
+
+    The angle from u to the nearest bisector of the label and a rival is delta = arcsin(min_k <u, v_k>). While
+    cos(m(x'), u) > cos(delta) (T1), m(x') has not crossed any of them. This is how a bound of the cosine extends to
+    predictions (arXiv 2601.16200, from version 3 on, as far as its abstract says), with the pilot's direction for the
+    clean feature and T1 in its correct form. Weaker than `class_margin_radius`, which asks for the margins themselves.
+
+    Args:
+        features: unit features [n, D] that did not choose the direction. direction: u [D], of any length.
+
+    Example:
+        >>> rows = [[0.8, 0.6], [1.0, 0.0]] * 500
+        >>> round(cosine_class_radius(rows, [1.0, 0.3], [[1.0, 0.0], [0.0, 1.0]], 0, 0.25, 0.001), 3)
+        0.065
+    """
+    normals = rival_normals(text, label)
+    u = np.asarray(direction, dtype=np.float64)
+    if normals is None or not np.isfinite(u).all() or not np.linalg.norm(u) > 1e-9:
+        return 0.0
+    apart = float((normals @ unit_vector(u)).min()) if len(normals) else 1.0
+    if not apart > 0.0:
+        return 0.0
+    share = float(betting_lower(direction_scores(features, u), alpha))
+    return float(fcsb_radius(share, sqrt(max(0.0, 1.0 - apart * apart)), sigma))
 
 
 def least_lower(scores: Array, alpha: float) -> float:

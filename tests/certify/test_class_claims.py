@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.special import ndtri
 from scipy.stats import binom, norm
 
 from robustvlm.certify import ClassRadius, predict, vote_predict, vote_radius
@@ -10,13 +11,14 @@ from robustvlm.certify.certifier import direction_scores, mean_feature
 from robustvlm.certify.classes import (
     ClassTest,
     class_margin_radius,
+    cosine_class_radius,
     mean_ball,
     mean_margin_radius,
     rival_normals,
 )
 from robustvlm.certify.deployed import _by_angle, class_margin_needed, deployed_inner, vote_share_needed
 from robustvlm.certify.feature import vector_radius
-from robustvlm.certify.means import clopper_pearson_lower
+from robustvlm.certify.means import betting_lower, clopper_pearson_lower
 from robustvlm.certify.shapes import cdf_radius
 from robustvlm.certify.tangent import TangentTest
 from robustvlm.errors import UserError
@@ -228,3 +230,33 @@ def test_tests_side_by_side_equal_single_tests() -> None:
         assert together.log_wealth[column] == pytest.approx(alone.log_wealth.item())
         assert together.certified[column] == alone.certified.item()
         assert together.hopeless[column] == alone.hopeless.item()
+
+
+def test_the_radius_through_a_cosine_is_that_of_the_nearest_bisector() -> None:
+    rows, text = np.tile([[0.8, 0.6], [1.0, 0.0]], (500, 1)), np.eye(2)
+    u = np.array([1.0, 0.3]) / np.hypot(1.0, 0.3)
+    share = float(betting_lower(0.5 * (1.0 + rows @ u), 0.001))
+    turn = np.pi / 4 - np.arctan(0.3)  # from u to the line between the two texts
+    wanted = 0.25 * (ndtri(share) - ndtri(0.5 * (1.0 + np.cos(turn))))
+    assert cosine_class_radius(rows, 7.0 * u, text, 0, 0.25, 0.001) == pytest.approx(wanted, rel=1e-9)
+    # Beyond the bisector, of no direction, and of two equal texts nothing is certified.
+    assert cosine_class_radius(rows, u, text, 1, 0.25, 0.001) == 0.0
+    assert cosine_class_radius(rows, [0.0, 0.0], text, 0, 0.25, 0.001) == 0.0
+    assert cosine_class_radius(rows, u, [[1.0, 0.0], [1.0, 0.0]], 0, 0.25, 0.001) == 0.0
+    # A rival near the direction takes the radius away, wherever the others are.
+    near = np.vstack([text, [[0.96, 0.28]]])
+    assert cosine_class_radius(rows, u, near, 0, 0.25, 0.001) == 0.0
+
+
+@pytest.mark.parametrize("turn", [np.pi / 2, 0.6])
+def test_the_radius_through_a_cosine_is_true_as_often_as_it_says(turn: float) -> None:
+    """Features of a half-space's two sides, e1 with probability p: the class stays up to sigma Phi^-1(p)."""
+    rng, alpha, false = np.random.default_rng(5), 0.05, 0
+    text = np.array([[1.0, 0.0], [np.cos(turn), np.sin(turn)]])
+    for p in np.linspace(0.55, 0.97, 15):
+        for _ in range(100):
+            sides = (rng.random(260) > p).astype(int)
+            pilot, rows = text[sides[:60]], text[sides[60:]]
+            radius = cosine_class_radius(rows, pilot.mean(0), text, 0, 1.0, alpha)
+            false += radius > ndtri(p)
+    assert false <= 1500 * alpha + 3 * np.sqrt(1500 * alpha * (1 - alpha))

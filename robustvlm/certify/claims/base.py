@@ -40,7 +40,7 @@ RADII: dict[str, Column] = {
     "deployed_radius": Column("deployed copies", "what finitely many fresh copies keep of this claim"),
     "cone_radius": Column("cone (T3)", "the same claim, closed form"),
     "paper_radius": Column("paper's bound", "cosine to the image's own feature f(x), another claim"),
-    "fcsb_radius": Column("corrected FCSB", _COLUMN_PILOT),
+    "fcsb_radius": Column("corrected FCSB", "cosine to the pilot's direction, or what that says of the class"),
     "cdf_radius": Column("distribution (T5)", _COLUMN_PILOT),
     "direction_radius": Column("distribution and covariance (F3)", _COLUMN_PILOT),
     "norm_radius": Column("mean alone (T4)", "the same claim by the bound of the claim feature"),

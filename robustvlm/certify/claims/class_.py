@@ -100,9 +100,10 @@ class Labelled(Certifier):
 class ClassRadius(Labelled):
     """The largest radius at which the mean feature keeps the pilot's class, from a fixed number of samples (P1-CDF).
 
-    Columns: `mean_radius`, the same claim from the mean margins alone (betting), at its own alpha; `deployed_radius`,
-    where the mean of `deployed` fresh samples keeps the class with probability 1 - alpha over these (same event); of a
-    model that abstains at `abstains_at`, where it answers with that class.
+    Columns, each at its own alpha: `mean_radius`, the same claim from the mean margins alone (betting); `fcsb_radius`,
+    the same from the cosine to the pilot's direction; `deployed_radius`, where the mean of `deployed` fresh samples
+    keeps the class with probability 1 - alpha over these (same event); of a model that abstains at `abstains_at`, where
+    it answers with that class.
 
     Args:
         text: [K, D] class embeddings, fixed before the noise was drawn or without looking at what it gave.
@@ -149,6 +150,9 @@ class ClassRadius(Labelled):
             columns["deployed_radius"] = radius(self._margin_needed(self.deployed))
         if self._baselines and not self.rounding:
             columns["mean_radius"] = classes.mean_margin_radius(rows, self.text, self.label, self.sigma, self.alpha)
+            columns["fcsb_radius"] = classes.cosine_class_radius(
+                rows, mean_feature(self._rows["pilot"])[0], self.text, self.label, self.sigma, self.alpha
+            )
         return self._found(radius(0.0), columns)
 
     def _margin_needed(self, n0: int) -> float:
@@ -499,7 +503,7 @@ CLASS = _Class(
     name="class",
     kept="the smoothed model's class is right and certified to stay",
     about_class=True,
-    columns=("radius", "deployed_radius", "mean_radius"),
+    columns=("radius", "deployed_radius", "mean_radius", "fcsb_radius"),
     rule="the class whose text is nearest to the mean feature m over the noise, of infinitely many copies",
     deployed="the class nearest to the mean of {n0:,} fresh copies is the certified one",
     known_best=True,
