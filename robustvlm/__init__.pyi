@@ -225,10 +225,10 @@ class _Certify(CallableModule[CertifyRecord]):
             templates: File of prompt templates, one per line with {}.
             tree: File of the class tree (JSON, YAML or CSV).
             claim: feature (cosine to the smoothed clean feature), joint (the same, another bound), tokens (of each
-                image token of a multimodal model), class (of the mean feature), vote (hard vote, another rule), topk
-                (among the classes with most votes), recall (among the texts nearest to the mean feature), openset
-                (accepted or rejected), or module:callable of your own [default: what a model that abstains answers by,
-                else feature; with --from-cache: class].
+                image token of a multimodal model), class (of the mean feature), vote (hard vote, another rule), named
+                (by most free answers of a model that answers in words), topk (among the classes with most votes),
+                recall (among the texts nearest to the mean feature), openset (accepted or rejected), or module:callable
+                of your own [default: what a model that abstains answers by, else feature; with --from-cache: class].
             threat: What images may do: l2 (any change of pixels), 8bit (l2 between images of whole numbers, sound in
                 floating point), l1, brightness, contrast, light (both), gamma, colour, translation; radii are in its
                 unit [default: that of MODEL+smooth:THREAT=SIGMA, else l2].
