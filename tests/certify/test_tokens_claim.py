@@ -217,7 +217,7 @@ def test_no_share_of_tokens_is_rounded_up_to_all_of_them() -> None:
 
 def test_the_curve_of_few_copies_is_of_all_tokens_at_once_as_the_radius_is() -> None:
     """Any of the tokens may be the one that few copies turn away: each has its share of the error here as well."""
-    config = SimpleNamespace(sigma=0.25, alpha=0.01, deployed=256, at=[], min_cos=0.5)
+    config = SimpleNamespace(sigma=0.25, deployed=256, at=[], min_cos=0.5, bounding=SimpleNamespace(alpha=0.01))
     row = {"r": 0.9, "nearest": None, "token_r": [0.9] * 64, "paper_s": None, "fcsb_s": None}
     for point in _curve([row], config)[:4]:
         assert point.deployed == deployed_feature_cos(0.9, point.eps / 0.25, 256, 0.01 / 64)

@@ -142,7 +142,7 @@ def test_texts_pass_through() -> None:
     [
         (0.0, 1, "sigma must be above 0"),
         (math.nan, 1, "sigma"),
-        (25.0, 1, r"pixels are in \[0, 1\]"),
+        (25.0, 1, r"at most 10 \(l2, pixels in \[0, 1\]\)"),
         (0.1, 0, "between 1 and"),
     ],
 )

@@ -125,8 +125,8 @@ def _import_all() -> None:
 def _one_noise() -> None:
     """A GPU draws the noise of certificates itself, other numbers than the CPU; here both have the CPU's."""
 
-    def chunk(stream: int, number: int, shape: Any, device: Any = "cpu") -> torch.Tensor:
-        return noise.noise_chunk(stream, number, shape).to(device, non_blocking=True)
+    def chunk(stream: int, number: int, shape: Any, device: Any = "cpu", *, kind: Any = "normal") -> torch.Tensor:
+        return noise.noise_chunk(stream, number, shape, kind=kind).to(device, non_blocking=True)
 
     engine.noise_chunk = chunk
 

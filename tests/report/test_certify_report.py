@@ -18,6 +18,7 @@ from rich.console import Console
 
 from robustvlm.certify import vector_table
 from robustvlm.certify.feature import cone_radius, fcsb_radius
+from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.pictures import ENDS, load_extremes, save_extremes
 from robustvlm.commands.certify.record import accuracy, cosine_lines, load_certify_run, share_lines, verdict
@@ -104,7 +105,9 @@ def write_certify_run() -> WriteRun:
         (folder / "summary.json").write_text(summary.model_dump_json(), encoding="utf-8")
         if gallery:
             source = Pictures("pictures", names)
-            save_extremes(folder / "gallery", rows.to_pylist(), source, framing=Framing(16), sigma=SIGMA, seed=0)
+            save_extremes(
+                folder / "gallery", rows.to_pylist(), source, framing=Framing(16), noise=read_noise(str(SIGMA)), seed=0
+            )
         return folder
 
     return write

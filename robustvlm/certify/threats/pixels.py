@@ -13,6 +13,7 @@ class L2(Threat):
     """Any change of the pixels, by its Euclidean length; noise N(0, sigma^2 I) (Cohen et al. 2019).
 
     Example:
+        >>> import torch
         >>> L2().noisy(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2), 0.5).unique().item()
         0.5
     """

@@ -7,6 +7,7 @@ import torch
 from defended_small import Small, classifier, images
 from torch import Tensor
 
+from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.commands.detect.encoding import Answers
 from robustvlm.defenses import load_classifier, load_pipeline
@@ -110,7 +111,7 @@ def test_detection_can_ask_about_it_and_certificates_refuse_it_or_say_that_it_dr
             load_pipeline(f"tiny+{WRITTEN[name]}+smooth:0.25")
         return
     smoothed = apply_operations(Small(), split_spec(f"tiny+{WRITTEN[name]}+smooth:0.25")[1])
-    found = probe_encoder(NoisyEncoder(smoothed), x, 0.25, 8, model=name)
+    found = probe_encoder(NoisyEncoder(smoothed), x, read_noise("0.25"), 8, model=name)
     assert found.random == DEFENCES[name].random
     assert [check.name for check in found.checks] == ["random encoder"] * DEFENCES[name].random
 
