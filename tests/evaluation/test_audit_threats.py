@@ -19,7 +19,7 @@ from robustvlm.certify.claims.vote import VoteQuantity
 from robustvlm.certify.threats import THREATS, Move, find_threat
 from robustvlm.commands.certify.audit_balls import Ball, L1Ball, WholeBall
 from robustvlm.commands.certify.audit_moves import audit_moves
-from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
+from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image, gradient
 from robustvlm.defenses import smooth
 from robustvlm.models import VLM
 from tests.certify.threat_worlds import WORLDS, World
@@ -123,3 +123,77 @@ def test_what_an_audit_tries_lies_in_the_ball(seed: int, eps: float, ball: type[
         # Not one more level has room, unless all pixels are at their ends.
         if eps < 2.0:
             assert float(length.min()) > eps - 12 / 255
+
+
+class Spread(VLM):
+    """Class 0 where a weighted sum of all pixels is below an edge: in l1 it falls soonest to its largest weight."""
+
+    def __init__(self, weights: Tensor, edge: float) -> None:
+        super().__init__(spec="spread", image_size=16, logit_scale=10.0)
+        self.weights, self.edge = weights, edge
+
+    def _identity(self) -> list[str]:
+        return [self.spec]
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        room = self.edge - pixels.flatten(1) @ self.weights
+        soft = torch.tanh(3.0 * room)
+        sign = soft + (torch.where(room >= 0, 1.0, -1.0) - soft).detach()
+        return torch.stack([sign, 1e-3 * torch.ones_like(sign)], dim=-1)
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        return torch.eye(2)[: len(texts)]
+
+
+def test_in_l1_all_of_a_change_goes_into_one_pixel_where_that_is_worst() -> None:
+    draws = torch.Generator().manual_seed(1)
+    weights = torch.randn(3 * 16 * 16, generator=draws)
+    clean = torch.randint(0, 256, (1, 3, 16, 16), generator=draws) / 255
+    truth = 0.6 / float(weights.abs().max())  # by a hundredth of the pixels the same takes 1.13 times as much
+    for factor, broken in ((0.98, False), (1.1, True)):
+        claim = VoteQuantity(text=TEXT, label=0, radius=factor * truth, logit_scale=10.0)
+        target = Target(image_id="a", pixels=clean, radius=factor * truth, claim=lambda *_, c=claim: c)
+        model = smooth(Spread(weights, float(clean.flatten() @ weights) + 0.6), 0.02, threat="l1")
+        effort = Effort(starts=6, steps=15, evidence=4096, fractions=(1.0,))
+        assert audit_image(model, target, effort, alpha=0.001, seed=0)[-1].broken == broken, factor
+
+
+class Bowl(Analytic):
+    """One number that grows with the square of the distance from an image."""
+
+    def __init__(self, clean: Tensor) -> None:
+        super().__init__("bowl")
+        self.clean = clean
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        angle = (pixels - self.clean).flatten(1).square().sum(dim=1)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def test_gradients_between_whole_levels_are_those_of_the_point() -> None:
+    """A tenth of a level in each pixel is rounded away by the model, and must not be by what steers a descent."""
+    clean = (255 * image_at(2.0)).round() / 255
+    model = smooth(Bowl(clean), 0.02, threat="8bit")
+    found = []
+
+    def score(features: Tensor, aim: Tensor) -> Tensor:
+        del aim
+        return features[..., 1].mean(dim=1)
+
+    for step in (0.0, 0.1 / 255):
+        torch.manual_seed(0)
+        found.append(gradient(model, clean + step, score, torch.zeros(1, dtype=torch.long), 64))
+    moved = found[1] - found[0]
+    assert torch.allclose(moved, torch.full_like(moved, 2 * 0.1 / 255), rtol=0.05)
+
+
+def test_pixels_at_their_end_leave_room_to_the_others() -> None:
+    """They are furthest from what was wanted, and used to keep all others from the last levels."""
+    clean = torch.full((1, 3, 2, 2), 100.0, dtype=torch.float64) / 255
+    clean[0, 0, 0, 0] = 0.0
+    along = torch.full_like(clean, 1.0)
+    along[0, 0, 0, 0] = -3.0
+    found = (255 * (WholeBall().pushed(clean, clean + along, 3.0 / 255) - clean)).round().flatten()
+    # Eleven equal pixels can move; nine levels fit into a length of 3.
+    assert float(found.abs().sum()) == 9.0
+    assert float(found[0]) == 0.0

@@ -94,7 +94,8 @@ def _gradient(vlm: SmoothedVLM, x: Tensor, score: Score, aim: Tensor, draws: int
     x = x.detach().requires_grad_()
     noisy = x.repeat_interleave(draws, dim=0)
     if draws > 1:
-        noisy = vlm.noise.fresh(noisy)
+        # Noise by itself: with images rounded first (8bit), all points near the clean one would have its gradient.
+        noisy = noisy + vlm.noise.fresh(torch.zeros_like(noisy))
     features = vlm.encode_noisy(noisy).view(len(x), draws, -1)
     (grad,) = torch.autograd.grad(score(features, aim).sum(), x)
     return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
