@@ -195,3 +195,15 @@ def test_noise_that_is_none_is_refused_in_one_line(text: str, said: str) -> None
 @pytest.mark.parametrize("text", ["0.25", "8bit=0.1", "l1=0.5", "translation=4.0", "light=0.2"])
 def test_noise_is_written_as_it_is_read(text: str) -> None:
     assert read_noise(str(read_noise(text))) == read_noise(text)
+
+
+def test_colour_is_about_three_channels() -> None:
+    """One channel would be broadcast to three, an image of another shape than was given."""
+    with pytest.raises(UserError, match="3 channels"):
+        read_noise("colour=0.2").fresh(torch.rand(2, 1, 4, 4))
+
+
+@pytest.mark.parametrize("name", sorted(THREATS))
+def test_no_share_stays_above_one(name: str) -> None:
+    """Of a rule that never answers, whose share needed is 1, nothing is kept; it used to end in an error."""
+    assert vote_radius(990, 1000, 0.2, 0.001, share=1.0, threat=name) == 0.0

@@ -80,6 +80,8 @@ class Threat(ABC):
         """Return the distance within which a share of copies that is at least `p` here stays above `share`; 0: none."""
         from robustvlm.certify.feature import fcsb_radius
 
+        if not share < 1.0:  # nothing stays above a certain event's share
+            return 0.0
         return float(fcsb_radius(p, 2.0 * share - 1.0, sigma))
 
     def least(self, p: float, eps: float, sigma: float) -> float:

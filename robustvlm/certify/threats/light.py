@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.certify.threats.base import Move, spread
+from robustvlm.errors import UserError
 
 
 class Brightness(Move):
@@ -101,4 +102,6 @@ class Colour(Move):
     unit = "colour: Euclidean length of the logarithms of the three gains"
 
     def move(self, rows: Tensor, by: Tensor) -> Tensor:
+        if rows.shape[1] != self.moves:  # one channel would be broadcast to three
+            raise UserError(f"the threat colour is about images of 3 channels, got {rows.shape[1]}: pass RGB images")
         return rows * by.to(rows.dtype).exp()[:, :, None, None]
