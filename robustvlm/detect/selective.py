@@ -39,7 +39,9 @@ class Promise:
             [True, False, False]
         """
         least = np.asarray(self.thresholds)
-        return np.asarray(scores, dtype=np.float64) >= (least[0] if len(least) == 1 else least[np.asarray(said)])
+        least = least[0] if len(least) == 1 else least[np.asarray(said)]
+        # Infinite scores too: of a class without a threshold nothing is promised.
+        return np.asarray((np.asarray(scores, dtype=np.float64) >= least) & (least < np.inf))
 
 
 def promise(

@@ -161,3 +161,8 @@ def test_bad_promises_are_said() -> None:
     with pytest.raises(UserError, match="of the same images"):
         promise([1.0, 2.0], [0], [True], level=0.9)
     assert Promise(0.9, 0.95, (math.inf,)).answered([1e9], [0]).tolist() == [False]
+
+
+def test_an_infinite_score_is_no_answer_where_nothing_was_promised() -> None:
+    told = Promise(0.9, 0.95, (0.5, math.inf)).answered([math.inf, math.inf], [0, 1])
+    assert told.tolist() == [True, False]
