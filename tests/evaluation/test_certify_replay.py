@@ -192,3 +192,13 @@ def test_runs_without_kept_features_cannot_be_judged_again(make_folder: MakeFold
     run.summary()
     with pytest.raises(UserError, match="kept no features"):
         replayed(photos)
+
+
+def test_kept_features_are_not_said_to_be_of_other_noise(make_folder: MakeFolder) -> None:
+    photos = make_folder(2)
+    prepared(photos, sigma=0.02, samples=200, cache="float32").summary()
+    for other in ({"threat": "brightness"}, {"sigma": 0.5}, {"samples": 50}, {"seed": 3}, {"precision": "fp64"}):
+        with pytest.raises(UserError, match="not what the kept features were made with"):
+            replayed(photos, prompts="independent", name="other", **other)
+    same = replayed(photos, prompts="independent", name="same", sigma=0.02, samples=200, threat="l2")
+    assert same.config.sigma == 0.02

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from robustvlm.certify.claims import Materials, find_claim, require_possible
+from robustvlm.certify.threats import PLAIN
 from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
@@ -168,15 +169,25 @@ def with_source(settings: CertifySettings, config: dict[str, Any]) -> CertifySet
     """Return the settings with those of the run whose kept features are judged.
 
     Raises:
-        UserError: another alpha: an error probability chosen after a look at the samples is none.
+        UserError: another alpha: an error probability chosen after a look at the samples is none. Another noise, model
+            or number of samples, which would have no effect.
     """
     if settings.alpha not in (None, config["alpha"]):
         raise UserError(
             f"the error probability of kept features is that of their run, {config['alpha']}: leave out "
             f"{setting('alpha')}, or sample anew"
         )
-    theirs = ("alpha", "model", "data", "sigma", "samples", "limit", "seed", "precision")
-    return settings.model_copy(update={name: config[name] for name in theirs} | {"threat": config.get("threat")})
+    names = ("alpha", "model", "data", "sigma", "samples", "limit", "seed", "precision")
+    theirs = {name: config[name] for name in names} | {"threat": config.get("threat")}
+    usual = type(settings)()
+    for name, value in (theirs | {"threat": theirs["threat"] or PLAIN}).items():
+        given = getattr(settings, name)
+        if given not in (getattr(usual, name), value):
+            raise UserError(
+                f"{setting(name, given)} is not what the kept features were made with, {value}: leave it out, or "
+                "sample anew"
+            )
+    return settings.model_copy(update=theirs)
 
 
 def require_same_model(source: Source, vlm: VLM) -> None:
