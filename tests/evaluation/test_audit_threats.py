@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -197,3 +198,21 @@ def test_pixels_at_their_end_leave_room_to_the_others() -> None:
     # Eleven equal pixels can move; nine levels fit into a length of 3.
     assert float(found.abs().sum()) == 9.0
     assert float(found[0]) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_direction_between_those_of_the_grid_is_found(seed: int) -> None:
+    """A colour whose worst direction is as far as can be from all that are tried first."""
+    threat, effort = find_threat("colour"), Effort()
+    assert isinstance(threat, Move)
+    tried = threat.inside(1.0, effort.starts * effort.steps // 4)
+    some = np.random.default_rng(seed).standard_normal((2000, 3))
+    some /= np.linalg.norm(some, axis=1, keepdims=True)
+    along = some[(some @ tried.T).max(axis=1).argmin()]
+    assert (tried @ along).max() < 1 / 1.09
+    known = WORLDS["colour"]()
+    steps = torch.tensor(along, dtype=torch.float32)
+    world = replace(known, read=lambda z: (z[:, :, 0, 0] / 0.5).log() @ steps)
+    quantity = partial(VoteQuantity, logit_scale=10.0)
+    for factor, broken in ((1.0, False), (1.09, True)):
+        assert any(finding.broken for finding in found_of(world, factor, quantity, effort)) == broken, factor
