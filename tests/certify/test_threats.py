@@ -207,3 +207,15 @@ def test_colour_is_about_three_channels() -> None:
 def test_no_share_stays_above_one(name: str) -> None:
     """Of a rule that never answers, whose share needed is 1, nothing is kept; it used to end in an error."""
     assert vote_radius(990, 1000, 0.2, 0.001, share=1.0, threat=name) == 0.0
+
+
+def test_far_shifts_are_listed_without_all_the_others() -> None:
+    """A radius of 20,000 pixels holds a billion whole shifts."""
+    radius = 20_000.3
+    found = moves_of("translation").inside(radius, 500)
+    length = np.linalg.norm(found, axis=1)
+    assert len(np.unique(found, axis=0)) == 500
+    assert radius - 0.01 < length.min() <= length.max() <= radius
+    assert (found == found.round()).all()
+    quarters = {(bool(down > 0), bool(right > 0)) for down, right in found}
+    assert len(quarters) == 4

@@ -6,6 +6,9 @@ from torch import Tensor
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats.base import Move
 
+_SIDE = 513
+"""Rows of whole shifts up to which all of them are listed."""
+
 
 class Translation(Move):
     """Cyclic shifts by whole pixels; Gaussian noise on the shift, rounded to whole pixels.
@@ -41,9 +44,13 @@ class Translation(Move):
         """Return whole shifts within `radius`: all of them if they are no more than `steps`, else the farthest."""
         import numpy as np
 
-        reach = int(radius)
-        down, right = np.meshgrid(np.arange(-reach, reach + 1), np.arange(-reach, reach + 1), indexing="ij")
-        shifts = np.stack([down.ravel(), right.ravel()], axis=1).astype(np.float64)
+        line = np.arange(-int(radius), int(radius) + 1)
+        if len(line) <= _SIDE:
+            down, right = np.meshgrid(line, line, indexing="ij")
+        else:  # too many to look at all: in every row and column the farthest
+            ends = np.floor(np.sqrt(radius * radius - line.astype(np.float64) ** 2))
+            down, right = np.concatenate([line, line, ends, -ends]), np.concatenate([ends, -ends, line, line])
+        shifts = np.unique(np.stack([down.ravel(), right.ravel()], axis=1).astype(np.float64), axis=0)
         length = np.linalg.norm(shifts, axis=1)
         known = (length <= radius) & (length > 0.0)
         shifts, length = shifts[known], length[known]
