@@ -185,7 +185,10 @@ class Smoothed(nn.Module):
         # Where the law of the noise is known up to rounding, that is paid for (`Threat.off_law`).
         spent = alpha - (n0 + n) * threat.off_law(pixels[0].numel(), self.sigma)
         if not spent > 0.5 * alpha:
-            raise UserError(f"the noise is exact to {alpha - spent:.1e} over so many copies, too much for this alpha")
+            raise UserError(
+                f"the law of the noise is exact to {alpha - spent:.1e} over {n0 + n:,} copies, which is too much for "
+                f"alpha = {alpha:g}: pass fewer of them or a larger alpha"
+            )
 
         def certifier(_: Job | None = None) -> CountedVotes:
             return CountedVotes(

@@ -149,3 +149,9 @@ def test_rows_of_results_keep_their_columns(photos: Path) -> None:
 def test_a_smoothed_classifier_answers_under_other_noise() -> None:
     model = load_classifier("tiny+smooth:8bit=0.02:16:0.01:vote", ["apple", "dog"], device="cpu")
     assert model.predict(torch.rand(2, 3, 64, 64)).classes.shape == (2,)
+
+
+def test_a_model_does_not_abstain_at_less_than_its_noise_is_exact_to(photos: Path) -> None:
+    """Its copies are whole numbers too: over 64 of them the law of the noise is off by more than 1e-12."""
+    with pytest.raises(UserError, match="abstains at alpha 1e-12 over 64 copies: pass one with an ALPHA of at least"):
+        prepared(photos, model="Encoder+smooth:8bit=0.02:64:1e-12:vote", claim=None, sigma=None, samples=200)

@@ -170,14 +170,26 @@ def plan_of(config: CertifyConfig, materials: Materials) -> Plan:
     plan = make_plan(config.claim, bounds, materials)
     if bounds is config:
         return plan
-    height, width = sides(config.resolution)
-    off, aside = config.against.threat.off_law(3 * height * width, config.sigma), config.alpha * ASIDE
-    if max(config.samples, config.deployed or 0) * off > aside:
-        raise UserError(
-            f"the law of the noise is exact to {off:.1e} a copy, which is too much for so many copies at so small an "
-            f"alpha: pass {setting('samples')} of at most {int(aside / off):,}, or a larger {setting('alpha')}"
-        )
+    _require_law(config)
+    aside = config.alpha * ASIDE
     return replace(plan, alpha_split=plan.alpha_split | {"law of the noise (total variation)": aside})
+
+
+def _require_law(config: CertifyConfig) -> None:
+    """Refuse more copies than what is set aside pays for; those of a model that abstains, at its own alpha."""
+    height, width = sides(config.resolution)
+    off = config.against.threat.off_law(3 * height * width, config.sigma)
+    exact = f"the law of the noise is exact to {off:.1e} a copy, which is too much for"
+    copies, aside = max(config.samples, config.deployed or 0), config.alpha * ASIDE
+    if copies * off > aside:
+        fewer = f"at most {int(aside / off):,} of them, or " if aside >= 2 * off else ""
+        raise UserError(f"{exact} {copies:,} copies at so small an alpha: pass {fewer}a larger {setting('alpha')}")
+    kept = config.deployed or 0
+    if config.abstains_at is not None and kept * off > config.abstains_at * ASIDE:
+        raise UserError(
+            f"{exact} a model that abstains at alpha {format_exact(config.abstains_at)} over {kept:,} copies: pass one "
+            f"with an ALPHA of at least {kept * off / ASIDE:.1e}"
+        )
 
 
 def settle_noise(settings: CertifySettings) -> Noise:
