@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, ZeroShotClassifier
 from robustvlm.models.vlm import fitted
 from robustvlm.text import format_exact
+
+if TYPE_CHECKING:
+    from robustvlm.certify.threats import Noise
 
 DEFAULT_N0 = 64
 ROWS_PER_PASS = 128
@@ -77,6 +81,22 @@ class Rule:
         """Say how a model with `n0` copies answers."""
         how = f"the vote of {n0:,} noisy copies" if self.votes else f"the mean of {n0:,} noisy copies"
         return f"the class that {how} decides at alpha {self.alpha:g}, else no answer"
+
+
+def told_of(vlm: VLM, noise: "Noise") -> VLM:
+    """Return the model to use behind this noise: parts that ask for the level of Gaussian noise on pixels are told it.
+
+    Raises:
+        UserError: it has such parts, and this is other noise, of which they know nothing.
+    """
+    if noise.threat.of_pixels:
+        return vlm.at_noise(noise.sigma)
+    if any(getattr(part, "asks_for_noise", False) for part in vlm.modules()):
+        raise UserError(
+            f"the purifier or mapper of '{vlm.spec}' is for Gaussian noise on pixels, and would be switched off behind "
+            f"noise against {noise.threat.name}: pass the model that it was made for"
+        )
+    return vlm
 
 
 class SmoothedVLM(VLM):
@@ -141,7 +161,7 @@ class SmoothedVLM(VLM):
             logit_scale=base.logit_scale,
             **base.framing.options(),
         )
-        self.base = base.at_noise(sigma) if noise.threat.of_pixels else base
+        self.base = told_of(base, noise)
         self.noise, self.sigma, self.n0, self.rows_per_pass = noise, noise.sigma, n0, rows_per_pass
         self.rule = rule
         self.purifier, self.mapper = _beside(base, purifier), _beside(base, mapper)

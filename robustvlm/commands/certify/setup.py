@@ -36,7 +36,7 @@ from robustvlm.defenses import SmoothedVLM
 from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of, token_shape
 from robustvlm.defenses.load import declared_rule
 from robustvlm.defenses.pipeline import saved_model, split_spec
-from robustvlm.defenses.smoothing import FORM
+from robustvlm.defenses.smoothing import FORM, told_of
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.zero_shot import class_embeddings
@@ -153,8 +153,8 @@ def make_config(settings: CertifySettings, *, noise: Noise, device: str) -> Cert
 
 
 def behind(vlm: VLM, noise: Noise) -> VLM:
-    """Return the model to use behind this noise: parts that ask for the level of pixel noise are told it."""
-    return vlm.at_noise(noise.sigma) if noise.threat.of_pixels else vlm
+    """Return the model to use behind this noise, as `told_of`; one that brings its noise has told its parts."""
+    return vlm if isinstance(vlm, SmoothedVLM) else told_of(vlm, noise)
 
 
 def plan_of(config: CertifyConfig, materials: Materials) -> Plan:

@@ -144,6 +144,8 @@ class PurifiedVLM(VLM):
         self.eval()
         self.to(base.device)
 
+    asks_for_noise = True
+
     def at_noise(self, sigma: float) -> PurifiedVLM:
         """Return the same model behind noise of `sigma`; the weights are shared."""
         same = PurifiedVLM(self.base, self.purifier, self.mapper, sigma=sigma)

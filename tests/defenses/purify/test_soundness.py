@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustvlm.certify import FeatureRadius, Job, SamplingEngine
 from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.encoder import NoisyEncoder, find_dependence, probe_encoder
+from robustvlm.commands.certify.setup import behind
 from robustvlm.defenses import SmoothedVLM, smooth
 from robustvlm.defenses.purify import PurifiedVLM
 from robustvlm.defenses.purify.denoiser import OwnDenoiser
@@ -195,6 +196,17 @@ def test_the_test_of_draws_costs_few_passes_and_spares_sound_encoders() -> None:
         suspected += passes - before > 192
     assert passes < 200 * 105
     assert suspected <= 4  # a round suspects with probability 0.006 at most
+
+
+@pytest.mark.parametrize("threat", ["brightness", "l1"])
+def test_noise_that_a_purifier_does_not_know_is_refused(threat: str) -> None:
+    """Left at noise 0 it would be the encoder itself, without a word."""
+    model = composed(reseeded)
+    for made in (lambda: SmoothedVLM(model, 0.1, 4, threat=threat), lambda: behind(model, read_noise(f"{threat}=0.1"))):
+        with pytest.raises(UserError, match=f"switched off behind noise against {threat}"):
+            made()
+    assert isinstance(behind(model, read_noise("0.1")), PurifiedVLM)
+    assert SmoothedVLM(model, 0.1, 4).base.fingerprint == behind(model, read_noise("0.1")).fingerprint
 
 
 def test_noise_is_float32_and_after_the_resize() -> None:
