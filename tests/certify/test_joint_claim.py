@@ -1,6 +1,7 @@
 """The cosine from angles and mean at one alpha (T20): its inequality, encoders that attain it, coverage, and faults."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from robustvlm.certify.angles import (
     joint_shift,
     turn_upper,
 )
-from robustvlm.certify.claims.joint import JointRadius
+from robustvlm.certify.claims.base import Materials
+from robustvlm.certify.claims.joint import JOINT, JointRadius
+from robustvlm.certify.deployed import deployed_feature_radius
 from robustvlm.certify.shapes import layer_cake
 from robustvlm.errors import UserError
 
@@ -173,6 +176,31 @@ def test_features_close_together_are_certified_further_than_by_their_mean() -> N
     assert found.radius <= best_joint_shift(1900, 0.001, 0.5)
     assert found.r is not None
     assert found.r < np.linalg.norm(rows[100:].mean(axis=0))
+
+
+@pytest.mark.parametrize("seed", [1, 7, 11])
+def test_a_pilot_that_hoped_too_much_costs_no_more_than_the_bound_of_the_norm(seed: int) -> None:
+    """It met none of the few features that point backwards, and the first shift to fail is a coarse one."""
+    rng = np.random.default_rng(seed)
+    rows = np.eye(8)[0] + 0.02 * rng.standard_normal((1000, 8))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[50:] *= np.where(rng.random((950, 1)) < 0.03, -1.0, 1.0)
+    certifier = JointRadius(cos0=0.5, sigma=1.0, alpha=0.001, n=1000, n_pilot=50)
+    certifier.take(rows[:50])
+    certifier.take(rows[50:])
+    found = certifier.finding()
+    assert found.r is not None
+    assert found.radius > _radius(rows, 0.5, 0.001, 50)
+    assert found.radius > 0.95 * found.columns["norm_radius"]
+    # A certificate refuses finitely many copies that keep more than the ideal model does.
+    assert deployed_feature_radius(found.r, 0.5, 1.0, 1_000_000, 0.001) <= found.radius
+
+
+def test_features_that_cannot_all_be_kept_are_refused_beforehand() -> None:
+    asked = SimpleNamespace(sigma=0.25, samples=10_000, n_pilot=500, alpha=0.001, min_cos=0.5, radius=None)
+    assert JOINT.plan(asked, Materials(width=20_000)).theorem == "T20"
+    with pytest.raises(UserError, match="of 2,359,296 numbers are too many: pass claim=feature"):
+        JOINT.plan(asked, Materials(width=576 * 4096))
 
 
 def test_failed_copies_count_as_the_worst() -> None:

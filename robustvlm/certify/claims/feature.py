@@ -25,7 +25,7 @@ from robustvlm.text import format_exact
 # estimation samples both count. From the same samples, each a claim of its own at its own alpha: the published bound
 # (anchor f(x)), and cosines to the pilot's direction by mean, distribution, and both ways (F2, F3).
 
-_MOST_KEPT = 2**28
+MOST_KEPT = 2**28
 """Numbers of an image's features that are kept for the baselines (2 GiB); of more, only the claim itself is made."""
 
 BASELINES = ("paper_radius", "fcsb_radius", "cone_radius", "cdf_radius", "direction_radius")
@@ -260,7 +260,7 @@ class FeatureClaim(Claim):
         assert asked.min_cos is not None
         cos0, alpha, sigma = asked.min_cos, asked.alpha, asked.sigma
         common: dict[str, Any] = {"cos0": cos0, "sigma": sigma, "alpha": alpha, "n": asked.samples}
-        baselines = materials.baselines and asked.samples * materials.width <= _MOST_KEPT
+        baselines = materials.baselines and asked.samples * materials.width <= MOST_KEPT
         certifier: Callable[[], Certifier]
         if asked.radius is None:
             certifier = partial(FeatureRadius, **common, n_pilot=asked.n_pilot, baselines=baselines)

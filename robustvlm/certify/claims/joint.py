@@ -6,10 +6,10 @@ from functools import partial
 from robustvlm.certify.angles import TEST_SHARE, TURN_SHARE, JointPilot, best_joint_shift, joint_shift
 from robustvlm.certify.certifier import Certifier, Finding, Stage
 from robustvlm.certify.claims.base import Asked, Materials, Plan, sampling_of
-from robustvlm.certify.claims.feature import FEATURE, FeatureClaim, FeatureQuantity, feature_radius
+from robustvlm.certify.claims.feature import FEATURE, MOST_KEPT, FeatureClaim, FeatureQuantity, feature_radius
 from robustvlm.certify.feature import PredictableDirection, norm_lower_bound
 from robustvlm.certify.normal import Array, check_cos0
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.text import format_exact
 
 _PILOT = 50
@@ -19,7 +19,8 @@ class JointRadius(Certifier):
     """The largest radius at which `cos(m(x'), m(x)) >= cos0` is certified by angles and mean together (T20, T4).
 
     Column: `norm_radius`, the bound of `FeatureRadius` from the estimation samples alone, at its own alpha. The
-    finding's `r` is a lower bound of ||m(x)|| at the part of alpha that is left for it: radius and r hold together.
+    finding's `r` is a lower bound of ||m(x)|| at the part of alpha that is left for it: the bets and r hold together,
+    so the radius is the larger of what either certifies (T4 of r; the first shift of the bets that fails costs a step).
 
     Args:
         cos0: cosine to certify. n: all samples, n_pilot of them for direction and bets.
@@ -55,7 +56,7 @@ class JointRadius(Certifier):
             r = norm_lower_bound(scores, (1.0 - TEST_SHARE - TURN_SHARE) * self.alpha)
             plain = norm_lower_bound(scores, self.alpha)
         return Finding(
-            radius=self.sigma * shift,
+            radius=max(self.sigma * shift, feature_radius(r, self.cos0, self.sigma)),
             stop="fixed",
             n=self.counts["estimation"],
             n_pilot=self.counts["pilot"],
@@ -73,8 +74,13 @@ class _Joint(FeatureClaim):
         return min(max(_PILOT, samples // 20), samples // 2)
 
     def plan(self, asked: Asked, materials: Materials) -> Plan:
-        del materials
         assert asked.min_cos is not None
+        if asked.samples * materials.width > MOST_KEPT:
+            other = f"{setting('claim', 'feature')}, the same statement, or fewer {setting('samples')}"
+            raise UserError(
+                f"the claim 'joint' keeps all features of an image, and {asked.samples:,} of {materials.width:,} "
+                f"numbers are too many: pass {other}"
+            )
         cos0, alpha, sigma = asked.min_cos, asked.alpha, asked.sigma
         return Plan(
             statement="the smoothed features of image and attacked image have a cosine of at least "
