@@ -1,5 +1,6 @@
 """Prompts for kept features: how they came about, what that makes of their certificates, and how many copies do."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Candidates:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        twice = [name for place, name in enumerate(self.names) if name in self.names[:place]][:1]
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
         if len(self.names) < 2 or twice:
             what = f"'{twice[0]}' stands there twice" if twice else f"got {len(self.names)}"
             raise UserError(f"expected candidates, at least two names, each once: {what}")
@@ -68,7 +69,8 @@ class Candidates:
         Raises:
             UserError: which.
         """
-        other = [name for name in classes if name not in set(self.names)]
+        known = set(self.names)
+        other = [name for name in classes if name not in known]
         if other:
             raise UserError(
                 f"the class '{other[0]}' is none of the {len(self.names):,} candidates: draw the classes from them, "
