@@ -52,6 +52,8 @@ def test_images_that_are_judged_are_no_stream(detect_run: DetectRun, detect_imag
     shutil.copytree(detect_images / "far", copied)
     summary = detect_run(name="again", scores="adaneg", stream=f"imagefolder:{copied}").start().summary
     assert "images of the set 'far' look to the model like some of --stream" in messages(summary, "warning")
+    # Programs know a check by what stands before a comma, whatever the sets are called.
+    assert "copies of the stream, in far" in [check.name for check in summary.checks]
 
 
 def test_a_stream_that_nobody_remembers_is_said(detect_run: DetectRun, detect_images: Path, tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def of_memory(stream: Encoded | None, encoded: Mapping[str, Encoded], panel: Pan
         return
     detector = panel.detectors.get("adaneg")
     if not isinstance(detector, AdaNeg):
-        message = "The images of --stream were read for nothing: no score remembers them; pass --scores all,adaneg."
+        why = panel.skipped.get("adaneg")
+        cure = "pass --scores all,adaneg" if why is None else f"'adaneg' cannot be used here ({why})"
+        message = f"The images of --stream were read for nothing: no score remembers them; {cure}."
         yield Check(name="memory", level="warning", message=message)
         return
     count = detector.remembered
@@ -132,7 +134,7 @@ def of_memory(stream: Encoded | None, encoded: Mapping[str, Encoded], panel: Pan
             message = (
                 f"{copies:,} images of the set '{name}' look to the model like some of --stream, which came in before."
             )
-            yield Check(name=f"copies of the stream in {name}", level="warning", message=message)
+            yield Check(name=f"copies of the stream, in {name}", level="warning", message=message)
 
 
 def remarks(encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel) -> Iterator[Check]:
