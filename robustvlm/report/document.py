@@ -28,7 +28,9 @@ from robustvlm.text import secrets_cut
 FORMAT = 1
 SCHEMA = Path(__file__).with_name("report.schema.json")
 _LONG = 4000
-_NUMBER = re.compile(r"(?P<digits>[+-]?(?:\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?))(?P<percent>%?)", re.ASCII)
+_NUMBER = re.compile(
+    r"(?P<digits>[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?))(?P<percent>%?)", re.ASCII
+)
 
 # What is put into a document: finished runs with what is said of them
 

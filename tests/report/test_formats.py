@@ -142,6 +142,7 @@ def test_a_name_of_digits_is_no_number() -> None:
 
 def test_what_is_written_as_a_number_is_one_for_programs() -> None:
     written_as = {"12.5%": 0.125, "100%": 1.0, "0.1%": 0.001, "-3": -3.0, "1e-05": 1e-05, "1,234,567": 1234567.0}
+    written_as["1,234.5"] = 1234.5
     assert {text: made.cell_of(text).value for text in written_as} == written_as
     others = ("3 of 4", "1 / 0", "1,23", "5 %", "12%\u201313%", "", DASH, "nan", "inf", "1e999", "\u0663")
     assert [text for text in others if made.cell_of(text).value is not None] == []
