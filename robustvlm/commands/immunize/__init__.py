@@ -217,6 +217,11 @@ class ImmunizeSettings(Settings):
             raise BadSetting("tail", f"must lie between the miss ({self.miss:g}) and 1, as 0.2", got=f"{self.tail:g}")
         if self.rule != "s-dis" and self.lambda_inf != LAMBDA_INF:
             raise UserError(f"{setting('lambda_inf')} is the weight of S_DIS: pass {setting('rule', 's-dis')} with it")
+        if self.mix_weight and (self.no_images or self.antibodies == "none" or not self.steps):
+            raise UserError(
+                f"{setting('mix_weight')} trains an adapter between images and antibodies, and here there are no "
+                "images, no antibodies or no training steps: leave it out"
+            )
         if self.calibrate is not None and not self.no_images:
             raise UserError(
                 f"{setting('calibrate')} is for a model without images ({setting('no_images', True)}); otherwise "
