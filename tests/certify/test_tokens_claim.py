@@ -218,8 +218,17 @@ def test_no_share_of_tokens_is_rounded_up_to_all_of_them() -> None:
 def test_the_curve_of_few_copies_is_of_all_tokens_at_once_as_the_radius_is() -> None:
     """Any of the tokens may be the one that few copies turn away: each has its share of the error here as well."""
     config = SimpleNamespace(sigma=0.25, deployed=256, at=[], min_cos=0.5, bounding=SimpleNamespace(alpha=0.01))
-    row = {"r": 0.9, "nearest": None, "token_r": [0.9] * 64, "paper_s": None, "fcsb_s": None}
+    row = {"r": 0.9, "radius": 0.3, "nearest": None, "token_r": [0.9] * 64, "paper_s": None, "fcsb_s": None}
     for point in _curve([row], config)[:4]:
         assert point.deployed == deployed_feature_cos(0.9, point.eps / 0.25, 256, 0.01 / 64)
     alone = _curve([{**row, "token_r": None}], config)[0].deployed
     assert alone == deployed_feature_cos(0.9, 0.0, 256, 0.01)
+
+
+def test_the_curve_keeps_the_cosine_up_to_the_radius_whatever_the_norm_alone_would_keep() -> None:
+    """The claim joint certifies further than the bound of the norm that its curve rests on."""
+    config = SimpleNamespace(sigma=0.25, deployed=None, at=[0.3], min_cos=0.5)
+    row = {"r": 0.2, "radius": 0.3, "nearest": None, "paper_s": None, "fcsb_s": None}
+    kept = {point.eps: point.ours for point in _curve([row], config)}
+    assert all(cosine >= 0.5 for eps, cosine in kept.items() if eps <= 0.3)
+    assert all(cosine < 0.5 for eps, cosine in kept.items() if eps > 0.3)

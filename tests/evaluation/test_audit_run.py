@@ -65,7 +65,7 @@ def stretch(folder: Path, factor: float) -> None:
     write_checksums(folder, json.loads((folder / "manifest.json").read_text()))  # as a faulty run would have done
 
 
-@pytest.mark.parametrize("claim", ["feature", "class", "vote", "openset", "topk", "recall"])
+@pytest.mark.parametrize("claim", ["feature", "joint", "class", "vote", "openset", "topk", "recall"])
 def test_true_certificates_stand_and_stretched_ones_fall(pictures: Path, claim: str) -> None:
     own: dict[str, dict[str, Any]] = {"openset": {"tau": 0.6}, "topk": {"top": 1}, "recall": {"top": 1}}
     folder = finished(pictures, claim, **own.get(claim, {}))

@@ -346,11 +346,11 @@ def _curve(table: Sequence[Mapping[str, Any]], config: CertifyConfig) -> list[Co
     points = []
     for eps in sorted(grid):
         a = eps / config.sigma
-        ours, margins = vector_table().cos(r, a), _margins(table, eps, config)
+        ours, margins = [_certified_cos(row, eps, config) for row in table], _margins(table, eps, config)
         points.append(
             CosinePoint(
                 eps=eps,
-                ours=float(ours.mean()),
+                ours=fmean(ours),
                 cone=float(cone_cos(r, a).mean()),
                 paper=None if paper is None else float(fcsb_cos(paper, a).mean()),
                 fcsb=None if fcsb is None else float(fcsb_cos(fcsb, a).mean()),
