@@ -202,3 +202,24 @@ def test_kept_features_are_not_said_to_be_of_other_noise(make_folder: MakeFolder
             replayed(photos, prompts="independent", name="other", **other)
     same = replayed(photos, prompts="independent", name="same", sigma=0.02, samples=200, threat="l2")
     assert same.config.sigma == 0.02
+
+
+def test_a_model_with_class_vectors_of_its_own_is_judged_by_no_others(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, names = make_folder(4), tmp_path / "names.txt"
+    prepared(photos, cache="float32").summary()
+    names.write_text("cat\ndog\nfox\n")
+
+    class Own:
+        refuses = False
+
+        def class_vectors(self, names: Any) -> Any:
+            return np.eye(len(names))
+
+    monkeypatch.setattr("robustvlm.commands.certify.work.saved_model", lambda *_: Own())
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a photo of a {}\n")
+    for option, file in (("classes", names), ("templates", templates), ("candidates", names)):
+        with pytest.raises(UserError, match=f"vectors of its own and by no texts: leave out {option}"):
+            replayed(photos, name=option, **{option: file})

@@ -29,6 +29,7 @@ from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.answering import AnswerVLM, NamingVLM
+from robustvlm.defenses.pipeline import saved_model, split_spec
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
@@ -114,6 +115,7 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
         }
     )
     config = config.model_copy(update={"abstains_at": setup.settle_abstention(config, vlm)})
+    _require_own_vectors(settings, config, tuple(data["class_names"]))
     setup.certified_model(vlm, config, names)  # which refuses what nothing kept can show
     rule = setup.rule_of(config, names)
     if settings.classes is None and settings.templates is None:
@@ -163,6 +165,18 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
         more=more,
     )
     return CertifyWork(facts, config, begin)
+
+
+def _require_own_vectors(settings: CertifySettings, config: CertifyConfig, class_names: tuple[str, ...]) -> None:
+    """Refuse other classes for a model that tells them apart by vectors of its own: texts would be another rule."""
+    made = saved_model(split_spec(config.model)[0])
+    if made is None or find_claim(config.claim).head != "vectors" or made.class_vectors(class_names) is None:
+        return
+    for name in ("classes", "templates", "candidates"):
+        if getattr(settings, name) is not None:
+            raise UserError(
+                f"'{config.model}' tells classes apart by vectors of its own and by no texts: leave out {setting(name)}"
+            )
 
 
 def with_source(settings: CertifySettings, config: dict[str, Any]) -> CertifySettings:
