@@ -212,7 +212,7 @@ def confidence(summary: CertifySummary) -> str:
 def rule(summary: CertifySummary) -> str:
     """Say whose answer is certified, and what is stated of finitely many copies."""
     ideal = summary.rule or "the ideal smoothed model, of infinitely many copies"
-    kept = summary.deployed or "a deployed mean of finitely many copies keeps less, and nothing is stated of it"
+    kept = summary.deployed or "finitely many copies, as they are deployed, keep less, and nothing is stated of them"
     return f"Certified is {ideal}; {kept}."
 
 
