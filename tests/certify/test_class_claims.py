@@ -254,9 +254,9 @@ def test_the_radius_through_a_cosine_is_true_as_often_as_it_says(turn: float) ->
     rng, alpha, false = np.random.default_rng(5), 0.05, 0
     text = np.array([[1.0, 0.0], [np.cos(turn), np.sin(turn)]])
     for p in np.linspace(0.55, 0.97, 15):
-        for _ in range(100):
+        for _ in range(50):
             sides = (rng.random(260) > p).astype(int)
             pilot, rows = text[sides[:60]], text[sides[60:]]
             radius = cosine_class_radius(rows, pilot.mean(0), text, 0, 1.0, alpha)
             false += radius > ndtri(p)
-    assert false <= 1500 * alpha + 3 * np.sqrt(1500 * alpha * (1 - alpha))
+    assert false <= 750 * alpha + 3 * np.sqrt(750 * alpha * (1 - alpha))
