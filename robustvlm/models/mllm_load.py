@@ -61,7 +61,7 @@ def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
         raise UserError(
             f"no folder at '{place}', and no bundled {PREFIX} model of that name: {nearest(place, BUNDLED)}"
         )
-    folder = BUNDLED[place] if place in BUNDLED else files.model_folder(place)
+    folder = BUNDLED[place] if place in BUNDLED else files.model_folder(place, PREFIX)
     config = files.read_config(folder, own)
     family = _require_family(config, own)
     model = _load_weights(module, folder, config, family, own, load_base)

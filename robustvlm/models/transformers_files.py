@@ -66,8 +66,11 @@ def split_sides(text: str) -> tuple[str, str | None]:
     return text[:cut], text[cut + 1 :]
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, prefix: str = PREFIX) -> Path:
     """Return the local folder of a model: the user's own, or what is kept of a repository on the hub, fetched once.
+
+    Args:
+        prefix: with which a spec of its kind begins.
 
     Raises:
         UserError: no such folder, or the repository is out of reach.
@@ -76,7 +79,7 @@ def model_folder(name: str) -> Path:
     if os.path.isdir(place):
         return Path(place)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise UserError(f"no folder at '{name}': write {PREFIX}FOLDER, or {PREFIX}ORG/REPO for one on the hub")
+        raise UserError(f"no folder at '{name}': write {prefix}FOLDER, or {prefix}ORG/REPO for one on the hub")
     import huggingface_hub
 
     # Files of other frameworks and pickles stay where they are.

@@ -38,6 +38,9 @@ _BOUNDS = {
     "ell": "bands of equal local levels [@moscovich2017]",
     "betting": "bounds by betting [@waudbysmith2024]",
     "clopper-pearson": "exact binomial bounds [@clopper1934]",
+    "tangent": "bets on scores whose mean decides the claim (docs/certify.md, T6) [@waudbysmith2024]",
+    "index": "bands from single order statistics",
+    "pinelis+kl": "a bound of how far the mean feature may lie from what was kept of it (docs/certify.md, T21)",
 }
 """Bounds of certificates in words; another is named as in the manifest."""
 

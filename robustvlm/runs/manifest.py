@@ -282,9 +282,16 @@ def is_manifest(content: object) -> bool:
     return isinstance(content, dict) and {"format", "kind", "config"} <= content.keys()
 
 
-def require_same(old: Manifest, new: Manifest, folder: Path) -> None:
-    """Refuse to continue a run under other settings, model or data, and name what differs."""
+def require_same(old: Manifest, new: Manifest, folder: Path, *, finished: bool = False) -> None:
+    """Refuse to continue a run under other settings, model or data, and name what differs.
+
+    Args:
+        finished: it is only read. What an earlier version began by another bound is not gone on with by this one's.
+    """
     found = differences(old, new)
+    before, after = ((manifest.get("plan") or {}).get("bound") for manifest in (old, new))
+    if not finished and before is not None and before != after:
+        found.append(f"bound: {before} -> {after}")
     if not found and old.get("probe") is not None and new.get("probe") is not None:
         from robustvlm.core.probe import change_of  # with numpy
 

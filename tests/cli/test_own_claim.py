@@ -175,3 +175,10 @@ def test_a_plan_is_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(claims.load_own(SPEC)), "plan", plan)
     with pytest.raises(UserError, match="must return a Plan, its plan\\(\\) returned a NoneType"):
         prepared()
+
+
+def test_a_quantity_without_its_method_is_said_in_one_line() -> None:
+    """The base's own method, as a claim of the user's inherits it that names a quantity and stops there."""
+    nothing: Any = None
+    with pytest.raises(UserError, match="the claim 'vote' names a quantity for audits and makes none"):
+        claims.Claim.audited(claims.CLAIMS["vote"], {}, nothing, nothing, steering=nothing, evidence=nothing)

@@ -78,6 +78,25 @@ def test_a_stopped_run_goes_on_and_ends_as_the_straight_one(before: Path, name: 
         assert (before / "both.html").exists()
 
 
+def test_a_run_of_an_earlier_bound_is_read_and_not_gone_on_with(
+    before: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Certificates for prompts chosen afterwards had another bound (T7): one run may not hold rows of both."""
+    shutil.rmtree(before / "recertify")
+    shutil.copytree(BEFORE / "recertify-earlier", before / "recertify")
+    sealed = (before / "recertify" / "results.parquet").read_bytes()
+    assert call(["report", "recertify", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["runs"][0]["name"] == "recertify"
+    assert call(given("recertify", RUNS["recertify"])) == 0  # it has ended, and is only read
+    assert (before / "recertify" / "results.parquet").read_bytes() == sealed
+    for name in ("checksums.json", "summary.json", "results.parquet"):
+        (before / "recertify" / name).unlink()
+    assert call(given("recertify", RUNS["recertify"])) == 2
+    said = capfd.readouterr().err
+    assert "bound: mcdiarmid+kl -> pinelis+kl" in said
+    assert "--fresh" in said
+
+
 @pytest.mark.parametrize("name", REPORTED)
 def test_a_run_is_reported(before: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert call(["report", name, "--json"]) == 0

@@ -357,7 +357,10 @@ class Claim(ClaimFacts, ABC):
             steering, evidence: features [n, D] of the clean image under fresh noise; the first may steer the search.
         """
         del row, asked, materials, steering, evidence
-        raise NotImplementedError(f"the claim '{self.name}' names a quantity and makes none to attack")
+        raise UserError(
+            f"the claim '{self.name}' names a quantity for audits and makes none: write its method `audited` "
+            "(docs/certify.md), or leave its quantity empty"
+        )
 
     def deployed_rule(self, asked: Asked) -> str:
         """Say what the deployed columns state, of how many copies, or why there are none; "" if none are asked for."""

@@ -1,7 +1,7 @@
 """The vote claims: what most noisy copies are taken for, or named as in words, stays (Cohen et al. 2019)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -111,16 +111,13 @@ VOTE = _Vote(
     quantity=VoteQuantity.words,
 )
 
-NAMED = _Vote(
+NAMED = replace(
+    VOTE,
     name="named",
     states="the answers to most noisy copies go on naming this class first",
     kept="the class that the answers to most noisy copies name is right and certified to stay named by most",
-    about_class=True,
-    columns=("radius", "deployed_radius"),
     rule="the class that the free answers to most of infinitely many noisy copies name first, as whole words; an "
     "answer that names none is a vote for none",
     deployed="most of {n0:,} fresh answers name the certified class first",
-    known_best=True,
-    tests_radius=True,
     quantity="share of noisy copies whose answer names the certified class first",
 )

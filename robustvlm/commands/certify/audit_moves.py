@@ -12,8 +12,7 @@ from torch import Tensor
 from robustvlm.certify.claims import Quantity
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats import Move
-from robustvlm.commands.certify.audit_search import INSIDE, Effort, Finding, Target, noisy_features
-from robustvlm.core.seeds import derive_seed
+from robustvlm.commands.certify.audit_search import INSIDE, Effort, Finding, Target, looked_at, noisy_features
 from robustvlm.defenses import SmoothedVLM
 
 _AGAIN = 4
@@ -35,11 +34,7 @@ def audit_moves(
         alpha: probability of calling a true bound broken, over the findings of this image.
         seed: of the run; noise is fresh, from streams of its own.
     """
-    cuda = [vlm.device] if vlm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
-        clean = target.pixels.to(vlm.device)
-        claim = target.claim(noisy_features(vlm, clean, effort.choice), noisy_features(vlm, clean, effort.evidence))
+    with looked_at(vlm, target, effort, seed) as (clean, claim):
         count = max(8, effort.starts * effort.steps // 4)
         found = []
         for fraction in sorted(effort.fractions):
@@ -50,17 +45,8 @@ def audit_moves(
             finer = threat.inside(eps, _FINER * count) if threat.moves > 1 else moves[:0]
             worst = _worst(vlm, clean, moves, finer, claim, effort, threat)
             evidence = noisy_features(vlm, _moved(clean, worst, threat), _SURER * effort.evidence)
-            found.append(
-                Finding(
-                    image_id=target.image_id,
-                    fraction=fraction,
-                    eps=eps,
-                    bound=claim.bound(eps),
-                    lowest=claim.value(evidence),
-                    upper=claim.upper(evidence, alpha / len(effort.fractions)),
-                    start=KIND,
-                )
-            )
+            share = alpha / len(effort.fractions)
+            found.append(target.judged(claim, evidence, eps=eps, fraction=fraction, alpha=share, start=KIND))
     return found
 
 

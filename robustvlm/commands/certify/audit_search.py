@@ -1,6 +1,7 @@
 """Certificates held against attacks: descent inside the certified ball for the image that breaks the claim."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -230,6 +231,20 @@ class Target:
     radius: float
     claim: Callable[[Array, Array], Quantity]
 
+    def judged(
+        self, quantity: Quantity, evidence: Array, *, eps: float, fraction: float, alpha: float, start: str
+    ) -> Finding:
+        """Return what features [n, D] of a point at distance `eps`, of noise that chose nothing, say of the bound."""
+        return Finding(
+            image_id=self.image_id,
+            fraction=fraction,
+            eps=eps,
+            bound=quantity.bound(eps),
+            lowest=quantity.value(evidence),
+            upper=quantity.upper(evidence, alpha),
+            start=start,
+        )
+
 
 def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: float, seed: int) -> list[Finding]:
     """Attack one certificate at every fraction of its radius; the search starts anew at the full radius.
@@ -242,11 +257,7 @@ def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: floa
     Raises:
         UserError: the certificate is about another noise level than the model's.
     """
-    cuda = [vlm.device] if vlm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
-        clean = target.pixels.to(vlm.device)
-        claim = target.claim(noisy_features(vlm, clean, effort.choice), noisy_features(vlm, clean, effort.evidence))
+    with looked_at(vlm, target, effort, seed) as (clean, claim):
         level = getattr(claim, "sigma", None)
         if level not in (None, vlm.sigma):
             raise UserError(f"the certificate is about noise of {level}, the model's is {vlm.sigma}")
@@ -265,18 +276,22 @@ def audit_image(vlm: SmoothedVLM, target: Target, effort: Effort, *, alpha: floa
             values = [claim.value(noisy_features(vlm, point[None], effort.choice)) for point in points]
             best = int(np.argmin(values))
             evidence = noisy_features(vlm, points[best : best + 1], effort.evidence)
-            findings.append(
-                Finding(
-                    image_id=target.image_id,
-                    fraction=fraction,
-                    eps=eps,
-                    bound=claim.bound(eps),
-                    lowest=claim.value(evidence),
-                    upper=claim.upper(evidence, alpha / len(effort.fractions)),
-                    start=kinds[best % len(kinds)] + (BLIND if blind else ""),
-                )
-            )
+            start, share = kinds[best % len(kinds)] + (BLIND if blind else ""), alpha / len(effort.fractions)
+            findings.append(target.judged(claim, evidence, eps=eps, fraction=fraction, alpha=share, start=start))
     return findings[::-1]
+
+
+@contextlib.contextmanager
+def looked_at(vlm: SmoothedVLM, target: Target, effort: Effort, seed: int) -> Iterator[tuple[Tensor, Quantity]]:
+    """Yield the clean image and the quantity that its certificate bounds, under noise of an audit's own streams."""
+    cuda = [vlm.device] if vlm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(derive_seed(seed, target.image_id, "audit"))
+        clean = target.pixels.to(vlm.device)
+        yield (
+            clean,
+            target.claim(noisy_features(vlm, clean, effort.choice), noisy_features(vlm, clean, effort.evidence)),
+        )
 
 
 def _sees(vlm: SmoothedVLM, clean: Tensor, eps: float, claim: Quantity) -> bool:
