@@ -24,7 +24,7 @@ from torch import Tensor
 
 from robustvlm.data.emoji import TEST_STYLE, VALIDATION_STYLE, compose_on
 from robustvlm.models import load_model
-from robustvlm.models.mllm_tower import TOKENS, TinyTowerConfig, register
+from robustvlm.models.mllm.tower import TOKENS, TinyTowerConfig, register
 from tools.tiny.augment import augment
 from tools.tiny.sprites import Sprites, Taxonomy
 from tools.tiny.talk import (

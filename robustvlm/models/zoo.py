@@ -19,7 +19,7 @@ from robustvlm.models.checkpoints import TowerAlone
 from robustvlm.models.clip import ClipVLM, build_clip, put_tower
 from robustvlm.models.custom import load_custom
 from robustvlm.models.mllm import PREFIX as _MLLM
-from robustvlm.models.mllm_load import load_mllm
+from robustvlm.models.mllm.load import load_mllm
 from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.transformers_files import PREFIX as _TRANSFORMERS
 from robustvlm.models.transformers_load import load_transformers

@@ -10,7 +10,7 @@ from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
 from robustvlm.defenses.answering import Answering
-from robustvlm.models.mllm_load import BUNDLED
+from robustvlm.models.mllm.load import BUNDLED
 
 
 def test_it_names_and_describes_what_it_never_saw() -> None:

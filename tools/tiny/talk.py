@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.data.emoji import BACKGROUNDS
-from robustvlm.models.mllm_tower import TOKENS
+from robustvlm.models.mllm.tower import TOKENS
 from tools.tiny.sprites import Taxonomy
 
 COLOURS = tuple(BACKGROUNDS)

@@ -14,7 +14,7 @@ from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.size import sides
 from robustvlm.errors import UserError
 from robustvlm.models import transformers_files as files
-from robustvlm.models.mllm_families import Family
+from robustvlm.models.mllm.families import Family
 from robustvlm.models.transformers_pixels import Preprocessing, filter_of, normalisation_of, sides_of, trial_image
 from robustvlm.models.weights import brief
 

@@ -13,16 +13,16 @@ from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import read_bytes, read_json
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
-from robustvlm.models.mllm import PREFIX, QUESTION, MllmVLM
-from robustvlm.models.mllm_checks import require_prompt, try_out
-from robustvlm.models.mllm_families import Family, Llava
-from robustvlm.models.mllm_known import family_of
-from robustvlm.models.mllm_tongue import Tongue
+from robustvlm.models.mllm.checks import require_prompt, try_out
+from robustvlm.models.mllm.families import Family, Llava
+from robustvlm.models.mllm.known import family_of
+from robustvlm.models.mllm.model import PREFIX, QUESTION, MllmVLM
+from robustvlm.models.mllm.tongue import Tongue
 from robustvlm.models.transformers_load import loading_options, read_image_processor, read_tokenizer, require_whole
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import brief
 
-BUNDLED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny-mllm"}
+BUNDLED = {"tiny": Path(__file__).parents[2] / "assets" / "tiny-mllm"}
 """Bundled models by what stands behind the prefix."""
 TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit", "robustvlm_tiny_tower")
 _OWN_TOWER = "robustvlm_tiny_tower"
@@ -97,7 +97,7 @@ def _load_weights(
     name = family.model
     bundled = config["vision_config"]["model_type"] == _OWN_TOWER
     if bundled:
-        from robustvlm.models.mllm_tower import register
+        from robustvlm.models.mllm.tower import register
 
         register()
     try:

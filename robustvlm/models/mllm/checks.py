@@ -11,7 +11,7 @@ from PIL import Image
 from robustvlm.core.framing import trial_pixels
 from robustvlm.errors import UserError
 from robustvlm.models import transformers_files as files
-from robustvlm.models.mllm import MllmVLM
+from robustvlm.models.mllm.model import MllmVLM
 from robustvlm.models.weights import brief
 
 _SAME = 1e-3

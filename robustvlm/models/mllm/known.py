@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustvlm.errors import UserError, nearest
-from robustvlm.models.mllm_families import Family, Gemma3, InternVL, Llava, PaliGemma, VipLlava
-from robustvlm.models.mllm_qwen import Qwen2VL, Qwen25VL
+from robustvlm.models.mllm.families import Family, Gemma3, InternVL, Llava, PaliGemma, VipLlava
+from robustvlm.models.mllm.qwen import Qwen2VL, Qwen25VL
 
 FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,
