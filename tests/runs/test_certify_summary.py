@@ -199,4 +199,4 @@ def test_runs_say_which_rule_and_which_source_they_are_about() -> None:
     found = summary(fact(0, 0.3), fact(1, 0.3, resize_norm=None))
     assert "1 of 2 images were resized first and rounded to 8 bits" in source(found)
     assert "not resized" in source(summary(fact(0, 0.3)))
-    assert "nothing is stated of it" in rule(found)
+    assert "nothing is stated of them" in rule(found)
