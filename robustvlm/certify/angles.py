@@ -17,8 +17,8 @@ from robustvlm.certify.shapes import A_MAX, eigenvalue_upper, layer_cake, sidewa
 from robustvlm.certify.tangent import Tangent, tangent_at
 from robustvlm.errors import UserError
 
-# T20. Let u be a fixed direction, phi the angle between a feature f and u, and 0 < theta <= pi / 2. For every unit w
-# orthogonal to u put n = -sin(theta) u + cos(theta) w. A feature of length at most one has
+# T20. Let u be a fixed direction, phi = arccos <f, u> (the angle to it of a feature f of length one), and 0 < theta <=
+# pi / 2. For every unit w orthogonal to u put n = -sin(theta) u + cos(theta) w. A feature of length at most one has
 #
 #     <f, n> = -sin(theta) <f, u> + cos(theta) <f, w> <= sin(phi - theta)        [ <f, w> <= sin(phi) ]
 #

@@ -36,7 +36,9 @@ def token_shape(vlm: VLM | None) -> tuple[int, int]:
 
 
 def asking(vlm: VLM, question: str) -> VLM:
-    """Return a model with another question put to every image, whatever stands around its language model.
+    """Put another question to every image, whatever stands around a language model, and return the model.
+
+    What stands around it is changed in place; a language model alone is left as it is.
 
     Raises:
         UserError: there is no language model, or it does not know the words.

@@ -150,7 +150,7 @@ class RunFolder:
                     self._check_empty()
                     write_text(self.manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
                 else:
-                    require_same(old, manifest, self.path, finished=self.finished)
+                    require_same(old, manifest, self.path, finished=lambda: self.finished)
                 yield old or manifest
 
     def joined(self, manifest: Manifest) -> Manifest:
@@ -161,7 +161,7 @@ class RunFolder:
             raise UserError(
                 f"rank 0 has begun a run that is not in '{self.path}': all machines must see one folder, see --out"
             )
-        require_same(old, manifest, self.path, finished=self.finished)
+        require_same(old, manifest, self.path, finished=lambda: self.finished)
         return old
 
     def _check_not_foreign(self) -> None:

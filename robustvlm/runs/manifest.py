@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -282,15 +282,16 @@ def is_manifest(content: object) -> bool:
     return isinstance(content, dict) and {"format", "kind", "config"} <= content.keys()
 
 
-def require_same(old: Manifest, new: Manifest, folder: Path, *, finished: bool = False) -> None:
+def require_same(old: Manifest, new: Manifest, folder: Path, *, finished: Callable[[], bool] = lambda: False) -> None:
     """Refuse to continue a run under other settings, model or data, and name what differs.
 
     Args:
-        finished: it is only read. What an earlier version began by another bound is not gone on with by this one's.
+        finished: whether it would only be read, asked where that matters: what an earlier version began by another
+            bound is not gone on with by this one's.
     """
     found = differences(old, new)
     before, after = ((manifest.get("plan") or {}).get("bound") for manifest in (old, new))
-    if not finished and before is not None and before != after:
+    if before is not None and before != after and not finished():
         found.append(f"bound: {before} -> {after}")
     if not found and old.get("probe") is not None and new.get("probe") is not None:
         from robustvlm.core.probe import change_of  # with numpy

@@ -90,6 +90,14 @@ def test_what_does_not_decide_results_may_change(key: str) -> None:
     require_same(manifest(), manifest() | {key: "other"}, Path("x"))
 
 
+def test_a_certificate_is_not_gone_on_with_by_another_bound_but_still_read() -> None:
+    old, new = manifest() | {"plan": {"bound": "index"}}, manifest() | {"plan": {"bound": "ell"}}
+    with pytest.raises(UserError, match="bound: index -> ell"):
+        require_same(old, new, Path("x"))
+    require_same(old, new, Path("x"), finished=lambda: True)
+    require_same(old, old, Path("x"), finished=lambda: pytest.fail("asked where nothing depends on it"))
+
+
 def test_a_setting_that_an_older_version_did_not_know_counts_as_changed() -> None:
     old = manifest()
     del old["config"]["lanes"]
