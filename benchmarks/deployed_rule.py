@@ -93,7 +93,7 @@ def one_image(model: SmoothedVLM, pixels: Tensor, text: Tensor, options: argpars
             text=table, sigma=model.sigma, alpha=options.alpha, n=options.samples, n_pilot=options.samples // 4,
             deployed=options.n0, abstains_at=options.alpha,
         )  # fmt: skip
-        finding = _fed(certifier, copies)
+        finding = fed(certifier, copies)
         found[name] = {
             "label": finding.prediction,
             "ideal": finding.radius,
@@ -112,7 +112,8 @@ def one_image(model: SmoothedVLM, pixels: Tensor, text: Tensor, options: argpars
     return found
 
 
-def _fed(certifier: Certifier, copies: np.ndarray) -> Any:
+def fed(certifier: Certifier, copies: np.ndarray) -> Any:
+    """Return what a certifier finds in copies [n, D], the pilot first."""
     start = 0
     while (wanted := certifier.request()) is not None:
         certifier.take(copies[start : start + wanted.sure])
@@ -151,7 +152,7 @@ def answers(
     found = {}
     for rule, (_, answer) in RULES.items():
         logits, evidence = answer(copies, text, model.logit_scale)
-        said = torch.where(evidence > np.log(1.0 / options.alpha), logits.argmax(dim=1), -1)
+        said = torch.where(evidence >= np.log(1.0 / options.alpha), logits.argmax(dim=1), -1)
         found[rule] = [list(map(int, part)) for part in said.view(len(pixels), options.answers)]
     return found
 
