@@ -21,6 +21,7 @@ from robustvlm.certify.bands import ell_band, index_band
 from robustvlm.certify.certifier import Certifier, unit_rows
 from robustvlm.certify.claims.class_ import ClassAtRadius
 from robustvlm.certify.claims.feature import FeatureTest, feature_radius
+from robustvlm.certify.claims.joint import JointAtRadius
 from robustvlm.certify.claims.recall import RecallAtRadius, RecallRadius
 from robustvlm.certify.claims.topk import TopAtRadius, TopVotes
 from robustvlm.certify.core import copies_needed, core_of
@@ -117,8 +118,25 @@ def _early(rows: Any, text: Any) -> dict[str, float]:
             kind: Any = {"class": ClassAtRadius, "topk": TopAtRadius, "recall": RecallAtRadius}[claim]
             answer = _fed(kind(text=text, **asked), rows)
             found[f"{claim} at {share}"] = answer.n / len(rows) if radius > 0.0 else np.nan
-    at_one = FeatureTest(radius=1.0, cos0=COS0, sigma=1.0, alpha=ALPHA, n=len(rows))
-    return found | {"feature at 1 sigma": _fed(at_one, rows).n / len(rows)}
+    return found | _early_cosine(rows)
+
+
+def _early_cosine(rows: Any) -> dict[str, float]:
+    """How soon a cosine is certified at one sigma and near the largest radius of the joint claim; all copies: never."""
+    reached, found = _features(rows)["joint (T20, T4)"], {}
+    for name, radius in (("1 sigma", 1.0), ("0.5 of joint", 0.5 * reached), ("0.9 of joint", 0.9 * reached)):
+        asked: dict[str, Any] = {
+            "radius": max(radius, 1e-6),
+            "cos0": COS0,
+            "sigma": 1.0,
+            "alpha": ALPHA,
+            "n": len(rows),
+        }
+        for claim, certifier in (("feature", FeatureTest(**asked)), ("joint", JointAtRadius(**asked, n_pilot=50))):
+            answer = _fed(certifier, rows)
+            spent = (answer.n + answer.n_pilot) / len(rows)
+            found[f"{claim} at {name}"] = spent if answer.stop == "certified" else 1.0
+    return found
 
 
 def _fed(certifier: Certifier, rows: Any) -> Any:

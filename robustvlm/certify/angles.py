@@ -39,7 +39,8 @@ TEST_SHARE = 0.9
 STEP = 0.01
 """Distance of the shifts that are tested, in sigmas."""
 
-_ON_BEST = 0.75  # share of the wealth on the bet that the pilot recommends; the others share the rest
+ON_BEST = 0.75
+"""Share of the wealth on the bet that the pilot recommends; the others share the rest."""
 
 COARSE = 0.1
 """Their distance where the pilot expects no difficulty."""
@@ -85,8 +86,14 @@ def turn_upper(rows: Array, direction: ArrayLike, alpha: float) -> float:
     return atan2(across, along) if along > 0.0 else pi
 
 
-def _turn_expected(pilot: Array, u: Array, n: int, alpha: float) -> float:
-    """What `turn_upper` of n further samples will hardly exceed, judged by the pilot: a choice, no bound."""
+def turn_expected(pilot: Array, u: Array, n: int, alpha: float) -> float:
+    """Return what `turn_upper` of n further samples will hardly exceed, judged by the pilot: a choice, no bound.
+
+    Example:
+        >>> rows = np.tile([[0.8, 0.6], [0.8, -0.6]], (50, 1))
+        >>> turn_upper(np.tile(rows, (5, 1)), [1.0, 0.0], 0.003) < turn_expected(rows, np.eye(2)[0], 500, 0.003)
+        True
+    """
     kept = pilot[np.isfinite(pilot).all(axis=1)]
     side = kept - np.outer(kept @ u, u)
     spread = float((side**2).sum(axis=1).mean()) * len(kept) / max(1, len(kept) - 1)
@@ -145,7 +152,7 @@ class JointPilot:
         if self.direction is None:
             return
         angle = float(np.arccos(cos0))
-        self.turn = min(_turn_expected(rows, self.direction, n, TURN_SHARE * alpha), 0.9 * angle)
+        self.turn = min(turn_expected(rows, self.direction, n, TURN_SHARE * alpha), 0.9 * angle)
         self.theta = angle - self.turn
         cosines = rows @ self.direction
         self._along, self._angles = as_scores(0.5 * (1.0 + cosines)), angle_scores(cosines, self.theta)
@@ -157,8 +164,8 @@ class JointPilot:
         nulls = np.maximum(tangent.null_mean(angle_target(self.theta))[:, 0], 1e-6)
         moved = tangent.transform(self._angles)[..., 0]
         hopes = np.stack([self._hope(self._along, null), *map(self._hope, moved, nulls)])
-        weights = np.full(hopes.shape, (1.0 - _ON_BEST) / hopes.size)
-        weights[np.unravel_index(int(np.argmax(hopes)), hopes.shape)] += _ON_BEST
+        weights = np.full(hopes.shape, (1.0 - ON_BEST) / hopes.size)
+        weights[np.unravel_index(int(np.argmax(hopes)), hopes.shape)] += ON_BEST
         return Bets(null, tangent, nulls, weights)
 
     def _hope(self, scores: Array, null: float) -> Array:
