@@ -16,13 +16,13 @@ from robustvlm.certify.classes import class_margin_radius, vote_radius
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.errors import UserError
 
-# T27. Let a model hold s rules of its own, smoothed at s noise levels, and answer a class where every one of them, asked
-# with fresh copies, answers that class; else nothing. If at *some* level the rule is certified to answer no class but y
+# T27. Let a model hold s rules of its own, smoothed at s noise levels, and answer a class where every one of them,
+# asked with fresh copies, answers that class; else nothing. If at *some* level the rule is certified to answer no class but y
 # within R of x, the model answers no class but y there: another answer would need that level's. So any of the levels
 # may certify, and the radius is the largest.
 #
-# At one alpha: (union) the level is chosen after all samples were seen, with alpha / s for each; or (pilot) it is chosen
-# by a few copies of each level, and fresh ones of that level alone certify it at alpha. Given the pilot, the claim is
+# At one alpha: (union) the level is chosen after all samples were seen, with alpha / s for each; or (pilot) it is
+# chosen by a few copies of each level, and fresh ones of that level alone certify it at alpha. Given the pilot, the claim is
 # fixed before its noise is drawn, so nothing is paid for the choice but the copies of the pilot.
 
 ABSTAIN = -1
@@ -74,15 +74,15 @@ def certify_levels(
         >>> rows = lambda sigma, n: np.where(rng.random((n, 1)) < sigma * sigma, [[0.0, 1.0]], [[1.0, 0.0]])
         >>> found = certify_levels(rows, np.eye(2), [0.1, 0.4], n=1000, n_pilot=50, alpha=0.001)
         >>> found.sigma, found.label, round(found.radius, 2)
-        (0.4, 0, 0.34)
+        (0.4, 0, 0.38)
     """
     levels = [check_sigma(sigma) for sigma in sigmas]
     check_alpha(alpha)
     left = n - len(levels) * n_pilot
     if not levels or n_pilot < 1 or left < (1 if spend == "pilot" else len(levels)):
         raise UserError(
-            f"{n} copies do not go round {len(levels)} noise levels with {n_pilot} each to choose: pass more of them, or "
-            "fewer levels"
+            f"{n} copies do not go round {len(levels)} noise levels with {n_pilot} each to choose: pass more, or fewer "
+            "levels"
         )
     t = np.asarray(text, dtype=np.float64)
     pilots = {sigma: unit_rows(draw(sigma, n_pilot)) for sigma in levels}
