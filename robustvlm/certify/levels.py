@@ -17,13 +17,13 @@ from robustvlm.certify.normal import Array, check_alpha, check_sigma
 from robustvlm.errors import UserError
 
 # T27. Let a model hold s rules of its own, smoothed at s noise levels, and answer a class where every one of them,
-# asked with fresh copies, answers that class; else nothing. If at *some* level the rule is certified to answer no class but y
-# within R of x, the model answers no class but y there: another answer would need that level's. So any of the levels
-# may certify, and the radius is the largest.
+# asked with fresh copies, answers that class; else nothing. If at *some* level the rule is certified to answer no class
+# but y within R of x, the model answers no class but y there: another answer would need that level's. So any of the
+# levels may certify, and the radius is the largest.
 #
 # At one alpha: (union) the level is chosen after all samples were seen, with alpha / s for each; or (pilot) it is
-# chosen by a few copies of each level, and fresh ones of that level alone certify it at alpha. Given the pilot, the claim is
-# fixed before its noise is drawn, so nothing is paid for the choice but the copies of the pilot.
+# chosen by a few copies of each level, and fresh ones of that level alone certify it at alpha. Given the pilot, the
+# claim is fixed before its noise is drawn, so nothing is paid for the choice but the copies of the pilot.
 
 ABSTAIN = -1
 

@@ -197,6 +197,7 @@ KINDS: dict[str, _Kind] = {
     "class": _Kind(labelled=True, named=lambda c: c.classes),
     "vote": _Kind(labelled=True, named=lambda c: c.classes),
     "named": _Kind(labelled=True, named=lambda c: c.classes),
+    "open-vote": _Kind(labelled=True, named=lambda c: c.classes and c.prompts),
     "topk": _Kind(labelled=True, named=lambda c: c.classes),
     "recall": _Kind(labelled=True, named=lambda c: c.classes),
     "openset-accept": _OPENSET,

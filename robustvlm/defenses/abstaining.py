@@ -42,7 +42,7 @@ class Abstaining(Classifier):
         (torch.Size([2]), torch.Size([2, 3]))
     """
 
-    abstains = True
+    abstains = withholds = True
     random_draws = 10
     """Draws that a gradient is averaged over: copies that all agree do not show that it is random."""
 

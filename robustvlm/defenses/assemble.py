@@ -61,10 +61,11 @@ class Recipe:
         pipeline.check_operations(f"--smooth {self.smooth}", self.smoothing)
         if not (self.purify or self.smooth or self.immunize):
             raise UserError("nothing to build: pass --purify RUN, --smooth SIGMA or --immunize RUN")
-        if self.immunize and self.smoothing and read_rule(str(self.smoothing[0])) is not None:
+        rule = read_rule(str(self.smoothing[0])) if self.smoothing else None
+        if self.immunize and rule is not None and not rule.votes:
             raise UserError(
-                f"an immunised head refuses images by itself, and '--smooth {self.smooth}' would have it abstain as "
-                "well: leave out ALPHA"
+                f"the copies of an immunised head answer by vote, for a class or for none of them: pass --smooth "
+                f"{self.smooth}:vote, or leave out ALPHA"
             )
 
     @property
@@ -316,7 +317,7 @@ def build_pipeline(
             if not wrong.harmless and not accept_misfits:
                 raise UserError(f"{wrong}; --accept-misfits builds it anyway")
             found.append(wrong)
-        bare = unfitted(part, recipe.sigma)
+        bare = _judging(part, recipe)
         found += [] if bare is None else [bare]
         spec, vlm = _put_on(part, spec, vlm, folder / PARTS / part.name, device)
         shown, clean = str(part.folder), [*clean, vlm.fingerprint]
@@ -324,6 +325,15 @@ def build_pipeline(
     settings = {"smooth": recipe.smooth}
     write_card(folder, Card("build", spec, vlm.fingerprint, settings, probe_encoder(vlm)))
     return pipeline.load_pipeline(str(folder), device=device), tuple(found)
+
+
+def _judging(part: Part, recipe: Recipe) -> Unfitted | None:
+    """Say what a head lacks for the noise; refuse one whose copies could not vote."""
+    made = pipeline.saved_model(str(part.folder))
+    if recipe.noise is None or not recipe.smoothing or read_rule(str(recipe.smoothing[0])) is None or made is None:
+        return unfitted(part, recipe.sigma)
+    made.require_votes(recipe.noise)
+    return None
 
 
 def _put_on(part: Part, spec: str, vlm: VLM, target: Path, device: torch.device | str) -> tuple[str, VLM]:
@@ -405,6 +415,10 @@ class BuiltModel(pipeline.SavedModel):
 
     def class_vectors(self, class_names: Sequence[str]) -> torch.Tensor | None:
         return None if self._top is None else self._top.class_vectors(class_names)
+
+    def voting(self, encoder: VLM, class_names: Sequence[str], noise: Noise) -> VLM:
+        top = self._top
+        return (super() if top is None else top).voting(encoder, class_names, noise)
 
     def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule | None:
         return None if self._top is None else self._top.openset_rule(class_names, sigma, tau)

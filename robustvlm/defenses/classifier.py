@@ -74,6 +74,8 @@ class Classifier(nn.Module, ABC):
         self.logit_scale, self.can_reject = logit_scale, can_reject
 
     abstains: bool = False
+    withholds: bool = False
+    """It gives no answer where its noisy copies do not decide one, at an alpha of its own."""
 
     @property
     def image_size(self) -> Size:
@@ -94,6 +96,11 @@ class Classifier(nn.Module, ABC):
     def remarks(self) -> tuple[str, ...]:
         """What was taken for granted of the model and could not be checked, beside what its encoder says."""
         return ()
+
+    @property
+    def says(self) -> str | None:
+        """How an answer comes about, in words, of a model that withholds some; None: as usual."""
+        return None
 
     @property
     def class_embeddings(self) -> Tensor | None:
@@ -151,7 +158,7 @@ class Classifier(nn.Module, ABC):
             own = f"'{self.spec}' abstains at an alpha of its own: leave out alpha"
             raise UserError(
                 own
-                if self.abstains
+                if self.withholds
                 else f"'{self.spec}' does not abstain: leave out alpha, or pass a smoothed encoder without refusal, as "
                 "load_classifier('tiny+smooth:0.25', ...)"
             )

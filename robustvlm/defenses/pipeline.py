@@ -190,6 +190,19 @@ class SavedModel(ABC):
         del class_names, sigma, tau
         return None
 
+    def voting(self, encoder: VLM, class_names: Sequence[str], noise: Noise) -> VLM:
+        """Return what single noisy copies vote for, a class or none of them, as an encoder of features [B, K + 1].
+
+        Raises:
+            UserError: a model that never refuses, or one without thresholds for copies at this noise.
+        """
+        del encoder, class_names, noise
+        raise UserError(f"'{self.folder}' never refuses an image, so that no copy votes for none of the classes")
+
+    def require_votes(self, noise: Noise) -> None:
+        """Refuse a head that has no thresholds for copies that vote at this noise; others have none to miss."""
+        del noise
+
     @property
     def noise_levels(self) -> tuple[float, ...]:
         """Noise levels for whose mean features its head has thresholds, and judges the mean as certificates do."""
@@ -485,7 +498,7 @@ def _load_undefended(
     spec: str, class_names: Sequence[str], templates: Sequence[str], place: torch.device, cache: bool
 ) -> Classifier:
     found = _load_always_answering(spec, class_names, templates, place, cache)
-    if rule_of(found.vlm) is None:
+    if rule_of(found.vlm) is None or found.withholds:
         return found
     if not isinstance(found, ZeroShot) or not isinstance(found.vlm, SmoothedVLM):
         raise UserError(

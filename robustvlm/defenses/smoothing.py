@@ -77,10 +77,11 @@ class Rule:
 
         return least_copies(self.alpha, votes=self.votes)
 
-    def words(self, n0: int) -> str:
-        """Say how a model with `n0` copies answers."""
+    def words(self, n0: int, *, refuses: bool = False) -> str:
+        """Say how a model with `n0` copies answers; refuses: copies may be put into none of the classes as well."""
         how = f"the vote of {n0:,} noisy copies" if self.votes else f"the mean of {n0:,} noisy copies"
-        return f"the class that {how} decides at alpha {self.alpha:g}, else no answer"
+        what = "the class, or that it is none of them," if refuses else "the class"
+        return f"{what} that {how} decides at alpha {self.alpha:g}, else no answer"
 
 
 def told_of(vlm: VLM, noise: "Noise") -> VLM:

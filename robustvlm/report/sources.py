@@ -88,6 +88,7 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
         "class": ("cohen2019", "kumar2020"),
         "vote": ("cohen2019",),
         "named": ("cohen2019",),
+        "open-vote": ("cohen2019",),
         "topk": ("cohen2019", "jia2020"),
         "recall": ("cohen2019", "kumar2020"),
         "openset": ("cohen2019", "kumar2020", "fang2026"),

@@ -118,8 +118,8 @@ def test_no_rule_is_certified_that_no_command_answers_by(spec, tmp_path):
         rv.certify(spec, limit=1, samples=60, alpha=0.05, out=tmp_path, device="cpu")
 
 
-def test_a_head_that_refuses_is_not_built_into_a_model_that_abstains():
-    with pytest.raises(UserError, match=r"refuses images by itself.*leave out ALPHA"):
+def test_a_head_that_refuses_is_not_built_into_a_model_that_answers_by_the_mean():
+    with pytest.raises(UserError, match=r"answer by vote.*pass --smooth 0.1:64:0.001:vote, or leave out ALPHA"):
         Recipe("tiny", smooth="0.1:64:0.001", immunize="immune")
 
 

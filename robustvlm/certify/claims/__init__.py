@@ -5,7 +5,7 @@ what an audit attacks. `CLAIMS` has the built-in ones; docs/certify.md adds one 
 
 Example:
     >>> sorted(CLAIMS)
-    ['class', 'feature', 'joint', 'named', 'openset', 'recall', 'tokens', 'topk', 'vote']
+    ['class', 'feature', 'joint', 'named', 'open-vote', 'openset', 'recall', 'tokens', 'topk', 'vote']
     >>> find_claim("vote").columns
     ('radius', 'deployed_radius')
 """
@@ -35,14 +35,14 @@ from robustvlm.certify.claims.openset import OPENSET
 from robustvlm.certify.claims.recall import RECALL
 from robustvlm.certify.claims.tokens import TOKENS
 from robustvlm.certify.claims.topk import TOPK
-from robustvlm.certify.claims.vote import NAMED, VOTE
+from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.record import OWN
 from robustvlm.core import registry
 from robustvlm.core.user_code import code_is_refused
 from robustvlm.errors import UserError, nearest
 
-_BUILT_IN = (FEATURE, JOINT, TOKENS, CLASS, VOTE, OPENSET, TOPK, RECALL, NAMED)
+_BUILT_IN = (FEATURE, JOINT, TOKENS, CLASS, VOTE, OPENSET, TOPK, RECALL, NAMED, OPEN_VOTE)
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in _BUILT_IN}
 """The built-in claims by name."""
 

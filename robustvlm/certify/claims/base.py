@@ -5,7 +5,7 @@ know and compare its name with nothing, so that another claim is another object 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -274,7 +274,7 @@ class Claim(ClaimFacts, ABC):
         deployed: what the column `deployed_radius` says of so many copies (`{n0:,}`); "": it has no such column.
         deployed_at_radius: that column is there too where only one radius is asked about.
         options: settings that are its own, of "min_cos", "tau", "antibodies", "weight" and "top".
-        head: what it takes of a model with a head of its own: its class vectors or its open-set rule.
+        head: what it takes of a model with a head of its own: its class vectors, its open-set rule, or its votes.
         known_best: the settings alone say the best radius, before a model is loaded.
         tests_radius: it can also decide one radius with as few samples as that takes (`--radius`).
         early_pilot: a test that may stop early needs a pilot; pilot_counts: pilot samples are evidence as well.
@@ -288,7 +288,7 @@ class Claim(ClaimFacts, ABC):
     deployed: str = ""
     deployed_at_radius: bool = False
     options: tuple[str, ...] = ()
-    head: Literal["vectors", "rule"] | None = "vectors"
+    head: Literal["vectors", "rule", "votes"] | None = "vectors"
     known_best: bool = False
     tests_radius: bool = False
     early_pilot: bool = True
@@ -337,6 +337,10 @@ class Claim(ClaimFacts, ABC):
     def correct(self, label: int, prediction: int) -> bool | None:
         """Whether a prediction is right; None where that is unknown. A label of -1 is no class of the list."""
         return prediction == label if label >= 0 and prediction >= 0 else None
+
+    def outcome(self, prediction: int, class_names: Sequence[str]) -> str:
+        """Return what a prediction of a claim about classes is called."""
+        return class_names[prediction]
 
     def deployed_columns(self, found: Finding, asked: Asked, *, sigma: float) -> dict[str, float]:
         """Return the columns of the deployed model that follow from a finding under noise `sigma` and are not in it."""

@@ -1,6 +1,6 @@
 """The vote claims: what most noisy copies are taken for, or named as in words, stays (Cohen et al. 2019)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from robustvlm.certify.certifier import Certifier
-from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of
+from robustvlm.certify.claims.base import Asked, Claim, Given, Materials, Plan, Quantity, sampling_of
 from robustvlm.certify.claims.class_ import VoteAtRadius, VoteRadius, votes_for
 from robustvlm.certify.limits import best_vote_radius, best_vote_test_radius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats import find_threat
+from robustvlm.errors import UserError, setting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +110,43 @@ VOTE = _Vote(
     known_best=True,
     tests_radius=True,
     quantity=VoteQuantity.words,
+)
+
+NONE = "none of the classes"
+"""What a copy votes for that an immunised model rejects; its number is that of the classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenVote(_Vote):
+    def check(self, given: Given, *, refuses: bool) -> None:
+        if not refuses:
+            raise UserError(
+                f"'{given.model}' never refuses an image, and the claim '{self.name}' is about votes for a class or for "
+                f"none: pass {setting('claim', VOTE.name)}, or a folder of `robustvlm immunize`"
+            )
+        super().check(given, refuses=refuses)
+
+    def correct(self, label: int, prediction: int) -> bool | None:
+        # Of an image of no known class nothing counts as right, as for all claims of classes.
+        return prediction == label if label >= 0 else None
+
+    def outcome(self, prediction: int, class_names: Sequence[str]) -> str:
+        return NONE if prediction == len(class_names) else class_names[prediction]
+
+
+OPEN_VOTE = _OpenVote(
+    name="open-vote",
+    states="the answer that most noisy copies vote for, a class or that it is none of them, stays the same",
+    kept="the class that most noisy copies vote for is right and certified to stay",
+    about_class=True,
+    columns=("radius", "deployed_radius"),
+    rule='the class, or "none of the classes", that most of infinitely many noisy copies vote for, each judged by the '
+    "head of the model with thresholds for single copies at this noise",
+    deployed="the answer with most of {n0:,} fresh votes is the certified one",
+    known_best=True,
+    tests_radius=True,
+    head="votes",
+    quantity="share of noisy copies that vote for the certified answer",
 )
 
 NAMED = replace(

@@ -66,7 +66,7 @@ class BuildWork:
                 parts=_stages(self.recipe, vlm),
                 model=facts_of(vlm, "interpolation"),
                 misfits=[str(wrong) for wrong in misfits],
-                rule=_rule(vlm),
+                rule=_rule(vlm, refuses=self.recipe.immunize is not None),
             )
             write_text(folder / NAME, record.model_dump_json(indent=2) + "\n")
 
@@ -124,12 +124,12 @@ def _stages(recipe: Recipe, vlm: VLM) -> list[str]:
     return [f"{what} {where}" for what, where in named if where is not None]
 
 
-def _rule(vlm: VLM) -> str | None:
+def _rule(vlm: VLM, *, refuses: bool) -> str | None:
     """Say how a smoothed pipeline tells classes, None for one that is not smoothed."""
     if not isinstance(vlm, SmoothedVLM):
         return None
     if vlm.rule is not None:
-        return vlm.rule.words(vlm.n0)
+        return vlm.rule.words(vlm.n0, refuses=refuses)
     return f"the class of the mean of {vlm.n0:,} noisy copies, significant or not"
 
 

@@ -24,7 +24,8 @@ from robustvlm.certify.claims import (
     own_digest,
 )
 from robustvlm.certify.claims.class_ import CLASS
-from robustvlm.certify.claims.vote import NAMED, VOTE
+from robustvlm.certify.claims.openset import OPENSET
+from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.normal import Array, check_alpha
 from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
 from robustvlm.commands.certify import CertifySettings
@@ -36,7 +37,7 @@ from robustvlm.defenses import SmoothedVLM
 from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of, token_shape
 from robustvlm.defenses.load import declared_rule
 from robustvlm.defenses.pipeline import saved_model, split_spec
-from robustvlm.defenses.smoothing import FORM, told_of
+from robustvlm.defenses.smoothing import FORM, Rule, told_of
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.zero_shot import class_embeddings
@@ -59,8 +60,24 @@ def claim_of(settings: CertifySettings) -> str:
         return settings.claim
     rule = declared_rule(settings.model)
     if rule is not None:  # what is deployed is what is certified
-        return VOTE.name if rule.votes else CLASS.name
+        return _claim_of_rule(settings.model, rule).name
     return DEFAULT if settings.from_cache is None else DEFAULT_KEPT
+
+
+def _claim_of_rule(model: str, rule: Rule) -> Claim:
+    """Return the claim about the rule by which a model answers from its copies.
+
+    Raises:
+        UserError: an immunised head by the mean, which no command answers by.
+    """
+    made = saved_model(split_spec(model)[0])
+    if made is None or not made.refuses:
+        return VOTE if rule.votes else CLASS
+    if not rule.votes:
+        raise UserError(
+            f"'{model}': the copies of an immunised head answer by vote: write +smooth:SIGMA:N0:{rule}:vote"
+        )
+    return OPEN_VOTE
 
 
 def check(settings: CertifySettings) -> None:
@@ -75,7 +92,7 @@ def check(settings: CertifySettings) -> None:
             "alpha", f"is an error probability, at most {MAX_ALPHA:g}", got=f"{settings.alpha}: pass 0.001"
         )
     threat = settle_noise(settings).threat
-    if not threat.gaussian and claim not in (VOTE, NAMED):
+    if not threat.gaussian and claim not in (VOTE, NAMED, OPEN_VOTE):
         raise UserError(
             f"the threat '{threat.name}' is certified by shares of votes alone: pass {setting('claim', VOTE.name)}"
         )
@@ -100,9 +117,10 @@ def check(settings: CertifySettings) -> None:
 def _require_own_rule(claim: Claim, settings: CertifySettings) -> None:
     """Refuse to certify a class by another rule than the one by which the model answers."""
     rule = declared_rule(settings.model)
-    theirs = None if rule is None else VOTE if rule.votes else CLASS
-    if theirs is not None and claim in (CLASS, VOTE) and claim is not theirs:
-        how = "vote" if theirs is VOTE else "mean"
+    theirs = None if rule is None else _claim_of_rule(settings.model, rule)
+    rivals = (CLASS, VOTE, OPENSET, OPEN_VOTE) if theirs is OPEN_VOTE else (CLASS, VOTE)
+    if theirs is not None and claim in rivals and claim is not theirs:
+        how = "mean" if theirs is CLASS else "vote"
         raise UserError(
             f"'{settings.model}' answers by the {how} of its copies, and the claim '{claim.name}' is about another "
             f"rule: leave out {setting('claim')}, or pass {setting('claim', theirs.name)}"
@@ -237,7 +255,7 @@ def settle_deployed(settings: CertifySettings, vlm: VLM) -> int | None:
 def settle_abstention(config: CertifyConfig, vlm: VLM) -> float | None:
     """Return the alpha at which the deployed model withholds its class, where the claim is about that class."""
     rule = vlm.rule if isinstance(vlm, SmoothedVLM) else None
-    return rule.alpha if rule is not None and find_claim(config.claim) in (CLASS, VOTE) else None
+    return rule.alpha if rule is not None and find_claim(config.claim) in (CLASS, VOTE, OPEN_VOTE) else None
 
 
 def noise_of(
@@ -302,6 +320,8 @@ def vectors_of_classes(
         UserError: a claim about classes, and the model has no single vector for each.
     """
     made, claim = saved_model(split_spec(config.model)[0]), find_claim(config.claim)
+    if claim.head == "votes":
+        return np.eye(len(class_names) + 1)
     if made is not None and claim.head == "vectors":
         own = made.class_vectors(class_names)
         if own is not None:
@@ -329,6 +349,8 @@ def certified_model(vlm: VLM, config: CertifyConfig, class_names: Sequence[str])
             that no command answers by.
     """
     claim, made = find_claim(config.claim), saved_model(split_spec(config.model)[0])
+    if claim.head == "votes" and made is not None:
+        return made.voting(vlm, class_names, config.against)
     elsewhere = speaker_of(vlm) is not None or (made is not None and made.refuses)
     if claim.needs_classes and elsewhere and isinstance(vlm, SmoothedVLM) and vlm.rule is not None:
         raise UserError(

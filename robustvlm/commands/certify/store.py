@@ -257,7 +257,7 @@ class Recorder:
                 "cos0": self.config.min_cos,
                 "r": found.r,
                 "label": found.prediction if by_class else None,
-                "label_name": None if named is None else self.class_names[named],
+                "label_name": None if named is None else claim.outcome(named, self.class_names),
                 "rule": self.plan.rule,
                 "classes": self._classes if claim.needs_classes else None,
                 "n_classes": len(self.class_names) if claim.needs_classes else None,

@@ -45,6 +45,9 @@ from robustvlm.text import without_secrets
 
 MOST_IMAGES = 512
 
+COPIES_EACH = 4
+"""Noisy copies of each of these images that set the thresholds of copies which vote."""
+
 
 def noisy_means(
     vlm: VLM,
@@ -86,6 +89,30 @@ def noisy_means(
     if not means:
         raise UserError(f"'{source.spec}' has no image of a known class to set thresholds under noise with")
     return torch.cat(means), torch.tensor(labels)
+
+
+def noisy_copies(
+    vlm: VLM, source: DataSource, sigma: float, *, each: int, seed: int, keep: Callable[[str], bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return features [N * each, D] of single noisy copies of the images of `noisy_means`, and their labels.
+
+    A model whose copies vote judges each of them by thresholds that such copies have set.
+    """
+    smoothed = smooth(vlm, sigma, each)
+    rows: list[Tensor] = []
+    labels: list[int] = []
+    cuda = [vlm.device] if vlm.device.type == "cuda" else []
+    for item in source.samples(limit=_limit(source, keep), keep=keep):
+        if not isinstance(item, Sample) or item.label == UNKNOWN:
+            continue
+        pixels = to_pixels(item.image, vlm.framing)[None].to(vlm.device)
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            torch.manual_seed(derive_seed(seed, "thresholds of copies", repr(sigma), item.id))
+            rows.append(smoothed.noisy_features(pixels, each)[0].float().cpu())
+        labels += [item.label] * each
+        if len(rows) == MOST_IMAGES:
+            break
+    return torch.cat(rows), torch.tensor(labels)
 
 
 def _limit(source: DataSource, keep: Callable[[str], bool] | None) -> int | None:
@@ -206,10 +233,17 @@ class ImmunizeWork:
             keep = partial(_in_share, self.source, other, self.settings.seed)
         source = self.source if isinstance(other, float) else other
         found: dict[float, Tensor] = {}
+        single: dict[float, Tensor] = {}
+
+        def values(features: Tensor, labels: Tensor) -> Tensor:
+            made = thresholds_of(features, labels, immunity, records.deciding(self.settings), text=text)
+            return torch.tensor(made.values, dtype=torch.float32)
+
         for sigma in self.settings.sigma:
             observer.begin(f"Encoding noise {sigma:g}")
+            adapted = immune.AdaptedVLM(self.vlm.at_noise(sigma), immunity.adapter)
             means, labels = noisy_means(
-                immune.AdaptedVLM(self.vlm.at_noise(sigma), immunity.adapter),
+                adapted,
                 source,
                 sigma,
                 draws=NOISE_DRAWS,
@@ -217,9 +251,10 @@ class ImmunizeWork:
                 keep=keep,
                 on_images=counted(observer),
             )
-            thresholds = thresholds_of(means, labels, immunity, records.deciding(self.settings), text=text)
-            found[sigma] = torch.tensor(thresholds.values, dtype=torch.float32)
-        return replace(immunity, noisy=found)
+            found[sigma] = values(means, labels)
+            few = noisy_copies(adapted, source, sigma, each=COPIES_EACH, seed=self.settings.seed, keep=keep)
+            single[sigma] = values(*few)
+        return replace(immunity, noisy=found, copies=single)
 
     def _unknown(self, session: Session) -> dict[str, Features]:
         folder, owner = session.folder.features_path, session.manifest

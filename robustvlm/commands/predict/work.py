@@ -37,7 +37,6 @@ from robustvlm.data.decode import prefetch
 from robustvlm.data.files import FileImages
 from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.data.specs import open_unlabelled
-from robustvlm.defenses.abstaining import Abstaining
 from robustvlm.defenses.classifier import Answers, Classifier
 from robustvlm.defenses.load import own_classes
 from robustvlm.defenses.pipeline import load_classifier
@@ -157,7 +156,7 @@ class Work:
         # A model on the CPU leaves no core idle to read ahead.
         self.ahead = 0 if self.classifier.device.type == "cpu" else 2 * settings.batch_size
         self._random, self._coupled = (True, False) if self._smoothed is not None else self._noticed()
-        if settings.alpha is not None or self.classifier.abstains:
+        if settings.alpha is not None or self.classifier.withholds:
             self._require_independent_draws()
 
     def _require_independent_draws(self) -> None:
@@ -258,7 +257,7 @@ class Work:
 
     def _require_abstaining(self) -> None:
         model = self.classifier
-        if self.settings.alpha is not None and model.abstains:
+        if self.settings.alpha is not None and model.withholds:
             raise UserError(
                 f"'{model.spec}' abstains at an alpha of its own: leave out {setting('alpha')}, or pass the model with "
                 "another, as +smooth:SIGMA:N0:ALPHA"
@@ -283,7 +282,7 @@ class Work:
         model, smoothed, alpha = self.classifier, self._smoothed, self.settings.alpha
         copies = "" if smoothed is None else f"{smoothed.n0:,} noisy copies (sigma {smoothed.noise})"
         rule = "the class with the largest logit"
-        if isinstance(model, Abstaining):
+        if model.says is not None:
             return model.says
         if alpha is not None:
             rule = f"the class that {copies} decide at alpha {alpha:g}, else abstain"

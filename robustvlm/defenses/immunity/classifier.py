@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.certify import OpensetRule
+from robustvlm.certify.threats import Noise
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.immunity.state import AdaptedVLM, Immunity, against, class_scores, load_immunity
@@ -164,7 +165,22 @@ class ImmunisedModel(SavedModel):
     ) -> Classifier:
         """Return the immunised classifier; `class_names` are its classes, in any order."""
         del templates, cache  # the prototypes are kept here
-        return ImmunisedClassifier(encoder, self.immunity.ordered(class_names, str(self.folder)))
+        immunity = self.immunity.ordered(class_names, str(self.folder))
+        if isinstance(encoder, SmoothedVLM) and encoder.rule is not None:
+            from robustvlm.defenses.immunity.votes import OpenVotes  # which stands on this module
+
+            return OpenVotes(encoder, immunity, str(self.folder))
+        return ImmunisedClassifier(encoder, immunity)
+
+    def require_votes(self, noise: Noise) -> None:
+        from robustvlm.defenses.immunity.votes import at_copies  # as above
+
+        at_copies(self.immunity, noise, str(self.folder))
+
+    def voting(self, encoder: VLM, class_names: Sequence[str], noise: Noise) -> VLM:
+        from robustvlm.defenses.immunity.votes import voting  # as above
+
+        return voting(encoder, self.immunity.ordered(class_names, str(self.folder)), noise, str(self.folder))
 
     def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
         """Return the prototypes.

@@ -105,6 +105,7 @@ class Immunity:
         weight: of the antibodies in the score; floor: cosine from which they count (None: always), see
             `open_set_score`.
         noisy: thresholds [K] of S_DIS of the mean adapted feature under Gaussian noise, by its sigma.
+        copies: those of the adapted features of single noisy copies, which vote, by sigma.
 
     Raises:
         UserError: parts that do not fit each other, or values that are not finite.
@@ -118,14 +119,16 @@ class Immunity:
     adapter: Adapter
     noisy: Mapping[float, Tensor] = field(default_factory=dict)
     floor: float | None = None
+    copies: Mapping[float, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count, dim = len(self.class_names), self.prototypes.shape[-1]
         fits = self.prototypes.ndim == 3 and len(self.prototypes) == count and self.thresholds.shape == (count,)
         fits = fits and self.antibodies.embeddings.shape[1] == dim == self.adapter.outer.out_features
-        if not fits or any(values.shape != (count,) for values in self.noisy.values()):
+        under_noise = (*self.noisy.values(), *self.copies.values())
+        if not fits or any(values.shape != (count,) for values in under_noise):
             raise UserError("prototypes, antibodies, thresholds and adapter do not fit each other and the classes")
-        parts = (self.prototypes, self.antibodies.embeddings, self.thresholds, *self.noisy.values())
+        parts = (self.prototypes, self.antibodies.embeddings, self.thresholds, *under_noise)
         if not all(bool(part.isfinite().all()) for part in parts):
             raise UserError("prototypes, antibodies and thresholds must be finite")
         if not self.weight >= 0:
@@ -159,6 +162,7 @@ class Immunity:
             prototypes=self.prototypes[rows],
             thresholds=self.thresholds[rows],
             noisy={sigma: values[rows] for sigma, values in self.noisy.items()},
+            copies={sigma: values[rows] for sigma, values in self.copies.items()},
         )
 
 
@@ -226,6 +230,13 @@ def open_set_score(
 TENSORS = "immunity.safetensors"
 
 
+_MEANS, _COPIES = "thresholds@", "copies@"
+
+
+def _by_level(tensors: Mapping[str, Tensor], prefix: str) -> dict[float, Tensor]:
+    return {float(name.removeprefix(prefix)): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def save_tensors(folder: Path, immunity: Immunity) -> None:
     """Write prototypes, antibodies, thresholds and adapter to `immunity.safetensors`, whole or not at all."""
     tensors: dict[str, Tensor] = {
@@ -233,7 +244,8 @@ def save_tensors(folder: Path, immunity: Immunity) -> None:
         "antibodies": immunity.antibodies.embeddings,
         "thresholds": immunity.thresholds,
         **{f"adapter.{name}": tensor for name, tensor in immunity.adapter.state_dict().items()},
-        **{f"thresholds@{sigma!r}": values for sigma, values in immunity.noisy.items()},
+        **{f"{_MEANS}{sigma!r}": values for sigma, values in immunity.noisy.items()},
+        **{f"{_COPIES}{sigma!r}": values for sigma, values in immunity.copies.items()},
     }
     with replacing(folder / TENSORS) as temporary:
         temporary.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
@@ -267,11 +279,6 @@ def load_immunity(folder: Path, settings: Mapping[str, Any]) -> Immunity:
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         )
         texts = tuple(AntibodyText(*map(str, entry)) for entry in settings["antibodies"])
-        noisy = {
-            float(name.removeprefix("thresholds@")): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("thresholds@")
-        }
         hinge = settings.get("hinge")
         return Immunity(
             tuple(map(str, settings["class_names"])),
@@ -280,8 +287,9 @@ def load_immunity(folder: Path, settings: Mapping[str, Any]) -> Immunity:
             float(settings["weight"] if hinge is None else hinge["weight"]),
             tensors["thresholds"],
             adapter.eval().requires_grad_(False),
-            noisy,
+            _by_level(tensors, _MEANS),
             None if hinge is None else float(hinge["floor"]),
+            _by_level(tensors, _COPIES),
         )
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, UserError) as error:
         raise UserError(
