@@ -175,7 +175,7 @@ class Materials:
     """What a claim is about beside the image.
 
     Args:
-        text: unit class vectors [K, D]. against: those of the antibodies that were given [A, D].
+        text: unit class vectors [K, D], or those of a gallery's entries. entries: their classes. against: those of the antibodies that were given [A, D].
         rule: open-set rule of a model with thresholds of its own.
         rounding: bound of the rounding of kept features, in l2.
         baselines: whether the columns of other bounds are wanted that need the clean feature.
@@ -192,6 +192,7 @@ class Materials:
     logit_scale: float = 1.0
     tokens: int = 1
     width: int = 0
+    entries: tuple[int, ...] | None = None
 
     @property
     def classes(self) -> Array:

@@ -50,7 +50,8 @@ class RecallRadius(Labelled):
 
     Args:
         text: unit vectors of the gallery [K, D], fixed before the noise was drawn. k: how many. own: the entry that
-            belongs to the image, -1 where that is unknown.
+            belongs to the image, -1 where that is unknown. entries: classes of the entries [K], -1 for none; `own` is
+            then the image's class, and every entry of it belongs to the image.
         rounding: as in `ClassRadius`.
 
     Example:
@@ -74,10 +75,11 @@ class RecallRadius(Labelled):
         rounding: float = 0.0,
         deployed: int | None = None,
         radius: float | None = None,
+        entries: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(
-            text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius, settings=("recall", k, own)
-        )
+        settings = ("recall", k, own) if entries is None else ("recall", k, own, entries)
+        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius, settings=settings)
+        self.entries = entries
         self.k, self.own = require_rank(k, len(self.text)), own
         self.of_image = (own,)
         if not (rounding >= 0.0 and np.isfinite(rounding)):
@@ -90,8 +92,12 @@ class RecallRadius(Labelled):
         super()._absorb(stage, rows)
         if stage == "pilot":
             order = np.argsort(-(self.text @ mean_feature(rows)[0]), kind="stable")
-            self.label = self.own if self.own in order[: self.k].tolist() else int(order[0])
+            first = order[: self.k].tolist()
+            self.label = next((entry for entry in first if self._belongs(entry)), first[0])
             self.beaten = order[order != self.label][self.k - 1 :]
+
+    def _belongs(self, entry: int) -> bool:
+        return self.own >= 0 and self.own == (entry if self.entries is None else self.entries[entry])
 
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
@@ -185,14 +191,19 @@ class _Recall(Claim):
     def plan(self, asked: Asked, materials: Materials) -> Plan:
         k = require_rank(asked.top, len(materials.classes))
         early = asked.radius is not None
-        common = {"text": materials.classes, "k": k, **sampling_of(asked)}
+        common = {"text": materials.classes, "k": k, "entries": materials.entries, **sampling_of(asked)}
         kind: type[RecallRadius] = RecallAtRadius if early else RecallRadius
         common |= {"radius": asked.radius} if early else {"rounding": materials.rounding, "deployed": asked.deployed}
         tool = "anytime test" if early else "ELL band"
+        what, belongs = ("list", "the one that belongs to the image")
+        rule = self.rule
+        if materials.entries is not None:
+            what, belongs = ("gallery", "one of the image's class")
+            rule = rule.replace("texts", "gallery images")
         return Plan(
-            statement=f"an entry of the list stays among the {k} nearest to the mean feature: the one that belongs to "
-            f"the image, or the nearest where the pilot does not have that among its {k}",
-            rule=f"{self.rule}; k = {k}",
+            statement=f"an entry of the {what} stays among the {k} nearest to the mean feature: {belongs}, or the "
+            f"nearest where the pilot does not have that among its {k}",
+            rule=f"{rule}; k = {k}",
             theorem="T6" if early else "T5",
             bound="tangent" if early else "ell",
             stop_rule="anytime" if early else "fixed",
@@ -213,7 +224,7 @@ class _Recall(Claim):
 
 RECALL = _Recall(
     name="recall",
-    kept="the text that belongs to the image is certified to stay among the k nearest",
+    kept="the text (or gallery image) that belongs to the image is certified to stay among the k nearest",
     about_class=True,
     columns=("radius", "deployed_radius"),
     rule="the k texts that are nearest to the mean feature m over the noise, of infinitely many copies",

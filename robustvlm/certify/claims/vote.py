@@ -121,8 +121,8 @@ class _OpenVote(_Vote):
     def check(self, given: Given, *, refuses: bool) -> None:
         if not refuses:
             raise UserError(
-                f"'{given.model}' never refuses an image, and the claim '{self.name}' is about votes for a class or for "
-                f"none: pass {setting('claim', VOTE.name)}, or a folder of `robustvlm immunize`"
+                f"'{given.model}' never refuses an image, and the claim '{self.name}' is about votes for a class or "
+                f"for none: pass {setting('claim', VOTE.name)}, or a folder of `robustvlm immunize`"
             )
         super().check(given, refuses=refuses)
 

@@ -65,6 +65,9 @@ class CertifySettings(Settings):
     antibodies: Path | None = option(None, "File of names to score against (openset).")
     weight: float = option(LAMBDA_INF, "Weight of the antibodies (openset).")
     top: int = option(5, "How many classes or texts it may be among (topk, recall).", at_least=1)
+    gallery: str | None = option(
+        None, "Data whose images are searched in place of texts: one of the image's class stays near (recall)."
+    )
     deployed: int | None = option(
         None,
         "Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].",

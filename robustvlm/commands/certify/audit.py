@@ -21,6 +21,7 @@ from robustvlm.certify.threats import Move, Noise
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
 from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.certify.gallery import Gallery, open_gallery
 from robustvlm.commands.certify.record import CertifyRecord, load_certify_run
 from robustvlm.commands.certify.setup import (
     behind,
@@ -189,13 +190,14 @@ def audit_folder(
         vlm, claim = certified_model(vlm, run.config, source.class_names), find_claim(run.config.claim)
     if not claim.quantity:
         raise UserError(f"certificates of the claim '{run.config.claim}' cannot be audited: it names no quantity")
-    _require_same_model(run, vlm, source)
+    gallery = open_gallery(run.config, vlm, source)
+    _require_same_model(run, vlm, source, gallery)
     _require_same_texts(run, source, claim)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
     noise, resolution = run.config.against, run.config.resolution
     model = _Deployed(encoder, noise=noise, resolution=resolution, rows_per_pass=rows_per_pass)
     attack = partial(audit_moves, threat=noise.threat) if isinstance(noise.threat, Move) else audit_image
-    materials = _materials(run, vlm, source, claim)
+    materials = _materials(run, vlm, source, claim, gallery)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
     wanted = {name: rows[name] for name in select(rows, limit)}
     identity = run_identity(run.manifest)
@@ -240,10 +242,10 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource) -> None:
+def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource, gallery: Gallery | None) -> None:
     """Refuse another model than the certified one, by its digest and by what it answers."""
     before, probe = run.manifest.get("model") or {}, run.manifest.get("probe")
-    now = {"fingerprint": vlm.fingerprint} | describe_head(run.config, source.class_names)
+    now = {"fingerprint": vlm.fingerprint} | describe_head(run.config, source.class_names, gallery)
     answers = None
     if before.get("claim") != now.get("claim"):
         raise UserError(f"the claim '{run.config.claim}' has changed since '{run.folder}' was certified: certify again")
@@ -264,12 +266,12 @@ def _quantity(
     return claim.audited(row, run.config, materials, steering=steering, evidence=evidence)
 
 
-def _materials(run: CertifyRecord, vlm: VLM, source: DataSource, claim: Claim) -> Materials:
+def _materials(run: CertifyRecord, vlm: VLM, source: DataSource, claim: Claim, gallery: Gallery | None) -> Materials:
     if not claim.needs_classes:
         return Materials(tokens=token_shape(vlm)[0])
     rule = rule_of(run.config, source.class_names)
     text = None if rule else vectors_of_classes(run.config, vlm, source.class_names, source.templates)
-    return materials_of(run.config, vlm, text, source.templates, rule=rule)
+    return materials_of(run.config, vlm, text, source.templates, rule=rule, gallery=gallery)
 
 
 def _require_same_texts(run: CertifyRecord, source: DataSource, claim: Claim) -> None:

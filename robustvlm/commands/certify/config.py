@@ -22,7 +22,7 @@ from robustvlm.runs.manifest import Manifest
 
 # What defines a certify run: the settings that decide its certificates
 
-_LATER = ("abstains_at", "top", "threat", "candidates", "n_candidates", "candidate_list")
+_LATER = ("abstains_at", "top", "threat", "gallery", "candidates", "n_candidates", "candidate_list")
 ASIDE = 1e-3
 """Share of alpha that is set aside where the law of the noise is known up to rounding (`Threat.off_law`)."""
 CacheType = Literal["float16", "float32"]
@@ -41,6 +41,7 @@ class CertifyConfig(BaseModel):
         deployed: samples of the deployed smoother whose bound is shown beside the ideal one; those of MODEL+smooth if
             that is what is certified.
         abstains_at: alpha at which that model abstains; None: it always answers, or is not smoothed.
+        gallery: data whose images are searched in place of texts (recall).
         threat: what the noise is against, a name of `robustvlm.certify.threats.THREATS`; None: l2.
         top: how many classes or texts a claim lets the certified one be among.
         noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
@@ -73,6 +74,7 @@ class CertifyConfig(BaseModel):
     deployed: int | None = None
     abstains_at: float | None = None
     top: int | None = None
+    gallery: str | None = None
     threat: str | None = None
     cache: CacheType | None = None
     source: str | None = None
@@ -124,7 +126,7 @@ LEDGER = "certify-looks.jsonl"
 # What of a configuration decides no certificate, or is part of the digest by content instead of by path. Whatever is
 # added to the configuration later counts unless it is named here.
 _BESIDE = {
-    "data", "classes", "templates", "tree", "antibodies", "at", "deployed", "abstains_at", "cache", "limit", "seed",
+    "data", "gallery", "classes", "templates", "tree", "antibodies", "at", "deployed", "abstains_at", "cache", "limit", "seed",
     "lanes", "device", "source", "prompts", "noise",
 }  # fmt: skip
 _NAMED = 20

@@ -204,7 +204,7 @@ def _extreme(path: Path, run: CertifyRecord) -> tuple[tuple[float, int], Extreme
         radius=f"radius {format_down(radius, 4)}" if radius > 0.0 else "abstains",
         clean=data_uri(np.asarray(clean)),
         noisy=data_uri(np.asarray(noisy)),
-        said="" if not run.summary.facts.names_class else _name(names, int(about["prediction"])),
+        said="" if not run.summary.facts.names_class else _name(run.entry_names, int(about["prediction"])),
         label=_name(names, int(about["label"])),
     )
 

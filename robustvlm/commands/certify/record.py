@@ -49,6 +49,12 @@ class CertifyRecord(FinishedRun[CertifySummary]):
         """Names of the classes, indexed by label."""
         return list((self.manifest.get("data") or {}).get("class_names") or [])
 
+    @property
+    def entry_names(self) -> list[str]:
+        """What predictions of claims about classes stand for: class names, or the images of a gallery."""
+        gallery = (self.manifest.get("data") or {}).get("gallery") or {}
+        return list(gallery.get("names") or self.class_names)
+
     def radii(self, method: str) -> NDArray[np.float64] | None:
         """Return a method's radii, one per image; None when the run has none."""
         column = self.rows.column(method) if method in self.rows.column_names else None

@@ -25,11 +25,13 @@ from robustvlm.certify.claims import (
 )
 from robustvlm.certify.claims.class_ import CLASS
 from robustvlm.certify.claims.openset import OPENSET
+from robustvlm.certify.claims.recall import RECALL
 from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.normal import Array, check_alpha
 from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
+from robustvlm.commands.certify.gallery import Gallery
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
@@ -105,6 +107,8 @@ def check(settings: CertifySettings) -> None:
     if settings.precision not in PRECISIONS:
         raise UserError(f"unknown precision '{settings.precision}': {nearest(settings.precision, PRECISIONS)}")
     _require_own_rule(claim, settings)
+    if settings.gallery is not None and claim is not RECALL:
+        raise UserError(f"{setting('gallery')} is for {setting('claim', RECALL.name)}")
     claim.check(settings, refuses=made is not None and made.refuses)
     if settings.cache not in (None, "float16", "float32"):
         raise BadSetting("cache", "keeps float16 or float32", got=f"'{settings.cache}'")
@@ -286,11 +290,13 @@ def materials_of(
     rule: OpensetRule | None = None,
     rounding: float = 0.0,
     baselines: bool = True,
+    gallery: Gallery | None = None,
 ) -> Materials:
-    """Return what a run's claim is about: a model's classes, the antibodies that were given, its open-set rule."""
+    """Return what a run's claim is about: classes or a gallery, the antibodies that were given, an open-set rule."""
     given, (tokens, length) = rule is None and config.antibodies is not None, token_shape(vlm)
     return Materials(
-        text=text,
+        text=text if gallery is None else gallery.vectors,
+        entries=None if gallery is None else gallery.labels,
         against=_array(class_embeddings(vlm, _antibodies(config), templates)) if given else None,
         rule=rule,
         rounding=rounding,
@@ -391,12 +397,16 @@ def _array(embeddings: Tensor) -> Array:
     return np.asarray(embeddings.detach().double().cpu().numpy())
 
 
-def describe_head(config: CertifyConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
+def describe_head(
+    config: CertifyConfig, class_names: tuple[str, ...], gallery: Gallery | None = None
+) -> dict[str, Any]:
     """Return the digest of what a model decides by besides its encoder, where a claim is about that; else nothing.
 
     Beside it that of the claim, if it is code of the user's own.
     """
     own_claim = {"claim": own_digest(config.claim)} if is_own(config.claim) else {}
+    if gallery is not None:
+        return {"head": gallery.digest} | own_claim
     rule = rule_of(config, class_names)
     if rule is not None:
         parts = (rule.prototypes, rule.antibodies, rule.thresholds)

@@ -164,7 +164,7 @@ class Recorder:
     Args:
         encoder: fingerprint of the encoder with its precision.
         text: class embeddings [K, D] for the class of the mean feature; None: no classes.
-        class_names: of the classes; prompts: digest of all else that tells them apart (`setup.prompts_of`).
+        class_names: of the classes, or of the entries of a gallery, whose classes `entries` has; prompts: digest of all else that tells them apart (`setup.prompts_of`).
         rule: open-set rule of a model with thresholds of its own.
     """
 
@@ -175,6 +175,7 @@ class Recorder:
     class_names: Sequence[str]
     rule: OpensetRule | None = None
     prompts: str | None = None
+    entries: Sequence[int] | None = None
 
     @cached_property
     def _claim(self) -> Claim:
@@ -190,7 +191,7 @@ class Recorder:
             image_id=job.image_id,
             label=job.label,
             prediction=prediction,
-            correct=self._claim.correct(job.label, prediction),
+            correct=self._claim.correct(job.label, self._class_of(prediction)),
             claim=found.claim or self.config.claim,
             radius=found.radius,
             stop=found.stop,
@@ -206,6 +207,10 @@ class Recorder:
             direction=self._direction(found),
             token_r=None if found.parts is None else found.parts.tolist(),
         )
+
+    def _class_of(self, prediction: int) -> int:
+        """Return the class that a prediction stands for: itself, or that of an entry of a gallery."""
+        return prediction if self.entries is None or prediction < 0 else self.entries[prediction]
 
     def _direction(self, found: Finding) -> str | None:
         if found.mean is None or not self._claim.curve:

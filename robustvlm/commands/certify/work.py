@@ -12,6 +12,7 @@ from robustvlm.certify.threats import PLAIN
 from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
+from robustvlm.commands.certify.gallery import entries_of, names_of, open_gallery
 from robustvlm.commands.certify.pictures import save_extremes
 from robustvlm.commands.certify.prompts import PROMPTS, Candidates, why_valid
 from robustvlm.commands.certify.record import load_certify_run
@@ -259,6 +260,8 @@ def _check(settings: CertifySettings, source: Source) -> None:
         )
     if settings.cache is not None:
         raise UserError(f"the features are kept already: leave out {setting('cache')}")
+    if settings.gallery is not None:
+        raise UserError(f"a gallery of images is fixed before the noise is drawn: leave out {setting('gallery')}")
     claim = find_claim(name)
     if source.config.cache == "float16" and not claim.bounds_rounding:
         raise UserError(
@@ -331,17 +334,20 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     settled = {"deployed": setup.settle_deployed(settings, vlm), "abstains_at": setup.settle_abstention(config, vlm)}
     config = config.model_copy(update={"resolution": vlm.image_size, **settled})
     rule = setup.rule_of(config, source.class_names)
+    gallery = open_gallery(config, vlm, source)
     text = setup.vectors_of_classes(config, vlm, source.class_names, source.templates)
-    plan = setup.plan_of(config, setup.materials_of(config, vlm, text, source.templates, rule=rule))
+    materials = setup.materials_of(config, vlm, text, source.templates, rule=rule, gallery=gallery)
+    plan = setup.plan_of(config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)
     encoder = NoisyEncoder(vlm, precision=config.precision)
-    model_facts = facts_of(encoder.vlm, "interpolation") | setup.describe_head(config, source.class_names)
+    model_facts = facts_of(encoder.vlm, "interpolation") | setup.describe_head(config, source.class_names, gallery)
     config = config.model_copy(
         update={"noise": setup.noise_of(config, model_facts, source.class_names, source.templates)}
     )
     prompts = setup.prompts_of(config, model_facts, source.templates)
-    recorder = Recorder(config, plan, encoder.fingerprint, text, source.class_names, rule, prompts)
+    entries = names_of(gallery, source.class_names)
+    recorder = Recorder(config, plan, encoder.fingerprint, text, entries, rule, prompts, entries_of(gallery))
 
     def begin(ledger: CertifyLedger, observer: Observer, ranks: Ranks) -> SamplingRun:
         return SamplingRun(
@@ -356,7 +362,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
 
     remarks = remarks_of(source, vlm)
     described = setup.describe_plan(plan, config, best)
-    described["notes"] += [*remarks, *_whole(vlm)]
+    described["notes"] += [*remarks, *_whole(vlm), *([] if gallery is None else gallery.words)]
 
     def more(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
         return {"plan": described, "trail": describe_trail(folder, manifest)}
@@ -365,7 +371,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         (settings.model, settings.data),
         config.stored(),
         model_facts,
-        describe_data(source),
+        describe_data(source) | ({} if gallery is None else gallery.facts),
         probe=probe,
         remarks=remarks,
         more=more,
