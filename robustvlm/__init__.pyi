@@ -188,6 +188,7 @@ class _Certify(CallableModule[CertifyRecord]):
         antibodies: Path | str | None = None,
         weight: float = 0.5,
         top: int = 5,
+        gallery: str | None = None,
         deployed: int | None = None,
         cache: str | None = None,
         from_cache: str | None = None,
@@ -227,8 +228,9 @@ class _Certify(CallableModule[CertifyRecord]):
             claim: feature (cosine to the smoothed clean feature), joint (the same, another bound), tokens (of each
                 image token of a multimodal model), class (of the mean feature), vote (hard vote, another rule), named
                 (by most free answers of a model that answers in words), topk (among the classes with most votes),
-                recall (among the texts nearest to the mean feature), openset (accepted or rejected), or module:callable
-                of your own [default: what a model that abstains answers by, else feature; with --from-cache: class].
+                recall (among the texts or images nearest to the mean feature), openset (accepted or rejected), open-
+                vote (a class or none of them, by votes of an immunised model), or module:callable of your own [default:
+                what a model that abstains answers by, else feature; with --from-cache: class].
             threat: What images may do: l2 (any change of pixels), 8bit (l2 between images of whole numbers, sound in
                 floating point), l1, brightness, contrast, light (both), gamma, colour, translation; radii are in its
                 unit [default: that of MODEL+smooth:THREAT=SIGMA, else l2].
@@ -243,6 +245,7 @@ class _Certify(CallableModule[CertifyRecord]):
             antibodies: File of names to score against (openset).
             weight: Weight of the antibodies (openset).
             top: How many classes or texts it may be among (topk, recall).
+            gallery: Data whose images are searched in place of texts: one of the image's class stays near (recall).
             deployed: Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].
             cache: Keep the noisy features as float16 or float32, to certify other prompts later.
             from_cache: A run made with --cache: certify --classes by text passes only.

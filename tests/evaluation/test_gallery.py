@@ -32,7 +32,7 @@ def feed(certifier: RecallRadius, rows: np.ndarray) -> RecallRadius:
 
 
 def test_any_entry_of_the_image_s_class_may_be_certified() -> None:
-    """The nearest is of another class; of the two of its own, the nearer one is certified, and must beat all but one."""
+    """The nearest is of another class; of the two of its own, the nearer one is certified, and beats all but one."""
     rows = np.tile([[0.8, 0.6, 0.0, 0.0], [0.7, 0.714142842854285, 0.0, 0.0]], (300, 1))
     asked = {"text": np.eye(4), "k": 2, "sigma": 0.25, "alpha": 0.001, "n": 600, "n_pilot": 100}
     own = feed(RecallRadius(**asked, own=7, entries=(3, 7, -1, 7)), rows).finding()

@@ -175,7 +175,8 @@ class Materials:
     """What a claim is about beside the image.
 
     Args:
-        text: unit class vectors [K, D], or those of a gallery's entries. entries: their classes. against: those of the antibodies that were given [A, D].
+        text: unit class vectors [K, D], or those of a gallery's entries. entries: classes of these.
+        against: vectors of the antibodies that were given [A, D].
         rule: open-set rule of a model with thresholds of its own.
         rounding: bound of the rounding of kept features, in l2.
         baselines: whether the columns of other bounds are wanted that need the clean feature.

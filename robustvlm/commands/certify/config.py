@@ -126,8 +126,8 @@ LEDGER = "certify-looks.jsonl"
 # What of a configuration decides no certificate, or is part of the digest by content instead of by path. Whatever is
 # added to the configuration later counts unless it is named here.
 _BESIDE = {
-    "data", "gallery", "classes", "templates", "tree", "antibodies", "at", "deployed", "abstains_at", "cache", "limit", "seed",
-    "lanes", "device", "source", "prompts", "noise",
+    "data", "gallery", "classes", "templates", "tree", "antibodies", "at", "deployed", "abstains_at", "cache", "limit",
+    "seed", "lanes", "device", "source", "prompts", "noise",
 }  # fmt: skip
 _NAMED = 20
 

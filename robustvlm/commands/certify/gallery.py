@@ -28,7 +28,7 @@ class Gallery:
 
     Attributes:
         labels: their classes, in the numbering of the images that are certified; -1 for any other.
-        names: ids. spec: where they are from. copies: noisy copies whose mean each vector is; 0: features without noise.
+        names: ids. spec: where they are from. copies: of which each vector is the mean; 0: features without noise.
         left_out: images that are certified themselves, and so are not in it.
     """
 
@@ -50,8 +50,8 @@ class Gallery:
         how = f"means of {self.copies:,} noisy copies" if self.copies else "features without noise"
         known = sum(label >= 0 for label in self.labels)
         said = [
-            f"The gallery is {len(self.names):,} images of '{self.spec}' ({known:,} of them of a known class), as {how} "
-            "of the same model. It is taken as it is: an attacker who can change an image in it is not covered."
+            f"The gallery is {len(self.names):,} images of '{self.spec}' ({known:,} of them of a known class), as "
+            f"{how} of the same model. It is taken as it is: an attacker who can change an image in it is not covered."
         ]
         if self.left_out:
             said.append(f"{self.left_out:,} images that are certified themselves are left out of the gallery.")

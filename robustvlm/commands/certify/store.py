@@ -164,7 +164,8 @@ class Recorder:
     Args:
         encoder: fingerprint of the encoder with its precision.
         text: class embeddings [K, D] for the class of the mean feature; None: no classes.
-        class_names: of the classes, or of the entries of a gallery, whose classes `entries` has; prompts: digest of all else that tells them apart (`setup.prompts_of`).
+        class_names: of the classes, or of the entries of a gallery, whose classes `entries` has.
+        prompts: digest of all else that tells them apart (`setup.prompts_of`).
         rule: open-set rule of a model with thresholds of its own.
     """
 
