@@ -130,7 +130,7 @@ KINDS = {
     "finetune": "robustvlm.defenses.finetune.saved:FinetunedModel",
     "soup": "robustvlm.defenses.finetune.saved:FinetunedModel",
     "purify": "robustvlm.defenses.purify.parts:PurifiedModel",
-    "immunize": "robustvlm.defenses.immunity.classifier:ImmunisedModel",
+    "immunize": "robustvlm.defenses.immunity.saved:ImmunisedModel",
     "tune-prompts": "robustvlm.defenses.prompts:PromptTunedModel",
     "build": "robustvlm.defenses.assemble:BuiltModel",
 }

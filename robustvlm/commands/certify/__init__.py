@@ -36,8 +36,8 @@ class CertifySettings(Settings):
         "feature (cosine to the smoothed clean feature), joint (the same, another bound), tokens (of each image token "
         "of a multimodal model), class (of the mean feature), vote (hard vote, another rule), named (by most free "
         "answers of a model that answers in words), topk (among the classes with most votes), recall (among the texts "
-        "or images nearest to the mean feature), openset (accepted or rejected), open-vote (a class or none of them, by "
-        "votes of an immunised model), or module:callable of your own "
+        "or images nearest to the mean feature), openset (accepted or rejected), open-vote (a class or none of them, "
+        "by votes of an immunised model), or module:callable of your own "
         "[default: what a model that abstains answers by, else feature; with --from-cache: class].",
     )
     threat: str | None = option(

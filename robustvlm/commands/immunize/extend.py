@@ -14,7 +14,7 @@ from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, Proposal, filter_antibodies
-from robustvlm.defenses.immunity.classifier import ImmunisedModel
+from robustvlm.defenses.immunity.saved import ImmunisedModel
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.prompts import Features
 from robustvlm.errors import UserError, nearest, setting

@@ -1,22 +1,15 @@
-"""The immunised classifier: a class or "rejected", with the score that decided it; and its folder as a model."""
+"""The immunised classifier: a class or "rejected", with the score that decided it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.certify import OpensetRule
-from robustvlm.certify.threats import Noise
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.defenses.immunity.state import AdaptedVLM, Immunity, against, class_scores, load_immunity
-from robustvlm.defenses.pipeline import SavedModel
+from robustvlm.defenses.immunity.state import Immunity, against, class_scores
 from robustvlm.defenses.smoothing import SmoothedVLM
-from robustvlm.errors import UserError
 from robustvlm.models import VLM
 
 # The immunised classifier: a class or "rejected", with the score that decided it and its threshold
@@ -131,100 +124,3 @@ class ImmunisedClassifier(Classifier):
             name, threshold = self.class_names[k], float(self.thresholds[k])
             found.append(Decision(name if acceptance > 0 else None, name, acceptance + threshold, threshold))
         return found
-
-
-# A folder of kind `immunize` as a model: the base model's encoder, its adapter, and a head that may refuse
-
-
-class ImmunisedModel(SavedModel):
-    """The adapted encoder; smoothing, where there is one, goes between it and the head."""
-
-    @cached_property
-    def immunity(self) -> Immunity:
-        """Prototypes, antibodies, thresholds and adapter."""
-        return load_immunity(self.folder, self.card.settings)
-
-    @property
-    def refuses(self) -> bool:
-        return True
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.immunity.class_names)
-
-    @property
-    def noise_levels(self) -> tuple[float, ...]:
-        return tuple(sorted(self.immunity.noisy))
-
-    def encoder(self, device: torch.device) -> VLM:
-        base = self.base(device)
-        return AdaptedVLM(base, self.immunity.adapter)
-
-    def classifier(
-        self, encoder: VLM, class_names: Sequence[str], templates: Sequence[str], *, cache: bool = True
-    ) -> Classifier:
-        """Return the immunised classifier; `class_names` are its classes, in any order."""
-        del templates, cache  # the prototypes are kept here
-        immunity = self.immunity.ordered(class_names, str(self.folder))
-        if isinstance(encoder, SmoothedVLM) and encoder.rule is not None:
-            from robustvlm.defenses.immunity.votes import OpenVotes  # which stands on this module
-
-            return OpenVotes(encoder, immunity, str(self.folder))
-        return ImmunisedClassifier(encoder, immunity)
-
-    def require_votes(self, noise: Noise) -> None:
-        from robustvlm.defenses.immunity.votes import at_copies  # as above
-
-        at_copies(self.immunity, noise, str(self.folder))
-
-    def voting(self, encoder: VLM, class_names: Sequence[str], noise: Noise) -> VLM:
-        from robustvlm.defenses.immunity.votes import voting  # as above
-
-        return voting(encoder, self.immunity.ordered(class_names, str(self.folder)), noise, str(self.folder))
-
-    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
-        """Return the prototypes.
-
-        Raises:
-            UserError: other classes, or several prototypes a class: the class is then no linear function of features.
-        """
-        found = self.immunity.ordered(class_names, str(self.folder)).prototypes
-        if found.shape[1] > 1:
-            raise UserError(
-                f"'{self.folder}' has {found.shape[1]} prototypes a class, and certificates of classes need one: "
-                "pass --claim openset or feature, or immunise with --prototypes-per-class 1"
-            )
-        return found[:, 0]
-
-    def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule:
-        """Return the rule for the mean feature under noise, with the thresholds for that noise or with `tau`.
-
-        Raises:
-            UserError: neither is there. The deployed model then scales the mean to unit length before it meets the
-                thresholds that were set without noise, which is another rule than any that is linear in the mean.
-        """
-        found = self.immunity.ordered(class_names, str(self.folder))
-        count, per_class, dim = found.prototypes.shape
-        if tau is not None:
-            thresholds = np.full(count, tau)
-        elif sigma in found.noisy:
-            thresholds = found.noisy[sigma].double().numpy()
-        else:
-            raise UserError(self._other_rule(sigma))
-        return OpensetRule(
-            found.prototypes.reshape(-1, dim).double().numpy(),
-            np.repeat(np.arange(count), per_class),
-            found.antibodies.embeddings.double().numpy(),
-            found.weight,
-            thresholds,
-            found.floor,
-        )
-
-    def _other_rule(self, sigma: float) -> str:
-        levels = ", ".join(f"{level:g}" for level in self.noise_levels)
-        has = f"only for {levels}" if levels else "for none"
-        return (
-            f"'{self.folder}' has no thresholds for noise of {sigma:g} ({has}): smoothed, it scales the "
-            "mean feature to unit length, and certificates are about the mean as it is; run "
-            f"`robustvlm immunize ... --sigma {sigma:g}`, or pass --tau T to certify that other rule"
-        )

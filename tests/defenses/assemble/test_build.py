@@ -249,7 +249,7 @@ def real_head(folder: Path, base: str, *, noise: tuple[float, ...] = ()) -> str:
 
 @pytest.fixture
 def _own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pipeline.KINDS, "immunize", "robustvlm.defenses.immunity.classifier:ImmunisedModel")
+    monkeypatch.setitem(pipeline.KINDS, "immunize", "robustvlm.defenses.immunity.saved:ImmunisedModel")
 
 
 @pytest.mark.usefixtures("_own_heads")

@@ -16,7 +16,7 @@ from robustvlm.commands.detect.scoring import own_sdis
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
 from robustvlm.defenses.immunity import AdaptedVLM, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
-from robustvlm.defenses.immunity.classifier import ImmunisedModel
+from robustvlm.defenses.immunity.saved import ImmunisedModel
 from robustvlm.defenses.immunity.state import Adapter, card_settings, save_tensors
 from robustvlm.defenses.pipeline import saved_model
 from robustvlm.detect import SDIS
