@@ -126,7 +126,7 @@ def _label(rows: Array, text: Array, votes: bool) -> int:
 
 def _votes(rows: Array, text: Array) -> npt.NDArray[np.int64]:
     """Return the class of each feature, K (a vote for none) where it failed or two classes tie."""
-    finite = np.isfinite(rows).all(axis=1)
+    finite = np.asarray(np.isfinite(rows).all(axis=1))
     near = np.where(finite[:, None], rows, 0.0) @ text.T
     alone = (near == near.max(axis=1, keepdims=True)).sum(axis=1) == 1
     return np.where(finite & alone, near.argmax(axis=1), len(text)).astype(np.int64)

@@ -418,7 +418,7 @@ class BuiltModel(pipeline.SavedModel):
 
     def voting(self, encoder: VLM, class_names: Sequence[str], noise: Noise) -> VLM:
         top = self._top
-        return (super() if top is None else top).voting(encoder, class_names, noise)
+        return super().voting(encoder, class_names, noise) if top is None else top.voting(encoder, class_names, noise)
 
     def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule | None:
         return None if self._top is None else self._top.openset_rule(class_names, sigma, tau)
