@@ -76,6 +76,11 @@ def voting(encoder: VLM, immunity: Immunity, noise: Noise, where: str) -> VLM:
     judged = at_copies(immunity, noise, where)
     if not isinstance(encoder, SmoothedVLM):
         return VotingVLM(encoder, judged)
+    if type(encoder) is not SmoothedVLM:
+        raise UserError(
+            f"'{encoder.spec}': the copies of an immunised model vote under one noise for all images: pass "
+            f"{where}+smooth:{noise}:N0:ALPHA:vote"
+        )
     if encoder.purifier is not None or encoder.mapper is not None:
         raise UserError(f"'{encoder.spec}' has hooks behind its noise: build a pipeline of the model with them")
     return SmoothedVLM(
