@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustvlm.cli.terminal import say, say_json
+from robustvlm.text import visible
 
 if TYPE_CHECKING:
     from robustvlm.data import DataSource
@@ -222,7 +223,9 @@ def _table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     from robustvlm.report.screen import show
     from robustvlm.report.sections import Facts
 
-    show(Console(), [Facts(rows, kind="sentences", title=title, only="both")])
+    # What others have written is shown as it is, with escapes in the place of what would move a cursor.
+    shown = [(label, visible(value)) for label, value in rows]
+    show(Console(), [Facts(shown, kind="sentences", title=title, only="both")])
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
