@@ -255,8 +255,8 @@ def _check_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     counts = list(found["images_per_class"].values())
     readable = f"{found['readable']:,}"
     if found["readable"]:
-        readable += f", sides {found['pixels_shortest']} to {found['pixels_longest']} pixels"
-        readable += f", {min(counts)} to {max(counts)} images a class"
+        readable += f", sides {_reach(found['pixels_shortest'], found['pixels_longest'])} pixels"
+        readable += f", {_reach(min(counts), max(counts))} images a class"
     rows = [("Readable", readable), ("Unreadable", f"{found['unreadable']:,}")]
     if found["unknown_class"]:
         rows.insert(1, ("Unknown class", f"{found['unknown_class']:,}"))
@@ -267,6 +267,10 @@ def _check_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["unreadable"] > _FAULTS_SHOWN:
         rows.append(("", f"... and {found['unreadable'] - _FAULTS_SHOWN:,} more (--json lists all)"))
     return rows
+
+
+def _reach(least: int, most: int) -> str:
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _some(names: list[str], count: int = 6) -> str:
