@@ -273,6 +273,10 @@ def _split(spec: str, architectures: list[str]) -> tuple[str, str]:
     if spec.startswith((".", "/", "~")):
         raise UserError(f"no model folder at '{spec}'")
     hint = nearest(parts[0], [*BUNDLED, *architectures])
+    import timm  # which open_clip has loaded by now
+
+    if timm.is_model(parts[0]):
+        hint = f"the classifier of timm is 'timm:{spec}'; {hint}"
     raise UserError(f"unknown model '{spec}'; {hint} (`robustvlm models` lists all)")
 
 

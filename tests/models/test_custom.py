@@ -129,6 +129,7 @@ def test_names_that_are_not_there(write: Callable[..., str]) -> None:
         f"{needing}:attack"
     )
     assert "name what makes the model in it, as 'my_model:load'" in refused("code/my_model.py")
+    assert "'timm:resnet50.a1_in1k'" in refused("resnet50.a1_in1k")
 
 
 @pytest.mark.parametrize(
