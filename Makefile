@@ -6,7 +6,8 @@
 #   make test-matrix  the tests with the oldest and the newest releases of torch and the rest; equality tests on every CPU
 #   make docs         run the tutorials as notebooks, compare what their pages show, build the docs site into site/
 #   make packaging    build wheel and sdist, look into them, resolve all extras together, try the wheel in an environment
-#   make release      the same, the wheel tried on Python 3.10 to 3.13 (those that are found), and what to upload
+#   make release      the same, the wheel tried on Python 3.10 to 3.13 (those that are found)
+#   make upload       hand what a release has built to the package index
 #   make torture      kill it, feed it nonsense, fill its disk, and count what is lost
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ WORKERS ?= 2
 OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality packaging release torture docs format clean
+.PHONY: demo test test-slow test-matrix test-oldest test-newest test-equality packaging release upload torture docs format clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -56,7 +57,10 @@ packaging: $(VENV)/.installed
 
 release: PACKAGING += --every-python
 release: packaging
-	@echo "Tag this commit, then upload what is in dist: $(BIN)/python -m twine upload dist/*"
+
+# Refuses a release that differs from its commit or names no place of the project; see CONTRIBUTING.md.
+upload: $(VENV)/.installed
+	$(BIN)/python -m tools.packaging --upload
 
 # TORTURE='--quick' for a look, or '--kills 50 --inputs 0'
 torture: $(VENV)/.installed-test

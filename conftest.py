@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import gc
+import io
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
+from rich.console import Console
+
+from robustvlm.report import screen
+from robustvlm.report import sections as doc
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +29,27 @@ def pytest_collection_finish() -> None:
     # correction of p values, need not walk through it.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _tables_are_whole_at_80_columns() -> Iterator[None]:
+    """Look at every table that any test shows in a terminal: at 80 columns no word, number or interval is broken."""
+    make = screen.FittedTable.__init__
+
+    def made(self: screen.FittedTable, table: doc.Table, *, heads: bool = True) -> None:
+        make(self, table, heads=heads)
+        stream = io.StringIO()
+        Console(file=stream, width=80).print(self)
+        lines = stream.getvalue().splitlines()
+        assert max(cell_len(line.rstrip()) for line in lines) <= 80, table.title
+        shown = {word for line in lines for word in line.split()}
+        cells = [cell for row in self._rows if not isinstance(row, str) for cell in row]
+        words = {word for cell in [*self._heads, *cells] for word in cell.plain.split() if cell_len(word) <= 36}
+        assert words <= shown, f"broken in '{table.title}': {words - shown}"
+        parts = [part for row in table.rows if not isinstance(row, str) for cell in row for part in doc.parts_of(cell)]
+        measures = {screen.text(part).plain for part in parts if isinstance(part, doc.Measure)}
+        assert not [measure for measure in measures if measure not in stream.getvalue()], table.title
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen.FittedTable, "__init__", made)
+        yield

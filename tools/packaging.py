@@ -3,17 +3,20 @@
     python -m tools.packaging                     # the wheel is tried on this Python
     python -m tools.packaging --every-python      # on 3.10 to 3.13, those that are found; the others are named
     python -m tools.packaging --no-install        # on none
+    python -m tools.packaging --upload            # nothing is built: what lies in dist goes to the index, if it may
 
-Needs `build` and `twine`; for `--every-python` and as a tool the wheel is installed by uv, on this Python by pip. The
-extras are resolved together by uv, for every Python, where it is there; else by pip, which takes many minutes. That and
-the environments for the wheel need the package index, and the latter minutes and six gigabytes, one after another.
-Exit code 1 at the first mistake.
+Both are built from the files that git knows, as they are in this tree; what else lies here is named and left out. Needs
+`build` and `twine`; for `--every-python` and as a tool the wheel is installed by uv, on this Python by pip. The extras
+are resolved together by uv, for every Python, where it is there; else by pip, which takes many minutes. That and the
+environments for the wheel need the package index, and the latter minutes and six gigabytes, one after another. Exit
+code 1 at the first mistake.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +27,8 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from email.parser import Parser
 from pathlib import Path
+
+from tools.address import address_in, whole_links
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -53,34 +58,102 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-install", action="store_true", help="do not try the wheel in an environment of its own")
     parser.add_argument("--every-python", action="store_true", help=f"try it on each of {', '.join(PYTHONS)}")
+    parser.add_argument("--upload", action="store_true", help="hand what was built to the index, with twine")
     given = parser.parse_args()
+    if given.upload:
+        upload()
+        return
+    wheel, sdist = build()
+    resolve(wheel)
+    if not given.no_install:
+        try_wheel(wheel, sdist, every_python=given.every_python)
+    print(next_step(metadata_of(wheel), changed_files()), flush=True)
+
+
+def build() -> tuple[Path, Path]:
+    """Build wheel and sdist into dist, and end the program if one lacks something or has too much."""
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    run(sys.executable, "-m", "build", "--outdir", ROOT / "dist", ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "robustvlm"
+        files, strange = tracked_files()
+        if strange:
+            print(f"left out, as git does not know them: {', '.join(strange)}", flush=True)
+        export(files, place)
+        package = package_files(place)
+        run(sys.executable, "-m", "build", "--outdir", ROOT / "dist", place)
     (wheel,), (sdist,) = ((ROOT / "dist").glob(pattern) for pattern in ("*.whl", "*.tar.gz"))
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     with zipfile.ZipFile(wheel) as archive:
-        text = archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))).decode()
-        end_if([*wheel_faults(archive.namelist(), package_files()), *metadata_faults(text)], wheel)
+        names = archive.namelist()
+    end_if([*wheel_faults(names, package), *metadata_faults(metadata_of(wheel))], wheel)
     with tarfile.open(sdist) as packed:
-        end_if(sdist_faults(packed.getnames(), package_files()), sdist)
+        names = [one.name for one in packed.getmembers() if not one.isdir()]
+    end_if([*sdist_faults(names, package), *strangers(names, files)], sdist)
     print(f"{wheel.name} and {sdist.name} hold what they should", flush=True)
-    resolve(wheel)
-    if given.no_install:
-        return
+    return wheel, sdist
+
+
+def try_wheel(wheel: Path, sdist: Path, *, every_python: bool) -> None:
+    """Install the wheel where nothing else is and use it: on this Python, and on every other that is found."""
     here = "{}.{}".format(*sys.version_info)
     try_with_pip(wheel, sdist)
     missing = [python for python in PYTHONS if python != here and not interpreter(python)]
-    for python in PYTHONS if given.every_python else ():
+    for python in PYTHONS if every_python else ():
         if python != here and python not in missing:
             try_with_uv(wheel, python)
-    if given.every_python and missing:
+    if every_python and missing:
         print(f"not tried, as no such Python was found: {', '.join(missing)}", flush=True)
 
 
-def package_files() -> list[str]:
-    """Return the files of the package in this tree, as paths from the root."""
-    found = (path for path in (ROOT / "robustvlm").rglob("*") if path.is_file() and path.suffix != ".pyc")
-    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+def tracked_files() -> tuple[list[str], list[str]]:
+    """Return the files that git knows, as paths from the root, and those here that it neither knows nor ignores.
+
+    In a tree without git, such as an unpacked sdist, everything is known.
+    """
+
+    def listed(*which: str) -> list[str] | None:
+        words = ["git", "-C", str(ROOT), "ls-files", "-z", *which]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return None if done.returncode else sorted(name for name in done.stdout.split("\0") if name)
+
+    known = listed() if (ROOT / ".git").exists() else None
+    if known is None:
+        made = re.compile(r"(dist|build|site|runs|\.venv[^/]*|\.\w+_cache|\.hypothesis)/|(.*/)?__pycache__/")
+        found = (path for path in ROOT.rglob("*") if path.is_symlink() or path.is_file())
+        names = (path.relative_to(ROOT).as_posix() for path in found)
+        return sorted(name for name in names if not made.match(name)), []
+    there = [name for name in known if (ROOT / name).exists() or (ROOT / name).is_symlink()]
+    return there, listed("--others", "--exclude-standard") or []
+
+
+def export(files: Iterable[str], place: Path) -> None:
+    """Copy files of this tree to a folder; the README's links are made whole where the project has an address."""
+    for name in files:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, place / name, follow_symlinks=False)
+    if address := address_in((place / "pyproject.toml").read_text(encoding="utf-8")):
+        readme = place / "README.md"
+        readme.write_text(whole_links(readme.read_text(encoding="utf-8"), address), encoding="utf-8")
+
+
+def changed_files() -> list[str]:
+    """Return the files that git knows and that differ from the last commit."""
+    words = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return [line[3:] for line in done.stdout.splitlines()]
+
+
+def package_files(root: Path = ROOT) -> list[str]:
+    """Return the files of the package in a tree, as paths from its root."""
+    found = (path for path in (root / "robustvlm").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
+def metadata_of(wheel: Path) -> str:
+    """Return a wheel's METADATA."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return archive.read(name).decode()
 
 
 def wheel_faults(names: Iterable[str], package: Iterable[str]) -> list[str]:
@@ -105,6 +178,17 @@ def wheel_faults(names: Iterable[str], package: Iterable[str]) -> list[str]:
 def sdist_faults(names: Iterable[str], package: Iterable[str]) -> list[str]:
     """Return what a sdist lacks, by the names of its files, all in one folder, given those of the package."""
     return lacking({*SDIST_HAS, *package}, (name.partition("/")[2] for name in names))
+
+
+def strangers(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the files of a sdist, by their names in it, that are not of the tree.
+
+    Example:
+        >>> strangers(["robustvlm-1/PKG-INFO", "robustvlm-1/a", "robustvlm-1/docs/notes.txt"], ["a"])
+        ['docs/notes.txt is in no commit']
+    """
+    own = {*known, "PKG-INFO"}
+    return [f"{name} is in no commit" for name in sorted(name.partition("/")[2] for name in names) if name not in own]
 
 
 def lacking(wanted: set[str], names: Iterable[str]) -> list[str]:
@@ -132,6 +216,36 @@ def metadata_faults(text: str) -> list[str]:
     found += [f"there is no extra {extra}" for extra in EXTRAS.split(",") if extra not in extras]
     core = [need for need in told.get_all("Requires-Dist") or () if "extra ==" not in need]
     return found + [f"the core needs {need}, which pins others" for need in core if need.startswith("torchattacks")]
+
+
+def upload_faults(metadata: str, changed: Iterable[str]) -> list[str]:
+    """Return why something built must not be uploaded.
+
+    Example:
+        >>> upload_faults("Project-URL: Source, https://host.example/a/b\\n", [])
+        []
+    """
+    found = [f"{name} differs from the last commit" for name in changed]
+    if not Parser().parsestr(metadata).get_all("Project-URL"):
+        found.append("it names no place where the project lives: python -m tools.address https://... writes it")
+    return found
+
+
+def next_step(metadata: str, changed: Iterable[str]) -> str:
+    """Return what a release needs after it was built and tried."""
+    faults = upload_faults(metadata, changed)
+    if faults:
+        return f"built and tried, but not fit for an upload: {'; '.join(faults)}"
+    return f"fit for an upload: tag this commit v{Parser().parsestr(metadata)['Version']}, then make upload"
+
+
+def upload() -> None:
+    """Hand what lies in dist to the package index, unless something speaks against it."""
+    found = sorted((ROOT / "dist").glob("*.whl"))
+    if len(found) != 1:
+        sys.exit("dist holds no release: make release")
+    end_if(upload_faults(metadata_of(found[0]), changed_files()), found[0])
+    run(sys.executable, "-m", "twine", "upload", *sorted((ROOT / "dist").iterdir()))
 
 
 def resolve(wheel: Path) -> None:

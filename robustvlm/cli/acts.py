@@ -288,6 +288,7 @@ def _end_if_shut(batch: Batch) -> None:
 def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> None:
     """Write the page of one run, of several side by side, or of a folder of them."""
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
+    from robustvlm.cli.console import Bars, Console
     from robustvlm.commands import open_run, write_report
     from robustvlm.commands.attack.compare import compare, write_comparison
     from robustvlm.commands.attack.record import load_run
@@ -299,7 +300,8 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
     folders = [find_run(run) for run in runs]
     content: dict[str, Any]
     if len(folders) == 1 and holds_runs(folders[0]):
-        listed = entries(folders[0])
+        with Bars(Console(stderr=True)) as progress:
+            listed = entries(folders[0], progress)
         index = write_index(folders[0], out, listed)
         content = {"report": str(index), "runs": [entry.as_dict() for entry in listed], "comparisons": []}
         if as_json:

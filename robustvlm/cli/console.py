@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 from rich import progress
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.errors import MarkupError
 from rich.markup import escape
 from rich.segment import Segment
+from rich.table import Column
 from rich.text import Text
 
 from robustvlm.runs.settings import Observer as RunObserver
@@ -68,13 +71,67 @@ def _fit(text: str) -> str:
     return visible(without_secrets(text))
 
 
+class _Stage(progress.ProgressColumn):
+    """A stage on one line: title, what is done of how much, time spent and left; what else there is, where it fits."""
+
+    def __init__(self, console: RichConsole) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: progress.Task) -> Text:
+        """Return the line."""
+        count = f"{task.completed:,.0f}" if task.completed or task.total is not None else ""
+        count += "" if task.total is None else f"/{task.total:,.0f}"
+        left = None if task.total is None else 0.0 if task.finished else task.time_remaining
+        return Text(
+            stage_line(
+                self._console.width,
+                _fit(" ".join(task.description.split())),
+                count,
+                f"{_clock(task.elapsed)} left {_clock(left)}",
+                [*task.fields["words"], task.fields["speed"]],
+                None if task.total is None else task.percentage / 100,
+            )
+        )
+
+
+def stage_line(width: int, title: str, count: str, times: str, more: Sequence[str], share: float | None) -> str:
+    """Return a line of progress no wider than the terminal.
+
+    Count and times are always whole. The title is cut where need be; of what else is known as much is shown as there is
+    room for, in its order, and a bar in what is left.
+
+    Example:
+        >>> stage_line(60, "Training", "5/20", "0:00:10 left 0:00:30", ["loss 0.4", "9,999 passes/s"], 0.25)
+        'Training                    5/20 0:00:10 left 0:00:30'
+        >>> stage_line(80, "Training", "5/20", "0:00:10 left 0:00:30", ["loss 0.4"], 0.25)
+        'Training               ━━━━╌╌╌╌╌╌╌╌╌╌╌╌      5/20 loss 0.4 0:00:10 left 0:00:30'
+    """
+    count = f"{count:>9}"
+    title = set_cell_size(title, max(4, min(22, width - len(count) - len(times) - 3)))
+    room, words = width - cell_len(title) - len(count) - len(times) - 3, ""
+    for word in more:
+        if word and len(word) < room:
+            words, room = f"{words} {word}", room - len(word) - 1
+    bar = ""
+    if share is not None and room > 8:
+        size = min(24, room - 1)
+        full = round(size * min(share, 1.0))
+        bar = f" {'━' * full}{'╌' * (size - full)}"
+    return f"{title}{bar} {count}{words} {times}"
+
+
+def _clock(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=max(0, int(seconds))))
+
+
 Plain = Literal["", "begin", "end"]
 EVERY = 30.0
 """Seconds between two lines at most, where there is no terminal to draw bars on."""
 
 
 class Bars(RunObserver):
-    """One bar a stage: pieces done, words of the run, encoder passes per second, time left; and its lines of text.
+    """One bar a stage: pieces done of all, words of the run, passes per second, time left; and its lines of text.
 
     Without a terminal there are no bars. A line says instead how far the stage is, every 30 seconds, whatever the run
     is busy with: whoever reads a log can tell slow from stuck.
@@ -98,18 +155,7 @@ class Bars(RunObserver):
         self._console, self._plain = console, plain
         self._every, self._clock, self._ended = every, clock, threading.Event()
         self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
-        self._bars = progress.Progress(
-            progress.TextColumn("{task.description:<22}", markup=False),
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[words]}", markup=False),
-            progress.TextColumn("{task.fields[speed]}"),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            disable=not console.live,
-        )
+        self._bars = progress.Progress(_Stage(console), console=console, disable=not console.live)
         self._task: progress.TaskID | None = None
         self._title, self._before = doing or "Working", 0
         self._total: int | None = None
@@ -164,13 +210,13 @@ class Bars(RunObserver):
         self._title, self._total, self._before = title, total, done
         if self._plain == "begin" and not self._console.live:
             self._console.print(title, markup=False)
-        self._task = self._bars.add_task(title, total=total, completed=done, words="", speed="")
+        self._task = self._bars.add_task(title, total=total, completed=done, words=(), speed="")
 
     def advance(self, count: int = 1, **shown: str) -> None:
         self._done += count
         self._shown.update(shown)
         if self._task is not None:
-            words = " ".join(f"{name.replace('_', ' ')} {text}" for name, text in self._shown.items())
+            words = [f"{name.replace('_', ' ')} {text}" for name, text in self._shown.items()]
             self._bars.update(self._task, advance=count, words=words)
 
     def passed(self, used: int, passes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustvlm.cli.terminal import say, say_json
+from robustvlm.text import visible
 
 if TYPE_CHECKING:
     from robustvlm.data import DataSource
@@ -117,7 +118,7 @@ def data(
     if as_json:
         say_json(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
-        _show(facts)
+        _table("", _rows(facts))
 
 
 def _require_none(given: Mapping[str, object], why: str) -> None:
@@ -138,6 +139,7 @@ def _make_tree(
     prices: str | None,
 ) -> None:
     """Write a made tree to a file that the user can read and edit, and take it for the data from here on."""
+    from robustvlm.cli.console import Bars, Console
     from robustvlm.core.files import named_disk_errors, replacing
     from robustvlm.data.make_trees import make_forest
     from robustvlm.data.trees import save_forest
@@ -146,7 +148,9 @@ def _make_tree(
 
     if out is None or out.suffix.lower() != ".json":
         raise UserError("--make-tree writes a JSON file: say which with --out trees.json")
-    source.tree = make_forest(how, source.class_names, client=client, **({"criteria": criteria} if criteria else {}))
+    with Bars(Console(stderr=True), doing="Making trees"):
+        named = {"criteria": criteria} if criteria else {}
+        source.tree = make_forest(how, source.class_names, client=client, **named)
     with named_disk_errors(out.parent), replacing(out) as temporary:
         save_forest(source.tree, temporary)
     say(f"wrote {out}" + (f"; {spent(client, prices)}" if client is not None else ""), err=True)
@@ -214,19 +218,14 @@ def examine(source: DataSource, limit: int | None = None, *, progress: bool = Fa
     }
 
 
-def _show(facts: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     from robustvlm.cli.console import Console
+    from robustvlm.report.screen import show
+    from robustvlm.report.sections import Facts
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    # Names and ids are the user's text: as Text objects their brackets are no markup.
-    for label, value in _rows(facts):
-        table.add_row(label, Text(value))
-    Console().print(table)
+    # What others have written is shown as it is, with escapes in the place of what would move a cursor.
+    shown = [(label, visible(value)) for label, value in rows]
+    show(Console(), [Facts(shown, kind="sentences", title=title, only="both")])
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -256,8 +255,8 @@ def _check_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     counts = list(found["images_per_class"].values())
     readable = f"{found['readable']:,}"
     if found["readable"]:
-        readable += f", sides {found['pixels_shortest']} to {found['pixels_longest']} pixels"
-        readable += f", {min(counts)} to {max(counts)} images a class"
+        readable += f", sides {_reach(found['pixels_shortest'], found['pixels_longest'])} pixels"
+        readable += f", {_reach(min(counts), max(counts))} images a class"
     rows = [("Readable", readable), ("Unreadable", f"{found['unreadable']:,}")]
     if found["unknown_class"]:
         rows.insert(1, ("Unknown class", f"{found['unknown_class']:,}"))
@@ -268,6 +267,10 @@ def _check_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["unreadable"] > _FAULTS_SHOWN:
         rows.append(("", f"... and {found['unreadable'] - _FAULTS_SHOWN:,} more (--json lists all)"))
     return rows
+
+
+def _reach(least: int, most: int) -> str:
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _some(names: list[str], count: int = 6) -> str:
@@ -301,9 +304,7 @@ def models(
         say_json(json.dumps({"forms": forms, "models": [asdict(model) for model in found]}, indent=2))
         return
     if not text:
-        width = max(len(form) for form, _ in all_forms)
-        lines = [f"  {form:<{width}}  {meaning}" for form, meaning in all_forms]
-        say("MODEL is one of\n" + "\n".join(lines) + "\n")
+        _table("MODEL is one of", all_forms)
     for model in found:
         say(f"{model.spec}  ({model.source})" if model.source == "bundled" else model.spec)
 
@@ -336,9 +337,11 @@ def export(
     from_pretrained("OUT") of its class there (CLIPModel, ...) loads it, and robustvlm with transformers:OUT.
     """
     # Loading torch and open_clip takes seconds; --help should not wait for them.
+    from robustvlm.cli.console import Bars, Console
     from robustvlm.commands.export import write_export
 
-    write_export(model, out, to=to, evaluated=evaluated or (), half=half)
+    with Bars(Console(stderr=True), doing="Exporting"):
+        write_export(model, out, to=to, evaluated=evaluated or (), half=half)
     say(f"Model: {out}")
     if to == "transformers":
         say(f"transformers: from_pretrained('{out}'), as its card shows; robustvlm: transformers:{out}")

@@ -24,6 +24,7 @@ from robustvlm.report.sections import Measure, Report
 from robustvlm.report.words import DASH, norm_name, plain
 from robustvlm.runs.manifest import NAME
 from robustvlm.runs.run import FinishedRun, manifest_of
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
 from robustvlm.text import one_line
 
@@ -114,9 +115,14 @@ def _runs(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if (path / NAME).is_file())
 
 
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Path, observer: Observer | None = None) -> list[Entry]:
     """Return the runs in a folder, the newest first, those that cannot be read last."""
-    found = [_entry(path) for path in _runs(folder)]
+    told, paths = observer or Observer(), _runs(folder)
+    told.begin("Reading runs", len(paths))
+    found = []
+    for path in paths:
+        found.append(_entry(path))
+        told.advance()
     found.sort(key=lambda entry: entry.name)
     found.sort(key=lambda entry: str(entry.manifest.get("created") or ""), reverse=True)
     return sorted(found, key=lambda entry: bool(entry.fault))

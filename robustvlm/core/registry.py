@@ -6,10 +6,11 @@ the object of a `module:callable`, imported under the rules of `robustvlm.core.u
 it, refused by `--no-code`).
 """
 
+import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -194,6 +195,12 @@ def call(spec: str, target: Any, what: str, *given: Any, **options: Any) -> Any:
     """
     if not callable(target):
         raise UserError(f"'{spec}' is a {type(target).__name__}, not a callable that returns {what}")
+    if missing := _missing(target, given, options):
+        told = f"with {len(given) + len(options)} arguments" if given or options else "without arguments"
+        raise UserError(
+            f"'{spec}' is called {told} and is to return {what}, but it needs {', '.join(missing)} as well: give these "
+            "defaults, or name a function that needs none (docs/extend.md)"
+        )
     try:
         with no_exit(f"'{spec}'"), _put_back():
             return target(*given, **options)
@@ -201,6 +208,17 @@ def call(spec: str, target: Any, what: str, *given: Any, **options: Any) -> Any:
         raise
     except Exception as error:  # the user's code may fail in any way
         raise UserError(f"'{spec}' failed: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _missing(target: Any, given: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
+    """Return the parameters of a callable that have no default and are not given; none where nobody can tell."""
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[len(given) :]
+    except (TypeError, ValueError):
+        return []
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [one.name for one in parameters if one.default is inspect.Parameter.empty and one.kind not in several]
+    return [name for name in needed if name not in options]
 
 
 def expect(spec: str, thing: Any, kind: type, what: str, has: Iterable[str] = ()) -> Any:

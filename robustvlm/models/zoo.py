@@ -267,9 +267,16 @@ def _split(spec: str, architectures: list[str]) -> tuple[str, str]:
             return name, "/".join(parts[count:])
     if Path(split_part(spec)[0]).suffix in SUFFIXES:
         raise UserError(f"a checkpoint needs its architecture before it, as 'ViT-B-32/{spec}'")
+    if spec.endswith(".py"):
+        own = f"{Path(spec).stem}:load"
+        raise UserError(f"'{spec}' is a Python file: name what makes the model in it, as '{own}' (docs/models.md)")
     if spec.startswith((".", "/", "~")):
         raise UserError(f"no model folder at '{spec}'")
     hint = nearest(parts[0], [*BUNDLED, *architectures])
+    import timm  # which open_clip has loaded by now
+
+    if timm.is_model(parts[0]):
+        hint = f"the classifier of timm is 'timm:{spec}'; {hint}"
     raise UserError(f"unknown model '{spec}'; {hint} (`robustvlm models` lists all)")
 
 

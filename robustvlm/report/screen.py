@@ -15,12 +15,14 @@ from robustvlm.report.words import Finding, plain
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 _GAP = 3  # characters between columns
-# Longer than this a word is a path or a digest, and may be folded where there is no room for it.
-_WORD = 36
+# Longer than this a word is a path or a digest, and may be folded where there is no room for it; in a row's name later.
+_WORD, _NAME = 36, 47
+# Sentences in a cell are no narrower than this, as long as there is room for it in a part of the table.
+_PROSE = 28
 
 
 def show(console: Console, what: doc.Report | Iterable[doc.Block | doc.Verdict], *closing: doc.Closing) -> None:
-    """Print a report, or single blocks, and the closing lines.
+    """Print a report, or single blocks, the verdicts before all others, and the closing lines.
 
     Example:
         >>> from robustvlm.report.sections import Column, Table, Text
@@ -32,20 +34,20 @@ def show(console: Console, what: doc.Report | Iterable[doc.Block | doc.Verdict],
          one   1
         <BLANKLINE>
     """
-    blocks = doc.terminal_blocks(what) if isinstance(what, doc.Report) else doc.flat(what)
-    loud = "bold"  # the first sentence of the first verdict
+    blocks = list(doc.terminal_blocks(what) if isinstance(what, doc.Report) else doc.flat(what))
+    said = [line for block in blocks if isinstance(block, doc.Verdict) for line in block.lines]
+    for i, line in enumerate(said):
+        console.print(text(line, "" if i else "bold"))
+    drawn = [part for block in blocks if not isinstance(block, doc.Verdict | doc.Closing) for part in _drawn(block)]
+    if said and drawn:
+        console.print()
+    for part in drawn:
+        console.print(part)
     for block in (*blocks, *closing):
         if isinstance(block, doc.Closing):
             width = max(map(len, block.places), default=0) + 1
             for name, place in block.places.items():
                 console.print(RichText(f"{name + ':':<{width}} {place}"), soft_wrap=True)
-        elif isinstance(block, doc.Verdict):
-            for line in block.lines:
-                console.print(text(line, loud))
-                loud = ""
-        else:
-            for part in _drawn(block):
-                console.print(part)
 
 
 def _drawn(block: doc.Block) -> Iterable[RichText | FittedTable]:
@@ -100,18 +102,27 @@ class FittedTable:
             [head, *(row[i] for row in self._rows if not isinstance(row, str))] for i, head in enumerate(self._heads)
         ]
         cells[0] += [RichText(plain(row, _WORD)) for row in self._rows if isinstance(row, str)]
-        least = [max(map(_longest_word, column)) for column in cells]
-        headings = [RichText(plain(row, _WORD)) for row in self._rows if isinstance(row, str)]
-        least[0] = max([least[0], *map(_longest_word, headings)])
+        words = [max(_longest_word(cell, _WORD if i else _NAME) for cell in column) for i, column in enumerate(cells)]
+        whole = [max(width, self._unbroken(k)) for k, width in enumerate(words)]
         wished = [
-            max(width, *(cell_len(cell.plain) for cell in column)) for width, column in zip(least, cells, strict=True)
+            max(width, *(cell_len(cell.plain) for cell in column)) for width, column in zip(whole, cells, strict=True)
         ]
         if self._table.title:
             yield RichText(doc.straight(self._table.title), style="bold")
-        for part in split(least, options.max_width):
-            yield self._part(part, narrowed([least[k] for k in part], [wished[k] for k in part], options.max_width))
+        for part in split(whole, options.max_width):
+            floors = [[widths[k] for k in part] for widths in (whole, words)]
+            yield self._part(part, narrowed([wished[k] for k in part], *floors, room=options.max_width))
         if self._table.caption:
             yield text(self._table.caption, "dim")
+
+    def _unbroken(self, column: int) -> int:
+        """Return the width in which a column is read easily: names, numbers with their intervals, short sentences."""
+        most = _WORD if self._table.columns[column].number or not column else _PROSE
+        rows = [row for row in self._table.rows if not isinstance(row, str)]
+        parts = (part for row in rows for part in doc.parts_of(row[column]) if isinstance(part, doc.Measure))
+        measures = (cell_len(text(part).plain) for part in parts)
+        cells = (cell_len(row[column].plain) for row in self._rows if not isinstance(row, str))
+        return max([0, *measures, *(min(width, most) for width in cells)])
 
     def _part(self, part: Sequence[int], widths: Sequence[int]) -> RichTable:
         table = self._table
@@ -143,17 +154,17 @@ def split(least: Sequence[int], room: int) -> list[list[int]]:
     return parts
 
 
-def narrowed(least: Sequence[int], wished: Sequence[int], room: int) -> list[int]:
-    """Return the columns' widths: the wished ones, the widest narrowed as far as need be, none below its least width.
+def narrowed(wished: Sequence[int], *floors: Sequence[int], room: int) -> list[int]:
+    """Return the columns' widths: the wished ones, the widest narrowed as far as need be, none below the first floor.
 
-    Where even these have no room, the widest are folded.
+    Where even that has no room the next floor counts, and at last the widest are folded.
 
     Example:
-        >>> narrowed([4, 3], [10, 3], room=13)
-        [5, 3]
+        >>> narrowed([10, 3], [4, 3], room=13), narrowed([10, 3], [9, 3], [4, 3], room=13)
+        ([5, 3], [5, 3])
     """
     widths = list(wished)
-    for floor in (least, [1] * len(least)):
+    for floor in (*floors, [1] * len(widths)):
         while _width(widths) > room:
             wide = [k for k, width in enumerate(widths) if width > floor[k]]
             if not wide:
@@ -167,8 +178,8 @@ def _width(widths: Sequence[int]) -> int:
     return sum(widths) + _GAP * (len(widths) - 1) + 2
 
 
-def _longest_word(cell: RichText) -> int:
-    return min(_WORD, max((cell_len(word) for word in cell.plain.split()), default=0))
+def _longest_word(cell: RichText, most: int) -> int:
+    return min(most, max((cell_len(word) for word in cell.plain.split()), default=0))
 
 
 def _head(column: doc.Column) -> RichText:

@@ -329,10 +329,11 @@ def left_out(reasons: Sequence[tuple[str, str]], what: str) -> list[Block]:
 
 
 def terminal_blocks(report: Report) -> Iterator[Block | Verdict]:
-    """Yield what the terminal shows of a report, in its order: the sections' blocks, then the verdicts.
+    """Yield what the terminal shows of a report, in its order: the verdicts, then the sections' blocks.
 
     The first table of a section has the section's title, where it has none of its own.
     """
+    yield from report.verdicts
     for section in report.sections:
         title = section.title
         for block in flat(section.blocks):
@@ -341,7 +342,6 @@ def terminal_blocks(report: Report) -> Iterator[Block | Verdict]:
                 title = title if block.title else ""
             else:
                 yield block
-    yield from report.verdicts
 
 
 def flat(blocks: Iterable[Block | Verdict]) -> Iterator[Block | Verdict]:

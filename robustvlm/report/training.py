@@ -200,7 +200,7 @@ def cost_rows(summary: TrainingSummary) -> list[tuple[str, str]]:
     ]
     if history.estimate is not None:
         said = history.estimate
-        rows.append(("Said before", f"{said.passes:,} passes, {duration(said.seconds)}"))
+        rows.append(("Estimated beforehand", f"{said.passes:,} passes, {duration(said.seconds)}"))
     return rows
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 import pytest
+from rich.cells import cell_len
 
-from robustvlm.cli.console import EVERY, Bars, Console
+from robustvlm.cli.console import EVERY, Bars, Console, stage_line
 from robustvlm.cli.inspect import examine
 from robustvlm.data import open_data
 
@@ -96,6 +98,33 @@ def test_a_quiet_console_and_a_terminal_have_no_lines() -> None:
             bars.begin("Slow", 2)
             time.sleep(0.03)
         assert "time left not known" not in stream.getvalue()
+
+
+def test_a_bar_at_80_columns_keeps_count_and_times() -> None:
+    stream = Terminal()
+    console = Console(width=80)
+    console.file, console._force_terminal = stream, True
+    with Bars(console) as bars:
+        bars.begin("a long title of a stage: misclassify at 2/255", 1200)
+        bars.advance(317, loss="0.412", clean_accuracy="81.2%", robust_accuracy="40.1%")
+        bars.passed(1, 5000)
+        line = "".join(segment.text for segment in console.render_lines(bars._bars, pad=False)[0]).rstrip()
+    assert len(line) <= 80
+    assert "317/1,200" in line
+    assert "loss 0.412" in line
+    assert re.search(r"0:00:0\d left (0:00:|-:--:)[\d-]+$", line)
+    assert "…" not in line
+    assert "0/?" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
+def test_a_bar_is_no_wider_than_the_terminal(width: int, share: float | None) -> None:
+    more = ["loss 0.412", "clean accuracy 81.2%", "1,234 passes/s"]
+    line = stage_line(width, "名前 of a stage that is long", "317/1,200", "0:00:10 left 0:01:30", more, share)
+    assert cell_len(line) <= max(width, 9 + 20 + 4 + 3)
+    assert "317/1,200" in line
+    assert line.endswith(" 0:00:10 left 0:01:30")
 
 
 def test_looking_at_data_counts_its_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_nested_data_keep_their_shape() -> None:
 
 
 def test_long_text_takes_linear_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()  # not of the clock: others may use the machine
     for piece in (
         "a://",
         "a://b@",
@@ -95,7 +95,7 @@ def test_long_text_takes_linear_time() -> None:
         text = piece * (100_000 // len(piece))
         without_secrets(text)
         visible(text)
-    assert time.perf_counter() - began < 8.0
+    assert time.process_time() - began < 8.0
 
 
 @pytest.mark.parametrize(

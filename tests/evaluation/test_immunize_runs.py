@@ -190,7 +190,11 @@ def test_a_model_of_texts_has_no_columns_about_images() -> None:
     assert "Weibull" not in texts
 
 
-def test_several_prototypes_noise_thresholds_and_unknown_images(make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_several_prototypes_noise_thresholds_and_unknown_images(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: dict[str, int | None] = {}
+    monkeypatch.setattr(Observer, "begin", lambda _, title, total=None, *_more: begun.update({title: total}))
     photos = make_folder()
     strange = tmp_path / "strange" / "thing"
     strange.mkdir(parents=True)
@@ -198,6 +202,10 @@ def test_several_prototypes_noise_thresholds_and_unknown_images(make_folder: Mak
         Image.new("RGB", (16, 16), (60 * number, 20, 200)).save(strange / f"{number}.png")
     unknown = f"imagefolder:{strange.parent}"
     run = made(photos, prototypes_per_class=2, sigma=[0.1], ood=[unknown], margin="auto")
+    encoded = {title: total for title, total in begun.items() if title.startswith("Encoding")}
+    assert encoded[f"Encoding {unknown}"] == 4
+    assert all(encoded.values()), encoded
+    assert encoded["Encoding noise 0.1"] == encoded["Encoding held out"]
     record = record_of(run)
     assert all(len(row["alpha"]) == 2 for row in record["classes"])
     assert set(record["noisy_thresholds"]) == {"0.1"}
@@ -446,10 +454,10 @@ def test_antibodies_that_name_a_class_of_an_unknown_set_are_left_out_and_said(
 ) -> None:
     photos = make_folder()
     unknown = strangers(tmp_path / "strange", Jackals=4, thing=3)
-    run = made(photos, ood=[unknown])
+    run = made(photos, ood=[f"wild={unknown}"])
     record = record_of(run)
     assert "jackal" not in {text for text, _, _ in record["antibodies"]["kept"]}
-    assert ["jackal", "fox", f"it names a class of the unknown set '{unknown}'"] in record["antibodies"]["dropped"]
+    assert ["jackal", "fox", "it names a class of the unknown set 'wild'"] in record["antibodies"]["dropped"]
     assert any(
         "1 antibodies that name classes of the unknown sets were left out (jackal)" in n for n in record["notes"]
     )

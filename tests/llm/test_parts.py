@@ -106,10 +106,10 @@ def test_prices_are_not_negative() -> None:
     "piece", ['{"a":', '{"', "{", "<think>", '{"a": [{', '{ "x', "{}{", '{"\\', "<think></think>{"], ids=repr
 )
 def test_a_long_answer_is_read_in_linear_time(piece: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with contextlib.suppress(BadAnswer):
         find_json(piece * (400_000 // len(piece)))
-    assert time.perf_counter() - began < 5.0  # quadratic, it takes minutes
+    assert time.process_time() - began < 5.0  # quadratic, it takes minutes
 
 
 @pytest.mark.parametrize("text", ['{"x: {"a": 1}', "{braces} {{}} {'b': 2} {\"a\": 1}", '{"q" {"a": 1} </think>'])

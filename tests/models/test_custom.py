@@ -124,6 +124,12 @@ def test_names_that_are_not_there(write: Callable[..., str]) -> None:
     assert "SyntaxError" in refused(f"{write('def')}:Encoder")
     failing = write("def make():\n    raise RuntimeError('no weights here' + chr(10) + 'and more')\n")
     assert refused(f"{failing}:make").endswith("failed: RuntimeError: no weights here and more")
+    needing = write("def attack(model, x, *rest, eps=1, **more):\n    return x\n")
+    assert "called without arguments and is to return the encoder, but it needs model, x as" in refused(
+        f"{needing}:attack"
+    )
+    assert "name what makes the model in it, as 'my_model:load'" in refused("code/my_model.py")
+    assert "'timm:resnet50.a1_in1k'" in refused("resnet50.a1_in1k")
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,22 @@ def test_a_word_wider_than_the_terminal_is_folded_and_not_cut() -> None:
 
 
 def test_widths_are_the_wished_ones_where_there_is_room() -> None:
-    assert narrowed([3, 3], [9, 7], room=80) == [9, 7]
-    assert sum(narrowed([3, 3], [40, 70], room=60)) + 5 == 60
+    assert narrowed([9, 7], [3, 3], room=80) == [9, 7]
+    assert sum(narrowed([40, 70], [3, 3], room=60)) + 5 == 60
+
+
+def test_a_number_and_its_interval_stay_on_one_line() -> None:
+    found = Measure.of(rate(30, 40))
+    columns = [Column("Sentences of some length"), *(Column(f"column {i}") for i in range(5))]
+    said = shown(Table(columns, [("what a row is about, in words of its own", *[found] * 5)]))
+    assert said.count(f"{found.text}  {found.interval}") == 5
+
+
+def test_sentences_beside_numbers_are_no_thin_pillars() -> None:
+    about = "what this row is about, which takes a sentence to say"
+    row = ("a name of the row", *("1.2345" for _ in range(5)), about)
+    said = shown(Table([Column("Name"), *numbers(*(f"figure {i}" for i in range(5))), Column("About")], [row]))
+    assert about[:28].rpartition(" ")[0] in said
 
 
 def test_both_say_the_same_of_a_table() -> None:

@@ -42,9 +42,9 @@ def test_every_rate_is_shown_with_its_interval(run: AttackedRun) -> None:
     assert "broken.png" in text
 
 
-def test_the_verdict_comes_last(run: AttackedRun) -> None:
+def test_the_verdict_comes_first(run: AttackedRun) -> None:
     flat = " ".join(shown(run).split())
-    assert flat.endswith(f"{verdict(run.summary)} {smaller_eps(run.summary)}")
+    assert flat.startswith(f"{verdict(run.summary)} {smaller_eps(run.summary)}")
 
 
 def test_hostile_names_neither_style_nor_move_the_cursor() -> None:

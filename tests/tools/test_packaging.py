@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import doctest
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tools import address, packaging
 from tools.packaging import (
     EXTRAS,
     SDIST_HAS,
+    export,
     interpreter,
     lacking,
     metadata_faults,
+    next_step,
     package_files,
     sdist_faults,
+    tracked_files,
+    upload_faults,
     wheel_faults,
 )
 
@@ -127,3 +134,83 @@ def test_the_program_needs_nothing_but_python_to_tell_what_it_does() -> None:
     )
     assert "--no-install" in done.stdout
     assert "--every-python" in done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small checkout in the place of this one: one commit, a file that git ignores and one that it does not know."""
+    place = tmp_path / "here"
+    (place / "robustvlm").mkdir(parents=True)
+    for name, text in {
+        "pyproject.toml": "[project.scripts]\n", "README.md": "[a](docs/a.md)\n", "robustvlm/a.py": "one\n",
+        ".gitignore": "/dist/\n",
+    }.items():  # fmt: skip
+        (place / name).write_text(text)
+    (place / "attacks").symlink_to("robustvlm")
+    git = ("git", "-C", str(place), "-c", "user.name=a", "-c", "user.email=a@b.example")
+    for words in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "a")):
+        subprocess.run([*git, *words], check=True)
+    (place / "dist").mkdir()
+    (place / "dist/old.whl").touch()
+    (place / "robustvlm/notes.txt").touch()
+    monkeypatch.setattr(packaging, "ROOT", place)
+    return place
+
+
+def test_what_git_does_not_know_is_left_out_and_named(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "robustvlm/a.py").write_text("two\n")
+    files, strange = tracked_files()
+    assert files == [".gitignore", "README.md", "attacks", "pyproject.toml", "robustvlm/a.py"]
+    assert strange == ["robustvlm/notes.txt"]
+    export(files, tmp_path / "there")
+    assert package_files(tmp_path / "there") == ["robustvlm/a.py"]
+    assert (tmp_path / "there/robustvlm/a.py").read_text() == "two\n"
+    assert (tmp_path / "there/attacks").is_symlink()
+    assert packaging.changed_files() == ["robustvlm/a.py"]
+    shutil.rmtree(checkout / ".git")
+    assert tracked_files() == ([*files, "robustvlm/notes.txt"], [])
+
+
+def test_a_release_without_an_address_is_not_uploaded(checkout: Path, tmp_path: Path) -> None:
+    (fault,) = upload_faults(METADATA, [])
+    assert "tools.address" in fault
+    assert "not fit for an upload" in next_step(METADATA, [])
+    told = METADATA + "Project-URL: Source, https://host.example/a/b\nVersion: 1.2\n"
+    assert upload_faults(told, ["a.py"]) == ["a.py differs from the last commit"]
+    assert "tag this commit v1.2" in next_step(told, [])
+    text = address.with_urls((checkout / "pyproject.toml").read_text(), "https://host.example/a/b")
+    (checkout / "pyproject.toml").write_text(text)
+    export(tracked_files()[0], tmp_path / "there")
+    assert (tmp_path / "there/README.md").read_text() == "[a](https://host.example/a/b/blob/HEAD/docs/a.md)\n"
+    assert (checkout / "README.md").read_text() == "[a](docs/a.md)\n"
+
+
+def test_an_address_is_written_once_and_can_be_changed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    first = address.with_urls(text, "https://host.example/a/b")
+    assert address.address_in(first) == "https://host.example/a/b"
+    assert address.with_urls(first, "https://host.example/a/b") == first
+    second = address.with_urls(first, "https://host.example/c/d")
+    assert "a/b" not in second
+    assert first.replace("/a/b", "/c/d") == second
+    assert len(first.splitlines()) - len(text.splitlines()) == (0 if address.address_in(text) else 5)
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    once = address.with_repository(cited, "https://host.example/a/b")
+    assert address.with_repository(once, "https://host.example/a/b") == once
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["robustvlm", "http://host.example/a", "https://host.example", "https://me:secret@host.example/a", "https://h/a?b"],
+)
+def test_what_is_no_address_is_refused_without_its_password(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"address|password") as told:
+        address.checked(wrong)
+    assert "secret" not in str(told.value)
+
+
+def test_the_examples_of_the_tools_are_right() -> None:
+    for module in (address, packaging):
+        done = doctest.testmod(module)
+        assert done.attempted
+        assert not done.failed

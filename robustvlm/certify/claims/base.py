@@ -38,12 +38,12 @@ _COLUMN_PILOT = "cosine to the pilot's direction, another claim"
 RADII: dict[str, Column] = {
     "radius": Column("this certificate"),
     "deployed_radius": Column("deployed copies", "what finitely many fresh copies keep of this claim"),
-    "cone_radius": Column("cone (T3)", "the same claim, closed form"),
+    "cone_radius": Column("cone", "the same claim, closed form"),
     "paper_radius": Column("paper's bound", "cosine to the image's own feature f(x), another claim"),
     "fcsb_radius": Column("corrected FCSB", "cosine to the pilot's direction, or what that says of the class"),
-    "cdf_radius": Column("distribution (T5)", _COLUMN_PILOT),
-    "direction_radius": Column("distribution and covariance (F3)", _COLUMN_PILOT),
-    "norm_radius": Column("mean alone (T4)", "the same claim by the bound of the claim feature"),
+    "cdf_radius": Column("distribution", _COLUMN_PILOT),
+    "direction_radius": Column("distribution and covariance", _COLUMN_PILOT),
+    "norm_radius": Column("mean alone", "the same claim by the bound of the claim feature"),
     "mean_radius": Column("mean margins only", "the same claim from means alone"),
 }
 """By the name of the column in `results.parquet`."""

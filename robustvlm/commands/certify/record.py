@@ -26,7 +26,7 @@ from robustvlm.text import format_down, format_exact, format_up
 # A finished certify run read back from its folder, with the curves that its report draws
 
 _DRAWN = ("radius", "paper_radius", "fcsb_radius", "cone_radius", "direction_radius", "deployed_radius", "mean_radius")
-CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone (T3)",
+CURVES = {"ours": "this certificate", "paper": "paper's bound", "fcsb": "corrected FCSB", "cone": "cone",
            "deployed": "deployed mean", "margin": "margin to the nearest other image"}  # fmt: skip
 _POINTS = 121
 _ALWAYS = ("index", "image_id", "label", "prediction", "claim", "radius", "n", "n_pilot", "certificate")

@@ -6,7 +6,7 @@ of their budget, and the worst score met counts, so that an AUROC under attack c
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -356,6 +356,7 @@ def fool(
     *,
     lanes: int,
     seed: int,
+    on_image: Callable[[], object] = lambda: None,
 ) -> Encoded:
     """Attack images that a model classifies right; return what it says of those that are wrong at the end.
 
@@ -363,7 +364,7 @@ def fool(
     finds it. The attack goes on to the most wrong image it can find.
 
     Args:
-        pictures: images of known classes, each classified right.
+        pictures: images of known classes, each classified right. on_image: is called after each.
     """
     classifier = answers.classifier
     oracle = attacks.Oracle(Logits(classifier), device=classifier.device, seed=seed)
@@ -382,7 +383,11 @@ def fool(
         leave=False,
     )
     jobs = (attacks.Job(picture.id, number, picture.pixels, picture.label) for number, picture in enumerate(pictures))
-    fooled = sorted((r for r in engine.run(jobs) if r.outcome == attacks.FOOLED), key=lambda result: result.job.index)
+    fooled = []
+    for result in engine.run(jobs):
+        on_image()
+        fooled += [result] if result.outcome == attacks.FOOLED else []
+    fooled.sort(key=lambda result: result.job.index)
     if not fooled:
         return Encoded([], torch.zeros(0, dtype=torch.int64), None, None)
     features, output = answers(torch.stack([result.adversarial for result in fooled]))

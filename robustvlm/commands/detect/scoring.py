@@ -185,7 +185,7 @@ class Panel:
         return found.output[:, : len(self.head.class_embeddings)]
 
     def predictions(self, found: Encoded) -> Tensor:
-        """Return the class with the largest logit of every image [N], refusals left aside."""
+        """Return the class with the largest logit of every image [N], whether refused or not."""
         if found.output is not None:
             return found.output[:, : len(self.head.class_embeddings)].argmax(dim=1)
         return self.head.logits(self.inputs(found)).argmax(dim=1)

@@ -242,7 +242,7 @@ class DetectSummary(Record):
     Args:
         known, unknown, fit: the sets of images.
         left_out: images of the known set that have none of the known classes.
-        accuracy: share of known images whose class is right, refusals left aside.
+        accuracy: share of known images whose class is right, whether refused or not.
         encode_ms: milliseconds per image of the encoder.
         best: name of the score with the highest mean AUROC over the sets.
         words: those that scores used, None where none did.

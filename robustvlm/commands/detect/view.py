@@ -128,7 +128,7 @@ def _facts(run: DetectRecord) -> list[doc.Inline]:
 
 def _cards(run: DetectRecord) -> list[doc.Card]:
     summary, shown = run.summary, run.shown
-    first = doc.Card("Right class", summary.accuracy, "known images, refusals left aside", good=True)
+    first = doc.Card("Right class", summary.accuracy, "known images, whether refused or not", good=True)
     if summary.own is not None:
         accepted = doc.Card(
             "Known images accepted", summary.own.accepted_known, "at the model's own threshold", good=True
@@ -311,7 +311,7 @@ def _under_attack(run: DetectRecord) -> Iterator[doc.Section]:
                 [(titles[name], _of(value)) for name, value in found.auroc.items()],
                 title="Do scores notice adversarial images?",
                 caption=f"{found.fooled} of {found.attacked} known images were made to be misclassified as surely as "
-                "possible, by an attack that pays no heed to any score; AUROC between the clean known images that were "
+                "possible, by an attack that ignores every score; AUROC between the clean known images that were "
                 "not attacked and these. An attacker who knows the score evades it: see above.",
             )
         )

@@ -42,10 +42,11 @@ def verdict(summary: DetectSummary) -> str:
         for on in best.on
     ]
     tail = f"AUROC {', '.join(parts)} at 95% of the known accepted."
+    title = f"The{best.title[3:]}" if best.title.startswith("the ") else best.title
     if len(best.on) == 1:
-        return f"{best.title} has the highest AUROC: {tail}"
+        return f"{title} has the highest AUROC: {tail}"
     mean = sum(on.auroc.value for on in best.on) / len(best.on)
-    first = f"{best.title} has the highest mean AUROC over the {len(best.on)} sets, {mean:.3f}: {tail}"
+    first = f"{title} has the highest mean AUROC over the {len(best.on)} sets, {mean:.3f}: {tail}"
     higher = []
     for place, on in enumerate(best.on):
         top = max(summary.scores, key=lambda score: score.on[place].auroc.value)

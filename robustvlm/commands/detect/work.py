@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -305,11 +306,20 @@ class DetectWork:
         pictures = [p for p in images.stream(lambda name: name in right) if isinstance(p, Picture) and p.id in right]
         if not pictures:
             return None
-        session.observer.begin(f"{self.attacks[0].name}, misclassify")
+        session.observer.begin(f"{self.attacks[0].name}, misclassify", len(pictures))
         threat = ThreatModel(config.norm, config.eps)
         fooled = kept(
             session.folder.features_path / "adversarial.safetensors",
-            lambda: fool(answers, pictures, self.attacks[0], threat, lanes=config.lanes, seed=self.settings.seed),
+            partial(
+                fool,
+                answers,
+                pictures,
+                self.attacks[0],
+                threat,
+                lanes=config.lanes,
+                seed=self.settings.seed,
+                on_image=session.observer.advance,
+            ),
             owner=session.manifest,
         )
         if not fooled.ids:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import acos, degrees
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -98,10 +99,10 @@ def encode_calibration(vlm: VLM, source: DataSource, folder: Path, observer: Obs
 
 
 def encode_unknown(
-    vlm: VLM, source: Unlabelled, number: int, folder: Path, observer: Observer, *, owner: Manifest
+    vlm: VLM, source: Unlabelled, name: str, number: int, folder: Path, observer: Observer, *, owner: Manifest
 ) -> Features:
     """Return the features of the images of `--ood` data; those of a known class have it as their label."""
-    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", source.spec, observer, owner=owner)
+    return _encoded(vlm, source, folder / f"ood-{number}.safetensors", name, observer, owner=owner)
 
 
 def write_features(path: Path, found: Features, owner: Manifest) -> None:
@@ -147,12 +148,20 @@ def _encoded(
     """Encode once; a run that was cut short finds what it had finished. The settings are the same, or it would not be
     the same folder."""
     if not path.exists():
-        observer.begin(f"Encoding {title}")
+        observer.begin(f"Encoding {title}", count_of_images(source, keep))
         found = encode_source(vlm, source, keep=keep, on_images=counted(observer))
         if not torch.isfinite(found.features).all():
             raise UserError(f"model '{vlm.spec}' gives NaN or infinite features for images of '{source.spec}'")
         write_features(path, found, owner)
     return read_features(path, owner)
+
+
+def count_of_images(source: DataSource, keep: Callable[[str], bool] | None = None) -> int | None:
+    """Return how many images of a source are used, where it knows that beforehand."""
+    ids = source.ids()
+    if ids is None:
+        return None
+    return len(ids) if keep is None else sum(map(keep, ids))
 
 
 def _require_apart(fit: Features, held: Features, fit_spec: str, held_spec: str) -> None:
@@ -174,7 +183,7 @@ _FOLDS = 5
 class Made:
     """The antibodies of a run, those dropped with reasons, and the band (None where nothing was filtered).
 
-    `naming` are the proposed texts that name a class of an unknown set that is measured on, with its spec; `proposal`
+    `naming` are the proposed texts that name a class of an unknown set that is measured on, with its name; `proposal`
     is what was held against the band.
     """
 
@@ -217,7 +226,7 @@ def make_antibodies(
     prototypes: Tensor,
     text: Tensor,
     *,
-    unknown: Sequence[DataSource] = (),
+    unknown: Mapping[str, DataSource] = MappingProxyType({}),
     observer: Observer,
 ) -> Made:
     """Return the antibodies of all classes: generated, filtered by name and by band.
@@ -226,7 +235,7 @@ def make_antibodies(
     what it is then tested on.
 
     Args:
-        prototypes: [K, M, D]. text: class embeddings [K, D]. unknown: the sets that will be measured on.
+        prototypes: [K, M, D]. text: class embeddings [K, D]. unknown: the sets that will be measured on, by name.
 
     Raises:
         UserError: an unknown source, or no band that leaves room.
@@ -239,7 +248,8 @@ def make_antibodies(
         return Made(known.noise_antibodies(count, dim, seed=settings.seed), (), None)
     proposal = propose(settings, source.class_names, observer)
     texts = [text.text for text in proposal.texts]
-    naming = {text: other.spec for other in reversed(unknown) for text in same_things(texts, other.things())}
+    sets = reversed(unknown.items())
+    naming = {text: name for name, other in sets for text in same_things(texts, other.things())}
     told = () if settings.oracle_words else tuple(text for text in proposal.texts if text.text in naming)
     proposal = replace(proposal, texts=tuple(text for text in proposal.texts if text not in told))
     band = known.automatic_band(prototypes, text, safe=settings.band[0], risk=settings.band[1])

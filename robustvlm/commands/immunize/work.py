@@ -196,7 +196,7 @@ class ImmunizeWork:
             images.embedder(self.vlm, self.source.templates),
             prototypes.vectors,
             text,
-            unknown=self.unknown,
+            unknown=dict(zip(unknown_specs(self.settings.ood), self.unknown, strict=True)),
             observer=observer,
         )
 
@@ -240,7 +240,8 @@ class ImmunizeWork:
             return torch.tensor(made.values, dtype=torch.float32)
 
         for sigma in self.settings.sigma:
-            observer.begin(f"Encoding noise {sigma:g}")
+            count = images.count_of_images(source, keep)
+            observer.begin(f"Encoding noise {sigma:g}", None if count is None else min(count, MOST_IMAGES))
             adapted = immune.AdaptedVLM(self.vlm.at_noise(sigma), immunity.adapter)
             means, labels = noisy_means(
                 adapted,
@@ -259,7 +260,7 @@ class ImmunizeWork:
     def _unknown(self, session: Session) -> dict[str, Features]:
         folder, owner = session.folder.features_path, session.manifest
         return {
-            name: images.encode_unknown(self.vlm, source, i, folder, session.observer, owner=owner)
+            name: images.encode_unknown(self.vlm, source, name, i, folder, session.observer, owner=owner)
             for i, (name, source) in enumerate(zip(unknown_specs(self.settings.ood), self.unknown, strict=True))
         }
 

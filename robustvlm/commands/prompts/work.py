@@ -91,7 +91,7 @@ class PromptWork:
         if not tuned.isfinite().all():
             smaller = setting("lr")
             raise UserError(f"the tuned prompts are not finite: pass a smaller {smaller} than {self.settings.lr:g}")
-        record = PromptRecord(images=len(shots.ids), history=history, **self._measured(tuned, shots))
+        record = PromptRecord(images=len(shots.ids), history=history, **self._measured(tuned, shots, session.observer))
         with session.results() as folder:
             self._save(folder, tuned, record)
 
@@ -113,11 +113,11 @@ class PromptWork:
             on_epoch=lambda _, terms: observer.advance(loss=f"{terms['loss']:.3f}"),
         )
 
-    def _measured(self, tuned: Tensor, shots: Features) -> dict[str, Any]:
+    def _measured(self, tuned: Tensor, shots: Features, observer: Observer) -> dict[str, Any]:
         """Return accuracy and detection with the tuned and with the hand-written prompts, on `val` and `ood`."""
         if self.settings.val is None:
             return {}
-        known = prompts.encode_source(self.vlm, _matching(self.settings.val, self.source))
+        known = self._encoded(_matching(self.settings.val, self.source), "val", observer)
         notes: list[str] = []
         taught = set(in_both(self.settings.val, known.ids, self.settings.data, shots.ids))
         if taught:
@@ -135,7 +135,7 @@ class PromptWork:
             notes.append(f"{twins} images of --val look to the model like images that taught the prompts")
         unknown: dict[str, Features] = {}
         for name, spec in unknown_specs(self.settings.ood).items():
-            found = prompts.encode_source(self.vlm, open_unlabelled(spec, self.source.class_names))
+            found = self._encoded(open_unlabelled(spec, self.source.class_names), name, observer)
             unknown[name] = found.rows((found.labels < 0).nonzero().flatten())
             left_out = len(found.ids) - len(unknown[name].ids)
             if not unknown[name].ids:
@@ -147,6 +147,11 @@ class PromptWork:
         plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
         measures = {n: self._measures(known, unknown, texts) for n, texts in (("zero_shot", plain), ("tuned", tuned))}
         return {**measures, "notes": notes}
+
+    def _encoded(self, source: DataSource, name: str, observer: Observer) -> Features:
+        ids = source.ids()
+        observer.begin(f"Encoding {name}", None if ids is None else len(ids))
+        return prompts.encode_source(self.vlm, source, on_images=counted(observer))
 
     def _measures(self, known: Features, unknown: dict[str, Features], texts: Tensor) -> PromptMeasures:
         labelled = known.labels != UNKNOWN

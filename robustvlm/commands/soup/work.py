@@ -27,6 +27,7 @@ from robustvlm.models.saved import Card, read_card, require_ground
 from robustvlm.report import screen
 from robustvlm.report.sections import Block, Closing, Code, Column, Measure, Row, Table, numbers
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
+from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
 from robustvlm.training import RobustValidation
 from robustvlm.training.validation import ZeroShotValidation, validation_images
@@ -58,10 +59,10 @@ class SoupWork:
     def run(self, session: Session) -> None:
         """Average the models and write the mean as a model, with the record."""
         with session.results() as folder:
-            soup = self._cook(folder)
+            soup = self._cook(folder, session.observer)
             write_text(folder / NAME, soup.model_dump_json(indent=2) + "\n")
 
-    def _cook(self, folder: Path) -> Soup:
+    def _cook(self, folder: Path, observer: Observer) -> Soup:
         specs, method = self.settings.models, self.settings.method
         states = [
             (spec, {key: value.clone() for key, value in vlm.state_dict().items()})
@@ -71,7 +72,9 @@ class SoupWork:
         _require_one_function(specs, self.models)
         vlm = self.models[0]
         fingerprint, probe = vlm.fingerprint, probe_encoder(vlm)
-        measure = None if self.source is None else self._measure(vlm, self.source)
+        measure = None if self.source is None else self._measure(vlm, self.source, observer)
+        if measure is not None:  # each alone, each with those before it, and the soup itself
+            observer.begin("Measuring", 1 if method == "uniform" else 2 * len(states))
         tasted = [Tasting(spec, 0.0, True) for spec, _ in states]
         if method == "uniform":
             state = averaged([values for _, values in states])
@@ -86,7 +89,7 @@ class SoupWork:
         return Soup(method=method, tasted=tasted, measures={} if measure is None else dict(measure(state)))
 
     def _measure(
-        self, vlm: VLM, source: DataSource
+        self, vlm: VLM, source: DataSource, observer: Observer
     ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Rate | Mean | float]]:
         """Return a function that puts weights into the model and measures it."""
         images = validation_images(source, size=vlm.framing, limit=self.settings.limit)
@@ -95,7 +98,9 @@ class SoupWork:
 
         def measure(state: Mapping[str, Tensor]) -> Mapping[str, Rate | Mean | float]:
             overlay(vlm, dict(state), what="the soup")
-            return validation()
+            found = validation()
+            observer.advance()
+            return found
 
         return measure
 
