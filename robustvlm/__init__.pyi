@@ -187,6 +187,7 @@ class _Certify(CallableModule[CertifyRecord]):
         tau: float | None = None,
         antibodies: Path | str | None = None,
         weight: float = 0.5,
+        paraphrases: str | None = None,
         top: int = 5,
         deployed: int | None = None,
         cache: str | None = None,
@@ -242,6 +243,8 @@ class _Certify(CallableModule[CertifyRecord]):
             tau: Threshold of the score, from other images (openset); in place of the model's own.
             antibodies: File of names to score against (openset).
             weight: Weight of the antibodies (openset).
+            paraphrases: Certify the class for all wordings at once (class, vote): templates (each by itself, and their
+                mean), or a file of lines CLASS: TEXT, any of which a class may be written with.
             top: How many classes or texts it may be among (topk, recall).
             deployed: Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].
             cache: Keep the noisy features as float16 or float32, to certify other prompts later.

@@ -19,6 +19,7 @@ from robustvlm.certify.means import betting_lower
 from robustvlm.certify.normal import Array, check_cos0
 from robustvlm.certify.openset import OpensetRule
 from robustvlm.certify.record import Source, StopRule
+from robustvlm.certify.wordings import Wordings
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.text import format_exact, format_up
 
@@ -45,6 +46,8 @@ RADII: dict[str, Column] = {
     "direction_radius": Column("distribution and covariance (F3)", _COLUMN_PILOT),
     "norm_radius": Column("mean alone (T4)", "the same claim by the bound of the claim feature"),
     "mean_radius": Column("mean margins only", "the same claim from means alone"),
+    "noise_radius": Column("noise level", "the noise level that was chosen for the image stays the same"),
+    "level_radius": Column("class at that level", "this claim at that noise level, if it did not change"),
 }
 """By the name of the column in `results.parquet`."""
 
@@ -182,6 +185,7 @@ class Materials:
         logit_scale: the model's factor on cosines.
         tokens: features are so many unit tokens side by side, over the root of their number.
         width: numbers of such a feature; 0 for any other.
+        wordings: all texts that the classes may be written with, where a claim is about all of them.
     """
 
     text: Array | None = None
@@ -192,6 +196,7 @@ class Materials:
     logit_scale: float = 1.0
     tokens: int = 1
     width: int = 0
+    wordings: Wordings | None = None
 
     @property
     def classes(self) -> Array:

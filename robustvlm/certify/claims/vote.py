@@ -102,7 +102,7 @@ VOTE = _Vote(
     states="the class that most noisy copies are put into stays the same (hard vote)",
     kept="the class that most noisy copies get is right and certified to stay",
     about_class=True,
-    columns=("radius", "deployed_radius"),
+    columns=("radius", "deployed_radius", "noise_radius", "level_radius"),
     rule="the class that most of infinitely many noisy copies are put into (hard vote), another rule than the class "
     "of the mean feature",
     deployed="the class with most of {n0:,} fresh votes is the certified one",

@@ -64,6 +64,11 @@ class CertifySettings(Settings):
     )
     antibodies: Path | None = option(None, "File of names to score against (openset).")
     weight: float = option(LAMBDA_INF, "Weight of the antibodies (openset).")
+    paraphrases: str | None = option(
+        None,
+        "Certify the class for all wordings at once (class, vote): templates (each by itself, and their mean), or a "
+        "file of lines CLASS: TEXT, any of which a class may be written with.",
+    )
     top: int = option(5, "How many classes or texts it may be among (topk, recall).", at_least=1)
     deployed: int | None = option(
         None,

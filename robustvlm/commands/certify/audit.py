@@ -16,8 +16,13 @@ from torch import Tensor
 
 from robustvlm.certify import image_digest
 from robustvlm.certify.claims import Claim, Materials, Quantity, find_claim
+from robustvlm.certify.claims.local import NoiseQuantity
+from robustvlm.certify.claims.vote import VOTE
+from robustvlm.certify.claims.wordings import worded_quantity
+from robustvlm.certify.local import read_local_noise
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats import Move, Noise
+from robustvlm.commands.certify.audit_local import audit_chosen
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
 from robustvlm.commands.certify.encoder import NoisyEncoder
@@ -30,6 +35,7 @@ from robustvlm.commands.certify.setup import (
     prompts_of,
     rule_of,
     vectors_of_classes,
+    wordings_of,
 )
 from robustvlm.commands.common.inputs import probe_of
 from robustvlm.commands.common.store import Journal, read_journal
@@ -157,6 +163,27 @@ class _Deployed(SmoothedVLM):
             return self._encode(wide)
 
 
+class _Levels:
+    """The smoothed encoder of a run at any noise level, made once for each."""
+
+    def __init__(self, encoder: NoisyEncoder, run: CertifyRecord, rows_per_pass: int) -> None:
+        self._encoder, self._config, self._rows_per_pass = encoder, run.config, rows_per_pass
+        self._made: dict[float, _Deployed] = {}
+
+    def __call__(self, sigma: float) -> _Deployed:
+        if sigma not in self._made:
+            noise = Noise(self._config.against.threat, sigma)
+            self._made[sigma] = _Deployed(
+                self._encoder, noise=noise, resolution=self._config.resolution, rows_per_pass=self._rows_per_pass
+            )
+        return self._made[sigma]
+
+    @property
+    def rows(self) -> int:
+        """Noisy images so far, at all levels; a gradient counts twice."""
+        return sum(model.rows for model in self._made.values())
+
+
 def audit_folder(
     folder: Path,
     effort: Effort | None = None,
@@ -192,8 +219,7 @@ def audit_folder(
     _require_same_model(run, vlm, source)
     _require_same_texts(run, source, claim)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
-    noise, resolution = run.config.against, run.config.resolution
-    model = _Deployed(encoder, noise=noise, resolution=resolution, rows_per_pass=rows_per_pass)
+    noise, levels = run.config.against, _Levels(encoder, run, rows_per_pass)
     attack = partial(audit_moves, threat=noise.threat) if isinstance(noise.threat, Move) else audit_image
     materials = _materials(run, vlm, source, claim)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
@@ -212,9 +238,15 @@ def audit_folder(
                 radius=row["radius"],
                 claim=partial(_quantity, claim, row, run, materials),
             )
-            began, before = time.monotonic(), model.rows
-            found = attack(model, target, effort, alpha=effort.alpha / len(wanted), seed=seed)
-            kept.add(row, found, passes=model.rows - before, seconds=time.monotonic() - began)
+            began, before, alpha = time.monotonic(), levels.rows, effort.alpha / len(wanted)
+            if run.config.dual is None:
+                found = attack(levels(noise.sigma), target, effort, alpha=alpha, seed=seed)
+            else:
+                found = audit_chosen(
+                    levels, target, effort, noise=read_local_noise(run.config.dual), row=row,
+                    sigma=_certified(row, "provenance")["sigma"], materials=materials, alpha=alpha, seed=seed,
+                )  # fmt: skip
+            kept.add(row, found, passes=levels.rows - before, seconds=time.monotonic() - began)
             told.advance()
         if len(kept.done) < len(wanted):
             raise UserError(f"some images of the run are no longer in '{run.config.data}': audit it on the same data")
@@ -223,7 +255,7 @@ def audit_folder(
         run=run.name,
         of=identity,
         claim=run.config.claim,
-        quantity=claim.quantity,
+        quantity=claim.quantity if run.config.dual is None else f"{NoiseQuantity.words}, or {claim.quantity}",
         certified=len(rows),
         effort=asdict(effort),
         seed=seed,
@@ -261,6 +293,8 @@ def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource) -> Non
 def _quantity(
     claim: Claim, row: dict[str, Any], run: CertifyRecord, materials: Materials, steering: Array, evidence: Array
 ) -> Quantity:
+    if materials.wordings is not None:
+        return worded_quantity(row, materials, votes=claim is VOTE)
     return claim.audited(row, run.config, materials, steering=steering, evidence=evidence)
 
 
@@ -269,7 +303,8 @@ def _materials(run: CertifyRecord, vlm: VLM, source: DataSource, claim: Claim) -
         return Materials(tokens=token_shape(vlm)[0])
     rule = rule_of(run.config, source.class_names)
     text = None if rule else vectors_of_classes(run.config, vlm, source.class_names, source.templates)
-    return materials_of(run.config, vlm, text, source.templates, rule=rule)
+    wordings = wordings_of(run.config, vlm, text, source.class_names, source.templates)
+    return materials_of(run.config, vlm, text, source.templates, rule=rule, wordings=wordings)
 
 
 def _require_same_texts(run: CertifyRecord, source: DataSource, claim: Claim) -> None:
