@@ -47,10 +47,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=120)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sigma", default="0.01,0.02,0.05")
+    parser.add_argument("--vote", default="0.05,0.1,0.2", help="noise at which copies may vote for a level")
     parser.add_argument("--alpha", type=float, default=0.001)
     parser.add_argument("--at", default="0.01,0.02,0.03,0.05,0.08", help="radii")
     options = parser.parse_args()
-    sigmas = tuple(map(float, options.sigma.split(",")))
+    sigmas = _numbers(options.sigma)
     text, images = draw(options, sigmas)
     half = len(images) // 2
     known = [[constant(image, sigma, text, options) for sigma in sigmas] for image in images]
@@ -64,7 +65,7 @@ def main() -> None:
         ("chosen for each", own, found),
         ("at best (oracle)", worth[half:].max(axis=1), None),
     ]
-    radii = [float(part) for part in options.at.split(",")]
+    radii = _numbers(options.at)
     print(table(rows, images[half:], radii))
     kept = np.array([one.columns["noise_radius"] for one in found])
     level = np.array([one.columns["level_radius"] for one in found])
@@ -76,20 +77,23 @@ def main() -> None:
 
 def draw(options: argparse.Namespace, sigmas: Sequence[float]) -> tuple[Array, list[Drawn]]:
     """Return the class texts [K, D], and the images with noisy features at every level."""
-    source, vlm = open_data(options.data), load_pipeline(options.model)
+    source, vlm, votes = open_data(options.data), load_pipeline(options.model), _numbers(options.vote)
     text = zero_shot(vlm, source.class_names, source.templates).class_embeddings.double().numpy()
     images = []
     for sample in source.samples(limit=options.limit):
         if isinstance(sample, Sample):
             pixels = to_pixels(sample.image, vlm.framing)[None]
             torch.manual_seed(derive_seed(0, "local noise", sample.id))
-            models = {sigma: smooth(vlm, sigma) for sigma in sigmas}
             parts = [
-                {sigma: model.noisy_features(pixels, n)[0].double().numpy() for sigma, model in models.items()}
-                for n in (options.samples, copies_for_noise(options.samples))
+                {sigma: smooth(vlm, sigma).noisy_features(pixels, n)[0].double().numpy() for sigma in levels}
+                for levels, n in ((sigmas, options.samples), (votes, copies_for_noise(options.samples)))
             ]
             images.append(Drawn(sample.label, *parts))
     return text, images
+
+
+def _numbers(written: str) -> tuple[float, ...]:
+    return tuple(map(float, written.split(",")))
 
 
 def _fed(certifier: VoteRadius | LocalRadius, image: Drawn) -> Finding:
@@ -127,8 +131,8 @@ def calibrated(
     """Return the choice that gives these images the largest mean radius, right or 0, when made with as many copies."""
     judging = copies_for_noise(options.samples) * 4 // 5
     best, law = -1.0, None
-    for at in sigmas:
-        margins = np.stack([top_margins(image.copies[at][:judging], text) for image in images])
+    for at in _numbers(options.vote):
+        margins = np.stack([top_margins(image.more[at][-judging:], text) for image in images])
         thresholds = choose_thresholds(margins, worth, at, alpha=options.alpha / 2)
         tried = LocalNoise(sigmas, tuple(round(edge, 4) for edge in thresholds), at)
         found = [chosen(image, tried, text, options) for image in images]

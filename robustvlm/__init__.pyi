@@ -188,6 +188,7 @@ class _Certify(CallableModule[CertifyRecord]):
         antibodies: Path | str | None = None,
         weight: float = 0.5,
         paraphrases: str | None = None,
+        words: int | None = None,
         top: int = 5,
         deployed: int | None = None,
         cache: str | None = None,
@@ -245,6 +246,8 @@ class _Certify(CallableModule[CertifyRecord]):
             weight: Weight of the antibodies (openset).
             paraphrases: Certify the class for all wordings at once (class, vote): templates (each by itself, and their
                 mean), or a file of lines CLASS: TEXT, any of which a class may be written with.
+            words: Certify that the class stays though so many words of the prompts are changed too: each noisy copy
+                reads one of the wordings of --paraphrases (vote).
             top: How many classes or texts it may be among (topk, recall).
             deployed: Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].
             cache: Keep the noisy features as float16 or float32, to certify other prompts later.

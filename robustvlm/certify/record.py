@@ -102,7 +102,7 @@ class Certificate:
     Attributes:
         claim: what kind of statement, a name of `KINDS` or `module:callable`; certificates of different claims are
             about different deployed rules.
-        theorem: which theorem gave the radius (T1 .. T8, T20 .. T23).
+        theorem: which theorem gave the radius (T1 .. T8, T20 .. T24).
         radius: of the tensor that receives the noise, in the unit of the threat.
         cos0: certified cosine, for feature and direction claims.
         r: lower confidence bound the radius rests on (norm, score or share), if there is one.

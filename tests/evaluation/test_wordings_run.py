@@ -8,9 +8,11 @@ import pytest
 import torch
 from analytic_encoders import Analytic, along, image_at
 from certifying import prepared
+from scipy.stats import norm
 from torch import Tensor
 
 from robustvlm.certify.claims.wordings import AnyWordingQuantity, SureVoteQuantity
+from robustvlm.certify.claims.words import WordsQuantity
 from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort, Target, audit_image
@@ -80,6 +82,21 @@ def test_planted_radii_are_found_where_only_one_of_the_wordings_falls(votes):
         assert any(finding.broken for finding in found) == broken, factor
 
 
+def test_planted_radii_are_found_once_a_word_of_one_wording_is_changed():
+    """One of five wordings calls everything by another name after the change; the others share a half-space."""
+    true, turn = 0.12, np.sqrt(0.5)
+    texts = np.array([[turn, -turn], [turn, turn]])  # features are at the angles -0.45 and 0.45, on either side
+    changed = [np.array([[-1.0, 0.0], texts[1]]), *[texts] * 4]
+    model, clean = Turned("turned"), image_at(0.5)
+    # Where the other four are left with half of all votes, and not of their own.
+    model.edge = float(along(clean)) + true + 0.1 * norm.ppf(0.5 / 0.8)
+    for factor, broken in ((0.97, False), (1.15, True), (1.3, True)):
+        claim = WordsQuantity(tables=changed, label=0, radius=factor * true, logit_scale=10.0)
+        target = Target(image_id="a", pixels=clean, radius=factor * true, claim=lambda *_, claim=claim: claim)
+        found = audit_image(smooth(model, 0.1), target, replace(QUICK, evidence=4096), alpha=0.001, seed=0)
+        assert any(finding.broken for finding in found) == broken, factor
+
+
 def test_a_file_names_paraphrases_of_classes_that_hold_a_colon(tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("cat: a cat\ncat: big: a big cat\ncat: a cat\n# none of dog\n")
@@ -107,3 +124,42 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, said):
 def test_what_is_not_certified_for_all_wordings_is_refused(photos, options, said):
     with pytest.raises(UserError, match=said):
         certified(photos, "refused", **{"paraphrases": "templates"} | options)
+
+
+@pytest.fixture(scope="session")
+def long_texts():
+    return "".join(f"{{}} {word}\n" for word in ("one", "two", "three", "four", "five"))
+
+
+def test_changed_words_are_certified_with_the_image_and_an_audit_changes_them(photos, long_texts):
+    templates = photos.parent / "templates.txt"
+    templates.write_text(long_texts)
+    options = {"claim": "vote", "templates": templates, "paraphrases": "templates", "limit": 2}
+    run = certified(photos, "words", words=2, **options)
+    for row in run.rows.to_pylist():
+        assert row["radius"] == row["words2_radius"] <= row["words1_radius"] <= row["words0_radius"]
+        record = json.loads(row["certificate"])
+        assert record["theorem"] == "T24"
+        assert "wordings" in record["rule"]
+    assert "2 words" in run.summary.statement
+    assert {method.column for method in run.summary.methods} >= {"words0_radius", "words1_radius", "words2_radius"}
+    found = audit_folder(run.folder, replace(QUICK, evidence=64, steps=2), limit=1)
+    assert not found.broken
+    assert "words" in found.quantity
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"claim": "class"}, "copies that vote"),
+        ({"paraphrases": None}, "copies that vote"),
+        ({"words": 3}, "at least 7 wordings"),
+        ({"model": "Encoder+smooth:0.02:64:0.01:vote", "sigma": None}, "another rule"),
+    ],
+)
+def test_what_is_not_certified_of_words_is_refused(photos, long_texts, options, said):
+    templates = photos.parent / "templates.txt"
+    templates.write_text(long_texts)
+    known = {"claim": "vote", "templates": templates, "paraphrases": "templates", "words": 1, "sigma": 0.02}
+    with pytest.raises(UserError, match=said):
+        prepared(photos, name="refused", **{**known, **options}).start()

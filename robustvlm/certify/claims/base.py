@@ -20,6 +20,7 @@ from robustvlm.certify.normal import Array, check_cos0
 from robustvlm.certify.openset import OpensetRule
 from robustvlm.certify.record import Source, StopRule
 from robustvlm.certify.wordings import Wordings
+from robustvlm.core import MOST_WORDS
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.text import format_exact, format_up
 
@@ -47,6 +48,12 @@ RADII: dict[str, Column] = {
     "norm_radius": Column("mean alone (T4)", "the same claim by the bound of the claim feature"),
     "mean_radius": Column("mean margins only", "the same claim from means alone"),
     "noise_radius": Column("noise level", "the noise level that was chosen for the image stays the same"),
+    **{
+        f"words{count}_radius": Column(
+            f"changed words: {count}", "this claim, with so many changed words of the prompts"
+        )
+        for count in range(MOST_WORDS + 1)
+    },
     "level_radius": Column("class at that level", "this claim at that noise level, if it did not change"),
 }
 """By the name of the column in `results.parquet`."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -18,10 +19,12 @@ from robustvlm.certify import image_digest
 from robustvlm.certify.claims import Claim, Materials, Quantity, find_claim
 from robustvlm.certify.claims.local import NoiseQuantity
 from robustvlm.certify.claims.vote import VOTE
-from robustvlm.certify.claims.wordings import worded_quantity
+from robustvlm.certify.claims.wordings import AnyWordingQuantity, SureVoteQuantity, worded_quantity
+from robustvlm.certify.claims.words import WordsQuantity, changed_tables, words_quantity
 from robustvlm.certify.local import read_local_noise
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats import Move, Noise
+from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify.audit_local import audit_chosen
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
@@ -37,6 +40,7 @@ from robustvlm.commands.certify.setup import (
     vectors_of_classes,
     wordings_of,
 )
+from robustvlm.commands.certify.wordings import encoded, prompts_of_words, texts_of
 from robustvlm.commands.common.inputs import probe_of
 from robustvlm.commands.common.store import Journal, read_journal
 from robustvlm.core.files import write_text
@@ -221,7 +225,7 @@ def audit_folder(
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
     noise, levels = run.config.against, _Levels(encoder, run, rows_per_pass)
     attack = partial(audit_moves, threat=noise.threat) if isinstance(noise.threat, Move) else audit_image
-    materials = _materials(run, vlm, source, claim)
+    materials, changing = _materials(run, vlm, source, claim), _word_changes(run, vlm, source)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
     wanted = {name: rows[name] for name in select(rows, limit)}
     identity = run_identity(run.manifest)
@@ -236,7 +240,7 @@ def audit_folder(
                 image_id=row["image_id"],
                 pixels=pixels,
                 radius=row["radius"],
-                claim=partial(_quantity, claim, row, run, materials),
+                claim=partial(_quantity, claim, row, run, materials, changing),
             )
             began, before, alpha = time.monotonic(), levels.rows, effort.alpha / len(wanted)
             if run.config.dual is None:
@@ -255,7 +259,7 @@ def audit_folder(
         run=run.name,
         of=identity,
         claim=run.config.claim,
-        quantity=claim.quantity if run.config.dual is None else f"{NoiseQuantity.words}, or {claim.quantity}",
+        quantity=_measured(run, claim),
         certified=len(rows),
         effort=asdict(effort),
         seed=seed,
@@ -266,6 +270,38 @@ def audit_folder(
     write_text(folder / "audit.json", result.model_dump_json(indent=1) + "\n")
     (folder / "audit.jsonl").unlink(missing_ok=True)
     return result
+
+
+def _measured(run: CertifyRecord, claim: Claim) -> str:
+    """Say what an audit measures."""
+    if run.config.dual is not None:
+        return f"{NoiseQuantity.words}, or {claim.quantity}"
+    if run.config.paraphrases is None:
+        return claim.quantity
+    by_vote = SureVoteQuantity if run.config.words is None else WordsQuantity
+    return (by_vote if claim is VOTE else AnyWordingQuantity).words
+
+
+def _word_changes(
+    run: CertifyRecord, vlm: VLM, source: DataSource
+) -> Callable[[Wordings, Array, int], list[Array]] | None:
+    """Return how an audit changes the words of a run that certifies against it; None for any other."""
+    words, where = run.config.words, run.config.paraphrases
+    if words is None or where is None:
+        return None
+    prompts = prompts_of_words(texts_of(where, source.class_names, source.templates))
+    known: dict[str, Array] = {}
+
+    def encode(texts: list[str]) -> Array:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, encoded(vlm, new), strict=True))
+        return np.stack([known[text] for text in texts])
+
+    def changed(wordings: Wordings, steering: Array, label: int) -> list[Array]:
+        return changed_tables(wordings, prompts, steering, label, words, encode)[0]
+
+    return changed
 
 
 def _path(name: str | None) -> Path | None:
@@ -291,8 +327,18 @@ def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource) -> Non
 
 
 def _quantity(
-    claim: Claim, row: dict[str, Any], run: CertifyRecord, materials: Materials, steering: Array, evidence: Array
+    claim: Claim,
+    row: dict[str, Any],
+    run: CertifyRecord,
+    materials: Materials,
+    changing: Callable[[Wordings, Array, int], list[Array]] | None,
+    steering: Array,
+    evidence: Array,
 ) -> Quantity:
+    if run.config.words is not None and materials.wordings is not None:
+        assert changing is not None
+        tables = changing(materials.wordings, steering, row["prediction"])
+        return words_quantity(row, tables, materials)
     if materials.wordings is not None:
         return worded_quantity(row, materials, votes=claim is VOTE)
     return claim.audited(row, run.config, materials, steering=steering, evidence=evidence)

@@ -22,7 +22,17 @@ from robustvlm.runs.manifest import Manifest
 
 # What defines a certify run: the settings that decide its certificates
 
-_LATER = ("abstains_at", "top", "threat", "candidates", "n_candidates", "candidate_list", "dual", "paraphrases")
+_LATER = (
+    "abstains_at",
+    "top",
+    "threat",
+    "candidates",
+    "n_candidates",
+    "candidate_list",
+    "dual",
+    "paraphrases",
+    "words",
+)
 ASIDE = 1e-3
 """Share of alpha that is set aside where the law of the noise is known up to rounding (`Threat.off_law`)."""
 CacheType = Literal["float16", "float32"]
@@ -46,6 +56,7 @@ class CertifyConfig(BaseModel):
         dual: how the noise level of each image is chosen, as `certify.local.read_local_noise` reads it; `sigma` is then
             the noise at which copies vote for it. None: it is `sigma` for all images.
         paraphrases: whose wordings a certificate holds for, all at once: "templates", or a file; None: the usual ones.
+        words: changed words of the prompts that a certificate bears, where copies read the `paraphrases` by turns.
         noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
             from before it was, whose noise followed from seed and image alone.
         cache: number type in which noisy features are kept.
@@ -85,6 +96,7 @@ class CertifyConfig(BaseModel):
     candidate_list: str | None = None
     dual: str | None = None
     paraphrases: str | None = None
+    words: int | None = None
     limit: int | None
     seed: int
     lanes: int

@@ -27,13 +27,14 @@ from robustvlm.certify.claims.class_ import CLASS
 from robustvlm.certify.claims.local import local_plan
 from robustvlm.certify.claims.vote import NAMED, VOTE
 from robustvlm.certify.claims.wordings import worded_plan
+from robustvlm.certify.claims.words import words_plan
 from robustvlm.certify.local import LocalNoise, read_local_noise
 from robustvlm.certify.normal import Array, check_alpha
 from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
 from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
-from robustvlm.commands.certify.wordings import make_wordings, paraphrases_in
+from robustvlm.commands.certify.wordings import make_wordings, paraphrases_in, read_by_turns, texts_of
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
@@ -144,6 +145,16 @@ def _require_words(claim: Claim, settings: CertifySettings) -> None:
     Raises:
         UserError: another claim, samples that are not of a number fixed beforehand, or classes that are no texts.
     """
+    if settings.words is not None and (settings.paraphrases is None or claim is not VOTE):
+        raise UserError(
+            f"{setting('words')} is for copies that vote, each by one of several wordings: pass "
+            f"{setting('claim', VOTE.name)} and {setting('paraphrases')}"
+        )
+    if settings.words is not None and declared_rule(settings.model) is not None:
+        raise UserError(
+            f"'{settings.model}' answers by the usual texts, and {setting('words')} is about another rule: leave out "
+            "ALPHA, or deploy robustvlm.defenses.mixed.MixedWordings"
+        )
     if settings.paraphrases is None:
         return
     if claim not in (VOTE, CLASS):
@@ -239,7 +250,11 @@ def plan_of(config: CertifyConfig, materials: Materials) -> Plan:
         plan = make_plan(config.claim, bounds, materials)
     else:
         claim = find_claim(config.claim)
-        plan = worded_plan(claim, bounds, materials, votes=claim is VOTE)
+        plan = (
+            worded_plan(claim, bounds, materials, votes=claim is VOTE)
+            if config.words is None
+            else words_plan(claim, bounds, materials, config.words)
+        )
     if bounds is config:
         return plan
     _require_law(config)
@@ -380,6 +395,8 @@ def wordings_of(
             f"'{config.model}' tells classes apart by no texts that could be put otherwise: leave out "
             f"{setting('paraphrases')}"
         )
+    if config.words is not None:
+        return read_by_turns(vlm, texts_of(config.paraphrases, class_names, templates))
     return make_wordings(config.paraphrases, vlm, text, class_names, templates)
 
 

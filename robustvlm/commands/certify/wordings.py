@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from robustvlm.certify.claims.words import Prompts
 from robustvlm.certify.normal import Array
 from robustvlm.certify.wordings import Wordings
 from robustvlm.data.names import read_lines
@@ -18,6 +19,8 @@ from robustvlm.models.zero_shot import class_embeddings, computing
 
 TEMPLATES = "templates"
 """Every template by itself, and all of them averaged, each for all classes."""
+
+_VOCABULARY = 64
 
 
 def paraphrases_in(where: str) -> tuple[str, ...]:
@@ -50,6 +53,43 @@ def by_class(where: str, class_names: Sequence[str]) -> list[list[str]]:
     return list(found.values())
 
 
+def texts_of(where: str, class_names: tuple[str, ...], templates: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the wordings that copies read by turns: [J] lists of one text for each class.
+
+    Raises:
+        UserError: the classes of a file have not equally many texts.
+    """
+    if where == TEMPLATES:
+        return tuple(tuple(template.replace("{}", name) for name in class_names) for template in templates)
+    lists = by_class(where, class_names)
+    counts = {len(texts) for texts in lists}
+    if len(counts) > 1:
+        few = min(zip(map(len, lists), class_names, strict=True))
+        raise UserError(
+            f"copies read the i-th texts of all classes, and '{few[1]}' has {few[0]} in {where}, others {max(counts)}: "
+            "write equally many for every class"
+        )
+    return tuple(zip(*lists, strict=True))
+
+
+def read_by_turns(vlm: VLM, texts: tuple[tuple[str, ...], ...]) -> Wordings:
+    """Return the wordings [J] of all classes, encoded."""
+    rows = encoded(vlm, [one for wording in texts for one in wording]).reshape(len(texts), len(texts[0]), -1)
+    return Wordings(tuple(rows[:, place] for place in range(rows.shape[1])), aligned=True)
+
+
+def encoded(vlm: VLM, texts: list[str]) -> Array:
+    """Return unit vectors [N, D] of texts."""
+    with computing(vlm):
+        return _array(in_batches(texts, 64, lambda part: vlm.encode_text(list(part))))
+
+
+def prompts_of_words(texts: tuple[tuple[str, ...], ...]) -> Prompts:
+    """Return the texts with the words that an audit puts in the place of others: those of all the texts."""
+    known = dict.fromkeys(word for wording in texts for one in wording for word in one.split())
+    return Prompts(texts, tuple(known)[:_VOCABULARY])
+
+
 def make_wordings(
     where: str, vlm: VLM, text: Array, class_names: tuple[str, ...], templates: tuple[str, ...]
 ) -> Wordings:
@@ -67,8 +107,7 @@ def make_wordings(
         return Wordings(tuple(np.stack(rows) for rows in zip(text, *tables, strict=True)), aligned=True)
     lists = by_class(where, class_names)
     flat = [one for texts in lists for one in texts]
-    with computing(vlm):
-        rows = _array(in_batches(flat, 64, lambda part: vlm.encode_text(list(part))))
+    rows = encoded(vlm, flat)
     ends = np.cumsum([len(texts) for texts in lists])
     parts = np.split(rows, ends[:-1])
     return Wordings(tuple(np.vstack([own[None], part]) for own, part in zip(text, parts, strict=True)), aligned=False)
