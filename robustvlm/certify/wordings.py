@@ -88,7 +88,7 @@ class Wordings:
         near = [np.where(finite[:, None], rows, 0.0) @ texts.T for texts in self.vectors]
         others = near[:label] + near[label + 1 :]
         if self.aligned:
-            won = np.all([near[label] > other for other in others], axis=0).all(axis=1)
+            won = np.stack([near[label] > other for other in others]).all(axis=(0, 2))
         else:
             won = near[label].min(axis=1) > np.max([other.max(axis=1) for other in others], axis=0)
         return np.asarray(finite & won)
