@@ -187,6 +187,8 @@ class _Certify(CallableModule[CertifyRecord]):
         tau: float | None = None,
         antibodies: Path | str | None = None,
         weight: float = 0.5,
+        paraphrases: str | None = None,
+        words: int | None = None,
         top: int = 5,
         gallery: str | None = None,
         deployed: int | None = None,
@@ -244,6 +246,10 @@ class _Certify(CallableModule[CertifyRecord]):
             tau: Threshold of the score, from other images (openset); in place of the model's own.
             antibodies: File of names to score against (openset).
             weight: Weight of the antibodies (openset).
+            paraphrases: Certify the class for all wordings at once (class, vote): templates (each by itself, and their
+                mean), or a file of lines CLASS: TEXT, any of which a class may be written with.
+            words: Certify that the class stays though so many words of the prompts are changed too: each noisy copy
+                reads one of the wordings of --paraphrases (vote).
             top: How many classes or texts it may be among (topk, recall).
             gallery: Data whose images are searched in place of texts: one of the image's class stays near (recall).
             deployed: Also certify what this many fresh copies keep [default: N0 of MODEL+smooth:SIGMA:N0].

@@ -13,7 +13,7 @@ from robustvlm.errors import UserError
 
 # What a claim wants of the sampling engine: which noise, how many rows of it, and when it has seen enough
 
-Stage = Literal["clean", "pilot", "estimation"]
+Stage = Literal["clean", "noise", "pilot", "estimation"]
 Stop = Literal["fixed", "certified", "futile", "exhausted"]
 
 
@@ -22,7 +22,7 @@ class Request:
     """Features that a certifier still wants of one stage.
 
     Args:
-        stage: "clean" is the image itself, without noise.
+        stage: "clean" is the image itself, without noise; "noise" chooses the level of all noise after it.
         sure: rows that are needed whatever they will say.
         most: rows that may be needed; a sequential test asks for one look surely and for the rest perhaps.
     """
@@ -79,11 +79,13 @@ class Certifier(ABC):
     Attributes:
         key: digest of everything that decides the claim; other claims draw other noise (`robustvlm.certify.noise`).
         of_image: what of an image decides its claim beside its pixels, such as its class; a part of the address too.
+        streams: stages that have noise, each from a stream of its own.
         counts: rows used so far by stage.
         failed: noisy rows so far that were not finite.
     """
 
     of_image: tuple[object, ...] = ()
+    streams: tuple[Stage, ...] = ("pilot", "estimation")
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class Certifier(ABC):
         self.key = settings_digest(type(self).__name__, self.sigma, self.alpha, stages, settings)
         self._stages = [(stage, size) for stage, size in stages if size > 0]
         self._looks = looks
-        self.counts: dict[Stage, int] = {"clean": 0, "pilot": 0, "estimation": 0}
+        self.counts: dict[Stage, int] = {"clean": 0, "noise": 0, "pilot": 0, "estimation": 0}
         self.failed = 0
         self._sum: Array | None = None
         self._waiting: list[Array] = []

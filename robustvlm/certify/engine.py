@@ -128,7 +128,7 @@ class Verdicts:
 
 
 def _sampled(lane: Lane, finding: Finding) -> Sampled:
-    seeds = {stage: lane.address.stream(stage) for stage in ("pilot", "estimation")}
+    seeds: dict[str, int] = {stage: lane.address.stream(stage) for stage in lane.certifier.streams}
     return Sampled(lane.job, finding, lane.passes, lane.seconds, lane.certifier.sigma, lane.address.image, seeds)
 
 

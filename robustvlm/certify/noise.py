@@ -24,8 +24,8 @@ from torch import Tensor
 from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError
 
-NoiseStage = Literal["pilot", "estimation", "inference"]
-STAGES: tuple[NoiseStage, ...] = ("pilot", "estimation", "inference")
+NoiseStage = Literal["noise", "pilot", "estimation", "inference"]
+STAGES: tuple[NoiseStage, ...] = ("noise", "pilot", "estimation", "inference")
 
 Kind = Literal["normal", "bits"]
 """What noise is made of: N(0, 1) in float32, or whole numbers of 64 bits, each as likely as any other."""
@@ -42,7 +42,7 @@ def stream_seed(run_seed: int, image_id: str, stage: str, *, image: str = "", se
             without them is that of runs from before both were part of the address.
 
     Raises:
-        UserError: the stage is none of pilot, estimation and inference.
+        UserError: the stage is none of `STAGES`.
 
     Example:
         >>> stream_seed(0, "a", "pilot") == stream_seed(0, "a", "estimation")

@@ -12,3 +12,6 @@ PLAIN = "l2"
 
 MAX_SIGMA, MAX_N0 = 10.0, 1_000_000
 """Largest noise level, in [0, 1] pixels, and most copies that a smoothed model may average over."""
+
+MOST_WORDS = 3
+"""Most changed words of prompts that certificates are made for; a run has a column for each number up to its own."""

@@ -13,7 +13,7 @@ from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.library import load_library, names_library_model
 from robustvlm.defenses.pipeline import load_pipeline, saved_model, split_rejection, split_spec
-from robustvlm.defenses.smoothing import Rule, read_rule
+from robustvlm.defenses.smoothing import Rule, dual_rule, read_rule
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM
 
@@ -97,9 +97,9 @@ def declared_rule(spec: str) -> Rule | None:
         (Rule(alpha=0.001, votes=True), True)
     """
     base, operations = split_spec(spec)
-    smoothing = [operation for operation in operations if operation.name == "smooth"]
+    smoothing = [operation for operation in operations if operation.name in ("smooth", "dual")]
     if smoothing:
-        return read_rule(str(smoothing[0]))
+        return (dual_rule if smoothing[0].name == "dual" else read_rule)(str(smoothing[0]))
     made = saved_model(base)
     return None if made is None else made.rule
 

@@ -26,7 +26,7 @@ from robustvlm.defenses.answering import Answering, asking, speaker_of
 from robustvlm.defenses.classifier import Classifier, Refusing, ZeroShot
 from robustvlm.defenses.library import ClassifierVLM, load_library, names_library_model
 from robustvlm.defenses.own import OwnClassifier, load_own
-from robustvlm.defenses.smoothing import DEFAULT_N0, FORM, Rule, SmoothedVLM, rule_of, smoothed_as
+from robustvlm.defenses.smoothing import DEFAULT_N0, DUAL_FORM, FORM, Rule, SmoothedVLM, rule_of, smoothed_as
 from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.base import DEFENCES
 from robustvlm.defenses.zoo.unpublished import UNPUBLISHED, unpublished
@@ -418,6 +418,12 @@ def _feature_defence(vlm: VLM) -> zoo.Defence | None:
     return next((defence for defence in found if isinstance(defence, zoo.FeatureDefence)), None)
 
 
+def _dual(vlm: VLM, operation: Operation) -> VLM:
+    from robustvlm.defenses.local import dual_as  # certificates' mathematics, loaded where it is used
+
+    return dual_as(vlm, str(operation))
+
+
 OPERATORS = {
     "smooth": Operator(
         form=FORM,
@@ -425,7 +431,14 @@ OPERATORS = {
         " pixels, or of a THREAT as brightness=0.2 (`certify --threat` names them); with ALPHA, as 0.001, it answers "
         "only where the copies, their mean or with :vote their vote, decide the class at that probability of error",
         apply=lambda vlm, operation: smoothed_as(vlm, str(operation)),
-    )
+    ),
+    "dual": Operator(
+        form=DUAL_FORM,
+        meaning="the same with a noise level for each image: half of N0 copies, at noise AT, vote by their top margin "
+        "for one of SIGMAS (THRESHOLDS between them), the others answer at that level; it always abstains, at 0.001 "
+        "by default",
+        apply=_dual,
+    ),
 }
 """Every operator by name but the published defences, which stand in a table of their own (`operators` has all)."""
 
@@ -505,6 +518,10 @@ def _load_undefended(
             f"'{spec}' cannot abstain: the rule of +smooth:SIGMA:N0:ALPHA is for classes told apart by their texts or "
             "vectors, right behind the smoothing; leave out ALPHA"
         )
+    if found.vlm.per_image:
+        from robustvlm.defenses.local import LocallyAbstaining  # as above
+
+        return LocallyAbstaining(found).eval()
     return Abstaining(found).eval()
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ Hook = Callable[[Tensor], Tensor]
 
 RULE_ALPHAS = (1e-100, 0.5)
 """Error probabilities at which a rule may answer: below the first, logarithms of p-values run out of digits."""
+
+
+RULE_USUAL = 0.001
+"""That of a model that abstains without saying at which."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,14 @@ class SmoothedVLM(VLM):
         rows_per_pass: noisy images per encoder pass (at least one draw of every image of the batch). With gradients,
             passes are recomputed in the backward pass, noise included, so that memory does not grow with `n0`.
 
+    Attributes:
+        per_image: its noise level is chosen for each image (`robustvlm.defenses.local`).
+
     Raises:
         UserError: sigma or n0 is out of range, no such threat, or the model is smoothed already.
     """
+
+    per_image: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -295,6 +304,7 @@ def smooth(
 # The operator of a spec: `smooth:[THREAT=]SIGMA[:N0[:ALPHA[:vote]]]`
 
 FORM = "smooth:[THREAT=]SIGMA[:N0[:ALPHA[:vote]]]"
+DUAL_FORM = "dual:SIGMAS:THRESHOLDS:AT[:N0[:ALPHA[:vote]]]"
 ANSWERS = ("mean", "vote")
 """How the copies of a model that abstains give their answer."""
 
@@ -348,6 +358,17 @@ def read_rule(written: str) -> Rule | None:
             f"'+{written}': alpha, at which the model abstains, must be a number, got '{alpha_text}': as 0.001"
         ) from None
     return Rule(alpha, votes=how == "vote")
+
+
+def dual_rule(written: str) -> Rule:
+    """Return how the model of an operator `DUAL_FORM` answers; by the mean at 0.001 where it does not say.
+
+    Example:
+        >>> dual_rule("dual:0.02,0.05:0.1:0.05:64:0.01:vote")
+        Rule(alpha=0.01, votes=True)
+    """
+    kept = written.split(":")[4:]  # N0 and what follows, as `+smooth` has them
+    return read_rule(":".join(["smooth", "1", *kept])) or Rule(RULE_USUAL)
 
 
 def rule_of(vlm: VLM | None) -> Rule | None:

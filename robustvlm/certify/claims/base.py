@@ -19,6 +19,8 @@ from robustvlm.certify.means import betting_lower
 from robustvlm.certify.normal import Array, check_cos0
 from robustvlm.certify.openset import OpensetRule
 from robustvlm.certify.record import Source, StopRule
+from robustvlm.certify.wordings import Wordings
+from robustvlm.core import MOST_WORDS
 from robustvlm.errors import UserError, nearest, setting
 from robustvlm.text import format_exact, format_up
 
@@ -45,6 +47,14 @@ RADII: dict[str, Column] = {
     "direction_radius": Column("distribution and covariance", _COLUMN_PILOT),
     "norm_radius": Column("mean alone", "the same claim by the bound of the claim feature"),
     "mean_radius": Column("mean margins only", "the same claim from means alone"),
+    "noise_radius": Column("noise level", "the noise level that was chosen for the image stays the same"),
+    **{
+        f"words{count}_radius": Column(
+            f"changed words: {count}", "this claim, with so many changed words of the prompts"
+        )
+        for count in range(MOST_WORDS + 1)
+    },
+    "level_radius": Column("class at that level", "this claim at that noise level, if it did not change"),
 }
 """By the name of the column in `results.parquet`."""
 
@@ -183,6 +193,7 @@ class Materials:
         logit_scale: the model's factor on cosines.
         tokens: features are so many unit tokens side by side, over the root of their number.
         width: numbers of such a feature; 0 for any other.
+        wordings: all texts that the classes may be written with, where a claim is about all of them.
     """
 
     text: Array | None = None
@@ -194,6 +205,7 @@ class Materials:
     tokens: int = 1
     width: int = 0
     entries: tuple[int, ...] | None = None
+    wordings: Wordings | None = None
 
     @property
     def classes(self) -> Array:

@@ -62,13 +62,17 @@ class Labelled(Certifier):
             ("estimation", n - n_pilot),
             sigma=sigma,
             alpha=alpha,
-            settings=(self.text, self.radius, *settings),
+            settings=(self.text, self.radius, *settings, *self._extra()),
             looks=() if radius is None else ("estimation",),
         )
         if n_pilot < 1:
             raise UserError("the label is chosen by pilot samples: pass n_pilot of at least 1")
         self.label = -1
         self._rows: dict[Stage, Array] = {}
+
+    def _extra(self) -> tuple[object, ...]:
+        """Return what else decides the claim, of kinds that know more than the texts."""
+        return ()
 
     def _absorb(self, stage: Stage, rows: Array) -> None:
         self._rows[stage] = rows
@@ -138,7 +142,7 @@ class ClassRadius(Labelled):
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
         band = ell_band(len(rows), self.alpha)
-        normals = classes.rival_normals(self.text, self.label)
+        normals = self._normals()
 
         def radius(margin: float) -> float:
             # <m of the rounded features, v> >= rounding implies <m of the encoder's, v> >= 0, at x' as everywhere.
@@ -154,6 +158,10 @@ class ClassRadius(Labelled):
                 rows, mean_feature(self._rows["pilot"])[0], self.text, self.label, self.sigma, self.alpha
             )
         return self._found(radius(0.0), columns)
+
+    def _normals(self) -> Array | None:
+        """Return unit directions [M, D] along which the mean feature must stay positive; None where it cannot."""
+        return classes.rival_normals(self.text, self.label)
 
     def _margin_needed(self, n0: int) -> float:
         rivals = len(self.text) - 1
@@ -267,12 +275,16 @@ class VoteRadius(Labelled):
 
     def finding(self) -> Finding:
         rows = self._rows["estimation"]
-        successes = int(votes_for(rows, self.text, self.label).sum())
+        successes = int(self._won(rows).sum())
         columns = {"votes": successes / len(rows)}
         if self.deployed is not None:
             share = self._share_needed(self.deployed)
             columns["deployed_radius"] = self._radius(successes, len(rows), share)
         return self._found(self._radius(successes, len(rows), 0.5), columns)
+
+    def _won(self, rows: Array) -> Array:
+        """Return which features [n, D] are votes for the label."""
+        return votes_for(rows, self.text, self.label)
 
     def _radius(self, successes: int, n: int, share: float) -> float:
         return classes.vote_radius(successes, n, self.sigma, self.alpha, share=share, threat=self.threat)
@@ -503,7 +515,7 @@ CLASS = _Class(
     name="class",
     kept="the smoothed model's class is right and certified to stay",
     about_class=True,
-    columns=("radius", "deployed_radius", "mean_radius", "fcsb_radius"),
+    columns=("radius", "deployed_radius", "mean_radius", "fcsb_radius", "noise_radius", "level_radius"),
     rule="the class whose text is nearest to the mean feature m over the noise, of infinitely many copies",
     deployed="the class nearest to the mean of {n0:,} fresh copies is the certified one",
     known_best=True,

@@ -17,6 +17,7 @@ from robustvlm.certify.limits import best_vote_radius, best_vote_test_radius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats import find_threat
+from robustvlm.core import MOST_WORDS
 from robustvlm.errors import UserError, setting
 
 
@@ -56,6 +57,9 @@ class VoteQuantity(Quantity):
     def _votes(self, features: Array) -> npt.NDArray[np.bool_]:
         said = votes_for(features, self.text, self.label)
         return said | np.isnan(features).any(axis=1)  # a failed pass must not look like a broken claim
+
+
+WORDS = tuple(f"words{count}_radius" for count in range(MOST_WORDS + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ VOTE = _Vote(
     states="the class that most noisy copies are put into stays the same (hard vote)",
     kept="the class that most noisy copies get is right and certified to stay",
     about_class=True,
-    columns=("radius", "deployed_radius"),
+    columns=("radius", "deployed_radius", "noise_radius", "level_radius", *WORDS),
     rule="the class that most of infinitely many noisy copies are put into (hard vote), another rule than the class "
     "of the mean feature",
     deployed="the class with most of {n0:,} fresh votes is the certified one",

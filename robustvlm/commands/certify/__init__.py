@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
-from robustvlm.core import LAMBDA_INF, MAX_N0, N_MAX
+from robustvlm.core import LAMBDA_INF, MAX_N0, MOST_WORDS, N_MAX
 from robustvlm.errors import BadSetting, setting
 from robustvlm.runs.run import Command, mirrors
 from robustvlm.runs.settings import Settings, Shared, argument, option, shown_as, way
@@ -65,6 +65,18 @@ class CertifySettings(Settings):
     )
     antibodies: Path | None = option(None, "File of names to score against (openset).")
     weight: float = option(LAMBDA_INF, "Weight of the antibodies (openset).")
+    paraphrases: str | None = option(
+        None,
+        "Certify the class for all wordings at once (class, vote): templates (each by itself, and their mean), or a "
+        "file of lines CLASS: TEXT, any of which a class may be written with.",
+    )
+    words: int | None = option(
+        None,
+        "Certify that the class stays though so many words of the prompts are changed too: each noisy copy reads one "
+        "of the wordings of --paraphrases (vote).",
+        at_least=0,
+        at_most=MOST_WORDS,
+    )
     top: int = option(5, "How many classes or texts it may be among (topk, recall).", at_least=1)
     gallery: str | None = option(
         None, "Data whose images are searched in place of texts: one of the image's class stays near (recall)."

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from robustvlm.certify import image_digest
 from robustvlm.certify.claims import Claim, Materials, Quantity, find_claim
+from robustvlm.certify.claims.local import NoiseQuantity
+from robustvlm.certify.claims.vote import VOTE
+from robustvlm.certify.claims.wordings import AnyWordingQuantity, SureVoteQuantity, worded_quantity
+from robustvlm.certify.claims.words import WordsQuantity, changed_tables, words_quantity
+from robustvlm.certify.local import read_local_noise
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats import Move, Noise
+from robustvlm.certify.wordings import Wordings
+from robustvlm.commands.certify.audit_local import audit_chosen
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
 from robustvlm.commands.certify.encoder import NoisyEncoder
@@ -31,7 +39,9 @@ from robustvlm.commands.certify.setup import (
     prompts_of,
     rule_of,
     vectors_of_classes,
+    wordings_of,
 )
+from robustvlm.commands.certify.wordings import encoded, prompts_of_words, texts_of
 from robustvlm.commands.common.inputs import probe_of
 from robustvlm.commands.common.store import Journal, read_journal
 from robustvlm.core.files import write_text
@@ -158,6 +168,27 @@ class _Deployed(SmoothedVLM):
             return self._encode(wide)
 
 
+class _Levels:
+    """The smoothed encoder of a run at any noise level, made once for each."""
+
+    def __init__(self, encoder: NoisyEncoder, run: CertifyRecord, rows_per_pass: int) -> None:
+        self._encoder, self._config, self._rows_per_pass = encoder, run.config, rows_per_pass
+        self._made: dict[float, _Deployed] = {}
+
+    def __call__(self, sigma: float) -> _Deployed:
+        if sigma not in self._made:
+            noise = Noise(self._config.against.threat, sigma)
+            self._made[sigma] = _Deployed(
+                self._encoder, noise=noise, resolution=self._config.resolution, rows_per_pass=self._rows_per_pass
+            )
+        return self._made[sigma]
+
+    @property
+    def rows(self) -> int:
+        """Noisy images so far, at all levels; a gradient counts twice."""
+        return sum(model.rows for model in self._made.values())
+
+
 def audit_folder(
     folder: Path,
     effort: Effort | None = None,
@@ -194,10 +225,9 @@ def audit_folder(
     _require_same_model(run, vlm, source, gallery)
     _require_same_texts(run, source, claim)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
-    noise, resolution = run.config.against, run.config.resolution
-    model = _Deployed(encoder, noise=noise, resolution=resolution, rows_per_pass=rows_per_pass)
+    noise, levels = run.config.against, _Levels(encoder, run, rows_per_pass)
     attack = partial(audit_moves, threat=noise.threat) if isinstance(noise.threat, Move) else audit_image
-    materials = _materials(run, vlm, source, claim, gallery)
+    materials, changing = _materials(run, vlm, source, claim, gallery), _word_changes(run, vlm, source)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
     wanted = {name: rows[name] for name in select(rows, limit)}
     identity = run_identity(run.manifest)
@@ -212,11 +242,17 @@ def audit_folder(
                 image_id=row["image_id"],
                 pixels=pixels,
                 radius=row["radius"],
-                claim=partial(_quantity, claim, row, run, materials),
+                claim=partial(_quantity, claim, row, run, materials, changing),
             )
-            began, before = time.monotonic(), model.rows
-            found = attack(model, target, effort, alpha=effort.alpha / len(wanted), seed=seed)
-            kept.add(row, found, passes=model.rows - before, seconds=time.monotonic() - began)
+            began, before, alpha = time.monotonic(), levels.rows, effort.alpha / len(wanted)
+            if run.config.dual is None:
+                found = attack(levels(noise.sigma), target, effort, alpha=alpha, seed=seed)
+            else:
+                found = audit_chosen(
+                    levels, target, effort, noise=read_local_noise(run.config.dual), row=row,
+                    sigma=_certified(row, "provenance")["sigma"], materials=materials, alpha=alpha, seed=seed,
+                )  # fmt: skip
+            kept.add(row, found, passes=levels.rows - before, seconds=time.monotonic() - began)
             told.advance()
         if len(kept.done) < len(wanted):
             raise UserError(f"some images of the run are no longer in '{run.config.data}': audit it on the same data")
@@ -225,7 +261,7 @@ def audit_folder(
         run=run.name,
         of=identity,
         claim=run.config.claim,
-        quantity=claim.quantity,
+        quantity=_measured(run, claim),
         certified=len(rows),
         effort=asdict(effort),
         seed=seed,
@@ -236,6 +272,38 @@ def audit_folder(
     write_text(folder / "audit.json", result.model_dump_json(indent=1) + "\n")
     (folder / "audit.jsonl").unlink(missing_ok=True)
     return result
+
+
+def _measured(run: CertifyRecord, claim: Claim) -> str:
+    """Say what an audit measures."""
+    if run.config.dual is not None:
+        return f"{NoiseQuantity.words}, or {claim.quantity}"
+    if run.config.paraphrases is None:
+        return claim.quantity
+    by_vote = SureVoteQuantity if run.config.words is None else WordsQuantity
+    return (by_vote if claim is VOTE else AnyWordingQuantity).words
+
+
+def _word_changes(
+    run: CertifyRecord, vlm: VLM, source: DataSource
+) -> Callable[[Wordings, Array, int], list[Array]] | None:
+    """Return how an audit changes the words of a run that certifies against it; None for any other."""
+    words, where = run.config.words, run.config.paraphrases
+    if words is None or where is None:
+        return None
+    prompts = prompts_of_words(texts_of(where, source.class_names, source.templates))
+    known: dict[str, Array] = {}
+
+    def encode(texts: list[str]) -> Array:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, encoded(vlm, new), strict=True))
+        return np.stack([known[text] for text in texts])
+
+    def changed(wordings: Wordings, steering: Array, label: int) -> list[Array]:
+        return changed_tables(wordings, prompts, steering, label, words, encode)[0]
+
+    return changed
 
 
 def _path(name: str | None) -> Path | None:
@@ -261,8 +329,20 @@ def _require_same_model(run: CertifyRecord, vlm: VLM, source: DataSource, galler
 
 
 def _quantity(
-    claim: Claim, row: dict[str, Any], run: CertifyRecord, materials: Materials, steering: Array, evidence: Array
+    claim: Claim,
+    row: dict[str, Any],
+    run: CertifyRecord,
+    materials: Materials,
+    changing: Callable[[Wordings, Array, int], list[Array]] | None,
+    steering: Array,
+    evidence: Array,
 ) -> Quantity:
+    if run.config.words is not None and materials.wordings is not None:
+        assert changing is not None
+        tables = changing(materials.wordings, steering, row["prediction"])
+        return words_quantity(row, tables, materials)
+    if materials.wordings is not None:
+        return worded_quantity(row, materials, votes=claim is VOTE)
     return claim.audited(row, run.config, materials, steering=steering, evidence=evidence)
 
 
@@ -271,7 +351,8 @@ def _materials(run: CertifyRecord, vlm: VLM, source: DataSource, claim: Claim, g
         return Materials(tokens=token_shape(vlm)[0])
     rule = rule_of(run.config, source.class_names)
     text = None if rule else vectors_of_classes(run.config, vlm, source.class_names, source.templates)
-    return materials_of(run.config, vlm, text, source.templates, rule=rule, gallery=gallery)
+    wordings = wordings_of(run.config, vlm, text, source.class_names, source.templates)
+    return materials_of(run.config, vlm, text, source.templates, rule=rule, gallery=gallery, wordings=wordings)
 
 
 def _require_same_texts(run: CertifyRecord, source: DataSource, claim: Claim) -> None:

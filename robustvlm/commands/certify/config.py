@@ -22,7 +22,18 @@ from robustvlm.runs.manifest import Manifest
 
 # What defines a certify run: the settings that decide its certificates
 
-_LATER = ("abstains_at", "top", "threat", "gallery", "candidates", "n_candidates", "candidate_list")
+_LATER = (
+    "abstains_at",
+    "top",
+    "threat",
+    "gallery",
+    "candidates",
+    "n_candidates",
+    "candidate_list",
+    "dual",
+    "paraphrases",
+    "words",
+)
 ASIDE = 1e-3
 """Share of alpha that is set aside where the law of the noise is known up to rounding (`Threat.off_law`)."""
 CacheType = Literal["float16", "float32"]
@@ -44,6 +55,10 @@ class CertifyConfig(BaseModel):
         gallery: data whose images are searched in place of texts (recall).
         threat: what the noise is against, a name of `robustvlm.certify.threats.THREATS`; None: l2.
         top: how many classes or texts a claim lets the certified one be among.
+        dual: how the noise level of each image is chosen, as `certify.local.read_local_noise` reads it; `sigma` is then
+            the noise at which copies vote for it. None: it is `sigma` for all images.
+        paraphrases: whose wordings a certificate holds for, all at once: "templates", or a file; None: the usual ones.
+        words: changed words of the prompts that a certificate bears, where copies read the `paraphrases` by turns.
         noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
             from before it was, whose noise followed from seed and image alone.
         cache: number type in which noisy features are kept.
@@ -82,6 +97,9 @@ class CertifyConfig(BaseModel):
     candidates: str | None = None
     n_candidates: int | None = None
     candidate_list: str | None = None
+    dual: str | None = None
+    paraphrases: str | None = None
+    words: int | None = None
     limit: int | None
     seed: int
     lanes: int
@@ -127,7 +145,7 @@ LEDGER = "certify-looks.jsonl"
 # added to the configuration later counts unless it is named here.
 _BESIDE = {
     "data", "gallery", "classes", "templates", "tree", "antibodies", "at", "deployed", "abstains_at", "cache", "limit",
-    "seed", "lanes", "device", "source", "prompts", "noise",
+    "seed", "lanes", "device", "source", "prompts", "noise", "paraphrases",
 }  # fmt: skip
 _NAMED = 20
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from robustvlm.certify.claims import RADII
+from robustvlm.certify.local import read_local_noise
 from robustvlm.certify.threats import PLAIN
 from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
@@ -260,6 +261,14 @@ def _attacker(summary: CertifySummary, height: int, width: int) -> str:
     return f"{given}; where the noise is added, {where}."
 
 
+def _chosen(config: CertifyConfig) -> str:
+    """Say that the noise level is another one for each image; "" where it is the same."""
+    if config.dual is None:
+        return ""
+    chosen = read_local_noise(config.dual).words
+    return f" while copies vote for the noise level, and after that of the level chosen: {chosen}"
+
+
 def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
     """Return the threat model and the conditions of the certificates, as label and text."""
     config, summary = run.config, run.summary
@@ -270,8 +279,8 @@ def assumptions(run: CertifyRecord) -> list[tuple[str, str]]:
         ("Attacker", f"{_attacker(summary, height, width)} {source(summary)}"),
         (
             "Noise",
-            f"{summary.against.law.format(sigma=format_exact(config.sigma))}. Whoever deploys the model must draw fresh"
-            " noise and use the same weights, resize and precision.",
+            f"{summary.against.law.format(sigma=format_exact(config.sigma))}{_chosen(config)}. Whoever deploys the"
+            " model must draw fresh noise and use the same weights, resize and precision.",
         ),
         ("Error probability", confidence(summary)),
         (

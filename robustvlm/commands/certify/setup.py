@@ -24,14 +24,20 @@ from robustvlm.certify.claims import (
     own_digest,
 )
 from robustvlm.certify.claims.class_ import CLASS
+from robustvlm.certify.claims.local import local_plan
 from robustvlm.certify.claims.openset import OPENSET
 from robustvlm.certify.claims.recall import RECALL
 from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
+from robustvlm.certify.claims.wordings import worded_plan
+from robustvlm.certify.claims.words import words_plan
+from robustvlm.certify.local import LocalNoise, read_local_noise
 from robustvlm.certify.normal import Array, check_alpha
 from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
+from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.commands.certify.gallery import Gallery
+from robustvlm.commands.certify.wordings import make_wordings, paraphrases_in, read_by_turns, texts_of
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.data.classes import read_class_names
@@ -103,6 +109,8 @@ def check(settings: CertifySettings) -> None:
             f"'{settings.model}' has no thresholds for the noise against {threat.name}: pass {setting('tau')} and the "
             f"encoder below, or {setting('claim', VOTE.name)}"
         )
+    _require_fixed_or_chosen(claim, settings)
+    _require_words(claim, settings)
     _positive("radius", settings.radius)
     if settings.precision not in PRECISIONS:
         raise UserError(f"unknown precision '{settings.precision}': {nearest(settings.precision, PRECISIONS)}")
@@ -115,6 +123,73 @@ def check(settings: CertifySettings) -> None:
     if settings.cache is not None and settings.radius is not None:
         raise UserError(
             f"{setting('cache')} keeps a number of samples that was fixed beforehand: leave out {setting('radius')}"
+        )
+
+
+def chosen_noise(model: str) -> LocalNoise | None:
+    """Return how a model chooses the noise level of an image; None where it is the same for all.
+
+    Example:
+        >>> chosen_noise("tiny+dual:0.02,0.05:0.1:0.05").sigmas, chosen_noise("tiny+smooth:0.1") is None
+        ((0.02, 0.05), True)
+    """
+    from robustvlm.defenses.local import read_dual
+
+    dual = [part for part in split_spec(model)[1] if part.name == "dual"]
+    return read_dual(str(dual[0])) if dual else None
+
+
+def _require_fixed_or_chosen(claim: Claim, settings: CertifySettings) -> None:
+    """Refuse what is not certified of a model that chooses the noise for each image.
+
+    Raises:
+        UserError: another claim than that on its class, or samples that are not of a number fixed beforehand.
+    """
+    if chosen_noise(settings.model) is None:
+        return
+    if claim not in (VOTE, CLASS):
+        raise UserError(
+            f"'{settings.model}' chooses the noise of an image by its classes, and what is certified of it is the "
+            f"class: pass {setting('claim', CLASS.name)} or {setting('claim', VOTE.name)}, or leave it out"
+        )
+    for name in ("radius", "cache"):
+        if getattr(settings, name) is not None:
+            raise UserError(
+                f"{setting(name)} is for noise that is the same for all images: leave it out, or pass the encoder "
+                "below with +smooth"
+            )
+
+
+def _require_words(claim: Claim, settings: CertifySettings) -> None:
+    """Refuse paraphrases for what is not certified for all of them.
+
+    Raises:
+        UserError: another claim, samples that are not of a number fixed beforehand, or classes that are no texts.
+    """
+    if settings.words is not None and (settings.paraphrases is None or claim is not VOTE):
+        raise UserError(
+            f"{setting('words')} is for copies that vote, each by one of several wordings: pass "
+            f"{setting('claim', VOTE.name)} and {setting('paraphrases')}"
+        )
+    if settings.words is not None and declared_rule(settings.model) is not None:
+        raise UserError(
+            f"'{settings.model}' answers by the usual texts, and {setting('words')} is about another rule: leave out "
+            "ALPHA, or deploy robustvlm.defenses.mixed.MixedWordings"
+        )
+    if settings.paraphrases is None:
+        return
+    if claim not in (VOTE, CLASS):
+        raise UserError(
+            f"all {setting('paraphrases')} at once are certified of a class: pass {setting('claim', CLASS.name)} or "
+            f"{setting('claim', VOTE.name)}"
+        )
+    for name in ("radius", "from_cache"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"{setting('paraphrases')} and {setting(name)} do not go together: leave out one of them")
+    if chosen_noise(settings.model) is not None:
+        raise UserError(
+            f"'{settings.model}' chooses its noise by the usual texts: leave out {setting('paraphrases')}, or pass "
+            "the encoder below with +smooth"
         )
 
 
@@ -163,6 +238,7 @@ def make_config(settings: CertifySettings, *, noise: Noise, device: str) -> Cert
         at=counted_at(settings, noise.sigma),
         weight=settings.weight if "weight" in claim.options else 0.0,
         top=settings.top if "top" in claim.options else None,
+        dual=None if (chosen := chosen_noise(settings.model)) is None else str(chosen),
         prompts=None,
         lanes=settings.lanes or (512 if device.startswith("cuda") else 128),
         device=device,
@@ -189,7 +265,18 @@ def plan_of(config: CertifyConfig, materials: Materials) -> Plan:
         UserError: what was set aside does not pay for so many copies.
     """
     bounds = config.bounding
-    plan = make_plan(config.claim, bounds, materials)
+    if config.dual is not None:
+        claim = find_claim(config.claim)
+        return local_plan(claim, read_local_noise(config.dual), bounds, materials, votes=claim is VOTE)
+    if materials.wordings is None:
+        plan = make_plan(config.claim, bounds, materials)
+    else:
+        claim = find_claim(config.claim)
+        plan = (
+            worded_plan(claim, bounds, materials, votes=claim is VOTE)
+            if config.words is None
+            else words_plan(claim, bounds, materials, config.words)
+        )
     if bounds is config:
         return plan
     _require_law(config)
@@ -217,7 +304,7 @@ def _require_law(config: CertifyConfig) -> None:
 def settle_noise(settings: CertifySettings) -> Noise:
     """Return the noise: that of a model that is smoothed already, or the one given; both must agree."""
     base, operations = split_spec(settings.model)
-    smoothing = [part for part in operations if part.name == "smooth"]
+    smoothing = [part for part in operations if part.name in ("smooth", "dual")]
     made = saved_model(base)
     within = None if made is None else made.noise
     if len(smoothing) + (within is not None) > 1:
@@ -225,6 +312,9 @@ def settle_noise(settings: CertifySettings) -> Noise:
     if not smoothing and within is None:
         threat = find_threat(settings.threat)
         return Noise(threat, threat.usual if settings.sigma is None else settings.sigma)
+    chosen = chosen_noise(settings.model)
+    if chosen is not None:
+        within = Noise(find_threat(PLAIN), chosen.at)
     if within is None:
         if not smoothing[0].arguments:
             raise UserError(f"'+{smoothing[0]}' must be written +{FORM}, as +smooth:0.25")
@@ -267,6 +357,8 @@ def noise_of(
 ) -> str:
     """Return the digest of all that decides a run's certificates; see `robustvlm.certify.noise` for what it is for."""
     texts = {"classes": class_names, "templates": templates, "antibodies": _antibodies(config)}
+    if config.paraphrases is not None:
+        texts |= {"paraphrases": paraphrases_in(config.paraphrases)}
     return noise_settings(config, model, texts | ({"claim": (model["claim"],)} if "claim" in model else {}))
 
 
@@ -274,7 +366,8 @@ def prompts_of(config: CertifyConfig, model: dict[str, Any], templates: tuple[st
     """Return the digest of what tells the classes of a claim apart beside their names; None where none are told."""
     if not find_claim(config.claim).needs_classes:
         return None
-    return settings_digest(list(templates), list(_antibodies(config)), config.weight, model.get("head"))
+    more = [] if config.paraphrases is None else [list(paraphrases_in(config.paraphrases))]
+    return settings_digest(list(templates), list(_antibodies(config)), config.weight, model.get("head"), *more)
 
 
 def _antibodies(config: CertifyConfig) -> tuple[str, ...]:
@@ -291,6 +384,7 @@ def materials_of(
     rounding: float = 0.0,
     baselines: bool = True,
     gallery: Gallery | None = None,
+    wordings: Wordings | None = None,
 ) -> Materials:
     """Return what a run's claim is about: classes or a gallery, the antibodies that were given, an open-set rule."""
     given, (tokens, length) = rule is None and config.antibodies is not None, token_shape(vlm)
@@ -304,7 +398,30 @@ def materials_of(
         logit_scale=vlm.logit_scale,
         tokens=tokens,
         width=tokens * length,
+        wordings=wordings,
     )
+
+
+def wordings_of(
+    config: CertifyConfig, vlm: VLM, text: Array | None, class_names: tuple[str, ...], templates: tuple[str, ...]
+) -> Wordings | None:
+    """Return all wordings that a run's certificates hold for; None where they are about the usual texts.
+
+    Raises:
+        UserError: a model that answers in words, or a file of another form.
+    """
+    if config.paraphrases is None or text is None:
+        return None
+    made = saved_model(split_spec(config.model)[0])
+    own = vlm.class_vectors(class_names) if made is None else made.class_vectors(class_names)
+    if speaker_of(vlm) is not None or own is not None:
+        raise UserError(
+            f"'{config.model}' tells classes apart by no texts that could be put otherwise: leave out "
+            f"{setting('paraphrases')}"
+        )
+    if config.words is not None:
+        return read_by_turns(vlm, texts_of(config.paraphrases, class_names, templates))
+    return make_wordings(config.paraphrases, vlm, text, class_names, templates)
 
 
 def rule_of(config: CertifyConfig, class_names: tuple[str, ...]) -> OpensetRule | None:

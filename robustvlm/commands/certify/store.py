@@ -15,6 +15,7 @@ from robustvlm.certify.normal import Array
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.spread import direction
 from robustvlm.commands.common.store import JournalLedger, cost_of
+from robustvlm.core import MOST_WORDS
 from robustvlm.runs.folder import RunFolder
 
 # The rows of a certify run, one per image: `results.parquet`
@@ -58,6 +59,9 @@ CERTIFY_SCHEMA = pa.schema(
         ("certificate", pa.string()),
     ]
 )
+LATER = ("noise_radius", "level_radius", "noise_level", *(f"words{count}_radius" for count in range(MOST_WORDS + 1)))
+"""Columns that only some runs have: where the noise is chosen for each image, what its choice and the answer keep and
+what was chosen; and what is kept with so many changed words."""
 TOKENS = pa.field("token_r", pa.list_(pa.float64()))
 """One column more of the claim about tokens: a bound for each."""
 
@@ -72,7 +76,7 @@ class CertifyFact:
         correct: whether the prediction is right; None for an image of no known class.
         radius: certified, not rounded; 0 is ABSTAIN.
         resize_norm: 1 where the radius is one at the source image too, which was not resized; else None (withheld).
-        columns: by name of `COLUMNS`.
+        columns: by name of `COLUMNS` and `LATER`.
         direction: of the smoothed feature, where cosines are certified (`spread.direction`).
         certificate: the record as JSON (`robustvlm.certify.Certificate`).
         token_r: lower bounds of the norms of the smoothed image tokens, valid all at once (claim tokens).
@@ -115,12 +119,16 @@ def make_certify_rows(facts: Iterable[CertifyFact]) -> pa.Table:
     ordered = sorted(facts, key=lambda fact: fact.index)
     # Tables of other claims are as they were before there were tokens.
     schema = CERTIFY_SCHEMA.append(TOKENS) if any(fact.token_r is not None for fact in ordered) else CERTIFY_SCHEMA
+    for name in LATER:
+        if any(name in fact.columns for fact in ordered):
+            schema = schema.append(pa.field(name, pa.float64()))
     return pa.Table.from_pylist([_row(fact, schema) for fact in ordered], schema=schema)
 
 
 def _row(fact: CertifyFact, schema: pa.Schema) -> dict[str, Any]:
     row = {name: getattr(fact, name) for name in CertifyFact.__dataclass_fields__ if name in schema.names}
-    return row | {name: fact.columns.get(name) for name in COLUMNS} | {"abstained": fact.radius == 0.0}
+    known = [*COLUMNS, *(name for name in LATER if name in schema.names)]
+    return row | {name: fact.columns.get(name) for name in known} | {"abstained": fact.radius == 0.0}
 
 
 # All facts of a certify run: kept in memory, and appended to the run's journal as they come

@@ -329,14 +329,15 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     vlm = setup.behind(load_pipeline(settings.model, device=device), noise)
     vlm = setup.certified_model(vlm, config, source.class_names)
-    if "+smooth" in settings.model and not isinstance(vlm, SmoothedVLM):
+    if ("+smooth" in settings.model or config.dual is not None) and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
     settled = {"deployed": setup.settle_deployed(settings, vlm), "abstains_at": setup.settle_abstention(config, vlm)}
     config = config.model_copy(update={"resolution": vlm.image_size, **settled})
     rule = setup.rule_of(config, source.class_names)
     gallery = open_gallery(config, vlm, source)
     text = setup.vectors_of_classes(config, vlm, source.class_names, source.templates)
-    materials = setup.materials_of(config, vlm, text, source.templates, rule=rule, gallery=gallery)
+    wordings = setup.wordings_of(config, vlm, text, source.class_names, source.templates)
+    materials = setup.materials_of(config, vlm, text, source.templates, rule=rule, gallery=gallery, wordings=wordings)
     plan = setup.plan_of(config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)
