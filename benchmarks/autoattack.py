@@ -4,8 +4,9 @@
     python -m benchmarks.autoattack MODEL --data DATA --limit 200 --eps 4/255 --single
 
 Both programs attack the same images (those the model gets right when clean) in one process, by turns attack by attack,
-with equal steps, queries and batch size. In the ensemble an image leaves when it is fooled. Passes count rows through
-the model, forward and backward as one each; the questions that each program puts to the model first are counted too.
+with equal steps, queries and batch size. In the ensemble an image leaves when it is fooled, and ours tell one another
+what they have found out of it, as in a run of `robustvlm attack`. Passes count rows through the model, forward and
+backward as one each; the questions that each program puts to the model first are counted too.
 What is known is kept in a file under benchmarks/out/, and a repeated command goes on from there.
 """
 
@@ -89,7 +90,7 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
         for side in (OURS, THEIRS):
             if record.has(side, name):
                 continue
-            jobs = [job for job in subject.jobs if job.image_id not in record.fooled(side)]
+            jobs = [record.told(job) for job in subject.jobs if job.image_id not in record.fooled(side)]
             if side == OURS:
                 (attack,) = parse_attacks(budgeted(name, options))
                 assert isinstance(attack, LaneAttack)
