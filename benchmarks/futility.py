@@ -125,7 +125,7 @@ def record_searches(subject: Subject, name: str, threat: ThreatModel, queries: i
 
 def _search(model: nn.Module, attack: Square, jobs: Sequence[Job], threat: ThreatModel) -> Tensor:
     labels = torch.tensor([job.label for job in jobs])
-    begun = [attack.begin(job.pixels[None], threat, generator(0, "square", job.image_id), 0) for job in jobs]
+    begun = [attack.begin(job.pixels[None], threat, generator(0, job.image_id, attack.name, 0), 0) for job in jobs]
     state = {key: torch.cat([one[key] for one in begun]) for key in begun[0]}
     best = torch.full((len(jobs), attack.n_iter + 1), torch.nan)
     alive = torch.arange(len(jobs))
@@ -233,7 +233,7 @@ def stops(searches: Searches) -> Tensor:
     best = searches.best.nan_to_num(torch.inf)  # of a search that has succeeded
     for query in range(queries + 1):
         now, steps = best[:, query], torch.full((count,), query)
-        state = futility.watch(state, now, now > before, steps, queries)
+        state |= futility.watch(state, now, now > before, steps, queries)
         over = futility.futile(state, steps, queries) & (now < 0)
         ended, before = torch.where(over & (ended == queries), query, ended), now
     return ended
