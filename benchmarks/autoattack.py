@@ -37,7 +37,7 @@ def main() -> None:
     (text, eps), *_ = parse_eps(options.eps)
     threat = ThreatModel(parse_norm(options.norm), eps)
     subject = load_subject(options.model, options.data, options.limit, device=options.device)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "only")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "only", "ours")}
     record = _record(options, settings | {"images": [job.image_id for job in subject.jobs]})
     print(f"{options.model} on {options.data}: {len(subject.jobs)} of {subject.seen} images right when clean,")
     print(
@@ -64,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, help="of Square in both programs [default: the published number]")
     parser.add_argument("--single", action="store_true", help="each attack by itself, on all images")
     parser.add_argument("--only", default="", help="only these attacks, separated by commas")
+    parser.add_argument("--ours", action="store_true", help="this program alone; theirs when called again without it")
     parser.add_argument("--out", type=Path, help="file of the results [default: named after the settings]")
     return parser.parse_args()
 
@@ -87,7 +88,7 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
     found = _ask(record, model, subject, options.lanes)
     names = _names(ENSEMBLE, options)
     for name in names:
-        for side in (OURS, THEIRS):
+        for side in (OURS,) if options.ours else (OURS, THEIRS):
             if record.has(side, name):
                 continue
             jobs = [record.told(job) for job in subject.jobs if job.image_id not in record.fooled(side)]
@@ -105,6 +106,8 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
                 # A call for one attack repeats the checks, which a call for all makes once.
                 if not record.has(side, part.name):
                     _note(record, side, part)
+    if options.ours:
+        return
     ids = [job.image_id for job in subject.jobs]
     print(markdown(HEADER, versus(record, THEIRS, [CHECKS, *names], ids=ids, seen=subject.seen)), "\n")
     print(markdown(_PART_HEADER, [_part_row(record, name) for name in [CHECKS, *names]]), "\n")
