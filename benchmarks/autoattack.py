@@ -4,8 +4,9 @@
     python -m benchmarks.autoattack MODEL --data DATA --limit 200 --eps 4/255 --single
 
 Both programs attack the same images (those the model gets right when clean) in one process, by turns attack by attack,
-with equal steps, queries and batch size. In the ensemble an image leaves when it is fooled. Passes count rows through
-the model, forward and backward as one each; the questions that each program puts to the model first are counted too.
+with equal steps, queries and batch size. In the ensemble an image leaves when it is fooled, and ours tell one another
+what they have found out of it, as in a run of `robustvlm attack`. Passes count rows through the model, forward and
+backward as one each; the questions that each program puts to the model first are counted too.
 What is known is kept in a file under benchmarks/out/, and a repeated command goes on from there.
 """
 
@@ -36,7 +37,7 @@ def main() -> None:
     (text, eps), *_ = parse_eps(options.eps)
     threat = ThreatModel(parse_norm(options.norm), eps)
     subject = load_subject(options.model, options.data, options.limit, device=options.device)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "only")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "only", "ours")}
     record = _record(options, settings | {"images": [job.image_id for job in subject.jobs]})
     print(f"{options.model} on {options.data}: {len(subject.jobs)} of {subject.seen} images right when clean,")
     print(
@@ -63,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, help="of Square in both programs [default: the published number]")
     parser.add_argument("--single", action="store_true", help="each attack by itself, on all images")
     parser.add_argument("--only", default="", help="only these attacks, separated by commas")
+    parser.add_argument("--ours", action="store_true", help="this program alone; theirs when called again without it")
     parser.add_argument("--out", type=Path, help="file of the results [default: named after the settings]")
     return parser.parse_args()
 
@@ -86,10 +88,10 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
     found = _ask(record, model, subject, options.lanes)
     names = _names(ENSEMBLE, options)
     for name in names:
-        for side in (OURS, THEIRS):
+        for side in (OURS,) if options.ours else (OURS, THEIRS):
             if record.has(side, name):
                 continue
-            jobs = [job for job in subject.jobs if job.image_id not in record.fooled(side)]
+            jobs = [record.told(job) for job in subject.jobs if job.image_id not in record.fooled(side)]
             if side == OURS:
                 (attack,) = parse_attacks(budgeted(name, options))
                 assert isinstance(attack, LaneAttack)
@@ -104,6 +106,8 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
                 # A call for one attack repeats the checks, which a call for all makes once.
                 if not record.has(side, part.name):
                     _note(record, side, part)
+    if options.ours:
+        return
     ids = [job.image_id for job in subject.jobs]
     print(markdown(HEADER, versus(record, THEIRS, [CHECKS, *names], ids=ids, seen=subject.seen)), "\n")
     print(markdown(_PART_HEADER, [_part_row(record, name) for name in [CHECKS, *names]]), "\n")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks.common import Clock, Counted, clock
-from robustvlm.attacks import Job, LaneAttack, LaneEngine, Oracle, Probe, ThreatModel
+from robustvlm.attacks import ROBUST, Job, LaneAttack, LaneEngine, Oracle, Probe, ThreatModel
+from robustvlm.attacks.catalog import by_gradients
 from robustvlm.errors import UserError
 from robustvlm.stats import mcnemar_exact, rate
 
@@ -23,7 +24,8 @@ class Part:
     """One attack of one program: ids of the images it fooled among those it got, and its cost.
 
     `forward` and `backward` count images through the model, `model_seconds` is the time in there and `step_seconds`
-    that in the attack's own arithmetic; both 0 where not measured.
+    that in the attack's own arithmetic; both 0 where not measured. `beyond` is what it showed, by image, of classes
+    that are out of reach, each with the radius within which it is, `reached` the lowest margins that gradients led to.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Part:
     seconds: float
     model_seconds: float = 0.0
     step_seconds: float = 0.0
+    beyond: dict[str, dict[str, float]] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
@@ -73,6 +77,16 @@ class Record:
         parts = self.parts.get(side, {})
         return {image for name in (parts if names is None else names) for image in parts[name].fooled}
 
+    def told(self, job: Job) -> Job:
+        """Return the job with what our attacks have shown so far, as a run passes it on from attack to attack."""
+        known: dict[int, float] = {}
+        parts = self.parts.get(OURS, {}).values()
+        for part in parts:
+            for target, radius in part.beyond.get(job.image_id, {}).items():
+                known[int(target)] = max(radius, known.get(int(target), 0.0))
+        reached = min((part.reached.get(job.image_id, job.reached) for part in parts), default=job.reached)
+        return replace(job, beyond=known, reached=reached)
+
 
 def run_ours(
     model: Counted, attack: LaneAttack, threat: ThreatModel, jobs: Sequence[Job], found: Probe, *, seed: int
@@ -85,16 +99,18 @@ def run_ours(
     before = model.forward_rows, model.backward_rows
     engine = LaneEngine(oracle, attack, threat, lanes=found.rungs[0], seed=seed, rungs=found.rungs)
     with clock() as measured, timed(type(attack), "advance") as steps:
-        fooled = [result.job.image_id for result in engine.run(jobs) if result.outcome == "fooled"]
+        results = list(engine.run(jobs))
     return Part(
         name,
         len(jobs),
-        sorted(fooled),
+        sorted(result.job.image_id for result in results if result.outcome == "fooled"),
         model.forward_rows - before[0],
         model.backward_rows - before[1],
         measured.seconds,
         oracle.passes.seconds,
         steps.seconds,
+        {result.job.image_id: {str(k): v for k, v in result.beyond.items()} for result in results if result.beyond},
+        {result.job.image_id: result.margin for result in results if by_gradients(attack) and result.outcome == ROBUST},
     )
 
 

@@ -181,6 +181,8 @@ State = dict[str, Tensor]
 DONE = "done"
 # Where an attack looks which classes are within reach, the radius within which a lane's class is not, [L]; else 0.
 BEYOND = "beyond"
+# Which lanes walk along the boundary for now, bool [L]: their loss is the margin of their class, whatever is maximised.
+WALKING = "walking"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +259,11 @@ class LaneAttack(ABC):
         Every random draw of the sub-run comes from `generator`; draws that later steps need are made here.
         """
 
+    def told(self, state: State, job: Job) -> State:
+        """Return the state of one lane at its start with what earlier attacks have found out about its image."""
+        del job
+        return state
+
     @abstractmethod
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         """Return the next state, after `state["x"]` was evaluated to `loss` [L] and `grad` [L, C, H, W].
@@ -293,6 +300,7 @@ class Job:
         reference: what the goal has to know of the clean image (its feature), a vector [R], or None.
         beyond: classes that an earlier attack's walk has shown to be out of reach, each with the radius within which
             it is.
+        reached: the lowest margin that earlier attacks have reached by gradients; infinite where none did.
 
     Raises:
         UserError: the pixels are no floats, or not in [0, 1].
@@ -305,6 +313,7 @@ class Job:
     targets: tuple[int, ...] = ()
     reference: Tensor | None = field(default=None, repr=False)
     beyond: Mapping[int, float] = field(default_factory=dict, repr=False, compare=False)
+    reached: float = field(default=float("inf"), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.pixels.is_floating_point():

@@ -47,6 +47,16 @@ def is_foreign(thing: object) -> bool:
     return type(thing).__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
+def by_gradients(attack: object) -> bool:
+    """Whether it is an attack of this package that follows gradients.
+
+    Example:
+        >>> [by_gradients(attack) for attack in parse_attacks("apgd-ce,square")]
+        [True, False]
+    """
+    return isinstance(attack, LaneAttack) and attack.uses_gradient and not is_foreign(attack)
+
+
 def own_attack(spec: str, make: object) -> LaneAttack:
     """Return the attack that a user's callable makes, after a few steps of two lanes on made-up losses.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import catalog
-from robustvlm.attacks.base import BEYOND, DONE, FAILED, FOOLED, ROBUST, Job, LaneAttack, Result, State
+from robustvlm.attacks.base import BEYOND, DONE, FAILED, FOOLED, ROBUST, WALKING, Job, LaneAttack, Result, State
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.lanes import Fact, Image, Lane
 from robustvlm.attacks.objectives import Mixture
@@ -141,6 +141,7 @@ class LaneEngine:
         aims = Mixture(
             tuple(course.attack.objective for course in self._pool.courses),
             [lanes[row % used].image.place for row in range(len(rows))],
+            self._walking(active, states, rows),
         )
         alone = self._look_alone(points, case, aims, used)
         answer, loss, grad = look = self._look(points, case, aims, sizes)
@@ -178,6 +179,19 @@ class LaneEngine:
         if len(active) > 1 or len(rows) == len(active[0].lanes):
             return [course.state for course in active]
         return [{name: value[rows] for name, value in active[0].state.items()}]
+
+    @staticmethod
+    def _walking(active: Sequence[Course], states: Sequence[State], rows: Tensor) -> Tensor | None:
+        """Return which rows walk along the boundary, bool [B], or None where no attack does."""
+        known = [
+            None if catalog.is_foreign(course.attack) else state.get(WALKING)
+            for course, state in zip(active, states, strict=True)
+        ]
+        if all(one is None for one in known):
+            return None
+        none = (torch.zeros(len(state["x"]), dtype=torch.bool, device=rows.device) for state in states)
+        flags = torch.cat([one if one is not None else other for one, other in zip(known, none, strict=True)])
+        return flags if len(flags) == len(rows) else flags[rows]
 
     def _points(
         self, active: Sequence[Course], states: Sequence[State], rows: Tensor, step: Tensor

@@ -163,7 +163,8 @@ class FAB(LaneAttack):
         random_start: begin every sub-run at a random point of the ball of half the radius; otherwise only restarts
             after a target's first do, and that one begins at the image.
         futility: end a target's sub-run when its boundary is out of reach (rule and measured risk: `futility`).
-            Without effect untargeted, where the class that the walk leads to may still change.
+            Without effect untargeted, where the class that the walk leads to may still change, and for `dlr-t`, whose
+            linearised boundaries say too little of distances.
 
     Example:
         >>> FAB().n_runs(n_classes=5)
@@ -225,7 +226,7 @@ class FAB(LaneAttack):
         return self.random_start or run % self.n_restarts > 0
 
     def _gives_up(self) -> bool:
-        return self.futility and self.n_targets is not None
+        return self.futility and self.n_targets is not None and self.objective.name == "margin-t"
 
 
 ATTACKS["fab-t"] = FAB

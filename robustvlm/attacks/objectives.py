@@ -120,14 +120,21 @@ class Objective:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Objectives of the rows of one batch, where these belong to several attacks: `of` has the number of each row's."""
+    """Objectives of the rows of one batch, where these belong to several attacks: `of` has the number of each row's.
+
+    Args:
+        walking: rows whose loss is the margin of their target instead, bool [B] on the model's device; None: none.
+    """
 
     objectives: tuple[Objective, ...]
     of: Sequence[int]
+    walking: Tensor | None = None
 
     def rows(self, first: int, after: int) -> Mixture | Objective:
         """Return what a part of the rows maximises."""
         of = self.of[first:after]
+        if self.walking is not None:
+            return Mixture(self.objectives, of, self.walking[first:after])
         return self.objectives[of[0]] if len(set(of)) == 1 else Mixture(self.objectives, of)
 
     def loss(self, loss_of: Callable[[Objective, Tensor], Tensor]) -> Tensor:
@@ -136,6 +143,15 @@ class Mixture:
         It is asked for all B rows each time, those of the objective over and over, so that a row's loss comes from the
         same kernels as in a batch that is all of one objective.
         """
+        if len(set(self.of)) == 1:
+            found = loss_of(self.objectives[self.of[0]], torch.arange(len(self.of)))
+        else:
+            found = self._mixed(loss_of)
+        if self.walking is None:
+            return found
+        return torch.where(self.walking, loss_of(objective("margin-t"), torch.arange(len(self.of))), found)
+
+    def _mixed(self, loss_of: Callable[[Objective, Tensor], Tensor]) -> Tensor:
         parts, order = list[Tensor](), list[int]()
         for number in sorted(set(self.of)):
             mine = [row for row, of in enumerate(self.of) if of == number]

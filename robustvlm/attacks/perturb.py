@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks.base import FAILED, FOOLED, Job, LaneAttack, Result
-from robustvlm.attacks.catalog import PLANS, Attack, parse_attacks, recommended_eot
+from robustvlm.attacks.catalog import PLANS, Attack, by_gradients, parse_attacks, recommended_eot
 from robustvlm.attacks.engine import LaneEngine
 from robustvlm.attacks.external import ExternalAttack, require_fit, require_norm
 from robustvlm.attacks.external_engine import ExternalEngine
-from robustvlm.attacks.goals import Case, Goal, Known, Targeted, read_goals
+from robustvlm.attacks.goals import Case, Goal, Known, Misclassify, Targeted, read_goals
 from robustvlm.attacks.honesty import attack_remarks, opened_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
@@ -250,6 +250,7 @@ class _Search:
         self.targets: list[tuple[int, ...]] = [()] * count
         self.references: list[Tensor | None] = [None] * count
         self.beyond: list[Mapping[int, float]] = [{}] * count
+        self.reached = [float("inf")] * count
         self.remarks: list[str] = []
 
     def remark(self, *sentences: str) -> None:
@@ -283,12 +284,13 @@ class _Search:
                 self.targets[i],
                 self.references[i],
                 self.beyond[i],
+                self.reached[i],
             )
             for i in left.nonzero().flatten().tolist()
         )
         engine = self._engine(attack, stop_at_success)
         for result in engine.run(jobs):
-            self._keep(result, attack.name)
+            self._keep(result, attack)
         if isinstance(engine, ExternalEngine):
             self.remark(*(finding.message for finding in engine.findings))
 
@@ -328,13 +330,15 @@ class _Search:
             self.oracle, fit, self.threat, lanes=rungs[0], rungs=sizes, seed=seed, goal=goal, leave=stop_at_success
         )
 
-    def _keep(self, result: Result, name: str) -> None:
-        place, fooled = result.job.index, result.outcome == FOOLED
+    def _keep(self, result: Result, attack: Attack) -> None:
+        place, fooled, name = result.job.index, result.outcome == FOOLED, attack.name
         self.passes[place] += result.passes
         self.beyond[place] = {**self.beyond[place], **result.beyond}
         if result.outcome == FAILED:
             self.failed[place] = True
             return
+        if by_gradients(attack) and type(self.goal) is Misclassify and not self.found.random:
+            self.reached[place] = min(self.reached[place], result.margin)
         known = bool(self.fooled[place])
         better = result.margin < float(self.margins[place])
         if (fooled and not known) or (fooled == known and better):

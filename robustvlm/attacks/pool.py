@@ -303,7 +303,7 @@ class Pool:
             job = lane.image.job
             draws = generator(self.seed, job.image_id, attack.name, lane.run)
             x0 = job.pixels[None].to("cpu", self.dtype)
-            states.append(catalog.begin(attack, x0, self.threat, draws, lane.run))
+            states.append(attack.told(catalog.begin(attack, x0, self.threat, draws, lane.run), job))
         return {name: sent(value, self.device) for name, value in concatenate(states).items()}
 
     def _keep(self, rows: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import futility as square_futility
-from robustvlm.attacks.base import ATTACKS, DONE, LaneAttack, Option, State
+from robustvlm.attacks.base import ATTACKS, DONE, Job, LaneAttack, Option, State
 from robustvlm.attacks.objectives import Objective, objective
 from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, pixel_box, project
 from robustvlm.core.device import sent
@@ -280,6 +280,12 @@ class Square(LaneAttack):
             return state
         # Lanes that are taken up later join the state of those under way, which has the same entries.
         return state | square_futility.begin(x0) | {DONE: torch.zeros(1, dtype=torch.bool, device=x0.device)}
+
+    def told(self, state: State, job: Job) -> State:
+        # Margins compare with losses that are margins.
+        if not self._may_give_up or self.objective.name != "margin":
+            return state
+        return state | square_futility.knowing(state, job.reached)
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         del grad

@@ -40,6 +40,11 @@ class ZeroShotClassifier(nn.Module):
         self.class_names = tuple(class_names)
         self.register_buffer("class_embeddings", class_embeddings.to(vlm.device))
 
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied with."""
+        return self.vlm.logit_scale
+
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return logits [B, K], in the precision of the weights, of square pixels [B, 3, H, H] in [0, 1]."""
         features = self.vlm.encode_image(pixels)

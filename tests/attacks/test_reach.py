@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from toy import Curved, Linear, attack_all, fooled, right_jobs
 
 from robustvlm.attacks import Job, LaneEngine, Oracle, TargetedAPGD, ThreatModel, objective, parse_attacks
+from robustvlm.attacks.apgd import LONGEST_WALK
 from robustvlm.attacks.base import DONE, State
 from robustvlm.attacks.fab import FAB, boundary_step
-from robustvlm.attacks.futility import learn, nothing_known, out_of_reach, reach, safety
+from robustvlm.attacks.futility import FIRST_STEP, learn, nothing_known, out_of_reach, reach, safety
 
 THREATS = [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.15)]
 NORMS = ["Linf", "L2"]
@@ -33,7 +34,7 @@ def test_a_class_is_given_up_only_if_all_recent_evidence_exceeds_the_factor(dist
     least = min([*distances[-5:], shortest])
     assert reach(state).item() == pytest.approx(least)
     given_up = out_of_reach(state, torch.tensor([step]), 0.1).item()
-    assert given_up == (step >= 10 and torch.tensor(least) > safety(torch.tensor(step)) * 0.1)
+    assert given_up == (step >= FIRST_STEP and torch.tensor(least) > safety(torch.tensor(step)) * 0.1)
 
 
 def test_a_boundary_never_crossed_is_never_out_of_reach():
@@ -41,7 +42,7 @@ def test_a_boundary_never_crossed_is_never_out_of_reach():
 
 
 def test_the_factor_only_falls_and_stays_above_one():
-    factors = safety(torch.arange(10, 200))
+    factors = safety(torch.arange(FIRST_STEP, 200))
     assert (factors.diff() <= 0).all()
     assert factors.min() > 1
 
@@ -100,8 +101,9 @@ def test_after_the_walk_the_iterations_are_the_published_ones():
         published, _ = drive(model, plain, job, threat)
         assert len(published) == 16
         assert torch.equal(walked[0], job.pixels[None])
-        if len(walked) >= 27:  # at least 11 of the walk, 16 of the iterations
+        if any(torch.equal(point, published[0]) for point in walked):  # the walk was over
             tail = walked[-16:]
+            assert len(walked) >= FIRST_STEP + 1 + 16
             assert ended
             assert len(walked) <= attack.n_points()
             assert all(torch.equal(a, b) for a, b in zip(tail, published, strict=True))
@@ -110,6 +112,34 @@ def test_after_the_walk_the_iterations_are_the_published_ones():
             given_up += 1
     assert followed
     assert given_up
+
+
+def test_a_walk_ends_once_its_class_is_shown_to_be_near_or_far_and_else_at_its_longest():
+    model, attack, threat = Curved(seed=3), TargetedAPGD(n_iter=1), ThreatModel("Linf", 0.02)
+    walked = [len(drive(model, attack, job, threat)[0]) for job in right_jobs(model, 40)]
+    assert min(walked) >= FIRST_STEP + 1
+    assert max(walked) <= LONGEST_WALK + 3
+    assert len(set(walked)) > 5
+
+
+@pytest.mark.parametrize("lanes", [1, 7])
+def test_apgd_t_walks_by_the_margin_as_fab_t_does(lanes):
+    model, jobs, threat = Curved(seed=3), right_jobs(Curved(seed=3), 12), ThreatModel("Linf", 0.01)
+    looked, walked = (
+        {result.job.image_id: result.beyond for result in attack_all(model, attack, threat, jobs, lanes=lanes)}
+        for attack in (TargetedAPGD(n_iter=12), FAB())
+    )
+    given_up = [(image, target) for image, known in looked.items() for target in known]
+    assert len(given_up) > 5
+    for image, target in given_up:
+        if looked[image][target] > threat.eps:
+            assert walked[image][target] == looked[image][target]
+
+
+def test_fab_gives_nothing_up_by_the_quotient_of_dlr():
+    attack = FAB(objective=objective("dlr-t"))
+    assert DONE not in attack.begin(torch.zeros(1, 3, 2, 2), THREATS[0], torch.Generator(), 0)
+    assert attack.walk_points(0) == 0
 
 
 def test_iterations_of_different_lanes_do_not_mix():
@@ -132,7 +162,7 @@ def test_engines_that_look_for_the_worst_point_give_up_nothing(attack):
 def test_futility_needs_an_objective_whose_sign_tells_success():
     assert TargetedAPGD(objective=objective("ce-t")).n_points() == 101
     assert not TargetedAPGD(objective=objective("ce-t")).leaves_ball
-    assert TargetedAPGD(objective=objective("margin-t")).n_points() == 127
+    assert TargetedAPGD(objective=objective("margin-t")).n_points() == 162
     assert parse_attacks("apgd-t:futility=off")[0].n_points() == 101
     assert not parse_attacks("fab-t:futility=off")[0].futility
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,20 @@ from torch import nn
 from toy import Curved, attack_all, fooled, right_jobs
 
 from robustvlm.attacks import Job, ThreatModel, futility, objective, parse_attacks
+from robustvlm.attacks.perturb import perturb
 from robustvlm.attacks.square import Square
 
 
-def stops(margins: torch.Tensor) -> list[int | None]:
-    """Return after how many queries the rule gives up on searches with these best margins [L, n + 1], or None."""
+def stops(margins: torch.Tensor, reached: torch.Tensor | None = None) -> list[int | None]:
+    """Return after how many queries the rule gives up on searches with these best margins [L, n + 1], or None.
+
+    Args:
+        reached: margins that gradients led to [L].
+    """
     n_iter, lanes = margins.shape[1] - 1, len(margins)
-    state = {name: value.expand(lanes, -1) for name, value in futility.begin(torch.zeros(1)).items()}
+    state = {name: value.expand(lanes, *value.shape[1:]) for name, value in futility.begin(torch.zeros(1)).items()}
+    if reached is not None:
+        state["by_gradients"] = -reached
     before, stopped = torch.full((lanes,), float("inf")), [None] * lanes
     for query in range(n_iter + 1):
         now, step = margins[:, query], torch.full((lanes,), query)
@@ -32,22 +40,35 @@ def stops_at(margins: list[float]) -> int | None:
     return stops(torch.tensor([margins], dtype=torch.float64))[0]
 
 
-def second_opinion(margins: list[float]) -> int | None:
+def second_opinion(margins: list[float], reached: float = math.inf) -> int | None:
     """The rule again, query by query, from its description (for a number of queries that 160 divides)."""
     n = len(margins) - 1
 
-    def reaches(now: float, half: float, query: int) -> bool:
-        return now - 2 * (half - now) / (query / 2) * (n - query) <= 0
+    def reaches(now: float, half: float, quarter: float, query: int, doubt: float) -> bool:
+        pace, before = (half - now) / (query / 2), (quarter - half) / (query / 4)
+        if math.isnan(pace) or math.isnan(before):
+            return True
+        if pace == 0:
+            return now <= 0
+        falls = min(max(math.log2(before / pace) - doubt, 0), 1) if 0 < before < math.inf else 0
+        # The pace of every query to come, summed up in small pieces.
+        edges = torch.linspace(math.log(query), math.log(n), 4001, dtype=torch.float64).exp()
+        middles, widths = (edges[1:] * edges[:-1]).sqrt(), edges.diff()
+        return now - 2 * pace * float(((middles / query) ** -falls * widths).sum()) <= 0
 
     def odds(value: float) -> float:
-        return 2 * math.atanh(value) if abs(value) < 1 else math.inf
+        return 2 * math.atanh(value) if abs(value) < 1 else math.copysign(math.inf, value)
 
     for query in (ask for ask in range(0, n, n // 40) if ask >= max(n // 10, 500)):
         now, half, quarter = margins[query], margins[query // 2], margins[query // 4]
-        improvements = sum(margins[i] < margins[i - 1] for i in range(query // 2 + 1, query + 1))
+        improvements, earlier = (
+            sum(margins[i] < margins[i - 1] for i in range(start + 1, end + 1))
+            for start, end in ((query // 2, query), (query // 4, query // 2))
+        )
+        doubt = math.sqrt(1 / max(improvements, 1) + 1 / max(earlier, 1)) / math.log(2) if now > reached else math.inf
         steady = (half - now) / (query / 2) <= 1.5 * (quarter - half) / (query / 4)
-        sure = margins[0] > 1 or (half < 1 and not reaches(odds(now), odds(half), query))
-        if improvements >= 5 and steady and sure and not reaches(now, half, query):
+        sure = margins[0] > 1 or not reaches(odds(now), odds(half), odds(quarter), query, doubt)
+        if improvements >= 5 and steady and sure and not reaches(now, half, quarter, query, doubt):
             return query
     return None
 
@@ -63,6 +84,14 @@ def test_the_rule_is_the_one_described():
     assert stops(margins) == expected
     assert len(set(expected)) > 5
     assert expected.count(None) > 20
+    reached = torch.where(
+        torch.rand(lanes, generator=draws) < 0.2, torch.inf, margins[:, -1] * torch.rand(lanes, generator=draws) * 1.5
+    ).double()
+    behind = [second_opinion(row, bound) for row, bound in zip(margins.tolist(), reached.tolist(), strict=True)]
+    assert stops(margins, reached) == behind
+    sooner = [(b or n) - (a or n) for a, b in zip(expected, behind, strict=True)]
+    assert max(sooner) == 0
+    assert sum(value < 0 for value in sooner) > 5
 
 
 def falling(shape: str, n: int = 2000) -> list[float]:
@@ -156,3 +185,30 @@ def test_objectives_without_a_zero_at_success_never_give_up():
     model, threat = Curved(), ThreatModel("Linf", 1e-4)
     attack = Square(n_iter=520, objective=objective("ce"))
     assert {result.steps for result in attack_all(model, attack, threat, right_jobs(model, 4))} == {520}
+
+
+@pytest.mark.parametrize("eps", [0.015, 0.02])
+def test_what_gradients_hide_square_finds_after_them_as_well(eps):
+    model = Rounded()
+    images = torch.stack([job.pixels for job in large_jobs(model, 16)])
+    labels = model(images).argmax(1)
+    found = [
+        perturb(model, images, labels, eps=eps, attack=f"apgd-ce:steps=10,square:queries=1500:futility={on}", lanes=16)
+        for on in ("on", "off")
+    ]
+    assert sum(by is not None and by.startswith("square") for by in found[0].by) > 5
+    assert torch.equal(found[0].fooled, found[1].fooled)
+
+
+def test_a_search_behind_gradients_ends_sooner_and_one_that_knows_of_none_does_not():
+    model, threat = Curved(seed=4), ThreatModel("Linf", 0.004)
+    jobs = right_jobs(model, 24, seed=4)
+    attack = Square(n_iter=2500)
+    hard = [replace(job, reached=-1e9) for job in jobs]
+    alone, behind = (attack_all(model, attack, threat, some, lanes=8) for some in (jobs, hard))
+    passes = [(a.passes, b.passes) for a, b in zip(alone, behind, strict=True) if a.outcome == b.outcome == "robust"]
+    assert sum(b for _, b in passes) < 0.9 * sum(a for a, _ in passes)
+    dlr = Square(n_iter=2500, objective=objective("dlr"))
+    assert [r.passes for r in attack_all(model, dlr, threat, hard[:4])] == [
+        r.passes for r in attack_all(model, dlr, threat, jobs[:4])
+    ]

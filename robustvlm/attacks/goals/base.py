@@ -215,13 +215,16 @@ class Known:
 
     @classmethod
     def of_model(cls, model: Any) -> Known:
-        """Return what a model says of itself: it may have `class_names`, `can_reject` and `class_embeddings`."""
-        embeddings = getattr(model, "class_embeddings", None)
+        """Return what a model says of itself: `class_names`, `can_reject`, `class_embeddings` with `logit_scale`.
+
+        Other people's models may have any of these, or none.
+        """
+        embeddings, scale = getattr(model, "class_embeddings", None), getattr(model, "logit_scale", None)
         return cls(
             getattr(model, "spec", None),
             tuple(getattr(model, "class_names", ())),
             bool(getattr(model, "can_reject", False)),
-            head=None if embeddings is None else (model.logit_scale * embeddings).detach(),
+            head=(scale * embeddings).detach() if isinstance(embeddings, Tensor) and scale is not None else None,
         )
 
 

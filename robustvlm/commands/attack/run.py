@@ -9,6 +9,7 @@ lane is used again.
 """
 
 import contextlib
+import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from robustvlm import attacks
-from robustvlm.attacks.catalog import Attack, is_foreign
+from robustvlm.attacks.catalog import Attack, by_gradients, is_foreign
 from robustvlm.attacks.oracle import settle_draws
 from robustvlm.attacks.tensors import brief, needs_briefing
 from robustvlm.attacks.threat import ThreatModel
@@ -346,8 +347,24 @@ class AttackRun:
             if isinstance(item, Unreadable):
                 self._lose(fact, stage, item.reason)
             else:
-                beyond = self.ledger.beyond(stage.threat.eps, stage.goal.spec, fact.index)
-                yield attacks.Job(item.id, fact.index, item.pixels, fact.label, tuple(fact.targets), beyond=beyond)
+                known = stage.threat.eps, stage.goal.spec, fact.index
+                yield attacks.Job(
+                    item.id,
+                    fact.index,
+                    item.pixels,
+                    fact.label,
+                    tuple(fact.targets),
+                    beyond=self.ledger.beyond(*known),
+                    reached=self.ledger.reached(*known, self._with_gradients(stage)),
+                )
+
+    def _with_gradients(self, stage: Stage) -> list[str]:
+        """Return the attacks before a stage whose margins say how far gradients come, where margins are compared."""
+        if type(stage.goal) is not attacks.Misclassify or self.oracle.eot > 1 or self.oracle.draws > 1:
+            return []
+        before = itertools.takewhile(lambda one: one is not stage, self.stages)
+        alike = (one.attack for one in before if one.threat == stage.threat and one.goal is stage.goal)
+        return [attack.name for attack in alike if by_gradients(attack)]
 
     def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
         self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)

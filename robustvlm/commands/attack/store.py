@@ -1,6 +1,6 @@
 """All facts of an attack run: in memory, in the journal, as result rows, and as pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.attacks import Goal, Result, ThreatModel
+from robustvlm.attacks import ROBUST, Goal, Result, ThreatModel
 from robustvlm.attacks.catalog import Attack
 from robustvlm.commands.attack.cost import MeteredOracle
 from robustvlm.commands.attack.verdicts import NO_ANSWER
@@ -216,6 +216,11 @@ class Ledger(JournalLedger):
         """Return the classes that attacks have shown to be out of reach of an image at this radius."""
         known = self._beyond.get((goal, index), {})
         return {label: radius for label, radius in known.items() if radius > eps}
+
+    def reached(self, eps: float, goal: str, index: int, names: Collection[str]) -> float:
+        """Return the lowest margin that attacks of these names have brought an image to; infinite where none did."""
+        rows = (self.found.get((eps, goal, name, index)) for name in names)
+        return min((row.margin for row in rows if row is not None and row.outcome == ROBUST), default=float("inf"))
 
     def attacked(self, eps: float, goal: str, attack: str) -> int:
         """Return how many images this stage has finished."""
