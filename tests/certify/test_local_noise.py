@@ -15,6 +15,7 @@ from robustvlm.errors import UserError
 ALPHA, TEXT = 0.05, np.eye(2)
 SMALL, LARGE = 0.1, 0.4
 LAW = LocalNoise((SMALL, LARGE), (0.5,), 0.2)
+EDGES = [(0.1, 0.3), (0.3, 0.1), (0.15, 0.15), (0.02, 0.02)]
 # What copies show: class 0 or 1, by a large margin (a vote for the larger noise) or by a small one.
 SHOWN = np.array([[1.0, 0.0], [np.cos(0.7), np.sin(0.7)], [0.0, 1.0], [np.sin(0.7), np.cos(0.7)]])
 
@@ -50,15 +51,17 @@ def false_certificates(edges, runs, seed, kind=VoteRadius):
     return false, float(np.mean(radii))
 
 
-@pytest.mark.parametrize("edges", [(0.1, 0.3), (0.3, 0.1), (0.15, 0.15), (0.02, 0.02)])
+@pytest.mark.parametrize("edges", EDGES)
 def test_few_certificates_of_the_worst_classifier_and_choice_are_false(edges):
     false, _ = false_certificates(edges, 300, seed=0)
     assert binom.sf(false - 1, 300, ALPHA) > 1e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [VoteRadius, ClassRadius])
-@pytest.mark.parametrize("edges", [(0.1, 0.3), (0.3, 0.1), (0.15, 0.15), (0.02, 0.02)])
+@pytest.mark.parametrize(
+    ("kind", "edges"),
+    [*((VoteRadius, edges) for edges in EDGES), (ClassRadius, EDGES[2])],
+)
 def test_few_of_ten_thousand_certificates_are_false(edges, kind):
     false, mean = false_certificates(edges, 10_000, seed=1, kind=kind)
     assert binom.sf(false - 1, 10_000, ALPHA) > 1e-3
