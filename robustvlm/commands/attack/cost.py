@@ -207,7 +207,7 @@ def looks_per_image(attack: LaneAttack, n_targets: int) -> int:
     Example:
         >>> from robustvlm.attacks import parse_attacks
         >>> [looks_per_image(attack, 9) for attack in parse_attacks("pgd:steps=20:restarts=2,apgd-t")]
-        [42, 1143]
+        [42, 1458]
     """
     return attack.n_runs(n_targets + 1) * attack.n_points()
 
