@@ -153,3 +153,12 @@ def test_too_few_wordings_and_too_large_an_alpha_are_refused():
         require_wordings(words, 2)
     with pytest.raises(UserError, match="below alpha"):
         words_radius([1], 1, 0, 1.0, 0.3)
+
+
+def test_another_threat_has_a_reach_of_its_own():
+    """Uniform noise loses votes in proportion to an l1 distance: the radius of Gaussian noise would be too large."""
+    votes, sigma = [40] * J, 0.25
+    lower = beta.ppf(ALPHA, 160, 1)  # of the four wordings that are left
+    found = words_radius(votes, EACH, 1, sigma, ALPHA, threat="l1")
+    assert found == pytest.approx(2.0 * 3**0.5 * sigma * (lower - 0.625))
+    assert found < words_radius(votes, EACH, 1, sigma, ALPHA)
