@@ -84,7 +84,7 @@ class Wordings:
     def sure(self, features: ArrayLike, label: int) -> npt.NDArray[np.bool_]:
         """Return which features [n, D] are put into the label whichever texts are used; failed ones are not."""
         rows = np.asarray(features, dtype=np.float64)
-        finite = np.isfinite(rows).all(axis=1)
+        finite = np.asarray(np.isfinite(rows).all(axis=1))
         near = [np.where(finite[:, None], rows, 0.0) @ texts.T for texts in self.vectors]
         others = near[:label] + near[label + 1 :]
         if self.aligned:

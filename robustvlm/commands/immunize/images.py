@@ -248,7 +248,7 @@ def make_antibodies(
         return Made(known.noise_antibodies(count, dim, seed=settings.seed), (), None)
     proposal = propose(settings, source.class_names, observer)
     texts = [text.text for text in proposal.texts]
-    sets = reversed(unknown.items())
+    sets = reversed(list(unknown.items()))
     naming = {text: name for name, other in sets for text in same_things(texts, other.things())}
     told = () if settings.oracle_words else tuple(text for text in proposal.texts if text.text in naming)
     proposal = replace(proposal, texts=tuple(text for text in proposal.texts if text not in told))
