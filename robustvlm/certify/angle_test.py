@@ -89,6 +89,7 @@ class JointTest:
         rows = unit_rows(pilot)
         self.cos0, self.a, self.alpha = check_cos0(cos0), check_shift(a), check_alpha(alpha)
         self.n, self.confirmed = 0, False
+        self.scores: list[Array] = []
         self.decision: Decision = "open"
         mean = np.nan_to_num(rows).mean(axis=0)
         if not np.linalg.norm(mean) > 1e-9:
@@ -100,7 +101,6 @@ class JointTest:
         self._plan = self._best_plan(rows)
         self._direction = PredictableDirection(rows.shape[1], start=self._u)
         self._rows: list[Array] = []
-        self.scores: list[Array] = []
         self._won = np.zeros((1 + len(self._plan.nulls), len(FRACTIONS)))
         self._lost = np.zeros_like(self._won)
         self._conclude()

@@ -16,6 +16,7 @@ from robustvlm.certify.classes import vote_radius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array, check_sigma
 from robustvlm.certify.threats import find_threat
+from robustvlm.core import MAX_SIGMA
 from robustvlm.errors import UserError
 from robustvlm.text import format_exact
 
@@ -56,7 +57,8 @@ class LocalNoise:
 
     def __post_init__(self) -> None:
         for sigma in (*self.sigmas, self.at):
-            check_sigma(sigma)
+            if check_sigma(sigma) > MAX_SIGMA:
+                raise UserError(f"noise levels are at most {MAX_SIGMA:g} in [0, 1] pixels, got {format_exact(sigma)}")
         if not _LEAST <= len(self.sigmas) <= _MOST or len(set(self.sigmas)) < len(self.sigmas):
             raise UserError(
                 f"noise is chosen among {_LEAST} to {_MOST} levels, each named once, got {_listed(self.sigmas)}: pass "

@@ -36,8 +36,8 @@ class MixedWordings:
     """
 
     def __init__(self, vlm: SmoothedVLM, class_names: Sequence[str], templates: Sequence[str]) -> None:
-        if not isinstance(vlm, SmoothedVLM):
-            raise UserError("only a smoothed encoder has noisy copies: pass smooth(model, SIGMA)")
+        if not isinstance(vlm, SmoothedVLM) or vlm.per_image:
+            raise UserError("only an encoder smoothed at one noise level has such copies: pass smooth(model, SIGMA)")
         if len(templates) < 2:
             raise UserError(f"copies read one of several wordings: pass at least two templates, got {len(templates)}")
         self.vlm, self.class_names = vlm, tuple(class_names)

@@ -368,7 +368,11 @@ def dual_rule(written: str) -> Rule:
         Rule(alpha=0.01, votes=True)
     """
     kept = written.split(":")[4:]  # N0 and what follows, as `+smooth` has them
-    return read_rule(":".join(["smooth", "1", *kept])) or Rule(RULE_USUAL)
+    alike = ":".join(["smooth", "1", *kept])
+    try:
+        return read_rule(alike) or Rule(RULE_USUAL)
+    except UserError as error:
+        raise UserError(str(error).replace(f"+{alike}'", f"+{written}'")) from None
 
 
 def rule_of(vlm: VLM | None) -> Rule | None:

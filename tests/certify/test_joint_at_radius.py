@@ -120,3 +120,11 @@ def test_a_run_answers_whether_a_radius_is_certified(tmp_path: Path) -> None:
     rows = run.rows.to_pylist()
     assert {row["stop"] for row in rows} <= {"certified", "futile", "exhausted"}
     assert any(row["radius"] == 0.05 and row["n"] < 350 for row in rows)
+
+
+def test_an_image_whose_pilot_failed_is_given_up() -> None:
+    certifier = JointAtRadius(radius=0.3, cos0=0.5, sigma=0.25, alpha=0.001, n=1000, n_pilot=50)
+    certifier.take(np.full((50, 4), np.nan))
+    assert certifier.request() is None
+    found = certifier.finding()
+    assert (found.radius, found.stop, found.failed, found.r) == (0.0, "futile", 50, 0.0)

@@ -15,8 +15,10 @@ from robustvlm.certify.claims.words import (
     require_wordings,
     words_radius,
 )
+from robustvlm.certify.local import read_local_noise
 from robustvlm.certify.wordings import Wordings
 from robustvlm.defenses import smooth
+from robustvlm.defenses.local import smooth_locally
 from robustvlm.defenses.mixed import MixedWordings
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
@@ -144,6 +146,9 @@ def test_the_deployed_model_reads_one_wording_a_copy():
     assert model.predict(torch.zeros(2, 3, 64, 64), 3000) == [0, 0]
     with pytest.raises(UserError, match="at least two templates"):
         MixedWordings(vlm, names, ["{}"])
+    local = smooth_locally(load_model("tiny"), read_local_noise("0.02,0.05:0.1:0.05"))
+    with pytest.raises(UserError, match="smoothed at one noise level"):
+        MixedWordings(local, names, templates)
 
 
 def test_too_few_wordings_and_too_large_an_alpha_are_refused():
@@ -153,3 +158,12 @@ def test_too_few_wordings_and_too_large_an_alpha_are_refused():
         require_wordings(words, 2)
     with pytest.raises(UserError, match="below alpha"):
         words_radius([1], 1, 0, 1.0, 0.3)
+
+
+def test_another_threat_has_a_reach_of_its_own():
+    """Uniform noise loses votes in proportion to an l1 distance: the radius of Gaussian noise would be too large."""
+    votes, sigma = [40] * J, 0.25
+    lower = beta.ppf(ALPHA, 160, 1)  # of the four wordings that are left
+    found = words_radius(votes, EACH, 1, sigma, ALPHA, threat="l1")
+    assert found == pytest.approx(2.0 * 3**0.5 * sigma * (lower - 0.625))
+    assert found < words_radius(votes, EACH, 1, sigma, ALPHA)

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 import robustvlm as rv
-from robustvlm.certify.claims.recall import RecallRadius
+from robustvlm.certify.claims.recall import RECALL, RecallRadius
 from robustvlm.commands.certify.audit import Effort, audit_folder
 from robustvlm.commands.certify.config import CertifyConfig
 from robustvlm.commands.certify.gallery import open_gallery
+from robustvlm.commands.certify.work import _without_gallery
 from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
 from robustvlm.data.source import Sample
@@ -72,6 +73,26 @@ def test_a_gallery_is_of_the_model_s_own_features(tmp_path: Path) -> None:
     assert means[0].copies == 4
     assert np.array_equal(means[0].vectors, means[1].vectors)
     assert means[0].digest != found.digest
+
+
+def test_an_image_of_no_known_class_is_a_wrong_answer_to_one_of_a_known_class() -> None:
+    """A gallery may hold images of other classes (-1): where one is the nearest, the image does not go uncounted."""
+    assert [RECALL.correct(1, place) for place in (1, 0, -1)] == [True, False, False]
+    assert RECALL.correct(-1, 0) is None
+
+
+@pytest.mark.slow
+def test_certificates_from_kept_features_name_classes_and_no_entries_of_the_gallery(tmp_path: Path) -> None:
+    place = folder_of_images(tmp_path / "pictures")
+    few = FEW | {"samples": 40, "limit": 1, "out": tmp_path}
+    kept = rv.certify("tiny", gallery=f"imagefolder:{place}", top=3, cache="float32", name="kept", **few)
+    assert kept.entry_names != kept.class_names
+    again = rv.certify(from_cache="kept", claim="recall", prompts="independent", out=tmp_path)
+    assert again.entry_names == again.class_names == kept.class_names
+
+
+def test_kept_features_are_of_data_without_the_gallery() -> None:
+    assert _without_gallery({"spec": "emoji", "gallery": {"names": ["a"]}}) == {"spec": "emoji"}
 
 
 @pytest.mark.slow

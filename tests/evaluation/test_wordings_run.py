@@ -13,11 +13,13 @@ from torch import Tensor
 
 from robustvlm.certify.claims.wordings import AnyWordingQuantity, SureVoteQuantity
 from robustvlm.certify.claims.words import WordsQuantity
+from robustvlm.certify.means import clopper_pearson_lower
+from robustvlm.certify.threats import find_threat
 from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort, Target, audit_image
 from robustvlm.commands.certify.setup import prompts_of
-from robustvlm.commands.certify.wordings import by_class
+from robustvlm.commands.certify.wordings import by_class, texts_of
 from robustvlm.defenses import smooth
 from robustvlm.errors import UserError
 
@@ -50,7 +52,7 @@ def test_every_record_says_which_wordings_and_an_audit_attacks_all_of_them(photo
         assert "wordings" in run.summary.statement
         assert not audit_folder(run.folder, replace(QUICK, evidence=64, steps=2), limit=1).broken
     file.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match="have changed"):
+    with pytest.raises(UserError, match=r"the paraphrases of .* have changed"):
         audit_folder(run.folder, QUICK, limit=1)
 
 
@@ -113,6 +115,13 @@ def test_mistakes_in_a_file_are_named(tmp_path, content, said):
         by_class(str(file), ["cat", "dog"])
 
 
+def test_texts_that_are_read_by_turns_do_not_move_up_for_a_repeated_one(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("cat: a\ncat: a\ncat: b\ndog: x\ndog: y\n")
+    with pytest.raises(UserError, match="'cat: a' stands twice"):
+        texts_of(str(file), ("cat", "dog"), ("{}",))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -146,6 +155,16 @@ def test_changed_words_are_certified_with_the_image_and_an_audit_changes_them(ph
     found = audit_folder(run.folder, replace(QUICK, evidence=64, steps=2), limit=1)
     assert not found.broken
     assert "words" in found.quantity
+
+
+def test_changed_words_beside_another_threat_are_certified_in_its_own_unit(photos, long_texts):
+    templates = photos.parent / "templates.txt"
+    templates.write_text(long_texts)
+    options = {"claim": "vote", "templates": templates, "paraphrases": "templates", "limit": 1, "threat": "l1"}
+    (row,) = prepared(photos, name="l1", sigma=0.001, words=0, **options).start().rows.to_pylist()
+    most = float(clopper_pearson_lower(row["n"], row["n"], 0.01))
+    # Gaussian noise would keep 2 sigma of so sure a vote.
+    assert 0.0 < row["radius"] <= find_threat("l1").reach(most, 0.5, 0.001) < 0.0017
 
 
 @pytest.mark.parametrize(

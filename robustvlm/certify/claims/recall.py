@@ -214,6 +214,10 @@ class _Recall(Claim):
             label_source="pilot",
         )
 
+    def correct(self, label: int, prediction: int) -> bool | None:
+        # The nearest entry of a gallery may be of no known class, -1, which is wrong and not unknown.
+        return prediction == label if label >= 0 else None
+
     def audited(
         self, row: Mapping[str, Any], asked: Asked, materials: Materials, *, steering: Array, evidence: Array
     ) -> Quantity:

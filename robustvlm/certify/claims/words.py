@@ -27,6 +27,7 @@ from robustvlm.errors import UserError, setting
 # vote for y. The votes for y that S has no part in are c h(z) for one function h of the noisy image with values in
 # [0, 1], the mean over the other wordings, and E h = p_S at x. So (T0) y has at least c Phi(Phi^-1(p_S) - a) of all
 # votes at x', more than half if a < Phi^-1(p_S) - Phi^-1(1 / (2 c)). A half-space that all wordings share attains it.
+# Against another threat its own law of the noise says what E h keeps (`Threat.reach`), to above 1 / (2 c) as well.
 #
 # From samples: copy i reads wording i mod J. The votes for y among the copies that read none of S are independent, of
 # mean p_S; Clopper-Pearson holds for their sum below alpha = 1/4, though it is not binomial (Hoeffding 1956, Theorem
@@ -36,13 +37,21 @@ MOST_ALPHA = 0.25
 
 
 def words_radius(
-    votes: Sequence[int], each: int, words: int, sigma: float, alpha: float, *, share: float = 0.5
+    votes: Sequence[int],
+    each: int,
+    words: int,
+    sigma: float,
+    alpha: float,
+    *,
+    share: float = 0.5,
+    threat: str | None = None,
 ) -> float:
     """Return the radius within which a label keeps more than `share` of the votes whichever `words` wordings change.
 
     Args:
         votes: for the label, by the wording that was read [J]. each: copies that read each wording.
         words: changed words, or wordings. alpha: below 1/4.
+        threat: what the noise is against, by name; l2 by default.
 
     Example:
         >>> [round(words_radius([95] * 6, 100, r, 1.0, 0.001), 2) for r in range(4)]
@@ -54,7 +63,7 @@ def words_radius(
     kept = len(left) / len(votes)
     if not left or share >= kept:
         return 0.0
-    return vote_radius(sum(left), each * len(left), sigma, alpha, share=share / kept)
+    return vote_radius(sum(left), each * len(left), sigma, alpha, share=share / kept, threat=threat)
 
 
 class WordsRadius(VoteRadius):
@@ -98,13 +107,12 @@ class WordsRadius(VoteRadius):
         rows = self._rows["estimation"]
         each = len(rows) // len(self.wordings.tables)  # those left over would be read by some wordings only
         votes = self._by_wording(rows[: each * len(self.wordings.tables)], self.label).tolist()
-        columns = {
-            f"words{r}_radius": words_radius(votes, each, r, self.sigma, self.alpha) for r in range(self.words + 1)
-        }
+        radius = partial(words_radius, votes, each, sigma=self.sigma, alpha=self.alpha, threat=self.threat)
+        columns = {f"words{r}_radius": radius(r) for r in range(self.words + 1)}
         columns["votes"] = sum(votes) / max(1, each * len(votes))
         if self.deployed is not None:
             share = self._share_needed(self.deployed)
-            columns["deployed_radius"] = words_radius(votes, each, self.words, self.sigma, self.alpha, share=share)
+            columns["deployed_radius"] = radius(self.words, share=share)
         return self._found(columns[f"words{self.words}_radius"], columns)
 
 
@@ -119,11 +127,12 @@ def words_plan(claim: Claim, asked: Asked, materials: Materials, words: int) -> 
     require_wordings(wordings, words)
     count = len(wordings.tables)
     plan = claim.plan(asked, replace(materials, wordings=None))
-    options = {"text": materials.classes, "deployed": asked.deployed, **sampling_of(asked)}
+    options = {"text": materials.classes, "deployed": asked.deployed, "threat": asked.threat, **sampling_of(asked)}
 
     def best(n: int) -> float:
         each = claim.rest(asked, n) // count
-        return words_radius([each] * count, each, words, asked.sigma, asked.alpha) if each else 0.0
+        votes = [each] * count
+        return words_radius(votes, each, words, asked.sigma, asked.alpha, threat=asked.threat) if each else 0.0
 
     changed = "no word" if not words else "one word" if words == 1 else f"{words} words"
     return replace(

@@ -368,7 +368,7 @@ def _require_same_texts(run: CertifyRecord, source: DataSource, claim: Claim) ->
     other = [key.replace("_", " ") for key, texts in now.items() if data.get(key, texts) != texts]
     told = prompts_of(run.config, run.manifest["model"], source.templates)
     if not other and any(_certified(row, "prompts") not in (None, told) for row in run.rows.to_pylist()):
-        other = ["antibodies"]
+        other = ["antibodies" if run.config.paraphrases is None else "paraphrases"]
     if other:
         raise UserError(
             f"the {' and '.join(other)} of '{run.folder}' have changed since it was certified: certify again"

@@ -120,6 +120,11 @@ def check(settings: CertifySettings) -> None:
     claim.check(settings, refuses=made is not None and made.refuses)
     if settings.cache not in (None, "float16", "float32"):
         raise BadSetting("cache", "keeps float16 or float32", got=f"'{settings.cache}'")
+    if settings.cache is not None and claim.head == "votes":
+        raise UserError(
+            f"votes of copies cannot be kept for other prompts: leave out {setting('cache')}, which is for features "
+            f"({setting('claim', DEFAULT)})"
+        )
     if settings.cache is not None and settings.radius is not None:
         raise UserError(
             f"{setting('cache')} keeps a number of samples that was fixed beforehand: leave out {setting('radius')}"
@@ -143,10 +148,18 @@ def _require_fixed_or_chosen(claim: Claim, settings: CertifySettings) -> None:
     """Refuse what is not certified of a model that chooses the noise for each image.
 
     Raises:
-        UserError: another claim than that on its class, or samples that are not of a number fixed beforehand.
+        UserError: another claim than that on its class, a head that refuses, or samples that are not of a number fixed
+            beforehand.
     """
     if chosen_noise(settings.model) is None:
         return
+    base = split_spec(settings.model)[0]
+    made = saved_model(base)
+    if made is not None and made.refuses:
+        raise UserError(
+            f"'{settings.model}': the copies of an immunised model vote under one noise for all images: pass "
+            f"{base}+smooth:SIGMA:N0:ALPHA:vote"
+        )
     if claim not in (VOTE, CLASS):
         raise UserError(
             f"'{settings.model}' chooses the noise of an image by its classes, and what is certified of it is the "

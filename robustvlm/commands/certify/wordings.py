@@ -61,6 +61,12 @@ def texts_of(where: str, class_names: tuple[str, ...], templates: tuple[str, ...
     """
     if where == TEMPLATES:
         return tuple(tuple(template.replace("{}", name) for name in class_names) for template in templates)
+    lines = paraphrases_in(where)
+    twice = next((line for place, line in enumerate(lines) if line in lines[:place]), None)
+    if twice is not None:  # taken once, it would move the texts behind it into other wordings
+        raise UserError(
+            f"copies read the i-th texts of all classes, and '{twice}' stands twice in {where}: write it once"
+        )
     lists = by_class(where, class_names)
     counts = {len(texts) for texts in lists}
     if len(counts) > 1:

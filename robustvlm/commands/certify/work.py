@@ -161,11 +161,16 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
         (settings.model, "kept"),
         config.stored(),
         model_facts,
-        {**data, "class_names": list(names), "templates": list(templates)},
+        {**_without_gallery(data), "class_names": list(names), "templates": list(templates)},
         probe=probe,
         more=more,
     )
     return CertifyWork(facts, config, begin)
+
+
+def _without_gallery(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data of a run without the images that it searched: certificates from kept features name classes."""
+    return {key: value for key, value in data.items() if key != "gallery"}
 
 
 def _require_own_vectors(settings: CertifySettings, config: CertifyConfig, class_names: tuple[str, ...]) -> None:
@@ -263,6 +268,11 @@ def _check(settings: CertifySettings, source: Source) -> None:
     if settings.gallery is not None:
         raise UserError(f"a gallery of images is fixed before the noise is drawn: leave out {setting('gallery')}")
     claim = find_claim(name)
+    if claim.head == "votes":
+        raise UserError(
+            f"the copies of a model vote by its whole head, and kept features are those of its encoder: for "
+            f"{setting('claim', name)} leave out {setting('from_cache')}"
+        )
     if source.config.cache == "float16" and not claim.bounds_rounding:
         raise UserError(
             f"the run '{source.folder.path}' kept float16 features, whose rounding is accounted for in class claims "

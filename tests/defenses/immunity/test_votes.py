@@ -14,7 +14,9 @@ from scipy.stats import binom
 import robustvlm as rv
 from robustvlm.certify import vote_predict
 from robustvlm.certify.claims.class_ import VoteRadius
+from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.audit import Effort, audit_folder
+from robustvlm.commands.certify.work import _check as require_judged
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.immunity import AdaptedVLM, ImmunisedClassifier, Immunity, immunise_without_images
@@ -158,6 +160,8 @@ def test_a_model_says_a_class_none_of_them_or_nothing(folder: Path) -> None:
         ("FOLDER+smooth:0.3:64:0.01:vote", {}, "thresholds for copies that vote at noise of 0.02 only"),
         ("FOLDER+smooth:0.02:64:0.01:vote", {"claim": "openset"}, "leave out claim, or pass claim=open-vote"),
         ("FOLDER+smooth:0.02:64:0.01:vote", {"claim": "vote"}, "answers by the vote of its copies"),
+        ("FOLDER+smooth:0.02:64:0.01:vote", {"cache": "float32"}, "votes of copies cannot be kept"),
+        ("FOLDER+dual:0.01,0.02:0.1:0.02:64:0.01:vote", {}, "vote under one noise for all images"),
         ("tiny", {"claim": "open-vote", "sigma": 0.02}, "never refuses an image.*pass claim=vote"),
     ],
 )
@@ -166,6 +170,12 @@ def test_other_rules_than_the_deployed_one_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         rv.certify(model.replace("FOLDER", str(folder)), limit=1, samples=100, alpha=0.05, out=tmp_path, **options)
+
+
+def test_kept_features_of_the_encoder_are_no_votes(folder: Path) -> None:
+    asked = CertifySettings(model=str(folder), from_cache="kept", claim="open-vote", prompts="independent")
+    with pytest.raises(UserError, match="vote by its whole head"):
+        require_judged(asked, None)  # type: ignore[arg-type]  # whatever run kept them
 
 
 def test_a_pipeline_whose_copies_could_not_vote_is_not_built(folder: Path, tmp_path: Path) -> None:
