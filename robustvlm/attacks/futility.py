@@ -10,9 +10,10 @@ CIFAR-10 model, the bundled robust model; Linf and L2): what `reach` says after 
 perturbation of the whole walk at most by a factor of 1.39 (k = 6), 1.28 (8 to 12), 1.23 (15), 1.19 (20), 1.12 (25) and
 1.11 (30), so `safety` allows at least 2.5 times the excess that was ever seen. No class within reach was given up, at
 any radius from 0.5/255 to 8/255. Walks of DLR, whose quotient changes along the way, erred by factors up to 3, and are
-not trusted: the look of `apgd-t` walks by the margin, and `fab-t:objective=dlr-t` gives nothing up. The rule is no proof:
-a boundary unlike its linearisation everywhere on the walk can hide, and `futility=off` then helps. It is repeated on any
-model by `python -m benchmarks.futility`.
+not trusted: the look of `apgd-t` walks by the margin, and `fab-t:objective=dlr-t` gives nothing up. The rule is no
+proof: a boundary unlike its linearisation everywhere on the walk can hide, and `futility=off` then helps. It is
+repeated on any model by `python -m benchmarks.futility`. Nothing is given up for goals whose loss does not tell
+success (`Goal.tells`).
 """
 
 import math
@@ -105,10 +106,11 @@ def out_of_reach(state: State, step: Tensor, eps: float) -> Tensor:
 # Measured by replaying the rule on full searches of 5000 queries, on CIFAR-10 models (undefended at Linf 1/255,
 # adversarially trained at Linf 4/255, 8/255 and L2 0.5) and on small CIFAR-10 networks (plain, adversarially trained,
 # with rounded pixels and so without a gradient, with saturated probabilities). 99 searches succeeded after query 500,
-# and none of them would have been given up at an even pace, so with 95 % confidence fewer than 3 % of such late successes
-# are lost. The falling pace would have lost one of 27 (at 8/255, on an image that gradients fool at once), which is why it
-# is for searches behind gradients alone: of 30 images that APGD-CE and APGD-T left alone at 4/255, Square with its whole
-# budget fooled none, and came further than gradients on 4. There searches end after 721 queries instead of 1125.
+# and none of them would have been given up at an even pace, so with 95 % confidence fewer than 3 % of such late
+# successes are lost. The falling pace would have lost one of 27 (at 8/255, on an image that gradients fool at once),
+# which is why it is for searches behind gradients alone: of 30 images that APGD-CE and APGD-T left alone at 4/255,
+# Square with its whole budget fooled none, and came further than gradients on 4. There searches end after 721 queries
+# instead of 1125.
 # `square:futility=off` switches the rule off; `python -m benchmarks.futility` measures it on any model.
 
 _INTERVALS = 160  # how finely a search is recorded
