@@ -231,6 +231,15 @@ def upload_faults(metadata: str, changed: Iterable[str]) -> list[str]:
     return found
 
 
+def stale_faults(wheel: Path) -> list[str]:
+    """Return how the package in a wheel differs from that of this tree, as after a commit since it was built."""
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name: archive.read(name) for name in archive.namelist() if name.startswith("robustvlm/")}
+    here = {name: (ROOT / name).read_bytes() for name in tracked_files()[0] if name.startswith("robustvlm/")}
+    other = sorted(name for name in here.keys() | packed.keys() if here.get(name) != packed.get(name))
+    return [f"it was not built from this tree ({', '.join(other[:3])}): make release"] if other else []
+
+
 def next_step(metadata: str, changed: Iterable[str]) -> str:
     """Return what a release needs after it was built and tried."""
     faults = upload_faults(metadata, changed)
@@ -244,7 +253,7 @@ def upload() -> None:
     found = sorted((ROOT / "dist").glob("*.whl"))
     if len(found) != 1:
         sys.exit("dist holds no release: make release")
-    end_if(upload_faults(metadata_of(found[0]), changed_files()), found[0])
+    end_if([*upload_faults(metadata_of(found[0]), changed_files()), *stale_faults(found[0])], found[0])
     run(sys.executable, "-m", "twine", "upload", *sorted((ROOT / "dist").iterdir()))
 
 

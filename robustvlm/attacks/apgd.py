@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.base import ATTACKS, BEYOND, DONE, MOST, WALKING, LaneAttack, Option, State
+from robustvlm.attacks.base import ATTACKS, BEYOND, DONE, MOST, LaneAttack, Option, State
 from robustvlm.attacks.fab import boundary_step
 from robustvlm.attacks.futility import beyond, learn, nothing_known, out_of_reach, reach
 from robustvlm.attacks.objectives import Objective, objective
@@ -154,6 +154,7 @@ def _momentum_step(state: State, x: Tensor, grad: Tensor, step: Tensor, threat: 
 LONGEST_WALK = 60
 FIRST_CLOSE = 10
 CLOSE = 1.1
+_WALKING = "walking"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +206,20 @@ class TargetedAPGD(APGD):
         state = super().begin(x0, threat, generator, run)
         if not self._walks():
             return state
-        flags = {WALKING: torch.ones(1, dtype=torch.bool)}
+        flags = {_WALKING: torch.ones(1, dtype=torch.bool)}
         # The start of the iterations waits in "x_before" until the walk is over.
         return state | nothing_known(x0) | flags | {"x": x0.clone(), "begun": torch.zeros(1, dtype=torch.int64)}
+
+    def away_from_image(self) -> TargetedAPGD:
+        return self.exhaustive()  # its walk begins at the image
+
+    def rows_walking(self, state: State) -> Tensor | None:
+        return state.get(_WALKING)
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:
         if not self._walks():
             return super().advance(state, loss, grad, step, threat)
-        walking = state[WALKING]
+        walking = state[_WALKING]
         own_step = torch.where(walking, 0, step - state["begun"])
         iterated = super().advance(state, loss, grad, own_step, threat) | {DONE: own_step >= self.n_iter}
         if not walking.any():
@@ -229,7 +236,7 @@ class TargetedAPGD(APGD):
         over = close | (step >= LONGEST_WALK)
         return state | {
             "x": torch.where(per_image(over, x), state["x_before"], moved),
-            WALKING: ~over,
+            _WALKING: ~over,
             "begun": torch.where(over, step + 1, state["begun"]),
             DONE: out_of_reach(state, step, threat.eps),
             BEYOND: beyond(state, step),

@@ -181,8 +181,6 @@ State = dict[str, Tensor]
 DONE = "done"
 # Where an attack looks which classes are within reach, the radius within which a lane's class is not, [L]; else 0.
 BEYOND = "beyond"
-# Which lanes walk along the boundary for now, bool [L]: their loss is the margin of their class, whatever is maximised.
-WALKING = "walking"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +261,14 @@ class LaneAttack(ABC):
         """Return the state of one lane at its start with what earlier attacks have found out about its image."""
         del job
         return state
+
+    def rows_walking(self, state: State) -> Tensor | None:
+        """Return which lanes walk along the boundary for now, bool [L]; None for an attack that never does.
+
+        Their loss is the margin of their class, whatever the objective.
+        """
+        del state
+        return None
 
     @abstractmethod
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:

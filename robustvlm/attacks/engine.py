@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustvlm.attacks import catalog
-from robustvlm.attacks.base import BEYOND, DONE, FAILED, FOOLED, ROBUST, WALKING, Job, LaneAttack, Result, State
+from robustvlm.attacks.base import BEYOND, DONE, FAILED, FOOLED, ROBUST, Job, LaneAttack, Result, State
 from robustvlm.attacks.goals import Case, Goal, Misclassify
 from robustvlm.attacks.lanes import Fact, Image, Lane
 from robustvlm.attacks.objectives import Mixture
@@ -88,7 +88,7 @@ class LaneEngine:
         self._claims: list[int] = []  # rows whose success got a second look in this pass
 
     def _fit(self, attack: LaneAttack) -> LaneAttack:
-        attack = attack if self.leave else attack.exhaustive()
+        attack = attack if self.leave and self.goal.tells(attack.objective) else attack.exhaustive()
         return attack.away_from_image() if self.goal.still_at_image else attack
 
     def run(self, jobs: Iterable[Job], *more: Source) -> Iterator[Result]:
@@ -183,10 +183,7 @@ class LaneEngine:
     @staticmethod
     def _walking(active: Sequence[Course], states: Sequence[State], rows: Tensor) -> Tensor | None:
         """Return which rows walk along the boundary, bool [B], or None where no attack does."""
-        known = [
-            None if catalog.is_foreign(course.attack) else state.get(WALKING)
-            for course, state in zip(active, states, strict=True)
-        ]
+        known = [course.attack.rows_walking(state) for course, state in zip(active, states, strict=True)]
         if all(one is None for one in known):
             return None
         none = (torch.zeros(len(state["x"]), dtype=torch.bool, device=rows.device) for state in states)

@@ -13,6 +13,7 @@ any radius from 0.5/255 to 8/255. Walks of DLR, whose quotient changes along the
 not trusted: the look of `apgd-t` walks by the margin, and `fab-t:objective=dlr-t` gives nothing up. The rule is no
 proof: a boundary unlike its linearisation everywhere on the walk can hide, and `futility=off` then helps.
 `python -m benchmarks.futility` measures it on any model.
+Nothing is given up for goals whose loss does not tell success (`Goal.tells`).
 """
 
 import math

@@ -283,8 +283,8 @@ class Square(LaneAttack):
 
     def told(self, state: State, job: Job) -> State:
         # Margins compare with losses that are margins.
-        if not self._may_give_up or self.objective.name != "margin":
-            return state
+        if not self._may_give_up or self.objective.name != "margin" or DONE not in state:
+            return state  # a subclass of a user's may begin with another state
         return state | square_futility.knowing(state, job.reached)
 
     def advance(self, state: State, loss: Tensor, grad: Tensor, step: Tensor, threat: ThreatModel) -> State:

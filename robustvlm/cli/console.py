@@ -108,8 +108,11 @@ def stage_line(width: int, title: str, count: str, times: str, more: Sequence[st
         'Training               ━━━━╌╌╌╌╌╌╌╌╌╌╌╌      5/20 loss 0.4 0:00:10 left 0:00:30'
     """
     count = f"{count:>9}"
-    title = set_cell_size(title, max(4, min(22, width - len(count) - len(times) - 3)))
-    room, words = width - cell_len(title) - len(count) - len(times) - 3, ""
+    room, words = width - len(count) - len(times) - 3, ""
+    # Beyond 22 characters a title has what the words leave.
+    longest = max(22, room - sum(len(word) + 1 for word in more if word) - 1)
+    title = set_cell_size(title, max(4, min(max(22, cell_len(title)), longest, room)))
+    room -= cell_len(title)
     for word in more:
         if word and len(word) < room:
             words, room = f"{words} {word}", room - len(word) - 1

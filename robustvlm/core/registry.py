@@ -196,7 +196,8 @@ def call(spec: str, target: Any, what: str, *given: Any, **options: Any) -> Any:
     if not callable(target):
         raise UserError(f"'{spec}' is a {type(target).__name__}, not a callable that returns {what}")
     if missing := _missing(target, given, options):
-        told = f"with {len(given) + len(options)} arguments" if given or options else "without arguments"
+        count = len(given) + len(options)
+        told = f"with {count} argument{'s' * (count > 1)}" if count else "without arguments"
         raise UserError(
             f"'{spec}' is called {told} and is to return {what}, but it needs {', '.join(missing)} as well: give these "
             "defaults, or name a function that needs none (docs/extend.md)"

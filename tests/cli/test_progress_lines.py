@@ -133,3 +133,11 @@ def test_looking_at_data_counts_its_images(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Bars, "advance", lambda _, count=1: seen.append(count))
     assert examine(open_data("emoji"), 3, progress=True)["readable"] == 3
     assert seen == [("Decoding", 3), 1, 1, 1]
+
+
+def test_a_title_is_whole_wherever_all_else_leaves_it_room() -> None:
+    title = "autoattack:standard Linf 4/255 superclass:2"
+    for width, shown in ((200, title), (90, title[:22]), (40, title[:6])):
+        line = stage_line(width, title, "12/90", "0:00:10 left 0:00:30", ["fooled 20%"], 0.1)
+        assert line.startswith(shown)
+        assert cell_len(line) <= width

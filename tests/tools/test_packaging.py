@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tools.packaging import (
     next_step,
     package_files,
     sdist_faults,
+    stale_faults,
     tracked_files,
     upload_faults,
     wheel_faults,
@@ -183,6 +185,21 @@ def test_a_release_without_an_address_is_not_uploaded(checkout: Path, tmp_path: 
     export(tracked_files()[0], tmp_path / "there")
     assert (tmp_path / "there/README.md").read_text() == "[a](https://host.example/a/b/blob/HEAD/docs/a.md)\n"
     assert (checkout / "README.md").read_text() == "[a](docs/a.md)\n"
+
+
+def test_a_release_of_another_commit_is_not_uploaded(checkout: Path) -> None:
+    wheel = checkout / "dist" / "a-1-py3-none-any.whl"
+    wheel.parent.mkdir(exist_ok=True)
+    names = [name for name in tracked_files()[0] if name.startswith("robustvlm/")]
+    assert names
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in names:
+            archive.write(checkout / name, name)
+    assert stale_faults(wheel) == []
+    (checkout / names[0]).write_text("later", encoding="utf-8")
+    assert names[0] in stale_faults(wheel)[0]
+    (checkout / names[0]).unlink()
+    assert names[0] in stale_faults(wheel)[0]
 
 
 def test_an_address_is_written_once_and_can_be_changed() -> None:

@@ -110,6 +110,14 @@ class Goal(ABC):
         del objective
         return -self.margin(output, case)
 
+    def tells(self, objective: Objective) -> bool:
+        """Whether the loss is above zero wherever the goal is reached, for an objective whose sign tells success.
+
+        Otherwise no attack may judge by its loss how far the goal still is, and all go on to the end of their budget.
+        """
+        del objective
+        return type(self).loss is Goal.loss
+
     def reached(self, output: Tensor, case: Case) -> Tensor:
         """Return where the goal is reached, bool [B]."""
         return self.margin(output, case) < 0

@@ -33,6 +33,10 @@ class Misclassify(Goal):
     def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
         return objective(output, case.label, case.aim)
 
+    def tells(self, objective: Objective) -> bool:
+        del objective
+        return type(self).loss is Misclassify.loss
+
     def reached(self, output: Tensor, case: Case) -> Tensor:
         return output.argmax(1) != case.label
 
@@ -56,6 +60,10 @@ class Targeted(Goal):
         aim = self._aim(case)
         rival = output.scatter(1, aim[:, None], float("-inf")).argmax(1)
         return _targeted_form(objective)(output, rival, aim)
+
+    def tells(self, objective: Objective) -> bool:
+        del objective
+        return type(self).loss is Targeted.loss
 
     def reached(self, output: Tensor, case: Case) -> Tensor:
         return output.argmax(1) == self._aim(case)
@@ -288,6 +296,10 @@ class Superclass(Goal):
     def loss(self, output: Tensor, objective: Objective, case: Case) -> Tensor:
         return objective(self.group_logits(output), self.group_of(case.label), self.group_of(case.aim))
 
+    def tells(self, objective: Objective) -> bool:
+        del objective
+        return type(self).loss is Superclass.loss
+
     def reached(self, output: Tensor, case: Case) -> Tensor:
         return self.group_of(output.argmax(1)) != self.group_of(case.label)
 
@@ -338,6 +350,10 @@ class SuperclassAll(Goal):
                 part = torch.where(level.group_of(case.aim) == level.group_of(case.label), torch.zeros_like(part), part)
             total = total + weight * part
         return total
+
+    def tells(self, objective: Objective) -> bool:
+        # At the coarsest level another class of the target's superclass may win, while the target loses at the finest.
+        return type(self).loss is SuperclassAll.loss and not objective.targeted
 
     def reached(self, output: Tensor, case: Case) -> Tensor:
         return self.levels[-1].reached(output, case)

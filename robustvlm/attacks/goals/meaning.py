@@ -60,6 +60,10 @@ class Reword(WordsGoal):
             return (surprise * said).sum(1) / said.sum(1).clamp_min(1)
         return -leads.masked_fill(~said, float("inf")).amin(1).nan_to_num(posinf=0.0)
 
+    def tells(self, objective: Objective) -> bool:
+        del objective
+        return True  # another meaning needs another token first
+
     def _answer(self, case: Case) -> Tensor:
         assert case.reference is not None, "the goal needs the clean answers"
         ids = case.reference
