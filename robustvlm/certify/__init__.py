@@ -19,9 +19,10 @@ Radii are in the pixel units of sigma and hold strictly inside, up to floating p
 """
 
 from robustvlm.certify.certifier import Certifier, Finding, Request
-from robustvlm.certify.claims.class_ import ClassAtRadius, ClassRadius, VocabularyRadius, VoteAtRadius, VoteRadius
+from robustvlm.certify.claims.class_ import ClassAtRadius, ClassRadius, VocabularyRadius
 from robustvlm.certify.claims.feature import FeatureRadius, FeatureTest
 from robustvlm.certify.claims.openset import OpensetRadius, RuleRadius
+from robustvlm.certify.claims.vote import VoteAtRadius, VoteRadius
 from robustvlm.certify.classes import vote_predict, vote_radius
 from robustvlm.certify.deployed import deployed_feature_cos, predict, predict_openset
 from robustvlm.certify.engine import Job, Sampled, SamplingEngine

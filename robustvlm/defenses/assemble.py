@@ -15,8 +15,8 @@ from robustvlm.core.files import replacing
 from robustvlm.core.framing import trial_pixels
 from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.defenses.pipeline import Operation, split_spec
 from robustvlm.defenses.smoothing import Rule, read_rule
+from robustvlm.defenses.specs import Operation, split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder

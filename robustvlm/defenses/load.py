@@ -12,8 +12,9 @@ from robustvlm.data.classes import DEFAULT
 from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.library import load_library, names_library_model
-from robustvlm.defenses.pipeline import load_pipeline, saved_model, split_rejection, split_spec
+from robustvlm.defenses.pipeline import load_pipeline, saved_model
 from robustvlm.defenses.smoothing import Rule, dual_rule, read_rule
+from robustvlm.defenses.specs import split_rejection, split_spec
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM
 

@@ -217,7 +217,7 @@ def _attack(manifest: Manifest) -> Iterator[str]:
 
 
 def _judge(manifest: Manifest) -> Iterator[str]:
-    from robustvlm.defenses.pipeline import split_spec  # catalogues that other kinds have no need to load
+    from robustvlm.defenses.specs import split_spec
     from robustvlm.defenses.zoo.base import DEFENCES, IDENTITY
     from robustvlm.defenses.zoo.unpublished import unpublished
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, norm
 
-from robustvlm.certify.claims.class_ import ClassRadius, VoteRadius
+from robustvlm.certify.claims.class_ import ClassRadius
 from robustvlm.certify.claims.local import NoiseQuantity, answering_alpha, copies_for_noise
+from robustvlm.certify.claims.vote import VoteRadius
 from robustvlm.certify.classes import vote_predict
 from robustvlm.certify.local import LocalNoise, LocalRadius, choose_thresholds, read_local_noise, top_margins
 from robustvlm.errors import UserError

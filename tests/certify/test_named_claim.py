@@ -13,8 +13,7 @@ import torch
 import robustvlm as rv
 from robustvlm.attacks.goals.words import first_named, names
 from robustvlm.certify import VoteRadius
-from robustvlm.certify.claims.class_ import VoteAtRadius, vote_winner, votes_for
-from robustvlm.certify.claims.vote import VoteQuantity
+from robustvlm.certify.claims.vote import VoteAtRadius, VoteQuantity, vote_winner, votes_for
 from robustvlm.commands.certify.audit import Effort, audit_folder
 from robustvlm.defenses.answering import NO_CLASS, Answering, Naming, NamingVLM, answers_of
 from robustvlm.errors import UserError

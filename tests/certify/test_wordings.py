@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
-from robustvlm.certify.claims.class_ import ClassRadius, VoteRadius, votes_for
+from robustvlm.certify.claims.class_ import ClassRadius
+from robustvlm.certify.claims.vote import VoteRadius, votes_for
 from robustvlm.certify.claims.wordings import AnyWordingQuantity, AnyWordingRadius, SureVoteQuantity, SureVoteRadius
 from robustvlm.certify.wordings import Wordings
 from robustvlm.errors import UserError

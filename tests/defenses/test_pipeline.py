@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robustvlm.defenses import SmoothedVLM, load_pipeline, split_spec
-from robustvlm.defenses.pipeline import Operation
+from robustvlm.defenses.specs import Operation
 from robustvlm.errors import UserError
 
 

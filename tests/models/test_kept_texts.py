@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustvlm.attacks import ThreatModel
 from robustvlm.commands.certify.config import CertifyConfig
-from robustvlm.commands.certify.setup import materials_of
+from robustvlm.commands.certify.materials import materials_of
 from robustvlm.commands.detect.encoding import embed_words
 from robustvlm.commands.immunize.images import embedder
 from robustvlm.data.trees import Forest, Tree
@@ -21,9 +21,10 @@ from robustvlm.defenses.finetune import FinetuneSettings, finetune_task
 from robustvlm.defenses.finetune.hierarchical import Hierarchical, ProjectedTexts
 from robustvlm.defenses.immunity.recipe import immunise_without_images
 from robustvlm.defenses.immunity.state import AdaptedVLM, Adapter
-from robustvlm.defenses.pipeline import Operation, apply_operations
+from robustvlm.defenses.pipeline import apply_operations
 from robustvlm.defenses.purify.parts import PurifiedVLM
 from robustvlm.defenses.smoothing import SmoothedVLM
+from robustvlm.defenses.specs import Operation
 from robustvlm.models import VLM, load_model, zero_shot
 from robustvlm.models.class_cache import cache_file, forget_embeddings
 from robustvlm.models.clip_folder import write_clip_folder

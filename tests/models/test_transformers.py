@@ -22,7 +22,7 @@ import transformers
 
 from robustvlm.cli.main import main
 from robustvlm.core.framing import Framing, to_pixels
-from robustvlm.defenses.pipeline import Operation, split_spec
+from robustvlm.defenses.specs import Operation, split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import load_model, zero_shot
 from robustvlm.models.transformers_files import read_config, split_sides

@@ -27,15 +27,12 @@ from robustvlm.certify.claims.base import (
 from robustvlm.certify.core import best_core_shift, copies_needed, core_of
 from robustvlm.certify.deployed import (
     answered_margin_needed,
-    answered_share_needed,
     class_margin_needed,
-    vote_share_needed,
 )
 from robustvlm.certify.limits import best_class_radius
-from robustvlm.certify.means import Decision, SequentialTest
+from robustvlm.certify.means import Decision
 from robustvlm.certify.normal import Array, check_radius
 from robustvlm.certify.shapes import halfspace_shift
-from robustvlm.certify.threats import find_threat
 from robustvlm.errors import UserError
 
 # Certifiers for classes: the class of the mean feature (P1-CDF, T8), any prompts (T2, T7), and the hard vote
@@ -240,140 +237,11 @@ class ClassAtRadius(Labelled):
         return self._found(self._at if decision == "certified" else 0.0, {}, stop_of(decision))
 
 
-class VoteRadius(Labelled):
-    """The radius of the hard vote, another deployed rule than the mean feature's class (Cohen et al. 2019).
-
-    Columns: `votes`, the share of estimation votes for the label; `deployed_radius`, where most of `deployed` fresh
-    votes are for the label with probability 1 - alpha over these (same event); of a model that abstains at
-    `abstains_at`, where it answers with that class.
-
-    Example:
-        >>> certifier = VoteRadius(text=[[1.0, 0.0], [0.0, 1.0]], sigma=0.25, alpha=0.001, n=1000, n_pilot=200)
-        >>> while (wanted := certifier.request()) is not None:
-        ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
-        >>> round(certifier.finding().radius, 2)
-        0.6
-    """
-
-    def __init__(
-        self,
-        *,
-        text: ArrayLike,
-        sigma: float,
-        alpha: float,
-        n: int,
-        n_pilot: int,
-        deployed: int | None = None,
-        abstains_at: float | None = None,
-        threat: str | None = None,
-    ) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot)
-        self.deployed, self.abstains_at, self.threat = deployed, abstains_at, threat
-
-    def _choose(self, pilot: Array) -> int:
-        return vote_winner(pilot, self.text)
-
-    def finding(self) -> Finding:
-        rows = self._rows["estimation"]
-        successes = int(self._won(rows).sum())
-        columns = {"votes": successes / len(rows)}
-        if self.deployed is not None:
-            share = self._share_needed(self.deployed)
-            columns["deployed_radius"] = self._radius(successes, len(rows), share)
-        return self._found(self._radius(successes, len(rows), 0.5), columns)
-
-    def _won(self, rows: Array) -> Array:
-        """Return which features [n, D] are votes for the label."""
-        return votes_for(rows, self.text, self.label)
-
-    def _radius(self, successes: int, n: int, share: float) -> float:
-        return classes.vote_radius(successes, n, self.sigma, self.alpha, share=share, threat=self.threat)
-
-    def _share_needed(self, n0: int) -> float:
-        if self.abstains_at is None:
-            return vote_share_needed(n0, self.alpha)
-        return answered_share_needed(n0, self.abstains_at, self.alpha)
-
-
-class VoteAtRadius(Labelled):
-    """Does the hard vote keep its class within this radius? Samples until yes, hopeless, or n (T0; betting on votes).
-
-    Example:
-        >>> certifier = VoteAtRadius(text=[[1.0, 0.0], [0.0, 1.0]], radius=0.1, sigma=0.25, alpha=0.001, n=5000,
-        ...                          n_pilot=200)
-        >>> while (wanted := certifier.request()) is not None:
-        ...     certifier.take([[0.8, 0.6], [1.0, 0.0]] * (wanted.sure // 2))
-        >>> certifier.finding().radius
-        0.1
-    """
-
-    def __init__(
-        self,
-        *,
-        text: ArrayLike,
-        radius: float,
-        sigma: float,
-        alpha: float,
-        n: int,
-        n_pilot: int,
-        threat: str | None = None,
-    ) -> None:
-        super().__init__(text=text, sigma=sigma, alpha=alpha, n=n, n_pilot=n_pilot, radius=radius)
-        self._test = SequentialTest(find_threat(threat).needed(0.5, self._at, self.sigma), alpha=alpha)
-        self._won = 0
-
-    def _choose(self, pilot: Array) -> int:
-        return vote_winner(pilot, self.text)
-
-    def _absorb(self, stage: Stage, rows: Array) -> None:
-        if stage == "pilot":
-            self.label = self._choose(rows)
-            return
-        votes = votes_for(rows, self.text, self.label)
-        self._won += int(votes.sum())
-        self._test.update(votes.astype(np.float64))
-
-    def _decided(self) -> bool:
-        return self._test.decision != "open"
-
-    def finding(self) -> Finding:
-        decision = self._test.decision
-        share = self._won / max(1, self.counts["estimation"])
-        return self._found(self._at if decision == "certified" else 0.0, {"votes": share}, stop_of(decision))
-
-
 def check_rounding(rounding: float) -> float:
     """Return a bound of how far kept features lie from the encoder's, if it is one; a negative one would add radius."""
     if not (rounding >= 0.0 and np.isfinite(rounding)):
         raise UserError(f"the bound of the features' rounding must be a finite number >= 0, got {rounding}")
     return float(rounding)
-
-
-def votes_for(rows: Array, text: Array, label: int) -> np.ndarray:
-    """Return which features [n, D] are closest to the text of `label`.
-
-    Failed rows are votes for no class, and so are those that are as close to another, as an answer that names none is.
-
-    Example:
-        >>> votes_for(np.array([[1.0, 0.0], [np.nan, 0.0], [0.0, 0.0]]), np.eye(2), 0).tolist()
-        [True, False, False]
-    """
-    finite = np.asarray(np.isfinite(rows).all(axis=1))
-    near = np.where(finite[:, None], rows, 0.0) @ text.T
-    alone = (near == near.max(axis=1, keepdims=True)).sum(axis=1) == 1
-    return np.asarray(finite & alone & (near.argmax(axis=1) == label))
-
-
-def vote_winner(rows: Array, text: Array) -> int:
-    """Return the class with the most votes of features [n, D], the first of several; -1 if there is no vote.
-
-    Example:
-        >>> vote_winner(np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), np.eye(2))
-        1
-    """
-    near = rows[np.asarray(np.isfinite(rows).all(axis=1))] @ text.T
-    alone = near[(near == near.max(axis=1, keepdims=True, initial=-np.inf)).sum(axis=1) == 1]
-    return int(np.bincount(alone.argmax(axis=1), minlength=len(text)).argmax()) if len(alone) else -1
 
 
 def stop_of(decision: Decision) -> Stop:

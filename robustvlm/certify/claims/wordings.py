@@ -13,8 +13,8 @@ from torch import Tensor
 
 from robustvlm.certify import classes
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of
-from robustvlm.certify.claims.class_ import ClassQuantity, ClassRadius, VoteRadius
-from robustvlm.certify.claims.vote import VoteQuantity
+from robustvlm.certify.claims.class_ import ClassQuantity, ClassRadius
+from robustvlm.certify.claims.vote import VoteQuantity, VoteRadius
 from robustvlm.certify.normal import Array
 from robustvlm.certify.wordings import Wordings
 from robustvlm.errors import UserError

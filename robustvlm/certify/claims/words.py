@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustvlm.certify.certifier import Finding
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, sampling_of, upper_mean
-from robustvlm.certify.claims.class_ import VoteRadius, votes_for
+from robustvlm.certify.claims.vote import VoteRadius, votes_for
 from robustvlm.certify.classes import vote_radius
 from robustvlm.certify.normal import Array
 from robustvlm.certify.wordings import Wordings

@@ -3,15 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from robustvlm.attacks import PRECISIONS
-from robustvlm.certify import OpensetRule, settings_digest
+from robustvlm.certify import settings_digest
 from robustvlm.certify.claims import (
     DEFAULT,
     DEFAULT_KEPT,
@@ -31,24 +29,23 @@ from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.claims.wordings import worded_plan
 from robustvlm.certify.claims.words import words_plan
 from robustvlm.certify.local import LocalNoise, read_local_noise
-from robustvlm.certify.normal import Array, check_alpha
+from robustvlm.certify.normal import check_alpha
 from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
-from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.commands.certify.gallery import Gallery
-from robustvlm.commands.certify.wordings import make_wordings, paraphrases_in, read_by_turns, texts_of
+from robustvlm.commands.certify.materials import antibodies_of, rule_of
+from robustvlm.commands.certify.wordings import paraphrases_in
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
-from robustvlm.data.classes import read_class_names
 from robustvlm.defenses import SmoothedVLM
-from robustvlm.defenses.answering import AnswerVLM, answers_of, speaker_of, token_shape
+from robustvlm.defenses.answering import answers_of, speaker_of
 from robustvlm.defenses.load import declared_rule
-from robustvlm.defenses.pipeline import saved_model, split_spec
+from robustvlm.defenses.pipeline import saved_model
 from robustvlm.defenses.smoothing import FORM, Rule, told_of
+from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
-from robustvlm.models import VLM, zero_shot
-from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.models import VLM
 from robustvlm.text import format_exact
 
 DEFAULT_ALPHA, MAX_ALPHA = 0.001, 0.5
@@ -369,7 +366,7 @@ def noise_of(
     config: CertifyConfig, model: dict[str, Any], class_names: tuple[str, ...], templates: tuple[str, ...]
 ) -> str:
     """Return the digest of all that decides a run's certificates; see `robustvlm.certify.noise` for what it is for."""
-    texts = {"classes": class_names, "templates": templates, "antibodies": _antibodies(config)}
+    texts = {"classes": class_names, "templates": templates, "antibodies": antibodies_of(config)}
     if config.paraphrases is not None:
         texts |= {"paraphrases": paraphrases_in(config.paraphrases)}
     return noise_settings(config, model, texts | ({"claim": (model["claim"],)} if "claim" in model else {}))
@@ -380,97 +377,7 @@ def prompts_of(config: CertifyConfig, model: dict[str, Any], templates: tuple[st
     if not find_claim(config.claim).needs_classes:
         return None
     more = [] if config.paraphrases is None else [list(paraphrases_in(config.paraphrases))]
-    return settings_digest(list(templates), list(_antibodies(config)), config.weight, model.get("head"), *more)
-
-
-def _antibodies(config: CertifyConfig) -> tuple[str, ...]:
-    return () if config.antibodies is None else list_of_names(Path(config.antibodies))
-
-
-def materials_of(
-    config: CertifyConfig,
-    vlm: VLM,
-    text: Array | None,
-    templates: tuple[str, ...],
-    *,
-    rule: OpensetRule | None = None,
-    rounding: float = 0.0,
-    baselines: bool = True,
-    gallery: Gallery | None = None,
-    wordings: Wordings | None = None,
-) -> Materials:
-    """Return what a run's claim is about: classes or a gallery, the antibodies that were given, an open-set rule."""
-    given, (tokens, length) = rule is None and config.antibodies is not None, token_shape(vlm)
-    return Materials(
-        text=text if gallery is None else gallery.vectors,
-        entries=None if gallery is None else gallery.labels,
-        against=_array(class_embeddings(vlm, _antibodies(config), templates)) if given else None,
-        rule=rule,
-        rounding=rounding,
-        baselines=baselines,
-        logit_scale=vlm.logit_scale,
-        tokens=tokens,
-        width=tokens * length,
-        wordings=wordings,
-    )
-
-
-def wordings_of(
-    config: CertifyConfig, vlm: VLM, text: Array | None, class_names: tuple[str, ...], templates: tuple[str, ...]
-) -> Wordings | None:
-    """Return all wordings that a run's certificates hold for; None where they are about the usual texts.
-
-    Raises:
-        UserError: a model that answers in words, or a file of another form.
-    """
-    if config.paraphrases is None or text is None:
-        return None
-    made = saved_model(split_spec(config.model)[0])
-    own = vlm.class_vectors(class_names) if made is None else made.class_vectors(class_names)
-    if speaker_of(vlm) is not None or own is not None:
-        raise UserError(
-            f"'{config.model}' tells classes apart by no texts that could be put otherwise: leave out "
-            f"{setting('paraphrases')}"
-        )
-    if config.words is not None:
-        return read_by_turns(vlm, texts_of(config.paraphrases, class_names, templates))
-    return make_wordings(config.paraphrases, vlm, text, class_names, templates)
-
-
-def rule_of(config: CertifyConfig, class_names: tuple[str, ...]) -> OpensetRule | None:
-    """Return the open-set rule of a model that has one, with `--tau` in place of its thresholds if that was given.
-
-    Raises:
-        UserError: the deployed model follows another rule under this noise.
-    """
-    made = saved_model(split_spec(config.model)[0]) if find_claim(config.claim).head == "rule" else None
-    return None if made is None else made.openset_rule(class_names, config.sigma, config.tau)
-
-
-def vectors_of_classes(
-    config: CertifyConfig, vlm: VLM, class_names: tuple[str, ...], templates: tuple[str, ...]
-) -> Array | None:
-    """Return unit class vectors [K, D]: those of a model that has its own, else the texts.
-
-    Raises:
-        UserError: a claim about classes, and the model has no single vector for each.
-    """
-    made, claim = saved_model(split_spec(config.model)[0]), find_claim(config.claim)
-    if claim.head == "votes":
-        return np.eye(len(class_names) + 1)
-    if made is not None and claim.head == "vectors":
-        own = made.class_vectors(class_names)
-        if own is not None:
-            return _array(own)
-    return embed_classes(vlm, class_names, templates, needed=claim.needs_classes)
-
-
-def list_of_names(path: Path) -> tuple[str, ...]:
-    """Return the class names of a file that lists them; UserError for one that maps labels to names."""
-    names, _ = read_class_names(path)
-    if not isinstance(names, tuple):
-        raise UserError(f"'{path}' maps labels to names: expected a list, one name a line")
-    return names
+    return settings_digest(list(templates), list(antibodies_of(config)), config.weight, model.get("head"), *more)
 
 
 def certified_model(vlm: VLM, config: CertifyConfig, class_names: Sequence[str]) -> VLM:
@@ -511,20 +418,6 @@ def certified_model(vlm: VLM, config: CertifyConfig, class_names: Sequence[str])
             f"is for features ({setting('claim', 'feature')})"
         )
     return answers_of(vlm, class_names, in_words=claim is NAMED)
-
-
-def embed_classes(
-    vlm: VLM, class_names: tuple[str, ...], templates: tuple[str, ...], *, needed: bool = True
-) -> Array | None:
-    """Return the unit class embeddings [K, D]; where they are only for information, None for fewer than two classes
-    or a model that answers in words."""
-    if not needed and (len(class_names) < 2 or (speaker_of(vlm) is not None and not isinstance(vlm, AnswerVLM))):
-        return None
-    return _array(zero_shot(vlm, class_names, templates).class_embeddings)
-
-
-def _array(embeddings: Tensor) -> Array:
-    return np.asarray(embeddings.detach().double().cpu().numpy())
 
 
 def describe_head(

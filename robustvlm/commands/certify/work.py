@@ -13,6 +13,14 @@ from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
 from robustvlm.commands.certify.gallery import entries_of, names_of, open_gallery
+from robustvlm.commands.certify.materials import (
+    embed_classes,
+    list_of_names,
+    materials_of,
+    rule_of,
+    vectors_of_classes,
+    wordings_of,
+)
 from robustvlm.commands.certify.pictures import save_extremes
 from robustvlm.commands.certify.prompts import PROMPTS, Candidates, why_valid
 from robustvlm.commands.certify.record import load_certify_run
@@ -30,7 +38,8 @@ from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.answering import AnswerVLM, NamingVLM
-from robustvlm.defenses.pipeline import saved_model, split_spec
+from robustvlm.defenses.pipeline import saved_model
+from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
@@ -90,13 +99,13 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     _check(settings, source)
     claim = find_claim(setup.claim_of(settings))
     chosen = (settings.prompts or "adaptive") if claim.any_prompts else None
-    candidates = None if settings.candidates is None else Candidates(setup.list_of_names(settings.candidates))
+    candidates = None if settings.candidates is None else Candidates(list_of_names(settings.candidates))
     if candidates is not None:
         chosen = "candidates"
     assert source.config.cache is not None
     device = str(device_of_rank(resolve_device(settings.device), current_ranks()))
     data = source.manifest["data"]
-    names = tuple(data["class_names"]) if settings.classes is None else setup.list_of_names(settings.classes)
+    names = tuple(data["class_names"]) if settings.classes is None else list_of_names(settings.classes)
     if candidates is not None:
         candidates.require(names)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
@@ -118,16 +127,16 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
     config = config.model_copy(update={"abstains_at": setup.settle_abstention(config, vlm)})
     _require_own_vectors(settings, config, tuple(data["class_names"]))
     setup.certified_model(vlm, config, names)  # which refuses what nothing kept can show
-    rule = setup.rule_of(config, names)
+    rule = rule_of(config, names)
     if settings.classes is None and settings.templates is None:
-        text = setup.vectors_of_classes(config, vlm, names, templates)
+        text = vectors_of_classes(config, vlm, names, templates)
     else:
-        text = setup.embed_classes(vlm, names, templates, needed=claim.needs_classes)
+        text = embed_classes(vlm, names, templates, needed=claim.needs_classes)
     dim = NoisyEncoder(vlm, precision=config.precision)(trial_pixels(1, vlm.image_size, device=vlm.device)).shape[1]
     rounding = rounding_error(source.config.cache, dim)
     with named_by(f"the manifest of '{source.folder.path}'"):
         clean_kept = find_claim(source.config.claim).needs_clean
-    materials = setup.materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
+    materials = materials_of(config, vlm, text, templates, rule=rule, rounding=rounding, baselines=clean_kept)
     plan = setup.plan_of(config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, names, templates)
@@ -343,11 +352,11 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")
     settled = {"deployed": setup.settle_deployed(settings, vlm), "abstains_at": setup.settle_abstention(config, vlm)}
     config = config.model_copy(update={"resolution": vlm.image_size, **settled})
-    rule = setup.rule_of(config, source.class_names)
+    rule = rule_of(config, source.class_names)
     gallery = open_gallery(config, vlm, source)
-    text = setup.vectors_of_classes(config, vlm, source.class_names, source.templates)
-    wordings = setup.wordings_of(config, vlm, text, source.class_names, source.templates)
-    materials = setup.materials_of(config, vlm, text, source.templates, rule=rule, gallery=gallery, wordings=wordings)
+    text = vectors_of_classes(config, vlm, source.class_names, source.templates)
+    wordings = wordings_of(config, vlm, text, source.class_names, source.templates)
+    materials = materials_of(config, vlm, text, source.templates, rule=rule, gallery=gallery, wordings=wordings)
     plan = setup.plan_of(config, materials)
     best = require_possible(plan, config)
     probe = probe_of(vlm, source.class_names, source.templates)

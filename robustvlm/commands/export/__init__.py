@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from robustvlm.commands.export.card import CARD, measured, model_card
 from robustvlm.core.files import is_temporary, named_disk_errors, read_bytes, read_json, write_text
 from robustvlm.defenses.library import CLASSES, names_library_model
-from robustvlm.defenses.pipeline import load_pipeline, split_spec
+from robustvlm.defenses.pipeline import load_pipeline
+from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import UserError, arguments_named, nearest, setting
 from robustvlm.models.clip import MERGES, ClipVLM
 from robustvlm.models.clip_folder import clip_config, write_clip_folder

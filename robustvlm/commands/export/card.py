@@ -18,7 +18,7 @@ from robustvlm.core.files import read_text
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
 from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.pipeline import split_spec
+from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.saved import read_card

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from robustvlm.commands.judge.attacks import FEATURE, LABEL, MODE, OWN, SHORT, SQUARE, START, UNAWARE
 from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement, as_read
-from robustvlm.defenses.pipeline import split_spec
+from robustvlm.defenses.specs import split_spec
 from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, strengths
 from robustvlm.defenses.zoo.base import OWN as OWN_WAY
 from robustvlm.report import screen

@@ -38,7 +38,8 @@ from robustvlm.core.size import size_text
 from robustvlm.data import DataSource, open_data
 from robustvlm.data.source import Unreadable
 from robustvlm.defenses import Classifier, load_classifier
-from robustvlm.defenses.pipeline import check_operations, split_spec, undefended
+from robustvlm.defenses.pipeline import check_operations
+from robustvlm.defenses.specs import split_spec, undefended
 from robustvlm.defenses.zoo.base import Passes
 from robustvlm.defenses.zoo.unpublished import unpublished
 from robustvlm.defenses.zoo.wrap import defended

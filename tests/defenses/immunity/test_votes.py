@@ -13,7 +13,7 @@ from scipy.stats import binom
 
 import robustvlm as rv
 from robustvlm.certify import vote_predict
-from robustvlm.certify.claims.class_ import VoteRadius
+from robustvlm.certify.claims.vote import VoteRadius
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.audit import Effort, audit_folder
 from robustvlm.commands.certify.work import _check as require_judged

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from robustvlm.defenses import Classifier
 from robustvlm.defenses.classifier import ZeroShot
-from robustvlm.defenses.pipeline import Operation, apply_operations
+from robustvlm.defenses.pipeline import apply_operations
+from robustvlm.defenses.specs import Operation
 from robustvlm.defenses.zoo.base import DEFENCES, AnswerDefence, read_defence
 from robustvlm.defenses.zoo.wrap import DefendedClassifier
 from robustvlm.models import VLM, zero_shot

@@ -11,7 +11,8 @@ from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.commands.detect.encoding import Answers
 from robustvlm.defenses import load_classifier, load_pipeline
-from robustvlm.defenses.pipeline import apply_operations, operators, split_spec, undefended
+from robustvlm.defenses.pipeline import apply_operations, operators
+from robustvlm.defenses.specs import split_spec, undefended
 from robustvlm.defenses.zoo.base import DEFENCES, MODES, AnswerDefence, form_of, generators, read_defence, strengths
 from robustvlm.defenses.zoo.wrap import counted_passes, gradient_mode, modes_of
 from robustvlm.errors import UserError
