@@ -63,10 +63,14 @@ def test_a_gallery_is_of_the_model_s_own_features(tmp_path: Path) -> None:
     config = CertifyConfig.model_construct(gallery=f"imagefolder:{place}", limit=2)
     found = open_gallery(config, vlm, source)
     assert found is not None
-    assert (len(found.names), found.labels.count(-1), found.copies) == (6, 1, 0)
+    assert (len(found.names), found.left_out, found.copies) == (4, 2, 0)  # two are certified, under another name
+    assert "2 images that are certified themselves are left out" in " ".join(found.words)
     pixels = to_pixels(Image.open(place / found.names[0]).convert("RGB"), vlm.framing)[None]
     assert np.abs(found.vectors[0] - vlm.encode_image(pixels)[0].double().numpy()).max() < 1e-5
     smoothed = load_pipeline("tiny+smooth:0.02:4")
+    none = CertifyConfig.model_construct(gallery=f"imagefolder:{place}", limit=None)
+    with pytest.raises(UserError, match="holds only images that are certified"):
+        open_gallery(none, vlm, source)
     means = [open_gallery(config, smoothed, source) for _ in range(2)]
     assert means[0] is not None
     assert means[1] is not None

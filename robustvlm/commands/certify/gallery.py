@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Gallery:
     Attributes:
         labels: their classes, in the numbering of the images that are certified; -1 for any other.
         names: ids. spec: where they are from. copies: of which each vector is the mean; 0: features without noise.
-        left_out: images that are certified themselves, and so are not in it.
+        left_out: images that are certified themselves, by name or by their pixels, and so are not in it.
     """
 
     vectors: Array
@@ -67,7 +68,8 @@ def open_gallery(config: CertifyConfig, vlm: VLM, source: DataSource) -> Gallery
     """Return the gallery of a run, None where it has none.
 
     Images of a smoothed model are encoded as it is deployed, by the mean of its copies, drawn from their ids; those of
-    any other without noise. Those that are certified by the same run are left out: each would be nearest to itself.
+    any other without noise. Those that are certified by the same run, and those that show the same pixels as one of
+    them, are left out: each would be nearest to itself.
 
     Args:
         source: the images that are certified, whose classes tell which entries belong to one.
@@ -78,7 +80,9 @@ def open_gallery(config: CertifyConfig, vlm: VLM, source: DataSource) -> Gallery
     if config.gallery is None:
         return None
     other = open_unlabelled(config.gallery, source.class_names)
-    queries = _queries(config, source) if other.spec == source.spec else frozenset()
+    same = other.spec == source.spec
+    queries = _queries(config, source) if same else frozenset()
+    shown = frozenset() if same else _pixels_shown(config, vlm, source)
     vectors: list[Array] = []
     labels: list[int] = []
     names: list[str] = []
@@ -89,6 +93,9 @@ def open_gallery(config: CertifyConfig, vlm: VLM, source: DataSource) -> Gallery
             continue
         if not isinstance(item, Sample):
             raise UserError(f"'{item.id}' of the gallery '{config.gallery}' cannot be read ({item.reason})")
+        if shown and _digest(vlm, item) in shown:
+            left_out += 1
+            continue
         vectors.append(_encoded(vlm, item))
         labels.append(item.label)
         names.append(item.id)
@@ -110,6 +117,16 @@ def _queries(config: CertifyConfig, source: DataSource) -> frozenset[str]:
             "other data"
         )
     return frozenset(ids if config.limit is None else select(ids, config.limit))
+
+
+def _pixels_shown(config: CertifyConfig, vlm: VLM, source: DataSource) -> frozenset[str]:
+    """Return digests of the images that are certified, as the model sees them: data may be named in several ways."""
+    found = source.samples(limit=config.limit)
+    return frozenset(_digest(vlm, item) for item in found if isinstance(item, Sample))
+
+
+def _digest(vlm: VLM, item: Sample) -> str:
+    return hashlib.blake2b(to_pixels(item.image, vlm.framing).numpy().tobytes(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()
