@@ -184,7 +184,7 @@ class LocalRadius(Certifier):
 
     Example:
         >>> from functools import partial
-        >>> from robustvlm.certify.claims.class_ import VoteRadius
+        >>> from robustvlm.certify.claims.vote import VoteRadius
         >>> law = LocalNoise((0.1, 0.25), (0.5,), 0.25)
         >>> level = lambda i: VoteRadius(text=np.eye(2), sigma=law.sigmas[i], alpha=0.0005, n=900, n_pilot=100)
         >>> certifier = LocalRadius(noise=law, text=np.eye(2), certifier=level, alpha=0.001, n=900, n_noise=300)

@@ -200,15 +200,14 @@ def test_what_gradients_hide_square_finds_after_them_as_well(eps):
     assert torch.equal(found[0].fooled, found[1].fooled)
 
 
-def test_a_search_behind_gradients_ends_sooner_and_one_that_knows_of_none_does_not():
-    model, threat = Curved(seed=4), ThreatModel("Linf", 0.008)
-    jobs = right_jobs(model, 4, seed=4)
-    attack = Square(n_iter=3000)
-    hard = [replace(job, reached=-1e9) for job in jobs]
-    alone, behind = (attack_all(model, attack, threat, some, lanes=8) for some in (jobs, hard))
-    passes = [(a.passes, b.passes) for a, b in zip(alone, behind, strict=True) if a.outcome == b.outcome == "robust"]
-    assert sum(b for _, b in passes) < 0.95 * sum(a for a, _ in passes), passes
-    dlr = Square(n_iter=3000, objective=objective("dlr"))
-    assert [r.passes for r in attack_all(model, dlr, threat, hard[:1])] == [
-        r.passes for r in attack_all(model, dlr, threat, jobs[:1])
-    ]
+def test_square_is_told_how_far_gradients_came_where_its_loss_is_the_margin():
+    threat = ThreatModel("Linf", 0.008)
+    job = replace(right_jobs(Curved(seed=4), 1, seed=4)[0], reached=0.25)
+    told = {}
+    for text in ("square", "square:objective=dlr", "square:futility=off"):
+        attack = parse_attacks(text)[0]
+        state = attack.begin(job.pixels[None], threat, torch.Generator().manual_seed(0), 0)
+        told[text] = attack.told(state, job).get("by_gradients")
+    assert told["square"].tolist() == [-0.25]
+    assert told["square:objective=dlr"].tolist() == [-math.inf]
+    assert told["square:futility=off"] is None
