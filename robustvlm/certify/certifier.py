@@ -159,7 +159,7 @@ class Certifier(ABC):
             self._stages, self._early = [], True
         elif self.counts[stage] == self._stages[0][1]:
             self._stages.pop(0)
-            if not self._goes_on(stage):
+            if self._decided():
                 self._stages = []
 
     @property
@@ -173,13 +173,8 @@ class Certifier(ABC):
         """Take in rows [n, D] of a stage: a whole stage at once, or a look's worth where the claim may end early."""
 
     def _decided(self) -> bool:
-        """Whether no further sample is wanted."""
+        """Whether no further sample is wanted, of this stage or of those after it."""
         return False
-
-    def _goes_on(self, stage: Stage) -> bool:
-        """Whether the stages after `stage`, which is complete, are still wanted."""
-        del stage
-        return True
 
     @abstractmethod
     def finding(self) -> Finding:

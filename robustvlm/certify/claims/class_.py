@@ -225,10 +225,6 @@ class ClassAtRadius(Labelled):
         elif self._test is not None:
             self._test.update(rows)
 
-    def _goes_on(self, stage: Stage) -> bool:
-        del stage
-        return not self._decided()
-
     def _decided(self) -> bool:
         return self._test is not None and self._test.decision != "open"
 

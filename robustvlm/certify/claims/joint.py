@@ -113,10 +113,6 @@ class JointAtRadius(Certifier):
         elif self._test is not None:
             self._test.update(rows)
 
-    def _goes_on(self, stage: Stage) -> bool:
-        del stage
-        return not self._decided()
-
     def _decided(self) -> bool:
         return self._test is not None and self._test.decision != "open"
 

@@ -66,10 +66,6 @@ class _DecisionRadius(Certifier):
         else:
             self._rows = rows
 
-    def _goes_on(self, stage: Stage) -> bool:
-        del stage
-        return not self._decided()
-
     def _decided(self) -> bool:
         return self._test is not None and self._test.stop != "exhausted"
 

@@ -137,10 +137,6 @@ class RecallAtRadius(RecallRadius):
         else:
             self._test.update(rows)
 
-    def _goes_on(self, stage: Stage) -> bool:
-        del stage
-        return not self._decided()
-
     def _decided(self) -> bool:
         return self._test.decision != "open"
 

@@ -133,10 +133,6 @@ class TopAtRadius(TopVotes):
         if not (self.bets.nulls < 1.0 - 1e-9).any():
             self.decision = "futile"
 
-    def _goes_on(self, stage: Stage) -> bool:
-        del stage
-        return not self._decided()
-
     def _decided(self) -> bool:
         return self.decision != "open"
 
