@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import clock, markdown
+from benchmarks.common import certifying, clock, markdown
 from robustvlm.certify import angles, bands, certifier, classes, feature, shapes
 from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.core.framing import to_pixels
@@ -48,12 +48,7 @@ RADII = {
 
 def main() -> None:
     """Measure what is missing, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--sigma", default="0.12,0.25,0.5")
+    parser = certifying(__doc__, limit=200, samples=2000, sigma="0.12,0.25,0.5")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--out", type=Path, default=Path("radii.jsonl"))
     parser.add_argument("--tables", action="store_true", help="print the tables of --out and measure nothing")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import clock, markdown
+from benchmarks.common import certifying, clock, markdown
 from robustvlm.certify.threats import THREATS, Noise, read_noise
 from robustvlm.commands.certify import certify
 from robustvlm.text import format_down
@@ -26,11 +26,7 @@ ALPHA = 0.001
 
 def main() -> None:
     """Certify the images against each threat and print a row for it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--limit", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=400)
+    parser = certifying(__doc__, limit=16, samples=400, sigma=None)
     parser.add_argument("--noise", help="as brightness=0.2,translation=4; default: every threat")
     options = parser.parse_args()
     usual = [Noise(threat, LEVELS.get(name, threat.usual)) for name, threat in THREATS.items()]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +31,28 @@ def exit_code_of(run: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def certifying(doc: str | None, *, limit: int, samples: int, sigma: str | float | None) -> argparse.ArgumentParser:
+    """Return the options that every benchmark of certificates has: model, data, images, copies and, if any, noise."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="tiny")
+    parser.add_argument("--data", default="emoji")
+    parser.add_argument("--limit", type=int, default=limit, help="images")
+    parser.add_argument("--samples", type=int, default=samples, help="noisy copies of each")
+    if sigma is not None:
+        parser.add_argument("--sigma", type=type(sigma), default=sigma)
+    return parser
+
+
+def kept_features(path: Path | None, draw: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return arrays from a file of an earlier call, or draw them, and keep them there if one is named."""
+    if path is not None and path.exists():
+        return dict(np.load(path))
+    found = dict(draw())
+    if path is not None:
+        np.savez(path, **found)
+    return found
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from benchmarks.common import markdown
+from benchmarks.common import certifying, markdown
 from robustvlm.certify import Certifier, ClassRadius, VoteRadius
 from robustvlm.certify.means import clopper_pearson_upper
 from robustvlm.core.framing import to_pixels
@@ -39,12 +39,7 @@ RULES = {"mean": (ClassRadius, by_mean), "vote": (VoteRadius, by_vote)}
 
 def main() -> None:
     """Measure what is missing, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--limit", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--sigma", default="0.12,0.25,0.5")
+    parser = certifying(__doc__, limit=20, samples=400, sigma="0.12,0.25,0.5")
     parser.add_argument("--n0", type=int, default=32)
     parser.add_argument("--alpha", type=float, default=0.001)
     parser.add_argument("--fractions", default="0.25,0.5,0.75,0.99")

@@ -110,7 +110,11 @@ def run_ours(
         oracle.passes.seconds,
         steps.seconds,
         {result.job.image_id: {str(k): v for k, v in result.beyond.items()} for result in results if result.beyond},
-        {result.job.image_id: result.margin for result in results if by_gradients(attack) and result.outcome == ROBUST},
+        {
+            result.job.image_id: result.margin
+            for result in results
+            if by_gradients(attack, engine.goal) and result.outcome == ROBUST
+        },
     )
 
 

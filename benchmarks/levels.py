@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import markdown
+from benchmarks.common import certifying, kept_features, markdown
 from robustvlm.certify.certifier import unit_rows
 from robustvlm.certify.levels import LevelFinding, certify_levels
 from robustvlm.core.framing import to_pixels
@@ -32,23 +32,13 @@ ALPHA, ALONE = 0.001, 100
 
 def main() -> None:
     """Draw or take the copies, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--limit", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--sigma", default="0.015,0.03,0.05,0.08")
+    parser = certifying(__doc__, limit=5, samples=1000, sigma="0.015,0.03,0.05,0.08")
     parser.add_argument("--pilot", type=int, default=30, help="copies of each level that choose among several")
     parser.add_argument("--rules", default="vote,mean")
     parser.add_argument("--features", type=Path)
     options = parser.parse_args()
     sigmas = [float(sigma) for sigma in options.sigma.split(",")]
-    if options.features is None or not options.features.exists():
-        kept = draw(options, sigmas)
-        if options.features is not None:
-            np.savez(options.features, **kept)
-    else:
-        kept = dict(np.load(options.features))
+    kept = kept_features(options.features, lambda: draw(options, sigmas))
     header = ["rule", "noise levels", "chosen by", "mean radius, right", "mean radius", "right and certified"]
     print(markdown(header, list(rows_of(kept, sigmas, options))))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.common import markdown
+from benchmarks.common import certifying, markdown
 from robustvlm.certify import Finding, VoteRadius
 from robustvlm.certify.claims.local import copies_for_noise
 from robustvlm.certify.local import LocalNoise, LocalRadius, choose_thresholds, top_margins
@@ -41,12 +41,7 @@ class Drawn:
 
 def main() -> None:
     """Measure, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--limit", type=int, default=120)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--sigma", default="0.01,0.02,0.05")
+    parser = certifying(__doc__, limit=120, samples=1000, sigma="0.01,0.02,0.05")
     parser.add_argument("--vote", default="0.05,0.1,0.2", help="noise at which copies may vote for a level")
     parser.add_argument("--alpha", type=float, default=0.001)
     parser.add_argument("--at", default="0.01,0.02,0.03,0.05,0.08", help="radii")

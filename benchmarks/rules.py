@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cohen import Published, load_published
-from benchmarks.common import exit_code_of, markdown
+from benchmarks.common import certifying, exit_code_of, markdown
 from benchmarks.deployed_rule import RULES, answers, fed
 from robustvlm.certify import vote_predict
 from robustvlm.certify.claims.base import pilot_size
@@ -45,13 +45,8 @@ Row = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is missing, then print the tables; user errors end in one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
+    parser = certifying(__doc__, limit=5, samples=400, sigma="0.12,0.25,0.5")
     parser.add_argument("--name", help="of the model in the table (default: its spec)")
-    parser.add_argument("--limit", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--sigma", default="0.12,0.25,0.5")
     parser.add_argument("--n0", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=0.001)
     parser.add_argument("--answers", type=int, default=4, help="deployments that answer at each image")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import markdown
+from benchmarks.common import certifying, kept_features, markdown
 from robustvlm.certify import angles, classes, feature
 from robustvlm.certify.bands import ell_band, index_band
 from robustvlm.certify.certifier import Certifier, unit_rows
@@ -40,20 +40,10 @@ Lines = list[dict[str, float]]
 
 def main() -> None:
     """Draw or take the copies, and print one table per question."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--limit", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--sigma", default="0.05,0.12")
+    parser = certifying(__doc__, limit=20, samples=1000, sigma="0.05,0.12")
     parser.add_argument("--features", type=Path)
     options = parser.parse_args()
-    if options.features is None or not options.features.exists():
-        kept = draw(options)
-        if options.features is not None:
-            np.savez(options.features, **kept)
-    else:
-        kept = dict(np.load(options.features))
+    kept = kept_features(options.features, lambda: draw(options))
     text = unit_rows(kept["text"])
     for sigma in options.sigma.split(","):
         found = [line(unit_rows(kept[f"f{i}_{sigma}"]), text) for i in range(min(options.limit, len(kept["labels"])))]

@@ -9,13 +9,12 @@ words of the prompts changed (T24).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from benchmarks.common import markdown
+from benchmarks.common import certifying, markdown
 from robustvlm.certify import Certifier, ClassRadius, Finding, VoteRadius
 from robustvlm.certify.claims.wordings import AnyWordingRadius, SureVoteRadius
 from robustvlm.certify.claims.words import WordsRadius
@@ -33,12 +32,7 @@ WORDS = 2
 
 def main() -> None:
     """Measure, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--data", default="emoji")
-    parser.add_argument("--limit", type=int, default=30)
-    parser.add_argument("--samples", type=int, default=600)
-    parser.add_argument("--sigma", type=float, default=0.02)
+    parser = certifying(__doc__, limit=30, samples=600, sigma=0.02)
     parser.add_argument("--alpha", type=float, default=0.001)
     options = parser.parse_args()
     source, vlm = open_data(options.data), load_pipeline(options.model)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from robustvlm.attacks.base import ATTACKS, MOST, LaneAttack, State, check, options_of, read_option, require_once
 from robustvlm.attacks.external import ExternalAttack, parse_external
+from robustvlm.attacks.goals import Goal, Misclassify
 from robustvlm.attacks.threat import NORMS, ThreatModel, lengths
 from robustvlm.core import registry
 from robustvlm.core.registry import load, names_a_callable
@@ -47,14 +48,18 @@ def is_foreign(thing: object) -> bool:
     return type(thing).__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
-def by_gradients(attack: object) -> bool:
-    """Whether it is an attack of this package that follows gradients.
+def by_gradients(attack: object, goal: Goal) -> bool:
+    """Whether the margins that an attack leads to are what gradients can do, in the units of the margin of logits.
+
+    It is one of this package that follows gradients, and the goal is the plain one: a search without gradients is then
+    told of them (`Job.reached`).
 
     Example:
-        >>> [by_gradients(attack) for attack in parse_attacks("apgd-ce,square")]
+        >>> [by_gradients(attack, Misclassify()) for attack in parse_attacks("apgd-ce,square")]
         [True, False]
     """
-    return isinstance(attack, LaneAttack) and attack.uses_gradient and not is_foreign(attack)
+    ours = isinstance(attack, LaneAttack) and attack.uses_gradient and not is_foreign(attack)
+    return ours and type(goal) is Misclassify
 
 
 def own_attack(spec: str, make: object) -> LaneAttack:

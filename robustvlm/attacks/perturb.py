@@ -12,7 +12,7 @@ from robustvlm.attacks.catalog import PLANS, Attack, by_gradients, parse_attacks
 from robustvlm.attacks.engine import LaneEngine
 from robustvlm.attacks.external import ExternalAttack, require_fit, require_norm
 from robustvlm.attacks.external_engine import ExternalEngine
-from robustvlm.attacks.goals import Case, Goal, Known, Misclassify, Targeted, read_goals
+from robustvlm.attacks.goals import Case, Goal, Known, Targeted, read_goals
 from robustvlm.attacks.honesty import attack_remarks, opened_gradients
 from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
@@ -337,7 +337,7 @@ class _Search:
         if result.outcome == FAILED:
             self.failed[place] = True
             return
-        if by_gradients(attack) and type(self.goal) is Misclassify and not self.found.random:
+        if by_gradients(attack, self.goal) and not self.found.random:
             self.reached[place] = min(self.reached[place], result.margin)
         known = bool(self.fooled[place])
         better = result.margin < float(self.margins[place])

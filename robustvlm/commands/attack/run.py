@@ -360,11 +360,11 @@ class AttackRun:
 
     def _with_gradients(self, stage: Stage) -> list[str]:
         """Return the attacks before a stage whose margins say how far gradients come, where margins are compared."""
-        if type(stage.goal) is not attacks.Misclassify or self.oracle.eot > 1 or self.oracle.draws > 1:
+        if self.oracle.eot > 1 or self.oracle.draws > 1:
             return []
         before = itertools.takewhile(lambda one: one is not stage, self.stages)
         alike = (one.attack for one in before if one.threat == stage.threat and one.goal is stage.goal)
-        return [attack.name for attack in alike if by_gradients(attack)]
+        return [attack.name for attack in alike if by_gradients(attack, stage.goal)]
 
     def _lose(self, fact: CleanFact, stage: Stage, reason: str) -> None:
         self.ledger.add_lost(fact, stage.attack.name, stage.threat.eps, stage.goal.spec, reason)
