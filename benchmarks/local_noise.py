@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.common import certifying, markdown
 from robustvlm.certify import Finding, VoteRadius
-from robustvlm.certify.claims.local import copies_for_noise
-from robustvlm.certify.local import LocalNoise, LocalRadius, choose_thresholds, top_margins
+from robustvlm.certify.claims.local_noise import copies_for_noise
+from robustvlm.certify.local_noise import LocalNoise, LocalRadius, choose_thresholds, top_margins
 from robustvlm.certify.normal import Array
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.seeds import derive_seed

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import certifying, markdown
 from robustvlm.certify import Certifier, ClassRadius, Finding, VoteRadius
+from robustvlm.certify.claims.changed_words import WordsRadius
 from robustvlm.certify.claims.wordings import AnyWordingRadius, SureVoteRadius
-from robustvlm.certify.claims.words import WordsRadius
 from robustvlm.certify.normal import Array
 from robustvlm.certify.wordings import Wordings
 from robustvlm.core.framing import to_pixels

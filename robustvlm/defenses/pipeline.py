@@ -338,7 +338,7 @@ def _feature_defence(vlm: VLM) -> zoo.Defence | None:
 
 
 def _dual(vlm: VLM, operation: Operation) -> VLM:
-    from robustvlm.defenses.local import dual_as  # certificates' mathematics, loaded where it is used
+    from robustvlm.defenses.local_noise import dual_as  # certificates' mathematics, loaded where it is used
 
     return dual_as(vlm, str(operation))
 
@@ -438,7 +438,7 @@ def _load_undefended(
             "vectors, right behind the smoothing; leave out ALPHA"
         )
     if found.vlm.per_image:
-        from robustvlm.defenses.local import LocallyAbstaining  # as above
+        from robustvlm.defenses.local_noise import LocallyAbstaining  # as above
 
         return LocallyAbstaining(found).eval()
     return Abstaining(found).eval()

@@ -125,7 +125,7 @@ class SmoothedVLM(VLM):
             passes are recomputed in the backward pass, noise included, so that memory does not grow with `n0`.
 
     Attributes:
-        per_image: its noise level is chosen for each image (`robustvlm.defenses.local`).
+        per_image: its noise level is chosen for each image (`robustvlm.defenses.local_noise`).
 
     Raises:
         UserError: sigma or n0 is out of range, no such threat, or the model is smoothed already.

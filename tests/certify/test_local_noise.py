@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binom, norm
 
 from robustvlm.certify.claims.class_ import ClassRadius
-from robustvlm.certify.claims.local import NoiseQuantity, answering_alpha, copies_for_noise
+from robustvlm.certify.claims.local_noise import NoiseQuantity, answering_alpha, copies_for_noise
 from robustvlm.certify.claims.vote import VoteRadius
 from robustvlm.certify.classes import vote_predict
-from robustvlm.certify.local import LocalNoise, LocalRadius, choose_thresholds, read_local_noise, top_margins
+from robustvlm.certify.local_noise import LocalNoise, LocalRadius, choose_thresholds, read_local_noise, top_margins
 from robustvlm.errors import UserError
 
 ALPHA, TEXT = 0.05, np.eye(2)

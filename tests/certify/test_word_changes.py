@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import beta, binom, norm
 
-from robustvlm.certify.claims.words import (
+from robustvlm.certify.claims.changed_words import (
     Prompts,
     WordsQuantity,
     WordsRadius,
@@ -15,11 +15,11 @@ from robustvlm.certify.claims.words import (
     require_wordings,
     words_radius,
 )
-from robustvlm.certify.local import read_local_noise
+from robustvlm.certify.local_noise import read_local_noise
 from robustvlm.certify.wordings import Wordings
 from robustvlm.defenses import smooth
-from robustvlm.defenses.local import smooth_locally
-from robustvlm.defenses.mixed import MixedWordings
+from robustvlm.defenses.local_noise import smooth_locally
+from robustvlm.defenses.mixed_wordings import MixedWordings
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 

@@ -7,7 +7,7 @@ import torch
 import robustvlm as rv
 from robustvlm.certify import predict, vote_predict
 from robustvlm.defenses.load import declared_rule, load_classifier
-from robustvlm.defenses.local import LocallyAbstaining
+from robustvlm.defenses.local_noise import LocallyAbstaining
 from robustvlm.errors import UserError
 
 CLASSES = ["apple", "dog", "car"]

@@ -13,9 +13,9 @@ from torch import Tensor
 import robustvlm as rv
 from robustvlm.certify.claims import Materials
 from robustvlm.certify.claims.vote import VoteQuantity
-from robustvlm.certify.local import LocalNoise
+from robustvlm.certify.local_noise import LocalNoise
 from robustvlm.commands.certify.audit import audit_folder
-from robustvlm.commands.certify.audit_local import CHOICE, audit_chosen
+from robustvlm.commands.certify.audit_local_noise import CHOICE, audit_chosen
 from robustvlm.commands.certify.audit_search import Effort, Target
 from robustvlm.commands.certify.record import assumptions
 from robustvlm.defenses import smooth

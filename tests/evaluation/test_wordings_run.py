@@ -11,8 +11,8 @@ from certifying import prepared
 from scipy.stats import norm
 from torch import Tensor
 
+from robustvlm.certify.claims.changed_words import WordsQuantity
 from robustvlm.certify.claims.wordings import AnyWordingQuantity, SureVoteQuantity
-from robustvlm.certify.claims.words import WordsQuantity
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.threats import find_threat
 from robustvlm.certify.wordings import Wordings

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from robustvlm.certify import image_digest
 from robustvlm.certify.claims import Claim, Materials, Quantity, find_claim
-from robustvlm.certify.claims.local import NoiseQuantity
+from robustvlm.certify.claims.changed_words import WordsQuantity, changed_tables, words_quantity
+from robustvlm.certify.claims.local_noise import NoiseQuantity
 from robustvlm.certify.claims.vote import VOTE
 from robustvlm.certify.claims.wordings import AnyWordingQuantity, SureVoteQuantity, worded_quantity
-from robustvlm.certify.claims.words import WordsQuantity, changed_tables, words_quantity
-from robustvlm.certify.local import read_local_noise
+from robustvlm.certify.local_noise import read_local_noise
 from robustvlm.certify.normal import Array
 from robustvlm.certify.threats import Move, Noise
 from robustvlm.certify.wordings import Wordings
-from robustvlm.commands.certify.audit_local import audit_chosen
+from robustvlm.commands.certify.audit_local_noise import audit_chosen
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
 from robustvlm.commands.certify.encoder import NoisyEncoder

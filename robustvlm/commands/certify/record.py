@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from robustvlm.certify.claims import RADII
-from robustvlm.certify.local import read_local_noise
+from robustvlm.certify.local_noise import read_local_noise
 from robustvlm.certify.threats import PLAIN
 from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA

@@ -21,14 +21,14 @@ from robustvlm.certify.claims import (
     make_plan,
     own_digest,
 )
+from robustvlm.certify.claims.changed_words import words_plan
 from robustvlm.certify.claims.class_ import CLASS
-from robustvlm.certify.claims.local import local_plan
+from robustvlm.certify.claims.local_noise import local_plan
 from robustvlm.certify.claims.openset import OPENSET
 from robustvlm.certify.claims.recall import RECALL
 from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.claims.wordings import worded_plan
-from robustvlm.certify.claims.words import words_plan
-from robustvlm.certify.local import LocalNoise, read_local_noise
+from robustvlm.certify.local_noise import LocalNoise, read_local_noise
 from robustvlm.certify.normal import check_alpha
 from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
 from robustvlm.commands.certify import CertifySettings
@@ -135,7 +135,7 @@ def chosen_noise(model: str) -> LocalNoise | None:
         >>> chosen_noise("tiny+dual:0.02,0.05:0.1:0.05").sigmas, chosen_noise("tiny+smooth:0.1") is None
         ((0.02, 0.05), True)
     """
-    from robustvlm.defenses.local import read_dual
+    from robustvlm.defenses.local_noise import read_dual
 
     dual = [part for part in split_spec(model)[1] if part.name == "dual"]
     return read_dual(str(dual[0])) if dual else None
@@ -184,7 +184,7 @@ def _require_words(claim: Claim, settings: CertifySettings) -> None:
     if settings.words is not None and declared_rule(settings.model) is not None:
         raise UserError(
             f"'{settings.model}' answers by the usual texts, and {setting('words')} is about another rule: leave out "
-            "ALPHA, or deploy robustvlm.defenses.mixed.MixedWordings"
+            "ALPHA, or deploy robustvlm.defenses.mixed_wordings.MixedWordings"
         )
     if settings.paraphrases is None:
         return

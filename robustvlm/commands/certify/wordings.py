@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from robustvlm.certify.claims.words import Prompts
+from robustvlm.certify.claims.changed_words import Prompts
 from robustvlm.certify.normal import Array
 from robustvlm.certify.wordings import Wordings
 from robustvlm.data.names import read_lines

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from robustvlm.certify.claims import Materials, Quantity
-from robustvlm.certify.claims.local import noise_audited
-from robustvlm.certify.local import LocalNoise
+from robustvlm.certify.claims.local_noise import noise_audited
+from robustvlm.certify.local_noise import LocalNoise
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
 from robustvlm.defenses import SmoothedVLM
 

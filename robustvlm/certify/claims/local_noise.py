@@ -14,7 +14,7 @@ from torch import Tensor
 from robustvlm.certify.claims.base import Asked, Claim, Materials, Plan, Quantity, pilot_size
 from robustvlm.certify.deployed import answered_share_needed
 from robustvlm.certify.limits import best_vote_radius
-from robustvlm.certify.local import LocalNoise, LocalRadius
+from robustvlm.certify.local_noise import LocalNoise, LocalRadius
 from robustvlm.certify.means import clopper_pearson_lower
 from robustvlm.certify.normal import Array
 

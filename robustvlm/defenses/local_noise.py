@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from robustvlm.certify.claims.local import answering_alpha, deployed_for_noise
-from robustvlm.certify.local import LocalNoise, read_local_noise
+from robustvlm.certify.claims.local_noise import answering_alpha, deployed_for_noise
+from robustvlm.certify.local_noise import LocalNoise, read_local_noise
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.defenses.abstaining import _LEAST, Abstaining, by_mean, by_vote, minus_log_p
 from robustvlm.defenses.classifier import ZeroShot
