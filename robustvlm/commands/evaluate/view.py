@@ -1,7 +1,5 @@
 """A finished evaluation read back from its folder, and all that is said of it, in the terminal and on the page."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -21,8 +21,8 @@ from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
+from robustvlm.models.export import inner
 from robustvlm.models.saved import read_card
-from robustvlm.models.transformers_export import inner
 from robustvlm.models.transformers_files import PREFIX, split_sides
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.weights import stored_weights

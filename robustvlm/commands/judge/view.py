@@ -1,7 +1,5 @@
 """A finished judgement read back, and all that is said of it: in the terminal, on the page, and as Markdown."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import replace

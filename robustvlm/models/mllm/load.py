@@ -1,7 +1,5 @@
 """From `mllm:FOLDER_OR_NAME` to a model: of a known type, read without code, whole, with the prompt it was tuned on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
