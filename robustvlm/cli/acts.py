@@ -26,7 +26,7 @@ from robustvlm.text import one_line, visible, visible_json, without_secrets
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
     from robustvlm.commands.certify.audit_search import Effort
-    from robustvlm.commands.predict.rows import Prediction
+    from robustvlm.commands.predict.record import Prediction
     from robustvlm.commands.predict.work import Work
     from robustvlm.report.document import Batch
 
@@ -97,7 +97,7 @@ _ROWS_PER_TABLE = 200
 def predict_and_show(command: Command, settings: Settings) -> None:
     """Ask the model about all images, and write or show a row for each as they come."""
     from robustvlm.cli.console import Bars, Console
-    from robustvlm.commands.predict.rows import verdict_of
+    from robustvlm.commands.predict.record import verdict_of
     from robustvlm.commands.predict.work import Work
     from robustvlm.report.screen import show
     from robustvlm.report.sections import Closing
@@ -131,7 +131,7 @@ def predict_and_show(command: Command, settings: Settings) -> None:
 @contextmanager
 def _written(work: Work, console: Console) -> Iterator[Any]:
     """Yield what takes rows: a file, standard output, or the terminal, in tables of a bounded length."""
-    from robustvlm.commands.predict.rows import opened
+    from robustvlm.commands.predict.record import opened
 
     settings = work.settings
     if settings.written_as != "table":
@@ -153,7 +153,7 @@ def _written(work: Work, console: Console) -> Iterator[Any]:
 
 
 def _print(work: Work, console: Console, rows: list[Prediction]) -> None:
-    from robustvlm.commands.predict.rows import table_of
+    from robustvlm.commands.predict.record import table_of
     from robustvlm.report.screen import show
 
     show(console, [table_of(rows, work.about)])

@@ -21,14 +21,10 @@ from robustvlm.commands.detect.measures import Scored, save_mistakes
 from robustvlm.commands.detect.summary import parse_condition
 from robustvlm.commands.detect.view import detect_report as report_of
 from robustvlm.commands.detect.view import read_run, show, write_report
-from robustvlm.core.files import write_text
-from robustvlm.core.object_graph import fingerprint
-from robustvlm.core.ranks import resolve_device
-from robustvlm.core.size import sides
-from robustvlm.data import DataSource, open_data
+from robustvlm.core import files, object_graph, ranks, size
+from robustvlm.data import DataSource, open_data, select
 from robustvlm.data.corruptions import Corruption, parse_corruptions, table_side, written
 from robustvlm.data.names import same_things, some_of
-from robustvlm.data.source import select
 from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import find_score, outside, read_words, tree_words
@@ -123,7 +119,7 @@ class DetectWork:
             framing=self.classifier.framing,
         )
         if under:
-            side = table_side(min(sides(self.classifier.image_size)))
+            side = table_side(min(size.sides(self.classifier.image_size)))
             found_under = corrupted.summarise(sets[0], under, thresholds, side)
             summary = summary.model_copy(update={"corrupted": found_under})
         summary = summary.model_copy(
@@ -134,7 +130,7 @@ class DetectWork:
             if under:
                 write_rows(folder / "corrupted.parquet", measures.rows_of(list(under.values())))
             session.folder.report_path.unlink(missing_ok=True)
-            write_text(session.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+            files.write_text(session.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
 
     def _sources(self) -> list[tuple[str, DataSource]]:
         return [(record.KNOWN, self.known), *self.unknown]
@@ -371,7 +367,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
     """Check all settings, open the data and load the model."""
     scoring.check(settings)
     corruptions = () if settings.corrupt is None else parse_corruptions(settings.corrupt)
-    device = str(resolve_device(settings.device))
+    device = str(ranks.resolve_device(settings.device))
     known = open_data(settings.known, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     named = scoring.unknown_sets(settings)
     unknown = [(one.name, open_unlabelled(one.spec, known.class_names)) for one in named]
@@ -384,17 +380,15 @@ def open_work(settings: DetectSettings) -> DetectWork:
     classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
     if scoring.asks_own(settings) and not classifier.can_reject:
         raise UserError(f"the model never refuses, so it has no score of its own: leave out own in {setting('scores')}")
-    scores, under_attack = (
-        scoring.scores_of(settings),
-        scoring.under_attack_of(settings, may_refuse=classifier.can_reject),
-    )
+    scores = scoring.scores_of(settings)
+    under_attack = scoring.under_attack_of(settings, may_refuse=classifier.can_reject)
     if under_attack is not None:
         open_gradients(classifier)
     attacks = scoring.attacks_of(settings)
     config = settings.stored(
         unknown=[one.model_dump() for one in named],
         scores=list(scores),
-        words=fingerprint({}, words),
+        words=object_graph.fingerprint({}, words),
         device=device,
         under_attack=None if under_attack is None else under_attack.model_dump(),
         **({"corrupt": written(corruptions)} if corruptions else {}),

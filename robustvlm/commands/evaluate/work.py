@@ -22,15 +22,13 @@ from robustvlm.commands.evaluate.view import read_run, show, write_report
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular, write_text
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.size import sides
-from robustvlm.data import open_data
+from robustvlm.data import DataSource, Unreadable, open_data
 from robustvlm.data.corruptions import parse_corruptions, table_side, written
-from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.classifier import Classifier, ZeroShot
 from robustvlm.defenses.library import require_texts
 from robustvlm.errors import UserError, setting
-from robustvlm.models import VLM
-from robustvlm.models.zero_shot import ZeroShotClassifier
+from robustvlm.models import VLM, ZeroShotClassifier
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.records import write_rows
 from robustvlm.runs.run import Facts, Session

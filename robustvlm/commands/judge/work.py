@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.honesty import open_gradients
-from robustvlm.attacks.threat import one_radius
+from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
 from robustvlm.commands.common.inputs import Images as Stream
 from robustvlm.commands.common.inputs import describe_data, remarks_of
 from robustvlm.commands.judge import JudgeSettings, attacks, record
@@ -21,8 +20,7 @@ from robustvlm.commands.judge.view import read_run, show, write_report
 from robustvlm.core.files import replacing, write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.core.size import size_text
-from robustvlm.data import DataSource, open_data
-from robustvlm.data.source import Unreadable
+from robustvlm.data import DataSource, Unreadable, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import check_operations
 from robustvlm.defenses.specs import split_spec, undefended
