@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("own_place")
 
-EMOJI = ["attack", "--attack", "pgd:steps=20", "--eps", "1/255", "--limit", "24", "--lanes", "8", "--device", "cpu"]
+EMOJI = ["attack", "--attack", "pgd:steps=10", "--eps", "1/255", "--limit", "16", "--lanes", "8", "--device", "cpu"]
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
