@@ -5,8 +5,6 @@ first of the next. Rows that would be paid for and not used run ahead: they make
 only where one after the other would have come to them.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -14,20 +14,21 @@ import typer
 
 from robustvlm.cli.app import start_and_show
 from robustvlm.cli.terminal import json_without_secrets, say, say_json
-from robustvlm.errors import UserError, nearest
-from robustvlm.runs.run import Command
+from robustvlm.commands import open_run, write_report
+from robustvlm.commands.certify import CertifySettings
+from robustvlm.commands.predict import PredictSettings
+from robustvlm.core.ranks import resolve_device
+from robustvlm.errors import UserError, is_out_of_memory, nearest
+from robustvlm.runs.run import Command, FinishedRun, manifest_of
 from robustvlm.runs.settings import Settings
-from robustvlm.text import visible, visible_json, without_secrets
+from robustvlm.text import one_line, visible, visible_json, without_secrets
 
 if TYPE_CHECKING:
     from robustvlm.cli.console import Console
-    from robustvlm.commands.certify import CertifySettings
     from robustvlm.commands.certify.audit_search import Effort
-    from robustvlm.commands.predict import PredictSettings
-    from robustvlm.commands.predict.rows import Prediction
+    from robustvlm.commands.predict.record import Prediction
     from robustvlm.commands.predict.work import Work
     from robustvlm.report.document import Batch
-    from robustvlm.runs.run import FinishedRun
 
 # `robustvlm certify --audit RUN`: attacks on the certificates of a finished run
 
@@ -54,10 +55,7 @@ def run_audit(settings: CertifySettings, default: Effort | None = None) -> int:
     from robustvlm.commands.certify.audit import audit_folder
     from robustvlm.commands.certify.audit_search import Effort
     from robustvlm.commands.certify.view import show_audit, write_certify_report
-    from robustvlm.core.ranks import resolve_device
-    from robustvlm.errors import UserError, is_out_of_memory
     from robustvlm.runs.records import find_run
-    from robustvlm.text import one_line
 
     run, as_json, default = str(settings.audit), settings.as_json, default or Effort()
     effort = replace(
@@ -99,7 +97,7 @@ _ROWS_PER_TABLE = 200
 def predict_and_show(command: Command, settings: Settings) -> None:
     """Ask the model about all images, and write or show a row for each as they come."""
     from robustvlm.cli.console import Bars, Console
-    from robustvlm.commands.predict.rows import verdict_of
+    from robustvlm.commands.predict.record import verdict_of
     from robustvlm.commands.predict.work import Work
     from robustvlm.report.screen import show
     from robustvlm.report.sections import Closing
@@ -133,7 +131,7 @@ def predict_and_show(command: Command, settings: Settings) -> None:
 @contextmanager
 def _written(work: Work, console: Console) -> Iterator[Any]:
     """Yield what takes rows: a file, standard output, or the terminal, in tables of a bounded length."""
-    from robustvlm.commands.predict.rows import opened
+    from robustvlm.commands.predict.record import opened
 
     settings = work.settings
     if settings.written_as != "table":
@@ -155,7 +153,7 @@ def _written(work: Work, console: Console) -> Iterator[Any]:
 
 
 def _print(work: Work, console: Console, rows: list[Prediction]) -> None:
-    from robustvlm.commands.predict.rows import table_of
+    from robustvlm.commands.predict.record import table_of
     from robustvlm.report.screen import show
 
     show(console, [table_of(rows, work.about)])
@@ -289,13 +287,11 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
     """Write the page of one run, of several side by side, or of a folder of them."""
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
     from robustvlm.cli.console import Bars, Console
-    from robustvlm.commands import open_run, write_report
     from robustvlm.commands.attack.compare import compare, write_comparison
     from robustvlm.commands.attack.record import load_run
     from robustvlm.commands.evaluate.beside import write_beside
     from robustvlm.commands.index import entries, holds_runs, write_index
     from robustvlm.runs.records import find_run
-    from robustvlm.runs.run import manifest_of
 
     folders = [find_run(run) for run in runs]
     content: dict[str, Any]
@@ -330,7 +326,6 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
 def _print_methods(runs: Sequence[str], out: Path | None, *, as_json: bool) -> None:
     from robustvlm.report.methods import methods_of
     from robustvlm.runs.records import find_run
-    from robustvlm.runs.run import manifest_of
 
     if len(runs) > 1 or out is not None:
         given = "several runs" if len(runs) > 1 else "--out"

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hi
 
 import typer
 from pydantic.fields import FieldInfo
+from rich.markup import escape
+from rich.text import Text
 from typer.models import ArgumentInfo
 
 from robustvlm.cli.terminal import Prompts, say, say_json
 from robustvlm.core.loading import telling
 from robustvlm.core.ranks import current_ranks
+from robustvlm.errors import UserError
 from robustvlm.runs.run import Command, FinishedRun, Run
 from robustvlm.runs.settings import Option, Settings, flags_of, repeatable
 from robustvlm.text import without_secrets
@@ -39,7 +42,6 @@ def check_given(tokens: Sequence[str], parameters: Mapping[str, inspect.Paramete
     Raises:
         UserError: naming the option.
     """
-    from robustvlm.errors import UserError
 
     known = {name: parameter for parameter in parameters.values() for name in option_names(parameter)}
     seen: dict[str, str] = {}
@@ -104,7 +106,6 @@ def interruptible(kept: str) -> Iterator[None]:
 
 def say_remarks(console: Console, manifest: dict[str, Any]) -> None:
     """Say what a reader of the results has to know of the data, before the work begins."""
-    from rich.text import Text
 
     for remark in manifest.get("remarks", ()):
         console.print(Text(f"Note: {remark}"), soft_wrap=True)
@@ -125,7 +126,6 @@ def given_command() -> str:
 
 def plain(value: object) -> str:
     """Keep rich from reading markup in user-given text."""
-    from rich.markup import escape
 
     return escape(str(value))
 

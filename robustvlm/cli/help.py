@@ -1,7 +1,5 @@
 """The end of every help page: commands to try as they stand, and where the page of the documentation is."""
 
-from __future__ import annotations
-
 import sysconfig
 from pathlib import Path
 from typing import Any

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robustvlm.cli.terminal import say, say_json
+from robustvlm.core.files import named_disk_errors, replacing
+from robustvlm.errors import UserError, nearest
+from robustvlm.runs.settings import Observer
 from robustvlm.text import visible
 
 if TYPE_CHECKING:
@@ -123,7 +126,6 @@ def data(
 
 def _require_none(given: Mapping[str, object], why: str) -> None:
     """Refuse options that would have no effect."""
-    from robustvlm.errors import UserError
 
     useless = [option for option, value in given.items() if value not in (None, [])]
     if useless:
@@ -140,10 +142,8 @@ def _make_tree(
 ) -> None:
     """Write a made tree to a file that the user can read and edit, and take it for the data from here on."""
     from robustvlm.cli.console import Bars, Console
-    from robustvlm.core.files import named_disk_errors, replacing
     from robustvlm.data.make_trees import make_forest
     from robustvlm.data.trees import save_forest
-    from robustvlm.errors import UserError
     from robustvlm.llm.client import spent
 
     if out is None or out.suffix.lower() != ".json":
@@ -191,7 +191,6 @@ def examine(source: DataSource, limit: int | None = None, *, progress: bool = Fa
     """Decode the selected images and return how many can be read, of which sizes and classes, and every fault."""
     from robustvlm.cli.console import Bars, Console
     from robustvlm.data import Unreadable
-    from robustvlm.runs.settings import Observer
 
     faults: list[dict[str, str]] = []
     labels: Counter[int] = Counter()
@@ -290,7 +289,6 @@ def models(
     """List the forms a model spec can take, and every model that has a name."""
     # open_clip takes seconds to load; --help and other commands should not wait for it.
     from robustvlm.defenses.pipeline import operators
-    from robustvlm.errors import UserError, nearest
     from robustvlm.models import list_models
     from robustvlm.models.zoo import SPEC_FORMS
 

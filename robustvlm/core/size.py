@@ -1,7 +1,5 @@
 """The size of an image in pixels: the side of a square, or height and width."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any, TypeAlias
 

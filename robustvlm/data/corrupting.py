@@ -10,8 +10,6 @@ was lost in it.
 
 # ruff: noqa: ARG001 - all kinds are called alike, and not each needs the unit or draws
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence

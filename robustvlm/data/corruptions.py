@@ -1,7 +1,5 @@
 """Common corruptions by name and severity: what `--corrupt` names, how severe that is, and images changed by it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

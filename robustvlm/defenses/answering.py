@@ -16,7 +16,7 @@ from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.mllm import MllmVLM
-from robustvlm.models.mllm.options import Options
+from robustvlm.models.mllm.tongue import Options
 
 NO_CLASS = "(no class)"
 """What an answer is that names no class."""

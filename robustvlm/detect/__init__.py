@@ -12,8 +12,7 @@ from robustvlm.detect.metrics import Bootstrap, Interval, auroc, auroc_interval,
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
 from robustvlm.detect.sdm import SDM
 from robustvlm.detect.selective import Promise, promise
-from robustvlm.detect.stream import AdaNeg
-from robustvlm.detect.words import SDIS, Hinge, NegLabel, outside, read_words, tree_words
+from robustvlm.detect.words import SDIS, AdaNeg, Hinge, NegLabel, outside, read_words, tree_words
 
 __all__ = [
     "ASH", "BASELINES", "GDA", "KNN", "MCM", "MSP", "SCORES", "SDIS", "SDM", "AdaNeg", "Bootstrap", "COOkeD",

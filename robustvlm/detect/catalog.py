@@ -15,8 +15,7 @@ from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
 from robustvlm.detect.logits import ASH, GEN, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
 from robustvlm.detect.sdm import SDM
-from robustvlm.detect.stream import AdaNeg
-from robustvlm.detect.words import SDIS, NegLabel, mine_negatives, safe_rows
+from robustvlm.detect.words import SDIS, AdaNeg, NegLabel, mine_negatives, safe_rows
 from robustvlm.errors import UserError, nearest
 
 Need = Literal["encoder", "images", "words", "stream"]

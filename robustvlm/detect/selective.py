@@ -1,7 +1,5 @@
 """Selective answers: from which score on a prediction is given, so that answers are right as often as was promised."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

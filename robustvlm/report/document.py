@@ -5,8 +5,6 @@ when a reader of the one before would go wrong. Fields may be added within a for
 know.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -3,8 +3,6 @@
 Citations stand as `[@key; @key]` in the text that is made first; `Methods` shows it for readers and as LaTeX.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

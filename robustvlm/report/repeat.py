@@ -1,7 +1,5 @@
 """The end of every report: a methods paragraph for a paper, and all that is needed to make the run again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ Facts only: authors, title, year, place, arXiv number. Scores and test-time defe
 catalogues, by arXiv number; what attacks, claims and methods of training rest on stands in `OF`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

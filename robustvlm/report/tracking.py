@@ -4,8 +4,6 @@ What is logged is read from the run's summary and report, the same for all three
 addresses are each package's own business, by its own environment variables: none of them is read or kept here.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -8,10 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from robustvlm.report import page, repeat
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import level_norms, loss_curves, mean_curves, rate_curves
-from robustvlm.report.page import write_report_of
-from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import count_of, duration, finding, manifest_rows, norm_name, percent, plain, sentence
 from robustvlm.runs.run import FinishedRun, manifest_of, read_finished
 from robustvlm.runs.settings import Observer
@@ -85,7 +84,7 @@ class _Needed(BaseModel):
 
 def write_training_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished training run, by default to `report.html` in its folder, and return its path."""
-    return write_report_of(folder, out, lambda run: training_report(load_training_run(run)))
+    return page.write_report_of(folder, out, lambda run: training_report(load_training_run(run)))
 
 
 def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
@@ -118,7 +117,7 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
             doc.cost_section(cost_rows(summary)),
         ],
     )
-    return repeatable(report, run.manifest, *settings)
+    return repeat.repeatable(report, run.manifest, *settings)
 
 
 def training_closing(run: FinishedRun[TrainingSummary]) -> doc.Closing:

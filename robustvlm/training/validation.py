@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.attacks import ThreatModel, project
-from robustvlm.attacks.threat import l2_norms, per_image
+from robustvlm.attacks.threat import ThreatModel, l2_norms, per_image, project
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.size import Size
-from robustvlm.data import DataSource
-from robustvlm.data.source import UNKNOWN, Sample, select
+from robustvlm.data import UNKNOWN, DataSource, Sample, select
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings

@@ -67,7 +67,7 @@ def test_two_class_linear_model_reaches_the_closed_form_margin(name, threat):
 @pytest.mark.parametrize("name", ["pgd:step_size=0.01", "apgd-t"])
 def test_more_restarts_or_targets_fool_no_image_less(name):
     model, threat = Curved(), ThreatModel("Linf", 0.03)
-    jobs = right_jobs(model, 40)
+    jobs = right_jobs(model, 24)
     few, many = (
         fooled(attack_all(model, attack, threat, jobs))
         for attack in (

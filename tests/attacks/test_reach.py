@@ -65,7 +65,7 @@ def test_distance_is_exact_on_a_linear_model(norm):
 @pytest.mark.parametrize("name", ["fab-t:steps=60", "apgd-t:steps=60"])
 def test_the_same_images_are_fooled_for_fewer_passes(name, threat):
     model = Curved(seed=4)
-    jobs = right_jobs(model, 32, seed=4)
+    jobs = right_jobs(model, 20, seed=4)
     attack = parse_attacks(name)[0]
     on = attack_all(model, attack, threat, jobs)
     off = attack_all(model, dataclasses.replace(attack, futility=False), threat, jobs)

@@ -167,7 +167,7 @@ def test_losses_that_agree_by_luck_do_not_make_a_size_steady():
 
 
 @settings(max_examples=10, deadline=None)
-@given(count=st.integers(1, 6), rungs=st.sampled_from([(8,), (8, 4), (8, 4, 2, 1), (16, 6)]))
+@given(count=st.integers(1, 4), rungs=st.sampled_from([(8,), (8, 4), (8, 4, 2, 1), (16, 6)]))
 def test_running_ahead_is_never_dearer(count, rungs):
     ahead, paid = attacked("apgd-t:steps=4", count, rungs=rungs)
     with pytest.MonkeyPatch.context() as patch:

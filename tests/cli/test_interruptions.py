@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("own_place")
 
-EMOJI = ["attack", "--attack", "pgd:steps=20", "--eps", "1/255", "--limit", "24", "--lanes", "8", "--device", "cpu"]
+EMOJI = ["attack", "--attack", "pgd:steps=10", "--eps", "1/255", "--limit", "16", "--lanes", "8", "--device", "cpu"]
+EMOJI += ["--checks", "quick"]
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -57,7 +58,7 @@ def straight(call: Call, tmp_path: Path) -> Path:
 @pytest.mark.equality
 def test_killed_and_repeated_a_run_ends_as_if_nothing_had_happened(call: Call, straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "killed"
-    lines = random.randrange(1, 36)
+    lines = random.randrange(1, 30)
     process = start(*EMOJI, "--name", "killed")
     wait_for_lines(process, folder / "journal.jsonl", lines)
     process.kill()

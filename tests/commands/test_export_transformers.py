@@ -165,7 +165,7 @@ def test_half_measured_and_again(tuned: Path, tmp_path: Path) -> None:
         vlm = load_model(f"transformers:{tuned / 'base'}")
         assert isinstance(vlm, TransformersVLM)
         (tuned / "base/added_tokens.json").unlink()
-        from robustvlm.models.transformers_export import rewritten
+        from robustvlm.models.export import rewritten
 
         with pytest.raises(UserError, match=r"changed since .* was read from it"):
             rewritten(vlm)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from robustvlm.commands.predict.rows import (
+from robustvlm.commands.predict.record import (
     ABSTAINED,
     ANSWERED,
     FAILED,

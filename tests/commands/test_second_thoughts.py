@@ -102,6 +102,6 @@ def test_a_size_that_memory_forces_is_tried_out_before_it_is_used(monkeypatch: p
 
 
 def test_a_radius_may_be_a_number(tmp_path: Path) -> None:
-    short = {"limit": 12, "draws": 100, "scores": "mcm", "fit": "none", "attack_limit": 2, "attack": "pgd:steps=1"}
+    short = {"limit": 6, "draws": 100, "scores": "mcm", "fit": "none", "attack_limit": 2, "attack": "pgd:steps=1"}
     run = rv.detect("tiny", under_attack=True, eps=0.01, out=tmp_path, device="cpu", **short)
     assert run.manifest["config"]["under_attack"]["eps"] == 0.01

@@ -51,14 +51,24 @@ def make_folder(tmp_path: Path, labelled_pictures: list[tuple[Image.Image, str]]
     """Write the first `count` pictures as an image folder and return it."""
 
     def make(count: int = 36, name: str = "photos") -> Path:
-        root = tmp_path / name
-        for label in CLASSES:
-            (root / label).mkdir(parents=True)
-        for number, (image, label) in enumerate(labelled_pictures[:count]):
-            image.save(root / label / f"{number:03d}.png")
-        return root
+        return write_folder(tmp_path / name, labelled_pictures[:count])
 
     return make
+
+
+def write_folder(root: Path, pictures: list[tuple[Image.Image, str]]) -> Path:
+    """Write pictures as an image folder and return it."""
+    for label in CLASSES:
+        (root / label).mkdir(parents=True)
+    for number, (image, label) in enumerate(pictures):
+        image.save(root / label / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def all_photos(tmp_path_factory: pytest.TempPathFactory, labelled_pictures: list[tuple[Image.Image, str]]) -> Path:
+    """All pictures as an image folder that the tests of a file share; runs on it lie beside it."""
+    return write_folder(tmp_path_factory.mktemp("shared") / "photos", labelled_pictures)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,10 @@ Photos = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_and_apart(tmp_path, monkeypatch)
+
+
+def quick_and_apart(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No drawing of reports, which takes longer than the runs, no calls of git, and a cache of the test's own."""
 
     def write_report(folder: Path) -> None:
@@ -32,25 +36,35 @@ def _quick_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("robustvlm.commands.attack.work.write_report", write_report)
     monkeypatch.setattr("robustvlm.runs.manifest.git_commit", lambda: None)
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(place / "cache"))
+
+
+@pytest.fixture(scope="module")
+def kept(all_photos: Path) -> Path:
+    """A copy of the folder of runs, with a finished one over three eps and two attacks."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick_and_apart(all_photos.parent, patch)
+        prepared(all_photos, name="straight", **CURVE).run()
+    return shutil.copytree(all_photos.parent / "runs", all_photos.parent / "kept")
 
 
 @pytest.fixture
-def straight(make_folder: Photos) -> Attacking:
-    """A finished run over three eps and two attacks."""
-    run = prepared(make_folder(), name="straight", **CURVE)
-    run.run()
-    return run
+def straight(all_photos: Path, kept: Path) -> Attacking:
+    """The finished run as it was, alone in its place whatever the test before did to it."""
+    runs = all_photos.parent / "runs"
+    shutil.rmtree(runs)
+    shutil.copytree(kept, runs)
+    return prepared(all_photos, name="straight", **CURVE)
 
 
 @pytest.mark.equality
 @pytest.mark.parametrize("seed", range(5))
 def test_interrupted_anywhere_and_resumed_is_the_same_to_the_bit(
-    straight: Attacking, tmp_path: Path, seed: int
+    straight: Attacking, all_photos: Path, seed: int
 ) -> None:
     draws = random.Random(seed)
     pieces = [draws.randrange(90) for _ in range(4)]
-    again = run_in_pieces(lambda: prepared(tmp_path / "photos", **CURVE), pieces)
+    again = run_in_pieces(lambda: prepared(all_photos, **CURVE), pieces)
     assert table(again).equals(table(straight)), f"interrupted after {pieces}"
     assert pictures(again.folder.gallery_path) == pictures(straight.folder.gallery_path)
     assert len(pictures(again.folder.gallery_path)) == 12
@@ -95,7 +109,7 @@ def test_killed_at_any_byte_of_the_journal_and_resumed_is_the_same(straight: Att
 
 
 def test_every_lane_count_decides_every_image_alike(make_folder: Photos) -> None:
-    photos = make_folder()
+    photos = make_folder(10)
     found = []
     for lanes in (1, 7, 64):
         run = prepared(photos, name=f"lanes{lanes}", **(CURVE | {"lanes": lanes, "precision": "fp64"}))
@@ -211,15 +225,19 @@ def test_saved_adversarial_images_are_what_the_rows_say(make_folder: Photos, nor
         assert prediction == row["adversarial_prediction"] != row["label"]
 
 
-def test_other_settings_under_the_same_name_are_refused_by_key(straight: Attacking, tmp_path: Path) -> None:
+def test_other_settings_under_the_same_name_are_refused_by_key(straight: Attacking, all_photos: Path) -> None:
     before = straight.folder.journal_path.read_bytes()
-    changed = prepared(tmp_path / "photos", name="straight", **(CURVE | {"seed": 3, "lanes": 4}))
+    changed = prepared(all_photos, name="straight", **(CURVE | {"seed": 3, "lanes": 4}))
     with pytest.raises(UserError, match="lanes: 8 -> 4; seed: 0 -> 3"):
         changed.run()
-    shutil.copy(next((tmp_path / "photos" / "cat").iterdir()), tmp_path / "photos" / "cat" / "more.png")
-    grown = prepared(tmp_path / "photos", name="straight", **CURVE)
-    with pytest.raises(UserError, match=r"data fingerprint: .*; data images: 36 -> 37"):
-        grown.run()
+    more = all_photos / "cat" / "more.png"
+    shutil.copy(next(more.parent.iterdir()), more)
+    try:
+        grown = prepared(all_photos, name="straight", **CURVE)
+        with pytest.raises(UserError, match=r"data fingerprint: .*; data images: 36 -> 37"):
+            grown.run()
+    finally:
+        more.unlink()
     assert straight.folder.journal_path.read_bytes() == before
 
 

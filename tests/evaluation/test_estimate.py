@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +39,12 @@ def spent(attacks: str, images: int, rungs: tuple[int, ...], model: torch.nn.Mod
     return oracle.spent["images"]  # smaller batches that were tried are questions
 
 
+@cache
+def spent_one_by_one(attacks: str, images: int) -> int:
+    """Count the passes of batches of one on images that never fall."""
+    return spent(attacks, images, (1,), Constant(right=True))
+
+
 def forecast(attacks: str, images: int, rungs: tuple[int, ...]) -> tuple[int, int]:
     work = [Work(attack, range(images), n_targets=2) for attack in parse_attacks(attacks)]
     found = estimate(work, Speed(rungs, {(rungs[0], True): 1.0}))
@@ -53,11 +61,11 @@ def test_the_bounds_are_met_exactly_by_models_that_never_and_always_fall(images:
 
 
 @settings(max_examples=8, deadline=None)
-@given(images=st.integers(0, 6), rungs=st.sampled_from([(4,), (4, 2, 1), (8, 4, 2)]))
+@given(images=st.integers(0, 4), rungs=st.sampled_from([(4,), (4, 2, 1), (8, 4, 2)]))
 def test_restarts_that_run_ahead_in_spare_rows_cost_less_than_said(images: int, rungs: tuple[int, ...]) -> None:
     attacks = "pgd:steps=3:restarts=3,apgd-t:steps=2"
     _, most = forecast(attacks, images, rungs)
-    needed = spent(attacks, images, (1,), Constant(right=True))
+    needed = spent_one_by_one(attacks, images)
     assert needed <= spent(attacks, images, rungs, Constant(right=True)) <= most
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.checkpoints import Found, find_weights, fit_weights
-from robustvlm.models.torchscript import read_archive
-from robustvlm.models.weights import read_checkpoint
+from robustvlm.models.weights import read_archive, read_checkpoint
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 24,

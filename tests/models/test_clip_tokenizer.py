@@ -17,7 +17,7 @@ from robustvlm.commands.export import export
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.clip import MERGES
-from robustvlm.models.clip_folder import write_clip_folder
+from robustvlm.models.export import write_clip_folder
 from robustvlm.models.zoo import BUNDLED
 
 

@@ -27,7 +27,7 @@ from robustvlm.defenses.smoothing import SmoothedVLM
 from robustvlm.defenses.specs import Operation
 from robustvlm.models import VLM, load_model, zero_shot
 from robustvlm.models.class_cache import cache_file, forget_embeddings
-from robustvlm.models.clip_folder import write_clip_folder
+from robustvlm.models.export import write_clip_folder
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.training import LabelledImages, RobustValidation
 from robustvlm.training.validation import ZeroShotValidation

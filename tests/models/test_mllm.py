@@ -16,7 +16,7 @@ from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.mllm import MOST_WORDS, MllmVLM
 from robustvlm.models.mllm.load import split_question
-from robustvlm.models.mllm.options import Options
+from robustvlm.models.mllm.tongue import Options
 from tests.models.test_transformers import pictures
 from tests.models.transformers_folders import SIDE, make
 

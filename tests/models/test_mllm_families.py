@@ -17,7 +17,7 @@ from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.mllm import MOST_WORDS, MllmVLM
 from robustvlm.models.mllm.families import Family, Gemma3, InternVL, Llava, PaliGemma
-from robustvlm.models.mllm.known import ELSEWHERE, FAMILIES
+from robustvlm.models.mllm.load import ELSEWHERE, FAMILIES
 from robustvlm.models.mllm.qwen import Qwen2VL
 from tests.models.mllm_folders import OTHERS
 from tests.models.transformers_folders import SIDE, lively

@@ -52,7 +52,7 @@ def test_stock_open_clip_and_load_model_agree() -> None:
 def test_it_withstands_what_tiny_does_not() -> None:
     """PGD of ten steps on an unseen style; `robustvlm attack` with the whole ensemble gives the figures of the docs."""
     source = open_data("emoji?split=test&copies=1")
-    images = LabelledImages.read(source, size=64, limit=60)
+    images = LabelledImages.read(source, size=64, limit=40)
     validation = RobustValidation(images, ThreatModel("Linf", 2 / 255), n_iter=10)
     found = {}
     for spec in ("tiny", "tiny-robust"):

@@ -1,5 +1,6 @@
-"""Goals: what the attacker wants, one kind a file: its class, how it is written, and what it is called."""
+"""Goals: what the attacker wants, a kind or two a file: its class, how it is written, and what it is called."""
 
+from robustvlm.attacks.goals.answers import Match, Reword
 from robustvlm.attacks.goals.base import (
     CLEAN,
     GOALS,
@@ -24,8 +25,6 @@ from robustvlm.attacks.goals.classes import (
     Targeted,
 )
 from robustvlm.attacks.goals.feature import FeatureAway, FeatureGoal, FeatureTo
-from robustvlm.attacks.goals.meaning import Reword
-from robustvlm.attacks.goals.picture import Match
 from robustvlm.attacks.goals.words import Say, Unsay, WordsGoal
 
 __all__ = [

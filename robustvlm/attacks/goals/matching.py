@@ -12,8 +12,6 @@ The first three lead away (goal `unsay`), all but the third lead to a picture (g
 unit length, and towers differ in what they pool, so that the global feature is the mean of the unit tokens everywhere.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import lru_cache

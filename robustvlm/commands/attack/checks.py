@@ -10,12 +10,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustvlm.attacks import FAILED, FOOLED, ROBUST, Goal, Job, LaneAttack, Probe, ThreatModel
-from robustvlm.attacks.catalog import Attack
-from robustvlm.attacks.external import VERSIONS, ExternalAttack
-from robustvlm.attacks.goals import Case, FeatureGoal
-from robustvlm.attacks.honesty import MOST_IMAGES, inspect_model
-from robustvlm.attacks.tensors import ask_unperturbed, brief, needs_briefing
+from robustvlm.attacks import (
+    FAILED,
+    FOOLED,
+    ROBUST,
+    Goal,
+    Job,
+    LaneAttack,
+    Probe,
+    ThreatModel,
+    catalog,
+    external,
+    goals,
+    honesty,
+    tensors,
+)
 from robustvlm.commands.attack import AttackPlan
 from robustvlm.commands.attack.cost import BudgetSpent, MeteredOracle, Work
 from robustvlm.commands.attack.effort import FEWEST_ROBUST, JUDGED_POINTS, NAMES, Diagnosis, choose_sample, short_attack
@@ -53,7 +62,7 @@ class Checks:
     images: Images
     ledger: Ledger
     observer: Observer
-    attacks: Sequence[Attack]
+    attacks: Sequence[catalog.Attack]
     n_targets: int
 
     @property
@@ -68,19 +77,19 @@ class Checks:
         """Return what a few passes over the first images [B, 3, H, W] with labels [B] say of the model's honesty."""
         if self.plan.checks == "none" or self._known & set(SANITY_NAMES):
             return []
-        goal, most = self.aim.goals[0], min(MOST_IMAGES, found.rungs[0])
+        goal, most = self.aim.goals[0], min(honesty.MOST_IMAGES, found.rungs[0])
         images, label = images[:most], label[:most]
         if self.aim.unknown:
             label = torch.full_like(label, UNKNOWN)
-        seen = ask_unperturbed(self.oracle, goal, images, label)
-        sanity = inspect_model(
+        seen = tensors.ask_unperturbed(self.oracle, goal, images, label)
+        sanity = honesty.inspect_model(
             self.oracle,
             images,
             goal,
-            Case(label, reference=seen.reference),
+            goals.Case(label, reference=seen.reference),
             self._threats[0],
             random=found.random,
-            classes=None if isinstance(goal, FeatureGoal) else len(self.images.source.class_names),
+            classes=None if isinstance(goal, goals.FeatureGoal) else len(self.images.source.class_names),
         )
         attacks = [attack for attack in self.attacks if isinstance(attack, LaneAttack)]
         declared = any(note.name == STAND_INS for note in self.aim.notes)
@@ -93,7 +102,7 @@ class Checks:
         names = dict.fromkeys(name for stage in planned for name in stage.images)
         goal = self.aim.goals[0].spec
         names = names or dict.fromkeys((goal, fact.image_id) for fact in self.ledger.clean.values() if fact.exposed)
-        sample, attack = list(names)[:MOST_IMAGES], short_attack(self.attacks)
+        sample, attack = list(names)[: honesty.MOST_IMAGES], short_attack(self.attacks)
         # Points that are judged and not attacked count as attacks of as many passes.
         judged = math.ceil(JUDGED_POINTS * self.oracle.draws / (2 * (attack.n_iter + 1) * self.oracle.eot))
         longer = dataclasses.replace(attack, n_iter=2 * attack.n_iter)
@@ -111,8 +120,8 @@ class Checks:
             )
             return
         jobs = _sample(self.ledger, self.images, choose_sample(held, fell, self.plan.seed))
-        if needs_briefing(goal):
-            jobs = [job for job, _ in brief(jobs, oracle, goal, found.rungs, self.n_targets)]
+        if tensors.needs_briefing(goal):
+            jobs = [job for job, _ in tensors.brief(jobs, oracle, goal, found.rungs, self.n_targets)]
         if not jobs:  # the files are gone since
             return
         self.observer.begin("checks", len(NAMES), len(known & set(NAMES)))
@@ -192,7 +201,7 @@ def of_results(
     found: Sequence[AttackFact],
     *,
     threats: Sequence[ThreatModel],
-    attacks: Sequence[LaneAttack | ExternalAttack],
+    attacks: Sequence[LaneAttack | external.ExternalAttack],
     n_classes: int,
     undefended: str | None = None,
     pixels: int = 0,
@@ -258,7 +267,7 @@ def _tiny_radius(threats: Sequence[ThreatModel]) -> list[Check]:
 
 
 def black_box(
-    found: Sequence[AttackFact], attacks: Sequence[LaneAttack | ExternalAttack], *, exposed: int
+    found: Sequence[AttackFact], attacks: Sequence[LaneAttack | external.ExternalAttack], *, exposed: int
 ) -> list[Check]:
     """Count the images that an attack without gradients fooled after attacks with gradients had left them."""
     blind = {attack.name for attack in attacks if _sees(attack) is False}
@@ -274,11 +283,11 @@ def black_box(
     return [black_box_check(len(only), exposed, ", ".join(sorted(blind)))]
 
 
-def _sees(attack: LaneAttack | ExternalAttack) -> bool | None:
+def _sees(attack: LaneAttack | external.ExternalAttack) -> bool | None:
     """Whether an attack uses gradients; None for a plan of both kinds."""
     if isinstance(attack, LaneAttack):
         return attack.uses_gradient
-    return None if attack.kind in VERSIONS else attack.kind.lower() not in _BLACK_BOX
+    return None if attack.kind in external.VERSIONS else attack.kind.lower() not in _BLACK_BOX
 
 
 def black_box_check(only: int, exposed: int, name: str) -> Check:

@@ -18,9 +18,8 @@ from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.core.framing import Framing, to_pixels
 from robustvlm.core.ranks import Ranks
 from robustvlm.core.size import Size
-from robustvlm.data import DataSource
+from robustvlm.data import UNKNOWN, DataSource, Unreadable
 from robustvlm.data.decode import decode, image_suffixes
-from robustvlm.data.source import UNKNOWN, Unreadable
 from robustvlm.defenses.answering import image_tokens, speaker_of
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.errors import BadSetting, UserError

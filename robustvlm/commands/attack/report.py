@@ -10,10 +10,8 @@ from robustvlm.attacks.goals import CLEAN
 from robustvlm.commands.attack import plots, record
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import EpsSummary, GroupSummary, Summary
-from robustvlm.report import screen
+from robustvlm.report import page, repeat, screen
 from robustvlm.report import sections as doc
-from robustvlm.report.page import Example, load_gallery, write_report_of
-from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import DASH, bounds, cost_rows, count_of, findings, norm_name, plain, sentence
 from robustvlm.stats import Rate
 
@@ -23,7 +21,7 @@ _WORST = {"class": 5, "superclass": 12}
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished attack run, by default to `report.html` in its folder, and return its path."""
-    return write_report_of(folder, out, lambda run: report_of(load_run(run)))
+    return page.write_report_of(folder, out, lambda run: report_of(load_run(run)))
 
 
 def show(run: AttackedRun, console: Console) -> None:
@@ -54,7 +52,7 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
         parts += [*_levels(summary, at), *_classes(summary, at, words)]
     if drawn:
         refused = "no answer" if summary.abstains else "rejected"
-        parts += _gallery(load_gallery(run.folder / "gallery", run.class_names, run.eps_texts, refused=refused))
+        parts += _gallery(page.load_gallery(run.folder / "gallery", run.class_names, run.eps_texts, refused=refused))
     cost: Sequence[tuple[str, doc.Line]] = cost_rows(summary.cost, summary.estimate)
     parts += [
         _checks(summary),
@@ -70,7 +68,7 @@ def attack_report(run: AttackedRun, *, drawn: bool = True) -> doc.Report:
         sections=parts,
         cards=_cards(summary, at, words),
     )
-    return repeatable(report, run.manifest)
+    return repeat.repeatable(report, run.manifest)
 
 
 def _tone(summary: Summary, at: EpsSummary | None) -> str:
@@ -326,7 +324,7 @@ def _worst(kind: str, groups: Sequence[GroupSummary], eps: str, words: record.Go
     return [doc.Table(columns, rows, title=title, only="terminal")]
 
 
-def _gallery(examples: Sequence[Example]) -> list[doc.Section]:
+def _gallery(examples: Sequence[page.Example]) -> list[doc.Section]:
     if not examples:
         return []
     lead = (
@@ -337,7 +335,7 @@ def _gallery(examples: Sequence[Example]) -> list[doc.Section]:
     return [doc.Section("Adversarial examples", [doc.Text(lead, "lead"), pictures], key="gallery", short="Examples")]
 
 
-def _picture(x: Example) -> doc.Picture:
+def _picture(x: page.Example) -> doc.Picture:
     if x.clean_words is not None and x.words is not None:  # a model that answers in words
         before, after, said = x.clean_words, x.words, "of which the model says:"
         below = (f"clean: {before}", f"adversarial: {after}")

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.attacks import ROBUST, Goal, Result, ThreatModel
-from robustvlm.attacks.catalog import Attack
+from robustvlm.attacks import ROBUST, Attack, Goal, Result, ThreatModel
 from robustvlm.commands.attack.cost import MeteredOracle
 from robustvlm.commands.attack.verdicts import NO_ANSWER
 from robustvlm.commands.common.store import JournalLedger, cost_of

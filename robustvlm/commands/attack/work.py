@@ -12,16 +12,10 @@ import torch
 from torch import nn
 
 from robustvlm import attacks
-from robustvlm.attacks.catalog import is_foreign
-from robustvlm.attacks.goals import GOALS
+from robustvlm.attacks import catalog, goals, honesty, oracle
 from robustvlm.attacks.goals.classes import levels_of
-from robustvlm.attacks.honesty import attack_remarks, open_gradients
-from robustvlm.attacks.oracle import EOT_IF_RANDOM
-from robustvlm.commands.attack import AttackPlan, AttackSettings
-from robustvlm.commands.attack.checks import STAND_INS, of_results, of_second_opinion, published
-from robustvlm.commands.attack.cost import Budget, parse_budget
+from robustvlm.commands.attack import AttackPlan, AttackSettings, checks, cost, record
 from robustvlm.commands.attack.goal import Aim, check_goal, make_aim, picture_facts
-from robustvlm.commands.attack.record import load_run
 from robustvlm.commands.attack.report import report_of as report_of
 from robustvlm.commands.attack.report import show as show
 from robustvlm.commands.attack.report import write_report as write_report
@@ -47,7 +41,7 @@ NOTHING_LEFT = Estimate(images=0, passes_least=0, passes_most=0, seconds_least=0
 # Targets that attacks have unless told otherwise; with fewer classes they take one for each.
 _PLANNED_TARGETS = 9
 
-read_run = load_run
+read_run = record.load_run
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class AttackWork:
     source: DataSource
     classifier: Classifier
     aim: Aim
-    budget: Budget
+    budget: cost.Budget
 
     def run(self, session: Session) -> None:
         """Attack what is left to attack, and write rows and summary."""
@@ -76,11 +70,11 @@ class AttackWork:
         """Return what the attacks will cost, or what is left of them; the clean pass is made for it, and kept."""
         if session.folder.holds(*RESULTS):
             return NOTHING_LEFT
-        with self._working(session, Budget()) as run:
+        with self._working(session, cost.Budget()) as run:
             return run.estimate() or NOTHING_LEFT
 
     @contextmanager
-    def _working(self, session: Session, budget: Budget) -> Iterator[AttackRun]:
+    def _working(self, session: Session, budget: cost.Budget) -> Iterator[AttackRun]:
         ranks = session.ranks
         ledger = Ledger(session.folder, rank=ranks.rank, session=ranks.share(new_session()))
         try:
@@ -103,17 +97,17 @@ class AttackWork:
         plan, manifest = self.plan, session.manifest
         clean = [ledger.clean[index] for index in sorted(ledger.clean)]
         found = list(ledger.found.values())
-        judged = of_results(
+        judged = checks.of_results(
             clean,
             found,
             threats=[attacks.ThreatModel(plan.norm, eps) for _, eps in plan.radii],
             attacks=self.attacks,
             n_classes=len(self.source.class_names),
-            undefended=plan.model if published(plan.model) else None,
+            undefended=plan.model if checks.published(plan.model) else None,
             pixels=3 * area(plan.resolution),
         )
         if plan.second_opinion is not None:
-            judged += of_second_opinion(clean, found, attack=self.attacks[-1].name)
+            judged += checks.of_second_opinion(clean, found, attack=self.attacks[-1].name)
         if ledger.stopped is None:  # what an unfinished run shows need not hold when it goes on
             ledger.add_checks(judged)
         rows = make_rows(
@@ -167,7 +161,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
 
     Cheap checks come first, so that a mistyped option is not found only after a model was loaded.
     """
-    budget = parse_budget(settings.budget)
+    budget = cost.parse_budget(settings.budget)
     planned = _attacks(settings.attack, settings.second_opinion, steps=settings.steps, restarts=settings.restarts)
     norm = attacks.parse_norm(settings.norm)
     for item in planned:
@@ -184,7 +178,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
     model |= code_facts(_own(settings.goal, planned)) | picture_facts(settings.goal)
     data = describe_data(source) | {"superclasses": _superclasses(source), "levels": _levels(source)}
     probe = probe_of(classifier, source.class_names, source.templates, resolution=size)
-    opened = open_gradients(classifier)
+    opened = honesty.open_gradients(classifier)
     aim = make_aim(settings.goal, source=source, classifier=classifier, resolution=size, min_cos=settings.min_cos)
     remarks = remarks_of(source, classifier)
     aim = dataclasses.replace(aim, notes=(*_notes(opened, classifier), *_data_notes(remarks)))
@@ -198,7 +192,7 @@ def open_work(settings: AttackSettings) -> AttackWork:
         "lanes": _lanes(settings.lanes, device),
         "resolution": size,
         "radii": radii,
-        "eot_if_random": max(EOT_IF_RANDOM, attacks.recommended_eot(settings.attack)),
+        "eot_if_random": max(oracle.EOT_IF_RANDOM, attacks.recommended_eot(settings.attack)),
     }
     plan = AttackPlan(**dict(settings) | chosen)
     config = plan.stored(
@@ -263,8 +257,8 @@ def _attacks(text: str, second_opinion: str | None, *, steps: int | None, restar
 
 def _own(goal: str, chosen: list[attacks.Attack]) -> list[str]:
     """Return the names among these that stand for code of the user's."""
-    own = [item.name for item in chosen if isinstance(item, attacks.LaneAttack) and is_foreign(item)]
-    return own + ([goal] if goal.partition(":")[0] not in GOALS else [])
+    own = [item.name for item in chosen if isinstance(item, attacks.LaneAttack) and catalog.is_foreign(item)]
+    return own + ([goal] if goal.partition(":")[0] not in goals.GOALS else [])
 
 
 def _require_fit(chosen: list[attacks.Attack], aim: Aim, threat: attacks.ThreatModel, *, n_classes: int) -> None:
@@ -316,14 +310,16 @@ def _notes(opened: list[str], classifier: Classifier) -> tuple[Check, ...]:
     found = []
     if opened:
         said = "; ".join(opened)
-        found.append(Check(name=STAND_INS, level="note", message=f"{said[0].upper()}{said[1:]}."))
+        found.append(Check(name=checks.STAND_INS, level="note", message=f"{said[0].upper()}{said[1:]}."))
     if any(getattr(part, "in_half", False) for part in classifier.modules()):
         message = (
             "The model computes in half precision, and is judged as it does. Gradients are scaled on their way back "
             "through it, image by image, so that small ones are not rounded to zero; they keep its rounding."
         )
         found.append(Check(name="half precision", level="note", message=message))
-    found += [Check(name="test-time defence", level="warning", message=said) for said in attack_remarks(classifier)]
+    found += [
+        Check(name="test-time defence", level="warning", message=said) for said in honesty.attack_remarks(classifier)
+    ]
     return tuple(found)
 
 

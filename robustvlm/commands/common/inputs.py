@@ -8,14 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from robustvlm.core import registry
-from robustvlm.core.framing import Framing, to_pixels
-from robustvlm.core.object_graph import Reached, fingerprint
-from robustvlm.core.size import Size
-from robustvlm.core.user_code import file_digest
-from robustvlm.data import DataSource
+from robustvlm.core import framing, object_graph, registry, size, user_code
+from robustvlm.data import DataSource, Sample, Unreadable
 from robustvlm.data.decode import prefetch
-from robustvlm.data.source import Sample, Unreadable
 from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
@@ -96,11 +91,11 @@ class Images:
         source: DataSource,
         *,
         limit: int | None = None,
-        resolution: Size | Framing,
+        resolution: size.Size | framing.Framing,
         ahead: int = 0,
     ) -> None:
         self.source, self.limit = source, limit
-        self.framing, self._ahead = Framing.of(resolution), ahead
+        self.framing, self._ahead = framing.Framing.of(resolution), ahead
         self._order: dict[str, int] = {}
 
     def index(self, name: str) -> int:
@@ -124,7 +119,7 @@ class Images:
         for item in self.source.samples(limit=self.limit, keep=keep):
             self._order.setdefault(item.id, len(self._order))  # the faults of a stream are not asked for
             if isinstance(item, Sample):
-                pixels = to_pixels(item.image, self.framing)
+                pixels = framing.to_pixels(item.image, self.framing)
                 yield Picture(item.id, item.label, pixels, item.image.size)
             else:
                 yield item
@@ -141,7 +136,7 @@ def probe_of(
     class_names: Sequence[str] = (),
     templates: Sequence[str] = (),
     *,
-    resolution: Size | None = None,
+    resolution: size.Size | None = None,
 ) -> dict[str, Any]:
     """Return the model's answers to fixed inputs, for the manifest: what it is known by besides its digest.
 
@@ -200,9 +195,9 @@ def code_facts(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         spec = ":".join(name.split(":")[:2])
         if registry.names_own(spec):
-            reached = Reached(list(_parts(registry.resolve(spec))))
-            facts = (spec, file_digest(spec.partition(":")[0]), *reached.facts)
-            found[f"code of {spec}"] = fingerprint(reached.state(), facts)
+            reached = object_graph.Reached(list(_parts(registry.resolve(spec))))
+            facts = (spec, user_code.file_digest(spec.partition(":")[0]), *reached.facts)
+            found[f"code of {spec}"] = object_graph.fingerprint(reached.state(), facts)
     return found
 
 

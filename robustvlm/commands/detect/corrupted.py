@@ -1,7 +1,5 @@
 """Known images under common corruptions: which scores refuse them, and whether they refuse the right ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np

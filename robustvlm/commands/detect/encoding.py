@@ -14,11 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from robustvlm.core.batches import batch_sizes, narrower_after, steady_sizes
+from robustvlm.core import batches, framing, object_graph, seeds
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
-from robustvlm.core.framing import to_pixels
-from robustvlm.core.object_graph import fingerprint
-from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.data.corruptions import Corruption
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
@@ -103,12 +100,14 @@ class Answers:
         self._try_out(pixels.shape[1:])
         parts, rest = [], pixels
         while len(rest):
-            for size in batch_sizes(self._sizes, min(len(rest), self._sizes[0])) if self._steady else self._sizes[:1]:
+            for size in (
+                batches.batch_sizes(self._sizes, min(len(rest), self._sizes[0])) if self._steady else self._sizes[:1]
+            ):
                 try:
                     parts.append(self._filled(rest[:size], size))
                 except (RuntimeError, MemoryError) as error:
                     tried = self._sizes
-                    self._sizes = narrower_after(error, tried, self.classifier.device)
+                    self._sizes = batches.narrower_after(error, tried, self.classifier.device)
                     self._asked = self._sizes[0] in tried  # a size that was never tried is tried first
                     self._try_out(pixels.shape[1:])
                     break
@@ -125,7 +124,7 @@ class Answers:
 
     def _ask(self, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
         classifier, moved = self.classifier, pixels.to(self.classifier.device)
-        with torch.no_grad(), full_precision_kernels():
+        with torch.no_grad(), seeds.full_precision_kernels():
             features = None if classifier.vlm is None else classifier.vlm.encode_image(moved)
             output = None
             if features is not None and classifier.can_reject:
@@ -142,11 +141,11 @@ class Answers:
         while not self._asked and self._sizes[0] > 1:
             noise = torch.rand((self._sizes[0], *shape), generator=torch.Generator().manual_seed(0))
             try:
-                with own_draws(self.classifier.device, 0):
+                with seeds.own_draws(self.classifier.device, 0):
                     self._question(noise)
                 break
             except (RuntimeError, MemoryError) as error:
-                self._sizes = narrower_after(error, self._sizes, self.classifier.device)
+                self._sizes = batches.narrower_after(error, self._sizes, self.classifier.device)
         self._asked = True
 
     def _question(self, noise: Tensor) -> None:
@@ -156,7 +155,7 @@ class Answers:
         others = noise.flip(0) * 0.5
         others[-1] = noise[0]  # moving it shows what looks at earlier rows
         self._require_independent([new[-1:] for new in self._rows(others)], first)
-        self._sizes, self._steady = steady_sizes(lambda rows: self._rows(noise[rows]), len(noise), first), True
+        self._sizes, self._steady = batches.steady_sizes(lambda rows: self._rows(noise[rows]), len(noise), first), True
 
     def _rows(self, pixels: Tensor) -> list[Tensor]:
         return [found.nan_to_num() for found in self._ask(pixels) if found is not None]
@@ -226,7 +225,7 @@ class Encoder:
                 unreadable.append(UnreadableImage(id=item.id, reason=item.reason))
                 self.observer.advance(1)
                 continue
-            pixels = to_pixels(item.image, self.answers.classifier.framing)
+            pixels = framing.to_pixels(item.image, self.answers.classifier.framing)
             batch.append((item, pixels if corruption is None else corruption(pixels, item.id)))
             if len(batch) >= self.answers.batch(batch[0][1].shape):
                 done.append(self._ask(batch))
@@ -242,7 +241,7 @@ class Encoder:
     def _ask(self, batch: Sequence[tuple[Sample, Tensor]]) -> Encoded:
         samples, pixels = [sample for sample, _ in batch], torch.stack([image for _, image in batch])
         classifier, began = self.answers.classifier, time.perf_counter()
-        with own_draws(classifier.device, derive_seed(self.seed, "encode", samples[0].id)):
+        with seeds.own_draws(classifier.device, seeds.derive_seed(self.seed, "encode", samples[0].id)):
             features, output = self.answers(pixels)
         seconds = time.perf_counter() - began
         for found in (features, output):
@@ -263,7 +262,7 @@ def kept(path: Path, make: Callable[[], Encoded], *, owner: Manifest) -> Encoded
 
 def embed_words(vlm: VLM, words: Sequence[str], templates: Sequence[str], path: Path, *, owner: Manifest) -> Tensor:
     """Return unit text embeddings [W, D] of words, read back from the run's own file if it holds those of the same."""
-    wanted = carried(owner) | {"of": fingerprint({}, (vlm.fingerprint, *words, "|", *templates))}
+    wanted = carried(owner) | {"of": object_graph.fingerprint({}, (vlm.fingerprint, *words, "|", *templates))}
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         require_regular(path)
         with safe_open(path, framework="pt") as file:

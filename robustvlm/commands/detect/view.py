@@ -18,10 +18,8 @@ from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.words import Curve, auroc_chart, histogram, roc_chart
 from robustvlm.core.files import require_regular
 from robustvlm.detect import BASELINES
-from robustvlm.report import screen
+from robustvlm.report import page, repeat, screen
 from robustvlm.report import sections as doc
-from robustvlm.report.page import data_uri, write_report_of
-from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import RANGE, count_of, duration, findings, moment, norm_name, plain
 from robustvlm.runs.records import read_rows
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
@@ -87,7 +85,7 @@ def show(run: DetectRecord, console: Console) -> None:
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished detect run, by default to `report.html` in its folder, and return its path."""
-    return write_report_of(folder, out, lambda run: detect_report(read_run(run)))
+    return page.write_report_of(folder, out, lambda run: detect_report(read_run(run)))
 
 
 def detect_report(run: DetectRecord) -> doc.Report:
@@ -114,7 +112,7 @@ def detect_report(run: DetectRecord) -> doc.Report:
         ],
         footer=_INTERVALS,
     )
-    return repeatable(report, run.manifest)
+    return repeat.repeatable(report, run.manifest)
 
 
 def _facts(run: DetectRecord) -> list[doc.Inline]:
@@ -353,7 +351,7 @@ def load_mistakes(run: DetectRecord) -> list[tuple[str, list[doc.Picture]]]:
             line += ["; seen as ", doc.Name(said, 60)] if said else []
             line += ["; is ", doc.Name(label, 60)] if label and label != said else []
             image_id = plain(about["image_id"])
-            shown = (data_uri(image), f"Image {image_id}", "")
+            shown = (page.data_uri(image), f"Image {image_id}", "")
             found.setdefault(title, []).append(
                 (int(about["rank"]), doc.Picture([shown], [*line, ". ", doc.Code(image_id)]))
             )

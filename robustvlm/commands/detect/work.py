@@ -13,39 +13,18 @@ from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.detect import DetectSettings, corrupted, measures, scoring
+from robustvlm.commands.detect import DetectSettings, corrupted, measures, remarks, scoring
 from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
 from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
 from robustvlm.commands.detect.measures import Scored, save_mistakes
-from robustvlm.commands.detect.remarks import (
-    of_antibodies,
-    of_constant_scores,
-    of_familiar_strangers,
-    of_memory,
-    of_unknown_sets,
-    of_words,
-    remarks,
-)
-from robustvlm.commands.detect.scoring import (
-    Panel,
-    make_panel,
-    mean_time,
-    of_known_classes,
-    require_apart,
-    require_before,
-)
 from robustvlm.commands.detect.summary import parse_condition
 from robustvlm.commands.detect.view import detect_report as report_of
 from robustvlm.commands.detect.view import read_run, show, write_report
-from robustvlm.core.files import write_text
-from robustvlm.core.object_graph import fingerprint
-from robustvlm.core.ranks import resolve_device
-from robustvlm.core.size import sides
-from robustvlm.data import DataSource, open_data
+from robustvlm.core import files, object_graph, ranks, size
+from robustvlm.data import DataSource, open_data, select
 from robustvlm.data.corruptions import Corruption, parse_corruptions, table_side, written
 from robustvlm.data.names import same_things, some_of
-from robustvlm.data.source import select
 from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.detect import find_score, outside, read_words, tree_words
@@ -115,7 +94,7 @@ class DetectWork:
             observer=session.observer,
         )
         found = self._encode(encoder)
-        panel = make_panel(
+        panel = scoring.make_panel(
             self.classifier,
             self.known.templates,
             self.scores,
@@ -129,7 +108,7 @@ class DetectWork:
         under = self._under_corruptions(encoder, panel, sets[0])
         attacked, adversarial, checks = self._attacked(panel, answers, sets, thresholds, found, session)
         summary = self._summary(panel, sets, found, thresholds, checks=[*self._remarks(sets, found, panel), *checks])
-        familiar = of_familiar_strangers(summary.scores, sets, thresholds)
+        familiar = remarks.of_familiar_strangers(summary.scores, sets, thresholds)
         summary = summary.model_copy(update={"checks": [*summary.checks, *familiar]})
         shown = record.OWN if panel.may_refuse else summary.best
         save_mistakes(
@@ -140,7 +119,7 @@ class DetectWork:
             framing=self.classifier.framing,
         )
         if under:
-            side = table_side(min(sides(self.classifier.image_size)))
+            side = table_side(min(size.sides(self.classifier.image_size)))
             found_under = corrupted.summarise(sets[0], under, thresholds, side)
             summary = summary.model_copy(update={"corrupted": found_under})
         summary = summary.model_copy(
@@ -151,7 +130,7 @@ class DetectWork:
             if under:
                 write_rows(folder / "corrupted.parquet", measures.rows_of(list(under.values())))
             session.folder.report_path.unlink(missing_ok=True)
-            write_text(session.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
+            files.write_text(session.folder.summary_path, summary.model_dump_json(indent=2) + "\n")
 
     def _sources(self) -> list[tuple[str, DataSource]]:
         return [(record.KNOWN, self.known), *self.unknown]
@@ -174,19 +153,19 @@ class DetectWork:
             encoded[name] = encoder.encode(source, file, limit=self.settings.limit, title=f"Encoding {name}")
             if number:
                 encoded[name], known_after_all[name] = self._without_known(encoded[name], source.spec)
-        encoded[record.KNOWN], left_out = of_known_classes(encoded[record.KNOWN])
+        encoded[record.KNOWN], left_out = scoring.of_known_classes(encoded[record.KNOWN])
         if not encoded[record.KNOWN].ids:
             raise UserError(f"no image of '{self.known.spec}' has one of its known classes: nothing can be judged")
         fit, stream = self._encode_fit(encoder, encoded[record.KNOWN]), self._encode_stream(encoder, encoded)
         return Sets(encoded, fit, stream, left_out, known_after_all)
 
-    def _under_corruptions(self, encoder: Encoder, panel: Panel, known: Scored) -> dict[Corruption, Scored]:
+    def _under_corruptions(self, encoder: Encoder, panel: scoring.Panel, known: Scored) -> dict[Corruption, Scored]:
         """Return the known images under every corruption, scored as those without are."""
         under = {}
         for one in self.corruptions:
             file, title = f"corrupted-{one.name}-{one.severity}", f"Encoding {record.KNOWN}, {one.text}"
             made = encoder.encode(self.known, file, limit=self.settings.limit, title=title, corruption=one)
-            found, _ = of_known_classes(made)
+            found, _ = scoring.of_known_classes(made)
             scored = self._scored_of(one.text, self.known, found, panel, labels=found.labels.tolist())
             under[one] = replace(scored, scores={name: scored.scores[name] for name in known.scores})
         return under
@@ -195,13 +174,13 @@ class DetectWork:
         if self.fit is None:
             return None
         limit = self.settings.fit_limit
-        fit, _ = of_known_classes(encoder.encode(self.fit, "fit", limit=limit, title="Encoding fit"))
+        fit, _ = scoring.of_known_classes(encoder.encode(self.fit, "fit", limit=limit, title="Encoding fit"))
         if not fit.ids:
             none = setting("fit", "none")
             raise UserError(
                 f"no image of '{self.fit.spec}' has a known class: pass others with {setting('fit')}, or {none}"
             )
-        require_apart(known, fit, self.known.spec, self.fit.spec)
+        scoring.require_apart(known, fit, self.known.spec, self.fit.spec)
         return fit
 
     def _encode_stream(self, encoder: Encoder, judged: Mapping[str, Encoded]) -> Encoded | None:
@@ -211,7 +190,7 @@ class DetectWork:
         if not stream.ids:
             raise UserError(f"'{self.stream.spec}' holds no image: pass others with {setting('stream')}")
         specs = {name: source.spec for name, source in self._sources()}
-        require_before(stream, self.stream.spec, {name: (found, specs[name]) for name, found in judged.items()})
+        scoring.require_before(stream, self.stream.spec, {name: (found, specs[name]) for name, found in judged.items()})
         return stream
 
     def _without_known(self, found: Encoded, spec: str) -> tuple[Encoded, dict[str, int]]:
@@ -233,25 +212,27 @@ class DetectWork:
         path = session.folder.features_path / "words.safetensors"
         return embed_words(self.classifier.vlm, self.words, self.known.templates, path, owner=session.manifest)
 
-    def _remarks(self, sets: Sequence[Scored], found: Sets, panel: Panel) -> Iterator[Check]:
+    def _remarks(self, sets: Sequence[Scored], found: Sets, panel: scoring.Panel) -> Iterator[Check]:
         """Yield what the reader has to know of the data, the words and the scores."""
-        yield from of_unknown_sets(self.unknown, found.known_after_all, found.encoded)
+        yield from remarks.of_unknown_sets(self.unknown, found.known_after_all, found.encoded)
         if self._from_words(panel):
-            yield from of_words(self.naming, oracle=self.settings.oracle_words)
-        yield from of_antibodies(self.classifier, self.unknown)
-        yield from remarks(found.encoded, found.fit, panel)
-        yield from of_memory(found.stream, found.encoded, panel)
-        yield from of_constant_scores(sets)
+            yield from remarks.of_words(self.naming, oracle=self.settings.oracle_words)
+        yield from remarks.of_antibodies(self.classifier, self.unknown)
+        yield from remarks.remarks(found.encoded, found.fit, panel)
+        yield from remarks.of_memory(found.stream, found.encoded, panel)
+        yield from remarks.of_constant_scores(sets)
 
-    def _from_words(self, panel: Panel) -> bool:
+    def _from_words(self, panel: scoring.Panel) -> bool:
         return any("words" in find_score(name).needs for name in self.scores if name in panel.detectors)
 
-    def _scored(self, name: str, source: DataSource, sets: Sets, panel: Panel) -> Scored:
+    def _scored(self, name: str, source: DataSource, sets: Sets, panel: scoring.Panel) -> Scored:
         found = sets.encoded[name]
         labels = found.labels.tolist() if name == record.KNOWN else [-1] * len(found.ids)
         return self._scored_of(name, source, found, panel, labels=labels)
 
-    def _scored_of(self, name: str, source: DataSource, found: Encoded, panel: Panel, *, labels: list[int]) -> Scored:
+    def _scored_of(
+        self, name: str, source: DataSource, found: Encoded, panel: scoring.Panel, *, labels: list[int]
+    ) -> Scored:
         return Scored(
             name,
             found.ids,
@@ -263,7 +244,7 @@ class DetectWork:
 
     def _attacked(
         self,
-        panel: Panel,
+        panel: scoring.Panel,
         answers: Answers,
         sets: Sequence[Scored],
         thresholds: dict[str, float],
@@ -296,7 +277,7 @@ class DetectWork:
             ledger.close()
 
     def _adversarial(
-        self, config: record.UnderAttack, panel: Panel, answers: Answers, known: Scored, session: Session
+        self, config: record.UnderAttack, panel: scoring.Panel, answers: Answers, known: Scored, session: Session
     ) -> record.Adversarial | None:
         """Fool the classifier on known images that it gets right, and see which scores notice."""
         right = {
@@ -331,7 +312,7 @@ class DetectWork:
 
     def _summary(
         self,
-        panel: Panel,
+        panel: scoring.Panel,
         sets: Sequence[Scored],
         found: Sets,
         thresholds: dict[str, float],
@@ -359,7 +340,7 @@ class DetectWork:
             scores=scores,
             skipped=panel.skipped,
             best=measures.best_score(scores),
-            encode_ms=mean_time(found.encoded),
+            encode_ms=scoring.mean_time(found.encoded),
             own=measures.own_decision(known, unknown),
             words=record.WordsSummary(used=len(self.words), naming=self.naming, oracle=self.settings.oracle_words)
             if self._from_words(panel)
@@ -386,7 +367,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
     """Check all settings, open the data and load the model."""
     scoring.check(settings)
     corruptions = () if settings.corrupt is None else parse_corruptions(settings.corrupt)
-    device = str(resolve_device(settings.device))
+    device = str(ranks.resolve_device(settings.device))
     known = open_data(settings.known, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     named = scoring.unknown_sets(settings)
     unknown = [(one.name, open_unlabelled(one.spec, known.class_names)) for one in named]
@@ -399,17 +380,15 @@ def open_work(settings: DetectSettings) -> DetectWork:
     classifier = load_classifier(settings.model, known.class_names, known.templates, device=device)
     if scoring.asks_own(settings) and not classifier.can_reject:
         raise UserError(f"the model never refuses, so it has no score of its own: leave out own in {setting('scores')}")
-    scores, under_attack = (
-        scoring.scores_of(settings),
-        scoring.under_attack_of(settings, may_refuse=classifier.can_reject),
-    )
+    scores = scoring.scores_of(settings)
+    under_attack = scoring.under_attack_of(settings, may_refuse=classifier.can_reject)
     if under_attack is not None:
         open_gradients(classifier)
     attacks = scoring.attacks_of(settings)
     config = settings.stored(
         unknown=[one.model_dump() for one in named],
         scores=list(scores),
-        words=fingerprint({}, words),
+        words=object_graph.fingerprint({}, words),
         device=device,
         under_attack=None if under_attack is None else under_attack.model_dump(),
         **({"corrupt": written(corruptions)} if corruptions else {}),

@@ -1,7 +1,5 @@
 """An evaluation and attacks on the same model in one report: accuracy without change, under chance, under attack."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

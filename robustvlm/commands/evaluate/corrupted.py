@@ -1,7 +1,5 @@
 """What an evaluation finds on corrupted images: answers as they come, a row for each, and the numbers made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

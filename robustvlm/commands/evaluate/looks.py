@@ -1,7 +1,5 @@
 """A model looks at a stream of images, batch by batch: rows, and where there are captions, features of both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Measures of a classifier and of an encoder as pure functions: accuracy, calibration, subgroups, retrieval."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What an evaluation has found: a row for each image, kept as they come, and the numbers made of all rows."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,16 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from robustvlm.commands.common.store import JournalLedger, cost_of
+from robustvlm.commands.evaluate import measures
 from robustvlm.commands.evaluate.corrupted import Answers, Corruptions, as_fact, from_fact
-from robustvlm.commands.evaluate.measures import (
-    TOP,
-    calibration_bins,
-    calibration_error,
-    macro_std,
-    macro_std_draws,
-    mean_per_class_recall,
-    superclass_correct,
-)
 from robustvlm.data.source import UNKNOWN
 from robustvlm.data.trees import Forest, Tree
 from robustvlm.runs.folder import RunFolder
@@ -267,15 +257,17 @@ def measured(
         found[f"unknown_{what}"] = _rejected(unknown) if unknown else None
     if not known:
         return found
-    if len(class_names) >= TOP:
-        near = sum((row.place or 0) <= TOP and row.accepted is not False for row in known)
+    if len(class_names) >= measures.TOP:
+        near = sum((row.place or 0) <= measures.TOP and row.accepted is not False for row in known)
         found["top5"] = rate(near, len(known))
     labels = [row.label for row in known]
     # Summed once over all images: sums of batches would depend on the batch size in their last digits.
     confidences = [row.confidence or 0.0 for row in known]
     hits = torch.tensor([row.prediction == row.label for row in known])
-    found["mean_per_class_recall"] = mean_per_class_recall(labels, [bool(row.correct) for row in known])
-    found["calibration_error"] = calibration_error(calibration_bins(torch.tensor(confidences).double(), hits))
+    found["mean_per_class_recall"] = measures.mean_per_class_recall(labels, [bool(row.correct) for row in known])
+    found["calibration_error"] = measures.calibration_error(
+        measures.calibration_bins(torch.tensor(confidences).double(), hits)
+    )
     found["mean_confidence"] = math.fsum(confidences) / len(known)
     levels = list(_levels(forest, class_names))
     found["superclass_accuracy"] = [_level(known, *level) for level in levels]
@@ -304,7 +296,7 @@ def superclasses_of(tree: Tree, level: int, class_names: Sequence[str]) -> torch
 def _level(known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor) -> LevelAccuracy:
     labels, predictions = (torch.tensor([getattr(row, name) for row in known]) for name in ("label", "prediction"))
     accepted = torch.tensor([row.accepted is not False for row in known])
-    right = superclass_correct(predictions, labels, superclass_of) & accepted
+    right = measures.superclass_correct(predictions, labels, superclass_of) & accepted
     return LevelAccuracy(
         tree=root,
         level=level,
@@ -353,8 +345,8 @@ def uneven(facts: Sequence[tuple[int, Any, bool]]) -> dict[str, Any] | None:
     }
     if not counts:
         return None
-    value = macro_std(counts)
-    again, chance = macro_std_draws(counts)
+    value = measures.macro_std(counts)
+    again, chance = measures.macro_std_draws(counts)
     least, most = np.quantile(again, [0.025, 0.975])
     return {
         "divided": len(counts),

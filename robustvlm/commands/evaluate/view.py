@@ -1,7 +1,5 @@
 """A finished evaluation read back from its folder, and all that is said of it, in the terminal and on the page."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +15,9 @@ from rich.console import Console
 from robustvlm.commands.evaluate import corrupted
 from robustvlm.commands.evaluate.measures import N_BINS, TOP, calibration_bins
 from robustvlm.commands.evaluate.record import SCHEMA, CleanResult
-from robustvlm.report import screen
+from robustvlm.report import page, repeat, screen
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import INK, SERIES, as_svg, chart, new_figure
-from robustvlm.report.page import write_report_of
-from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import as_rate, bar, count_of, duration, interval, percent, plain
 from robustvlm.runs.records import read_rows, required
 from robustvlm.runs.run import FinishedRun, not_ended, read_finished
@@ -61,7 +57,7 @@ def read_run(folder: Path) -> Evaluation:
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished evaluation, by default to `report.html` in its folder, and return its path."""
-    return write_report_of(folder, out, lambda run: evaluate_report(read_run(run)))
+    return page.write_report_of(folder, out, lambda run: evaluate_report(read_run(run)))
 
 
 def show(run: Evaluation, console: Console) -> None:
@@ -100,7 +96,7 @@ def evaluate_report(run: Evaluation) -> doc.Report:
         footer="Intervals are 95%: exact Clopper-Pearson for shares, bootstrap over images for MacroStd"
         + ("." if result.corruptions is None else ", Student's t over images for means over corruptions."),
     )
-    return repeatable(report, run.manifest)
+    return repeat.repeatable(report, run.manifest)
 
 
 def verdict(result: CleanResult) -> doc.Verdict:

@@ -1,7 +1,5 @@
 """The work of `robustvlm evaluate`: look at every image, keep a row for each, and make the numbers of them."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,33 +14,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from robustvlm.commands.common.inputs import describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.evaluate import EvaluateSettings, corrupted
+from robustvlm.commands.evaluate import EvaluateSettings, corrupted, record
 from robustvlm.commands.evaluate.looks import Looker, Pairs
 from robustvlm.commands.evaluate.measures import retrieval_places
-from robustvlm.commands.evaluate.record import (
-    CAPTIONS,
-    CleanResult,
-    EvaluateLedger,
-    ImageRow,
-    Retrieval,
-    measured,
-    recalls,
-    table_of,
-)
 from robustvlm.commands.evaluate.view import evaluate_report as report_of
 from robustvlm.commands.evaluate.view import read_run, show, write_report
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular, write_text
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.size import sides
-from robustvlm.data import open_data
+from robustvlm.data import DataSource, Unreadable, open_data
 from robustvlm.data.corruptions import parse_corruptions, table_side, written
-from robustvlm.data.source import DataSource, Unreadable
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.classifier import Classifier, ZeroShot
 from robustvlm.defenses.library import require_texts
 from robustvlm.errors import UserError, setting
-from robustvlm.models import VLM
-from robustvlm.models.zero_shot import ZeroShotClassifier
+from robustvlm.models import VLM, ZeroShotClassifier
 from robustvlm.runs.manifest import Manifest, carried, require_owner
 from robustvlm.runs.records import write_rows
 from robustvlm.runs.run import Facts, Session
@@ -65,14 +51,14 @@ class EvaluateWork:
 
     def run(self, session: Session) -> None:
         """Look at the images that are left, and write rows, summary and, with captions, a row for each caption."""
-        ledger = EvaluateLedger(session.folder)
+        ledger = record.EvaluateLedger(session.folder)
         try:
             self._look(ledger, session)
             self._write(ledger, session)
         finally:
             ledger.close()
 
-    def _look(self, ledger: EvaluateLedger, session: Session) -> None:
+    def _look(self, ledger: record.EvaluateLedger, session: Session) -> None:
         source, limit = self.looker.source, self.settings.limit
         ids, seen = source.ids(), ledger.seen
         total = limit if ids is None else min(len(ids), limit or len(ids))
@@ -96,7 +82,7 @@ class EvaluateWork:
         if asked or not ledger.cost.seconds:
             ledger.add_cost(forward=asked, seconds=time.monotonic() - began, model_seconds=0.0)
 
-    def _write(self, ledger: EvaluateLedger, session: Session) -> None:
+    def _write(self, ledger: record.EvaluateLedger, session: Session) -> None:
         source = self.looker.source
         retrieval, captions = None, None
         places: dict[int, int] = {}
@@ -120,7 +106,7 @@ class EvaluateWork:
             found = corrupted.measured(known, ledger.corrupted, table_side(min(sides(self.looker.model.image_size))))
             summary = summary.model_copy(update={"corruptions": found})
         with session.results() as folder:
-            write_rows(session.folder.results_path, table_of(ledger.rows, places))
+            write_rows(session.folder.results_path, record.table_of(ledger.rows, places))
             if summary.corruptions is not None:
                 write_rows(folder / "corrupted.parquet", corrupted.table_of(known, ledger.corrupted))
             if captions is not None:
@@ -167,7 +153,7 @@ def evaluate_clean(
     limit: int | None = None,
     batch_size: int = 64,
     on_images: Callable[[int], None] | None = None,
-) -> CleanResult:
+) -> record.CleanResult:
     """Return accuracy, calibration error and superclass accuracy of `classifier` on the images of `source`; no run.
 
     The labels of `source` index the classifier's classes. `on_images` is called after each batch with the number of
@@ -188,7 +174,7 @@ def evaluate_clean(
         raise UserError(f"the batch size must be at least 1 image, got {batch_size}")
     if classifier.class_names != source.class_names:
         raise UserError(f"the classifier and '{source.spec}' have different classes")
-    rows: list[ImageRow] = []
+    rows: list[record.ImageRow] = []
     unreadable: list[tuple[int, Unreadable]] = []
     start = time.perf_counter()
     for look in Looker(classifier, source, limit, batch_size).looks():
@@ -204,13 +190,13 @@ def evaluate_clean(
 def result_of(
     model: Classifier | VLM,
     source: DataSource,
-    rows: Sequence[ImageRow],
+    rows: Sequence[record.ImageRow],
     unreadable: Sequence[tuple[str, str]],
     *,
     seconds: float,
     whole: bool,
-    retrieval: Retrieval | None = None,
-) -> CleanResult:
+    retrieval: record.Retrieval | None = None,
+) -> record.CleanResult:
     """Return the numbers made of all rows; UserError where there is nothing to measure.
 
     Args:
@@ -219,7 +205,7 @@ def result_of(
     ordered = sorted(rows, key=lambda row: row.index)
     if retrieval is None and not any(row.known for row in ordered):
         raise UserError(_why_none(source, ordered, unreadable))
-    return CleanResult(
+    return record.CleanResult(
         model=model.spec,
         model_fingerprint=model.fingerprint,
         data=source.spec,
@@ -229,11 +215,11 @@ def result_of(
         remarks=[*remarks_of(source, model), *_empty_classes(source, ordered, whole=whole)],
         retrieval=retrieval,
         seconds=seconds,
-        **measured(ordered, source.tree, source.class_names, abstains=getattr(model, "abstains", False)),
+        **record.measured(ordered, source.tree, source.class_names, abstains=getattr(model, "abstains", False)),
     )
 
 
-def _empty_classes(source: DataSource, rows: Sequence[ImageRow], *, whole: bool) -> list[str]:
+def _empty_classes(source: DataSource, rows: Sequence[record.ImageRow], *, whole: bool) -> list[str]:
     """Say which classes no image of the whole set is of: they only make the task harder."""
     seen = {row.label for row in rows if row.known}
     lost = [name for label, name in enumerate(source.class_names) if label not in seen]
@@ -243,7 +229,7 @@ def _empty_classes(source: DataSource, rows: Sequence[ImageRow], *, whole: bool)
     return [f"no image that can be read is of {len(lost)} of the {len(source.class_names)} classes: {shown}"]
 
 
-def _why_none(source: DataSource, rows: Sequence[ImageRow], unreadable: Sequence[tuple[str, str]]) -> str:
+def _why_none(source: DataSource, rows: Sequence[record.ImageRow], unreadable: Sequence[tuple[str, str]]) -> str:
     spec = source.spec
     if unreadable:
         name, reason = unreadable[0]
@@ -288,8 +274,8 @@ def _load(path: Path, manifest: Manifest) -> Pairs:
 
 
 def _retrieved(
-    folder: Path, ledger: EvaluateLedger, manifest: Manifest
-) -> tuple[Retrieval | None, dict[int, int], pa.Table | None]:
+    folder: Path, ledger: record.EvaluateLedger, manifest: Manifest
+) -> tuple[record.Retrieval | None, dict[int, int], pa.Table | None]:
     """Compare every image that has captions with every caption: recalls, the places of images, a row a caption."""
     batches = [_load(path, manifest) for path in map(partial(_file, folder), range(ledger.batches)) if path.exists()]
     if not batches:
@@ -307,8 +293,8 @@ def _retrieved(
         "caption": [text for pairs in batches for text in pairs.texts],
         "image_place": of_texts.tolist(),
     }
-    found = recalls(of_images, of_texts, without=len(ledger.rows) - len(index))
-    return found, dict(zip(index, of_images.tolist(), strict=True)), pa.table(columns, schema=CAPTIONS)
+    found = record.recalls(of_images, of_texts, without=len(ledger.rows) - len(index))
+    return found, dict(zip(index, of_images.tolist(), strict=True)), pa.table(columns, schema=record.CAPTIONS)
 
 
 def _starts(batches: Sequence[Pairs]) -> Iterator[int]:

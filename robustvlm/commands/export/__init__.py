@@ -16,9 +16,8 @@ from robustvlm.defenses.pipeline import load_pipeline
 from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import UserError, arguments_named, nearest, setting
 from robustvlm.models.clip import MERGES, ClipVLM
-from robustvlm.models.clip_folder import clip_config, write_clip_folder
 from robustvlm.models.clip_to_transformers import LAYOUT, translate
-from robustvlm.models.transformers_export import COPIED, as_clip, rewritten
+from robustvlm.models.export import COPIED, as_clip, clip_config, rewritten, write_clip_folder
 from robustvlm.models.transformers_files import CONFIG, WEIGHTS
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.weights import CONFIG_NAME, WEIGHT_NAMES, stored_weights

@@ -17,16 +17,11 @@ from robustvlm.commands.certify import record as certify_words
 from robustvlm.core.files import read_text
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
-from robustvlm.defenses import load_pipeline
-from robustvlm.defenses.specs import split_spec
+from robustvlm.defenses import load_pipeline, split_spec
 from robustvlm.errors import UserError
-from robustvlm.models import VLM
-from robustvlm.models.saved import read_card
-from robustvlm.models.transformers_export import inner
-from robustvlm.models.transformers_files import PREFIX, split_sides
+from robustvlm.models import VLM, export, saved, transformers_files, zoo
 from robustvlm.models.transformers_vlm import TowerVLM, TransformersVLM
 from robustvlm.models.weights import stored_weights
-from robustvlm.models.zoo import ADVERSARIALLY_TRAINED, BUNDLED
 from robustvlm.report.words import ball, count_of, interval, percent, plain
 from robustvlm.runs.manifest import kind_of_run, read_manifest
 from robustvlm.runs.run import FinishedRun
@@ -130,7 +125,7 @@ def _halved(vlm: VLM) -> str:
 
 def _module(vlm: VLM) -> Any:
     """Return the library's own module, open_clip's or transformers'."""
-    return inner(vlm) if isinstance(vlm, TransformersVLM | TowerVLM) else vlm.model
+    return export.inner(vlm) if isinstance(vlm, TransformersVLM | TowerVLM) else vlm.model
 
 
 def _attack(summary: Any) -> tuple[Iterator[Row], list[str]]:
@@ -207,12 +202,14 @@ def origins(vlm: VLM) -> list[Origin]:
     for _ in range(_MOST_STEPS):  # a folder that stands on itself
         folder = Path(os.path.expanduser(spec))
         manifest = (
-            read_manifest(folder / "manifest.json") if spec not in BUNDLED and kind_of_run(folder) is not None else None
+            read_manifest(folder / "manifest.json")
+            if spec not in zoo.BUNDLED and kind_of_run(folder) is not None
+            else None
         )
         found.append(Origin(spec, mark, manifest))
         if manifest is None:
             break
-        card = read_card(folder)
+        card = saved.read_card(folder)
         model = manifest.get("model") or {}
         base = model.get("spec")
         if card is not None and card.base is not None and not (isinstance(base, str) and _there(base)):
@@ -234,7 +231,7 @@ def licence_of(root: str) -> tuple[str | None, str]:
         >>> licence_of("tiny")[0], licence_of("ViT-B-32/openai")[0]
         ('apache-2.0', None)
     """
-    if root in BUNDLED:
+    if root in zoo.BUNDLED:
         return "apache-2.0", (
             f"The base, robustvlm's bundled `{root}`, is under Apache-2.0; the drawings that it was trained on keep "
             "the licences that robustvlm's NOTICE lists."
@@ -251,7 +248,11 @@ def licence_of(root: str) -> tuple[str | None, str]:
 
 def _place(root: str) -> str:
     """Return the folder or repository that a spec of transformers names, without the text side of another model."""
-    return split_sides(root.removeprefix(PREFIX))[0] if root.startswith(PREFIX) else root
+    return (
+        transformers_files.split_sides(root.removeprefix(transformers_files.PREFIX))[0]
+        if root.startswith(transformers_files.PREFIX)
+        else root
+    )
 
 
 def _said_licence(path: Path) -> str | None:
@@ -355,7 +356,7 @@ def _front_matter(chain: Sequence[Origin], to: str, licence: str | None, *, towe
         lines.append(f"base_model: {json.dumps(place)}")
     tags = ["robustvlm"] if tower else ["clip", "zero-shot-image-classification", "robustvlm"]
     trained = any(one.manifest and one.manifest.get("kind") == "finetune" for one in chain)
-    tags += ["adversarial-robustness"] if trained or root in ADVERSARIALLY_TRAINED else []
+    tags += ["adversarial-robustness"] if trained or root in zoo.ADVERSARIALLY_TRAINED else []
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
@@ -394,7 +395,7 @@ def _use(vlm: VLM, to: str) -> str:
             'model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")\n'
             'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")'
         )
-    spec = f"{PREFIX}FOLDER" if to == "transformers" else "FOLDER"
+    spec = f"{transformers_files.PREFIX}FOLDER" if to == "transformers" else "FOLDER"
     if isinstance(vlm, TowerVLM):
         spec += f"@{vlm.text.spec}" if vlm.text is not None else "@MODEL"
     return f"{block(lines, 'python')}\n\nMeasure it on your own data: {code(f'robustvlm attack {spec} --data ...')}."
@@ -403,7 +404,7 @@ def _use(vlm: VLM, to: str) -> str:
 def _how(chain: Sequence[Origin]) -> Iterator[str]:
     if chain[0].manifest is None:
         yield f"No run of robustvlm changed the weights: they are those of {code(chain[0].spec)}."
-        if chain[0].spec in ADVERSARIALLY_TRAINED:
+        if chain[0].spec in zoo.ADVERSARIALLY_TRAINED:
             yield "These come with robustvlm and were trained to withstand attacks (its docs/bundled.md says how)."
         return
     for origin in chain:

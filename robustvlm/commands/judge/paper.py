@@ -1,7 +1,5 @@
 """The table of a judgement for a README, an issue or a paper: Markdown and LaTeX; and the table of all defences."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

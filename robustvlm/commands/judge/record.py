@@ -1,25 +1,11 @@
 """What a judgement holds: the facts in its journal, and the summary that is made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from robustvlm.commands.common.store import JournalLedger
-from robustvlm.commands.judge.attacks import (
-    CLEAN,
-    FEATURE,
-    LABEL,
-    MODE,
-    SHORT,
-    SHORTER,
-    SQUARE,
-    START,
-    TRANSFER,
-    UNAWARE,
-    Fate,
-)
+from robustvlm.commands.judge import attacks
 from robustvlm.defenses.zoo.base import Passes
 from robustvlm.runs.folder import RunFolder
 from robustvlm.runs.records import Check, Record
@@ -89,7 +75,7 @@ class ImageFate(Record):
 
     def held_in(self, acts: Iterable[str]) -> bool:
         """Whether it is right when clean and in all of these acts that were made on it."""
-        return self.right[CLEAN] and all(self.right.get(act, True) for act in acts)
+        return self.right[attacks.CLEAN] and all(self.right.get(act, True) for act in acts)
 
 
 class ModelJudgement(Record):
@@ -156,7 +142,7 @@ class Judgement(Record):
 
 @dataclass
 class _Part:
-    fates: list[Fate]
+    fates: list[attacks.Fate]
     seconds: float
     spent: Passes
 
@@ -173,7 +159,9 @@ class JudgeLedger(JournalLedger):
         """Record what a model is."""
         self._add({"kind": "model", **facts.model_dump()})
 
-    def add_part(self, model: str, act: str, part: int, fates: Sequence[Fate], seconds: float, spent: Passes) -> None:
+    def add_part(
+        self, model: str, act: str, part: int, fates: Sequence[attacks.Fate], seconds: float, spent: Passes
+    ) -> None:
         """Record what came of the images of a part; all in one line, so that a killed session leaves all or none."""
         place = {"model": model, "act": act, "part": part}
         passes = {"forward": spent.forward, "backward": spent.backward}
@@ -181,7 +169,7 @@ class JudgeLedger(JournalLedger):
             {"kind": "part", **place, "rows": [fate.model_dump() for fate in fates], "seconds": seconds, **passes}
         )
 
-    def fates(self, model: str, act: str) -> dict[int, Fate]:
+    def fates(self, model: str, act: str) -> dict[int, attacks.Fate]:
         """Return the fates of images in one act by their index."""
         parts = (part.fates for (spec, name, _), part in self.parts.items() if (spec, name) == (model, act))
         return {fate.index: fate for fates in parts for fate in fates}
@@ -201,7 +189,7 @@ class JudgeLedger(JournalLedger):
             facts = ModelFacts.model_validate(fact)
             self.models[facts.spec] = facts
         elif kind == "part":
-            rows = [Fate.model_validate(row) for row in fact["rows"]]
+            rows = [attacks.Fate.model_validate(row) for row in fact["rows"]]
             spent = Passes(*(int(fact[name]) for name in ("forward", "backward")))
             part = _Part(rows, float(fact["seconds"]), spent)
             self.parts[str(fact["model"]), str(fact["act"]), int(fact["part"])] = part
@@ -232,7 +220,7 @@ def judged(ledger: JudgeLedger, images: Images) -> list[ModelJudgement]:
     for one in found:
         base = None if one.facts.base is None else by_spec[one.facts.base]
         held = [image.held for image in one.images]
-        unaware = [image.right[next(iter(UNAWARE))] for image in one.images]
+        unaware = [image.right[next(iter(attacks.UNAWARE))] for image in one.images]
         update: dict[str, object] = {"protocol": mcnemar_exact(unaware, held)}
         if base is not None:
             update["gain"] = mcnemar_exact(held, [image.held for image in base.images])
@@ -259,15 +247,15 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
     return ModelJudgement(
         spec=facts.spec,
         facts=facts,
-        clean=rate(sum(row.right[CLEAN] for row in rows), total),
-        unaware={act: rate(sum(row.right[act] for row in rows), total) for act in UNAWARE},
-        own_label=rate(sum(row.right[LABEL] for row in rows), total),
+        clean=rate(sum(row.right[attacks.CLEAN] for row in rows), total),
+        unaware={act: rate(sum(row.right[act] for row in rows), total) for act in attacks.UNAWARE},
+        own_label=rate(sum(row.right[attacks.LABEL] for row in rows), total),
         adaptive=_adaptive(rows),
         worst=rate(sum(row.held for row in rows), total),
         acts=[
             _of_act(act, rows, fates[act].values(), ledger.spent(facts.spec, act), every_mode=images.every_mode)
             for act in acts
-            if act != CLEAN
+            if act != attacks.CLEAN
         ],
         images=rows,
         checks=facts.checks,
@@ -275,7 +263,7 @@ def _of_model(ledger: JudgeLedger, facts: ModelFacts, images: Images, acts: Sequ
 
 
 def _adaptive(rows: Sequence[ImageFate]) -> Rate:
-    return rate(sum(row.held_in(act for act in row.right if act != SQUARE) for row in rows), len(rows))
+    return rate(sum(row.held_in(act for act in row.right if act != attacks.SQUARE) for row in rows), len(rows))
 
 
 def as_read(summary: Judgement) -> Judgement:
@@ -286,14 +274,16 @@ def as_read(summary: Judgement) -> Judgement:
     """
     models = []
     for found in summary.models:
-        lacks = summary.steps >= SHORTER and not any(act.name.startswith(SHORT) for act in found.acts)
+        lacks = summary.steps >= attacks.SHORTER and not any(act.name.startswith(attacks.SHORT) for act in found.acts)
         said = "Of a version before, which did not try a quarter of the steps: a fresh run may find more."
         checks = [*found.checks, *([Check(name="more steps", level="note", message=said)] if lacks else [])]
         models.append(found.model_copy(update={"adaptive": _adaptive(found.images), "checks": checks}))
     return summary.model_copy(update={"models": models})
 
 
-def _of_act(act: str, rows: Sequence[ImageFate], fates: Iterable[Fate], spent: Passes, *, every_mode: bool) -> Act:
+def _of_act(
+    act: str, rows: Sequence[ImageFate], fates: Iterable[attacks.Fate], spent: Passes, *, every_mode: bool
+) -> Act:
     made = [row for row in rows if act in row.right]
     alone = [row for row in made if not row.right[act] and sum(not right for right in row.right.values()) == 1]
     return Act(
@@ -301,9 +291,9 @@ def _of_act(act: str, rows: Sequence[ImageFate], fates: Iterable[Fate], spent: P
         tried=len(made),
         right=sum(row.right[act] for row in made),
         alone=len(alone) if every_mode else None,
-        left_only=act in (FEATURE, SQUARE)
-        or act.startswith((SHORT, START))
-        or (act.startswith(MODE) and not every_mode),
+        left_only=act in (attacks.FEATURE, attacks.SQUARE)
+        or act.startswith((attacks.SHORT, attacks.START))
+        or (act.startswith(attacks.MODE) and not every_mode),
         passes=sum(fate.passes for fate in fates),
         forward=int(spent.forward),
         backward=int(spent.backward),
@@ -323,8 +313,12 @@ def compared_checks(found: ModelJudgement) -> list[Check]:
 
 
 def _transfer(found: ModelJudgement) -> Check | None:
-    through = [act.name for act in found.acts if act.name.startswith((MODE, SHORT)) or act.name == FEATURE]
-    missed = [row for row in found.images if row.held_in(through) and not row.held_in(TRANSFER)]
+    through = [
+        act.name
+        for act in found.acts
+        if act.name.startswith((attacks.MODE, attacks.SHORT)) or act.name == attacks.FEATURE
+    ]
+    missed = [row for row in found.images if row.held_in(through) and not row.held_in(attacks.TRANSFER)]
     if not missed:
         return None
     least = min(one.successes for one in (*found.unaware.values(), found.own_label))
@@ -337,7 +331,7 @@ def _transfer(found: ModelJudgement) -> Check | None:
 
 
 def _budget(found: ModelJudgement) -> Check | None:
-    acts = [act for act in found.acts if act.name.startswith(SHORT)]
+    acts = [act for act in found.acts if act.name.startswith(attacks.SHORT)]
     fooled = sum(act.tried - act.right for act in acts)
     if not fooled:
         return None
@@ -351,7 +345,7 @@ def _budget(found: ModelJudgement) -> Check | None:
 
 
 def _blind(found: ModelJudgement) -> Check | None:
-    square = next((act for act in found.acts if act.name == SQUARE), None)
+    square = next((act for act in found.acts if act.name == attacks.SQUARE), None)
     if square is None or square.right == square.tried:
         return None
     fooled = square.tried - square.right

@@ -1,7 +1,5 @@
 """A finished judgement read back, and all that is said of it: in the terminal, on the page, and as Markdown."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,11 +14,9 @@ from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement, as_r
 from robustvlm.defenses.specs import split_spec
 from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, strengths
 from robustvlm.defenses.zoo.base import OWN as OWN_WAY
-from robustvlm.report import screen
+from robustvlm.report import page, repeat, screen
 from robustvlm.report import sections as doc
 from robustvlm.report.charts import BAD, GRID, INK, MUTED, SERIES, as_svg, chart, new_figure
-from robustvlm.report.page import write_report_of
-from robustvlm.report.repeat import repeatable
 from robustvlm.report.words import DASH, ball, count_of, duration, findings, interval, plain
 from robustvlm.runs.run import FinishedRun, read_finished
 from robustvlm.stats import Rate
@@ -51,7 +47,7 @@ def show(run: FinishedRun[Judgement], console: Console) -> None:
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a finished judgement, by default to `report.html` in its folder, and return its path."""
-    return write_report_of(folder, out, lambda run: judge_report(read_run(run)))
+    return page.write_report_of(folder, out, lambda run: judge_report(read_run(run)))
 
 
 def judge_report(run: FinishedRun[Judgement]) -> doc.Report:
@@ -70,7 +66,7 @@ def judge_report(run: FinishedRun[Judgement]) -> doc.Report:
         ],
         footer=INTERVALS,
     )
-    return repeatable(report, run.manifest)
+    return repeat.repeatable(report, run.manifest)
 
 
 # The words of a judgement

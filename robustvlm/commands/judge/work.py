@@ -1,7 +1,5 @@
 """The work of `robustvlm judge`: models and images opened, every act made on every model, figures written."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -11,32 +9,18 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.honesty import open_gradients
-from robustvlm.attacks.threat import one_radius
+from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
 from robustvlm.commands.common.inputs import Images as Stream
 from robustvlm.commands.common.inputs import describe_data, remarks_of
-from robustvlm.commands.judge import JudgeSettings, record
-from robustvlm.commands.judge.attacks import (
-    CLEAN,
-    FEATURE,
-    LABEL,
-    MODE,
-    SHORT,
-    START,
-    TRANSFER,
-    UNAWARE,
-    Attacked,
-    Images,
-)
+from robustvlm.commands.judge import JudgeSettings, attacks, record
 from robustvlm.commands.judge.paper import write_markdown, write_tex
 from robustvlm.commands.judge.view import judge_report as report_of
 from robustvlm.commands.judge.view import read_run, show, write_report
 from robustvlm.core.files import replacing, write_text
 from robustvlm.core.ranks import current_ranks, device_of_rank, resolve_device
 from robustvlm.core.size import size_text
-from robustvlm.data import DataSource, open_data
-from robustvlm.data.source import Unreadable
+from robustvlm.data import DataSource, Unreadable, open_data
 from robustvlm.defenses import Classifier, load_classifier
 from robustvlm.defenses.pipeline import check_operations
 from robustvlm.defenses.specs import split_spec, undefended
@@ -50,7 +34,7 @@ __all__ = ["RESULTS", "JudgeWork", "open_work", "read_run", "report_of", "show",
 
 RESULTS = ("summary.json",)
 
-FIRST = next(iter(UNAWARE))
+FIRST = next(iter(attacks.UNAWARE))
 """The transferred points that attacks begin at."""
 
 
@@ -106,9 +90,9 @@ class JudgeWork:
             write_tex(folder / "report.tex", summary, session.manifest)
             write_text(folder / "summary.json", summary.model_dump_json(indent=2) + "\n")
 
-    def _images(self, ledger: record.JudgeLedger, session: Session) -> tuple[dict[str, Images], record.Images]:
+    def _images(self, ledger: record.JudgeLedger, session: Session) -> tuple[dict[str, attacks.Images], record.Images]:
         """Return the images as every undefended model takes them, by its spec, and what was left aside."""
-        found: dict[str, Images] = {}
+        found: dict[str, attacks.Images] = {}
         aside = record.Images((), ())
         for spec in dict.fromkeys(self.bases.values()):
             ids, labels, pixels, unknown = [], [], [], 0
@@ -125,7 +109,7 @@ class JudgeWork:
                     pixels.append(item.pixels)
             if not ids:
                 raise UserError(f"'{self.source.spec}' holds no readable image of a known class to judge on")
-            found[spec] = Images(ids, torch.stack(pixels), torch.tensor(labels))
+            found[spec] = attacks.Images(ids, torch.stack(pixels), torch.tensor(labels))
             aside = record.Images(ids, labels, len(ledger.unreadable), unknown)
         return found, aside
 
@@ -137,8 +121,8 @@ class _Trial:
     work: JudgeWork
     ledger: record.JudgeLedger
     session: Session
-    images: dict[str, Images]
-    known: dict[str, Attacked] = field(default_factory=dict)
+    images: dict[str, attacks.Images]
+    known: dict[str, attacks.Attacked] = field(default_factory=dict)
 
     def judge(self, spec: str) -> tuple[str, ...]:
         """Make the acts on a model that are not made yet; return all."""
@@ -158,20 +142,22 @@ class _Trial:
                 self.session.observer.advance(len(places))
         return attacked.acts
 
-    def _make(self, spec: str, act: str, part: int, attacked: Attacked, images: Images, places: Sequence[int]) -> None:
+    def _make(
+        self, spec: str, act: str, part: int, attacked: attacks.Attacked, images: attacks.Images, places: Sequence[int]
+    ) -> None:
         began = time.monotonic()
         fallen = self._fallen(spec, act, attacked)
         wanted = [place for place in places if place not in fallen]
         base, chosen, purpose = self.work.bases.get(spec, spec), images.rows(wanted), f"{act} {part}"
         points = (
-            self._points(base, act if act in TRANSFER else FIRST, part)
-            if act in TRANSFER or act.startswith(START)
+            self._points(base, act if act in attacks.TRANSFER else FIRST, part)
+            if act in attacks.TRANSFER or act.startswith(attacks.START)
             else None
         )
         with attacked.counted() as seen:
             if not wanted:
                 fates = []
-            elif act == CLEAN or act in TRANSFER:
+            elif act == attacks.CLEAN or act in attacks.TRANSFER:
                 fates = attacked.look(chosen.pixels if points is None else points, chosen.labels, purpose)
             else:
                 start = None if points is None else points[[places.index(place) for place in wanted]]
@@ -181,19 +167,21 @@ class _Trial:
         self.ledger.add_part(spec, act, part, numbered, time.monotonic() - began, spent)
         self.session.observer.passed(len(wanted), seen.forward + seen.backward)
 
-    def _fallen(self, spec: str, act: str, attacked: Attacked) -> set[int]:
+    def _fallen(self, spec: str, act: str, attacked: attacks.Attacked) -> set[int]:
         """Return the images that an act is not made on, by what came of them in the acts before."""
-        if act == CLEAN or act in TRANSFER:
+        if act == attacks.CLEAN or act in attacks.TRANSFER:
             return set()
         before = attacked.acts[: attacked.acts.index(act)]
-        if act.startswith(MODE) and self.work.settings.every_mode:
-            before = (CLEAN,)
-        elif act.startswith((MODE, SHORT)) or act == FEATURE:  # to count what gradients alone find
-            before = tuple(one for one in before if one not in TRANSFER)
+        if act.startswith(attacks.MODE) and self.work.settings.every_mode:
+            before = (attacks.CLEAN,)
+        elif (
+            act.startswith((attacks.MODE, attacks.SHORT)) or act == attacks.FEATURE
+        ):  # to count what gradients alone find
+            before = tuple(one for one in before if one not in attacks.TRANSFER)
         fates = (fate for one in before for fate in self.ledger.fates(spec, one).values())
         return {fate.index for fate in fates if not fate.right}
 
-    def _look_at(self, spec: str, attacked: Attacked, images: Images) -> None:
+    def _look_at(self, spec: str, attacked: attacks.Attacked, images: attacks.Images) -> None:
         """Note what a model is, once."""
         if spec in self.ledger.models:
             return
@@ -236,12 +224,12 @@ class _Trial:
             temporary.write_bytes(save({"points": points}, metadata={"model": base, "act": act}))
         return points
 
-    def _made(self, base: str, act: str, part: int, chosen: Images) -> Tensor:
-        if act != LABEL:
+    def _made(self, base: str, act: str, part: int, chosen: attacks.Images) -> Tensor:
+        if act != attacks.LABEL:
             return self._attacked(base).unaware_points(chosen, act)
         # Where the undefended model is right, its word is the label, and the points are there already.
         points = self._points(base, FIRST, part).clone()
-        clean, places = self.ledger.fates(base, CLEAN), self._parts(self.images[base])[part]
+        clean, places = self.ledger.fates(base, attacks.CLEAN), self._parts(self.images[base])[part]
         said = torch.tensor([clean[place].prediction for place in places])
         other = (said != chosen.labels).nonzero().flatten().tolist()
         if other:
@@ -249,18 +237,18 @@ class _Trial:
             points[other] = self._attacked(base).unaware_points(asked, act)
         return points
 
-    def _attacked(self, spec: str) -> Attacked:
+    def _attacked(self, spec: str) -> attacks.Attacked:
         """Return a model as it is attacked, which is asked the first questions once."""
         if spec not in self.known:
             self.known[spec] = self._new(spec)
         return self.known[spec]
 
-    def _new(self, spec: str) -> Attacked:
+    def _new(self, spec: str) -> attacks.Attacked:
         settings, models, base = self.work.settings, self.work.models, self.work.bases.get(spec)
         images = self.images[base or spec]
         lanes = min(settings.lanes, len(images.ids))
         model = models[spec]
-        return Attacked(
+        return attacks.Attacked(
             model=model,
             features=model if model.vlm is not None or base is None else models[base],
             first=images.rows(range(lanes)),
@@ -273,7 +261,7 @@ class _Trial:
             draws=settings.draws,
         )
 
-    def _parts(self, images: Images) -> list[list[int]]:
+    def _parts(self, images: attacks.Images) -> list[list[int]]:
         size, count = self.work.settings.lanes, len(images.ids)
         return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 

@@ -14,29 +14,13 @@ from torch import Tensor
 from robustvlm.attacks.oracle import Oracle, row_changes
 from robustvlm.attacks.tensors import image_ids
 from robustvlm.commands.common.inputs import taken_for_granted
-from robustvlm.commands.predict import PredictSettings
-from robustvlm.commands.predict.rows import (
-    ABSTAINED,
-    ANSWERED,
-    FAILED,
-    REJECTED,
-    UNREADABLE,
-    About,
-    Counts,
-    Prediction,
-    arrow_of,
-    opened,
-)
+from robustvlm.commands.predict import PredictSettings, record
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.ranks import current_ranks, resolve_device
 from robustvlm.core.seeds import derive_seed
 from robustvlm.core.size import sides
-from robustvlm.data import open_data
+from robustvlm.data import DataSource, Unreadable, decode, files, open_data, specs
 from robustvlm.data.classes import DEFAULT, read_class_names, read_templates, recognise
-from robustvlm.data.decode import prefetch
-from robustvlm.data.files import FileImages
-from robustvlm.data.source import DataSource, Unreadable
-from robustvlm.data.specs import open_unlabelled
 from robustvlm.defenses.classifier import Answers, Classifier
 from robustvlm.defenses.load import own_classes
 from robustvlm.defenses.pipeline import load_classifier
@@ -59,7 +43,7 @@ class _Ready:
     pixels: Tensor
 
 
-class Predictions(Sequence[Prediction]):
+class Predictions(Sequence[record.Prediction]):
     """What a model says of images: a sequence of rows, and the same as columns.
 
     Attributes:
@@ -73,7 +57,7 @@ class Predictions(Sequence[Prediction]):
         (['cat'], [0.9], 'a.png')
     """
 
-    def __init__(self, rows: Sequence[Prediction], about: About) -> None:
+    def __init__(self, rows: Sequence[record.Prediction], about: record.About) -> None:
         self.rows, self.about = list(rows), about
 
     def __len__(self) -> int:
@@ -100,17 +84,17 @@ class Predictions(Sequence[Prediction]):
     @property
     def rejected(self) -> list[bool]:
         """Where the model refuses the image."""
-        return [row.status == REJECTED for row in self.rows]
+        return [row.status == record.REJECTED for row in self.rows]
 
     @property
     def abstained(self) -> list[bool]:
         """Where the draws of a smoothed model do not decide."""
-        return [row.status == ABSTAINED for row in self.rows]
+        return [row.status == record.ABSTAINED for row in self.rows]
 
     @property
     def unreadable(self) -> list[bool]:
         """Where there was no image to read, or the model's output was not finite."""
-        return [row.status in (UNREADABLE, FAILED) for row in self.rows]
+        return [row.status in (record.UNREADABLE, record.FAILED) for row in self.rows]
 
     @property
     def rule(self) -> str:
@@ -119,7 +103,7 @@ class Predictions(Sequence[Prediction]):
 
     def to_arrow(self) -> pa.Table:
         """Return the rows as an Arrow table, with the columns of the Parquet file."""
-        return arrow_of(self.rows, self.about)
+        return record.arrow_of(self.rows, self.about)
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas frame; UserError without the package pandas."""
@@ -144,7 +128,7 @@ class Work:
     ) -> None:
         if current_ranks().size > 1:
             raise UserError("`robustvlm predict` works in one process: start it without torchrun")
-        self.settings, self.counts, self.notes = settings, Counts(), list[str]()
+        self.settings, self.counts, self.notes = settings, record.Counts(), list[str]()
         if classifier is None:
             self.classifier, self.source = self._load(names)
         else:
@@ -174,10 +158,10 @@ class Work:
             )
 
     @cached_property
-    def about(self) -> About:
+    def about(self) -> record.About:
         """What all rows have in common."""
         model, top = self.classifier, min(self.settings.top, len(self.classifier.class_names))
-        return About(model.spec, model.fingerprint, self._rule(), model.class_names, model.can_reject, top)
+        return record.About(model.spec, model.fingerprint, self._rule(), model.class_names, model.can_reject, top)
 
     @property
     def total(self) -> int | None:
@@ -185,11 +169,11 @@ class Work:
         ids, limit = self.source.ids(), self.settings.limit
         return None if ids is None else len(ids) if limit is None else min(len(ids), limit)
 
-    def batches(self) -> Iterator[list[Prediction]]:
+    def batches(self) -> Iterator[list[record.Prediction]]:
         """Yield the rows of all images in their order, as they come, and count them."""
         items = self._items()
         batch: list[_Ready | Unreadable] = []
-        for item in prefetch(items, self.ahead) if self.ahead else items:
+        for item in decode.prefetch(items, self.ahead) if self.ahead else items:
             batch.append(item)
             if len(batch) == self.settings.batch_size:
                 yield self._rows(batch)
@@ -249,8 +233,8 @@ class Work:
     def _unlabelled(self) -> DataSource:
         """Return the images, whatever their data calls them."""
         if self.settings.data is None:
-            return FileImages(self.settings.images)
-        source = open_unlabelled(self.settings.data)
+            return files.FileImages(self.settings.images)
+        source = specs.open_unlabelled(self.settings.data)
         # Prompts that lie beside the data fit its pictures, whichever classes are asked for.
         source.templates = source.inner.templates or DEFAULT
         return source
@@ -294,24 +278,26 @@ class Work:
 
     def _items(self) -> Iterator[_Ready | Unreadable]:
         for item in self.source.samples(limit=self.settings.limit):
-            name = item.id if isinstance(self.source, FileImages) else without_secrets(item.id)
+            name = item.id if isinstance(self.source, files.FileImages) else without_secrets(item.id)
             if isinstance(item, Unreadable):
                 yield Unreadable(name, item.reason)
             else:
                 yield _Ready(name, to_pixels(item.image, self.classifier.framing))
 
-    def _rows(self, batch: Sequence[_Ready | Unreadable]) -> list[Prediction]:
+    def _rows(self, batch: Sequence[_Ready | Unreadable]) -> list[record.Prediction]:
         ready = [item for item in batch if isinstance(item, _Ready)]
         answered = iter(self._answered(ready))
         rows = [
-            Prediction(item.id, UNREADABLE, reason=item.reason) if isinstance(item, Unreadable) else next(answered)
+            record.Prediction(item.id, record.UNREADABLE, reason=item.reason)
+            if isinstance(item, Unreadable)
+            else next(answered)
             for item in batch
         ]
         for row in rows:
             self.counts.add(row)
         return rows
 
-    def _answered(self, ready: Sequence[_Ready]) -> Iterator[Prediction]:
+    def _answered(self, ready: Sequence[_Ready]) -> Iterator[record.Prediction]:
         size = 1 if self._random or self._coupled else max(1, len(ready))
         for start in range(0, len(ready), size):
             part = ready[start : start + size]
@@ -338,7 +324,7 @@ class Work:
             torch.manual_seed(derive_seed(self.settings.seed, "predict", *image_ids(pixels)))
             return self.classifier.predict(pixels, alpha=self.settings.alpha, lanes=len(pixels))
 
-    def _told(self, names: Sequence[str], parts: Iterable[Answers]) -> Iterator[Prediction]:
+    def _told(self, names: Sequence[str], parts: Iterable[Answers]) -> Iterator[record.Prediction]:
         waiting = iter(names)
         for answers in parts:
             for place, row in enumerate(self._facts(answers)):
@@ -356,14 +342,16 @@ class Work:
 
     def _prediction(
         self, name: str, answers: Answers, place: int, row: Tensor, score: float | None, threshold: float | None
-    ) -> Prediction:
+    ) -> record.Prediction:
         if not answers.output[place].isfinite().all():
-            return Prediction(name, FAILED, reason="the model's output is NaN or infinite")
+            return record.Prediction(name, record.FAILED, reason="the model's output is NaN or infinite")
         values, labels = row.topk(self.about.top)
         classes = [self.classifier.class_names[label] for label in labels.tolist()]
-        status = REJECTED if answers.rejected[place] else ABSTAINED if answers.abstained[place] else ANSWERED
+        status = record.ABSTAINED if answers.abstained[place] else record.ANSWERED
+        if answers.rejected[place]:
+            status = record.REJECTED
         label = int(answers.classes[place])
-        return Prediction(
+        return record.Prediction(
             name,
             status,
             answers.names[place],
@@ -379,9 +367,9 @@ def predictions(
 ) -> Predictions:
     """Return all rows, and write them where the settings say so."""
     work = Work(settings, classifier, names)
-    rows: list[Prediction] = []
+    rows: list[record.Prediction] = []
     to = None if settings.to_stdout else settings.to
-    file = nullcontext() if settings.to is None else opened(settings.written_as, to, work.about, work.counts)
+    file = nullcontext() if settings.to is None else record.opened(settings.written_as, to, work.about, work.counts)
     with file as sink:
         for batch in work.batches():
             rows += batch

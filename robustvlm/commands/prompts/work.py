@@ -17,9 +17,8 @@ from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.specs import open_unlabelled
 from robustvlm.data.splits import copies, in_both
-from robustvlm.defenses import load_pipeline, prompts
+from robustvlm.defenses import load_pipeline, prompts, split_spec
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings
-from robustvlm.defenses.specs import split_spec
 from robustvlm.detect import auroc_interval, energy_change
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM

@@ -10,15 +10,13 @@ from rich.console import Console
 from torch import Tensor
 
 from robustvlm import training
-from robustvlm.attacks import ThreatModel, parse_norm
-from robustvlm.attacks.threat import one_radius
+from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
 from robustvlm.commands.common.inputs import facts_of, probe_of, taken_for_granted
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
-from robustvlm.data import DataSource, open_data
-from robustvlm.data.source import Sample, select
+from robustvlm.data import DataSource, Sample, open_data, select
 from robustvlm.data.splits import require_unseen_validation
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import InnerAttack
@@ -27,10 +25,9 @@ from robustvlm.defenses.purify.parts import write_parts
 from robustvlm.defenses.purify.train import PurifySettings as Stages
 from robustvlm.defenses.purify.unet import purifier_shape
 from robustvlm.errors import BadSetting, UserError, nearest, setting
-from robustvlm.models import VLM
+from robustvlm.models import VLM, zero_shot
 from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
-from robustvlm.models.zero_shot import zero_shot
 from robustvlm.report import screen
 from robustvlm.report import training as report
 from robustvlm.report.training import told

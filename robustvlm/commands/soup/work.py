@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from torch import Tensor
 
-from robustvlm.attacks import ThreatModel, parse_norm
-from robustvlm.attacks.threat import one_radius
+from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
 from robustvlm.commands.common.inputs import describe_data, probe_of
 from robustvlm.commands.soup import MEASURES, SoupSettings
 from robustvlm.core.files import read_json, write_text
@@ -29,8 +28,7 @@ from robustvlm.report.sections import Block, Closing, Code, Column, Measure, Row
 from robustvlm.runs.run import Facts, FinishedRun, Session, read_finished
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import Mean, Rate
-from robustvlm.training import RobustValidation
-from robustvlm.training.validation import ZeroShotValidation, validation_images
+from robustvlm.training.validation import RobustValidation, ZeroShotValidation, validation_images
 
 NAME = "soup.json"
 RESULTS = (NAME,)

@@ -14,7 +14,7 @@ from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
 from robustvlm.models.clip import ClipVLM
-from robustvlm.models.clip_folder import write_clip_folder
+from robustvlm.models.export import write_clip_folder
 from robustvlm.models.saved import Card, write_card
 from robustvlm.models.weights import CONFIG_NAME, read_weights, stored_weights
 

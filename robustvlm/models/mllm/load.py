@@ -1,6 +1,4 @@
-"""From `mllm:FOLDER_OR_NAME` to a model: read without code, whole, with the prompt it was tuned on."""
-
-from __future__ import annotations
+"""From `mllm:FOLDER_OR_NAME` to a model: of a known type, read without code, whole, with the prompt it was tuned on."""
 
 import hashlib
 import json
@@ -9,14 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from robustvlm.core.boundary import same_random_state
 from robustvlm.core.files import read_bytes, read_json
+from robustvlm.core.framing import trial_pixels
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
-from robustvlm.models.mllm.checks import require_prompt, try_out
-from robustvlm.models.mllm.families import Family, Llava
-from robustvlm.models.mllm.known import family_of
+from robustvlm.models.mllm.families import Family, Gemma3, InternVL, Llava, PaliGemma, VipLlava
 from robustvlm.models.mllm.model import PREFIX, QUESTION, MllmVLM
+from robustvlm.models.mllm.qwen import Qwen2VL, Qwen25VL
 from robustvlm.models.mllm.tongue import Tongue
 from robustvlm.models.transformers_load import loading_options, read_image_processor, read_tokenizer, require_whole
 from robustvlm.models.vlm import VLM
@@ -177,3 +178,118 @@ def _template(folder: Path) -> str | None:
     if old.is_file():
         return str(json.loads(read_bytes(old, most=2**20)).get("chat_template") or "") or None
     return None
+
+
+# Which types of multimodal models are known, and why others are not
+
+FAMILIES: dict[str, type[Family]] = {
+    "llava": Llava,
+    "vipllava": VipLlava,
+    "internvl": InternVL,
+    "gemma3": Gemma3,
+    "paligemma": PaliGemma,
+    "qwen2_vl": Qwen2VL,
+    "qwen2_5_vl": Qwen25VL,
+}
+"""By `model_type`."""
+
+ELSEWHERE = {
+    "llava_next": "cuts images into tiles and a smaller copy",
+    "llava_onevision": "cuts images into tiles and a smaller copy",
+    "qwen3_vl": "feeds several layers of the language model from the image tower",
+    "idefics3": "enlarges images before it reduces them",
+    "smolvlm": "enlarges images before it reduces them",
+    "blip-2": "reads an image through queries",
+    "instructblip": "reads an image through queries",
+    "mllama": "lets the language model look at the image in layers of its own",
+}
+"""Types that are not of this form, and in what."""
+
+
+def family_of(config: Mapping[str, Any], spec: str) -> Family:
+    """Return the family of a model by its config.
+
+    Raises:
+        UserError: one of another form; it says in what.
+    """
+    kind = str(config["model_type"])
+    if kind in FAMILIES:
+        return FAMILIES[kind].of(config)
+    why = f", which {ELSEWHERE[kind]}" if kind in ELSEWHERE else ""
+    close = "" if why else f" ({nearest(kind, FAMILIES)})"
+    raise UserError(
+        f"'{spec}' is a model of type '{kind}'{why}: mllm: takes {', '.join(FAMILIES)}{close}; write another as an "
+        "encoder or classifier of your own, module:callable (docs/models.md)"
+    )
+
+
+# What a model has to show when it is opened: the library's own tokens and logits, and that it looks
+
+_SAME = 1e-3
+"""Two ways through one model may differ by so much of the largest logit."""
+
+
+def require_prompt(module: Any, folder: Path, vlm: MllmVLM, spec: str) -> None:
+    """Refuse a model whose own processor makes other tokens of a question and an image than are read here."""
+    family, tongue = vlm.family, vlm.tongue
+    pixels = trial_pixels(1, vlm.image_size)
+    picture = Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    asked = tongue.chat(vlm.question)
+    # As its `apply_chat_template` does: no second beginning.
+    begun = {"add_special_tokens": False} if family.chats and tongue.begun(asked) else {}
+    try:
+        with files.quiet():
+            processor = module.AutoProcessor.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+            told = processor(text=[asked], images=[picture], return_tensors="pt", **family.settings, **begun)
+    except Exception as error:  # a processor with wrong settings fails in any way
+        raise UserError(f"the processor of '{spec}' fails on a question and an image: {brief(error)}") from error
+    theirs = told["input_ids"][0].tolist()
+    with torch.no_grad():
+        places = vlm.family.project(vlm.model.model, vlm.tokens(pixels)).shape[1]
+    ours = [*vlm.prompt.before, *[tongue.image] * places, *vlm.prompt.after]
+    if ours != theirs:
+        raise UserError(
+            f"the processor of '{spec}' makes {len(theirs)} tokens of a question and an image, and not the {len(ours)} "
+            f"that are read here ({theirs.count(tongue.image)} and {places} of the image): use another model"
+        )
+
+
+@torch.no_grad()
+def try_out(vlm: MllmVLM, spec: str) -> None:
+    """Refuse a model that gives tokens or logits that are not finite, or that answers without looking at the image."""
+    pixels = trial_pixels(2, vlm.image_size)
+    try:
+        tokens = vlm.tokens(pixels)
+        logits = vlm.next_logits(tokens, torch.zeros(2, 1, dtype=torch.long))
+        if not tokens.isfinite().all() or not logits.isfinite().all():
+            raise UserError(f"'{spec}' gives tokens or logits that are not finite")
+        _require_same(vlm, pixels[:1], logits[0, 0], spec)
+    except UserError:
+        raise
+    except Exception as error:  # of versions of the library with a defect, or of a config that misleads
+        raise UserError(
+            f"'{spec}' fails under transformers {files.library().__version__}: {brief(error)}; try its newest"
+        ) from error
+    if torch.equal(logits[0], logits[1]):
+        raise UserError(f"'{spec}' says the same of two different images to the last bit: it does not look at them")
+
+
+@torch.no_grad()
+def _require_same(vlm: MllmVLM, pixels: torch.Tensor, found: torch.Tensor, spec: str) -> None:
+    """Refuse a model whose own forward gives other logits than the way through its parts `found` [V]."""
+    before, after = (torch.tensor([part], dtype=torch.long) for part in (vlm.prompt.before, vlm.prompt.after))
+    places = vlm.family.project(vlm.model.model, vlm.tokens(pixels)).shape[1]
+    ids = torch.cat([before, torch.full((1, places), vlm.tongue.image), after], dim=1)
+    theirs = vlm.model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **vlm.family.inputs((pixels - vlm.mean) / vlm.std, before.shape[1], places, after.shape[1]),
+    ).logits[0, -1]
+    off = float((theirs - found).abs().max() / theirs.abs().max().clamp_min(1))
+    if not off <= _SAME:
+        raise UserError(
+            f"'{spec}' gives other logits under transformers {files.library().__version__} than through its parts "
+            f"(by {off:.1g} of the largest): try the newest"
+        )

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from robustvlm.core.size import Size, sides
 from robustvlm.errors import UserError
 from robustvlm.models.mllm.families import Family
-from robustvlm.models.mllm.options import Options
-from robustvlm.models.mllm.tongue import Tongue
+from robustvlm.models.mllm.tongue import Options, Tongue
 from robustvlm.models.transformers_pixels import Preprocessing
 from robustvlm.models.vlm import VLM, check_pixels, resize
 

@@ -1,7 +1,5 @@
 """Qwen2-VL and Qwen2.5-VL with square images: patches as their processor folds them, tokens with rows and columns."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

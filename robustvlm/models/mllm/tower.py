@@ -1,7 +1,5 @@
 """The bundled CLIP's image tower as transformers builds it into a LLaVA; imported with the `hub` extra alone."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
