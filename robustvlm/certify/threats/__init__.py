@@ -6,6 +6,7 @@ Example:
 """
 
 from robustvlm.certify.threats.base import Move, Noise, Threat
+from robustvlm.certify.threats.ellipsoids import Ellipsoid, Pixels, Spectrum
 from robustvlm.certify.threats.integers import Integers
 from robustvlm.certify.threats.light import Brightness, Colour, Contrast, Gamma, Light
 from robustvlm.certify.threats.pixels import L1, L2
@@ -17,6 +18,9 @@ _KINDS: tuple[type[Threat], ...] = (L2, Integers, L1, Brightness, Contrast, Ligh
 THREATS: dict[str, Threat] = {kind.name: kind() for kind in _KINDS}
 """All threats by name."""
 
+FAMILIES: dict[str, type[Pixels | Spectrum]] = {kind.kind_name: kind for kind in (Pixels, Spectrum)}
+"""Threats with scales of their own, which are written behind the name: `ellipsoid@1,1,2`."""
+
 
 def find_threat(name: str | None) -> Threat:
     """Return the threat of that name; l2 where none is given.
@@ -25,14 +29,19 @@ def find_threat(name: str | None) -> Threat:
         UserError: there is no such threat.
 
     Example:
-        >>> find_threat(None).name, find_threat("gamma").unit
-        ('l2', 'gamma: natural logarithm of the exponent')
+        >>> find_threat(None).name, find_threat("gamma").unit, find_threat("ellipsoid@2,2,4.0").name
+        ('l2', 'gamma: natural logarithm of the exponent', 'ellipsoid@2,2,4')
     """
     if name is None:
         return THREATS[PLAIN]
-    if name not in THREATS:
-        raise UserError(f"unknown threat '{name}': {nearest(name, THREATS)}")
-    return THREATS[name]
+    if name in THREATS:
+        return THREATS[name]
+    family, _, scales = name.partition("@")
+    if family not in FAMILIES:
+        raise UserError(f"unknown threat '{name}': {nearest(family, [*THREATS, *FAMILIES])}")
+    if not scales:
+        raise UserError(f"the threat {family} has scales: write {FAMILIES[family].form}")
+    return FAMILIES[family](scales)
 
 
 def read_noise(text: str) -> Noise:
@@ -54,4 +63,4 @@ def read_noise(text: str) -> Noise:
     return Noise(threat, sigma)
 
 
-__all__ = ["PLAIN", "THREATS", "Move", "Noise", "Threat", "find_threat", "read_noise"]
+__all__ = ["FAMILIES", "PLAIN", "THREATS", "Ellipsoid", "Move", "Noise", "Threat", "find_threat", "read_noise"]

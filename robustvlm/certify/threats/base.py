@@ -38,14 +38,14 @@ class Threat(ABC):
         exact: no rounding of noise or sum stands between certificate and machine.
     """
 
-    name: ClassVar[str]
-    allows: ClassVar[str]
-    unit: ClassVar[str]
-    short: ClassVar[str]
-    law: ClassVar[str]
+    name: str
+    allows: str
+    unit: str
+    short: str
+    law: str
     exact: ClassVar[bool] = False
-    usual: ClassVar[float]
-    most: ClassVar[float]
+    usual: float
+    most: float
     kind: ClassVar[Kind] = "normal"
     gaussian: ClassVar[bool] = True
     of_pixels: ClassVar[bool] = False

@@ -170,6 +170,20 @@ def verdict(summary: CertifySummary, *, resolution: Size | None = None) -> str:
     return " ".join(parts)
 
 
+def ellipsoid(summary: CertifySummary) -> str:
+    """Say how large the ellipsoid is in which certificates hold; "" where what they hold in is none."""
+    if summary.half_axes is None:
+        return ""
+    least, most = summary.half_axes
+    mean = summary.mean_radius
+    return (
+        "Distances are half-axes of an ellipsoid, by their geometric mean: it has the volume of an L₂ ball of that "
+        f"radius. Its smallest half-axis is {format_down(least)} of it, so that every change with an L₂ length below "
+        f"{format_down(least * mean, 4)} on average is within; the largest is {format_down(most)} of it, "
+        f"{format_down(most * mean, 4)} on average."
+    )
+
+
 def accuracy(run: CertifyRecord) -> str:
     """Say how often the smoothed model is right at all, where the claim itself does not; "" where that is unknown.
 

@@ -30,7 +30,7 @@ from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.claims.wordings import worded_plan
 from robustvlm.certify.local_noise import LocalNoise, read_local_noise
 from robustvlm.certify.normal import check_alpha
-from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
+from robustvlm.certify.threats import PLAIN, Ellipsoid, Noise, Threat, find_threat, read_noise
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.commands.certify.gallery import Gallery
@@ -331,6 +331,8 @@ def settle_noise(settings: CertifySettings) -> Noise:
         within = read_noise(smoothing[0].arguments[0])
     for name, mine in (("threat", within.threat.name), ("sigma", within.sigma)):
         given = getattr(settings, name)
+        if name == "threat" and given is not None:
+            given = find_threat(given).name  # a map is known by what is in it
         if given is not None and given != mine:
             said = given if isinstance(given, str) else format_exact(given)
             raise UserError(
@@ -453,6 +455,8 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
     """Return what a reader of the run has to know of its claim: statement, bounds and threat model."""
     (height, width), claim = sides(config.resolution), find_claim(config.claim)
     own = is_own(config.claim)
+    threat = config.against.threat
+    axes = list(threat.half_axes((3, height, width))) if isinstance(threat, Ellipsoid) else None
     return {
         "statement": plan.statement,
         "rule": plan.rule,
@@ -470,4 +474,4 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
             + ", the encoder in the precision stated; the noise is not clipped, and what the encoder does after it "
             "(clamping, rounding) is part of the encoder",
         ],
-    } | ({"claim": asdict(claim.facts)} if own else {})
+    } | ({"claim": asdict(claim.facts)} if own else {}) | ({} if axes is None else {"half_axes": axes})
