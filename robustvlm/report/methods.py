@@ -256,12 +256,12 @@ def _noise(config: Mapping[str, Any], name: str) -> str:
     level = f"of standard deviation {config['sigma']:g}"
     if name == PLAIN:
         return f"with Gaussian noise {level} in pixels on a scale from 0 to 1, added in float32 and not clipped"
-    known = _known(name)
+    known = _threat_of(name)
     kind = "Gaussian noise" if known is not None and known.gaussian else "noise"
     return f"against the threat {plain(name, 40)}, with {kind} {level}" + (f" ({known.unit})" if known else "")
 
 
-def _known(name: str) -> Threat | None:
+def _threat_of(name: str) -> Threat | None:
     """Return the threat of that name; None where this release has none, or its map is not here."""
     try:
         return find_threat(name)
@@ -270,7 +270,7 @@ def _known(name: str) -> Threat | None:
 
 
 def _allows(name: str) -> str:
-    known = _known(name)
+    known = _threat_of(name)
     return f"the threat {plain(name, 20)} allows within the radius" if known is None else plain(known.allows, 400)
 
 

@@ -97,7 +97,7 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
         "l2": (),
         "8bit": ("voracek2023",),
         "l1": ("yang2020",),
-        **dict.fromkeys(("brightness", "contrast", "light", "gamma", "colour", "translation"), ("li2021",)),
+        **dict.fromkeys(("brightness", "contrast", "light", "gamma", "colour", "translation", "rotation"), ("li2021",)),
         **dict.fromkeys(("ellipsoid", "spectrum"), ("eiras2022",)),
     },
     "method": {

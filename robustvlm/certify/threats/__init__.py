@@ -2,19 +2,20 @@
 
 Example:
     >>> sorted(THREATS)
-    ['8bit', 'brightness', 'colour', 'contrast', 'gamma', 'l1', 'l2', 'light', 'translation']
+    ['8bit', 'brightness', 'colour', 'contrast', 'gamma', 'l1', 'l2', 'light', 'rotation', 'translation']
 """
 
-from robustvlm.certify.threats.base import Move, Noise, Threat
+from robustvlm.certify.threats.base import Move, Moving, Noise, Threat
 from robustvlm.certify.threats.ellipsoids import Ellipsoid, Pixels, Spectrum
 from robustvlm.certify.threats.integers import Integers
 from robustvlm.certify.threats.light import Brightness, Colour, Contrast, Gamma, Light
 from robustvlm.certify.threats.pixels import L1, L2
+from robustvlm.certify.threats.rotation import Rotation
 from robustvlm.certify.threats.translation import Translation
 from robustvlm.core import PLAIN
 from robustvlm.errors import UserError, nearest
 
-_KINDS: tuple[type[Threat], ...] = (L2, Integers, L1, Brightness, Contrast, Light, Gamma, Colour, Translation)
+_KINDS: tuple[type[Threat], ...] = (L2, Integers, L1, Brightness, Contrast, Light, Gamma, Colour, Translation, Rotation)
 THREATS: dict[str, Threat] = {kind.name: kind() for kind in _KINDS}
 """All threats by name."""
 
@@ -60,7 +61,10 @@ def read_noise(text: str) -> Noise:
         sigma = float(level)
     except ValueError:
         raise UserError(f"sigma must be a number, got '{level}': as 0.25, or brightness=0.2") from None
-    return Noise(threat, sigma)
+    return Noise.of_model(threat, sigma)
 
 
-__all__ = ["FAMILIES", "PLAIN", "THREATS", "Ellipsoid", "Move", "Noise", "Threat", "find_threat", "read_noise"]
+__all__ = [
+    "FAMILIES", "PLAIN", "THREATS", "Ellipsoid", "Move", "Moving", "Noise", "Rotation", "Threat", "find_threat",
+    "read_noise",
+]  # fmt: skip

@@ -6,14 +6,14 @@ chosen by looking at the image that is certified, and let the noise be B^T D N(0
 
     Phi(Phi^-1(h_D(x)) - a) <= h_D(x') <= Phi(Phi^-1(h_D(x)) + a).
 
-*Proof.* With y = D^-1 B x and k(y) = h(B^T D y), h_D(x) = E k(y + N(0, sigma^2 I)), and likewise at x'; T0 for k and the
-l2 distance |y' - y|. So all that is built on T0 holds with that length in place of the l2 distance (ANCER, Eiras et al.
-2022, arXiv 2107.04570; there the scales are optimised for each image, which needs a proof of its own; here they are
+*Proof.* With y = D^-1 B x and k(y) = h(B^T D y), h_D(x) = E k(y + N(0, sigma^2 I)), and likewise at x'; T0 for k and
+the l2 distance |y' - y|. So all that is built on T0 holds with that length in place of the l2 distance (ANCER, Eiras et
+al. 2022, arXiv 2107.04570; there the scales are optimised for each image, which needs a proof of its own; here they are
 fixed for all images, and there is nothing to prove but this).
 
-*Size.* The images within R are an ellipsoid with the half-axes R s_i. The scales are brought to a geometric mean of one,
-so that it has the volume of an l2 ball of radius R: the radius is ANCER's "proxy radius", to be compared with the l2
-radius under isotropic noise of the same sigma. Every change whose l2 length is below R min(s) is inside.
+*Size.* The images within R are an ellipsoid with the half-axes R s_i. The scales are brought to a geometric mean of
+one, so that it has the volume of an l2 ball of radius R: the radius is ANCER's "proxy radius", to be compared with the
+l2 radius under isotropic noise of the same sigma. Every change whose l2 length is below R min(s) is inside.
 """
 
 from __future__ import annotations
@@ -59,8 +59,6 @@ class Ellipsoid(Threat):
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"{self.kind_name}@{self.written}"
-
-
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ellipsoid) and self.name == other.name
@@ -179,8 +177,8 @@ class Pixels(Ellipsoid):
     @property
     def allows(self) -> str:  # type: ignore[override]
         return (
-            "is the image plus any change d with the root of the sum of (d / scale)^2 below the radius, pixels in [0, 1]"
-            f" and scales {self.written} brought to a geometric mean of 1"
+            "is the image plus any change d with the root of the sum of (d / scale)^2 below the radius, pixels in "
+            f"[0, 1] and scales {self.written} brought to a geometric mean of 1"
         )
 
     def spread(self, shape: Sequence[int]) -> Array:
@@ -280,9 +278,9 @@ class Spectrum(Ellipsoid):
     @property
     def allows(self) -> str:  # type: ignore[override]
         return (
-            "is the image plus any change whose coefficients c of the orthonormal cosine transform have the root of the "
-            f"sum of (c / scale)^2 below the radius, pixels in [0, 1] and the scales {self.written} of equally wide bands "
-            "of frequency brought to a geometric mean of 1"
+            "is the image plus any change whose coefficients c of the orthonormal cosine transform have the root of "
+            f"the sum of (c / scale)^2 below the radius, pixels in [0, 1] and the scales {self.written} of equally "
+            "wide bands of frequency brought to a geometric mean of 1"
         )
 
     def spread(self, shape: Sequence[int]) -> Array:
