@@ -2,8 +2,8 @@
 
 *Theorem (T30).* Let x_t be the image x turned by t, and cells [a_j, b_j] with a centre c_j in each cover the angles
 from -A to A, such that |x_t - x_{c_j}| <= E_j for all t in the cell. If a smoothed classifier keeps the class y within
-the l2 radius r_j of x_{c_j}, and r_j > E_j for all j, its class is y at x_t for every |t| <= A (Li et al., CCS 2021, who
-bound the interpolation of all angles by one number; here each cell has its own, and each image its own cells).
+the l2 radius r_j of x_{c_j}, and r_j > E_j for all j, its class is y at x_t for every |t| <= A (Li et al., CCS 2021,
+who bound the interpolation of all angles by one number; here each cell has its own, and each image its own cells).
 
 *The bound.* Read at (r, s), a pixel of x_t is a bilinear function on each square of the lattice, whose slope down lies
 between the differences of the left and the right pair of corners, and that to the right between those of the upper and
