@@ -35,7 +35,7 @@ from torch import Tensor
 from robustvlm.certify.threats.rotation import margin_of, offsets, places, rotate
 from robustvlm.errors import UserError
 
-_FINE = 0.125
+_FINE = 0.0625
 """Part of the reach that is left to what lies between two fine angles."""
 _ROUNDING = 2.0**-21
 """Of a pixel: what the rounding of centre and rotated image to float32 may come to, several times over."""
