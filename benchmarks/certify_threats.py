@@ -20,17 +20,17 @@ from robustvlm.commands.certify import certify
 from robustvlm.text import format_down
 
 # Of pixels as much as a model that never saw noise stands; of the others the usual level.
-LEVELS = {"l2": 0.03, "8bit": 0.03, "l1": 0.03}
+LEVELS = {"l2": 0.03, "8bit": 0.03, "l1": 0.03, "rotation": 0.03}
 ALPHA = 0.001
 
 
 def main() -> None:
     """Certify the images against each threat and print a row for it."""
     parser = certifying(__doc__, limit=16, samples=400, sigma=None)
-    parser.add_argument("--noise", help="as brightness=0.2,translation=4; default: every threat")
+    parser.add_argument("--noise", help="as 'brightness=0.2;ellipsoid@1,1,2=0.1'; default: every threat without scales")
     options = parser.parse_args()
     usual = [Noise(threat, LEVELS.get(name, threat.usual)) for name, threat in THREATS.items()]
-    chosen = usual if options.noise is None else [read_noise(text) for text in options.noise.split(",")]
+    chosen = usual if options.noise is None else [read_noise(text) for text in options.noise.split(";")]
     rows = []
     for noise in chosen:
         rows.append(row(noise, options))

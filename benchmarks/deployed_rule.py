@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +182,11 @@ def _rules(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             ]  # fmt: skip
 
 
-def attacked(rows: Sequence[dict[str, Any]], alpha: float) -> str:
+def attacked(rows: Sequence[dict[str, Any]], alpha: float, *, rules: Iterable[str] = tuple(RULES)) -> str:
     """Return the table of what deployments answered inside the certified radius, under attack."""
     found = [one | {"sigma": row["sigma"]} for row in rows for one in row["attacks"] if one["inside"]]
     cells = []
-    for rule in RULES:
+    for rule in rules:
         for sigma in [*sorted({one["sigma"] for one in found}), None]:
             some = [one for one in found if one["rule"] == rule and sigma in (None, one["sigma"])]
             said = [(one["label"], answer) for one in some for answer in one["said"]]

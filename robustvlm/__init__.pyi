@@ -234,8 +234,10 @@ class _Certify(CallableModule[CertifyRecord]):
                 vote (a class or none of them, by votes of an immunised model), or module:callable of your own [default:
                 what a model that abstains answers by, else feature; with --from-cache: class].
             threat: What images may do: l2 (any change of pixels), 8bit (l2 between images of whole numbers, sound in
-                floating point), l1, brightness, contrast, light (both), gamma, colour, translation; radii are in its
-                unit [default: that of MODEL+smooth:THREAT=SIGMA, else l2].
+                floating point), l1, ellipsoid@SCALES (of channels, as 1,1,2, or a map in a file), spectrum@SCALES (of
+                bands of spatial frequency), brightness, contrast, light (both), gamma, colour, translation, rotation
+                (every angle of a range, by l2 noise; vote); radii are in its unit [default: that of
+                MODEL+smooth:THREAT=SIGMA, else l2].
             sigma: Noise level, in pixels scaled to [0, 1] or the unit of the threat [default: 0.25, by threat].
             samples: Noisy copies per image, at most.
             alpha: Probability that an image's certificate is false, at most [default: 0.001; with --from-cache that of

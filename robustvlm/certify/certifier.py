@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from robustvlm.certify.noise import CHUNK, settings_digest
 from robustvlm.certify.normal import Array, check_alpha, check_sigma
@@ -143,6 +144,11 @@ class Certifier(ABC):
             self._use(wanted.stage, part)
             if not self._stages or self._stages[0][0] != wanted.stage:
                 return
+
+    def shown(self, pixels: Tensor, stage: Stage, start: int, rows: int) -> Tensor:
+        """Return the images [rows, C, H, W] whose noisy copies rows `start` and on of a stage are: the image itself."""
+        del stage, start
+        return pixels.expand(rows, *pixels.shape)
 
     @property
     def _held(self) -> int:

@@ -300,7 +300,8 @@ class SamplingEngine:
         threat, first = self.threat, piece.start % CHUNK
         noise = noise_chunk(stream, piece.start // CHUNK, threat.draws(pixels.shape), self.device, kind=threat.kind)
         draws = noise[first : first + piece.rows]
-        return threat.noisy(pixels.expand(piece.rows, *pixels.shape), draws, piece.lane.certifier.sigma)
+        certifier = piece.lane.certifier
+        return threat.noisy(certifier.shown(pixels, piece.stage, piece.start, piece.rows), draws, certifier.sigma)
 
     def _judge(self, done: _Pass) -> list[Lane]:
         """Hand the features to their certifiers; return the lanes that are decided, which leave."""

@@ -77,6 +77,11 @@ class Classifier(nn.Module, ABC):
     withholds: bool = False
     """It gives no answer where its noisy copies do not decide one, at an alpha of its own."""
 
+    def undecided(self, output: Tensor) -> Tensor | None:
+        """Return where an output [N, K + 1] is no decision of the copies; None unless it tells that from a refusal."""
+        del output
+        return None
+
     @property
     def image_size(self) -> Size:
         """Side of the square that the model sees, or (height, width)."""

@@ -152,7 +152,7 @@ class SmoothedVLM(VLM):
             )
         from robustvlm.certify.threats import Noise, find_threat  # certificates' mathematics, loaded where it is used
 
-        noise = Noise(find_threat(threat), float(sigma))
+        noise = Noise.of_model(find_threat(threat), float(sigma))
         if not 1 <= n0 <= MAX_N0:
             raise UserError(f"the smoothed model needs between 1 and {MAX_N0:,} samples, got {n0}: pass {DEFAULT_N0}")
         if any(isinstance(part, SmoothedVLM) for part in base.modules()):

@@ -12,8 +12,9 @@ from robustvlm.defenses.zoo.base import DEFENCES
 from robustvlm.defenses.zoo.unpublished import UNPUBLISHED
 from robustvlm.errors import UserError
 
-# A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are.
-_OPERATION = re.compile(r"([A-Za-z][A-Za-z_-]*)(:[^/+]*)?")
+# A word that could be meant as an operator; file names (with a dot or a slash) and numbers never are, but noise may
+# have the scales of a file.
+_OPERATION = re.compile(r"([A-Za-z][A-Za-z_-]*)(:[^/+]*)?|smooth:ellipsoid@[^+]*")
 
 
 # The same with digits in its name, which must be one that is known.

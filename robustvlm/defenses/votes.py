@@ -104,7 +104,7 @@ class Smoothed(nn.Module):
         threat: str = PLAIN,
     ) -> None:
         super().__init__()
-        noise = Noise(find_threat(threat), float(sigma))
+        noise = Noise.of_model(find_threat(threat), float(sigma))
         _count("n", n, MAX_N0)
         _count("lanes", lanes, 65_536)
         if isinstance(model, nn.Module) and any(isinstance(m, SmoothedVLM | Smoothed) for m in model.modules()):

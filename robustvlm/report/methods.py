@@ -11,7 +11,7 @@ from typing import Any
 from robustvlm.attacks.base import ATTACKS, LaneAttack
 from robustvlm.attacks.catalog import parse_attacks
 from robustvlm.attacks.goals import goal_words
-from robustvlm.certify.threats import PLAIN, THREATS
+from robustvlm.certify.threats import PLAIN, Threat, find_threat
 from robustvlm.errors import UserError
 from robustvlm.report.copies import latex_words
 from robustvlm.report.sources import bibliography, cited, named_in, of, papers
@@ -254,14 +254,22 @@ def _noise(config: Mapping[str, Any], name: str) -> str:
     level = f"of standard deviation {config['sigma']:g}"
     if name == PLAIN:
         return f"with Gaussian noise {level} in pixels on a scale from 0 to 1, added in float32 and not clipped"
-    known = THREATS.get(name)
+    known = _threat_of(name)
     kind = "Gaussian noise" if known is not None and known.gaussian else "noise"
-    return f"against the threat {plain(name, 20)}, with {kind} {level}" + (f" ({known.unit})" if known else "")
+    return f"against the threat {plain(name, 40)}, with {kind} {level}" + (f" ({known.unit})" if known else "")
+
+
+def _threat_of(name: str) -> Threat | None:
+    """Return the threat of that name; None where this release has none, or its map is not here."""
+    try:
+        return find_threat(name)
+    except UserError:
+        return None
 
 
 def _allows(name: str) -> str:
-    known = THREATS.get(name)
-    return f"the threat {plain(name, 20)} allows within the radius" if known is None else known.allows
+    known = _threat_of(name)
+    return f"the threat {plain(name, 20)} allows within the radius" if known is None else plain(known.allows, 400)
 
 
 def _certify(manifest: Manifest) -> Iterator[str]:

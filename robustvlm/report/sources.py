@@ -95,7 +95,8 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
         "l2": (),
         "8bit": ("voracek2023",),
         "l1": ("yang2020",),
-        **dict.fromkeys(("brightness", "contrast", "light", "gamma", "colour", "translation"), ("li2021",)),
+        **dict.fromkeys(("brightness", "contrast", "light", "gamma", "colour", "translation", "rotation"), ("li2021",)),
+        **dict.fromkeys(("ellipsoid", "spectrum"), ("eiras2022",)),
     },
     "method": {
         "hierarchical": ("dong2026",),
@@ -121,7 +122,7 @@ def of(kind: str, name: str) -> tuple[str, ...]:
         >>> of("attack", "apgd-ce:steps=50"), of("attack", "mine:attack")
         (('croce2020apgd',), ())
     """
-    return OF[kind].get(name.partition(":")[0], ())
+    return OF[kind].get(name.partition("@" if kind == "threat" else ":")[0], ())
 
 
 def named_in(text: str) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from robustvlm.certify.threats import Noise, read_noise
+from robustvlm.certify.threats import Noise, find_threat, read_noise
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,25 @@ def l1() -> World:
     )
 
 
+def ellipsoid(name: str, clean: Tensor) -> World:
+    """A half-space along one coordinate, reached by the change that costs least of the radius."""
+    noise, scales = read_noise(f"{name}=0.25"), find_threat(name).scales(clean.shape[1:])  # type: ignore[attr-defined]
+    coordinate = torch.zeros_like(clean).flatten()
+    coordinate[int(scales.argmin())] = 1.0  # the shortest half-axis
+    along = noise.threat.back(coordinate.view_as(clean)) * scales.min()  # type: ignore[attr-defined]
+    edge = 1.25 * noise.sigma
+
+    def read(z: Tensor) -> Tensor:
+        return ((z - clean) * along).flatten(1).sum(dim=1) / scales.min() ** 2
+
+    return World(noise, clean, read, edge, edge, lambda eps: clean + eps * along)
+
+
+ELLIPSOIDS = ("ellipsoid@1,2,4", "spectrum@4,2,1")
 WORLDS: dict[str, Callable[[], World]] = {
     "l2": plain, "8bit": whole, "l1": l1, "brightness": brightness, "contrast": contrast, "light": light,
     "gamma": gamma, "colour": colour, "translation": translation,
+    "ellipsoid@1,2,4": partial(ellipsoid, "ellipsoid@1,2,4", torch.full((1, 3, 1, 1), 0.5)),
+    "spectrum@4,2,1": partial(ellipsoid, "spectrum@4,2,1", torch.full((1, 1, 1, 2), 0.5)),
 }  # fmt: skip
 """One for each threat."""

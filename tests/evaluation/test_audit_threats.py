@@ -17,8 +17,9 @@ from torch import Tensor
 
 from robustvlm.certify.claims.class_ import ClassQuantity
 from robustvlm.certify.claims.vote import VoteQuantity
-from robustvlm.certify.threats import THREATS, Move, find_threat
-from robustvlm.commands.certify.audit_balls import Ball, L1Ball, WholeBall
+from robustvlm.certify.threats import THREATS, Ellipsoid, Move, Rotation, find_threat, read_noise
+from robustvlm.certify.threats.rotation import rotate
+from robustvlm.commands.certify.audit_balls import Ball, EllipsoidBall, L1Ball, WholeBall
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image, gradient
 from robustvlm.defenses import smooth
@@ -85,6 +86,40 @@ def test_planted_radii_between_images_of_whole_numbers_are_found() -> None:
         assert at_pixels(model, "8bit", 0.1, factor * 0.12, QUICK).broken == broken
 
 
+@pytest.mark.parametrize("name", ["ellipsoid@1,2,4", "spectrum@3,1"])
+def test_planted_radii_in_ellipsoids_are_found(name: str) -> None:
+    """A half-space along all pixels: its distance is the gap over the length of the normal times the scales."""
+    threat = find_threat(name)
+    assert isinstance(threat, Ellipsoid)
+    clean = (255 * image_at(2.0)).round() / 255
+    normal = torch.ones_like(clean).double() / math.sqrt(PIXELS)
+    truth = 0.12 / float((threat.scales(clean.shape[1:]).double() * threat.forth(normal)).norm())
+    model = HalfSpace(b=float(clean.sum() / math.sqrt(PIXELS)) + 0.12, slope=5.0)
+    for factor, broken in ((0.98, False), (1.15, True), (1.3, True)):
+        surer = replace(QUICK, evidence=8192)
+        assert at_pixels(model, name, 0.1, factor * truth, surer).broken == broken, factor
+
+
+def test_planted_angles_are_found() -> None:
+    """A half-space that the image crosses as it is turned: true ranges stand, and wrong ones are found."""
+    clean = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(4)), 3)
+    clean = torch.nn.functional.interpolate(clean, size=10, mode="bilinear")
+    turned = [rotate(clean[0], math.radians(t)).float() for t in np.arange(0.0, 20.0, 0.1)]
+    normal = (turned[100] - clean[0]) / (turned[100] - clean[0]).norm()
+    ahead = [float((some * normal).sum()) for some in turned]
+    truth = 0.1 * next(i for i, value in enumerate(ahead) if value >= ahead[80])
+    world = World(
+        read_noise("0.05"), clean, lambda z: (z * normal).flatten(1).sum(dim=1), ahead[80], truth, lambda _: clean
+    )
+    threat = find_threat("rotation")
+    assert isinstance(threat, Rotation)
+    for factor, broken in ((0.95, False), (1.15, True), (1.3, True)):
+        claim = VoteQuantity(text=TEXT, label=0, radius=factor * truth, logit_scale=10.0)
+        target = Target(image_id="a", pixels=clean, radius=factor * truth, claim=lambda *_, c=claim: c)
+        found = audit_moves(smooth(Reads(world), 0.05), target, Effort(), threat=threat, alpha=0.001, seed=0)
+        assert any(finding.broken for finding in found) == broken, factor
+
+
 class FirstPixel(Analytic):
     """Class 0 where the first pixel is below an edge: all of an l1 change can go into that pixel."""
 
@@ -105,6 +140,21 @@ def test_planted_radii_in_l1_are_found() -> None:
     for factor, broken in ((0.98, False), (1.15, True), (1.3, True)):
         found = at_pixels(FirstPixel(first + 0.75 * width), "l1", 0.25, factor * 0.75 * width, QUICK)
         assert found.broken == broken
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31), eps=st.floats(0.001, 3.0), name=st.sampled_from(["ellipsoid@1,2,4", "spectrum@3,1"]))
+def test_what_an_audit_tries_lies_in_the_ellipsoid(seed: int, eps: float, name: str) -> None:
+    draws, threat = torch.Generator().manual_seed(seed), find_threat(name)
+    assert isinstance(threat, Ellipsoid)
+    ball, clean = EllipsoidBall(threat), torch.rand(3, 3, SIDE, SIDE, generator=draws, dtype=torch.float64)
+    points = clean + torch.randn(clean.shape, generator=draws, dtype=torch.float64)
+    for delta in (ball.pushed(clean, points, eps) - clean, ball.inside(points - clean, eps)):
+        assert float(threat.length(delta).max()) <= eps * (1 + 1e-9)
+    velocity = torch.randn(clean.shape, generator=draws, dtype=torch.float64)
+    steepest = ball.direction(velocity)
+    others = ball.started(torch.randn(clean.shape, generator=draws, dtype=torch.float64), 1.0)
+    assert ((velocity * steepest).flatten(1).sum(dim=1) >= (velocity * others).flatten(1).sum(dim=1)).all()
 
 
 @settings(deadline=None, max_examples=40)

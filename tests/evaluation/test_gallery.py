@@ -126,3 +126,12 @@ def test_a_run_names_gallery_images_and_can_be_audited(tmp_path: Path) -> None:
 def test_galleries_that_cannot_be_are_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         rv.certify("tiny", out=tmp_path, **(FEW | options))
+
+
+def test_a_gallery_without_a_known_class_is_refused(tmp_path: Path) -> None:
+    """No entry could be one of an image's class: every certificate would be wrong, or about nothing that was asked."""
+    place = tmp_path / "others" / "thing of no class"
+    place.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(place / "a.png")
+    with pytest.raises(UserError, match=r"no image of the gallery .* is of a class of 'emoji"):
+        rv.certify("tiny", data="emoji", gallery=f"imagefolder:{tmp_path / 'others'}", out=tmp_path / "runs", **FEW)

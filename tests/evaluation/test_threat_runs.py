@@ -14,7 +14,8 @@ from certifying import prepared, replayed, rows
 
 from robustvlm import Smoothed, load_classifier
 from robustvlm.certify import Certificate
-from robustvlm.certify.threats import THREATS, Move
+from robustvlm.certify.threats import THREATS, Moving, find_threat
+from robustvlm.certify.threats.ellipsoids import _scales
 from robustvlm.commands.certify import CertifySettings, certify
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
@@ -30,7 +31,7 @@ def photos(make_folder: Callable[..., Path]) -> Path:
     return make_folder(9)
 
 
-@pytest.mark.parametrize("threat", [name for name in THREATS if name != "l2"])
+@pytest.mark.parametrize("threat", [*[name for name in THREATS if name != "l2"], "ellipsoid@1,1,4", "spectrum@4,1"])
 def test_a_run_states_its_threat_and_its_audit_stands(photos: Path, threat: str) -> None:
     sigma = 1.0 if threat == "translation" else 0.05
     run = prepared(photos, threat=threat, sigma=sigma, claim="vote", samples=200, limit=3)
@@ -40,10 +41,11 @@ def test_a_run_states_its_threat_and_its_audit_stands(photos: Path, threat: str)
     assert {record["threat"] for record in records} == {threat}
     assert any(not Certificate.from_dict(record).abstained for record in records)
     (line,) = [line for line in run.folder.manifest()["plan"]["threat"] if line.startswith("every image")]
-    assert THREATS[threat].allows in line
+    assert find_threat(threat).allows in line
+    assert (summary.half_axes is not None) == ("@" in threat)
     found = audit_folder(run.folder.path, QUICK, limit=1)
     assert not found.broken
-    if isinstance(THREATS[threat], Move) and threat != "translation":
+    if isinstance(find_threat(threat), Moving) and threat != "translation":
         assert {finding.start for finding in found.findings} == {"grid of moves"}
 
 
@@ -116,6 +118,18 @@ def test_the_model_carries_its_noise() -> None:
         ({"model": "tiny+smooth:gamma=0.4", "sigma": 0.3}, "smoothed with noise of gamma=0.4, and sigma says 0.3"),
         ({"model": "tiny+smooth:gamma=x"}, "sigma must be a number, got 'x'"),
         ({"threat": "8bit", "sigma": 1.5}, "at most 1"),
+        ({"threat": "ellipsoid@1,1", "claim": "vote"}, "scales of 2 channels, and images have 3: pass one each"),
+        ({"model": "tiny+smooth:ellipsoid@1,1,2=0.1", "threat": "ellipsoid@1,1,3"}, "and threat says ellipsoid@1,1,3"),
+        ({"threat": "rotation"}, "certified by shares of votes alone: pass claim=vote"),
+        ({"threat": "rotation", "claim": "named"}, "certified of the class by vote: pass claim=vote"),
+        (
+            {"threat": "rotation", "claim": "vote", "cache": "float32"},
+            "cache does not go together with threat=rotation",
+        ),
+        ({"threat": "rotation", "claim": "vote", "radius": 200.0}, "is an angle, at most 180 degrees"),
+        ({"model": "tiny+smooth:rotation=0.1", "claim": "vote"}, "write +smooth:0.1, and certify with threat=rotation"),
+        ({"model": "tiny+smooth:0.1:64:0.01", "threat": "rotation"}, "certified by shares of votes alone"),
+        ({"model": "tiny+smooth:gamma=0.4", "threat": "rotation", "claim": "vote"}, "noise of gamma=0.4, and threat"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -138,6 +152,42 @@ def test_any_classifier_is_certified_against_other_threats() -> None:
     assert 0.085 < found.radius.item() < 0.1
     with pytest.raises(UserError, match="whole numbers"):
         Smoothed(step, 0.1, threat="8bit").certify(image + 0.001, n=200)
+
+
+def test_a_model_that_votes_is_certified_at_angles(photos: Path) -> None:
+    """Its own noise, held against rotations; what its copies answer elsewhere is not stated."""
+    run = prepared(
+        photos,
+        model="Encoder+smooth:0.05:64:0.01:vote",
+        claim=None,
+        sigma=None,
+        threat="rotation",
+        samples=300,
+        limit=2,
+    )
+    summary = run.summary()
+    assert (summary.threat, summary.sigma, summary.claim) == ("rotation", 0.05, "vote")
+    assert "answers another class than the certified one with probability at most 0.01" in summary.deployed
+    assert "deployed_radius" not in summary.deployed
+    assert {json.loads(row["certificate"])["theorem"] for row in rows(run)} == {"T30"}
+
+
+def test_the_map_of_a_model_is_part_of_it(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scales.txt").write_text("1 2\n2 4\n")
+    model = load_pipeline("tiny+smooth:ellipsoid@scales.txt=0.05:8")
+    assert model.spec.startswith("tiny+smooth:ellipsoid@scales.txt#")
+    assert load_pipeline(model.spec).fingerprint == model.fingerprint
+    run = prepared(
+        photos, model="Encoder", threat="ellipsoid@scales.txt", claim="vote", sigma=0.05, samples=200, limit=1
+    )
+    run.summary()
+    assert run.config.threat == model.noise.threat.name  # type: ignore[union-attr]
+    Path("scales.txt").write_text("1 2\n2 5\n")
+    _scales.cache_clear()  # as in another process
+    with pytest.raises(UserError, match=r"the map 'scales\.txt' has changed"):
+        audit_folder(run.folder.path, QUICK, limit=1)
+    assert load_pipeline("tiny+smooth:ellipsoid@scales.txt=0.05:8").fingerprint != model.fingerprint
 
 
 def test_rows_of_results_keep_their_columns(photos: Path) -> None:

@@ -199,9 +199,10 @@ WORDS = tuple(f"words{count}_radius" for count in range(MOST_WORDS + 1))
 
 @dataclass(frozen=True, kw_only=True)
 class _Vote(Claim):
-    """Args: states: the statement of its certificates."""
+    """Args: states: the statement of its certificates. theorem: which one they rest on, under Gaussian noise."""
 
     states: str
+    theorem: str = "T0"
 
     def plan(self, asked: Asked, materials: Materials) -> Plan:
         common = {"text": materials.classes, "threat": asked.threat, **sampling_of(asked)}
@@ -215,7 +216,7 @@ class _Vote(Claim):
         return Plan(
             statement=self.states,
             rule=self.rule,
-            theorem="T0" if find_threat(asked.threat).gaussian else "total variation",
+            theorem=self.theorem if find_threat(asked.threat).gaussian else "total variation",
             bound="betting" if early else "clopper-pearson",
             stop_rule="anytime" if early else "fixed",
             alpha_split={f"share of votes ({'betting' if early else 'Clopper-Pearson'})": asked.alpha},
@@ -275,6 +276,7 @@ class _OpenVote(_Vote):
 
 OPEN_VOTE = _OpenVote(
     name="open-vote",
+    theorem="T28",
     states="the answer that most noisy copies vote for, a class or that it is none of them, stays the same",
     kept="the class that most noisy copies vote for is right and certified to stay",
     about_class=True,

@@ -7,6 +7,8 @@ distance, and with it every bound that is built on it: radii are lengths of thet
 transformations; here without any further loss, since the moves commute).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from robustvlm.certify.noise import Kind
 from robustvlm.certify.normal import Array, check_sigma, shift_down, shift_up
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.text import format_exact
 
 
@@ -35,21 +37,28 @@ class Threat(ABC):
         of_pixels: every pixel has noise of its own, of standard deviation sigma, in [0, 1] pixels: what a purifier may
             be told.
         moves: how many parameters an attacker has; 0: every pixel is one.
+        bumpy: what a move does may rise and fall between those of a coarse grid.
+        smoothed_by: name of the threat whose noise the deployed model has: its own, unless there is no noise for it.
         exact: no rounding of noise or sum stands between certificate and machine.
     """
 
-    name: ClassVar[str]
-    allows: ClassVar[str]
-    unit: ClassVar[str]
-    short: ClassVar[str]
-    law: ClassVar[str]
+    name: str
+    allows: str
+    unit: str
+    short: str
+    law: str
     exact: ClassVar[bool] = False
-    usual: ClassVar[float]
-    most: ClassVar[float]
+    usual: float
+    most: float
     kind: ClassVar[Kind] = "normal"
     gaussian: ClassVar[bool] = True
     of_pixels: ClassVar[bool] = False
     moves: ClassVar[int] = 0
+    bumpy: ClassVar[bool] = False
+
+    @property
+    def smoothed_by(self) -> str:
+        return self.name
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -101,8 +110,20 @@ class Threat(ABC):
         return 0.0
 
 
-class Move(Threat):
-    """A threat with few parameters: the same moves for attacker and noise, and moves add up."""
+class Moving(Threat):
+    """A threat with few parameters, all of which an audit can try."""
+
+    @abstractmethod
+    def move(self, rows: Tensor, by: Tensor) -> Tensor:
+        """Return images [R, C, H, W] moved by parameters [R, moves]."""
+
+    @abstractmethod
+    def inside(self, radius: float, steps: int) -> Array:
+        """Return parameters [N, moves] of length at most `radius`: what an audit tries, about `steps` of them."""
+
+
+class Move(Moving):
+    """Moves that are the same for attacker and noise, and add up."""
 
     law = (
         "The same change with parameters drawn from a Gaussian with standard deviation {sigma}, made in float32 after "
@@ -117,15 +138,10 @@ class Move(Threat):
         del pixels
         return (self.moves,)
 
-    @abstractmethod
-    def move(self, rows: Tensor, by: Tensor) -> Tensor:
-        """Return images [R, C, H, W] moved by parameters [R, moves]; moves in turn are one by the sum."""
-
     def noisy(self, rows: Tensor, draws: Tensor, sigma: float) -> Tensor:
         return self.move(rows, draws.to(rows.dtype) * sigma)
 
     def inside(self, radius: float, steps: int) -> Array:
-        """Return parameters [N, moves] of length at most `radius`: what an audit tries, about `steps` of them."""
         from robustvlm.certify.threats.places import in_ball
 
         return in_ball(self.moves, radius, steps)
@@ -162,6 +178,20 @@ class Noise:
             most = f"at most {self.threat.most:g} ({self.threat.unit})"
             raise UserError(f"sigma must be above 0 and {most}, got {self.sigma:g}: pass {self.threat.usual:g}")
         check_sigma(self.sigma)
+
+    @classmethod
+    def of_model(cls, threat: Threat, sigma: float) -> Noise:
+        """Return the noise of a model that is deployed.
+
+        Raises:
+            UserError: there is no noise against the threat, which is certified by that against another one.
+        """
+        if threat.smoothed_by != threat.name:
+            raise UserError(
+                f"no model has noise against {threat.name}, which is certified of a model that is smoothed against "
+                f"{threat.smoothed_by}: write +smooth:{sigma:g}, and certify with {setting('threat', threat.name)}"
+            )
+        return cls(threat, sigma)
 
     def __str__(self) -> str:
         level = format_exact(self.sigma)

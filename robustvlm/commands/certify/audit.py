@@ -23,7 +23,7 @@ from robustvlm.certify.claims.vote import VOTE
 from robustvlm.certify.claims.wordings import AnyWordingQuantity, SureVoteQuantity, worded_quantity
 from robustvlm.certify.local_noise import read_local_noise
 from robustvlm.certify.normal import Array
-from robustvlm.certify.threats import Move, Noise
+from robustvlm.certify.threats import Moving, Noise
 from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify.audit_local_noise import audit_chosen
 from robustvlm.commands.certify.audit_moves import audit_moves
@@ -143,7 +143,7 @@ class _Deployed(SmoothedVLM):
 
     def __init__(self, encoder: NoisyEncoder, *, noise: Noise, resolution: Size, rows_per_pass: int) -> None:
         inner = encoder.vlm.base if isinstance(encoder.vlm, SmoothedVLM) else encoder.vlm
-        super().__init__(inner, noise.sigma, rows_per_pass=rows_per_pass, threat=noise.threat.name)
+        super().__init__(inner, noise.sigma, rows_per_pass=rows_per_pass, threat=noise.threat.smoothed_by)
         self.framing = self.framing.at(
             resolution
         )  # noise is added here; the model's own resize is part of what follows
@@ -218,7 +218,7 @@ def audit_folder(
     _require_same_texts(run, source, claim)
     encoder = NoisyEncoder(vlm, precision=run.config.precision)
     noise, levels = run.config.against, _Levels(encoder, run, rows_per_pass)
-    attack = partial(audit_moves, threat=noise.threat) if isinstance(noise.threat, Move) else audit_image
+    attack = partial(audit_moves, threat=noise.threat) if isinstance(noise.threat, Moving) else audit_image
     materials, changing = _materials(run, vlm, source, claim, gallery), _word_changes(run, vlm, source)
     rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
     wanted = {name: rows[name] for name in select(rows, limit)}

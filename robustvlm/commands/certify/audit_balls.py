@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from robustvlm.certify.threats import Threat
+from robustvlm.certify.threats import Ellipsoid, Threat
 
 _SPARSE = (0.01, 0.001, 0.0)
 """Shares of the pixels that an l1 step moves, by turns of the starts; at least one pixel. The number of kinds of starts
@@ -90,6 +90,39 @@ class L1Ball(Ball):
         return clean + delta * (eps / length.clamp_min(1e-30))
 
 
+class EllipsoidBall(Ball):
+    """An ellipsoid (T29): steps go further where the scales are larger, as the noise does.
+
+    Example:
+        >>> from robustvlm.certify.threats import find_threat
+        >>> ball = EllipsoidBall(find_threat("ellipsoid@1,1,8"))
+        >>> x = torch.zeros(1, 3, 1, 1)
+        >>> ball.pushed(x, torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), 2.0).flatten().tolist()
+        [1.0, 0.0, 0.0]
+    """
+
+    def __init__(self, threat: Ellipsoid) -> None:
+        self.threat = threat
+
+    def direction(self, velocity: Tensor) -> Tensor:
+        scales = self.threat.scales(velocity.shape[1:]).to(velocity)
+        return self._stretched(self.threat.back(scales * scales * self.threat.forth(velocity)), 1.0)
+
+    def started(self, delta: Tensor, eps: float) -> Tensor:
+        return self._stretched(delta, eps)
+
+    def inside(self, delta: Tensor, eps: float) -> Tensor:
+        length = self.threat.length(delta).view(-1, *[1] * (delta.ndim - 1))
+        return delta * (eps / length.clamp_min(1e-30)).clamp_max(1.0).to(delta.dtype)
+
+    def pushed(self, clean: Tensor, points: Tensor, eps: float) -> Tensor:
+        return clean + self._stretched(points - clean, eps)
+
+    def _stretched(self, delta: Tensor, eps: float) -> Tensor:
+        length = self.threat.length(delta).view(-1, *[1] * (delta.ndim - 1))
+        return delta * (eps / length.clamp_min(1e-30)).to(delta.dtype)
+
+
 class WholeBall(Ball):
     """Images of 8 bits in the l2 ball: whole grey levels from 0 to 255, as many and as large as `eps` has room for.
 
@@ -142,4 +175,6 @@ def ball_of(threat: Threat) -> Ball:
         >>> type(ball_of(find_threat("8bit"))).__name__
         'WholeBall'
     """
+    if isinstance(threat, Ellipsoid):
+        return EllipsoidBall(threat)
     return {"l1": L1Ball, "8bit": WholeBall}.get(threat.name, Ball)()

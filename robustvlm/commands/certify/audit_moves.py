@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustvlm.certify.claims import Quantity
 from robustvlm.certify.normal import Array
-from robustvlm.certify.threats import Move
+from robustvlm.certify.threats import Moving
 from robustvlm.commands.certify.audit_search import INSIDE, Effort, Finding, Target, looked_at, noisy_features
 from robustvlm.defenses import SmoothedVLM
 
@@ -25,7 +25,7 @@ KIND = "grid of moves"
 
 
 def audit_moves(
-    vlm: SmoothedVLM, target: Target, effort: Effort, *, threat: Move, alpha: float, seed: int
+    vlm: SmoothedVLM, target: Target, effort: Effort, *, threat: Moving, alpha: float, seed: int
 ) -> list[Finding]:
     """Attack one certificate at every fraction of its radius with moves of all directions and lengths within it.
 
@@ -42,7 +42,7 @@ def audit_moves(
             moves = threat.inside(eps, count)
             if not len(moves):  # no whole shift is so short
                 continue
-            finer = threat.inside(eps, _FINER * count) if threat.moves > 1 else moves[:0]
+            finer = threat.inside(eps, _FINER * count) if threat.moves > 1 or threat.bumpy else moves[:0]
             worst = _worst(vlm, clean, moves, finer, claim, effort, threat)
             evidence = noisy_features(vlm, _moved(clean, worst, threat), _SURER * effort.evidence)
             share = alpha / len(effort.fractions)
@@ -51,7 +51,7 @@ def audit_moves(
 
 
 def _worst(
-    vlm: SmoothedVLM, clean: Tensor, moves: Array, finer: Array, claim: Quantity, effort: Effort, threat: Move
+    vlm: SmoothedVLM, clean: Tensor, moves: Array, finer: Array, claim: Quantity, effort: Effort, threat: Moving
 ) -> Array:
     """Return the move [P] whose copies give the lowest value, of a grid and some of a finer one, the lowest few judged
     again."""
@@ -88,5 +88,5 @@ def between_moves(moves: Array, values: Array, finer: Array, count: int) -> list
     return list(dict.fromkeys([*down, *near]))
 
 
-def _moved(clean: Tensor, move: Array, threat: Move) -> Tensor:
+def _moved(clean: Tensor, move: Array, threat: Moving) -> Tensor:
     return threat.move(clean, torch.as_tensor(move[None], dtype=torch.float32, device=clean.device))

@@ -102,6 +102,11 @@ def open_gallery(config: CertifyConfig, vlm: VLM, source: DataSource) -> Gallery
     if not vectors:
         what = "holds only images that are certified" if left_out else "holds no image"
         raise UserError(f"the gallery '{config.gallery}' {what}: pass {setting('gallery')} other data")
+    if not any(label >= 0 for label in labels):
+        raise UserError(
+            f"no image of the gallery '{config.gallery}' is of a class of '{source.spec}', so that none could be one "
+            f"of an image's class: pass {setting('gallery')} labelled data with the same class names"
+        )
     table = np.stack(vectors)
     if not np.isfinite(table).all():
         raise UserError(f"model '{vlm.spec}' gives NaN or infinite features for images of '{config.gallery}'")

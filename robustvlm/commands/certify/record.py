@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from robustvlm.certify.claims import RADII
 from robustvlm.certify.local_noise import read_local_noise
-from robustvlm.certify.threats import PLAIN
+from robustvlm.certify.threats import PLAIN, Moving
 from robustvlm.commands.certify.config import CertifyConfig, trail_words
 from robustvlm.commands.certify.store import CERTIFY_SCHEMA
 from robustvlm.commands.certify.summary import CertifySummary, standing
@@ -164,10 +164,24 @@ def verdict(summary: CertifySummary, *, resolution: Size | None = None) -> str:
     parts = [f"{who} within a distance that is {mean} ({short}) on average ({zero})."]
     if at is not None:
         parts.append(f"At the distance {format_exact(at[0])} it holds for {at[1].successes:,} of {at[1].total:,}.")
-    if resolution and summary.against.of_pixels:
+    if resolution and summary.against.of_pixels and not isinstance(summary.against, Moving):
         grey = math.sqrt(3 * area(resolution)) / 255
         parts.append(f"One grey level in every pixel is a distance of {format_up(grey)}.")
     return " ".join(parts)
+
+
+def ellipsoid(summary: CertifySummary) -> str:
+    """Say how large the ellipsoid is in which certificates hold; "" where what they hold in is none."""
+    if summary.half_axes is None:
+        return ""
+    least, most = summary.half_axes
+    mean = summary.mean_radius
+    return (
+        "Distances are half-axes of an ellipsoid, by their geometric mean: it has the volume of an L₂ ball of that "
+        f"radius. Its smallest half-axis is {format_down(least)} of it, so that every change with an L₂ length below "
+        f"{format_down(least * mean, 4)} on average is within; the largest is {format_down(most)} of it, "
+        f"{format_down(most * mean, 4)} on average."
+    )
 
 
 def accuracy(run: CertifyRecord) -> str:

@@ -26,11 +26,13 @@ from robustvlm.certify.claims.class_ import CLASS
 from robustvlm.certify.claims.local_noise import local_plan
 from robustvlm.certify.claims.openset import OPENSET
 from robustvlm.certify.claims.recall import RECALL
+from robustvlm.certify.claims.rotation import MOST as MOST_ANGLE
+from robustvlm.certify.claims.rotation import rotation_plan
 from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.claims.wordings import worded_plan
 from robustvlm.certify.local_noise import LocalNoise, read_local_noise
 from robustvlm.certify.normal import check_alpha
-from robustvlm.certify.threats import PLAIN, Noise, Threat, find_threat, read_noise
+from robustvlm.certify.threats import PLAIN, Ellipsoid, Noise, Rotation, Threat, find_threat, read_noise
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.commands.certify.gallery import Gallery
@@ -50,6 +52,7 @@ from robustvlm.text import format_exact
 
 DEFAULT_ALPHA, MAX_ALPHA = 0.001, 0.5
 _AT_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
+_AT_DEGREES = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 OWN_CLAIM = (
     "The claim '{spec}' is code beside this program: that it is true with the probability stated is for its author to "
@@ -106,6 +109,8 @@ def check(settings: CertifySettings) -> None:
             f"'{settings.model}' has no thresholds for the noise against {threat.name}: pass {setting('tau')} and the "
             f"encoder below, or {setting('claim', VOTE.name)}"
         )
+    if isinstance(threat, Rotation):
+        _require_rotation(claim, settings)
     _require_fixed_or_chosen(claim, settings)
     _require_words(claim, settings)
     _positive("radius", settings.radius)
@@ -126,6 +131,20 @@ def check(settings: CertifySettings) -> None:
         raise UserError(
             f"{setting('cache')} keeps a number of samples that was fixed beforehand: leave out {setting('radius')}"
         )
+
+
+def _require_rotation(claim: Claim, settings: CertifySettings) -> None:
+    """Refuse what is not certified of rotated images."""
+    if claim is not VOTE:
+        raise UserError(
+            f"every angle of a range is certified of the class by vote: pass {setting('claim', VOTE.name)}, and of a "
+            "model that abstains one that votes, as +smooth:0.25:64:0.001:vote"
+        )
+    for name in ("cache", "paraphrases"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"{setting(name)} does not go together with {setting('threat', 'rotation')}: leave it out")
+    if settings.radius is not None and settings.radius > MOST_ANGLE:
+        raise BadSetting("radius", f"is an angle, at most {MOST_ANGLE:g} degrees", got=settings.radius)
 
 
 def chosen_noise(model: str) -> LocalNoise | None:
@@ -216,10 +235,10 @@ def _require_own_rule(claim: Claim, settings: CertifySettings) -> None:
         )
 
 
-def counted_at(settings: CertifySettings, sigma: float) -> list[float]:
-    """Return the radii at which the summary counts certified images."""
+def counted_at(settings: CertifySettings, sigma: float, *, degrees: Sequence[float] | None = None) -> list[float]:
+    """Return the radii at which the summary counts certified images: those given, else `degrees`, else by sigma."""
     if settings.at is None:
-        chosen = {round(sigma * part, 6) for part in _AT_SIGMAS}
+        chosen = {round(sigma * part, 6) for part in _AT_SIGMAS} if degrees is None else set(degrees)
         return sorted(chosen | ({settings.radius} if settings.radius is not None else set()))
     try:
         values = [float(part) for part in settings.at.split(",")]
@@ -245,7 +264,7 @@ def make_config(settings: CertifySettings, *, noise: Noise, device: str) -> Cert
         n_pilot=claim.pilot(settings.samples, early=settings.radius is not None),
         alpha=DEFAULT_ALPHA if settings.alpha is None else settings.alpha,
         min_cos=settings.min_cos if "min_cos" in claim.options else None,
-        at=counted_at(settings, noise.sigma),
+        at=counted_at(settings, noise.sigma, degrees=_AT_DEGREES if isinstance(noise.threat, Rotation) else None),
         weight=settings.weight if "weight" in claim.options else 0.0,
         top=settings.top if "top" in claim.options else None,
         dual=None if (chosen := chosen_noise(settings.model)) is None else str(chosen),
@@ -278,6 +297,8 @@ def plan_of(config: CertifyConfig, materials: Materials) -> Plan:
     if config.dual is not None:
         claim = find_claim(config.claim)
         return local_plan(claim, read_local_noise(config.dual), bounds, materials, votes=claim is VOTE)
+    if isinstance(config.against.threat, Rotation):
+        return rotation_plan(find_claim(config.claim), config, materials)
     if materials.wordings is None:
         plan = make_plan(config.claim, bounds, materials)
     else:
@@ -329,8 +350,13 @@ def settle_noise(settings: CertifySettings) -> Noise:
         if not smoothing[0].arguments:
             raise UserError(f"'+{smoothing[0]}' must be written +{FORM}, as +smooth:0.25")
         within = read_noise(smoothing[0].arguments[0])
+    wanted = find_threat(settings.threat)
+    if chosen is None and wanted.smoothed_by == within.threat.name:  # the model's noise, held against another threat
+        within = Noise(wanted, within.sigma)
     for name, mine in (("threat", within.threat.name), ("sigma", within.sigma)):
         given = getattr(settings, name)
+        if name == "threat" and given is not None:
+            given = find_threat(given).name  # a map is known by what is in it
         if given is not None and given != mine:
             said = given if isinstance(given, str) else format_exact(given)
             raise UserError(
@@ -453,21 +479,29 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
     """Return what a reader of the run has to know of its claim: statement, bounds and threat model."""
     (height, width), claim = sides(config.resolution), find_claim(config.claim)
     own = is_own(config.claim)
-    return {
-        "statement": plan.statement,
-        "rule": plan.rule,
-        "deployed": claim.deployed_rule(config),
-        "theorem": plan.theorem,
-        "bound": plan.bound,
-        "stop_rule": plan.stop_rule,
-        "alpha_split": plan.alpha_split,
-        "best_radius": best,
-        "notes": [OWN_CLAIM.format(spec=config.claim)] if own else [],
-        "threat": [
-            f"every image {_allowed(config.against.threat)}, measured at {height} x {width} where the noise is added; "
-            "of changes made before an image was resized nothing is stated",
-            ("whole numbers, summed exactly" if config.against.threat.exact else _FLOATING)
-            + ", the encoder in the precision stated; the noise is not clipped, and what the encoder does after it "
-            "(clamping, rounding) is part of the encoder",
-        ],
-    } | ({"claim": asdict(claim.facts)} if own else {})
+    threat = config.against.threat
+    axes = list(threat.half_axes((3, height, width))) if isinstance(threat, Ellipsoid) else None
+    return (
+        {
+            "statement": plan.statement,
+            "rule": plan.rule,
+            "deployed": claim.deployed_rule(
+                config if plan.theorem != "T30" else config.model_copy(update={"radius": 0.0})
+            ),
+            "theorem": plan.theorem,
+            "bound": plan.bound,
+            "stop_rule": plan.stop_rule,
+            "alpha_split": plan.alpha_split,
+            "best_radius": best,
+            "notes": [OWN_CLAIM.format(spec=config.claim)] if own else [],
+            "threat": [
+                f"every image {_allowed(threat)}, measured at {height} x {width} where the noise is added; of changes "
+                "made before an image was resized nothing is stated",
+                ("whole numbers, summed exactly" if config.against.threat.exact else _FLOATING)
+                + ", the encoder in the precision stated; the noise is not clipped, and what the encoder does after it "
+                "(clamping, rounding) is part of the encoder",
+            ],
+        }
+        | ({"claim": asdict(claim.facts)} if own else {})
+        | ({} if axes is None else {"half_axes": axes})
+    )

@@ -122,6 +122,8 @@ class CertifySummary(Record):
         tokens: number of image tokens; at_tokens: what is certified of each, at the radii of `at`. Only of such claims.
         own_claim: what is to be known of a claim of the user's own; left out of runs with a built-in one.
         threat: what the radii are about; left out of runs about l2.
+        half_axes: smallest and largest half-axis of the ellipsoid of radius one, of threats that are ellipsoids; their
+            geometric mean is one.
         resized: images that were resized, of whose source nothing is stated. resize_norm: smallest and largest norm, in
             runs from before that.
     """
@@ -161,6 +163,7 @@ class CertifySummary(Record):
     at_tokens: list[TokenShare] | None = None
     own_claim: ClaimFacts | None = None
     threat: str | None = None
+    half_axes: tuple[float, float] | None = None
 
     @property
     def against(self) -> Threat:
@@ -185,7 +188,7 @@ class CertifySummary(Record):
     @model_serializer(mode="wrap")
     def _own_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
-        for name in ("own_claim", "tokens", "at_tokens", "threat"):
+        for name in ("own_claim", "tokens", "at_tokens", "threat", "half_axes"):
             if getattr(self, name) is None:
                 content.pop(name, None)
         return content
@@ -267,6 +270,7 @@ def summarise_certify(
         at_tokens=None if tokens is None else [_at_tokens(table, radius, config) for radius in config.at],
         own_claim=own,
         threat=config.threat,
+        half_axes=plan.get("half_axes"),
     )
 
 

@@ -76,6 +76,7 @@ def _verdict(run: CertifyRecord) -> list[doc.Line]:
     summary = run.summary
     lines = [
         words.verdict(summary, resolution=run.config.resolution),
+        words.ellipsoid(summary),
         words.spread(summary),
         words.rule(summary),
         words.accuracy(run),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from robustvlm.certify.claims import Materials, find_claim, require_possible
-from robustvlm.certify.threats import PLAIN
+from robustvlm.certify.threats import PLAIN, find_threat
 from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
 from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
@@ -206,6 +206,8 @@ def with_source(settings: CertifySettings, config: dict[str, Any]) -> CertifySet
             f"the error probability of kept features is that of their run, {config['alpha']}: leave out "
             f"{setting('alpha')}, or sample anew"
         )
+    if settings.threat is not None:  # a map is known by what is in it
+        settings = settings.model_copy(update={"threat": find_threat(settings.threat).name})
     names = ("alpha", "model", "data", "sigma", "samples", "limit", "seed", "precision")
     theirs = {name: config[name] for name in names} | {"threat": config.get("threat")}
     usual = type(settings)()

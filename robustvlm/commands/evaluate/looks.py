@@ -131,7 +131,7 @@ class Looker:
             else:
                 output = _halving(self.classifier, pixels.to(self.model.device)).cpu()
                 _check_finite(output, asked, self.model.spec)
-                look.rows += _rows(output, asked, order, refuses=self.classifier.can_reject)
+                look.rows += _rows(output, asked, order, self.classifier)
             if self.encoder is not None:
                 look.pairs = self._pairs(self.encoder, pixels, asked, order)
         look.corrupted = self._corrupted(number, pixels, asked, order)
@@ -149,7 +149,7 @@ class Looker:
             with draws, borrowed(model), torch.no_grad(), full_precision_kernels():
                 output = _halving(model, changed.to(model.device)).cpu()
             _check_finite(output, labelled, model.spec)
-            rows = _rows(output, labelled, order, refuses=model.can_reject)
+            rows = _rows(output, labelled, order, model)
             found[one.text] = {row.index: Answer(row.prediction, row.confidence or 0.0, row.accepted) for row in rows}
         return found
 
@@ -171,7 +171,8 @@ class Looker:
         return Pairs([order[asked[place].id] for place in have], images.cpu(), texts, features.float().cpu(), owner)
 
 
-def _rows(output: Tensor, asked: list[Sample], order: dict[str, int], *, refuses: bool) -> Iterator[ImageRow]:
+def _rows(output: Tensor, asked: list[Sample], order: dict[str, int], model: Classifier) -> Iterator[ImageRow]:
+    refuses, undecided = model.can_reject, model.undecided(output)
     labels = torch.tensor([sample.label for sample in asked])
     accepted = output[:, -1] > 0 if refuses else torch.ones(len(asked), dtype=torch.bool)
     logits = output[:, :-1] if refuses else output
@@ -189,6 +190,7 @@ def _rows(output: Tensor, asked: list[Sample], order: dict[str, int], *, refuses
             place=int(place[n]) if known[n] else None,
             confidence=float(confidences[n]),
             accepted=bool(accepted[n]) if refuses else None,
+            undecided=None if undecided is None else bool(undecided[n]),
         )
 
 

@@ -95,7 +95,8 @@ class CleanResult(BaseModel):
 
     Of a model that may refuse, a right answer is one that it accepts; `rejected` is the share of the known images that
     it rejects, `unknown_rejected` that of the unknown ones. Both are None for other models. A model that abstains gives
-    no answer to a share `abstained` of the known and `unknown_abstained` of the unknown ones. `top5` is None for fewer
+    no answer to a share `abstained` of the known and `unknown_abstained` of the unknown ones; one whose copies vote for
+    a class or for none of them may do either, and has both. `top5` is None for fewer
     than 5 classes, and what needs classes, captions or subgroups is None without them.
     """
 
@@ -145,6 +146,7 @@ SCHEMA = pa.schema(
         ("confidence", pa.float64()),
         ("accepted", pa.bool_()),
         ("caption_place", pa.int64()),
+        ("undecided", pa.bool_()),
     ]
 )
 CAPTIONS = pa.schema(
@@ -160,6 +162,7 @@ class ImageRow:
         label: -1 for an unknown class; prediction: the class with the largest logit, -1 where the model was not asked.
         correct: right, and accepted; None for an unknown class. place: of the label among the logits, from 1.
         confidence: the largest softmax probability. accepted: of a model that may refuse or abstain.
+        undecided: of one that may do both, whether it gave no answer, instead of refusing the image.
     """
 
     index: int
@@ -171,6 +174,7 @@ class ImageRow:
     place: int | None = None
     confidence: float | None = None
     accepted: bool | None = None
+    undecided: bool | None = None
 
     @property
     def known(self) -> bool:
@@ -228,7 +232,9 @@ class EvaluateLedger(JournalLedger):
             return
         if kind != "batch":
             raise ValueError(f"unknown kind of fact '{kind}'")
-        columns = [fact[field.name] for field in fields(ImageRow)]
+        nothing = [None] * len(fact["index"])  # of a session before this was told
+        columns = [fact.get("undecided", nothing) if field.name == "undecided" else fact[field.name]
+                   for field in fields(ImageRow)]  # fmt: skip
         self.rows += [ImageRow(*values) for values in zip(*columns, strict=True)]
         self.batches += 1
 
@@ -252,9 +258,11 @@ def measured(
     }
     if refusing:
         unknown = [row for row in refusing if not row.known]
-        what = "abstained" if abstains else "rejected"
-        found[what] = _rejected([row for row in refusing if row.known])
-        found[f"unknown_{what}"] = _rejected(unknown) if unknown else None
+        both = any(row.undecided is not None for row in refusing)
+        for what in ("rejected", "abstained") if both else ("abstained",) if abstains else ("rejected",):
+            withheld = (what == "abstained") if both else None
+            found[what] = _rejected([row for row in refusing if row.known], withheld)
+            found[f"unknown_{what}"] = _rejected(unknown, withheld) if unknown else None
     if not known:
         return found
     if len(class_names) >= measures.TOP:
@@ -275,8 +283,9 @@ def measured(
     return found
 
 
-def _rejected(rows: Sequence[ImageRow]) -> Rate:
-    return rate(sum(not row.accepted for row in rows), len(rows))
+def _rejected(rows: Sequence[ImageRow], withheld: bool | None) -> Rate:
+    """Return the share that is not accepted; with `withheld`, that whose answer is withheld, or that which is not."""
+    return rate(sum(not row.accepted and withheld in (None, bool(row.undecided)) for row in rows), len(rows))
 
 
 def _levels(forest: Forest | None, class_names: Sequence[str]) -> Iterable[tuple[str, int, torch.Tensor]]:

@@ -242,6 +242,9 @@ def _left_out(result: CleanResult) -> Iterator[doc.Section]:
 def _corrupted(result: CleanResult) -> Iterator[doc.Block]:
     """Yield the tables of common corruptions; an answer withheld is told as such, and not as a refusal."""
     refused, what = (result.rejected, "Refused") if result.abstained is None else (result.abstained, "No answer")
+    if result.rejected is not None and result.abstained is not None:
+        either = result.rejected.successes + result.abstained.successes
+        refused, what = rate(either, result.rejected.total), "Refused or no answer"
     return corrupted.blocks(result.corruptions, result.accuracy, refused, what=what)
 
 

@@ -196,8 +196,12 @@ class OpenVotes(Classifier):
     def predict(self, images: Tensor, *, alpha: float | None = None, lanes: int = 64) -> Answers:
         """Return what the model says: a class, rejected as none of them, or abstained where nothing is decided."""
         found = super().predict(images, alpha=alpha, lanes=lanes)
-        none = found.output[:, -1] < -2.0 * self._needed - 0.5 * _LEAST
-        return replace(found, rejected=none, abstained=found.rejected & ~none)
+        undecided = self.undecided(found.output)
+        return replace(found, rejected=found.rejected & ~undecided, abstained=found.rejected & undecided)
+
+    def undecided(self, output: Tensor) -> Tensor:
+        none = output[:, -1] < -2.0 * self._needed - 0.5 * _LEAST
+        return (output[:, -1] <= 0.0) & ~none
 
 
 def open_vote(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from scipy.stats import binom
 
 import robustvlm as rv
+from benchmarks.deployed_models import measured
 from robustvlm.certify import vote_predict
 from robustvlm.certify.claims.vote import VoteRadius
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.audit import Effort, audit_folder
 from robustvlm.commands.certify.work import _check as require_judged
+from robustvlm.core.framing import to_pixels
 from robustvlm.data import open_data
+from robustvlm.data.source import Sample
 from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.immunity import AdaptedVLM, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.state import card_settings, load_immunity, save_tensors
@@ -195,6 +199,44 @@ def test_a_pipeline_carries_the_rule(folder: Path, tmp_path: Path) -> None:
     assert said.rule == deployed.says
 
 
+def test_what_is_not_decided_is_no_refusal_to_evaluate(folder: Path, tmp_path: Path) -> None:
+    """Copies of the first image are rejected about as often as not; few copies decide only where all agree."""
+    made, source = immunity_of(folder), open_data("emoji")
+    encoder = AdaptedVLM(load_model("tiny"), made.adapter)
+    (first,) = (item for item in source.samples(limit=1) if isinstance(item, Sample))
+    pixels = to_pixels(first.image, encoder.framing)[None].expand(32, -1, -1, -1)
+    noisy = pixels + SIGMA * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    middle = float(ImmunisedClassifier(encoder, made)(noisy)[:, -1].median())
+    moved = replace(made, copies={SIGMA: made.thresholds + middle})
+    split = tmp_path / "split"
+    split.mkdir()
+    save_tensors(split, moved)
+    write_card(split, Card("immunize", "tiny", load_model("tiny").fingerprint, card_settings(moved)))
+    run = rv.evaluate(spec(split, "8:0.008:vote"), limit=6, out=tmp_path, device="cpu")
+    rows, found = run.rows.to_pylist(), run.summary
+    assert found.rejected is not None
+    assert found.abstained is not None
+    undecided = [row for row in rows if row["undecided"]]
+    assert undecided
+    assert not any(row["accepted"] for row in undecided)
+    known = [row for row in rows if row["correct"] is not None]
+    assert found.abstained.successes == sum(row["undecided"] for row in known)
+    assert found.rejected.successes == sum(not row["accepted"] and not row["undecided"] for row in known)
+    text = run.report.read_text()
+    assert "no answer, images of known classes" in text
+    assert "rejected, images of known classes" in text
+
+
+def test_a_deployed_open_vote_is_attacked_inside_its_radius(folder: Path) -> None:
+    options = argparse.Namespace(
+        model=spec(folder, "12:0.01:vote"), data="emoji", limit=1, samples=100, alpha=0.05, fractions="0.5,0.99",
+        steps=2, eot=1, answers=3,
+    )  # fmt: skip
+    found = [one for row in measured(options) for one in row["attacks"]]
+    assert len(found) == 2
+    assert all(set(one["said"]) <= {-1, one["label"]} for one in found)
+
+
 @pytest.mark.slow
 def test_every_command_uses_the_rule(folder: Path, tmp_path: Path) -> None:
     names, model = open_data("emoji").class_names, spec(folder, "12:0.01:vote")
@@ -212,6 +254,7 @@ def test_every_command_uses_the_rule(folder: Path, tmp_path: Path) -> None:
         place = row["prediction"]
         assert told["label_name"] == ("none of the classes" if place == len(names) else names[place])
         assert row["deployed_radius"] <= row["radius"]
+        assert told["theorem"] == "T28"
     assert not audit_folder(certified.folder, effort=Effort(starts=1, steps=1)).broken
     found = rv.detect(model, scores="own,mcm", limit=3, out=tmp_path, device="cpu").summary
     assert found.scores
