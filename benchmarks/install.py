@@ -4,7 +4,7 @@ python -m benchmarks.install --also before=dist-old/robustvlm-0.1.0-py3-none-any
 
 PyTorch and torchvision are installed once, and counted apart: every environment sees that one copy. Needs the package
 index and about eight gigabytes, which are freed again. Seconds of installing are those of the machine, its disk, its
-network and its load; of use, processor seconds, which say less of who else is there.
+network and its load; of use, processor seconds on one thread, which say less of who else is there.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ def install(place: Path, *requirements: str, sees: Path | None = None) -> tuple[
 def timed(words: list[str], work: Path) -> tuple[float, str]:
     """Return the processor seconds of a program, its children's included, and what it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = "1"  # threads that wait for one another on a busy machine count as work
     before = _spent()
     done = subprocess.run(words, cwd=work, check=True, capture_output=True, text=True, env=environment)
     return _spent() - before, done.stdout

@@ -51,8 +51,8 @@ class Predictions(Sequence[record.Prediction]):
         about: the model, its rule in words and its classes.
 
     Example:
-        >>> about = About("tiny", "", "the largest logit", ("cat", "dog"))
-        >>> found = Predictions([Prediction("a.png", "answered", "cat", 0.9, (("cat", 0.9),))], about)
+        >>> about = record.About("tiny", "", "the largest logit", ("cat", "dog"))
+        >>> found = Predictions([record.Prediction("a.png", "answered", "cat", 0.9, (("cat", 0.9),))], about)
         >>> found.classes, found.confidence, found[0].image
         (['cat'], [0.9], 'a.png')
     """
