@@ -182,10 +182,12 @@ def test_the_noise_against_rotations_is_told_in_its_own_unit(photos: Path) -> No
     run = prepared(photos, threat="rotation", claim="vote", sigma=0.05, samples=300, limit=1)
     run.summary()
     assert str(run.config.against) == "0.05"
-    told = methods_of(run.folder.manifest()).text
+    manifest = run.folder.manifest()
+    assert manifest is not None
+    told = methods_of(manifest).text
     assert "against the threat rotation, with Gaussian noise of standard deviation 0.05 in pixels" in told
     assert "0.05 (rotation" not in told
-    row = Entry(run.folder.path.name, run.folder.path, run.folder.manifest())
+    row = Entry(run.folder.path.name, run.folder.path, manifest)
     assert row.radius == "noise 0.05, against rotation"
 
 
