@@ -29,6 +29,7 @@ from robustvlm.data import open_data
 from robustvlm.data.source import Sample
 from robustvlm.defenses import load_classifier
 from robustvlm.defenses.classifier import Classifier
+from robustvlm.errors import UserError
 
 
 def main() -> None:
@@ -53,6 +54,8 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )  # fmt: skip
         rows = {row["image_id"]: row for row in run.rows.to_pylist() if row["radius"] > 0.0}
         config = run.config
+    if config.threat is not None:  # the attack's distances are l2
+        raise UserError(f"radii against {config.threat} are no l2 distances: pass a model with +smooth:SIGMA or +dual")
     parts = [float(part) for part in options.fractions.split(",")]
     for sample in source.samples(keep=lambda name: name in rows):
         if not isinstance(sample, Sample) or sample.id not in rows:

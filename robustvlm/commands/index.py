@@ -78,8 +78,8 @@ class Entry:
         texts = [texts] if isinstance(texts, str) else texts
         if texts:
             return f"{norm_name(str(config.get('norm', '')))} {', '.join(plain(text, 20) for text in texts)}"
-        against = f"{plain(config['threat'], 20)}=" if isinstance(config.get("threat"), str) else ""
-        return f"noise {against}{config['sigma']:g}" if isinstance(config.get("sigma"), float) else DASH
+        against = f", against {plain(config['threat'], 20)}" if isinstance(config.get("threat"), str) else ""
+        return f"noise {config['sigma']:g}{against}" if isinstance(config.get("sigma"), float) else DASH
 
     @property
     def cells(self) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from robustvlm.certify import OpensetRule
-from robustvlm.certify.threats import Noise, read_noise
+from robustvlm.certify.threats import Ellipsoid, Noise, read_noise
 from robustvlm.core.files import replacing
 from robustvlm.core.framing import trial_pixels
 from robustvlm.defenses import pipeline
@@ -83,6 +83,14 @@ class Recipe:
     def noise(self) -> Noise | None:
         """The noise of the smoothing, None without one."""
         return read_noise(self.smoothing[0].arguments[0]) if self.smoothing else None
+
+    @property
+    def pinned(self) -> str | None:
+        """The smoothing with the digest of its map, where it has one: a map that has changed since is refused."""
+        noise = self.noise
+        if noise is None or not isinstance(noise.threat, Ellipsoid):
+            return self.smooth
+        return ":".join([str(noise), *self.smoothing[0].arguments[1:]])
 
     @property
     def parts(self) -> tuple[tuple[str, str], ...]:
@@ -322,7 +330,7 @@ def build_pipeline(
         spec, vlm = _put_on(part, spec, vlm, folder / PARTS / part.name, device)
         shown, clean = str(part.folder), [*clean, vlm.fingerprint]
     _try_out(pipeline.apply_operations(vlm, recipe.smoothing), recipe)
-    settings = {"smooth": recipe.smooth}
+    settings = {"smooth": recipe.pinned}
     write_card(folder, Card("build", spec, vlm.fingerprint, settings, probe_encoder(vlm)))
     return pipeline.load_pipeline(str(folder), device=device), tuple(found)
 

@@ -255,6 +255,8 @@ def _noise(config: Mapping[str, Any], name: str) -> str:
     if name == PLAIN:
         return f"with Gaussian noise {level} in pixels on a scale from 0 to 1, added in float32 and not clipped"
     known = _threat_of(name)
+    if known is not None and known.smoothed_by != name:
+        return f"against the threat {name}, {_noise(config, known.smoothed_by)}"
     kind = "Gaussian noise" if known is not None and known.gaussian else "noise"
     return f"against the threat {plain(name, 40)}, with {kind} {level}" + (f" ({known.unit})" if known else "")
 

@@ -173,3 +173,18 @@ def test_scales_of_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.
     Path("words.txt").write_text("no numbers")
     with pytest.raises(UserError, match=r"cannot read the map 'words\.txt'"):
         find_threat("ellipsoid@words.txt")
+
+
+@pytest.mark.filterwarnings("error")
+def test_maps_of_other_things_than_numbers_are_refused_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("complex.npy", np.array([[1 + 1j, 2.0]]))
+    with pytest.raises(UserError, match=r"cannot read the map 'complex\.npy' \(complex numbers\)"):
+        find_threat("ellipsoid@complex.npy")
+    Path("empty.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"must be positive numbers, got 'empty\.txt'"):
+        find_threat("ellipsoid@empty.txt")
+    with pytest.raises(UserError, match="differ by a factor of inf"):
+        find_threat("spectrum@1e-300,1e300")

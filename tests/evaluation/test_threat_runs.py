@@ -17,11 +17,16 @@ from robustvlm.certify import Certificate
 from robustvlm.certify.threats import THREATS, Moving, find_threat
 from robustvlm.certify.threats.ellipsoids import _scales
 from robustvlm.commands.certify import CertifySettings, certify
+from robustvlm.commands.certify import record as words
 from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
 from robustvlm.commands.certify.setup import settle_noise
+from robustvlm.commands.certify.summary import CertifySummary
+from robustvlm.commands.index import Entry
 from robustvlm.defenses import load_pipeline
 from robustvlm.errors import UserError
+from robustvlm.report.methods import methods_of
+from robustvlm.stats import rate
 
 QUICK = Effort(starts=2, steps=6, draws=4, choice=32, evidence=300, fractions=(0.5, 1.0))
 
@@ -170,6 +175,36 @@ def test_a_model_that_votes_is_certified_at_angles(photos: Path) -> None:
     assert "answers another class than the certified one with probability at most 0.01" in summary.deployed
     assert "deployed_radius" not in summary.deployed
     assert {json.loads(row["certificate"])["theorem"] for row in rows(run)} == {"T30"}
+
+
+def test_the_noise_against_rotations_is_told_in_its_own_unit(photos: Path) -> None:
+    """Sigma is of pixels, and the radius is in degrees: no text reads the one in the unit of the other."""
+    run = prepared(photos, threat="rotation", claim="vote", sigma=0.05, samples=300, limit=1)
+    run.summary()
+    assert str(run.config.against) == "0.05"
+    manifest = run.folder.manifest()
+    assert manifest is not None
+    told = methods_of(manifest).text
+    assert "against the threat rotation, with Gaussian noise of standard deviation 0.05 in pixels" in told
+    assert "0.05 (rotation" not in told
+    row = Entry(run.folder.path.name, run.folder.path, manifest)
+    assert row.radius == "noise 0.05, against rotation"
+
+
+def test_half_axes_are_those_of_the_radius_that_is_told() -> None:
+    """The average of right images where the claim is about the class, the radius asked for, and no word of none."""
+
+    def said(**changes: Any) -> str:
+        told = {"claim": "class", "half_axes": (0.5, 4.0), "asked_radius": None, "certified_correct": rate(2, 2)}
+        return words.ellipsoid(CertifySummary.model_construct(**told | changes))
+
+    told = said(mean_radius=0.2, average_certified_radius=0.1)
+    assert "below 0.0500 on average is within" in told
+    assert "0.4000 on average" in told
+    asked = said(mean_radius=0.05, average_certified_radius=0.05, asked_radius=0.1)
+    assert "below 0.0500 is within" in asked
+    assert "on average" not in asked
+    assert said(certified_correct=rate(0, 2), mean_radius=0.0, average_certified_radius=0.0) == ""
 
 
 def test_the_map_of_a_model_is_part_of_it(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

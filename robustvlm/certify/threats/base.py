@@ -19,6 +19,7 @@ from torch import Tensor
 
 from robustvlm.certify.noise import Kind
 from robustvlm.certify.normal import Array, check_sigma, shift_down, shift_up
+from robustvlm.core import PLAIN
 from robustvlm.errors import UserError, setting
 from robustvlm.text import format_exact
 
@@ -195,7 +196,8 @@ class Noise:
 
     def __str__(self) -> str:
         level = format_exact(self.sigma)
-        return level if self.threat.name == "l2" else f"{self.threat.name}={level}"
+        own = self.threat.smoothed_by  # of which sigma is the level: radii against rotation are no level of its noise
+        return level if own == PLAIN else f"{own}={level}"
 
     def copies(self, rows: Tensor, draws: Tensor) -> Tensor:
         """Return noisy copies [R, C, H, W] of images, one each, from what their noise is made of."""

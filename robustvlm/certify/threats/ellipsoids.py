@@ -122,8 +122,8 @@ def require_scales(values: Array, written: str) -> Array:
         raise UserError(f"scales of noise must be positive numbers, got '{written}': as 1,1,2")
     if values.max() > _MOST_RATIO * values.min():
         raise UserError(
-            f"the scales '{written}' differ by a factor of {values.max() / values.min():.3g}, at most {_MOST_RATIO:g} "
-            "is certified: pass scales that are nearer to each other"
+            f"the scales '{written}' differ by a factor of {float(values.max()) / float(values.min()):.3g}, at most "
+            f"{_MOST_RATIO:g} is certified: pass scales that are nearer to each other"
         )
     return values
 
@@ -225,7 +225,10 @@ def read_map(path: str) -> Array:
             grid = np.load(path, allow_pickle=False)
         else:
             with open(path, encoding="utf-8") as lines:
-                grid = np.loadtxt((line.replace(",", " ") for line in lines), ndmin=2)
+                rows = [line.replace(",", " ") for line in lines]
+            grid = np.loadtxt(rows, ndmin=2) if any(map(str.strip, rows)) else np.empty((0, 0))
+        if np.iscomplexobj(grid):
+            raise ValueError("complex numbers")
         grid = np.asarray(grid, dtype=np.float64)
     except FileNotFoundError:
         raise UserError(

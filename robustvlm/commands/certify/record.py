@@ -172,16 +172,23 @@ def verdict(summary: CertifySummary, *, resolution: Size | None = None) -> str:
 
 def ellipsoid(summary: CertifySummary) -> str:
     """Say how large the ellipsoid is in which certificates hold; "" where what they hold in is none."""
-    if summary.half_axes is None:
+    if summary.half_axes is None or not certified(summary).successes:
         return ""
     least, most = summary.half_axes
-    mean = summary.mean_radius
+    asked = summary.asked_radius
+    mean, often = (_mean(summary), " on average") if asked is None else (asked, "")
     return (
         "Distances are half-axes of an ellipsoid, by their geometric mean: it has the volume of an L₂ ball of that "
         f"radius. Its smallest half-axis is {format_down(least)} of it, so that every change with an L₂ length below "
-        f"{format_down(least * mean, 4)} on average is within; the largest is {format_down(most)} of it, "
-        f"{format_down(most * mean, 4)} on average."
+        f"{format_down(least * mean, 4)}{often} is within; the largest is {format_down(most)} of it, "
+        f"{format_down(most * mean, 4)}{often}."
     )
+
+
+def _mean(summary: CertifySummary) -> float:
+    """Return the mean radius that is told first: of claims about the class, a wrong one counts as 0."""
+    average = summary.average_certified_radius
+    return average if summary.facts.about_class and average is not None else summary.mean_radius
 
 
 def accuracy(run: CertifyRecord) -> str:

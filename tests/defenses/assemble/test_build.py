@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustvlm.certify.threats.ellipsoids import _scales
 from robustvlm.commands.assemble import build
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.setup import settle_noise
@@ -327,3 +328,20 @@ def test_a_damaged_smoothing_is_explained_in_one_line(tmp_path: Path, smoothing:
         with pytest.raises(UserError, match="names no smoothing") as caught:
             use(str(tmp_path / "whole"))
         assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_under_noise_of_a_map_is_refused_once_the_map_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would draw other noise than what was certified of it: the card keeps the digest of the map."""
+    monkeypatch.chdir(tmp_path)
+    Path("scales.txt").write_text("1 2\n2 4\n")
+    built, _ = build_pipeline(Recipe(ENCODER, smooth="ellipsoid@scales.txt=0.25:12:0.01:vote"), tmp_path / "whole")
+    assert load_pipeline(str(tmp_path / "whole")).fingerprint == built.fingerprint
+    assert read_card(tmp_path / "whole").settings["smooth"].endswith("=0.25:12:0.01:vote")
+    Path("scales.txt").write_text("1 2\n2 5\n")
+    _scales.cache_clear()  # as in another process
+    with pytest.raises(UserError, match=r"the map 'scales\.txt' has changed"):
+        load_pipeline(str(tmp_path / "whole")).encode_image(images())
+    for written in ("0.250:6", "brightness=0.20"):  # what is no map stands as it was written
+        assert Recipe(ENCODER, smooth=written).pinned == written

@@ -237,6 +237,16 @@ def test_a_deployed_open_vote_is_attacked_inside_its_radius(folder: Path) -> Non
     assert all(set(one["said"]) <= {-1, one["label"]} for one in found)
 
 
+def test_the_benchmark_of_deployed_models_refuses_radii_that_are_no_l2_distances() -> None:
+    """Its attack moves pixels in l2, which leaves an ellipsoid, and is no change of brightness at all."""
+    options = argparse.Namespace(
+        model="tiny+smooth:ellipsoid@1,1,4=0.03:12:0.01:vote", data="emoji", limit=1, samples=60, alpha=0.05,
+        fractions="0.5", steps=1, eot=1, answers=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="are no l2 distances"):
+        list(measured(options))
+
+
 @pytest.mark.slow
 def test_every_command_uses_the_rule(folder: Path, tmp_path: Path) -> None:
     names, model = open_data("emoji").class_names, spec(folder, "12:0.01:vote")
