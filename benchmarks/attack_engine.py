@@ -9,6 +9,7 @@ size, in one process. Passes count rows through the model, forward and backward 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.common import Counted, Subject, clock, load_subject, markdown
+from benchmarks.common import Counted, Subject, clock, exit_code_of, load_subject, markdown
 from robustvlm.attacks import APGD, PGD, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_eps
 from robustvlm.attacks.oracle import probe
 from robustvlm.stats import mcnemar_exact
@@ -170,4 +171,4 @@ def _overhead(subject: Subject, eps: float, options: argparse.Namespace) -> list
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Counted, Subject, clock, load_subject, markdown
+from benchmarks.common import Counted, Subject, clock, exit_code_of, load_subject, markdown
 from benchmarks.duel import HEADER, OURS, TIME_HEADER, Part, Record, run_ours, versus, where_time_goes
 from benchmarks.parity import SINGLES, single
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
@@ -169,4 +169,4 @@ def _singles(record: Record, subject: Subject, threat: ThreatModel, options: arg
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

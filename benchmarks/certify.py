@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from robustvlm.certify import FeatureRadius, FeatureTest, Job, SamplingEngine
 from robustvlm.commands.certify import CERTIFY, CertifySettings
 from robustvlm.commands.certify import certify as certified
@@ -216,4 +217,4 @@ def _audit_rows(content: dict[str, object], sigma: float) -> list[tuple[object, 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

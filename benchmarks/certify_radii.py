@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import certifying, clock, markdown
+from benchmarks.common import certifying, clock, exit_code_of, markdown
 from robustvlm.certify import angles, bands, certifier, classes, feature, shapes
 from robustvlm.certify.means import SequentialTest, betting_lower, hoeffding_lower
 from robustvlm.core.framing import to_pixels
@@ -186,4 +187,4 @@ def _decision_row(target: float, sigma: float, some: list[dict[str, Any]]) -> li
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -9,12 +9,13 @@ with all its images and copies. Radii of different threats are in different unit
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import certifying, clock, markdown
+from benchmarks.common import certifying, clock, exit_code_of, markdown
 from robustvlm.certify.threats import THREATS, Noise, read_noise
 from robustvlm.commands.certify import certify
 from robustvlm.text import format_down
@@ -71,4 +72,4 @@ def drawing(noise: Noise, rows: int = 64, side: int = 64) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -6,8 +6,9 @@ python -m benchmarks.cycles MODEL --data DATA --limit 100 --eps 4/255
 from __future__ import annotations
 
 import argparse
+import sys
 
-from benchmarks.common import Subject, load_subject, markdown
+from benchmarks.common import Subject, exit_code_of, load_subject, markdown
 from robustvlm.attacks import PGD, LaneEngine, Oracle, Result, ThreatModel, parse_eps
 
 
@@ -50,4 +51,4 @@ def _ratio(made: tuple[int, int]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -12,6 +12,7 @@ answers `--answers` times. What counts is another answer than the certified one 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 import robustvlm as rv
-from benchmarks.common import certifying
+from benchmarks.common import certifying, exit_code_of
 from benchmarks.deployed_rule import attacked
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.seeds import derive_seed
@@ -108,4 +109,4 @@ def answers(model: Classifier, pixels: Tensor, times: int) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from benchmarks.common import certifying, markdown
+from benchmarks.common import certifying, exit_code_of, markdown
 from robustvlm.certify import Certifier, ClassRadius, VoteRadius
 from robustvlm.certify.means import clopper_pearson_upper
 from robustvlm.core.framing import to_pixels
@@ -207,4 +208,4 @@ def attacked(rows: Sequence[dict[str, Any]], alpha: float, *, rules: Iterable[st
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from robustvlm import certify
 from robustvlm.attacks import APGD, Job, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_attacks
 from robustvlm.attacks.objectives import objective
@@ -291,4 +292,4 @@ def _done(place: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -10,6 +10,7 @@ copies, or takes kept ones.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import certifying, kept_features, markdown
+from benchmarks.common import certifying, exit_code_of, kept_features, markdown
 from robustvlm.certify.certifier import unit_rows
 from robustvlm.certify.levels import LevelFinding, certify_levels
 from robustvlm.core.framing import to_pixels
@@ -103,4 +104,4 @@ def row(kept: dict[str, Any], rule: str, sigmas: Sequence[float], spend: str, re
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

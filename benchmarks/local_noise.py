@@ -11,13 +11,14 @@ second half. "At best" is what the best level of each image would give, as an or
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from benchmarks.common import certifying, markdown
+from benchmarks.common import certifying, exit_code_of, markdown
 from robustvlm.certify import Finding, VoteRadius
 from robustvlm.certify.claims.local_noise import copies_for_noise
 from robustvlm.certify.local_noise import LocalNoise, LocalRadius, choose_thresholds, top_margins
@@ -156,4 +157,4 @@ def table(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -33,7 +33,7 @@ import robustvlm as rv
 import robustvlm.commands.attack.work
 import robustvlm.commands.certify.work
 import robustvlm.commands.finetune.work  # all that is imported here is no part of what a command takes
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from robustvlm.core import object_graph
 from robustvlm.core.framing import to_pixels
 from robustvlm.core.size import sides
@@ -277,4 +277,4 @@ def work(command: str, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -9,13 +9,14 @@ For every image and noise level the encoder sees `--samples` noisy copies once, 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import certifying, kept_features, markdown
+from benchmarks.common import certifying, exit_code_of, kept_features, markdown
 from robustvlm.certify import angles, classes, feature
 from robustvlm.certify.bands import ell_band, index_band
 from robustvlm.certify.certifier import Certifier, unit_rows
@@ -159,4 +160,4 @@ def _zero(found: Lines, name: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

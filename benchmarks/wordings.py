@@ -9,12 +9,13 @@ words of the prompts changed (T24).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from benchmarks.common import certifying, markdown
+from benchmarks.common import certifying, exit_code_of, markdown
 from robustvlm.certify import Certifier, ClassRadius, Finding, VoteRadius
 from robustvlm.certify.claims.changed_words import WordsRadius
 from robustvlm.certify.claims.wordings import AnyWordingRadius, SureVoteRadius
@@ -84,4 +85,4 @@ def table(found: dict[str, list[tuple[Finding, int]]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

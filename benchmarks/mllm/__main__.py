@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import robustvlm
+from benchmarks.common import exit_code_of
 
 TASKS = {"naming": "", "captions": "#describe the picture."}
 CLAIMS = ("vote", "feature", "tokens")
@@ -106,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -11,11 +11,12 @@ attack succeeds where the cosine falls below `--min-cos`. Runs go on where they 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from robustvlm.commands.attack import attack
 from robustvlm.data import open_data
 from robustvlm.defenses import SmoothedVLM, load_classifier
@@ -95,4 +96,4 @@ def _attacked(options: argparse.Namespace, spec: str, norm: str, eps: str) -> li
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -12,13 +12,14 @@ A model that may refuse is judged by its acceptance score, any other by its larg
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.common import markdown
+from benchmarks.common import exit_code_of, markdown
 from benchmarks.purify.columns import columns
 from benchmarks.purify.scores import pictures
 from robustvlm.certify.noise import noise_chunk, stream_seed
@@ -134,4 +135,4 @@ def _attacked(options: argparse.Namespace, spec: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

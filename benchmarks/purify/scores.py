@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import exit_code_of
 from benchmarks.purify.columns import columns
 from benchmarks.purify.tables import print_tables
 from benchmarks.purify.training import trained
@@ -157,4 +159,4 @@ def rows(features: Tensor) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))
