@@ -26,6 +26,7 @@ ADDED = {
     "abstained",
     "unknown_abstained",
     "rule",
+    "promised",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}
