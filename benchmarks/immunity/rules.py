@@ -2,10 +2,10 @@
 
     python -m benchmarks.immunity.rules --out runs/immunity-rules.json
 
-The default of `immunize` on the bundled data is the largest cosine to a prototype. Beside it stand cosines after an affine
-map (whitening within classes, centring), the lead over the next classes, sums of standardised scores, and a threshold
-by the class's name or its own spread. `chosen` takes of all maps and leads the one that known classes left out in turn
-ask for (gain of AUROC above its standard error, as for the weight of antibodies), nothing where none does.
+The default of `immunize` on the bundled data is the largest cosine to a prototype. Beside it stand cosines after an
+affine map (whitening within classes, centring), the lead over the next classes, sums of standardised scores, and a
+threshold by the class's name or its own level. `chosen` takes of all maps and leads the one that known classes left out
+in turn ask for (gain of AUROC above its standard error, as for the weight of antibodies), nothing where none does.
 """
 
 from __future__ import annotations
