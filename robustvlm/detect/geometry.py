@@ -36,7 +36,8 @@ def participation_ratio(features: Tensor) -> float:
     if count < LEAST_IMAGES:
         raise UserError(f"a participation ratio needs at least {LEAST_IMAGES} images of a class, got {count}")
     rows, m = features.detach().double() - features.detach().double().mean(dim=0), count - 1
-    products = rows @ rows.T / m  # as many non-zero eigenvalues as the covariance, and the same ones
+    # The products of images have the eigenvalues of the covariance, but for zeros: whichever is smaller.
+    products = (rows @ rows.T if count < rows.shape[1] else rows.T @ rows) / m
     trace, square = float(products.trace()), float(products.square().sum())
     squares = m**2 / ((m - 1) * (m + 2)) * (square - trace**2 / m)
     total = trace**2 - 2 * squares / m

@@ -153,5 +153,5 @@ def test_without_enough_images_nothing_is_promised(detect_run: DetectRun) -> Non
 
 
 def test_a_wrong_level_is_refused_before_any_work(detect_run: DetectRun) -> None:
-    with pytest.raises(UserError, match="--promise"):
+    with pytest.raises(UserError, match="promise takes a share"):
         detect_run(promise="90")
