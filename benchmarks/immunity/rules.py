@@ -139,8 +139,8 @@ def rows_of(task: Task) -> list[Row]:
     add("chosen by known classes", lambda z: pick(z, prototypes).amax(1), note=best)
     add("less the density of its name", lambda z: plain(z, prototypes).amax(1), "density")
     add("in units of its class", lambda z: plain(z, prototypes).amax(1), "class")
-    gda = GDA().fit_features(fit.features, fit.labels)
-    energy = Energy(Head(text, task.vlm.logit_scale))
+    head = Head(text, task.vlm.logit_scale)
+    gda, energy = GDA(head).fit_features(fit.features, fit.labels), Energy(head)
     standard = {"cosine": lambda z: plain(z, prototypes).amax(1), "GDA": gda.score, "energy": energy.score}
     for names in (("GDA",), ("cosine", "GDA"), ("cosine", "energy"), ("cosine", "GDA", "energy")):
         add(" + ".join(names), together([standard[name] for name in names], held.features))
