@@ -47,9 +47,9 @@ GROUPS = {
     "filters": Group(20, 100, ("jpeg:75", "bits:3", "median:3", "blur:3", "clipure", "bits:3+jpeg:75")),
     "loops": Group(20, 100, ("antiadv", "antiadv:2:0.004", "et3", "csr", "tte:5")),
     "counters": Group(20, 100, ("ttc",), eot=4, draws=5),
-    "crops": Group(20, 20, ("vote:8", "agc:8"), eot=4, draws=9),
-    "views": Group(20, 20, ("rtpt:views=8", "ttp:views=8"), eot=4, draws=9),
-    "draws": Group(20, 20, ("randpad", "dbd"), eot=4, draws=9),
+    "crops": Group(20, 20, ("vote:8", "agc:8")),
+    "views": Group(20, 20, ("rtpt:views=8", "ttp:views=8")),
+    "draws": Group(20, 20, ("randpad", "dbd")),
 }
 
 
