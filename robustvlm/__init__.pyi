@@ -496,8 +496,7 @@ def finetune(
         curvature: Of the hyperbolic space (hierarchical) [default: 1].
         option: An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives,
             leaf_only, per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg:
-            general, clean, reverse; agft: scale, ratio; ucat: weight, temperature; distill: labels, features,
-            contrast.
+            general, clean, reverse; agft: scale, ratio; ucat: weight, temperature; distill: labels, features.
         trainable: all (the vision tower), lora, lora:RANK, ssf, or last:N (its last N blocks).
         augment: none, flip, crop (and flip) or strong (colours too).
         steps: Optimiser steps [default: 2 epochs].

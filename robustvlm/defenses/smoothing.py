@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from robustvlm.core import MAX_N0, PLAIN
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.object_graph import fingerprint
-from robustvlm.core.size import sides
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, ZeroShotClassifier
 from robustvlm.models.vlm import fitted
@@ -154,7 +153,6 @@ class SmoothedVLM(VLM):
         from robustvlm.certify.threats import Noise, find_threat  # certificates' mathematics, loaded where it is used
 
         noise = Noise.of_model(find_threat(threat), float(sigma))
-        noise.threat.check_pixels(torch.zeros(1, 3, *sides(base.image_size)))  # scales must fit, before a run begins
         if not 1 <= n0 <= MAX_N0:
             raise UserError(f"the smoothed model needs between 1 and {MAX_N0:,} samples, got {n0}: pass {DEFAULT_N0}")
         if any(isinstance(part, SmoothedVLM) for part in base.modules()):

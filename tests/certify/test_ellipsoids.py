@@ -15,7 +15,6 @@ from scipy.stats import binom, kstest
 from robustvlm.certify import vote_radius
 from robustvlm.certify.threats import Ellipsoid, find_threat, read_noise
 from robustvlm.certify.threats.ellipsoids import cosines
-from robustvlm.defenses import load_pipeline
 from robustvlm.errors import UserError
 from tests.certify.threat_worlds import WORLDS
 
@@ -189,8 +188,3 @@ def test_maps_of_other_things_than_numbers_are_refused_without_a_warning(
         find_threat("ellipsoid@empty.txt")
     with pytest.raises(UserError, match="differ by a factor of inf"):
         find_threat("spectrum@1e-300,1e300")
-
-
-def test_a_model_refuses_scales_that_do_not_fit_it_before_it_is_asked_anything() -> None:
-    with pytest.raises(UserError, match="has scales of 2 channels, and images have 3"):
-        load_pipeline("tiny+smooth:ellipsoid@1,1=0.05")

@@ -67,7 +67,7 @@ class FinetuneSettings(Settings):
         [],
         "An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives, leaf_only, "
         "per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg: general, clean, "
-        "reverse; agft: scale, ratio; ucat: weight, temperature; distill: labels, features, contrast.",
+        "reverse; agft: scale, ratio; ucat: weight, temperature; distill: labels, features.",
         group="Method",
     )
     trainable: str = declared(

@@ -15,35 +15,33 @@ from robustvlm.training import Draws
 class Distill(Method):
     """Divergence from the teacher's class distribution, cross-entropy, and nearness to the teacher's features.
 
-    L = KL(p || q) + labels CE(q, y) + features |f' - g|² + contrast C, where the teacher sees the clean image x and the
-    student the attacked one x': p and q are their class distributions, each by its own texts and temperature, f' and g
-    their unit features. C is the cross-entropy of picking an image's own g among those of the batch by f', at the
-    student's logit scale, which keeps the teacher's neighbourhoods (our reading of the contrast to the teacher). The
-    inner attack raises KL(p || q). Terms of features need towers of one width; with their weights at 0 any two do.
+    L = KL(p || q) + labels CE(q, y) + features |f' - g|², where the teacher sees the clean image x and the student the
+    attacked one x': p and q are their class distributions, each by its own texts and temperature, f' and g their unit
+    features. The inner attack raises KL(p || q). The term of features needs towers of one width; with its weight at 0
+    any two do.
 
-    Without another teacher it is the model itself before training, and with the three weights at 0 then `agft` at scale
-    and ratio 1.
+    Without another teacher it is the model itself before training, and with both weights at 0 then `agft` at scale and
+    ratio 1.
 
-    Source: terms of texts, features and contrast Li et al. 2023, arXiv 2307.03135; the teacher's clean answer as the
-    target of adversarial images Zi et al. 2021, arXiv 2108.07969 (RSLAD, whose teacher is robust too).
+    Source: terms of texts and features Li et al. 2023, arXiv 2307.03135, whose contrast to the other images of a batch
+    is left out, as a loss has to be a mean over images for parts and ranks; the teacher's clean answer as the target of
+    adversarial images Zi et al. 2021, arXiv 2108.07969 (RSLAD, whose teacher is robust too).
     """
 
     needs_teacher = True
     other_teacher = True
 
-    def __init__(
-        self, materials: Materials, *, labels: float = 1.0, features: float = 1.0, contrast: float = 1.0
-    ) -> None:
+    def __init__(self, materials: Materials, *, labels: float = 1.0, features: float = 1.0) -> None:
         super().__init__(materials)
-        _asked("distill", labels=labels, features=features, contrast=contrast)
-        self.weights = {"labels": labels, "features": features, "contrast": contrast}
+        _asked("distill", labels=labels, features=features)
+        self.weights = {"labels": labels, "features": features}
         self.texts = class_embeddings(self.teacher, materials.class_names, materials.templates, distinct=True)
         width, other = self.class_embeddings.shape[1], self.texts.shape[1]
-        if (features or contrast) and width != other:
-            none = f"{setting('option', 'features=0')} and {setting('option', 'contrast=0')}"
+        if features and width != other:
             raise UserError(
                 f"the features of '{self.teacher.spec}' have {other} numbers, those of '{self.student.spec}' {width}, "
-                f"and distill compares them: pass {none}, or a teacher of the same width"
+                f"and distill compares them: pass "
+                f"{setting('option', 'features=0')}, or a teacher of the same width"
             )
 
     def settings(self) -> dict[str, object]:
@@ -64,9 +62,6 @@ class Distill(Method):
             terms["labels"] = F.cross_entropy(logits, labels)
         if self.weights["features"]:
             terms["features"] = (found - goal).square().sum(-1).mean()
-        if self.weights["contrast"]:
-            own = torch.arange(len(found), device=found.device)
-            terms["contrast"] = F.cross_entropy(self.student.logit_scale * found @ goal.T, own)
         for name, weight in self.weights.items():
             loss = loss + weight * terms[name] if weight else loss
         return {"loss": loss, **terms}

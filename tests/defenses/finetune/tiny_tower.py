@@ -45,9 +45,9 @@ class SmallVLM(VLM):
         return rows if self.text_projection is None else rows @ self.text_projection
 
 
-def small_vlm(seed: int = 0) -> SmallVLM:
+def small_vlm(seed: int = 0, dimensions: int = 6) -> SmallVLM:
     """Return an encoder whose weights, statistics of batch normalisation included, follow from the seed."""
-    draws, vlm = torch.Generator().manual_seed(seed), SmallVLM()
+    draws, vlm = torch.Generator().manual_seed(seed), SmallVLM(dimensions=dimensions)
     with torch.no_grad():
         for tensor in vlm.state_dict().values():
             if tensor.is_floating_point():
