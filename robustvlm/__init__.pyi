@@ -294,6 +294,7 @@ class _Detect(CallableModule[DetectRecord]):
         limit: int | None = None,
         fit_limit: int | None = None,
         corrupt: str | None = None,
+        promise: str | None = None,
         draws: int = 1000,
         seed: int = 0,
         batch_size: int = 64,
@@ -344,6 +345,8 @@ class _Detect(CallableModule[DetectRecord]):
             limit: Score this many images of each set, chosen by a hash of their ids.
             fit_limit: Learn from this many images, chosen likewise.
             corrupt: Also score the known images under common corruptions: all, or NAME[:SEVERITY] with commas between.
+            promise: Also turn every score into a rule that answers only where it is right as often as this: 0.9, or
+                0.9:class for the answers of each class.
             draws: Bootstrap samples for intervals and comparisons.
             seed: Seed of every random draw.
             batch_size: Images per encoder pass.
@@ -417,6 +420,7 @@ def finetune(
     model: str = "tiny",
     *,
     method: str = "hierarchical",
+    teacher: str | None = None,
     data: str = "emoji?split=train",
     val: str | None = None,
     classes: Path | str | None = None,
@@ -473,8 +477,9 @@ def finetune(
 
     Args:
         model: The model to start from; `robustvlm models` lists the forms.
-        method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, or clean (the control: no
-            attack). fare, simclip and agft read no labels.
+        method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, distill, or clean (the
+            control: no attack). fare, simclip and agft read no labels.
+        teacher: The model that distill learns from [default: the model itself, before training].
         data: Images to train on; `robustvlm data` lists the forms.
         val: Images to validate on [default: a tenth of the data, at most 512, held out].
         classes: File of class names, one per line or a JSON list.
@@ -491,7 +496,8 @@ def finetune(
         curvature: Of the hyperbolic space (hierarchical) [default: 1].
         option: An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives,
             leaf_only, per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg:
-            general, clean, reverse; agft: scale, ratio; ucat: weight, temperature.
+            general, clean, reverse; agft: scale, ratio; ucat: weight, temperature; distill: labels, features,
+            contrast.
         trainable: all (the vision tower), lora, lora:RANK, ssf, or last:N (its last N blocks).
         augment: none, flip, crop (and flip) or strong (colours too).
         steps: Optimiser steps [default: 2 epochs].

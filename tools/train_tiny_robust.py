@@ -37,6 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inner-steps", type=int, default=1)
     parser.add_argument("--clean", type=float, default=0.0, help="weight of the clean cross-entropy")
     parser.add_argument("--hierarchy", type=float, default=0.3, help="weight of superclass and domain prompts")
+    parser.add_argument("--guided", type=float, default=0.0, help="weight of the divergence from tiny's clean answers")
+    parser.add_argument("--start", choices=("tiny", "tiny-robust"), default="tiny", help="the model to train on from")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints; resumed from when there are any")
     parser.add_argument("--validate-every", type=int, default=100)
@@ -64,7 +66,7 @@ def main() -> None:
     """Train to the last step and write the weights of the best validation."""
     options = parse_arguments()
     torch.set_flush_denormal(True)
-    vlm = load_model("tiny")
+    vlm = load_model(options.start)
     assert isinstance(vlm, ClipVLM)
     vlm.to(memory_format=torch.channels_last)
     vlm.model.visual.requires_grad_(True)
@@ -74,7 +76,8 @@ def main() -> None:
         vlm,
         taxonomy,
         attack=attack,
-        weights=Weights(clean=options.clean, hierarchy=options.hierarchy),
+        weights=Weights(clean=options.clean, hierarchy=options.hierarchy, guided=options.guided),
+        teacher=load_model("tiny").eval().requires_grad_(False) if options.guided else None,
         validation=RobustValidation(validation_images(copies=2), CHECKED, n_iter=7),
     )
     config = TrainingConfig(
@@ -99,7 +102,7 @@ def main() -> None:
     record = {
         "command": " ".join(["python", "-m", "tools.train_tiny_robust", *sys.argv[1:]]),
         "options": {key: value for key, value in vars(options).items() if not isinstance(value, Path)},
-        "started_from": "tiny",
+        "started_from": options.start,
         "train_sprites": len(data.batches_of.sprites.styles),
         "train_styles": sorted(set(data.batches_of.sprites.styles)),
         "trained": "the vision tower; the text tower is that of tiny",

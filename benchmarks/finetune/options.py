@@ -39,7 +39,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def variants_of(options: argparse.Namespace) -> list[str]:
     """Return the keys of the variants the options name."""
-    chosen = list({"main": MAIN, "all": VARIANTS}.get(options.variants, options.variants.split(",")))
+    # The teacher of a variant is a model of the bundled set.
+    every = [key for key, one in VARIANTS.items() if options.set == "emoji" or one.teacher is None]
+    chosen = list({"main": MAIN, "all": every}.get(options.variants, options.variants.split(",")))
     for key in chosen:
         if key not in VARIANTS:
             raise UserError(f"unknown variant '{key}': {nearest(key, VARIANTS)}")

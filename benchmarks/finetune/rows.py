@@ -75,6 +75,7 @@ def tune(
         calibration=first.pixels,
         forest=forest,
         in_place=True,
+        teacher=None if variant.teacher is None else load_model(variant.teacher),
     )
     config = TrainingConfig(
         steps=plan.steps,

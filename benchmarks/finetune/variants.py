@@ -18,12 +18,14 @@ class Variant:
         method: None: the model as it is.
         options: of the method.
         forest: use all trees, not the first alone.
+        teacher: the spec of the model that it learns from.
     """
 
     title: str
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     forest: bool = False
+    teacher: str | None = None
 
 
 def _changed(**changes: Any) -> dict[str, Any]:
@@ -52,6 +54,8 @@ ABLATIONS = {
     "frozen-texts": Variant("texts not trained", "hierarchical", _changed(train_texts=False)),
 }
 OTHER_LOSSES = {
+    "distill": Variant("distilled from tiny-robust", "distill", teacher="tiny-robust"),
+    "distill-self": Variant("distilled from itself", "distill"),
     "pmg-reverse": Variant("PMG-FT, divergences reversed", "pmg", {"reverse": True}),
     "agft-authors": Variant("AGFT, the authors' constants", "agft", {"scale": 1.8, "ratio": 0.4}),
 }

@@ -7,6 +7,7 @@ from robustvlm.core.registry import make_callable
 from robustvlm.detect.base import Detector, FittedDetector, Head, ImageDetector, head_of
 from robustvlm.detect.catalog import BASELINES, SCORES, Score, Supplies, find_score, make_scores, parse_scores
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
+from robustvlm.detect.geometry import class_dimensions, participation_ratio
 from robustvlm.detect.logits import ASH, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct, energy_change
 from robustvlm.detect.metrics import Bootstrap, Interval, auroc, auroc_interval, difference, threshold_at_tpr
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
@@ -18,8 +19,8 @@ __all__ = [
     "ASH", "BASELINES", "GDA", "KNN", "MCM", "MSP", "SCORES", "SDIS", "SDM", "AdaNeg", "Bootstrap", "COOkeD",
     "ClassMixtures", "DeltaEnergy", "Detector", "Energy", "FittedDetector", "Head", "Hinge", "ImageDetector",
     "Interval", "Mahalanobis", "MaxLogit", "NegLabel", "Promise", "ReAct", "Score", "Supplies", "ViM", "auroc",
-    "auroc_interval", "difference", "energy_change", "find_score", "head_of", "make_scores", "outside", "parse_scores",
-    "promise", "read_words", "threshold_at_tpr", "tree_words",
+    "auroc_interval", "class_dimensions", "difference", "energy_change", "find_score", "head_of", "make_scores",
+    "outside", "parse_scores", "participation_ratio", "promise", "read_words", "threshold_at_tpr", "tree_words",
 ]  # fmt: skip
 
 make_callable(__name__, "robustvlm.commands.detect:detect")  # `robustvlm detect`, from Python

@@ -106,6 +106,7 @@ OF: dict[str, dict[str, tuple[str, ...]]] = {
         "simclip": ("hossain2024",),
         "agft": ("cui2026",),
         "ucat": ("lu2026",),
+        "distill": ("li2023distill", "zi2021"),
         "clean": (),  # fine-tuning without an attack, the control
     },
     "trainable": {"all": (), "lora": ("hu2022",), "ssf": ("lian2022",), "last": ()},

@@ -27,6 +27,7 @@ ADDED = {
     "unknown_abstained",
     "rule",
     "undecided",
+    "promised",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

@@ -40,10 +40,16 @@ class SpriteData(TrainingData):
 
 @dataclass(frozen=True)
 class Weights:
-    """Shares of the loss beside the adversarial cross-entropy: of clean images, and of the levels above the classes."""
+    """Shares of the loss beside the adversarial cross-entropy.
+
+    Attributes:
+        clean: cross-entropy of clean images. hierarchy: of adversarial ones, for the levels above the classes.
+        guided: divergence from what the model before training says of the clean image (AGFT's loss).
+    """
 
     clean: float
     hierarchy: float
+    guided: float = 0.0
 
 
 class RobustTiny(Task):
@@ -55,9 +61,17 @@ class RobustTiny(Task):
     best_by = "robust accuracy"
 
     def __init__(
-        self, vlm: VLM, taxonomy: Taxonomy, *, attack: InnerAttack, weights: Weights, validation: RobustValidation
+        self,
+        vlm: VLM,
+        taxonomy: Taxonomy,
+        *,
+        attack: InnerAttack,
+        weights: Weights,
+        validation: RobustValidation,
+        teacher: VLM | None = None,
     ) -> None:
         super().__init__(vlm)
+        self.teacher = teacher
         self.vlm, self.taxonomy, self.attack, self.weights = vlm, taxonomy, attack, weights
         self.validation = validation
         self.heads = [
@@ -82,6 +96,9 @@ class RobustTiny(Task):
         if self.weights.clean:
             terms["clean"] = self._terms(pixels, labels)[0]
             loss = loss + self.weights.clean * terms["clean"]
+        if self.weights.guided:
+            terms["guided"] = self._divergence(adversarial, pixels)
+            loss = loss + self.weights.guided * terms["guided"]
         return {"loss": loss, **terms}
 
     def _terms(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +110,19 @@ class RobustTiny(Task):
                 for head, of in zip(self.heads, self.levels, strict=True)
             ]
         return found[0], found[1] + found[2]
+
+    def _divergence(self, adversarial: Tensor, pixels: Tensor) -> Tensor:
+        """Return the mean KL of the student's class distribution, attacked, from the teacher's of the clean images."""
+        assert self.teacher is not None, "a guided loss has a teacher"
+        with torch.no_grad():
+            target = self._logits(self.teacher, pixels).log_softmax(-1)
+        found = self._logits(self.vlm, adversarial).log_softmax(-1)
+        return F.kl_div(found, target, reduction="batchmean", log_target=True)
+
+    def _logits(self, vlm: VLM, pixels: Tensor) -> Tensor:
+        features = vlm.encode_image(pixels.contiguous(memory_format=torch.channels_last)).float()
+        with torch.autocast("cpu", enabled=False):
+            return vlm.logit_scale * features @ self.heads[0].T
 
     def validate(self) -> dict[str, Measure]:
         head = self.heads[0]

@@ -89,6 +89,12 @@ class DetectSettings(Settings):
         metavar="KINDS",
         group="Corruptions",
     )
+    promise: str | None = option(
+        None,
+        "Also turn every score into a rule that answers only where it is right as often as this: 0.9, or 0.9:class for "
+        "the answers of each class.",
+        metavar="LEVEL[:class]",
+    )
     draws: int = option(
         1000,
         "Bootstrap samples for intervals and comparisons.",
@@ -161,7 +167,7 @@ class DetectSettings(Settings):
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run; sets, scores, words and attacks are resolved by the libraries that know them."""
         found = {name: value for name, value in super().stored().items() if name not in _NOT_AS_GIVEN}
-        for later in ("corrupt", "stream"):
+        for later in ("corrupt", "stream", "promise"):
             if found[later] is None:
                 del found[later]  # the run that it was before there were these
         return found | {"known": self.known, "fit": self.learnt_from} | resolved

@@ -236,8 +236,8 @@ class ScoreAttacks:
             self.observer.begin(title, len(pictures) or None)
             if not pictures:
                 continue
-            probed = probed or self._probe(oracle, pictures)
-            engine = self._engine(oracle, attack, goal, probed)
+            probed = probed or self.probe(oracle, pictures)
+            engine = self.engine(oracle, attack, goal, probed)
             for result in engine.run(self._jobs(pictures)):
                 self.ledger.add(self._fact(result, name, target, goal, attack))
                 self.observer.advance(1)
@@ -256,7 +256,7 @@ class ScoreAttacks:
         found = (item for item in images.stream(lambda name: name in scored and name not in done))
         return [item for item in found if isinstance(item, Picture) and item.id in scored and item.id not in done]
 
-    def _probe(self, oracle: attacks.Oracle, pictures: Sequence[Picture]) -> attacks.Probe:
+    def probe(self, oracle: attacks.Oracle, pictures: Sequence[Picture]) -> attacks.Probe:
         """Ask the model what batches it takes, whether it is random, and whether rows are independent."""
         rows = [pictures[i % len(pictures)] for i in range(self.config.lanes)]
         images = torch.stack([picture.pixels for picture in rows])
@@ -266,9 +266,16 @@ class ScoreAttacks:
         self.ledger.add_checks([*of_probe(found, eot=oracle.eot, draws=oracle.draws), *notes])
         return found
 
-    def _engine(
-        self, oracle: attacks.Oracle, attack: attacks.LaneAttack, goal: attacks.Goal, found: attacks.Probe
+    def engine(
+        self,
+        oracle: attacks.Oracle,
+        attack: attacks.LaneAttack,
+        goal: attacks.Goal,
+        found: attacks.Probe,
+        *,
+        leave: bool = False,
     ) -> attacks.LaneEngine:
+        """Return the engine of an attack on a goal; images `leave` at their first success or never."""
         return attacks.LaneEngine(
             oracle,
             fit_for(attack, found),
@@ -277,7 +284,7 @@ class ScoreAttacks:
             rungs=found.rungs,
             seed=self.seed,
             goal=goal,
-            leave=False,
+            leave=leave,
         )
 
     def _jobs(self, pictures: Sequence[Picture]) -> Iterator[attacks.Job]:

@@ -12,7 +12,7 @@ from robustvlm.attacks import DEFAULT_EPS, LaneAttack, ThreatModel, parse_attack
 from robustvlm.commands.common.inputs import name_and_spec
 from robustvlm.commands.detect import DetectSettings
 from robustvlm.commands.detect.encoding import Encoded
-from robustvlm.commands.detect.summary import KNOWN, OWN, OWN_SDIS, NamedData, UnderAttack
+from robustvlm.commands.detect.summary import KNOWN, OWN, OWN_SDIS, PROMISED, NamedData, UnderAttack
 from robustvlm.core import LAMBDA_INF
 from robustvlm.core.registry import names_own
 from robustvlm.data.specs import parse_spec
@@ -26,7 +26,7 @@ from robustvlm.text import without_secrets
 
 # What the options of a run name, read with the libraries that know it: scores, unknown sets and attacks
 
-_TAKEN = (KNOWN, "fit", "stream", "adversarial")
+_TAKEN = (KNOWN, "fit", "stream", "adversarial", PROMISED)
 # Attacked unless the user says which: one that everybody has, the usual CLIP score, and one of the images' cloud.
 _ATTACKED = ("mcm", "energy", "mahalanobis")
 

@@ -58,6 +58,7 @@ class DetectConfig(BaseModel):
     fit: str | None
     scores: list[str]
     temperature: float = 1.0
+    promise: str | None = None
     under_attack: UnderAttack | None = None
 
 
@@ -69,6 +70,9 @@ OWN_SDIS = "own-s-dis"
 
 KNOWN = "known"
 """Name of the set of known images."""
+
+PROMISED = "promised"
+"""What stands for a set where attacks want a wrong answer of a score with a promise."""
 
 
 # The content of a detect run's `summary.json`: every number that its tables and report show
@@ -236,6 +240,56 @@ class CorruptedKnown(Record):
     found: list[RefusedUnder]
 
 
+class LowestClass(Record):
+    """The class said with the smallest share of its answers right."""
+
+    class_name: str
+    right: Rate
+
+
+class WrongAnswers(Record):
+    """Shares of the attacked images that get a wrong answer, without and with attacks."""
+
+    clean: Rate
+    attacked: Rate
+
+
+class PromisedScore(Record):
+    """What one score answers under its promise, on known images that did not set its thresholds.
+
+    Args:
+        thresholds: one for all, or one for each class; None: never answered.
+        answered: of the known images; right: of the answers, None without any; lowest: in the worst class said.
+        classes: how many classes any image was answered as.
+        unknown: the share answered of each set of unknown images.
+    """
+
+    name: str
+    title: str
+    thresholds: list[float | None]
+    answered: Rate
+    right: Rate | None
+    lowest: LowestClass | None
+    classes: int
+    unknown: dict[str, Rate]
+    attacked: WrongAnswers | None = None
+
+
+class Promised(Record):
+    """Answers that are right with probability `level` or more, with `confidence`: of each class, or all together.
+
+    Args:
+        calibration: known images that set the thresholds; judged: others, one of each group in both.
+    """
+
+    level: float
+    confidence: float
+    by_class: bool
+    calibration: int
+    judged: int
+    scores: list[PromisedScore]
+
+
 class DetectSummary(Record):
     """Everything that tables, reports and exit codes are made of.
 
@@ -264,6 +318,7 @@ class DetectSummary(Record):
     attacked: list[AttackedScore] = Field(default_factory=list)
     adversarial: Adversarial | None = None
     corrupted: CorruptedKnown | None = None
+    promised: Promised | None = None
     eps_text: str | None = None
     norm: str | None = None
     seconds: float

@@ -13,11 +13,12 @@ from pydantic import BaseModel
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
-from robustvlm.commands.detect import corrupted, words
+from robustvlm.commands.detect import corrupted, promised, words
 from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.words import Curve, auroc_chart, histogram, roc_chart
 from robustvlm.core.files import require_regular
-from robustvlm.detect import BASELINES
+from robustvlm.detect import BASELINES, Promise
+from robustvlm.errors import UserError, setting
 from robustvlm.report import page, repeat, screen
 from robustvlm.report import sections as doc
 from robustvlm.report.words import RANGE, count_of, duration, findings, moment, norm_name, plain
@@ -50,6 +51,20 @@ class DetectRecord(FinishedRun[record.DetectSummary]):
         """The score that pictures and histograms are about: the model's own, or the best."""
         by_name = {score.name: score for score in self.summary.scores}
         return by_name.get(record.OWN, by_name[self.summary.best])
+
+    def promise(self, name: str) -> Promise:
+        """Return the rule that a score was given (`promise`): its `answered` says which new predictions are answers.
+
+        Raises:
+            UserError: the run promised nothing, or has no such score.
+        """
+        found = None if self.summary.promised is None else promised.rule_of(self.summary.promised, name)
+        if found is None:
+            asked = setting("promise", "0.9")
+            raise UserError(
+                f"the run '{self.folder}' has no promise for a score '{name}': run the detection with {asked}"
+            )
+        return found
 
     def scores(self, name: str, set_name: str) -> NDArray[np.float64]:
         """Return a score of every image of a set."""
@@ -93,7 +108,7 @@ def detect_report(run: DetectRecord) -> doc.Report:
     summary = run.summary
     lines = [words.verdict(summary), words.comparison(summary), words.words_sentence(summary)]
     lines += [words.own_sentence(summary), words.attack_sentence(summary)]
-    lines.append(corrupted.sentence(summary, run.shown.name))
+    lines += [corrupted.sentence(summary, run.shown.name), promised.sentence(summary)]
     report = doc.Report(
         kind="detection report",
         name=run.name,
@@ -106,6 +121,7 @@ def detect_report(run: DetectRecord) -> doc.Report:
             doc.Section("Curves", [doc.Pair(_curves(run))], key="curves", short="Curves"),
             *_under_attack(run),
             *corrupted.section(summary, run.shown.name),
+            *promised.section(summary),
             *_mistakes(run),
             *_checks(summary),
             doc.cost_section(_cost(summary)),

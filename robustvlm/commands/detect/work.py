@@ -13,11 +13,12 @@ from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.detect import DetectSettings, corrupted, measures, remarks, scoring
+from robustvlm.commands.detect import DetectSettings, corrupted, measures, promised, remarks, scoring
 from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
 from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
 from robustvlm.commands.detect.measures import Scored, save_mistakes
+from robustvlm.commands.detect.promised_attack import attack_promises
 from robustvlm.commands.detect.summary import parse_condition
 from robustvlm.commands.detect.view import detect_report as report_of
 from robustvlm.commands.detect.view import read_run, show, write_report
@@ -81,6 +82,7 @@ class DetectWork:
     under_attack: record.UnderAttack | None
     attacks: list[LaneAttack]
     corruptions: tuple[Corruption, ...] = ()
+    promise: promised.Level | None = None
 
     def run(self, session: Session) -> None:
         """Do what is left to do, and write results, summary and pictures; the report is made from these."""
@@ -106,8 +108,15 @@ class DetectWork:
         sets = measures.usable([self._scored(name, source, found, panel) for name, source in self._sources()], panel)
         thresholds = measures.thresholds_of(sets[0])
         under = self._under_corruptions(encoder, panel, sets[0])
-        attacked, adversarial, checks = self._attacked(panel, answers, sets, thresholds, found, session)
-        summary = self._summary(panel, sets, found, thresholds, checks=[*self._remarks(sets, found, panel), *checks])
+        rules = None
+        if self.promise is not None:
+            rules = promised.rules_of(sets[0], self.promise, len(self.known.class_names))
+        attacked, adversarial, wrong, checks = self._attacked(panel, answers, sets, thresholds, found, session, rules)
+        promises = None
+        if rules is not None:
+            promises = promised.summarise(rules, sets[0], sets[1:], self.known.class_names, wrong)
+        checks = [*self._remarks(sets, found, panel), *checks, *promised.remarks(promises)]
+        summary = self._summary(panel, sets, found, thresholds, checks=checks)
         familiar = remarks.of_familiar_strangers(summary.scores, sets, thresholds)
         summary = summary.model_copy(update={"checks": [*summary.checks, *familiar]})
         shown = record.OWN if panel.may_refuse else summary.best
@@ -123,7 +132,12 @@ class DetectWork:
             found_under = corrupted.summarise(sets[0], under, thresholds, side)
             summary = summary.model_copy(update={"corrupted": found_under})
         summary = summary.model_copy(
-            update={"attacked": attacked, "adversarial": adversarial, "seconds": time.monotonic() - began}
+            update={
+                "attacked": attacked,
+                "adversarial": adversarial,
+                "promised": promises,
+                "seconds": time.monotonic() - began,
+            }
         )
         with session.results() as folder:
             write_rows(session.folder.results_path, measures.rows_of(sets))
@@ -250,11 +264,12 @@ class DetectWork:
         thresholds: dict[str, float],
         found: Sets,
         session: Session,
-    ) -> tuple[list[record.AttackedScore], record.Adversarial | None, list[Check]]:
-        """Attack the scores, and find out which of them notice adversarial images; nothing without `under_attack`."""
+        rules: promised.Rules | None,
+    ) -> tuple[list[record.AttackedScore], record.Adversarial | None, Mapping[str, record.WrongAnswers], list[Check]]:
+        """Attack the scores, ask which of them notice adversarial images, and attack promised answers; if at all."""
         config = self.under_attack
         if config is None:
-            return [], None, []
+            return [], None, {}, []
         ledger = AttackLedger(session.folder)
         try:
             work = ScoreAttacks(
@@ -270,9 +285,10 @@ class DetectWork:
                 seed=self.settings.seed,
             )
             work.run([Target(source, name, name == record.KNOWN) for name, source in self._sources()])
+            wrong = attack_promises(work, rules, config.scores, sets[0], self.known) if rules is not None else {}
             write_rows(session.folder.attacked_path, ledger.table())
             attacked = measures.summarise_attacks(ledger, config.scores, thresholds, sets[0], sets[1:])
-            return attacked, self._adversarial(config, panel, answers, sets[0], session), ledger.checks
+            return attacked, self._adversarial(config, panel, answers, sets[0], session), wrong, ledger.checks
         finally:
             ledger.close()
 
@@ -367,6 +383,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
     """Check all settings, open the data and load the model."""
     scoring.check(settings)
     corruptions = () if settings.corrupt is None else parse_corruptions(settings.corrupt)
+    level = None if settings.promise is None else promised.read_level(settings.promise)
     device = str(ranks.resolve_device(settings.device))
     known = open_data(settings.known, classes=settings.classes, templates=settings.templates, tree=settings.tree)
     named = scoring.unknown_sets(settings)
@@ -392,6 +409,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
         device=device,
         under_attack=None if under_attack is None else under_attack.model_dump(),
         **({"corrupt": written(corruptions)} if corruptions else {}),
+        **({"promise": level.text} if level else {}),
     )
     for text in settings.fail_if:
         parse_condition(text).require(record.DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
@@ -427,6 +445,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
         under_attack,
         attacks,
         corruptions,
+        level,
     )
 
 

@@ -25,9 +25,12 @@ class FinetuneSettings(Settings):
     model: str = argument("tiny", "The model to start from; `robustvlm models` lists the forms.")
     method: str = declared(
         "hierarchical",
-        "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, or clean (the control: no attack). "
-        "fare, simclip and agft read no labels.",
+        "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, distill, or clean (the control: no "
+        "attack). fare, simclip and agft read no labels.",
         group="Method",
+    )
+    teacher: str | None = declared(
+        None, "The model that distill learns from [default: the model itself, before training].", group="Method"
     )
     data: str = declared(
         "emoji?split=train", "Images to train on; `robustvlm data` lists the forms.", group="Model and data"
@@ -64,7 +67,7 @@ class FinetuneSettings(Settings):
         [],
         "An option of the method, NAME=VALUE; may be repeated. hierarchical: depth, temperature, negatives, leaf_only, "
         "per_level, eps_text, vicinity, vicinity_radius, norm_order, norm_gap, train_texts; pmg: general, clean, "
-        "reverse; agft: scale, ratio; ucat: weight, temperature.",
+        "reverse; agft: scale, ratio; ucat: weight, temperature; distill: labels, features, contrast.",
         group="Method",
     )
     trainable: str = declared(
@@ -117,7 +120,9 @@ class FinetuneSettings(Settings):
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run; `resolved` holds the method's options and the radii as they were understood."""
         found = super().stored(trees=self.tree, epochs=self.passes, lr=self.rate, **resolved)
-        return {name: value for name, value in found.items() if name not in ("tree", "curvature", "option")}
+        # Without a teacher it is the run that it was before there were any.
+        left_out = {"tree", "curvature", "option"} | ({"teacher"} if self.teacher is None else set())
+        return {name: value for name, value in found.items() if name not in left_out}
 
 
 FINETUNE = Command(

@@ -27,6 +27,7 @@ from robustvlm.defenses import finetune as methods
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune import FinetuneSettings as Tuning
 from robustvlm.defenses.finetune.saved import save_finetuned
+from robustvlm.defenses.finetune.task import require_teachable
 from robustvlm.defenses.finetune.trainable import require_trainable
 from robustvlm.defenses.library import require_texts
 from robustvlm.errors import UserError, nearest, setting
@@ -68,6 +69,7 @@ class FinetuneWork:
     val: DataSource | None
     forest: Forest | None
     vlm: VLM
+    teacher: VLM | None = None
 
     def run(self, session: Session) -> None:
         """Train, or go on training, and write the model and its record."""
@@ -82,6 +84,7 @@ class FinetuneWork:
             calibration=batch.pixels.to(self.vlm.device),
             forest=self.forest,
             in_place=True,
+            teacher=self.teacher,
         )
         validation, ranks = self._validation(task, held), session.ranks
         trainer = learning.Trainer(
@@ -167,6 +170,7 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
         options={"options": methods.HierarchicalOptions(**options)} if settings.method == "hierarchical" else options,
         seed=settings.seed,
     )
+    require_teachable(settings.method, settings.teacher is not None)
     learning.parse_augmentation(settings.augment)
     training.part_size(ranks.size)
     device = device_of_rank(resolve_device(settings.device), ranks)
@@ -181,11 +185,15 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
     vlm = load_pipeline(settings.model, device=device)
     require_texts(vlm, "fine-tuning")
     require_trainable(vlm, settings.trainable)
+    teacher = None if settings.teacher is None else load_pipeline(settings.teacher, device=device)
     model, data = facts_of(vlm), describe_data(source)
     if val is not None:
         data |= {"val": describe_data(val)}
     if loss := methods.find_method(settings.method).loss:
         model |= {"loss": loss}
+    if teacher is not None:
+        require_texts(teacher, "teaching")
+        model |= {"teacher": teacher.fingerprint}
     if forest is not None:
         data |= {"trees": [tree.root for tree in forest], "trees fingerprint": _digest(forest)}
     facts = Facts(
@@ -196,7 +204,7 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
         probe=probe_of(vlm, source.class_names, source.templates),
         remarks=remarks_of(source, vlm),
     )
-    return FinetuneWork(facts, settings, tuning, training, source, val, forest, vlm)
+    return FinetuneWork(facts, settings, tuning, training, source, val, forest, vlm, teacher)
 
 
 def show(run: FinishedRun[report.TrainingSummary], console: Console) -> None:

@@ -7,6 +7,7 @@
 * `methods`: the short methods (`tecoa`, `fare`, `simclip`, `clean`), each a `Method` with one abstract function, the
   loss terms of a batch, and the PGD inside training.
 * `guided`: those with the original model's class distribution as a guide (`pmg`, `agft`, `ucat`).
+* `distill`: with another model as the guide.
 * `hierarchical`: the long one, with its `hyperbolic` space and the `hierarchy` of its loss.
 * `trainable`: which parameters are trained (`all`, `lora[:RANK]`, `ssf`, `last:N`) and how they are merged back.
 """

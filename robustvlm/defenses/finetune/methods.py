@@ -149,7 +149,8 @@ class Materials:
         class_embeddings: unit text embeddings of the classes before training, [K, D].
         class_names, templates: of the training data.
         forest: class trees over the same classes, None if there are none.
-        teacher: the student as it was before training, frozen; there if the method asks for it (`needs_teacher`).
+        teacher: the student as it was before training, or another model where the method allows one, frozen; there if
+            the method asks for it (`needs_teacher`).
         calibration: some training images [B, 3, S, S] that constants may be fitted to.
         adapters: whether the tower is trained through added parameters, at the high learning rate that these want.
     """
@@ -172,6 +173,7 @@ class Method(ABC):
         labelled: whether labels are read.
         attacked: whether the inner attack is used.
         needs_teacher: whether a frozen copy of the model is wanted.
+        other_teacher: whether another model may stand in its place.
         loss: what is minimised, in words, of a method whose loss once was another: it goes into the manifest, so that
             a run under the other loss is not gone on with under this one.
     """
@@ -179,6 +181,7 @@ class Method(ABC):
     labelled = True
     attacked = True
     needs_teacher = False
+    other_teacher = False
     loss = ""
 
     def __init__(self, materials: Materials) -> None:
@@ -210,7 +213,7 @@ class Method(ABC):
 
     @property
     def teacher(self) -> VLM:
-        """The frozen copy of the model before training."""
+        """The frozen copy of the model before training, or the model that stands in its place."""
         assert self._teacher is not None, "a method that uses its teacher sets needs_teacher"
         return self._teacher
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from robustvlm.core import registry
 from robustvlm.core.registry import Table
 from robustvlm.data.trees import Forest
+from robustvlm.defenses.finetune.distill import Distill
 from robustvlm.defenses.finetune.guided import AGFT, PMG, UCAT
 from robustvlm.defenses.finetune.hierarchical import Hierarchical
 from robustvlm.defenses.finetune.methods import FARE, Clean, InnerAttack, Materials, Method, SimCLIP, TeCoA
 from robustvlm.defenses.finetune.trainable import make_trainable, parse_trainable, vision_module
-from robustvlm.errors import UserError
+from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.training import Draws, Measure, Task
@@ -31,6 +32,7 @@ METHODS: Table[type[Method]] = Table(
         "simclip": SimCLIP,
         "agft": AGFT,
         "ucat": UCAT,
+        "distill": Distill,
         "clean": Clean,
     },
 )
@@ -54,6 +56,13 @@ def find_method(name: str) -> type[Method]:
     return found
 
 
+def require_teachable(method: str, taught: bool) -> None:
+    """Raise a UserError where another model is to teach a method that learns from none."""
+    if taught and not find_method(method).other_teacher:
+        able = ", ".join(name for name, kind in METHODS.items() if kind.other_teacher)
+        raise UserError(f"{method} learns from no other model: leave out {setting('teacher')}, or take {able}")
+
+
 # Fine-tuning as a task of the training engine
 
 
@@ -66,7 +75,8 @@ class FinetuneSettings:
         trainable: `all`, `lora[:RANK]`, `ssf` or `last:N`.
         attack: the inner attack.
         options: keyword arguments of the method: `options=HierarchicalOptions(...)` for hierarchical, `general`,
-            `clean` and `reverse` for pmg, `scale` and `ratio` for agft, `weight` and `temperature` for ucat.
+            `clean` and `reverse` for pmg, `scale` and `ratio` for agft, `weight` and `temperature` for ucat, `labels`,
+            `features` and `contrast` for distill.
         seed: of the parameters that LoRA adds.
 
     Raises:
@@ -132,6 +142,7 @@ def finetune_task(
     calibration: Tensor,
     forest: Forest | None = None,
     in_place: bool = False,
+    teacher: VLM | None = None,
 ) -> FinetuneTask:
     """Return the task that fine-tunes a copy of `vlm`, which is its `vlm`, with the parameters made ready.
 
@@ -141,6 +152,7 @@ def finetune_task(
         class_names, templates: of the training data.
         calibration: some training images [B, 3, S, S]; the same ones when a run is resumed.
         forest: class trees over the same classes.
+        teacher: another model, on the same device, for methods that may learn from one.
 
     Raises:
         UserError: the model cannot be fine-tuned that way, or the method lacks something.
@@ -158,7 +170,9 @@ def finetune_task(
     kind = find_method(settings.method)
     vlm = vlm if in_place else copy.deepcopy(vlm)
     vlm.eval()
-    teacher = copy.deepcopy(vlm).requires_grad_(False) if kind.needs_teacher else None
+    require_teachable(settings.method, teacher is not None)
+    if kind.needs_teacher:
+        teacher = (copy.deepcopy(vlm) if teacher is None else teacher).eval().requires_grad_(False)
     embeddings = class_embeddings(vlm, class_names, templates, distinct=True)
     make_trainable(vlm, settings.trainable, seed=settings.seed)
     materials = Materials(

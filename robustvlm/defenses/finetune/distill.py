@@ -1,0 +1,84 @@
+"""`distill`: a student tower that answers attacked images as a teacher, robust or large, answers clean ones."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustvlm.defenses.finetune.guided import _asked
+from robustvlm.defenses.finetune.methods import Materials, Method, frozen
+from robustvlm.errors import UserError, setting
+from robustvlm.models import VLM
+from robustvlm.models.zero_shot import class_embeddings
+from robustvlm.training import Draws
+
+
+class Distill(Method):
+    """Divergence from the teacher's class distribution, cross-entropy, and nearness to the teacher's features.
+
+    L = KL(p || q) + labels CE(q, y) + features |f' - g|² + contrast C, where the teacher sees the clean image x and the
+    student the attacked one x': p and q are their class distributions, each by its own texts and temperature, f' and g
+    their unit features. C is the cross-entropy of picking an image's own g among those of the batch by f', at the
+    student's logit scale, which keeps the teacher's neighbourhoods (our reading of the contrast to the teacher). The
+    inner attack raises KL(p || q). Terms of features need towers of one width; with their weights at 0 any two do.
+
+    Without another teacher it is the model itself before training, and with the three weights at 0 then `agft` at scale
+    and ratio 1.
+
+    Source: terms of texts, features and contrast Li et al. 2023, arXiv 2307.03135; the teacher's clean answer as the
+    target of adversarial images Zi et al. 2021, arXiv 2108.07969 (RSLAD, whose teacher is robust too).
+    """
+
+    needs_teacher = True
+    other_teacher = True
+
+    def __init__(
+        self, materials: Materials, *, labels: float = 1.0, features: float = 1.0, contrast: float = 1.0
+    ) -> None:
+        super().__init__(materials)
+        _asked("distill", labels=labels, features=features, contrast=contrast)
+        self.weights = {"labels": labels, "features": features, "contrast": contrast}
+        self.texts = class_embeddings(self.teacher, materials.class_names, materials.templates, distinct=True)
+        width, other = self.class_embeddings.shape[1], self.texts.shape[1]
+        if (features or contrast) and width != other:
+            none = f"{setting('option', 'features=0')} and {setting('option', 'contrast=0')}"
+            raise UserError(
+                f"the features of '{self.teacher.spec}' have {other} numbers, those of '{self.student.spec}' {width}, "
+                f"and distill compares them: pass {none}, or a teacher of the same width"
+            )
+
+    def settings(self) -> dict[str, object]:
+        return {**self.weights, "teacher": self.teacher.spec}
+
+    def terms(self, pixels: Tensor, labels: Tensor, draws: Draws) -> dict[str, Tensor]:
+        with torch.no_grad():
+            goal = self.teacher.encode_image(pixels).float()
+            target = (self.teacher.logit_scale * goal @ self.texts.to(goal).T).log_softmax(-1)
+        with frozen(self.student):
+            adversarial, _ = self.attack(
+                lambda x, _: _divergences(self._told(self.student, x)[1], target).sum(), pixels, draws
+            )
+        found, logits = self._told(self.student, adversarial)
+        terms = {"soft": _divergences(logits, target).mean()}
+        loss = terms["soft"]
+        if self.weights["labels"]:
+            terms["labels"] = F.cross_entropy(logits, labels)
+        if self.weights["features"]:
+            terms["features"] = (found - goal).square().sum(-1).mean()
+        if self.weights["contrast"]:
+            own = torch.arange(len(found), device=found.device)
+            terms["contrast"] = F.cross_entropy(self.student.logit_scale * found @ goal.T, own)
+        for name, weight in self.weights.items():
+            loss = loss + weight * terms[name] if weight else loss
+        return {"loss": loss, **terms}
+
+    def _told(self, vlm: VLM, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unit features [B, D] and logits [B, K] of the student."""
+        features = vlm.encode_image(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            wide = features.float()
+            return wide, vlm.logit_scale * wide @ self.class_embeddings.to(wide).T
+
+
+def _divergences(logits: Tensor, target: Tensor) -> Tensor:
+    """Return KL(target || softmax of the logits) of each image, [B], the target as log-probabilities [B, K]."""
+    return F.kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
