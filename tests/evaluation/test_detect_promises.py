@@ -69,7 +69,21 @@ def test_the_loss_climbs_to_a_class_that_is_answered() -> None:
     assert slope[0, 0] < 0
     assert slope[0, 1] == 0
     assert slope[0, 2] > 0
+    assert slope[0, 3] == 0  # the class first
+    output = torch.tensor([[1.0, 0.0, 3.0, 0.1]], requires_grad=True)
+    (slope,) = torch.autograd.grad(goal.loss(output, objective("ce"), case).sum(), output)
     assert slope[0, 3] > 0
+
+
+def test_the_loss_rises_all_the_way_over_a_dip_of_the_score() -> None:
+    """From a right answer hardly above its threshold to a wrong one a score like MSP falls and rises again."""
+    goal = WrongAnswer(Promise(0.9, 0.95, (0.5,)))
+    ahead = torch.linspace(1, -1, 21)
+    path = torch.stack([ahead, torch.zeros(21), 0.51 * ahead.abs()], dim=1)
+    case = Case(torch.zeros(21, dtype=torch.int64))
+    case = Case(case.label, reference=goal.reference(path, case.label)[:1].expand(21, 2))
+    assert (goal.loss(path, objective("ce"), case).diff() > 0).all()
+    assert goal.reached(path, case).tolist() == [False] * 20 + [True]
 
 
 def scored(groups: int, copies: int) -> Scored:
@@ -129,6 +143,10 @@ def test_a_run(detect_run: DetectRun) -> None:
     report = write_report(run.folder.path).read_text(encoding="utf-8")
     assert "Answers promised to be 30.0% right" in report
     assert "Under attack the promise is void" in report
+    assert "not of the best of several" in report
+    lowest = energy.lowest
+    assert lowest is not None
+    assert f"{lowest.class_name} ({lowest.right.successes} of {lowest.right.total})" in report
     with pytest.raises(UserError, match="no promise for a score 'knn'"):
         done.promise("knn")
 

@@ -216,7 +216,8 @@ def section(summary: DetectSummary) -> Iterator[doc.Section]:
     rows: list[doc.Row] = [_row(score, under) for score in found.scores]
     caption = (
         "Nothing is promised of images drawn otherwise, of unknown classes, or of attacked ones. One image of each "
-        "drawing counts. Lowest class: of those said, the one with the fewest answers right."
+        "drawing counts. The confidence is that of each score by itself, not of the best of several. Lowest class: of "
+        "those said, the one with the smallest share of answers right, and how many of how many."
     )
     if under:
         caption += " Attacked: by somebody who knows score and thresholds and wants a wrong answer."
@@ -227,7 +228,10 @@ def section(summary: DetectSummary) -> Iterator[doc.Section]:
 
 def _row(score: PromisedScore, under: bool) -> doc.Row:
     lowest = (
-        DASH if score.lowest is None else f"{percent(score.lowest.right.value)} {plain(score.lowest.class_name, 30)}"
+        DASH
+        if score.lowest is None
+        else f"{percent(score.lowest.right.value)} {plain(score.lowest.class_name, 30)} "
+        f"({score.lowest.right.successes} of {score.lowest.right.total})"
     )
     cells: list[doc.Line] = [
         doc.Measure.of(score.answered),

@@ -31,8 +31,9 @@ class WrongAnswer(AcceptedMistake):
     """A wrong class whose score passes the threshold that was promised for it.
 
     The model's output is logits [B, K] and the score as it is. Only classes with a threshold are aimed at: the leading
-    wrong one of these has to come first, and the score above its threshold; the loss sums how far each is from holding,
-    as for an accepted mistake.
+    wrong one of these has to come first, and the score above its threshold. The loss wants the class first and the
+    score only once it leads: on the way from a right answer to a wrong one a score such as MSP falls and rises again:
+    a sum of both distances keeps attacks at the clean image.
 
     Example:
         >>> goal = WrongAnswer(Promise(0.9, 0.95, (0.5, math.inf, 0.2)))
@@ -52,7 +53,9 @@ class WrongAnswer(AcceptedMistake):
         del objective
         ahead, short, _ = self._distances(output, case.label)
         scale = output.new_ones(len(output), 2) if case.reference is None else case.reference.abs().clamp_min(1e-6)
-        return -F.relu(ahead / scale[:, 0] + _OVERSHOOT) - F.relu(short / scale[:, 1] + _OVERSHOOT)
+        lead, score = (F.relu(part / scale[:, i] + _OVERSHOOT) for i, part in enumerate((ahead, short)))
+        # Behind, whatever the score: worse than ahead with any score.
+        return -lead - torch.where(ahead >= 0, torch.ones_like(score), score / (1 + score))
 
     def reached(self, output: Tensor, case: Case) -> Tensor:
         said = output[:, :-1].argmax(1)
