@@ -101,6 +101,8 @@ def test_copies_count_once() -> None:
     rules = rules_of(known, Level(0.9, False), 2)
     groups = [known.groups[row] for row in (*rules.calibration, *rules.judged)]
     assert sorted(groups) == sorted(set(known.groups))
+    copies = {known.ids[row].split("-")[1] for row in (*rules.calibration, *rules.judged)}
+    assert len(copies) > 1  # copies may differ in difficulty: not the first of every drawing
     assert len(rules.calibration) == len(rules.judged) == 100
     assert rules.of["msp"].thresholds == rules_of(scored(200, 1), Level(0.9, False), 2).of["msp"].thresholds == (0.9,)
 

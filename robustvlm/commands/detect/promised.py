@@ -70,10 +70,14 @@ class Rules:
 def rules_of(known: Scored, level: Level, classes: int) -> Rules:
     """Return the rules that half of the known images set, chosen by a hash; the other half says where to look.
 
-    Images of one group are no independent evidence, and a promise needs such: one image of each group is used.
+    Images of one group are no independent evidence, and a promise needs such: one image of each group is used, chosen by
+    a hash too, as the first of all groups may be alike.
     """
-    first = {group: row for row, group in reversed(list(enumerate(known.groups)))}
-    order = [first[group] for group in select(first, None)]
+    row_of = {name: row for row, name in enumerate(known.ids)}
+    of_group: dict[str, int] = {}
+    for name in select(row_of, None):
+        of_group.setdefault(known.groups[row_of[name]], row_of[name])
+    order = list(of_group.values())
     calibration, judged = (np.array(sorted(order[start::2]), dtype=np.int64) for start in (0, 1))
     said, right = np.array(known.predictions), np.array(known.predictions) == np.array(known.labels)
     found = {
