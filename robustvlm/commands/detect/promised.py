@@ -70,8 +70,8 @@ class Rules:
 def rules_of(known: Scored, level: Level, classes: int) -> Rules:
     """Return the rules that half of the known images set, chosen by a hash; the other half says where to look.
 
-    Images of one group are no independent evidence, and a promise needs such: one image of each group is used, chosen by
-    a hash too, as the first of all groups may be alike.
+    Images of one group are no independent evidence, and a promise needs such: one image of each group is used, chosen
+    by a hash too, as the first of all groups may be alike.
     """
     row_of = {name: row for row, name in enumerate(known.ids)}
     of_group: dict[str, int] = {}
