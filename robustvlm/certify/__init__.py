@@ -7,8 +7,9 @@ Every certificate is a pure function of bounds on the clean image's smoothed fea
   published and corrected (T1); `shapes`, `tangent`: from whole distributions, their anytime-valid form, covariances;
 * `angles`: the cosine from the angles' distribution and the mean (T20); `core`: all directions at once (T21);
 * `classes`: the class of the mean feature (T8) and the hard vote; `ranks`: the first k; `openset`: refusals;
-* `local`: noise chosen for each image (T22); `wordings`: all texts of the classes at once
-  (T23; `claims.words`: with changed words, T24);
+* `local_noise`: noise chosen for each image (T22); `wordings`: all texts of the classes at once
+  (T23; `claims.changed_words`: with changed words, T24);
+* `threats`: what else than l2 an attacker may do, ellipsoids (T29) among it; `rotation`: angles between samples (T30);
 * `deployed`: what n0 inference samples keep of a certificate (T10);
 * `noise`, `certifier`, `engine`: fresh noise, what a claim wants of it, and batches of many images; `claims`: the
   certifiers of each claim (fixed n, or stopping as soon as a radius is decided) and what they state;

@@ -2,7 +2,8 @@
 
 Training leaves weights inside dicts (`state_dict`, `module`, `model_ema`) and behind prefixes of torch.compile, DDP,
 FSDP, Lightning, in any order, at times inside a tower. No prefix is known here by name alone: of all ways to read a
-file that one counts under which every weight of the model is there, once and in its shape, and none is left over.
+file that one counts under which every weight of the model is there, once and in its shape, and none is left over; names
+of other libraries' layouts (OpenAI, transformers) are translated first.
 """
 
 import contextlib

@@ -262,7 +262,7 @@ def _noise(config: Mapping[str, Any], name: str) -> str:
 
 
 def _threat_of(name: str) -> Threat | None:
-    """Return the threat of that name; None where this release has none, or its map is not here."""
+    """Return the threat of that name; None where this release has none."""
     try:
         return find_threat(name)
     except UserError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 
 from robustvlm.attacks.goals.base import REJECTED, Case
 from robustvlm.attacks.objectives import objective
+from robustvlm.commands.detect.attack import ScoreAttacks
 from robustvlm.commands.detect.measures import Scored
-from robustvlm.commands.detect.promised import Level, read_level, rule_of, rules_of, summarise
-from robustvlm.commands.detect.promised_attack import WrongAnswer
+from robustvlm.commands.detect.promised import Level, promise_of, read_level, rules_of, summarise
+from robustvlm.commands.detect.promised_attack import WrongAnswer, unsettled
 from robustvlm.commands.detect.view import write_report
 from robustvlm.detect import Promise
 from robustvlm.errors import UserError
@@ -118,10 +121,29 @@ def test_the_summary_counts_by_hand() -> None:
     assert (msp.answered.successes, msp.answered.total) == (right, 100)
     assert msp.right is not None
     assert msp.lowest is not None
-    assert (msp.right.value, msp.lowest.class_name, msp.lowest.right.value, msp.classes) == (1.0, "cat", 1.0, 1)
+    assert (msp.right.value, msp.lowest.class_name, msp.lowest.right.value, msp.promised) == (1.0, "cat", 1.0, 1)
     assert (msp.unknown["far"].successes, msp.unknown["far"].total) == (1, 3)
-    assert rule_of(found, "msp") == rules.of["msp"]
-    assert rule_of(found, "energy") is None
+    assert promise_of(found, "msp") == rules.of["msp"]
+    assert promise_of(found, "energy") is None
+
+
+def test_copies_of_strangers_count_once() -> None:
+    known = scored(200, 1)
+    rules = rules_of(known, Level(0.9, False), 2)
+    copies = Scored("far", [*"abcd"], ["x", "x", "x", "y"], [-1] * 4, [0] * 4, {"msp": np.array([0.95] * 3 + [0.5])})
+    (msp,) = summarise(rules, known, [copies], ["cat", "dog"], {}).scores
+    assert (msp.unknown["far"].successes, msp.unknown["far"].total) == (1, 2)
+
+
+def test_images_that_no_attack_ended_on_count_for_nothing() -> None:
+    facts = {
+        ("msp", "promised", "pgd", name): SimpleNamespace(score="msp", set="promised", image_id=name, outcome=outcome)
+        for name, outcome in (("a", "robust"), ("b", "failed"), ("c", "fooled"))
+    }
+    ended = {key[3] for key in facts}
+    ledger = SimpleNamespace(found=facts, done=lambda *_: ended)
+    work = cast(ScoreAttacks, SimpleNamespace(ledger=ledger, attacks=[SimpleNamespace(name="pgd")]))
+    assert unsettled(work, "msp", {"a", "b", "unread"}) == {"b", "unread"}
 
 
 def test_a_run(detect_run: DetectRun) -> None:

@@ -145,6 +145,19 @@ def test_measures_follow_from_rows() -> None:
     assert measured([ImageRow(0, "a", -1)], None, "abcdef")["images"] == 0
 
 
+def test_refusals_and_withheld_answers_are_told_apart_only_where_all_rows_are() -> None:
+    def row(n: int, accepted: bool, undecided: bool | None) -> ImageRow:
+        return ImageRow(n, str(n), 0, "", 0, accepted, 1, 0.5, accepted, undecided)
+
+    told = [row(0, True, False), row(1, False, True), row(2, False, False), row(3, False, True)]
+    found = measured(told, None, "ab", abstains=True)
+    assert (found["rejected"].successes, found["abstained"].successes) == (1, 2)
+    older = [row(4, False, None), *told]  # a run that went on after the two were told apart
+    found = measured(older, None, "ab", abstains=True)
+    assert found["abstained"].successes == 4
+    assert "rejected" not in found
+
+
 # The run
 
 

@@ -17,7 +17,7 @@ from robustvlm.errors import UserError, nearest
 
 _KINDS: tuple[type[Threat], ...] = (L2, Integers, L1, Brightness, Contrast, Light, Gamma, Colour, Translation, Rotation)
 THREATS: dict[str, Threat] = {kind.name: kind() for kind in _KINDS}
-"""All threats by name."""
+"""All threats that are a name alone."""
 
 FAMILIES: dict[str, type[Pixels | Spectrum]] = {kind.kind_name: kind for kind in (Pixels, Spectrum)}
 """Threats with scales of their own, which are written behind the name: `ellipsoid@1,1,2`."""

@@ -53,10 +53,10 @@ class CertifyConfig(BaseModel):
             that is what is certified.
         abstains_at: alpha at which that model abstains; None: it always answers, or is not smoothed.
         gallery: data whose images are searched in place of texts (recall).
-        threat: what the noise is against, a name of `robustvlm.certify.threats.THREATS`; None: l2.
+        threat: what the noise is against, as `robustvlm.certify.threats.find_threat` reads it; None: l2.
         top: how many classes or texts a claim lets the certified one be among.
-        dual: how the noise level of each image is chosen, as `certify.local.read_local_noise` reads it; `sigma` is then
-            the noise at which copies vote for it. None: it is `sigma` for all images.
+        dual: how the noise level of each image is chosen, as `certify.local_noise.read_local_noise` reads it; `sigma` is
+            then the noise at which copies vote for it. None: it is `sigma` for all images.
         paraphrases: whose wordings a certificate holds for, all at once: "templates", or a file; None: the usual ones.
         words: changed words of the prompts that a certificate bears, where copies read the `paraphrases` by turns.
         noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs

@@ -5,7 +5,6 @@ threshold that accepts 95% of the clean known images). No image leaves at its fi
 of their budget, and the worst score met counts, so that an AUROC under attack can be computed.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from robustvlm.attacks.oracle import settle_draws
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.commands.common.questions import ask, fit_for, of_probe, require_independent_rows
-from robustvlm.commands.common.store import JournalLedger, cost_of
+from robustvlm.commands.common.store import JournalLedger
 from robustvlm.commands.detect.encoding import Answers, Encoded
 from robustvlm.commands.detect.scoring import Panel
 from robustvlm.commands.detect.summary import OWN, UnderAttack
@@ -113,9 +112,11 @@ class AttackedFact:
     """What one attack made of one image's score.
 
     Args:
-        score: that was attacked; set: of the image; goal: deny or intrude.
-        clean, attacked: the score before, and the worst one met (lowest for deny, highest for intrude).
-        outcome: fooled when the threshold was passed, robust, or failed.
+        score: that was attacked; set: of the image, `promised` for attacks on promised answers; goal: deny, intrude, or
+            of promised answers misclassify.
+        clean, attacked: the score before, and the worst one met (lowest for deny, highest for intrude); of promised
+            answers how far the point is beyond what makes a wrong answer (above 0: it is one).
+        outcome: fooled when the threshold was passed or a wrong answer given, robust, or failed.
     """
 
     score: str
@@ -148,10 +149,6 @@ class AttackLedger(JournalLedger):
     def done(self, score: str, set_name: str, attack: str) -> set[str]:
         """Return the ids of the images that a stage is done with."""
         return {key[3] for key in self.found if key[:3] == (score, set_name, attack)}
-
-    def add_cost(self, *, forward: int, backward: int, seconds: float, model_seconds: float) -> None:
-        """Record what this session has cost so far."""
-        self._add_cost(cost_of(forward=forward, backward=backward, seconds=seconds, model_seconds=model_seconds))
 
     def table(self) -> pa.Table:
         """Return the facts as a table, in a fixed order."""
@@ -229,7 +226,7 @@ class ScoreAttacks:
         """Run all attacks on one score and one set."""
         goal: attacks.Goal = attacks.Deny() if target.known else attacks.Intrude()
         oracle = attacks.Oracle(model, device=self.classifier.device, seed=self.seed)
-        began, probed = time.monotonic(), None
+        probed = None
         for attack in self.attacks:
             pictures = self._pictures(target, self.ledger.done(name, target.name, attack.name))
             title = f"{attack.name}, {name}, {target.name}: {goal.spec}"
@@ -241,13 +238,6 @@ class ScoreAttacks:
             for result in engine.run(self._jobs(pictures)):
                 self.ledger.add(self._fact(result, name, target, goal, attack))
                 self.observer.advance(1)
-        passes = oracle.passes
-        self.ledger.add_cost(
-            forward=passes.forward,
-            backward=passes.backward,
-            seconds=time.monotonic() - began,
-            model_seconds=passes.seconds,
-        )
 
     def _pictures(self, target: Target, done: set[str]) -> list[Picture]:
         """Return the images of a set that are attacked and not done; those that were scored clean."""

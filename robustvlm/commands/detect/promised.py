@@ -18,6 +18,7 @@ from robustvlm.errors import BadSetting
 from robustvlm.report import sections as doc
 from robustvlm.report.words import DASH, count_of, percent, plain
 from robustvlm.runs.records import Check
+from robustvlm.stats import Rate
 
 CONFIDENCE = 0.95
 BY_CLASS = "class"
@@ -73,11 +74,7 @@ def rules_of(known: Scored, level: Level, classes: int) -> Rules:
     Images of one group are no independent evidence, and a promise needs such: one image of each group is used, chosen
     by a hash too, as the first of all groups may be alike.
     """
-    row_of = {name: row for row, name in enumerate(known.ids)}
-    of_group: dict[str, int] = {}
-    for name in select(row_of, None):
-        of_group.setdefault(known.groups[row_of[name]], row_of[name])
-    order = list(of_group.values())
+    order = one_of_each(known)
     calibration, judged = (np.array(sorted(order[start::2]), dtype=np.int64) for start in (0, 1))
     said, right = np.array(known.predictions), np.array(known.predictions) == np.array(known.labels)
     found = {
@@ -93,6 +90,15 @@ def rules_of(known: Scored, level: Level, classes: int) -> Rules:
         for name, values in known.scores.items()
     }
     return Rules(level, calibration, judged, found)
+
+
+def one_of_each(part: Scored) -> list[int]:
+    """Return a row of every group of a set, in an order and by a choice that follow from hashes of the ids."""
+    row_of = {name: row for row, name in enumerate(part.ids)}
+    chosen: dict[str, int] = {}
+    for name in select(row_of, None):
+        chosen.setdefault(part.groups[row_of[name]], row_of[name])
+    return list(chosen.values())
 
 
 def summarise(
@@ -136,13 +142,17 @@ def _of_score(
         answered=measures.share(answered),
         right=measures.share((said == labels)[answered]) if answered.any() else None,
         lowest=None if worst is None else LowestClass(class_name=class_names[worst], right=shares[worst]),
-        classes=len(shares),
-        unknown={part.name: measures.share(rule.answered(part.scores[name], part.predictions)) for part in unknown},
+        unknown={part.name: _answered(name, rule, part) for part in unknown},
         attacked=attacked,
     )
 
 
-def rule_of(found: Promised, name: str) -> Promise | None:
+def _answered(name: str, rule: Promise, part: Scored) -> Rate:
+    rows = np.array(one_of_each(part), dtype=np.int64)
+    return measures.share(rule.answered(part.scores[name][rows], np.array(part.predictions)[rows]))
+
+
+def promise_of(found: Promised, name: str) -> Promise | None:
     """Return the rule of a score out of a finished run's summary; None where the run has no such score."""
     for score in found.scores:
         if score.name == name:
@@ -184,18 +194,19 @@ def sentence(summary: DetectSummary) -> str:
         return ""
     best = _fullest(found)
     what = f"Promised {percent(found.level)} right {'in each class' if found.by_class else 'of all answers'}"
+    within = f", in {best.promised} of {len(best.thresholds)} classes" if found.by_class else ""
     if best.right is None:
         return f"{what}, no score answers any image."
     strangers = ", ".join(f"{percent(one.value)} of {plain(name, 40)}" for name, one in best.unknown.items())
     under = best.attacked
-    attacked = (
-        ""
-        if under is None
-        else f" Under attack the promise is void: wrong answers from {percent(under.clean.value)} to "
-        f"{percent(under.attacked.value)} of the images."
-    )
+    attacked = ""
+    if under is not None and under.attacked.successes > under.clean.successes:
+        attacked = (
+            f" Under attack the promise is void: wrong answers from {percent(under.clean.value)} to "
+            f"{percent(under.attacked.value)} of the images."
+        )
     return (
-        f"{what}, {best.title} answers most: {percent(best.answered.value)} of the known images, "
+        f"{what}, {best.title} answers most: {percent(best.answered.value)} of the known images{within}, "
         f"{percent(best.right.value)} of these right, and of the unknown ones, which no promise covers, {strangers}."
         f"{attacked}"
     )
@@ -214,10 +225,11 @@ def section(summary: DetectSummary) -> Iterator[doc.Section]:
     )
     under = any(score.attacked is not None for score in found.scores)
     columns = [doc.Column("Score"), *doc.numbers("answered", "right of these"), doc.Column("lowest class", number=True)]
+    columns += [doc.Column("classes with a threshold", number=True)] if found.by_class else []
     columns += [doc.Column(plain(part.name, 40), number=True, group="unknown, answered") for part in summary.unknown]
     if under:
         columns += [doc.Column(when, number=True, group="wrong answers") for when in ("clean", "attacked")]
-    rows: list[doc.Row] = [_row(score, under) for score in found.scores]
+    rows: list[doc.Row] = [_row(score, found.by_class, under) for score in found.scores]
     caption = (
         "Nothing is promised of images drawn otherwise, of unknown classes, or of attacked ones. One image of each "
         "drawing counts. The confidence is that of each score by itself, not of the best of several. Lowest class: of "
@@ -230,7 +242,7 @@ def section(summary: DetectSummary) -> Iterator[doc.Section]:
     yield doc.Section(title, blocks, key="promise", short="Promise")
 
 
-def _row(score: PromisedScore, under: bool) -> doc.Row:
+def _row(score: PromisedScore, by_class: bool, under: bool) -> doc.Row:
     lowest = (
         DASH
         if score.lowest is None
@@ -241,6 +253,7 @@ def _row(score: PromisedScore, under: bool) -> doc.Row:
         doc.Measure.of(score.answered),
         doc.Measure.of(score.right),
         lowest,
+        *([f"{score.promised} of {len(score.thresholds)}"] if by_class else []),
         *(doc.Measure.bare(one) for one in score.unknown.values()),
     ]
     if under:

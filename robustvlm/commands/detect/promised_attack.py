@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +22,8 @@ from robustvlm.commands.detect.summary import OWN, PROMISED, WrongAnswers
 from robustvlm.data.source import DataSource, select
 from robustvlm.defenses import Classifier
 from robustvlm.detect import Promise
+from robustvlm.report.words import count_of
+from robustvlm.runs.records import Check
 
 # How far past its threshold a condition is pushed when two must hold at once, in units of its clean distance.
 _OVERSHOOT = 0.05
@@ -138,7 +140,7 @@ def _attacked(
         for image_id, already, row in zip(ids, wrong, rows, strict=True)
         if not already and answerable - {known.labels[row]}
     }
-    began, probed = time.monotonic(), None
+    probed = None
     for attack in work.attacks:
         todo = left - work.ledger.done(name, PROMISED, attack.name)
         pictures = _pictures(work, source, todo)
@@ -150,17 +152,27 @@ def _attacked(
                 clean = float(known.scores[name][row_of[result.job.image_id]])
                 work.ledger.add(_fact(result, name, attack, row_of[result.job.image_id], clean))
                 work.observer.advance(1)
-        left -= _fooled(work, name)
-    passes = oracle.passes
-    work.ledger.add_cost(
-        forward=passes.forward,
-        backward=passes.backward,
-        seconds=time.monotonic() - began,
-        model_seconds=passes.seconds,
+        left -= _with(work, name, attacks.FOOLED)
+    fooled, lost = _with(work, name, attacks.FOOLED), unsettled(work, name, left)
+    if lost:
+        work.ledger.add_checks([_left_out(name, len(lost))])
+    judged = [(already, already or one in fooled) for already, one in zip(wrong, ids, strict=True) if one not in lost]
+    clean, attacked = np.array(judged, dtype=bool).reshape(-1, 2).T
+    return WrongAnswers(clean=share(clean), attacked=share(attacked))
+
+
+def unsettled(work: ScoreAttacks, name: str, left: set[str]) -> set[str]:
+    """Return those of the images `left`, which nothing fooled, that some attack did not end with a finite output."""
+    ended = [work.ledger.done(name, PROMISED, attack.name) for attack in work.attacks]
+    return {one for one in left if not all(one in done for done in ended)} | left & _with(work, name, attacks.FAILED)
+
+
+def _left_out(name: str, count: int) -> Check:
+    message = (
+        f"{count_of(count, 'image')} could not be attacked to the end for a wrong answer by '{name}', as the output "
+        "was not finite or the image could not be read again: the shares of wrong answers leave them out."
     )
-    fooled = _fooled(work, name)
-    after = [already or image_id in fooled for already, image_id in zip(wrong, ids, strict=True)]
-    return WrongAnswers(clean=share(torch.tensor(wrong).numpy()), attacked=share(torch.tensor(after).numpy()))
+    return Check(name=f"wrong answers, {name}", level="warning", message=message)
 
 
 def _gate(work: ScoreAttacks, name: str) -> Classifier:
@@ -201,9 +213,10 @@ def _fact(result: attacks.Result, name: str, attack: attacks.LaneAttack, row: in
     )
 
 
-def _fooled(work: ScoreAttacks, name: str) -> set[str]:
+def _with(work: ScoreAttacks, name: str, outcome: str) -> set[str]:
+    """Return the images of which some attack had that outcome."""
     return {
         fact.image_id
         for fact in work.ledger.found.values()
-        if (fact.score, fact.set) == (name, PROMISED) and fact.outcome == attacks.FOOLED
+        if (fact.score, fact.set) == (name, PROMISED) and fact.outcome == outcome
     }

@@ -248,7 +248,7 @@ class LowestClass(Record):
 
 
 class WrongAnswers(Record):
-    """Shares of the attacked images that get a wrong answer, without and with attacks."""
+    """Shares of the attacked images that get a wrong answer, without and with attacks; without those that failed."""
 
     clean: Rate
     attacked: Rate
@@ -260,8 +260,7 @@ class PromisedScore(Record):
     Args:
         thresholds: one for all, or one for each class; None: never answered.
         answered: of the known images; right: of the answers, None without any; lowest: in the worst class said.
-        classes: how many classes any image was answered as.
-        unknown: the share answered of each set of unknown images.
+        unknown: the share answered of each set of unknown images, one of each group.
     """
 
     name: str
@@ -270,9 +269,13 @@ class PromisedScore(Record):
     answered: Rate
     right: Rate | None
     lowest: LowestClass | None
-    classes: int
     unknown: dict[str, Rate]
     attacked: WrongAnswers | None = None
+
+    @property
+    def promised(self) -> int:
+        """How many thresholds there are: of classes, those that are ever answered."""
+        return sum(value is not None for value in self.thresholds)
 
 
 class Promised(Record):

@@ -58,7 +58,7 @@ class DetectRecord(FinishedRun[record.DetectSummary]):
         Raises:
             UserError: the run promised nothing, or has no such score.
         """
-        found = None if self.summary.promised is None else promised.rule_of(self.summary.promised, name)
+        found = None if self.summary.promised is None else promised.promise_of(self.summary.promised, name)
         if found is None:
             asked = setting("promise", "0.9")
             raise UserError(

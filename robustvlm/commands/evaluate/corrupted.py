@@ -44,7 +44,7 @@ Answers = dict[str, dict[int, Answer]]
 class Corrupted(BaseModel):
     """The labelled images under one corruption: the share that is right (and accepted), and that is rejected.
 
-    Of a model that abstains, what is rejected is what it gives no answer to.
+    Of a model that abstains, what is rejected is what it gives no answer to; of one that may do both, either.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

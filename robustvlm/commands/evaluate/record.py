@@ -258,7 +258,8 @@ def measured(
     }
     if refusing:
         unknown = [row for row in refusing if not row.known]
-        both = any(row.undecided is not None for row in refusing)
+        # Rows of a session before the two were told apart say neither.
+        both = all(row.undecided is not None for row in refusing)
         for what in ("rejected", "abstained") if both else ("abstained",) if abstains else ("rejected",):
             withheld = (what == "abstained") if both else None
             found[what] = _rejected([row for row in refusing if row.known], withheld)

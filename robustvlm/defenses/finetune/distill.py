@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustvlm.defenses.finetune.guided import _asked
+from robustvlm.defenses.finetune.guided import asked, divergences
 from robustvlm.defenses.finetune.methods import Materials, Method, frozen
 from robustvlm.errors import UserError, setting
-from robustvlm.models import VLM
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.training import Draws
 
@@ -33,15 +32,14 @@ class Distill(Method):
 
     def __init__(self, materials: Materials, *, labels: float = 1.0, features: float = 1.0) -> None:
         super().__init__(materials)
-        _asked("distill", labels=labels, features=features)
+        asked("distill", labels=labels, features=features)
         self.weights = {"labels": labels, "features": features}
         self.texts = class_embeddings(self.teacher, materials.class_names, materials.templates, distinct=True)
         width, other = self.class_embeddings.shape[1], self.texts.shape[1]
         if features and width != other:
             raise UserError(
                 f"the features of '{self.teacher.spec}' have {other} numbers, those of '{self.student.spec}' {width}, "
-                f"and distill compares them: pass "
-                f"{setting('option', 'features=0')}, or a teacher of the same width"
+                f"and distill compares them: pass {setting('option', 'features=0')}, or a teacher of the same width"
             )
 
     def settings(self) -> dict[str, object]:
@@ -52,11 +50,9 @@ class Distill(Method):
             goal = self.teacher.encode_image(pixels).float()
             target = (self.teacher.logit_scale * goal @ self.texts.to(goal).T).log_softmax(-1)
         with frozen(self.student):
-            adversarial, _ = self.attack(
-                lambda x, _: _divergences(self._told(self.student, x)[1], target).sum(), pixels, draws
-            )
-        found, logits = self._told(self.student, adversarial)
-        terms = {"soft": _divergences(logits, target).mean()}
+            adversarial, _ = self.attack(lambda x, _: divergences(self._told(x)[1], target).sum(), pixels, draws)
+        found, logits = self._told(adversarial)
+        terms = {"soft": divergences(logits, target).mean()}
         loss = terms["soft"]
         if self.weights["labels"]:
             terms["labels"] = F.cross_entropy(logits, labels)
@@ -66,14 +62,9 @@ class Distill(Method):
             loss = loss + weight * terms[name] if weight else loss
         return {"loss": loss, **terms}
 
-    def _told(self, vlm: VLM, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _told(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return unit features [B, D] and logits [B, K] of the student."""
-        features = vlm.encode_image(pixels)
+        features = self.student.encode_image(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
             wide = features.float()
-            return wide, vlm.logit_scale * wide @ self.class_embeddings.to(wide).T
-
-
-def _divergences(logits: Tensor, target: Tensor) -> Tensor:
-    """Return KL(target || softmax of the logits) of each image, [B], the target as log-probabilities [B, K]."""
-    return F.kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+            return wide, self.student.logit_scale * wide @ self.class_embeddings.to(wide).T

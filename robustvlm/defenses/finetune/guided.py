@@ -12,7 +12,7 @@ from robustvlm.models import VLM
 from robustvlm.training import Draws
 
 
-def _asked(method: str, *, above: bool = False, **options: float) -> None:
+def asked(method: str, *, above: bool = False, **options: float) -> None:
     """Refuse options that are no finite number of at least 0, or above 0."""
     for name, value in options.items():
         if not (value > 0 if above else value >= 0) or value == math.inf:
@@ -40,7 +40,7 @@ class PMG(Method):
     ) -> None:
         super().__init__(materials)
         self.reverse = reverse
-        _asked("pmg", general=general, clean=clean)
+        asked("pmg", general=general, clean=clean)
         self.general, self.clean = general, clean
 
     def settings(self) -> dict[str, object]:
@@ -86,7 +86,7 @@ class AGFT(Method):
 
     def __init__(self, materials: Materials, *, scale: float = 1.0, ratio: float = 1.0) -> None:
         super().__init__(materials)
-        _asked("agft", above=True, scale=scale, ratio=ratio)
+        asked("agft", above=True, scale=scale, ratio=ratio)
         self.scale, self.ratio = scale, ratio
 
     def settings(self) -> dict[str, object]:
@@ -101,9 +101,12 @@ class AGFT(Method):
         return {"loss": self._divergences(adversarial, target).mean()}
 
     def _divergences(self, pixels: Tensor, target: Tensor) -> Tensor:
-        """Return KL(target || student's) of each image, [B], from log-probabilities [B, K]."""
-        found = (self.scale * self.logits(self.student, pixels)).log_softmax(-1)
-        return F.kl_div(found, target, reduction="none", log_target=True).sum(-1)
+        return divergences(self.scale * self.logits(self.student, pixels), target)
+
+
+def divergences(logits: Tensor, target: Tensor) -> Tensor:
+    """Return KL(target || softmax of the logits) of each image, [B], the target as log-probabilities [B, K]."""
+    return F.kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
 
 
 # `ucat`: uncertainty-calibrated adversarial fine-tuning (Lu et al. 2026, arXiv 2512.12997)
@@ -128,8 +131,8 @@ class UCAT(Method):
 
     def __init__(self, materials: Materials, *, weight: float = 10.0, temperature: float = 0.07) -> None:
         super().__init__(materials)
-        _asked("ucat", weight=weight)
-        _asked("ucat", above=True, temperature=temperature)
+        asked("ucat", weight=weight)
+        asked("ucat", above=True, temperature=temperature)
         self.weight, self.temperature = weight, temperature
         with torch.no_grad():
             seen = self.concentrations(self.teacher, materials.calibration.to(self.student.device))
