@@ -55,8 +55,8 @@ class CertifyConfig(BaseModel):
         gallery: data whose images are searched in place of texts (recall).
         threat: what the noise is against, as `robustvlm.certify.threats.find_threat` reads it; None: l2.
         top: how many classes or texts a claim lets the certified one be among.
-        dual: how the noise level of each image is chosen, as `certify.local_noise.read_local_noise` reads it; `sigma` is
-            then the noise at which copies vote for it. None: it is `sigma` for all images.
+        dual: how the noise level of each image is chosen, as `certify.local_noise.read_local_noise` reads it; then
+            `sigma` is the noise at which copies vote for it. None: it is `sigma` for all images.
         paraphrases: whose wordings a certificate holds for, all at once: "templates", or a file; None: the usual ones.
         words: changed words of the prompts that a certificate bears, where copies read the `paraphrases` by turns.
         noise: digest of all that decides the certificates, from which the noise is drawn beside the seed; None in runs
