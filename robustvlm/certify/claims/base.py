@@ -225,6 +225,7 @@ class Plan:
         best: radius that so many samples per image give at best.
         certifier: makes the certifier of one image. by_label: makes it for an image of this class, of claims that are
             about the image's own class; the label is known before any noise is drawn.
+        deployed: whether it states anything of the deployed model where its claim does.
     """
 
     statement: str
@@ -238,6 +239,7 @@ class Plan:
     by_label: Callable[[int], Certifier] | None = None
     label_source: Source = "none"
     direction_source: Source = "none"
+    deployed: bool = True
 
     def certifier_of(self, label: int) -> Certifier:
         """Return the certifier of an image of this class, -1 where it has none of the list."""
@@ -380,20 +382,24 @@ class Claim(ClaimFacts, ABC):
             "(docs/certify.md), or leave its quantity empty"
         )
 
-    def deployed_rule(self, asked: Asked) -> str:
-        """Say what the deployed columns state, of how many copies, or why there are none; "" if none are asked for."""
+    def deployed_rule(self, asked: Asked, *, stated: bool = True) -> str:
+        """Say what the deployed columns state, of how many copies, or why there are none; "" if none are asked for.
+
+        Args:
+            stated: whether the plan states anything of it, as `Plan.deployed`.
+        """
         if asked.deployed is None:
             return ""
         if asked.abstains_at is not None:
-            return self._abstaining_rule(asked, asked.deployed, asked.abstains_at)
+            return self._abstaining_rule(asked, asked.deployed, asked.abstains_at, stated)
         n0 = f"{asked.deployed:,}"
         early = asked.radius is not None and not self.deployed_at_radius
-        if not self.deployed or asked.prompts == "adaptive" or early:
+        if not self.deployed or asked.prompts == "adaptive" or early or not stated:
             # What abstains keeps a certified class or side, and nothing else that a claim may be about.
             keeps = bool(self.deployed) or self.head == "rule"
             return (
                 f"of the model as it is deployed, with {n0} copies, this run states nothing"
-                + (": leave out --radius" if self.deployed and asked.radius else "")
+                + (": leave out --radius" if self.deployed and asked.radius and stated else "")
                 + ("; the abstaining prediction from fresh copies keeps the certificate (docs/certify.md)" * keeps)
             )
         what = self.deployed.replace("{n0:,}", n0)
@@ -402,14 +408,14 @@ class Claim(ClaimFacts, ABC):
             "over their noise, at any image chosen without knowing it; 0: nothing is certified of it"
         )
 
-    def _abstaining_rule(self, asked: Asked, n0: int, alpha0: float) -> str:
+    def _abstaining_rule(self, asked: Asked, n0: int, alpha0: float, stated: bool) -> str:
         """Say what a certificate means for a model that answers only where its copies decide the class (T10)."""
         never = (
             f"within the radius, at any image chosen without knowing its noise, the model as it is deployed ({n0:,} "
             f"copies, no answer where they do not decide at alpha {format_exact(alpha0)}) answers another class than "
             f"the certified one with probability at most {format_exact(alpha0)} over its copies"
         )
-        if asked.prompts == "adaptive" or asked.radius is not None:
+        if asked.prompts == "adaptive" or asked.radius is not None or not stated:
             return never
         return (
             f"{never}; within the radius in the column deployed_radius it does answer, and that class, with "

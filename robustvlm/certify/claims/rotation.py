@@ -155,4 +155,5 @@ def rotation_plan(claim: Claim, asked: Asked, materials: Materials) -> Plan:
         best=best,
         certifier=certifier,
         label_source="pilot",
+        deployed=False,
     )

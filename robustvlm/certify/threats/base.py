@@ -86,6 +86,13 @@ class Threat(ABC):
         """Refuse images that the threat is not about."""
         del pixels
 
+    def half_axes(self, shape: Sequence[int]) -> tuple[float, float] | None:
+        """Return the least and largest half-axis of what lies within radius one, of images [C, H, W]; None: one length
+        counts in all directions, or no length of pixels does.
+        """
+        del shape
+        return None
+
     def reach(self, p: float, share: float, sigma: float) -> float:
         """Return the distance within which a share of copies that is at least `p` here stays above `share`; 0: none."""
         from robustvlm.certify.feature import fcsb_radius

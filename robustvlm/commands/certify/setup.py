@@ -32,7 +32,7 @@ from robustvlm.certify.claims.vote import NAMED, OPEN_VOTE, VOTE
 from robustvlm.certify.claims.wordings import worded_plan
 from robustvlm.certify.local_noise import LocalNoise, read_local_noise
 from robustvlm.certify.normal import check_alpha
-from robustvlm.certify.threats import PLAIN, Ellipsoid, Noise, Rotation, Threat, find_threat, read_noise
+from robustvlm.certify.threats import PLAIN, Noise, Rotation, Threat, find_threat, read_noise
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.commands.certify.gallery import Gallery
@@ -479,15 +479,12 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
     """Return what a reader of the run has to know of its claim: statement, bounds and threat model."""
     (height, width), claim = sides(config.resolution), find_claim(config.claim)
     own = is_own(config.claim)
-    threat = config.against.threat
-    axes = list(threat.half_axes((3, height, width))) if isinstance(threat, Ellipsoid) else None
+    axes = config.against.threat.half_axes((3, height, width))
     return (
         {
             "statement": plan.statement,
             "rule": plan.rule,
-            "deployed": claim.deployed_rule(
-                config if plan.theorem != "T30" else config.model_copy(update={"radius": 0.0})
-            ),
+            "deployed": claim.deployed_rule(config, stated=plan.deployed),
             "theorem": plan.theorem,
             "bound": plan.bound,
             "stop_rule": plan.stop_rule,
@@ -495,13 +492,13 @@ def describe_plan(plan: Plan, config: CertifyConfig, best: float) -> dict[str, A
             "best_radius": best,
             "notes": [OWN_CLAIM.format(spec=config.claim)] if own else [],
             "threat": [
-                f"every image {_allowed(threat)}, measured at {height} x {width} where the noise is added; of changes "
-                "made before an image was resized nothing is stated",
+                f"every image {_allowed(config.against.threat)}, measured at {height} x {width} where the noise is "
+                "added; of changes made before an image was resized nothing is stated",
                 ("whole numbers, summed exactly" if config.against.threat.exact else _FLOATING)
                 + ", the encoder in the precision stated; the noise is not clipped, and what the encoder does after it "
                 "(clamping, rounding) is part of the encoder",
             ],
         }
         | ({"claim": asdict(claim.facts)} if own else {})
-        | ({} if axes is None else {"half_axes": axes})
+        | ({} if axes is None else {"half_axes": list(axes)})
     )
