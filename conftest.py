@@ -10,11 +10,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from rich.cells import cell_len
 from rich.console import Console
 
 from robustvlm.report import screen
 from robustvlm.report import sections as doc
+
+# No test is timed: on a busy machine an example that takes 200 ms, hypothesis' own bound, is no fault of anybody.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

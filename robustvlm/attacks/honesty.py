@@ -219,9 +219,19 @@ def _ranges(oracle: Oracle, x: Tensor, logits: Tensor, label: Tensor) -> tuple[i
 Surrogate = Callable[..., Tensor]
 
 
-class _ExactForward(torch.autograd.Function):
-    """Has the value of one tensor, to the bit, and the gradient of another."""
+def exactly(value: Tensor, stand_in: Tensor) -> Tensor:
+    """Return `value` to the bit, with the gradient of `stand_in` of the same shape (also through a second backward).
 
+    Example:
+        >>> x = torch.tensor([0.2, 0.7], requires_grad=True)
+        >>> y = exactly(x.round(), x.sin())
+        >>> y.tolist(), bool((torch.autograd.grad(y.sum(), x)[0] == x.cos()).all())
+        ([0.0, 1.0], True)
+    """
+    return _Exactly.apply(stand_in.to(value.dtype), value.detach())
+
+
+class _Exactly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stand_in: Tensor, value: Tensor) -> Tensor:
         del ctx, stand_in
@@ -259,7 +269,7 @@ def straight_through(function: Callable[..., Tensor], x: Tensor, surrogate: Surr
             f"a part without gradient returns {list(value.shape)}, but {what} is {list(stand_in.shape)}: "
             "give it a function `surrogate` that returns the shape of its output"
         )
-    return _ExactForward.apply(stand_in.to(value.dtype), value)
+    return exactly(value, stand_in)
 
 
 def open_gradients(model: nn.Module) -> list[str]:

@@ -135,6 +135,7 @@ def test_a_rank_waits_for_all_that_the_others_have_written(
         ({"radius": float("nan")}, "radius must be a positive number"),
         ({"at": "0.1,nan"}, "at must be a positive number"),
         ({"sigma": -1.0}, "sigma must be above 0"),
+        ({"threat": "rotation", "claim": "vote", "sigma": 0.0}, r"sigma must be above 0 .*\(l2, pixels in \[0, 1\]\)"),
         ({"alpha": 1.0}, "alpha must lie strictly between"),
         ({"cache": "int8"}, "float16 or float32"),
         ({"cache": "float16", "radius": 0.1}, "leave out radius"),

@@ -30,7 +30,7 @@ class Threat(ABC):
     Attributes:
         name: as `--threat` and `+smooth:NAME=SIGMA` take it.
         allows: what the attacker does, as the end of "every image that ...".
-        unit: what radius and sigma are measured in; short: the same in a word.
+        unit: what a radius is measured in, and sigma unless `noise_unit` says otherwise; short: the same in a word.
         law: how the noise comes about, in words; `{sigma}` stands for its level.
         usual: noise level where none is said. most: the largest that makes sense.
         kind: what a copy's noise is made of.
@@ -60,6 +60,11 @@ class Threat(ABC):
     @property
     def smoothed_by(self) -> str:
         return self.name
+
+    @property
+    def noise_unit(self) -> str:
+        """What sigma is measured in: the unit of the threat, unless another one's noise is what certifies it."""
+        return self.unit
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -183,7 +188,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sigma <= self.threat.most:
-            most = f"at most {self.threat.most:g} ({self.threat.unit})"
+            most = f"at most {self.threat.most:g} ({self.threat.noise_unit})"
             raise UserError(f"sigma must be above 0 and {most}, got {self.sigma:g}: pass {self.threat.usual:g}")
         check_sigma(self.sigma)
 

@@ -26,7 +26,7 @@ class Rotation(Moving):
     """
 
     name, moves, usual, most, of_pixels = "rotation", 1, 0.25, 10.0, True
-    gaussian, bumpy, smoothed_by = False, True, "l2"
+    gaussian, bumpy, smoothed_by, noise_unit = False, True, "l2", L2.unit
     allows = (
         "is the image turned about its centre by an angle below the radius, either way, by bilinear interpolation with "
         "black outside of the image (pixels may be off by a rounding of 2e-7)"

@@ -71,23 +71,13 @@ def noisy_means(
         UserError: no image of a known class.
     """
     smoothed = smooth(vlm, sigma, draws)
-    means: list[Tensor] = []
-    labels: list[int] = []
-    cuda = [vlm.device] if vlm.device.type == "cuda" else []
-    for item in source.samples(limit=_limit(source, keep), keep=keep):
-        if not isinstance(item, Sample) or item.label == UNKNOWN:
-            continue
-        pixels = to_pixels(item.image, vlm.framing)[None].to(vlm.device)
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
-            torch.manual_seed(derive_seed(seed, "noisy thresholds", repr(sigma), item.id))
-            means.append(smoothed.mean_feature(pixels, draws).float().cpu())
-        labels.append(item.label)
-        if on_images is not None:
-            on_images(len(labels))
-        if len(labels) == MOST_IMAGES:
-            break
-    if not means:
-        raise UserError(f"'{source.spec}' has no image of a known class to set thresholds under noise with")
+
+    def mean(pixels: Tensor) -> Tensor:
+        return smoothed.mean_feature(pixels, draws)
+
+    means, labels = _under_noise(
+        mean, "noisy thresholds", vlm, source, sigma, seed=seed, keep=keep, on_images=on_images
+    )
     return torch.cat(means), torch.tensor(labels)
 
 
@@ -99,6 +89,26 @@ def noisy_copies(
     A model whose copies vote judges each of them by thresholds that such copies have set.
     """
     smoothed = smooth(vlm, sigma, each)
+
+    def copies_of(pixels: Tensor) -> Tensor:
+        return smoothed.noisy_features(pixels, each)[0]
+
+    rows, labels = _under_noise(copies_of, "thresholds of copies", vlm, source, sigma, seed=seed, keep=keep)
+    return torch.cat(rows), torch.tensor(labels).repeat_interleave(each)
+
+
+def _under_noise(
+    encode: Callable[[Tensor], Tensor],
+    purpose: str,
+    vlm: VLM,
+    source: DataSource,
+    sigma: float,
+    *,
+    seed: int,
+    keep: Callable[[str], bool] | None,
+    on_images: Callable[[int], None] | None = None,
+) -> tuple[list[Tensor], list[int]]:
+    """Return what `encode` makes of each labelled image [1, 3, H, W], with draws of its own, and the labels."""
     rows: list[Tensor] = []
     labels: list[int] = []
     cuda = [vlm.device] if vlm.device.type == "cuda" else []
@@ -107,12 +117,16 @@ def noisy_copies(
             continue
         pixels = to_pixels(item.image, vlm.framing)[None].to(vlm.device)
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
-            torch.manual_seed(derive_seed(seed, "thresholds of copies", repr(sigma), item.id))
-            rows.append(smoothed.noisy_features(pixels, each)[0].float().cpu())
-        labels += [item.label] * each
-        if len(rows) == MOST_IMAGES:
+            torch.manual_seed(derive_seed(seed, purpose, repr(sigma), item.id))
+            rows.append(encode(pixels).float().cpu())
+        labels.append(item.label)
+        if on_images is not None:
+            on_images(len(labels))
+        if len(labels) == MOST_IMAGES:
             break
-    return torch.cat(rows), torch.tensor(labels)
+    if not rows:
+        raise UserError(f"'{source.spec}' has no image of a known class to set thresholds under noise with")
+    return rows, labels
 
 
 def _limit(source: DataSource, keep: Callable[[str], bool] | None) -> int | None:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.data.classes import DEFAULT
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly
 
 
 def turned(features: Tensor, text: Tensor, steps: int, size: float) -> Tensor:

@@ -13,9 +13,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.attacks.threat import per_image
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly, leaning
+from robustvlm.defenses.zoo.gradients import leaning
 from robustvlm.defenses.zoo.inner import gate_hinge, in_full, recomputed, sign_step
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly, leaning
+from robustvlm.defenses.zoo.gradients import leaning
 from robustvlm.defenses.zoo.inner import gate_hinge
 from robustvlm.defenses.zoo.jpeg import Jpeg
 from robustvlm.defenses.zoo.pixels import Blur, Median, reflected

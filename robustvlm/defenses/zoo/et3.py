@@ -12,8 +12,8 @@ from typing import Annotated
 
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly
 from robustvlm.defenses.zoo.inner import in_full, recomputed, score_gradient, unit_rows, within
 
 

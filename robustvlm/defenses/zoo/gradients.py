@@ -1,4 +1,4 @@
-"""Parts of gradient modes: exact values with another function's gradient, gates that are leant on, attention."""
+"""Parts of gradient modes: gates that are leant on, attention with a second derivative."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,30 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def exactly(value: Tensor, stand_in: Tensor) -> Tensor:
-    """Return `value` to the bit, with the gradient of `stand_in` of the same shape (also through a second backward).
-
-    Example:
-        >>> x = torch.tensor([0.2, 0.7], requires_grad=True)
-        >>> y = exactly(x.round(), x.sin())
-        >>> y.tolist(), bool((torch.autograd.grad(y.sum(), x)[0] == x.cos()).all())
-        ([0.0, 1.0], True)
-    """
-    return _Exactly.apply(stand_in.to(value.dtype), value.detach())
-
-
-class _Exactly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, stand_in: Tensor, value: Tensor) -> Tensor:
-        del ctx, stand_in
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        del ctx
-        return grads[0], None
 
 
 def leaning(output: Tensor, hinge: Tensor, weight: float = 1.0) -> Tensor:

@@ -4,7 +4,7 @@ A defence that optimises its input moves an image x along gradients of a score o
 a step returns is computed here without a graph, whatever mode an attack is in, so that every mode attacks the very
 same function; a mode only says what the step's derivative is taken to be:
 
-* `exactly` (of `gradients`): that of the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420);
+* `exactly` (of `attacks.honesty`): that of the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420);
 * `recomputed`: that of the step itself, or of a smooth stand-in for it, which is computed again on the way back, one
   step at a time: memory does not grow with the number of steps.
 """

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly
 
 # Quantisation tables of luminance and chrominance: ITU-T T.81 (1992), tables K.1 and K.2.
 _LUMINANCE = (

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly
 
 _SQUEEZING = "Xu, Evans, Qi, NDSS 2018, arXiv 1704.01155"
 

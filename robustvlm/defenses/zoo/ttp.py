@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.attacks.threat import per_image
 from robustvlm.core.size import Size, sides
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly, leaning
+from robustvlm.defenses.zoo.gradients import leaning
 from robustvlm.defenses.zoo.inner import gate_hinge, recomputed, score_gradient
 from robustvlm.defenses.zoo.views import CROP_DRAWS, crops, drawn, entropies, features_of
 from robustvlm.models import resize

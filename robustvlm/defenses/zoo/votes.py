@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import exactly
 from robustvlm.defenses.zoo.views import CROP_DRAWS, View, crops, drawn, features_of
 
 
