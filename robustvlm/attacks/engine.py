@@ -303,7 +303,7 @@ class LaneEngine:
             pairs = zip(x, lanes, strict=True)
             best = torch.stack([point if lane.best.x is None else lane.best.x for point, lane in pairs])
             more.append((x == best).flatten(1).all(1))
-        facts, (counts, ended, radii, *met) = _facts(answer, more)
+        facts, (counts, ended, radii, walking, *met) = _facts(answer, more)
         self.claimed += len(self._claims)
         self.upheld += sum(facts[row].reached for row in self._claims)
         self._claims = []
@@ -312,18 +312,21 @@ class LaneEngine:
                 lane.observe(x[row], facts[row], bool(met[0][row]) if met else None)
             if ended[row] and radii[row] > self.threat.eps:
                 lane.beyond = radii[row]
+            lane.walked = not walking[row]
         return [bool(end) for end in ended]
 
-    def _said(self, rows: Sequence[int], nothing: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where attacks say that their sub-runs are over, and within which radius classes are out of reach."""
-        ends, radii = list[Tensor](), list[Tensor]()
+    def _said(self, rows: Sequence[int], nothing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where attacks say that sub-runs are over, within which radius classes are out of reach, who walks."""
+        ends, radii, walking = list[Tensor](), list[Tensor](), list[Tensor]()
         for course in self._pool.active:
             none = nothing.new_zeros(len(course.lanes))
             ends.append(course.state.get(DONE, none))
             # What a user's attack says of classes out of reach would spare other attacks their own look.
             radii.append(none if catalog.is_foreign(course.attack) else course.state.get(BEYOND, none))
+            known = course.attack.rows_walking(course.state)
+            walking.append(none | True if known is None else known)  # may walk, for all that is known
         chosen = indices(rows, nothing.device)
-        return torch.cat(ends)[chosen], torch.cat(radii)[chosen]
+        return torch.cat(ends)[chosen], torch.cat(radii)[chosen], torch.cat(walking)[chosen]
 
     def _reconsider(self, images: Sequence[Image], last: Mapping[int, Lane]) -> None:
         """Take a final look at the recorded points of images that came to their end without a confirmed success."""

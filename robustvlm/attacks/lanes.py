@@ -58,7 +58,7 @@ class Lane:
 
     Args:
         points: how many points it may evaluate; target: the class it aims at; beyond: the radius within which a walk
-            has shown that class to be out of reach, 0 where none has.
+            has shown that class to be out of reach, 0 where none has. walked: its walk is known to be over.
     """
 
     image: Image
@@ -67,6 +67,7 @@ class Lane:
     target: int
     leave: bool = True
     beyond: float = 0.0
+    walked: bool = False
     step: int = 0
     passes: int = 0
     told: int = 0

@@ -81,6 +81,36 @@ class Course:
             self.lanes = [self.lanes[row] for row in rows]
 
 
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A sub-run that may run ahead of its turn.
+
+    Args:
+        image: or its follower in an attack to come; run: the number of the sub-run.
+        earlier: the same image in the attacks that it is to go through before.
+        long: it is known to be long. before: how many sub-runs come before it; place: breaks ties.
+    """
+
+    image: Image
+    run: int
+    earlier: tuple[Image, ...]
+    long: bool
+    before: int
+    place: int
+
+    @property
+    def order(self) -> tuple[bool, int, int]:
+        """What is to run ahead first is lowest."""
+        return not self.long, self.before, self.place
+
+    def told(self) -> tuple[Image, int]:
+        """Return image and number, the image knowing what the attacks before have shown."""
+        for one in self.earlier:
+            shown = ({lane.target: lane.beyond} for lane in one.waiting.values())
+            self.image.job = _told(self.image.job, one.beyond, *shown)
+        return self.image, self.run
+
+
 class Pool:
     """The rows of the batches, shared by attacks that images go through in this order.
 
@@ -241,35 +271,56 @@ class Pool:
         images, ahead = list(dict.fromkeys(lane.image for lane in lanes if not lane.image.early)), list[Lane]()
         under_way = {(id(lane.image), lane.run): lane for lane in lanes}
         for _ in range(_spare(rungs, len(lanes))):
-            able = [(*found, place) for place, image in enumerate(images) if (found := self._soonest(image, under_way))]
+            able = [found for place, image in enumerate(images) if (found := self._next_ahead(image, place, under_way))]
             if not able:
                 break
-            _, image, run, _ = min(able, key=lambda item: (item[0], item[3]))  # the one whose turn comes soonest
-            ahead.append(self._lane(image, run))
+            ahead.append(self._lane(*min(able, key=lambda one: one.order).told()))
         return ahead
 
-    def _soonest(self, image: Image, under_way: UnderWay) -> tuple[int, Image, int] | None:
-        """Return the next sub-run of an image that nobody makes yet: how many come before it, its image, its number."""
+    def _next_ahead(self, image: Image, place: int, under_way: UnderWay) -> _Ahead | None:
+        """Return the sub-run of an image that is to run ahead next; `place` of the image among those in flight.
+
+        It is the one whose turn comes soonest. But before these come walks to classes that walks of an attack before
+        have not shown to be out of reach: they are long, and begun last they would have the batches to themselves.
+        """
+        soonest: _Ahead | None = None
+        for one in self._able(image, place, under_way):
+            if one.long:
+                return one
+            soonest = soonest or one
+        return soonest
+
+    def _able(self, image: Image, place: int, under_way: UnderWay) -> Iterator[_Ahead]:
+        """Yield the sub-runs of an image that nobody makes yet and that may begin, in their turn."""
         before, earlier = 0, list[Image]()
         while True:
-            able = (run for run in image.open_runs if self._may_begin(image, run, earlier, under_way))
-            if (run := next(able, None)) is not None:
-                for one in earlier:
-                    image.job = _told(
-                        image.job, one.beyond, *({lane.target: lane.beyond} for lane in one.waiting.values())
-                    )
-                return before + run - image.run, image, run
-            if image.open_runs or image.last < image.runs or image.place + 1 == len(self.courses):
-                return None
+            for run in image.open_runs:
+                if self._may_begin(image, run, earlier, under_way):
+                    found = _Ahead(image, run, tuple(earlier), False, before + run - image.run, place)
+                    yield replace(found, long=self._is_long(found))
+            if image.last < image.runs or image.place + 1 == len(self.courses):
+                return
             if image.follower is None:
                 following = self.courses[image.place + 1]
                 if following.attack.objective.targeted and not image.job.targets:
-                    return None  # it is refused in its turn, if that comes
+                    return  # it is refused in its turn, if that comes
                 image.follower = following.image(image.job)
                 image.follower.early = True
             before += image.runs - image.run
             earlier.append(image)
             image = image.follower
+
+    def _is_long(self, one: _Ahead) -> bool:
+        """Whether it walks to a class to which an attack before has walked and not shown it to be out of reach."""
+        attack = self.courses[one.image.place].attack
+        if not attack.walk_points(one.run):
+            return False
+        target, within = _target(attack, one.image.job, one.run), 0.0
+        for before in one.earlier:
+            within = max(within, before.beyond.get(target, 0.0), one.image.job.beyond.get(target, 0.0))
+            within = max([within, *(lane.beyond for lane in before.waiting.values() if lane.target == target)])
+        walked = any(self.courses[before.place].attack.walk_points(0) for before in one.earlier)
+        return walked and within <= self.threat.eps
 
     def _may_begin(self, image: Image, run: int, earlier: Sequence[Image], under_way: UnderWay) -> bool:
         """Whether nothing that attacks before have still to find out decides how a sub-run goes.
@@ -290,7 +341,7 @@ class Pool:
             if not walk or run in image.waiting or _target(attack, image.job, run) != target:
                 continue
             lane = under_way.get((id(image), run))
-            if lane is None or lane.step < walk:
+            if lane is None or (lane.step < walk and not lane.walked):
                 return True
         return False
 
