@@ -89,7 +89,7 @@ def out_of_reach(state: State, step: Tensor, eps: float) -> Tensor:
 # When to give up a random search: its best loss so far, watched at even intervals, cannot reach zero in time.
 #
 # The rule: with `n` queries in all, of which `q` are made, a search is futile if the loss would stay below zero even at
-# twice the pace of the latest half of its queries (from q/2 to q), kept up to the end. It is asked every n/40 queries,
+# twice the pace of the latest half of its queries (from q/2 to q), kept up to the end. It is asked every n/80 queries,
 # from query max(n/10, 500) on, and it is silent where such an extrapolation has nothing to stand on:
 #
 # * fewer than 5 of the latest half's queries were improvements (flat or coarsely rounded outputs: a jump may come);
@@ -113,7 +113,7 @@ def out_of_reach(state: State, step: Tensor, eps: float) -> Tensor:
 # 1125 (4/255), 938 instead of 1420 (8/255).
 # `square:futility=off` switches the rule off; `python -m benchmarks.futility` measures it on any model.
 
-_INTERVALS = 160  # how finely a search is recorded
+_INTERVALS = 320  # how finely a search is recorded
 FIRST_QUERY = 500  # before this, a search is too young to judge
 _SAFETY = 2.0
 _STEADY = 1.5

@@ -185,6 +185,35 @@ def test_after_memory_ran_out_nothing_is_lost_or_done_twice():
     assert shared == one_by_one(Exact(5), CHAIN, **about)
 
 
+def test_walks_to_classes_in_doubt_run_ahead_first_so_that_no_walk_is_left_over_at_the_end():
+    text = "apgd-t:steps=40,fab-t:steps=40"
+    jobs = right_jobs(Exact(11, classes=8), 4, seed=11)
+    about = {"jobs": jobs, "threat": ThreatModel("Linf", 0.012), "seed": 11, "leave": True}
+
+    def paid() -> tuple[int, dict[tuple[str, int], tuple]]:
+        model = Exact(11, classes=8)
+        with patch.object(SteadySizes, "worth_trying", lambda *_: None):
+            found = together(model, text, sizes=(8,), **about)
+        return model.rows, found
+
+    rows, found = paid()
+    in_turn = patch.object(Pool, "_is_long", lambda *_: False)
+    to_the_end = patch.object(LaneEngine, "_said", _walking_to_the_end)
+    with in_turn, to_the_end:
+        before, same = paid()
+    assert found == same == one_by_one(Exact(11, classes=8), text, **about)
+    assert any(name.startswith("fab-t") and row[4] == "40" for (name, _), row in found.items()), "no class is in doubt"
+    assert rows < 0.7 * before
+
+
+def _walking_to_the_end(engine: LaneEngine, rows: list[int], nothing: Tensor) -> tuple[Tensor, ...]:
+    ends, radii, walking = _SAID(engine, rows, nothing)
+    return ends, radii, torch.ones_like(walking)
+
+
+_SAID = LaneEngine._said
+
+
 def test_attacks_with_and_without_gradients_do_not_share():
     first, second = attacks_of("apgd-ce:steps=2,square:queries=3")
     with pytest.raises(UserError, match="take gradients"):

@@ -41,7 +41,7 @@ def stops_at(margins: list[float]) -> int | None:
 
 
 def second_opinion(margins: list[float], reached: float = math.inf) -> int | None:
-    """The rule again, query by query, from its description (for a number of queries that 160 divides)."""
+    """The rule again, query by query, from its description (for a number of queries that 320 divides)."""
     n = len(margins) - 1
 
     def reaches(now: float, half: float, quarter: float, query: int, doubt: float) -> bool:
@@ -59,7 +59,7 @@ def second_opinion(margins: list[float], reached: float = math.inf) -> int | Non
     def odds(value: float) -> float:
         return 2 * math.atanh(value) if abs(value) < 1 else math.copysign(math.inf, value)
 
-    for query in (ask for ask in range(0, n, n // 40) if ask >= max(n // 10, 500)):
+    for query in (ask for ask in range(0, n, n // 80) if ask >= max(n // 10, 500)):
         now, half, quarter = margins[query], margins[query // 2], margins[query // 4]
         improvements, earlier = (
             sum(margins[i] < margins[i - 1] for i in range(start + 1, end + 1))
