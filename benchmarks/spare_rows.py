@@ -59,15 +59,18 @@ def plain() -> Iterator[None]:
         yield
 
 
-def cost(images: int, threat: ThreatModel, sizes: tuple[int, ...], *, apart: bool) -> tuple[int, int, list[int]]:
+def cost(
+    images: int, threat: ThreatModel, sizes: tuple[int, ...], *, apart: bool, plan: str = PLAN
+) -> tuple[int, int, list[int]]:
     """Return the rows that count, those that were paid, and how many images were left after each attack.
 
     Args:
         apart: each attack has the batches to itself; otherwise those that take gradients share them.
+        plan: the attacks, three with gradients and one without.
     """
     oracle, left, counted, remaining = Oracle(Smooth(), precision="fp64"), jobs(images), 0, []
-    plan = [attack for attack in parse_attacks(PLAN) if isinstance(attack, LaneAttack)]
-    for group in [[attack] for attack in plan] if apart else [plan[:3], plan[3:]]:
+    attacks = [attack for attack in parse_attacks(plan) if isinstance(attack, LaneAttack)]
+    for group in [[attack] for attack in attacks] if apart else [attacks[:3], attacks[3:]]:
         engine = LaneEngine(oracle, group[0], threat, lanes=sizes[0], seed=0, rungs=SteadySizes(sizes), then=group[1:])
         results = list(engine.run(left))
         counted += sum(result.passes for result in results)
@@ -83,15 +86,17 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", default="24,40,64,200")
-    counts = [int(text) for text in parser.parse_args().images.split(",")]
+    parser.add_argument("--plan", default=PLAN, help="three attacks with gradients and one without")
+    given = parser.parse_args()
+    counts = [int(text) for text in given.images.split(",")]
     print("| images | norm | sizes known | left | rows that count | paid before | factor | paid now | factor |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for threat in (ThreatModel("Linf", 0.02), ThreatModel("Linf", 0.004), ThreatModel("L2", 0.1)):
         for images in counts:
             for sizes in ((min(images, 64),), (64, 32, 16)):
-                counted, now, left = cost(images, threat, sizes, apart=False)
+                counted, now, left = cost(images, threat, sizes, apart=False, plan=given.plan)
                 with plain():
-                    same, before, left_before = cost(images, threat, sizes, apart=True)
+                    same, before, left_before = cost(images, threat, sizes, apart=True, plan=given.plan)
                 assert (counted, left) == (same, left_before), "answers or their counts have changed"
                 about = (
                     f"{images} | {threat.norm} {threat.eps:g} | {', '.join(map(str, sizes))} | {left[-1]} of {images}"

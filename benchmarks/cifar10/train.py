@@ -44,7 +44,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16 (avx512_bf16 or AMX); without, autocast takes five times as long as fp32."""
+    """Whether this CPU computes in bfloat16 (avx512_bf16 or AMX); without, autocast is five times slower."""
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
 
