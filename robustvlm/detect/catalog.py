@@ -12,6 +12,7 @@ from robustvlm.core.registry import Table
 from robustvlm.core.user_code import no_exit
 from robustvlm.detect.base import Detector, FittedDetector, Head
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
+from robustvlm.detect.krnft import KRNFT
 from robustvlm.detect.logits import ASH, GEN, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
 from robustvlm.detect.sdm import SDM
@@ -39,6 +40,7 @@ class Supplies:
         words: unit text embeddings [W, D] of words outside the known classes, None if there are none.
         temperature: that energies divide the logits by; 1 is the model's own.
         stream: unit features [S, D] of unlabelled images, known and unknown, that came in before; None if none did.
+        crops: unit features [S, C, D] of random crops of images of known classes, and the classes [S] of the images.
     """
 
     head: Head
@@ -48,6 +50,7 @@ class Supplies:
     words: Tensor | None = field(default=None, repr=False)
     temperature: float = 1.0
     stream: Tensor | None = field(default=None, repr=False)
+    crops: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
     def tempered(self) -> Head:
@@ -102,6 +105,8 @@ class Score:
         if taught and isinstance(detector, FittedDetector):
             assert supplies.features is not None
             assert supplies.labels is not None
+            if isinstance(detector, KRNFT) and supplies.crops is not None:
+                return detector.fit_crops(*supplies.crops)
             return detector.fit_features(supplies.features, supplies.labels)
         return detector
 
@@ -114,6 +119,13 @@ def _neglabel(supplies: Supplies) -> NegLabel:
 def _adaneg(supplies: Supplies) -> Detector:
     assert supplies.stream is not None, "asked for after the needs were checked"
     return AdaNeg(_neglabel(supplies)).remember(supplies.stream)
+
+
+def _krnft(supplies: Supplies) -> Detector:
+    texts = _neglabel(supplies)
+    # As the authors': groups of about as many negatives as there are classes, ten at most.
+    groups = len(texts.negatives) // len(supplies.head.class_embeddings)
+    return KRNFT(replace(texts, n_groups=max(1, min(10, groups))))
 
 
 def _sdis(supplies: Supplies) -> Detector:
@@ -155,6 +167,7 @@ SCORES: Table[Score] = Table(
             Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.tempered)),
             Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
             Score("adaneg", "AdaNeg", "2410.20149", ("encoder", "words", "stream"), _adaneg, usual=False),
+            Score("krnft", "KR-NFT", "2507.19847", ("encoder", "words", "images"), _krnft, usual=False),
             Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
             Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.tempered)),
             Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),

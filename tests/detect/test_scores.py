@@ -379,7 +379,7 @@ def test_what_cannot_be_made_is_said(clouds: Clouds) -> None:
 
 def test_lists_of_scores() -> None:
     assert parse_scores("all") == tuple(name for name, score in SCORES.items() if score.usual)
-    assert parse_scores("gen, adaneg, sdm, all") == tuple(SCORES)
+    assert parse_scores("gen, adaneg, krnft, sdm, all") == tuple(SCORES)
     assert parse_scores("json:loads,msp,gen") == ("msp", "gen", "json:loads")
     with pytest.raises(UserError, match="did you mean 'mahalanobis'"):
         parse_scores("msp,mahalonobis")
