@@ -2,7 +2,7 @@
 
     python -m benchmarks.immunity.negatives
 
-The five splits of `benchmarks.immunity.run splits`. Negatives are the antibodies of the bank that name no unknown thing,
+The five splits of `benchmarks.immunity.run splits`. Negatives are the bank's antibodies that name no unknown thing,
 for all rows the same. KR-NFT learns from random crops of four images a class of the training styles. Its constants are
 chosen on known images alone: a part of the known classes is left out in turn, and its Streamline images stand for
 unknown ones.

@@ -19,12 +19,13 @@ from robustvlm.detect.sdm import SDM
 from robustvlm.detect.words import SDIS, AdaNeg, NegLabel, mine_negatives, safe_rows
 from robustvlm.errors import UserError, nearest
 
-Need = Literal["encoder", "images", "words", "stream"]
+Need = Literal["encoder", "images", "words", "stream", "negatives"]
 
 WHY_NOT: dict[Need, str] = {
     "encoder": "the model has no image and text encoder, only logits",
     "images": "it learns from images of known classes: pass --fit DATA",
     "words": "it needs words outside the known classes: pass --words FILE",
+    "negatives": "the model has learnt no negative prompts: make one that has, with `robustvlm tune-prompts --lapt`",
     "stream": "it remembers unlabelled images that came in before: pass --stream DATA",
 }
 
@@ -41,6 +42,7 @@ class Supplies:
         temperature: that energies divide the logits by; 1 is the model's own.
         stream: unit features [S, D] of unlabelled images, known and unknown, that came in before; None if none did.
         crops: unit features [S, C, D] of random crops of images of known classes, and the classes [S] of the images.
+        negatives: unit embeddings [M, D] of words outside the classes that the model has learnt prompts for.
     """
 
     head: Head
@@ -51,6 +53,7 @@ class Supplies:
     temperature: float = 1.0
     stream: Tensor | None = field(default=None, repr=False)
     crops: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    negatives: Tensor | None = field(default=None, repr=False)
 
     @property
     def tempered(self) -> Head:
@@ -64,6 +67,7 @@ class Supplies:
             "images": self.features is not None,
             "words": self.words is not None,
             "stream": self.stream is not None,
+            "negatives": self.negatives is not None,
         }
         return there[need]
 
@@ -123,9 +127,17 @@ def _adaneg(supplies: Supplies) -> Detector:
 
 def _krnft(supplies: Supplies) -> Detector:
     texts = _neglabel(supplies)
-    # As the authors': groups of about as many negatives as there are classes, ten at most.
-    groups = len(texts.negatives) // len(supplies.head.class_embeddings)
-    return KRNFT(replace(texts, n_groups=max(1, min(10, groups))))
+    return KRNFT(replace(texts, n_groups=_groups(supplies, texts.negatives)))
+
+
+def _lapt(supplies: Supplies) -> Detector:
+    assert supplies.negatives is not None, "asked for after the needs were checked"
+    return NegLabel(supplies.head, supplies.negatives, _groups(supplies, supplies.negatives))
+
+
+def _groups(supplies: Supplies, negatives: Tensor) -> int:
+    """Return how many groups of about as many negatives as there are classes there can be, ten at most."""
+    return max(1, min(10, len(negatives) // len(supplies.head.class_embeddings)))
 
 
 def _sdis(supplies: Supplies) -> Detector:
@@ -168,6 +180,7 @@ SCORES: Table[Score] = Table(
             Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
             Score("adaneg", "AdaNeg", "2410.20149", ("encoder", "words", "stream"), _adaneg, usual=False),
             Score("krnft", "KR-NFT", "2507.19847", ("encoder", "words", "images"), _krnft, usual=False),
+            Score("lapt", "LAPT", "2407.08966", ("encoder", "negatives"), _lapt, usual=False),
             Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
             Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.tempered)),
             Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),

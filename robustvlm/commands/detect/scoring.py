@@ -231,7 +231,10 @@ def make_panel(
     features = None if fit is None or not encoder else fit.features
     labels = None if fit is None else fit.labels
     came = None if stream is None or not encoder else stream.features
-    supplies = Supplies(head, encoder, features, labels, words if encoder else None, temperature, came, crops)
+    learnt = getattr(classifier, "negative_embeddings", None)
+    negatives = learnt.detach().float().cpu() if isinstance(learnt, Tensor) and encoder else None
+    words = words if encoder else None
+    supplies = Supplies(head, encoder, features, labels, words, temperature, came, crops, negatives)
     detectors, skipped = make_scores(names, supplies)
     reasons = {item.name: item.reason for item in skipped}
     own = own_sdis(classifier)
