@@ -125,7 +125,7 @@ def scores_of(task: Task, crops: Crops, every: tuple[str, ...], seed: int) -> di
         "neglabel": (mined, f"{len(mined.negatives)} negatives"),
         "neglabel, all antibodies": (whole, f"{len(whole.negatives)} negatives"),
     }
-    start = KRNFT(mined, seed=seed)
+    start = KRNFT(mined, lr=1e-3, seed=seed)
     best = chosen(start, taught, task.held_out, seed=seed)
     note = f"lr {best.lr:g}, far crops {best.negative_weight:g}, epochs {best.epochs}"
     print(f"  chosen: {note}", flush=True)

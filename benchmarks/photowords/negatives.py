@@ -109,15 +109,14 @@ def split_rows(data: Encoded, parts: Parts, embed: Texts, photographs: Path, cac
     proposal = unnamed(bank, (*parts.near, *parts.far))
     vectors = known.filter_antibodies(proposal, embed, text[:, None], names, band=band).kept.embeddings
     texts = NegLabel(head, vectors, n_groups=max(1, min(10, len(vectors) // len(text))))
-    start = KRNFT(texts, seed=seed)
+    start = KRNFT(texts, lr=1e-3, seed=seed)
     best = chosen(start, taught, whole[half], labels[half], seed)
     print(f"split {seed}: rate {best.lr:g}, far crops {best.negative_weight:g}, {best.epochs} epochs", flush=True)
     found["neglabel"] = replace(texts, n_groups=1)
-    found[f"neglabel in {texts.n_groups} groups"] = texts
+    found["neglabel in groups"] = texts
     for title, one in (
         ("KR-NFT", best),
         ("- far crops at the authors' weight", replace(start, negative_weight=0.3)),
-        ("- no far crops", replace(start, negative_weight=0.0)),
     ):
         found[title] = one.fit_crops(taught, labels[half])
     return {name: judged(score.predict, whole[half], sides) for name, score in found.items()}
