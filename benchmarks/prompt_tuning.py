@@ -1,12 +1,13 @@
 """Prompt tuning with and without the energy terms, beside hand-written prompts: under a new style, and open-set.
 
-    python -m benchmarks.prompt_tuning [--choose] [--seeds 5] [--train TRAIN.parquet --test TEST.parquet]
+    python -m benchmarks.prompt_tuning [--choose] [--lapt] [--seeds 5] [--train TRAIN.parquet --test TEST.parquet]
 
 Three settings on `tiny`:
   styles      16 images a class of the six styles that `tiny` was trained on; tested on Twemoji, a style it never saw
   new style   all images of Streamline, which `tiny` never saw; tested on Twemoji
   CIFAR-10    16 images of each of 6 classes drawn by the seed; the other 4 are unknown (needs the two Parquet files)
 `--choose` prints the table that the weight of the energy term was chosen by: the first setting, tested on Streamline.
+`--lapt` prints the first two with LAPT in place of EBM, by the share of the classes among classes and negative words.
 Images are encoded once and kept under --cache. Prints Markdown.
 """
 
@@ -25,8 +26,19 @@ from torch import Tensor
 from benchmarks.common import exit_code_of
 from robustvlm.core.seeds import generator
 from robustvlm.data import open_data
-from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings, choose_shots, encode_source, tune
-from robustvlm.detect import Head, auroc, energy_change
+from robustvlm.data.names import same_things
+from robustvlm.defenses.lapt import NegativePrompts, farthest_words, mixing
+from robustvlm.defenses.prompts import Features, PromptLearner, Terms, TuneSettings, choose_shots, encode_source, tune
+from robustvlm.detect import (
+    Head,
+    MaxLogit,
+    Supplies,
+    auroc,
+    energy_change,
+    find_score,
+    outside,
+    tree_words,
+)
 from robustvlm.detect.logits import MCM
 from robustvlm.detect.metrics import fpr_at_tpr
 from robustvlm.models import VLM, load_model
@@ -127,6 +139,57 @@ def embeddings(vlm: VLM, setting: Setting, weight: float | None, seed: int, epoc
         return learner()
 
 
+def lapt_rows(vlm: VLM, setting: Setting, seed: int, epochs: int) -> dict[str, dict[str, float]]:
+    """Return the measures of LAPT, and of what it is beside: NegLabel with hand-written prompts, and CoOp's."""
+    every = outside(tree_words(), setting.class_names, open_data("emoji").tree)
+    shown = [thing for name in ("near", "far") for thing in open_data(f"emoji?split={name}").things()]
+    naming = same_things(every, shown)
+    plain = class_embeddings(vlm, setting.class_names, setting.templates)
+    found = farthest_words(vlm, [word for word in every if word not in naming], setting.templates, plain)
+    fixed = torch.cat([plain, found.embeddings])
+    rows = {"hand-written": fixed}
+    rows["CoOp, words hand-written"] = torch.cat([embeddings(vlm, setting, None, seed, epochs), found.embeddings])
+    few = {"length": 4, "start": "a picture of a", "seed": seed}
+    for name, part in (("LAPT, no cross-distribution mixing", "cross_modal"), ("LAPT", "loss")):
+        known, others = (PromptLearner(vlm, names, **few) for names in (setting.class_names, found.words))  # type: ignore[arg-type]
+        learner = NegativePrompts(known, others)
+        terms = mixing(learner, fixed, scale=vlm.logit_scale, seed=seed)
+
+        def lowered(
+            features: Tensor, labels: Tensor, step: int, terms: Terms = terms, part: str = part
+        ) -> dict[str, Tensor]:
+            return {"loss": terms(features, labels, step)[part]}
+
+        settings = TuneSettings(epochs=epochs, weight=None, seed=seed)
+        shots = setting.shots
+        tune(learner, shots.features, shots.labels, scale=vlm.logit_scale, settings=settings, terms_of=lowered)
+        with torch.no_grad():
+            rows[name] = learner()
+    return {name: open_set(vlm, setting, texts, len(plain)) for name, texts in rows.items()}
+
+
+def open_set(vlm: VLM, setting: Setting, texts: Tensor, classes: int) -> dict[str, float]:
+    """Return accuracy, and AUROC and FPR95 of the share of the classes and of the largest logit."""
+    head = Head(texts[:classes], vlm.logit_scale)
+    right = head.logits(setting.known.features).argmax(dim=1) == setting.known.labels
+    found = {"accuracy": right.float().mean().item()}
+    share = find_score("lapt").made(Supplies(head, negatives=texts[classes:]))
+    for name, other in setting.unknown.items():
+        for title, score in (("share", share), ("largest logit", MaxLogit(head))):
+            mine, theirs = (score.predict(part.features).double().numpy() for part in (setting.known, other))
+            found[f"AUROC {name}, {title}"] = auroc(mine, theirs)
+            found[f"FPR95 {name}, {title}"] = fpr_at_tpr(mine, theirs)
+    return found
+
+
+def run_lapt(title: str, vlm: VLM, settings: list[Setting], epochs: int) -> None:
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed, setting in enumerate(settings):
+        for name, found in lapt_rows(vlm, setting, seed, epochs).items():
+            rows.setdefault(name, []).append(found)
+    table(title, rows, "hand-written")
+
+
 def measures(vlm: VLM, setting: Setting, texts: Tensor) -> dict[str, float]:
     def delta(features: Tensor) -> Tensor:
         return energy_change(vlm.logit_scale * features @ texts.T, N_RESET).double()
@@ -187,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--choose", action="store_true", help="the table on the validation style instead")
+    parser.add_argument("--lapt", action="store_true", help="LAPT beside CoOp and NegLabel instead")
     parser.add_argument("--train", type=Path, help="CIFAR-10 training images (Parquet)")
     parser.add_argument("--test", type=Path, help="CIFAR-10 test images (Parquet)")
     options = parser.parse_args()
@@ -202,6 +266,11 @@ def main() -> None:
         run("Validation style (Streamline)", vlm, settings, weights, options.epochs)
         return
     test = "emoji?split=test&copies=4"
+    if options.lapt:
+        for title, tuned_on in (("the training styles", styles), ("Streamline", "emoji?split=val&copies=4")):
+            settings = [emoji(kept, seed, tuned_on=tuned_on, tested_on=test) for seed in seeds]
+            run_lapt(f"Tuned on {title}, tested on Twemoji", vlm, settings, options.epochs)
+        return
     settings = [emoji(kept, seed, tuned_on=styles, tested_on=test) for seed in seeds]
     run("Tuned on the training styles, tested on Twemoji", vlm, settings, METHODS, options.epochs)
     settings = [emoji(kept, seed, tuned_on="emoji?split=val&copies=4", tested_on=test) for seed in seeds]

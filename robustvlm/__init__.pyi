@@ -850,6 +850,8 @@ def tune_prompts(
     lr: float = 0.01,
     lambda_ebm: float = 10.0,
     ebm: bool = True,
+    lapt: bool = False,
+    words: Path | str | None = None,
     c: int = 2,
     seed: int = 0,
     device: str = "auto",
@@ -885,6 +887,8 @@ def tune_prompts(
         lr: Peak learning rate (Adam, cosine).
         lambda_ebm: Weight of the energy term.
         ebm: With the EBM terms, or CoOp without them.
+        lapt: LAPT instead: a second context is learnt for words outside the classes, for detect --scores lapt.
+        words: File of words outside the classes, for --lapt [default: the bundled class trees].
         c: Largest cosines that the energy change as a score resets.
         seed: Seed of every random draw.
         device: auto, cpu, cuda, cuda:1, ...

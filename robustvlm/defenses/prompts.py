@@ -260,14 +260,19 @@ class TuneSettings:
             raise UserError(f"the weight of the energy term must be at least 0, got {self.weight:g}: pass 1")
 
 
+Terms = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
+"""The terms of a loss by name, `loss` their sum, of features [N, D] with labels [N] in a step counted from 0."""
+
+
 def tune(
-    learner: PromptLearner,
+    learner: nn.Module,
     features: Tensor,
     labels: Tensor,
     *,
     scale: float,
     settings: TuneSettings,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    terms_of: Terms | None = None,
 ) -> list[dict[str, float]]:
     """Learn the context of `learner` in place; return the mean terms of each epoch.
 
@@ -276,21 +281,27 @@ def tune(
     Args:
         features: unit image features [N, D] of known images, labels [N].
         scale: factor on cosines.
+        terms_of: another loss than that of CoOp and EBM; the learner's parameters are what it is lowered in.
 
     Raises:
         UserError: the loss is no longer finite.
     """
+    device = next(learner.parameters()).device
     optimizer = torch.optim.Adam(learner.parameters(), lr=settings.lr)
     per_epoch = -(-len(features) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * per_epoch)
-    device = learner.context.device
     history: list[dict[str, float]] = []
+    step = 0
     for epoch in range(settings.epochs):
         order = torch.randperm(len(features), generator=generator(settings.seed, "prompt order", epoch))
         sums: dict[str, float] = {}
         for chosen in order.split(settings.batch_size):
             batch, wanted = features[chosen].to(device), labels[chosen].to(device)
-            terms = tuning_loss(batch, wanted, learner(), scale=scale, weight=settings.weight)
+            if terms_of is None:
+                terms = tuning_loss(batch, wanted, learner(), scale=scale, weight=settings.weight)
+            else:
+                terms = terms_of(batch, wanted, step)
+            step += 1
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
@@ -415,12 +426,26 @@ PROMPTS = "prompts.safetensors"
 
 
 class TunedClassifier(ZeroShot):
-    """A zero-shot classifier whose class embeddings were learnt; they are part of its identity."""
+    """A zero-shot classifier whose class embeddings were learnt; they are part of its identity.
+
+    Args:
+        negative_embeddings: unit embeddings [M, D] of words outside the classes, learnt with these (LAPT), and the
+            words; None where none were.
+    """
+
+    def __init__(
+        self, head: ZeroShotClassifier, negative_embeddings: Tensor | None = None, negative_words: Sequence[str] = ()
+    ) -> None:
+        super().__init__(head)
+        self.negative_embeddings, self.negative_words = negative_embeddings, tuple(negative_words)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the encoder and of the class embeddings."""
-        return fingerprint({"class_embeddings": self.class_embeddings}, (super().fingerprint, *self.class_names))
+        """Digest of the encoder and of the learnt embeddings."""
+        learnt = {"class_embeddings": self.class_embeddings}
+        if self.negative_embeddings is not None:
+            learnt["negative_embeddings"] = self.negative_embeddings
+        return fingerprint(learnt, (super().fingerprint, *self.class_names))
 
 
 class PromptTunedModel(SavedModel):
@@ -442,7 +467,8 @@ class PromptTunedModel(SavedModel):
     ) -> Classifier:
         """Return the tuned classifier over `class_names`, which must be among those that prompts were tuned for."""
         del templates, cache  # the prompts are learnt, and kept here
-        embeddings = read_weights(self.folder / PROMPTS).get("class_embeddings")
+        weights = read_weights(self.folder / PROMPTS)
+        embeddings, negatives = weights.get("class_embeddings"), weights.get("negative_embeddings")
         names = self.card.settings.get("class_names")
         if embeddings is None or not isinstance(names, list) or len(names) != len(embeddings):
             raise UserError(
@@ -456,11 +482,15 @@ class PromptTunedModel(SavedModel):
                 "pass data with those classes, or tune prompts for these"
             )
         rows = embeddings[[place for place in places if place is not None]]
-        return TunedClassifier(ZeroShotClassifier(encoder, class_names, rows)).eval()
+        words = self.card.settings.get("negative_words")
+        words = [str(word) for word in words] if isinstance(words, list) else []
+        if len(words) != (0 if negatives is None else len(negatives)):
+            raise UserError(f"'{self.folder}' is damaged: its embeddings do not fit its words; tune the prompts again")
+        return TunedClassifier(ZeroShotClassifier(encoder, class_names, rows), negatives, words).eval()
 
 
-def save_prompts(folder: Path, context: Tensor, class_embeddings: Tensor) -> None:
-    """Write the context vectors [M, W] and the class embeddings [K, D] that they give."""
-    tensors = {"context": context, "class_embeddings": class_embeddings}
+def save_prompts(folder: Path, context: Tensor, class_embeddings: Tensor, **more: Tensor) -> None:
+    """Write the context vectors [M, W] and the class embeddings [K, D] that they give, and other tensors by name."""
+    tensors = {"context": context, "class_embeddings": class_embeddings, **more}
     with replacing(folder / PROMPTS) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -12,18 +12,20 @@ from robustvlm.core.registry import Table
 from robustvlm.core.user_code import no_exit
 from robustvlm.detect.base import Detector, FittedDetector, Head
 from robustvlm.detect.distances import GDA, KNN, Mahalanobis, ViM
+from robustvlm.detect.krnft import KRNFT
 from robustvlm.detect.logits import ASH, GEN, MCM, MSP, DeltaEnergy, Energy, MaxLogit, ReAct
 from robustvlm.detect.mixtures import ClassMixtures, COOkeD
 from robustvlm.detect.sdm import SDM
 from robustvlm.detect.words import SDIS, AdaNeg, NegLabel, mine_negatives, safe_rows
 from robustvlm.errors import UserError, nearest
 
-Need = Literal["encoder", "images", "words", "stream"]
+Need = Literal["encoder", "images", "words", "stream", "negatives"]
 
 WHY_NOT: dict[Need, str] = {
     "encoder": "the model has no image and text encoder, only logits",
     "images": "it learns from images of known classes: pass --fit DATA",
     "words": "it needs words outside the known classes: pass --words FILE",
+    "negatives": "the model has learnt no negative prompts: make one that has, with `robustvlm tune-prompts --lapt`",
     "stream": "it remembers unlabelled images that came in before: pass --stream DATA",
 }
 
@@ -39,6 +41,8 @@ class Supplies:
         words: unit text embeddings [W, D] of words outside the known classes, None if there are none.
         temperature: that energies divide the logits by; 1 is the model's own.
         stream: unit features [S, D] of unlabelled images, known and unknown, that came in before; None if none did.
+        crops: unit features [S, C, D] of random crops of images of known classes, and the classes [S] of the images.
+        negatives: unit embeddings [M, D] of words outside the classes that the model has learnt prompts for.
     """
 
     head: Head
@@ -48,6 +52,8 @@ class Supplies:
     words: Tensor | None = field(default=None, repr=False)
     temperature: float = 1.0
     stream: Tensor | None = field(default=None, repr=False)
+    crops: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    negatives: Tensor | None = field(default=None, repr=False)
 
     @property
     def tempered(self) -> Head:
@@ -61,6 +67,7 @@ class Supplies:
             "images": self.features is not None,
             "words": self.words is not None,
             "stream": self.stream is not None,
+            "negatives": self.negatives is not None,
         }
         return there[need]
 
@@ -102,6 +109,8 @@ class Score:
         if taught and isinstance(detector, FittedDetector):
             assert supplies.features is not None
             assert supplies.labels is not None
+            if isinstance(detector, KRNFT) and supplies.crops is not None:
+                return detector.fit_crops(*supplies.crops)
             return detector.fit_features(supplies.features, supplies.labels)
         return detector
 
@@ -114,6 +123,21 @@ def _neglabel(supplies: Supplies) -> NegLabel:
 def _adaneg(supplies: Supplies) -> Detector:
     assert supplies.stream is not None, "asked for after the needs were checked"
     return AdaNeg(_neglabel(supplies)).remember(supplies.stream)
+
+
+def _krnft(supplies: Supplies) -> Detector:
+    texts = _neglabel(supplies)
+    return KRNFT(replace(texts, n_groups=_groups(supplies, texts.negatives)))
+
+
+def _lapt(supplies: Supplies) -> Detector:
+    assert supplies.negatives is not None, "asked for after the needs were checked"
+    return NegLabel(supplies.head, supplies.negatives, _groups(supplies, supplies.negatives))
+
+
+def _groups(supplies: Supplies, negatives: Tensor) -> int:
+    """Return how many groups of about as many negatives as there are classes there can be, ten at most."""
+    return max(1, min(10, len(negatives) // len(supplies.head.class_embeddings)))
 
 
 def _sdis(supplies: Supplies) -> Detector:
@@ -155,6 +179,8 @@ SCORES: Table[Score] = Table(
             Score("ash", "ASH-S", "2209.09858", ("encoder",), lambda s: ASH(s.tempered)),
             Score("neglabel", "NegLabel", "2403.20078", ("encoder", "words"), _neglabel),
             Score("adaneg", "AdaNeg", "2410.20149", ("encoder", "words", "stream"), _adaneg, usual=False),
+            Score("krnft", "KR-NFT", "2507.19847", ("encoder", "words", "images"), _krnft, usual=False),
+            Score("lapt", "LAPT", "2407.08966", ("encoder", "negatives"), _lapt, usual=False),
             Score("s-dis", "S_DIS, text only", "2605.30745", ("encoder", "words"), _sdis),
             Score("react", "ReAct", "2111.12797", ("encoder", "images"), lambda s: ReAct(s.tempered)),
             Score("mahalanobis", "Mahalanobis", "1807.03888", ("encoder", "images"), lambda _: Mahalanobis()),

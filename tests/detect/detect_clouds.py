@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ class Clouds:
 
     @property
     def supplies(self) -> Supplies:
-        return Supplies(self.head, features=self.fit, labels=self.labels, words=self.words, stream=self.stream)
+        found = Supplies(self.head, features=self.fit, labels=self.labels, words=self.words, stream=self.stream)
+        return replace(found, negatives=self.words[::2])
 
 
 def draw_clouds() -> Clouds:

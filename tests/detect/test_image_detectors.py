@@ -40,7 +40,8 @@ WORDS = nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().m
 def test_scores_of_images_are_those_of_their_features(name: str) -> None:
     with torch.no_grad():
         features, new = MODEL.encode_image(X), MODEL.encode_image(NEW)
-    made = SCORES[name].make(Supplies(HEAD, features=features, labels=Y, words=WORDS, stream=features))
+    supplies = Supplies(HEAD, features=features, labels=Y, words=WORDS, stream=features, negatives=WORDS)
+    made = SCORES[name].make(supplies)
     if isinstance(made, FittedDetector):
         of_features = made.fit(features, Y)
         of_images = made.fit(X, Y, model=MODEL)

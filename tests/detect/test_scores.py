@@ -305,7 +305,7 @@ def test_float32_ranks_as_float64(made: dict[str, Detector], clouds: Clouds, nam
 
 
 def test_rotating_everything_changes_nothing(clouds: Clouds) -> None:
-    """Scores of angles and distances do not know the axes; ReAct and ASH look at single entries and do."""
+    """Scores of angles and distances do not know the axes; ReAct, ASH and KR-NFT look at single entries and do."""
     draws = torch.Generator().manual_seed(5)
     turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=draws, dtype=torch.float64)).Q
     turned = Supplies(
@@ -314,8 +314,9 @@ def test_rotating_everything_changes_nothing(clouds: Clouds) -> None:
         labels=clouds.labels,
         words=clouds.words @ turn,
         stream=clouds.stream @ turn,
+        negatives=clouds.words[::2] @ turn,
     )
-    for name in (name for name in SCORES if name not in ("react", "ash")):
+    for name in (name for name in SCORES if name not in ("react", "ash", "krnft")):
         before = SCORES[name].made(clouds.supplies).score(clouds.unknown)
         after = SCORES[name].made(turned).score(clouds.unknown @ turn)
         assert torch.allclose(before, after, rtol=1e-4, atol=1e-4), name
@@ -379,7 +380,7 @@ def test_what_cannot_be_made_is_said(clouds: Clouds) -> None:
 
 def test_lists_of_scores() -> None:
     assert parse_scores("all") == tuple(name for name, score in SCORES.items() if score.usual)
-    assert parse_scores("gen, adaneg, sdm, all") == tuple(SCORES)
+    assert parse_scores("gen, adaneg, krnft, lapt, sdm, all") == tuple(SCORES)
     assert parse_scores("json:loads,msp,gen") == ("msp", "gen", "json:loads")
     with pytest.raises(UserError, match="did you mean 'mahalanobis'"):
         parse_scores("msp,mahalonobis")

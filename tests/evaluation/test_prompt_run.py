@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from robustvlm.cli.app import typer_command
 from robustvlm.commands.prompts import TUNE_PROMPTS, PromptSettings
 from robustvlm.defenses import SmoothedVLM, load_classifier
+from robustvlm.detect import Supplies, head_of, make_scores
 from robustvlm.errors import UserError
 from robustvlm.models.saved import read_card
 from robustvlm.runs.run import Run
@@ -106,6 +107,43 @@ def test_without_the_energy_terms_it_is_coop(prepare: Callable[..., Run]) -> Non
     assert set(record.history[0]) == {"cross_entropy", "loss"}
 
 
+def test_lapt_learns_words_beside_the_classes(
+    prepare: Callable[..., Run], make_folder: Callable[..., Path], photos: Path, tmp_path: Path
+) -> None:
+    others = make_folder(9, "others")
+    for name in NAMES:
+        (others / name).rename(others / {"cat": "music", "dog": "wolf", "fox": "tree"}[name])
+    (tmp_path / "words.txt").write_text("\n".join(["sea", "winter", "engine", "music", "paper", "cat", "clock"]))
+    asked = {"words": tmp_path / "words.txt", "val": f"imagefolder:{photos}", "ood": [f"far=imagefolder:{others}"]}
+    run = prepare(lapt=True, **asked)
+    # A class is no word outside the classes, and what an unknown set shows would tell what is measured.
+    assert run.work.words == ("sea", "winter", "engine", "paper", "clock")
+    record = run.start().summary
+    assert set(record.history[0]) == {"cross_modal", "cross_distribution", "loss"}
+    assert set(record.tuned.auroc) == {"far"}
+    spec, kept = str(run.folder.path), load_file(run.folder.path / "prompts.safetensors")
+    classifier = load_classifier(spec, NAMES, ["a {}"])
+    assert torch.equal(classifier.negative_embeddings, kept["negative_embeddings"])
+    assert len(classifier.negative_words) == len(kept["negative_embeddings"]) == 1  # 15 % of the five
+    assert not torch.equal(kept["negative_context"], kept["context"])
+    supplies = Supplies(head_of(classifier), negatives=kept["negative_embeddings"])
+    made, skipped = make_scores(["lapt"], supplies)
+    assert made["lapt"].predict(kept["class_embeddings"]).shape == (3,)
+    assert not skipped
+    assert "tune-prompts --lapt" in make_scores(["lapt"], Supplies(head_of(classifier)))[1][0].reason
+    plain = prepare(name="plain")
+    plain.start()
+    other = load_classifier(str(plain.folder.path), NAMES, ["a {}"])
+    assert other.negative_embeddings is None
+    assert other.fingerprint != classifier.fingerprint
+    # The words are part of the folder: without them it is no model.
+    card = json.loads((run.folder.path / "model.json").read_text())
+    card["settings"]["negative_words"] = []
+    (run.folder.path / "model.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="is damaged: its embeddings do not fit its words"):
+        load_classifier(spec, NAMES, ["{}"])
+
+
 def test_validation_and_unknown_images_are_measured(
     prepare: Callable[..., Run], make_folder: Callable[..., Path], photos: Path
 ) -> None:
@@ -145,6 +183,8 @@ def test_mistakes_are_found_before_any_work(prepare: Callable[..., Run]) -> None
         ({"c": 0}, "c must be at least 1, got 0"),
         ({"context": 40}, "40 context vectors do not fit"),
         ({"ood": ["emoji"]}, "pass val=DATA with known images too"),
+        ({"words": Path("w.txt")}, "words are for lapt: pass both"),
+        ({"lapt": True, "words": Path("w.txt")}, "no words file"),
         ({"val": "emoji"}, "has other classes than"),
         ({"model": "tiny+smooth:0.1", "epochs": 0}, "epochs must be at least 1"),
         ({"name": "../out"}, "the run name '../out' is not allowed"),

@@ -8,6 +8,7 @@ new has come, `PYTHONPATH=. python tests/pins/test_kinds.py` writes it down.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def _present() -> dict[str, Any]:
     rows = torch.nn.functional.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     labels = torch.arange(48) % 3
     supplies = Supplies(Head(rows[:3], 20.0), features=rows[3:51], labels=labels, words=rows[51:], stream=rows[3:9])
+    supplies = replace(supplies, negatives=rows[51:])
     return {
         "models": list(KINDS),
         "attacks": sorted(ATTACKS),

@@ -62,16 +62,18 @@ def of_words(naming: Mapping[str, str], *, oracle: bool) -> Iterator[Check]:
 
 
 def of_antibodies(classifier: Classifier, unknown: Sequence[tuple[str, Unlabelled]]) -> Iterator[Check]:
-    """Yield the finding that a model's own antibodies name classes of an unknown set."""
-    texts = getattr(classifier, "antibody_texts", ())
+    """Yield the finding that a model's own antibodies, or negative prompts, name classes of an unknown set."""
+    texts, what = getattr(classifier, "antibody_texts", ()), "antibodies"
+    if not texts:
+        texts, what = getattr(classifier, "negative_words", ()), "negative prompts"
     for name, source in unknown:
         found = same_things(texts, source.things())
         if found:
             message = (
-                f"Oracle: {len(found)} antibodies of the model name classes of the unknown set '{name}' "
+                f"Oracle: {len(found)} {what} of the model name classes of the unknown set '{name}' "
                 f"({some_of(found)}): its own score is told what it is tested on there."
             )
-            yield Check(name=f"antibodies that name unknown classes, in {name}", level="warning", message=message)
+            yield Check(name=f"{what} that name unknown classes, in {name}", level="warning", message=message)
 
 
 def of_constant_scores(sets: Sequence[Scored]) -> Iterator[Check]:

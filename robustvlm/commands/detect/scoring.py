@@ -217,11 +217,13 @@ def make_panel(
     words: Tensor | None,
     *,
     stream: Encoded | None = None,
+    crops: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
 ) -> Panel:
     """Return the named scores for a model, fitted to `fit`; `words` are unit text embeddings [W, D].
 
-    Energies divide the logits by `temperature`; scores that gather negatives have seen the `stream`.
+    Energies divide the logits by `temperature`; scores that gather negatives have seen the `stream`, and KR-NFT learns
+    from `crops` [N, C, D] of some images, with their labels.
 
     Raises UserError when none of them can be used.
     """
@@ -229,7 +231,10 @@ def make_panel(
     features = None if fit is None or not encoder else fit.features
     labels = None if fit is None else fit.labels
     came = None if stream is None or not encoder else stream.features
-    supplies = Supplies(head, encoder, features, labels, words if encoder else None, temperature, came)
+    learnt = getattr(classifier, "negative_embeddings", None)
+    negatives = learnt.detach().float().cpu() if isinstance(learnt, Tensor) and encoder else None
+    words = words if encoder else None
+    supplies = Supplies(head, encoder, features, labels, words, temperature, came, crops, negatives)
     detectors, skipped = make_scores(names, supplies)
     reasons = {item.name: item.reason for item in skipped}
     own = own_sdis(classifier)

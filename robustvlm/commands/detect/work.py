@@ -13,7 +13,7 @@ from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.detect import DetectSettings, corrupted, measures, promised, remarks, scoring
+from robustvlm.commands.detect import DetectSettings, corrupted, cropping, measures, promised, remarks, scoring
 from robustvlm.commands.detect import summary as record
 from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
 from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
@@ -103,6 +103,7 @@ class DetectWork:
             found.fit,
             self._word_embeddings(session),
             stream=found.stream,
+            crops=self._crops(answers, found.fit, session),
             temperature=self.settings.temperature,
         )
         sets = measures.usable([self._scored(name, source, found, panel) for name, source in self._sources()], panel)
@@ -206,6 +207,18 @@ class DetectWork:
         specs = {name: source.spec for name, source in self._sources()}
         scoring.require_before(stream, self.stream.spec, {name: (found, specs[name]) for name, found in judged.items()})
         return stream
+
+    def _crops(self, answers: Answers, fit: Encoded | None, session: Session) -> tuple[Tensor, Tensor] | None:
+        """Return crops of some images to learn from, with their labels, if a score wants any."""
+        if "krnft" not in self.scores or self.fit is None or fit is None or fit.features is None or not self.words:
+            return None
+        wanted, seed = cropping.few_of_each(fit, seed=self.settings.seed), self.settings.seed
+        path = session.folder.features_path / "crops.safetensors"
+        if not path.exists():
+            session.observer.begin(f"Encoding {cropping.CROPS} crops of each of {len(wanted):,} images", len(wanted))
+        advance = session.observer.advance
+        made = partial(cropping.encode_crops, answers, self.fit, wanted, seed=seed, on_images=advance)
+        return cropping.by_image(kept(path, made, owner=session.manifest))
 
     def _without_known(self, found: Encoded, spec: str) -> tuple[Encoded, dict[str, int]]:
         """Return a set of unknown images without those of known classes, and how many of which these were."""

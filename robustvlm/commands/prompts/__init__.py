@@ -43,6 +43,12 @@ class PromptSettings(Settings):
     lr: float = option(0.01, "Peak learning rate (Adam, cosine).")
     lambda_ebm: float = option(10.0, "Weight of the energy term.")
     ebm: bool = option(True, "With the EBM terms, or CoOp without them.")
+    lapt: bool = option(
+        False, "LAPT instead: a second context is learnt for words outside the classes, for detect --scores lapt."
+    )
+    words: Path | None = option(
+        None, "File of words outside the classes, for --lapt [default: the bundled class trees].", shown=False
+    )
     c: int = option(2, "Largest cosines that the energy change as a score resets.", at_least=1)
     seed: int = Shared.SEED
     device: str = Shared.DEVICE
@@ -54,8 +60,8 @@ class PromptSettings(Settings):
 
     @property
     def energy_weight(self) -> float | None:
-        """Lambda of the energy term; None for CoOp, without the EBM terms."""
-        return self.lambda_ebm if self.ebm else None
+        """Lambda of the energy term; None for CoOp and LAPT, without the EBM terms."""
+        return self.lambda_ebm if self.ebm and not self.lapt else None
 
     @model_validator(mode="after")
     def _something_to_compare(self) -> PromptSettings:
@@ -64,13 +70,16 @@ class PromptSettings(Settings):
                 f"{setting('ood')} compares unknown images with known ones: pass {setting('val', 'DATA')} with known "
                 "images too"
             )
+        if self.words is not None and not self.lapt:
+            raise UserError(f"{setting('words')} are for {setting('lapt')}: pass both")
         return self
 
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run: no weight without the energy term, None for all images, c under its role."""
         named = {"shots": self.shots or None, "energy_weight": self.energy_weight, "n_reset": self.c}
         found = super().stored(**named, **resolved)
-        return {name: value for name, value in found.items() if name not in ("lambda_ebm", "ebm", "c")}
+        left = ("lambda_ebm", "ebm", "c") if self.lapt else ("lambda_ebm", "ebm", "c", "lapt", "words")
+        return {name: value for name, value in found.items() if name not in left}
 
 
 TUNE_PROMPTS = Command("tune-prompts", PromptSettings, "robustvlm.commands.prompts.work")

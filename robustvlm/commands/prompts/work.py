@@ -1,5 +1,6 @@
 """The work of `robustvlm tune-prompts`: encode a few images a class once, learn a context, measure what it changed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,22 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of, unknown_specs
 from robustvlm.commands.prompts import PromptSettings
 from robustvlm.core.files import write_text
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
-from robustvlm.data.specs import open_unlabelled
+from robustvlm.data.names import same_things
+from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.data.splits import copies, in_both
 from robustvlm.defenses import load_pipeline, prompts, split_spec
+from robustvlm.defenses.lapt import NegativePrompts, Negatives, farthest_words, mixing
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings
-from robustvlm.detect import auroc_interval, energy_change
+from robustvlm.detect import Head, Supplies, auroc_interval, energy_change, find_score, outside, read_words, tree_words
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
@@ -49,7 +53,10 @@ class _Record(BaseModel):
 
 
 class PromptMeasures(_Record):
-    """Accuracy, and the AUROC of the energy change for each set of unknown images as (value, low, high)."""
+    """Accuracy, and the AUROC for each set of unknown images as (value, low, high).
+
+    It is that of the energy change, and of LAPT's own score where prompts of words were learnt.
+    """
 
     accuracy: Rate
     auroc: dict[str, list[float]] | None = None
@@ -66,6 +73,20 @@ class PromptRecord(_Record):
     notes: list[str] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What LAPT learns beside the context of the classes.
+
+    Args:
+        negatives: the words outside the classes. fixed: unit embeddings [K + M, D] of classes and words with
+            hand-written prompts. learner: of both contexts.
+    """
+
+    negatives: Negatives
+    fixed: Tensor
+    learner: NegativePrompts
+
+
 @dataclass(frozen=True)
 class PromptWork:
     """A run's facts, model, images and the context that is to be learnt."""
@@ -76,6 +97,7 @@ class PromptWork:
     vlm: VLM
     source: DataSource
     learner: PromptLearner
+    words: tuple[str, ...] = ()
 
     def run(self, session: Session) -> None:
         """Tune the prompts and save them.
@@ -83,16 +105,31 @@ class PromptWork:
         Raises:
             UserError: a class without an image, or a loss that is not finite.
         """
-        shots = self._shots(session.observer)
-        history = self._tuned(shots, session.observer)
+        shots, beside = self._shots(session.observer), self._beside(session.observer)
+        learner: nn.Module = self.learner if beside is None else beside.learner
+        history = self._tuned(learner, beside, shots, session.observer)
         with torch.no_grad():
-            tuned = self.learner().cpu()
+            tuned = learner().cpu()
         if not tuned.isfinite().all():
             smaller = setting("lr")
             raise UserError(f"the tuned prompts are not finite: pass a smaller {smaller} than {self.settings.lr:g}")
-        record = PromptRecord(images=len(shots.ids), history=history, **self._measured(tuned, shots, session.observer))
+        measured = self._measured(tuned, beside, shots, session.observer)
+        record = PromptRecord(images=len(shots.ids), history=history, **measured)
         with session.results() as folder:
-            self._save(folder, tuned, record)
+            self._save(folder, tuned, beside, record)
+
+    def _beside(self, observer: Observer) -> Beside | None:
+        """Return the words outside the classes that LAPT learns a context for; None without it."""
+        if not self.settings.lapt:
+            return None
+        observer.begin(f"Embedding {len(self.words):,} words")
+        plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
+        found = farthest_words(self.vlm, self.words, self.source.templates, plain)
+        start = self.settings.start
+        second = PromptLearner(
+            self.vlm, found.words, length=self.settings.context, start=start, seed=self.settings.seed
+        )
+        return Beside(found, torch.cat([plain, found.embeddings]), NegativePrompts(self.learner, second))
 
     def _shots(self, observer: Observer) -> Features:
         """Return the features of the few images to learn from."""
@@ -100,19 +137,24 @@ class PromptWork:
         observer.begin("Encoding", len(chosen))
         return prompts.encode_source(self.vlm, self.source, keep=chosen.__contains__, on_images=counted(observer))
 
-    def _tuned(self, shots: Features, observer: Observer) -> list[dict[str, float]]:
+    def _tuned(
+        self, learner: nn.Module, beside: Beside | None, shots: Features, observer: Observer
+    ) -> list[dict[str, float]]:
         """Learn the context; return the mean losses of every epoch."""
         observer.begin("Tuning", self.settings.epochs)
+        scale, seed = self.vlm.logit_scale, self.settings.seed
+        terms = None if beside is None else mixing(beside.learner, beside.fixed, scale=scale, seed=seed)
         return prompts.tune(
-            self.learner,
+            learner,
             shots.features,
             shots.labels,
-            scale=self.vlm.logit_scale,
+            scale=scale,
             settings=self.tuning,
             on_epoch=lambda _, terms: observer.advance(loss=f"{terms['loss']:.3f}"),
+            terms_of=terms,
         )
 
-    def _measured(self, tuned: Tensor, shots: Features, observer: Observer) -> dict[str, Any]:
+    def _measured(self, tuned: Tensor, beside: Beside | None, shots: Features, observer: Observer) -> dict[str, Any]:
         """Return accuracy and detection with the tuned and with the hand-written prompts, on `val` and `ood`."""
         if self.settings.val is None:
             return {}
@@ -143,7 +185,11 @@ class PromptWork:
                 notes.append(f"{left_out} images of '{name}' are of known classes and were left out")
         parts = {without_secrets(self.settings.data): shots, without_secrets(self.settings.val): known, **unknown}
         notes += [f"{p.unreadable} images of '{n}' could not be read" for n, p in parts.items() if p.unreadable]
-        plain = class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
+        plain = (
+            class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
+            if beside is None
+            else beside.fixed
+        )
         measures = {n: self._measures(known, unknown, texts) for n, texts in (("zero_shot", plain), ("tuned", tuned))}
         return {**measures, "notes": notes}
 
@@ -154,7 +200,8 @@ class PromptWork:
 
     def _measures(self, known: Features, unknown: dict[str, Features], texts: Tensor) -> PromptMeasures:
         labelled = known.labels != UNKNOWN
-        hits = (known.features @ texts.T).argmax(dim=1)[labelled] == known.labels[labelled]
+        classes = texts[: len(self.source.class_names)]
+        hits = (known.features @ classes.T).argmax(dim=1)[labelled] == known.labels[labelled]
         scores = self._scores(known, texts)[labelled.numpy()]
         groups = [group for group, wanted in zip(known.groups, labelled.tolist(), strict=True) if wanted]
         found: dict[str, list[float]] = {}
@@ -165,15 +212,25 @@ class PromptWork:
         return PromptMeasures(accuracy=rate(int(hits.sum()), len(hits)), auroc=found or None)
 
     def _scores(self, images: Features, texts: Tensor) -> Any:
-        logits = self.vlm.logit_scale * images.features @ texts.T
-        return energy_change(logits, self.settings.c).double().numpy()
+        scale, count = self.vlm.logit_scale, len(self.source.class_names)
+        if len(texts) > count:
+            share = find_score("lapt").made(Supplies(Head(texts[:count], scale), negatives=texts[count:]))
+            return share.score(images.features).double().numpy()
+        return energy_change(scale * images.features @ texts.T, self.settings.c).double().numpy()
 
-    def _save(self, folder: Path, tuned: Tensor, record: PromptRecord) -> None:
+    def _save(self, folder: Path, tuned: Tensor, beside: Beside | None, record: PromptRecord) -> None:
         """Write the prompts, then the record, and the card last: a folder with a card is whole."""
-        prompts.save_prompts(folder, self.learner.context, tuned)
-        write_text(folder / NAME, record.model_dump_json(indent=1) + "\n")
         names = list(self.source.class_names)
         settings = {"class_names": names, "n_reset": self.settings.c, "prompts": prompts.PROMPTS}
+        more: dict[str, Tensor] = {}
+        if beside is not None:
+            settings["negative_words"] = list(beside.negatives.words)
+            more = {
+                "negative_context": beside.learner.negatives.context,
+                "negative_embeddings": tuned[len(names) :],
+            }
+        prompts.save_prompts(folder, self.learner.context, tuned[: len(names)], **more)
+        write_text(folder / NAME, record.model_dump_json(indent=1) + "\n")
         probe = probe_encoder(self.vlm)
         write_card(folder, Card("tune-prompts", self.settings.model, self.vlm.fingerprint, settings, probe))
 
@@ -190,6 +247,7 @@ def open_work(settings: PromptSettings) -> PromptWork:
     source = open_data(settings.data, classes=settings.classes)
     val = None if settings.val is None else _matching(settings.val, source)
     unknown = [open_unlabelled(spec, source.class_names) for spec in unknown_specs(settings.ood).values()]
+    words = _words(settings, source, unknown) if settings.lapt else ()
     vlm = load_pipeline(settings.model, device=device)
     learner = PromptLearner(vlm, source.class_names, length=settings.context, start=settings.start, seed=settings.seed)
     data = describe_data(source)
@@ -199,13 +257,24 @@ def open_work(settings: PromptSettings) -> PromptWork:
         data |= {"ood": [other.fingerprint() for other in unknown]}
     facts = Facts(
         (settings.model, settings.data),
-        settings.stored(device=str(device)),
+        settings.stored(device=str(device), **({"words": fingerprint({}, words)} if settings.lapt else {})),
         {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale},
         data,
         probe=probe_of(vlm, source.class_names, source.templates),
         remarks=remarks_of(source, vlm),
     )
-    return PromptWork(facts, settings, tuning, vlm, source, learner)
+    return PromptWork(facts, settings, tuning, vlm, source, learner, words)
+
+
+def _words(settings: PromptSettings, source: DataSource, unknown: Sequence[Unlabelled]) -> tuple[str, ...]:
+    """Return the words outside the classes; those that name what an unknown set shows would tell what is measured."""
+    every = read_words(settings.words) if settings.words else tree_words()
+    words = outside(every, source.class_names, source.tree)
+    naming = {word for other in unknown for word in same_things(words, other.things())}
+    found = tuple(word for word in words if word not in naming)
+    if not found:
+        raise UserError(f"no word is left outside the classes: pass others with {setting('words', 'FILE')}")
+    return found
 
 
 def _matching(spec: str, source: DataSource) -> DataSource:
@@ -236,7 +305,8 @@ def blocks(record: PromptRecord, val: str | None) -> list[Block]:
         both = (record.zero_shot, record.tuned)
         rows: list[Row] = [("accuracy", *(Measure.of(side.accuracy) for side in both))]
         for spec in record.tuned.auroc or {}:
-            label: Line = ["AUROC of the energy change, ", Name(spec)]
+            score = "share of the classes" if "cross_modal" in record.history[-1] else "energy change"
+            label: Line = [f"AUROC of the {score}, ", Name(spec)]
             found = [(side.auroc or {})[spec] for side in both]
             rows.append((label, *(Measure.between(value, low, high) for value, low, high in found)))
         columns = [Column("Measure"), Column("Hand-written prompts"), Column("Tuned")]
