@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from benchmarks.common import exit_code_of
 from robustvlm.core.seeds import generator
 from robustvlm.data import open_data
 from robustvlm.data.trees import Tree
+from robustvlm.defenses.prompts import Features
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 
@@ -48,7 +50,11 @@ def main() -> None:
     seeds = range(options.seeds)
     if options.set == "photowords":
         kept = Kept(load_model("benchmarks.photowords.model:load"), options.cache)
-        settings = [photowords(kept, seed, _given(options.photographs, "--photographs")) for seed in seeds]
+        source = open_data(f"parquet:{_given(options.photographs, '--photographs')}")
+        if source.tree is None:
+            raise UserError(f"{options.photographs}: the classes are not ImageNet's, so there is no tree over them")
+        images = kept.features(f"parquet:{options.photographs}")
+        settings = [photowords(images, source.tree[0], source.templates, seed) for seed in seeds]
     elif options.set == "cifar10":
         kept = Kept(load_model("benchmarks.finetune.lit_model:load"), options.cache)
         specs = {name: f"parquet:{_given(getattr(options, name), f'--{name}')}" for name in ("train", "test")}
@@ -60,12 +66,8 @@ def main() -> None:
     run(options.set, kept.vlm, settings, METHODS, options.epochs or (10 if options.set == "emoji" else 50))
 
 
-def photowords(kept: Kept, seed: int, photographs: Path) -> Setting:
+def photowords(images: Features, tree: Tree, templates: Sequence[str], seed: int) -> Setting:
     """Return families of photographs to learn and to tell from others, drawn by the seed."""
-    source = open_data(f"parquet:{photographs}")
-    if source.tree is None:
-        raise UserError(f"{photographs}: the classes are not ImageNet's, so there is no tree over them")
-    tree, images = source.tree[0], kept.features(f"parquet:{photographs}")
     family = torch.tensor(tree.superclass_labels(FAMILY))[images.labels]
     names, node = tree.level_names(FAMILY), _nodes(tree)
     large = [i for i in range(len(names)) if int((family == i).sum()) >= ENOUGH]
@@ -85,7 +87,7 @@ def photowords(kept: Kept, seed: int, photographs: Path) -> Setting:
     unknown = images.labels < 0
     return Setting(
         [names[i] for i in known],
-        source.templates,
+        templates,
         pick(images, shots),
         pick(images, ~shots & ~unknown),
         {"near": pick(images, unknown & beside), "far": pick(images, unknown & ~beside)},

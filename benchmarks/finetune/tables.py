@@ -105,7 +105,8 @@ def _against(rows: Mapping[str, list[Row]], sets: Sequence[str], column: str, sh
         pairs = [(row, reference[row["seed"]]) for row in seeds if row["seed"] in reference]
         pairs = [(seeds[0], other) for other in reference.values()] if key == "zero-shot" else pairs
         mean = mean_and_range([share("".join(of(row) for of in columns)) for row in seeds])
-        compared = [columns, *([of] for of in [*columns, partial(_named, column=column)])]
+        each: list[Callable[[Row], str]] = [*columns, partial(_named, column=column)]
+        compared = [columns, *([of] for of in each)]
         found = [_comparison(pairs, of) if key != "tecoa" and pairs else "-" for of in compared]
         lines.append([seeds[0]["title"], mean, *found, str(len(seeds))])
     header = [f"{shown}, against TeCoA", "mean over left-out sets", "its difference", *sets]
