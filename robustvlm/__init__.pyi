@@ -874,7 +874,7 @@ def tune_prompts(
         101
 
     Args:
-        model: An open_clip model or a folder on one; it stays as it is.
+        model: An open_clip model, one of yours on MiniLM, or a folder on one; it stays as it is.
         data: Labelled images to learn from; `robustvlm data` lists the forms.
         classes: File of class names, one per line or a JSON list.
         val: Images of the same classes to measure on, another style say.

@@ -46,10 +46,14 @@ def right_when_attacked(
     *,
     goal: Goal | None = None,
     seed: int = 0,
+    precision: str = "bf16",
 ) -> list[bool]:
-    """Return per image whether it is right when clean and survives every attack of a list such as `pgd` or `fare`."""
-    # Gradients in half precision; what counts as fooled is looked at again in single precision.
-    goal, oracle = goal or Misclassify(), Oracle(classifier, precision="bf16")
+    """Return per image whether it is right when clean and survives every attack of a list such as `pgd` or `fare`.
+
+    Args:
+        precision: of the gradients; what counts as fooled is looked at again in single precision.
+    """
+    goal, oracle = goal or Misclassify(), Oracle(classifier, precision=precision)
     alive = right_when_clean(classifier, images, goal)
     for attack in parse_attacks(attacks):
         assert isinstance(attack, LaneAttack)
@@ -60,10 +64,17 @@ def right_when_attacked(
 
 
 def predictions_when_attacked(
-    classifier: Classifier, images: Images, attack: str, threat: ThreatModel, goal: Goal, *, seed: int = 0
+    classifier: Classifier,
+    images: Images,
+    attack: str,
+    threat: ThreatModel,
+    goal: Goal,
+    *,
+    seed: int = 0,
+    precision: str = "bf16",
 ) -> Tensor:
     """Return the classes [N] predicted where an attack on a goal ended; unperturbed for images wrong without it."""
-    oracle = Oracle(classifier, precision="bf16")
+    oracle = Oracle(classifier, precision=precision)
     outputs = torch.cat([oracle.confirm(pixels) for pixels in images.pixels.split(LANES)])
     found = outputs[:, : len(classifier.class_names)].argmax(dim=1)
     (parsed,) = parse_attacks(attack)

@@ -8,6 +8,7 @@ from pathlib import Path
 from robustvlm.attacks import parse_eps
 from robustvlm.errors import UserError, nearest
 
+from .halves import lit_cifar10, lit_emoji
 from .rows import Plan
 from .sets import BenchmarkSet, cifar10, emoji
 from .variants import MAIN, VARIANTS
@@ -19,7 +20,7 @@ ENSEMBLE = "apgd-ce:steps=50,apgd-t:steps=50:targets=3"
 def arguments(description: str) -> argparse.ArgumentParser:
     """Return the parser of the options that all measurements share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=("cifar10", "emoji"))
+    parser.add_argument("set", choices=("cifar10", "emoji", "lit-cifar10", "lit-emoji"))
     parser.add_argument("--train", type=Path, help="CIFAR-10 training Parquet file")
     parser.add_argument("--test", type=Path, help="CIFAR-10 test Parquet file")
     parser.add_argument("--variants", default="all", help=f"main, all, or some of {','.join(VARIANTS)}")
@@ -32,6 +33,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--attacked", type=int, default=200, help="images per condition under PGD-20")
     parser.add_argument("--ensemble", type=int, default=100, help="images under --ensemble-attack")
     parser.add_argument("--ensemble-attack", default=ENSEMBLE, help=f"default {ENSEMBLE}; AutoAttack is standard")
+    parser.add_argument("--fp32", action="store_true", help="no bfloat16 (for CPUs without avx512_bf16 or AMX)")
     parser.add_argument("--cost-rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/finetune-benchmark"))
     return parser
@@ -39,8 +41,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def variants_of(options: argparse.Namespace) -> list[str]:
     """Return the keys of the variants the options name."""
-    # The teacher of a variant is a model of the bundled set.
-    every = [key for key, one in VARIANTS.items() if options.set == "emoji" or one.teacher is None]
+    # The teacher of a variant is a model of the bundled set; halves of that set have one tree.
+    every = [
+        key
+        for key, one in VARIANTS.items()
+        if (options.set == "emoji" or one.teacher is None) and not (options.set == "lit-emoji" and one.forest)
+    ]
     chosen = list({"main": MAIN, "all": every}.get(options.variants, options.variants.split(",")))
     for key in chosen:
         if key not in VARIANTS:
@@ -59,13 +65,14 @@ def plan_of(options: argparse.Namespace) -> Plan:
         attacked=options.attacked,
         ensemble=options.ensemble,
         ensemble_attack=options.ensemble_attack,
+        precision="fp32" if options.fp32 else "bf16",
     )
 
 
 def open_set(options: argparse.Namespace) -> BenchmarkSet:
     """Return the set the options name."""
-    if options.set == "emoji":
-        return emoji(options.clean_images)
+    if options.set in ("emoji", "lit-emoji"):
+        return (emoji if options.set == "emoji" else lit_emoji)(options.clean_images)
     if options.train is None or options.test is None:
         raise UserError("CIFAR-10 is not bundled: pass its Parquet files, --train TRAIN.parquet --test TEST.parquet")
-    return cifar10(options.train, options.test, options.clean_images)
+    return (cifar10 if options.set == "cifar10" else lit_cifar10)(options.train, options.test, options.clean_images)

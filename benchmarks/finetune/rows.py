@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class Plan:
     Attributes:
         steps, inner_steps: of training and of the attack in it; eps: of both attacks.
         train_images: to draw batches from.
-        attacked: images under PGD-20; ensemble: images under `ensemble_attack`.
+        attacked: images under PGD-20; ensemble: images under `ensemble_attack`, which may be none.
+        precision: of training and of the gradients of attacks.
     """
 
     eps: float
@@ -41,6 +43,7 @@ class Plan:
     attacked: int
     ensemble: int
     ensemble_attack: str
+    precision: str = "bf16"
 
     @property
     def threat(self) -> ThreatModel:
@@ -53,7 +56,9 @@ def make_row(benchmark: BenchmarkSet, variant: Variant, seed: int, data: Trainin
     row: dict[str, Any] = {"title": variant.title, "set": benchmark.name, "seed": seed}
     if variant.method is not None:
         row["record"] = tune(vlm, benchmark, variant, seed, data, plan)
-    return {**row, **_seen(vlm, benchmark, plan), "transfer": _transfer(vlm, benchmark, plan)}
+    left_out = [condition.name for condition in benchmark.transfer if condition.left_out]
+    found = {**_seen(vlm, benchmark, plan), "transfer": _transfer(vlm, benchmark, plan)}
+    return {**row, **found, **({"left out": left_out} if left_out else {})}
 
 
 def tune(
@@ -82,7 +87,7 @@ def tune(
         batch_size=benchmark.batch,
         lr=benchmark.lr,
         warmup=10,
-        precision="bf16",
+        precision=plan.precision,
         seed=seed,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -111,20 +116,20 @@ def _seen(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
     """Measure the classes tuned on: leaves, superclasses by their classes, superclasses by their own names."""
     images, tree = benchmark.seen.images, benchmark.forest[0]
     classifier = classifier_of(vlm, benchmark.seen, benchmark.train.templates)
-    few = images.first(plan.attacked)
+    few, attacked = images.first(plan.attacked), partial(right_when_attacked, precision=plan.precision)
     found: dict[str, Any] = {
         "clean": _bits(right_when_clean(classifier, images)),
-        "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat)),
-        "ensemble": _bits(
-            right_when_attacked(classifier, images.first(plan.ensemble), plan.ensemble_attack, plan.threat)
-        ),
+        "pgd": _bits(attacked(classifier, few, "pgd", plan.threat)),
+        "ensemble": _bits(attacked(classifier, images.first(plan.ensemble), plan.ensemble_attack, plan.threat))
+        if plan.ensemble
+        else "",
     }
-    for level in range(1, tree.levels - 1):
+    for level in range(1, tree.levels - 1) if benchmark.levels else ():
         groups = torch.tensor(tree.superclass_labels(level))
         goal = Superclass(groups, str(level))
         found[f"superclass {level}"] = {
             "clean": _bits(right_when_clean(classifier, images, goal)),
-            "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat, goal=goal)),
+            "pgd": _bits(attacked(classifier, few, "pgd", plan.threat, goal=goal)),
         }
     names, groups = tree.level_names(1), torch.tensor(tree.superclass_labels(1))
     named = Condition("", names, Images(images.pixels, groups[images.labels], images.ids))
@@ -143,7 +148,7 @@ def clean_and_pgd(vlm: VLM, condition: Condition, templates: tuple[str, ...], pl
     few = condition.images.first(plan.attacked)
     return {
         "clean": _bits(right_when_clean(classifier, condition.images)),
-        "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat)),
+        "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat, precision=plan.precision)),
     }
 
 

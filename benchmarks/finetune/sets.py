@@ -22,11 +22,12 @@ CIFAR_LEFT_OUT = ("deer", "truck")
 
 @dataclass(frozen=True)
 class Condition:
-    """Images of some classes, to be told apart from `class_names`."""
+    """Images of some classes, to be told apart from `class_names`; `left_out`: none is tuned on."""
 
     name: str
     class_names: tuple[str, ...]
     images: Images
+    left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class BenchmarkSet:
         lr, batch: of the training.
         seen: test images of those classes; `transfer`: of classes or styles that it is not tuned on.
         together: test images of both kinds of classes, among all of them: to lean towards one kind does not pay here.
+        levels: whether superclasses are also asked for as those of the predicted class.
     """
 
     name: str
@@ -51,6 +53,7 @@ class BenchmarkSet:
     seen: Condition
     transfer: tuple[Condition, ...]
     together: Condition
+    levels: bool = True
 
 
 def cifar10(train: Path, test: Path, limit: int) -> BenchmarkSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def tables(found: Mapping[str, list[Row]], order: Sequence[str], cost: Mapping[s
             _table(rows, _columns(first), cost),
             _table(rows, _superclass_columns(first), {}),
             _paired(rows),
+            *([_left_out(rows, first["left out"])] if "left out" in first else []),
         ]
     )
 
@@ -41,7 +43,7 @@ def _columns(first: Row) -> list[_Column]:
     named: list[_Column] = [
         ("clean", lambda row: row["clean"]),
         ("PGD-20", lambda row: row["pgd"]),
-        ("ensemble", lambda row: row["ensemble"]),
+        *([("ensemble", lambda row: row["ensemble"])] if first["ensemble"] else []),
     ]
     for name in first["transfer"]:
         named.append((f"{name}: clean", lambda row, name=name: row["transfer"][name]["clean"]))  # type: ignore[misc]
@@ -81,16 +83,53 @@ def _paired(rows: Mapping[str, list[Row]]) -> str:
         pairs = [(row, reference[row["seed"]]) for row in seeds if row["seed"] in reference]
         if key in ("tecoa", "zero-shot") or not pairs:
             continue
-        lines.append([seeds[0]["title"], *(_comparison(pairs, column) for column in ("clean", "pgd")), str(len(pairs))])
+        cells = [_comparison(pairs, [lambda row, column=column: row[column]]) for column in ("clean", "pgd")]  # type: ignore[misc]
+        lines.append([seeds[0]["title"], *cells, str(len(pairs))])
     return markdown(["against TeCoA", "clean", "PGD-20", "seeds"], lines)
 
 
-def _comparison(pairs: Sequence[tuple[Row, Row]], column: str) -> str:
+def _left_out(rows: Mapping[str, list[Row]], sets: Sequence[str]) -> str:
+    """Return means over the sets of classes that were not tuned on, and what they are above TeCoA's, in two tables.
+
+    The sets are the same images told among different names, so an image is one observation in the mean over sets too.
+    """
+    return "\n\n".join(_against(rows, sets, column, shown) for column, shown in (("clean", "clean"), ("pgd", "PGD-20")))
+
+
+def _against(rows: Mapping[str, list[Row]], sets: Sequence[str], column: str, shown: str) -> str:
+    reference = {row["seed"]: row for row in rows.get("tecoa", [])}
+    columns: list[Callable[[Row], str]] = [partial(_told, name=name, column=column) for name in sets]
+    lines = []
+    for key, seeds in rows.items():
+        # A model that is not trained has one row, which is compared with every seed.
+        pairs = [(row, reference[row["seed"]]) for row in seeds if row["seed"] in reference]
+        pairs = [(seeds[0], other) for other in reference.values()] if key == "zero-shot" else pairs
+        mean = mean_and_range([share("".join(of(row) for of in columns)) for row in seeds])
+        each: list[Callable[[Row], str]] = [*columns, partial(_named, column=column)]
+        compared = [columns, *([of] for of in each)]
+        found = [_comparison(pairs, of) if key != "tecoa" and pairs else "-" for of in compared]
+        lines.append([seeds[0]["title"], mean, *found, str(len(seeds))])
+    header = [f"{shown}, against TeCoA", "mean over left-out sets", "its difference", *sets]
+    return markdown([*header, "tuned half, superclasses by name", "seeds"], lines)
+
+
+def _told(row: Row, name: str, column: str) -> str:
+    bits: str = row["transfer"][name][column]
+    return bits
+
+
+def _named(row: Row, column: str) -> str:
+    bits: str = row["superclass 1 by name"][column]
+    return bits
+
+
+def _comparison(pairs: Sequence[tuple[Row, Row]], columns: Sequence[Callable[[Row], str]]) -> str:
     ours, theirs = (
-        [sum(map(int, bits)) for bits in zip(*(pair[i][column] for pair in pairs), strict=True)] for i in (0, 1)
+        [sum(map(int, bits)) for bits in zip(*(of(pair[i]) for pair in pairs for of in columns), strict=True)]
+        for i in (0, 1)
     )
     more, less = ([a > b for a, b in zip(x, y, strict=True)] for x, y in ((ours, theirs), (theirs, ours)))
-    difference = (sum(ours) - sum(theirs)) / (len(ours) * len(pairs))
+    difference = (sum(ours) - sum(theirs)) / (len(ours) * len(pairs) * len(columns))
     return f"{difference:+.3f} (p {mcnemar_exact(more, less).p_value:.2g})"
 
 

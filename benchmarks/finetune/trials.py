@@ -109,7 +109,9 @@ def _measured(variant: Variant, seed: int, benchmark: BenchmarkSet, held: Held, 
     ):
         images = Images(held.images.pixels, labels, held.images.ids)
         classifier = classifier_of(vlm, replace(benchmark.seen, class_names=names), templates)
-        attacked = right_when_attacked(classifier, images.first(held.attacked), "pgd", plan.threat)
+        attacked = right_when_attacked(
+            classifier, images.first(held.attacked), "pgd", plan.threat, precision=plan.precision
+        )
         found[f"{prefix}clean"] = "".join("1" if right else "0" for right in right_when_clean(classifier, images))
         found[f"{prefix}PGD-20"] = "".join("1" if right else "0" for right in attacked)
     return found

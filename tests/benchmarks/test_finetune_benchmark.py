@@ -13,7 +13,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the installed package
 
 from benchmarks.finetune.__main__ import main
+from benchmarks.finetune.halves import _some, halves
+from benchmarks.finetune.lit_model import emoji_tower, folded
 from benchmarks.finetune.measure import Images, right_when_attacked, right_when_clean
+from benchmarks.finetune.options import arguments, plan_of
 from benchmarks.finetune.sets import Restricted, _of_classes
 from benchmarks.finetune.tables import read_rows, tables
 from benchmarks.finetune.trees import by_place
@@ -96,6 +99,69 @@ def test_tables_show_means_over_seeds_and_paired_differences(tmp_path: Path) -> 
     assert "| TeCoA | 0.625 ± 0.125 | 0.250 ± 0.000 | 0.250 ± 0.000 |" in text
     assert "| 0.50 | 12 |" in text
     assert "| no norm order | +0.250 (p 1) | +0.250 (p 1) |" in text
+
+
+def test_left_out_sets_are_compared_image_by_image(tmp_path: Path) -> None:
+    def told(title: str, seed: int, alone: str, among: str) -> dict[str, object]:
+        sets = {"alone": {"clean": alone, "pgd": "0000"}, "among": {"clean": among, "pgd": "0000"}}
+        other = {"clean": "1111", "pgd": "1111"}
+        transfer = {"transfer": {**sets, "t": other}, "left out": list(sets), "superclass 1 by name": other}
+        return {**row(title, "1110", "1000", seed), **transfer}
+
+    made = {
+        "zero-shot-seed0": told("zero-shot", 0, "1111", "1111"),
+        "tecoa-seed0": told("TeCoA", 0, "1000", "0000"),
+        "tecoa-seed1": told("TeCoA", 1, "1000", "1000"),
+        # Right on three images in each set where TeCoA is right on none: three pairs, whatever the number of sets.
+        "tree-seed0": told("hierarchical, 1 tree", 0, "1111", "0111"),
+    }
+    for name, content in made.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    clean, pgd = tables(read_rows(tmp_path), list(VARIANTS), {}).split("\n\n")[-2:]
+    lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in clean.splitlines()}
+    assert lines["TeCoA"][:2] == ["0.188 ± 0.062", "-"]
+    assert lines["hierarchical, 1 tree"][:5] == ["0.875", *["+0.750 (p 0.25)"] * 3, "+0.000 (p 1)"]
+    assert lines["zero-shot"][:2] == ["1.000", "+0.812 (p 0.12)"]
+    assert "| zero-shot | 0.000 | +0.000 (p 1) |" in pgd
+
+
+@pytest.mark.parametrize("data", ["emoji?split=train&labels=all", "emoji"])
+def test_halves_share_out_the_classes_of_every_superclass(data: str) -> None:
+    tree = open_data(data).tree
+    assert tree is not None
+    tuned, rest = halves(tree[0])
+    assert sorted((*tuned, *rest)) == sorted(tree[0].class_names)
+    for group in tree[0].groups(1).values():
+        assert 0 <= len(set(group) & set(tuned)) - len(set(group) & set(rest)) <= 1
+
+
+def test_images_of_a_half_are_labelled_by_the_names_they_are_told_among() -> None:
+    names, of = ("a", "b", "c"), ("c", "a")
+    images = Images(torch.arange(30.0)[:, None, None, None], torch.arange(30) % 3, tuple(f"i{n}" for n in range(30)))
+    for among in (of, names):
+        found = _some(images, names, of, among, 9)
+        assert len(found.ids) == 9
+        for pixel, label, name in zip(found.pixels.flatten().tolist(), found.labels.tolist(), found.ids, strict=True):
+            assert name == f"i{int(pixel)}"
+            assert among[label] == names[int(pixel) % 3]
+    assert found.ids != tuple(sorted(found.ids, key=lambda name: int(name[1:])))  # not by class or order
+
+
+def test_folding_batch_normalisation_changes_no_feature() -> None:
+    torch.manual_seed(0)
+    tower, pixels = emoji_tower(), torch.rand(4, 3, 64, 64)
+    tower.train()(pixels * 0.7)  # statistics of its own
+    with torch.no_grad():
+        before = tower.eval()(pixels)
+        after = folded(tower)(pixels)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in tower.modules())
+
+
+def test_precision_is_the_plan_s() -> None:
+    options = arguments("").parse_args(["lit-emoji", "--fp32"])
+    assert plan_of(options).precision == "fp32"
+    assert plan_of(arguments("").parse_args(["emoji"])).precision == "bf16"
 
 
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

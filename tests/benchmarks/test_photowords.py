@@ -23,10 +23,12 @@ from benchmarks.photowords.parts import divided, far_level, write_parts
 from benchmarks.photowords.photographs import Photograph, gathered, main, write_parquet
 from benchmarks.photowords.pixels import unit
 from benchmarks.photowords.rows import QUICK, Setting, rows
+from benchmarks.prompt_tuning_words import photowords
 from robustvlm.commands import COMMANDS, command_of
 from robustvlm.data import open_data
 from robustvlm.data.classes import KNOWN, cifar100_names, wordnet_names
 from robustvlm.data.trees import Tree, load_forest
+from robustvlm.defenses.prompts import Features
 from robustvlm.errors import UserError
 from robustvlm.models.sentences import Layer
 
@@ -74,6 +76,23 @@ def test_parts_share_the_classes_out_by_the_tree(imagenet: Tree, seed: int) -> N
 def test_parts_are_drawn_by_the_seed_alone(imagenet: Tree) -> None:
     assert divided(imagenet, 3) == divided(imagenet, 3)
     assert divided(imagenet, 3).known != divided(imagenet, 4).known
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_prompts_are_tuned_on_families_and_tested_on_their_other_photographs(imagenet: Tree, seed: int) -> None:
+    ids = imagenet.class_names
+    images = Features(torch.eye(1000), torch.arange(1000), ids, ids)
+    setting = photowords(images, imagenet, ["a {}"], seed)
+    path = {names[0]: names for names in imagenet.paths}
+    assert len(setting.class_names) == 26
+    assert setting.shots.labels.bincount().tolist() == [5] * 26
+    for part in (setting.shots, setting.known):
+        assert [setting.class_names[label] for label in part.labels] == [path[name][1] for name in part.ids]
+    parts = [setting.shots, setting.known, *setting.unknown.values()]
+    assert sorted(name for part in parts for name in part.ids) == sorted(ids)
+    nodes = {path[name][3] for name in setting.shots.ids}
+    assert {path[name][3] for name in setting.unknown["near"].ids} <= nodes
+    assert not {path[name][3] for name in setting.unknown["far"].ids} & nodes
 
 
 def test_a_tree_without_groups_enough_is_refused() -> None:

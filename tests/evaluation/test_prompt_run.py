@@ -232,8 +232,24 @@ def test_the_command_prints_what_changed(photos: Path, tmp_path: Path) -> None:
     assert (card.kind, card.base, card.settings["class_names"]) == ("tune-prompts", "tiny", NAMES)
 
 
-def test_an_own_encoder_is_refused_before_its_code_runs(prepare: Callable[..., Run]) -> None:
-    with pytest.raises(
-        UserError, match=r"prompts can be tuned for open_clip models, .*; 'no_such_module:make' is your own"
-    ):
-        prepare(model="no_such_module:make")
+_OWN = """
+import torch
+
+class Own:
+    image_size, logit_scale = 8, 10.0
+
+    def encode_image(self, pixels):
+        return pixels.mean((2, 3))
+
+    def encode_text(self, texts):
+        return torch.eye(3)[torch.arange(len(texts)) % 3]
+"""
+
+
+def test_an_own_encoder_without_token_embeddings_is_refused(
+    prepare: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts_own.py").write_text(_OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"prompts can be tuned for open_clip models and .*; 'prompts_own:Own' is none"):
+        prepare(model="prompts_own:Own")

@@ -20,7 +20,10 @@ class PromptSettings(Settings):
 
     group: ClassVar[str] = "Prompts"
 
-    model: str = argument("tiny", "An open_clip model or a folder on one; it stays as it is.")
+    model: str = argument(
+        "tiny",
+        "An open_clip model, one of yours on MiniLM, or a folder on one; it stays as it is.",
+    )
     data: str = option(
         "emoji?split=train&copies=1",
         "Labelled images to learn from; `robustvlm data` lists the forms.",

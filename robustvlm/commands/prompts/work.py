@@ -15,12 +15,11 @@ from robustvlm.commands.prompts import PromptSettings
 from robustvlm.core.files import write_text
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.ranks import resolve_device
-from robustvlm.core.registry import names_a_callable
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.names import same_things
 from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.data.splits import copies, in_both
-from robustvlm.defenses import load_pipeline, prompts, split_spec
+from robustvlm.defenses import load_pipeline, prompts
 from robustvlm.defenses.lapt import NegativePrompts, Negatives, farthest_words, mixing
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings
 from robustvlm.detect import Head, Supplies, auroc_interval, energy_change, find_score, outside, read_words, tree_words
@@ -238,11 +237,6 @@ class PromptWork:
 def open_work(settings: PromptSettings) -> PromptWork:
     """Check all settings, open the data and load the model."""
     tuning = TuneSettings(settings.epochs, settings.batch_size, settings.lr, settings.energy_weight, settings.seed)
-    base = split_spec(settings.model)[0]
-    if names_a_callable(base) and not Path(base).is_dir():
-        raise UserError(
-            f"prompts can be tuned for open_clip models, whose token embeddings can be reached; '{base}' is your own"
-        )
     device = resolve_device(settings.device)
     source = open_data(settings.data, classes=settings.classes)
     val = None if settings.val is None else _matching(settings.val, source)

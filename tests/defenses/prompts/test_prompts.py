@@ -14,6 +14,7 @@ from torch import Tensor
 from tuned_classes import CLASSES
 
 from robustvlm.data import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.defenses.prompt_towers import prompt_tokens, text_tower, token_embedding, word_vectors
 from robustvlm.defenses.prompts import (
     PromptLearner,
     TuneSettings,
@@ -21,12 +22,8 @@ from robustvlm.defenses.prompts import (
     choose_shots,
     encode_source,
     masked,
-    prompt_tokens,
-    text_tower,
-    token_embedding,
     tune,
     tuning_loss,
-    word_vectors,
 )
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError
