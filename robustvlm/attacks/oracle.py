@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustvlm.attacks.goals import Case, Goal
 from robustvlm.attacks.objectives import Mixture, Objective, objective
-from robustvlm.core.batches import same_when_moved, steady_sizes
+from robustvlm.core.batches import steady_sizes
 from robustvlm.core.boundary import Boundary, borrowed, placed
 from robustvlm.core.device import Stopwatch, sent
 from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
@@ -404,22 +404,15 @@ def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:
     confirmed = oracle.confirm(images)
     label = label.clamp_max(confirmed.shape[1] - 1)  # outputs may be features, fewer than there are classes
     logits, _, grad = oracle.gradient(images, ce, label, label)
+    again = oracle.gradient(images, ce, label, label)[0]
     finite = bool(logits.isfinite().all())
-    declared = _declared_draws(oracle.model)
-
-    def ask(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = rows.to(images.device)
-        logits, _, grad = oracle.gradient(images[rows], ce, label[rows], label[rows])
-        return logits, grad, oracle.confirm(images[rows])
-
-    full = (logits, grad, confirmed)
-    steady = finite and not declared and same_when_moved(ask, len(images), full)
-    repeat = 0.0 if steady else _relative_change(oracle.gradient(images, ce, label, label)[0], logits)
+    repeat = _relative_change(again, logits)
     rungs: tuple[int, ...] = (len(images),)
+    declared = _declared_draws(oracle.model)
     if finite and (repeat or declared):
         rungs = tuple(len(images) >> k for k in range(len(images).bit_length()))
-    elif finite:  # sizes on which logits, gradients and confirmed logits of an image are the same to the bit
-        rungs = steady_sizes(ask, len(images), full, steady=steady)
+    elif finite:
+        rungs = _rungs(oracle, images, label, (logits, grad, confirmed))
     return Probe(
         finite=finite,
         repeat_change=repeat,
@@ -511,3 +504,14 @@ def _relative_change(new: Tensor, old: Tensor, *, spread: Tensor | None = None) 
     scale = (old if spread is None else spread).double().std().clamp_min(1e-12)
     change = ((new - old).double().abs().max() / scale).item()
     return change if change == change else 0.0
+
+
+def _rungs(oracle: Oracle, images: Tensor, label: Tensor, full: tuple[Tensor, Tensor, Tensor]) -> tuple[int, ...]:
+    """Return the sizes on which logits, gradients and confirmed logits of an image are the same to the bit."""
+
+    def ask(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rows.to(images.device)
+        logits, _, grad = oracle.gradient(images[rows], objective("ce"), label[rows], label[rows])
+        return logits, grad, oracle.confirm(images[rows])
+
+    return steady_sizes(ask, len(images), full)

@@ -21,23 +21,7 @@ _BLOCK = 6
 Ask = Callable[[Tensor], Sequence[Tensor]]
 
 
-def same_when_moved(ask: Ask, count: int, first: Sequence[Tensor]) -> bool:
-    """Return whether every image of a batch of `count` gets the bits of `first` when it stands at another place.
-
-    If so, the model also gives the same answer when it is asked again, which needs no question of its own then.
-
-    Example:
-        >>> x = torch.rand(8, 3)
-        >>> same_when_moved(lambda rows: [x[rows] * 2], 8, [x * 2])
-        True
-    """
-    moved = (torch.arange(count) + _shift(count)) % count
-    return _same(ask(moved), first, moved)
-
-
-def steady_sizes(
-    ask: Ask, count: int, first: Sequence[Tensor] | None = None, *, steady: bool | None = None
-) -> tuple[int, ...]:
+def steady_sizes(ask: Ask, count: int, first: Sequence[Tensor] | None = None) -> tuple[int, ...]:
     """Return batch sizes, descending, on which an image's answer is the same to the bit at every place.
 
     The first is the largest that was found to be so, `count` if possible; the others are its halves, quarters and so
@@ -47,7 +31,6 @@ def steady_sizes(
         ask: a model that gives the same answer when asked again.
         count: rows of a full batch.
         first: the answer to `arange(count)`, where it is known.
-        steady: what `same_when_moved` says of `count` and `first`, where it has been asked.
 
     Example:
         >>> x = torch.rand(8, 3)
@@ -59,11 +42,11 @@ def steady_sizes(
         >>> steady_sizes(rest_apart, 8)
         (6,)
     """
-    whole, same = (ask(torch.arange(count)), None) if first is None else (first, steady)
     for size in _candidates(count):
-        if size < count:
-            whole, same = ask(torch.arange(size)), None
-        if size == 1 or (same_when_moved(ask, size, whole) if same is None else same):
+        rows = torch.arange(size)
+        whole = first if first is not None and size == count else ask(rows)
+        shifted = (rows + _shift(size)) % size
+        if size == 1 or _same(ask(shifted), whole, shifted):
             break
     sizes, smaller = [size], size // 2
     while smaller >= 1:

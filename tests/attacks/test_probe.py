@@ -81,21 +81,6 @@ def test_rungs_are_batch_sizes_on_which_rows_are_the_same_to_the_bit():
     assert found.rungs == (16, 8)
 
 
-def test_a_model_whose_rows_are_the_same_at_other_places_is_not_asked_again():
-    class Apart(Curved):
-        """Row by row, so that no kernel of this machine tells places apart."""
-
-        def forward(self, x):
-            return torch.cat([super(Apart, self).forward(row[None]) for row in x])
-
-    oracle = Oracle(Apart())
-    found = probe(oracle, images(16), torch.zeros(16, dtype=torch.int64))
-    assert found.rungs == (16, 8, 4, 2, 1)
-    assert found.repeat_change == 0
-    # The batch and its rows at other places, with gradients and without, then halves; once more among other rows.
-    assert (oracle.passes.forward, oracle.passes.backward) == (2 * (16 + 16 + 15) + 16, 16 + 16 + 15)
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_images_are_enough(count):
     found = probe(Oracle(Curved()), images(count), torch.zeros(count, dtype=torch.int64))
