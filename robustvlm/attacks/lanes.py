@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -136,6 +136,11 @@ class Image:
     def last(self) -> int:
         """Sub-runs from this one on cannot count any more."""
         return min((run for run, lane in self.waiting.items() if lane.outcome is not None), default=self.runs)
+
+    @property
+    def shown(self) -> list[Mapping[int, float]]:
+        """What is known of classes out of reach: before its attack, by it, and by sub-runs ahead of their turn."""
+        return [self.job.beyond, self.beyond, *({lane.target: lane.beyond} for lane in self.waiting.values())]
 
     def end(self, lane: Lane) -> list[Lane]:
         """Note the end of a sub-run; return those that count now, in their order."""

@@ -106,8 +106,7 @@ class _Ahead:
     def told(self) -> tuple[Image, int]:
         """Return image and number, the image knowing what the attacks before have shown."""
         for one in self.earlier:
-            shown = ({lane.target: lane.beyond} for lane in one.waiting.values())
-            self.image.job = _told(self.image.job, one.beyond, *shown)
+            self.image.job = _told(self.image.job, *one.shown)
         return self.image, self.run
 
 
@@ -131,6 +130,7 @@ class Pool:
     ) -> None:
         self.threat, self.seed, self.leave, self.device, self.dtype = threat, seed, leave, device, dtype
         self.courses = [Course(attack, place) for place, attack in enumerate(attacks)]
+        self._walk_again = sum(attack.walk_points(0) > 0 for attack in attacks) > 1
 
     @property
     def lanes(self) -> list[Lane]:
@@ -270,11 +270,17 @@ class Pool:
         lanes = [*self.lanes, *started]
         images, ahead = list(dict.fromkeys(lane.image for lane in lanes if not lane.image.early)), list[Lane]()
         under_way = {(id(lane.image), lane.run): lane for lane in lanes}
+        best: dict[int, _Ahead | None] = {}
         for _ in range(_spare(rungs, len(lanes))):
-            able = [found for place, image in enumerate(images) if (found := self._next_ahead(image, place, under_way))]
+            for place, image in enumerate(images):
+                if place not in best:
+                    best[place] = self._next_ahead(image, place, under_way)
+            able = [one for one in best.values() if one is not None]
             if not able:
                 break
-            ahead.append(self._lane(*min(able, key=lambda one: one.order).told()))
+            chosen = min(able, key=lambda one: one.order)
+            ahead.append(self._lane(*chosen.told()))
+            del best[chosen.place]  # what the others may begin does not depend on it
         return ahead
 
     def _next_ahead(self, image: Image, place: int, under_way: UnderWay) -> _Ahead | None:
@@ -283,21 +289,27 @@ class Pool:
         It is the one whose turn comes soonest. But before these come walks to classes that walks of an attack before
         have not shown to be out of reach: they are long, and begun last they would have the batches to themselves.
         """
-        soonest: _Ahead | None = None
-        for one in self._able(image, place, under_way):
-            if one.long:
-                return one
-            soonest = soonest or one
-        return soonest
+        able = self._able(image, place, under_way)
+        soonest = next(able, None)
+        if soonest is None or soonest.long or not self._walk_again:
+            return soonest
+        return next((one for one in able if one.long), soonest)
 
     def _able(self, image: Image, place: int, under_way: UnderWay) -> Iterator[_Ahead]:
         """Yield the sub-runs of an image that nobody makes yet and that may begin, in their turn."""
         before, earlier = 0, list[Image]()
+        shown: dict[int, float] = {}  # what attacks before have shown to be out of reach, each class with its radius
+        doubtful: set[int] = set()  # classes that walks of attacks before may still show to be out of reach
+        walked: set[int] = set()  # those that they go to
         while True:
+            attack = self.courses[image.place].attack
             for run in image.open_runs:
-                if self._may_begin(image, run, earlier, under_way):
-                    found = _Ahead(image, run, tuple(earlier), False, before + run - image.run, place)
-                    yield replace(found, long=self._is_long(found))
+                target = _target(attack, image.job, run)
+                walks = attack.walk_points(run) > 0
+                # A walk is left out where one before has shown its class to be out of reach, so that has to be known.
+                if not (walks and target in doubtful):
+                    long = walks and target in walked and shown.get(target, 0.0) <= self.threat.eps
+                    yield _Ahead(image, run, tuple(earlier), long, before + run - image.run, place)
             if image.last < image.runs or image.place + 1 == len(self.courses):
                 return
             if image.follower is None:
@@ -306,44 +318,24 @@ class Pool:
                     return  # it is refused in its turn, if that comes
                 image.follower = following.image(image.job)
                 image.follower.early = True
+            for radii in image.shown:
+                shown |= {target: max(radius, shown.get(target, 0.0)) for target, radius in radii.items()}
+            for target, settled in self._walks(image, under_way):
+                walked.add(target)
+                if not settled:
+                    doubtful.add(target)
             before += image.runs - image.run
             earlier.append(image)
             image = image.follower
 
-    def _is_long(self, one: _Ahead) -> bool:
-        """Whether it walks to a class to which an attack before has walked and not shown it to be out of reach."""
-        attack = self.courses[one.image.place].attack
-        if not attack.walk_points(one.run):
-            return False
-        target, within = _target(attack, one.image.job, one.run), 0.0
-        for before in one.earlier:
-            within = max(within, before.beyond.get(target, 0.0), one.image.job.beyond.get(target, 0.0))
-            within = max([within, *(lane.beyond for lane in before.waiting.values() if lane.target == target)])
-        walked = any(self.courses[before.place].attack.walk_points(0) for before in one.earlier)
-        return walked and within <= self.threat.eps
-
-    def _may_begin(self, image: Image, run: int, earlier: Sequence[Image], under_way: UnderWay) -> bool:
-        """Whether nothing that attacks before have still to find out decides how a sub-run goes.
-
-        A walk to a class is left out where one before has shown that class to be out of reach.
-        """
+    def _walks(self, image: Image, under_way: UnderWay) -> Iterator[tuple[int, bool]]:
+        """Yield the classes that an image's attack walks to, and whether all that the walk may show is known."""
         attack = self.courses[image.place].attack
-        if not attack.walk_points(run):
-            return True
-        target = _target(attack, image.job, run)
-        return not any(self._may_show(one, target, under_way) for one in earlier)
-
-    def _may_show(self, image: Image, target: int, under_way: UnderWay) -> bool:
-        """Whether sub-runs that an image has still to end may show that a class is out of its reach."""
-        attack = self.courses[image.place].attack
-        for run in range(image.run, image.runs):
-            walk = attack.walk_points(run)
-            if not walk or run in image.waiting or _target(attack, image.job, run) != target:
-                continue
-            lane = under_way.get((id(image), run))
-            if lane is None or (lane.step < walk and not lane.walked):
-                return True
-        return False
+        for run in range(image.runs):
+            if walk := attack.walk_points(run):
+                lane = under_way.get((id(image), run))
+                over = lane is not None and (lane.walked or lane.step >= walk)
+                yield _target(attack, image.job, run), run < image.run or run in image.waiting or over
 
     def _begin(self, attack: LaneAttack, lanes: Sequence[Lane]) -> State:
         """Return the state of lanes at the start of their sub-runs, drawn on the CPU and sent in one piece."""

@@ -5,6 +5,7 @@ threshold that accepts 95% of the clean known images). No image leaves at its fi
 of their budget, and the worst score met counts, so that an AUROC under attack can be computed.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from robustvlm.attacks.oracle import settle_draws
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.commands.common.questions import ask, fit_for, of_probe, require_independent_rows
-from robustvlm.commands.common.store import JournalLedger
+from robustvlm.commands.common.store import JournalLedger, cost_of
 from robustvlm.commands.detect.encoding import Answers, Encoded
 from robustvlm.commands.detect.scoring import Panel
 from robustvlm.commands.detect.summary import OWN, UnderAttack
@@ -150,6 +151,13 @@ class AttackLedger(JournalLedger):
         """Return the ids of the images that a stage is done with."""
         return {key[3] for key in self.found if key[:3] == (score, set_name, attack)}
 
+    def add_cost(self, oracle: attacks.Oracle, seconds: float) -> None:
+        """Record what a stage of this session has cost; for those who read the journal."""
+        spent = oracle.passes
+        self._add_cost(
+            cost_of(forward=spent.forward, backward=spent.backward, seconds=seconds, model_seconds=spent.seconds)
+        )
+
     def table(self) -> pa.Table:
         """Return the facts as a table, in a fixed order."""
         order = sorted(self.found.values(), key=lambda f: (f.score, f.set, f.attack, f.index))
@@ -226,7 +234,7 @@ class ScoreAttacks:
         """Run all attacks on one score and one set."""
         goal: attacks.Goal = attacks.Deny() if target.known else attacks.Intrude()
         oracle = attacks.Oracle(model, device=self.classifier.device, seed=self.seed)
-        probed = None
+        began, probed = time.monotonic(), None
         for attack in self.attacks:
             pictures = self._pictures(target, self.ledger.done(name, target.name, attack.name))
             title = f"{attack.name}, {name}, {target.name}: {goal.spec}"
@@ -238,6 +246,7 @@ class ScoreAttacks:
             for result in engine.run(self._jobs(pictures)):
                 self.ledger.add(self._fact(result, name, target, goal, attack))
                 self.observer.advance(1)
+        self.ledger.add_cost(oracle, time.monotonic() - began)
 
     def _pictures(self, target: Target, done: set[str]) -> list[Picture]:
         """Return the images of a set that are attacked and not done; those that were scored clean."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -140,7 +141,7 @@ def _attacked(
         for image_id, already, row in zip(ids, wrong, rows, strict=True)
         if not already and answerable - {known.labels[row]}
     }
-    probed = None
+    began, probed = time.monotonic(), None
     for attack in work.attacks:
         todo = left - work.ledger.done(name, PROMISED, attack.name)
         pictures = _pictures(work, source, todo)
@@ -153,6 +154,7 @@ def _attacked(
                 work.ledger.add(_fact(result, name, attack, row_of[result.job.image_id], clean))
                 work.observer.advance(1)
         left -= _with(work, name, attacks.FOOLED)
+    work.ledger.add_cost(oracle, time.monotonic() - began)
     fooled, lost = _with(work, name, attacks.FOOLED), unsettled(work, name, left)
     if lost:
         work.ledger.add_checks([_left_out(name, len(lost))])
