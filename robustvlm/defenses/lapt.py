@@ -121,7 +121,7 @@ def mixing(
     Args:
         fixed: embeddings [K + M, D] of classes and words with hand-written prompts.
     """
-    classes = len(learner.known.tokens)
+    classes = learner.known.count
 
     def terms(features: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
         draws = generator(seed, "lapt", step)

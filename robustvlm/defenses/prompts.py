@@ -53,6 +53,11 @@ class PromptLearner(nn.Module):
         self._tower = prompt_tower(vlm, class_names, length)
         self.context = nn.Parameter(self._start(length, start, seed))
 
+    @property
+    def count(self) -> int:
+        """How many classes there are."""
+        return self._tower.count
+
     def _start(self, length: int, start: str, seed: int) -> Tensor:
         words = self._tower.word_vectors(start)[-length:]
         drawn = torch.randn(length, words.shape[1], generator=generator(seed, "prompt context")) * _SPREAD
@@ -61,7 +66,7 @@ class PromptLearner(nn.Module):
 
     def forward(self) -> Tensor:
         """Return unit class embeddings [K, D], differentiable in the context."""
-        count = self._tower.count
+        count = self.count
         parts = [
             checkpoint(self._encode, slice(i, i + _ROWS), use_reentrant=False)
             if count > _ROWS and torch.is_grad_enabled()
