@@ -275,18 +275,27 @@ def coverage_table(splits: Sequence[Mapping[str, list[float]]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; user errors end in one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.photowords.antibodies")
+    return exit_code_of(lambda: run(options("antibodies", argv)))
+
+
+def options(program: str, argv: list[str] | None) -> argparse.Namespace:
+    """Read the options of a program that measures on splits of the photographs.
+
+    Raises:
+        UserError: too few splits for an interval.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.photowords.{program}")
     parser.add_argument("--photographs", type=Path, required=True, help="a copy of the repository, or a Parquet file")
     parser.add_argument("--cache", type=Path, default=Path("runs/photowords/features"), help="folder of the features")
     parser.add_argument("--splits", type=int, default=5)
     given = parser.parse_args(argv)
-    return exit_code_of(lambda: run(given))
+    if given.splits < 2:
+        raise UserError(f"intervals need at least 2 splits, got {given.splits}: pass --splits 5")
+    return given
 
 
 def run(given: argparse.Namespace) -> None:
     """Measure every split and print both tables."""
-    if given.splits < 2:
-        raise UserError(f"intervals need at least 2 splits, got {given.splits}: pass --splits 5")
     data = encoded(given.photographs, given.cache)
     embed = Texts(given.cache / "texts.pt")
     found = [split_rows(data, divided(data.tree, seed), embed, seed) for seed in range(given.splits)]

@@ -29,10 +29,9 @@ from robustvlm.defenses.immunity import antibodies as known
 from robustvlm.detect import MCM, Detector, Energy, Head, MaxLogit, NegLabel
 from robustvlm.detect.krnft import KRNFT
 from robustvlm.detect.metrics import auroc
-from robustvlm.errors import UserError
 
 from ..common import exit_code_of
-from .antibodies import Encoded, Row, Texts, encoded, judged, proposals, table, unnamed
+from .antibodies import Encoded, Row, Texts, encoded, judged, options, proposals, table, unnamed
 from .parts import Parts, divided
 
 GRID = tuple(itertools.product((1e-4, 1e-3), (0.0, 0.03)))
@@ -124,18 +123,11 @@ def split_rows(data: Encoded, parts: Parts, embed: Texts, photographs: Path, cac
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; user errors end in one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.photowords.negatives")
-    parser.add_argument("--photographs", type=Path, required=True, help="a copy of the repository, or a Parquet file")
-    parser.add_argument("--cache", type=Path, default=Path("runs/photowords/features"), help="folder of the features")
-    parser.add_argument("--splits", type=int, default=5)
-    given = parser.parse_args(argv)
-    return exit_code_of(lambda: run(given))
+    return exit_code_of(lambda: run(options("negatives", argv)))
 
 
 def run(given: argparse.Namespace) -> None:
     """Measure every split and print the table."""
-    if given.splits < 2:
-        raise UserError(f"intervals need at least 2 splits, got {given.splits}: pass --splits 5")
     torch.set_num_threads(1)
     data = encoded(given.photographs, given.cache)
     pictures = given.cache / "photographs.parquet" if given.photographs.is_dir() else given.photographs
