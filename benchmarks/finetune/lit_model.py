@@ -100,6 +100,7 @@ def save(model: LitCLIP, folder: Path, record: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps({"kind": model.kind, **record}, indent=2) + "\n", encoding="utf-8")
     weights = {f"visual.{name}": value.contiguous() for name, value in folded(model.visual.eval()).state_dict().items()}
     save_file({"log_scale": model.log_scale.detach(), **weights}, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def load(folder: Path | None = None) -> LitCLIP:
