@@ -225,10 +225,16 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean()) if len(values) else float("nan")
 
 
-def stops(searches: Searches) -> Tensor:
-    """Return after how many queries the rule of now ends each search, [N]; the whole budget where it does not."""
+def stops(searches: Searches, *, behind: bool = False) -> Tensor:
+    """Return after how many queries the rule of now ends each search, [N]; the whole budget where it does not.
+
+    Args:
+        behind: take every search for one that is behind what gradients have reached, all the time.
+    """
     count, queries = len(searches.best), searches.best.shape[1] - 1
     state = {key: value.expand(count, *value.shape[1:]) for key, value in futility.begin(torch.zeros(1)).items()}
+    if behind:
+        state |= futility.knowing(state, -torch.inf)
     ended, before = torch.full((count,), queries), torch.full((count,), -torch.inf)
     best = searches.best.nan_to_num(torch.inf)  # of a search that has succeeded
     for query in range(queries + 1):
@@ -258,12 +264,10 @@ def table_of_searches(found: Sequence[Searches]) -> str:
         queries = searches.best.shape[1] - 1
         won = searches.best.nan_to_num(torch.inf).amax(1) >= 0
         first = (searches.best.nan_to_num(torch.inf) >= 0).float().argmax(1)
-        ended = stops(searches)
-        late = won & (first > futility.FIRST_QUERY)
-        lost = won & (ended < first)
+        ended, late = [stops(searches, behind=behind) for behind in (False, True)], won & (first > futility.FIRST_QUERY)
         at = f"{searches.norm} {searches.eps * 255:.3g}/255" if searches.norm == "Linf" else f"L2 {searches.eps:g}"
-        counts = (len(won), int(won.sum()), int(late.sum()), int(lost.sum()))
-        rows.append([searches.name, at, *counts, f"{_mean(ended[~won]):.0f} of {queries}"])
+        costs = [cell for one in ended for cell in (int((won & (one < first)).sum()), f"{_mean(one[~won]):.0f}")]
+        rows.append([searches.name, at, len(won), int(won.sum()), int(late.sum()), *costs, queries])
     heads = [
         "searches",
         "radius",
@@ -272,6 +276,9 @@ def table_of_searches(found: Sequence[Searches]) -> str:
         f"after query {futility.FIRST_QUERY}",
         "lost",
         "queries where none",
+        "lost, all behind gradients",
+        "queries where none",
+        "of",
     ]
     return markdown(heads, rows)
 
