@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import exit_code_of
-from robustvlm.commands.detect.cropping import CROPS, SHOTS, by_image, encode_crops, few_of_each
-from robustvlm.commands.detect.encoding import Answers, Encoded
+from robustvlm.commands.detect.cropping import CROPS, SHOTS, by_image, few_of_each, random_crops, require_all
+from robustvlm.commands.detect.encoding import Answers, ChunkEncoder, Encoded, joined
 from robustvlm.commands.immunize.images import read_features, write_features
 from robustvlm.core.seeds import generator
 from robustvlm.data import open_data
@@ -35,6 +35,7 @@ from robustvlm.detect import GDA, MCM, Detector, Energy, Head, MaxLogit, NegLabe
 from robustvlm.detect.krnft import KRNFT
 from robustvlm.detect.metrics import auroc
 from robustvlm.detect.words import mine_negatives
+from robustvlm.runs.settings import Observer
 
 from .run import Row, paired, row, table
 from .sets import Task, emoji_splits, texts_of
@@ -66,7 +67,9 @@ def cropped(folder: Path, seed: int) -> Crops:
         found = read_features(folder / "emoji-train-all.safetensors", {})
         shots = few_of_each(Encoded(list(found.ids), found.labels, None, None), seed=seed)
         classifier = load_classifier("tiny", source.class_names, source.templates)
-        made = encode_crops(Answers(classifier, batch_size=64), source, shots, seed=seed)
+        encoder = ChunkEncoder(Answers(classifier, batch_size=64), seed=seed, observer=Observer())
+        made = joined(list(encoder.chunks(source, only=shots, views=random_crops(seed))))
+        made = require_all(made, shots, source.spec)
         assert made.features is not None
         write_features(path, Features(made.features, made.labels, tuple(made.ids), tuple(made.ids)), {})
     kept = read_features(path, {})

@@ -12,6 +12,7 @@ encoded once (minutes of a core, kept in `--cache`).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,8 @@ def cropped(photographs: Path, cache: Path, names: Sequence[str]) -> Tensor:
     from robustvlm.defenses.zoo.views import CROP_DRAWS, crops
     from robustvlm.models import load_model
 
-    path = cache / f"crops-{COUNT}.pt"
+    of = hashlib.sha256(photographs.read_bytes()).hexdigest()[:12]  # other photographs have other crops
+    path = cache / f"crops-{COUNT}-{of}.pt"
     kept: dict[str, Tensor] = torch.load(path, weights_only=True) if path.exists() else {}
     missing = set(names) - set(kept)
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from detecting import DetectRun, lasting
 from safetensors.torch import load_file
 
-from robustvlm.commands.detect.cropping import CROPS, by_image, encode_crops, few_of_each
-from robustvlm.commands.detect.encoding import Answers, Encoded
-from robustvlm.data import open_data
+from robustvlm.commands.detect.cropping import CROPS, by_image, few_of_each, random_crops, require_all
+from robustvlm.commands.detect.encoding import Answers, ChunkEncoder, Encoded, joined
+from robustvlm.data import DataSource, Sample, open_data
+from robustvlm.data.source import Unreadable
 from robustvlm.defenses import load_classifier
 from robustvlm.errors import UserError
+from robustvlm.runs.settings import Observer
 
 
 def test_crops_are_made_once_and_a_finished_run_is_repeated(
@@ -21,12 +24,12 @@ def test_crops_are_made_once_and_a_finished_run_is_repeated(
 ) -> None:
     run = detect_run(name="crops", scores="neglabel,krnft").start()
     assert [score.name for score in run.summary.scores] == ["neglabel", "krnft"]
-    kept = run.folder / "features" / "crops.safetensors"
-    assert load_file(kept)["features"].shape[0] == 3 * 4 * CROPS  # three classes, four images of each
+    kept = sorted((run.folder / "features").glob("crops-*.safetensors"))
+    assert sum(len(load_file(path)["features"]) for path in kept) == 3 * 4 * CROPS  # three classes, four images of each
     # The same command from the kept crops, with nothing else of the results left.
     for name in ("summary.json", "results.parquet"):
         (run.folder / name).unlink()
-    monkeypatch.setattr("robustvlm.commands.detect.cropping.encode_crops", lambda *_, **__: pytest.fail("made anew"))
+    monkeypatch.setattr("robustvlm.commands.detect.cropping.crops", lambda *_: pytest.fail("made anew"))
     again = detect_run(name="crops", scores="neglabel,krnft").start()
     assert lasting(again.summary) == lasting(run.summary)
 
@@ -44,7 +47,8 @@ def test_crops_depend_on_seed_and_image_alone(detect_images: Path) -> None:
     answers, names = Answers(classifier, batch_size=8), (source.ids() or [])[:3]
 
     def made(wanted: list[str], seed: int = 0, count: int = 4) -> Encoded:
-        return encode_crops(answers, source, frozenset(wanted), seed=seed, count=count)
+        encoder = ChunkEncoder(answers, seed=seed, observer=Observer())
+        return joined(list(encoder.chunks(source, only=frozenset(wanted), views=random_crops(seed, count))))
 
     three, one = made(names), made(names[1:2])
     assert three.ids == [name for name in names for _ in range(4)]
@@ -57,6 +61,36 @@ def test_crops_depend_on_seed_and_image_alone(detect_images: Path) -> None:
     assert other.features is not None
     assert not torch.equal(one.features, other.features)
     assert not made([]).ids
+
+
+class Repeating(DataSource):
+    """Names every image twice, and more images than anybody should read."""
+
+    def __init__(self, inner: DataSource) -> None:
+        super().__init__("repeating", inner.class_names, templates=inner.templates)
+        self.inner, self.read = inner, 0
+
+    def ids(self) -> None:
+        return None
+
+    def _stream(self, wanted: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
+        for item in self.inner.samples(keep=wanted):
+            for _ in range(2):
+                self.read += 1
+                yield item
+
+
+def test_an_image_named_twice_counts_once_and_nothing_is_read_behind_the_last(detect_images: Path) -> None:
+    inner = open_data(f"imagefolder:{detect_images}/fit")
+    classifier = load_classifier("small_encoders:Encoder", inner.class_names, inner.templates)
+    source, wanted = Repeating(inner), frozenset((inner.ids() or [])[:2])
+    encoder = ChunkEncoder(Answers(classifier, batch_size=8), seed=0, observer=Observer())
+    found = joined(list(encoder.chunks(source, only=wanted, views=random_crops(0, 4))))
+    assert len(found.ids) == 8
+    assert source.read == 3
+    assert require_all(found, wanted, "here") is found
+    with pytest.raises(UserError, match=r"1 images of 'here' could be read before and not again .* 'gone'"):
+        require_all(found, wanted | {"gone"}, "here")
 
 
 def test_few_of_each_are_the_same_whatever_else_is_there() -> None:

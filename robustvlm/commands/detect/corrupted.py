@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustvlm.commands.detect import measures
+from robustvlm.commands.detect.encoding import Views
 from robustvlm.commands.detect.measures import Scored
 from robustvlm.commands.detect.summary import CorruptedKnown, CorruptedScore, DetectSummary, RefusedUnder
 from robustvlm.data.corruptions import NAMES, Corruption, weights_of
@@ -14,6 +15,11 @@ from robustvlm.report.words import DASH, as_rate, count_of, percent, plain
 from robustvlm.stats import Rate, mean_share
 
 Array = NDArray[np.float64]
+
+
+def views_of(corruption: Corruption) -> Views:
+    """Return what stands in place of an image: the image corrupted."""
+    return lambda pixels, name: corruption(pixels, name)[None]
 
 
 def summarise(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from robustvlm.core import batches, framing, object_graph, seeds
 from robustvlm.core.files import first_line, parse_json, replacing, require_regular
-from robustvlm.data.corruptions import Corruption
 from robustvlm.data.source import DataSource, Sample, Unreadable, select
 from robustvlm.defenses import Classifier
 from robustvlm.errors import UserError, setting
@@ -174,72 +173,69 @@ class Answers:
             )
 
 
-class Encoder:
-    """Encodes sets of images with a model and keeps what it says, in files of `CHUNK` images.
+# Rows [V, 3, H, W] in place of an image's pixels [3, H, W], by its id: a corrupted image, or several crops.
+Views = Callable[[Tensor, str], Tensor]
+
+
+class ChunkEncoder:
+    """Encodes the images of a source, some `CHUNK` rows at a time.
 
     Args:
-        answers: of the model; folder: of the kept features; owner: manifest of their run.
-        seed: of the draws of a random model.
+        answers: of the model; seed: of the draws of a random model.
     """
 
-    def __init__(self, answers: Answers, folder: Path, *, owner: Manifest, seed: int, observer: Observer) -> None:
-        self.answers, self.folder, self.owner, self.seed, self.observer = answers, folder, owner, seed, observer
+    def __init__(self, answers: Answers, *, seed: int, observer: Observer) -> None:
+        self.answers, self.seed, self.observer = answers, seed, observer
 
-    def encode(
-        self, source: DataSource, name: str, *, limit: int | None, title: str, corruption: Corruption | None = None
-    ) -> Encoded:
-        """Return what the model says of the images of a source, of which `limit` are chosen by a hash of their ids.
-
-        Under a corruption, if one is given.
-
-        Raises UserError when no image can be read, or the model's output is not finite.
-        """
-        chunks = [_read(path, self.owner) for path in self._files(name)]
-        known = {item for chunk in chunks for item in (*chunk.ids, *(image.id for image in chunk.unreadable))}
-        ids = source.ids()
-        total = limit if ids is None else len(select(ids, limit))
-        self.observer.begin(title, total, len(known))
-        for part in self._fresh(source, known, limit, corruption):
-            _write(self.folder / f"{name}-{len(chunks):05d}.safetensors", part, self.owner)
-            chunks.append(part)
-        if not any(chunk.ids for chunk in chunks):
-            raise UserError(_why_none(source.spec, [image for chunk in chunks for image in chunk.unreadable]))
-        return _ordered(_joined(chunks), ids)
-
-    def _files(self, name: str) -> list[Path]:
-        return sorted(self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
-
-    def _fresh(
-        self, source: DataSource, known: set[str], limit: int | None, corruption: Corruption | None
+    def chunks(
+        self,
+        source: DataSource,
+        *,
+        known: Iterable[str] = (),
+        limit: int | None = None,
+        only: frozenset[str] | None = None,
+        views: Views | None = None,
     ) -> Iterator[Encoded]:
-        """Yield chunks of the images that no kept file holds."""
+        """Yield the images that are not known, of `limit` that are chosen by a hash of their ids, each once.
+
+        Args:
+            only: leave out all others, and stop once these have come.
+            views: what is encoded of an image, in rows that have its id and label each.
+
+        Raises UserError when the model's output is not finite.
+        """
         batch: list[tuple[Sample, Tensor]] = []
         done: list[Encoded] = []
         unreadable: list[UnreadableImage] = []
         seen = set(known)
-        for item in source.samples(limit=limit, keep=lambda sample_id: sample_id not in known):
-            if item.id in seen:  # streams also name what no one asked for
-                continue
+        left = None if only is None else len(only - seen)
+        for item in () if left == 0 else source.samples(limit=limit, keep=_wanted(frozenset(seen), only)):
+            if item.id in seen or (only is not None and item.id not in only):
+                continue  # streams also name what no one asked for
             seen.add(item.id)
+            left = None if left is None else left - 1
             if isinstance(item, Unreadable):
                 unreadable.append(UnreadableImage(id=item.id, reason=item.reason))
                 self.observer.advance(1)
-                continue
-            pixels = framing.to_pixels(item.image, self.answers.classifier.framing)
-            batch.append((item, pixels if corruption is None else corruption(pixels, item.id)))
-            if len(batch) >= self.answers.batch(batch[0][1].shape):
-                done.append(self._ask(batch))
-                batch = []
+            else:
+                pixels = framing.to_pixels(item.image, self.answers.classifier.framing)
+                batch.append((item, pixels[None] if views is None else views(pixels, item.id)))
+                if sum(len(rows) for _, rows in batch) >= self.answers.batch(pixels.shape):
+                    done.append(self._ask(batch))
+                    batch = []
             if sum(len(part.ids) for part in done) >= CHUNK:
-                yield _joined(done, unreadable)
+                yield joined(done, unreadable)
                 done, unreadable = [], []
+            if left == 0:
+                break
         if batch:
             done.append(self._ask(batch))
         if done or unreadable:
-            yield _joined(done, unreadable)
+            yield joined(done, unreadable)
 
     def _ask(self, batch: Sequence[tuple[Sample, Tensor]]) -> Encoded:
-        samples, pixels = [sample for sample, _ in batch], torch.stack([image for _, image in batch])
+        pixels = torch.cat([rows for _, rows in batch])
+        samples = [sample for sample, rows in batch for _ in range(len(rows))]
         classifier, began = self.answers.classifier, time.perf_counter()
         with seeds.own_draws(classifier.device, seeds.derive_seed(self.seed, "encode", samples[0].id)):
             features, output = self.answers(pixels)
@@ -251,6 +247,52 @@ class Encoder:
         self.observer.advance(len(batch))
         labels = torch.tensor([sample.label for sample in samples])
         return Encoded([sample.id for sample in samples], labels, features, output, seconds)
+
+
+def _wanted(known: frozenset[str], only: frozenset[str] | None) -> Callable[[str], bool]:
+    return lambda name: name not in known and (only is None or name in only)
+
+
+class Encoder(ChunkEncoder):
+    """Encodes sets of images with a model and keeps what it says, in files of about `CHUNK` rows.
+
+    Args:
+        answers: of the model; folder: of the kept features; owner: manifest of their run.
+        seed: of the draws of a random model.
+    """
+
+    def __init__(self, answers: Answers, folder: Path, *, owner: Manifest, seed: int, observer: Observer) -> None:
+        super().__init__(answers, seed=seed, observer=observer)
+        self.folder, self.owner = folder, owner
+
+    def encode(
+        self,
+        source: DataSource,
+        name: str,
+        *,
+        limit: int | None,
+        title: str,
+        only: frozenset[str] | None = None,
+        views: Views | None = None,
+    ) -> Encoded:
+        """Return what the model says of the images of a source; see `chunks`.
+
+        Raises UserError when no image can be read, or the model's output is not finite.
+        """
+        chunks = [_read(path, self.owner) for path in self._files(name)]
+        known = {item for chunk in chunks for item in (*chunk.ids, *(image.id for image in chunk.unreadable))}
+        ids = source.ids()
+        total = len(only) if only is not None else limit if ids is None else len(select(ids, limit))
+        self.observer.begin(title, total, len(known))
+        for part in self.chunks(source, known=known, limit=limit, only=only, views=views):
+            _write(self.folder / f"{name}-{len(chunks):05d}.safetensors", part, self.owner)
+            chunks.append(part)
+        if not any(chunk.ids for chunk in chunks):
+            raise UserError(_why_none(source.spec, [image for chunk in chunks for image in chunk.unreadable]))
+        return _ordered(joined(chunks), ids)
+
+    def _files(self, name: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
 
 
 def kept(path: Path, make: Callable[[], Encoded], *, owner: Manifest) -> Encoded:
@@ -279,7 +321,7 @@ def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def _joined(parts: Sequence[Encoded], unreadable: Sequence[UnreadableImage] = ()) -> Encoded:
+def joined(parts: Sequence[Encoded], unreadable: Sequence[UnreadableImage] = ()) -> Encoded:
     return Encoded(
         [name for part in parts for name in part.ids],
         torch.cat([part.labels for part in parts]) if parts else torch.zeros(0, dtype=torch.int64),

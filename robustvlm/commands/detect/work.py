@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -67,6 +67,7 @@ class DetectWork:
         stream: images that came in before.
         words: outside the known classes.
         naming: words that name a class of an unknown set, with the set's name: left out, unless oracles are asked for.
+        negatives: the model's own negative prompts.
     """
 
     facts: Facts
@@ -83,6 +84,7 @@ class DetectWork:
     attacks: list[LaneAttack]
     corruptions: tuple[Corruption, ...] = ()
     promise: promised.Level | None = None
+    negatives: scoring.LearntWords = field(default_factory=scoring.LearntWords)
 
     def run(self, session: Session) -> None:
         """Do what is left to do, and write results, summary and pictures; the report is made from these."""
@@ -103,7 +105,8 @@ class DetectWork:
             found.fit,
             self._word_embeddings(session),
             stream=found.stream,
-            crops=self._crops(answers, found.fit, session),
+            crops=self._crops(encoder, found.fit),
+            negatives=self.negatives.embeddings,
             temperature=self.settings.temperature,
         )
         sets = measures.usable([self._scored(name, source, found, panel) for name, source in self._sources()], panel)
@@ -179,7 +182,9 @@ class DetectWork:
         under = {}
         for one in self.corruptions:
             file, title = f"corrupted-{one.name}-{one.severity}", f"Encoding {record.KNOWN}, {one.text}"
-            made = encoder.encode(self.known, file, limit=self.settings.limit, title=title, corruption=one)
+            made = encoder.encode(
+                self.known, file, limit=self.settings.limit, title=title, views=corrupted.views_of(one)
+            )
             found, _ = scoring.of_known_classes(made)
             scored = self._scored_of(one.text, self.known, found, panel, labels=found.labels.tolist())
             under[one] = replace(scored, scores={name: scored.scores[name] for name in known.scores})
@@ -208,17 +213,20 @@ class DetectWork:
         scoring.require_before(stream, self.stream.spec, {name: (found, specs[name]) for name, found in judged.items()})
         return stream
 
-    def _crops(self, answers: Answers, fit: Encoded | None, session: Session) -> tuple[Tensor, Tensor] | None:
+    def _crops(self, encoder: Encoder, fit: Encoded | None) -> tuple[Tensor, Tensor] | None:
         """Return crops of some images to learn from, with their labels, if a score wants any."""
         if "krnft" not in self.scores or self.fit is None or fit is None or fit.features is None or not self.words:
             return None
         wanted, seed = cropping.few_of_each(fit, seed=self.settings.seed), self.settings.seed
-        path = session.folder.features_path / "crops.safetensors"
-        if not path.exists():
-            session.observer.begin(f"Encoding {cropping.CROPS} crops of each of {len(wanted):,} images", len(wanted))
-        advance = session.observer.advance
-        made = partial(cropping.encode_crops, answers, self.fit, wanted, seed=seed, on_images=advance)
-        return cropping.by_image(kept(path, made, owner=session.manifest))
+        found = encoder.encode(
+            self.fit,
+            "crops",
+            limit=self.settings.fit_limit,
+            title=f"Encoding {cropping.CROPS} crops of each of {len(wanted):,} images",
+            only=wanted,
+            views=cropping.random_crops(seed),
+        )
+        return cropping.by_image(cropping.require_all(found, wanted, self.fit.spec))
 
     def _without_known(self, found: Encoded, spec: str) -> tuple[Encoded, dict[str, int]]:
         """Return a set of unknown images without those of known classes, and how many of which these were."""
@@ -244,6 +252,10 @@ class DetectWork:
         yield from remarks.of_unknown_sets(self.unknown, found.known_after_all, found.encoded)
         if self._from_words(panel):
             yield from remarks.of_words(self.naming, oracle=self.settings.oracle_words)
+        if "lapt" in panel.detectors:
+            told = "LAPT is told what it is tested on"
+            oracle = self.settings.oracle_words
+            yield from remarks.of_words(self.negatives.naming, oracle=oracle, what="negative prompts", told=told)
         yield from remarks.of_antibodies(self.classifier, self.unknown)
         yield from remarks.remarks(found.encoded, found.fit, panel)
         yield from remarks.of_memory(found.stream, found.encoded, panel)
@@ -411,6 +423,9 @@ def open_work(settings: DetectSettings) -> DetectWork:
     if scoring.asks_own(settings) and not classifier.can_reject:
         raise UserError(f"the model never refuses, so it has no score of its own: leave out own in {setting('scores')}")
     scores = scoring.scores_of(settings)
+    negatives = scoring.LearntWords()
+    if "lapt" in scores:
+        negatives = scoring.negative_prompts(classifier, unknown, oracle=settings.oracle_words)
     under_attack = scoring.under_attack_of(settings, may_refuse=classifier.can_reject)
     if under_attack is not None:
         open_gradients(classifier)
@@ -423,6 +438,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
         under_attack=None if under_attack is None else under_attack.model_dump(),
         **({"corrupt": written(corruptions)} if corruptions else {}),
         **({"promise": level.text} if level else {}),
+        **({"negatives": object_graph.fingerprint({}, negatives.words)} if negatives.words else {}),
     )
     for text in settings.fail_if:
         parse_condition(text).require(record.DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
@@ -459,6 +475,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
         attacks,
         corruptions,
         level,
+        negatives,
     )
 
 
