@@ -25,7 +25,10 @@ WHY_NOT: dict[Need, str] = {
     "encoder": "the model has no image and text encoder, only logits",
     "images": "it learns from images of known classes: pass --fit DATA",
     "words": "it needs words outside the known classes: pass --words FILE",
-    "negatives": "the model has learnt no negative prompts: make one that has, with `robustvlm tune-prompts --lapt`",
+    "negatives": (
+        "the model has learnt no negative prompts: make one that has, with `robustvlm tune-prompts --lapt`, and name "
+        "its folder without a defence before it"
+    ),
     "stream": "it remembers unlabelled images that came in before: pass --stream DATA",
 }
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from robustvlm.cli.app import typer_command
+from robustvlm.commands.detect.scoring import negative_prompts
 from robustvlm.commands.prompts import TUNE_PROMPTS, PromptSettings
+from robustvlm.data.specs import open_unlabelled
 from robustvlm.defenses import SmoothedVLM, load_classifier
 from robustvlm.detect import Supplies, head_of, make_scores
 from robustvlm.errors import UserError
@@ -121,6 +123,13 @@ def test_lapt_learns_words_beside_the_classes(
     record = run.start().summary
     assert set(record.history[0]) == {"cross_modal", "cross_distribution", "loss"}
     assert set(record.tuned.auroc) == {"far"}
+    assert any(
+        note.startswith("1 words that name what the unknown sets show were left out: music") for note in record.notes
+    )
+    with pytest.raises(UserError, match="lapt has no energy terms: leave out ebm"):
+        prepare(lapt=True, ebm=False)
+    with pytest.raises(UserError, match="lapt has no energy terms: leave out lambda_ebm"):
+        prepare(lapt=True, lambda_ebm=3.0)
     spec, kept = str(run.folder.path), load_file(run.folder.path / "prompts.safetensors")
     classifier = load_classifier(spec, NAMES, ["a {}"])
     assert torch.equal(classifier.negative_embeddings, kept["negative_embeddings"])
@@ -131,6 +140,14 @@ def test_lapt_learns_words_beside_the_classes(
     assert made["lapt"].predict(kept["class_embeddings"]).shape == (3,)
     assert not skipped
     assert "tune-prompts --lapt" in make_scores(["lapt"], Supplies(head_of(classifier)))[1][0].reason
+    # Words that name what is judged are left out when the model is judged, or make an oracle.
+    (word,) = classifier.negative_words
+    (others / "music").rename(others / word)
+    far = [("far", open_unlabelled(f"imagefolder:{others}", NAMES))]
+    assert negative_prompts(classifier, far, oracle=True).naming == {word: "far"}
+    with pytest.raises(UserError, match="every negative prompt of the model names a class of the unknown sets"):
+        negative_prompts(classifier, far, oracle=False)
+    assert torch.equal(negative_prompts(classifier, [], oracle=False).embeddings, classifier.negative_embeddings)
     plain = prepare(name="plain")
     plain.start()
     other = load_classifier(str(plain.folder.path), NAMES, ["a {}"])

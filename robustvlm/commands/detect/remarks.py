@@ -45,35 +45,39 @@ def of_unknown_sets(
             yield Check(name=f"classes without names, in {name}", level="note", message=message)
 
 
-def of_words(naming: Mapping[str, str], *, oracle: bool) -> Iterator[Check]:
+def of_words(
+    naming: Mapping[str, str],
+    *,
+    oracle: bool,
+    what: str = "words",
+    told: str = "NegLabel and S_DIS are told what they are tested on",
+) -> Iterator[Check]:
     """Yield the finding that words name classes of unknown sets: left out, or an oracle."""
     if not naming:
         return
     sets = ", ".join(f"{count} of '{name}'" for name, count in Counter(naming.values()).items())
     if oracle:
         message = (
-            f"Oracle: {len(naming)} words name classes of the unknown sets ({sets}: {some_of(naming)}) and were kept "
-            "(--oracle-words): NegLabel and S_DIS are told what they are tested on."
+            f"Oracle: {len(naming)} {what} name classes of the unknown sets ({sets}: {some_of(naming)}) and were kept "
+            f"(--oracle-words): {told}."
         )
-        yield Check(name="oracle words", level="warning", message=message)
+        yield Check(name=f"oracle {what}", level="warning", message=message)
         return
-    message = f"{len(naming)} words that name classes of the unknown sets were left out ({sets}): {some_of(naming)}."
-    yield Check(name="words", level="note", message=message)
+    message = f"{len(naming)} {what} that name classes of the unknown sets were left out ({sets}): {some_of(naming)}."
+    yield Check(name=what, level="note", message=message)
 
 
 def of_antibodies(classifier: Classifier, unknown: Sequence[tuple[str, Unlabelled]]) -> Iterator[Check]:
-    """Yield the finding that a model's own antibodies, or negative prompts, name classes of an unknown set."""
-    texts, what = getattr(classifier, "antibody_texts", ()), "antibodies"
-    if not texts:
-        texts, what = getattr(classifier, "negative_words", ()), "negative prompts"
+    """Yield the finding that a model's own antibodies name classes of an unknown set."""
+    texts = getattr(classifier, "antibody_texts", ())
     for name, source in unknown:
         found = same_things(texts, source.things())
         if found:
             message = (
-                f"Oracle: {len(found)} {what} of the model name classes of the unknown set '{name}' "
+                f"Oracle: {len(found)} antibodies of the model name classes of the unknown set '{name}' "
                 f"({some_of(found)}): its own score is told what it is tested on there."
             )
-            yield Check(name=f"{what} that name unknown classes, in {name}", level="warning", message=message)
+            yield Check(name=f"antibodies that name unknown classes, in {name}", level="warning", message=message)
 
 
 def of_constant_scores(sets: Sequence[Scored]) -> Iterator[Check]:

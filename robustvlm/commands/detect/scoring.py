@@ -15,7 +15,8 @@ from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.commands.detect.summary import KNOWN, OWN, OWN_SDIS, PROMISED, NamedData, UnderAttack
 from robustvlm.core import LAMBDA_INF
 from robustvlm.core.registry import names_own
-from robustvlm.data.specs import parse_spec
+from robustvlm.data.names import same_things
+from robustvlm.data.specs import Unlabelled, parse_spec
 from robustvlm.data.splits import _ROWS, copies, in_both
 from robustvlm.defenses import Classifier
 from robustvlm.detect import SCORES, SDIS, Detector, Head, Hinge, Supplies, make_scores, parse_scores
@@ -218,12 +219,13 @@ def make_panel(
     *,
     stream: Encoded | None = None,
     crops: tuple[Tensor, Tensor] | None = None,
+    negatives: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Panel:
     """Return the named scores for a model, fitted to `fit`; `words` are unit text embeddings [W, D].
 
     Energies divide the logits by `temperature`; scores that gather negatives have seen the `stream`, and KR-NFT learns
-    from `crops` [N, C, D] of some images, with their labels.
+    from `crops` [N, C, D] of some images, with their labels; `negatives` are the model's own negative prompts [M, D].
 
     Raises UserError when none of them can be used.
     """
@@ -231,9 +233,7 @@ def make_panel(
     features = None if fit is None or not encoder else fit.features
     labels = None if fit is None else fit.labels
     came = None if stream is None or not encoder else stream.features
-    learnt = getattr(classifier, "negative_embeddings", None)
-    negatives = learnt.detach().float().cpu() if isinstance(learnt, Tensor) and encoder else None
-    words = words if encoder else None
+    words, negatives = (words, negatives) if encoder else (None, None)
     supplies = Supplies(head, encoder, features, labels, words, temperature, came, crops, negatives)
     detectors, skipped = make_scores(names, supplies)
     reasons = {item.name: item.reason for item in skipped}
@@ -244,6 +244,38 @@ def make_panel(
         name, reason = next(iter(reasons.items()))
         raise UserError(f"none of the scores can be used; the first, '{name}': {reason}")
     return Panel(head, encoder, detectors, reasons, classifier.can_reject)
+
+
+@dataclass(frozen=True, eq=False)
+class LearntWords:
+    """Words outside the classes that a model has learnt prompts for.
+
+    Args:
+        words: those that are used; embeddings: unit embeddings [M, D] of these, None where there are none.
+        naming: words that name a class of an unknown set, with the set's name: left out, unless oracles are asked for.
+    """
+
+    words: tuple[str, ...] = ()
+    embeddings: Tensor | None = None
+    naming: Mapping[str, str] = field(default_factory=dict)
+
+
+def negative_prompts(classifier: Classifier, unknown: Sequence[tuple[str, Unlabelled]], *, oracle: bool) -> LearntWords:
+    """Return the negative prompts of a model, as NegLabel's words are: without those that name what is judged.
+
+    Raises UserError when none is left.
+    """
+    found, words = getattr(classifier, "negative_embeddings", None), tuple(getattr(classifier, "negative_words", ()))
+    if not isinstance(found, Tensor):
+        return LearntWords()
+    naming = {word: name for name, source in reversed(unknown) for word in same_things(words, source.things())}
+    rows = [row for row, word in enumerate(words) if oracle or word not in naming]
+    if not rows:
+        raise UserError(
+            "every negative prompt of the model names a class of the unknown sets, so that LAPT would be told what it "
+            f"is tested on: tune prompts of other words, or pass {setting('oracle_words')}"
+        )
+    return LearntWords(tuple(words[row] for row in rows), found.detach().float().cpu()[rows], naming)
 
 
 def own_sdis(classifier: Classifier) -> Detector | None:

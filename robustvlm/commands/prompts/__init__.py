@@ -75,6 +75,11 @@ class PromptSettings(Settings):
             )
         if self.words is not None and not self.lapt:
             raise UserError(f"{setting('words')} are for {setting('lapt')}: pass both")
+        if self.lapt:
+            defaults = {"ebm": True, "lambda_ebm": type(self).model_fields["lambda_ebm"].default}
+            for name, usual in defaults.items():
+                if getattr(self, name) != usual:
+                    raise UserError(f"{setting('lapt')} has no energy terms: leave out {setting(name)}")
         return self
 
     def stored(self, **resolved: Any) -> dict[str, Any]:

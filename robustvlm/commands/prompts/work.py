@@ -16,7 +16,7 @@ from robustvlm.core.files import write_text
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.ranks import resolve_device
 from robustvlm.data import UNKNOWN, DataSource, open_data
-from robustvlm.data.names import same_things
+from robustvlm.data.names import same_things, some_of
 from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.data.splits import copies, in_both
 from robustvlm.defenses import load_pipeline, prompts
@@ -97,6 +97,7 @@ class PromptWork:
     source: DataSource
     learner: PromptLearner
     words: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def run(self, session: Session) -> None:
         """Tune the prompts and save them.
@@ -183,6 +184,9 @@ class PromptWork:
             if left_out:
                 notes.append(f"{left_out} images of '{name}' are of known classes and were left out")
         parts = {without_secrets(self.settings.data): shots, without_secrets(self.settings.val): known, **unknown}
+        if self.left_out:
+            named = some_of(self.left_out)
+            notes.append(f"{len(self.left_out)} words that name what the unknown sets show were left out: {named}")
         notes += [f"{p.unreadable} images of '{n}' could not be read" for n, p in parts.items() if p.unreadable]
         plain = (
             class_embeddings(self.vlm, self.source.class_names, self.source.templates).cpu()
@@ -241,7 +245,7 @@ def open_work(settings: PromptSettings) -> PromptWork:
     source = open_data(settings.data, classes=settings.classes)
     val = None if settings.val is None else _matching(settings.val, source)
     unknown = [open_unlabelled(spec, source.class_names) for spec in unknown_specs(settings.ood).values()]
-    words = _words(settings, source, unknown) if settings.lapt else ()
+    words, left_out = _words(settings, source, unknown) if settings.lapt else ((), ())
     vlm = load_pipeline(settings.model, device=device)
     learner = PromptLearner(vlm, source.class_names, length=settings.context, start=settings.start, seed=settings.seed)
     data = describe_data(source)
@@ -257,18 +261,20 @@ def open_work(settings: PromptSettings) -> PromptWork:
         probe=probe_of(vlm, source.class_names, source.templates),
         remarks=remarks_of(source, vlm),
     )
-    return PromptWork(facts, settings, tuning, vlm, source, learner, words)
+    return PromptWork(facts, settings, tuning, vlm, source, learner, words, left_out)
 
 
-def _words(settings: PromptSettings, source: DataSource, unknown: Sequence[Unlabelled]) -> tuple[str, ...]:
-    """Return the words outside the classes; those that name what an unknown set shows would tell what is measured."""
+def _words(
+    settings: PromptSettings, source: DataSource, unknown: Sequence[Unlabelled]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the words outside the classes, and those left out: names of unknown things would tell what is measured."""
     every = read_words(settings.words) if settings.words else tree_words()
     words = outside(every, source.class_names, source.tree)
     naming = {word for other in unknown for word in same_things(words, other.things())}
-    found = tuple(word for word in words if word not in naming)
+    found, left_out = (tuple(word for word in words if (word in naming) == named) for named in (False, True))
     if not found:
         raise UserError(f"no word is left outside the classes: pass others with {setting('words', 'FILE')}")
-    return found
+    return found, left_out
 
 
 def _matching(spec: str, source: DataSource) -> DataSource:
