@@ -72,8 +72,8 @@ def text_tower(vlm: VLM) -> ClipVLM:
     inner = _inside(vlm)
     if not isinstance(inner, ClipVLM):
         raise UserError(
-            "prompts can be tuned for open_clip models and for encoders with a SentenceEncoder, whose token embeddings "
-            f"can be reached; '{vlm.spec}' is none"
+            "prompts can be tuned for open_clip models and for encoders with one SentenceEncoder, whose token "
+            f"embeddings can be reached; '{vlm.spec}' is none"
         )
     return inner
 
@@ -188,7 +188,10 @@ class SentencePrompts(PromptTower):
 
     def encode(self, context: Tensor, rows: slice) -> Tensor:
         def places(ids: Tensor) -> Tensor:
-            return (ids == self.mark).unfold(1, len(context), 1).all(dim=-1).long().argmax(dim=1)
+            if ids.shape[1] < len(context):
+                return ids.new_full((len(ids),), -1)
+            runs = (ids == self.mark).unfold(1, len(context), 1).all(dim=-1)
+            return torch.where(runs.any(dim=1), runs.long().argmax(dim=1), -1)
 
         with context_in_place(self.words.tokens, context, places):
             return self.vlm.embed_text(self.texts[rows])
@@ -208,14 +211,17 @@ def context_in_place(embedding: nn.Module, context: Tensor, first: Callable[[Ten
     """Let `embedding` return the context vectors [M, W] in place of M tokens of each row.
 
     Args:
-        first: returns the first place [K] of each row of token ids [K, T].
+        first: returns the first place [K] of each row of token ids [K, T]; -1 for rows that stay as they are.
     """
 
     def put(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         del module
-        places = first(inputs[0])[:, None] + torch.arange(len(context), device=output.device)
+        begin = first(inputs[0])
+        rows = (begin >= 0).nonzero().flatten()
+        places = begin[rows, None] + torch.arange(len(context), device=output.device)
         index = places[:, :, None].expand(-1, -1, output.shape[-1])
-        return output.scatter(1, index, context.to(output.dtype).expand(len(output), -1, -1))
+        put_in = output[rows].scatter(1, index, context.to(output.dtype).expand(len(rows), -1, -1))
+        return output.index_copy(0, rows, put_in)
 
     handle = embedding.register_forward_hook(put)
     try:

@@ -9,6 +9,7 @@ import torch
 from sentence_encoders import Closed, Own, Without
 from torch import nn
 
+from robustvlm.defenses.prompt_towers import context_in_place
 from robustvlm.defenses.prompts import PromptLearner, TuneSettings, tune
 from robustvlm.defenses.smoothing import smooth
 from robustvlm.errors import UserError
@@ -44,6 +45,31 @@ def test_the_context_stands_where_the_placeholders_stood() -> None:
         assert ((learner() - plain).norm(dim=1) > 1e-3).all()
 
 
+def test_a_text_without_placeholders_stays_as_it_is() -> None:
+    embedding, context, x = nn.Embedding(6, 3), torch.ones(2, 3), 4
+    ids = torch.tensor([[1, x, x, 2], [1, 2, x, 3]])
+
+    plain = embedding(ids)
+    with context_in_place(embedding, context, lambda _: torch.tensor([1, -1])):
+        found = embedding(ids)
+    assert torch.equal(found[1], plain[1])
+    assert torch.equal(found[0, 1:3], context)
+    assert torch.equal(found[0, [0, 3]], plain[0, [0, 3]])
+
+
+class Reference(Own):
+    """Sends a text of its own through the sentence encoder, before all others."""
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        return super().encode_text(texts) - super().encode_text(["guitar"])
+
+
+def test_a_reference_text_of_the_encoder_is_not_overwritten() -> None:
+    vlm = wrapped(Reference)
+    with torch.no_grad():
+        torch.testing.assert_close(learner_of(vlm)(), vlm.encode_text([f"a picture of a {name}." for name in CLASSES]))
+
+
 @pytest.mark.parametrize("rows", [2, 128])
 def test_gradients_reach_the_context_and_nothing_else(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robustvlm.defenses.prompts._ROWS", rows)
@@ -74,7 +100,7 @@ def test_tuning_learns_what_other_words_say() -> None:
 def test_what_cannot_be_reached_or_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="encode_text must pass every text through its SentenceEncoder"):
         learner_of(wrapped(Closed))
-    with pytest.raises(UserError, match=r"encoders with a SentenceEncoder, .* can be reached; 'own' is none"):
+    with pytest.raises(UserError, match=r"encoders with one SentenceEncoder, .* can be reached; 'own' is none"):
         learner_of(wrapped(Without))
     with pytest.raises(UserError, match="252 context vectors do not fit into the 256 tokens of 'own'"):
         learner_of(wrapped(), 252)
