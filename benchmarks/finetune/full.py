@@ -57,6 +57,8 @@ def _kept(folder: Path, key: str, benchmark: BenchmarkSet, plan: Plan, options: 
         row = json.loads((folder / f"{key}-seed0.json").read_text(encoding="utf-8"))
         write_text(path, json.dumps(_measured(key, row, benchmark, plan, options.images), indent=1) + "\n")
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if kept["images"] != options.images:
+        raise UserError(f"'{path}' was made with --images {kept['images']}: pass that, or move the file away")
     return kept
 
 
@@ -72,7 +74,7 @@ def _measured(key: str, row: dict[str, Any], benchmark: BenchmarkSet, plan: Plan
     if "".join("1" if right else "0" for right in clean) != kept["clean"]:
         raise UserError(f"{key}: the model tuned again is not that of the row: measure both with the same options")
     standard = right_when_attacked(classifier, images.first(count), "standard", plan.threat, precision=plan.precision)
-    found = {"title": variant.title, "clean": clean[:count], "standard": standard}
+    found = {"title": variant.title, "images": count, "clean": clean[:count], "standard": standard}
     if held is not None:
         return {**found, "pgd": [bit == "1" for bit in kept["pgd"][:count]]}
     return {

