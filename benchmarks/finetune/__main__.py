@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from benchmarks.common import exit_code_of
 from robustvlm.core.files import write_text
 
 from .cost import costs
+from .kept import kept, made_with
 from .options import arguments, open_set, plan_of, variants_of
 from .rows import make_row, training_images
 from .tables import read_rows, tables
@@ -31,14 +33,13 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     chosen, plan, benchmark = variants_of(options), plan_of(options), open_set(options)
     folder: Path = options.out / options.set
-    folder.mkdir(parents=True, exist_ok=True)
+    of = made_with(benchmark, plan)
     for seed in map(int, options.seeds.split(",")):
         data = training_images(benchmark, seed, plan)
         for key in chosen:
-            path = folder / f"{key}-seed{seed}.json"
-            if path.exists() or (seed and VARIANTS[key].method is None):
+            if seed and VARIANTS[key].method is None:
                 continue
-            write_text(path, json.dumps(make_row(benchmark, VARIANTS[key], seed, data, plan), indent=1) + "\n")
+            kept(folder / f"{key}-seed{seed}.json", of, partial(make_row, benchmark, VARIANTS[key], seed, data, plan))
             print(f"{options.set} {key} seed {seed}", file=sys.stderr, flush=True)
     spent_path = folder / "cost.json"
     if not spent_path.exists() and options.cost_rounds:

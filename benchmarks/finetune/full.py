@@ -1,35 +1,36 @@
 """What the rows leave out: AutoAttack itself, all classes at once, transfer between the levels of the tree.
 
-    python -m benchmarks.finetune.full emoji --variants tecoa,tree --images 40
+    python -m benchmarks.finetune.full emoji --seeds 0 --variants tecoa,tree --images 40
 
 Of the sets with a half of the classes left out it is AutoAttack on that half, told apart among its own names.
-Variants are tuned again, as for their rows of seed 0 (same seed, same model), and must be right on the same images.
+Variants are tuned again, as for their rows (same seeds, same model), and must be right on the same images.
 Measured things are kept beside the rows and not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.common import exit_code_of, markdown
 from robustvlm.attacks import Goal, Misclassify, Superclass
-from robustvlm.core.files import write_text
 from robustvlm.defenses.classifier import ZeroShot
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.stats import rate
+from robustvlm.training import TrainingImages
 
+from .kept import Kept, kept, made_with
 from .measure import Images, predictions_when_attacked, right_when_attacked, right_when_clean
 from .options import arguments, open_set, plan_of, variants_of
-from .rows import Plan, classifier_of, clean_and_pgd, training_images, tune
+from .rows import Plan, bits, classifier_of, clean_and_pgd, make_row, training_images, tune
 from .sets import BenchmarkSet
-from .tables import share
+from .tables import Row, against, mean_and_range, share
 from .variants import VARIANTS
 
 
@@ -42,44 +43,45 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what is missing of a set's variants and print both tables."""
+    """Measure what is missing of a set's variants and print the tables."""
     torch.set_num_threads(1)
-    folder: Path = options.out / options.set
     plan, benchmark = plan_of(options), open_set(options)
-    found = [_kept(folder, key, benchmark, plan, options) for key in variants_of(options)]
+    folder: Path = options.out / options.set
+    of = made_with(benchmark, plan)
+    found: dict[str, list[Kept]] = {}
+    for seed in map(int, options.seeds.split(",")):
+        data = training_images(benchmark, seed, plan)
+        for key in variants_of(options):
+            if seed and VARIANTS[key].method is None:
+                continue
+            make = partial(make_row, benchmark, VARIANTS[key], seed, data, plan)
+            row = kept(folder / f"{key}-seed{seed}.json", of, make)
+            measure = partial(_measured, key, row, benchmark, plan, data, options.images)
+            one = kept(folder / "full" / f"{key}-seed{seed}.json", {**of, "images": options.images}, measure)
+            found.setdefault(key, []).append({**one, "seed": seed})
+            print(f"{options.set} {key} seed {seed}", file=sys.stderr, flush=True)
     halved = any(condition.left_out for condition in benchmark.transfer)
-    print(_on_left_out(found) if halved else _autoattack(found) + "\n\n" + _matrices(found))
+    print(on_left_out(found) if halved else _autoattack(found) + "\n\n" + _matrices(found))
 
 
-def _kept(folder: Path, key: str, benchmark: BenchmarkSet, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    path = folder / f"full-{key}.json"
-    if not path.exists():
-        row = json.loads((folder / f"{key}-seed0.json").read_text(encoding="utf-8"))
-        write_text(path, json.dumps(_measured(key, row, benchmark, plan, options.images), indent=1) + "\n")
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if kept["images"] != options.images:
-        raise UserError(f"'{path}' was made with --images {kept['images']}: pass that, or move the file away")
-    return kept
-
-
-def _measured(key: str, row: dict[str, Any], benchmark: BenchmarkSet, plan: Plan, count: int) -> dict[str, Any]:
+def _measured(key: str, row: Row, benchmark: BenchmarkSet, plan: Plan, data: TrainingImages, count: int) -> Kept:
     vlm, variant = load_model(benchmark.model), VARIANTS[key]
     if variant.method is not None:
-        tune(vlm, benchmark, variant, 0, training_images(benchmark, 0, plan), plan)
+        tune(vlm, benchmark, variant, row["seed"], data, plan)
     held = next((condition for condition in benchmark.transfer if condition.left_out), None)
-    condition, kept = (benchmark.seen, row) if held is None else (held, row["transfer"][held.name])
+    condition, told = (benchmark.seen, row) if held is None else (held, row["transfer"][held.name])
     classifier = classifier_of(vlm, condition, benchmark.train.templates)
     images = condition.images
-    clean = right_when_clean(classifier, images)
-    if "".join("1" if right else "0" for right in clean) != kept["clean"]:
+    clean = bits(right_when_clean(classifier, images))
+    if clean != told["clean"]:
         raise UserError(f"{key}: the model tuned again is not that of the row: measure both with the same options")
     standard = right_when_attacked(classifier, images.first(count), "standard", plan.threat, precision=plan.precision)
-    found = {"title": variant.title, "images": count, "clean": clean[:count], "standard": standard}
+    found = {"title": variant.title, "clean": clean[:count], "standard": bits(standard)}
     if held is not None:
-        return {**found, "pgd": [bit == "1" for bit in kept["pgd"][:count]]}
+        return {**found, "pgd": told["pgd"][:count]}
     return {
         **found,
-        "ensemble": [bit == "1" for bit in row["ensemble"][:count]],
+        "ensemble": row["ensemble"][:count],
         "together": clean_and_pgd(vlm, benchmark.together, benchmark.train.templates, plan),
         "levels": _transfer(classifier, images.first(plan.attacked), benchmark, plan),
     }
@@ -97,30 +99,40 @@ def _transfer(classifier: ZeroShot, images: Images, benchmark: BenchmarkSet, pla
     return found
 
 
-def _autoattack(found: list[dict[str, Any]]) -> str:
+def _autoattack(found: Mapping[str, list[Kept]]) -> str:
+    header = ["model", "clean", "ensemble", "AutoAttack", "all classes: clean", "all classes: PGD-20"]
     lines = []
-    for kept in found:
-        shares = [share("".join("1" if right else "0" for right in kept[name])) for name in ("clean", "ensemble")]
-        robust = rate(sum(kept["standard"]), len(kept["standard"]))
-        cells = [f"{value:.3f}" for value in shares]
-        cells.append(f"{robust.value:.3f} ({robust.low:.3f} to {robust.high:.3f})")
-        lines.append([kept["title"], *cells, *(f"{share(kept['together'][name]):.3f}" for name in ("clean", "pgd"))])
-    return markdown(["model", "clean", "ensemble", "AutoAttack", "all classes: clean", "all classes: PGD-20"], lines)
+    for seeds in found.values():
+        columns = [[one[name] for one in seeds] for name in ("clean", "ensemble")]
+        among = [[one["together"][name] for one in seeds] for name in ("clean", "pgd")]
+        cells = [mean_and_range([share(told) for told in column]) for column in (*columns, *among)]
+        lines.append([seeds[0]["title"], *cells[:2], _robust(seeds), *cells[2:]])
+    return markdown(header, lines)
 
 
-def _on_left_out(found: list[dict[str, Any]]) -> str:
+def on_left_out(found: Mapping[str, list[Kept]]) -> str:
+    """Return AutoAttack's table; the paired test is that of the other tables (an image is one observation)."""
     lines = []
-    for kept in found:
-        robust = rate(sum(kept["standard"]), len(kept["standard"]))
-        cells = [f"{sum(kept[name]) / len(kept[name]):.3f}" for name in ("clean", "pgd")]
-        lines.append([kept["title"], *cells, f"{robust.value:.3f} ({robust.low:.3f} to {robust.high:.3f})"])
-    return markdown(["left-out half alone", "clean", "PGD-20", "AutoAttack"], lines)
+    for key, seeds in found.items():
+        cells = [mean_and_range([share(one[name]) for one in seeds]) for name in ("clean", "pgd")]
+        compared = against(key, seeds, found.get("tecoa", []), [lambda one: one["standard"]])
+        lines.append([seeds[0]["title"], *cells, _robust(seeds), compared, str(len(seeds))])
+    return markdown(["left-out half alone", "clean", "PGD-20", "AutoAttack", "against TeCoA", "seeds"], lines)
 
 
-def _matrices(found: list[dict[str, Any]]) -> str:
-    levels = len(found[0]["levels"])
-    header = ["model", *(f"{i} at {j}" for i in range(levels) for j in range(levels))]
-    return markdown(header, [[kept["title"], *(f"{x:.3f}" for row in kept["levels"] for x in row)] for kept in found])
+def _robust(seeds: Sequence[Kept]) -> str:
+    """Return the mean over seeds with half its range, of one seed with the interval over images."""
+    if len(seeds) > 1:
+        return mean_and_range([share(one["standard"]) for one in seeds])
+    robust = rate(seeds[0]["standard"].count("1"), len(seeds[0]["standard"]))
+    return f"{robust.value:.3f} ({robust.low:.3f} to {robust.high:.3f})"
+
+
+def _matrices(found: Mapping[str, list[Kept]]) -> str:
+    first = [seeds[0] for seeds in found.values()]
+    levels = len(first[0]["levels"])
+    header = ["model, first seed", *(f"{i} at {j}" for i in range(levels) for j in range(levels))]
+    return markdown(header, [[one["title"], *(f"{x:.3f}" for row in one["levels"] for x in row)] for one in first])
 
 
 if __name__ == "__main__":

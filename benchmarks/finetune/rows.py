@@ -118,9 +118,9 @@ def _seen(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
     classifier = classifier_of(vlm, benchmark.seen, benchmark.train.templates)
     few, attacked = images.first(plan.attacked), partial(right_when_attacked, precision=plan.precision)
     found: dict[str, Any] = {
-        "clean": _bits(right_when_clean(classifier, images)),
-        "pgd": _bits(attacked(classifier, few, "pgd", plan.threat)),
-        "ensemble": _bits(attacked(classifier, images.first(plan.ensemble), plan.ensemble_attack, plan.threat))
+        "clean": bits(right_when_clean(classifier, images)),
+        "pgd": bits(attacked(classifier, few, "pgd", plan.threat)),
+        "ensemble": bits(attacked(classifier, images.first(plan.ensemble), plan.ensemble_attack, plan.threat))
         if plan.ensemble
         else "",
     }
@@ -128,8 +128,8 @@ def _seen(vlm: VLM, benchmark: BenchmarkSet, plan: Plan) -> dict[str, Any]:
         groups = torch.tensor(tree.superclass_labels(level))
         goal = Superclass(groups, str(level))
         found[f"superclass {level}"] = {
-            "clean": _bits(right_when_clean(classifier, images, goal)),
-            "pgd": _bits(attacked(classifier, few, "pgd", plan.threat, goal=goal)),
+            "clean": bits(right_when_clean(classifier, images, goal)),
+            "pgd": bits(attacked(classifier, few, "pgd", plan.threat, goal=goal)),
         }
     names, groups = tree.level_names(1), torch.tensor(tree.superclass_labels(1))
     named = Condition("", names, Images(images.pixels, groups[images.labels], images.ids))
@@ -147,10 +147,10 @@ def clean_and_pgd(vlm: VLM, condition: Condition, templates: tuple[str, ...], pl
     classifier = classifier_of(vlm, condition, templates)
     few = condition.images.first(plan.attacked)
     return {
-        "clean": _bits(right_when_clean(classifier, condition.images)),
-        "pgd": _bits(right_when_attacked(classifier, few, "pgd", plan.threat, precision=plan.precision)),
+        "clean": bits(right_when_clean(classifier, condition.images)),
+        "pgd": bits(right_when_attacked(classifier, few, "pgd", plan.threat, precision=plan.precision)),
     }
 
 
-def _bits(outcomes: list[bool]) -> str:
+def bits(outcomes: list[bool]) -> str:
     return "".join("1" if right else "0" for right in outcomes)

@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import markdown
+from robustvlm.errors import UserError
 from robustvlm.stats import mcnemar_exact
 
 Row = dict[str, Any]
 
 
 def read_rows(folder: Path) -> dict[str, list[Row]]:
-    """Return the rows of every variant, by its key, in order of seed."""
+    """Return the rows of every variant, by its key, in order of seed.
+
+    Raises:
+        UserError: they were not all made with one model and the same options, so that no table can hold them.
+    """
     found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*-seed*.json")):
         found.setdefault(path.stem.rpartition("-seed")[0], []).append(json.loads(path.read_text(encoding="utf-8")))
+    rows = [row for seeds in found.values() for row in seeds]
+    if any(row.get("made with") != rows[0].get("made with") for row in rows):
+        raise UserError(f"rows in '{folder}' were made with different models or options: pass another --out")
     return found
 
 
@@ -97,20 +105,25 @@ def _left_out(rows: Mapping[str, list[Row]], sets: Sequence[str]) -> str:
 
 
 def _against(rows: Mapping[str, list[Row]], sets: Sequence[str], column: str, shown: str) -> str:
-    reference = {row["seed"]: row for row in rows.get("tecoa", [])}
     columns: list[Callable[[Row], str]] = [partial(_told, name=name, column=column) for name in sets]
     lines = []
     for key, seeds in rows.items():
-        # A model that is not trained has one row, which is compared with every seed.
-        pairs = [(row, reference[row["seed"]]) for row in seeds if row["seed"] in reference]
-        pairs = [(seeds[0], other) for other in reference.values()] if key == "zero-shot" else pairs
         mean = mean_and_range([share("".join(of(row) for of in columns)) for row in seeds])
         each: list[Callable[[Row], str]] = [*columns, partial(_named, column=column)]
         compared = [columns, *([of] for of in each)]
-        found = [_comparison(pairs, of) if key != "tecoa" and pairs else "-" for of in compared]
+        found = [against(key, seeds, rows.get("tecoa", []), of) for of in compared]
         lines.append([seeds[0]["title"], mean, *found, str(len(seeds))])
     header = [f"{shown}, against TeCoA", "mean over left-out sets", "its difference", *sets]
     return markdown([*header, "tuned half, superclasses by name", "seeds"], lines)
+
+
+def against(key: str, seeds: Sequence[Row], others: Sequence[Row], columns: Sequence[Callable[[Row], str]]) -> str:
+    """Return what a variant's rows are above TeCoA's of the same seeds, with the paired test."""
+    reference = {row["seed"]: row for row in others}
+    # A model that is not trained has one row, which is compared with every seed.
+    pairs = [(row, reference[row["seed"]]) for row in seeds if row["seed"] in reference]
+    pairs = [(seeds[0], other) for other in others] if key == "zero-shot" else pairs
+    return _comparison(pairs, columns) if key != "tecoa" and pairs else "-"
 
 
 def _told(row: Row, name: str, column: str) -> str:

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import markdown
-from robustvlm.core.files import write_text
+from benchmarks.common import exit_code_of, markdown
 from robustvlm.data import open_data
 from robustvlm.data.source import UNKNOWN, Sample, select
 from robustvlm.defenses.finetune import HierarchicalOptions
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import load_model
 
+from .kept import kept, made_with
 from .measure import Images, right_when_attacked, right_when_clean
 from .options import arguments, plan_of
 from .rows import Plan, classifier_of, training_images, tune
@@ -47,37 +47,34 @@ class Held:
     attacked: int
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Command line; user errors end in one line and exit code 2."""
+    return exit_code_of(lambda: run(_arguments(argv)))
+
+
+def run(options: argparse.Namespace) -> None:
     """Run the trials that are missing and print all that were asked for."""
-    options = _arguments()
     torch.set_num_threads(1)
     plan = plan_of(options)
     benchmark, held = _open(options)
     folder: Path = options.out / options.set
-    folder.mkdir(parents=True, exist_ok=True)
+    of = made_with(benchmark, plan, validation=len(held.images.ids))
     lines = []
     for trial in options.trials:
-        found = [_outcome(folder, trial, seed, benchmark, held, plan) for seed in map(int, options.seeds.split(","))]
+        variant, found = _variant(trial), []
+        for seed in map(int, options.seeds.split(",")):
+            path = folder / f"{trial.replace(':', '-')}-steps{plan.steps}-seed{seed}.json"
+            found.append(kept(path, of, partial(_measured, variant, seed, benchmark, held, plan)))
         lines.append([trial, *(mean_and_range([share(bits[column]) for bits in found]) for column in COLUMNS)])
         print("  ".join(lines[-1]), file=sys.stderr, flush=True)
     print(markdown(["trial", *COLUMNS], lines))
-    return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__ or "")
     parser.add_argument("trials", nargs="+", metavar="VARIANT[:OPTION=VALUE,...]")
     parser.set_defaults(out=Path("runs/finetune-trials"), seeds="0", attacked=400)
-    return parser.parse_args()
-
-
-def _outcome(folder: Path, trial: str, seed: int, benchmark: BenchmarkSet, held: Held, plan: Plan) -> dict[str, str]:
-    path = folder / f"{trial.replace(':', '-')}-steps{plan.steps}-seed{seed}.json"
-    if not path.exists():
-        found = _measured(_variant(trial), seed, benchmark, held, plan)
-        write_text(path, json.dumps(found, indent=1) + "\n")
-    kept: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return kept
+    return parser.parse_args(argv)
 
 
 def _variant(trial: str) -> Variant:

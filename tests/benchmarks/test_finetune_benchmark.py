@@ -13,7 +13,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the installed package
 
 from benchmarks.finetune.__main__ import main
+from benchmarks.finetune.full import on_left_out
 from benchmarks.finetune.halves import _some, halves
+from benchmarks.finetune.kept import kept
 from benchmarks.finetune.lit_model import emoji_tower, folded
 from benchmarks.finetune.measure import Images, right_when_attacked, right_when_clean
 from benchmarks.finetune.options import arguments, plan_of
@@ -25,6 +27,7 @@ from robustvlm.attacks import Superclass, ThreatModel
 from robustvlm.data import open_data
 from robustvlm.data.classes import CIFAR10
 from robustvlm.data.source import Sample
+from robustvlm.errors import UserError
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", CIFAR10), ("emoji", open_data("emoji").class_names)])
@@ -99,6 +102,33 @@ def test_tables_show_means_over_seeds_and_paired_differences(tmp_path: Path) -> 
     assert "| TeCoA | 0.625 ± 0.125 | 0.250 ± 0.000 | 0.250 ± 0.000 |" in text
     assert "| 0.50 | 12 |" in text
     assert "| no norm order | +0.250 (p 1) | +0.250 (p 1) |" in text
+
+
+def test_rows_of_other_options_are_refused(tmp_path: Path) -> None:
+    path, made = tmp_path / "tecoa-seed0.json", {"clean": "1"}
+    assert kept(path, {"eps": 1, "model": "a"}, lambda: made) == made
+    assert kept(path, {"eps": 1, "model": "a"}, lambda: {}) == made  # read, not made again
+    with pytest.raises(UserError, match=r"made with model 'a' \(asked for: 'b'\): pass that, or another --out"):
+        kept(path, {"eps": 1, "model": "b"}, lambda: made)
+    kept(tmp_path / "fare-seed0.json", {"eps": 2, "model": "a"}, lambda: made)
+    with pytest.raises(UserError, match="different models or options"):
+        read_rows(tmp_path)
+
+
+def test_autoattack_of_several_seeds_is_compared_image_by_image() -> None:
+    def one(title: str, seed: int, standard: str) -> dict[str, object]:
+        return {"title": title, "seed": seed, "clean": "1111", "pgd": "1110", "standard": standard}
+
+    found = {
+        "tecoa": [one("TeCoA", 0, "1000"), one("TeCoA", 1, "0000")],
+        "fare": [one("FARE", 0, "1110"), one("FARE", 1, "0110")],
+    }
+    lines = on_left_out(found).splitlines()
+    assert lines[-2:] == [
+        "| TeCoA | 1.000 ± 0.000 | 0.750 ± 0.000 | 0.125 ± 0.125 | - | 2 |",
+        "| FARE | 1.000 ± 0.000 | 0.750 ± 0.000 | 0.625 ± 0.125 | +0.500 (p 0.5) | 2 |",
+    ]
+    assert "0.250 (" in on_left_out({"tecoa": found["tecoa"][:1]})  # one seed: the interval over images
 
 
 def test_left_out_sets_are_compared_image_by_image(tmp_path: Path) -> None:
