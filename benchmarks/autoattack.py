@@ -3,10 +3,10 @@
     python -m benchmarks.autoattack MODEL --data DATA --limit 200 --eps 4/255
     python -m benchmarks.autoattack MODEL --data DATA --limit 200 --eps 4/255 --single
 
-Both programs attack the same images (those the model gets right when clean) in one process, by turns attack by attack,
-with equal steps, queries and batch size. In the ensemble an image leaves when it is fooled, and ours tell one another
-what they have found out of it, as in a run of `robustvlm attack`. Passes count rows through the model, forward and
-backward as one each; the questions that each program puts to the model first are counted too.
+Both programs attack the same images (those the model gets right when clean) in one process, with equal steps, queries
+and batch size. In the ensemble an image leaves when it is fooled; ours tell one another what they have found out of it,
+and those that take gradients share the batches, as in a run of `robustvlm attack`. Passes count rows through the model,
+forward and backward as one each; the questions that each program puts to the model first are counted too.
 What is known is kept in a file under benchmarks/out/, and a repeated command goes on from there.
 """
 
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import Counted, Subject, clock, exit_code_of, load_subject, markdown
-from benchmarks.duel import HEADER, OURS, TIME_HEADER, Part, Record, run_ours, versus, where_time_goes
+from benchmarks.duel import HEADER, OURS, SPARE, TIME_HEADER, Part, Record, run_together, versus, where_time_goes
 from benchmarks.parity import SINGLES, single
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
 from robustvlm.attacks import LaneAttack, Oracle, Probe, ThreatModel, parse_attacks, parse_eps, parse_norm
@@ -87,42 +89,48 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
     model = Counted(subject.classifier)
     found = _ask(record, model, subject, options.lanes)
     names = _names(ENSEMBLE, options)
-    for name in names:
-        for side in (OURS,) if options.ours else (OURS, THEIRS):
-            if record.has(side, name):
-                continue
-            jobs = [record.told(job) for job in subject.jobs if job.image_id not in record.fooled(side)]
-            if side == OURS:
-                (attack,) = parse_attacks(budgeted(name, options))
-                assert isinstance(attack, LaneAttack)
-                _note(record, side, run_ours(model, attack, threat, jobs, found, seed=options.seed))
-                continue
-            parts = [Part(name, 0, [], 0, 0, 0.0)]
-            if jobs:
-                budget = set_budget(options.steps, options.queries)
-                given = {"seed": options.seed, "batch_size": options.lanes, "attacks": [name], "adjust": budget}
-                parts = watch_autoattack(model, jobs, threat, **given)
-            for part in parts:
-                # A call for one attack repeats the checks, which a call for all makes once.
-                if not record.has(side, part.name):
-                    _note(record, side, part)
+    groups = [[name for name in names if (name == "square") == alone] for alone in (False, True)]
+    for group in groups:
+        if not all(record.has(OURS, name) for name in group):
+            parsed = parse_attacks(",".join(budgeted(name, options) for name in group))
+            attacks = [item for item in parsed if isinstance(item, LaneAttack)]
+            jobs = [record.told(job) for job in subject.jobs if job.image_id not in record.fooled(OURS)]
+            for part in run_together(model, attacks, threat, jobs, found, seed=options.seed):
+                _note(record, OURS, replace(part, name=_spare(group)) if part.name == SPARE else part)
     if options.ours:
         return
+    for name in names:
+        if record.has(THEIRS, name):
+            continue
+        jobs = [job for job in subject.jobs if job.image_id not in record.fooled(THEIRS)]
+        parts = [Part(name, 0, [], 0, 0.0)]
+        if jobs:
+            budget = set_budget(options.steps, options.queries)
+            given = {"seed": options.seed, "batch_size": options.lanes, "attacks": [name], "adjust": budget}
+            parts = watch_autoattack(model, jobs, threat, **given)
+        for part in parts:
+            # A call for one attack repeats the checks, which a call for all makes once.
+            if not record.has(THEIRS, part.name):
+                _note(record, THEIRS, part)
     ids = [job.image_id for job in subject.jobs]
-    print(markdown(HEADER, versus(record, THEIRS, [CHECKS, *names], ids=ids, seen=subject.seen)), "\n")
-    print(markdown(_PART_HEADER, [_part_row(record, name) for name in [CHECKS, *names]]), "\n")
-    print(markdown(TIME_HEADER, [where_time_goes(record.parts[OURS][name]) for name in names]))
+    spare = [_spare(group) for group in groups if group]
+    print(markdown(HEADER, versus(record, THEIRS, [CHECKS, *names, *spare], ids=ids, seen=subject.seen)), "\n")
+    print(markdown(_PART_HEADER, [_part_row(record, name) for name in [CHECKS, *names, *spare]]), "\n")
+    print(markdown(TIME_HEADER, [where_time_goes(record, [*group, _spare(group)]) for group in groups if group]))
+
+
+def _spare(group: Sequence[str]) -> str:
+    return f"{SPARE} of {', '.join(group)}"
 
 
 def _ask(record: Record, model: Counted, subject: Subject, lanes: int) -> Probe:
     """Put our questions to the model; counted the first time."""
-    before = model.forward_rows, model.backward_rows
+    before = model.passes
     oracle = Oracle(model, device=next(model.parameters()).device)
     with clock() as measured:
         found = probe(oracle, subject.pixels[:lanes], subject.labels[:lanes])
     if not record.has(OURS, CHECKS):
-        spent = model.forward_rows - before[0], model.backward_rows - before[1]
-        record.add(OURS, Part(CHECKS, len(subject.jobs), [], *spent, measured.seconds))
+        record.add(OURS, Part(CHECKS, len(subject.jobs), [], model.passes - before, measured.seconds))
     return found
 
 
@@ -144,7 +152,7 @@ _PART_HEADER = ("attack", *(f"{side} {what}" for side in (OURS, THEIRS) for what
 def _part_row(record: Record, name: str) -> list[object]:
     row: list[object] = [name]
     for side in (OURS, THEIRS):
-        part = record.parts[side].get(name, Part(name, 0, [], 0, 0, 0.0))
+        part = record.part(side, name)
         row += [f"{len(part.fooled)} of {part.attacked}", f"{part.passes:,}", f"{part.seconds:.1f}"]
     return row
 

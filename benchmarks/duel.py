@@ -4,44 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks.common import Clock, Counted, clock
-from robustvlm.attacks import ROBUST, Job, LaneAttack, LaneEngine, Oracle, Probe, ThreatModel
+from robustvlm.attacks import FOOLED, ROBUST, Job, LaneAttack, LaneEngine, Oracle, Probe, Result, ThreatModel
 from robustvlm.attacks.catalog import by_gradients
 from robustvlm.errors import UserError
 from robustvlm.stats import mcnemar_exact, rate
 
 OURS = "robustvlm"
+# The part of what attacks pay that share the batches and no image uses.
+SPARE = "spare rows"
 
 
 @dataclass(frozen=True)
 class Part:
     """One attack of one program: ids of the images it fooled among those it got, and its cost.
 
-    `forward` and `backward` count images through the model, `model_seconds` is the time in there and `step_seconds`
-    that in the attack's own arithmetic; both 0 where not measured. `beyond` is what it showed, by image, of classes
-    that are out of reach, each with the radius within which it is, `reached` the lowest margins that gradients led to.
+    `passes` counts images through the model, forward and backward as one each; `model_seconds` is the time in there and
+    `step_seconds` that in the attack's own arithmetic, both 0 where not measured. `beyond` is what it showed, by image,
+    of classes that are out of reach, each with the radius within which it is, `reached` the lowest margins that
+    gradients led to.
     """
 
     name: str
     attacked: int
     fooled: list[str]
-    forward: int
-    backward: int
+    passes: int
     seconds: float
     model_seconds: float = 0.0
     step_seconds: float = 0.0
     beyond: dict[str, dict[str, float]] = field(default_factory=dict)
     reached: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def passes(self) -> int:
-        return self.forward + self.backward
 
 
 class Record:
@@ -72,10 +70,14 @@ class Record:
         """Whether a part is known."""
         return name in self.parts.get(side, {})
 
+    def part(self, side: str, name: str) -> Part:
+        """Return a part; one of no images where a program has none of that name."""
+        return self.parts.get(side, {}).get(name, Part(name, 0, [], 0, 0.0))
+
     def fooled(self, side: str, names: Iterable[str] | None = None) -> set[str]:
         """Return the images that a program fooled by the named attacks, or by all."""
-        parts = self.parts.get(side, {})
-        return {image for name in (parts if names is None else names) for image in parts[name].fooled}
+        names = self.parts.get(side, {}) if names is None else names
+        return {image for name in names for image in self.part(side, name).fooled}
 
     def told(self, job: Job) -> Job:
         """Return the job with what our attacks have shown so far, as a run passes it on from attack to attack."""
@@ -91,30 +93,63 @@ class Record:
 def run_ours(
     model: Counted, attack: LaneAttack, threat: ThreatModel, jobs: Sequence[Job], found: Probe, *, seed: int
 ) -> Part:
-    """Attack the jobs in lanes and return what came of it, under the attack's plain name."""
-    name = attack.name.split(":")[0]
+    """Attack the jobs in lanes and return what came of it, under the attack's plain name, spare rows included."""
+    part, *rest = run_together(model, [attack], threat, jobs, found, seed=seed)
+    for spare in rest:
+        whole = part.passes + spare.passes, part.seconds + spare.seconds
+        part = replace(
+            spare,
+            name=part.name,
+            attacked=part.attacked,
+            fooled=part.fooled,
+            passes=whole[0],
+            seconds=whole[1],
+            beyond=part.beyond,
+            reached=part.reached,
+        )
+    return part
+
+
+def run_together(
+    model: Counted, attacks: Sequence[LaneAttack], threat: ThreatModel, jobs: Sequence[Job], found: Probe, *, seed: int
+) -> list[Part]:
+    """Let attacks share the batches, as a run does; return a part for each, and one of what is paid beside them.
+
+    An attack's part has the passes of its own images and their share of the seconds. The last one, `SPARE`, has the
+    rest of both (rows that were paid for and not used), and the time in the model and in the arithmetic of all.
+    """
+    names = [attack.name.split(":")[0] for attack in attacks]
     if not jobs:
-        return Part(name, 0, [], 0, 0, 0.0)
+        return [Part(name, 0, [], 0, 0.0) for name in names]
     oracle = Oracle(model, device=next(model.parameters()).device)
-    before = model.forward_rows, model.backward_rows
-    engine = LaneEngine(oracle, attack, threat, lanes=found.rungs[0], seed=seed, rungs=found.rungs)
-    with clock() as measured, timed(type(attack), "advance") as steps:
+    before, first = model.passes, attacks[0]
+    engine = LaneEngine(
+        oracle, first, threat, lanes=found.rungs[0], seed=seed, rungs=found.rungs, then=list(attacks[1:])
+    )
+    with clock() as measured, ExitStack() as stack:
+        steps = [stack.enter_context(timed(kind, "advance")) for kind in dict.fromkeys(map(type, attacks))]
         results = list(engine.run(jobs))
+    parts = [
+        _part(name, [result for result in results if result.attack == attack.name], by_gradients(attack, engine.goal))
+        for name, attack in zip(names, attacks, strict=True)
+    ]
+    spare = model.passes - before - sum(part.passes for part in parts)
+    rest = measured.seconds - sum(part.seconds for part in parts)
+    arithmetic = sum(total.seconds for total in steps)
+    return [*parts, Part(SPARE, 0, [], spare, rest, oracle.passes.seconds, arithmetic)]
+
+
+def _part(name: str, results: Sequence[Result], follows_gradients: bool) -> Part:
+    shown = {result.job.image_id: {str(k): v for k, v in result.beyond.items()} for result in results if result.beyond}
+    margins = {result.job.image_id: result.margin for result in results if result.outcome == ROBUST}
     return Part(
         name,
-        len(jobs),
-        sorted(result.job.image_id for result in results if result.outcome == "fooled"),
-        model.forward_rows - before[0],
-        model.backward_rows - before[1],
-        measured.seconds,
-        oracle.passes.seconds,
-        steps.seconds,
-        {result.job.image_id: {str(k): v for k, v in result.beyond.items()} for result in results if result.beyond},
-        {
-            result.job.image_id: result.margin
-            for result in results
-            if by_gradients(attack, engine.goal) and result.outcome == ROBUST
-        },
+        len(results),
+        sorted(result.job.image_id for result in results if result.outcome == FOOLED),
+        sum(result.passes for result in results),
+        sum(result.seconds for result in results),
+        beyond=shown,
+        reached=margins if follows_gradients else {},
     )
 
 
@@ -138,7 +173,7 @@ def versus(record: Record, theirs: str, names: Sequence[str], *, ids: Sequence[s
     pairs = {side: record.fooled(side, names) for side in (OURS, theirs)}
     test = mcnemar_exact([i in pairs[OURS] for i in ids], [i in pairs[theirs] for i in ids])
     cost = {
-        side: [sum(getattr(record.parts[side][name], what) for name in names) for what in ("passes", "seconds")]
+        side: [sum(getattr(record.part(side, name), what) for name in names) for what in ("passes", "seconds")]
         for side in pairs
     }
     rows: list[list[object]] = []
@@ -160,10 +195,14 @@ def _shown(images: Collection[str]) -> str:
     return f"{len(images)}: {', '.join(sorted(images))}" if images else "0"
 
 
-def where_time_goes(part: Part) -> list[object]:
-    """Return a table row: seconds of an attack of ours, and the shares in the model, in its arithmetic, elsewhere."""
-    shares = [value / part.seconds if part.seconds else 0.0 for value in (part.model_seconds, part.step_seconds)]
-    return [part.name, f"{part.seconds:.1f}", *(f"{share:.1%}" for share in (*shares, 1 - sum(shares)))]
+def where_time_goes(record: Record, names: Sequence[str]) -> list[object]:
+    """Return a table row: seconds of attacks of ours, and the shares in the model, in their arithmetic, elsewhere."""
+    parts = [record.part(OURS, name) for name in names]
+    seconds, *inside = (
+        sum(getattr(part, what) for part in parts) for what in ("seconds", "model_seconds", "step_seconds")
+    )
+    shares = [value / seconds if seconds else 0.0 for value in inside]
+    return [", ".join(names), f"{seconds:.1f}", *(f"{share:.1%}" for share in (*shares, 1 - sum(shares)))]
 
 
 TIME_HEADER = ("attack", "seconds", "inside the model", "the attack's arithmetic", "lanes, judging, queue")

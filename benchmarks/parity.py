@@ -70,7 +70,7 @@ def _torchattacks(
         kind = torchattacks.PGD if threat.norm == "Linf" else torchattacks.PGDL2
         attack = kind(model, eps=threat.eps, alpha=_step(steps, threat), steps=steps, random_start=False)
     device = next(model.parameters()).device
-    before, fooled = (model.forward_rows, model.backward_rows), []
+    before, fooled = model.passes, []
     with clock() as measured:
         for start in range(0, len(jobs), options.lanes):
             batch = jobs[start : start + options.lanes]
@@ -80,5 +80,4 @@ def _torchattacks(
             with torch.no_grad():
                 wrong = model(points).argmax(1) != y
             fooled += [job.image_id for job, lost in zip(batch, wrong.tolist(), strict=True) if lost]
-    spent = model.forward_rows - before[0], model.backward_rows - before[1]
-    return Part(name, len(jobs), sorted(fooled), *spent, measured.seconds)
+    return Part(name, len(jobs), sorted(fooled), model.passes - before, measured.seconds)

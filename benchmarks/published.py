@@ -33,7 +33,7 @@ class _Watch(logging.Handler):
         self._mark()
 
     def _mark(self) -> None:
-        self.before = (self.model.forward_rows, self.model.backward_rows, time.perf_counter())
+        self.before = (self.model.passes, time.perf_counter())
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
@@ -48,20 +48,11 @@ class _Watch(logging.Handler):
         new = sorted(self.ids[row] for row in fallen - self.fallen)
         attacked = len(self.ids) - len(self.fallen)
         self.fallen = fallen
-        forward, backward, began = self.before
+        passes, began = self.before
         self._mark()
-        now_forward, now_backward, now = self.before
+        now_passes, now = self.before
         # Images that are wrong when clean are no one's success.
-        self.parts.append(
-            Part(
-                name,
-                attacked,
-                [] if name == CHECKS else new,
-                now_forward - forward,
-                now_backward - backward,
-                now - began,
-            )
-        )
+        self.parts.append(Part(name, attacked, [] if name == CHECKS else new, now_passes - passes, now - began))
 
 
 def watch_autoattack(

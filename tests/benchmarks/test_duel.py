@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the installed package
 
 from benchmarks.common import Counted
-from benchmarks.duel import OURS, Part, Record, run_ours, timed, versus, where_time_goes
+from benchmarks.duel import OURS, SPARE, Part, Record, run_ours, run_together, timed, versus, where_time_goes
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
-from robustvlm.attacks import APGD, Job, Oracle, ThreatModel
+from robustvlm.attacks import APGD, Job, LaneAttack, Oracle, ThreatModel, parse_attacks
 from robustvlm.attacks.oracle import probe
 from robustvlm.errors import UserError
 
@@ -42,7 +43,7 @@ def jobs(count: int) -> list[Job]:
 
 
 def test_a_record_is_continued_and_refuses_other_settings(tmp_path: Path) -> None:
-    part = Part("apgd-ce", 3, ["a", "b"], 10, 5, 1.5)
+    part = Part("apgd-ce", 3, ["a", "b"], 15, 1.5)
     Record(tmp_path / "x.json", {"eps": "4/255"}).add(OURS, part)
     again = Record(tmp_path / "x.json", {"eps": "4/255"})
     assert again.parts == {OURS: {"apgd-ce": part}}
@@ -55,8 +56,8 @@ def test_a_record_is_continued_and_refuses_other_settings(tmp_path: Path) -> Non
 
 def test_rows_show_robustness_disagreements_and_ratios(tmp_path: Path) -> None:
     record = Record(tmp_path / "x.json", {})
-    record.add(OURS, Part("a", 4, ["1", "2"], 30, 20, 5.0))
-    record.add("theirs", Part("a", 4, ["2", "3"], 60, 40, 20.0))
+    record.add(OURS, Part("a", 4, ["1", "2"], 50, 5.0))
+    record.add("theirs", Part("a", 4, ["2", "3"], 100, 20.0))
     ours, theirs = versus(record, "theirs", ["a"], ids=["1", "2", "3", "4"], seen=5)
     assert ours[1].startswith("2/5 (40.0%")
     assert ours[2:] == ["1: 1", "1", "50", "0.50", "5.0", "0.25"]
@@ -69,7 +70,7 @@ def test_the_published_program_is_watched_without_changing_what_it_finds() -> No
     parts = watch_autoattack(Counted(Curved()), images, BALL, seed=0, batch_size=4, adjust=adjust)
     assert [part.name for part in parts] == [CHECKS, "apgd-ce", "apgd-t", "fab-t", "square"]
     # Five repetitions, two looks at the output of the first batch, and the clean pass.
-    assert (parts[0].forward, parts[0].backward, parts[0].fooled) == (7 * 4 + 9, 0, [])
+    assert (parts[0].passes, parts[0].fooled) == (7 * 4 + 9, [])
 
     model = Counted(Curved())
     program = AutoAttack(model, norm="Linf", eps=BALL.eps, seed=0, version="standard", device="cpu")
@@ -109,8 +110,37 @@ def test_our_side_counts_what_the_model_sees() -> None:
     assert part.name == "apgd-ce"
     assert part.passes == model.passes - before > 0
     assert 0 < part.model_seconds + part.step_seconds < part.seconds
-    assert where_time_goes(part)[0] == "apgd-ce"
     assert run_ours(model, APGD(n_iter=4), BALL, [], found, seed=0).attacked == 0
+
+
+def test_attacks_that_share_batches_find_what_each_finds_by_itself(tmp_path: Path) -> None:
+    images = jobs(9)
+    x, y = torch.stack([job.pixels for job in images]), torch.tensor([job.label for job in images])
+    ranked = Curved()(x).argsort(1, descending=True).tolist()
+    images = [
+        replace(job, targets=tuple(other for other in classes if other != job.label))
+        for job, classes in zip(images, ranked, strict=True)
+    ]
+    attacks = [item for item in parse_attacks("apgd-ce:steps=4,apgd-t:steps=4") if isinstance(item, LaneAttack)]
+    model = Counted(Curved())
+    found = probe(Oracle(model), x, y)
+    before = model.passes
+    parts = run_together(model, attacks, BALL, images, found, seed=0)
+    assert [part.name for part in parts] == ["apgd-ce", "apgd-t", SPARE]
+    assert sum(part.passes for part in parts) == model.passes - before
+
+    first = run_ours(model, attacks[0], BALL, images, found, seed=0)
+    left = [job for job in images if job.image_id not in first.fooled]
+    second = run_ours(model, attacks[1], BALL, left, found, seed=0)
+    assert [(part.fooled, part.attacked) for part in parts[:2]] == [(p.fooled, p.attacked) for p in (first, second)]
+
+    record = Record(tmp_path / "r.json", {})
+    for part in parts:
+        record.add(OURS, part)
+    row = where_time_goes(record, ["apgd-ce", "apgd-t", SPARE])
+    assert row[0] == f"apgd-ce, apgd-t, {SPARE}"
+    assert float(str(row[1])) >= 0
+    assert record.part("theirs", SPARE).passes == 0
 
 
 def test_timing_a_method_leaves_it_as_it_was() -> None:
