@@ -39,7 +39,7 @@ def main() -> None:
     (text, eps), *_ = parse_eps(options.eps)
     threat = ThreatModel(parse_norm(options.norm), eps)
     subject = load_subject(options.model, options.data, options.limit, device=options.device)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "only", "ours")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "ours")}
     record = _record(options, settings | {"images": [job.image_id for job in subject.jobs]})
     print(f"{options.model} on {options.data}: {len(subject.jobs)} of {subject.seen} images right when clean,")
     print(
@@ -95,8 +95,8 @@ def _ensemble(record: Record, subject: Subject, threat: ThreatModel, options: ar
             parsed = parse_attacks(",".join(budgeted(name, options) for name in group))
             attacks = [item for item in parsed if isinstance(item, LaneAttack)]
             jobs = [record.told(job) for job in subject.jobs if job.image_id not in record.fooled(OURS)]
-            for part in run_together(model, attacks, threat, jobs, found, seed=options.seed):
-                _note(record, OURS, replace(part, name=_spare(group)) if part.name == SPARE else part)
+            found_by = run_together(model, attacks, threat, jobs, found, seed=options.seed)
+            _note(record, OURS, *(replace(p, name=_spare(group)) if p.name == SPARE else p for p in found_by))
     if options.ours:
         return
     for name in names:
@@ -140,10 +140,11 @@ def budgeted(name: str, options: argparse.Namespace) -> str:
     return name if steps is None else f"{name}:{'queries' if name == 'square' else 'steps'}={steps}"
 
 
-def _note(record: Record, side: str, part: Part) -> None:
-    record.add(side, part)
-    said = f"{side} {part.name}: {len(part.fooled)} of {part.attacked}, {part.passes:,} passes, {part.seconds:.0f} s"
-    print(said, file=sys.stderr, flush=True)
+def _note(record: Record, side: str, *parts: Part) -> None:
+    record.add(side, *parts)
+    for part in parts:
+        what = f"{len(part.fooled)} of {part.attacked}, {part.passes:,} passes, {part.seconds:.0f} s"
+        print(f"{side} {part.name}: {what}", file=sys.stderr, flush=True)
 
 
 _PART_HEADER = ("attack", *(f"{side} {what}" for side in (OURS, THEIRS) for what in ("fooled", "passes", "seconds")))

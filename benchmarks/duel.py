@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,8 @@ from robustvlm.errors import UserError
 from robustvlm.stats import mcnemar_exact, rate
 
 OURS = "robustvlm"
+# Of what a record's file holds; others are refused.
+FORMAT = 2
 # The part of what attacks pay that share the batches and no image uses.
 SPARE = "spare rows"
 
@@ -49,7 +51,7 @@ class Record:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.path, self.settings = path, json.loads(json.dumps({"format": FORMAT, **settings}))
         self.parts: dict[str, dict[str, Part]] = {}
         if path.exists():
             known = json.loads(path.read_text())
@@ -57,9 +59,9 @@ class Record:
                 raise UserError(f"'{path}' holds a comparison of other settings: pass another --out, or delete it")
             self.parts = {side: {p["name"]: Part(**p) for p in parts} for side, parts in known["parts"].items()}
 
-    def add(self, side: str, part: Part) -> None:
-        """Keep a part, on the disk before this returns."""
-        self.parts.setdefault(side, {})[part.name] = part
+    def add(self, side: str, *new: Part) -> None:
+        """Keep parts, all of them or none on the disk before this returns."""
+        self.parts.setdefault(side, {}).update({part.name: part for part in new})
         parts = {name: [asdict(p) for p in parts.values()] for name, parts in self.parts.items()}
         partial = self.path.with_suffix(".partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +128,7 @@ def run_together(
     engine = LaneEngine(
         oracle, first, threat, lanes=found.rungs[0], seed=seed, rungs=found.rungs, then=list(attacks[1:])
     )
-    with clock() as measured, ExitStack() as stack:
-        steps = [stack.enter_context(timed(kind, "advance")) for kind in dict.fromkeys(map(type, attacks))]
+    with clock() as measured, timed("advance", *map(type, attacks)) as steps:
         results = list(engine.run(jobs))
     parts = [
         _part(name, [result for result in results if result.attack == attack.name], by_gradients(attack, engine.goal))
@@ -135,8 +136,7 @@ def run_together(
     ]
     spare = model.passes - before - sum(part.passes for part in parts)
     rest = measured.seconds - sum(part.seconds for part in parts)
-    arithmetic = sum(total.seconds for total in steps)
-    return [*parts, Part(SPARE, 0, [], spare, rest, oracle.passes.seconds, arithmetic)]
+    return [*parts, Part(SPARE, 0, [], spare, rest, oracle.passes.seconds, steps.seconds)]
 
 
 def _part(name: str, results: Sequence[Result], follows_gradients: bool) -> Part:
@@ -154,17 +154,28 @@ def _part(name: str, results: Sequence[Result], follows_gradients: bool) -> Part
 
 
 @contextmanager
-def timed(owner: type, method: str) -> Iterator[Clock]:
-    """Sum up the seconds spent in a method while the block runs."""
-    total, original = Clock(), getattr(owner, method)
+def timed(method: str, *owners: type) -> Iterator[Clock]:
+    """Sum up the seconds spent in a method of some classes while the block runs; calls within a call count once."""
+    total, within = Clock(), [False]
 
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        with clock() as one:
-            result = original(*args, **kwargs)
-        total.seconds += one.seconds
-        return result
+    def measuring(original: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            if within[0]:
+                return original(*args, **kwargs)
+            within[0] = True
+            try:
+                with clock() as one:
+                    return original(*args, **kwargs)
+            finally:
+                within[0] = False
+                total.seconds += one.seconds
 
-    with patch.object(owner, method, measured):
+        return measured
+
+    originals = {owner: getattr(owner, method) for owner in owners}
+    with ExitStack() as stack:
+        for owner, original in originals.items():
+            stack.enter_context(patch.object(owner, method, measuring(original)))
         yield total
 
 

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
         for key in chosen:
             if seed and VARIANTS[key].method is None:
                 continue
-            kept(folder / f"{key}-seed{seed}.json", of, partial(make_row, benchmark, VARIANTS[key], seed, data, plan))
+            variant, path = VARIANTS[key], folder / f"{key}-seed{seed}.json"
+            kept(path, of, variant, partial(make_row, benchmark, variant, seed, data, plan))
             print(f"{options.set} {key} seed {seed}", file=sys.stderr, flush=True)
     spent_path = folder / "cost.json"
     if not spent_path.exists() and options.cost_rounds:

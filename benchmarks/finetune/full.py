@@ -31,7 +31,7 @@ from .options import arguments, open_set, plan_of, variants_of
 from .rows import Plan, bits, classifier_of, clean_and_pgd, make_row, training_images, tune
 from .sets import BenchmarkSet
 from .tables import Row, against, mean_and_range, share
-from .variants import VARIANTS
+from .variants import VARIANTS, Variant
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +46,11 @@ def run(options: argparse.Namespace) -> None:
     """Measure what is missing of a set's variants and print the tables."""
     torch.set_num_threads(1)
     plan, benchmark = plan_of(options), open_set(options)
+    halved = any(condition.left_out for condition in benchmark.transfer)
+    most = plan.attacked if halved else plan.ensemble
+    if options.images > most:
+        beside = f"--attacked {plan.attacked}" if halved else f"--ensemble {plan.ensemble}"
+        raise UserError(f"--images {options.images} is more than the {beside} of the rows: the columns would differ")
     folder: Path = options.out / options.set
     of = made_with(benchmark, plan)
     found: dict[str, list[Kept]] = {}
@@ -54,18 +59,19 @@ def run(options: argparse.Namespace) -> None:
         for key in variants_of(options):
             if seed and VARIANTS[key].method is None:
                 continue
-            make = partial(make_row, benchmark, VARIANTS[key], seed, data, plan)
-            row = kept(folder / f"{key}-seed{seed}.json", of, make)
-            measure = partial(_measured, key, row, benchmark, plan, data, options.images)
-            one = kept(folder / "full" / f"{key}-seed{seed}.json", {**of, "images": options.images}, measure)
+            variant, name = VARIANTS[key], f"{key}-seed{seed}.json"
+            row = kept(folder / name, of, variant, partial(make_row, benchmark, variant, seed, data, plan))
+            measure = partial(_measured, variant, row, benchmark, plan, data, options.images)
+            one = kept(folder / "full" / name, {**of, "AutoAttack": options.images}, variant, measure)
             found.setdefault(key, []).append({**one, "seed": seed})
             print(f"{options.set} {key} seed {seed}", file=sys.stderr, flush=True)
-    halved = any(condition.left_out for condition in benchmark.transfer)
     print(on_left_out(found) if halved else _autoattack(found) + "\n\n" + _matrices(found))
 
 
-def _measured(key: str, row: Row, benchmark: BenchmarkSet, plan: Plan, data: TrainingImages, count: int) -> Kept:
-    vlm, variant = load_model(benchmark.model), VARIANTS[key]
+def _measured(
+    variant: Variant, row: Row, benchmark: BenchmarkSet, plan: Plan, data: TrainingImages, count: int
+) -> Kept:
+    vlm = load_model(benchmark.model)
     if variant.method is not None:
         tune(vlm, benchmark, variant, row["seed"], data, plan)
     held = next((condition for condition in benchmark.transfer if condition.left_out), None)
@@ -74,7 +80,9 @@ def _measured(key: str, row: Row, benchmark: BenchmarkSet, plan: Plan, data: Tra
     images = condition.images
     clean = bits(right_when_clean(classifier, images))
     if clean != told["clean"]:
-        raise UserError(f"{key}: the model tuned again is not that of the row: measure both with the same options")
+        raise UserError(
+            f"{variant.title}: the model tuned again is not that of the row: measure both with the same options"
+        )
     standard = right_when_attacked(classifier, images.first(count), "standard", plan.threat, precision=plan.precision)
     found = {"title": variant.title, "clean": clean[:count], "standard": bits(standard)}
     if held is not None:

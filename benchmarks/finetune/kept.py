@@ -9,30 +9,46 @@ from pathlib import Path
 from typing import Any
 
 from robustvlm.core.files import write_text
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 
 from .rows import Plan
 from .sets import BenchmarkSet
+from .variants import Variant
 
 Kept = dict[str, Any]
+VARIANT = "variant"
+"""What the rows of a table do not share."""
 
 
 def made_with(benchmark: BenchmarkSet, plan: Plan, **more: Any) -> Kept:
-    """Return all that two rows of one table must share: the model's weights, what it is measured on, and how much."""
-    images = {"images per condition": len(benchmark.seen.images.ids)}
-    return {"model": load_model(benchmark.model).fingerprint, **images, **asdict(plan), **more}
+    """Return all that the rows of one table must share: the model's weights, the images, and how much of everything."""
+    told: dict[str, object] = {}
+    for place, one in enumerate((benchmark.seen, *benchmark.transfer, benchmark.together)):
+        told |= {f"{place} {name}": value for name, value in vars(one.images).items()}
+    return {
+        "model": load_model(benchmark.model).fingerprint,
+        "train": benchmark.train.fingerprint(),
+        "images": fingerprint(told),
+        **asdict(plan),
+        **more,
+    }
 
 
-def kept(path: Path, of: Mapping[str, Any], make: Callable[[], Kept]) -> Kept:
+def kept(path: Path, of: Mapping[str, Any], variant: Variant, make: Callable[[], Kept]) -> Kept:
     """Return what `path` holds, or what `make` returns, which is written there with what it was made with.
 
     Raises:
-        UserError: the file was made with something else.
+        UserError: the file was made with something else, or by a variant of that name with other options.
     """
+    teacher = [] if variant.teacher is None else [load_model(variant.teacher).fingerprint]
+    of = {**of, VARIANT: " ".join([repr(variant), *teacher])}
     if path.exists():
         found: Kept = json.loads(path.read_text(encoding="utf-8"))
-        told = found.pop("made with", {})
+        told = found.pop("made with", None)
+        if told is None:
+            raise UserError(f"'{path}' does not say what it was made with: delete it, or pass another --out")
         differ = [
             f"{name} {told.get(name)!r} (asked for: {value!r})" for name, value in of.items() if told.get(name) != value
         ]
@@ -41,5 +57,5 @@ def kept(path: Path, of: Mapping[str, Any], make: Callable[[], Kept]) -> Kept:
         return found
     found = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**found, "made with": dict(of)}, indent=1) + "\n")
+    write_text(path, json.dumps({**found, "made with": of}, indent=1) + "\n")
     return found

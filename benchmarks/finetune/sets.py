@@ -119,6 +119,9 @@ class Restricted(DataSource):
     def ids(self) -> list[str] | None:
         return self.source.ids()
 
+    def _identity(self) -> tuple[str, ...]:
+        return (self.source.fingerprint(),)
+
     def _stream(self, keep: Callable[[str], bool]) -> Iterator[Sample | Unreadable]:
         for item in self.source.samples(keep=keep):
             yield replace(item, label=int(self._label[item.label])) if isinstance(item, Sample) else item

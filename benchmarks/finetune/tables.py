@@ -12,6 +12,8 @@ from benchmarks.common import markdown
 from robustvlm.errors import UserError
 from robustvlm.stats import mcnemar_exact
 
+from .kept import VARIANT
+
 Row = dict[str, Any]
 
 
@@ -25,7 +27,8 @@ def read_rows(folder: Path) -> dict[str, list[Row]]:
     for path in sorted(folder.glob("*-seed*.json")):
         found.setdefault(path.stem.rpartition("-seed")[0], []).append(json.loads(path.read_text(encoding="utf-8")))
     rows = [row for seeds in found.values() for row in seeds]
-    if any(row.get("made with") != rows[0].get("made with") for row in rows):
+    shared = [{name: value for name, value in row.get("made with", {}).items() if name != VARIANT} for row in rows]
+    if any(one != shared[0] for one in shared):
         raise UserError(f"rows in '{folder}' were made with different models or options: pass another --out")
     return found
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import exit_code_of, markdown
+from robustvlm.core.object_graph import fingerprint
 from robustvlm.data import open_data
 from robustvlm.data.source import UNKNOWN, Sample, select
 from robustvlm.defenses.finetune import HierarchicalOptions
@@ -55,16 +56,16 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Run the trials that are missing and print all that were asked for."""
     torch.set_num_threads(1)
-    plan = plan_of(options)
+    plan = replace(plan_of(options), ensemble=0)  # which no trial is put under
     benchmark, held = _open(options)
     folder: Path = options.out / options.set
-    of = made_with(benchmark, plan, validation=len(held.images.ids))
+    of = made_with(benchmark, plan, validation=fingerprint(vars(held.images)))
     lines = []
     for trial in options.trials:
         variant, found = _variant(trial), []
         for seed in map(int, options.seeds.split(",")):
             path = folder / f"{trial.replace(':', '-')}-steps{plan.steps}-seed{seed}.json"
-            found.append(kept(path, of, partial(_measured, variant, seed, benchmark, held, plan)))
+            found.append(kept(path, of, variant, partial(_measured, variant, seed, benchmark, held, plan)))
         lines.append([trial, *(mean_and_range([share(bits[column]) for bits in found]) for column in COLUMNS)])
         print("  ".join(lines[-1]), file=sys.stderr, flush=True)
     print(markdown(["trial", *COLUMNS], lines))
@@ -118,8 +119,10 @@ def _open(options: argparse.Namespace) -> tuple[BenchmarkSet, Held]:
     if options.set == "emoji":
         benchmark = emoji(1)
         styled = open_data("emoji?split=val&copies=4")
-        kept = select(styled.ids() or [], options.clean_images)
-        return benchmark, Held(read_images(styled, 64, kept), options.attacked)
+        names = select(styled.ids() or [], options.clean_images)
+        return benchmark, Held(read_images(styled, 64, names), options.attacked)
+    if options.set != "cifar10":
+        raise UserError(f"'{options.set}' has no validation images: trials are on emoji or cifar10")
     if options.train is None or options.test is None:
         raise UserError("CIFAR-10 is not bundled: pass its Parquet files, --train TRAIN.parquet --test TEST.parquet")
     benchmark = cifar10(options.train, options.test, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of
 from benchmarks.finetune.__main__ import main
 from benchmarks.finetune.full import on_left_out
 from benchmarks.finetune.halves import _some, halves
-from benchmarks.finetune.kept import kept
+from benchmarks.finetune.kept import kept, made_with
 from benchmarks.finetune.lit_model import emoji_tower, folded
 from benchmarks.finetune.measure import Images, right_when_attacked, right_when_clean
 from benchmarks.finetune.options import arguments, plan_of
-from benchmarks.finetune.sets import Restricted, _of_classes
+from benchmarks.finetune.sets import BenchmarkSet, Condition, Restricted, _of_classes
 from benchmarks.finetune.tables import read_rows, tables
 from benchmarks.finetune.trees import by_place
 from benchmarks.finetune.variants import VARIANTS
@@ -105,14 +106,36 @@ def test_tables_show_means_over_seeds_and_paired_differences(tmp_path: Path) -> 
 
 
 def test_rows_of_other_options_are_refused(tmp_path: Path) -> None:
-    path, made = tmp_path / "tecoa-seed0.json", {"clean": "1"}
-    assert kept(path, {"eps": 1, "model": "a"}, lambda: made) == made
-    assert kept(path, {"eps": 1, "model": "a"}, lambda: {}) == made  # read, not made again
+    path, made, of = tmp_path / "tecoa-seed0.json", {"clean": "1"}, {"eps": 1, "model": "a"}
+    tecoa, changed = VARIANTS["tecoa"], replace(VARIANTS["tecoa"], options={"weight": 2})
+    assert kept(path, of, tecoa, lambda: made) == made
+    assert kept(path, of, tecoa, lambda: {}) == made  # read, not made again
     with pytest.raises(UserError, match=r"made with model 'a' \(asked for: 'b'\): pass that, or another --out"):
-        kept(path, {"eps": 1, "model": "b"}, lambda: made)
-    kept(tmp_path / "fare-seed0.json", {"eps": 2, "model": "a"}, lambda: made)
+        kept(path, {**of, "model": "b"}, tecoa, lambda: made)
+    with pytest.raises(UserError, match="made with variant "):
+        kept(path, of, changed, lambda: made)
+    kept(tmp_path / "fare-seed0.json", of, VARIANTS["fare"], lambda: made)
+    assert set(read_rows(tmp_path)) == {"tecoa", "fare"}
+    kept(tmp_path / "pmg-seed0.json", {**of, "eps": 2}, VARIANTS["pmg"], lambda: made)
     with pytest.raises(UserError, match="different models or options"):
         read_rows(tmp_path)
+    path.write_text(json.dumps(made))
+    with pytest.raises(UserError, match="does not say what it was made with"):
+        kept(path, of, tecoa, lambda: made)
+
+
+def test_rows_tell_sets_apart_by_their_images() -> None:
+    def told(pixels: Tensor, label: int) -> dict[str, object]:
+        condition = Condition("c", ("a", "b"), Images(pixels, torch.tensor([label]), ("i",)))
+        source = open_data("emoji")
+        assert source.tree is not None
+        benchmark = BenchmarkSet("s", "tiny", source, source.tree, 0.1, 1, condition, (), condition)
+        return made_with(benchmark, plan_of(arguments("").parse_args(["emoji"])))
+
+    pixels = torch.rand(1, 3, 2, 2)
+    assert told(pixels, 0) == told(pixels.clone(), 0)
+    assert told(pixels, 0)["images"] != told(pixels, 1)["images"]
+    assert told(pixels, 0)["images"] != told(pixels + 1e-6, 0)["images"]
 
 
 def test_autoattack_of_several_seeds_is_compared_image_by_image() -> None:

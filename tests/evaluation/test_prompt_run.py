@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import typer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import robustvlm as rv
 from robustvlm.cli.app import typer_command
 from robustvlm.commands.detect.scoring import negative_prompts
+from robustvlm.commands.detect.words import oracle_titles, words_sentence
 from robustvlm.commands.prompts import TUNE_PROMPTS, PromptSettings
 from robustvlm.data.specs import open_unlabelled
 from robustvlm.defenses import SmoothedVLM, load_classifier
@@ -128,8 +132,9 @@ def test_lapt_learns_words_beside_the_classes(
     )
     with pytest.raises(UserError, match="lapt has no energy terms: leave out ebm"):
         prepare(lapt=True, ebm=False)
-    with pytest.raises(UserError, match="lapt has no energy terms: leave out lambda_ebm"):
-        prepare(lapt=True, lambda_ebm=3.0)
+    for name, value in (("lambda_ebm", 3.0), ("c", 7)):
+        with pytest.raises(UserError, match=f"lapt has no energy terms: leave out {name}"):
+            prepare(lapt=True, **{name: value})
     spec, kept = str(run.folder.path), load_file(run.folder.path / "prompts.safetensors")
     classifier = load_classifier(spec, NAMES, ["a {}"])
     assert torch.equal(classifier.negative_embeddings, kept["negative_embeddings"])
@@ -144,21 +149,50 @@ def test_lapt_learns_words_beside_the_classes(
     (word,) = classifier.negative_words
     (others / "music").rename(others / word)
     far = [("far", open_unlabelled(f"imagefolder:{others}", NAMES))]
-    assert negative_prompts(classifier, far, oracle=True).naming == {word: "far"}
     with pytest.raises(UserError, match="every negative prompt of the model names a class of the unknown sets"):
         negative_prompts(classifier, far, oracle=False)
     assert torch.equal(negative_prompts(classifier, [], oracle=False).embeddings, classifier.negative_embeddings)
-    plain = prepare(name="plain")
-    plain.start()
-    other = load_classifier(str(plain.folder.path), NAMES, ["a {}"])
-    assert other.negative_embeddings is None
-    assert other.fingerprint != classifier.fingerprint
-    # The words are part of the folder: without them it is no model.
-    card = json.loads((run.folder.path / "model.json").read_text())
-    card["settings"]["negative_words"] = []
-    (run.folder.path / "model.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match="is damaged: its embeddings do not fit its words"):
-        load_classifier(spec, NAMES, ["{}"])
+
+
+def test_detect_leaves_out_negative_prompts_that_name_what_is_judged_or_calls_them_an_oracle(
+    prepare: Callable[..., Run], make_folder: Callable[..., Path], photos: Path, tmp_path: Path
+) -> None:
+    words = "sea, winter, engine, paper, clock, bread, chair, train, river, cloud, stone, glass, lamp"
+    (tmp_path / "words.txt").write_text(words.replace(", ", "\n"))
+    folder = prepare(lapt=True, words=tmp_path / "words.txt").start().folder
+    classifier = load_classifier(str(folder), NAMES, ["a {}"])
+    named, other = classifier.negative_words  # 15 % of thirteen
+    unknown = make_folder(9, "unknown")
+    for old, new in zip(NAMES, (named, "wolf", "tree"), strict=True):
+        (unknown / old).rename(unknown / new)
+
+    def judged(name: str, **options: Any) -> Any:
+        data = {"id": f"imagefolder:{photos}", "ood": [f"far=imagefolder:{unknown}"], "fit": "none"}
+        asked = {"scores": "lapt,energy", "out": tmp_path / "judged", "name": name}
+        return rv.detect(str(folder), **data, **asked, **options)
+
+    plain, oracle = judged("plain"), judged("oracle", oracle_words=True)
+    for run, used in ((plain, [other]), (oracle, [named, other])):
+        negatives = run.summary.negatives
+        assert (negatives.used, negatives.naming, negatives.oracle) == (len(used), {named: "far"}, run is oracle)
+        # The score is that of the rows that were used and of no others.
+        left = [row for row, word in enumerate(classifier.negative_words) if word in used]
+        supplies = Supplies(head_of(classifier), negatives=classifier.negative_embeddings[left])
+        mine = make_scores(["lapt"], supplies)[0]["lapt"]
+        [path] = (run.folder / "features").glob("known-*.safetensors")
+        with safe_open(path, "pt") as file:
+            names, features = json.loads(file.metadata()["ids"]), file.get_tensor("features")
+        rows = [row for row in pq.read_table(run.folder / "results.parquet").to_pylist() if row["set"] == "known"]
+        stored = {row["image_id"]: row["lapt"] for row in rows}
+        assert [stored[name] for name in names] == pytest.approx(mine.score(features).tolist(), abs=1e-5)
+    assert oracle_titles(plain.summary) == []
+    assert oracle_titles(oracle.summary) == [score.title for score in oracle.summary.scores if score.name == "lapt"]
+    assert "Oracle: LAPT" in (words_sentence(oracle.summary) or "")
+    assert "1 negative prompts that name classes of the unknown sets were left out" in (
+        words_sentence(plain.summary) or ""
+    )
+    # Leaving rows out does not undo what the context of the classes has learnt from them.
+    assert any("were learnt against 1 words" in check.message for check in plain.summary.checks)
 
 
 def test_validation_and_unknown_images_are_measured(

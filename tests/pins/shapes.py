@@ -28,6 +28,7 @@ ADDED = {
     "rule",
     "undecided",
     "promised",
+    "negatives",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

@@ -67,17 +67,22 @@ def of_words(
     yield Check(name=what, level="note", message=message)
 
 
-def of_antibodies(classifier: Classifier, unknown: Sequence[tuple[str, Unlabelled]]) -> Iterator[Check]:
-    """Yield the finding that a model's own antibodies name classes of an unknown set."""
-    texts = getattr(classifier, "antibody_texts", ())
+def of_own_texts(classifier: Classifier, unknown: Sequence[tuple[str, Unlabelled]]) -> Iterator[Check]:
+    """Yield the finding that a model's own antibodies, or words it is tuned against, name unknown classes."""
+    antibodies, negatives = getattr(classifier, "antibody_texts", ()), getattr(classifier, "negative_words", ())
     for name, source in unknown:
-        found = same_things(texts, source.things())
-        if found:
+        if found := same_things(antibodies, source.things()):
             message = (
                 f"Oracle: {len(found)} antibodies of the model name classes of the unknown set '{name}' "
                 f"({some_of(found)}): its own score is told what it is tested on there."
             )
             yield Check(name=f"antibodies that name unknown classes, in {name}", level="warning", message=message)
+        if found := same_things(negatives, source.things()):
+            message = (
+                f"Oracle: the prompts of the model's classes were learnt against {len(found)} words that name classes "
+                f"of the unknown set '{name}' ({some_of(found)}): every score of its logits knows something of it."
+            )
+            yield Check(name=f"prompts learnt against unknown classes, in {name}", level="warning", message=message)
 
 
 def of_constant_scores(sets: Sequence[Scored]) -> Iterator[Check]:

@@ -152,7 +152,7 @@ class OwnDecision(Record):
 
 
 class WordsSummary(Record):
-    """The words outside the known classes that scores used.
+    """The words outside the known classes that scores used, or the negative prompts of the model.
 
     Args:
         used: how many; naming: those that name a class of an unknown set, with the set's name.
@@ -302,7 +302,7 @@ class DetectSummary(Record):
         accuracy: share of known images whose class is right, whether refused or not.
         encode_ms: milliseconds per image of the encoder.
         best: name of the score with the highest mean AUROC over the sets.
-        words: those that scores used, None where none did.
+        words: those that scores used, None where none did; negatives: the model's own negative prompts, likewise.
         skipped: scores that could not be used, with the reason.
     """
 
@@ -318,6 +318,7 @@ class DetectSummary(Record):
     encode_ms: float
     own: OwnDecision | None = None
     words: WordsSummary | None = None
+    negatives: WordsSummary | None = None
     attacked: list[AttackedScore] = Field(default_factory=list)
     adversarial: Adversarial | None = None
     corrupted: CorruptedKnown | None = None

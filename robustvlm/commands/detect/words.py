@@ -7,7 +7,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from robustvlm.commands.detect.summary import AttackedScore, DetectSummary, OnSet, ScoreSummary
+from robustvlm.commands.detect.summary import AttackedScore, DetectSummary, OnSet, ScoreSummary, WordsSummary
 from robustvlm.detect import BASELINES
 from robustvlm.detect.metrics import roc_points
 from robustvlm.report.charts import DASHES, INK, MUTED, SERIES, as_svg, chart, legend, new_figure, whole_numbers
@@ -88,23 +88,31 @@ def tone(summary: DetectSummary) -> str:
 
 
 def oracle_titles(summary: DetectSummary) -> list[str]:
-    """Return the titles of scores that use words naming what they are tested on."""
-    if summary.words is None or not (summary.words.oracle and summary.words.naming):
-        return []
-    return [score.title for score in summary.scores if "words" in score.needs]
+    """Return the titles of scores that use words, or negative prompts, naming what they are tested on."""
+    told = {need for need, found, _ in _texts(summary) if found.oracle}
+    return [score.title for score in summary.scores if told.intersection(score.needs)]
 
 
 def words_sentence(summary: DetectSummary) -> str | None:
-    """Say what became of the words that name classes of unknown sets; None where no score uses words."""
-    found = summary.words
-    if found is None or not found.naming:
-        return None
-    if found.oracle:
-        return (
-            f"Oracle: {', '.join(oracle_titles(summary))} use {len(found.naming)} words that name classes of the "
-            "unknown sets (--oracle-words): what they reach is no measure of what they would reach."
-        )
-    return f"{len(found.naming)} words that name classes of the unknown sets were left out; {found.used:,} were used."
+    """Say what became of the texts that name classes of unknown sets; None where no score uses any."""
+    said = []
+    for need, found, what in _texts(summary):
+        if found.oracle:
+            titles = [score.title for score in summary.scores if need in score.needs]
+            said.append(
+                f"Oracle: {', '.join(titles)} use {len(found.naming)} {what} that name classes of the unknown sets "
+                "(--oracle-words): what they reach is no measure of what they would reach."
+            )
+        else:
+            left = f"{len(found.naming)} {what} that name classes of the unknown sets were left out"
+            said.append(f"{left}; {found.used:,} were used.")
+    return " ".join(said) or None
+
+
+def _texts(summary: DetectSummary) -> list[tuple[str, WordsSummary, str]]:
+    """Return the texts that name classes of unknown sets: what scores need, the texts, what they are called."""
+    pairs = (("words", summary.words, "words"), ("negatives", summary.negatives, "negative prompts"))
+    return [(need, found, what) for need, found, what in pairs if found is not None and found.naming]
 
 
 def own_sentence(summary: DetectSummary) -> str | None:

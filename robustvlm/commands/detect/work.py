@@ -250,19 +250,22 @@ class DetectWork:
     def _remarks(self, sets: Sequence[Scored], found: Sets, panel: scoring.Panel) -> Iterator[Check]:
         """Yield what the reader has to know of the data, the words and the scores."""
         yield from remarks.of_unknown_sets(self.unknown, found.known_after_all, found.encoded)
-        if self._from_words(panel):
+        if self._needed("words", panel):
             yield from remarks.of_words(self.naming, oracle=self.settings.oracle_words)
-        if "lapt" in panel.detectors:
+        if self._needed("negatives", panel):
             told = "LAPT is told what it is tested on"
             oracle = self.settings.oracle_words
             yield from remarks.of_words(self.negatives.naming, oracle=oracle, what="negative prompts", told=told)
-        yield from remarks.of_antibodies(self.classifier, self.unknown)
+        yield from remarks.of_own_texts(self.classifier, self.unknown)
         yield from remarks.remarks(found.encoded, found.fit, panel)
         yield from remarks.of_memory(found.stream, found.encoded, panel)
         yield from remarks.of_constant_scores(sets)
 
-    def _from_words(self, panel: scoring.Panel) -> bool:
-        return any("words" in find_score(name).needs for name in self.scores if name in panel.detectors)
+    def _needed(self, need: str, panel: scoring.Panel) -> bool:
+        return any(need in find_score(name).needs for name in self.scores if name in panel.detectors)
+
+    def _told(self, used: Sequence[str], naming: Mapping[str, str]) -> record.WordsSummary:
+        return record.WordsSummary(used=len(used), naming=dict(naming), oracle=self.settings.oracle_words)
 
     def _scored(self, name: str, source: DataSource, sets: Sets, panel: scoring.Panel) -> Scored:
         found = sets.encoded[name]
@@ -383,8 +386,9 @@ class DetectWork:
             best=measures.best_score(scores),
             encode_ms=scoring.mean_time(found.encoded),
             own=measures.own_decision(known, unknown),
-            words=record.WordsSummary(used=len(self.words), naming=self.naming, oracle=self.settings.oracle_words)
-            if self._from_words(panel)
+            words=self._told(self.words, self.naming) if self._needed("words", panel) else None,
+            negatives=self._told(self.negatives.words, self.negatives.naming)
+            if self._needed("negatives", panel)
             else None,
             eps_text=None if config is None else config.eps_text,
             norm=None if config is None else config.norm,

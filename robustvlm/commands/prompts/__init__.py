@@ -76,15 +76,15 @@ class PromptSettings(Settings):
         if self.words is not None and not self.lapt:
             raise UserError(f"{setting('words')} are for {setting('lapt')}: pass both")
         if self.lapt:
-            defaults = {"ebm": True, "lambda_ebm": type(self).model_fields["lambda_ebm"].default}
-            for name, usual in defaults.items():
-                if getattr(self, name) != usual:
+            for name in ("ebm", "lambda_ebm", "c"):
+                if getattr(self, name) != type(self).model_fields[name].default:
                     raise UserError(f"{setting('lapt')} has no energy terms: leave out {setting(name)}")
         return self
 
     def stored(self, **resolved: Any) -> dict[str, Any]:
         """Return what defines the run: no weight without the energy term, None for all images, c under its role."""
-        named = {"shots": self.shots or None, "energy_weight": self.energy_weight, "n_reset": self.c}
+        energies = {} if self.lapt else {"n_reset": self.c}
+        named = {"shots": self.shots or None, "energy_weight": self.energy_weight, **energies}
         found = super().stored(**named, **resolved)
         left = ("lambda_ebm", "ebm", "c") if self.lapt else ("lambda_ebm", "ebm", "c", "lapt", "words")
         return {name: value for name, value in found.items() if name not in left}
