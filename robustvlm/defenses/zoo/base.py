@@ -50,7 +50,7 @@ MODES = {
     THROUGH: "the gradient of the whole defence, inner steps included",
     IDENTITY: "what the defence adds taken as a constant (BPDA)",
     SMOOTH: "as through, with smooth stand-ins for signs and rounding",
-    GATE_ON: "the detector taken to fire, and pushed to",
+    GATE_ON: "the whole way, and pushed to where the detector fires",
     GATE_OFF: "the detector taken to stay silent, and pushed to",
 }
 """Every gradient mode in words."""
@@ -84,6 +84,7 @@ class Strength:
         if (low is None or value >= low) and (high is None or value <= high):
             return None
         bounds = f"at least {low:g}" if high is None else f"at most {high:g}" if low is None else f"{low:g} to {high:g}"
+        bounds = f"{low:g}" if low is not None and low == high else bounds
         return f"must be {bounds}, got {value:g}"
 
 
@@ -243,6 +244,14 @@ class PixelDefence(Defence):
     @abstractmethod
     def move(self, pixels: Tensor, below: Below, mode: str) -> Tensor:
         """Return pixels [B, 3, S, S] of pixels [B, 3, S, S] in [0, 1]."""
+
+    def seen(self, pixels: Tensor, below: Below, mode: str) -> tuple[Tensor, Tensor]:
+        """Return what `move` does, and the pixels whose answer an attack takes the gradient of in its place.
+
+        They are the same unless a mode takes a gate to be on one side whichever it is on.
+        """
+        moved = self.move(pixels, below, mode)
+        return moved, moved
 
 
 @dataclass(frozen=True)

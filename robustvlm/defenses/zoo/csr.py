@@ -16,7 +16,7 @@ from torch import Tensor
 from robustvlm.attacks.honesty import exactly
 from robustvlm.attacks.threat import per_image
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import leaning
+from robustvlm.defenses.zoo.gradients import Steering
 from robustvlm.defenses.zoo.inner import gate_hinge, in_full, recomputed, sign_step
 
 
@@ -160,18 +160,25 @@ class SpectralRectification(zoo.PixelDefence):
         return zoo.Passes(4 + self.steps, self.steps) if gate_open else zoo.Passes(3)
 
     def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
+        return self.seen(pixels, below, mode)[0]
+
+    def seen(self, pixels: Tensor, below: zoo.Below, mode: str) -> tuple[Tensor, Tensor]:
         if not self.eps or not self.steps:
-            return pixels
+            return pixels, pixels
+        gated = mode in (zoo.GATE_ON, zoo.GATE_OFF)
+        steering = Steering(pixels)
+        x = steering.pixels
         found = rectified(
             below.encode,
-            pixels,
+            x,
             radius=self.radius * zoo.side_of(pixels) / 224,
             threshold=self.threshold,
             steps=self.steps,
             size=self.size / 255,
             eps=self.eps / 255,
             smooth=mode == zoo.SMOOTH,
-            lean=mode in (zoo.GATE_ON, zoo.GATE_OFF),
+            lean=gated,
         )
-        hinge = gate_hinge(found.similarity, self.threshold, mode)
-        return found.image if hinge is None else leaning(found.image, hinge)
+        if gated:
+            steering.lower(gate_hinge(found.similarity, self.threshold, mode))
+        return found.image, x if mode == zoo.GATE_OFF else found.image

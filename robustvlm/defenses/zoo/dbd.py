@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustvlm.attacks.honesty import exactly
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import leaning
+from robustvlm.defenses.zoo.gradients import Steering
 from robustvlm.defenses.zoo.inner import gate_hinge
 from robustvlm.defenses.zoo.jpeg import Jpeg
 from robustvlm.defenses.zoo.pixels import Blur, Median, reflected
@@ -163,6 +163,8 @@ class DirectionalBias(zoo.AnswerDefence):
     def answer(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
         if not self.kept:
             return below.logits(pixels)
+        steering = Steering(pixels)
+        pixels = steering.pixels
         own = below.encode(pixels)
         features = features_of(below.encode, self.views_of(pixels, below, mode), pixels)
         kept = surest(features, below.scores(features), min(self.kept, self.views))
@@ -170,10 +172,10 @@ class DirectionalBias(zoo.AnswerDefence):
         mean = kept.mean(1)  # not f + D, so that f leaves no trace
         shut, open_ = below.scores(mean), below.scores(mean + (self.gain - 1) * direction)
         found = torch.where((score > self.threshold)[:, None], open_, shut)
-        hinge = gate_hinge(-score, -self.threshold, mode)  # it opens above the threshold
-        if hinge is None:
+        if mode not in (zoo.GATE_ON, zoo.GATE_OFF):
             return found
-        return leaning(exactly(found, open_ if mode == zoo.GATE_ON else shut), hinge)
+        steering.lower(gate_hinge(-score, -self.threshold, mode))  # it opens above the threshold
+        return exactly(found, open_ if mode == zoo.GATE_ON else shut)
 
     def views_of(self, pixels: Tensor, below: zoo.Below, mode: str) -> list[View]:
         """Return the views of images [B, 3, S, S], drawn afresh: crops, few bits, JPEG, noise, three filters."""

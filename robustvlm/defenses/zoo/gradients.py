@@ -1,4 +1,4 @@
-"""Parts of gradient modes: gates that are leant on, attention with a second derivative."""
+"""Parts of gradient modes: attacks that are steered to one side of a gate, attention with a second derivative."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,33 +7,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustvlm.attacks.threat import per_image
 
-def leaning(output: Tensor, hinge: Tensor, weight: float = 1.0) -> Tensor:
-    """Return `output` [B, K] to the bit, with a gradient that also lowers `hinge` [B] while it is positive.
+_TINY = 1e-12
+"""Below this length a gradient has no direction."""
 
-    For gates: an attack that raises a loss of the output is led to the side of the gate where the hinge is zero. The
-    pull is `weight` times the size of the loss's own gradient with respect to the row's output.
+
+class Steering:
+    """Pixels whose gradient, on its way back, is joined by a pull of the same length towards one side of a gate.
+
+    An attack that raises a loss of what is made of `pixels` is led to where the hinge is zero. The pull has the length
+    of the loss's own gradient, image by image: of a gate on cosines it would be a hundredth of that otherwise, as
+    logits are scaled and the hinge is not.
+
+    Args:
+        pixels: [B, 3, H, W].
+
+    Attributes:
+        pixels: the same to the bit; what the gate and the answer are to be computed from.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
-        >>> y = leaning(x, x.sum(1))
-        >>> torch.autograd.grad(y[:, 0].sum(), x)[0].tolist()
-        [[0.0, -1.0]]
+        >>> steering = Steering(x)
+        >>> steering.lower(steering.pixels[:, 1])
+        >>> torch.autograd.grad(3 * steering.pixels[:, 0].sum(), x)[0].tolist()
+        [[3.0, -3.0]]
     """
-    return _Leaning.apply(output, hinge.clamp_min(0), weight)
+
+    def __init__(self, pixels: Tensor) -> None:
+        self._pull: Tensor | None = None
+        self.pixels: Tensor = pixels
+        if torch.is_grad_enabled() and pixels.requires_grad:
+            self.pixels = _Steered.apply(pixels, self)
+
+    def lower(self, hinge: Tensor) -> None:
+        """Lead to where `hinge` [B], computed from `pixels`, is zero or below; images that are there are left alone."""
+        if self.pixels.grad_fn is None or not hinge.requires_grad:
+            return
+        (grad,) = torch.autograd.grad(hinge.clamp_min(0).sum(), self.pixels, retain_graph=True)
+        self._pull = grad / per_image(grad.flatten(1).norm(dim=1).clamp_min(_TINY), grad)
+
+    def joined(self, grad: Tensor) -> Tensor:
+        """Return the gradient of the pixels with the pull."""
+        if self._pull is None:
+            return grad
+        return grad - per_image(grad.flatten(1).norm(dim=1), grad) * self._pull
 
 
-class _Leaning(torch.autograd.Function):
+class _Steered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, hinge: Tensor, weight: float) -> Tensor:
-        del hinge
-        ctx.weight = weight
-        return output.clone()
+    def forward(ctx: Any, pixels: Tensor, steering: Steering) -> Tensor:
+        ctx.steering = steering
+        return pixels.view_as(pixels)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad = grads[0]
-        return grad, -ctx.weight * grad.flatten(1).norm(dim=1), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        found: Tensor = ctx.steering.joined(grads[0])
+        return found, None
 
 
 @contextlib.contextmanager

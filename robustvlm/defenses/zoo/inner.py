@@ -153,8 +153,8 @@ def _redrawing(device: torch.device, states: tuple[Tensor, Tensor | None]) -> It
 # Gates: which side an attack's mode wants, and how far it is from there
 
 
-def gate_hinge(score: Tensor, threshold: float, mode: str) -> Tensor | None:
-    """Return how far scores [B] are from the side that `mode` wants, positive until they are there; None in others.
+def gate_hinge(score: Tensor, threshold: float, mode: str) -> Tensor:
+    """Return how far scores [B] are from the side that `mode`, one of the gate's, wants; positive until they are there.
 
     The gate is open, and the defence acts, where a score is below the threshold.
 
@@ -162,8 +162,6 @@ def gate_hinge(score: Tensor, threshold: float, mode: str) -> Tensor | None:
         >>> gate_hinge(torch.tensor([0.3, 0.9]), 0.5, "gate:off")
         tensor([ 0.2200, -0.3800])
     """
-    if mode not in (zoo.GATE_ON, zoo.GATE_OFF):
-        return None
     return (threshold - score if mode == zoo.GATE_OFF else score - threshold) + MARGIN
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from robustvlm.attacks.honesty import exactly
 from robustvlm.attacks.threat import per_image
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import leaning
+from robustvlm.defenses.zoo.gradients import Steering
 from robustvlm.defenses.zoo.inner import gate_hinge, in_full, lengths, recomputed, sign_step
 
 
@@ -150,20 +150,27 @@ class Counterattack(zoo.PixelDefence):
         return zoo.Passes(2 + max(self.steps, 1), self.steps) if self.eps else zoo.Passes(1)
 
     def move(self, pixels: Tensor, below: zoo.Below, mode: str) -> Tensor:
+        return self.seen(pixels, below, mode)[0]
+
+    def seen(self, pixels: Tensor, below: zoo.Below, mode: str) -> tuple[Tensor, Tensor]:
         if self.eps == 0:
-            return pixels
+            return pixels, pixels
+        gated = mode in (zoo.GATE_ON, zoo.GATE_OFF)
+        steering = Steering(pixels)
         shape = pixels.shape[1:]
         noise = torch.stack([2 * torch.rand(shape, generator=draws) - 1 for draws in zoo.generators(pixels)])
         found = countered(
             below.embed,
-            pixels,
+            steering.pixels,
             noise.to(pixels),
             eps=self.eps / 255,
             size=self.size / 255,
             steps=self.steps,
             beta=self.beta,
             smooth=mode == zoo.SMOOTH,
-            lean=mode in (zoo.GATE_ON, zoo.GATE_OFF),
+            lean=gated,
         )
-        hinge = gate_hinge(found.ratio, self.tau, mode)
-        return found.image(self.tau) if hinge is None else leaning(found.image(self.tau), hinge)
+        if gated:
+            steering.lower(gate_hinge(found.ratio, self.tau, mode))
+        image = found.image(self.tau)
+        return image, found.noisy if mode == zoo.GATE_OFF else image

@@ -18,7 +18,7 @@ from robustvlm.attacks.honesty import exactly
 from robustvlm.attacks.threat import per_image
 from robustvlm.core.size import Size, sides
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import leaning
+from robustvlm.defenses.zoo.gradients import Steering
 from robustvlm.defenses.zoo.inner import gate_hinge, recomputed, score_gradient
 from robustvlm.defenses.zoo.views import CROP_DRAWS, crops, drawn, entropies, features_of
 from robustvlm.models import resize
@@ -133,7 +133,9 @@ class TunedPadding(zoo.AnswerDefence):
         width = (round(self.border * pixels.shape[-2] / 224), round(self.border * pixels.shape[-1] / 224))
         if not any(width):
             return below.logits(pixels)
-        draws = zoo.generators(pixels)
+        draws, gated = zoo.generators(pixels), mode in (zoo.GATE_ON, zoo.GATE_OFF)
+        steering = Steering(pixels)
+        pixels = steering.pixels
         own, padded = below.encode(pixels), below.encode(framed(pixels, None, width))
         similarity = (own * padded).sum(1)
         plain = below.scores(own)
@@ -145,8 +147,9 @@ class TunedPadding(zoo.AnswerDefence):
             found = plain.index_copy(0, rows, open_)
         if mode == zoo.GATE_OFF:  # the plain answer's gradient, whichever was given
             found = exactly(found, plain)
-        hinge = gate_hinge(similarity, self.tau, mode)
-        return found if hinge is None else leaning(found, hinge)
+        if gated:
+            steering.lower(gate_hinge(similarity, self.tau, mode))
+        return found
 
     def _open(
         self,

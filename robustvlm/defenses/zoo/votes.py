@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -20,8 +21,10 @@ from robustvlm.defenses.zoo.views import CROP_DRAWS, View, crops, drawn, feature
 class Vote(zoo.AnswerDefence):
     """The answer given most often over N random resized crops.
 
-    Returns log (votes + 1/(2N)) / (1 + K/(2N)), whose argmax is the answer; its gradient is that of the log of the mean
-    probability over the views.
+    Returns the log of (votes + p/(2N)) / (1 + 1/(2N)), with p the mean probability over the views: half a vote shared
+    out by it decides between classes with as many votes and changes nothing else. Its gradient is that of log p. Where
+    all views agree, an attack on cross-entropy so climbs along that of the mean probability, and the margin's rival is
+    the likeliest class; with half a vote for every class both would be blind.
 
     Example:
         >>> from robustvlm.defenses import load_classifier
@@ -56,10 +59,11 @@ class Vote(zoo.AnswerDefence):
             return below.logits(pixels)
         draws = torch.stack([torch.rand(self.views, CROP_DRAWS, generator=one) for one in zoo.generators(pixels)])
         logits = features_of(below.logits, drawn(partial(crops, least=self.area), draws), pixels)
-        classes, half = logits.shape[-1], 1 / (2 * self.views)
-        votes = F.one_hot(logits.detach().argmax(2), classes).to(logits.dtype).mean(1)
-        shares = ((votes + half) / (1 + classes * half)).log()
-        return exactly(shares, logits.log_softmax(2).logsumexp(1))
+        half = math.log(2 * self.views)
+        votes = F.one_hot(logits.detach().argmax(2), logits.shape[-1]).to(logits.dtype).mean(1)
+        mean = logits.log_softmax(2).logsumexp(1) - math.log(self.views)
+        shares = torch.logaddexp(votes.log(), mean.detach() - half) - math.log1p(1 / (2 * self.views))
+        return exactly(shares, mean)
 
 
 @zoo.DEFENCES.named("tte")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustvlm.attacks.honesty import exactly
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import Size
 from robustvlm.defenses.classifier import Classifier
@@ -98,6 +99,12 @@ class _Mode:
         )
 
 
+def _looked_at(ask: Callable[[Tensor], Tensor], moved: Tensor, seen: Tensor) -> Tensor:
+    """Return what a model says of moved pixels, with the gradient of what it says of those that an attack looks at."""
+    found = ask(moved)
+    return found if seen is moved or not torch.is_grad_enabled() else exactly(found, ask(seen))
+
+
 class DefendedVLM(VLM, _Mode):
     """An encoder behind a pixel or feature defence.
 
@@ -127,7 +134,7 @@ class DefendedVLM(VLM, _Mode):
     def _image_features(self, pixels: Tensor) -> Tensor:
         below, pixels = _BelowModel(self.base), _wide(pixels)
         if isinstance(self.defence, PixelDefence):
-            return self.base.embed_image(self.defence.move(pixels, below, self.mode))
+            return _looked_at(self.base.embed_image, *self.defence.seen(pixels, below, self.mode))
         assert isinstance(self.defence, FeatureDefence)
         return self.defence.feature(pixels, below, self.mode)
 
@@ -191,7 +198,7 @@ class DefendedClassifier(Classifier, _Mode):
         pixels = fitted(_wide(pixels), self.image_size, self.interpolation)
         # The encoder's own precision is its own business, the defence's arithmetic is float32.
         if isinstance(self.defence, PixelDefence):
-            return below.logits(self.defence.move(pixels, below, self.mode))
+            return _looked_at(below.logits, *self.defence.seen(pixels, below, self.mode))
         if isinstance(self.defence, FeatureDefence):
             return below.scores(self.defence.feature(pixels, below, self.mode))
         assert isinstance(self.defence, AnswerDefence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from defended_small import classifier, images
 from PIL import Image
+from torch import Tensor
 
 from robustvlm.defenses.zoo.base import generators
 from robustvlm.defenses.zoo.clipure import turned, turned_at_once
-from robustvlm.defenses.zoo.gradients import leaning
+from robustvlm.defenses.zoo.gradients import Steering
 from robustvlm.defenses.zoo.jpeg import compressed
 from robustvlm.defenses.zoo.pixels import Bits, Blur, Median
-from robustvlm.defenses.zoo.votes import TestTimeEnsemble
+from robustvlm.defenses.zoo.views import CROP_DRAWS, crops, drawn, features_of
+from robustvlm.defenses.zoo.votes import TestTimeEnsemble, Vote
 from robustvlm.defenses.zoo.wrap import gradient_mode
 
 
@@ -132,16 +135,43 @@ def test_a_vote_returns_the_smoothed_shares_of_its_views() -> None:
     x = images(3)
     shares = classifier("vote:4")(x).exp()
     assert torch.allclose(shares.sum(1), torch.ones(3), atol=1e-5)
-    counts = shares * (1 + 3 / 8) * 4 - 4 / 8  # back to votes
-    assert torch.allclose(counts, counts.round(), atol=1e-4)
-    assert torch.allclose(counts.sum(1), torch.full((3,), 4.0), atol=1e-3)
+    counts = shares * (1 + 1 / 8) * 4  # votes, and half a vote shared out
+    votes = counts.floor()
+    assert torch.equal(votes.sum(1), torch.full((3,), 4.0))
+    assert torch.allclose((counts - votes).sum(1), torch.full((3,), 0.5), atol=1e-3)
 
 
-def test_gates_are_leant_on() -> None:
+def test_a_vote_of_one_mind_is_attacked_as_its_mean_probability() -> None:
+    voting = Vote(views=4)
+
+    class Straight:
+        """Logits that are far apart, so that all views agree."""
+
+        def logits(self, pixels: Tensor) -> Tensor:
+            mean = pixels.flatten(1).mean(1)
+            return torch.stack([mean * 0, mean * 3 + 4, mean * 2 + 1], 1)
+
+    x, label = images(2).requires_grad_(), torch.tensor([1, 1])
+    torch.manual_seed(0)
+    found = voting.answer(x, Straight(), "through")  # type: ignore[arg-type]
+    assert found.argmax(1).tolist() == [1, 1]
+    assert found.argsort(1).tolist() == [[0, 2, 1]] * 2  # the rival is the likeliest of the others, not the first
+    (grad,) = torch.autograd.grad(F.cross_entropy(found, label), x)
+    torch.manual_seed(0)
+    draws = torch.stack([torch.rand(4, CROP_DRAWS, generator=one) for one in generators(x)])
+    logits = features_of(Straight().logits, drawn(partial(crops, least=voting.area), draws), x)
+    (of_mean,) = torch.autograd.grad(F.nll_loss(logits.softmax(2).mean(1).log(), label), x)
+    assert F.cosine_similarity(grad.flatten(1), of_mean.flatten(1)).min() > 0.9999
+
+
+def test_attacks_are_steered_to_one_side_of_a_gate() -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    hinge = torch.stack([x[0, 1], -x[1, 1]])  # the second gate is on the right side already
-    (grad,) = torch.autograd.grad(leaning(x, hinge, 2.0)[:, 0].sum(), x)
-    assert grad.tolist() == [[1.0, -2.0], [1.0, 0.0]]
+    steering = Steering(x)
+    assert torch.equal(steering.pixels, x)
+    hinge = torch.stack([steering.pixels[0, 1], -steering.pixels[1, 1]])  # the second is on the right side already
+    steering.lower(0.01 * hinge)  # however flat the gate is, the pull is as long as the loss's gradient
+    (grad,) = torch.autograd.grad(2 * steering.pixels[:, 0].sum(), x)
+    assert grad.tolist() == [[2.0, -2.0], [2.0, 0.0]]
 
 
 def test_an_anchor_of_noisy_copies_by_hand() -> None:
