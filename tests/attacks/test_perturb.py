@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from toy import CHANNELS, PIXELS, SIDE, Curved, Linear, images
 
 from robustvlm.attacks import FOOLED, Intrude, Job, LaneEngine, Misclassify, Oracle, ThreatModel, parse_attacks
-from robustvlm.attacks.perturb import CLEAN, AutoAttack, Perturbed, perturb
+from robustvlm.attacks.perturb import CLEAN, AutoAttack, Perturbed, _Search, perturb
 from robustvlm.errors import UserError
 
 
@@ -208,6 +209,38 @@ def test_models_are_modules_functions_and_those_with_logits() -> None:
 
     for model in (lambda pixels: inner(pixels), Output()):
         assert same(wanted, perturb(model, x, label, **options), torch.arange(6))
+
+
+class Coin(nn.Module):
+    """Right in 1 - p of its draws, whatever the image: a majority of many draws is right at every point."""
+
+    random_draws = 1
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p, self.last = p, nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wrong = (torch.rand(len(x)) < self.p).to(x)
+        logits = torch.tensor([1.0, 0.0, 0.0]) + 2 * wrong[:, None] * torch.tensor([0.0, 1.0, 0.0])
+        return logits + 1e-3 * self.last(x.flatten(1))
+
+
+def test_one_lucky_majority_of_a_random_model_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, labels = torch.rand(48, 3, 2, 2), torch.zeros(48, dtype=torch.int64)
+    asked: dict[str, Any] = {
+        "eps": 4 / 255,
+        "attack": "pgd:steps=40",
+        "draws": 21,
+        "eot": 1,
+        "brisk": True,
+        "lanes": 48,
+    }
+    assert int(perturb(Coin(0.3), pixels, labels, **asked).fooled.sum()) == 0
+    found = perturb(Coin(0.7), pixels, labels, **asked)  # wrong as it is, and that stands
+    assert bool(found.fooled.all())
+    monkeypatch.setattr(_Search, "uphold", lambda _: False)
+    assert int(perturb(Coin(0.3), pixels, labels, **asked).fooled.sum()) >= 5
 
 
 def test_a_random_model_is_judged_by_fresh_draws() -> None:

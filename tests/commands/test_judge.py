@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import robustvlm as rv
+from robustvlm.attacks.oracle import UPHOLDING_DRAWS
 from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, UNAWARE
 from robustvlm.commands.judge.paper import table_of_defences, write_markdown
 from robustvlm.commands.judge.record import Judgement, ModelJudgement, as_read, compared_checks
@@ -208,7 +209,7 @@ def test_a_finished_run_is_read_and_told(place: Path, run: Any) -> None:
     assert not re.search(r"(?<!\\)[#_%](?!.*booktabs)", table)
     assert read_json(run.folder / "summary.json", advice="")["models"][0]["spec"] == "planted:plain"
     for found in run.summary.models:
-        assert [name for name, *_ in bars_of(found)] == ["unaware", "adaptive", "worst"]
+        assert [name for name, *_ in bars_of(found, run.summary)] == ["unaware", "adaptive", "worst"]
         if found.facts.base is not None:
             assert f"{found.worst.successes} of 12" in sentence_of(found, run.summary)
 
@@ -229,7 +230,10 @@ def test_passes_are_counted_at_the_encoder(run: Any) -> None:
     for spec, draws, views in (("planted:plain+bits:8", (1, 1), 1), ("planted:plain+vote:3", (3, 5), 3)):
         for act in run.summary.of(spec).acts[:3]:
             assert act.tried == 12
-            assert 12 * views * draws[0] <= act.forward <= 12 * views * draws[1]
+            # What looks wrong to a majority of a random model's draws is asked about again, up to 101 times.
+            again = (12 - act.right) * views if views > 1 else 0
+            assert 12 * views * draws[0] <= act.forward <= 12 * views * draws[1] + 12 * views * UPHOLDING_DRAWS
+            assert act.forward >= 12 * views * draws[0] + again * (UPHOLDING_DRAWS // 2 + 1)
             assert act.backward == 0
 
 

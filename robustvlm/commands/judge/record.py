@@ -292,7 +292,7 @@ def _of_act(
         right=sum(row.right[act] for row in made),
         alone=len(alone) if every_mode else None,
         left_only=act in (attacks.FEATURE, attacks.SQUARE)
-        or act.startswith((attacks.SHORT, attacks.START))
+        or act.startswith((attacks.SHORT, attacks.START, attacks.TARGETED))
         or (act.startswith(attacks.MODE) and not every_mode),
         passes=sum(fate.passes for fate in fates),
         forward=int(spent.forward),

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 from rich.console import Console
 
-from robustvlm.commands.judge.attacks import FEATURE, LABEL, MODE, OWN, SHORT, SQUARE, START, UNAWARE
+from robustvlm.commands.judge.attacks import FEATURE, LABEL, MODE, OWN, SHORT, SQUARE, START, TARGETED, UNAWARE
 from robustvlm.commands.judge.record import Act, Judgement, ModelJudgement, as_read
 from robustvlm.defenses.specs import split_spec
 from robustvlm.defenses.zoo.base import DEFENCES, DESCRIPTION, MODES, About, Claim, strengths
@@ -94,18 +94,33 @@ def reproduction(found: ModelJudgement, summary: Judgement) -> str:
     """
     claims = [claim for _, about in abouts_of(found) for claim in about.claims]
     same = [claim for claim in claims if _is_of(claim, found.spec, summary)]
-    if not same or _is_bundled(found) or not _as_released(found.spec):
+    partial_ones = any(about.partial for _, about in abouts_of(found))
+    if not same or partial_ones or _is_bundled(found) or not _as_released(found.spec):
         return ""
+    steps = max(_steps_of(claim) for claim in same)
+    if summary.steps < steps:
+        return f"What was claimed is under {steps} steps of PGD, here {summary.steps}: compare with --steps {steps}."
     figure = found.unaware[next(iter(UNAWARE))]
     value = 100 * (figure.value or 0.0)
-    claim = min(same, key=lambda one: abs(value - one.robust))  # others published figures of the same setting, too
-    stands = f"{claim.robust:g} % claimed for {claim.data}, here {value:.1f} % ({interval(figure)})"
+    here = f"here {value:.1f} % ({interval(figure)})"
+    low, high = (bound(claim.robust for claim in same) for bound in (min, max))
+    if high - low > _NEAR:  # others published figures of the same setting, too
+        named = ", ".join(f"{claim.robust:g} % for {claim.data}" for claim in same)
+        return f"Published unaware figures of this model and radius differ ({named}), {here}."
+    claim = min(same, key=lambda one: abs(value - one.robust))
+    stands = f"{claim.robust:g} % claimed for {claim.data}, {here}"
     if abs(value - claim.robust) > _NEAR:
         return (
             f"Our version does not reproduce the claimed unaware figure ({stands}), so that its figures under adaptive "
             "attacks are not to be compared with the paper's."
         )
     return f"Our version comes within {_NEAR} points of the claimed unaware figure ({stands})."
+
+
+def _steps_of(claim: Claim) -> int:
+    """Return the steps of the attack that a claim was made under; 0 where its words do not say."""
+    found = re.search(r"PGD-(\d+)", claim.attack)
+    return int(found[1]) if found else 0
 
 
 _CLIP = re.compile(r"(?:CLIP )?(?P<name>(?:ViT-)?[BL]/\d+|RN\d+)")
@@ -206,7 +221,12 @@ def act_words(name: str) -> str:
         return "Square, which sees no gradient"
     kind, _, mode = name.partition(":")
     words = "the model's own gradient" if mode == OWN else MODES.get(mode, mode)
-    attack = {MODE: "PGD and APGD", SHORT: "PGD of a quarter of the steps", START: "PGD from the transferred points"}
+    attack = {
+        MODE: "PGD and APGD",
+        SHORT: "PGD of a quarter of the steps",
+        START: "PGD from the transferred points",
+        TARGETED: "APGD towards the likeliest wrong classes",
+    }
     return f"{attack[f'{kind}:']}, {words}"
 
 
@@ -295,7 +315,7 @@ def _table(summary: Judgement) -> Iterator[doc.Block]:
 
 def _section(found: ModelJudgement, summary: Judgement) -> doc.Section:
     blocks: list[doc.Block] = [doc.Facts(list(_facts(found, summary)), kind="sentences")]
-    blocks.append(doc.Chart(partial(three_bars, found), caption=_caption(found)))
+    blocks.append(doc.Chart(partial(three_bars, found, summary), caption=_caption(found)))
     every = all(act.alone is not None for act in found.acts)
     acts: list[doc.Row] = [_act_row(act, every=every) for act in found.acts]
     alone = ("fooled by it alone",) if every else ()
@@ -361,10 +381,17 @@ def _is_bundled(found: ModelJudgement) -> bool:
     return split_spec(found.spec)[0] in _BUNDLED
 
 
-def bars_of(found: ModelJudgement) -> list[tuple[str, float, float, float]]:
+def _is_shown(claim: Claim, summary: Judgement) -> bool:
+    """Whether a claim may stand as a bar beside "unaware": of the run's ball, and made without sight of the defence."""
+    eps = None if claim.eps is None else claim.eps / 255
+    return not claim.adaptive and claim.norm == summary.norm and eps is not None and abs(eps - summary.eps) < 1e-9
+
+
+def bars_of(found: ModelJudgement, summary: Judgement) -> list[tuple[str, float, float, float]]:
     """Return the bars of a model's picture: name, per cent, and both ends of the interval (none for a claim).
 
-    Three: claimed (where there is a claim and the model is not a bundled one, else adaptive), unaware, worst.
+    Three: claimed (where there is a claim of this ball and the model is not a bundled one, else adaptive), unaware,
+    worst.
     """
 
     def of(name: str, figure: Rate) -> tuple[str, float, float, float]:
@@ -372,16 +399,17 @@ def bars_of(found: ModelJudgement) -> list[tuple[str, float, float, float]]:
 
     unaware, worst = of("unaware", found.unaware[next(iter(UNAWARE))]), of("worst", found.worst)
     claims = [claim for _, about in abouts_of(found) for claim in about.claims]
-    if claims and not _is_bundled(found):
-        claim = claims[0]
+    fitting = [claim for claim in claims if _is_shown(claim, summary)]
+    if fitting and not _is_bundled(found):
+        claim = fitting[0]
         return [(f"claimed ({claim.model}, {claim.data})", claim.robust, claim.robust, claim.robust), unaware, worst]
     return [unaware, of("adaptive", found.adaptive), worst]
 
 
 @chart
-def three_bars(found: ModelJudgement) -> Markup:
+def three_bars(found: ModelJudgement, summary: Judgement) -> Markup:
     """Return the picture of a model: three bars with their intervals, and the accuracy without an attack as a line."""
-    bars = bars_of(found)
+    bars = bars_of(found, summary)
     figure, axes = new_figure((4.8, 1.7))
     colours = {"unaware": SERIES[0], "adaptive": SERIES[1], "worst": BAD}
     for place, (name, value, low, high) in enumerate(bars):

@@ -149,18 +149,15 @@ class _Trial:
         fallen = self._fallen(spec, act, attacked)
         wanted = [place for place in places if place not in fallen]
         base, chosen, purpose = self.work.bases.get(spec, spec), images.rows(wanted), f"{act} {part}"
-        points = (
-            self._points(base, act if act in attacks.TRANSFER else FIRST, part)
-            if act in attacks.TRANSFER or act.startswith(attacks.START)
-            else None
-        )
         with attacked.counted() as seen:
             if not wanted:
                 fates = []
             elif act == attacks.CLEAN or act in attacks.TRANSFER:
-                fates = attacked.look(chosen.pixels if points is None else points, chosen.labels, purpose)
+                points = chosen.pixels if act == attacks.CLEAN else self._points(base, act, part)
+                fates = attacked.look(points, chosen.labels, purpose)
             else:
-                start = None if points is None else points[[places.index(place) for place in wanted]]
+                rows = [places.index(place) for place in wanted]
+                start = self._lowest(spec, base, part, places)[rows] if act.startswith(attacks.START) else None
                 fates = attacked.act(act, chosen, start)
         numbered = [fate.model_copy(update={"index": wanted[fate.index]}) for fate in fates]
         spent = Passes(seen.forward, seen.backward)
@@ -209,6 +206,12 @@ class _Trial:
                 checks=attacked.checks(images),
             )
         )
+
+    def _lowest(self, spec: str, base: str, part: int, places: Sequence[int]) -> Tensor:
+        """Return, of the points made on the undefended model, each image's one with the lowest margin on this model."""
+        margins = torch.tensor([[self.ledger.fates(spec, act)[p].margin for p in places] for act in attacks.TRANSFER])
+        points = torch.stack([self._points(base, act, part) for act in attacks.TRANSFER])
+        return points[margins.nan_to_num(-torch.inf).argmin(0), torch.arange(len(places))]
 
     def _points(self, base: str, act: str, part: int) -> Tensor:
         """Return the points of an attack on an undefended model for a part of its images, made once and kept."""
@@ -326,6 +329,11 @@ def _bases(settings: JudgeSettings, aside: set[str]) -> Iterator[tuple[str, str]
         if not spec or specs.count(spec) > 1:
             raise UserError(f"'{settings.model}' names " + (f"'{spec}' twice" if spec else "an empty model"))
         base = settings.base or undefended(spec)
+        if settings.base and settings.base not in (own := undefended(spec), spec) and own != spec:
+            raise UserError(
+                f"'{spec}' stands on '{own}', and {setting('base')} names '{settings.base}' as the undefended model: "
+                f"judge it in a run of its own without {setting('base')}"
+            )
         if base == spec:
             check_operations(spec, split_spec(spec)[1])
             raise UserError(

@@ -120,6 +120,7 @@ class About:
         differs: what is known to differ from the release, a sentence each.
         licence_note: of the release. commit: of the code that was read.
         image_local_as_released: the release treats every image alone (this version always does).
+        partial: what of the method is not here, so that no claim of the whole is compared with it; "" for all of it.
     """
 
     title: str
@@ -131,6 +132,7 @@ class About:
     licence_note: str = ""
     commit: str = ""
     image_local_as_released: bool = True
+    partial: str = ""
 
 
 @dataclass(frozen=True)

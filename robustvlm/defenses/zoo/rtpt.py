@@ -57,6 +57,7 @@ class ReliableViews(zoo.AnswerDefence):
         reference="Sheng, Liang, Wang, He, CVPR 2025, arXiv 2504.11195",
         summary="logits of random crops, weighted by how many others each agrees with (1 view: off)",
         fidelity=zoo.CODE,
+        partial="the prompt's step",
         claims=tuple(
             zoo.Claim(f"CLIP ViT-{size}", "eight sets, by TTP's authors", "PGD-100 on the undefended model", 4, robust)
             for size, robust in (("B/32", 35.3), ("B/16", 39.9), ("L/14", 49.6))

@@ -102,6 +102,7 @@ class TunedPadding(zoo.AnswerDefence):
             "Assumed: the image within its frame is brought back to its own size, so that all pixels are kept.",
             "Assumed: views are crops and mirrors as in R-TPT, and the six of lowest entropy are used.",
             "The frame's width is scaled with the image's side: 32 is for 224 pixels.",
+            "Assumed: the frame's pixels stay between 0 and 10 as they are tuned.",
         ),
         licence_note="its code could not be had",
     )

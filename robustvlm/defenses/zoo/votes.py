@@ -38,6 +38,7 @@ class Vote(zoo.AnswerDefence):
         reference="a control of the same cost for methods that average views",
         summary="the most frequent answer over N random crops (0: off)",
         fidelity=zoo.OWN,
+        differs=("Crops have half of the image's area at least, where views of R-TPT have 8 %.",),
     )
     off = "0"
     random = True
