@@ -25,6 +25,7 @@ from robustvlm.commands.judge.view import (
     bars_of,
     claim_words,
     left_aside,
+    reproduction,
     sentence_of,
 )
 from robustvlm.core.files import read_json
@@ -34,7 +35,7 @@ from robustvlm.defenses.zoo.wrap import counted_passes
 from robustvlm.models import VLM
 from robustvlm.runs.records import Check
 from robustvlm.runs.settings import Observer
-from robustvlm.stats import mcnemar_exact
+from robustvlm.stats import mcnemar_exact, rate
 
 MODULE = '''
 import torch
@@ -395,6 +396,41 @@ def test_words_and_tables() -> None:
 def test_the_table_of_the_docs_is_the_present_one() -> None:
     page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
     assert f"\n{table_of_defences()}\n" in page, "python tools/defence_table.py writes it"
+
+
+def test_a_claim_is_compared_at_its_own_radius_and_steps_and_for_whole_methods(run: Any) -> None:
+    some = run.summary.of("planted:plain+bits:8")
+
+    def said(name: str, right: int, *, eps: float = 4 / 255, steps: int = 100, norm: str = "Linf") -> str:
+        facts = some.facts.model_copy(update={"defences": [name]})
+        unaware = {**some.unaware, next(iter(UNAWARE)): rate(right, 1000)}
+        found = some.model_copy(update={"spec": f"ViT-B-32/openai+{name}", "facts": facts, "unaware": unaware})
+        return reproduction(found, run.summary.model_copy(update={"eps": eps, "steps": steps, "norm": norm}))
+
+    claim = next(one for one in DEFENCES["dbd"].about.claims if one.model == "CLIP ViT-B/32")
+    near = round(10 * claim.robust)
+    assert "comes within 5 points of the claimed unaware figure" in said("dbd", near)
+    assert "does not reproduce the claimed unaware figure" in said("dbd", near - 80)
+    assert said("dbd", near, eps=1 / 255) == said("dbd", near, norm="L2") == ""
+    assert said("dbd", near, steps=1) == "What was claimed is under 100 steps of PGD, here 1: compare with --steps 100."
+    assert "differ (6.8 % for eight sets" in said("ttc", 240)  # two groups published figures that contradict each other
+    assert said("rtpt", 353) == ""  # of which this is a part
+
+
+def test_a_claim_stands_as_a_bar_only_beside_figures_of_its_ball(run: Any) -> None:
+    some = run.summary.of("planted:plain+bits:8")
+    for name, eps, claimed in (("dbd", 4 / 255, True), ("dbd", 1 / 255, False), ("clipure", 4 / 255, False)):
+        facts = some.facts.model_copy(update={"defences": [name]})
+        found = some.model_copy(update={"spec": f"ViT-B-32/openai+{name}", "facts": facts})
+        first, *_ = bars_of(found, run.summary.model_copy(update={"eps": eps, "norm": "Linf"}))
+        assert first[0].startswith("claimed") == claimed, (name, eps)
+
+
+def test_another_base_than_a_model_s_own_is_refused(place: Path) -> None:
+    with pytest.raises(
+        rv.UserError, match=r"stands on 'planted:plain', and base names 'planted:stairs' as the undefended"
+    ):
+        judge(place, "planted:plain+bits:3", "other", base="planted:stairs")
 
 
 @pytest.mark.slow
