@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -64,6 +65,28 @@ class _Steered(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         found: Tensor = ctx.steering.joined(grads[0])
         return found, None
+
+
+_WITHIN: ContextVar[bool] = ContextVar("within a defence's own steps", default=False)
+
+
+@contextlib.contextmanager
+def own_steps() -> Iterator[None]:
+    """Let the models inside be in their first gradient mode, whichever an attack has put them in.
+
+    A defence that takes gradients of a defended model beneath it takes those that this model has, and not what an
+    attack takes them for: otherwise the mode would change the very function that is attacked.
+    """
+    token = _WITHIN.set(True)
+    try:
+        yield
+    finally:
+        _WITHIN.reset(token)
+
+
+def within_own_steps() -> bool:
+    """Whether this is asked from inside `own_steps`."""
+    return _WITHIN.get()
 
 
 @contextlib.contextmanager

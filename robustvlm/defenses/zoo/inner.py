@@ -23,7 +23,7 @@ from robustvlm.attacks.threat import per_image
 from robustvlm.core.boundary import unscaled_gradients
 from robustvlm.core.seeds import row_sums
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import plain_attention
+from robustvlm.defenses.zoo.gradients import own_steps, plain_attention
 
 _TINY = 1e-12
 """Below this length a gradient has no direction, and a step along it goes nowhere."""
@@ -80,7 +80,7 @@ def score_gradient(score: Callable[[Tensor], Tensor], at: Tensor, *, graph: bool
         >>> value.tolist(), grad.flatten().tolist()
         ([18.0], [6.0, 6.0])
     """
-    with torch.enable_grad(), twice_differentiable() if graph else contextlib.nullcontext():
+    with torch.enable_grad(), own_steps(), twice_differentiable() if graph else contextlib.nullcontext():
         point = at if graph and at.requires_grad else at.detach().requires_grad_()
         value = score(point)
         (grad,) = torch.autograd.grad(value.sum(), point, create_graph=graph)

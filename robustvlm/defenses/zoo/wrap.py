@@ -17,6 +17,7 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import Size
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.zoo.base import AnswerDefence, Defence, FeatureDefence, Passes, PixelDefence
+from robustvlm.defenses.zoo.gradients import within_own_steps
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.vlm import fitted
@@ -85,6 +86,11 @@ class _Mode:
     mode: str
 
     @property
+    def mode_in_force(self) -> str:
+        """The gradient mode, which is the first one while a defence in front takes steps of its own."""
+        return self.defence.modes[0] if within_own_steps() else self.mode
+
+    @property
     def random_draws(self) -> int:
         """How many draws a gradient is to be averaged over; 0 for a defence that does not draw."""
         return self.defence.gradient_draws if self.defence.random else 0
@@ -134,9 +140,9 @@ class DefendedVLM(VLM, _Mode):
     def _image_features(self, pixels: Tensor) -> Tensor:
         below, pixels = _BelowModel(self.base), _wide(pixels)
         if isinstance(self.defence, PixelDefence):
-            return _looked_at(self.base.embed_image, *self.defence.seen(pixels, below, self.mode))
+            return _looked_at(self.base.embed_image, *self.defence.seen(pixels, below, self.mode_in_force))
         assert isinstance(self.defence, FeatureDefence)
-        return self.defence.feature(pixels, below, self.mode)
+        return self.defence.feature(pixels, below, self.mode_in_force)
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.base.embed_text(texts)  # scaled to unit length by the caller: twice is not the same bits
@@ -198,11 +204,11 @@ class DefendedClassifier(Classifier, _Mode):
         pixels = fitted(_wide(pixels), self.image_size, self.interpolation)
         # The encoder's own precision is its own business, the defence's arithmetic is float32.
         if isinstance(self.defence, PixelDefence):
-            return _looked_at(below.logits, *self.defence.seen(pixels, below, self.mode))
+            return _looked_at(below.logits, *self.defence.seen(pixels, below, self.mode_in_force))
         if isinstance(self.defence, FeatureDefence):
-            return below.scores(self.defence.feature(pixels, below, self.mode))
+            return below.scores(self.defence.feature(pixels, below, self.mode_in_force))
         assert isinstance(self.defence, AnswerDefence)
-        return self.defence.answer(pixels, below, self.mode)
+        return self.defence.answer(pixels, below, self.mode_in_force)
 
 
 # Gradient modes of a model, whichever defences it has

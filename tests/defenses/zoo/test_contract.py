@@ -76,6 +76,25 @@ def test_modes_change_gradients_and_never_an_answer(name: str) -> None:
         assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("outer", ["csr:threshold=1.1", "ttc:tau=9", "et3", "antiadv", "ttp:views=4:tau=1.1"])
+@pytest.mark.parametrize("inner", ["csr:threshold=1.1", "jpeg:50", "clipure"])  # of one that draws, other draws come
+def test_modes_of_a_model_do_not_change_the_steps_of_a_defence_in_front_of_it(inner: str, outer: str) -> None:
+    """A loop takes gradients of what it stands on: those are that model's own, not what an attack takes them for."""
+    model, x = classifier(inner, outer), images(3)
+
+    def answer(grad: bool) -> Tensor:
+        torch.manual_seed(0)
+        given = x.clone().requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            return model(given).detach()
+
+    found = answer(False)
+    for mode in modes_of(model):
+        with gradient_mode(model, mode):
+            assert torch.equal(answer(False), found), mode
+            assert torch.equal(answer(True), found), mode
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_passes_are_those_declared(name: str) -> None:
     model, x = classifier(WRITTEN[name]), images(4)
