@@ -280,18 +280,20 @@ class LaneEngine:
         rows = [row for row, doubt in enumerate(doubtful) if doubt]
         if not rows:
             return answer, counts
-        for row in rows:
-            lanes[row].passes += self.oracle.draws
         chosen = indices(rows, self.oracle.device)
-        final = self._confirm(x[chosen], [lanes[row] for row in rows])
+        final, spent = self._confirm(x[chosen], [lanes[row] for row in rows])
+        for row, draws in zip(rows, spent, strict=True):
+            lanes[row].passes += draws
         self._claims = [row for row in rows if reached[row]]
         return answer.replaced(chosen, final), counts
 
-    def _confirm(self, x: Tensor, lanes: Sequence[Lane]) -> Answer:
-        """Return final answers at points of these lanes, from a batch of an allowed shape."""
+    def _confirm(self, x: Tensor, lanes: Sequence[Lane]) -> tuple[Answer, list[int]]:
+        """Return final answers at points of these lanes, from a batch of an allowed shape, and the draws for each."""
         spare = torch.arange(smallest(self.rungs, len(x)), device=x.device) % len(x)
         case, _ = self._case(lanes, [0] * len(lanes))
-        return self.oracle.judge(x[spare], self.goal, case.rows(spare)).head(len(x))
+        answer, spent = self.oracle.decide(x[spare], self.goal, case.rows(spare))
+        draws = spent[: len(x)].tolist() if self.oracle.upholding else [self.oracle.draws] * len(x)
+        return answer.head(len(x)), draws
 
     def _observe(self, rows: Sequence[int], x: Tensor, answer: Answer, inside: Tensor) -> list[bool]:
         """Show lanes their points and what was found there; return which lanes' attack has come to an end."""
@@ -334,11 +336,11 @@ class LaneEngine:
         if self.oracle.confirmed or not doubtful:
             return
         lanes = [last[id(image)] for image in doubtful]
-        for lane in lanes:
-            lane.passes += self.oracle.draws
         x = sent(torch.stack([image.best.x for image in doubtful if image.best.x is not None]), self.oracle.device)
-        for image, fact in zip(doubtful, _facts(self._confirm(x, lanes))[0], strict=True):
-            image.passes += self.oracle.draws
+        final, spent = self._confirm(x, lanes)
+        for image, lane, fact, draws in zip(doubtful, lanes, _facts(final)[0], spent, strict=True):
+            lane.passes += draws
+            image.passes += draws
             image.best.fact = fact
             image.outcome = FAILED if not fact.finite else FOOLED if fact.reached else ROBUST
 

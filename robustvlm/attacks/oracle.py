@@ -183,6 +183,9 @@ class Oracle:
         brisk: judge a point by no more draws than decide the majority of `draws`; margin and confidence are of those.
         compiled: take gradients from a `torch.compile`d copy; the plain model confirms.
 
+    Attributes:
+        upholding: draws by whose majority a success is to stand besides, see `UPHOLDING_DRAWS`; 0 for none.
+
     Example:
         >>> oracle = Oracle(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
         >>> oracle.confirm(torch.rand(5, 3, 2, 2)).shape, oracle.passes.forward
@@ -209,6 +212,7 @@ class Oracle:
         self.model = placed(model, self.device, self.dtype)
         self.layout = _layout(model)
         self.eot, self.draws, self.seed, self.brisk = eot, draws, seed, brisk
+        self.upholding = 0
         self.passes = Passes()
         self._plain = Boundary(self.model, what="the model", parts=self.model)
         self._fast = (
@@ -260,13 +264,19 @@ class Oracle:
             tally.add(self.confirm(x[rows]), rows)
         return tally.answer()
 
-    def judge_again(self, x: Tensor, goal: Goal, case: Case) -> Answer:
-        """Return the answers of `judge` by `UPHOLDING_DRAWS` fresh draws, those of a success that is to stand."""
-        before, self.draws = self.draws, max(self.draws, UPHOLDING_DRAWS)
+    def decide(self, x: Tensor, goal: Goal, case: Case) -> tuple[Answer, Tensor]:
+        """Return what `judge` does, but where the goal is reached what `upholding` more draws say; and draws [B]."""
+        answer = self.judge(x, goal, case)
+        spent = torch.full_like(answer.prediction, self.draws)
+        rows = answer.reached.nonzero().flatten() if self.upholding else spent[:0]
+        if not len(rows):
+            return answer, spent
+        before, self.draws = self.draws, self.upholding
         try:
-            return self.judge(x, goal, case)
+            again = self.judge(x[rows], goal, case.rows(rows))
         finally:
             self.draws = before
+        return answer.replaced(rows, again), spent.index_add(0, rows, torch.full_like(rows, self.upholding))
 
     def look(
         self, x: Tensor, goal: Goal, objective: Objective | Mixture, case: Case, *, gradient: bool = True

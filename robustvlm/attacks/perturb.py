@@ -23,19 +23,23 @@ from robustvlm.attacks.oracle import (
     ask_first,
     settle_draws,
 )
-from robustvlm.attacks.tensors import AskedModel, as_images, as_labels, ask_unperturbed, chosen_device, image_ids
+from robustvlm.attacks.tensors import (
+    AskedModel,
+    Unperturbed,
+    as_images,
+    as_labels,
+    ask_unperturbed,
+    chosen_device,
+    image_ids,
+)
 from robustvlm.attacks.threat import ThreatModel, parse_eps, parse_norm
 from robustvlm.core.batches import SteadySizes, smallest
-from robustvlm.core.seeds import derive_seed
 from robustvlm.errors import UserError, arguments_named, nearest, setting
 from robustvlm.stats import Rate, rate
 
 CLEAN = "clean"
 """Stands in `by` for images at which the goal is reached as they are."""
 _MOST = {"steps": 100_000, "restarts": 100_000, "lanes": 65_536, "eot": 10_000, "draws": 10_000}
-
-# How often an attack on a random model is made again where its successes did not hold.
-_REPEATED = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +124,10 @@ def perturb(
         device: "auto" is the model's own; on another one a copy of the model is attacked.
         precision: "fp32", "bf16" for gradients under autocast, "fp64"; default: the model's own, fp32 at least.
         eot: draws of a random model that a gradient is averaged over (10).
-        draws: fresh draws of a random model that judge a point (21); where the majority of them makes a success, the
-            majority of 101 more has to agree, and the attack is repeated, twice at most, where it does not.
+        draws: fresh draws of a random model that judge a point (21); where the majority of more than one makes a
+            success, that of 101 others has to agree, or the attack goes on.
         ids: names of the images that random draws follow (default: a digest of the pixels); with the ids of a data set
-            answers are those of `robustvlm attack` with the same settings.
+            answers are those of `robustvlm attack` with the same settings, unless the model draws.
         brisk: a point of a random model is judged by no more draws than decide their majority; margins are of those.
         known: what the first questions (`ask_first`) said of this very model in as many lanes, to spare them.
 
@@ -176,15 +180,14 @@ def perturb(
             )
         planned = recommended_eot(attack) if isinstance(attack, str) else 1
         settle_draws(oracle, found, eot=eot, draws=draws, eot_if_random=max(EOT_IF_RANDOM, planned))
+        # Who asks for one draw wants to know what one draw says.
+        oracle.upholding = UPHOLDING_DRAWS if found.random and 1 < oracle.draws < UPHOLDING_DRAWS else 0
         search = _Search(oracle, wanted, threat, found, pixels.cpu().to(oracle.dtype), label, names, seed)
         search.remark(*stand_ins, *attack_remarks(asked), *_remarks(asked, oracle, found, lanes))
         search.remark(*_fallbacks(attacks, classes))
         search.look_at_clean(max(getattr(item, "n_targets", None) or 1 for item in attacks))
-        search.uphold()
         for item in attacks:
             search.run(item, stop_at_success=stop_at_success)
-            if stop_at_success:
-                search.uphold_or_go_on(item)
         search.confirm()
     return search.result(images.device)
 
@@ -258,7 +261,7 @@ class _Search:
         self.images, self.label, self.names = images, label, names
         count = len(images)
         self.points = images.clone()
-        self.fooled, self.failed, self.upheld = torch.zeros(3, count, dtype=torch.bool)
+        self.fooled, self.failed = torch.zeros(2, count, dtype=torch.bool)
         self.margins = torch.full((count,), float("inf"), dtype=torch.float64)
         self.predictions, self.passes = torch.zeros(2, count, dtype=torch.int64)
         self._sizes: dict[bool, SteadySizes] = {}
@@ -277,7 +280,8 @@ class _Search:
         """Ask about the images as they are, and note what attacks have to know of them."""
         for index, rows in self._batches():
             seen = ask_unperturbed(self.oracle, self.goal, self.images[rows], self.label[rows])
-            self._note(index, seen.answer.head(len(index)))
+            answer = self._upheld(seen, rows) if self.oracle.upholding else seen.answer
+            self._note(index, answer.head(len(index)))
             outputs = seen.output.cpu()
             for row, place in enumerate(index.tolist()):
                 self.targets[place] = tuple(self.goal.targets(outputs[row], int(self.label[place]), n_targets))
@@ -287,8 +291,19 @@ class _Search:
             raise UserError(f"the model gives NaN or infinite outputs for image {broken[0]}: leave it out")
         self.by = [CLEAN if fooled else None for fooled in self.fooled.tolist()]
 
-    def run(self, attack: Attack, *, stop_at_success: bool, seed: int | None = None) -> None:
-        """Attack the images that are left, with draws of the run's seed or another, and keep what is better."""
+    def _upheld(self, seen: Unperturbed, rows: Tensor) -> Answer:
+        """Return the answers at the images; those that reach the goal by one majority are asked for once more."""
+        reached = seen.answer.reached.nonzero().flatten()
+        if not len(reached):
+            return seen.answer
+        case = Case(self.label[rows], self.label[rows], seen.reference).to(self.oracle.device, self.oracle.dtype)
+        again, _ = self.oracle.decide(
+            self.images[rows[reached.cpu()]].to(self.oracle.device), self.goal, case.rows(reached)
+        )
+        return seen.answer.replaced(reached, again)
+
+    def run(self, attack: Attack, *, stop_at_success: bool) -> None:
+        """Attack the images that are left, and keep what is better than what was known."""
         left = ~self.failed
         left &= ~self.fooled if stop_at_success else torch.tensor([by != CLEAN for by in self.by])
         jobs = (
@@ -304,36 +319,11 @@ class _Search:
             )
             for i in left.nonzero().flatten().tolist()
         )
-        engine = self._engine(attack, stop_at_success, self.seed if seed is None else seed)
+        engine = self._engine(attack, stop_at_success)
         for result in engine.run(jobs):
             self._keep(result, attack)
         if isinstance(engine, ExternalEngine):
             self.remark(*(finding.message for finding in engine.findings))
-
-    def uphold_or_go_on(self, attack: Attack) -> None:
-        """Judge successes of an attack on a random model again, and repeat it with other draws where they fall."""
-        for number in range(_REPEATED):
-            if not self.uphold():
-                return
-            self.run(attack, stop_at_success=True, seed=derive_seed(self.seed, "again", number))
-        self.uphold()
-
-    def uphold(self) -> bool:
-        """Let successes on a random model stand that hold in many fresh draws; return whether one has not."""
-        new = (self.fooled & ~self.upheld).nonzero().flatten()
-        if not self.found.random or not len(new):
-            return False
-        for index in new.split(self.found.rungs[0]):
-            rows = index[torch.arange(smallest(self.found.rungs, len(index))) % len(index)]
-            answer = self.oracle.judge_again(self.points[rows], self.goal, self._case(rows)).head(len(index))
-            self.fooled[index] = (answer.reached & answer.finite).cpu()
-            self.failed[index] |= ~answer.finite.cpu()
-            self.passes[index] += UPHOLDING_DRAWS
-        fallen = new[~self.fooled[new]].tolist()
-        for place in fallen:
-            self.by[place] = None
-        self.upheld |= self.fooled
-        return bool(fallen)
 
     def confirm(self) -> None:
         """Judge all points anew; a random model has been judged by fresh draws, and new ones would be other facts."""
@@ -361,8 +351,8 @@ class _Search:
             tuple(self.remarks),
         )
 
-    def _engine(self, attack: Attack, stop_at_success: bool, seed: int) -> LaneEngine | ExternalEngine:
-        rungs, goal = self.found.rungs, self.goal
+    def _engine(self, attack: Attack, stop_at_success: bool) -> LaneEngine | ExternalEngine:
+        rungs, seed, goal = self.found.rungs, self.seed, self.goal
         if isinstance(attack, ExternalAttack):
             return ExternalEngine(self.oracle, attack, self.threat, lanes=rungs[0], rungs=rungs, seed=seed, goal=goal)
         fit = attack.for_random_model() if self.found.random else attack

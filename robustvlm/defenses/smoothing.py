@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from robustvlm.core import MAX_N0, PLAIN
 from robustvlm.core.boundary import borrowed
 from robustvlm.core.object_graph import fingerprint
+from robustvlm.defenses.zoo.gradients import as_now
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import VLM, ZeroShotClassifier
 from robustvlm.models.vlm import fitted
@@ -199,7 +200,7 @@ class SmoothedVLM(VLM):
         counts = self._counts(len(clean), n)
         again = len(counts) > 1 and torch.is_grad_enabled() and clean.requires_grad
         draws = [
-            checkpoint(self._features, clean, count, use_reentrant=False, preserve_rng_state=True)
+            checkpoint(as_now(self._features), clean, count, use_reentrant=False, preserve_rng_state=True)
             if again
             else self._features(clean, count)
             for count in counts
@@ -218,7 +219,7 @@ class SmoothedVLM(VLM):
         total: Tensor | None = None
         for count in counts:
             if len(counts) > 1 and torch.is_grad_enabled() and clean.requires_grad:
-                part = checkpoint(self._sum, clean, count, use_reentrant=False, preserve_rng_state=True)
+                part = checkpoint(as_now(self._sum), clean, count, use_reentrant=False, preserve_rng_state=True)
             else:
                 part = self._sum(clean, count)
             total = part if total is None else total + part

@@ -26,6 +26,7 @@ from robustvlm.data.classes import DEFAULT
 from robustvlm.data.source import DataSource
 from robustvlm.defenses.classifier import ZeroShot
 from robustvlm.defenses.smoothing import DEFAULT_N0, ROWS_PER_PASS, SmoothedVLM
+from robustvlm.defenses.zoo.gradients import as_now
 from robustvlm.errors import UserError, arguments_named
 from robustvlm.models import VLM, zero_shot
 from robustvlm.models.custom import Hidden, source_of, state_of
@@ -128,7 +129,7 @@ class Smoothed(nn.Module):
         for count in counts:
             if len(counts) > 1 and torch.is_grad_enabled() and pixels.requires_grad:
                 # Recomputed in the backward pass, noise included, so that memory does not grow with n.
-                part, hard = checkpoint(self._part, pixels, count, use_reentrant=False, preserve_rng_state=True)
+                part, hard = checkpoint(as_now(self._part), pixels, count, use_reentrant=False, preserve_rng_state=True)
             else:
                 part, hard = self._part(pixels, count)
             soft = part if soft is None else torch.logaddexp(soft, part)

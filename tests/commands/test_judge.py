@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 import robustvlm as rv
-from robustvlm.attacks.oracle import UPHOLDING_DRAWS
 from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, UNAWARE
 from robustvlm.commands.judge.paper import table_of_defences, write_markdown
 from robustvlm.commands.judge.record import Judgement, ModelJudgement, as_read, compared_checks
@@ -231,10 +230,7 @@ def test_passes_are_counted_at_the_encoder(run: Any) -> None:
     for spec, draws, views in (("planted:plain+bits:8", (1, 1), 1), ("planted:plain+vote:3", (3, 5), 3)):
         for act in run.summary.of(spec).acts[:3]:
             assert act.tried == 12
-            # What looks wrong to a majority of a random model's draws is asked about again, up to 101 times.
-            again = (12 - act.right) * views if views > 1 else 0
-            assert 12 * views * draws[0] <= act.forward <= 12 * views * draws[1] + 12 * views * UPHOLDING_DRAWS
-            assert act.forward >= 12 * views * draws[0] + again * (UPHOLDING_DRAWS // 2 + 1)
+            assert 12 * views * draws[0] <= act.forward <= 12 * views * draws[1]
             assert act.backward == 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustvlm.attacks.goals import Case, Misclassify
 from robustvlm.attacks.honesty import inspect_model
-from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle, Probe, ask_first, settle_draws
+from robustvlm.attacks.oracle import EOT_IF_RANDOM, Oracle, Probe, ask_first, settle_draws
 from robustvlm.attacks.perturb import Perturbed, perturb
 from robustvlm.attacks.pgd import PGDFrom
 from robustvlm.attacks.tensors import image_ids
@@ -144,7 +144,7 @@ class Attacked:
         oracle, goal, found = self._oracle(purpose), Misclassify(), []
         for start in range(0, len(points), self.lanes):
             x, label = points[start : start + self.lanes], labels[start : start + self.lanes].to(oracle.device)
-            answer = self._judged(oracle, x.to(oracle.device, oracle.dtype), goal, Case(label, label))
+            answer = oracle.judge(x.to(oracle.device, oracle.dtype), goal, Case(label, label))
             shown = zip(
                 (~answer.reached & answer.finite).tolist(),
                 answer.margin.tolist(),
@@ -156,15 +156,6 @@ class Attacked:
                 for row, (right, margin, prediction) in enumerate(shown)
             ]
         return found
-
-    @staticmethod
-    def _judged(oracle: Oracle, x: Tensor, goal: Misclassify, case: Case) -> Answer:
-        """Judge points; where a random model is wrong in most of its draws, it has to be so in many more draws."""
-        answer = oracle.judge(x, goal, case)
-        rows = answer.reached.nonzero().flatten()
-        if oracle.draws == 1 or not len(rows):
-            return answer
-        return answer.replaced(rows, oracle.judge_again(x[rows], goal, case.rows(rows)))
 
     def unaware_points(self, images: Images, act: str) -> Tensor:
         """Return the points of an attack on this model, which is the undefended one, for all images."""

@@ -1,14 +1,17 @@
 """Parts of gradient modes: attacks that are steered to one side of a gate, attention with a second derivative."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from robustvlm.attacks.threat import per_image
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _TINY = 1e-12
 """Below this length a gradient has no direction."""
@@ -36,34 +39,40 @@ class Steering:
     """
 
     def __init__(self, pixels: Tensor) -> None:
-        self._pull: Tensor | None = None
+        self._pull = _Pull()
         self.pixels: Tensor = pixels
         if torch.is_grad_enabled() and pixels.requires_grad:
-            self.pixels = _Steered.apply(pixels, self)
+            self.pixels = _Steered.apply(pixels, self._pull)
 
     def lower(self, hinge: Tensor) -> None:
         """Lead to where `hinge` [B], computed from `pixels`, is zero or below; images that are there are left alone."""
         if self.pixels.grad_fn is None or not hinge.requires_grad:
             return
         (grad,) = torch.autograd.grad(hinge.clamp_min(0).sum(), self.pixels, retain_graph=True)
-        self._pull = grad / per_image(grad.flatten(1).norm(dim=1).clamp_min(_TINY), grad)
+        self._pull.direction = grad / per_image(grad.flatten(1).norm(dim=1).clamp_min(_TINY), grad)
+
+
+class _Pull:
+    """A direction [B, ...] of length 1 or 0 per image; apart from the pixels, so that no graph refers to itself."""
+
+    direction: Tensor | None = None
 
     def joined(self, grad: Tensor) -> Tensor:
-        """Return the gradient of the pixels with the pull."""
-        if self._pull is None:
+        """Return a gradient less the direction at the gradient's own length."""
+        if self.direction is None:
             return grad
-        return grad - per_image(grad.flatten(1).norm(dim=1), grad) * self._pull
+        return grad - per_image(grad.flatten(1).norm(dim=1), grad) * self.direction
 
 
 class _Steered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pixels: Tensor, steering: Steering) -> Tensor:
-        ctx.steering = steering
+    def forward(ctx: Any, pixels: Tensor, pull: _Pull) -> Tensor:
+        ctx.pull = pull
         return pixels.view_as(pixels)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        found: Tensor = ctx.steering.joined(grads[0])
+        found: Tensor = ctx.pull.joined(grads[0])
         return found, None
 
 
@@ -87,6 +96,27 @@ def own_steps() -> Iterator[None]:
 def within_own_steps() -> bool:
     """Whether this is asked from inside `own_steps`."""
     return _WITHIN.get()
+
+
+def as_now(work: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that runs inside or outside of `own_steps` as it is now: what a checkpoint makes again later.
+
+    Example:
+        >>> with own_steps():
+        ...     ask = as_now(within_own_steps)
+        >>> ask(), within_own_steps()
+        (True, False)
+    """
+    within = _WITHIN.get()
+
+    def asked(*args: P.args, **kwargs: P.kwargs) -> T:
+        token = _WITHIN.set(within)
+        try:
+            return work(*args, **kwargs)
+        finally:
+            _WITHIN.reset(token)
+
+    return asked
 
 
 @contextlib.contextmanager

@@ -127,9 +127,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
-        with torch.enable_grad(), _redrawing(ctx.saved_tensors[0].device, ctx.states):
-            inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
+        wanted, saved = ctx.needs_input_grad[2:], ctx.saved_tensors  # which a checkpoint lets be read once
+        with torch.enable_grad(), _redrawing(saved[0].device, ctx.states):
+            inputs = [t.detach().requires_grad_(need) for t, need in zip(saved, wanted, strict=True)]
             value = ctx.smooth(*inputs)
             at = [given for given, need in zip(inputs, wanted, strict=True) if need]
             found = iter(torch.autograd.grad(value, at, grads[0], allow_unused=True))
@@ -170,7 +170,12 @@ def gate_hinge(score: Tensor, threshold: float, mode: str) -> Tensor:
 
 def lengths(values: Tensor) -> Tensor:
     """Return the Euclidean length of rows, [B, ...] -> [B], and the least that has a direction for shorter ones."""
-    return row_sums(values * values).clamp_min(_TINY**2).sqrt()
+    return length_of(row_sums(values * values))
+
+
+def length_of(squares: Tensor) -> Tensor:
+    """Return the length [B] of rows whose squares sum to these."""
+    return squares.clamp_min(_TINY**2).sqrt()
 
 
 def smooth_sign(values: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from robustvlm.attacks.honesty import exactly
 from robustvlm.attacks.threat import per_image
+from robustvlm.core.seeds import row_sums
 from robustvlm.defenses.zoo import base as zoo
 from robustvlm.defenses.zoo.gradients import Steering
-from robustvlm.defenses.zoo.inner import gate_hinge, in_full, lengths, recomputed, sign_step
+from robustvlm.defenses.zoo.inner import gate_hinge, in_full, length_of, lengths, recomputed, sign_step
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def countered(
 
     def step(y: Tensor, x: Tensor, anchor: Tensor, *, smooth: bool = False) -> Tensor:
         square, moved = sign_step(
-            lambda v: (feature(v) - anchor).square().sum(1), y, x, size=size, reach=eps, smooth=smooth
+            lambda v: row_sums((feature(v) - anchor).square()), y, x, size=size, reach=eps, smooth=smooth
         )
         squares.append(square)
         return moved
@@ -98,8 +99,8 @@ def countered(
         y = recomputed(step, partial(step, smooth=True), *inputs) if smooth else step(*inputs)
         mixed = mixed + weight * y
     mixed = mixed.clamp(0.0, 1.0)
-    # The first step's score is the gate's distance, squared.
-    ratio = (squares[0].sqrt() if distance is None else distance) / lengths(anchor)
+    # The first step's score is the gate's distance, squared, to the bit.
+    ratio = (length_of(squares[0]) if distance is None else distance) / lengths(anchor)
     if smooth:
         return Countered(noisy, mixed, ratio)
     return Countered(exactly(noisy, x), exactly(mixed, x), ratio if lean else ratio.detach())

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from robustvlm.defenses.zoo.gradients import as_now
+
 CROP_DRAWS = 5
 """Numbers that a crop takes: area, shape, mirror, place across, place down."""
 
@@ -126,7 +128,7 @@ def features_of(encode: View, views: Sequence[View], pixels: Tensor, *, rows_per
     size = max(1, rows_per_pass // max(1, len(pixels)))
     parts = [views[start : start + size] for start in range(0, len(views), size)]
     if len(parts) > 1 and torch.is_grad_enabled() and pixels.requires_grad:
-        return torch.cat([checkpoint(passed, pixels, part, use_reentrant=False) for part in parts], dim=1)
+        return torch.cat([checkpoint(as_now(passed), pixels, part, use_reentrant=False) for part in parts], dim=1)
     return torch.cat([passed(pixels, part) for part in parts], dim=1)
 
 

@@ -107,8 +107,12 @@ class _Mode:
 
 def _looked_at(ask: Callable[[Tensor], Tensor], moved: Tensor, seen: Tensor) -> Tensor:
     """Return what a model says of moved pixels, with the gradient of what it says of those that an attack looks at."""
-    found = ask(moved)
-    return found if seen is moved or not torch.is_grad_enabled() else exactly(found, ask(seen))
+    if seen is moved or not torch.is_grad_enabled():
+        return ask(moved)
+    with torch.no_grad():
+        found = ask(moved)
+    with torch.random.fork_rng(devices=[seen.device] if seen.is_cuda else []):  # a base that draws goes on as it would
+        return exactly(found, ask(seen))
 
 
 class DefendedVLM(VLM, _Mode):
