@@ -86,11 +86,11 @@ class VLM(nn.Module, ABC):
         A model that is not square takes [B, 3, H, W] of its own size only. Raises UserError on any other shape or on
         integers.
         """
-        return _unit(self.embed_image(pixels))
+        return unit_features(self.embed_image(pixels))
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Return unit features [N, D] of `texts`, encoded as one batch. Raises UserError when there is no text."""
-        return _unit(self.embed_text(texts))
+        return unit_features(self.embed_text(texts))
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return features [B, D] as the model gives them, of any length; otherwise as `encode_image`."""
@@ -182,7 +182,7 @@ def framing_of_model(
         raise UserError(f"model '{spec}': {error}") from None
 
 
-def _unit(features: torch.Tensor) -> torch.Tensor:
+def unit_features(features: torch.Tensor) -> torch.Tensor:
     """Return features at unit norm, in float32 at least: half precision would round the norm itself."""
     wide = features if features.dtype == torch.float64 else features.float()
     return F.normalize(wide, dim=-1)

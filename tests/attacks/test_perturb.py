@@ -243,6 +243,24 @@ def test_one_lucky_majority_of_a_random_model_is_no_success(monkeypatch: pytest.
     assert int(perturb(Coin(0.3), pixels, labels, **asked).fooled.sum()) >= 5
 
 
+class Noisy(nn.Module):
+    """Wrong in 2 % of its draws at the grey image, more often the brighter it is: in 60 % at the ball's edge."""
+
+    random_draws = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = 2.0 - 2.25 * (x.flatten(1) - 0.5).mean(1) / (8 / 255) + torch.randn(len(x)).to(x)
+        return torch.stack([margin / 2, -margin / 2], 1)
+
+
+@pytest.mark.parametrize("eot", [1, 10])
+def test_an_attack_goes_on_from_a_success_that_does_not_hold(eot: int) -> None:
+    """On its way to the edge it meets points whose first majority is luck, and must not stop there."""
+    pixels, labels = torch.full((12, 3, 4, 4), 0.5), torch.zeros(12, dtype=torch.int64)
+    found = perturb(Noisy(), pixels, labels, eps=8 / 255, attack="pgd:steps=60", eot=eot, brisk=True, lanes=12)
+    assert int(found.fooled.sum()) >= 11
+
+
 def test_a_random_model_is_judged_by_fresh_draws() -> None:
     class Noisy(Curved):
         def forward(self, x: Tensor) -> Tensor:

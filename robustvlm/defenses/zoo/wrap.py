@@ -20,7 +20,7 @@ from robustvlm.defenses.zoo.base import AnswerDefence, Defence, FeatureDefence, 
 from robustvlm.defenses.zoo.gradients import within_own_steps
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
-from robustvlm.models.vlm import fitted
+from robustvlm.models.vlm import check_pixels, fitted, unit_features
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -139,12 +139,25 @@ class DefendedVLM(VLM, _Mode):
     def encode_image(self, pixels: Tensor) -> Tensor:
         if isinstance(self.defence, FeatureDefence):
             return self.embed_image(pixels)  # of unit length already, and scaled again it would not be the same bits
+        if isinstance(self.defence, PixelDefence) and torch.is_grad_enabled():
+            check_pixels(pixels, self.image_size)
+            # What an attack looks at is looked at as a whole, its length included.
+            return self._looked_at(fitted(pixels, self.image_size, self.interpolation), unit=True)
         return super().encode_image(pixels)
+
+    def _looked_at(self, pixels: Tensor, *, unit: bool) -> Tensor:
+        def ask(x: Tensor) -> Tensor:
+            found = self.base.embed_image(x)
+            return unit_features(found) if unit else found
+
+        assert isinstance(self.defence, PixelDefence)
+        below, pixels = _BelowModel(self.base), _wide(pixels)
+        return _looked_at(ask, *self.defence.seen(pixels, below, self.mode_in_force))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         below, pixels = _BelowModel(self.base), _wide(pixels)
         if isinstance(self.defence, PixelDefence):
-            return _looked_at(self.base.embed_image, *self.defence.seen(pixels, below, self.mode_in_force))
+            return self._looked_at(pixels, unit=False)
         assert isinstance(self.defence, FeatureDefence)
         return self.defence.feature(pixels, below, self.mode_in_force)
 

@@ -14,6 +14,8 @@ from robustvlm.defenses import load_classifier, load_pipeline
 from robustvlm.defenses.pipeline import apply_operations, operators
 from robustvlm.defenses.specs import split_spec, undefended
 from robustvlm.defenses.zoo.base import DEFENCES, MODES, AnswerDefence, form_of, generators, read_defence, strengths
+from robustvlm.defenses.zoo.gradients import Steering
+from robustvlm.defenses.zoo.views import features_of
 from robustvlm.defenses.zoo.wrap import counted_passes, gradient_mode, modes_of
 from robustvlm.errors import UserError
 
@@ -93,6 +95,45 @@ def test_modes_of_a_model_do_not_change_the_steps_of_a_defence_in_front_of_it(in
         with gradient_mode(model, mode):
             assert torch.equal(answer(False), found), mode
             assert torch.equal(answer(True), found), mode
+
+
+@pytest.mark.parametrize("inner", ["csr:threshold=1.1", "ttc:tau=9"])
+def test_gradients_through_views_made_in_parts_are_those_of_all_at_once(
+    inner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = classifier(inner, "tte:4"), images(3)
+
+    def gradient() -> Tensor:
+        torch.manual_seed(0)
+        given = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(model(given).square().sum(), given)
+        return found
+
+    for mode in modes_of(model):
+        with gradient_mode(model, mode):
+            whole = gradient() if "ttc" not in inner else None  # one that draws draws once for each part
+            monkeypatch.setitem(features_of.__kwdefaults__, "rows_per_pass", 6)
+            parts = gradient()
+            monkeypatch.undo()
+            assert parts.isfinite().all()
+            if whole is not None:
+                torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["csr:threshold=1.1", "ttc:tau=9"])
+def test_gate_off_looks_past_an_open_gate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apart from the pull, its gradient is that of the undefended model where the gate, if shut, had answered."""
+    monkeypatch.setattr(Steering, "lower", lambda *_: None)
+    model, x = classifier(name), images(3)
+    torch.manual_seed(0)
+    given = x.clone().requires_grad_()
+    with gradient_mode(model, "gate:off"):
+        (found,) = torch.autograd.grad(model(given)[:, 0].sum(), given)
+    torch.manual_seed(0)
+    noise = torch.stack([2 * torch.rand(x.shape[1:], generator=draws) - 1 for draws in generators(x)])
+    seen = (x if name.startswith("csr") else (x + 4 / 255 * noise).clamp(0, 1)).requires_grad_()
+    (plain,) = torch.autograd.grad(classifier()(seen)[:, 0].sum(), seen)
+    torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize("name", ALL)
