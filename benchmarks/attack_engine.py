@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import Counted, Subject, clock, exit_code_of, load_subject, markdown
 from robustvlm.attacks import APGD, PGD, LaneAttack, LaneEngine, Oracle, ThreatModel, parse_eps
-from robustvlm.attacks.oracle import probe
+from robustvlm.attacks.probe import probe
 from robustvlm.stats import mcnemar_exact
 
 _Attack = Callable[[Tensor, Tensor], Tensor]

@@ -25,7 +25,7 @@ from benchmarks.duel import HEADER, OURS, SPARE, TIME_HEADER, Part, Record, run_
 from benchmarks.parity import SINGLES, single
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
 from robustvlm.attacks import LaneAttack, Oracle, Probe, ThreatModel, parse_attacks, parse_eps, parse_norm
-from robustvlm.attacks.oracle import probe
+from robustvlm.attacks.probe import probe
 from robustvlm.errors import UserError
 
 THEIRS = "pyautoattack"

@@ -25,8 +25,9 @@ from robustvlm.attacks.goals import (
     Targeted,
 )
 from robustvlm.attacks.objectives import Objective, margin, objective
-from robustvlm.attacks.oracle import PRECISIONS, Answer, Oracle, Probe
+from robustvlm.attacks.oracle import PRECISIONS, Answer, Oracle
 from robustvlm.attacks.pgd import PGD
+from robustvlm.attacks.probe import Probe
 from robustvlm.attacks.square import Square
 from robustvlm.attacks.threat import DEFAULT_EPS, ThreatModel, parse_eps, parse_norm, project
 

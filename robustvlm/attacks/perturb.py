@@ -14,15 +14,8 @@ from robustvlm.attacks.external import ExternalAttack, require_fit, require_norm
 from robustvlm.attacks.external_engine import ExternalEngine
 from robustvlm.attacks.goals import Case, Goal, Known, Targeted, read_goals
 from robustvlm.attacks.honesty import attack_remarks, opened_gradients
-from robustvlm.attacks.oracle import (
-    EOT_IF_RANDOM,
-    UPHOLDING_DRAWS,
-    Answer,
-    Oracle,
-    Probe,
-    ask_first,
-    settle_draws,
-)
+from robustvlm.attacks.oracle import EOT_IF_RANDOM, UPHOLDING_DRAWS, Answer, Oracle
+from robustvlm.attacks.probe import Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import (
     AskedModel,
     Unperturbed,

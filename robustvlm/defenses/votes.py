@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustvlm.attacks.oracle import Oracle, row_changes
+from robustvlm.attacks.oracle import Oracle
+from robustvlm.attacks.probe import row_changes
 from robustvlm.attacks.tensors import AskedModel, as_images, image_ids, own_device
 from robustvlm.certify.classes import CountedVotes, vote_predict
 from robustvlm.certify.engine import Job, SamplingEngine

@@ -7,7 +7,7 @@ import torch
 from toy import Curved, images
 
 from robustvlm.attacks import Oracle
-from robustvlm.attacks.oracle import probe
+from robustvlm.attacks.probe import probe
 
 
 class Coupled(Curved):

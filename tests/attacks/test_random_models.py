@@ -19,8 +19,9 @@ from robustvlm.attacks import (
     objective,
     parse_attacks,
 )
-from robustvlm.attacks.oracle import Tally, probe, settle_draws
+from robustvlm.attacks.oracle import Tally
 from robustvlm.attacks.perturb import perturb
+from robustvlm.attacks.probe import probe, settle_draws
 
 
 class Noisy(torch.nn.Module):

@@ -19,7 +19,7 @@ from benchmarks.common import Counted, clock
 from benchmarks.duel import OURS, SPARE, Part, Record, run_ours, run_together, timed, versus, where_time_goes
 from benchmarks.published import CHECKS, set_budget, watch_autoattack
 from robustvlm.attacks import APGD, Job, LaneAttack, Oracle, ThreatModel, parse_attacks
-from robustvlm.attacks.oracle import probe
+from robustvlm.attacks.probe import probe
 from robustvlm.errors import UserError
 
 BALL = ThreatModel("Linf", 0.01)

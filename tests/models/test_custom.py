@@ -14,7 +14,7 @@ import torch
 from robustvlm.attacks import Oracle
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.attacks.objectives import objective
-from robustvlm.attacks.oracle import probe
+from robustvlm.attacks.probe import probe
 from robustvlm.certify.threats import read_noise
 from robustvlm.commands.certify.encoder import NoisyEncoder, probe_encoder
 from robustvlm.errors import UserError

@@ -21,7 +21,7 @@ import torch
 
 from robustvlm import attacks
 from robustvlm.attacks.catalog import Attack, by_gradients, is_foreign
-from robustvlm.attacks.oracle import settle_draws
+from robustvlm.attacks.probe import settle_draws
 from robustvlm.attacks.tensors import brief, needs_briefing
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.attack import AttackPlan

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from robustvlm.attacks import LaneAttack, Oracle, Probe
 from robustvlm.attacks.honesty import Sanity
-from robustvlm.attacks.oracle import ask_first
+from robustvlm.attacks.probe import ask_first
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.records import Check
 from robustvlm.stats import rate

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustvlm import attacks
-from robustvlm.attacks.oracle import settle_draws
+from robustvlm.attacks.probe import settle_draws
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.commands.common.questions import ask, fit_for, of_probe, require_independent_rows

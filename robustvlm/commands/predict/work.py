@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from robustvlm.attacks.oracle import Oracle, row_changes
+from robustvlm.attacks.oracle import Oracle
+from robustvlm.attacks.probe import row_changes
 from robustvlm.attacks.tensors import image_ids
 from robustvlm.commands.common.inputs import taken_for_granted
 from robustvlm.commands.predict import PredictSettings, record
