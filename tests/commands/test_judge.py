@@ -377,6 +377,18 @@ def test_a_summary_of_the_version_before_is_read_by_the_present_rules(run: Any) 
     again = as_read(run.summary.model_copy(update={"models": models})).of(old.spec)
     assert again.adaptive == found.adaptive != found.clean
     assert "a fresh run may find more" in {check.name: check.message for check in again.checks}["more steps"]
+    assert all(check.name != "attacks" for check in again.checks)
+    older = as_read(run.summary.model_copy(update={"effort": 1})).of(old.spec)
+    assert "a fresh run may differ" in {check.name: check.message for check in older.checks}["attacks"]
+
+
+def test_a_run_of_weaker_attacks_is_not_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"limit": 4, "queries": 0, "steps": 4}
+    with monkeypatch.context() as before:
+        before.setattr("robustvlm.commands.judge.attacks.EFFORT", 1)
+        judge(place, "planted:plain+bits:8", "of-before", **asked)
+    with pytest.raises(rv.UserError, match=r"made with other settings \(effort: 1 -> 2\)"):
+        judge(place, "planted:plain+bits:8", "of-before", **asked)
 
 
 def test_words_and_tables() -> None:

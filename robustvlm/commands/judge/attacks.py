@@ -15,9 +15,10 @@ from torch import Tensor
 
 from robustvlm.attacks.goals import Case, Misclassify
 from robustvlm.attacks.honesty import inspect_model
-from robustvlm.attacks.oracle import EOT_IF_RANDOM, Oracle, Probe, ask_first, settle_draws
+from robustvlm.attacks.oracle import EOT_IF_RANDOM, Oracle
 from robustvlm.attacks.perturb import Perturbed, perturb
 from robustvlm.attacks.pgd import PGDFrom
+from robustvlm.attacks.probe import Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import image_ids
 from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.common.questions import of_probe, of_sanity
@@ -35,6 +36,8 @@ LABEL = "label:pgd"
 TRANSFER = (*UNAWARE, LABEL)
 MODE, SHORT, START, TARGETED, OWN = "mode:", "short:", "start:", "targeted:", "own"
 """How acts through a gradient mode are named, and what stands for the mode of a model that has none."""
+EFFORT = 2
+"""Of the attacks here; raised when they see more than before, so that no run mixes what two versions of them found."""
 SHORTER = 4
 """A short attack makes one step where a full one makes so many."""
 

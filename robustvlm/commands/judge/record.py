@@ -131,6 +131,7 @@ class Judgement(Record):
     seconds: float
     models: list[ModelJudgement]
     not_reproduced: tuple[Unreproduced, ...] = ()
+    effort: int = 1
 
     def of(self, spec: str) -> ModelJudgement:
         """Return what was found of a model."""
@@ -270,13 +271,15 @@ def as_read(summary: Judgement) -> Judgement:
     """Return a summary that an earlier version may have written, its figures by the present rules.
 
     There, what was right at the transferred points did not count for the adaptive figure, and there were no short
-    attacks, which it is told to lack.
+    attacks, which it is told to lack; or its attacks saw less than those of today.
     """
     models = []
+    weaker = "Of a version before, whose attacks saw less of gates, votes and random defences: a fresh run may differ."
+    less = [Check(name="attacks", level="note", message=weaker)] if summary.effort < attacks.EFFORT else []
     for found in summary.models:
         lacks = summary.steps >= attacks.SHORTER and not any(act.name.startswith(attacks.SHORT) for act in found.acts)
         said = "Of a version before, which did not try a quarter of the steps: a fresh run may find more."
-        checks = [*found.checks, *([Check(name="more steps", level="note", message=said)] if lacks else [])]
+        checks = [*found.checks, *([Check(name="more steps", level="note", message=said)] if lacks else []), *less]
         models.append(found.model_copy(update={"adaptive": _adaptive(found.images), "checks": checks}))
     return summary.model_copy(update={"models": models})
 

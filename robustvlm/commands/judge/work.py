@@ -82,6 +82,7 @@ class JudgeWork:
                 seconds=ledger.seconds,
                 models=record.judged(ledger, aside),
                 not_reproduced=self.unpublished,
+                effort=attacks.EFFORT,
             )
         finally:
             ledger.close()
@@ -297,7 +298,7 @@ def open_work(settings: JudgeSettings) -> JudgeWork:
     prints = {spec: model.fingerprint for spec, model in models.items()}
     facts = Facts(
         (settings.model, settings.data),
-        settings.stored(norm=norm, eps=radius, eps_text=text, device=device),
+        settings.stored(norm=norm, eps=radius, eps_text=text, device=device, effort=attacks.EFFORT),
         {"spec": settings.model, "fingerprint": prints[next(iter(bases))], "models": prints},
         describe_data(source),
         remarks=[*remarks_of(source, models[next(iter(bases.values()))]), *dict.fromkeys(remarks)],

@@ -23,7 +23,7 @@ from robustvlm.attacks.threat import per_image
 from robustvlm.core.boundary import unscaled_gradients
 from robustvlm.core.seeds import row_sums
 from robustvlm.defenses.zoo import base as zoo
-from robustvlm.defenses.zoo.gradients import own_steps, plain_attention
+from robustvlm.defenses.zoo.gradients import as_now, own_steps, plain_attention
 
 _TINY = 1e-12
 """Below this length a gradient has no direction, and a step along it goes nowhere."""
@@ -113,7 +113,7 @@ def recomputed(exact: Callable[..., Tensor], smooth: Callable[..., Tensor], *inp
         >>> v.grad
         tensor([0.0707, 1.0000, 0.4200])
     """
-    found: Tensor = _Recomputed.apply(exact, smooth, *inputs)
+    found: Tensor = _Recomputed.apply(exact, as_now(smooth), *inputs)  # in whichever thread the way back is made
     return found
 
 
