@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import robustvlm as rv
+from robustvlm.attacks.perturb import perturb
 from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, UNAWARE
 from robustvlm.commands.judge.paper import table_of_defences, write_markdown
 from robustvlm.commands.judge.record import Judgement, ModelJudgement, as_read, compared_checks
@@ -151,6 +152,26 @@ def test_nothing_is_credited_with_more_than_any_attack_leaves(run: Any) -> None:
     assert vote.facts.random
     assert (vote.facts.eot, vote.facts.draws, vote.facts.forward) == (4, 5, 3)
     assert vote.worst.successes == 6, "crops of a plain image are the image"
+
+
+def test_what_is_left_of_a_random_model_meets_gradients_of_more_draws(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, set[int]] = {}
+
+    def watched(model: Any, *args: Any, attack: Any, eot: int, **more: Any) -> Any:
+        kind = attack if isinstance(attack, str) else attack[0].name
+        asked.setdefault(kind, set()).add(eot)
+        return perturb(model, *args, attack=attack, eot=eot, **more)
+
+    monkeypatch.setattr("robustvlm.commands.judge.attacks.perturb", watched)
+    vote = judge(place, "planted:plain+vote:3", "finer", queries=0, steps=4).summary.of("planted:plain+vote:3")
+    assert asked.pop("pgd-from") == {1, 16}, "of the undefended model and of the vote, four times the four it declares"
+    assert set.union(*asked.values()) == {1, 4}
+    assert vote.facts.eot == 4
+    asked.clear()
+    judge(place, "planted:plain+vote:3", "as-asked", queries=0, steps=4, eot=2)
+    assert set.union(*asked.values()) == {1, 2}, "a number that was asked for is kept to"
 
 
 def test_masked_gradients_are_seen_through_and_said(place: Path) -> None:
@@ -387,7 +408,7 @@ def test_a_run_of_weaker_attacks_is_not_gone_on_with(place: Path, monkeypatch: p
     with monkeypatch.context() as before:
         before.setattr("robustvlm.commands.judge.attacks.EFFORT", 1)
         judge(place, "planted:plain+bits:8", "of-before", **asked)
-    with pytest.raises(rv.UserError, match=r"made with other settings \(effort: 1 -> 2\)"):
+    with pytest.raises(rv.UserError, match=r"made with other settings \(effort: 1 -> \d\)"):
         judge(place, "planted:plain+bits:8", "of-before", **asked)
 
 

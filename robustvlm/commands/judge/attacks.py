@@ -36,10 +36,12 @@ LABEL = "label:pgd"
 TRANSFER = (*UNAWARE, LABEL)
 MODE, SHORT, START, TARGETED, OWN = "mode:", "short:", "start:", "targeted:", "own"
 """How acts through a gradient mode are named, and what stands for the mode of a model that has none."""
-EFFORT = 2
+EFFORT = 3
 """Of the attacks here; raised when they see more than before, so that no run mixes what two versions of them found."""
 SHORTER = 4
 """A short attack makes one step where a full one makes so many."""
+FINER, MOST_DRAWS = 4, 20
+"""An act that begins at the transferred points averages a gradient over so many times the draws, up to a most."""
 
 
 class Fate(Record):
@@ -138,6 +140,15 @@ class Attacked:
         return self.eot or self.probe.declared or EOT_IF_RANDOM
 
     @property
+    def finer_draws(self) -> int:
+        """Draws of a gradient for what other acts left: where more of them fool more, fewer were a mask.
+
+        A number of draws that was asked for is kept to.
+        """
+        draws = self.gradient_draws
+        return draws if self.eot or not self.random else max(draws, min(FINER * draws, MOST_DRAWS))
+
+    @property
     def judging_draws(self) -> int:
         """Draws that judge a point."""
         return self.draws if self.random else 1
@@ -181,7 +192,7 @@ class Attacked:
                 assert start is not None
                 points = dict(zip(image_ids(images.pixels), start, strict=True))
                 attacks = [PGDFrom(n_iter=self.steps, points=points)]
-                return self._fates(self._perturb(images, attacks))
+                return self._fates(self._perturb(images, attacks, eot=self.finer_draws))
             if f"{kind}:" == TARGETED:
                 return self._fates(self._perturb(images, f"apgd-t:steps={self.steps}"))
             if f"{kind}:" == SHORT:
@@ -249,7 +260,13 @@ class Attacked:
         ]
 
     def _perturb(
-        self, images: Images, attack: str | list[PGDFrom], *, goal: str | Lowest = "misclassify", stop: bool = True
+        self,
+        images: Images,
+        attack: str | list[PGDFrom],
+        *,
+        goal: str | Lowest = "misclassify",
+        stop: bool = True,
+        eot: int | None = None,
     ) -> Perturbed:
         return perturb(
             self.model,
@@ -262,7 +279,7 @@ class Attacked:
             stop_at_success=stop,
             lanes=self.lanes,
             seed=self.seed,
-            eot=self.gradient_draws,
+            eot=eot or self.gradient_draws,
             draws=self.judging_draws,
             ids=images.ids,
             brisk=True,

@@ -348,7 +348,7 @@ def _facts(found: ModelJudgement, summary: Judgement) -> Iterator[tuple[str, doc
     passes = f"{facts.forward:g} forward and {facts.backward:g} backward passes, counted at the encoder"
     yield "Cost of a clean answer", passes
     if facts.random:
-        yield "Random", f"gradients averaged over {facts.eot} draws, {facts.draws} fresh draws judge by majority"
+        yield "Random", f"gradients averaged over {facts.eot} draws or more, {facts.draws} fresh ones judge by majority"
 
 
 def fidelity_words(about: About) -> str:
