@@ -9,12 +9,9 @@ from torch import Tensor
 
 from robustvlm.attacks.objectives import objective
 from robustvlm.attacks.oracle import DRAWS_IF_RANDOM, EOT_IF_RANDOM, Oracle
-from robustvlm.core.batches import steady_sizes
+from robustvlm.core.batches import COUPLED, steady_sizes
 from robustvlm.errors import UserError, is_out_of_memory
 from robustvlm.text import one_line
-
-# Rounding between batch shapes moves a logit by about 1e-6 of its size; batch statistics move it by percents.
-_COUPLED = 1e-3
 
 # What torch says when nothing leads from the output back to the pixels.
 _NO_GRADIENT = ("does not require grad", "not have been used in the graph")
@@ -60,12 +57,12 @@ class Probe:
     @property
     def shown_random(self) -> bool:
         """Whether two identical queries did differ by more than rounding."""
-        return self.repeat_change > _COUPLED
+        return self.repeat_change > COUPLED
 
     @property
     def coupled(self) -> bool:
         """Whether an image's logits depend on the other images of its batch (a random model cannot be told)."""
-        return not self.shown_random and self.batch_change > _COUPLED
+        return not self.shown_random and self.batch_change > COUPLED
 
 
 def probe(oracle: Oracle, images: Tensor, label: Tensor) -> Probe:

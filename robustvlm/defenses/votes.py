@@ -22,6 +22,7 @@ from robustvlm.certify.noise import settings_digest
 from robustvlm.certify.normal import check_alpha
 from robustvlm.certify.threats import PLAIN, Noise, find_threat
 from robustvlm.core import MAX_N0
+from robustvlm.core.batches import COUPLED
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.data.classes import DEFAULT
 from robustvlm.data.source import DataSource
@@ -34,9 +35,6 @@ from robustvlm.models.custom import Hidden, source_of, state_of
 
 ABSTAIN = -1
 """Stands for the class of an image whose vote decides nothing."""
-
-# Relative change of a logit that rounding does not explain, and repetition or other neighbours do.
-_COUPLED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,12 +235,12 @@ class Smoothed(nn.Module):
         draws = torch.Generator().manual_seed(0)
         noisy = self.noise.fresh(rows.cpu(), draws).to(rows)
         repeat, batch = row_changes(oracle, noisy)
-        if repeat > _COUPLED:
+        if repeat > COUPLED:
             raise UserError(
                 "the model gives other logits for the same image when it is asked again: votes must follow from the "
                 "noise alone, so take out what draws at random"
             )
-        if batch > _COUPLED:
+        if batch > COUPLED:
             raise UserError(
                 "the model's output for one image depends on the other images of the batch: votes must be independent, "
                 "so pass lanes=1, or take out what works across the batch, such as batch statistics"

@@ -21,7 +21,7 @@ from robustvlm.certify import Job
 from robustvlm.certify.certifier import Stage
 from robustvlm.certify.threats import Noise
 from robustvlm.commands.certify.config import CacheType
-from robustvlm.core.batches import steady_sizes
+from robustvlm.core.batches import COUPLED, steady_sizes
 from robustvlm.core.boundary import borrowed, placed
 from robustvlm.core.device import Stopwatch
 from robustvlm.core.files import replacing, require_regular
@@ -163,9 +163,6 @@ def _within(apart: Tensor, groups: Tensor) -> Tensor:
 
 # The encoder as certificates see it: noisy pixels in, unit features out, a function of one image at a time
 
-# Rounding between batch shapes moves a feature by about 1e-6; batch statistics move it by percents.
-_COUPLED = 1e-3
-
 
 class NoisyEncoder:
     """The encoder f whose smoothed version is certified, in one precision, which is part of it.
@@ -270,10 +267,10 @@ def _questions(encoder: NoisyEncoder, noisy: Tensor, checks: list[Check], *, mod
     _wait(encoder)
     rate = len(noisy) / max(time.perf_counter() - began, 1e-9)
     found = list(checks)
-    if _change(again, first) > _COUPLED:
+    if _change(again, first) > COUPLED:
         found.append(_random(encoder, noisy, model=model))
         return Probed((len(noisy),), first.shape[1], rate, tuple(found), random=True)
-    if len(noisy) > 1 and _change(encoder(_among_others(noisy))[-1:], first[:1]) > _COUPLED:
+    if len(noisy) > 1 and _change(encoder(_among_others(noisy))[-1:], first[:1]) > COUPLED:
         raise UserError(
             f"model '{model}' treats an image differently depending on the others in its batch (batch normalisation in "
             "training mode, or quantisation over the batch?): certificates are about functions of one image"

@@ -27,8 +27,6 @@ from robustvlm.runs.settings import Observer
 
 # Images per file: a killed run loses what it had of one.
 CHUNK = 512
-# By more standard deviations than this a change of an answer is no rounding.
-_COUPLED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +162,7 @@ class Answers:
             float((new - old[:1]).abs().max() / old.std().clamp_min(1e-12))
             for new, old in zip(alone, first, strict=True)
         )
-        if change > _COUPLED:
+        if change > batches.COUPLED:
             raise UserError(
                 f"what model '{self.classifier.spec}' says of an image depends on the other images in its batch (it "
                 f"moved by {change:.2g} standard deviations when only the neighbours changed): pass "
