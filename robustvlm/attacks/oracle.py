@@ -154,7 +154,7 @@ EOT_IF_RANDOM, DRAWS_IF_RANDOM = 10, 21
 
 # An attack puts one image to the question hundreds of times, and one lucky majority of few draws ends it: of a model
 # that is wrong in 30 % of its draws, 21 are mostly wrong in 2.6 % of the cases, 101 in 0.002 %. So a success is to hold
-# in the majority of so many fresh draws as well, where the caller of an attack asks for that.
+# in the majority of so many fresh draws as well (`settle_draws`).
 UPHOLDING_DRAWS = 101
 
 # A model under attack: pixels [B, 3, H, W] in [0, 1] to outputs [B, O].

@@ -14,7 +14,7 @@ from robustvlm.attacks.external import ExternalAttack, require_fit, require_norm
 from robustvlm.attacks.external_engine import ExternalEngine
 from robustvlm.attacks.goals import Case, Goal, Known, Targeted, read_goals
 from robustvlm.attacks.honesty import attack_remarks, opened_gradients
-from robustvlm.attacks.oracle import EOT_IF_RANDOM, UPHOLDING_DRAWS, Answer, Oracle
+from robustvlm.attacks.oracle import EOT_IF_RANDOM, Answer, Oracle
 from robustvlm.attacks.probe import Probe, ask_first, settle_draws
 from robustvlm.attacks.tensors import (
     AskedModel,
@@ -173,8 +173,6 @@ def perturb(
             )
         planned = recommended_eot(attack) if isinstance(attack, str) else 1
         settle_draws(oracle, found, eot=eot, draws=draws, eot_if_random=max(EOT_IF_RANDOM, planned))
-        # Who asks for one draw wants to know what one draw says.
-        oracle.upholding = UPHOLDING_DRAWS if found.random and 1 < oracle.draws < UPHOLDING_DRAWS else 0
         search = _Search(oracle, wanted, threat, found, pixels.cpu().to(oracle.dtype), label, names, seed)
         search.remark(*stand_ins, *attack_remarks(asked), *_remarks(asked, oracle, found, lanes))
         search.remark(*_fallbacks(attacks, classes))

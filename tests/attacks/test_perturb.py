@@ -239,7 +239,7 @@ def test_one_lucky_majority_of_a_random_model_is_no_success(monkeypatch: pytest.
     assert int(perturb(Coin(0.3), pixels, labels, **asked).fooled.sum()) == 0
     found = perturb(Coin(0.7), pixels, labels, **asked)  # wrong as it is, and that stands
     assert bool(found.fooled.all())
-    monkeypatch.setattr("robustvlm.attacks.perturb.UPHOLDING_DRAWS", 0)
+    monkeypatch.setattr("robustvlm.attacks.probe.UPHOLDING_DRAWS", 0)
     assert int(perturb(Coin(0.3), pixels, labels, **asked).fooled.sum()) >= 5
 
 

@@ -52,6 +52,19 @@ def test_batch_coupling_is_seen():
     assert ask(Coupled()).coupled
 
 
+class Seldom(Curved):
+    """Gives the opposite of its answer in three of ten draws, image by image."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.where(torch.rand(len(x), 1) < 0.3, -1.0, 1.0)
+
+
+def test_what_draws_seldom_is_random_and_not_coupled():
+    found = [probe(Oracle(Seldom(), seed=seed), images(6), torch.zeros(6, dtype=torch.int64)) for seed in range(60)]
+    assert not any(one.coupled for one in found)
+    assert sum(one.random for one in found) >= 58, "asking twice would miss it in one of 26"
+
+
 def test_randomness_is_seen_and_not_taken_for_coupling():
     found = ask(Random())
     assert found.random

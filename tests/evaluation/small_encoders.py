@@ -49,6 +49,14 @@ class Random(Encoder):
         return features + 0.3 * torch.randn_like(features)
 
 
+class Coin(Encoder):
+    """Gives the opposite of its answer in 30 % of its draws."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        features = super().encode_image(pixels)
+        return torch.where(torch.rand(len(features), 1) < 0.3, -features, features)
+
+
 class NaNOnMarked(Encoder):
     """Gives NaN for images whose first pixel is pure red."""
 

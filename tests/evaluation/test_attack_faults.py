@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attacking import CURVE, Attacking, outcomes, prepared, rows, run_in_pieces, table
@@ -170,11 +171,24 @@ def test_a_random_model_is_judged_by_many_draws_or_warned_of(make_folder: Photos
     assert level == "note"
     assert "averaged over 10 draws" in message
     assert "21 fresh draws" in message
+    assert "101 more" in message
     summary = prepared(photos, "Random", name="one-draw", eot=1, draws=1).run()
     level, message = check(summary, "repeatable output")
     assert level == "warning"
     assert "lucky draw" in message
     assert check(summary, "independent images")[0] == "note"
+
+
+def test_one_lucky_majority_of_a_random_model_is_no_success(
+    make_folder: Photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_folder(20)
+    asked: dict[str, Any] = {"eot": 1, "eps": "0.001/255", "attack": "pgd:steps=60"}
+    held = prepared(photos, "Coin", name="held", **asked).run()
+    assert held.images.clean_correct > 5
+    assert held.per_eps[0].fooled == 0, "no point of the ball is wrong in most of its draws"
+    monkeypatch.setattr("robustvlm.attacks.probe.UPHOLDING_DRAWS", 0)
+    assert prepared(photos, "Coin", name="lucky", **asked).run().per_eps[0].fooled > 0
 
 
 def test_too_little_memory_halves_the_lanes_and_changes_nothing(make_folder: Photos) -> None:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from robustvlm.attacks import PGD, Probe, ThreatModel, parse_attacks
+from robustvlm.attacks import PGD, Oracle, Probe, ThreatModel, parse_attacks
 from robustvlm.attacks.honesty import Sanity
 from robustvlm.commands.attack import checks as findings
 from robustvlm.commands.attack.store import AttackFact, CleanFact
@@ -81,10 +82,13 @@ def test_an_odd_model_is_told(change: dict[str, object], name: str, level: str) 
 
 def test_a_random_model_that_is_averaged_over_is_no_cause_for_alarm() -> None:
     odd = replace(SOUND, repeat_change=0.5)
-    (check,) = [check for check in questions.of_probe(odd, eot=10, draws=21) if check.name == "repeatable output"]
+    oracle = Oracle(torch.nn.Identity(), eot=10, draws=21)
+    oracle.upholding = 101
+    (check,) = [check for check in questions.of_probe(odd, oracle) if check.name == "repeatable output"]
     assert check.level == "note"
     assert "10 draws" in check.message
     assert "21 fresh draws" in check.message
+    assert "101 more" in check.message
 
 
 def of_sanity(

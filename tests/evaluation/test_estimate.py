@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import torch
@@ -124,6 +125,10 @@ def test_draws_and_second_looks_of_random_models_cost_more() -> None:
     assert found.passes_most == 2 * (2 * 3 * 2 + 5)
     assert found.seconds_most == 2 * 3 * 1.0 + 5 * 0.25
     assert found.passes_least == 2 * (1 * 3 * 2 + 5)
+    held = estimate([Work(attack, range(2)), Work(attack, range(2))], dataclasses.replace(speed, upholding=7))
+    assert held.passes_least == found.passes_least + 2 * 7
+    assert held.passes_most == 2 * found.passes_most + 2 * 7, "an image falls once"
+    assert held.seconds_least == found.seconds_least + 7 * 0.25
 
 
 def test_attacks_of_other_packages_are_named_and_not_guessed() -> None:

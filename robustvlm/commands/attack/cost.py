@@ -166,6 +166,7 @@ class Speed:
         rungs: allowed batch sizes, descending.
         seconds_of: seconds of a batch, by rows and whether gradients were asked for; at least of the largest size.
         eot: draws averaged in one look; second_looks: draws that confirm the answer for an image, 0 where none do.
+        upholding: further draws that a success is to hold in.
         ranks: processes that share the images.
     """
 
@@ -173,6 +174,7 @@ class Speed:
     seconds_of: Mapping[tuple[int, bool], float]
     eot: int = 1
     second_looks: int = 0
+    upholding: int = 0
     ranks: int = 1
 
     def batches(self, images: int) -> list[int]:
@@ -190,15 +192,21 @@ class Speed:
         largest = self.rungs[0]
         return self.seconds_of.get((rows, gradient), self.seconds_of.get((largest, gradient), 0.0) * rows / largest)
 
-    def cost(self, images: int, looks: int, *, gradient: bool) -> tuple[int, float]:
-        """Return passes of all processes and seconds of the slowest, to look `looks` times at each image."""
+    def cost(self, images: int, looks: int, *, gradient: bool, falling: int) -> tuple[int, float]:
+        """Return passes of all processes and seconds of the slowest, to look `looks` times at each image.
+
+        Args:
+            falling: images of them whose success is to hold.
+        """
         even, odd = divmod(images, self.ranks)
         shares = [self.batches(even + (rank < odd)) for rank in range(self.ranks)]
         rows = sum(map(sum, shares))
         passes = rows * (looks * self.eot * (2 if gradient else 1) + self.second_looks)
         per_look = self.eot * sum(self.seconds(batch, gradient) for batch in shares[0])
         confirming = self.second_looks * sum(self.seconds(batch, False) for batch in shares[0])
-        return passes, looks * per_look + confirming
+        mine = even + (odd > 0)
+        upheld = self.upholding * self.seconds(min(falling, mine), False)
+        return passes + self.upholding * falling, looks * per_look + confirming + upheld
 
 
 def looks_per_image(attack: LaneAttack, n_targets: int) -> int:
@@ -233,8 +241,9 @@ def estimate(work: Sequence[Work], speed: Speed) -> Estimate:
         counted |= first
         gradient = stage.attack.uses_gradient
         looks = looks_per_image(stage.attack, stage.n_targets)
-        least = _plus(least, speed.cost(len(first), 1, gradient=gradient))
-        most = _plus(most, speed.cost(len(stage.images), looks, gradient=gradient))
+        least = _plus(least, speed.cost(len(first), 1, gradient=gradient, falling=len(first)))
+        # An image falls once, whenever that is.
+        most = _plus(most, speed.cost(len(stage.images), looks, gradient=gradient, falling=len(first)))
     unknown = dict.fromkeys(stage.attack for stage in work if isinstance(stage.attack, str) and stage.images)
     return Estimate(
         images=len({image for stage in work for image in stage.images}),

@@ -185,6 +185,7 @@ class AttackRun:
             seconds_of=oracle.seconds,
             eot=oracle.eot,
             second_looks=0 if oracle.confirmed else oracle.draws,
+            upholding=oracle.upholding,
             ranks=self.ranks.size,
         )
         checks = self.checks.extra_work(work)
@@ -226,7 +227,7 @@ class AttackRun:
         found, notes = questions.ask(self.oracle, images, label, model=self.plan.model)
         questions.require_independent_rows(found, self.plan.model)
         self._settle_draws(found)
-        said = questions.of_probe(found, eot=self.oracle.eot, draws=self.oracle.draws)
+        said = questions.of_probe(found, self.oracle)
         if self.ranks.leader:
             asked = self.checks.questions(images, label, found)
             self.ledger.add_checks([*said, *notes, *self.aim.notes, *asked])

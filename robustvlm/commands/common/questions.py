@@ -67,9 +67,9 @@ def fit_for(attack: LaneAttack, found: Probe) -> LaneAttack:
     return attack.for_random_model() if found.random else attack
 
 
-def of_probe(found: Probe, *, eot: int = 1, draws: int = 1) -> list[Check]:
-    """Return what the probe showed; `eot` and `draws` say how the run averages over, and judges, a random model."""
-    return [_finite(found), _repeatable(found, eot, draws), _independent(found), _gradients(found)]
+def of_probe(found: Probe, oracle: Oracle | None = None) -> list[Check]:
+    """Return what the probe showed; the oracle says how a run averages over, and judges, a random model."""
+    return [_finite(found), _repeatable(found, oracle), _independent(found), _gradients(found)]
 
 
 def of_sanity(found: Sanity, *, attacks: Sequence[LaneAttack], zero_gradients: float, declared: bool) -> list[Check]:
@@ -93,7 +93,7 @@ def _finite(found: Probe) -> Check:
     return Check(name="finite output", level="fault", message=message)
 
 
-def _repeatable(found: Probe, eot: int, draws: int) -> Check:
+def _repeatable(found: Probe, oracle: Oracle | None) -> Check:
     name = "repeatable output"
     if not found.random:
         how = "to the bit" if found.repeat_change == 0 else "up to rounding"
@@ -104,10 +104,11 @@ def _repeatable(found: Probe, eot: int, draws: int) -> Check:
         if found.shown_random
         else "The model is random by the word of one of its parts, though the first images do not show it."
     )
-    if eot > 1 and draws > 1:
+    if oracle is not None and oracle.eot > 1 and oracle.draws > 1:
+        more = f", and is to hold in the majority of {oracle.upholding} more" if oracle.upholding else ""
         message = (
-            f"{moved} Gradients are averaged over {eot} draws, and every success is judged on {draws} fresh draws by "
-            "majority."
+            f"{moved} Gradients are averaged over {oracle.eot} draws, and every success is judged on {oracle.draws} "
+            f"fresh draws by majority{more}."
         )
         return Check(name=name, level="note", message=message)
     message = (

@@ -262,7 +262,7 @@ class ScoreAttacks:
         found, notes = ask(oracle, images, torch.zeros(len(rows), dtype=torch.int64), model=self.classifier.spec)
         require_independent_rows(found, self.classifier.spec)
         settle_draws(oracle, found)
-        self.ledger.add_checks([*of_probe(found, eot=oracle.eot, draws=oracle.draws), *notes])
+        self.ledger.add_checks([*of_probe(found, oracle), *notes])
         return found
 
     def engine(

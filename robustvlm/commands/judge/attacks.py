@@ -229,7 +229,7 @@ class Attacked:
             random=found.random,
             classes=len(self.model.class_names),
         )
-        said = of_probe(found, eot=oracle.eot, draws=oracle.draws)
+        said = of_probe(found, oracle)
         made_up = any(part.mode == IDENTITY for part in defended(self.model))
         made_up |= any(not getattr(part, "differentiable", True) for part in self.model.modules())
         return said + of_sanity(sanity, attacks=[], zero_gradients=found.zero_gradients, declared=made_up)
