@@ -212,8 +212,9 @@ class SamplingEngine:
         self, queue: Iterator[Job], certifier: Callable[[Job], Certifier], running: deque[_Pass], verdicts: Verdicts
     ) -> Iterator[Sampled]:
         while True:
+            pieces, early = self._plan(queue, certifier)
+            yield from verdicts.of(early, everything=False)
             began = time.perf_counter()
-            pieces = self._plan(queue, certifier)
             try:
                 if pieces:
                     running.append(_Pass(pieces, self._forward(pieces)))
@@ -227,18 +228,21 @@ class SamplingEngine:
             rows = sum(piece.rows for piece in pieces)
             for piece in pieces:
                 piece.lane.seconds += (time.perf_counter() - began) * piece.rows / rows
-            last = not pieces and not running and not self._lanes
+            last = not pieces and not running and not self._lanes and not early
             yield from verdicts.of(done, everything=last)
             if last:
                 return
 
-    def _plan(self, queue: Iterator[Job], certifier: Callable[[Job], Certifier]) -> list[Piece]:
-        """Return the pieces of the next pass: sure ones of the images in work, of new images, then possible ones."""
-        pieces: list[Piece] = []
+    def _plan(self, queue: Iterator[Job], certifier: Callable[[Job], Certifier]) -> tuple[list[Piece], list[Lane]]:
+        """Return the pieces of the next pass: sure ones of the images in work, of new images, then possible ones.
+
+        Beside them new images that need no sample, as their claim is out of reach; no more than a pass has rows.
+        """
+        pieces, early = list[Piece](), list[Lane]()
         room = self.rungs[0]
         for lane in self._lanes:
             room -= _fill(lane, pieces, room, perhaps=False)
-        while room:
+        while room and len(early) < self.rungs[0]:
             job = next(queue, None)
             if job is None:
                 break
@@ -251,6 +255,9 @@ class SamplingEngine:
                 settings = settings_digest(settings, *own.of_image)
             address = Address(self.seed, job.image_id, image_digest(job.pixels), settings)
             lane = Lane(job, own, sent(job.pixels, self.device, torch.float32), address)
+            if own.request() is None:
+                early.append(lane)
+                continue
             self._lanes.append(lane)
             room -= _fill(lane, pieces, room, perhaps=False)
         used = self.rungs[0] - room
@@ -264,7 +271,7 @@ class SamplingEngine:
                     pieces.append(piece)
                     room -= piece.rows
                     moved = True
-        return pieces
+        return pieces, early
 
     def _rung(self, used: int) -> int:
         return min(rung for rung in self.rungs if rung >= used)

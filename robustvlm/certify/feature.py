@@ -352,6 +352,18 @@ def vector_table() -> VectorTable:
     return VectorTable(stored["cosines"], stored["shifts"], norms)
 
 
+@lru_cache(maxsize=64)
+def least_norm(cos0: float, a: float) -> float:
+    """Return the least norm for cosine `cos0` at shift `a`: the table's, or by `required_norm` where it ends.
+
+    Example:
+        >>> round(least_norm(0.5, 0.5), 3), round(least_norm(0.9995, 0.004), 3)
+        (0.437, 0.101)
+    """
+    found = vector_table().required(cos0, a)
+    return found if np.isfinite(found) else required_norm(cos0, a)
+
+
 # A direction that only looks back: lower bounds of the smoothed feature's norm without a pilot sample (T3, T4)
 
 

@@ -243,14 +243,14 @@ class LocalRadius(Certifier):
     def finding(self) -> Finding:
         assert self._inner is not None
         found = self._inner.finding()
-        columns = found.columns | {
-            "noise_radius": self._reach(0.5), "level_radius": found.radius, "noise_level": self.sigma,
-        }  # fmt: skip
+        reach = self._reach(0.5)  # beyond it no certificate at the chosen level says anything of the model
+        held = {name: min(value, reach) if name.endswith("_radius") else value for name, value in found.columns.items()}
+        columns = held | {"noise_radius": reach, "level_radius": found.radius, "noise_level": self.sigma}
         if self.share is not None and "deployed_radius" in columns:
             columns["deployed_radius"] = min(columns["deployed_radius"], self._reach(self.share))
         return replace(
             found,
-            radius=min(self._reach(0.5), found.radius),
+            radius=min(reach, found.radius),
             n_pilot=found.n_pilot + self.n_noise,
             failed=found.failed + self.failed,
             columns=columns,

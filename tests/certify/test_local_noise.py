@@ -1,5 +1,7 @@
 """Noise that is chosen for each image (T22): the choice, its certificate, and what the deployed rule answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -80,6 +82,22 @@ def test_the_two_radii_are_those_of_cohen_at_half_of_alpha_and_the_lesser_counts
     assert found.radius == min(found.columns["noise_radius"], found.columns["level_radius"]) > 0
     assert certifier.sigma == found.columns["noise_level"] == LARGE
     assert (found.n, found.n_pilot) == (135, 65)
+
+
+class Columns(VoteRadius):
+    """Has another certificate of the same claim beside it, as some do."""
+
+    def finding(self):
+        found = super().finding()
+        return replace(found, columns=found.columns | {"mean_radius": found.radius})
+
+
+def test_no_column_promises_more_than_the_choice_of_the_noise_keeps():
+    rng = np.random.default_rng(5)
+    found = [certified(rng, (0.02, 0.5), Columns)[1] for _ in range(40)]  # the level is nearly a coin flip
+    promised = [one for one in found if one.columns["level_radius"] > one.columns["noise_radius"]]
+    assert len(promised) > 20
+    assert all(one.columns["mean_radius"] == one.radius == one.columns["noise_radius"] for one in promised)
 
 
 def test_noise_after_the_choice_has_the_level_that_was_chosen():

@@ -49,6 +49,19 @@ def jobs(count: int) -> list[Job]:
     return [Job(f"image-{i}", i, torch.rand(3, 2, 2, generator=draws), i % 4) for i in range(count)]
 
 
+@pytest.mark.parametrize("early", [range(3), range(1, 7, 2), range(7)])
+def test_an_image_whose_claim_is_out_of_reach_needs_no_sample_and_keeps_none_waiting(early: range) -> None:
+    """No norm certifies a radius of so many sigma."""
+    engine = SamplingEngine(encode, lanes=4, rungs=(4,), seed=1)
+    found = engine.run(
+        jobs(7),
+        lambda job: FeatureTest(radius=12.0 if job.index in early else 0.03, cos0=0.5, sigma=SIGMA, alpha=0.01, n=40),
+    )
+    counts = {one.job.index: one.finding.n for one in found}
+    assert sorted(counts) == list(range(7))
+    assert all((counts[i] == 0) == (i in early) for i in range(7))
+
+
 CLAIMS: dict[str, Callable[[], Certifier]] = {
     "feature": lambda: FeatureRadius(cos0=0.5, sigma=SIGMA, alpha=0.01, n=300, n_pilot=100),
     "feature test": lambda: FeatureTest(radius=0.03, cos0=0.5, sigma=SIGMA, alpha=0.01, n=500),

@@ -180,6 +180,8 @@ def test_votes_over_prompts_chosen_by_the_features_are_refused(make_folder: Make
     with pytest.raises(UserError, match="prompts=independent if they were"):
         replayed(photos, claim="vote")
     assert replayed(photos, claim="vote", alpha=0.01, prompts="independent").summary().images == 2
+    with pytest.raises(UserError, match=r"'?claim=joint'?.* only for prompts and settings that were fixed"):
+        replayed(photos, claim="joint", min_cos=0.5)
     feature = replayed(photos, claim="feature", alpha=0.01).summary()
     assert [method.column for method in feature.methods] == ["radius"]  # the clean feature was not kept
 

@@ -10,10 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from robustvlm.certify.threats import Noise, find_threat
 from robustvlm.cli.main import app
 from robustvlm.cli.terminal import Ended
+from robustvlm.commands.certify.encoder import behind
 from robustvlm.core.probe import probe_pixels
 from robustvlm.defenses import SmoothedVLM, load_pipeline
+from robustvlm.defenses.zoo.base import read_defence
+from robustvlm.defenses.zoo.wrap import DefendedVLM
+from robustvlm.errors import UserError
 
 ENCODER = "small_encoders:Encoder"
 
@@ -70,6 +75,19 @@ def test_certify_takes_the_noise_of_the_pipeline(pipeline: tuple[Path, str], out
         command("certify", model, "--sigma", 0.5, *shared)
     with pytest.raises(Ended, match="smoothed twice"):
         command("certify", f"{model}+smooth:0.25", *shared)
+    with pytest.raises(Ended, match=r"a part of .* is smoothed"):
+        command("certify", f"{model}+bits:3", *shared)
+
+
+@pytest.mark.parametrize("spec", ["tiny+smooth:0.02:8", "tiny+smooth:0.02:64:0.001"])
+def test_what_a_folder_is_smoothed_with_is_what_it_is_certified_under(spec: str) -> None:
+    """A saved model on a smoothed one does not say so in its spec."""
+    vlm, l2 = load_pipeline(spec), find_threat("l2")
+    assert behind(vlm, Noise(l2, 0.02)) is vlm
+    with pytest.raises(UserError, match=r"smoothed with noise of 0\.02.* under 0\.25 would be about another model"):
+        behind(vlm, Noise(l2, 0.25))
+    with pytest.raises(UserError, match=r"a part of .* is smoothed"):
+        behind(DefendedVLM(vlm, read_defence("bits", ("3",))), Noise(l2, 0.02))
 
 
 def test_attack_goes_through_the_whole_pipeline(pipeline: tuple[Path, str], out: Path) -> None:

@@ -137,7 +137,7 @@ def own_digest(spec: str) -> str:
 
 
 __all__ = [
-    "CLAIMS", "DEFAULT", "DEFAULT_KEPT", "RADII", "Asked", "Claim", "ClaimFacts", "Given", "Materials", "Plan",
+    "CLAIMS", "DEFAULT", "DEFAULT_KEPT", "JOINT", "RADII", "Asked", "Claim", "ClaimFacts", "Given", "Materials", "Plan",
     "Quantity", "find_claim", "is_own", "make_plan", "own_digest", "pilot_size", "require_known", "require_possible",
     "sampling_of", "upper_mean",
 ]  # fmt: skip

@@ -140,7 +140,7 @@ def words_plan(claim: Claim, asked: Asked, materials: Materials, words: int) -> 
         statement=f"the class that most noisy copies are put into, each by one of {count} wordings, stays the same "
         f"though up to {changed} of the prompts are changed as well",
         rule=f"the class that most of infinitely many noisy copies are put into, each by one of {count} wordings of "
-        "all classes, drawn anew for each copy",
+        f"all classes, drawn anew for each copy, with up to {changed} of the prompts changed",
         theorem="T24",
         alpha_split={f"votes of the copies that read no changed wording, all {count} wordings at once": asked.alpha},
         best=best,

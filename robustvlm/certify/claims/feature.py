@@ -148,7 +148,7 @@ class FeatureTest(Certifier):
         super().__init__(
             ("estimation", n), sigma=sigma, alpha=alpha, settings=(self.radius, self.cos0), looks=("estimation",)
         )
-        norm = feature.vector_table().required(self.cos0, radius / self.sigma)
+        norm = feature.least_norm(self.cos0, radius / self.sigma)
         self._test = SequentialTest(0.5 * (1.0 + min(norm, 1.0)), alpha=alpha)
         self._direction: feature.PredictableDirection | None = None
         self._scores: list[Array] = []

@@ -188,7 +188,7 @@ class TokensTest(_Tokens):
 
     def __init__(self, *, radius: float, **rest: Any) -> None:
         super().__init__(radius=radius, **rest)
-        least = 0.5 * (1.0 + min(feature.vector_table().required(self.cos0, radius / self.sigma), 1.0))
+        least = 0.5 * (1.0 + min(feature.least_norm(self.cos0, radius / self.sigma), 1.0))
         self._possible = least < 1.0 - 1e-12
         if self._possible:
             self._wins = BettingState(np.full(self.tokens, least))

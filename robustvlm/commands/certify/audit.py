@@ -28,11 +28,11 @@ from robustvlm.certify.wordings import Wordings
 from robustvlm.commands.certify.audit_local_noise import audit_chosen
 from robustvlm.commands.certify.audit_moves import audit_moves
 from robustvlm.commands.certify.audit_search import Effort, Finding, Target, audit_image
-from robustvlm.commands.certify.encoder import NoisyEncoder
+from robustvlm.commands.certify.encoder import NoisyEncoder, behind
 from robustvlm.commands.certify.gallery import Gallery, open_gallery
 from robustvlm.commands.certify.materials import materials_of, rule_of, vectors_of_classes, wordings_of
 from robustvlm.commands.certify.record import CertifyRecord, load_certify_run
-from robustvlm.commands.certify.setup import behind, certified_model, describe_head, prompts_of
+from robustvlm.commands.certify.setup import certified_model, describe_head, prompts_of
 from robustvlm.commands.certify.wordings import encoded, prompts_of_words, texts_of
 from robustvlm.commands.common.inputs import probe_of
 from robustvlm.commands.common.store import Journal, read_journal

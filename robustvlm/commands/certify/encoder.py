@@ -27,6 +27,7 @@ from robustvlm.core.device import Stopwatch
 from robustvlm.core.files import replacing, require_regular
 from robustvlm.core.seeds import derive_seed, full_precision_kernels, own_draws
 from robustvlm.defenses import SmoothedVLM
+from robustvlm.defenses.smoothing import told_of
 from robustvlm.errors import UserError, is_out_of_memory, nearest, setting
 from robustvlm.models import VLM
 from robustvlm.runs.manifest import Manifest, run_identity
@@ -162,6 +163,28 @@ def _within(apart: Tensor, groups: Tensor) -> Tensor:
 
 
 # The encoder as certificates see it: noisy pixels in, unit features out, a function of one image at a time
+
+
+def behind(vlm: VLM, noise: Noise) -> VLM:
+    """Return the model to use behind this noise, as `told_of`; one that brings its noise has told its parts.
+
+    Raises:
+        UserError: a part of the model is smoothed, which would then be smoothed twice, or it brings other noise.
+    """
+    if any(part is not vlm and isinstance(part, SmoothedVLM) for part in vlm.modules()):
+        raise UserError(
+            f"a part of '{vlm.spec}' is smoothed, and certificates are about one smoothing, which is the last "
+            "operator: certify the model up to it"
+        )
+    if not isinstance(vlm, SmoothedVLM):
+        return told_of(vlm, noise)
+    own = vlm.noise
+    if (own.sigma, own.threat.name) != (noise.sigma, noise.threat.smoothed_by):
+        raise UserError(
+            f"'{vlm.spec}' is smoothed with noise of {own}, and certificates under {noise} would be about another "
+            f"model: pass {setting('sigma', own.sigma)}"
+        )
+    return vlm
 
 
 class NoisyEncoder:

@@ -55,11 +55,11 @@ def share_curve(lines: Sequence[Line], *, key: str, what: str, threat: Threat = 
     for i, line in enumerate(lines):
         low, high = ([100 * getattr(rate, end) for rate in line.rates] for end in ("low", "high"))
         if i < 2:  # bands of more lines would cover each other
-            axes.fill_between(line.eps, low, high, step="post", color=SERIES[i], alpha=0.18, lw=0)
+            axes.fill_between(line.eps, low, high, step="pre", color=SERIES[i], alpha=0.18, lw=0)
         axes.step(
             line.eps,
             [100 * (rate.value or 0.0) for rate in line.rates],
-            where="post",
+            where="pre",  # between two distances no more than what the farther one has
             color=SERIES[i],
             ls=DASHES[i % len(DASHES)],
             lw=1.8,

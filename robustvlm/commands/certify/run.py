@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from robustvlm.certify import Certificate, Job, Sampled, SamplingEngine, source_norm
+from robustvlm.certify.claims import find_claim
 from robustvlm.certify.threats import Noise
 from robustvlm.commands.certify.config import CertifyConfig, record_look
 from robustvlm.commands.certify.encoder import (
@@ -31,6 +32,8 @@ from robustvlm.commands.common.store import new_session
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks
 from robustvlm.data.source import Unreadable, select
+from robustvlm.defenses.pipeline import saved_model
+from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import UserError
 from robustvlm.report.words import count_of, duration
 from robustvlm.runs.manifest import Manifest
@@ -259,8 +262,20 @@ class SamplingRun:
         pixels = torch.stack([picture.pixels for picture in first])
         noise, lanes = self.config.against, self.config.lanes
         probed = probe_encoder(self.encoder, pixels, noise, lanes, model=self.config.model)
-        self.ledger.add_checks([*probed.checks, *self._exactness(pixels, noise, probed.rungs[0])])
+        self.ledger.add_checks([*probed.checks, *self._exactness(pixels, noise, probed.rungs[0]), *self._refusals()])
         return probed
+
+    def _refusals(self) -> list[Check]:
+        """Say where a certificate of the class leaves out that the model may refuse to answer."""
+        made, claim = saved_model(split_spec(self.config.model)[0]), find_claim(self.config.claim)
+        if made is None or not made.refuses or not claim.needs_classes or claim.head in ("rule", "votes"):
+            return []
+        message = (
+            "This model may refuse an image, and this claim is about the class alone: inside the radius the class "
+            "stays, whether or not the image is refused. --claim openset is about the refusal, and a model smoothed "
+            "with SIGMA:N0:ALPHA:vote about both."
+        )
+        return [Check(name="refusal", level="note", message=message)]
 
     def _exactness(self, pixels: torch.Tensor, noise: Noise, lanes: int) -> list[Check]:
         """Say where a certificate that is free of rounding meets an encoder whose answers move with the batch."""

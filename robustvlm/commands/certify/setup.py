@@ -44,7 +44,7 @@ from robustvlm.defenses import SmoothedVLM
 from robustvlm.defenses.answering import answers_of, speaker_of
 from robustvlm.defenses.load import declared_rule
 from robustvlm.defenses.pipeline import saved_model
-from robustvlm.defenses.smoothing import FORM, Rule, told_of
+from robustvlm.defenses.smoothing import FORM, Rule
 from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models import VLM
@@ -277,11 +277,6 @@ def make_config(settings: CertifySettings, *, noise: Noise, device: str) -> Cert
 
 
 # What settings and model settle together
-
-
-def behind(vlm: VLM, noise: Noise) -> VLM:
-    """Return the model to use behind this noise, as `told_of`; one that brings its noise has told its parts."""
-    return vlm if isinstance(vlm, SmoothedVLM) else told_of(vlm, noise)
 
 
 def plan_of(config: CertifyConfig, materials: Materials) -> Plan:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from robustvlm.certify.claims import Materials, find_claim, require_possible
+from robustvlm.certify.claims import JOINT, Materials, find_claim, require_possible
 from robustvlm.certify.threats import PLAIN, find_threat
 from robustvlm.commands.certify import CertifySettings, setup
 from robustvlm.commands.certify.config import CertifyConfig, describe_trail
-from robustvlm.commands.certify.encoder import NoisyEncoder, rounding_error
+from robustvlm.commands.certify.encoder import NoisyEncoder, behind, rounding_error
 from robustvlm.commands.certify.gallery import entries_of, names_of, open_gallery
 from robustvlm.commands.certify.materials import (
     embed_classes,
@@ -110,7 +110,7 @@ def open_replay(settings: CertifySettings) -> CertifyWork:
         candidates.require(names)
     templates = tuple(data["templates"]) if settings.templates is None else read_templates(settings.templates)
     with named_by(f"the manifest of '{source.folder.path}'"):
-        vlm = setup.behind(load_pipeline(settings.model, device=device), source.config.against)
+        vlm = behind(load_pipeline(settings.model, device=device), source.config.against)
     require_same_model(source, vlm)
     config = setup.make_config(settings, noise=source.config.against, device=device).model_copy(
         update={
@@ -289,11 +289,13 @@ def _check(settings: CertifySettings, source: Source) -> None:
             f"the run '{source.folder.path}' kept float16 features, whose rounding is accounted for in class claims "
             f"only: for {setting('claim', name)} make it with {setting('cache', 'float32')}"
         )
-    if claim.needs_classes and not claim.any_prompts and prompts != "independent":
+    # What joint tests depends on its cosine, which is as free as prompts are; feature and tokens hold for all at once.
+    chosen = claim is JOINT or (claim.needs_classes and not claim.any_prompts)
+    if chosen and prompts != "independent":
         raise UserError(
-            f"a certificate of {setting('claim', name)} from kept features is valid only for prompts that were fixed "
-            f"without looking at what the features gave: pass {setting('prompts', 'independent')} if they were, else "
-            "sample anew"
+            f"a certificate of {setting('claim', name)} from kept features is valid only for prompts and settings that "
+            f"were fixed without looking at what the features gave: pass {setting('prompts', 'independent')} if they "
+            "were, else sample anew"
         )
 
 
@@ -348,7 +350,7 @@ def open_sampling(settings: CertifySettings) -> CertifyWork:
     if find_claim(config.claim).known_best:
         require_possible(setup.plan_of(config, Materials(text=np.eye(2))), config)
     source = open_data(settings.data, classes=settings.classes, templates=settings.templates, tree=settings.tree)
-    vlm = setup.behind(load_pipeline(settings.model, device=device), noise)
+    vlm = behind(load_pipeline(settings.model, device=device), noise)
     vlm = setup.certified_model(vlm, config, source.class_names)
     if ("+smooth" in settings.model or config.dual is not None) and not isinstance(vlm, SmoothedVLM):
         raise UserError(f"'{settings.model}': smoothing must be the last operator to be certified")

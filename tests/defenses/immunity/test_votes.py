@@ -176,6 +176,14 @@ def test_other_rules_than_the_deployed_one_are_refused(
         rv.certify(model.replace("FOLDER", str(folder)), limit=1, samples=100, alpha=0.05, out=tmp_path, **options)
 
 
+@pytest.mark.parametrize("claim", ["class", "vote"])
+def test_a_certificate_of_the_class_alone_says_that_it_leaves_refusal_out(
+    folder: Path, tmp_path: Path, claim: str
+) -> None:
+    run = rv.certify(str(folder), claim=claim, sigma=SIGMA, limit=1, samples=100, alpha=0.05, out=tmp_path)
+    assert "may refuse an image" in {check.name: check.message for check in run.summary.checks}["refusal"]
+
+
 def test_kept_features_of_the_encoder_are_no_votes(folder: Path) -> None:
     asked = CertifySettings(model=str(folder), from_cache="kept", claim="open-vote", prompts="independent")
     with pytest.raises(UserError, match="vote by its whole head"):
