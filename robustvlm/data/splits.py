@@ -197,6 +197,21 @@ def in_both(first: str, ids: Iterable[str], second: str, other_ids: Iterable[str
     return sorted(set(ids) & set(other_ids)) if same_place(first, second) else []
 
 
+def seen_images(judged: DataSource, ids: Iterable[str], taught: DataSource, other_ids: Iterable[str]) -> list[str]:
+    """Return the ids of judged images that are among those that teach, or of one group with such an image, sorted.
+
+    Example:
+        >>> from robustvlm.data import open_data
+        >>> one, other = open_data("emoji?copies=1"), open_data("emoji?copies=2")
+        >>> seen_images(one, one.ids()[:1], other, other.ids()[-len(one.ids()):]) == one.ids()[:1]
+        True
+    """
+    known = list(ids)
+    groups = in_both(judged.spec, map(judged.group, known), taught.spec, map(taught.group, other_ids))
+    shared = frozenset(groups)
+    return sorted(name for name in known if judged.group(name) in shared)
+
+
 def require_unseen(
     judged: DataSource,
     taught: DataSource,
@@ -205,7 +220,7 @@ def require_unseen(
     limits: tuple[int | None, int | None] = (None, None),
     advice: str = "pass other images",
 ) -> None:
-    """Refuse images to judge by that are among those that teach, as far as ids and contents tell.
+    """Refuse images to judge by that are among those that teach, or copies of them, as far as ids and contents tell.
 
     Args:
         option: that named the judging images; limits: how many of each are used, judging images first.
@@ -220,10 +235,12 @@ def require_unseen(
     found = [(source.ids(), limit) for source, limit in zip((judged, taught), limits, strict=True)]
     chosen = [select(ids, limit) if limit is not None else ids for ids, limit in found if ids is not None]
     if len(chosen) == 2:
-        both = in_both(judged.spec, chosen[0], taught.spec, chosen[1])
+        both = seen_images(judged, chosen[0], taught, chosen[1])
     if both:
+        copied = "" if set(both) <= set(chosen[1]) else ", or copies of them"
         raise UserError(
-            f"{len(both)} images of {option} '{judged.spec}' are also trained on (the first, '{both[0]}'): {advice}"
+            f"{len(both)} images of {option} '{judged.spec}' are also trained on{copied} "
+            f"(the first, '{both[0]}'): {advice}"
         )
 
 

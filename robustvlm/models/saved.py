@@ -48,7 +48,7 @@ def write_card(folder: Path, card: Card) -> None:
         content["base"] = {"spec": card.base, "fingerprint": card.base_fingerprint}
         if card.base_probe is not None:
             content["base"] |= {"probe": dict(card.base_probe)}
-        place, operators = _split_folder(card.base)
+        place, operators = split_folder(card.base)
         if place is not None:
             # Folders are compared where links lead: a relative way out of a linked folder would miss.
             content["base"] |= {"relative": os.path.relpath(place.resolve(), folder.resolve()), "operators": operators}
@@ -98,7 +98,7 @@ def require_ground(folder: Path, card: Card) -> None:
     passed = [folder.resolve()]
     below: Card | None = card
     while below is not None and below.base is not None:
-        place, _ = _split_folder(below.base)
+        place, _ = split_folder(below.base)
         if place is None:
             return
         if place.resolve() in passed:
@@ -112,7 +112,7 @@ def _found(folder: Path, base: dict[str, Any]) -> str:
     return f"{near}{base.get('operators') or ''}" if near is not None and near.is_dir() else str(base["spec"])
 
 
-def _split_folder(spec: str) -> tuple[Path | None, str]:
+def split_folder(spec: str) -> tuple[Path | None, str]:
     """Split a spec into the folder that it begins with, if it does, and the operators behind."""
     rest = spec
     while True:

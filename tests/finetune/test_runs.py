@@ -253,9 +253,18 @@ def test_the_training_data_are_no_validation_data(tmp_path: Path) -> None:
 
 def test_drawings_that_are_trained_on_are_no_validation_data(tmp_path: Path) -> None:
     train = "emoji?split=train&styles=noto&copies=1"
-    with pytest.raises(UserError, match=r"139 images of --val .* are also trained on \(the first, 'emoji/noto/"):
+    copies = r"278 images of --val .* are also trained on, or copies of them \(the first, 'emoji/noto/"
+    with pytest.raises(UserError, match=copies):
         prepared(tmp_path, data=train, val="emoji?split=train&styles=noto&copies=2", val_limit=500)
+    with pytest.raises(UserError, match=r"images of --val .* are also trained on \(the first, 'emoji/noto/"):
+        prepared(tmp_path, data="emoji?split=train&copies=1", val=train, val_limit=100)
     prepared(tmp_path, data=train, val="emoji?split=val&copies=1")
+
+
+def test_validation_images_that_taught_the_model_before_are_told(tmp_path: Path) -> None:
+    first, val = prepared(tmp_path, name="first", steps=1).start().folder, pictures(tmp_path / "val", each=5)
+    again = prepared(tmp_path, name="again", model=str(first), data=val, val=f"imagefolder:{tmp_path / 'pictures'}")
+    assert f"the images of --val taught '{first}' before: figures on them are too high" in again.manifest["remarks"]
 
 
 @pytest.mark.equality

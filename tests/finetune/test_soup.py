@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from small import OWN, clip_folder, pictures, prepared
 
 from robustvlm.commands import soup as command
+from robustvlm.commands.common.lessons import Overlap, overlap
 from robustvlm.commands.soup.work import Soup
+from robustvlm.data import open_data
 from robustvlm.defenses import load_pipeline
 from robustvlm.defenses.finetune.saved import averaged, greedy
 from robustvlm.errors import UserError
+from robustvlm.models.saved import Card, write_card
 from robustvlm.runs.run import FinishedRun
 
 
@@ -53,6 +56,47 @@ def test_what_a_run_was_trained_on_is_no_data_to_choose_by(tmp_path: Path) -> No
     run.start()
     with pytest.raises(UserError, match=r"was trained on .*: pass val images that no run was trained on"):
         soup(tmp_path, [OWN, str(run.folder.path)], method="greedy", val=run.settings.data)
+
+
+def lesson(folder: Path, base: str, spec: str, **config: object) -> str:
+    """Write what a fine-tuning run says of itself."""
+    folder.mkdir()
+    data = {"spec": spec, "fingerprint": open_data(spec).fingerprint(), "images": len(open_data(spec).ids() or ())}
+    manifest = {"kind": "finetune", "config": {"limit": None} | config, "data": data}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_card(folder, Card("finetune", base=base))
+    return str(folder)
+
+
+def test_images_that_taught_a_run_below_are_refused_by_their_ids_and_drawings(tmp_path: Path) -> None:
+    first = lesson(tmp_path / "first", "tiny", "emoji?split=train&copies=1", limit=12)
+    again = lesson(tmp_path / "again", first, pictures(tmp_path / "pictures", each=1))
+    (tmp_path / "made").mkdir()
+    made = str(tmp_path / "made")
+    write_card(tmp_path / "made", Card("soup", base="tiny", settings={"models": ["tiny", again]}))
+    for spec in (first, again, made):
+        with pytest.raises(UserError, match=r"first' was trained on \d\d images of 'emoji.* \(the first, 'emoji/.*/0'"):
+            soup(tmp_path, [OWN, spec], val="emoji?split=train")
+    with pytest.raises(UserError, match="again' was trained on 'imagefolder"):
+        soup(tmp_path, [OWN, made], val=f"imagefolder:{tmp_path / 'pictures'}")
+    copies = open_data("emoji?split=train&copies=4")
+    found = overlap([made], copies, None).taught
+    assert found is not None
+    assert len(found[1]) == 48, "12 drawings of 4 copies, one of which was trained on"
+    assert overlap([made], open_data("emoji?split=test"), None) == Overlap()
+
+
+def test_images_that_chose_weights_are_told_and_so_is_what_cannot_be_compared(tmp_path: Path) -> None:
+    val, run = pictures(tmp_path / "val", each=5), prepared(tmp_path, val=pictures(tmp_path / "other", each=4), steps=1)
+    run.start()
+    made = soup(tmp_path, [OWN, str(run.folder.path)], val=run.settings.val)
+    assert made.manifest["remarks"] == [
+        f"the images of --val chose the weights of '{run.folder.path}': figures on them are a little too high"
+    ]
+    assert "remarks" not in soup(tmp_path, [OWN, str(run.folder.path)], val=val).manifest
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    told = soup(tmp_path, [OWN, str(run.folder.path)], val=val).manifest["remarks"]
+    assert [remark.endswith("is not there any more") for remark in told] == [True]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from robustvlm import training as learning
 from robustvlm.attacks import ThreatModel, parse_norm
 from robustvlm.attacks.threat import one_radius
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.common.lessons import remarks_on
 from robustvlm.commands.finetune import FinetuneSettings
 from robustvlm.core.files import write_text
 from robustvlm.core.ranks import Ranks, current_ranks, device_of_rank, resolve_device
@@ -202,7 +203,7 @@ def open_work(settings: FinetuneSettings) -> FinetuneWork:
         model | code_facts([settings.method]),
         data,
         probe=probe_of(vlm, source.class_names, source.templates),
-        remarks=remarks_of(source, vlm),
+        remarks=[*remarks_of(source, vlm), *remarks_on(settings.model, val, settings.val_limit)],
     )
     return FinetuneWork(facts, settings, tuning, training, source, val, forest, vlm, teacher)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustvlm import training
 from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
 from robustvlm.commands.common.inputs import facts_of, probe_of, taken_for_granted
+from robustvlm.commands.common.lessons import remarks_on
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.core.files import write_text
 from robustvlm.core.framing import to_pixels
@@ -141,7 +142,11 @@ def open_work(settings: PurifySettings) -> PurifyWork:
         model,
         data,
         probe=probe_of(encoder),
-        remarks=[*taken_for_granted(encoder), *source.remarks],
+        remarks=[
+            *taken_for_granted(encoder),
+            *source.remarks,
+            *remarks_on(settings.model, val, settings.val_limit),
+        ],
     )
     return PurifyWork(facts, stages, encoder, images, held, texts)
 

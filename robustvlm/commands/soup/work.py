@@ -1,6 +1,5 @@
 """The work of `robustvlm soup`: several models averaged, measured, written as a model, and how it is shown."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
 from robustvlm.commands.common.inputs import describe_data, probe_of
+from robustvlm.commands.common.lessons import overlap
 from robustvlm.commands.soup import MEASURES, SoupSettings
-from robustvlm.core.files import read_json, write_text
+from robustvlm.core.files import write_text
 from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
 from robustvlm.defenses import load_pipeline
@@ -107,10 +107,10 @@ def open_work(settings: SoupSettings) -> SoupWork:
     """Check all settings, open the data and load the models."""
     (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
     device = resolve_device(settings.device)
-    source = None
+    source, remarks = None, list[str]()
     if settings.val is not None:
         source = open_data(settings.val, classes=settings.classes, templates=settings.templates)
-        _require_untaught(settings.models, source)
+        remarks = _require_untaught(settings.models, source, settings.limit)
     models = [load_pipeline(spec, device=str(device)) for spec in settings.models]
     ingredients = {spec: vlm.fingerprint for spec, vlm in zip(settings.models, models, strict=True)}
     facts = Facts(
@@ -119,6 +119,7 @@ def open_work(settings: SoupSettings) -> SoupWork:
         {"spec": settings.models[0], "fingerprint": models[0].fingerprint, "ingredients": ingredients},
         {} if source is None else describe_data(source),
         probe=_probe_of_all(models),
+        remarks=remarks or None,
     )
     return SoupWork(facts, settings, models, ThreatModel(norm, radius), source)
 
@@ -186,14 +187,17 @@ def _number(measure: Rate | Mean | float) -> float:
     return float(measure if isinstance(measure, float) else measure.value or 0.0)
 
 
-def _require_untaught(specs: Sequence[str], source: DataSource) -> None:
-    """Refuse to choose or measure on the data that one of the runs was trained on, as their manifests name them."""
-    for spec in specs:
-        manifest = None
-        with contextlib.suppress(OSError, UserError):
-            manifest = read_json(Path(spec) / "manifest.json")
-        data = manifest.get("data") if isinstance(manifest, dict) else None
-        if isinstance(data, dict) and data.get("fingerprint") == source.fingerprint():
-            raise UserError(
-                f"'{spec}' was trained on '{source.spec}': pass {setting('val')} images that no run was trained on"
-            )
+def _require_untaught(specs: Sequence[str], source: DataSource, limit: int) -> list[str]:
+    """Refuse to choose or measure on images that one of the models, or any that it stands on, was trained on.
+
+    Returns what a reader has to know: which of the images chose weights before, and what could not be compared.
+    """
+    found = overlap(specs, source, limit)
+    if found.taught is not None:
+        lesson, both = found.taught
+        what = f"on {len(both)} images of '{source.spec}' (the first, '{both[0]}')" if both else f"on '{source.spec}'"
+        raise UserError(
+            f"'{lesson.run}' was trained {what}: pass {setting('val')} images that no run was trained on, nor any "
+            "that it was tuned from"
+        )
+    return found.remarks
