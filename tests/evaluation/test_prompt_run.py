@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,8 +21,11 @@ from robustvlm.cli.app import typer_command
 from robustvlm.commands.detect.scoring import negative_prompts
 from robustvlm.commands.detect.words import oracle_titles, words_sentence
 from robustvlm.commands.prompts import TUNE_PROMPTS, PromptSettings
+from robustvlm.commands.prompts.work import without_taught
+from robustvlm.data import DataSource, open_data
 from robustvlm.data.specs import open_unlabelled
 from robustvlm.defenses import SmoothedVLM, load_classifier
+from robustvlm.defenses.prompts import Features
 from robustvlm.detect import Supplies, head_of, make_scores
 from robustvlm.errors import UserError
 from robustvlm.models.saved import read_card
@@ -212,11 +216,11 @@ def test_validation_and_unknown_images_are_measured(
 
 
 def test_images_that_taught_are_no_validation(prepare: Callable[..., Run], photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer shots"):
+    with pytest.raises(UserError, match="or a copy of it, taught the prompts: pass others, or fewer shots"):
         prepare(shots=0, val=f"imagefolder:{photos}").start()
     link = tmp_path / "link"
     link.symlink_to(photos)  # the same place under another name
-    with pytest.raises(UserError, match="taught the prompts: pass others, or fewer shots"):
+    with pytest.raises(UserError, match="or a copy of it, taught the prompts: pass others, or fewer shots"):
         prepare(name="link", shots=0, val=f"imagefolder:{link}").start()
     (tmp_path / "copy").mkdir()
     for name in NAMES:
@@ -226,6 +230,35 @@ def test_images_that_taught_are_no_validation(prepare: Callable[..., Run], photo
             (copied / f"other-{number}.png").write_bytes(path.read_bytes())
     record = prepare(name="copy", val=f"imagefolder:{tmp_path / 'copy'}").start().summary
     assert record.notes == ["12 images of --val look to the model like images that taught the prompts"]
+
+
+def test_copies_of_drawings_that_taught_are_left_out() -> None:
+    train, val = (open_data(f"emoji?split=train&styles=noto&copies={n}") for n in (1, 2))
+
+    def found(source: DataSource, ids: list[str]) -> Features:
+        count = len(ids)
+        return Features(torch.eye(count), torch.zeros(count), tuple(ids), tuple(map(source.group, ids)))
+
+    left, notes = without_taught(found(val, val.ids()), val, found(train, train.ids()[:3]), train)
+    assert (len(left.ids), len(set(left.groups))) == (2 * (139 - 3), 139 - 3)
+    assert notes == [
+        "3 images of --val taught the prompts and were left out",
+        "3 images of --val are copies of images that taught the prompts and were left out",
+    ]
+
+
+def test_names_of_classes_are_those_of_the_validation_images_too(
+    prepare: Callable[..., Run], photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    files = [sorted((photos / name).iterdir()) for name in NAMES]
+    for name, chosen in (("train", slice(0, 6)), ("val", slice(6, 9))):
+        images = [(path.read_bytes(), label) for label, paths in enumerate(files) for path in paths[chosen]]
+        pixels, labels = zip(*images, strict=True)
+        pq.write_table(pa.table({"image": list(pixels), "label": list(labels)}), tmp_path / f"{name}.parquet")
+    train, val = (f"parquet:{tmp_path / name}.parquet" for name in ("train", "val"))
+    run = prepare(data=train, val=val, classes=tmp_path / "names.txt")
+    assert run.start().summary.tuned.accuracy.total == 9
 
 
 def test_mistakes_are_found_before_any_work(prepare: Callable[..., Run]) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of, unknown_specs
+from robustvlm.commands.common.lessons import remarks_on
 from robustvlm.commands.prompts import PromptSettings
 from robustvlm.core.files import write_text
 from robustvlm.core.object_graph import fingerprint
@@ -18,7 +19,7 @@ from robustvlm.core.ranks import resolve_device
 from robustvlm.data import UNKNOWN, DataSource, open_data
 from robustvlm.data.names import same_things, some_of
 from robustvlm.data.specs import Unlabelled, open_unlabelled
-from robustvlm.data.splits import copies, in_both
+from robustvlm.data.splits import copies, seen_images
 from robustvlm.defenses import load_pipeline, prompts
 from robustvlm.defenses.lapt import NegativePrompts, Negatives, farthest_words, mixing
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings
@@ -158,17 +159,13 @@ class PromptWork:
         """Return accuracy and detection with the tuned and with the hand-written prompts, on `val` and `ood`."""
         if self.settings.val is None:
             return {}
-        known = self._encoded(_matching(self.settings.val, self.source), "val", observer)
-        notes: list[str] = []
-        taught = set(in_both(self.settings.val, known.ids, self.settings.data, shots.ids))
-        if taught:
-            known = known.rows(
-                torch.tensor([row for row, name in enumerate(known.ids) if name not in taught], dtype=torch.int64)
-            )
-            notes.append(f"{len(taught)} images of --val taught the prompts and were left out")
+        val = _matching(self.settings.val, self.source, self.settings.classes)
+        known = self._encoded(val, "val", observer)
+        known, notes = without_taught(known, val, shots, self.source)
         if not known.ids:
             raise UserError(
-                f"every image of {setting('val')} '{without_secrets(self.settings.val)}' taught the prompts: "
+                f"every image of {setting('val')} '{without_secrets(self.settings.val)}', or a copy of it, taught the "
+                "prompts: "
                 f"pass others, or fewer {setting('shots')}"
             )
         twins = copies(known.features, shots.features)
@@ -243,7 +240,7 @@ def open_work(settings: PromptSettings) -> PromptWork:
     tuning = TuneSettings(settings.epochs, settings.batch_size, settings.lr, settings.energy_weight, settings.seed)
     device = resolve_device(settings.device)
     source = open_data(settings.data, classes=settings.classes)
-    val = None if settings.val is None else _matching(settings.val, source)
+    val = None if settings.val is None else _matching(settings.val, source, settings.classes)
     unknown = [open_unlabelled(spec, source.class_names) for spec in unknown_specs(settings.ood).values()]
     words, left_out = _words(settings, source, unknown) if settings.lapt else ((), ())
     vlm = load_pipeline(settings.model, device=device)
@@ -259,7 +256,7 @@ def open_work(settings: PromptSettings) -> PromptWork:
         {"spec": vlm.spec, "fingerprint": vlm.fingerprint, "logit_scale": vlm.logit_scale},
         data,
         probe=probe_of(vlm, source.class_names, source.templates),
-        remarks=remarks_of(source, vlm),
+        remarks=[*remarks_of(source, vlm), *remarks_on(settings.model, val)],
     )
     return PromptWork(facts, settings, tuning, vlm, source, learner, words, left_out)
 
@@ -277,9 +274,19 @@ def _words(
     return found, left_out
 
 
-def _matching(spec: str, source: DataSource) -> DataSource:
-    """Open validation data, whose classes must be those of the data."""
-    found = open_data(spec)
+def without_taught(known: Features, val: DataSource, shots: Features, source: DataSource) -> tuple[Features, list[str]]:
+    """Return the validation images that neither taught the prompts nor are copies of such, and what was left out."""
+    seen = set(seen_images(val, known.ids, source, shots.ids))
+    taught, other = len(seen & set(shots.ids)), len(seen - set(shots.ids))
+    left = torch.tensor([row for row, name in enumerate(known.ids) if name not in seen], dtype=torch.int64)
+    said = [(taught, "taught the prompts"), (other, "are copies of images that taught the prompts")]
+    notes = [f"{count} images of --val {what} and were left out" for count, what in said if count]
+    return known.rows(left) if seen else known, notes
+
+
+def _matching(spec: str, source: DataSource, classes: Path | None) -> DataSource:
+    """Open validation data, whose classes must be those of the data; both take their names from the same file."""
+    found = open_data(spec, classes=classes)
     if found.class_names != source.class_names:
         raise UserError(
             f"'{spec}' has other classes than '{source.spec}': validation needs the same, in the same order"
