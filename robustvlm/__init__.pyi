@@ -430,7 +430,7 @@ def finetune(
     llm: str | None = None,
     llm_model: str | None = None,
     norm: str = "Linf",
-    eps: str | float = "1/255",
+    eps: str | float | None = None,
     alpha: str | float | None = None,
     inner_steps: int = 3,
     curvature: float | None = None,
@@ -490,7 +490,7 @@ def finetune(
         llm: OpenAI-compatible endpoint for --tree llm.
         llm_model: The language model there.
         norm: Linf or L2, of the inner attack and of validations.
-        eps: Radius, of the inner attack and of validations.
+        eps: Radius, of the inner attack and of validations [default: 1/255; L2: 0.5].
         alpha: Step of the inner attack [default: 2.5 eps / (steps + 1)].
         inner_steps: Gradient steps of the inner attack.
         curvature: Of the hyperbolic space (hierarchical) [default: 1].
@@ -641,7 +641,7 @@ def judge(
     classes: Path | str | None = None,
     templates: Path | str | None = None,
     norm: str = "Linf",
-    eps: str | float = "4/255",
+    eps: str | float | None = None,
     steps: int = 100,
     queries: int = 300,
     limit: int = 100,
@@ -680,7 +680,7 @@ def judge(
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.
         norm: Linf or L2, in pixels scaled to [0, 1].
-        eps: The radius.
+        eps: The radius [default: 4/255; L2: 0.5].
         steps: Gradient steps of every attack.
         queries: Queries of Square on what is left; 0 to leave it out.
         limit: Judge on this many images, chosen by a hash of their ids.
@@ -796,7 +796,7 @@ def soup(
     classes: Path | str | None = None,
     templates: Path | str | None = None,
     norm: str = "Linf",
-    eps: str | float = "1/255",
+    eps: str | float | None = None,
     val_steps: int = 10,
     limit: int = 512,
     device: str = "auto",
@@ -824,7 +824,7 @@ def soup(
         classes: File of class names, one per line or a JSON list.
         templates: File of prompt templates, one per line with {}.
         norm: Linf or L2, of the attack that measures.
-        eps: Its radius.
+        eps: Its radius [default: 1/255; L2: 0.5].
         val_steps: Its PGD steps.
         limit: Measure on at most this many images.
         device: auto, cpu, cuda, cuda:1, ...

@@ -105,6 +105,16 @@ def one_radius(eps: str | float, name: str) -> tuple[str, float]:
     return found[0]
 
 
+def radius_or_default(eps: str | float | None, norm: str, *, linf: str) -> tuple[str, float]:
+    """Return the single radius of a setting as text and number; where none is given, `linf`, or the default in L2.
+
+    Example:
+        >>> radius_or_default(None, "Linf", linf="1/255"), radius_or_default(None, "L2", linf="1/255")
+        (('1/255', 0.00392...), ('0.5', 0.5))
+    """
+    return one_radius((DEFAULT_EPS | {"Linf": linf})[norm] if eps is None else eps, "eps")
+
+
 def _eps_value(text: str, name: str) -> float:
     fraction = _FRACTION.match(text)
     try:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import robustvlm as rv
 from robustvlm.attacks.perturb import perturb
+from robustvlm.commands.judge import JUDGE, JudgeSettings
 from robustvlm.commands.judge.attacks import FEATURE, MODE, SHORT, UNAWARE
 from robustvlm.commands.judge.paper import table_of_defences, write_markdown
 from robustvlm.commands.judge.record import Judgement, ModelJudgement, as_read, compared_checks
@@ -34,6 +35,7 @@ from robustvlm.defenses.zoo.base import DEFENCES, Claim
 from robustvlm.defenses.zoo.wrap import counted_passes
 from robustvlm.models import VLM
 from robustvlm.runs.records import Check
+from robustvlm.runs.run import Run
 from robustvlm.runs.settings import Observer
 from robustvlm.stats import mcnemar_exact, rate
 
@@ -311,6 +313,14 @@ def test_mistakes_end_in_one_line(place: Path, model: str, options: dict[str, An
     with pytest.raises(rv.UserError, match=said):
         judge(place, model, "wrong", **options)
     assert not (place / "runs" / "wrong").exists()
+
+
+def test_the_radius_where_none_is_given_is_one_of_the_norm(place: Path) -> None:
+    for norm, text in (("Linf", "4/255"), ("L2", "0.5")):
+        asked = JudgeSettings(
+            model="planted:plain+bits:3", data=f"imagefolder:{place / 'images'}", norm=norm, limit=2, device="cpu"
+        )
+        assert Run(JUDGE, asked).manifest["config"]["eps_text"] == text
 
 
 def test_images_that_are_in_no_figure_are_told(run: Any) -> None:

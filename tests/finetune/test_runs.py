@@ -185,6 +185,13 @@ def test_what_saves_memory_or_time_changes_nothing(tmp_path: Path, option: str) 
     assert not other.history.warnings
 
 
+def test_the_radius_where_none_is_given_is_one_of_the_norm(tmp_path: Path) -> None:
+    for norm, eps in (("Linf", 1 / 255), ("l2", 0.5)):
+        run = prepared(tmp_path, eps=None, norm=norm)
+        assert (run.work.tuning.attack.threat.eps, run.manifest["config"]["eps"]) == (eps, eps)
+    assert prepared(tmp_path, eps="0.1", norm="L2").work.tuning.attack.threat.eps == 0.1
+
+
 def test_validation_images_are_held_out_or_given(tmp_path: Path) -> None:
     run = prepared(tmp_path, val_limit=5)
     images, held = run.work.images()

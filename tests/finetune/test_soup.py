@@ -51,6 +51,11 @@ def test_a_greedy_soup_leaves_out_what_harms_and_is_measured(tmp_path: Path) -> 
         assert torch.equal(load_pipeline(str(run.folder)).encode_image(pixels), good.work.vlm.encode_image(pixels))
 
 
+def test_the_radius_where_none_is_given_is_one_of_the_norm(tmp_path: Path) -> None:
+    found = [soup(tmp_path, [OWN, OWN], norm=norm).manifest["config"] for norm in ("Linf", "L2")]
+    assert [(config["eps_text"], config["eps"]) for config in found] == [("1/255", 1 / 255), ("0.5", 0.5)]
+
+
 def test_what_a_run_was_trained_on_is_no_data_to_choose_by(tmp_path: Path) -> None:
     run = prepared(tmp_path, steps=2, name="a")
     run.start()

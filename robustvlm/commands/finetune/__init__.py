@@ -52,8 +52,11 @@ class FinetuneSettings(Settings):
     llm: str | None = declared(None, "OpenAI-compatible endpoint for --tree llm.", group="Class tree")
     llm_model: str | None = declared(None, "The language model there.", group="Class tree")
     norm: str = declared("Linf", "Linf or L2, of the inner attack and of validations.", group="Inner attack")
-    eps: str | float = declared(
-        "1/255", "Radius, of the inner attack and of validations.", typed=str, group="Inner attack"
+    eps: str | float | None = declared(
+        None,
+        "Radius, of the inner attack and of validations [default: 1/255; L2: 0.5].",
+        typed=str | None,
+        group="Inner attack",
     )
     alpha: str | float | None = declared(
         None,

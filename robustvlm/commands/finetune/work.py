@@ -13,7 +13,7 @@ from rich.console import Console
 
 from robustvlm import training as learning
 from robustvlm.attacks import ThreatModel, parse_norm
-from robustvlm.attacks.threat import one_radius
+from robustvlm.attacks.threat import one_radius, radius_or_default
 from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.common.lessons import remarks_on
 from robustvlm.commands.finetune import FinetuneSettings
@@ -158,7 +158,8 @@ class FinetuneWork:
 
 def open_work(settings: FinetuneSettings) -> FinetuneWork:
     """Check all settings, open the data and load the model."""
-    (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
+    norm = parse_norm(settings.norm)
+    text, radius = radius_or_default(settings.eps, norm, linf="1/255")
     alpha = None if settings.alpha is None else one_radius(settings.alpha, "alpha")[1]
     curvature = [] if settings.curvature is None else [f"curvature={settings.curvature}"]
     options = parse_options(settings.method, [*curvature, *settings.option])

@@ -36,7 +36,7 @@ class JudgeSettings(Settings):
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     norm: str = option("Linf", "Linf or L2, in pixels scaled to [0, 1].")
-    eps: str | float = option("4/255", "The radius.", typed=str)
+    eps: str | float | None = option(None, "The radius [default: 4/255; L2: 0.5].", typed=str | None)
     steps: int = option(100, "Gradient steps of every attack.", at_least=1, at_most=10_000, ranged=True)
     queries: int = option(
         300, "Queries of Square on what is left; 0 to leave it out.", at_least=0, at_most=1_000_000, ranged=True

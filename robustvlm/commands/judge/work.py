@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from robustvlm.attacks.honesty import open_gradients
-from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
+from robustvlm.attacks.threat import ThreatModel, parse_norm, radius_or_default
 from robustvlm.commands.common.inputs import Images as Stream
 from robustvlm.commands.common.inputs import describe_data, remarks_of
 from robustvlm.commands.judge import JudgeSettings, attacks, record
@@ -272,7 +272,8 @@ class _Trial:
 
 def open_work(settings: JudgeSettings) -> JudgeWork:
     """Check all settings, open the data and load every model and what it stands on."""
-    (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
+    norm = parse_norm(settings.norm)
+    text, radius = radius_or_default(settings.eps, norm, linf="4/255")
     place = resolve_device(settings.device)
     device = str(device_of_rank(place, current_ranks()))
     absent = tuple(_unpublished(settings))

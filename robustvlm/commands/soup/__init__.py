@@ -31,7 +31,9 @@ class SoupSettings(Settings):
     classes: Path | None = Shared.CLASSES
     templates: Path | None = Shared.TEMPLATES
     norm: str = option("Linf", "Linf or L2, of the attack that measures.", group="Attack that measures")
-    eps: str | float = option("1/255", "Its radius.", typed=str, group="Attack that measures")
+    eps: str | float | None = option(
+        None, "Its radius [default: 1/255; L2: 0.5].", typed=str | None, group="Attack that measures"
+    )
     val_steps: int = option(10, "Its PGD steps.", at_least=1, ranged=True, group="Attack that measures")
     limit: int = option(
         512, "Measure on at most this many images.", at_least=1, unit="images", ranged=True, group="Model and data"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from torch import Tensor
 
-from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
+from robustvlm.attacks.threat import ThreatModel, parse_norm, radius_or_default
 from robustvlm.commands.common.inputs import describe_data, probe_of
 from robustvlm.commands.common.lessons import overlap
 from robustvlm.commands.soup import MEASURES, SoupSettings
@@ -105,7 +105,8 @@ class SoupWork:
 
 def open_work(settings: SoupSettings) -> SoupWork:
     """Check all settings, open the data and load the models."""
-    (text, radius), norm = one_radius(settings.eps, "eps"), parse_norm(settings.norm)
+    norm = parse_norm(settings.norm)
+    text, radius = radius_or_default(settings.eps, norm, linf="1/255")
     device = resolve_device(settings.device)
     source, remarks = None, list[str]()
     if settings.val is not None:
