@@ -30,7 +30,9 @@ class TrainingSummary(BaseModel):
         kind: the command ("finetune", "purify"); method: the loss.
         settings: choices and fitted constants of the method.
         trained_parameters, parameters: numbers of values trained and in all.
-        ranks: processes that trained; best_by: the measure that chose the weights; steps: optimiser steps in all.
+        ranks: processes that trained; steps: optimiser steps in all.
+        best_by: the measure that chose the weights, None where those of the last step were kept; watched: the one to
+            show then. Runs of earlier versions call it best_by all the same: only `history.best_step` tells.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,8 +45,14 @@ class TrainingSummary(BaseModel):
     parameters: int
     ranks: int = 1
     best_by: str | None = None
+    watched: str | None = None
     steps: int
     history: History
+
+    @property
+    def shown(self) -> str | None:
+        """The measure that tells in one number what came of the training."""
+        return self.best_by or self.watched
 
 
 # The HTML report of a training run: one file that needs no network and no script
@@ -94,7 +102,8 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
     if "eps_text" in config:
         radius = f"{norm_name(config['norm'])} {plain(config['eps_text'], 20)}"
         inner = [f", inner attack {radius}, {config['inner_steps']} steps"]
-    advice = ["Validations are quick estimates for choosing weights. Measure the result with "]
+    purpose = "" if history.best_step is None else " for choosing weights"
+    advice = [f"Validations are quick estimates{purpose}. Measure the result with "]
     measured = doc.Code(f"robustvlm attack {plain(run.folder, 200)} --attack standard", limit=250)
     settings: list[doc.Block] = []
     if summary.settings:
@@ -123,8 +132,8 @@ def training_report(run: FinishedRun[TrainingSummary]) -> doc.Report:
 def training_closing(run: FinishedRun[TrainingSummary]) -> doc.Closing:
     """Return where the model and its report are; of a purifier also the spec that smooths it."""
     folder, smoothed = str(run.folder), {}
-    if run.summary.kind == "purify" and run.summary.best_by is not None:
-        smoothed = {"Smoothed": f"{folder}+smooth:{run.summary.best_by.removeprefix(_SCORE_AT)}"}
+    if run.summary.kind == "purify" and run.summary.shown is not None:
+        smoothed = {"Smoothed": f"{folder}+smooth:{run.summary.shown.removeprefix(_SCORE_AT)}"}
     return doc.Closing({"Model": folder, **smoothed, "Report": run.folder / "report.html"})
 
 
@@ -160,14 +169,17 @@ def _warnings(history: History) -> doc.Section:
 
 
 def verdict(summary: TrainingSummary) -> str:
-    """Say in one sentence what training did to the measure that chose the weights, or how long it went on."""
-    history, by = summary.history, summary.best_by
+    """Say in one sentence what training did to the measure that chose the weights, or is watched, or how long it went
+    on."""
+    history, by = summary.history, summary.shown
     kept, first = history.best(), history.validations[0] if history.validations else None
     if by is None or kept is None or first is None or kept.number(by) is None:
         return f"Trained for {summary.steps:,} steps; the weights of the last one were kept."
     change = f"{by.capitalize()} went {_from_to(first, kept, by)}"
     if by != "clean accuracy" and kept.number("clean accuracy") is not None:
         change += f", clean accuracy {_from_to(first, kept, 'clean accuracy')}"
+    if history.best_step is None:
+        return f"{change}, on images that were held out and chose nothing: the weights of the last step were kept."
     return (
         f"{change}, on the validation images, which chose the weights (those of step {kept.step:,} of "
         f"{summary.steps:,}): too high for a claim, measure on other images."

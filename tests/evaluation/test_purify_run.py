@@ -70,7 +70,11 @@ def test_a_run_is_a_model_with_a_record_and_a_report(prepare: Callable[..., Run]
         summary.trained_parameters
         == summary.settings["parameters"]["purifier"] + summary.settings["parameters"]["mapper"]
     )
-    assert "score at 0.25" in prepared.folder.report_path.read_text()
+    page = prepared.folder.report_path.read_text()
+    assert "score at 0.25" in page
+    assert "chose nothing: the weights of the last step were kept" in page
+    assert "which chose the weights" not in page
+    assert (summary.best_by, summary.watched, summary.history.best_step) == (None, "score at 0.5", None)
 
 
 def test_a_finished_run_is_not_trained_again(prepare: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

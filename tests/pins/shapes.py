@@ -29,6 +29,7 @@ ADDED = {
     "undecided",
     "promised",
     "negatives",
+    "watched",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

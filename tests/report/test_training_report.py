@@ -14,6 +14,7 @@ from robustvlm.report.training import (
     TrainingSummary,
     training_closing,
     training_report,
+    verdict,
 )
 from robustvlm.runs.run import FinishedRun
 from robustvlm.stats import mean, rate
@@ -49,6 +50,22 @@ def terminal(found: FinishedRun[TrainingSummary]) -> str:
     stream = io.StringIO()
     show(Console(file=stream, width=80), training_report(found), training_closing(found))
     return stream.getvalue()
+
+
+def test_measures_that_chose_no_weights_are_not_said_to() -> None:
+    chosen = run().summary
+    watched = chosen.model_copy(
+        update={
+            "best_by": None,
+            "watched": chosen.best_by,
+            "history": chosen.history.model_copy(update={"best_step": None}),
+        }
+    )
+    earlier = watched.model_copy(update={"best_by": chosen.best_by, "watched": None})
+    assert "on the validation images, which chose the weights (those of step 4 of 4)" in verdict(chosen)
+    for summary in (watched, earlier):
+        assert "held out and chose nothing: the weights of the last step were kept." in verdict(summary)
+        assert "from 37.5% (" in verdict(summary)
 
 
 def test_page_and_terminal_say_the_same_numbers() -> None:

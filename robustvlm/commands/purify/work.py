@@ -108,7 +108,7 @@ class PurifyWork:
             trained_parameters=sum(sizes.values()),
             parameters=sum(sizes.values()) + sum(p.numel() for p in self.encoder.parameters()),
             ranks=ranks.size,
-            best_by=f"score at {given[len(given) // 2]:g}",
+            watched=f"score at {given[len(given) // 2]:g}",
             steps=history.steps[-1].step if history.steps else 0,
             history=history,
         )
