@@ -478,7 +478,8 @@ def finetune(
     Args:
         model: The model to start from; `robustvlm models` lists the forms.
         method: hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, distill, or clean (the
-            control: no attack). fare, simclip and agft read no labels.
+            control: no attack). fare, simclip and agft learn without labels; those of the images to validate on, if
+            there are any, choose the step.
         teacher: The model that distill learns from [default: the model itself, before training].
         data: Images to train on; `robustvlm data` lists the forms.
         val: Images to validate on [default: a tenth of the data, at most 512, held out].

@@ -57,7 +57,7 @@ class HubSource(DataSource):
             if column is not None and column not in features:
                 raise UserError(f"'{name}' has no column '{column}': {nearest(column, features)}")
         self._label: str | None = None
-        if captions is None or label is not None or any(key in features for key in LABEL_COLUMNS):
+        if label != "" and (captions is None or label is not None or any(key in features for key in LABEL_COLUMNS)):
             self._label = _column(features, label, usual, fits, "label", name)
         names = getattr(features.get(self._label), "names", None) or ()
         self._texts = None

@@ -58,7 +58,8 @@ def find_columns(
     captions: str | None = None,
     subgroup: str | None = None,
 ) -> Columns:
-    """Return the columns to read: those named, else the usual ones; with captions there may be no label.
+    """Return the columns to read: those named, else the usual ones. With captions there may be no label, nor where its
+    column is named "": every class is unknown then.
 
     Raises:
         UserError: a column that is missing or of another type than images, labels or texts have.
@@ -66,7 +67,7 @@ def find_columns(
     image = image or _usual(schema, IMAGE_COLUMNS, "image", where)
     if label is None and (captions is None or any(name in schema.names for name in LABEL_COLUMNS)):
         label = _usual(schema, LABEL_COLUMNS, "label", where)
-    for name in (image, label, captions, subgroup):
+    for name in (image, label or None, captions, subgroup):
         if name is not None and name not in schema.names:
             raise UserError(f"{where} has no column '{name}': {nearest(name, schema.names)}")
     kind = schema.field(image).type
@@ -75,7 +76,7 @@ def find_columns(
     if captions is not None and not _is_captions(schema.field(captions).type):
         kind = schema.field(captions).type
         raise UserError(f"{where}: column '{captions}' is {kind}; captions are texts or lists of texts")
-    if label is None:
+    if not label:
         return Columns(image, None, False, (), captions, subgroup)
     kind = _plain(schema.field(label).type)
     if not (pa.types.is_integer(kind) or _is_text(kind)):
@@ -88,7 +89,8 @@ def _usual(schema: pa.Schema, names: Sequence[str], what: str, where: str) -> st
     found = next((name for name in names if name in schema.names), None)
     if found is None:
         shown = ", ".join(schema.names[:12])
-        raise UserError(f"{where} has no {what} column: name one of its columns with ?{what}=NAME ({shown})")
+        none = ", or write ?label= for images without labels" if what == "label" else ""
+        raise UserError(f"{where} has no {what} column: name one of its columns with ?{what}=NAME ({shown}){none}")
     return found
 
 

@@ -27,11 +27,19 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images of known classes in memory: 8-bit pixels [N, 3, S, S], labels [N], ids."""
+    """Images of known classes in memory: 8-bit pixels [N, 3, S, S], labels [N], ids.
+
+    All labels are -1 where unlabelled images were asked for and no class is known.
+    """
 
     pixels: Tensor
     labels: Tensor
     ids: tuple[str, ...]
+
+    @property
+    def known(self) -> bool:
+        """Whether the images have classes to judge by."""
+        return bool((self.labels != UNKNOWN).all())
 
     @classmethod
     def read(
@@ -41,16 +49,23 @@ class LabelledImages:
         size: Size | Framing,
         limit: int | None = None,
         keep: Callable[[str], bool] | None = None,
+        labelled: bool = True,
     ) -> LabelledImages:
-        """Read the images of known classes, those that `keep` accepts; raise UserError if there is none."""
+        """Read the images of known classes, those that `keep` accepts; raise UserError if there is none.
+
+        Args:
+            labelled: False takes all images where none of them has a known class.
+        """
         found: list[tuple[Tensor, int, str]] = []
         framing = Framing.of(size)
         for item in source.samples(limit=limit, keep=keep):
-            if isinstance(item, Sample) and item.label != UNKNOWN:
+            if isinstance(item, Sample) and not (labelled and item.label == UNKNOWN):
                 picture = to_pixels(item.image, framing)
                 found.append(((picture * 255).round().to(torch.uint8), item.label, item.id))
+        found = [one for one in found if one[1] != UNKNOWN] or found
         if not found:
-            raise UserError(f"'{source.spec}' holds no readable image of a known class to validate on")
+            of = " of a known class" if labelled else ""
+            raise UserError(f"'{source.spec}' holds no readable image{of} to validate on")
         pixels = torch.stack([picture for picture, _, _ in found])
         return cls(pixels, torch.tensor([label for _, label, _ in found]), tuple(name for _, _, name in found))
 
@@ -189,28 +204,41 @@ class ZeroShotValidation:
         if self._embeddings is None or self.texts_change:
             self._embeddings = class_embeddings(self.vlm, self.class_names, self.templates, cache=not self.in_training)
         measures = self.robust.measure(self._logits, device=self.vlm.device)
-        return {**measures, "feature spread": self._spread()}
+        return {**measures, **FeatureValidation(self.vlm, self.robust.images, self.robust.batch_size)()}
 
     def _logits(self, pixels: Tensor) -> Tensor:
         assert self._embeddings is not None
         return self.vlm.logit_scale * self.vlm.encode_image(pixels) @ self._embeddings.T
 
-    def _spread(self) -> float:
-        """Return 1 - |mean unit feature|²; 0 if all images have one feature."""
-        total, images = torch.zeros((), device=self.vlm.device), self.robust.images.pixels[:_SPREAD_IMAGES]
+
+@dataclass
+class FeatureValidation:
+    """How far the features of fixed images lie apart: all that can be measured where no class is known."""
+
+    vlm: VLM
+    images: LabelledImages
+    batch_size: int = 64
+
+    def __call__(self) -> Mapping[str, Measure]:
+        """Return the feature spread, 1 - |mean unit feature|²; 0 if all images have one feature."""
+        total, images = torch.zeros((), device=self.vlm.device), self.images.pixels[:_SPREAD_IMAGES]
         with torch.no_grad():
-            for rows in images.split(self.robust.batch_size):
+            for rows in images.split(self.batch_size):
                 total = total + self.vlm.encode_image(rows.to(self.vlm.device).float() / 255).sum(dim=0)
-        return float(1 - (total / len(images)).square().sum())
+        return {"feature spread": float(1 - (total / len(images)).square().sum())}
 
 
 def validation_images(
-    source: DataSource, *, size: Size | Framing, limit: int, only: Collection[str] | None = None
+    source: DataSource, *, size: Size | Framing, limit: int, only: Collection[str] | None = None, labelled: bool = True
 ) -> LabelledImages:
-    """Return up to `limit` images of known classes, of those named by `only` if it is given."""
+    """Return up to `limit` images of known classes, of those named by `only` if it is given.
+
+    Args:
+        labelled: False takes all images where none of them has a known class.
+    """
     if only is None:
-        return LabelledImages.read(source, size=size, limit=limit)
-    return LabelledImages.read(source, size=size, keep=only.__contains__)
+        return LabelledImages.read(source, size=size, limit=limit, labelled=labelled)
+    return LabelledImages.read(source, size=size, keep=only.__contains__, labelled=labelled)
 
 
 def held_out(source: DataSource, ids: list[str], limit: int) -> set[str]:

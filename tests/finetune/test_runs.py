@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import OWN, clip_folder, pictures, prepared
+from small import COLOURS, OWN, clip_folder, pictures, prepared
 from torch import Tensor
 
 import robustvlm as rv
@@ -190,6 +192,41 @@ def test_the_radius_where_none_is_given_is_one_of_the_norm(tmp_path: Path) -> No
         run = prepared(tmp_path, eps=None, norm=norm)
         assert (run.work.tuning.attack.threat.eps, run.manifest["config"]["eps"]) == (eps, eps)
     assert prepared(tmp_path, eps="0.1", norm="L2").work.tuning.attack.threat.eps == 0.1
+
+
+def unlabelled(folder: Path, column: str | None) -> tuple[str, Path]:
+    """Write the pictures as Parquet, all labels -1 or none at all, and a file of class names; return both."""
+    paths = sorted(path for name in COLOURS for path in (folder / name).iterdir())
+    table = {"image": [path.read_bytes() for path in paths]}
+    (folder / "names.txt").write_text("\n".join(COLOURS))
+    pq.write_table(pa.table(table | ({column: [-1] * len(paths)} if column else {})), folder / "all.parquet")
+    return f"parquet:{folder / 'all.parquet'}{'' if column else '?label='}", folder / "names.txt"
+
+
+@pytest.mark.parametrize(("column", "method"), [("label", "fare"), (None, "agft")])
+def test_without_labels_the_last_weights_are_kept_and_it_is_said(
+    tmp_path: Path, column: str | None, method: str
+) -> None:
+    pictures(tmp_path / "pictures")
+    data, names = unlabelled(tmp_path / "pictures", column)
+    run = prepared(tmp_path, data=data, classes=names, method=method, steps=4, validate_every=1)
+    summary = run.start().summary
+    assert (summary.best_by, summary.history.best_step) == (None, None)
+    assert [warning.name for warning in summary.history.warnings][-1] == "no labels"
+    assert [set(found.measures) for found in summary.history.validations] == [{"feature spread"}] * 5
+    assert "the weights of the last one were kept" in run.folder.report_path.read_text()
+    last = read_checkpoint(run.folder.path / LAST)[0]["weights"]
+    assert all(torch.equal(plain_state(run.work.vlm)[name], value) for name, value in last.items())
+    with pytest.raises(UserError, match="holds no readable image of a known class to validate on"):
+        prepared(tmp_path, data=data, classes=names, name="labels", steps=1).start()
+    if column is None:
+        with pytest.raises(UserError, match=r"no label column: .*, or write \?label= for images without labels"):
+            prepared(tmp_path, data=data.removesuffix("?label="), classes=names)
+
+
+def test_with_labels_to_validate_on_these_choose_for_every_method(tmp_path: Path) -> None:
+    summary = prepared(tmp_path, method="fare", steps=2).start().summary
+    assert (summary.best_by, summary.history.best_step) == ("robust accuracy", 2)
 
 
 def test_validation_images_are_held_out_or_given(tmp_path: Path) -> None:

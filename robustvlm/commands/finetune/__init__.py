@@ -26,7 +26,8 @@ class FinetuneSettings(Settings):
     method: str = declared(
         "hierarchical",
         "hierarchical (needs a class tree), tecoa, fare, pmg, simclip, agft, ucat, distill, or clean (the control: no "
-        "attack). fare, simclip and agft read no labels.",
+        "attack). fare, simclip and agft learn without labels; those of the images to validate on, if there are any, "
+        "choose the step.",
         group="Method",
     )
     teacher: str | None = declared(

@@ -41,12 +41,17 @@ from robustvlm.report import training as report
 from robustvlm.report.training import told
 from robustvlm.runs.manifest import run_identity
 from robustvlm.runs.run import Facts, FinishedRun, Session
-from robustvlm.training.validation import ZeroShotValidation, held_out, validation_images
+from robustvlm.training.history import Warned
+from robustvlm.training.validation import FeatureValidation, ZeroShotValidation, held_out, validation_images
 
 # What a fine-tuning run does, in one process or in several
 
 TREES = "trees.json"
 RESULTS = (report.NAME,)
+_UNJUDGED = (
+    "no image to validate on has one of several known classes: nothing chooses among the weights, and those of the "
+    "last step are kept"
+)
 _CALIBRATION = 64
 _AHEAD = 4
 
@@ -88,12 +93,18 @@ class FinetuneWork:
             teacher=self.teacher,
         )
         validation, ranks = self._validation(task, held), session.ranks
+        unjudged = isinstance(validation, FeatureValidation)
+        if unjudged:
+            task.best_by = None
+            session.observer.warn(_UNJUDGED)
         trainer = learning.Trainer(
             task, images, self.training, validation=validation, ranks=ranks, observer=told(session.observer)
         )
         history = trainer.fit(session.path, run=run_identity(session.manifest))
         if not ranks.leader:
             return
+        if unjudged:
+            history.warnings.append(Warned(step=0, name="no labels", message=_UNJUDGED))
         trained = sum(p.numel() for p in self.vlm.parameters() if p.requires_grad)
         method = {"method": self.settings.method, **task.method.settings()}
         summary = report.TrainingSummary(
@@ -119,9 +130,9 @@ class FinetuneWork:
         framing = self.vlm.framing
         ids = learning.ids_of(self.source)
         ids = select(ids, self.settings.limit) if self.settings.limit is not None else ids
-        limit = self.settings.val_limit
+        limit, labelled = self.settings.val_limit, methods.find_method(self.settings.method).labelled
         if self.val is not None:
-            held = validation_images(self.val, size=framing, limit=limit)
+            held = validation_images(self.val, size=framing, limit=limit, labelled=labelled)
         else:
             chosen = held_out(self.source, ids, limit)
             if not chosen:
@@ -129,21 +140,26 @@ class FinetuneWork:
                     f"'{self.settings.data}' is too small ({len(ids)} images) to hold a part out: "
                     f"pass {setting('val', 'DATA')}"
                 )
-            held = validation_images(self.source, size=framing, limit=limit, only=chosen)
+            held = validation_images(self.source, size=framing, limit=limit, only=chosen, labelled=labelled)
             ids = [name for name in ids if name not in chosen]
         images = learning.TrainingImages(
             self.source,
             size=framing,
             seed=self.settings.seed,
             how=learning.parse_augmentation(self.settings.augment),
-            labelled=methods.find_method(self.settings.method).labelled,
+            labelled=labelled,
             ids=ids,
             ahead=_AHEAD if self.vlm.device.type != "cpu" else 0,
         )
         return images, held
 
-    def _validation(self, task: methods.FinetuneTask, held: learning.LabelledImages) -> ZeroShotValidation:
+    def _validation(
+        self, task: methods.FinetuneTask, held: learning.LabelledImages
+    ) -> ZeroShotValidation | FeatureValidation:
+        """Return what measures the weights; of images without classes, or of one, no accuracy says which are better."""
         source = self.val or self.source
+        if not task.labelled and (not held.known or len(source.class_names) < 2):
+            return FeatureValidation(self.vlm, held)
         robust = learning.RobustValidation(
             held, self.tuning.attack.threat, n_iter=self.settings.val_steps, seed=self.settings.seed
         )

@@ -75,8 +75,8 @@ class FinetuneSettings:
         trainable: `all`, `lora[:RANK]`, `ssf` or `last:N`.
         attack: the inner attack.
         options: keyword arguments of the method: `options=HierarchicalOptions(...)` for hierarchical, `general`,
-            `clean` and `reverse` for pmg, `scale` and `ratio` for agft, `weight` and `temperature` for ucat, `labels`,
-            `features` and `contrast` for distill.
+            `clean` and `reverse` for pmg, `scale` and `ratio` for agft, `weight` and `temperature` for ucat, `labels`
+            and `features` for distill.
         seed: of the parameters that LoRA adds.
 
     Raises:
@@ -101,7 +101,7 @@ class FinetuneSettings:
 class FinetuneTask(Task):
     """The loss of a method, whose student is the module that the engine trains."""
 
-    best_by = "robust accuracy"
+    best_by: str | None = "robust accuracy"
 
     def __init__(self, vlm: VLM, method: Method) -> None:
         super().__init__(vlm)
