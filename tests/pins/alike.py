@@ -20,6 +20,8 @@ _RENAMED = {"size of": "few images, in"}
 """Beginnings of names of checks by what they became."""
 _LATER = {"fcsb_radius"}
 """Columns that are filled since where they were empty before."""
+_CEASED = {"purify": {"best_by"}}
+"""Keys of a kind of summary that are empty since: nothing ever chose a purifier's weights."""
 
 _MARGIN = 2e-3
 """How far numbers of two CPUs may lie apart: rounding, carried through some steps of an attack or of training."""
@@ -53,6 +55,7 @@ def _apart(one: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         kept = [{key for key in each if not _BESIDE.fullmatch(key) and key not in ADDED} for each in (one, other)]
         since = {key for key in _LATER if one.get(key) is not None and other.get(key) is None}
+        since |= {key for key in _CEASED.get(str(one.get("kind")), ()) if one.get(key) is None}
         kept = [keys - since for keys in kept]
         one, other = (
             each | {"name": _renamed(each["name"])} if {"name", "level", "message"} == each.keys() else each
