@@ -185,7 +185,9 @@ def _without(owner: nn.Module, name: str) -> Iterator[None]:
 
 def _apply(place: _Place, features: Tensor) -> Tensor:
     part = getattr(*place)
-    projected: Tensor = features @ part if isinstance(part, nn.Parameter) else part(features)
+    # Under autocast the product would have the digits of bfloat16, which move a tangent farther than `eps_text` does.
+    with torch.autocast(features.device.type, enabled=False):
+        projected: Tensor = features @ part if isinstance(part, nn.Parameter) else part(features)
     return projected
 
 

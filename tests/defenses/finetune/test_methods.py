@@ -339,6 +339,13 @@ def test_norm_order_comes_about() -> None:
     assert found[-1] < 0.75 * found[0]
 
 
+def test_projected_texts_keep_their_digits_under_autocast() -> None:
+    texts = ProjectedTexts(small_vlm(), NAMES, ("{}", "a {}"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = texts()
+    assert torch.equal(found, texts())
+
+
 def test_texts_follow_the_projection_and_fall_back_to_constants() -> None:
     vlm = small_vlm()
     texts = ProjectedTexts(vlm, NAMES, ("{}", "a {}"))
