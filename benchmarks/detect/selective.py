@@ -127,7 +127,10 @@ def _cells(head: Head, score: Detector, found: Promise, judged: Seen, far: Seen)
 
 
 def _under(head: Head, score: Detector, found: Promise, clean: Seen, fooled: Mapping[str, Tensor]) -> list[str]:
-    """Return right and wrong answers, clean and at the worst of the attacks for each image."""
+    """Return right and wrong answers, clean and at the worst of the attacks for each image, as shares of the images.
+
+    In brackets the share of the answers given that are wrong: what a promise is about.
+    """
     cells = []
     for views in ((clean.features,), tuple(fooled.values())):
         right, wrong = np.ones(len(clean.labels), dtype=bool), np.zeros(len(clean.labels), dtype=bool)
@@ -135,7 +138,9 @@ def _under(head: Head, score: Detector, found: Promise, clean: Seen, fooled: Map
             answered, said = _answers(head, score, found, features)
             right &= answered & (said == clean.labels.numpy())
             wrong |= answered & (said != clean.labels.numpy())
-        cells.append(f"{right.mean():.3f} / {wrong.mean():.3f}")
+        given = int(right.sum() + wrong.sum())
+        share = f" ({wrong.sum() / given:.3f} of answers)" if given else ""
+        cells.append(f"{right.mean():.3f} / {wrong.mean():.3f}{share}")
     return cells
 
 

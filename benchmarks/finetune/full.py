@@ -30,7 +30,7 @@ from .measure import Images, predictions_when_attacked, right_when_attacked, rig
 from .options import arguments, open_set, plan_of, variants_of
 from .rows import Plan, bits, classifier_of, clean_and_pgd, make_row, training_images, tune
 from .sets import BenchmarkSet
-from .tables import Row, against, mean_and_range, share
+from .tables import Compared, Row, adjusted, against, mean_and_range, share
 from .variants import VARIANTS, Variant
 
 
@@ -120,12 +120,13 @@ def _autoattack(found: Mapping[str, list[Kept]]) -> str:
 
 def on_left_out(found: Mapping[str, list[Kept]]) -> str:
     """Return AutoAttack's table; the paired test is that of the other tables (an image is one observation)."""
-    lines = []
+    lines: list[list[str | Compared]] = []
     for key, seeds in found.items():
         cells = [mean_and_range([share(one[name]) for one in seeds]) for name in ("clean", "pgd")]
         compared = against(key, seeds, found.get("tecoa", []), [lambda one: one["standard"]])
         lines.append([seeds[0]["title"], *cells, _robust(seeds), compared, str(len(seeds))])
-    return markdown(["left-out half alone", "clean", "PGD-20", "AutoAttack", "against TeCoA", "seeds"], lines)
+    header = ["left-out half alone", "clean", "PGD-20", "AutoAttack", "against TeCoA", "seeds"]
+    return markdown(header, adjusted(lines))
 
 
 def _robust(seeds: Sequence[Kept]) -> str:

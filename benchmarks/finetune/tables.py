@@ -6,15 +6,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.common import markdown
 from robustvlm.errors import UserError
-from robustvlm.stats import mcnemar_exact
+from robustvlm.stats import holm, mcnemar_exact
 
 from .kept import VARIANT
 
 Row = dict[str, Any]
+
+
+class Compared(NamedTuple):
+    """A difference on the same images, and the p of its paired test alone."""
+
+    difference: float
+    p_value: float
 
 
 def read_rows(folder: Path) -> dict[str, list[Row]]:
@@ -89,14 +96,14 @@ def _paired(rows: Mapping[str, list[Row]]) -> str:
     seeds. The test (exact, of McNemar's kind) is for these two sets of trained models, not for seeds to come.
     """
     reference = {row["seed"]: row for row in rows.get("tecoa", [])}
-    lines = []
+    lines: list[list[str | Compared]] = []
     for key, seeds in rows.items():
         pairs = [(row, reference[row["seed"]]) for row in seeds if row["seed"] in reference]
         if key in ("tecoa", "zero-shot") or not pairs:
             continue
         cells = [_comparison(pairs, [lambda row, column=column: row[column]]) for column in ("clean", "pgd")]  # type: ignore[misc]
         lines.append([seeds[0]["title"], *cells, str(len(pairs))])
-    return markdown(["against TeCoA", "clean", "PGD-20", "seeds"], lines)
+    return markdown(["against TeCoA", "clean", "PGD-20", "seeds"], adjusted(lines))
 
 
 def _left_out(rows: Mapping[str, list[Row]], sets: Sequence[str]) -> str:
@@ -109,7 +116,7 @@ def _left_out(rows: Mapping[str, list[Row]], sets: Sequence[str]) -> str:
 
 def _against(rows: Mapping[str, list[Row]], sets: Sequence[str], column: str, shown: str) -> str:
     columns: list[Callable[[Row], str]] = [partial(_told, name=name, column=column) for name in sets]
-    lines = []
+    lines: list[list[str | Compared]] = []
     for key, seeds in rows.items():
         mean = mean_and_range([share("".join(of(row) for of in columns)) for row in seeds])
         each: list[Callable[[Row], str]] = [*columns, partial(_named, column=column)]
@@ -117,10 +124,26 @@ def _against(rows: Mapping[str, list[Row]], sets: Sequence[str], column: str, sh
         found = [against(key, seeds, rows.get("tecoa", []), of) for of in compared]
         lines.append([seeds[0]["title"], mean, *found, str(len(seeds))])
     header = [f"{shown}, against TeCoA", "mean over left-out sets", "its difference", *sets]
-    return markdown([*header, "tuned half, superclasses by name", "seeds"], lines)
+    return markdown([*header, "tuned half, superclasses by name", "seeds"], adjusted(lines))
 
 
-def against(key: str, seeds: Sequence[Row], others: Sequence[Row], columns: Sequence[Callable[[Row], str]]) -> str:
+def adjusted(lines: Sequence[Sequence[str | Compared]]) -> list[list[str]]:
+    """Return the cells of a table as text; where it makes several comparisons, each p also adjusted for all (Holm)."""
+    found = [cell for line in lines for cell in line if isinstance(cell, Compared)]
+    after = iter(holm([cell.p_value for cell in found]))
+
+    def told(cell: str | Compared) -> str:
+        if isinstance(cell, str):
+            return cell
+        several = f", Holm {next(after):.2g}" if len(found) > 1 else ""
+        return f"{cell.difference:+.3f} (p {cell.p_value:.2g}{several})"
+
+    return [[told(cell) for cell in line] for line in lines]
+
+
+def against(
+    key: str, seeds: Sequence[Row], others: Sequence[Row], columns: Sequence[Callable[[Row], str]]
+) -> str | Compared:
     """Return what a variant's rows are above TeCoA's of the same seeds, with the paired test."""
     reference = {row["seed"]: row for row in others}
     # A model that is not trained has one row, which is compared with every seed.
@@ -139,14 +162,14 @@ def _named(row: Row, column: str) -> str:
     return bits
 
 
-def _comparison(pairs: Sequence[tuple[Row, Row]], columns: Sequence[Callable[[Row], str]]) -> str:
+def _comparison(pairs: Sequence[tuple[Row, Row]], columns: Sequence[Callable[[Row], str]]) -> Compared:
     ours, theirs = (
         [sum(map(int, bits)) for bits in zip(*(of(pair[i]) for pair in pairs for of in columns), strict=True)]
         for i in (0, 1)
     )
     more, less = ([a > b for a, b in zip(x, y, strict=True)] for x, y in ((ours, theirs), (theirs, ours)))
     difference = (sum(ours) - sum(theirs)) / (len(ours) * len(pairs) * len(columns))
-    return f"{difference:+.3f} (p {mcnemar_exact(more, less).p_value:.2g})"
+    return Compared(difference, mcnemar_exact(more, less).p_value)
 
 
 def share(bits: str) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 
+from benchmarks.detect import selective
 from benchmarks.detect.tables import Found, judge, subset, table
 
 
@@ -20,3 +23,14 @@ def test_choices_are_seeded_and_distinct() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(first.unique()) == 50
+
+
+def test_wrong_answers_are_a_share_of_images_and_of_the_answers_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four images two are answered, one of them wrongly: a quarter of the images, and half of the answers."""
+    answers = (np.array([True, True, False, False]), np.array([0, 1, 0, 0]))
+    monkeypatch.setattr(selective, "_answers", lambda *_: answers)
+    clean = selective.Seen(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    found = selective._under(None, None, None, clean, {"pushed": clean.features})  # type: ignore[arg-type]
+    assert found == ["0.250 / 0.250 (0.500 of answers)"] * 2
+    answers[0][:] = False
+    assert selective._under(None, None, None, clean, {"pushed": clean.features})[0] == "0.000 / 0.000"  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from benchmarks.finetune.lit_model import emoji_tower, folded
 from benchmarks.finetune.measure import Images, right_when_attacked, right_when_clean
 from benchmarks.finetune.options import arguments, plan_of
 from benchmarks.finetune.sets import BenchmarkSet, Condition, Restricted, _of_classes
-from benchmarks.finetune.tables import read_rows, tables
+from benchmarks.finetune.tables import Compared, adjusted, read_rows, tables
 from benchmarks.finetune.trees import by_place
 from benchmarks.finetune.variants import VARIANTS
 from robustvlm.attacks import Superclass, ThreatModel
@@ -102,7 +102,16 @@ def test_tables_show_means_over_seeds_and_paired_differences(tmp_path: Path) -> 
     text = tables(found, list(VARIANTS), {"tecoa": {"seconds": 0.5, "megabytes": 12.4}})
     assert "| TeCoA | 0.625 ± 0.125 | 0.250 ± 0.000 | 0.250 ± 0.000 |" in text
     assert "| 0.50 | 12 |" in text
-    assert "| no norm order | +0.250 (p 1) | +0.250 (p 1) |" in text
+    assert "| no norm order | +0.250 (p 1, Holm 1) | +0.250 (p 1, Holm 1) |" in text
+
+
+def test_tests_of_one_table_are_adjusted_for_each_other() -> None:
+    lines = [["a", Compared(0.1, 0.01), "-"], ["b", Compared(-0.1, 0.04), Compared(0, 0.03)]]
+    assert adjusted(lines) == [
+        ["a", "+0.100 (p 0.01, Holm 0.03)", "-"],
+        ["b", "-0.100 (p 0.04, Holm 0.06)", "+0.000 (p 0.03, Holm 0.06)"],
+    ]
+    assert adjusted([["a", Compared(0.1, 0.01)]]) == [["a", "+0.100 (p 0.01)"]]
 
 
 def test_rows_of_other_options_are_refused(tmp_path: Path) -> None:
@@ -173,9 +182,9 @@ def test_left_out_sets_are_compared_image_by_image(tmp_path: Path) -> None:
     clean, pgd = tables(read_rows(tmp_path), list(VARIANTS), {}).split("\n\n")[-2:]
     lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in clean.splitlines()}
     assert lines["TeCoA"][:2] == ["0.188 ± 0.062", "-"]
-    assert lines["hierarchical, 1 tree"][:5] == ["0.875", *["+0.750 (p 0.25)"] * 3, "+0.000 (p 1)"]
-    assert lines["zero-shot"][:2] == ["1.000", "+0.812 (p 0.12)"]
-    assert "| zero-shot | 0.000 | +0.000 (p 1) |" in pgd
+    assert lines["hierarchical, 1 tree"][:5] == ["0.875", *["+0.750 (p 0.25, Holm 1)"] * 3, "+0.000 (p 1, Holm 1)"]
+    assert lines["zero-shot"][:2] == ["1.000", "+0.812 (p 0.12, Holm 1)"]
+    assert "| zero-shot | 0.000 | +0.000 (p 1, Holm 1) |" in pgd
 
 
 @pytest.mark.parametrize("data", ["emoji?split=train&labels=all", "emoji"])
