@@ -237,7 +237,7 @@ def require_unseen(
     if len(chosen) == 2:
         both = seen_images(judged, chosen[0], taught, chosen[1])
     if both:
-        copied = "" if set(both) <= set(chosen[1]) else ", or copies of them"
+        copied = "" if set(both) <= set(chosen[1]) else ", or are copies of images that are"
         raise UserError(
             f"{len(both)} images of {option} '{judged.spec}' are also trained on{copied} "
             f"(the first, '{both[0]}'): {advice}"

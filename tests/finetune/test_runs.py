@@ -297,7 +297,7 @@ def test_the_training_data_are_no_validation_data(tmp_path: Path) -> None:
 
 def test_drawings_that_are_trained_on_are_no_validation_data(tmp_path: Path) -> None:
     train = "emoji?split=train&styles=noto&copies=1"
-    copies = r"278 images of --val .* are also trained on, or copies of them \(the first, 'emoji/noto/"
+    copies = r"278 images of --val .* are also trained on, or are copies of images that are \(the first, 'emoji/noto/"
     with pytest.raises(UserError, match=copies):
         prepared(tmp_path, data=train, val="emoji?split=train&styles=noto&copies=2", val_limit=500)
     with pytest.raises(UserError, match=r"images of --val .* are also trained on \(the first, 'emoji/noto/"):

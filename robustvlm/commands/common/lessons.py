@@ -53,10 +53,10 @@ def overlap(specs: Sequence[str], judged: DataSource, limit: int | None) -> Over
     Args:
         specs: the models; limit: how many of the images, those of `--val`, are used.
     """
-    own, remarks = judged.ids(), []
+    own, print_, remarks = judged.ids(), judged.fingerprint(), list[str]()
     ids = own if own is None or limit is None else select(own, limit)
     for lesson in _lessons(specs):
-        same = lesson.about.get("fingerprint") == judged.fingerprint()
+        same = lesson.about.get("fingerprint") == print_
         both, gone = ([], None) if same else _both(lesson, judged, ids)
         if (same or both) and not lesson.chose:
             return Overlap((lesson, both))
@@ -65,7 +65,7 @@ def overlap(specs: Sequence[str], judged: DataSource, limit: int | None) -> Over
             remarks.append(
                 f"{count} of --val chose the weights of '{lesson.run}': figures on them are a little too high"
             )
-        if gone is not None:
+        if gone is not None and not lesson.chose:
             remarks.append(f"whether --val holds images that taught '{lesson.run}' cannot be told: {gone}")
     return Overlap(None, list(dict.fromkeys(remarks)))
 
