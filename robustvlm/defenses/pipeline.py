@@ -93,8 +93,17 @@ class SavedModel(ABC):
         return None
 
     def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
-        """Return unit vectors [K, D] that stand for the classes in place of their texts; None: the texts do."""
+        """Return unit vectors [K, D] that stand for the classes in place of their texts; None: the texts do.
+
+        Raises:
+            UserError: a head of its own that says nothing of its vectors: certificates by texts would be about another.
+        """
         del class_names
+        if type(self).classifier is not SavedModel.classifier:
+            raise UserError(
+                f"'{self.folder}' ({self.card.kind}) tells classes apart by a head of its own, and names no class "
+                "vectors to certify: pass --claim feature, which is about its encoder"
+            )
         return None
 
     def openset_rule(self, class_names: Sequence[str], sigma: float, tau: float | None = None) -> OpensetRule | None:

@@ -377,6 +377,19 @@ class PromptTunedModel(SavedModel):
     ) -> Classifier:
         """Return the tuned classifier over `class_names`, which must be among those that prompts were tuned for."""
         del templates, cache  # the prompts are learnt, and kept here
+        rows, negatives = self._learnt(class_names)
+        words = self.card.settings.get("negative_words")
+        words = [str(word) for word in words] if isinstance(words, list) else []
+        if len(words) != (0 if negatives is None else len(negatives)):
+            raise UserError(f"'{self.folder}' is damaged: its embeddings do not fit its words; tune the prompts again")
+        return TunedClassifier(ZeroShotClassifier(encoder, class_names, rows), negatives, words).eval()
+
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor:
+        """Return the learnt embeddings, by which the classifier tells the classes apart."""
+        return self._learnt(class_names)[0]
+
+    def _learnt(self, class_names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Return the learnt embeddings of the classes [K, D], and those of words outside them, where there are any."""
         weights = read_weights(self.folder / PROMPTS)
         embeddings, negatives = weights.get("class_embeddings"), weights.get("negative_embeddings")
         names = self.card.settings.get("class_names")
@@ -391,12 +404,7 @@ class PromptTunedModel(SavedModel):
                 f"the prompts of '{self.folder}' were tuned for {len(names)} classes, '{unknown[0]}' is none of them: "
                 "pass data with those classes, or tune prompts for these"
             )
-        rows = embeddings[[place for place in places if place is not None]]
-        words = self.card.settings.get("negative_words")
-        words = [str(word) for word in words] if isinstance(words, list) else []
-        if len(words) != (0 if negatives is None else len(negatives)):
-            raise UserError(f"'{self.folder}' is damaged: its embeddings do not fit its words; tune the prompts again")
-        return TunedClassifier(ZeroShotClassifier(encoder, class_names, rows), negatives, words).eval()
+        return embeddings[[place for place in places if place is not None]], negatives
 
 
 def save_prompts(folder: Path, context: Tensor, class_embeddings: Tensor, **more: Tensor) -> None:

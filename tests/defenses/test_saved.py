@@ -6,12 +6,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 import robustvlm
+from robustvlm.commands.certify.config import CertifyConfig
+from robustvlm.commands.certify.materials import vectors_of_classes
+from robustvlm.commands.certify.setup import describe_head
 from robustvlm.defenses import load_classifier, load_pipeline, pipeline
+from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.pipeline import SavedModel, saved_model
 from robustvlm.errors import UserError
 from robustvlm.models import VLM, load_model
@@ -137,3 +144,39 @@ def test_the_door_takes_such_a_folder_too(tmp_path: Path) -> None:
     for load in (robustvlm.load_model, load_model):
         with pytest.raises(UserError, match="has not ended"):
             load(str(folder))
+
+
+RUNS = Path(__file__).parents[1] / "pins" / "before"
+
+
+@pytest.mark.parametrize("kind", pipeline.KINDS)
+def test_certificates_are_about_the_vectors_that_the_classifier_answers_by(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(RUNS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names, templates = ("blue", "red"), ("a {}.", "the {}")
+    names = ("blue", "green", "red") if kind == "immunize" else names
+    answering = load_classifier(kind, names, templates).class_embeddings
+    assert answering is not None
+    config = cast(CertifyConfig, SimpleNamespace(model=kind, claim="class"))
+    certified = vectors_of_classes(config, load_pipeline(kind), names, templates)
+    assert certified is not None
+    np.testing.assert_allclose(certified, answering.reshape(len(names), -1).double().numpy(), atol=1e-6)
+    own_head = kind in ("immunize", "tune-prompts")
+    assert ("head" in describe_head(config, names)) == own_head
+
+
+class OwnHead(ShiftedModel):
+    def classifier(self, *args: Any, **options: Any) -> Classifier:
+        return super().classifier(*args, **options)
+
+
+@pytest.mark.usefixtures("shifted")
+def test_a_head_that_names_no_class_vectors_is_not_certified_by_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pipeline.KINDS, "shifted", "shifted_kind:OwnHead")
+    config = cast(CertifyConfig, SimpleNamespace(model=str(make(tmp_path / "own")), claim="class"))
+    with pytest.raises(UserError, match="a head of its own, and names no class vectors to certify"):
+        vectors_of_classes(config, load_model("tiny"), ("cat", "dog"), ("{}",))
