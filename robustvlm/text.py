@@ -202,17 +202,20 @@ def name_key(name: str) -> str:
 def places_of(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
     """Return where each wanted name stands among `names`: spelled so, else the only one with the same key; else None.
 
+    A name that stands there twice is in no one place.
+
     Example:
         >>> places_of(["red fox", "a", "A", "Cat"], ["Red_Fox", "A", "a", "dog"])
         [0, 2, 1, None]
     """
-    exact = {name: place for place, name in enumerate(names)}
+    exact: dict[str, list[int]] = {}
     alike: dict[str, list[int]] = {}
     for place, name in enumerate(names):
+        exact.setdefault(name, []).append(place)
         alike.setdefault(name_key(name), []).append(place)
     found: list[int | None] = []
     for name in wanted:
-        places = [exact[name]] if name in exact else alike.get(name_key(name), [])
+        places = exact.get(name) or alike.get(name_key(name), [])
         found.append(places[0] if len(places) == 1 else None)
     return found
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustvlm import text
 from robustvlm.core.boundary import same_process, same_random_state
 from robustvlm.core.framing import Framing
 from robustvlm.core.network import download_seconds, within
@@ -32,7 +33,6 @@ from robustvlm.models.checkpoints import find_weights
 from robustvlm.models.clip import require_same_pixels
 from robustvlm.models.weights import SUFFIXES, brief, hub_file, read_checkpoint
 from robustvlm.models.zoo import split_part
-from robustvlm.text import name_key
 
 CLASSES = "classes.txt"
 """Beside a checkpoint: its classes in the order of the outputs, one a line."""
@@ -147,21 +147,43 @@ def require_texts(vlm: VLM, what: str) -> None:
 def places_of(wanted: Sequence[str], known: Sequence[str], spec: str) -> list[int]:
     """Return where each class wanted stands among those a model knows; ImageNet's ids count as their names.
 
+    Raises:
+        UserError: a class that the model does not know, or knows several of, or two that are one of the model's.
+
     Example:
         >>> places_of(["dog", "Ice_Cream"], ["ice cream", "cat", "dog"], "m")
         [2, 0]
     """
-    places = {name_key(name): place for place, name in enumerate(known)}
     ids = wordnet_names() if len(known) == _IMAGENET else {}
-    found = [places.get(name_key(name), places.get(name_key(ids.get(name, "")))) for name in wanted]
+    by_id = text.places_of([ids.get(name, name) for name in wanted], known)
+    found = [
+        place if place is not None else other for place, other in zip(text.places_of(wanted, known), by_id, strict=True)
+    ]
     missing = [name for name, place in zip(wanted, found, strict=True) if place is None]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        alike = [name for name in known if text.name_key(name) == text.name_key(missing[0])]
+        if alike:
+            listed = ", ".join(f"'{name}'" for name in alike)
+            raise UserError(
+                f"'{spec}' has several classes like '{missing[0]}' of the data: {listed}; write it as one is"
+            )
         raise UserError(
             f"'{spec}' does not know the class '{missing[0]}'{more} of the data; its {len(known)} classes begin with "
             f"'{known[0]}': {nearest(missing[0], known)}"
         )
-    return [place for place in found if place is not None]
+    places = [place for place in found if place is not None]
+    require_once(wanted, places, f"'{spec}'")
+    return places
+
+
+def require_once(wanted: Sequence[str], places: Sequence[int], where: str) -> None:
+    """Refuse two classes of the data that are one of a model: both would have its logit."""
+    seen: dict[int, str] = {}
+    for name, place in zip(wanted, places, strict=True):
+        if place in seen:
+            raise UserError(f"'{seen[place]}' and '{name}' of the data are one class of {where}: keep one of them")
+        seen[place] = name
 
 
 # From a spec to the classifier

@@ -12,6 +12,7 @@ from robustvlm.data.classes import DEFAULT
 from robustvlm.defenses import pipeline
 from robustvlm.defenses.classifier import Classifier
 from robustvlm.defenses.library import load_library, names_library_model
+from robustvlm.defenses.own import names_declared
 from robustvlm.defenses.pipeline import load_pipeline, saved_model
 from robustvlm.defenses.smoothing import Rule, dual_rule, read_rule
 from robustvlm.defenses.specs import split_rejection, split_spec
@@ -85,8 +86,7 @@ def own_classes(spec: str) -> Sequence[str] | None:
         return load_library(model).class_names
     made = saved_model(model)
     if made is None and names_a_callable(base) and not os.path.isdir(base):
-        found: Sequence[str] | None = getattr(create(base), "class_names", None)
-        return found
+        return names_declared(create(base), base)
     return None if made is None else made.class_names
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,22 @@ from robustvlm.core.framing import trial_pixels
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import size_text
 from robustvlm.defenses.classifier import Classifier
-from robustvlm.defenses.library import LibraryClassifier
+from robustvlm.defenses.library import LibraryClassifier, places_of
 from robustvlm.errors import UserError, nearest
 from robustvlm.models.custom import Hidden, framing_declared, size_declared, source_of, state_of
 from robustvlm.models.vlm import INTERPOLATIONS, fitted
 from robustvlm.models.weights import brief
+from robustvlm.text import one_line
 
 
 class OwnClassifier(Classifier):
-    """A user's own classifier; see `load_classifier` for what it has to have."""
+    """A user's own classifier; see `load_classifier` for what it has to have.
+
+    Of one that names its classes the columns are brought into the order of those wanted, and the others left out.
+
+    Raises:
+        UserError: a class wanted that it does not name, or an attribute that is none of what it stands for.
+    """
 
     def __init__(self, model: Any, *, spec: str, class_names: Sequence[str]) -> None:
         super().__init__(
@@ -32,12 +39,17 @@ class OwnClassifier(Classifier):
             **framing_declared(model),
         )
         self.model = model
+        self.own_names = names_declared(model, spec)
+        self._columns = self._columns_of(class_names)
         self._hidden = Hidden(model)
         call = model if callable(model) else model.forward
         self._ask = Boundary(call, what=f"'{spec}'", parts=model)
         # A plain object is no part that `modules()` visits, so its declaration is repeated here.
         self.differentiable = isinstance(model, nn.Module) or getattr(model, "differentiable", True)
-        self.surrogate = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
+        stand_in = None if isinstance(model, nn.Module) else getattr(model, "surrogate", None)
+        self.surrogate = stand_in
+        if stand_in is not None and self._columns is not None:
+            self.surrogate = lambda pixels: self._ordered(stand_in(pixels))
         self.eval().requires_grad_(False)
 
     @property
@@ -49,9 +61,34 @@ class OwnClassifier(Classifier):
         """Try the classifier out on pixels of its size, and learn how it has to be asked."""
         return self._ask.settle(pixels)
 
+    @property
+    def outputs(self) -> int:
+        """How many columns the user's object has to give."""
+        return len(self.class_names if self.own_names is None else self.own_names) + self.can_reject
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """That nothing says which class each output is, where that is so."""
+        if self.own_names is not None:
+            return ()
+        return (
+            f"nothing says what the outputs of '{self.spec}' mean: they are taken for the {len(self.class_names)} "
+            "classes of the data in their order; if they are others, every figure is wrong, so give it class_names",
+        )
+
+    def _columns_of(self, wanted: Sequence[str]) -> list[int] | None:
+        """Return which outputs are wanted, in order; None for all of them as they are."""
+        if self.own_names is None or self.own_names == tuple(wanted):
+            return None
+        rejecting = [len(self.own_names)] if self.can_reject else []
+        return places_of(wanted, self.own_names, self.spec) + rejecting
+
+    def _ordered(self, output: Tensor) -> Tensor:
+        return output if self._columns is None else output[:, self._columns]
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [B, K], or [B, K + 1] with the acceptance score last; in float32 at least."""
-        return self._ask(fitted(pixels, self.image_size, self.interpolation))
+        return self._ordered(self._ask(fitted(pixels, self.image_size, self.interpolation)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> OwnClassifier:
         # The precision of a user's weights is part of what is evaluated.
@@ -60,7 +97,8 @@ class OwnClassifier(Classifier):
     @property
     def fingerprint(self) -> str:
         framing = (size_text(self.image_size), self.interpolation, *self.framing.unusual())
-        extra = (self.spec, *source_of(self.model), *framing)
+        columns = () if self._columns is None else ("columns", *map(str, self._columns))
+        extra = (self.spec, *source_of(self.model), *framing, *columns)
         return fingerprint(state_of(self.model) | self._hidden.state(), extra)
 
 
@@ -77,6 +115,22 @@ class OfLibrary(OwnClassifier):
     def fingerprint(self) -> str:
         framing = (size_text(self.image_size), self.interpolation, *self.framing.unusual())
         return fingerprint(state_of(self.model), (self.model.identity, *framing))
+
+
+def names_declared(thing: object, spec: str) -> tuple[str, ...] | None:
+    """Return the classes that a user's object names, in the order of its outputs; None where it names none.
+
+    Raises:
+        UserError: `class_names` is no list of texts.
+    """
+    names = getattr(thing, "class_names", None)
+    if names is None:
+        return None
+    found = () if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
+    if not found or not all(isinstance(name, str) for name in found):
+        said = one_line(repr(names))
+        raise UserError(f"'{spec}': class_names must be a list of texts, one for each output, got {said}")
+    return tuple(str(name) for name in found)
 
 
 def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.device) -> OwnClassifier:
@@ -102,10 +156,12 @@ def load_own(model: Any, spec: str, class_names: Sequence[str], place: torch.dev
 
 def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
     """Classify two images, and see whether the output fits the classes."""
-    size, wanted = classifier.image_size, len(classifier.class_names) + classifier.can_reject
+    size, wanted = classifier.image_size, classifier.outputs
     pixels = trial_pixels(2, size, device=place)
-    must = f"'{classifier.spec}' must return finite logits [2, {wanted}] for 2 images and {len(classifier.class_names)}"
-    must += " classes and one acceptance score" if classifier.can_reject else " classes"
+    count = wanted - classifier.can_reject
+    must = f"'{classifier.spec}' must return finite logits [2, {wanted}] for 2 images and {count}"
+    must += " classes" if classifier.own_names is None else " class_names"
+    must += " and one acceptance score" if classifier.can_reject else ""
     try:
         with torch.no_grad():
             output = classifier.settle(pixels)
@@ -114,7 +170,8 @@ def _try_out(classifier: OwnClassifier, place: torch.device) -> None:
     except Exception as error:  # the user's classifier may fail in any way
         raise UserError(f"{must}, it raised {type(error).__name__}: {brief(error)}") from error
     if output.shape != (2, wanted) or not output.is_floating_point():
-        advice = "" if output.ndim != 2 else ": pass data with the classes that it was made for"
+        of_data = ": pass data with the classes that it was made for"
+        advice = "" if output.ndim != 2 or classifier.own_names is not None else of_data
         raise UserError(f"{must}, got {output.dtype} {list(output.shape)}{advice}")
     if not output.isfinite().all():
         raise UserError(f"{must}, got NaN or infinite values")

@@ -18,6 +18,7 @@ from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.seeds import generator
 from robustvlm.data import UNKNOWN, DataSource, Sample, to_pixels
 from robustvlm.defenses.classifier import Classifier, ZeroShot
+from robustvlm.defenses.library import require_once
 from robustvlm.defenses.pipeline import SavedModel
 from robustvlm.defenses.prompt_towers import prompt_tower
 from robustvlm.errors import UserError
@@ -404,7 +405,9 @@ class PromptTunedModel(SavedModel):
                 f"the prompts of '{self.folder}' were tuned for {len(names)} classes, '{unknown[0]}' is none of them: "
                 "pass data with those classes, or tune prompts for these"
             )
-        return embeddings[[place for place in places if place is not None]], negatives
+        rows = [place for place in places if place is not None]
+        require_once(class_names, rows, f"'{self.folder}'")
+        return embeddings[rows], negatives
 
 
 def save_prompts(folder: Path, context: Tensor, class_embeddings: Tensor, **more: Tensor) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import robustvlm as rv
 from robustvlm.defenses import load_classifier
 from robustvlm.defenses.classifier import ZeroShot, acceptance
 from robustvlm.defenses.own import OwnClassifier
@@ -63,6 +64,24 @@ class Broken(Plain):
 class Texts(Plain):
     def forward(self, pixels):
         return ["cat", "dog"]
+
+class Named(Plain):
+    class_names = ("dog", "car", "apple")
+
+class Judging(Named):
+    can_reject = True
+
+    def forward(self, pixels):
+        return torch.cat([super().forward(pixels), pixels.mean((1, 2, 3))[:, None]], 1)
+
+    def surrogate(self, pixels):
+        return self.forward(pixels)
+
+class NamedInText(Plain):
+    class_names = "dog"
+
+class NamedTooFew(Plain):
+    class_names = ("dog", "apple", "car", "cat")
 
 class NoSize:
     def forward(self, pixels):
@@ -168,7 +187,38 @@ def test_a_classifier_of_the_user_may_refuse_by_itself() -> None:
         load("own_classifiers:Refusing+reject:0.5")
 
 
+def test_the_columns_of_a_classifier_that_names_its_classes_are_found_by_name() -> None:
+    pixels = torch.rand(5, 3, 8, 8)
+    means = pixels.mean((2, 3))
+    model = load("own_classifiers:Named")
+    assert isinstance(model, OwnClassifier)
+    assert torch.equal(model(pixels), means[:, [2, 0, 1]])  # apple, dog, car
+    in_order = load_classifier("own_classifiers:Named", ["dog", "car", "apple"], TEMPLATES)
+    assert torch.equal(in_order(pixels), means)
+    assert in_order.fingerprint != model.fingerprint
+    assert torch.equal(load_classifier("own_classifiers:Named", ["Car", "dog"], TEMPLATES)(pixels), means[:, [1, 0]])
+    assert (model.remarks, load("own_classifiers:Plain").remarks != ()) == ((), True)
+    judging = load("own_classifiers:Judging")
+    wanted = torch.cat([means[:, [2, 0, 1]], pixels.mean((1, 2, 3))[:, None]], 1)
+    assert torch.equal(judging(pixels), wanted)
+    assert torch.equal(judging.surrogate(pixels), wanted)  # type: ignore[operator]
+    with pytest.raises(UserError, match="'own_classifiers:Named' does not know the class 'wolf' of the data; its 3"):
+        load_classifier("own_classifiers:Named", ["dog", "wolf"], TEMPLATES)
+    with pytest.raises(UserError, match="'Dog' and 'dog' of the data are one class of 'own_classifiers:Named'"):
+        load_classifier("own_classifiers:Named", ["Dog", "dog", "car"], TEMPLATES)
+
+
+def test_classes_and_data_in_another_order_give_one_answer() -> None:
+    pixels = torch.rand(4, 3, 8, 8)
+    alone, told = rv.load_classifier("own_classifiers:Named"), rv.load_classifier("own_classifiers:Named", NAMES)
+    assert alone.predict(pixels).names == told.predict(pixels).names
+    with pytest.raises(UserError, match="class_names must be a list of texts, one for each output, got 'dog'"):
+        rv.load_classifier("own_classifiers:NamedInText")
+
+
 FAULTS = {
+    "NamedInText": "class_names must be a list of texts",
+    "NamedTooFew": r"finite logits \[2, 4\] for 2 images and 4 class_names, got torch.float32 \[2, 3\]$",
     "Wide": r"finite logits \[2, 3\] .* got torch.float32 \[2, 5\]: pass data with the classes",
     "NotFinite": "got NaN or infinite values",
     "Broken": "it raised ValueError: no such layer",

@@ -168,6 +168,16 @@ def test_a_thousand_classes_are_imagenets(tmp_path: Path) -> None:
     assert places_of(ids, imagenet_names(), "m") == list(range(1000))
 
 
+def test_names_that_differ_in_case_alone_are_columns_of_their_own() -> None:
+    assert places_of(["A", "a", "B"], ["A", "B", "a"], "m") == [0, 2, 1]
+    with pytest.raises(UserError, match="'m' has several classes like 'CRANE' of the data: 'crane', 'Crane'; write"):
+        places_of(["CRANE"], ["crane", "Crane"], "m")
+    with pytest.raises(UserError, match="has several classes like 'crane'"):
+        places_of(["crane"], ["crane", "dog", "crane"], "m")
+    with pytest.raises(UserError, match="'A' and 'a' of the data are one class of 'm': keep one of them"):
+        places_of(["A", "a"], ["A", "b"], "m")
+
+
 def test_the_file_decides_what_a_model_is_known_by_not_its_place(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robustvlm.core.files import first_line, replacing
 from robustvlm.core.seeds import derive_seed
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
+from robustvlm.defenses.library import require_once
 from robustvlm.errors import UserError
 from robustvlm.models import VLM
 from robustvlm.models.weights import read_weights
@@ -155,7 +156,9 @@ class Immunity:
                 f"'{where}' was immunised for {len(self.class_names)} classes and {what}: pass data with those "
                 "classes, or immunise a model for these (one more class: --add-class)"
             )
-        rows = torch.tensor([place for place in places if place is not None], device=self.prototypes.device)
+        found = [place for place in places if place is not None]
+        require_once(class_names, found, f"'{where}'")
+        rows = torch.tensor(found, device=self.prototypes.device)
         return replace(
             self,
             class_names=tuple(class_names),
