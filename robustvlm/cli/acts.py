@@ -287,7 +287,7 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
     """Write the page of one run, of several side by side, or of a folder of them."""
     # The libraries behind reports take a second to load; other commands and --help should not wait for them.
     from robustvlm.cli.console import Bars, Console
-    from robustvlm.commands.attack.compare import compare, write_comparison
+    from robustvlm.commands.attack.compare import apart, compare, write_comparison
     from robustvlm.commands.attack.record import load_run
     from robustvlm.commands.evaluate.beside import write_beside
     from robustvlm.commands.index import entries, holds_runs, write_index
@@ -310,13 +310,15 @@ def _write_pages(runs: Sequence[str], out: Path | None, *, as_json: bool) -> Non
         path = write_beside(folders, out)
     else:
         path = write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out)
+    records = [load_run(folder) for folder in folders] if len(folders) > 1 and not evaluated else []
+    for sentence in apart(records, [record.name for record in records]):
+        say(f"note: {sentence}", err=True)
     if not as_json:
         say(f"Report: {path}")
         return
     found: Sequence[FinishedRun[Any]] = [open_run(folder) for folder in folders[: len(folders) if evaluated else 1]]
     comparisons = []
-    if len(folders) > 1 and not evaluated:
-        records = [load_run(folder) for folder in folders]
+    if records:
         found = records
         comparisons = [c.as_dict([r.name for r in records]) for c in compare(*records)]
     content = {"report": str(path), "runs": [_shown(run) for run in found], "comparisons": comparisons}

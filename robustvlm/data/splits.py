@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -190,6 +191,31 @@ def same_place(first: str, second: str) -> bool:
     if one.kind != other.kind:
         return False
     return one.kind == "emoji" or (_resolved(one.rest), one.options) == (_resolved(other.rest), other.options)
+
+
+def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether equal ids mean equal images in two runs, by what their manifests say of their data.
+
+    That is so of data with one fingerprint. Classes are part of it: of data in one place under other names it says
+    nothing, and the place decides.
+
+    Example:
+        >>> photos = {"spec": "imagefolder:photos", "fingerprint": "ab", "class_names": ["cat", "dog"]}
+        >>> same_images(photos, photos | {"spec": "imagefolder:copy"})
+        True
+        >>> same_images(photos, photos | {"fingerprint": "cd"})
+        False
+        >>> same_images(photos, photos | {"fingerprint": "cd", "class_names": ["dog", "cat"]})
+        True
+    """
+    if first.get("fingerprint") is not None and first.get("fingerprint") == second.get("fingerprint"):
+        return True
+    one, other = (str(data.get("spec") or "") for data in (first, second))
+    try:
+        there, kind = same_place(one, other), parse_spec(one).kind
+    except UserError:  # written by hand, or by a version with other kinds of data
+        return False
+    return there and (kind == "emoji" or first.get("class_names") != second.get("class_names"))
 
 
 def in_both(first: str, ids: Iterable[str], second: str, other_ids: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from robustvlm.commands.attack.compare import CLEAN, Comparison, compare, comparison_report, findings, stopped
+from robustvlm.commands.attack.compare import CLEAN, Comparison, apart, compare, comparison_report, findings, stopped
 from robustvlm.commands.attack.record import AttackedRun, load_run
 from robustvlm.commands.attack.summary import summarise
 from robustvlm.report.page import page_of
@@ -82,6 +82,27 @@ def test_undecided_images_are_not_compared(pair: tuple[AttackedRun, AttackedRun]
 def test_the_same_id_with_another_class_is_another_image(pair: tuple[AttackedRun, AttackedRun]) -> None:
     moved = edit_rows(pair[1], lambda r: {**r, "label": (r["label"] + 1) % 10})  # type: ignore[operator]
     assert compare(pair[0], moved) == []
+
+
+def on_data(run: AttackedRun, **facts: object) -> AttackedRun:
+    manifest = json.loads(json.dumps(run.manifest))
+    manifest["data"] |= facts
+    return AttackedRun(run.folder, manifest, run.summary, run.rows)
+
+
+def test_equal_ids_of_other_data_are_other_images(pair: tuple[AttackedRun, AttackedRun]) -> None:
+    photos = on_data(pair[0], spec="imagefolder:photos", fingerprint="ab")
+    fog = on_data(pair[1], spec="imagefolder:photos_fog", fingerprint="cd")
+    assert compare(photos, fog) == []
+    assert compare(photos, on_data(fog, spec="imagefolder:photos")) == []  # the images in there were changed
+    copied = compare(photos, on_data(fog, fingerprint="ab"))
+    assert [c.test for c in copied] == [c.test for c in compare(*pair)]
+    page = page_of(comparison_report([photos, fog], []))
+    assert "saw different images (" in page
+    assert "they are not tested" in page
+    three = compare(photos, fog, on_data(photos, spec="imagefolder:copy"))
+    assert {(c.first, c.second) for c in three} == {(0, 2)}
+    assert len(apart([photos, fog, photos], ["a", "b", "c"])) == 2
 
 
 def test_class_names_decide_not_their_numbers(pair: tuple[AttackedRun, AttackedRun]) -> None:

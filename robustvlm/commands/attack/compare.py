@@ -11,6 +11,7 @@ from robustvlm.commands.attack import plots
 from robustvlm.commands.attack.record import AttackedRun, headline, load_run
 from robustvlm.commands.attack.report import share
 from robustvlm.commands.attack.summary import EpsSummary
+from robustvlm.data.splits import same_images
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
 from robustvlm.report.words import manifest_rows, norm_name, plain, sentence
@@ -67,7 +68,8 @@ Answers = dict[tuple[str, str], bool]
 def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
     """Test every pair of runs, unperturbed and at each norm, eps and goal that both ran, on the images both decided.
 
-    An image is the same when its id and the name of its class agree. Where a run stopped early and has undecided images
+    An image is the same when its data (`robustvlm.data.splits.same_images`), its id and the name of its class agree; of
+    runs on other data nothing is tested. Where a run stopped early and has undecided images
     there is no test: those that it has decided are the ones that fall easily. Source: McNemar's exact test, Holm's
     correction.
 
@@ -81,6 +83,8 @@ def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
     tested: list[tuple[int, int, str, PairedTest]] = []
     answers = [_answers(run) for run in runs]
     for (i, first), (j, second) in itertools.combinations(enumerate(answers), 2):
+        if not _same_images(runs[i], runs[j]):
+            continue
         for condition in [c for c in first if c in second]:
             shared = [image for image in first[condition] if image in second[condition]]
             if shared:
@@ -101,6 +105,10 @@ def compare(*given: AttackedRun | str | Path) -> list[Comparison]:
         )
         for (i, j, text, test), p in zip(tested, adjusted, strict=True)
     ]
+
+
+def _same_images(first: AttackedRun, second: AttackedRun) -> bool:
+    return same_images(*(run.manifest.get("data") or {} for run in (first, second)))
 
 
 Condition = tuple[str, float, str] | None
@@ -169,6 +177,16 @@ def findings(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[st
     return sentences
 
 
+def apart(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
+    """Say which runs saw other images than each other, so that nothing is tested between them."""
+    said = []
+    for (i, first), (j, second) in itertools.combinations(enumerate(runs), 2):
+        if not _same_images(first, second):
+            one, other = (plain(run.manifest["config"]["data"], 60) for run in (first, second))
+            said.append(f"{names[i]} and {names[j]} saw different images ({one}; {other}): they are not tested.")
+    return said
+
+
 def stopped(runs: Sequence[AttackedRun], names: Sequence[str]) -> list[str]:
     """Say which runs stopped early, and what of them is not compared."""
     return [
@@ -206,7 +224,7 @@ def comparison_report(runs: Sequence[AttackedRun], comparisons: Sequence[Compari
     keys = [chr(ord("A") + i) if i < 26 else f"R{i + 1}" for i in range(len(runs))]
     names = [f"{plain(run.name, 60)} ({key})" for run, key in zip(runs, keys, strict=True)]
     early = stopped(runs, names)
-    sentences = [*findings(comparisons, names), *early]
+    sentences = [*findings(comparisons, names), *apart(runs, names), *early]
     manifests: list[doc.Block] = []
     for key, run in zip(keys, runs, strict=True):
         rows: Sequence[tuple[str, doc.Line]] = manifest_rows(run.manifest)
@@ -273,7 +291,7 @@ def _robust(run: AttackedRun, norm: str, eps: float) -> doc.Measure | doc.Small:
 
 def _tests(comparisons: Sequence[Comparison], keys: Sequence[str]) -> list[doc.Block]:
     if not comparisons:
-        lead = "These runs have no image in common (same id and class), so there is nothing to test pairwise."
+        lead = "These runs have no image in common (same data, id and class), so there is nothing to test pairwise."
         return [doc.Text(lead, "lead")]
     lead = (
         "McNemar's exact test on the images that both runs decided; p-values are Holm-corrected over all "

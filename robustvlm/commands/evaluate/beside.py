@@ -9,6 +9,7 @@ from robustvlm.attacks.goals.base import ROBUST
 from robustvlm.commands.attack.record import AttackedRun, load_run, robust_bounds, words_of
 from robustvlm.commands.evaluate.record import uneven
 from robustvlm.commands.evaluate.view import Evaluation, evaluate_report, read_run, spread_cells
+from robustvlm.data.splits import same_images
 from robustvlm.errors import UserError
 from robustvlm.report import sections as doc
 from robustvlm.report.page import drawing, page_of, write_page
@@ -93,6 +94,8 @@ def evenness(run: Evaluation, attacked: Sequence[AttackedRun]) -> Iterator[doc.T
         return
     found: list[doc.Row] = []
     for other in attacked:
+        if not same_images(*(one.manifest.get("data") or {} for one in (run, other))):
+            continue
         verdicts = other.verdicts()
         seen = {image.image_id: image for image in verdicts.images}
         shared = [(row["label"], row["subgroup"], row["correct"], seen[row["image_id"]])
