@@ -6,7 +6,7 @@ file that one counts under which every weight of the model is there, once and in
 of other libraries' layouts (OpenAI, transformers) are translated first.
 """
 
-import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +23,12 @@ from robustvlm.models.weights import require_finite
 
 
 def from_open_clip(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights after open_clip's own conversions for `model`: older layouts, other image and context sizes."""
+    """Return weights after open_clip's own conversions of older layouts for `model`.
+
+    Its resampling of position embeddings to another image or context size is none of them: that makes another model.
+    """
     from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+    from open_clip.model import convert_to_custom_text_state_dict
 
     found: dict[str, torch.Tensor] = convert_state_dict(model, dict(weights))
     own = model.state_dict()
@@ -35,11 +38,6 @@ def from_open_clip(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dic
     for name in ("logit_scale", "logit_bias"):
         if name in found and name in own and found[name].numel() == 1:
             found[name] = found[name].reshape(own[name].shape)
-    if hasattr(model, "visual"):
-        # Where these fail, the checkpoint is of another width; the comparison of shapes says so in words.
-        with contextlib.suppress(AssertionError, AttributeError, RuntimeError):
-            resize_pos_embed(found, model)
-            resize_text_pos_embed(found, model)
     return found
 
 
@@ -346,6 +344,7 @@ def _reading(
         bias = float(weights.pop("logit_bias"))
     shapes = [
         f"'{name}' is {list(weights[name].shape)}, the model needs {list(own[name].shape)}"
+        + _of_size(name, weights, own)
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
@@ -362,6 +361,22 @@ def _reading(
     ]
     kept = {name: tensor for name, tensor in weights.items() if name in known}
     return _Reading(Found(kept, tower, place, bias), (clashes + shapes, missing, unknown), outside)
+
+
+def _of_size(name: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Say what image size or text length position embeddings are of, where they differ in that from a model's."""
+    if not name.endswith("positional_embedding") or weights[name].shape[1:] != own[name].shape[1:]:
+        return ""
+    count, needed, filters = len(weights[name]), len(own[name]), "visual.conv1.weight"
+    if not name.startswith("visual."):
+        return f" (texts of {count} tokens, not {needed}): name the architecture or config of that length"
+    if filters not in weights or weights[filters].shape != own[filters].shape or count < 2:
+        return ""
+    side = math.isqrt(count - 1)
+    if side * side + 1 != count:
+        return ""
+    pixels = side * own[filters].shape[-1]
+    return f" (images of {pixels} pixels): name the architecture or config of that size"
 
 
 def _is_beside(name: str, tensor: Tensor) -> bool:

@@ -179,6 +179,18 @@ def test_a_tower_alone_is_said_to_be_one() -> None:
     assert "does not fit the model's vision tower" in refused({n: t[..., :1] for n, t in VISION.items()})
 
 
+def test_position_embeddings_of_another_size_are_refused_and_not_resampled() -> None:
+    other = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"image_size": 32}}
+    larger = open_clip.CLIP(**other).state_dict()
+    told = refused(larger)
+    assert "'visual.positional_embedding' is [17, 32], the model needs [5, 32] (images of 32 pixels): name the" in told
+    longer = open_clip.CLIP(**CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"context_length": 24}}).state_dict()
+    told = refused(longer)
+    assert "'positional_embedding' is [24, 16], the model needs [16, 16] (texts of 24 tokens, not 16): name" in told
+    finer = open_clip.CLIP(**CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"patch_size": 4}}).state_dict()
+    assert "pixels" not in refused(finer)
+
+
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"state_dict": {"a": 1}}, {"a": [torch.ones(1)]}])
 def test_nothing_to_fit(content: dict[str, Any]) -> None:
     assert "holds no named tensors" in refused(content)
