@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -95,6 +95,29 @@ def read_json(path: Path, *, most: int = MOST_BYTES, advice: str = "") -> Any:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read '{path}' ({first_line(error)}){f': {advice}' if advice else ''}") from None
+
+
+def read_object(path: Path, *, parts: Sequence[str] = (), most: int = MOST_BYTES, advice: str = "") -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Args:
+        parts: keys, dots between those of one path, under which there are objects, too, if anything is there.
+        advice: as for `read_json`.
+
+    Raises:
+        FileNotFoundError: nothing is there. UserError: as `read_json`, and for anything else than objects.
+    """
+    content = read_json(path, most=most, advice=advice)
+    for part in ("", *parts):
+        value = content
+        for key in part.split(".") if part else ():
+            value = (value or {}).get(key)
+        if not isinstance(value, dict) and not (part and value is None):
+            where = f" under '{part}'" if part else ""
+            more = f": {advice}" if advice else ""
+            raise UserError(f"'{path}' holds a {type(value).__name__}{where}, expected an object, {{...}}{more}")
+    found: dict[str, Any] = content
+    return found
 
 
 def first_line(error: BaseException) -> str:

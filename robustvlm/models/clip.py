@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from robustvlm.core.boundary import same_random_state
-from robustvlm.core.files import MOST_BYTES, NotRegular, read_json, require_regular
+from robustvlm.core.files import MOST_BYTES, NotRegular, read_object, require_regular
 from robustvlm.core.framing import RESIZE_MODES, Framing, to_pixels
 from robustvlm.core.loading import quick_imports
 from robustvlm.core.size import Size, as_size, size_text
@@ -26,6 +26,8 @@ from robustvlm.models.weights import CONFIG_NAME, brief, hub_file, read_checkpoi
 
 # What an open_clip config says of preprocessing: read as open_clip reads it, and compared with its own
 
+TEXT_PARTS = ("model_cfg", "model_cfg.text_cfg", "model_cfg.text_cfg.tokenizer_kwargs")
+"""Where a folder's config says what its text side is."""
 KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 """What a config or a tag may say, beside the size, which is the model's own."""
 _FILTERS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
@@ -47,7 +49,7 @@ def check_settings(folder: Path, spec: str) -> None:
     """Refuse a folder whose `preprocess_cfg` has keys that open_clip would drop without a word."""
     from open_clip.transform import PreprocessCfg
 
-    content = read_json(folder / CONFIG_NAME)
+    content = read_object(folder / CONFIG_NAME, parts=("preprocess_cfg", *TEXT_PARTS))
     found = content.get("preprocess_cfg") or {}
     known = {field.name for field in dataclasses.fields(PreprocessCfg)}
     for key, value in found.items():
@@ -167,8 +169,8 @@ def load_tokenizer(source: str, folder_source: str, spec: str) -> Tokenizer:
 
 def bpe_file(folder: Path, spec: str) -> Path | None:
     """Return the merges file of a model folder: the one its config names, else the only bpe_*.txt.gz beside it."""
-    config = read_json(folder / CONFIG_NAME)
-    text = config.get("model_cfg", {}).get("text_cfg", {})
+    config = read_object(folder / CONFIG_NAME, parts=TEXT_PARTS)
+    text = (config.get("model_cfg") or {}).get("text_cfg") or {}
     named = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     if named:
         # A folder that was moved, or came from another machine, has the file beside its config.
@@ -374,7 +376,7 @@ def _architecture(config: dict[str, Any], quick_gelu: bool) -> str:
 def _check_text_config(text: dict[str, Any], spec: str, *, tokenizer_inside: bool) -> None:
     """Refuse configs that would run code, and fail at once where a part on the hub is out of reach."""
     # open_clip hands these to transformers as they stand.
-    if text.get("tokenizer_kwargs", {}).get("trust_remote_code"):
+    if (text.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
         raise UserError(
             f"the config of model '{spec}' asks to run code from its repository (trust_remote_code): refused"
         )

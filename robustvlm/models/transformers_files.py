@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from robustvlm.core.files import read_bytes, read_json
+from robustvlm.core.files import read_bytes, read_json, read_object
 from robustvlm.core.network import download_seconds, within
 from robustvlm.errors import MissingExtra, UserError
 from robustvlm.models.weights import _reach_hub as reach_hub
@@ -107,8 +107,8 @@ def read_config(folder: Path, spec: str) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"'{spec}' names no model of transformers: expected {CONFIG} and {WEIGHTS} in '{folder}'")
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_object(folder / CONFIG, parts=("vision_config", "text_config"))
+    if not isinstance(config.get("model_type"), str):
         raise UserError(f"'{folder / CONFIG}' names no model_type: expected a config of the transformers library")
     for name in (CONFIG, "tokenizer_config.json", *IMAGE_FILES):
         content = config if name == CONFIG else read_json(folder / name) if (folder / name).is_file() else {}
@@ -137,7 +137,8 @@ def _require_weights(folder: Path, spec: str) -> None:
             f"'{spec}' has no weights as safetensors: expected {WEIGHTS} in '{folder}'; files that are unpickled are "
             "not read: save it again with save_pretrained"
         )
-    shards = set((read_json(folder / INDEX).get("weight_map") or {}).values())
+    listed = (read_object(folder / INDEX, parts=("weight_map",)).get("weight_map") or {}).values()
+    shards = {str(name) for name in listed}
     lost = sorted(name for name in shards if os.path.basename(name) != name or not (folder / name).is_file())
     if lost or not shards:
         raise UserError(

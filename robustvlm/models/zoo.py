@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from robustvlm.core import files, loading, ranks, registry
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import checkpoints, custom, saved, transformers_load
-from robustvlm.models.clip import ClipVLM, build_clip, put_tower
+from robustvlm.models.clip import TEXT_PARTS, ClipVLM, build_clip, put_tower
 from robustvlm.models.mllm import PREFIX as _MLLM
 from robustvlm.models.mllm.load import load_mllm
 from robustvlm.models.transformers_files import PREFIX as _TRANSFORMERS
@@ -90,7 +91,7 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     if spec.startswith(_TRANSFORMERS):
         return transformers_load.load_transformers(spec, load_model).to(place)
     if spec.startswith(_MLLM):
-        return load_mllm(spec, load_model).to(place)
+        return load_mllm(spec, partial(_bundled, spec)).to(place)
     folder = os.path.expanduser(spec)
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for texts that cannot be a path
         if (Path(folder) / saved.CARD_NAME).is_file() and not (Path(folder) / CONFIG_NAME).is_file():
@@ -105,6 +106,16 @@ def load_model(spec: str, *, device: str | torch.device = "cpu") -> VLM:
     if part is not None and os.path.isdir(rest):
         return _from_folder(Path(rest), spec, part).to(place)
     return _from_name(spec).to(place)
+
+
+def _bundled(spec: str, name: object) -> ClipVLM:
+    """Return the bundled model that the config of `spec` names: any other name in a file could be one of code."""
+    if not isinstance(name, str) or name not in BUNDLED:
+        raise UserError(
+            f"the config of '{spec}' takes its image tower from {name!r}: expected a bundled model, "
+            f"{' or '.join(BUNDLED)}"
+        )
+    return _from_folder(BUNDLED[name], name)
 
 
 def split_base(spec: str) -> tuple[str, str | None]:
@@ -165,7 +176,7 @@ def _require_architecture(name: str, base: ClipVLM, spec: str) -> None:
 def _require_activation(file: Path, vlm: ClipVLM) -> None:
     """Refuse a file beside which transformers says that it was trained with another activation."""
     described = file.parent / "config.json"
-    content = files.read_json(described) if described.is_file() else {}
+    content = files.read_object(described) if described.is_file() else {}
     if content.get("model_type") not in ("clip", "clip_vision_model", "clip_text_model"):
         return
     parts = [content[key] for key in ("vision_config", "text_config") if isinstance(content.get(key), dict)] or [
@@ -210,12 +221,13 @@ def _from_hub(repo: str, spec: str) -> ClipVLM:
         raise UserError(f"a hub model is named hf-hub:ORG/REPO, got '{spec}'")
     config = hub_file(repo, [CONFIG_NAME], advice=advice)
     weights = hub_file(repo, WEIGHT_NAMES, advice=advice)
-    text = files.read_json(config).get("model_cfg", {}).get("text_cfg", {})
+    content = files.read_object(config, parts=TEXT_PARTS)
+    text = (content.get("model_cfg") or {}).get("text_cfg") or {}
     # A tokenizer of transformers is named by the hub config, not stored beside the two files fetched here.
     tokenizer = spec if text.get("hf_tokenizer_name") else None
     merges = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     if merges:
-        hub_file(repo, [Path(merges).name], advice=advice)
+        hub_file(repo, [Path(str(merges)).name], advice=advice)
     return build_clip(f"local-dir:{config.parent}", weights, spec=spec, tokenizer_source=tokenizer)
 
 

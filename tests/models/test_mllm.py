@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from robustvlm.core.framing import to_pixels
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.mllm import MOST_WORDS, MllmVLM
-from robustvlm.models.mllm.load import split_question
+from robustvlm.models.mllm.load import BUNDLED, split_question
 from robustvlm.models.mllm.tongue import Options
 from tests.models.test_transformers import pictures
 from tests.models.transformers_folders import SIDE, make
@@ -179,4 +180,30 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     del state[lost]
     save_file(state, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="would be random"):
+        load_model(f"mllm:{tmp_path / 'm'}")
+
+
+@pytest.mark.parametrize("base", ["evil_module:make", "/some/folder", ["tiny"], None, "hf-hub:org/name"])
+def test_the_tower_that_a_config_names_is_a_bundled_one(
+    base: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('code of a file was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(BUNDLED["tiny"], tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["vision_config"]["base"] = base
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"takes its image tower from .*: expected a bundled model, tiny"):
+        load_model(f"mllm:{tmp_path / 'm'}")
+
+
+def test_values_of_another_form_are_one_line(tmp_path: Path) -> None:
+    make(tmp_path / "m", "llava", vision_feature_layer=-2)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"vision_feature_layer": "last"}))
+    with pytest.raises(UserError, match="has a value of another form"):
+        load_model(f"mllm:{tmp_path / 'm'}")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "generation_config.json").write_text("[2]")
+    with pytest.raises(UserError, match=r"cannot be loaded|holds a list, expected an object"):
         load_model(f"mllm:{tmp_path / 'm'}")

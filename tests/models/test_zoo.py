@@ -80,7 +80,8 @@ class TestFolder:
         folder = save_clip()
         (folder / "open_clip_config.json").write_text(config)
         said = refused(str(folder))
-        assert "cannot be built from its config" in said or "open_clip_config.json' (Expecting" in said
+        reasons = ("cannot be built from its config", "open_clip_config.json' (Expecting", "expected an object, {...}")
+        assert any(reason in said for reason in reasons)
 
     def test_a_tokenizer_too_large_for_the_vocabulary(self, save_clip: Callable[..., Path]) -> None:
         folder = save_clip(
@@ -91,6 +92,23 @@ class TestFolder:
             }
         )
         assert "has room for 600 tokens, but its tokenizer knows 49408" in refused(str(folder))
+
+    @pytest.mark.parametrize("content", ["[]", '"clip"', "null", '{"model_type": "clip", "vision_config": []}'])
+    def test_a_config_of_transformers_that_is_no_object(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "config.json").write_text(content)
+        assert "expected an object, {...}" in refused(f"transformers:{tmp_path}")
+
+    @pytest.mark.parametrize("content", ["[]", '{"model_cfg": {"text_cfg": []}}', '{"model_cfg": [1]}'])
+    def test_a_config_of_the_hub_that_is_no_object(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+    ) -> None:
+        (tmp_path / "config.json").write_text(content)
+        monkeypatch.setattr("robustvlm.models.zoo.hub_file", lambda *_, **__: tmp_path / "config.json")
+        assert "expected an object, {...}" in refused("hf-hub:org/name")
+
+    def test_a_list_beside_a_checkpoint_is_no_config(self, architecture: Path) -> None:
+        (architecture / "config.json").write_text("[]")
+        assert "holds a list, expected an object" in refused(f"mini-8/{architecture / 'open_clip_model.safetensors'}")
 
     def test_a_config_that_asks_for_code_is_refused(self, save_clip: Callable[..., Path]) -> None:
         folder = save_clip()

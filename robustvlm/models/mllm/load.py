@@ -1,7 +1,6 @@
 """From `mllm:FOLDER_OR_NAME` to a model: of a known type, read without code, whole, with the prompt it was tuned on."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from robustvlm.core.boundary import same_random_state
-from robustvlm.core.files import read_bytes, read_json
+from robustvlm.core.files import read_bytes, read_object
 from robustvlm.core.framing import trial_pixels
 from robustvlm.errors import UserError, nearest
 from robustvlm.models import transformers_files as files
@@ -46,11 +45,11 @@ def split_question(spec: str) -> tuple[str, str, bool]:
     return place.removesuffix(_POOLED), question.strip(), pooled
 
 
-def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
+def load_mllm(spec: str, load_base: Callable[[object], VLM]) -> MllmVLM:
     """Return the model of `mllm:PLACE[@pooled][#QUESTION]`: a bundled name, a folder, or a repository on the hub.
 
     Args:
-        load_base: loads the bundled model whose image tower a bundled one has.
+        load_base: loads the bundled model whose image tower a bundled one has, by the name in its config, and no other.
 
     Raises:
         UserError: no such model, one of another family, or one that is not whole.
@@ -86,17 +85,20 @@ def load_mllm(spec: str, load_base: Callable[[str], VLM]) -> MllmVLM:
 
 
 def _require_family(config: Mapping[str, Any], spec: str) -> Family:
-    family, tower = family_of(config, spec), (config.get("vision_config") or {}).get("model_type")
+    try:
+        family, tower = family_of(config, spec), (config.get("vision_config") or {}).get("model_type")
+    except (TypeError, ValueError) as error:  # a text where a number belongs
+        raise UserError(f"the config of '{spec}' has a value of another form ({brief(error)})") from None
     if isinstance(family, Llava) and tower not in TOWERS:
         raise UserError(f"the image tower of '{spec}' is of type '{tower}': known are {', '.join(TOWERS[:-1])}")
     return family
 
 
 def _load_weights(
-    module: Any, folder: Path, config: Mapping[str, Any], family: Family, spec: str, load_base: Callable[[str], VLM]
+    module: Any, folder: Path, config: Mapping[str, Any], family: Family, spec: str, load_base: Callable[[object], VLM]
 ) -> Any:
     name = family.model
-    bundled = config["vision_config"]["model_type"] == _OWN_TOWER
+    bundled = (config.get("vision_config") or {}).get("model_type") == _OWN_TOWER
     if bundled:
         from robustvlm.models.mllm.tower import register
 
@@ -113,7 +115,7 @@ def _load_weights(
     except Exception as error:  # a wrong config or checkpoint fails in any way inside transformers
         raise UserError(f"'{spec}' cannot be loaded as {name}: {brief(error)}") from error
     if bundled:
-        base: Any = load_base(str(config["vision_config"].get("base", "tiny")))
+        base: Any = load_base(config["vision_config"].get("base", "tiny"))
         model.model.vision_tower.visual.load_state_dict(base.model.visual.state_dict())
     require_whole(model, found, spec, name, made=lambda key: bundled and ".visual." in key)
     # A checkpoint's own may sample, or punish repetition: what is judged here is the greedy answer.
@@ -162,12 +164,14 @@ def _tongue(module: Any, folder: Path, config: Mapping[str, Any], family: Family
 
 def _ends(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    told = read_json(path).get("eos_token_id") if path.is_file() else None
+    told = read_object(path).get("eos_token_id") if path.is_file() else None
     found = told if told is not None else tokenizer.eos_token_id
     if found is None:
         found = (config.get("text_config") or {}).get("eos_token_id")
     several = found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(int(token) for token in several)
+    if not all(isinstance(token, int) for token in several):
+        raise UserError(f"'{folder}' ends an answer at {several}: expected the numbers of tokens as eos_token_id")
+    return tuple(several)
 
 
 def _template(folder: Path) -> str | None:
@@ -176,7 +180,7 @@ def _template(folder: Path) -> str | None:
     if plain.is_file():
         return read_bytes(plain, most=2**20).decode()
     if old.is_file():
-        return str(json.loads(read_bytes(old, most=2**20)).get("chat_template") or "") or None
+        return str(read_object(old, most=2**20).get("chat_template") or "") or None
     return None
 
 
