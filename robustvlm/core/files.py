@@ -59,6 +59,16 @@ def require_regular(path: Path) -> None:
         raise NotRegular(f"'{path}' is no regular file")
 
 
+def beginning(path: Path, *, most: int = 2**22) -> bytes:
+    """Return the first bytes of a regular file, b"" of what cannot be read: for digests, where a fault counts, too."""
+    try:
+        require_regular(path)
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError:
+        return b""
+
+
 def read_text(path: Path, *, most: int = MOST_BYTES, encoding: str = "utf-8") -> str:
     """Return the text of a regular file; raises as `read_bytes` does, and UnicodeDecodeError."""
     return read_bytes(path, most=most).decode(encoding)

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from robustvlm.core.files import beginning
 from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import decode
 from robustvlm.data.labels import TextLabels, captions_of
 from robustvlm.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.data.source import SAMPLED, UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import is_junk, split_in, split_kind
 from robustvlm.errors import MissingExtra, UserError, nearest
@@ -117,17 +118,20 @@ class HubSource(DataSource):
                 yield self._sample(f"{self.split}/{i}", self._data[i])
 
     def _sample(self, image_id: str, row: dict[str, Any]) -> Sample | Unreadable:
-        value, label = row[self._image], None if self._label is None else row[self._label]
-        data = value
-        if isinstance(value, dict):
-            # Local image folders hold paths; data from the hub holds the bytes.
-            data = value["bytes"] if value.get("bytes") is not None else value.get("path") and Path(value["path"])
+        data, label = _data_of(row[self._image]), None if self._label is None else row[self._label]
         if not data:
             return Unreadable(image_id, "no image bytes in this row")
         meant = self._texts[label] if self._texts is not None else UNKNOWN if label is None else int(label)
         captions = () if self._captions is None else captions_of(row[self._captions])
         part = None if self._subgroup is None else row[self._subgroup]
         return decode(image_id, data, meant, captions=captions, subgroup="" if part is None else str(part))
+
+    def _stored(self) -> Iterable[tuple[str, bytes]]:
+        ids = self.ids() or []
+        place = {name: number for number, name in enumerate(ids)}
+        for name in select(ids, SAMPLED):
+            data = _data_of(self._data[place[name]][self._image])
+            yield name, beginning(data) if isinstance(data, Path) else data if isinstance(data, bytes) else b""
 
     def _identity(self) -> Iterable[str]:
         asked = [name for name in (self._captions, self._subgroup) if name is not None]
@@ -139,6 +143,13 @@ class HubSource(DataSource):
         for column in [name for name in (self._label, *asked) if name is not None]:
             for batch in self._data.select_columns([column]).iter(batch_size=4096):
                 yield repr(batch[column])
+
+
+def _data_of(value: Any) -> Any:
+    """Return the bytes of an image, or its path: local image folders hold paths, data from the hub the bytes."""
+    if not isinstance(value, dict):
+        return value
+    return value["bytes"] if value.get("bytes") is not None else value.get("path") and Path(value["path"])
 
 
 def _datasets() -> Any:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from robustvlm.core.files import beginning
 from robustvlm.data.decode import decode, image_suffixes, looks_like_image
 from robustvlm.data.labels import natural_key
 from robustvlm.data.names import readable
-from robustvlm.data.source import DataSource, Sample, Unreadable
+from robustvlm.data.source import SAMPLED, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import chosen_split, is_junk, said_of, split_kind
 from robustvlm.errors import UserError
@@ -109,6 +110,11 @@ class ImageFolder(DataSource):
             except OSError:
                 size = -1
             yield f"{file.id} {file.label} {size}"
+
+    def _stored(self) -> Iterable[tuple[str, bytes]]:
+        path_of = {file.id: file.path for file in self._files if file.fault is None}
+        for name in select(path_of, SAMPLED):
+            yield name, beginning(path_of[name])
 
     def _walk(self, folder: Path, label: int, above: tuple[str, ...]) -> Iterator[_File]:
         """Yield the images below a folder, sorted; `above` are the real folders it lies in, against loops of links."""

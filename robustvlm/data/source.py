@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # What every data source is: named classes and a stream of samples with stable ids
 
+SAMPLED = 64
+"""How many images a digest of the content looks at."""
 UNKNOWN = -1
 """Label of an image whose class is none of `class_names` (open-set images)."""
 
@@ -223,6 +225,23 @@ class DataSource(ABC):
             text = part.encode("utf-8", "surrogateescape")
             digest.update(len(text).to_bytes(8, "big") + text)
         return digest.hexdigest()
+
+    def content(self) -> str | None:
+        """Return a digest of a few images as they are stored, chosen by their ids; None where that would be costly.
+
+        Beside the fingerprint, which many sources take from names, sizes and labels: it tells data whose every image
+        was changed, as by a corruption, from what they were.
+        """
+        digest, seen = hashlib.blake2b(digest_size=16), False
+        for name, data in self._stored():
+            for part in (name.encode("utf-8", "surrogateescape"), data):
+                digest.update(len(part).to_bytes(8, "big") + part)
+            seen = True
+        return digest.hexdigest() if seen else None
+
+    def _stored(self) -> Iterable[tuple[str, bytes]]:
+        """Yield the ids of at most `SAMPLED` images, chosen by `select`, and what is stored of each."""
+        return ()
 
     def _identity(self) -> Iterable[str]:
         """Return texts that change when the content does; the ids unless a source knows better."""

@@ -266,6 +266,10 @@ class Unlabelled(DataSource):
             name = names[item.label] if 0 <= item.label < len(names) else None
             yield replace(item, label=UNKNOWN if name is None else self._known.get(name, UNKNOWN))
 
+    def content(self) -> str | None:
+        """Return the digest of the other source."""
+        return self.inner.content()
+
     def _identity(self) -> Iterable[str]:
         return self.inner._identity()
 

@@ -208,6 +208,9 @@ def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
         >>> same_images(photos, photos | {"fingerprint": "cd", "class_names": ["dog", "cat"]})
         True
     """
+    contents = {str(data["content"]) for data in (first, second) if data.get("content") is not None}
+    if len(contents) > 1:
+        return False
     if first.get("fingerprint") is not None and first.get("fingerprint") == second.get("fingerprint"):
         return True
     one, other = (str(data.get("spec") or "") for data in (first, second))

@@ -15,7 +15,7 @@ from robustvlm.data.classes import DEFAULT, check_templates, read_class_names
 from robustvlm.data.decode import decode
 from robustvlm.data.labels import captions_of, label_of
 from robustvlm.data.names import read_lines
-from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
+from robustvlm.data.source import SAMPLED, UNKNOWN, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import Spec
 from robustvlm.data.splits import chosen_split, is_junk, one_split, split_kind
 from robustvlm.errors import MissingExtra, UserError
@@ -154,6 +154,8 @@ _IMAGES = (
     "pgm",
 )
 _LABELS = ("cls", "json", "txt")
+_PIECE = 2**14
+"""Bytes of a shard that are looked at in one place."""
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _JSON_KEYS = ("label", "cls", "class")
 
@@ -248,10 +250,29 @@ class WebDatasetSource(DataSource):
                 raise
             return _label(kind, data, self.class_names, where)  # of the same order
 
+    def _stored(self) -> Iterable[tuple[str, bytes]]:
+        local = {shard.name: shard for shard in self._shards if shard.path}
+        each = max(1, SAMPLED // max(1, len(local)))
+        for name in select(local, SAMPLED):
+            yield name, _pieces(local[name], each)
+
     def _identity(self) -> Iterable[str]:
         yield from (f"{shard.name} {shard.size}" for shard in self._shards)
         if self._captions is not None:
             yield f"captions {self._captions}"
+
+
+def _pieces(shard: Shard, count: int) -> bytes:
+    """Return pieces of a local shard, evenly apart."""
+    try:
+        with shard.open() as file:
+            found = []
+            for number in range(count):
+                file.seek(number * shard.size // count)
+                found.append(file.read(_PIECE))
+            return b"".join(found)
+    except OSError:
+        return b""
 
 
 def _library() -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -266,9 +267,32 @@ def differences(old: Manifest, new: Manifest) -> list[str]:
     found = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in ("format", "kind") if old.get(key) != new.get(key)]
     for section, prefix in (("config", ""), ("model", "model "), ("data", "data ")):
         before, after = old.get(section) or {}, new.get(section) or {}
+        if section == "data":
+            before, after = without_contents(before, after), without_contents(after, before)
         for key in sorted({*before, *after}):
             if before.get(key) != after.get(key):
                 found.append(f"{prefix}{key}: {_short(before.get(key))} -> {_short(after.get(key))}")
+    return found
+
+
+_CONTENTS = ("content", "contents")
+
+
+def without_contents(data: Mapping[str, Any], other: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return what a manifest says of data without the digests of content that `other` lacks: older runs have none.
+
+    Example:
+        >>> now = {"fingerprint": "ab", "content": "cd", "val": {"content": "ef"}}
+        >>> without_contents(now, {"fingerprint": "ab", "val": {"content": "01"}})
+        {'fingerprint': 'ab', 'val': {'content': 'ef'}}
+    """
+    found = {}
+    for key, value in data.items():
+        theirs = other.get(key)
+        if key in _CONTENTS and theirs is None:
+            continue
+        inside = theirs if isinstance(theirs, Mapping) else {}
+        found[key] = without_contents(value, inside) if isinstance(value, Mapping) else value
     return found
 
 

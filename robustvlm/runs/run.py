@@ -52,7 +52,8 @@ class Facts:
     @property
     def identity(self) -> dict[str, Any]:
         """What the default name is a digest of."""
-        facts = {} if self.named_by_config else {"model facts": self.model, "data facts": self.data}
+        data = made.without_contents(self.data)
+        facts = {} if self.named_by_config else {"model facts": self.model, "data facts": data}
         return dict(self.config) | facts
 
 

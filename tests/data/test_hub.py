@@ -160,3 +160,16 @@ def test_a_single_saved_split_with_labels_as_texts(tmp_path: Path, plain: Callab
     assert source.remarks == ["the data were saved as the split 'validation'"]
     with pytest.raises(UserError, match=r"is one saved split \(validation\): leave out"):
         open_data(f"hf:{tmp_path / 'one'}?split=test")
+
+
+def test_the_content_follows_the_images(saved: Path, plain: Callable[..., bytes]) -> None:
+    known = [open_data(f"hf:{saved / name}").content() for name in ("one", "splits", "files")]
+    assert None is not known[0] == known[1] == known[2]
+    assert open_data(f"hf:{saved / 'files'}?streaming=1").content() is None
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["cat", "dog"])})
+    images = [{"bytes": plain((i, 9, 0)), "path": None} for i in range(6)]
+    data = datasets.Dataset.from_dict({"img": images, "fine_label": [0, 1, 0, 1, 0, 1]}, features=features)
+    data.save_to_disk(str(saved / "other"))
+    other = open_data(f"hf:{saved / 'other'}")
+    assert other.fingerprint() == open_data(f"hf:{saved / 'one'}").fingerprint()
+    assert other.content() != known[0]

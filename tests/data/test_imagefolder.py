@@ -273,3 +273,17 @@ def test_beside_one_folder_with_images_the_empty_ones_are_the_other_classes(tmp_
     assert source.class_names == ("ape", "bee", "cat")
     assert [sample.label for sample in source.samples()] == [1]
     assert source.remarks == ["only 'bee' holds images: the empty folders count as classes"]
+
+
+def test_the_content_follows_the_images_and_not_their_place(folder: Path, tmp_path: Path) -> None:
+    before = ImageFolder(folder)
+    known, named = before.content(), before.fingerprint()
+    moved = folder.rename(tmp_path / "elsewhere")
+    for path in moved.rglob("*.png"):
+        os.utime(path, (1, 1))
+    assert known is not None
+    assert ImageFolder(moved).content() == known
+    changed = moved / "cat" / "0.png"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"?")
+    assert ImageFolder(moved).fingerprint() == named  # which looks at names and sizes
+    assert ImageFolder(moved).content() != known

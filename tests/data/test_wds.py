@@ -303,3 +303,15 @@ def test_doubled_names_of_older_lists_are_told_apart(tmp_path: Path, plain: Plai
     assert all(source.class_names[label] == usual[label] for label in twice)
     assert sorted(item.label for item in source.samples() if isinstance(item, Sample)) == sorted(twice)
     assert any("134 'crane' -> " in remark for remark in source.remarks)
+
+
+def test_the_content_follows_the_bytes_of_local_shards(shards: Path) -> None:
+    before = open_data(f"wds:{shards}")
+    known = before.content()
+    file = sorted(shards.rglob("*.tar"))[0]
+    data = bytearray(file.read_bytes())
+    data[600] ^= 1
+    file.write_bytes(bytes(data))
+    after = open_data(f"wds:{shards}")
+    assert after.fingerprint() == before.fingerprint()
+    assert None is not known != after.content()

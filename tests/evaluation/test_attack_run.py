@@ -238,6 +238,14 @@ def test_other_settings_under_the_same_name_are_refused_by_key(straight: Attacki
             grown.run()
     finally:
         more.unlink()
+    first = next(more.parent.iterdir())
+    whole = first.read_bytes()
+    try:
+        first.write_bytes(whole[:-1] + b"?")  # of the same size
+        with pytest.raises(UserError, match=r"other settings \(data content: \w+ -> \w+\)"):
+            prepared(all_photos, name="straight", **CURVE).run()
+    finally:
+        first.write_bytes(whole)
     assert straight.folder.journal_path.read_bytes() == before
 
 

@@ -30,6 +30,8 @@ ADDED = {
     "promised",
     "negatives",
     "watched",
+    "content",
+    "contents",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

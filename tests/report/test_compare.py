@@ -147,3 +147,8 @@ def test_where_a_run_stopped_early_it_is_not_tested(pair: tuple[AttackedRun, Att
     page = page_of(comparison_report([pair[0], half], compare(pair[0], half)))
     assert "stopped early" in page
     assert "Only the first" in page
+
+
+def test_data_of_another_content_is_other_data(pair: tuple[AttackedRun, AttackedRun]) -> None:
+    assert compare(on_data(pair[0], content="ab"), on_data(pair[1], content="cd")) == []
+    assert compare(on_data(pair[0], content="ab"), pair[1]) == compare(*pair)

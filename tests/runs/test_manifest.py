@@ -107,3 +107,15 @@ def test_a_setting_that_an_older_version_did_not_know_counts_as_changed() -> Non
 @pytest.mark.parametrize("content", [None, [], 3, "format", {}, {"name": "a web app", "version": 3}, {"format": 1}])
 def test_other_programs_manifests_are_told_apart(content: object) -> None:
     assert not is_manifest(content)
+
+
+def test_other_content_is_other_data_as_far_as_both_manifests_tell() -> None:
+    before, now, changed = manifest(), manifest(), manifest()
+    now["data"] = before["data"] | {"content": "ab", "val": {"fingerprint": "cd", "content": "ef"}}
+    before["data"] = before["data"] | {"val": {"fingerprint": "cd"}}
+    changed["data"] = now["data"] | {"content": "00"}
+    assert differences(before, now) == differences(now, before) == []
+    assert differences(now, changed) == ["data content: ab -> 00"]
+    changed["data"] = now["data"] | {"val": {"fingerprint": "cd", "content": "11"}}
+    (told,) = differences(now, changed)
+    assert told.startswith("data val: ")

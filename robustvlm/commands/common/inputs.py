@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,14 +171,27 @@ def facts_of(model: VLM | Classifier, *more: str) -> dict[str, Any]:
 
 def describe_data(source: DataSource) -> dict[str, Any]:
     """Return the facts that identify the images and their classes."""
-    ids = source.ids()
+    return describe_images(source) | {
+        "class_names": list(source.class_names),
+        "templates": list(source.templates),
+    }
+
+
+def describe_images(source: DataSource) -> dict[str, Any]:
+    """Return the facts that identify the images alone."""
+    ids, content = source.ids(), source.content()
     return {
         "spec": source.spec,
         "fingerprint": source.fingerprint(),
         "images": None if ids is None else len(ids),
-        "class_names": list(source.class_names),
-        "templates": list(source.templates),
-    }
+    } | ({} if content is None else {"content": content})
+
+
+def contents_of(sources: Mapping[str, DataSource | None]) -> dict[str, Any]:
+    """Return the digests of what further data hold, by name, as far as there are any."""
+    found = {name: None if source is None else source.content() for name, source in sources.items()}
+    told = {name: content for name, content in found.items() if content is not None}
+    return {"contents": told} if told else {}
 
 
 def code_facts(names: Iterable[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustvlm.attacks import LaneAttack, ThreatModel
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
+from robustvlm.commands.common import inputs
 from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
 from robustvlm.commands.detect import DetectSettings, corrupted, cropping, measures, promised, remarks, scoring
 from robustvlm.commands.detect import summary as record
@@ -446,11 +447,8 @@ def open_work(settings: DetectSettings) -> DetectWork:
     )
     for text in settings.fail_if:
         parse_condition(text).require(record.DetectConfig.model_validate(config), may_refuse=classifier.can_reject)
-    others = [
-        remark
-        for source in (*(source for _, source in unknown), *(one for one in (fit, stream) if one))
-        for remark in source.remarks
-    ]
+    beside = (*(source for _, source in unknown), *(one for one in (fit, stream) if one))
+    others = [remark for source in beside for remark in source.remarks]
     facts = Facts(
         (settings.model, settings.known),
         config,
@@ -460,7 +458,8 @@ def open_work(settings: DetectSettings) -> DetectWork:
             "unknown": {name: source.fingerprint() for name, source in unknown},
             "fit": None if fit is None else fit.fingerprint(),
         }
-        | ({} if stream is None else {"stream": stream.fingerprint()}),
+        | ({} if stream is None else {"stream": stream.fingerprint()})
+        | inputs.contents_of({f"unknown {name}": one for name, one in unknown} | {"fit": fit, "stream": stream}),
         probe=probe_of(classifier, known.class_names, known.templates),
         remarks=list(dict.fromkeys([*remarks_of(known, classifier), *others])),
     )

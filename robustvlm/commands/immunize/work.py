@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of, unknown_specs
+from robustvlm.commands.common.inputs import contents_of, describe_data, probe_of, remarks_of, unknown_specs
 from robustvlm.commands.immunize import NOISE_DRAWS, ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
 from robustvlm.commands.immunize.extend import ExtendWork, open_extension
@@ -350,8 +350,10 @@ def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
     require_bare(vlm, settings.model)
     require_texts(vlm, "immunising")
     data = describe_data(source)
+    others = {f"ood {number}": source for number, source in enumerate(unknown)}
     if isinstance(held, DataSource):
         data |= {"held out": held.fingerprint()}
+    data |= contents_of(others | {"held out": held if isinstance(held, DataSource) else None})
     if unknown:
         data |= {"ood": [other.fingerprint() for other in unknown]}
     facts = Facts(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from rich.console import Console
 from torch import Tensor, nn
 
-from robustvlm.commands.common.inputs import describe_data, probe_of, remarks_of, unknown_specs
+from robustvlm.commands.common.inputs import contents_of, describe_data, probe_of, remarks_of, unknown_specs
 from robustvlm.commands.common.lessons import remarks_on
 from robustvlm.commands.prompts import PromptSettings
 from robustvlm.core.files import write_text
@@ -250,6 +250,7 @@ def open_work(settings: PromptSettings) -> PromptWork:
         data |= {"val": describe_data(val)}
     if unknown:
         data |= {"ood": [other.fingerprint() for other in unknown]}
+    data |= contents_of({f"ood {number}": source for number, source in enumerate(unknown)})
     facts = Facts(
         (settings.model, settings.data),
         settings.stored(device=str(device), **({"words": fingerprint({}, words)} if settings.lapt else {})),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustvlm import training
 from robustvlm.attacks.threat import ThreatModel, one_radius, parse_norm
-from robustvlm.commands.common.inputs import facts_of, probe_of, taken_for_granted
+from robustvlm.commands.common.inputs import describe_images, facts_of, probe_of, taken_for_granted
 from robustvlm.commands.common.lessons import remarks_on
 from robustvlm.commands.purify import PurifySettings
 from robustvlm.core.files import write_text
@@ -220,8 +220,7 @@ def _images(
 
 def _describe(source: DataSource) -> dict[str, Any]:
     """Return the facts that identify the images; classes play no part."""
-    ids = source.ids()
-    return {"spec": source.spec, "fingerprint": source.fingerprint(), "images": None if ids is None else len(ids)}
+    return describe_images(source)
 
 
 def joined(records: Mapping[str, History], before: Mapping[str, training.Measure]) -> History:
