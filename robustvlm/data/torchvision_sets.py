@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torchvision import datasets
 
+from robustvlm.core.files import beginning
 from robustvlm.core.network import download_seconds, within
 from robustvlm.data.decode import DecodeError, to_rgb
 from robustvlm.data.names import readable
-from robustvlm.data.source import DataSource, Sample, Unreadable
+from robustvlm.data.source import SAMPLED, DataSource, Sample, Unreadable, select
 from robustvlm.data.specs import Spec
 from robustvlm.errors import UserError, nearest
 from robustvlm.text import one_line
@@ -22,27 +24,30 @@ from robustvlm.text import one_line
 _DIGITS = tuple("0123456789")
 # Sets without a list of names in torchvision whose classes are plain.
 _NAMES = {"SVHN": _DIGITS, "USPS": _DIGITS}
+# Where sets keep the paths of their images, alone or each with its class.
+_FILES = ("_image_files", "samples", "_samples", "imgs")
 
 
 class TorchvisionSource(DataSource):
     """A classification set of torchvision by its class name; ids are `SPLIT/INDEX`.
 
     Nothing is downloaded unless `download` is true. `split` is `test` unless given; sets with `train=True/False` take
-    `train` and `test`. Sets without class names need --classes.
+    `train` and `test`. Sets that name their parts otherwise take those of `_PARTS`, and need one where none is `test`;
+    of sets without parts all images are read, as `all`. Sets without class names need --classes.
 
     Raises:
         UserError: no such set or split, not downloaded, or a set whose targets are not class labels.
 
     Example:
         >>> TorchvisionSource("FakeData", Path()).ids()[:2]
-        ['test/0', 'test/1']
+        ['all/0', 'all/1']
     """
 
     def __init__(
         self, name: str, root: Path, *, split: str | None = None, download: bool = False, spec: str | None = None
     ) -> None:
-        self.split = split or "test"
         kind = _find(name)
+        self.split = split or ("test" if _has_parts(kind) else "all")
         self._data = _construct(kind, root, split, download)
         names = getattr(self._data, "classes", None) or _NAMES.get(kind.__name__, ())
         super().__init__(spec or f"torchvision:{name}:{root}", readable([_first_name(item) for item in names]))
@@ -80,12 +85,52 @@ class TorchvisionSource(DataSource):
             )
         return Sample(name, rgb, int(label))
 
+    def _stored(self) -> Iterable[tuple[str, bytes]]:
+        place = {name: number for number, name in enumerate(self.ids())}
+        pixels: Any = getattr(self._data, "data", None)
+        listed = next((files for key in _FILES if isinstance(files := getattr(self._data, key, None), list)), None)
+        for name in select(place, SAMPLED):
+            if hasattr(pixels, "shape") and len(pixels) == len(place):
+                yield name, np.asarray(pixels[place[name]]).tobytes()
+            elif listed is not None and len(listed) == len(place):
+                file = listed[place[name]]
+                yield name, beginning(Path(str(file[0] if isinstance(file, tuple | list) else file)))
+
     def _identity(self) -> Iterable[str]:
         yield f"{type(self._data).__name__} {self.split} {len(self._data)}"
         for name in ("targets", "labels", "_labels"):
             targets = getattr(self._data, name, None)
             if targets is not None:
                 yield from (str(target) for target in list(targets))
+
+
+_PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "EMNIST": {
+        name + suffix: {"split": name, "train": train}
+        for name in datasets.EMNIST.splits
+        for suffix, train in (("", False), ("-train", True))
+    },
+    "INaturalist": {
+        name: {"version": name} for name in ("2021_valid", "2021_train", "2021_train_mini", "2019", "2018", "2017")
+    },
+    "LSUN": {name: {"classes": name} for name in ("val", "train")},
+    "Omniglot": {"test": {"background": False}, "train": {"background": True}},
+}
+"""Sets whose parts have other options than `split` and `train`; not given, torchvision reads those for training."""
+
+
+def _has_parts(kind: Any) -> bool:
+    return kind.__name__ in _PARTS or bool({"split", "train"} & set(inspect.signature(kind.__init__).parameters))
+
+
+def _part_of(kind: Any, split: str | None) -> dict[str, Any]:
+    """Return the options that choose a part of a set of `_PARTS`."""
+    parts = _PARTS[kind.__name__]
+    chosen = split or "test"
+    if chosen not in parts:
+        what = f"has no part '{chosen}'" if split else "has no part that is for tests by its name"
+        raise UserError(f"{kind.__name__} {what}: pass ?split= and one of {', '.join(parts)}")
+    return parts[chosen]
 
 
 def _find(name: str) -> Any:
@@ -105,24 +150,26 @@ _GENERIC = frozenset({"VisionDataset", "DatasetFolder", "ImageFolder"})
 
 def _construct(kind: Any, root: Path, split: str | None, download: bool) -> Any:
     accepted = inspect.signature(kind.__init__).parameters
-    if split is not None and not {"split", "train"} & set(accepted):
+    if split is not None and not _has_parts(kind):
         raise UserError(f"{kind.__name__} has no splits in torchvision: leave out ?split={split}")
-    split = split or "test"
     settings: dict[str, Any] = {"root": str(root)} if "root" in accepted else {}
-    if "split" in accepted:
-        settings["split"] = split
+    chosen = split or "test"
+    if kind.__name__ in _PARTS:
+        settings |= _part_of(kind, split)
+    elif "split" in accepted:
+        settings["split"] = chosen
     elif "train" in accepted:
-        if split not in {"train", "test"}:
-            raise UserError(f"{kind.__name__} has the splits train and test, got '{split}'")
-        settings["train"] = split == "train"
-    if "download" in accepted:
+        if chosen not in {"train", "test"}:
+            raise UserError(f"{kind.__name__} has the splits train and test, got '{chosen}'")
+        settings["train"] = chosen == "train"
+    if "download" in accepted or kind.__name__ == "EMNIST":  # which passes it on
         settings["download"] = download
     try:
         if download:
             return within(download_seconds(), partial(kind, **settings))
         return kind(**settings)
     except (RuntimeError, FileNotFoundError, NotADirectoryError) as error:
-        if download or "download" not in accepted:
+        if download or "download" not in settings:
             raise UserError(f"{kind.__name__} could not be opened at {root}: {one_line(error)}") from None
         raise UserError(
             f"{kind.__name__} is not at {root} (or damaged): add ?download=1 to download it, or give its folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import struct
 from pathlib import Path
 
@@ -95,3 +96,64 @@ def test_faults_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_split_that_the_set_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match=r"FakeData has no splits in torchvision: leave out \?split=train"):
         open_data("torchvision:FakeData:.?split=train")
+
+
+def test_the_content_follows_the_pixels(mnist: Path) -> None:
+    before = open_data(f"torchvision:MNIST:{mnist}")
+    file = mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    after = open_data(f"torchvision:MNIST:{mnist}")
+    assert before.fingerprint() == after.fingerprint()
+    assert None is not before.content() != after.content()
+    assert open_data(f"torchvision:MNIST:{mnist}").content() == after.content()
+
+
+def test_the_part_that_is_read_is_the_one_that_is_named(mnist: Path) -> None:
+    raw = mnist / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, of_mnist in (("train", "train"), ("test", "t10k")):
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            data = (mnist / "MNIST" / "raw" / f"{of_mnist}-{kind}").read_bytes()
+            data = data[:-1] + b"\x02" if part == "test" else data
+            (raw / f"emnist-digits-{part}-{kind}").write_bytes(data)
+    labels = {
+        split: [item.label for item in open_data(f"torchvision:EMNIST:{mnist}?split={split}").samples()]  # type: ignore[union-attr]
+        for split in ("digits", "digits-train")
+    }
+    assert labels == {"digits": [3, 1, 4, 1, 5, 2], "digits-train": [3, 1, 4, 1, 5, 9]}
+    assert open_data(f"torchvision:EMNIST:{mnist}?split=digits-train").ids()[0] == "digits-train/0"  # type: ignore[index]
+
+
+def test_sets_that_name_their_parts_otherwise_are_not_read_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets
+
+    asked = {}
+
+    def opened(self: object, root: str, **options: object) -> None:
+        del self, root
+        asked.update(options)
+        raise RuntimeError("opened")
+
+    for name in ("Omniglot", "INaturalist"):
+        made = getattr(datasets, name)
+        opened.__signature__ = inspect.signature(made.__init__)  # type: ignore[attr-defined]
+        monkeypatch.setattr(made, "__init__", opened)
+        spec = f"torchvision:{name}:{tmp_path}"
+        if name == "INaturalist":
+            with pytest.raises(UserError, match=r"no part that is for tests by its name: pass \?split= and one of 20"):
+                open_data(spec)
+            spec += "?split=2021_valid"
+        with pytest.raises(UserError, match="is not at"):
+            open_data(spec)
+    assert asked["background"] is False
+    assert asked["version"] == "2021_valid"
+    with pytest.raises(UserError, match=r"LSUN has no part 'test': pass \?split= and one of val, train"):
+        open_data(f"torchvision:LSUN:{tmp_path}?split=test")
+
+
+def test_a_set_without_parts_is_not_called_one_for_tests(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"kind {i}" for i in range(10)))
+    assert open_data("torchvision:FakeData:.", classes=names).ids()[0] == "all/0"  # type: ignore[index]
