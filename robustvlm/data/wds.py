@@ -329,26 +329,46 @@ def _members(row: dict[str, Any]) -> str:
     return " ".join(sorted(key for key in row if not key.startswith("__")))[:80]
 
 
-def _beside(shards: list[Shard], name: str) -> Path | None:
-    """Return a file next to local shards or one folder above, as CLIP_benchmark lays them out."""
-    first = shards[0].path
-    folders = (first.parent, first.parent.parent) if first else ()
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+def _beside(shards: list[Shard], name: str) -> dict[Path, Path | None]:
+    """Return, by folder of local shards, a file in it or one folder above, as CLIP_benchmark lays them out."""
+    folders = list(dict.fromkeys(shard.path.parent for shard in shards if shard.path))
+    return {
+        folder: next((place / name for place in (folder, folder.parent) if (place / name).is_file()), None)
+        for folder in folders
+    }
+
+
+def _require_one(found: dict[Path, Any], name: str) -> None:
+    """Refuse shards of several sets: the labels of one would be read by the names of another."""
+    (first, one), *others = found.items()
+    for folder, other in others:
+        if other != one:
+            lacks = "; one of them has none" if None in (one, other) else ""
+            raise UserError(
+                f"the shards in {first} and {folder} have different {name} beside them{lacks}: read one set at a time, "
+                "or put the same file beside each"
+            )
 
 
 def _names_beside(shards: list[Shard]) -> tuple[tuple[str, ...], list[str]]:
-    file = _beside(shards, "classnames.txt")
-    if file is None:
+    files = _beside(shards, "classnames.txt")
+    found = {folder: None if file is None else read_class_names(file) for folder, file in files.items()}
+    if not any(found.values()):
         return (), []
-    found, note = read_class_names(file)
-    return tuple(found), [note] if note else []
+    _require_one(found, "classnames.txt")
+    names, note = next(iter(found.values())) or ((), None)
+    return tuple(names), [note] if note else []
 
 
 def _templates_beside(shards: list[Shard]) -> tuple[tuple[str, ...], list[str]]:
     """Return the templates beside the shards; there the place of the name is written {c}."""
-    file = _beside(shards, _TEMPLATES)
-    if file is None:
+    read = {}
+    for folder, file in _beside(shards, _TEMPLATES).items():
+        if file is not None:
+            lines = [line.replace("{c}", "{}") for line in read_lines(file, "templates")]
+            read[folder] = check_templates(lines, f"the templates file {file}")
+    if not read:
         return DEFAULT, []
-    lines = [line.replace("{c}", "{}") for line in read_lines(file, "templates")]
-    found = check_templates(lines, f"the templates file {file}")
+    _require_one(read, _TEMPLATES)
+    found = next(iter(read.values()))
     return found, [f"{len(found)} prompt templates of {_TEMPLATES} beside the shards are used"]

@@ -315,3 +315,22 @@ def test_the_content_follows_the_bytes_of_local_shards(shards: Path) -> None:
     after = open_data(f"wds:{shards}")
     assert after.fingerprint() == before.fingerprint()
     assert None is not known != after.content()
+
+
+def test_shards_of_several_sets_are_not_read_by_the_names_of_one(tmp_path: Path, plain: Plain) -> None:
+    for folder, names in (("a", "cat\ndog\n"), ("b", "dog\ncat\n"), ("c", None), ("d", "cat\ndog\n")):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "0.tar", [("0.png", plain()), ("0.cls", b"1")])
+        if names:
+            (tmp_path / folder / "classnames.txt").write_text(names)
+    for other, said in (("b", "different classnames.txt beside them: read"), ("c", "one of them has none: read one")):
+        with pytest.raises(UserError, match=said):
+            open_data(f"wds:{tmp_path}/{{a,{other}}}/0.tar")
+    both = f"wds:{tmp_path}/{{a,d}}/0.tar"
+    assert open_data(both).class_names == ("cat", "dog")
+    for folder, text in (("a", "a {c}."), ("d", "the {c}.")):
+        (tmp_path / folder / "zeroshot_classification_templates.txt").write_text(text)
+        if folder == "a":
+            assert open_data(both).templates == ("a {}.",)
+    with pytest.raises(UserError, match=r"different zeroshot_classification_templates.txt beside them"):
+        open_data(both)
