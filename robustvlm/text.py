@@ -32,6 +32,8 @@ _SIGNED_WITH = frozenset(
     ("expires", "expiry", "keypairid", "googleaccessid", "se", "st", "sp", "sv", "sr", "spr", "sip", "ske", "skt",
      "sks", "skv", "skoid", "sktid", "ss", "srt", "date")
 )  # fmt: skip
+# What a bare "key" names where it is that of an object in a store, and opens nothing.
+_FILE = re.compile(r".*\.(tar|tgz|gz|zip|parquet|arrow|jsonl?|csv|txt|jpe?g|png|webp)", re.IGNORECASE)
 _OPAQUE = re.compile(r"(?=[^\d]*\d)(?=[^A-Za-z]*[A-Za-z])[\w.~+/=%-]{24,}")
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,})")
@@ -128,13 +130,12 @@ def visible_json(text: str) -> str:
 def _bare(found: re.Match[str], *, digests: bool = True) -> str:
     """Return an address without the values of secret names; `digests` stand for values that look random."""
     url = found.group()
-    names = {_plain(name) for _, name, _ in _PAIR.findall(url)}
-    signed = any(_secret(name) for name in names)
+    signed = any(_opens(_plain(name), value) for _, name, value in _PAIR.findall(url))
 
     def cut(pair: re.Match[str]) -> str:
         mark, name, value = pair.groups()
         plain = _plain(name)
-        if not value or not (_secret(plain) or (signed and plain in _SIGNED_WITH)):
+        if not value or not (_opens(plain, value) or (signed and plain in _SIGNED_WITH)):
             if not digests or not _OPAQUE.fullmatch(value):
                 return pair.group()
             return (
@@ -147,6 +148,11 @@ def _bare(found: re.Match[str], *, digests: bool = True) -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"%[0-9A-Fa-f]{2}|[^a-z0-9]", "", name.lower())
+
+
+def _opens(plain: str, value: str) -> bool:
+    """Whether a value is secret by its name; the key of an object in a store, as in key=val/0.tar, is its place."""
+    return _secret(plain) and not (plain == "key" and _FILE.fullmatch(value))
 
 
 def _secret(plain: str) -> bool:

@@ -255,6 +255,8 @@ class WebDatasetSource(DataSource):
         each = max(1, SAMPLED // max(1, len(local)))
         for name in select(local, SAMPLED):
             yield name, _pieces(local[name], each)
+        # Of what is not at hand the place is all that is known; its name alone may be that of other shards elsewhere.
+        yield from ((shard.name, without_secrets(shard.address).encode()) for shard in self._shards if not shard.path)
 
     def _identity(self) -> Iterable[str]:
         yield from (f"{shard.name} {shard.size}" for shard in self._shards)

@@ -17,7 +17,7 @@ from open_clip import IMAGENET_CLASSNAMES
 
 from robustvlm.data.classes import imagenet_names
 from robustvlm.data.source import Sample, Unreadable
-from robustvlm.data.specs import open_data
+from robustvlm.data.specs import open_data, open_raw, parse_spec
 from robustvlm.errors import UserError
 
 pytest.importorskip("webdataset")
@@ -334,3 +334,11 @@ def test_shards_of_several_sets_are_not_read_by_the_names_of_one(tmp_path: Path,
             assert open_data(both).templates == ("a {}.",)
     with pytest.raises(UserError, match=r"different zeroshot_classification_templates.txt beside them"):
         open_data(both)
+
+
+def test_shards_of_one_name_at_two_places_are_two_sets() -> None:
+    one, two, again = (
+        open_raw(parse_spec(f"wds:https://host/get?key={key}.tar&sig={sig}"))
+        for key, sig in (("val/0", "s3cret"), ("train/0", "s3cret"), ("val/0", "other"))
+    )
+    assert one.content() == again.content() != two.content()
