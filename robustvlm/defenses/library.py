@@ -37,6 +37,8 @@ from robustvlm.models.zoo import split_part
 CLASSES = "classes.txt"
 """Beside a checkpoint: its classes in the order of the outputs, one a line."""
 _IMAGENET = 1000
+# Networks of torchvision that bring ImageNet's mean and deviation to 0.5 by themselves, if they were made for it.
+_SCALED_INSIDE = ("googlenet", "inception_v3")
 # A class that every copy of an image is sure of gets this share of a smoothed classifier's softmax.
 _SURE = 0.99
 _log = logging.getLogger("robustvlm")
@@ -288,8 +290,11 @@ class _Torchvision(_Library):
     def make(self, name: str, classes: int | None) -> nn.Module:
         from torchvision.models import get_model
 
-        options = {} if classes is None else {"num_classes": classes}
-        net: nn.Module = get_model(name.partition(".")[0], weights=None, **options)
+        architecture = name.partition(".")[0]
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+        # As with published weights, whose mean and deviation the layers expect; the library's default is without.
+        options |= {"transform_input": True} if architecture in _SCALED_INSIDE else {}
+        net: nn.Module = get_model(architecture, weights=None, **options)
         return net
 
     def fetch(self, name: str, advice: str) -> nn.Module:
@@ -336,6 +341,11 @@ def load_library(spec: str) -> LibraryClassifier:
                 raise UserError(f"'{spec}': no file '{file}'; published weights are named '{kind}:{name}.TAG'")
             net = _from_file(library, name, Path(file), part, spec)
             known, remarks = _classes_beside(Path(file), _outputs(net), spec)
+            if getattr(net, "transform_input", False):
+                remarks += (
+                    f"the file of '{spec}' does not say whether the network scales its input (transform_input): it is "
+                    "taken to, as with published weights; if it was trained without them, every figure is wrong",
+                )
         else:
             net = _fetched(library, name, spec)
             known, remarks = (

@@ -178,6 +178,20 @@ def test_names_that_differ_in_case_alone_are_columns_of_their_own() -> None:
         places_of(["A", "a"], ["A", "b"], "m")
 
 
+def test_networks_that_scale_their_input_do_so_with_weights_of_a_file(tmp_path: Path) -> None:
+    from torchvision.models import googlenet
+
+    net = googlenet(weights=None, num_classes=3, transform_input=True, init_weights=False).eval()
+    torch.save(net.state_dict(), tmp_path / "best.pt")
+    (tmp_path / "classes.txt").write_text("dog\ncat\nice cream\n")
+    model = load_classifier(f"torchvision:googlenet/{tmp_path / 'best.pt'}", ("dog", "cat", "ice cream"), TEMPLATES)
+    pixels = torch.rand(1, 3, 224, 224)
+    mean, std = (torch.tensor(row).view(1, 3, 1, 1) for row in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), net((pixels - mean) / std))
+    assert any("scales its input" in remark for remark in model.remarks)
+
+
 def test_the_file_decides_what_a_model_is_known_by_not_its_place(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
