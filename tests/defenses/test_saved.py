@@ -165,6 +165,11 @@ def test_certificates_are_about_the_vectors_that_the_classifier_answers_by(
     np.testing.assert_allclose(certified, answering.reshape(len(names), -1).double().numpy(), atol=1e-6)
     own_head = kind in ("immunize", "tune-prompts")
     assert ("head" in describe_head(config, names)) == own_head
+    if kind == "tune-prompts":  # which has no open-set rule of its own
+        config = cast(CertifyConfig, SimpleNamespace(model=kind, claim="openset", sigma=0.1, tau=None))
+        again = vectors_of_classes(config, load_pipeline(kind), names, templates)
+        np.testing.assert_array_equal(again, certified)
+        assert "head" in describe_head(config, names)
 
 
 class OwnHead(ShiftedModel):

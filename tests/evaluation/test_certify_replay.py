@@ -219,7 +219,7 @@ def test_a_model_with_class_vectors_of_its_own_is_judged_by_no_others(
         def class_vectors(self, names: Any) -> Any:
             return np.eye(len(names))
 
-    monkeypatch.setattr("robustvlm.commands.certify.work.saved_model", lambda *_: Own())
+    monkeypatch.setattr("robustvlm.commands.certify.materials.saved_model", lambda *_: Own())
     templates = tmp_path / "templates.txt"
     templates.write_text("a photo of a {}\n")
     for option, file in (("classes", names), ("templates", templates), ("candidates", names)):

@@ -1,5 +1,6 @@
 """What a run's claim is about: classes, texts and their wordings, a gallery, antibodies, an open-set rule."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,14 +97,26 @@ def vectors_of_classes(
     Raises:
         UserError: a claim about classes, and the model has no single vector for each.
     """
-    made, claim = saved_model(split_spec(config.model)[0]), find_claim(config.claim)
+    claim = find_claim(config.claim)
     if claim.head == "votes":
         return np.eye(len(class_names) + 1)
-    if made is not None and claim.head == "vectors":
-        own = made.class_vectors(class_names)
-        if own is not None:
-            return _array(own)
+    own = own_vectors(config, class_names)
+    if own is not None:
+        return _array(own)
     return embed_classes(vlm, class_names, templates, needed=claim.needs_classes)
+
+
+def own_vectors(config: CertifyConfig, class_names: Sequence[str]) -> Tensor | None:
+    """Return the vectors that a model has in place of texts, as far as a claim is about them; None: the texts stay.
+
+    Raises:
+        UserError: the model has no single vector for each class, or names none.
+    """
+    made, head = saved_model(split_spec(config.model)[0]), find_claim(config.claim).head
+    # A claim on an open-set rule is about vectors too, where the model has no such rule of its own.
+    if made is None or not (head == "vectors" or (head == "rule" and not made.refuses)):
+        return None
+    return made.class_vectors(class_names)
 
 
 def list_of_names(path: Path) -> tuple[str, ...]:

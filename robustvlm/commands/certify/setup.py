@@ -36,7 +36,7 @@ from robustvlm.certify.threats import PLAIN, Noise, Rotation, Threat, find_threa
 from robustvlm.commands.certify import CertifySettings
 from robustvlm.commands.certify.config import ASIDE, CertifyConfig, noise_settings
 from robustvlm.commands.certify.gallery import Gallery
-from robustvlm.commands.certify.materials import antibodies_of, rule_of
+from robustvlm.commands.certify.materials import antibodies_of, own_vectors, rule_of
 from robustvlm.commands.certify.wordings import paraphrases_in
 from robustvlm.core.object_graph import fingerprint
 from robustvlm.core.size import sides
@@ -457,8 +457,7 @@ def describe_head(
         tensors = {str(i): torch.from_numpy(np.ascontiguousarray(part)) for i, part in enumerate(parts)}
         score = (repr(rule.weight),) if rule.floor is None else (repr(rule.weight), repr(rule.floor))
         return {"head": fingerprint(tensors, score)} | own_claim
-    made = saved_model(split_spec(config.model)[0]) if find_claim(config.claim).head == "vectors" else None
-    own = None if made is None else made.class_vectors(class_names)
+    own = own_vectors(config, class_names)
     return ({} if own is None else {"head": fingerprint({"class_vectors": own}, ())}) | own_claim
 
 

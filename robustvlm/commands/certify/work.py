@@ -17,6 +17,7 @@ from robustvlm.commands.certify.materials import (
     embed_classes,
     list_of_names,
     materials_of,
+    own_vectors,
     rule_of,
     vectors_of_classes,
     wordings_of,
@@ -38,8 +39,6 @@ from robustvlm.data import open_data
 from robustvlm.data.classes import read_templates
 from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses.answering import AnswerVLM, NamingVLM
-from robustvlm.defenses.pipeline import saved_model
-from robustvlm.defenses.specs import split_spec
 from robustvlm.errors import BadSetting, UserError, setting
 from robustvlm.models import VLM
 from robustvlm.runs.folder import RunFolder
@@ -184,8 +183,7 @@ def _without_gallery(data: dict[str, Any]) -> dict[str, Any]:
 
 def _require_own_vectors(settings: CertifySettings, config: CertifyConfig, class_names: tuple[str, ...]) -> None:
     """Refuse other classes for a model that tells them apart by vectors of its own: texts would be another rule."""
-    made = saved_model(split_spec(config.model)[0])
-    if made is None or find_claim(config.claim).head != "vectors" or made.class_vectors(class_names) is None:
+    if own_vectors(config, class_names) is None:
         return
     for name in ("classes", "templates", "candidates"):
         if getattr(settings, name) is not None:
