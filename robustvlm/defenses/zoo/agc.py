@@ -26,7 +26,7 @@ def correction(
     """Return how far to go, in angles to the mean, [B], and the unit mean [B, D] of the views' features.
 
     It is least + gain attack^power trust: attack is the mean of 1 - cos(view, own) in [0, 1], trust the mean of
-    (1 + cos) / 2 over pairs of views, 1/2 for a single view.
+    (1 + cos) / 2 over pairs of views, 1 for a single view.
 
     Args:
         own: unit features [B, D]; views: unit features [B, V, D].
@@ -41,6 +41,7 @@ def correction(
     attack = (1 - torch.einsum("bvd,bd->bv", views, own)).mean(1).clamp(0.0, 1.0)
     # |sum|^2 holds every pair twice and each view once with itself.
     pairs = (views.sum(1).square().sum(1) - views.square().sum((1, 2))) / max(1, count * (count - 1))
+    pairs = pairs if count > 1 else torch.ones_like(pairs)
     # A power below one has no finite slope at zero.
     strength = torch.where(attack > 0, attack.clamp_min(_SAME).pow(power), torch.zeros_like(attack))
     return least + gain * strength * (1 + pairs) / 2, F.normalize(views.mean(1), dim=1)

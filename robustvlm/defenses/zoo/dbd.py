@@ -123,7 +123,7 @@ class DirectionalBias(zoo.AnswerDefence):
         differs=(
             "Views are of the image at the model's size; the release takes them of clean images at full size, and of "
             "attacked ones at 224 pixels after they were cut off to 8 bits.",
-            "Crops are bicubic, and those by filters keep their fractions of a level.",
+            "Crops, and what filters make, keep their fractions of a level.",
             "Of three bits rounded to 256 the release makes 0; here 255, unless wrap=on.",
             "The release's classes have descriptions by a language model, here the run's templates.",
         ),

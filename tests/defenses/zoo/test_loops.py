@@ -356,3 +356,9 @@ def test_agc_has_a_gradient_everywhere() -> None:
     for grad in torch.autograd.grad(found[:, :3].sum(), (own, views)):
         assert grad.isfinite().all()
         assert grad[1].abs().sum() > 0
+
+
+def test_a_single_view_is_trusted_wholly() -> None:
+    own, view = torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0]]])
+    twice = agc.correction(own, view.expand(1, 2, 2))[0]  # two views that agree
+    assert torch.equal(agc.correction(own, view)[0], twice)
