@@ -192,7 +192,10 @@ def make_targets(prototypes: Prototypes, antibodies: Tensor, *, kappa: str, logi
 def thresholds_of(
     adapted: Tensor, labels: Tensor, immunity: Immunity, deciding: Deciding, *, text: Tensor | None = None
 ) -> Thresholds:
-    """Return the thresholds from adapted features [N, D] of held-out images: of those that are classified right."""
+    """Return the thresholds from adapted features [N, D] of held-out images: of those that are classified right.
+
+    Features are of unit length, or means of such, as those of noisy copies.
+    """
     right = class_scores(adapted, immunity.prototypes).argmax(dim=1) == labels
     return fit_thresholds(
         immunity.score(adapted[right]).double().cpu().numpy(),
@@ -208,12 +211,17 @@ def thresholds_of(
 
 
 def _strangers(adapted: Tensor, immunity: Immunity) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Return scores and nearest classes of stand-ins for unknown images: antibodies, and images half turned to one."""
+    """Return scores and nearest classes of stand-ins for unknown images: antibodies, and images half turned to one.
+
+    They are as long as the images' features. Those of noisy copies have a mean shorter than 1, that of an unknown image
+    no less than that of a known one, and scores are cosines times that length.
+    """
     antibodies = immunity.antibodies.embeddings.to(adapted)
     if not len(antibodies):
         return np.zeros(0), np.zeros(0, dtype=np.int64)
-    mixed = F.normalize(adapted + antibodies[(adapted @ antibodies.T).argmax(dim=1)], dim=1)
-    both = torch.cat([antibodies, mixed])
+    lengths, pure = adapted.norm(dim=1, keepdim=True), F.normalize(adapted, dim=1)
+    mixed = lengths * F.normalize(pure + antibodies[(pure @ antibodies.T).argmax(dim=1)], dim=1)
+    both = torch.cat([lengths.median() * antibodies, mixed])
     near = class_scores(both, immunity.prototypes).argmax(dim=1)
     return immunity.score(both).double().cpu().numpy(), near.cpu().numpy()
 

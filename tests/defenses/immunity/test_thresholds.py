@@ -7,10 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import weibull_min
 
+from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
+from robustvlm.defenses.immunity.recipe import Deciding, thresholds_of
+from robustvlm.defenses.immunity.state import Adapter, Immunity
 from robustvlm.defenses.immunity.thresholds import TailFit, fit_tail, fit_thresholds, name_density, tail_share
 from robustvlm.errors import UserError
 
@@ -151,3 +155,16 @@ def test_least_fpr_accepts_no_more_strangers_than_any_other_thresholds_of_its_mi
     )
     # Thresholds just below the first known score refuse what lies below it at no loss.
     assert taken <= best
+
+
+def test_stand_ins_for_unknown_images_are_as_long_as_means_of_noisy_copies() -> None:
+    # S_DIS is linear: of features half as long, thresholds are half of what they were.
+    draws = torch.Generator().manual_seed(0)
+    axes, labels = torch.eye(6), torch.arange(90) % 3
+    features = F.normalize(axes[labels] + torch.rand(90, 6, generator=draws), dim=1)
+    others = F.normalize(torch.rand(40, 6, generator=draws), dim=1)
+    antibodies = Antibodies(tuple(AntibodyText(f"text {n}", "a") for n in range(40)), others)
+    immunity = Immunity(("a", "b", "c"), axes[:3, None], antibodies, 0.5, torch.zeros(3), Adapter(6, 2))
+    deciding = Deciding(weight=0.5, min_images=5, rule="least-fpr", miss=0.2)
+    unit, halved = (thresholds_of(c * features, labels, immunity, deciding).values for c in (1.0, 0.5))
+    np.testing.assert_allclose(halved, 0.5 * unit, atol=1e-6)
