@@ -24,12 +24,14 @@ from robustvlm.commands.certify.audit import audit_folder
 from robustvlm.commands.certify.audit_search import Effort
 from robustvlm.commands.detect import detect
 from robustvlm.commands.evaluate.work import evaluate_clean
-from robustvlm.commands.immunize import IMMUNIZE, ImmunizeSettings, view
+from robustvlm.commands.immunize import IMMUNIZE, ImmunizeSettings, view, work
 from robustvlm.commands.immunize.images import held_back
 from robustvlm.commands.immunize.record import NAME, Measures, Unknown, read_run
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
+from robustvlm.defenses.immunity.recipe import thresholds_of
 from robustvlm.defenses.immunity.state import load_immunity, save_tensors
+from robustvlm.defenses.immunity.thresholds import Thresholds
 from robustvlm.detect.metrics import Interval
 from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, read_card
@@ -213,6 +215,34 @@ def test_several_prototypes_noise_thresholds_and_unknown_images(
     assert found["images"] == 4
     assert 0 <= found["auroc"]["low"] <= found["auroc"]["value"] <= found["auroc"]["high"] <= 1
     assert "strange" in page_of(view.immunize_report(read_run(run.folder.path)))
+
+
+def test_thresholds_under_noise_are_set_on_images_of_all_classes(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data come class by class, and of the held-out images a third at most is used."""
+    seen: list[list[int]] = []
+
+    def noted(features: torch.Tensor, labels: torch.Tensor, *rest: Any, **more: Any) -> Thresholds:
+        seen.append(labels.tolist())
+        return thresholds_of(features, labels, *rest, **more)
+
+    monkeypatch.setattr(work, "MOST_IMAGES", 12)
+    monkeypatch.setattr(work, "thresholds_of", noted)
+    record = record_of(made(make_folder(), held_out=0.95, sigma=[0.05], min_images=3))
+    means, copies = seen
+    assert len(means) == 12
+    assert len(set(means)) == 3
+    assert sorted(copies) == sorted(means * work.COPIES_EACH)
+    own = record["noisy_own"]["0.05"]
+    assert own["images"] == 12
+    assert 0 <= own["means"] <= 3
+
+
+def test_copies_of_an_image_do_not_make_a_class_of_many_images(make_folder: MakeFolder) -> None:
+    few = record_of(made(make_folder(), sigma=[0.05], min_images=20))
+    assert not any(row["images"] > 20 for row in few["classes"])
+    assert few["noisy_own"]["0.05"] | {"images": 0} == {"images": 0, "means": 0, "copies": 0}
 
 
 def test_images_held_out_teach_nothing_and_groups_stay_together() -> None:

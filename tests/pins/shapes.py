@@ -32,6 +32,7 @@ ADDED = {
     "watched",
     "content",
     "contents",
+    "noisy_own",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

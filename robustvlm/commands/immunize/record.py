@@ -124,6 +124,8 @@ class ImmunizeSummary(_Part):
         antibodies, diagnostics, vaccine, pooled_fit: see `antibody_facts`, `diagnose`, `vaccine_facts`.
         copies: held-out images that look like images that taught; unreadable: how many, by data.
         images: how many taught and were held out; noisy_thresholds: least, median and largest, by noise level.
+        noisy_own: by noise level, how many images set thresholds, and how many classes have one of their own, for
+            means and for single copies.
         measures: see `measure`; added: what a class that was added did to the others.
         notes: what a reader has to know before trusting the model.
     """
@@ -143,6 +145,7 @@ class ImmunizeSummary(_Part):
     vaccine: dict[str, Any] | None = None
     pooled_fit: dict[str, Any] | None = None
     noisy_thresholds: dict[str, list[float]] | None = None
+    noisy_own: dict[str, dict[str, int]] | None = None
     measures: Measures
     added: Added | None = None
     notes: list[str]
@@ -229,6 +232,11 @@ def score_facts(immunity: Immunity, done: Immunised | Decided | None) -> Record:
     choice = None if done is None else done.choice
     gains: Record = {} if choice is None else {f"{weight:g}": gain for weight, gain in choice.gains.items()}
     return {"weight": immunity.weight, "floor": immunity.floor, "gains": gains}
+
+
+def own_thresholds(thresholds: Thresholds) -> int:
+    """Return how many classes have a threshold that their own images set; the others share the pooled one."""
+    return sum(not found.pooled for found in thresholds.classes)
 
 
 def pooled_fit(thresholds: Thresholds) -> Record:
@@ -339,6 +347,13 @@ def notes_of(record: Record, settings: ImmunizeSettings) -> list[str]:
             f"{pooled} of {len(rows)} classes have fewer than {settings.min_images} held-out images that are "
             "classified right: they share one pooled threshold."
         )
+    for sigma, own in record.get("noisy_own", {}).items():
+        shared = len(rows) - own["means"]
+        if shared > pooled:
+            found.append(
+                f"At noise {sigma} {shared} of {len(rows)} classes share one pooled threshold: of the "
+                f"{own['images']} held-out images that set it, fewer than {settings.min_images} of theirs are right."
+            )
     if settings.no_images:
         return found
     empty = sum(row["images"] == 0 for row in rows)

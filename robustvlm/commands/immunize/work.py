@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from robustvlm.commands.immunize.extend import ExtendWork, open_extension
 from robustvlm.commands.immunize.view import immunize_closing, immunize_report
 from robustvlm.core.ranks import resolve_device
 from robustvlm.core.seeds import derive_seed
-from robustvlm.data import DataSource, Sample, open_data, to_pixels
+from robustvlm.data import DataSource, Sample, open_data, select, to_pixels
 from robustvlm.data.source import UNKNOWN
 from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.data.splits import copies
@@ -26,6 +25,7 @@ from robustvlm.defenses import SmoothedVLM, load_pipeline
 from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, open_source
 from robustvlm.defenses.immunity.recipe import KAPPAS, Decided, decided, thresholds_of
+from robustvlm.defenses.immunity.thresholds import Thresholds
 from robustvlm.defenses.immunity.vaccine import automatic_margin
 from robustvlm.defenses.library import require_texts
 from robustvlm.defenses.prompts import Features
@@ -64,8 +64,8 @@ def noisy_means(
     That mean is what certificates of smoothed models are about. Noise is drawn per image from (seed, id, sigma).
 
     Args:
-        vlm: the adapted encoder, not smoothed. draws: noisy copies of an image. keep: which ids to use; of these at
-            most `MOST_IMAGES`.
+        vlm: the adapted encoder, not smoothed. draws: noisy copies of an image. keep: which ids to use; `judges`
+            chooses them.
 
     Raises:
         UserError: no image of a known class.
@@ -112,7 +112,7 @@ def _under_noise(
     rows: list[Tensor] = []
     labels: list[int] = []
     cuda = [vlm.device] if vlm.device.type == "cuda" else []
-    for item in source.samples(limit=_limit(source, keep), keep=keep):
+    for item in source.samples(keep=keep):
         if not isinstance(item, Sample) or item.label == UNKNOWN:
             continue
         pixels = to_pixels(item.image, vlm.framing)[None].to(vlm.device)
@@ -122,17 +122,30 @@ def _under_noise(
         labels.append(item.label)
         if on_images is not None:
             on_images(len(labels))
-        if len(labels) == MOST_IMAGES:
-            break
     if not rows:
         raise UserError(f"'{source.spec}' has no image of a known class to set thresholds under noise with")
     return rows, labels
 
 
-def _limit(source: DataSource, keep: Callable[[str], bool] | None) -> int | None:
-    """Choose by hash among many images, where all of them may be used."""
-    ids = source.ids() if keep is None else None
-    return MOST_IMAGES if ids is not None and len(ids) > MOST_IMAGES else None
+def judges(held: Features) -> frozenset[str]:
+    """Return the ids of the held-out images of known classes that set thresholds under noise: at most `MOST_IMAGES`.
+
+    They are chosen by hash: the first ones would be of the first classes alone, where data are sorted by class.
+    """
+    known = [name for name, label in zip(held.ids, held.labels.tolist(), strict=True) if label >= 0]
+    return frozenset(select(known, MOST_IMAGES))
+
+
+@dataclass(frozen=True, eq=False)
+class UnderNoise:
+    """An immunity with thresholds under noise, and how many classes have one of their own, by noise level."""
+
+    immunity: immune.Immunity
+    own: dict[str, dict[str, int]]
+
+
+def _tensors(found: Mapping[float, Thresholds]) -> dict[float, Tensor]:
+    return {sigma: torch.tensor(made.values, dtype=torch.float32) for sigma, made in found.items()}
 
 
 # A run of immunisation: encode once, make prototypes and antibodies, vaccinate, set thresholds, measure, save
@@ -199,9 +212,13 @@ class ImmunizeWork:
             vaccine=records.vaccine_settings(self.settings, margin),
             on_step=counted(session.observer),
         )
-        done = replace(done, immunity=self._told_of_noise(done.immunity, text, session.observer))
+        noisy = self._told_of_noise(done.immunity, text, held, session.observer)
+        done = replace(done, immunity=noisy.immunity)
         unknown = self._unknown(session)
-        return done.immunity, self._record(done, prototypes, made, margin, text, fit, held, unknown)
+        record = self._record(done, prototypes, made, margin, text, fit, held, unknown)
+        if noisy.own:
+            record["noisy_own"] = noisy.own
+        return done.immunity, record | {"notes": records.notes_of(record, self.settings)}
 
     def _antibodies(self, prototypes: immune.Prototypes, text: Tensor, observer: Observer) -> images.Made:
         return images.make_antibodies(
@@ -240,22 +257,16 @@ class ImmunizeWork:
         }
         return done.immunity, record | {"notes": records.notes_of(record, self.settings)}
 
-    def _told_of_noise(self, immunity: immune.Immunity, text: Tensor, observer: Observer) -> immune.Immunity:
-        """Add thresholds for each noise level that was asked for."""
-        other, keep = images.open_held_out(self.settings, self.source), None
-        if isinstance(other, float):
-            keep = partial(_in_share, self.source, other, self.settings.seed)
-        source = self.source if isinstance(other, float) else other
-        found: dict[float, Tensor] = {}
-        single: dict[float, Tensor] = {}
-
-        def values(features: Tensor, labels: Tensor) -> Tensor:
-            made = thresholds_of(features, labels, immunity, records.deciding(self.settings), text=text)
-            return torch.tensor(made.values, dtype=torch.float32)
-
+    def _told_of_noise(self, immunity: immune.Immunity, text: Tensor, held: Features, observer: Observer) -> UnderNoise:
+        """Add thresholds for each noise level that was asked for, and count the classes that have one of their own."""
+        other, deciding = images.open_held_out(self.settings, self.source), records.deciding(self.settings)
+        source, chosen = other if isinstance(other, DataSource) else self.source, judges(held)
+        # A class has so many images, however many copies of each are scored.
+        of_copies = replace(deciding, min_images=deciding.min_images * COPIES_EACH)
+        found: dict[float, Thresholds] = {}
+        single: dict[float, Thresholds] = {}
         for sigma in self.settings.sigma:
-            count = images.count_of_images(source, keep)
-            observer.begin(f"Encoding noise {sigma:g}", None if count is None else min(count, MOST_IMAGES))
+            observer.begin(f"Encoding noise {sigma:g}", len(chosen))
             adapted = immune.AdaptedVLM(self.vlm.at_noise(sigma), immunity.adapter)
             means, labels = noisy_means(
                 adapted,
@@ -263,13 +274,24 @@ class ImmunizeWork:
                 sigma,
                 draws=NOISE_DRAWS,
                 seed=self.settings.seed,
-                keep=keep,
+                keep=chosen.__contains__,
                 on_images=counted(observer),
             )
-            found[sigma] = values(means, labels)
-            few = noisy_copies(adapted, source, sigma, each=COPIES_EACH, seed=self.settings.seed, keep=keep)
-            single[sigma] = values(*few)
-        return replace(immunity, noisy=found, copies=single)
+            found[sigma] = thresholds_of(means, labels, immunity, deciding, text=text)
+            few = noisy_copies(
+                adapted, source, sigma, each=COPIES_EACH, seed=self.settings.seed, keep=chosen.__contains__
+            )
+            single[sigma] = thresholds_of(*few, immunity, of_copies, text=text)
+        return UnderNoise(
+            replace(immunity, noisy=_tensors(found), copies=_tensors(single)),
+            {
+                repr(sigma): {
+                    "images": len(chosen), "means": records.own_thresholds(found[sigma]),
+                    "copies": records.own_thresholds(single[sigma]),
+                }
+                for sigma in found
+            },
+        )  # fmt: skip
 
     def _unknown(self, session: Session) -> dict[str, Features]:
         folder, owner = session.folder.features_path, session.manifest
@@ -325,11 +347,7 @@ class ImmunizeWork:
             },
             "measures": records.measure(done.immunity, text, self.vlm.logit_scale, held, unknown),
         }
-        return record | {"notes": records.notes_of(record, self.settings)}
-
-
-def _in_share(source: DataSource, share: float, seed: int, name: str) -> bool:
-    return images.held_back(source.group(name), share, seed)
+        return record
 
 
 # From settings to a run; every mistake is found before any work begins
