@@ -209,6 +209,9 @@ class Mahalanobis(FittedDetector):
 
 # Virtual-logit matching: the energy, less what lies outside the space that known features span
 
+# What is left of float32 features outside a space that holds them all, as a share of their length.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class Residual:
@@ -254,8 +257,11 @@ class ViM(FittedDetector):
         basis = torch.linalg.eigh(wide.T @ wide / len(wide)).eigenvectors[:, : size - dim]
         lengths = (wide @ basis).norm(dim=1)
         largest = self.head.logits(wide).amax(dim=1)
-        if float(lengths.mean()) <= 0.0:
-            raise UserError("the features to fit lie in too few dimensions for ViM: pass more images or a smaller dim")
+        if float(lengths.mean()) <= _ROUNDING * float(wide.norm(dim=1).mean()):
+            raise UserError(
+                f"the {len(wide)} features to fit lie in at most {dim} dimensions, all of which ViM takes for the "
+                "principal space: pass more images, or a smaller dim"
+            )
         return replace(self, residual=Residual(basis.to(features), float(largest.mean() / lengths.mean())))
 
     def score(self, features: Tensor) -> Tensor:

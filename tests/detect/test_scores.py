@@ -378,6 +378,19 @@ def test_what_cannot_be_made_is_said(clouds: Clouds) -> None:
     assert any("do not vary" in item.reason for item in skipped)
 
 
+def test_features_that_span_no_more_than_the_principal_space_are_no_features_for_vim() -> None:
+    draws = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(40, 192, generator=draws), dim=1)
+    labels = torch.arange(40) % 4
+    with pytest.raises(UserError, match="40 features to fit lie in at most 96 dimensions"):
+        ViM(Head(torch.eye(192)[:4], 10.0)).fit_features(features, labels)
+    # Many images in few dimensions are no better: what is outside is rounding.
+    flat = torch.nn.functional.normalize(torch.randn(300, 20, generator=draws) @ torch.randn(20, 192), dim=1)
+    with pytest.raises(UserError, match="pass more images"):
+        ViM(Head(torch.eye(192)[:4], 10.0)).fit_features(flat, torch.arange(300) % 4)
+    assert ViM(Head(torch.eye(192)[:4], 10.0), dim=20).fit_features(features, labels).residual is not None
+
+
 def test_lists_of_scores() -> None:
     assert parse_scores("all") == tuple(name for name, score in SCORES.items() if score.usual)
     assert parse_scores("gen, adaneg, krnft, lapt, sdm, all") == tuple(SCORES)
