@@ -7,10 +7,16 @@ import pytest
 import torch
 from detecting import ATTACK, CLASSES, DetectRun
 
+from robustvlm import attacks
 from robustvlm.attacks import PGD, ThreatModel
+from robustvlm.attacks.probe import EOT_IF_RANDOM
 from robustvlm.commands.common.inputs import Picture
-from robustvlm.commands.detect.attack import ScoreGate, fool
+from robustvlm.commands.detect import adversarial, measures
+from robustvlm.commands.detect.adversarial import fool
+from robustvlm.commands.detect.attack import ScoreGate
 from robustvlm.commands.detect.encoding import Answers
+from robustvlm.commands.detect.measures import Scored
+from robustvlm.commands.detect.summary import Adversarial
 from robustvlm.commands.detect.view import write_report
 from robustvlm.defenses import load_classifier
 from robustvlm.detect import Head, Mahalanobis
@@ -93,3 +99,44 @@ def test_adversarial_images_do_not_stop_at_the_border() -> None:
         assert not bool((logits.argmax(1) == found.labels).any())
         sure.append(float(logits.softmax(1).amax(1).mean()))
     assert 1 - sure[1] < 0.2 * (1 - sure[0])
+
+
+def test_adversarial_images_are_told_from_right_ones_alone(
+    detect_run: DetectRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Scored, list[int], Scored]] = []
+    summarise = measures.summarise_adversarial
+
+    def noted(known: Scored, clean: list[int], fooled: Scored, *, attacked: int) -> Adversarial:
+        seen.append((known, clean, fooled))
+        return summarise(known, clean, fooled, attacked=attacked)
+
+    monkeypatch.setattr(measures, "summarise_adversarial", noted)
+    found = detect_run(**ATTACK | {"attack_limit": 100, "attack_scores": "energy"}).start().summary
+    ((known, clean, fooled),) = seen
+    assert found.accuracy.successes < found.accuracy.total
+    assert all(known.labels[row] == known.predictions[row] for row in clean)
+    assert not {known.ids[row] for row in clean} & set(fooled.ids)
+    assert found.adversarial is not None
+    assert found.adversarial.attacked == found.accuracy.successes // 2
+    assert found.adversarial.unattacked == len(clean) == found.accuracy.successes - found.adversarial.attacked
+
+
+def test_where_no_right_image_is_left_to_compare_with_a_check_says_so(
+    detect_run: DetectRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adversarial, "half_of", lambda _: frozenset())
+    found = detect_run(**ATTACK | {"attack_scores": "energy", "attack": "pgd:steps=1"}).start().summary
+    assert found.adversarial is None
+    assert any("too few known images right" in check.message for check in found.checks)
+
+
+def test_gradients_of_a_random_model_are_averaged_where_it_is_fooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[int] = []
+    classifier = load_classifier("small_encoders:Random", CLASSES, ["{}"], cache=False)
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    pictures = [Picture(str(i), i % 3, image) for i, image in enumerate(pixels)]
+    jobs = attacks.LaneEngine.run
+    monkeypatch.setattr(attacks.LaneEngine, "run", lambda self, todo: draws.append(self.oracle.eot) or jobs(self, todo))
+    fool(Answers(classifier, batch_size=4), pictures, PGD(n_iter=1), ThreatModel("Linf", 8 / 255), lanes=4, seed=0)
+    assert draws == [EOT_IF_RANDOM]

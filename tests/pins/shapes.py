@@ -33,6 +33,7 @@ ADDED = {
     "content",
     "contents",
     "noisy_own",
+    "unattacked",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

@@ -1,4 +1,4 @@
-"""Attacks on scores: known images are to be refused, unknown ones accepted, whether attacks know the score or not.
+"""Attacks on scores by somebody who knows them: known images are to be refused, unknown ones accepted.
 
 Every score that is attacked gets attacks of its own, through the encoder, on its acceptance margin (score minus the
 threshold that accepts 95% of the clean known images). No image leaves at its first success: attacks go on to the end
@@ -6,13 +6,13 @@ of their budget, and the worst score met counts, so that an AUROC under attack c
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustvlm import attacks
 from robustvlm.attacks.probe import settle_draws
@@ -20,7 +20,7 @@ from robustvlm.attacks.threat import ThreatModel
 from robustvlm.commands.common.inputs import Images, Picture
 from robustvlm.commands.common.questions import ask, fit_for, of_probe, require_independent_rows
 from robustvlm.commands.common.store import JournalLedger, cost_of
-from robustvlm.commands.detect.encoding import Answers, Encoded
+from robustvlm.commands.detect.encoding import Encoded
 from robustvlm.commands.detect.scoring import Panel
 from robustvlm.commands.detect.summary import OWN, UnderAttack
 from robustvlm.core.object_graph import fingerprint
@@ -337,65 +337,3 @@ def worst_scores(ledger: AttackLedger, score: str, set_name: str) -> tuple[list[
     rows = sorted(set(worst) - failed)
     values = [[table[row] for row in rows] for table in (clean, worst)]
     return rows, torch.tensor(values[0], dtype=torch.float64), torch.tensor(values[1], dtype=torch.float64)
-
-
-# Known images made adversarial without regard to any score: do scores notice them?
-
-
-class Logits(nn.Module):
-    """The logits of a classifier alone, [B, K]: its acceptance score is left aside."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits [B, K]."""
-        return self.classifier(pixels)[:, : len(self.classifier.class_names)]
-
-
-def fool(
-    answers: Answers,
-    pictures: list[Picture],
-    attack: attacks.LaneAttack,
-    threat: ThreatModel,
-    *,
-    lanes: int,
-    seed: int,
-    on_image: Callable[[], object] = lambda: None,
-) -> Encoded:
-    """Attack images that a model classifies right; return what it says of those that are wrong at the end.
-
-    No image leaves at its first success: it would stand on the border of two classes, where any score of confidence
-    finds it. The attack goes on to the most wrong image it can find.
-
-    Args:
-        pictures: images of known classes, each classified right. on_image: is called after each.
-    """
-    classifier = answers.classifier
-    oracle = attacks.Oracle(Logits(classifier), device=classifier.device, seed=seed)
-    rows = [pictures[i % len(pictures)] for i in range(lanes)]
-    labels = torch.tensor([picture.label for picture in rows])
-    found, _ = ask(oracle, torch.stack([picture.pixels for picture in rows]), labels, model=classifier.spec)
-    require_independent_rows(found, classifier.spec)
-    engine = attacks.LaneEngine(
-        oracle,
-        fit_for(attack, found),
-        threat,
-        lanes=found.rungs[0],
-        rungs=found.rungs,
-        seed=seed,
-        goal=attacks.Misclassify(),
-        leave=False,
-    )
-    jobs = (attacks.Job(picture.id, number, picture.pixels, picture.label) for number, picture in enumerate(pictures))
-    fooled = []
-    for result in engine.run(jobs):
-        on_image()
-        fooled += [result] if result.outcome == attacks.FOOLED else []
-    fooled.sort(key=lambda result: result.job.index)
-    if not fooled:
-        return Encoded([], torch.zeros(0, dtype=torch.int64), None, None)
-    features, output = answers(torch.stack([result.adversarial for result in fooled]))
-    ids, wanted = [r.job.image_id for r in fooled], torch.tensor([r.job.label for r in fooled])
-    return Encoded(ids, wanted, features, output)

@@ -259,22 +259,21 @@ def summarise_attacks(
     return found
 
 
-def summarise_adversarial(known: Scored, fooled: Scored, attacked: Sequence[str]) -> record.Adversarial | None:
-    """Return how every score tells fooled images from the known ones that were not attacked; None if none was fooled.
+def summarise_adversarial(known: Scored, clean: Sequence[int], fooled: Scored, *, attacked: int) -> record.Adversarial:
+    """Return how every score tells fooled images from known ones that were not attacked.
 
     Args:
-        attacked: ids of the known images that were attacked, which are left out of the clean side.
+        clean: rows of the known images that are classified right, without those attacked and their like.
+        attacked: how many were attacked.
     """
-    apart = {known.groups[known.ids.index(name)] for name in attacked if name in known.ids}
-    rest = [row for row, group in enumerate(known.groups) if group not in apart]
-    if not rest or not len(fooled):
-        return None
-    groups = [known.groups[row] for row in rest]
+    groups = [known.groups[row] for row in clean]
     return record.Adversarial(
-        attacked=len(attacked),
+        attacked=attacked,
         fooled=len(fooled),
+        unattacked=len(clean),
         auroc={
-            name: _auroc(known.scores[name][rest], fooled.scores[name], groups, fooled.groups) for name in known.scores
+            name: _auroc(values[list(clean)], fooled.scores[name], groups, fooled.groups)
+            for name, values in known.scores.items()
         },
     )
 

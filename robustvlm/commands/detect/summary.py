@@ -196,12 +196,15 @@ class Adversarial(Record):
     """How scores tell known images from adversarial ones that were made to be misclassified, blind to the scores.
 
     Args:
-        attacked, fooled: known images that were right, and of those the fooled ones, which are told from the rest.
+        attacked, fooled: known images that were right, and of those the fooled ones.
         auroc: by score.
+        unattacked: known images that were right and not attacked, which the fooled ones are told from; None in runs of
+            before, which took wrong ones for clean as well.
     """
 
     attacked: int
     fooled: int
+    unattacked: int | None = None
     auroc: dict[str, Measured]
 
 

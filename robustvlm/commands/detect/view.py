@@ -319,14 +319,19 @@ def _under_attack(run: DetectRecord) -> Iterator[doc.Section]:
     ]
     if summary.adversarial is not None:
         found, titles = summary.adversarial, {score.name: score.title for score in summary.scores}
+        rest = (
+            "the clean known images, right or wrong,"
+            if found.unattacked is None
+            else f"{found.unattacked} more, right and"
+        )
         blocks.append(
             doc.Table(
                 [doc.Column("Score"), doc.Column("AUROC, clean against adversarial")],
                 [(titles[name], _of(value)) for name, value in found.auroc.items()],
                 title="Do scores notice adversarial images?",
                 caption=f"{found.fooled} of {found.attacked} known images were made to be misclassified as surely as "
-                "possible, by an attack that ignores every score; AUROC between the clean known images that were "
-                "not attacked and these. An attacker who knows the score evades it: see above.",
+                "possible, by an attack that ignores every score; AUROC between "
+                f"{rest} not attacked, and these. An attacker who knows the score evades it: see above.",
             )
         )
     yield doc.Section(f"Under attack ({ball})", blocks, key="attack", short="Under attack")

@@ -4,20 +4,28 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from robustvlm.attacks import LaneAttack, ThreatModel
+from robustvlm.attacks import LaneAttack
 from robustvlm.attacks.catalog import is_foreign
 from robustvlm.attacks.honesty import open_gradients
 from robustvlm.commands.common import inputs
-from robustvlm.commands.common.inputs import Images, Picture, code_facts, describe_data, facts_of, probe_of, remarks_of
-from robustvlm.commands.detect import DetectSettings, corrupted, cropping, measures, promised, remarks, scoring
+from robustvlm.commands.common.inputs import code_facts, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.detect import (
+    DetectSettings,
+    adversarial,
+    corrupted,
+    cropping,
+    measures,
+    promised,
+    remarks,
+    scoring,
+)
 from robustvlm.commands.detect import summary as record
-from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target, fool
-from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words, kept
+from robustvlm.commands.detect.attack import AttackLedger, ScoreAttacks, Target
+from robustvlm.commands.detect.encoding import Answers, Encoded, Encoder, embed_words
 from robustvlm.commands.detect.measures import Scored, save_mistakes
 from robustvlm.commands.detect.promised_attack import attack_promises
 from robustvlm.commands.detect.summary import parse_condition
@@ -116,7 +124,7 @@ class DetectWork:
         rules = None
         if self.promise is not None:
             rules = promised.rules_of(sets[0], self.promise, len(self.known.class_names))
-        attacked, adversarial, wrong, checks = self._attacked(panel, answers, sets, thresholds, found, session, rules)
+        attacked, noticed, wrong, checks = self._attacked(panel, answers, sets, thresholds, found, session, rules)
         promises = None
         if rules is not None:
             promises = promised.summarise(rules, sets[0], sets[1:], self.known.class_names, wrong)
@@ -139,7 +147,7 @@ class DetectWork:
         summary = summary.model_copy(
             update={
                 "attacked": attacked,
-                "adversarial": adversarial,
+                "adversarial": noticed,
                 "promised": promises,
                 "seconds": time.monotonic() - began,
             }
@@ -317,43 +325,12 @@ class DetectWork:
             wrong = attack_promises(work, rules, config.scores, sets[0], self.known) if rules is not None else {}
             write_rows(session.folder.attacked_path, ledger.table())
             attacked = measures.summarise_attacks(ledger, config.scores, thresholds, sets[0], sets[1:])
-            return attacked, self._adversarial(config, panel, answers, sets[0], session), wrong, ledger.checks
+            seen, said = adversarial.noticed(
+                config, self.attacks[0], answers, panel, sets[0], self.known, session, seed=self.settings.seed
+            )
+            return attacked, seen, wrong, [*ledger.checks, *said]
         finally:
             ledger.close()
-
-    def _adversarial(
-        self, config: record.UnderAttack, panel: scoring.Panel, answers: Answers, known: Scored, session: Session
-    ) -> record.Adversarial | None:
-        """Fool the classifier on known images that it gets right, and see which scores notice."""
-        right = {
-            name for name, label, said in zip(known.ids, known.labels, known.predictions, strict=True) if label == said
-        }
-        images = Images(self.known, limit=config.limit, resolution=self.classifier.framing)
-        pictures = [p for p in images.stream(lambda name: name in right) if isinstance(p, Picture) and p.id in right]
-        if not pictures:
-            return None
-        session.observer.begin(f"{self.attacks[0].name}, misclassify", len(pictures))
-        threat = ThreatModel(config.norm, config.eps)
-        fooled = kept(
-            session.folder.features_path / "adversarial.safetensors",
-            partial(
-                fool,
-                answers,
-                pictures,
-                self.attacks[0],
-                threat,
-                lanes=config.lanes,
-                seed=self.settings.seed,
-                on_image=session.observer.advance,
-            ),
-            owner=session.manifest,
-        )
-        if not fooled.ids:
-            return None
-        groups = [self.known.group(name) for name in fooled.ids]
-        scores = measures.as_arrays(panel.scores(fooled))
-        part = Scored("adversarial", fooled.ids, groups, fooled.labels.tolist(), [-1] * len(groups), scores)
-        return measures.summarise_adversarial(known, part, [picture.id for picture in pictures])
 
     def _summary(
         self,
