@@ -177,8 +177,36 @@ class Head:
         return self.logit_scale * self.cosines(features)
 
 
+@dataclass(frozen=True, eq=False)
+class PrototypeHead(Head):
+    """A head with several unit prototypes [K, M, D] of each class, the nearest of which counts.
+
+    `class_embeddings` are what stands for a class where one vector has to.
+
+    Example:
+        >>> both = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]] * 2])
+        >>> head = PrototypeHead(torch.nn.functional.normalize(both.mean(dim=1), dim=1), 10.0, both)
+        >>> head.logits(torch.tensor([[0.0, 1.0, 0.0]]))
+        tensor([[10.,  0.]])
+    """
+
+    prototypes: Tensor
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Return cosines [N, K] of unit features [N, D] to the nearest prototype of each class."""
+        return torch.einsum("nd,kmd->nkm", features, self.prototypes.to(features)).amax(dim=2)
+
+
+def prototypes_of(classifier: Any) -> Tensor | None:
+    """Return the prototypes [K, M, D] that decide for an immunised model, whose copies may vote; None of others."""
+    found = getattr(getattr(classifier, "judge", classifier), "prototypes", None)
+    return found if isinstance(found, Tensor) and found.ndim == 3 else None
+
+
 def head_of(classifier: Any) -> Head:
     """Return the head of a classifier as scores want it: its class embeddings, or its logits where it has none.
+
+    Of several prototypes a class the nearest counts, as for the classifier.
 
     Example:
         >>> from robustvlm.models import load_model, zero_shot
@@ -189,7 +217,11 @@ def head_of(classifier: Any) -> Head:
     if embeddings is None:
         return Head.of_logits(len(classifier.class_names))
     scale = getattr(classifier, "logit_scale", None)
-    return Head(embeddings, classifier.vlm.logit_scale if scale is None else scale)
+    scale = classifier.vlm.logit_scale if scale is None else scale
+    prototypes = prototypes_of(classifier)
+    if prototypes is None or prototypes.shape[1] == 1:
+        return Head(embeddings, scale)
+    return PrototypeHead(embeddings, scale, prototypes)
 
 
 class Detector(ABC):

@@ -46,6 +46,8 @@ class Supplies:
         stream: unit features [S, D] of unlabelled images, known and unknown, that came in before; None if none did.
         crops: unit features [S, C, D] of random crops of images of known classes, and the classes [S] of the images.
         negatives: unit embeddings [M, D] of words outside the classes that the model has learnt prompts for.
+        texts: unit text embeddings [K, D] of the classes, where the head is not made of them but of prototypes of
+            images; words are compared with these.
     """
 
     head: Head
@@ -57,6 +59,12 @@ class Supplies:
     stream: Tensor | None = field(default=None, repr=False)
     crops: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     negatives: Tensor | None = field(default=None, repr=False)
+    texts: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def text_head(self) -> Head:
+        """The head of the class texts."""
+        return self.head if self.texts is None else Head(self.texts, self.head.logit_scale)
 
     @property
     def tempered(self) -> Head:
@@ -119,8 +127,8 @@ class Score:
 
 
 def _neglabel(supplies: Supplies) -> NegLabel:
-    words, classes = _words(supplies), supplies.head.class_embeddings
-    return NegLabel(supplies.head, words[mine_negatives(words, classes.to(words))])
+    words, head = _words(supplies), supplies.text_head
+    return NegLabel(head, words[mine_negatives(words, head.class_embeddings.to(words))])
 
 
 def _adaneg(supplies: Supplies) -> Detector:
@@ -144,7 +152,7 @@ def _groups(supplies: Supplies, negatives: Tensor) -> int:
 
 
 def _sdis(supplies: Supplies) -> Detector:
-    words, classes = _words(supplies), supplies.head.class_embeddings
+    words, classes = _words(supplies), supplies.text_head.class_embeddings
     rows = safe_rows(words, classes.to(words))
     if not len(rows):
         raise UserError("every word is nearer to a known class than these are to each other: pass others with --words")

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from robustvlm.data.names import same_things
 from robustvlm.data.specs import Unlabelled, parse_spec
 from robustvlm.data.splits import _ROWS, copies, in_both
 from robustvlm.defenses import Classifier
-from robustvlm.detect import SCORES, SDIS, Detector, Head, Hinge, Supplies, make_scores, parse_scores
-from robustvlm.detect.base import require_temperature
+from robustvlm.detect import SCORES, SDIS, Detector, Head, Hinge, Supplies, head_of, make_scores, parse_scores
+from robustvlm.detect.base import prototypes_of, require_temperature
 from robustvlm.errors import BadSetting, UserError, nearest, setting
 from robustvlm.models.zero_shot import class_embeddings
 from robustvlm.text import without_secrets
@@ -234,7 +234,10 @@ def make_panel(
     labels = None if fit is None else fit.labels
     came = None if stream is None or not encoder else stream.features
     words, negatives = (words, negatives) if encoder else (None, None)
-    supplies = Supplies(head, encoder, features, labels, words, temperature, came, crops, negatives)
+    texts = None
+    if words is not None and prototypes_of(classifier) is not None:
+        texts = _texts(classifier, templates)  # prototypes of images are no match for words
+    supplies = Supplies(head, encoder, features, labels, words, temperature, came, crops, negatives, texts)
     detectors, skipped = make_scores(names, supplies)
     reasons = {item.name: item.reason for item in skipped}
     own = own_sdis(classifier)
@@ -292,14 +295,22 @@ def own_sdis(classifier: Classifier) -> Detector | None:
 
 
 def head_and_kind(classifier: Classifier, templates: Sequence[str]) -> tuple[Head, bool]:
-    """Return the head that scores use, and whether the model has an encoder for it."""
+    """Return the head that scores use, which is the model's own, and whether the model has an encoder for it."""
     vlm = classifier.vlm
     if vlm is None:
         return Head.of_logits(len(classifier.class_names)), False
-    texts = classifier.class_embeddings
-    if texts is None or texts.ndim != 2 or len(texts) != len(classifier.class_names):  # several prototypes a class
-        texts = class_embeddings(vlm, classifier.class_names, templates)
-    return Head(texts.detach().float().cpu(), vlm.logit_scale), True
+    vectors = classifier.class_embeddings
+    if vectors is None or vectors.ndim != 2 or len(vectors) != len(classifier.class_names):
+        return Head(_texts(classifier, templates), vlm.logit_scale), True
+    head = head_of(classifier)
+    parts = {each.name: getattr(head, each.name) for each in fields(head)}
+    found = {name: part.detach().float().cpu() for name, part in parts.items() if isinstance(part, Tensor)}
+    return replace(head, logit_scale=vlm.logit_scale, **found), True
+
+
+def _texts(classifier: Classifier, templates: Sequence[str]) -> Tensor:
+    assert classifier.vlm is not None, "asked for where there is an encoder"
+    return class_embeddings(classifier.vlm, classifier.class_names, templates).detach().float().cpu()
 
 
 def require_apart(known: Encoded, fit: Encoded | None, known_spec: str, fit_spec: str | None) -> None:

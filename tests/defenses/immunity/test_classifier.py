@@ -12,17 +12,19 @@ import torch.nn.functional as F
 
 from robustvlm.certify import OpensetRule
 from robustvlm.commands.detect.encoding import Answers
-from robustvlm.commands.detect.scoring import own_sdis
+from robustvlm.commands.detect.scoring import make_panel, own_sdis
 from robustvlm.defenses import load_classifier, load_pipeline, smooth
 from robustvlm.defenses.immunity import AdaptedVLM, ImmunisedClassifier, Immunity, immunise_without_images
 from robustvlm.defenses.immunity.antibodies import Antibodies, AntibodyText
 from robustvlm.defenses.immunity.saved import ImmunisedModel
 from robustvlm.defenses.immunity.state import Adapter, card_settings, save_tensors
 from robustvlm.defenses.pipeline import saved_model
-from robustvlm.detect import SDIS
+from robustvlm.detect import SDIS, MaxLogit, NegLabel, head_of
+from robustvlm.detect.base import confidence
 from robustvlm.errors import UserError
 from robustvlm.models import load_model
 from robustvlm.models.saved import Card, write_card
+from robustvlm.models.zero_shot import class_embeddings
 
 NAMES = ("apple", "dog", "fish_bowl")
 
@@ -250,3 +252,22 @@ def test_damaged_folders_and_parts_that_do_not_fit(tmp_path: Path) -> None:
         replace(immunity(), thresholds=torch.zeros(2))
     with pytest.raises(UserError, match="finite"):
         replace(immunity(), thresholds=torch.full((3,), torch.nan))
+
+
+@pytest.mark.parametrize("per_class", [1, 3])
+def test_scores_of_logits_are_of_the_model_that_answers_and_words_meet_class_texts(per_class: int) -> None:
+    made = immunity(per_class=per_class)
+    encoder = AdaptedVLM(load_model("tiny"), made.adapter)
+    classifier = ImmunisedClassifier(encoder, made)
+    panel = make_panel(classifier, ["a {}"], ["msp", "max-logit", "neglabel", "s-dis"], None, unit(40, 192, 7))
+    z = encoder.encode_image(images(8))
+    logits = classifier(images(8))[:, :-1]
+    torch.testing.assert_close(panel.head.logits(z), logits)
+    torch.testing.assert_close(MaxLogit(head_of(classifier)).score(z), logits.amax(dim=1))
+    torch.testing.assert_close(panel.detectors["msp"].score(z), confidence(logits))
+    texts = class_embeddings(encoder, NAMES, ["a {}"])
+    words, sdis = panel.detectors["neglabel"], panel.detectors["s-dis"]
+    assert isinstance(words, NegLabel)
+    assert isinstance(sdis, SDIS)
+    torch.testing.assert_close(words.head.class_embeddings, texts)
+    torch.testing.assert_close(sdis.prototypes, texts)
