@@ -203,6 +203,7 @@ class _Shape(_Names):
     data: _Data | None = None
     plan: _Plan | None = None
     probe: dict[str, Any] | None = None
+    contents: dict[str, str] | None = None
 
 
 def require_shape(shape: type[BaseModel], content: object, path: Path, more: str = "") -> None:
@@ -314,6 +315,9 @@ def require_same(old: Manifest, new: Manifest, folder: Path, *, finished: Callab
             bound is not gone on with by this one's.
     """
     found = differences(old, new)
+    # Earlier versions kept no digests, or fewer: what has none is not compared.
+    kept, read = ((manifest.get("contents") or {}) for manifest in (old, new))
+    found += [f"{what}: other content of the same name" for what in kept if kept[what] != read.get(what, kept[what])]
     before, after = ((manifest.get("plan") or {}).get("bound") for manifest in (old, new))
     if before is not None and before != after and not finished():
         found.append(f"bound: {before} -> {after}")
@@ -427,7 +431,7 @@ def write_checksums(folder: Path, manifest: Manifest) -> None:
     identity = run_identity(manifest)
     if identity is None:  # a run from before there were digests, which is continued
         return
-    files = {path.relative_to(folder).as_posix(): _digest(path) for path in _final(folder)}
+    files = {path.relative_to(folder).as_posix(): digest_of(path) for path in _final(folder)}
     content = {"format": CHECKSUMS_FORMAT, "run": identity, "files": files}
     write_text(folder / CHECKSUMS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -473,7 +477,7 @@ def require_unchanged(folder: Path, manifest: Manifest, *, what: str = "") -> No
             raise UserError(f"'{name}' of the run '{folder}' is gone: put it back, or {_again(name)}")
         if name not in known:
             raise UserError(f"'{name}' in '{folder}' is no file of this run: remove it")
-        if _digest(present[name]) != known[name]:
+        if digest_of(present[name]) != known[name]:
             raise UserError(f"'{name}' in '{folder}' is not what the run wrote: put its own back, or {_again(name)}")
 
 
@@ -491,7 +495,8 @@ def _final(folder: Path) -> Iterator[Path]:
         yield from (file for file in inside if file.is_file() and not file.name.startswith("."))
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return a digest of the bytes of a file; UserError where it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         require_regular(path)

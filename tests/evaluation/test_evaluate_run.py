@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -316,3 +318,16 @@ def test_captions_and_classes_together(captioned: Path, tmp_path: Path) -> None:
 def test_columns_that_are_not_there_are_named(captioned: Path, options: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         rv.open_data(f"parquet:{captioned}?{options}")
+
+
+def test_a_changed_tree_file_is_not_shown_as_the_run_of_the_earlier_one(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree.json"
+    leaves = [{"name": "pet", "children": [{"name": "cat"}, {"name": "dog"}]}, {"name": "fox"}]
+    options: dict[str, Any] = {"data": f"imagefolder:{make_folder(9)}", "tree": tree, "out": tmp_path, "name": "run"}
+    tree.write_text(json.dumps({"name": "all", "children": leaves}))
+    rv.evaluate("small_encoders:Encoder", **options, **CPU)
+    tree.write_text(json.dumps({"name": "all", "children": [{"name": "beast", "children": leaves}]}))
+    with pytest.raises(UserError, match="tree: other content of the same name"):
+        rv.evaluate("small_encoders:Encoder", **options, **CPU)

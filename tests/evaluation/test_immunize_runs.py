@@ -124,6 +124,41 @@ def test_the_same_command_makes_the_same_model_and_finds_it_again(make_folder: M
         prepared(photos, miss=0.1).start()
 
 
+@pytest.mark.parametrize("name", ["antibodies", "near_names", "tree"])
+def test_a_changed_file_is_not_shown_as_the_run_that_was_made_of_the_earlier_one(
+    make_folder: MakeFolder, name: str
+) -> None:
+    photos = make_folder()
+    files = {"antibodies": "cat: lynx\ndog: wolf\n", "near_names": "lynx\n"}
+    files["tree"] = json.dumps({"name": "all", "children": [{"name": n} for n in ("cat", "dog", "fox")]})
+    other = {"antibodies": "cat: cheetah\n", "near_names": "owl\n", "tree": files["tree"].replace("all", "thing")}
+    paths = {key: photos.parent / f"own-{key}.{'json' if key == 'tree' else 'txt'}" for key in files}
+    for key, path in paths.items():
+        path.write_text(files[key])
+
+    def again(folder: str = "run") -> Run:
+        options: dict[str, Any] = {"antibodies": f"file:{paths['antibodies']}", "steps": 0, "name": folder}
+        return prepared(photos, near_names=paths["near_names"], tree=paths["tree"], **options)
+
+    again().start()
+    again().start()
+    paths[name].write_text(other[name])
+    with pytest.raises(UserError, match=rf"other settings \({name}: other content of the same name\)"):
+        again().start()
+    # A run of the time before digests is still shown.
+    at = again().folder.path / "manifest.json"
+    kept = json.loads(at.read_text())
+    del kept["contents"]
+    at.write_text(json.dumps(kept))
+    again().start()
+
+
+def test_a_file_that_is_missing_is_found_before_any_work(make_folder: MakeFolder) -> None:
+    photos = make_folder(6)
+    with pytest.raises(UserError, match=r"no file at .*absent.txt: near_names takes one"):
+        made(photos, near_names=photos.parent / "absent.txt")
+
+
 @pytest.mark.equality
 def test_a_run_that_was_cut_short_is_no_model_and_goes_on(make_folder: MakeFolder) -> None:
     photos = make_folder()

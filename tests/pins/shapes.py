@@ -34,6 +34,7 @@ ADDED = {
     "contents",
     "noisy_own",
     "unattacked",
+    "contents",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

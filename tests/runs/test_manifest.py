@@ -90,6 +90,16 @@ def test_what_does_not_decide_results_may_change(key: str) -> None:
     require_same(manifest(), manifest() | {key: "other"}, Path("x"))
 
 
+def test_a_file_whose_content_has_changed_is_refused_and_one_without_a_digest_is_not() -> None:
+    base = manifest()
+    old, new = base | {"contents": {"tree": "aa", "near_names": "bb"}}, base | {"contents": {"tree": "cc"}}
+    with pytest.raises(UserError, match="tree: other content of the same name") as caught:
+        require_same(old, new, Path("x"))
+    assert "near_names" not in str(caught.value)
+    require_same(base, new, Path("x"))
+    require_same(old, base, Path("x"))
+
+
 def test_a_certificate_is_not_gone_on_with_by_another_bound_but_still_read() -> None:
     old, new = manifest() | {"plan": {"bound": "index"}}, manifest() | {"plan": {"bound": "ell"}}
     with pytest.raises(UserError, match="bound: index -> ell"):

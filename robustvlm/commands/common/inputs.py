@@ -1,9 +1,11 @@
 """The model and the data of a run: its images in source order, and what its manifest says of both."""
 
+import json
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,7 @@ from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_model
 from robustvlm.models.zero_shot import cut_prompts
+from robustvlm.runs.manifest import digest_of
 from robustvlm.text import without_secrets
 
 # Sets of unknown images, as `DATA` or `NAME=DATA`
@@ -192,6 +195,26 @@ def contents_of(sources: Mapping[str, DataSource | None]) -> dict[str, Any]:
     found = {name: None if source is None else source.content() for name, source in sources.items()}
     told = {name: content for name, content in found.items() if content is not None}
     return {"contents": told} if told else {}
+
+
+def contents_of(source: DataSource, **files: Path | None) -> dict[str, str]:
+    """Return a digest of the class trees of the data, and of the files that are given, under the names of settings.
+
+    A setting holds a path, and what stands there may change: a finished run would be shown as one of the new content.
+    What is no regular file, as a shell's pipe, can be read once and has none.
+
+    Raises:
+        UserError: no such file.
+    """
+    found = {}
+    if source.tree is not None:
+        found["tree"] = object_graph.fingerprint({}, (json.dumps([tree.paths for tree in source.tree]),))
+    for name, path in files.items():
+        if path is not None and not path.exists():
+            raise UserError(f"no file at {path}: {setting(name)} takes one that is there")
+        if path is not None and path.is_file():
+            found[name] = digest_of(path)
+    return found
 
 
 def code_facts(names: Iterable[str]) -> dict[str, str]:

@@ -208,6 +208,12 @@ def client_of(settings: ImmunizeSettings) -> LlmClient | None:
     return open_client(settings.llm, settings.llm_model, settings.llm_prices)
 
 
+def antibody_file(settings: ImmunizeSettings) -> Path | None:
+    """Return the file of the user's antibodies, where they come from one."""
+    kind, _, rest = settings.antibodies.partition(":")
+    return Path(rest) if kind == "file" else None
+
+
 def propose(settings: ImmunizeSettings, class_names: Sequence[str], observer: Observer) -> known.Proposal:
     """Return antibodies for classes from the source that the settings name, and say what asking has cost."""
     client = client_of(settings)

@@ -381,6 +381,7 @@ def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
         data,
         probe=probe_of(vlm, source.class_names, source.templates),
         remarks=remarks_of(source, vlm),
+        contents=contents_of(source, antibodies=images.antibody_file(settings), near_names=settings.near_names),
     )
     return ImmunizeWork(facts, settings, vlm, source, unknown)
 
