@@ -1,7 +1,8 @@
 """Rates with exact intervals, means, and exact paired tests: every proportion the program shows comes from here."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,8 +34,14 @@ class Rate(BaseModel):
     method: str = CLOPPER_PEARSON
 
 
-def rate(successes: int, total: int, confidence: float = 0.95) -> Rate:
+def rate(
+    successes: int, total: int, confidence: float = 0.95, *, independent: float | None = None, each: str = "group"
+) -> Rate:
     """Return `successes / total` with its exact binomial interval, which covers the true rate at least at `confidence`.
+
+    Args:
+        independent: how many independent cases all of them are worth (`worth_of`), where copies of one thing are among
+            them: the interval is that of so many. each: what the interval then counts once.
 
     Raises ValueError unless 0 <= successes <= total and 0 < confidence < 1.
     Source: Clopper and Pearson, Biometrika 26 (1934), equal-tailed, by statsmodels.
@@ -50,6 +57,8 @@ def rate(successes: int, total: int, confidence: float = 0.95) -> Rate:
         raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
     if total == 0:
         return Rate(successes=0, total=0, value=None, low=0.0, high=1.0, confidence=confidence)
+    if independent is not None and independent < total:
+        return _each_once(successes, total, independent, confidence, each)
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(successes, total, alpha=1 - confidence, method="beta")
@@ -61,6 +70,39 @@ def rate(successes: int, total: int, confidence: float = 0.95) -> Rate:
         high=float(high),
         confidence=confidence,
     )
+
+
+def _each_once(successes: int, total: int, independent: float, confidence: float, each: str) -> Rate:
+    """Return a share with the interval that `independent` cases would have of which the same share are successes."""
+    from scipy.special import betaincinv
+
+    share, tail = successes / total, (1 - confidence) / 2
+    hits = share * independent
+    return Rate(
+        successes=int(successes),
+        total=int(total),
+        value=share,
+        low=float(betaincinv(hits, independent - hits + 1, tail)) if successes else 0.0,
+        high=float(betaincinv(hits + 1, independent - hits, 1 - tail)) if successes < total else 1.0,
+        confidence=confidence,
+        method=f"{CLOPPER_PEARSON}, each {each} once",
+    )
+
+
+def worth_of(groups: Iterable[Hashable]) -> float:
+    """Return how many independent cases so many are worth whose groups are no independent evidence within.
+
+    (sum n)^2 / sum n^2 of the sizes of the groups, Kish's effective size where cases of a group are all alike: the
+    number of groups where they are equally large, and less where they are not.
+
+    Source: Kish, Survey Sampling (1965), section 8.2.
+
+    Example:
+        >>> worth_of("aabbcc"), worth_of("abc"), round(worth_of("aaaabc"), 2)
+        (3.0, 3.0, 2.0)
+    """
+    sizes = Counter(groups).values()
+    return sum(sizes) ** 2 / max(1, sum(size**2 for size in sizes))
 
 
 class Mean(BaseModel):
@@ -82,13 +124,18 @@ class Mean(BaseModel):
 
 
 def mean(
-    values: Sequence[float], confidence: float = 0.95, *, within: tuple[float, float] = (-math.inf, math.inf)
+    values: Sequence[float],
+    confidence: float = 0.95,
+    *,
+    within: tuple[float, float] = (-math.inf, math.inf),
+    independent: float | None = None,
 ) -> Mean:
     """Return the mean of `values` with Student's t interval, which takes the mean's own spread to be about normal.
 
     Args:
         within: the least and the largest that a value can be. The interval ends there: the mean that is sought lies
             inside, so that what is cut off costs no coverage.
+        independent: how many independent cases the values are worth, as for `rate`.
 
     Example:
         >>> m = mean([0.1, 0.2, 0.3])
@@ -101,18 +148,19 @@ def mean(
     if n == 0:
         return Mean(total=0, value=None, low=None, high=None, confidence=confidence)
     centre = math.fsum(values) / n
-    if n == 1:
-        return Mean(total=1, value=centre, low=None, high=None, confidence=confidence)
+    worth = n if independent is None else min(n, independent)
+    if worth < 2:
+        return Mean(total=n, value=centre, low=None, high=None, confidence=confidence)
     from scipy.special import stdtrit
 
-    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
-    reach = float(stdtrit(n - 1, 0.5 + confidence / 2)) * spread
+    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / worth)
+    reach = float(stdtrit(worth - 1, 0.5 + confidence / 2)) * spread
     # The mean itself may be past an end by rounding, as the cosine of a feature to itself is.
     low, high = min(centre, max(within[0], centre - reach)), max(centre, min(within[1], centre + reach))
     return Mean(total=n, value=centre, low=low, high=high, confidence=confidence)
 
 
-def mean_share(values: Sequence[float], confidence: float = 0.95) -> Mean:
+def mean_share(values: Sequence[float], confidence: float = 0.95, *, independent: float | None = None) -> Mean:
     """Return the mean of shares in [0, 1], one a case, with its interval: Student's t, within [0, 1].
 
     Cases that are 0 or 1 each are counted, and have the exact interval of a rate: where all are alike their spread is
@@ -128,8 +176,8 @@ def mean_share(values: Sequence[float], confidence: float = 0.95) -> Mean:
     # Sums of weights miss 1 by rounding.
     snapped = [round(value) if abs(value - round(value)) < _ROUNDING else value for value in values]
     if not snapped or any(value not in (0, 1) for value in snapped):
-        return mean(snapped, confidence, within=(0.0, 1.0))
-    found = rate(int(sum(snapped)), len(snapped), confidence)
+        return mean(snapped, confidence, within=(0.0, 1.0), independent=independent)
+    found = rate(int(sum(snapped)), len(snapped), confidence, independent=independent)
     return Mean(total=found.total, value=found.value, low=found.low, high=found.high,
                 confidence=confidence, method=found.method)  # fmt: skip
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from scipy.stats import beta, binom
 from scipy.stats import t as student_t
 
-from robustvlm.stats import Rate, holm, mcnemar_exact, mean, rate
+from robustvlm.stats import Rate, holm, mcnemar_exact, mean, mean_share, rate, worth_of
 
 
 @st.composite
@@ -156,3 +156,27 @@ def test_cutting_costs_no_coverage() -> None:
 def test_a_mean_needs_two_numbers_for_an_interval() -> None:
     assert (mean([]).value, mean([]).total) == (None, 0)
     assert (mean([0.4]).value, mean([0.4]).low, mean([0.4]).high) == (0.4, None, None)
+
+
+@pytest.mark.parametrize("sizes", [[8] * 40, [1] * 40 + [20] * 20])
+def test_copies_of_a_thing_are_no_evidence_of_their_own(sizes: list[int]) -> None:
+    """All copies of a thing come out alike: the interval of single images would miss the truth most of the time."""
+    draws, groups = np.random.default_rng(0), np.repeat(np.arange(len(sizes)), sizes)
+    covered, naive = 0, 0
+    for _ in range(400):
+        hits = int((draws.random(len(sizes)) < 0.7)[groups].sum())
+        found, single = rate(hits, len(groups), independent=worth_of(groups.tolist())), rate(hits, len(groups))
+        assert found.value == single.value == hits / len(groups)
+        assert found.low <= single.low <= single.high <= found.high
+        covered, naive = covered + (found.low <= 0.7 <= found.high), naive + (single.low <= 0.7 <= single.high)
+    assert covered / 400 > 0.94 > 0.7 > naive / 400
+
+
+def test_so_many_of_different_things_have_the_interval_they_always_had() -> None:
+    assert rate(7, 20, independent=worth_of(range(20))) == rate(7, 20)
+    assert rate(14, 40, independent=worth_of([*range(20), *range(20)])).low == pytest.approx(rate(7, 20).low)
+    assert rate(0, 40, independent=20.0).high == pytest.approx(rate(0, 20).high)
+    values = [0.1, 0.5, 0.9]
+    assert mean(values, independent=3.0) == mean(values)
+    assert mean_share([*values, *values], independent=worth_of([0, 1, 2] * 2)).low < mean_share(values * 2).low
+    assert mean(values, independent=1.0).low is None

@@ -13,9 +13,10 @@ from detecting import DetectRun
 from PIL import Image
 
 from robustvlm.commands.detect import DetectSettings
-from robustvlm.commands.detect.measures import Scored, summarise_scores, thresholds_of
+from robustvlm.commands.detect.measures import Scored, own_decision, summarise_scores, thresholds_of
 from robustvlm.commands.detect.remarks import of_familiar_strangers
 from robustvlm.commands.detect.scoring import unknown_sets
+from robustvlm.commands.detect.summary import OWN, OwnDecision
 from robustvlm.errors import UserError
 
 
@@ -134,3 +135,20 @@ def test_familiar_strangers_are_named_where_neighbours_know_better() -> None:
     found = summarise_scores(turned[0], turned[1:], thresholds=thresholds, microseconds={}, draws=300, seed=0)
     assert not list(of_familiar_strangers(found, turned, thresholds))
     assert not list(of_familiar_strangers([one for one in found if one.name != "knn"], turned, thresholds))
+
+
+def test_copies_of_a_drawing_count_once_in_the_intervals_of_shares() -> None:
+    accepted = np.array([1.0] * 30 + [-1.0] * 10)
+    ids, drawings = [str(row) for row in range(40)], [str(row // 8) for row in range(40)]
+
+    def decided(groups: list[str]) -> OwnDecision | None:
+        known, far = (Scored(name, ids, groups, [0] * 40, [0] * 40, {OWN: accepted}) for name in ("known", "far"))
+        return own_decision(known, [far])
+
+    alone, copies = decided(ids), decided(drawings)
+    assert alone is not None
+    assert copies is not None
+    for one, many in ((alone.accepted_known, copies.accepted_known), (alone.right, copies.right)):
+        assert one.value == many.value == 0.75
+        assert many.low < one.low < one.high < many.high
+    assert copies.accepted_unknown["far"].low < alone.accepted_unknown["far"].low

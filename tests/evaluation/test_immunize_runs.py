@@ -26,12 +26,15 @@ from robustvlm.commands.detect import detect
 from robustvlm.commands.evaluate.work import evaluate_clean
 from robustvlm.commands.immunize import IMMUNIZE, ImmunizeSettings, view, work
 from robustvlm.commands.immunize.images import held_back
-from robustvlm.commands.immunize.record import NAME, Measures, Unknown, read_run
+from robustvlm.commands.immunize.record import NAME, Measures, Unknown, measure, read_run
 from robustvlm.data import open_data
 from robustvlm.defenses import load_classifier
+from robustvlm.defenses.immunity import Immunity
+from robustvlm.defenses.immunity.antibodies import Antibodies
 from robustvlm.defenses.immunity.recipe import thresholds_of
-from robustvlm.defenses.immunity.state import load_immunity, save_tensors
+from robustvlm.defenses.immunity.state import Adapter, load_immunity, save_tensors
 from robustvlm.defenses.immunity.thresholds import Thresholds
+from robustvlm.defenses.prompts import Features
 from robustvlm.detect.metrics import Interval
 from robustvlm.errors import UserError
 from robustvlm.models.saved import CARD_NAME, read_card
@@ -584,6 +587,29 @@ def test_the_colour_of_the_verdict_says_what_it_means(rejected: int, refused: in
     )
     for unknown in told:
         assert view.tone(Measures(unknown={"x": unknown}, rejected=rate(refused, 100)), []) == tone
+
+
+def test_copies_of_a_drawing_count_once_in_what_is_said_of_the_model() -> None:
+    """Every share has the interval of as many images as there are drawings, and so has the colour of the verdict."""
+    axes, count = torch.eye(4), 400
+    adapter = Adapter(4, 2).eval().requires_grad_(False)
+    immunity = Immunity(
+        ("a", "b"), axes[:2, None], Antibodies((), torch.zeros(0, 4)), 0.0, torch.full((2,), 0.5), adapter
+    )
+    ids = tuple(str(row) for row in range(count))
+
+    def measured(groups: tuple[str, ...]) -> Measures:
+        held = Features(axes[torch.arange(count) % 2], torch.arange(count) % 2, ids, groups)
+        far = Features(axes[2:3].repeat(count, 1), torch.full((count,), -1), ids, groups)
+        return measure(immunity, axes[:2], 10.0, held, {"far": far})
+
+    alone, copies = measured(ids), measured(tuple(str(row // 40) for row in range(count)))
+    assert view.tone(alone, []) == "held"
+    assert view.tone(copies, []) == "neutral"
+    for name in ("accuracy_before", "accuracy_after", "accepted_right", "rejected", "rejected_right"):
+        one, many = getattr(alone, name), getattr(copies, name)
+        assert one.value == many.value
+        assert one.high - one.low < many.high - many.low
 
 
 def test_held_out_copies_and_unreadable_images_are_said(make_folder: MakeFolder, tmp_path: Path) -> None:

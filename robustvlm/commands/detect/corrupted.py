@@ -12,7 +12,7 @@ from robustvlm.commands.detect.summary import CorruptedKnown, CorruptedScore, De
 from robustvlm.data.corruptions import NAMES, Corruption, weights_of
 from robustvlm.report import sections as doc
 from robustvlm.report.words import DASH, as_rate, count_of, percent, plain
-from robustvlm.stats import Rate, mean_share
+from robustvlm.stats import Rate, mean_share, worth_of
 
 Array = NDArray[np.float64]
 
@@ -33,7 +33,7 @@ def summarise(
     """
     corruptions = list(under)
     weights = np.array(weights_of(corruptions))
-    labels = np.array(known.labels)
+    labels, worth = np.array(known.labels), worth_of(known.groups)
     right = np.array([np.array(part.predictions) == labels for part in under.values()])
     refused = {
         name: np.array([~(part.scores[name] > thresholds[name]) for part in under.values()]) for name in known.scores
@@ -42,8 +42,8 @@ def summarise(
         RefusedUnder(
             name=one.name,
             severity=one.severity,
-            right=measures.share(right[row]),
-            refused={name: measures.share(table[row]) for name, table in refused.items()},
+            right=measures.share(right[row], known.groups),
+            refused={name: measures.share(table[row], known.groups) for name, table in refused.items()},
         )
         for row, one in enumerate(corruptions)
     ]
@@ -51,14 +51,14 @@ def summarise(
         CorruptedScore(
             name=name,
             title=measures.title_of(name),
-            clean=measures.share(~(known.scores[name] > thresholds[name])),
-            refused=mean_share((weights @ table).tolist()),
+            clean=measures.share(~(known.scores[name] > thresholds[name]), known.groups),
+            refused=mean_share((weights @ table).tolist(), independent=worth),
             of_right=_within(weights, table, right),
             of_wrong=_within(weights, table, ~right),
         )
         for name, table in refused.items()
     ]
-    accuracy = mean_share((weights @ right).tolist())
+    accuracy = mean_share((weights @ right).tolist(), independent=worth)
     return CorruptedKnown(side=side, images=len(known), right=accuracy, scores=scores, found=found)
 
 

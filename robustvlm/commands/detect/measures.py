@@ -19,7 +19,7 @@ from robustvlm.data.source import DataSource, Sample
 from robustvlm.detect import BASELINES, Bootstrap, Interval, auroc_interval, difference, find_score, threshold_at_tpr
 from robustvlm.detect.metrics import all_metrics, intervals_of
 from robustvlm.errors import UserError
-from robustvlm.stats import Rate, holm, rate
+from robustvlm.stats import Rate, holm, rate, worth_of
 
 # From the scores of all images to the summary: every metric with its interval, compared in pairs
 
@@ -176,15 +176,18 @@ def own_decision(known: Scored, unknown: Sequence[Scored]) -> record.OwnDecision
     accepted = known.scores[record.OWN] > 0
     right = np.array(known.predictions) == np.array(known.labels)
     return record.OwnDecision(
-        accepted_known=share(accepted),
-        right=share(accepted & right),
-        accepted_unknown={other.name: share(other.scores[record.OWN] > 0) for other in unknown},
+        accepted_known=share(accepted, known.groups),
+        right=share(accepted & right, known.groups),
+        accepted_unknown={other.name: share(other.scores[record.OWN] > 0, other.groups) for other in unknown},
     )
 
 
-def share(chosen: NDArray[np.bool_]) -> Rate:
-    """Return the share of images for which something holds, with its exact interval."""
-    return rate(int(chosen.sum()), len(chosen))
+def share(chosen: NDArray[np.bool_], groups: Sequence[str] | None = None) -> Rate:
+    """Return the share of images for which something holds, with its exact interval.
+
+    Images of one of the `groups` are no independent evidence, and count as one in the interval; None: all are.
+    """
+    return rate(int(chosen.sum()), len(chosen), independent=None if groups is None else worth_of(groups))
 
 
 def measure(interval: Interval) -> record.Measured:
@@ -242,8 +245,8 @@ def summarise_attacks(
                         auroc_intrude=_auroc(clean, after, groups, others),
                         auroc_deny=_auroc(worst, before, groups, others),
                         auroc_both=_auroc(worst, after, groups, others),
-                        accepted_clean=share(before > thresholds[name]),
-                        accepted_attacked=share(after > thresholds[name]),
+                        accepted_clean=share(before > thresholds[name], others),
+                        accepted_attacked=share(after > thresholds[name], others),
                     )
                 )
         found.append(
@@ -251,8 +254,8 @@ def summarise_attacks(
                 name=name,
                 title=title_of(name),
                 threshold=thresholds[name],
-                accepted_clean=share(clean > thresholds[name]),
-                accepted_attacked=share(worst > thresholds[name]),
+                accepted_clean=share(clean > thresholds[name], groups),
+                accepted_attacked=share(worst > thresholds[name], groups),
                 on=on,
             )
         )

@@ -148,8 +148,11 @@ def of_memory(stream: Encoded | None, encoded: Mapping[str, Encoded], panel: Pan
             yield Check(name=f"copies of the stream, in {name}", level="warning", message=message)
 
 
-def remarks(encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel) -> Iterator[Check]:
+def remarks(
+    encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel, sets: Sequence[Scored]
+) -> Iterator[Check]:
     """Yield findings: images that were learnt from, classes without images, sets too small for their intervals."""
+    groups = {part.name: set(part.groups) for part in sets}
     for name, found in encoded.items():
         copies = copies_of(found, fit)
         if copies:
@@ -158,8 +161,10 @@ def remarks(encoded: Mapping[str, Encoded], fit: Encoded | None, panel: Panel) -
                 "--fit: scores that learn from images know them by heart."
             )
             yield Check(name=f"images learnt from, in {name}", level="warning", message=message)
-        if len(found.ids) < _FEW:
-            message = f"The set '{name}' has {len(found.ids)} images: bootstrap intervals are too short on so few."
+        drawings = len(groups[name])
+        if drawings < _FEW:
+            of = "" if drawings == len(found.ids) else f" of {drawings:,} things"
+            message = f"The set '{name}' has {len(found.ids)} images{of}: bootstrap intervals are too short on so few."
             yield Check(name=f"few images, in {name}", level="note", message=message)
     if fit is not None:
         seen, classes = len(fit.labels.unique()), len(panel.head.class_embeddings)

@@ -41,7 +41,7 @@ from robustvlm.detect import find_score, outside, read_words, tree_words
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.records import Check, write_rows
 from robustvlm.runs.run import Facts, Session
-from robustvlm.stats import rate
+from robustvlm.stats import rate, worth_of
 
 __all__ = ["RESULTS", "open_work", "parse_condition", "read_run", "report_of", "show", "write_report"]
 
@@ -266,7 +266,7 @@ class DetectWork:
             oracle = self.settings.oracle_words
             yield from remarks.of_words(self.negatives.naming, oracle=oracle, what="negative prompts", told=told)
         yield from remarks.of_own_texts(self.classifier, self.unknown)
-        yield from remarks.remarks(found.encoded, found.fit, panel)
+        yield from remarks.remarks(found.encoded, found.fit, panel, sets)
         yield from remarks.of_memory(found.stream, found.encoded, panel)
         yield from remarks.of_constant_scores(sets)
 
@@ -358,7 +358,7 @@ class DetectWork:
             fit=None if found.fit is None or self.fit is None else self._set_summary("fit", self.fit, found.fit),
             left_out=found.left_out,
             classes=len(self.known.class_names),
-            accuracy=rate(right, len(known)),
+            accuracy=rate(right, len(known), independent=worth_of(known.groups)),
             scores=scores,
             skipped=panel.skipped,
             best=measures.best_score(scores),

@@ -18,7 +18,7 @@ from robustvlm.commands.evaluate.corrupted import Answers, Corruptions, as_fact,
 from robustvlm.data.source import UNKNOWN
 from robustvlm.data.trees import Forest, Tree
 from robustvlm.runs.folder import RunFolder
-from robustvlm.stats import CLOPPER_PEARSON, Rate, rate
+from robustvlm.stats import Rate, rate
 
 # The summary
 
@@ -384,19 +384,7 @@ def recalls(of_images: torch.Tensor, of_texts: torch.Tensor, *, without: int = 0
         captions=texts,
         without=without,
         text={k: rate(int((of_images <= k).sum()), images) for k in ENDS if k <= texts},
-        image={k: _each_once(int((of_texts <= k).sum()), texts, images) for k in ENDS if k <= images},
+        image={
+            k: rate(int((of_texts <= k).sum()), texts, independent=images, each="image") for k in ENDS if k <= images
+        },
     )
-
-
-def _each_once(successes: int, captions: int, images: int) -> Rate:
-    """Return the share of captions with the exact interval that as many independent captions as images would have."""
-    if captions == images:
-        return rate(successes, captions)
-    from scipy.special import betaincinv
-
-    share = successes / captions
-    hits = share * images
-    low = float(betaincinv(hits, images - hits + 1, 0.025)) if hits else 0.0
-    high = float(betaincinv(hits + 1, images - hits, 0.975)) if hits < images else 1.0
-    method = f"{CLOPPER_PEARSON}, each image once"
-    return Rate(successes=successes, total=captions, value=share, low=low, high=high, method=method)

@@ -23,7 +23,7 @@ from robustvlm.report.training import counted
 from robustvlm.runs.manifest import Manifest
 from robustvlm.runs.run import Facts, Session
 from robustvlm.runs.settings import Observer
-from robustvlm.stats import mcnemar_exact, rate
+from robustvlm.stats import mcnemar_exact, rate, worth_of
 from robustvlm.text import name_key
 
 WARM_STEPS = 100
@@ -230,14 +230,15 @@ class ExtendWork:
         was, now = old_class == labels, new_class == labels
         own_class, own_score = records.judged(after, new.features)
         own = own_class == len(after.class_names) - 1
+        worth = worth_of(new.groups)
         others = mcnemar_exact(was.tolist(), now.tolist())
         return records.Added(
             name=self.name,
             to=str(self.earlier.model.folder),
             others=records.Others(**others.model_dump(), total=len(labels)),
             others_accepted=mcnemar_exact((was & (old_score > 0)).tolist(), (now & (new_score > 0)).tolist()),
-            accuracy=rate(int(own.sum()), len(own)),
-            accepted=rate(int((own & (own_score > 0)).sum()), len(own)),
+            accuracy=rate(int(own.sum()), len(own), independent=worth),
+            accepted=rate(int((own & (own_score > 0)).sum()), len(own), independent=worth),
         )
 
     def _warnings(self, record: records.Record) -> list[str]:

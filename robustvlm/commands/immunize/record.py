@@ -34,7 +34,7 @@ from robustvlm.models.probe import probe_encoder
 from robustvlm.models.saved import Card, write_card
 from robustvlm.runs import records
 from robustvlm.runs.run import FinishedRun, Session, read_finished
-from robustvlm.stats import PairedTest, Rate, mcnemar_exact, rate
+from robustvlm.stats import PairedTest, Rate, mcnemar_exact, rate, worth_of
 
 NAME = "immunity.json"
 Record = dict[str, Any]
@@ -404,6 +404,7 @@ def measure(
     accepted = acceptance > 0
     count = len(before)
     groups = [group for group, wanted in zip(held.groups, known.tolist(), strict=True) if wanted]
+    worth = worth_of(groups)
     confidence, sets = logits.softmax(dim=1).amax(dim=1), {}
     for spec, whole in unknown.items():
         other = whole.rows((whole.labels < 0).nonzero().flatten())
@@ -416,8 +417,8 @@ def measure(
             images=len(other.ids),
             auroc_mcm=interval(confidence.double().numpy(), rival.double().numpy()),
             auroc=interval(acceptance.double().numpy(), theirs.double().numpy()),
-            accepted=rate(int((theirs > 0).sum()), len(theirs)),
-            rejected=rate(int((theirs <= 0).sum()), len(theirs)),
+            accepted=rate(int((theirs > 0).sum()), len(theirs), independent=worth_of(other.groups)),
+            rejected=rate(int((theirs <= 0).sum()), len(theirs), independent=worth_of(other.groups)),
             known_classes={
                 immunity.class_names[label]: count
                 for label, count in sorted(Counter(whole.labels.tolist()).items())
@@ -426,12 +427,13 @@ def measure(
             copies=copies(other.features, held.features),
         )
     right = predicted == labels
+    of_right = [group for group, said in zip(groups, right.tolist(), strict=True) if said]
     return Measures(
-        accuracy_before=rate(sum(before), count),
-        accuracy_after=rate(sum(after), count),
+        accuracy_before=rate(sum(before), count, independent=worth),
+        accuracy_after=rate(sum(after), count, independent=worth),
         paired=mcnemar_exact(before, after),
-        accepted_right=rate(int((accepted & right).sum()), count),
-        rejected=rate(int((~accepted).sum()), count),
-        rejected_right=rate(int((~accepted & right).sum()), int(right.sum())),
+        accepted_right=rate(int((accepted & right).sum()), count, independent=worth),
+        rejected=rate(int((~accepted).sum()), count, independent=worth),
+        rejected_right=rate(int((~accepted & right).sum()), int(right.sum()), independent=worth_of(of_right)),
         unknown=sets,
     )
