@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from robustvlm.core import LAMBDA_INF
-from robustvlm.data.names import read_lines
+from robustvlm.data.names import read_lines, readings, same_things
 from robustvlm.data.trees import Forest
 from robustvlm.detect.base import Detector, Head
 from robustvlm.errors import UserError
@@ -36,13 +37,52 @@ def tree_words() -> tuple[str, ...]:
         (True, True)
     """
     found: dict[str, str] = {}
-    for tree in _TREES:
-        stack = [json.loads((files("robustvlm") / "assets" / "trees" / f"{tree}.json").read_text(encoding="utf-8"))]
-        while stack:
-            node = stack.pop()
-            found.setdefault(name_key(node["name"]), node["name"])
-            stack.extend(reversed(node.get("children", ())))
+    for path in _paths():
+        found.setdefault(name_key(path[-1]), path[-1])
     return tuple(found.values())
+
+
+@cache
+def _paths() -> tuple[tuple[str, ...], ...]:
+    """Return the way from the root to every node of the bundled trees, in their order."""
+    found = []
+    for tree in _TREES:
+        root = json.loads((files("robustvlm") / "assets" / "trees" / f"{tree}.json").read_text(encoding="utf-8"))
+        stack: list[tuple[tuple[str, ...], dict[str, Any]]] = [((), root)]
+        while stack:
+            above, node = stack.pop()
+            found.append((*above, node["name"]))
+            stack.extend((found[-1], child) for child in reversed(node.get("children", ())))
+    return tuple(found)
+
+
+def groups_of(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Return the groups of the bundled trees that hold something of a given name, or a kind of it by its last word.
+
+    Example:
+        >>> {"mammal", "canine"} <= set(groups_of(["Dogs"])), "edible fruit" in groups_of(["Dogs"])
+        (True, False)
+    """
+    known = {words for name in class_names for words in readings(name)}
+
+    def held(name: str) -> bool:
+        return any(words[start:] in known for words in readings(name) for start in range(len(words)))
+
+    return tuple(dict.fromkeys(group for path in _paths() if held(path[-1]) for group in path[:-1]))
+
+
+def words_outside(class_names: Sequence[str], forest: Forest | None, path: Path | None = None) -> tuple[str, ...]:
+    """Return the words of a file, or the names in the bundled trees, that are no class and no group that holds one.
+
+    Which groups do is said by the trees of the data; of the bundled names by the bundled trees, where the data have
+    none.
+
+    Raises UserError when the file cannot be read or holds no word.
+    """
+    if path is not None:
+        return outside(read_words(path), class_names, forest)
+    above = groups_of(class_names) if forest is None else ()
+    return outside(tree_words(), [*class_names, *above], forest)
 
 
 def read_words(path: Path) -> tuple[str, ...]:
@@ -59,16 +99,17 @@ def read_words(path: Path) -> tuple[str, ...]:
 
 
 def outside(words: Iterable[str], class_names: Sequence[str], forest: Forest | None = None) -> tuple[str, ...]:
-    """Return the words that are neither a class nor, in any tree, a group that holds one.
+    """Return the words that say nothing that a class says too, and are no group that holds one in any tree.
 
     Example:
-        >>> outside(["wolf", "Dog", "animal"], ["dog"])
+        >>> outside(["wolf", "Dogs", "animal"], ["dog"])
         ('wolf', 'animal')
     """
-    taken = {name_key(name) for name in class_names}
+    words = tuple(words)
+    said, taken = same_things(words, class_names), {name_key(name) for name in class_names}
     for tree in forest or ():
         taken |= {name_key(node) for path in tree.paths for node in path}
-    return tuple(word for word in words if name_key(word) not in taken)
+    return tuple(word for word in words if word not in said and name_key(word) not in taken)
 
 
 def safe_rows(words: Tensor, class_embeddings: Tensor) -> Tensor:

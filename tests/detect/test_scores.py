@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ from robustvlm.detect.catalog import own_detector
 from robustvlm.detect.distances import choose_alpha
 from robustvlm.detect.logits import GEN, free_energy
 from robustvlm.detect.mixtures import fit_probe, mean_probabilities
-from robustvlm.detect.words import mine_negatives, safe_rows
+from robustvlm.detect.words import mine_negatives, safe_rows, words_outside
 from robustvlm.errors import UserError
 
 
@@ -341,6 +342,15 @@ def test_words_leave_out_classes_and_their_groups() -> None:
     assert "mammal" not in words
     assert not {"dog", "Dog"} & set(words)
     assert len(words) == len(set(words)) > 1000
+
+
+def test_groups_that_hold_a_class_are_no_words_where_the_data_have_no_tree(tmp_path: Path) -> None:
+    words = words_outside(["Dogs", "cat", "apple"], None)
+    assert not {"dog", "animal", "mammal", "canine", "living thing", "fruit", "edible fruit"} & set(words)
+    assert {"wolf", "fish", "vehicle"} & set(words)
+    # In words of one's own a plural is no other thing.
+    (tmp_path / "words.txt").write_text("dogs\nanimal\nwolf\n")
+    assert words_outside(["dog"], None, tmp_path / "words.txt") == ("animal", "wolf")
 
 
 def test_words_too_near_a_class_are_not_safe(clouds: Clouds) -> None:

@@ -37,7 +37,8 @@ from robustvlm.data.corruptions import Corruption, parse_corruptions, table_side
 from robustvlm.data.names import same_things, some_of
 from robustvlm.data.specs import Unlabelled, open_unlabelled
 from robustvlm.defenses import Classifier, load_classifier
-from robustvlm.detect import find_score, outside, read_words, tree_words
+from robustvlm.detect import find_score
+from robustvlm.detect.words import words_outside
 from robustvlm.errors import UserError, setting
 from robustvlm.runs.records import Check, write_rows
 from robustvlm.runs.run import Facts, Session
@@ -397,7 +398,7 @@ def open_work(settings: DetectSettings) -> DetectWork:
     unknown = [(one.name, open_unlabelled(one.spec, known.class_names)) for one in named]
     fit = None if settings.learnt_from is None else _open_fit(settings, settings.learnt_from, known)
     stream = None if settings.stream is None else open_unlabelled(settings.stream)
-    words = outside(read_words(settings.words) if settings.words else tree_words(), known.class_names, known.tree)
+    words = words_outside(known.class_names, known.tree, settings.words)
     naming = {word: name for name, source in reversed(unknown) for word in same_things(words, source.things())}
     if not settings.oracle_words:
         words = tuple(word for word in words if word not in naming)

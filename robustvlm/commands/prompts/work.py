@@ -23,7 +23,8 @@ from robustvlm.data.splits import copies, seen_images
 from robustvlm.defenses import load_pipeline, prompts
 from robustvlm.defenses.lapt import NegativePrompts, Negatives, farthest_words, mixing
 from robustvlm.defenses.prompts import Features, PromptLearner, TuneSettings
-from robustvlm.detect import Head, Supplies, auroc_interval, energy_change, find_score, outside, read_words, tree_words
+from robustvlm.detect import Head, Supplies, auroc_interval, energy_change, find_score
+from robustvlm.detect.words import words_outside
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
 from robustvlm.models.probe import probe_encoder
@@ -266,8 +267,7 @@ def _words(
     settings: PromptSettings, source: DataSource, unknown: Sequence[Unlabelled]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the words outside the classes, and those left out: names of unknown things would tell what is measured."""
-    every = read_words(settings.words) if settings.words else tree_words()
-    words = outside(every, source.class_names, source.tree)
+    words = words_outside(source.class_names, source.tree, settings.words)
     naming = {word for other in unknown for word in same_things(words, other.things())}
     found, left_out = (tuple(word for word in words if (word in naming) == named) for named in (False, True))
     if not found:
