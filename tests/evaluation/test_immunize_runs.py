@@ -507,6 +507,29 @@ def test_a_class_is_added_and_the_others_are_checked(make_folder: MakeFolder, tm
         extended("run")
 
 
+def test_antibodies_of_an_added_class_are_filtered_as_those_of_a_whole_run(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    photos = make_folder()
+    tree = tmp_path / "tree.json"
+    tree.write_text(json.dumps({"name": "beast", "children": [{"name": name} for name in ("cat", "dog", "fox")]}))
+    run = made(photos, tree=tree, steps=0)
+    (tmp_path / "more" / "owl").mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 255 - 20 * number, 90)).save(
+            tmp_path / "more" / "owl" / f"{number}.png"
+        )
+    words = tmp_path / "all.json"
+    entries = {"owl": {"look_alikes": ["eagle", "beast", "hound", "vixen"]}, "dog": {"same": ["hound"]}}
+    words.write_text(json.dumps({"classes": entries}))
+    more = {"data": f"imagefolder:{tmp_path / 'more'}", "antibodies": str(words), "steps": 50}
+    record = record_of(made(photos, name="more", model=str(run.folder.path), add_class="owl", **more))
+    assert {text for text, of, _ in record["antibodies"]["kept"] if of == "owl"} == {"eagle", "vixen"}
+    reasons = {text: why for text, _, why in record["antibodies"]["dropped"]}
+    assert reasons == {"beast": "the superclass 'beast'", "hound": "another name of 'dog', or a kind of it"}
+    assert record["vaccine"]["history"] == record["vaccine"]["history"][:1]  # no step: the run itself had none
+
+
 def strangers(folder: Path, **counts: int) -> str:
     """Return a spec of coloured pictures in folders of these names."""
     for place, (name, count) in enumerate(counts.items()):

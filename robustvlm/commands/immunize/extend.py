@@ -12,6 +12,7 @@ from robustvlm.commands.immunize import ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
 from robustvlm.core.ranks import resolve_device
 from robustvlm.data import DataSource, open_data
+from robustvlm.data.trees import load_forest
 from robustvlm.defenses import immunity as immune
 from robustvlm.defenses.immunity.antibodies import Band, Proposal, filter_antibodies
 from robustvlm.defenses.immunity.saved import ImmunisedModel
@@ -62,7 +63,8 @@ class Earlier:
 class ExtendWork:
     """A class that is ready to be added, in a run of its own; the earlier run stays as it is.
 
-    The settings are those of the earlier run but for what the command says anew.
+    The settings are those of the earlier run but for what the command says anew. `above` are names of groups that hold
+    classes, of either or of the new one: no antibodies.
     """
 
     facts: Facts
@@ -70,6 +72,7 @@ class ExtendWork:
     vlm: VLM
     source: DataSource
     earlier: Earlier
+    above: tuple[str, ...] = ()
 
     def run(self, session: Session) -> None:
         """Make the larger model and save it, with what became of the other classes under `added`."""
@@ -195,14 +198,23 @@ class ExtendWork:
         old, found = self.earlier.model.immunity.antibodies, self.earlier.summary.antibodies["band"]
         if found is None:
             return images.Made(old, (), None)
-        proposal = Proposal(())
-        if self.settings.antibodies not in ("none", "noise"):
-            proposal = images.propose(self.settings, [self.name], observer)
+        proposal = self._proposal(observer)
         both = Proposal((*old.texts, *proposal.texts), proposal.kin)
         band = Band(found["safe"], found["risk"])
         embed = images.embedder(self.vlm, self._templates)
-        filtered = filter_antibodies(both, embed, prototypes.vectors, self._names, band=band)
+        filtered = filter_antibodies(both, embed, prototypes.vectors, self._names, band=band, above=self.above)
         return images.Made(filtered.kept, filtered.dropped, band)
+
+    def _proposal(self, observer: Observer) -> Proposal:
+        """Return texts for the new class, and other names of all classes, which no text may be.
+
+        A language model is asked for the new class alone: it was paid for the others.
+        """
+        if self.settings.antibodies in ("none", "noise"):
+            return Proposal(())
+        names = (self.name,) if self.settings.antibodies == "llm" else self._names
+        found = images.propose(self.settings, names, observer)
+        return replace(found, texts=tuple(text for text in found.texts if text.of_class == self.name))
 
     def _common(
         self, immunity: immune.Immunity, prototypes: immune.Prototypes, made: images.Made, text: Tensor
@@ -280,7 +292,7 @@ def open_extension(given: ImmunizeSettings) -> ExtendWork:
     settings = ImmunizeSettings.of(
         config,
         **anew,
-        steps=min(given.steps, WARM_STEPS),
+        steps=min(given.steps, earlier.settings.steps, WARM_STEPS),
         sigma=[],
         ood=[],
         near_names=None,
@@ -300,7 +312,16 @@ def open_extension(given: ImmunizeSettings) -> ExtendWork:
         remarks=remarks_of(source, vlm),
         contents=contents_of(source, antibodies=images.antibody_file(settings), near_names=settings.near_names),
     )
-    return ExtendWork(facts, settings, vlm, source, earlier)
+    return ExtendWork(facts, settings, vlm, source, earlier, _above(earlier, source))
+
+
+def _above(earlier: Earlier, source: DataSource) -> tuple[str, ...]:
+    """Return the superclasses of the new data's trees and of the tree file of the earlier run, if it had one."""
+    found = images.superclasses(source)
+    if earlier.settings.tree is not None:
+        forest = load_forest(earlier.settings.tree, earlier.model.immunity.class_names)
+        found = (*found, *images.superclasses_in(forest, earlier.model.immunity.class_names))
+    return tuple(dict.fromkeys(found))
 
 
 def _earlier(spec: str) -> Earlier:
