@@ -605,8 +605,8 @@ def test_the_colour_of_the_verdict_says_what_it_means(rejected: int, refused: in
     half = Interval(0.5, 0.4, 0.6, "made up")
     # The second is of the time when the accepted alone were kept.
     told = (
-        Unknown(images=100, auroc_mcm=half, auroc=half, accepted=rate(0, 100), rejected=rate(rejected, 100)),
-        Unknown(images=100, auroc_mcm=half, auroc=half, accepted=rate(100 - rejected, 100)),
+        Unknown(images=100, auroc_msp=half, auroc=half, accepted=rate(0, 100), rejected=rate(rejected, 100)),
+        Unknown(images=100, auroc_msp=half, auroc=half, accepted=rate(100 - rejected, 100)),
     )
     for unknown in told:
         assert view.tone(Measures(unknown={"x": unknown}, rejected=rate(refused, 100)), []) == tone
@@ -633,6 +633,21 @@ def test_copies_of_a_drawing_count_once_in_what_is_said_of_the_model() -> None:
         one, many = getattr(alone, name), getattr(copies, name)
         assert one.value == many.value
         assert one.high - one.low < many.high - many.low
+
+
+def test_images_that_the_model_was_sure_of_before_do_not_tie() -> None:
+    """At a scale of 100 the softmax is 1 in float32 for known and unknown images alike; its log-odds differ."""
+    axes, scale = torch.eye(4), 100.0
+    adapter = Adapter(4, 2).eval().requires_grad_(False)
+    immunity = Immunity(("a", "b"), axes[:2, None], Antibodies((), torch.zeros(0, 4)), 0.0, torch.zeros(2), adapter)
+    near, far = (torch.tensor([[c, 0.0, (1 - c * c) ** 0.5, 0.0]]).repeat(20, 1) for c in (0.9, 0.5))
+    ids = tuple(map(str, range(20)))
+    held = Features(near, torch.zeros(20, dtype=torch.int64), ids, ids)
+    found = measure(immunity, axes[:2], scale, held, {"far": Features(far, torch.full((20,), -1), ids, ids)})
+    assert found.unknown["far"].auroc_msp.value == 1.0
+    old = found.unknown["far"].model_dump()
+    old["auroc_mcm"] = old.pop("auroc_msp")
+    assert Unknown(**old) == found.unknown["far"]
 
 
 def test_held_out_copies_and_unreadable_images_are_said(make_folder: MakeFolder, tmp_path: Path) -> None:

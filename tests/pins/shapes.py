@@ -35,6 +35,8 @@ ADDED = {
     "noisy_own",
     "unattacked",
     "contents",
+    "auroc_msp",
+    "auroc_mcm",
 }
 """Keys that later versions write besides; what an earlier one has written is read without them."""
 _OPEN = {"versions", "options", "measures", "terms", "files", "levels", "superclasses", "auroc"}

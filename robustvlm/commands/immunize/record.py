@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from robustvlm.commands.immunize import ImmunizeSettings
@@ -27,6 +27,7 @@ from robustvlm.defenses.immunity.thresholds import Thresholds
 from robustvlm.defenses.immunity.vaccine import VaccineSettings, pushed_share
 from robustvlm.defenses.prompts import Features
 from robustvlm.detect import auroc_interval
+from robustvlm.detect.base import confidence
 from robustvlm.detect.metrics import Interval
 from robustvlm.errors import UserError, setting
 from robustvlm.models import VLM
@@ -52,12 +53,13 @@ class Unknown(_Part):
     """What the model does with one set of unknown images; AUROC is against the held-out known images.
 
     Args:
-        auroc_mcm: of the largest softmax probability of the model as it was; auroc: of the score less its threshold.
+        auroc_msp: of the largest softmax probability of the model as it was (called MCM before, which has another
+            temperature, and rounded to ties then); auroc: of the score less its threshold.
         known_classes: images of known classes that were left out, by class; copies: images that look like known ones.
     """
 
     images: int
-    auroc_mcm: Interval
+    auroc_msp: Interval = Field(validation_alias=AliasChoices("auroc_msp", "auroc_mcm"))
     auroc: Interval
     accepted: Rate
     rejected: Rate | None = None
@@ -391,7 +393,7 @@ def measure(
 ) -> Measures:
     """Return the numbers of a run's record; unknown images that are of a known class (a label from 0) do not count.
 
-    Before: the zero-shot head on class texts, with the largest softmax probability (MCM) as its detection score. After:
+    Before: the zero-shot head on class texts, with the largest softmax probability (MSP) as its detection score. After:
     classes by the nearest prototype; a right answer "accepted" is one that is not rejected either.
     """
     if held is None:
@@ -405,17 +407,17 @@ def measure(
     count = len(before)
     groups = [group for group, wanted in zip(held.groups, known.tolist(), strict=True) if wanted]
     worth = worth_of(groups)
-    confidence, sets = logits.softmax(dim=1).amax(dim=1), {}
+    before_score, sets = confidence(logits), {}
     for spec, whole in unknown.items():
         other = whole.rows((whole.labels < 0).nonzero().flatten())
         if not other.ids:
             raise UserError(f"every image of '{spec}' is of a known class: pass others to {setting('ood')}")
-        rival = (logit_scale * other.features @ text.T).softmax(dim=1).amax(dim=1)
+        rival = confidence(logit_scale * other.features @ text.T)
         _, theirs = judged(immunity, other.features)
         interval = partial(auroc_interval, known_groups=groups, unknown_groups=other.groups)
         sets[spec] = Unknown(
             images=len(other.ids),
-            auroc_mcm=interval(confidence.double().numpy(), rival.double().numpy()),
+            auroc_msp=interval(before_score.double().numpy(), rival.double().numpy()),
             auroc=interval(acceptance.double().numpy(), theirs.double().numpy()),
             accepted=rate(int((theirs > 0).sum()), len(theirs), independent=worth_of(other.groups)),
             rejected=rate(int((theirs <= 0).sum()), len(theirs), independent=worth_of(other.groups)),

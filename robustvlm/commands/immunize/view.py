@@ -66,7 +66,7 @@ _KNOWN = (
     ("Known images wrongly refused", "rejected", False),
 )
 _AUROC = (
-    "AUROC against the held-out known images, with 95% intervals: of the largest softmax probability before (MCM), and "
+    "AUROC against the held-out known images, with 95% intervals: of the largest softmax probability before (MSP), and "
     "of the score less its threshold after. Rejected: at the thresholds of this model."
 )
 _COLUMNS = (
@@ -155,7 +155,7 @@ def _measures(measures: Measures) -> list[doc.Section]:
         (
             doc.Name(spec),
             f"{found.images:,}",
-            *(doc.Measure.between(auroc.value, auroc.low, auroc.high) for auroc in (found.auroc_mcm, found.auroc)),
+            *(doc.Measure.between(auroc.value, auroc.low, auroc.high) for auroc in (found.auroc_msp, found.auroc)),
             doc.Measure.of(found.share_rejected),
         )
         for spec, found in measures.unknown.items()
