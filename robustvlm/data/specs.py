@@ -11,7 +11,7 @@ from robustvlm.core import registry
 from robustvlm.core.user_code import file_digest
 from robustvlm.data import classes as words
 from robustvlm.data.labels import Own, settle_names
-from robustvlm.data.names import check_names, clean_name, same_things
+from robustvlm.data.names import check_names, clean_name, readings, same_things
 from robustvlm.data.source import UNKNOWN, DataSource, Sample, Unreadable
 from robustvlm.data.trees import Forest, Tree, load_forest
 from robustvlm.errors import UserError, nearest
@@ -160,6 +160,17 @@ def _wordless(names: tuple[str, ...]) -> list[str]:
         f"{len(codes)} of {len(names)} class names are or begin with numbers or codes, as '{codes[0]}', which tell a "
         "text encoder little: --classes FILE gives words"
     ]
+
+
+def is_code(name: str) -> bool:
+    """Whether a class name is a number or a code alone, and no word of what the class is.
+
+    Example:
+        >>> [is_code(name) for name in ("7", "class_7", "n02085620", "n02085620-Chihuahua", "class")]
+        [True, True, True, False, False]
+    """
+    found = _CODE.match(name)
+    return found is not None and not readings(name[found.end() :])
 
 
 def _is_query(body: str, tail: str) -> bool:

@@ -61,10 +61,13 @@ def test_words_that_name_a_class_of_an_unknown_set_are_left_out_and_counted(
     assert "words that name" not in messages(clean, "note")
 
 
-def test_names_that_cannot_be_known_are_said_to_be_unknown(detect_run: DetectRun, detect_images: Path) -> None:
-    root = detect_images / "numbered"
+@pytest.mark.parametrize("code", ["7", "class_7", "n99999999"])
+def test_names_that_cannot_be_known_are_said_to_be_unknown(
+    detect_run: DetectRun, detect_images: Path, code: str
+) -> None:
+    root = detect_images / f"numbered-{code}"
     if not root.exists():
-        shutil.copytree(detect_images / "near" / "wolf", root / "7")
+        shutil.copytree(detect_images / "near" / "wolf", root / code)
     summary = detect_run(scores="msp", ood=[f"near=imagefolder:{root}"]).start().summary
     assert "'near' has no names for its classes" in messages(summary, "note")
 

@@ -10,7 +10,7 @@ from robustvlm.commands.detect.measures import Scored, title_of
 from robustvlm.commands.detect.scoring import Panel, copies_of
 from robustvlm.commands.detect.summary import KNOWN, ScoreSummary
 from robustvlm.data.names import readings, same_things, some_of
-from robustvlm.data.specs import Unlabelled
+from robustvlm.data.specs import Unlabelled, is_code
 from robustvlm.defenses import Classifier
 from robustvlm.detect import AdaNeg
 from robustvlm.runs.records import Check
@@ -37,7 +37,7 @@ def of_unknown_sets(
                 "of --id: an image cannot be known and unknown, and no score can tell it from itself."
             )
             yield Check(name=f"known images, in {name}", level="warning", message=message)
-        if not any(readings(thing) for thing in source.things()):
+        if not any(readings(thing) and not is_code(thing) for thing in source.things()):
             message = (
                 f"The set '{name}' has no names for its classes: whether known classes are among them, or words name "
                 "them, cannot be told."

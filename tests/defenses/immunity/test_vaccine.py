@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from robustvlm.defenses.immunity import vaccine
 from robustvlm.defenses.immunity.prototypes import fit_prototypes, log_normaliser
 from robustvlm.defenses.immunity.recipe import make_targets
 from robustvlm.defenses.immunity.state import AdaptedVLM, Adapter
@@ -99,6 +100,18 @@ def test_push_is_the_squared_hinge() -> None:
     assert pushed_share(z, antibodies, 0.7) == 0.5
     assert pushed_share(z, antibodies, 0.9) == 0.0
     assert automatic_margin(z, torch.zeros(0, 2)) == 0.2
+
+
+def test_the_automatic_margin_is_passed_by_a_tenth_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Half of the antibodies are near to all images and half to none: the mean of quantiles lies between them.
+    draws = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.tensor([1.0, 0.0, 0.0]) + 0.05 * torch.randn(200, 3, generator=draws), dim=1)
+    near = F.normalize(torch.tensor([1.0, 0.3, 0.0]) + 0.1 * torch.randn(20, 3, generator=draws), dim=1)
+    antibodies = torch.cat([near, -near])
+    margin = automatic_margin(images, antibodies)
+    assert pushed_share(images, antibodies, margin) == pytest.approx(0.1, abs=0.001)
+    monkeypatch.setattr(vaccine, "_PAIRS", 1000)
+    assert automatic_margin(images, antibodies) == pytest.approx(margin, abs=0.01)
 
 
 def test_mixtures_lie_on_the_arc_between_an_image_and_an_antibody() -> None:
