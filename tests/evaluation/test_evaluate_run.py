@@ -147,6 +147,21 @@ def test_measures_follow_from_rows() -> None:
     assert measured([ImageRow(0, "a", -1)], None, "abcdef")["images"] == 0
 
 
+def test_copies_of_a_drawing_count_once_in_intervals() -> None:
+    rows = [
+        ImageRow(n, str(n), n % 3, "ab"[n // 30], n % 3, n % 5 > 0, 1, 0.5, accepted=n % 5 > 0, undecided=False)
+        for n in range(60)
+    ]
+    alone, copies = (measured(rows, None, "abcde", group=group) for group in (str, lambda name: str(int(name) // 6)))
+    assert (alone["worth"], copies["worth"]) == (60, 10)
+    assert alone["accuracy"] == rate(48, 60)
+    for name in ("accuracy", "top5", "rejected"):
+        assert alone[name].value == copies[name].value
+        assert copies[name].low < alone[name].low < alone[name].high < copies[name].high
+    parts = zip(alone["unevenness"][0].parts, copies["unevenness"][0].parts, strict=True)
+    assert all(many.accuracy.low < one.accuracy.low for one, many in parts)
+
+
 def test_refusals_and_withheld_answers_are_told_apart_only_where_all_rows_are() -> None:
     def row(n: int, accepted: bool, undecided: bool | None) -> ImageRow:
         return ImageRow(n, str(n), 0, "", 0, accepted, 1, 0.5, accepted, undecided)

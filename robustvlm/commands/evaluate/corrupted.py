@@ -1,6 +1,6 @@
 """What an evaluation finds on corrupted images: answers as they come, a row for each, and the numbers made of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from robustvlm.data.corruptions import NAMES, SEVERITIES, Corruption, parse_corruptions, weights_of
 from robustvlm.report import sections as doc
 from robustvlm.report.words import DASH, as_rate, interval, percent
-from robustvlm.stats import Mean, Rate, mean_share, rate
+from robustvlm.stats import Mean, Rate, mean_share, rate, worth_of
 
 
 class Labelled(Protocol):
@@ -134,8 +134,12 @@ def _columns(rows: Sequence[Labelled], answers: Answers) -> Iterator[_Column]:
         yield _Column(one.name, one.severity, [answers[one.text][row.index] for row in rows])
 
 
-def measured(known: Sequence[Labelled], answers: Answers, side: int) -> Corruptions | None:
+def measured(
+    known: Sequence[Labelled], answers: Answers, side: int, *, group: Callable[[str], str] = str
+) -> Corruptions | None:
     """Return the numbers of the labelled images' answers; None where nothing was corrupted.
+
+    Images of one `group` of ids are no independent evidence, and count once in intervals.
 
     Example:
         >>> from robustvlm.commands.evaluate.record import ImageRow
@@ -151,20 +155,20 @@ def measured(known: Sequence[Labelled], answers: Answers, side: int) -> Corrupti
     hits = np.array([[answer.right(row.label) for row, answer in zip(known, column.answers, strict=True)]
                      for column in columns])  # fmt: skip
     refused = np.array([[answer.accepted is False for answer in column.answers] for column in columns])
-    refuses = columns[0].answers[0].accepted is not None
+    refuses, worth = columns[0].answers[0].accepted is not None, worth_of(group(row.image_id) for row in known)
     found = [
         Corrupted(
             name=column.name,
             severity=column.severity,
-            accuracy=rate(int(hits[row].sum()), len(known)),
-            rejected=rate(int(refused[row].sum()), len(known)) if refuses else None,
+            accuracy=rate(int(hits[row].sum()), len(known), independent=worth),
+            rejected=rate(int(refused[row].sum()), len(known), independent=worth) if refuses else None,
         )
         for row, column in enumerate(columns)
     ]
     return Corruptions(
         side=side,
-        accuracy=mean_share((weights @ hits).tolist()),
-        rejected=mean_share((weights @ refused).tolist()) if refuses else None,
+        accuracy=mean_share((weights @ hits).tolist(), independent=worth),
+        rejected=mean_share((weights @ refused).tolist(), independent=worth) if refuses else None,
         found=found,
     )
 

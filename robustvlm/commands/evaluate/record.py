@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from robustvlm.commands.evaluate.corrupted import Answers, Corruptions, as_fact,
 from robustvlm.data.source import UNKNOWN
 from robustvlm.data.trees import Forest, Tree
 from robustvlm.runs.folder import RunFolder
-from robustvlm.stats import Rate, rate
+from robustvlm.stats import Rate, rate, worth_of
 
 # The summary
 
@@ -97,7 +97,8 @@ class CleanResult(BaseModel):
     it rejects, `unknown_rejected` that of the unknown ones. Both are None for other models. A model that abstains gives
     no answer to a share `abstained` of the known and `unknown_abstained` of the unknown ones; one whose copies vote for
     a class or for none of them may do either, and has both. `top5` is None for fewer
-    than 5 classes, and what needs classes, captions or subgroups is None without them.
+    than 5 classes, and what needs classes, captions or subgroups is None without them. `worth` is how many independent
+    images those of known classes are worth, where copies of one thing are among them; None in runs of before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -112,6 +113,7 @@ class CleanResult(BaseModel):
     unreadable_reasons: list[tuple[str, str]]
     remarks: list[str] = []
     accuracy: Rate
+    worth: float | None = None
     top5: Rate | None = None
     mean_per_class_recall: float | None = None
     calibration_error: float | None = None
@@ -242,8 +244,17 @@ class EvaluateLedger(JournalLedger):
 # From rows to numbers
 
 
+Group = Callable[[str], str]
+"""What images that are no independent evidence have in common, by the id of one: they count once in intervals."""
+
+
 def measured(
-    rows: Iterable[ImageRow], forest: Forest | None, class_names: Sequence[str], *, abstains: bool = False
+    rows: Iterable[ImageRow],
+    forest: Forest | None,
+    class_names: Sequence[str],
+    *,
+    abstains: bool = False,
+    group: Group = str,
 ) -> dict[str, Any]:
     """Return the fields of a `CleanResult` that follow from the rows; what is not accepted of a model that `abstains`
     has no answer, instead of being rejected."""
@@ -253,7 +264,8 @@ def measured(
     found: dict[str, Any] = {
         "images": len(known),
         "unknown": sum(row.label == UNKNOWN for row in every),
-        "accuracy": rate(sum(bool(row.correct) for row in known), len(known)),
+        "accuracy": rate_of(known, [bool(row.correct) for row in known], group),
+        "worth": worth_of(group(row.image_id) for row in known),
         "superclass_accuracy": [],
     }
     if refusing:
@@ -262,13 +274,13 @@ def measured(
         both = all(row.undecided is not None for row in refusing)
         for what in ("rejected", "abstained") if both else ("abstained",) if abstains else ("rejected",):
             withheld = (what == "abstained") if both else None
-            found[what] = _rejected([row for row in refusing if row.known], withheld)
-            found[f"unknown_{what}"] = _rejected(unknown, withheld) if unknown else None
+            found[what] = _rejected([row for row in refusing if row.known], withheld, group)
+            found[f"unknown_{what}"] = _rejected(unknown, withheld, group) if unknown else None
     if not known:
         return found
     if len(class_names) >= measures.TOP:
-        near = sum((row.place or 0) <= measures.TOP and row.accepted is not False for row in known)
-        found["top5"] = rate(near, len(known))
+        near = [(row.place or 0) <= measures.TOP and row.accepted is not False for row in known]
+        found["top5"] = rate_of(known, near, group)
     labels = [row.label for row in known]
     # Summed once over all images: sums of batches would depend on the batch size in their last digits.
     confidences = [row.confidence or 0.0 for row in known]
@@ -279,14 +291,19 @@ def measured(
     )
     found["mean_confidence"] = math.fsum(confidences) / len(known)
     levels = list(_levels(forest, class_names))
-    found["superclass_accuracy"] = [_level(known, *level) for level in levels]
-    found["unevenness"] = [*_by_subgroup(known), *(one for level in levels for one in _by_class(known, *level))]
+    found["superclass_accuracy"] = [_level(known, *level, group) for level in levels]
+    found["unevenness"] = [*_by_subgroup(known, group), *(one for level in levels for one in _by_class(known, *level))]
     return found
 
 
-def _rejected(rows: Sequence[ImageRow], withheld: bool | None) -> Rate:
+def rate_of(rows: Sequence[ImageRow], holds: Sequence[bool], group: Group) -> Rate:
+    """Return the share of images for which something holds; copies of one thing count once in its interval."""
+    return rate(sum(holds), len(holds), independent=worth_of(group(row.image_id) for row in rows))
+
+
+def _rejected(rows: Sequence[ImageRow], withheld: bool | None, group: Group) -> Rate:
     """Return the share that is not accepted; with `withheld`, that whose answer is withheld, or that which is not."""
-    return rate(sum(not row.accepted and withheld in (None, bool(row.undecided)) for row in rows), len(rows))
+    return rate_of(rows, [not row.accepted and withheld in (None, bool(row.undecided)) for row in rows], group)
 
 
 def _levels(forest: Forest | None, class_names: Sequence[str]) -> Iterable[tuple[str, int, torch.Tensor]]:
@@ -303,7 +320,9 @@ def superclasses_of(tree: Tree, level: int, class_names: Sequence[str]) -> torch
     return torch.tensor([index[tree.ancestor(name, level)] for name in class_names])
 
 
-def _level(known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor) -> LevelAccuracy:
+def _level(
+    known: Sequence[ImageRow], root: str, level: int, superclass_of: torch.Tensor, group: Group
+) -> LevelAccuracy:
     labels, predictions = (torch.tensor([getattr(row, name) for row in known]) for name in ("label", "prediction"))
     accepted = torch.tensor([row.accepted is not False for row in known])
     right = measures.superclass_correct(predictions, labels, superclass_of) & accepted
@@ -311,24 +330,27 @@ def _level(known: Sequence[ImageRow], root: str, level: int, superclass_of: torc
         tree=root,
         level=level,
         superclasses=int(superclass_of.max()) + 1,
-        accuracy=rate(int(right.sum()), len(known)),
+        accuracy=rate_of(known, right.tolist(), group),
     )
 
 
 _PARTS = 100  # subgroups that are listed
 
 
-def _by_subgroup(known: Sequence[ImageRow]) -> Iterable[Unevenness]:
+def _by_subgroup(known: Sequence[ImageRow], group: Group) -> Iterable[Unevenness]:
     """Yield how unevenly classes are recognised over the subgroups of the data, where it tells any."""
     names = {row.subgroup for row in known} - {""}
     found = uneven([(row.label, row.subgroup, bool(row.correct)) for row in known if row.subgroup])
     if len(names) < 2 or found is None:
         return
-    counted: dict[str, list[bool]] = defaultdict(list)
+    counted: dict[str, list[ImageRow]] = defaultdict(list)
     for row in known:
         if row.subgroup:
-            counted[row.subgroup].append(bool(row.correct))
-    parts = [Subgroup(name=name, accuracy=rate(sum(hits), len(hits))) for name, hits in sorted(counted.items())]
+            counted[row.subgroup].append(row)
+    parts = [
+        Subgroup(name=name, accuracy=rate_of(part, [bool(row.correct) for row in part], group))
+        for name, part in sorted(counted.items())
+    ]
     parts.sort(key=lambda part: part.accuracy.value or 0.0)
     yield Unevenness(by="subgroups", parts=parts[:_PARTS], **found)
 

@@ -244,7 +244,8 @@ def _corrupted(result: CleanResult) -> Iterator[doc.Block]:
     refused, what = (result.rejected, "Refused") if result.abstained is None else (result.abstained, "No answer")
     if result.rejected is not None and result.abstained is not None:
         either = result.rejected.successes + result.abstained.successes
-        refused, what = rate(either, result.rejected.total), "Refused or no answer"
+        refused = rate(either, result.rejected.total, independent=result.worth)
+        what = "Refused or no answer"
     return corrupted.blocks(result.corruptions, result.accuracy, refused, what=what)
 
 
@@ -261,6 +262,11 @@ def _corruptions(result: CleanResult) -> Iterator[doc.Section]:
     )
 
 
+def _worth(result: CleanResult) -> float:
+    """Return how many independent images one is worth; every part is taken to have its share of the copies."""
+    return 1.0 if result.worth is None else result.worth / max(1, result.images)
+
+
 def _calibration(run: Evaluation) -> Iterator[doc.Section]:
     known = [row for row in _known(run) if row["confidence"] is not None]
     if not known:
@@ -268,12 +274,13 @@ def _calibration(run: Evaluation) -> Iterator[doc.Section]:
     confidences = torch.tensor([row["confidence"] for row in known])
     bins = calibration_bins(confidences, torch.tensor([row["prediction"] == row["label"] for row in known]))
     said = "Images by confidence; where the model is as sure as it is right, points lie on the diagonal."
-    drawing = doc.Chart(partial(reliability, bins.tolist(), key="reliability"), "Reliability", said)
+    draw = partial(reliability, bins.tolist(), key="reliability", worth=_worth(run.summary))
+    drawing = doc.Chart(draw, "Reliability", said)
     yield doc.Section("Calibration", [drawing], key="calibration", short="Calibration")
 
 
 @chart
-def reliability(bins: list[list[float]], *, key: str) -> Markup:
+def reliability(bins: list[list[float]], *, key: str, worth: float = 1.0) -> Markup:
     """Draw the share of right answers over mean confidence, a point a bin of [3, bins] sums, sized by its images."""
     figure, axes = new_figure()
     axes.plot([0, 100], [0, 100], color=INK, lw=0.9, ls=":")
@@ -281,7 +288,7 @@ def reliability(bins: list[list[float]], *, key: str) -> Markup:
     for images, confidence, right in zip(*bins, strict=True):
         if not images:
             continue
-        found = rate(round(right), round(images))
+        found = rate(round(right), round(images), independent=worth * images)
         at, colour = 100 * confidence / images, SERIES[0]
         axes.plot([at, at], [100 * found.low, 100 * found.high], color=colour, lw=1, alpha=0.6)
         axes.plot(at, 100 * right / images, "o", color=colour, ms=3 + 6 * (images / most) ** 0.5)
@@ -316,7 +323,8 @@ def _classes(run: Evaluation) -> Iterator[doc.Section]:
     images = Counter(row["label"] for row in known)
     hits = Counter(row["label"] for row in known if row["correct"])
     ordered = sorted(images, key=lambda label: (hits[label] / images[label], -images[label], label))[:_CLASSES]
-    bars = [bar(names[label], rate(hits[label], images[label])) for label in ordered]
+    worth = _worth(run.summary)
+    bars = [bar(names[label], rate(hits[label], images[label], independent=worth * images[label])) for label in ordered]
     more = f"the {len(bars)} lowest of {len(images):,}" if len(images) > len(bars) else "lowest first"
     pairs = Counter((row["label"], row["prediction"]) for row in known if row["prediction"] != row["label"])
     rows = [

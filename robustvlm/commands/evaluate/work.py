@@ -103,7 +103,8 @@ class EvaluateWork:
         )
         known = sorted((row for row in ledger.rows if row.known), key=lambda row: row.index)
         if self.looker.corruptions:
-            found = corrupted.measured(known, ledger.corrupted, table_side(min(sides(self.looker.model.image_size))))
+            side = table_side(min(sides(self.looker.model.image_size)))
+            found = corrupted.measured(known, ledger.corrupted, side, group=source.group)
             summary = summary.model_copy(update={"corruptions": found})
         with session.results() as folder:
             write_rows(session.folder.results_path, record.table_of(ledger.rows, places))
@@ -216,7 +217,13 @@ def result_of(
         remarks=[*remarks_of(source, model), *_empty_classes(source, ordered, whole=whole)],
         retrieval=retrieval,
         seconds=seconds,
-        **record.measured(ordered, source.tree, source.class_names, abstains=getattr(model, "abstains", False)),
+        **record.measured(
+            ordered,
+            source.tree,
+            source.class_names,
+            abstains=getattr(model, "abstains", False),
+            group=source.group,
+        ),
     )
 
 
