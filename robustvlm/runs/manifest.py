@@ -203,7 +203,7 @@ class _Shape(_Names):
     data: _Data | None = None
     plan: _Plan | None = None
     probe: dict[str, Any] | None = None
-    contents: dict[str, str] | None = None
+    named_files: dict[str, str] | None = None
 
 
 def require_shape(shape: type[BaseModel], content: object, path: Path, more: str = "") -> None:
@@ -316,7 +316,7 @@ def require_same(old: Manifest, new: Manifest, folder: Path, *, finished: Callab
     """
     found = differences(old, new)
     # Earlier versions kept no digests, or fewer: what has none is not compared.
-    kept, read = ((manifest.get("contents") or {}) for manifest in (old, new))
+    kept, read = ((manifest.get("named_files") or {}) for manifest in (old, new))
     found += [f"{what}: other content of the same name" for what in kept if kept[what] != read.get(what, kept[what])]
     before, after = ((manifest.get("plan") or {}).get("bound") for manifest in (old, new))
     if before is not None and before != after and not finished():

@@ -37,7 +37,7 @@ class Facts:
         remarks: what a reader has to know of the data; said before the work begins. None: the kind has none.
         more: further entries of the manifest, which define nothing, such as the plan of a certificate; or what makes
             them of the run's folder and manifest.
-        contents: digests of files whose names alone are settings; a run is not gone on with once they have changed.
+        named_files: digests of files whose names alone are settings; a run is not gone on with once they have changed.
         named_by_config: the default name is a digest of the config alone, for what can be named before it is loaded.
     """
 
@@ -48,7 +48,7 @@ class Facts:
     probe: dict[str, Any] | None = None
     remarks: list[str] | None = None
     more: Mapping[str, Any] | Callable[[RunFolder, made.Manifest], Mapping[str, Any]] = field(default_factory=dict)
-    contents: Mapping[str, str] = field(default_factory=dict)
+    named_files: Mapping[str, str] = field(default_factory=dict)
     named_by_config: bool = False
 
     @property
@@ -267,8 +267,8 @@ class Run:
             probe=facts.probe,
         )
         self.manifest |= facts.more(self.folder, self.manifest) if callable(facts.more) else facts.more
-        if facts.contents:
-            self.manifest["contents"] = dict(facts.contents)
+        if facts.named_files:
+            self.manifest["named_files"] = dict(facts.named_files)
         if facts.remarks is not None:
             self.manifest["remarks"] = facts.remarks
         made.require_text(self.manifest)

@@ -34,7 +34,7 @@ ADDED = {
     "contents",
     "noisy_own",
     "unattacked",
-    "contents",
+    "named_files",
     "auroc_msp",
     "auroc_mcm",
 }

@@ -92,7 +92,7 @@ def test_what_does_not_decide_results_may_change(key: str) -> None:
 
 def test_a_file_whose_content_has_changed_is_refused_and_one_without_a_digest_is_not() -> None:
     base = manifest()
-    old, new = base | {"contents": {"tree": "aa", "near_names": "bb"}}, base | {"contents": {"tree": "cc"}}
+    old, new = base | {"named_files": {"tree": "aa", "near_names": "bb"}}, base | {"named_files": {"tree": "cc"}}
     with pytest.raises(UserError, match="tree: other content of the same name") as caught:
         require_same(old, new, Path("x"))
     assert "near_names" not in str(caught.value)

@@ -197,7 +197,7 @@ def contents_of(sources: Mapping[str, DataSource | None]) -> dict[str, Any]:
     return {"contents": told} if told else {}
 
 
-def contents_of(source: DataSource, **files: Path | None) -> dict[str, str]:
+def named_files_of(source: DataSource, **files: Path | None) -> dict[str, str]:
     """Return a digest of the class trees of the data, and of the files that are given, under the names of settings.
 
     A setting holds a path, and what stands there may change: a finished run would be shown as one of the new content.

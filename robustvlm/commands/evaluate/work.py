@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from robustvlm.commands.common.inputs import contents_of, describe_data, facts_of, probe_of, remarks_of
+from robustvlm.commands.common.inputs import describe_data, facts_of, named_files_of, probe_of, remarks_of
 from robustvlm.commands.evaluate import EvaluateSettings, corrupted, record
 from robustvlm.commands.evaluate.looks import Looker, Pairs
 from robustvlm.commands.evaluate.measures import retrieval_places
@@ -143,7 +143,7 @@ def open_work(settings: EvaluateSettings) -> EvaluateWork:
         describe_data(source),
         probe=probe_of(model, source.class_names, source.templates if source.class_names else ()),
         remarks=remarks_of(source, model),
-        contents=contents_of(source),
+        named_files=named_files_of(source),
     )
     return EvaluateWork(facts, settings, Looker(model, source, settings.limit, settings.batch_size, corruptions))
 

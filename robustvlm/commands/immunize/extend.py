@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustvlm.commands.common.inputs import contents_of, describe_data, probe_of, remarks_of
+from robustvlm.commands.common.inputs import describe_data, named_files_of, probe_of, remarks_of
 from robustvlm.commands.immunize import ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
 from robustvlm.core.ranks import resolve_device
@@ -310,7 +310,7 @@ def open_extension(given: ImmunizeSettings) -> ExtendWork:
         describe_data(source),
         probe=probe_of(vlm, source.class_names, source.templates),
         remarks=remarks_of(source, vlm),
-        contents=contents_of(source, antibodies=images.antibody_file(settings), near_names=settings.near_names),
+        named_files=named_files_of(source, antibodies=images.antibody_file(settings), near_names=settings.near_names),
     )
     return ExtendWork(facts, settings, vlm, source, earlier, _above(earlier, source))
 

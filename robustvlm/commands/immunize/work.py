@@ -10,7 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from robustvlm.commands.common.inputs import contents_of, describe_data, probe_of, remarks_of, unknown_specs
+from robustvlm.commands.common.inputs import (
+    contents_of,
+    describe_data,
+    named_files_of,
+    probe_of,
+    remarks_of,
+    unknown_specs,
+)
 from robustvlm.commands.immunize import NOISE_DRAWS, ImmunizeSettings, images
 from robustvlm.commands.immunize import record as records
 from robustvlm.commands.immunize.extend import ExtendWork, open_extension
@@ -381,7 +388,7 @@ def open_work(settings: ImmunizeSettings) -> ImmunizeWork | ExtendWork:
         data,
         probe=probe_of(vlm, source.class_names, source.templates),
         remarks=remarks_of(source, vlm),
-        contents=contents_of(source, antibodies=images.antibody_file(settings), near_names=settings.near_names),
+        named_files=named_files_of(source, antibodies=images.antibody_file(settings), near_names=settings.near_names),
     )
     return ImmunizeWork(facts, settings, vlm, source, unknown)
 
